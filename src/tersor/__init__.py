@@ -1,0 +1,41 @@
+"""Tersor: run large language models from compressed weights.
+
+Importing this package registers Tersor's quantizer with transformers (when transformers is imported) and
+imports nothing heavy; the names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tersor.version import __version__
+
+if TYPE_CHECKING:
+    from tersor import formats, ops
+    from tersor.checkpoint import quantize
+    from tersor.integrations.transformers import TersorConfig
+
+_LAZY = {
+    "formats": ("tersor.formats", None),
+    "ops": ("tersor.ops", None),
+    "nn": ("tersor.nn", None),
+    "quantize": ("tersor.checkpoint", "quantize"),
+    "TersorConfig": ("tersor.integrations.transformers", "TersorConfig"),
+}
+
+__all__ = ["TersorConfig", "__version__", "formats", "ops", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tersor' has no attribute {name!r}")
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(module_name)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

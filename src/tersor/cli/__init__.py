@@ -1,0 +1,1 @@
+"""Parse, then one call: a file a verb."""

@@ -1,0 +1,163 @@
+"""How is a weight matrix represented? An element format, who shares a scale, and the scale's dtype."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from tersor.errors import FormatError, did_you_mean
+from tersor.formats.element import ElementFormat, get, names
+
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "e8m0": torch.uint8,
+}
+"""Scale dtype name -> dtype it is stored in. An `e8m0` byte b means 2^(b-127) (OCP Microscaling v1.0, section 5.4)."""
+
+_E8M0_BIAS = 127
+_MX_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """An element format with its scales: weight[oc, ic] = scale[oc, ic // group_size] * decode(code[oc, ic]).
+
+    Attributes:
+        format: the element format.
+        group_size: consecutive IC elements that share a scale; `None` is one scale a row.
+        scale_dtype: a key of `SCALE_DTYPES`.
+    """
+
+    format: ElementFormat
+    group_size: int | None = None
+    scale_dtype: str = "float16"
+
+    @property
+    def name(self) -> str:
+        """The name a user gives: `mx...` for an OCP Microscaling block format, else the element format's."""
+        if self.is_mx:
+            return f"mx{self.format.name}"
+        return self.format.name
+
+    @property
+    def is_mx(self) -> bool:
+        """Whether this is a block of 32 elements with an E8M0 scale."""
+        return self.group_size == _MX_GROUP and self.scale_dtype == "e8m0"
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether a uint8 zero point stands beside each scale."""
+        return self.format.kind == "uint"
+
+    def groups(self, ic: int) -> int:
+        """Return how many scales a row of `ic` elements has.
+
+        Raises:
+            FormatError: the group size does not divide `ic`.
+        """
+        if self.group_size is None:
+            return 1
+        if ic % self.group_size:
+            raise FormatError(f"group size {self.group_size} does not divide the {ic} input channels")
+        return ic // self.group_size
+
+    def bits_per_weight(self, ic: int) -> float:
+        """Return stored bits for each weight of a row of `ic` elements, scales and padding counted."""
+        scale_bits = SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (8 if self.has_zero_point else 0)
+        padded = -(-ic // 32) * 32
+        return (padded * self.format.bits + self.groups(ic) * scale_bits) / ic
+
+    def key(self) -> str:
+        """Return a short text that names the scheme exactly, such as `fp6_e3m2:g128:float16`."""
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        return f"{self.format.name}:{group}:{self.scale_dtype}"
+
+    @staticmethod
+    @functools.cache
+    def from_key(key: str) -> Scheme:
+        """Return the scheme `key()` named."""
+        name, group, scale_dtype = key.split(":")
+        return Scheme(get(name), None if group == "row" else int(group[1:]), scale_dtype)
+
+
+def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None = None) -> Scheme:
+    """Return the scheme for a format name as users write it.
+
+    Args:
+        name: an element format (`fp6_e3m2`), or `mx` and one (`mxfp6_e3m2`: groups of 32 with E8M0 scales).
+        group_size: elements that share a scale; `None` is one scale a row (for `mx...`: 32).
+        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
+
+    Raises:
+        FormatError: unknown names, or options that contradict an `mx` format.
+    """
+    if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
+        near = did_you_mean(scale_dtype, SCALE_DTYPES)
+        raise FormatError(f"unknown scale dtype {scale_dtype!r}{near} (known: {', '.join(SCALE_DTYPES)})")
+    if group_size is not None and group_size < 1:
+        raise FormatError(f"group size {group_size} is not a positive number of elements")
+    if name.startswith("mx"):
+        if group_size not in (None, _MX_GROUP) or scale_dtype not in (None, "e8m0"):
+            raise FormatError(
+                f"{name} has groups of {_MX_GROUP} with e8m0 scales, not group size {group_size} with "
+                f"{scale_dtype or 'e8m0'} scales: use {name[2:]} for other scales"
+            )
+        element = get(name[2:])
+        if element.kind == "uint":
+            raise FormatError(f"unknown format {name!r}: a Microscaling block has no zero point")
+        return Scheme(element, _MX_GROUP, "e8m0")
+    element = get(name)
+    if element.kind == "uint" and scale_dtype == "e8m0":
+        raise FormatError(f"{name} has a zero point, which e8m0 scales do not take: use int{element.bits}")
+    return Scheme(element, group_size, scale_dtype or "float16")
+
+
+def scheme_names() -> tuple[str, ...]:
+    """Return every name `get_scheme` is commonly called with."""
+    return (*names(), "mxfp8_e4m3", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8")
+
+
+def scale_values(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Return stored scales [OC, G] as float32 numbers."""
+    if scheme.scale_dtype == "e8m0":
+        return torch.ldexp(torch.ones((), device=scale.device), scale.to(torch.int32) - _E8M0_BIAS)
+    return scale.to(torch.float32)
+
+
+def store_scales(wanted: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Round wanted scales to the scheme's scale dtype.
+
+    A positive scale never becomes zero: it is at least the dtype's smallest positive number, so that a row of tiny
+    weights does not vanish. E8M0 takes the next power of two up, so that no element saturates; a group of zeros gets
+    the smallest.
+
+    Args:
+        wanted: float32 [OC, G], not negative.
+
+    Returns:
+        [OC, G] in `SCALE_DTYPES[scheme.scale_dtype]`.
+
+    Raises:
+        FormatError: a scale is beyond the dtype's maximum.
+    """
+    if scheme.scale_dtype == "e8m0":
+        mantissa, exponent = torch.frexp(wanted)
+        power = exponent - (mantissa == 0.5).to(exponent.dtype)
+        power = torch.where(wanted > 0, power, -_E8M0_BIAS)
+        if int(power.max()) > _E8M0_BIAS:
+            raise FormatError(f"a scale of {float(wanted.max()):.3g} is beyond e8m0's largest, 2^127")
+        return (power.clamp_min(-_E8M0_BIAS) + _E8M0_BIAS).to(torch.uint8)
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    info = torch.finfo(dtype)
+    if wanted.numel() and float(wanted.max()) > info.max:
+        raise FormatError(
+            f"a scale of {float(wanted.max()):.3g} is beyond {scheme.scale_dtype}'s largest, {info.max:g}: "
+            "use bfloat16 or float32 scales"
+        )
+    stored = wanted.to(dtype)
+    vanished = (stored == 0) & (wanted > 0)
+    return torch.where(vanished, torch.full_like(stored, info.smallest_normal * info.eps), stored)

@@ -1,0 +1,85 @@
+"""Every environment variable Tersor reads, once: name, type, default, one sentence.
+
+A malformed value is an error that names the variable; an unset or empty variable gives the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One environment variable; `parse` turns its text into a value or raises ValueError."""
+
+    name: str
+    default: Any
+    parse: Callable[[str], Any]
+    expects: str
+    meaning: str
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            name="TERSOR_CACHE_DIR",
+            default=Path.home() / ".cache" / "tersor",
+            parse=lambda text: Path(text).expanduser(),
+            expects="a directory",
+            meaning="Where compiled kernels are kept.",
+        ),
+        Setting(
+            name="TERSOR_KERNEL",
+            default="auto",
+            parse=_one_of("auto", "reference"),
+            expects="auto or reference",
+            meaning="Set to reference to serve every linear by decoding and a plain product.",
+        ),
+        Setting(
+            name="TERSOR_JIT_JOBS",
+            default=min(8, os.cpu_count() or 1),
+            parse=_positive_int,
+            expects="a positive integer",
+            meaning="How many kernels are compiled at the same time.",
+        ),
+    )
+}
+
+
+def get(name: str) -> Any:
+    """Return the value of the environment variable `name`, or its default.
+
+    Raises:
+        InputError: the variable's text is not of its type.
+    """
+    setting = SETTINGS[name]
+    text = os.environ.get(name, "")
+    if not text:
+        return setting.default
+    try:
+        return setting.parse(text)
+    except ValueError:
+        raise InputError(f"environment variable {name} is {text!r}: expected {setting.expects}") from None
