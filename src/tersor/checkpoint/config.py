@@ -1,0 +1,188 @@
+"""What does `quantization_config` in config.json say? Parsed strictly, written plainly, asked by module name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tersor.errors import CheckpointError, FormatError, InputError, did_you_mean
+from tersor.formats import Scheme, get_scheme
+
+QUANT_METHOD = "tersor"
+VERSION = 1
+_REQUIRED = ("quant_method", "version", "format")
+_KEYS = (*_REQUIRED, "group_size", "scale_dtype", "overrides", "ignore", "provenance")
+_SCHEME_KEYS = ("format", "group_size", "scale_dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A scheme for the modules whose name a regular expression finds."""
+
+    pattern: str
+    scheme: Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """Which module is stored how.
+
+    Attributes:
+        scheme: of every linear module that nothing else speaks of.
+        overrides: the first whose pattern `re.search` finds in the module name decides.
+        ignore: patterns of modules left as they are; they win over overrides.
+        provenance: who made the checkpoint, from what, how: free text values.
+    """
+
+    scheme: Scheme
+    overrides: tuple[Override, ...] = ()
+    ignore: tuple[str, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def resolve(self, module: str) -> Scheme | None:
+        """Return the scheme of a linear module (its name without `.weight`), or `None` where it is left alone."""
+        if any(re.search(pattern, module) for pattern in self.ignore):
+            return None
+        for override in self.overrides:
+            if re.search(override.pattern, module):
+                return override.scheme
+        return self.scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the value of `quantization_config`, ready for JSON."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": VERSION,
+            **scheme_to_dict(self.scheme),
+            "overrides": {override.pattern: scheme_to_dict(override.scheme) for override in self.overrides},
+            "ignore": list(self.ignore),
+            "provenance": dict(self.provenance),
+        }
+
+    @staticmethod
+    def from_dict(raw: Any) -> QuantizationConfig:
+        """Parse the value of `quantization_config`.
+
+        Raises:
+            CheckpointError: another method, a newer version, unknown or missing keys, values of the wrong type.
+            FormatError: unknown formats.
+        """
+        where = "quantization_config"
+        if not isinstance(raw, Mapping):
+            raise CheckpointError(f"{where} is {raw!r}, not an object")
+        method = raw.get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointError(f"{where}: quant_method is {method!r}, not {QUANT_METHOD!r}")
+        version = raw.get("version")
+        if type(version) is not int or version < 1:
+            raise CheckpointError(f"{where}: version is {version!r}, not a positive whole number")
+        if version > VERSION:
+            raise CheckpointError(
+                f"the checkpoint has {where} version {version} and this Tersor reads up to version {VERSION}: update it"
+            )
+        _check_keys(raw, _KEYS, _REQUIRED, where)
+        overrides = raw.get("overrides") or {}
+        ignore = raw.get("ignore") or []
+        provenance = raw.get("provenance") or {}
+        if not isinstance(overrides, Mapping):
+            raise CheckpointError(f"{where}: overrides is {overrides!r}, not an object of patterns")
+        if not isinstance(ignore, Sequence) or isinstance(ignore, str):
+            raise CheckpointError(f"{where}: ignore is {ignore!r}, not a list of patterns")
+        if not isinstance(provenance, Mapping):
+            raise CheckpointError(f"{where}: provenance is {provenance!r}, not an object")
+        return QuantizationConfig(
+            scheme=_scheme({key: raw.get(key) for key in _SCHEME_KEYS}, where),
+            overrides=tuple(
+                Override(check_pattern(pattern, f"{where}: overrides"), _scheme(entry, f"{where}: override {pattern!r}"))
+                for pattern, entry in overrides.items()
+            ),
+            ignore=tuple(check_pattern(pattern, f"{where}: ignore") for pattern in ignore),
+            provenance={str(key): str(value) for key, value in provenance.items()},
+        )
+
+
+def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
+    """Return a scheme as three JSON values."""
+    return {"format": scheme.name, "group_size": scheme.group_size, "scale_dtype": scheme.scale_dtype}
+
+
+def check_pattern(pattern: Any, where: str) -> str:
+    """Return `pattern` when it is a regular expression.
+
+    Raises:
+        InputError: it is not; the message says where it stands and what is wrong with it.
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise InputError(f"{where}: {pattern!r} is not a pattern")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def parse_override(
+    text: str, group_size: int | None = None, scale_dtype: str | None = None
+) -> Override:
+    """Parse `REGEX=FORMAT`, where FORMAT may be followed by `:g64` or `:row` and by `:SCALE_DTYPE`.
+
+    Args:
+        text: what the user wrote.
+        group_size, scale_dtype: used where the text names none and the format does not fix them (`mx...` does).
+
+    Raises:
+        InputError: no `=`, a broken pattern, or an unknown format.
+    """
+    pattern, separator, value = text.rpartition("=")
+    if not separator or not pattern or not value:
+        raise InputError(f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'")
+    return Override(check_pattern(pattern, "override"), parse_scheme(value, group_size, scale_dtype, f"override {text!r}"))
+
+
+def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Scheme:
+    """Parse `FORMAT[:gN|:row][:SCALE_DTYPE]`; what it does not name comes from the arguments."""
+    name, *details = text.split(":")
+    if name.startswith("mx"):
+        group_size, scale_dtype = None, None
+    for detail in details:
+        if detail == "row":
+            group_size = None
+        elif re.fullmatch(r"g\d+", detail):
+            group_size = int(detail[1:])
+        else:
+            scale_dtype = detail
+    try:
+        return get_scheme(name, group_size, scale_dtype)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _scheme(entry: Any, where: str) -> Scheme:
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"{where} is {entry!r}, not an object")
+    _check_keys(entry, _SCHEME_KEYS, ("format",), where)
+    name, group_size, scale_dtype = (entry.get(key) for key in _SCHEME_KEYS)
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where}: format is {name!r}, not a name")
+    if group_size is not None and type(group_size) is not int:
+        raise CheckpointError(f"{where}: group_size is {group_size!r}, not a whole number or null")
+    if scale_dtype is not None and not isinstance(scale_dtype, str):
+        raise CheckpointError(f"{where}: scale_dtype is {scale_dtype!r}, not a name")
+    try:
+        return get_scheme(name, group_size, scale_dtype)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _check_keys(raw: Mapping[str, Any], known: Iterable[str], required: Iterable[str], where: str) -> None:
+    known = tuple(known)
+    unknown = [key for key in raw if key not in known]
+    if unknown:
+        near = did_you_mean(str(unknown[0]), known)
+        names = ", ".join(repr(key) for key in unknown)
+        raise CheckpointError(f"{where}: unknown key {names}{near} (known: {', '.join(known)})")
+    missing = [key for key in required if key not in raw]
+    if missing:
+        raise CheckpointError(f"{where}: {', '.join(missing)} missing")

@@ -1,0 +1,158 @@
+"""How are tensors read from a safetensors file? By `pread`, a block at a time: nothing is mapped, nothing is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from tersor.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorSpec, parse
+from tersor.errors import CheckpointError
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""safetensors dtype name -> torch dtype, where torch has one."""
+
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""The way back."""
+
+_LENGTH_BYTES = 8
+
+
+class SafetensorsFile:
+    """An open safetensors file. Reads are positioned, so several threads may read at once.
+
+    Attributes:
+        path: where it is.
+        tensors: what is in it, in the order of the bytes.
+        metadata: the free text in its header.
+        header_digest: SHA-256 of the header, which names every tensor and its place.
+        nbytes: size of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file and check its header.
+
+        Raises:
+            CheckpointError: it cannot be opened, is truncated, or is not a safetensors file.
+        """
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"cannot open {path}: {error.strerror}") from None
+        try:
+            self._read_header()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _read_header(self) -> None:
+        self.nbytes = os.fstat(self._fd).st_size
+        start = self._read_bytes(0, min(_LENGTH_BYTES, self.nbytes))
+        if start[:7] == b"version":
+            raise CheckpointError(
+                f"{self.path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
+            )
+        if len(start) < _LENGTH_BYTES:
+            raise CheckpointError(
+                f"{self.path} holds {self.nbytes} bytes, too few for a safetensors file: download it again"
+            )
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{self.path} is not a safetensors file: it claims a header of {length} bytes (2 to {MAX_HEADER_BYTES})"
+            )
+        if _LENGTH_BYTES + length > self.nbytes:
+            raise CheckpointError(
+                f"{self.path} is truncated inside its header ({self.nbytes} of at least {_LENGTH_BYTES + length} "
+                "bytes): download it again"
+            )
+        raw = self._read_bytes(_LENGTH_BYTES, length)
+        self._data_start = _LENGTH_BYTES + length
+        self.header_digest = hashlib.sha256(raw).hexdigest()
+        self.tensors, self.metadata = parse(raw, self.nbytes - self._data_start, str(self.path))
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_into(self, spec: TensorSpec, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of a tensor from byte `start` of the tensor on.
+
+        Raises:
+            CheckpointError: the disk does not give them.
+        """
+        position = self._data_start + spec.offset + start
+        while len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer], position)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {spec.name!r} from {self.path}: {error.strerror}") from None
+            if count == 0:
+                raise CheckpointError(f"{self.path} ends inside tensor {spec.name!r}: it changed while it was read")
+            buffer = buffer[count:]
+            position += count
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """Read a tensor, or rows `first` to `last` (exclusive) of its first axis, into memory of its own.
+
+        Raises:
+            CheckpointError: no such tensor, no torch dtype for it, or the disk does not give it.
+        """
+        spec = self.tensors.get(name)
+        if spec is None:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
+        dtype = TORCH_DTYPES.get(spec.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{self.path}: torch has no dtype for {spec.dtype}, that of tensor {name!r}")
+        shape, start = spec.shape, 0
+        if rows is not None:
+            row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
+            shape, start = (rows[1] - rows[0], *spec.shape[1:]), rows[0] * row_bytes
+        result = torch.empty(shape, dtype=dtype)
+        if result.numel():
+            flat = result.reshape(-1).view(torch.uint8)
+            self.read_into(spec, start, memoryview(flat.numpy()))
+        return result
+
+    def _read_bytes(self, start: int, count: int) -> bytes:
+        try:
+            return os.pread(self._fd, count, start)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
+
+
+def element_bytes(dtype: str) -> int:
+    """Return the bytes of one element of a safetensors dtype of whole bytes."""
+    return DTYPE_BITS[dtype] // 8
