@@ -19,6 +19,9 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 """Scale dtype name -> dtype it is stored in. An `e8m0` byte b means 2^(b-127) (OCP Microscaling v1.0, section 5.4)."""
 
 _E8M0_BIAS = 127
+_E8M0_SMALLEST = 0x00400000
+"""The bits of float32 2^-127, a subnormal; every larger power of two is its exponent field alone."""
+
 _MX_GROUP = 32
 
 
@@ -124,7 +127,8 @@ def scheme_names() -> tuple[str, ...]:
 def scale_values(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Return stored scales [OC, G] as float32 numbers."""
     if scheme.scale_dtype == "e8m0":
-        return torch.ldexp(torch.ones((), device=scale.device), scale.to(torch.int32) - _E8M0_BIAS)
+        exponent = scale.to(torch.int32)
+        return torch.where(exponent == 0, _E8M0_SMALLEST, exponent << 23).view(torch.float32)
     return scale.to(torch.float32)
 
 

@@ -1,0 +1,78 @@
+// Packed tiles to a dense 16-bit matrix: scratch[rows, IC] for a range of row blocks, for a product by cuBLAS.
+//
+// With one scale a row the decoded values are written without it (they are exact in 16 bits; the epilogue multiplies
+// the float32 product); scales in groups are applied here and the value is rounded once. One warp takes one block.
+//
+// Parameters: BITS and DECODE_* (decode.cuh), BF16, SCALE_GROUPS.
+#pragma once
+
+#include "ptx.cuh"
+#include "decode.cuh"
+#include "tile.cuh"
+
+namespace dequantize {
+
+constexpr bool kBf16 = BF16;
+constexpr int kWarps = 4;
+constexpr int kGroups = SCALE_GROUPS;
+constexpr int kStepsOfScale = kGroups > 0 ? tile::kSteps / kGroups : tile::kSteps;
+constexpr int kRowWords = tile::kColumns / 2 + 4;  // 16 bytes of padding against bank conflicts
+
+__device__ __forceinline__ u32 scaled(u32 pair, float scale) {
+    const u32 low = ptx::narrow<kBf16>(ptx::widen<kBf16>(static_cast<u16>(pair)) * scale);
+    const u32 high = ptx::narrow<kBf16>(ptx::widen<kBf16>(static_cast<u16>(pair >> 16)) * scale);
+    return low | high << 16;
+}
+
+}  // namespace dequantize
+
+extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) tersor_dequantize(
+    const char* __restrict__ weight,
+    const float* __restrict__ scale,
+    u16* __restrict__ scratch,  // [row blocks of this call * 16, IC]
+    int first_row_block,
+    int rows,                   // rows of scratch to write
+    int ic,
+    float factor) {
+    using namespace dequantize;
+    __shared__ __align__(16) u32 exchange[kWarps][tile::kRows][kRowWords];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int blocks = (ic + tile::kColumns - 1) / tile::kColumns;
+    const int column_block = blockIdx.x * kWarps + warp;
+    if (column_block >= blocks) return;
+    const long long block = static_cast<long long>(first_row_block + blockIdx.y) * blocks + column_block;
+
+    u32 words[tile::kLaneWords];
+    tile::load_lane(words, weight + block * tile::kBytes, lane);
+    u32 pairs[decode::kPairs];
+#pragma unroll
+    for (int step = 0; step < tile::kSteps; ++step) {
+        const int first_pair = step * 4 % decode::kPairs;
+        if (first_pair == 0) decode::extract(pairs, words + step * 4 / decode::kPairs * decode::kWords);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 pair = decode::finish<kBf16>(pairs[first_pair + i]);
+            const int row = lane / 4 + i % 2 * 8;
+            if constexpr (kGroups > 0) {
+                const long long group = block * kGroups + step / kStepsOfScale;
+                pair = scaled(pair, scale[group * tile::kRows + row] * factor);
+            }
+            exchange[warp][row][step * 8 + i / 2 * 4 + lane % 4] = pair;
+        }
+    }
+    __syncwarp();
+    const u16* tile_values = reinterpret_cast<const u16*>(exchange[warp]);
+    for (int index = lane; index < tile::kRows * tile::kColumns / 8; index += 32) {
+        const int row = index / (tile::kColumns / 8), column = index % (tile::kColumns / 8) * 8;
+        const int target_row = blockIdx.y * tile::kRows + row;
+        const int channel = column_block * tile::kColumns + column;
+        if (target_row >= rows || channel >= ic) continue;
+        const u16* source = tile_values + row * 2 * kRowWords + column;
+        u16* target = scratch + static_cast<long long>(target_row) * ic + channel;
+        if (ic % 8 == 0) {
+            *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
+        } else {
+            for (int i = 0; i < min(8, ic - channel); ++i) target[i] = source[i];
+        }
+    }
+}

@@ -1,0 +1,222 @@
+// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias for few tokens (N <= N_TILE): weights are decoded in registers and feed
+// mma.sync directly; sums are float32; scales are applied to the sums. Runs on sm_80 and newer.
+//
+//               input channels, in blocks of 128 ->
+//     16 rows   warp 0   [block][block]... | [block][block]...
+//     16 rows   warp 1   [block][block]... | [block][block]...
+//     ..                     split 0       |     split 1            one CTA = 8 warps = 128 rows of one split
+//
+// A CTA walks its split through a ring of STAGES shared-memory slots filled by cp.async; a slot holds one block for
+// each warp and the activations of those 128 channels. Splits add up in a float32 workspace: the CTA that arrives
+// last adds the parts in their order, so the result does not depend on who that was.
+//
+// Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
+// SCALE_GROUPS (scales of one row in a block; 0: one scale a row, applied at the end), X_VECTOR (1: rows of x start on
+// 16 bytes, 0: element loads).
+#pragma once
+
+#include "ptx.cuh"
+#include "decode.cuh"
+#include "tile.cuh"
+
+namespace linear {
+
+constexpr bool kBf16 = BF16;
+constexpr int kTokens = N_TILE;
+constexpr int kTokenTiles = kTokens / 8;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStages = STAGES;
+constexpr int kGroups = SCALE_GROUPS;
+constexpr int kRows = tile::kRows * kWarps;
+
+constexpr int kXStride = tile::kColumns + 8;  // elements; 16 bytes of padding keep ldmatrix free of bank conflicts
+constexpr int kScaleBytes = kGroups * tile::kRows * 4;
+constexpr int kWarpBytes = tile::kBytes + kScaleBytes;
+constexpr int kStageBytes = kWarps * kWarpBytes + kTokens * kXStride * 2;
+constexpr int kSumStride = kRows + 4;  // floats
+
+static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64, "N_TILE is 8, 16, 32 or 64");
+static_assert(kStages >= 2, "a ring needs two slots");
+static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
+static_assert(kStages * kStageBytes >= kTokens * kSumStride * 4, "the sums are exchanged through the ring");
+
+struct Problem {
+    const char* weight;     // blocks of packed codes
+    const float* scale;     // [rows padded to 16] or, in groups, [row blocks][blocks][SCALE_GROUPS][16]
+    const u16* x;
+    long long x_stride;     // elements between rows of x
+    int oc, ic, n;
+    int blocks;             // blocks of 128 input channels
+};
+
+// Starts the copy of this warp's block (weights and scales) of one stage into its part of the slot.
+__device__ __forceinline__ void copy_block(const Problem& p, char* slot, long long block, int lane, u64 policy) {
+    tile::copy_lane(ptx::shared_address(slot), p.weight + block * tile::kBytes, lane, policy);
+    if constexpr (kGroups > 0) {
+        const char* scales = reinterpret_cast<const char*>(p.scale) + block * kScaleBytes;
+        for (int offset = lane * 16; offset < kScaleBytes; offset += 32 * 16) {
+            ptx::copy_async_16_once(ptx::shared_address(slot + tile::kBytes + offset), scales + offset, policy);
+        }
+    }
+}
+
+// Starts the copy of the activations of one stage; what lies beyond N or IC becomes zero.
+__device__ __forceinline__ void copy_activations(const Problem& p, u16* slot, int stage) {
+    constexpr int kChunks = tile::kColumns / 8;
+    for (int index = threadIdx.x; index < kTokens * kChunks; index += kThreads) {
+        const int token = index / kChunks;
+        const int column = index % kChunks * 8;
+        const int channel = stage * tile::kColumns + column;
+        const int valid = token < p.n ? max(0, min(8, p.ic - channel)) : 0;
+        const u16* source = p.x + (valid > 0 ? token * p.x_stride + channel : 0);
+        u16* target = slot + token * kXStride + column;
+        if constexpr (X_VECTOR) {
+            ptx::copy_async_16_zero_fill(ptx::shared_address(target), source, 2 * valid);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) target[i] = i < valid ? source[i] : u16(0);
+        }
+    }
+}
+
+// One block of 128 channels: decode, multiply, and (in groups) scale.
+__device__ __forceinline__ void multiply_block(
+    float (&sums)[kTokenTiles][4], const char* weights, const u16* x, int lane) {
+    u32 words[tile::kLaneWords];
+    tile::load_lane(words, weights, lane);
+    const float* scales = reinterpret_cast<const float*>(weights + tile::kBytes) + lane / 4;
+    const u32 x_lane = ptx::shared_address(x + lane % 8 * kXStride + lane / 8 * 8);
+    constexpr int kStepsOfScale = kGroups > 0 ? tile::kSteps / kGroups : tile::kSteps;
+    float part[kTokenTiles][4];
+    u32 pairs[decode::kPairs];
+    u32 b[kTokenTiles][4];
+#pragma unroll
+    for (int step = 0; step < tile::kSteps; ++step) {
+        const int first_pair = step * 4 % decode::kPairs;
+        if (first_pair == 0) {
+            decode::extract(pairs, words + step * 4 / decode::kPairs * decode::kWords);
+#pragma unroll
+            for (int i = 0; i < decode::kPairs; ++i) pairs[i] = decode::finish<kBf16>(pairs[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+            // One ldmatrix.x4 serves the B fragments of two steps.
+            if (step % 2 == 0) ptx::load_matrices(b[i], x_lane + (i * 8 * kXStride + step * 16) * 2);
+            if constexpr (kGroups > 0) {
+                if (step % kStepsOfScale == 0) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
+            }
+            ptx::multiply_add<kBf16>(
+                kGroups > 0 ? part[i] : sums[i], pairs + first_pair, b[i][step % 2 * 2], b[i][step % 2 * 2 + 1]);
+        }
+        if constexpr (kGroups > 0) {
+            if (step % kStepsOfScale == kStepsOfScale - 1) {
+                const float low = scales[step / kStepsOfScale * tile::kRows];
+                const float high = scales[step / kStepsOfScale * tile::kRows + 8];
+#pragma unroll
+                for (int i = 0; i < kTokenTiles; ++i) {
+                    sums[i][0] += low * part[i][0];
+                    sums[i][1] += low * part[i][1];
+                    sums[i][2] += high * part[i][2];
+                    sums[i][3] += high * part[i][3];
+                }
+            }
+        }
+    }
+}
+
+}  // namespace linear
+
+extern "C" __global__ void __launch_bounds__(linear::kThreads) tersor_linear(
+    const char* __restrict__ weight,
+    const float* __restrict__ scale,
+    const u16* __restrict__ x,
+    const u16* __restrict__ bias,  // [OC] or null
+    u16* __restrict__ y,           // [N, OC], contiguous
+    float* partial,                // [row tiles][splits][N][128]; unused with one split
+    u32* arrived,                  // [row tiles], zero before and after; unused with one split
+    long long x_stride,
+    int oc,
+    int ic,
+    int n,
+    float factor) {                // the power of two that the decoded weights still lack
+    using namespace linear;
+    extern __shared__ __align__(128) char ring[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row_tile = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
+    const int blocks = (ic + tile::kColumns - 1) / tile::kColumns;
+    const Problem problem{weight, scale, x, x_stride, oc, ic, n, blocks};
+    const int first = static_cast<int>(static_cast<long long>(blocks) * split / splits);
+    const int last = static_cast<int>(static_cast<long long>(blocks) * (split + 1) / splits);
+
+    // Warps beyond the last row block read that block again; their rows are not stored.
+    const int row_blocks = (oc + tile::kRows - 1) / tile::kRows;
+    const int row_block = min(row_tile * kWarps + warp, row_blocks - 1);
+    const long long first_block = static_cast<long long>(row_block) * blocks;
+    const u64 policy = ptx::evict_first_policy();
+
+    const auto issue = [&](int stage) {
+        if (stage < last) {
+            char* slot = ring + (stage - first) % kStages * kStageBytes;
+            copy_block(problem, slot + warp * kWarpBytes, first_block + stage, lane, policy);
+            copy_activations(problem, reinterpret_cast<u16*>(slot + kWarps * kWarpBytes), stage);
+        }
+        ptx::copy_async_commit();
+    };
+
+    float sums[kTokenTiles][4] = {};
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) issue(first + i);
+    for (int stage = first; stage < last; ++stage) {
+        ptx::copy_async_wait<kStages - 2>();
+        __syncthreads();  // everybody's copies of this stage have arrived, everybody has left the slot refilled next
+        issue(stage + kStages - 1);
+        const char* slot = ring + (stage - first) % kStages * kStageBytes;
+        multiply_block(
+            sums, slot + warp * kWarpBytes, reinterpret_cast<const u16*>(slot + kWarps * kWarpBytes), lane);
+    }
+
+    // Fragments to [token][row] in shared memory, so that stores run along the rows.
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    float* exchange = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int token = i * 8 + lane % 4 * 2 + j % 2;
+            exchange[token * kSumStride + warp * tile::kRows + lane / 4 + j / 2 * 8] = sums[i][j];
+        }
+    }
+    __syncthreads();
+
+    const int values = n * kRows;
+    if (splits > 1) {
+        float* parts = partial + static_cast<long long>(row_tile) * splits * values;
+        for (int i = threadIdx.x; i < values; i += kThreads) {
+            parts[split * values + i] = exchange[i / kRows * kSumStride + i % kRows];
+        }
+        __threadfence();
+        __syncthreads();
+        __shared__ bool is_last;
+        if (threadIdx.x == 0) is_last = ptx::arrive(arrived + row_tile) == splits - 1;
+        __syncthreads();
+        if (!is_last) return;
+        __threadfence();
+        if (threadIdx.x == 0) arrived[row_tile] = 0;
+        for (int i = threadIdx.x; i < values; i += kThreads) {
+            float sum = 0.0f;
+            for (int part = 0; part < splits; ++part) sum += __ldcg(parts + part * values + i);
+            exchange[i / kRows * kSumStride + i % kRows] = sum;
+        }
+        __syncthreads();
+    }
+    for (int i = threadIdx.x; i < values; i += kThreads) {
+        const int token = i / kRows, row = row_tile * kRows + i % kRows;
+        if (row >= oc) continue;
+        float value = exchange[token * kSumStride + i % kRows];
+        value *= kGroups == 0 ? scale[row] * factor : factor;
+        if (bias != nullptr) value += ptx::widen<kBf16>(bias[row]);
+        y[static_cast<long long>(token) * oc + row] = ptx::narrow<kBf16>(value);
+    }
+}

@@ -1,0 +1,123 @@
+// One function per PTX instruction, named for its effect. No CUDA toolkit header is needed.
+#pragma once
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+namespace ptx {
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    u64 address;
+    asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
+    return static_cast<u32>(address);
+}
+
+// Weights are read once: tell L2 to drop them first.
+__device__ __forceinline__ u64 evict_first_policy() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void copy_async_16_once(u32 shared, const void* global, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "l"(policy)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_8_once(u32 shared, const void* global, u64 policy) {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "l"(policy)
+                 : "memory");
+}
+
+// Copies the first `bytes` (0 to 16) and fills the rest of the 16 with zeros.
+__device__ __forceinline__ void copy_async_16_zero_fill(u32 shared, const void* global, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(u32 (&fragment)[4], u32 shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
+// D[16, 8] += A[16, 16] * B[16, 8] in float32; PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16".
+template <bool kBf16>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const u32* a, u32 b0, u32 b1) {
+    if constexpr (kBf16) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+// Elementwise a * b + c on two packed 16-bit floats; subnormals are kept.
+template <bool kBf16>
+__device__ __forceinline__ u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
+    u32 d;
+    if constexpr (kBf16) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    } else {
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    }
+    return d;
+}
+
+template <bool kBf16>
+__device__ __forceinline__ float widen(u16 value) {
+    float wide;
+    if constexpr (kBf16) {
+        wide = __uint_as_float(static_cast<u32>(value) << 16);
+    } else {
+        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
+    }
+    return wide;
+}
+
+template <bool kBf16>
+__device__ __forceinline__ u16 narrow(float value) {
+    u16 result;
+    if constexpr (kBf16) {
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    } else {
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    }
+    return result;
+}
+
+__device__ __forceinline__ void store_u16(void* global, u16 value) {
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(global), "h"(value) : "memory");
+}
+
+__device__ __forceinline__ u16 load_u16(const void* global) {
+    u16 value;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(value) : "l"(global));
+    return value;
+}
+
+// Counts this arrival and returns how many came before; orders this thread's earlier writes before it.
+__device__ __forceinline__ u32 arrive(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+}  // namespace ptx

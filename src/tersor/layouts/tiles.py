@@ -1,0 +1,164 @@
+"""Kernel tiles: the packed codes in the order in which the tensor cores' lanes read them.
+
+A block is 16 output rows by 128 input channels. Lane l = 4 g + t holds, for each of the block's eight k16 steps, the
+A fragment of mma.m16n8k16 (PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16"): four registers of two weights, rows g
+and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. These 32 registers are packed, a decode group at a time, into 2 * bits
+words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width ends with a plane of
+two, so that a warp's loads are contiguous. Blocks follow each other along IC, then along OC; OC is padded to 16 and IC
+to 128 with codes of zero.
+
+Layout names are `tiles_float16` and `tiles_bfloat16`: the tables differ with the dtype decoded to.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.formats import ElementFormat, Scheme, scale_values, store_scales
+from tersor.layouts import lanes
+
+ROWS = 16
+COLUMNS = 128
+_STEPS = COLUMNS // 16
+_REGISTERS = 4 * _STEPS
+_LANES = 32
+_CHUNK_BLOCKS = 1 << 14
+"""Blocks packed at a time: bounds the scratch memory to about 1 GB of int32 registers."""
+
+LAYOUTS = {f"tiles_{target}": target for target in lanes.TARGETS}
+"""Layout name -> decode target."""
+
+
+def row_blocks(oc: int) -> int:
+    """Return how many blocks cover `oc` rows."""
+    return -(-oc // ROWS)
+
+
+def column_blocks(ic: int) -> int:
+    """Return how many blocks cover `ic` channels."""
+    return -(-ic // COLUMNS)
+
+
+def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
+    """Pack codes into tiles.
+
+    Args:
+        codes: uint8 [OC, IC].
+        fmt: their format.
+        target: `float16` or `bfloat16`, the dtype the kernel decodes to.
+
+    Returns:
+        int32 [row blocks * column blocks * 64 * bits], flat, on the same device.
+    """
+    oc, ic = codes.shape
+    group = lanes.lane(fmt, target)
+    down, across = row_blocks(oc), column_blocks(ic)
+    step = max(1, _CHUNK_BLOCKS // across)
+    chunks = []
+    for first in range(0, down, step):
+        rows = codes[first * ROWS : (first + step) * ROWS]
+        chunks.append(_pack_rows(rows, across, fmt, target, group))
+    return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _pack_rows(
+    codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane
+) -> torch.Tensor:
+    padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % ROWS)
+    padded = torch.nn.functional.pad(codes, padding, value=fmt.zero_code)
+    # row = 8 i + g, channel = 16 step + 8 half + 2 t + e; register 4 step + 2 half + i of lane 4 g + t
+    axes = padded.view(-1, 2, 8, across, _STEPS, 2, 4, 2)
+    fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
+    halves = lanes.place(fragments, fmt, target)
+    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(-1, _LANES, _REGISTERS // group.pairs, group.pairs)
+    words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
+    for index, sources in enumerate(lanes.packing(group)):
+        for register, turn, mask in sources:
+            words[..., index] ^= lanes.rotate(registers[..., register], turn) & lanes.signed(mask)
+    lane_words = words.view(-1, _LANES, 2 * fmt.bits)
+    quads = 2 * fmt.bits // 4 * 4
+    planes = lane_words[..., :quads].reshape(-1, _LANES, quads // 4, 4).transpose(1, 2).flatten(1)
+    tail = lane_words[..., quads:].flatten(1)
+    return torch.cat((planes, tail), dim=1).reshape(-1)
+
+
+def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[int, int]) -> torch.Tensor:
+    """Undo `pack`: return the uint8 codes [OC, IC]."""
+    oc, ic = shape
+    across = column_blocks(ic)
+    group = lanes.lane(fmt, target)
+    rows_of_blocks = tiles.view(row_blocks(oc), -1)
+    step = max(1, _CHUNK_BLOCKS // across)
+    chunks = [
+        _unpack_rows(rows_of_blocks[first : first + step], across, fmt, target, group)
+        for first in range(0, row_blocks(oc), step)
+    ]
+    codes = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+    return codes[:oc, :ic].contiguous()
+
+
+def _unpack_rows(
+    tiles: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane
+) -> torch.Tensor:
+    blocks = tiles.reshape(-1, 64 * fmt.bits)
+    quads = 2 * fmt.bits // 4 * 4
+    planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
+    tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
+    words = torch.cat((planes, tail), dim=2).view(-1, _LANES, _REGISTERS // group.pairs, group.words)
+    mask = lanes.signed(group.mask)
+    registers = []
+    for sources in group.outputs():
+        value = torch.zeros_like(words[..., 0])
+        for word, turn in sources:
+            value ^= lanes.rotate(words[..., word], turn)
+        registers.append(value & mask)
+    pairs = torch.stack(registers, dim=-1)
+    halves = torch.stack((pairs & 0xFFFF, (pairs >> 16) & 0xFFFF), dim=-1)
+    codes = lanes.unplace(halves, fmt, target).to(torch.uint8)
+    axes = codes.view(-1, across, 8, 4, _STEPS, 2, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7)
+    return axes.reshape(-1, across * COLUMNS)
+
+
+def scales_in_block(group_size: int | None) -> int:
+    """Return how many scales of one row a block carries; 0 for one scale a row.
+
+    A group that is no divisor or multiple of 128 is cut into pieces that are: each piece carries the scale again.
+
+    Raises:
+        ValueError: the group size is not a multiple of 16, which the kernels' k16 steps need.
+    """
+    if group_size is None:
+        return 0
+    piece = _greatest_piece(group_size)
+    if piece % 16:
+        raise ValueError(f"group size {group_size} is not a multiple of 16")
+    return COLUMNS // piece
+
+
+def _greatest_piece(group_size: int) -> int:
+    """Return the largest power of two that divides both the group and a block."""
+    return min(group_size & -group_size, COLUMNS)
+
+
+def pack_scales(scale: torch.Tensor, scheme: Scheme, ic: int) -> torch.Tensor:
+    """Return scales as the kernels read them: float32, [rows padded to 16], or [row blocks, blocks, S, 16] in groups."""
+    values = scale_values(scale, scheme)
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % ROWS))
+    if scheme.group_size is None:
+        return padded.reshape(-1)
+    piece = COLUMNS // scales_in_block(scheme.group_size)
+    pieces = padded.repeat_interleave(scheme.group_size // piece, dim=1)
+    across = column_blocks(ic) * (COLUMNS // piece)
+    pieces = torch.nn.functional.pad(pieces, (0, across - pieces.shape[1]))
+    return pieces.view(-1, ROWS, column_blocks(ic), COLUMNS // piece).permute(0, 2, 3, 1).reshape(-1)
+
+
+def unpack_scales(packed: torch.Tensor, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor:
+    """Undo `pack_scales`: return [OC, G] in the scheme's scale dtype; exact."""
+    oc, ic = shape
+    if scheme.group_size is None:
+        return store_scales(packed.view(-1, 1)[:oc], scheme)
+    piece = COLUMNS // scales_in_block(scheme.group_size)
+    axes = packed.view(row_blocks(oc), column_blocks(ic), COLUMNS // piece, ROWS).permute(0, 3, 1, 2)
+    pieces = axes.reshape(row_blocks(oc) * ROWS, -1)[:oc, : ic // piece]
+    return store_scales(pieces[:, :: scheme.group_size // piece], scheme)

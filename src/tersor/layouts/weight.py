@@ -1,0 +1,98 @@
+"""A compressed weight in memory: codes in some layout, scales, and what they mean together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tersor.compress import Encoded
+from tersor.formats import Scheme, scale_values
+from tersor.layouts import stream, tiles
+
+STREAM = "stream"
+"""The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.tiles`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [OC, IC] as packed codes and scales.
+
+    Attributes:
+        scheme: what codes and scales mean.
+        shape: (OC, IC).
+        data: int32; [OC, words] in the stored stream, flat in a kernel layout.
+        scale: [OC, G] in the scheme's scale dtype; in a kernel layout float32, flat (`tiles.pack_scales`).
+        zero_point: uint8 [OC, G] for `uint` formats, else `None`.
+        layout: `stream`, or the name of a kernel layout.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    layout: str = STREAM
+
+    @staticmethod
+    def from_encoded(encoded: Encoded, scheme: Scheme) -> PackedWeight:
+        """Pack codes into the stored stream."""
+        oc, ic = encoded.codes.shape
+        packed = stream.pack(encoded.codes, scheme.format.bits)
+        return PackedWeight(scheme, (oc, ic), packed, encoded.scale, encoded.zero_point)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points in memory."""
+        tensors = (self.data, self.scale, self.zero_point)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to_layout(self, layout: str) -> PackedWeight:
+        """Return the same weight in another layout; exact, and undone by going back."""
+        if layout == self.layout:
+            return self
+        fmt, codes, scale = self.scheme.format, self.codes(), self.stored_scale()
+        if layout == STREAM:
+            data = stream.pack(codes, fmt.bits)
+        else:
+            data = tiles.pack(codes, fmt, tiles.LAYOUTS[layout])
+            scale = tiles.pack_scales(scale, self.scheme, self.shape[1])
+        return PackedWeight(self.scheme, self.shape, data, scale, self.zero_point, layout)
+
+    def codes(self) -> torch.Tensor:
+        """Return the uint8 codes [OC, IC]."""
+        fmt = self.scheme.format
+        if self.layout == STREAM:
+            return stream.unpack(self.data, fmt.bits, self.shape[1])
+        return tiles.unpack(self.data, fmt, tiles.LAYOUTS[self.layout], self.shape)
+
+    def stored_scale(self) -> torch.Tensor:
+        """Return the scales as they are stored: [OC, G] in the scheme's scale dtype."""
+        if self.layout == STREAM:
+            return self.scale
+        return tiles.unpack_scales(self.scale, self.scheme, self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the decoded weight [OC, IC], computed in float32 and rounded once to `dtype`."""
+        return decode(self.codes(), self.stored_scale(), self.zero_point, self.scheme).to(dtype)
+
+
+def decode(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """Return float32 weights: scale * (decode(code) - zero point).
+
+    Args:
+        codes: uint8 [rows, IC].
+        scale: [rows, G] in the scheme's scale dtype.
+        zero_point: uint8 [rows, G] or `None`.
+        scheme: what they mean.
+
+    Returns:
+        float32 [rows, IC].
+    """
+    rows, ic = codes.shape
+    values = scheme.format.decode(codes).view(rows, scheme.groups(ic), -1)
+    if zero_point is not None:
+        values.sub_(zero_point.unsqueeze(2))
+    return values.mul_(scale_values(scale, scheme).unsqueeze(2)).view(rows, ic)
