@@ -1,0 +1,281 @@
+"""Compress a checkpoint: from a directory or Hub id to a directory that appears when it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.checkpoint.config import check_pattern, parse_override, parse_scheme
+from tersor.checkpoint.exports import Export, get_export
+from tersor.checkpoint.modules import read_architecture
+from tersor.checkpoint.pipeline import Pipeline, Progress, row_of
+from tersor.checkpoint.plan import Plan, make_plan
+from tersor.checkpoint.report import Report
+from tersor.checkpoint.resume import Workplace
+from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
+from tersor.checkpoint.writer import output_error, write_file
+from tersor.errors import InputError, OutputError, did_you_mean
+from tersor.formats import Scheme
+from tersor.hardware import cuda_available
+from tersor.version import __version__
+
+ALGORITHMS = ("rtn",)
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_SPARE_BYTES = 64 << 20
+_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    *,
+    format: str = "fp6_e3m2",
+    group_size: int | None = None,
+    scale_dtype: str | None = None,
+    algorithm: str = "rtn",
+    ignore: Sequence[str] = (),
+    overrides: Mapping[str, str] | Sequence[str] = (),
+    dry_run: bool = False,
+    resume: bool = False,
+    device: str = "cpu",
+    export: str = "tersor",
+    shard_size: float = DEFAULT_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress the linear weights of a checkpoint, tensor by tensor.
+
+    Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output directory
+    appears under its name when it is complete; until then the work is in `<output>.partial`.
+
+    Args:
+        model: a checkpoint directory, or a Hub id that is downloaded.
+        output: the directory to make; it must not exist. `None` only for a dry run.
+        format: element format of the weights, such as `fp6_e3m2`, `int4` or `mxfp6_e2m3`.
+        group_size: consecutive input channels that share a scale; `None` is one scale a row.
+        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
+        algorithm: `rtn`, round to nearest.
+        ignore: regular expressions of modules to leave alone; found anywhere in the module's name.
+        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found decides.
+            The output head, embeddings and routers are left alone unless a pattern spells their name.
+        dry_run: only report what would be done.
+        resume: continue the work an interrupted run left in `<output>.partial`.
+        device: where weights are encoded: `cpu`, `cuda` or `cuda:N`.
+        export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
+        shard_size: bytes of tensors in an output file.
+        progress: called with bytes done, bytes in all, and a tensor's name.
+
+    Returns:
+        What was done, tensor by tensor.
+
+    Raises:
+        InputError: bad options or a bad checkpoint; nothing is left behind.
+        OutputError: the output cannot be written; the work so far stays for `resume`.
+    """
+    started = time.monotonic()
+    target = get_export(export)
+    _check_choice(algorithm, ALGORITHMS, "algorithm")
+    where = _device(device)
+    if not shard_size >= 1:
+        raise InputError(f"shard size {shard_size} is not a positive number of bytes")
+    parse_scheme(format, group_size, scale_dtype, "format")
+    destination = _destination(output, dry_run)
+    patterns = [check_pattern(pattern, "ignore") for pattern in ignore]
+    texts = _override_texts(overrides)
+    for text in texts:
+        parse_override(text, group_size, scale_dtype)
+    with open_source(model) as source:
+        if destination is not None:
+            _check_apart(source, destination)
+        _check_uncompressed(source)
+        scale_dtype = scale_dtype or target.default_scale_dtype(_model_dtype(source))
+        scheme = parse_scheme(format, group_size, scale_dtype, "format")
+        plan = make_plan(
+            source,
+            read_architecture(source.directory),
+            scheme=scheme,
+            ignore=patterns,
+            overrides=[parse_override(text, group_size, scale_dtype) for text in texts],
+            export=target,
+            shard_bytes=int(shard_size),
+            provenance={"tersor": __version__, "algorithm": algorithm, "source": source.label},
+        )
+        if dry_run or destination is None:
+            rows = tuple(row_of(step) for step in plan.steps)
+            files = tuple(name for name, _ in plan.shards)
+            return Report(source.label, None, scheme.key(), export, rows, files, time.monotonic() - started)
+        identity = {
+            "tersor": __version__,
+            "model": source.label,
+            "export": export,
+            "shard size": int(shard_size),
+            "options": plan.config.to_dict(),
+            "weights": source.fingerprint(),
+        }
+        work = Workplace(destination, identity, resume)
+        try:
+            return _write(source, plan, work, target, scheme, destination, where, progress, started)
+        finally:
+            work.close()
+
+
+def _write(
+    source: Source,
+    plan: Plan,
+    work: Workplace,
+    target: Export,
+    scheme: Scheme,
+    destination: Path,
+    device: torch.device,
+    progress: Progress | None,
+    started: float,
+) -> Report:
+    names = [name for name, _ in plan.shards]
+    first = len(work.rows)
+    try:
+        _check_space(plan, work)
+        pipeline = Pipeline(plan, work.directory, device, progress)
+        pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
+        _write_companions(source, plan, target, work.directory)
+        work.publish()
+    except InputError:
+        # The input is at fault, so there is nothing to continue.
+        work.discard()
+        raise
+    done = {row.name: row for rows in work.rows for row in rows}
+    skipped = {index for _, indices in plan.shards[:first] for index in indices}
+    read = [step.source.spec.nbytes for index, step in enumerate(plan.steps) if index not in skipped]
+    return Report(
+        source=source.label,
+        output=str(destination),
+        scheme=scheme.key(),
+        export=target.name,
+        rows=tuple(done[step.source.spec.name] for step in plan.steps),
+        files=tuple(names),
+        seconds=time.monotonic() - started,
+        bytes_read=sum(read),
+    )
+
+
+def _write_companions(source: Source, plan: Plan, target: Export, directory: Path) -> None:
+    """Write config.json, the index and the model card, and copy the tokenizer and its like."""
+    config = dict(source.config)
+    config["quantization_config"] = target.quantization_config(plan.config, plan.layers, plan.head)
+    write_file(directory / CONFIG_NAME, _json(config))
+    if len(plan.shards) > 1:
+        weight_map = {
+            spec.name: name for name, indices in plan.shards for index in indices for spec in plan.steps[index].outputs
+        }
+        index = {"metadata": {"total_size": plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file(directory / INDEX_NAME, _json(index))
+    write_file(directory / "README.md", _model_card(source, plan, target).encode())
+    for path in source.companions():
+        try:
+            (directory / path).parent.mkdir(exist_ok=True)
+            write_file(directory / path, (source.directory / path).read_bytes())
+        except OSError as error:
+            raise output_error(error, directory / path) from None
+
+
+def _model_card(source: Source, plan: Plan, target: Export) -> str:
+    scheme = plan.config.scheme
+    base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
+    front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
+    use = "Load it with `import tersor` and then `AutoModelForCausalLM.from_pretrained`."
+    if target.name != "tersor":
+        use = f"The metadata is that of {target.name}; load it with an engine that reads it."
+    group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
+    body = [
+        f"# {source.label} in {scheme.name}",
+        "",
+        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, rounded to "
+        f"nearest by Tersor {__version__}.",
+        use,
+    ]
+    return "\n".join([*front, "", *body, ""])
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_choice(value: str, choices: Iterable[str], what: str) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise InputError(f"unknown {what} {value!r}{did_you_mean(value, choices)} (known: {', '.join(choices)})")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}: use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not cuda_available():
+            raise InputError(f"device {name!r} asked for, but torch sees no CUDA device here: use --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise InputError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _destination(output: str | os.PathLike[str] | None, dry_run: bool) -> Path | None:
+    if output is None:
+        if not dry_run:
+            raise InputError("no output directory given: name one, or make it a dry run")
+        return None
+    path = Path(os.path.abspath(Path(output).expanduser()))
+    if path.exists() or path.is_symlink():
+        raise InputError(f"output {path} exists: choose another name, or remove it")
+    return path
+
+
+def _check_apart(source: Source, destination: Path) -> None:
+    inside = source.directory.resolve()
+    real = destination.parent.resolve() / destination.name
+    if real == inside or inside in real.parents:
+        raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
+
+
+def _check_uncompressed(source: Source) -> None:
+    found = quantization_of(source.config)
+    if found is not None:
+        method = found.get("quant_method", "a method it does not name")
+        raise InputError(f"{source.directory} is already compressed by {method}: start from the uncompressed model")
+
+
+def _check_space(plan: Plan, work: Workplace) -> None:
+    first = len(work.rows)
+    steps = [plan.steps[index] for _, indices in plan.shards[first:] for index in indices]
+    needed = sum(step.output_bytes for step in steps) + _SPARE_BYTES
+    free = shutil.disk_usage(work.directory).free
+    if needed > free:
+        raise OutputError(
+            f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: free some and "
+            "run again with --resume"
+        )
+
+
+def _model_dtype(source: Source) -> str:
+    for holder in (source.config, source.config.get("text_config")):
+        if isinstance(holder, dict):
+            found = holder.get("dtype") or holder.get("torch_dtype")
+            if isinstance(found, str):
+                return found
+    first = next(iter(source.tensors.values()))
+    return _DTYPE_NAMES.get(first.spec.dtype, first.spec.dtype)
+
+
+def _override_texts(overrides: Mapping[str, str] | Sequence[str]) -> list[str]:
+    if isinstance(overrides, str):
+        raise InputError(f"overrides is the text {overrides!r}: give a list of REGEX=FORMAT or a mapping")
+    if isinstance(overrides, Mapping):
+        return [f"{pattern}={value}" for pattern, value in overrides.items()]
+    return list(overrides)

@@ -1,0 +1,216 @@
+"""What becomes of every tensor? Decided before the first weight is read: scheme, names, shapes, files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tersor.checkpoint.config import Override, QuantizationConfig
+from tersor.checkpoint.exports import Export, Stored
+from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
+from tersor.checkpoint.modules import Architecture, LinearLayer
+from tersor.checkpoint.source import Located, Source
+from tersor.checkpoint.writer import plan_shards, shard_names
+from tersor.errors import CheckpointError, FormatError, InputError
+from tersor.formats import Scheme
+
+_GROUP_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor of the source and what is written for it.
+
+    Attributes:
+        source: where it is read.
+        layer: the linear layer it is the weight of, or `None`.
+        scheme: what it is compressed to, or `None`: copied byte by byte.
+        stored: the tensors a compressed weight becomes.
+        note: why it is copied, where that is worth a word.
+    """
+
+    source: Located
+    layer: LinearLayer | None
+    scheme: Scheme | None
+    stored: Stored | None
+    note: str = ""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors written for it."""
+        return self.stored.specs if self.stored else (self.source.spec,)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes written for it."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that will be written.
+
+    Attributes:
+        config: which module is stored how; what a loader asks.
+        steps: one a tensor of the source, in the order of the bytes on disk.
+        shards: for each output file its name and the indices of its steps.
+        head: module name of the output head, or an empty string.
+    """
+
+    config: QuantizationConfig
+    steps: tuple[Step, ...]
+    shards: tuple[tuple[str, tuple[int, ...]], ...]
+    head: str
+
+    @property
+    def layers(self) -> list[tuple[LinearLayer, Scheme | None]]:
+        """Every linear layer with its scheme."""
+        return [(step.layer, step.scheme) for step in self.steps if step.layer is not None]
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(step.source.spec.nbytes for step in self.steps)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of tensors that will be written."""
+        return sum(step.output_bytes for step in self.steps)
+
+
+def make_plan(
+    source: Source,
+    architecture: Architecture,
+    *,
+    scheme: Scheme,
+    ignore: Sequence[str],
+    overrides: Sequence[Override],
+    export: Export,
+    shard_bytes: int,
+    provenance: dict[str, str],
+) -> Plan:
+    """Decide what becomes of every tensor of a checkpoint.
+
+    Raises:
+        InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export cannot say,
+            or nothing to compress.
+    """
+    pairs = [
+        (located, architecture.linear_of(located.spec, str(located.file.path))) for located in source.tensors.values()
+    ]
+    layers = [layer for _, layer in pairs if layer is not None]
+    _check_patterns(architecture, layers, ignore, overrides)
+    spared = {layer.module for layer in layers if layer.spared and not _asked(layer, overrides)}
+    config = QuantizationConfig(
+        scheme,
+        tuple(overrides),
+        (*ignore, *_spared_patterns(architecture, layers, spared, overrides)),
+        provenance,
+    )
+    steps = []
+    for located, layer in pairs:
+        chosen = config.resolve(layer.module) if layer is not None else None
+        if layer is None or chosen is None:
+            steps.append(Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore)))
+            continue
+        _check_weight(located, layer, chosen)
+        stored = export.store(layer, chosen)
+        _check_names(stored.specs, source, located)
+        steps.append(Step(located, layer, chosen, stored))
+    if not any(step.scheme for step in steps):
+        raise InputError(f"{source.directory}: no linear layer is left to compress ({len(layers)} found, all left alone)")
+    shards = plan_shards([step.outputs for step in steps], shard_bytes)
+    named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
+    plan = Plan(config, tuple(steps), tuple(named), architecture.head)
+    export.check_model(architecture, plan.layers)
+    return plan
+
+
+def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:
+    """Tell whether an override names a layer that is otherwise left alone: by the last part of its name."""
+    leaf = layer.module.rpartition(".")[2]
+    return any(leaf in override.pattern and re.search(override.pattern, layer.module) for override in overrides)
+
+
+def _check_patterns(
+    architecture: Architecture, layers: Sequence[LinearLayer], ignore: Sequence[str], overrides: Sequence[Override]
+) -> None:
+    names = [*architecture.modules, *(layer.module for layer in layers)]
+    example = layers[0].module if layers else "model.layers.0.mlp.up_proj"
+    for pattern in ignore:
+        if not any(re.search(pattern, name) for name in names):
+            raise InputError(f"ignore {pattern!r} matches no module (they are called like {example!r})")
+    for override in overrides:
+        pattern = override.pattern
+        found = [layer for layer in layers if re.search(pattern, layer.module)]
+        if any(not layer.spared or _asked(layer, [override]) for layer in found):
+            continue
+        embeddings = sorted(name for name in architecture.embeddings if re.search(pattern, name))
+        if found:
+            leaf = found[0].module.rpartition(".")[2]
+            why = f"finds only {found[0].module} ({found[0].spared}), left alone unless the pattern says {leaf!r}"
+        elif architecture.head and re.search(pattern, architecture.head):
+            why = f"finds only {architecture.head}, which has no weight of its own here (it shares the embedding's)"
+        elif embeddings:
+            why = f"finds only the embedding {embeddings[0]}: embeddings are looked up, not multiplied, and stay as they are"
+        else:
+            why = f"matches no linear layer (they are called like {example!r})"
+        raise InputError(f"override {pattern!r} {why}")
+
+
+def _spared_patterns(
+    architecture: Architecture, layers: Sequence[LinearLayer], spared: set[str], overrides: Sequence[Override]
+) -> list[str]:
+    """Return the patterns that keep a loader from packing the layers left alone here.
+
+    A short pattern (`lm_head`, `\\.gate$`) where it finds nothing that is compressed, else the exact names.
+    """
+    stored = {layer.module for layer in layers}
+    absent = {name for name in architecture.linears if name not in stored and architecture.spared(name)}
+    compressed = [layer.module for layer in layers if layer.module not in spared]
+    patterns = []
+    for leaf in sorted({name.rpartition(".")[2] for name in spared | absent}):
+        names = sorted(name for name in spared | absent if name.rpartition(".")[2] == leaf)
+        short = leaf if names == [architecture.head] else rf"\.{leaf}$"
+        if any(re.search(short, name) for name in compressed):
+            patterns += [rf"(^|\.){re.escape(name)}$" for name in names]
+        else:
+            patterns.append(short)
+    return patterns
+
+
+def _note(
+    spec: TensorSpec, layer: LinearLayer | None, architecture: Architecture, spared: set[str], ignore: Sequence[str]
+) -> str:
+    if layer is None:
+        return architecture.describe(spec)
+    if layer.module in spared:
+        return layer.spared
+    return f"ignored by {next(pattern for pattern in ignore if re.search(pattern, layer.module))!r}"
+
+
+def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
+    spec = located.spec
+    if spec.dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"{located.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only {', '.join(WEIGHT_DTYPES)} weights "
+            "can be compressed"
+        )
+    if not all(layer.shape):
+        raise CheckpointError(f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
+    size, ic = scheme.group_size, layer.shape[1]
+    if size is not None and ic % size:
+        fitting = [divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0]
+        nearest = sorted(sorted(fitting, key=lambda divisor: abs(divisor - size))[:3])
+        hint = f" (group sizes that do: {', '.join(map(str, nearest))})" if nearest else ""
+        raise FormatError(
+            f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that layer an "
+            "override or ignore it"
+        )
+
+
+def _check_names(specs: Iterable[TensorSpec], source: Source, located: Located) -> None:
+    for spec in specs:
+        if spec.name in source.tensors and spec.name != located.spec.name:
+            raise CheckpointError(f"{located.file.path}: the checkpoint already holds a tensor {spec.name!r}")

@@ -1,0 +1,123 @@
+"""What came of a compression: a row a tensor, and the totals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of the source.
+
+    Attributes:
+        name: its name in the source.
+        shape: its shape there.
+        dtype: its safetensors dtype there.
+        scheme: key of the scheme it was compressed to, such as `fp6_e3m2:row:float16`, or `None`.
+        bits_per_weight: bits stored for each element, scales counted.
+        bytes_before, bytes_after: sizes on disk.
+        relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was compressed (yet).
+        note: why it was left alone, where that is worth a word.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scheme: str | None
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    relative_error: float | None = None
+    note: str = ""
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Row:
+        """Return the row `dataclasses.asdict` and JSON made `raw` of."""
+        return Row(**{**raw, "shape": tuple(raw["shape"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a compression did, or would do.
+
+    Attributes:
+        source, output: the model and the directory written; output is `None` for a dry run.
+        scheme: key of the scheme asked for.
+        export: the checkpoint format.
+        rows: one a tensor.
+        files: safetensors files written.
+        seconds: time taken by this run.
+        bytes_read: bytes of weights read in this run (less than all of them after a resume).
+    """
+
+    source: str
+    output: str | None
+    scheme: str
+    export: str
+    rows: tuple[Row, ...]
+    files: tuple[str, ...] = ()
+    seconds: float = 0.0
+    bytes_read: int = 0
+
+    @property
+    def compressed(self) -> tuple[Row, ...]:
+        """The rows of compressed tensors."""
+        return tuple(row for row in self.rows if row.scheme is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits stored for an element of the compressed tensors, scales counted."""
+        return mean_bits(self.compressed)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors of the source."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def worst(self) -> Row | None:
+        """The row with the largest relative error; `None` for a dry run."""
+        measured = [row for row in self.rows if row.relative_error is not None]
+        return max(measured, key=lambda row: row.relative_error or 0.0, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        worst = self.worst
+        return {
+            "source": self.source,
+            "output": self.output,
+            "scheme": self.scheme,
+            "export": self.export,
+            "tensors": len(self.rows),
+            "compressed": len(self.compressed),
+            "bits_per_weight": self.bits_per_weight,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "worst_relative_error": worst.relative_error if worst else None,
+            "worst_tensor": worst.name if worst else None,
+            "files": list(self.files),
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+
+def mean_bits(rows: Sequence[Row]) -> float:
+    """Return the mean bits stored for an element over all rows, 0 where there is none."""
+    elements = sum(_elements(row) for row in rows)
+    return sum(row.bits_per_weight * _elements(row) for row in rows) / elements if elements else 0.0
+
+
+def _elements(row: Row) -> int:
+    count = 1
+    for size in row.shape:
+        count *= size
+    return count

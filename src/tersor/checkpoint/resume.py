@@ -1,0 +1,150 @@
+"""How far did an interrupted run come, and was it the same run? A small file beside the shards it wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tersor.checkpoint.report import Row
+from tersor.checkpoint.writer import output_error, write_file
+from tersor.errors import InputError
+
+STATE_NAME = "tersor-state.json"
+
+
+def partial_directory(output: Path) -> Path:
+    """Return where an output is made before it gets its name."""
+    return output.with_name(output.name + ".partial")
+
+
+class Workplace:
+    """The directory an output is made in, locked, with the record of what is finished.
+
+    Attributes:
+        directory: `<output>.partial`.
+        rows: for each finished shard, in order, its rows of the report.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], resume: bool) -> None:
+        """Create the directory, or take up the one an interrupted run left.
+
+        Args:
+            output: the final name.
+            identity: what the result depends on: options and source, as JSON values.
+            resume: whether an existing directory may be taken up.
+
+        Raises:
+            InputError: there is one and `resume` is false, or it belongs to other options or another source, or
+                another process is at it.
+            OutputError: the disk does not let us write.
+        """
+        self.directory = partial_directory(output)
+        self.rows: list[list[Row]] = []
+        self._output = output
+        self._identity = json.loads(json.dumps(identity))
+        exists = self.directory.exists()
+        if exists and not resume:
+            raise InputError(
+                f"{self.directory} is left from an interrupted run: add --resume to continue it, or remove it"
+            )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise output_error(error, self.directory) from None
+        try:
+            self._lock()
+            if (self.directory / STATE_NAME).exists():
+                self._load()
+            elif exists and any(self.directory.iterdir()):
+                raise InputError(f"{self.directory} has no {STATE_NAME}, so it cannot be continued: remove it")
+            else:
+                self._save()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {self.directory}: wait for it or end it") from None
+
+    def _load(self) -> None:
+        path = self.directory / STATE_NAME
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            identity, shards = state["identity"], state["shards"]
+            self.rows = [[Row.from_dict(row) for row in shard["rows"]] for shard in shards]
+            sizes = [(self.directory / shard["file"], shard["bytes"]) for shard in shards]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}): remove {self.directory} and start again") from None
+        _compare(identity, self._identity, self.directory)
+        for file, size in sizes:
+            if not file.is_file() or file.stat().st_size != size:
+                raise InputError(f"{file} is not as it was finished: remove {self.directory} and start again")
+
+    def _save(self, files: list[str] | None = None) -> None:
+        shards = [
+            {
+                "file": name,
+                "bytes": (self.directory / name).stat().st_size,
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+            for name, rows in zip(files or [], self.rows, strict=True)
+        ]
+        content = json.dumps({"identity": self._identity, "shards": shards}, indent=1)
+        write_file(self.directory / STATE_NAME, content.encode())
+
+    def finished(self, rows: list[Row], files: list[str]) -> None:
+        """Record one more finished shard; `files` are the names of all finished ones."""
+        self.rows.append(rows)
+        self._save(files)
+
+    def publish(self) -> None:
+        """Give the directory its final name.
+
+        Raises:
+            OutputError: the disk does not let us.
+        """
+        try:
+            (self.directory / STATE_NAME).unlink()
+            os.fsync(self._fd)
+            os.rename(self.directory, self._output)
+            parent = os.open(self._output.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(parent)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise output_error(error, self._output) from None
+
+    def discard(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the lock; idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    for key in now:
+        if before.get(key) != now[key]:
+            if key == "weights":
+                what = "the source has changed since"
+            else:
+                what = f"it was made with {key} {_short(before.get(key))}, now {_short(now[key])}"
+            raise InputError(f"{directory} cannot be continued: {what}; use the same options, or remove it")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

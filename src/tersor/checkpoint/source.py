@@ -1,0 +1,233 @@
+"""Where are the weights? A local directory or a Hub id, its shards checked against its index."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tersor.checkpoint.header import TensorSpec
+from tersor.checkpoint.reader import SafetensorsFile
+from tersor.errors import CheckpointError
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+_COMPANION_STEMS = ("license", "licence", "notice", "use_policy")
+_COMPANION_FOLDERS = ("additional_chat_templates",)
+_NOT_COMPANIONS = re.compile(r"config\.json|.*\.(safetensors|bin|h5|msgpack|pt)\.index\.json|README\.md|tersor-state\.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *(f"*{suffix}" for suffix in _COMPANION_SUFFIXES),
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A tensor and the open file it is in."""
+
+    file: SafetensorsFile
+    spec: TensorSpec
+
+
+class Source:
+    """An open checkpoint directory.
+
+    Attributes:
+        directory: where it is.
+        label: what it is called: the Hub id, or the directory's name.
+        from_hub: whether `label` is a Hub id.
+        config: config.json.
+        files: its safetensors files, in order of name.
+        tensors: every tensor, in the order of the bytes on disk.
+    """
+
+    def __init__(self, directory: Path, label: str, from_hub: bool = False) -> None:
+        """Open a directory and check that it is a whole checkpoint.
+
+        Raises:
+            CheckpointError: it is not; the message says which file lacks what.
+        """
+        self.directory = directory
+        self.label = label
+        self.from_hub = from_hub
+        self.config = read_config(directory)
+        weight_map = _weight_map(directory)
+        names = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
+        self.files: list[SafetensorsFile] = []
+        try:
+            for name in names:
+                self.files.append(SafetensorsFile(directory / name))
+            self.tensors = _collect(self.files, weight_map)
+        except BaseException:
+            self.close()
+            raise
+        if not self.tensors:
+            raise CheckpointError(f"{directory} holds no tensors")
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file; idempotent."""
+        for file in self.files:
+            file.close()
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Return what identifies the weights: name, size, modification time and header digest of every file."""
+        stats = [(file, os.stat(file.path)) for file in self.files]
+        return [[file.path.name, stat.st_size, stat.st_mtime_ns, file.header_digest] for file, stat in stats]
+
+    def companions(self) -> list[Path]:
+        """Return the files that come along with the weights, relative to the directory: tokenizer, templates, code."""
+        result = []
+        for path in sorted(self.directory.iterdir()):
+            if path.is_file() and _is_companion(path.name):
+                result.append(Path(path.name))
+            elif path.is_dir() and path.name in _COMPANION_FOLDERS:
+                result += [Path(path.name, item.name) for item in sorted(path.iterdir()) if item.is_file()]
+        return result
+
+
+def open_source(model: str | os.PathLike[str]) -> Source:
+    """Open a checkpoint: a directory, or a Hub id that is downloaded (safetensors, json and tokenizer files only).
+
+    Raises:
+        CheckpointError: neither, or not a whole checkpoint.
+    """
+    text = os.fspath(model)
+    directory = Path(text).expanduser()
+    if directory.is_dir():
+        return Source(directory, directory.resolve().name)
+    if directory.exists():
+        raise CheckpointError(f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights")
+    if not _HUB_ID.fullmatch(text):
+        raise CheckpointError(f"no directory {text}")
+    return Source(_download(text), text, from_hub=True)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        CheckpointError: missing or empty directory, no config.json, not JSON.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"no directory {directory}")
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        present = sorted(item.name for item in directory.iterdir())
+        if not present:
+            raise CheckpointError(f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files")
+        shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
+        raise CheckpointError(f"{directory} is not a model: it has no {CONFIG_NAME} (it holds {shown})")
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is a JSON {type(config).__name__}, not an object")
+    return config
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a config.json, also that of a text sub-config, or `None`."""
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict) and holder.get("quantization_config"):
+            found = holder["quantization_config"]
+            return found if isinstance(found, dict) else {"quant_method": found}
+    return None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """Return tensor -> file of a sharded checkpoint, `None` for a single file."""
+    if (directory / SINGLE_NAME).exists():
+        return None
+    path = directory / INDEX_NAME
+    if not path.exists():
+        raise CheckpointError(_no_weights(directory))
+    index = _read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{path}: tensor {tensor!r} is mapped to {name!r}, not to a file beside it")
+    absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise CheckpointError(f"{path} names {absent[0]}{more}, absent from the directory: download the rest")
+    return weight_map
+
+
+def _no_weights(directory: Path) -> str:
+    files = sorted(item.name for item in directory.iterdir() if item.is_file())
+    pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    adapters = [name for name in files if name.startswith("adapter_model")]
+    if adapters:
+        return f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
+    if pickled:
+        return (
+            f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: load it with "
+            "transformers and save_pretrained it to get safetensors"
+        )
+    others = [name for name in files if name.endswith((".safetensors", ".gguf"))]
+    found = f" (it holds {', '.join(others[:3])})" if others else ""
+    return f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{found}"
+
+
+def _collect(files: list[SafetensorsFile], weight_map: dict[str, str] | None) -> dict[str, Located]:
+    tensors: dict[str, Located] = {}
+    for file in files:
+        for name, spec in file.tensors.items():
+            home = weight_map.get(name, file.path.name) if weight_map else file.path.name
+            if home == file.path.name and name not in tensors:
+                tensors[name] = Located(file, spec)
+    if weight_map:
+        missing = [name for name in weight_map if name not in tensors]
+        if missing:
+            name = missing[0]
+            raise CheckpointError(
+                f"tensor {name!r} is not in {weight_map[name]}, where {INDEX_NAME} says it is "
+                f"({len(missing)} such): download {weight_map[name]} again"
+            )
+    return tensors
+
+
+def _is_companion(name: str) -> bool:
+    if _NOT_COMPANIONS.fullmatch(name) or name.startswith("."):
+        return False
+    return name.endswith(_COMPANION_SUFFIXES) or name.lower().startswith(_COMPANION_STEMS)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise CheckpointError(
+            f"{hub_id!r} is not a directory here, and the Hugging Face Hub did not give it: {reason.strip()}"
+        ) from None
