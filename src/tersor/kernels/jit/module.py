@@ -30,10 +30,10 @@ class _Buffers(threading.local):
     """Parameter memory of one kernel for one thread: the values, their addresses, a launch configuration."""
 
     def __init__(self, source: KernelSource) -> None:
-        self.values = ctypes.create_string_buffer(max(source.layout.size, 1))
+        self.values = ctypes.create_string_buffer(source.layout.size)
         start = ctypes.addressof(self.values)
         offsets = source.offsets
-        self._array = (ctypes.c_void_p * max(len(offsets), 1))(*(start + offset for offset in offsets))
+        self._array = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
         self.parameters = ctypes.addressof(self._array)
         self.config: Any = None
 

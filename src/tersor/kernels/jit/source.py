@@ -20,7 +20,7 @@ _QUOTED = re.compile(r'"([^"]+)"')
 _MACRO = re.compile(r"[A-Z][A-Z0-9_]*")
 _TOKENS = re.compile(r"[A-Za-z0-9_:<>,.+\-*/() ]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ARGUMENTS = re.compile(r"[PiIqQf]*|\{[PiIqQf]+\}")
+_ARGUMENTS = re.compile(r"[PiIqQf]+")
 
 # Turns a disagreement between the host's argument string and the kernel's signature into a compile error.
 _CHECK = """
@@ -36,8 +36,6 @@ template <> struct tersor_takes<void()> { enum { value = 1 }; };
 template <class T, class... A, char C, char... D> struct tersor_takes<void(T, A...), C, D...> {
     enum { value = tersor_is<T, C>::value && tersor_takes<void(A...), D...>::value };
 };
-template <class F> struct tersor_size { enum { value = 0 }; };
-template <class T> struct tersor_size<void(T)> { enum { value = sizeof(T) }; };
 """
 
 
@@ -52,8 +50,7 @@ class KernelSource:
         parameters: `#define`s ahead of the header: upper-case names; integers, booleans (0 or 1) or text
             that is a C++ expression or type.
         arguments: what the host passes, one letter an argument: P pointer, i int, I unsigned, q long long,
-            Q unsigned long long, f float. In braces ("{PPPqiif}") these are the members, in order, of the one
-            struct that the kernel takes by value. The translation unit checks it against the kernel.
+            Q unsigned long long, f float. The translation unit checks it against the kernel.
         texts: headers that are no files of the package, name to text (tests and experiments).
     """
 
@@ -88,36 +85,23 @@ class KernelSource:
         return self._hash
 
     @property
-    def by_struct(self) -> bool:
-        """Whether the kernel takes one struct by value instead of separate arguments."""
-        return self.arguments.startswith("{")
-
-    @property
     def layout(self) -> struct.Struct:
-        """How Python values become the kernel's parameter memory: C alignment, a struct's tail padded."""
-        letters = self.arguments.strip("{}")
-        tail = "0q" if self.by_struct and set(letters) & set("PqQ") else ""
-        return struct.Struct("@" + letters + tail)
+        """How Python numbers become the kernel's parameter memory, aligned as in C."""
+        return struct.Struct("@" + self.arguments)
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Byte offset of each kernel parameter in that memory (a struct is one parameter)."""
-        if self.by_struct:
-            return (0,)
-        letters = self.arguments
-        ends = (struct.calcsize("@" + letters[: i + 1]) for i in range(len(letters)))
-        return tuple(end - struct.calcsize("@" + letter) for end, letter in zip(ends, letters, strict=True))
+        """Byte offset of each argument in that memory."""
+        ends = (struct.calcsize("@" + self.arguments[: i + 1]) for i in range(len(self.arguments)))
+        return tuple(end - struct.calcsize(letter) for end, letter in zip(ends, self.arguments, strict=True))
 
     def text(self) -> str:
         """Return the translation unit: defines, the header, and the check of the arguments."""
         lines = [f"#define {ENTRY_MACRO} {self.name}"]
         lines += [f"#define {key} {value}" for key, value in self._defines]
         lines += [f'#include "{self.header}"', _CHECK.strip()]
-        if self.by_struct:
-            check = f"tersor_size<decltype({ENTRY_MACRO})>::value == {self.layout.size}"
-        else:
-            letters = "".join(f", '{letter}'" for letter in self.arguments)
-            check = f"tersor_takes<decltype({ENTRY_MACRO}){letters}>::value"
+        letters = "".join(f", '{letter}'" for letter in self.arguments)
+        check = f"tersor_takes<decltype({ENTRY_MACRO}){letters}>::value"
         lines.append(
             f'static_assert({check}, "the host passes {self.arguments}, the kernel takes something else");'
         )
