@@ -26,7 +26,7 @@ __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
 
 }  // namespace dequantize
 
-extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) tersor_dequantize(
+extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENTRY(
     const char* __restrict__ weight,
     const float* __restrict__ scale,
     u16* __restrict__ scratch,  // [row blocks of this call * 16, IC]

@@ -4,7 +4,7 @@
 
 #include "ptx.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) tersor_epilogue(
+extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(
     const float* __restrict__ sums,   // [N, columns]
     const float* __restrict__ scale,  // [OC padded]
     const u16* __restrict__ bias,     // [OC] or null

@@ -11,8 +11,7 @@
 // last adds the parts in their order, so the result does not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
-// SCALE_GROUPS (scales of one row in a block; 0: one scale a row, applied at the end), X_VECTOR (1: rows of x start on
-// 16 bytes, 0: element loads).
+// SCALE_GROUPS (scales of one row in a block; 0: one scale a row, applied at the end).
 #pragma once
 
 #include "ptx.cuh"
@@ -46,8 +45,8 @@ struct Problem {
     const float* scale;     // [rows padded to 16] or, in groups, [row blocks][blocks][SCALE_GROUPS][16]
     const u16* x;
     long long x_stride;     // elements between rows of x
-    int oc, ic, n;
-    int blocks;             // blocks of 128 input channels
+    int ic, n;
+    bool x_aligned;         // rows of x start on 16 bytes
 };
 
 // Starts the copy of this warp's block (weights and scales) of one stage into its part of the slot.
@@ -71,7 +70,7 @@ __device__ __forceinline__ void copy_activations(const Problem& p, u16* slot, in
         const int valid = token < p.n ? max(0, min(8, p.ic - channel)) : 0;
         const u16* source = p.x + (valid > 0 ? token * p.x_stride + channel : 0);
         u16* target = slot + token * kXStride + column;
-        if constexpr (X_VECTOR) {
+        if (p.x_aligned) {
             ptx::copy_async_16_zero_fill(ptx::shared_address(target), source, 2 * valid);
         } else {
 #pragma unroll
@@ -127,7 +126,7 @@ __device__ __forceinline__ void multiply_block(
 
 }  // namespace linear
 
-extern "C" __global__ void __launch_bounds__(linear::kThreads) tersor_linear(
+extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
     const char* __restrict__ weight,
     const float* __restrict__ scale,
     const u16* __restrict__ x,
@@ -139,13 +138,14 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads) tersor_linear(
     int oc,
     int ic,
     int n,
+    int x_aligned,                 // whether rows of x start on 16 bytes
     float factor) {                // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(128) char ring[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row_tile = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
     const int blocks = (ic + tile::kColumns - 1) / tile::kColumns;
-    const Problem problem{weight, scale, x, x_stride, oc, ic, n, blocks};
+    const Problem problem{weight, scale, x, x_stride, ic, n, x_aligned != 0};
     const int first = static_cast<int>(static_cast<long long>(blocks) * split / splits);
     const int last = static_cast<int>(static_cast<long long>(blocks) * (split + 1) / splits);
 

@@ -1,0 +1,167 @@
+"""The linear family: linear.cuh (fused, few tokens), dequantize.cuh and epilogue.cuh (around a cuBLAS product).
+
+Takes addresses and sizes, knows nothing of tensors; `ops` checks that a call is legal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from tersor.formats import ElementFormat, Scheme, get
+from tersor.hardware import CHIPS, Chip
+from tersor.kernels import tune
+from tersor.kernels.jit import Function, KernelSource
+from tersor.kernels.tune import linear as tuning
+from tersor.layouts import lanes, tiles
+
+THREADS = 256
+"""Threads of a CTA of the fused kernel."""
+
+_DEQUANTIZE_WARPS = 4
+
+COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
+"""The formats whose every kernel configuration the compile tests build."""
+
+
+def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool | str]:
+    group = lanes.lane(fmt, target)
+    return {
+        "BITS": fmt.bits,
+        "BF16": target == "bfloat16",
+        "DECODE_WORDS": group.words,
+        "DECODE_PAIRS": group.pairs,
+        "DECODE_MASK": f"{group.mask}u",
+        "DECODE_SHIFT": group.shift,
+        "DECODE_TERMS": ", ".join(str(number) for row in group.terms for number in row),
+        "DECODE_FINISH": int(group.finish),
+        "DECODE_CONSTANT": f"{group.constant}u",
+    }
+
+
+@functools.cache
+def fused_source(
+    fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int
+) -> KernelSource:
+    """Return the fused kernel for one weight type, activation dtype and tile."""
+    return KernelSource(
+        name=f"tersor_linear_{fmt.name}_{target}_n{n_tile}",
+        header="linear.cuh",
+        parameters={
+            **_decode_parameters(fmt, target),
+            "N_TILE": n_tile,
+            "STAGES": stages,
+            "SCALE_GROUPS": scale_groups,
+        },
+        arguments="PPPPPPPqiiiif",
+    )
+
+
+@functools.cache
+def dequantize_source(fmt: ElementFormat, target: str, scale_groups: int) -> KernelSource:
+    """Return the kernel that decodes tiles to a dense 16-bit matrix."""
+    return KernelSource(
+        name=f"tersor_dequantize_{fmt.name}_{target}",
+        header="dequantize.cuh",
+        parameters={**_decode_parameters(fmt, target), "SCALE_GROUPS": scale_groups},
+        arguments="PPPiiif",
+    )
+
+
+@functools.cache
+def epilogue_source(target: str, row_scale: bool) -> KernelSource:
+    """Return the kernel that scales, biases and rounds a float32 product."""
+    return KernelSource(
+        name=f"tersor_epilogue_{target}",
+        header="epilogue.cuh",
+        parameters={"BF16": target == "bfloat16", "ROW_SCALE": row_scale},
+        arguments="PPPPiiif",
+    )
+
+
+def launch_fused(
+    function: Function,
+    config: tune.LinearConfig,
+    stream: int,
+    *,
+    weight: int,
+    scale: int,
+    x: int,
+    bias: int,
+    y: int,
+    partial: int,
+    arrived: int,
+    x_stride: int,
+    oc: int,
+    ic: int,
+    n: int,
+    x_aligned: bool,
+    factor: float,
+) -> None:
+    """Launch the fused kernel; pointers are device addresses (see linear.cuh)."""
+    arguments = (weight, scale, x, bias, y, partial, arrived, x_stride, oc, ic, n, x_aligned, factor)
+    grid = (config.row_tiles, config.splits, 1)
+    function.launch(grid, (THREADS, 1, 1), config.shared_bytes, stream, arguments)
+
+
+def launch_dequantize(
+    function: Function,
+    stream: int,
+    *,
+    weight: int,
+    scale: int,
+    scratch: int,
+    first_row_block: int,
+    rows: int,
+    ic: int,
+    factor: float,
+) -> None:
+    """Launch the decode of `rows` rows, from a row block on, into dense scratch memory."""
+    grid = (-(-tiles.column_blocks(ic) // _DEQUANTIZE_WARPS), tiles.row_blocks(rows), 1)
+    arguments = (weight, scale, scratch, first_row_block, rows, ic, factor)
+    function.launch(grid, (32 * _DEQUANTIZE_WARPS, 1, 1), 0, stream, arguments)
+
+
+def launch_epilogue(
+    function: Function,
+    stream: int,
+    *,
+    sums: int,
+    scale: int,
+    bias: int,
+    y: int,
+    first: int,
+    columns: int,
+    oc: int,
+    n: int,
+    factor: float,
+) -> None:
+    """Launch the scaling and rounding of float32 sums [n, columns] into columns first.. of y [n, oc]."""
+    grid = (-(-columns // 256), n, 1)
+    function.launch(grid, (256, 1, 1), 0, stream, (sums, scale, bias, y, first, columns, oc, factor))
+
+
+def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
+    """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
+    groups = tiles.scales_in_block(scheme.group_size)
+    fmt = scheme.format
+    for tile in tuning.N_TILES:
+        depth, _ = tuning.stages(tile, fmt.bits, groups, chip)
+        yield fused_source(fmt, target, groups, tile, depth)
+    yield dequantize_source(fmt, target, groups)
+    yield epilogue_source(target, groups == 0)
+
+
+def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
+    """Yield every kernel configuration for the chips of one compute capability, each once."""
+    seen = set()
+    for chip in CHIPS.values():
+        if chip.capability != capability:
+            continue
+        for name in COMPILED_FORMATS:
+            for group_size in (None, 128, 64, 32):
+                for target in lanes.TARGETS:
+                    for source in sources(Scheme(get(name), group_size), target, chip):
+                        if source not in seen:
+                            seen.add(source)
+                            yield source

@@ -1,0 +1,127 @@
+"""The choice for one linear: how many tokens a tile takes, how deep the ring is, how the channels are split."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from tersor.hardware import Chip
+
+FUSED_TOKENS = 64
+"""Up to this many tokens the fused kernel serves; above, weights are decoded once and cuBLAS multiplies."""
+
+ROWS = 128
+"""Output rows of a CTA of the fused kernel."""
+
+_COLUMNS = 128
+_BLOCKS_OF_STAGE = 8
+N_TILES = (8, 16, 32, 64)
+"""Tile widths of the fused kernel, in tokens."""
+
+_MAX_STAGES = 8
+_MAX_SPLITS = 16
+_RESERVED_SHARED = 1024
+"""Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
+
+_ACHIEVED = 0.85
+"""Share of the datasheet's bandwidth that a stream of reads reaches."""
+_WAVE_SECONDS = 1.5e-6
+"""Time in which a fresh wave of CTAs fills its rings and drains its results."""
+_SPLIT_SECONDS = 1.0e-6
+"""Cost of writing the parts of a split sum and reading them back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearProblem:
+    """One product y[N, OC] = x[N, IC] @ W^T with packed W.
+
+    Attributes:
+        oc, ic, n: sizes.
+        bits: width of a code.
+        scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
+    """
+
+    oc: int
+    ic: int
+    n: int
+    bits: int
+    scale_groups: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearConfig:
+    """How the fused kernel runs a problem.
+
+    Attributes:
+        n_tile: tokens in a tile: 8, 16, 32 or 64.
+        stages: slots in the shared-memory ring.
+        splits: CTAs that share the channels of a row tile.
+        row_tiles: CTAs along the output channels.
+        shared_bytes: dynamic shared memory of a CTA.
+    """
+
+    n_tile: int
+    stages: int
+    splits: int
+    row_tiles: int
+    shared_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"n_tile {self.n_tile}, {self.stages} stages, grid {self.row_tiles} x {self.splits}, "
+            f"{self.shared_bytes / 1024:.0f} KiB shared"
+        )
+
+
+def n_tile(n: int) -> int:
+    """Return the smallest tile that holds `n` tokens (1 to 64)."""
+    return next(tile for tile in N_TILES if n <= tile)
+
+
+def stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
+    """Return the bytes of one ring slot: a block a warp with its scales, and the activations of 128 channels."""
+    return _BLOCKS_OF_STAGE * (256 * bits + scale_groups * 64) + tile * (_COLUMNS + 8) * 2
+
+
+def stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
+    """Return (slots in the ring, CTAs that fit on a multiprocessor) for one tile width.
+
+    Two CTAs hide each other's ramps, if each still gets a ring of three slots; more than eight slots do not pay.
+    """
+    slot = stage_bytes(tile, bits, scale_groups)
+    for resident in (2, 1):
+        depth = min(_MAX_STAGES, ((chip.shared_bytes + _RESERVED_SHARED) // resident - _RESERVED_SHARED) // slot)
+        if depth >= 3 or resident == 1:
+            return max(2, depth), resident
+    raise AssertionError("unreachable")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """Choose the fused kernel's configuration by predicted time; `problem.n` is 1 to 64.
+
+    The prediction: every multiprocessor reads its CTAs' weights and activations at its share of the bandwidth, each
+    wave of CTAs adds a ramp, and a split adds the exchange of its parts.
+    """
+    tile = n_tile(problem.n)
+    depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
+    row_tiles = -(-problem.oc // ROWS)
+    blocks = -(-problem.ic // _COLUMNS)
+    weight_bytes = _BLOCKS_OF_STAGE * (256 * problem.bits + 64 * problem.scale_groups)
+    bytes_of_stage = weight_bytes + problem.n * _COLUMNS * 2
+    rate = chip.bandwidth * _ACHIEVED / chip.sms
+
+    def seconds(splits: int) -> float:
+        ctas = row_tiles * splits
+        busiest = -(-ctas // chip.sms) * -(-blocks // splits) * bytes_of_stage
+        waves = -(-ctas // (chip.sms * resident))
+        return busiest / rate + waves * _WAVE_SECONDS + (_SPLIT_SECONDS if splits > 1 else 0.0)
+
+    splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
+    return LinearConfig(
+        n_tile=tile,
+        stages=depth,
+        splits=splits,
+        row_tiles=row_tiles,
+        shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_groups),
+    )

@@ -1,0 +1,6 @@
+"""Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
+
+from tersor.ops.dispatch import Reason, explain, kernels_for, preferred_layout
+from tersor.ops.linear import linear
+
+__all__ = ["Reason", "explain", "kernels_for", "linear", "preferred_layout"]

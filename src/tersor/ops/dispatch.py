@@ -1,0 +1,149 @@
+"""Who serves a linear, and why? One decision, made from the scheme, the dtype and the device, that can be asked."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from tersor import hardware, settings
+from tersor.formats import Scheme
+from tersor.hardware import Chip
+from tersor.kernels import tune
+from tersor.kernels.tune import linear as tuning
+from tersor.layouts import STREAM, lanes, tiles
+
+if TYPE_CHECKING:
+    from tersor.kernels.jit import KernelSource
+
+FUSED = "fused"
+DEQUANTIZE = "dequantize + cuBLAS"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Who serves a call (`fused`, `dequantize + cuBLAS` or `reference`) and why, in one sentence."""
+
+    kernel: str
+    why: str
+
+
+def target_name(dtype: torch.dtype) -> str | None:
+    """Return the decode target for activations of `dtype`, or `None` where the kernels have none."""
+    return next((name for name, known in lanes.TARGETS.items() if known == dtype), None)
+
+
+def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
+    """Return why no kernel can serve this scheme, dtype and device, or an empty string when one can."""
+    if settings.get("TERSOR_KERNEL") == "reference":
+        return "TERSOR_KERNEL is set to reference"
+    if device.type != "cuda":
+        return f"kernels need a CUDA device, this is {device.type}"
+    target = target_name(dtype)
+    if target is None:
+        return f"kernels take float16 and bfloat16 activations, not {dtype}"
+    unsupported = lanes.supported(scheme.format, target)
+    if unsupported:
+        return unsupported
+    if scheme.group_size is not None and scheme.group_size % 16:
+        return f"group size {scheme.group_size} is not a multiple of 16"
+    return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _device_obstacle(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < hardware.KERNEL_CAPABILITY:
+        needed = ".".join(map(str, hardware.KERNEL_CAPABILITY))
+        return f"kernels need compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
+    for module, package in (("cuda.bindings.nvrtc", "cuda-bindings"), ("cuda.bindings.driver", "cuda-bindings")):
+        if not _importable(module):
+            return f"{package} is not installed: pip install 'tersor[cuda]'"
+    return ""
+
+
+def _importable(module: str) -> bool:
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def preferred_layout(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the layout in which a weight should lie to be multiplied with `dtype` activations on `device`."""
+    if obstacle(scheme, dtype, device):
+        return STREAM
+    return f"tiles_{target_name(dtype)}"
+
+
+def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torch.device) -> Reason:
+    """Return who serves `n` tokens of `dtype` with a weight that lies in `layout`."""
+    why = obstacle(scheme, dtype, device)
+    if why:
+        return Reason(REFERENCE, why)
+    if layout == STREAM:
+        return Reason(REFERENCE, "the weight lies in the stored stream, not in kernel tiles")
+    if tiles.LAYOUTS[layout] != target_name(dtype):
+        return Reason(REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}")
+    if n <= tuning.FUSED_TOKENS:
+        return Reason(FUSED, f"{n} tokens are at most {tuning.FUSED_TOKENS}")
+    return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.FUSED_TOKENS}")
+
+
+def explain(
+    scheme: Scheme, oc: int, ic: int, n: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cuda"
+) -> Reason:
+    """Say who would serve y[n, oc] = x[n, ic] @ W^T with W in `scheme`, in its preferred layout, and why.
+
+    Raises:
+        FormatError: the scheme does not fit `ic`.
+    """
+    scheme.groups(ic)
+    place = torch.device(device)
+    if place.type == "cuda" and not hardware.cuda_available():
+        return Reason(REFERENCE, "torch sees no CUDA device")
+    reason = decide(scheme, preferred_layout(scheme, dtype, place), n, dtype, place)
+    if reason.kernel != FUSED or n == 0:
+        return reason
+    groups = tiles.scales_in_block(scheme.group_size)
+    problem = tune.LinearProblem(oc=oc, ic=ic, n=n, bits=scheme.format.bits, scale_groups=groups)
+    return replace(reason, why=f"{reason.why}; {tune.choose(problem, chip(place))}")
+
+
+def chip(device: torch.device) -> Chip:
+    """Return the facts of a CUDA device that tile choice needs."""
+    return _chip(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    known = next((chip for name, chip in hardware.CHIPS.items() if properties.name.startswith(name)), None)
+    if known is None:
+        capability = (properties.major, properties.minor)
+        near = [chip for chip in hardware.CHIPS.values() if chip.capability <= capability]
+        known = max(near, key=lambda chip: chip.capability)
+    return replace(
+        known,
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        sms=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,
+    )
+
+
+def kernels_for(scheme: Scheme, dtype: torch.dtype, chip: Chip) -> list[KernelSource]:
+    """Return the kernels that linears of this scheme and dtype can ask for on a chip; none where they cannot run."""
+    from tersor.kernels import linear
+
+    target = target_name(dtype)
+    unsupported = target is None or lanes.supported(scheme.format, target)
+    if target is None or unsupported or (scheme.group_size or 16) % 16:
+        return []
+    return list(linear.sources(scheme, target, chip))

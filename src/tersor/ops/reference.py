@@ -1,0 +1,48 @@
+"""The definition of a packed linear: decode a block of rows, multiply in float32, apply the next block.
+
+It serves every scheme on every device, and is what the kernels are tested against. Memory beyond the operands is
+bounded by one block of decoded weights and the float32 activations.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.formats import Scheme
+from tersor.layouts import STREAM, PackedWeight, stream
+from tersor.layouts.weight import decode
+
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Decoded weights at a time: on a CPU about what its cache holds."""
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x @ W^T + bias, accumulated in float32 and rounded once to x's dtype.
+
+    Args:
+        x: [N, IC], any float dtype.
+        weight: packed weight [OC, IC] in any layout.
+        bias: [OC] or `None`.
+
+    Returns:
+        [N, OC] in x's dtype.
+    """
+    oc, ic = weight.shape
+    wide = x.to(torch.float32)
+    output = x.new_empty(x.shape[0], oc)
+    rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1))
+    packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
+    for first in range(0, oc, rows):
+        last = min(first + rows, oc)
+        block = _decode_rows(packed, packed.scheme, first, last)
+        part = wide @ block.T
+        if bias is not None:
+            part.add_(bias[first:last])
+        output[:, first:last] = part
+    return output
+
+
+def _decode_rows(weight: PackedWeight, scheme: Scheme, first: int, last: int) -> torch.Tensor:
+    codes = stream.unpack(weight.data[first:last], scheme.format.bits, weight.shape[1])
+    zero_point = weight.zero_point[first:last] if weight.zero_point is not None else None
+    return decode(codes, weight.scale[first:last], zero_point, scheme)
