@@ -52,22 +52,22 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
     """
     oc, ic = weight.shape
     groups = scheme.groups(ic)
-    grouped = weight.reshape(oc, groups, ic // groups)
+    grouped = weight.reshape(oc, groups, ic // groups).to(torch.float32)
     fmt = scheme.format
     zero_point = None
     if fmt.kind == "uint":
-        low = grouped.amin(dim=2).to(torch.float32).clamp_max_(0)
-        high = grouped.amax(dim=2).to(torch.float32).clamp_min_(0)
+        low = grouped.amin(dim=2).clamp_max_(0)
+        high = grouped.amax(dim=2).clamp_min_(0)
         _check_finite(weight, low + high)
         scale = store_scales((high - low) / fmt.max, scheme)
         divisor = _divisor(scale, scheme)
         zero_point = (-low / divisor).round_().clamp_(0, fmt.max).to(torch.uint8)
     else:
-        amax = torch.linalg.vector_norm(grouped, ord=float("inf"), dim=2).to(torch.float32)
+        amax = grouped.abs().amax(dim=2)
         _check_finite(weight, amax)
         scale = store_scales(amax / fmt.max, scheme)
         divisor = _divisor(scale, scheme)
-    scaled = grouped.to(torch.float32) / divisor.unsqueeze(2)
+    scaled = grouped / divisor.unsqueeze(2)
     if zero_point is not None:
         scaled = scaled.round_().add_(zero_point.unsqueeze(2))
     codes, rounded = fmt.round(scaled)
@@ -79,7 +79,7 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         scale=scale,
         zero_point=zero_point,
         squared_error=_squared_sum(error),
-        squared_norm=_squared_sum(weight),
+        squared_norm=_squared_sum(grouped),
     )
 
 
@@ -99,5 +99,5 @@ def _check_finite(weight: torch.Tensor, extremes: torch.Tensor) -> None:
 
 
 def _squared_sum(x: torch.Tensor) -> float:
-    flat = x.reshape(-1).to(torch.float32)
+    flat = x.reshape(-1)
     return float(torch.dot(flat, flat))
