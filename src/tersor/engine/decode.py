@@ -1,0 +1,206 @@
+"""One stream's model, cache and sampler: a prefill, then one step a token, on a GPU as a CUDA graph.
+
+A step has no input from the host: it reads its token, position and history from tensors and writes the next
+ones there, so that the same function runs eagerly on a CPU and replays as a graph on a GPU. An eager step of
+a model with 32 layers launches about a thousand kernels; a slow host needs longer for that than the GPU for
+the weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tersor.engine.sampling import Sampler, Sampling
+from tersor.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WARM_UP = 2
+"""Eager steps before a capture: they compile kernels and let libraries allocate what a capture must not."""
+ROUND = 128
+"""A static cache's length is rounded up to a multiple of this, so that a graph serves other prompts too."""
+
+
+class Decoder:
+    """Prefill and decode of one stream at a time.
+
+    Attributes:
+        length: tokens the cache holds, prompt included.
+        graph: the captured step, once there is one.
+        eager_reason: why steps are launched one kernel at a time, when they are.
+        capture_seconds: what warming up and capturing took in this stream.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, options: Sampling, length: int, use_graph: bool | None = None
+    ) -> None:
+        """Make a decoder.
+
+        Args:
+            model: a causal language model of transformers.
+            options: resolved sampling options.
+            length: tokens of prompt and continuation together.
+            use_graph: True insists on a CUDA graph, False forbids it, None uses one where it works.
+
+        Raises:
+            UnsupportedError: `use_graph` is True where no graph is possible.
+        """
+        self.model = model
+        self.device = model.device
+        self.sampler = Sampler(options, self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.capture_seconds = 0.0
+        self.insist = bool(use_graph)
+        # A static cache makes attention read its whole length; without a graph to win by it, that only costs.
+        static = self.device.type == "cuda"
+        self.length = -(-length // ROUND) * ROUND if static else length
+        self.cache: Any = _static_cache(model, self.length) if static else None
+        self.static = self.cache is not None
+        self.eager_reason = "not asked for" if use_graph is False else _obstacle(model, self.static)
+        if self.insist and self.eager_reason is not None:
+            raise UnsupportedError(f"no CUDA graph for this model: {self.eager_reason}")
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.history = torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
+        parameters = inspect.signature(model.forward).parameters
+        self._prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    @torch.inference_mode()
+    def prefill(self, ids: list[int], seed: int | None) -> None:
+        """Forget the stream before, read the prompt and draw the first token."""
+        if self.static:
+            self.cache.reset()
+        else:
+            from transformers import DynamicCache
+
+            self.cache = DynamicCache(config=self.model.config)
+        self.capture_seconds = 0.0
+        self.sampler.seed(seed)
+        prompt = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        # Beyond the tokens seen the history holds a token of the prompt, which a penalty counts anyway.
+        self.history.fill_(ids[0])
+        self.history[:, : len(ids)] = prompt
+        self.position.fill_(len(ids))
+        output = self.model(
+            input_ids=prompt, past_key_values=self.cache, use_cache=True, **self._prefill_options
+        )
+        self._draw(output.logits)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Run the model on the last token and draw the next one."""
+        if self.graph is None and self.eager_reason is None:
+            self._capture()
+        if self.graph is None:
+            self._forward()
+        else:
+            self.graph.replay()
+
+    @torch.inference_mode()
+    def publish(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Begin to copy the last token to the host; steps may be launched before `fetch` waits for it."""
+        if self.device.type != "cuda":
+            return self.token.clone(), None
+        slot = torch.empty(1, 1, dtype=torch.int64, pin_memory=True)
+        slot.copy_(self.token, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return slot, event
+
+    @staticmethod
+    def fetch(published: tuple[torch.Tensor, torch.cuda.Event | None]) -> int:
+        """Return the token that `publish` began to copy."""
+        slot, event = published
+        if event is not None:
+            event.synchronize()
+        return int(slot)
+
+    def _forward(self) -> None:
+        output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        self._draw(output.logits)
+
+    def _draw(self, logits: torch.Tensor) -> None:
+        token = self.sampler(self.history, logits[:, -1])
+        self.token.copy_(token.view(1, 1))
+        self.history.index_copy_(1, self.position, self.token)
+        self.position.add_(1)
+
+    def _capture(self) -> None:
+        """Capture one step; the stream's state afterwards is what it was before."""
+        started = time.perf_counter()
+        state = self._state()
+        before = [tensor.clone() for tensor in state]
+        generator = self.sampler.generator
+        random_state = None if generator is None else generator.get_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._forward()
+                    _restore(state, before)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            if generator is not None:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._forward()
+            self.graph = graph
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the model synchronises, or allocates in a way a capture forbids
+            self.eager_reason = f"capture failed: {str(error).splitlines()[0]}"
+            if self.insist:
+                raise UnsupportedError(f"no CUDA graph for this model: {self.eager_reason}") from error
+        _restore(state, before)
+        if generator is not None and random_state is not None:
+            generator.set_state(random_state)
+        torch.cuda.synchronize(self.device)
+        self.capture_seconds = time.perf_counter() - started
+
+    def _state(self) -> list[torch.Tensor]:
+        """Every tensor that a step changes, but for cache slots, which the next step writes again."""
+        return [
+            self.token,
+            self.position,
+            self.history,
+            *(layer.cumulative_length for layer in self.cache.layers),
+        ]
+
+
+def _restore(state: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for tensor, value in zip(state, values, strict=True):
+        tensor.copy_(value)
+
+
+def _static_cache(model: PreTrainedModel, length: int) -> Any:
+    """A static cache whose layers count their tokens in tensors; None where the model needs other layers.
+
+    transformers' sliding-window layers count in Python integers, which a graph would freeze. A full layer
+    under the sliding-window mask computes the same at the price of memory.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    cache.layers = [
+        StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None
+
+
+def _obstacle(model: PreTrainedModel, static: bool) -> str | None:
+    """Why a step of `model` cannot be a CUDA graph, as far as that shows without trying."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}"
+    if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
+        return "the model spans several devices"
+    if not static:
+        return "the model has layers whose state is not a static key-value cache"
+    return None

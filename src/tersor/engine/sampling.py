@@ -1,0 +1,139 @@
+"""How the next token is drawn: options as everywhere, transformers' own logits processors, one draw."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Options of one generation; None takes the value of the model's generation config, and then the default.
+
+    Sampling is on when a temperature above 0 or any of top_k, top_p, min_p is given, or when the generation
+    config says `do_sample`; else decoding is greedy. Temperature 0 is greedy.
+
+    Attributes:
+        temperature: divides the logits; at least 0.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens that together reach this probability, in (0, 1].
+        min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1].
+        repetition_penalty: divides the positive logits of tokens seen, prompt included, and multiplies the
+            negative ones; above 0, 1 is off (Keskar et al. 2019, CTRL, section 4.1).
+        seed: makes sampling repeatable; None draws a fresh one.
+        max_new_tokens: stop after this many tokens; 256 when the generation config says nothing.
+        stop: texts that end the generation; they are not part of the output.
+        ignore_eos: go on past the end-of-sequence token.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        checks = (
+            ("temperature", lambda v: 0 <= v < math.inf, "at least 0 (0 is greedy)"),
+            ("top_k", lambda v: v >= 0, "at least 0 (0 keeps every token)"),
+            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("min_p", lambda v: 0 <= v <= 1, "between 0 and 1"),
+            ("repetition_penalty", lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
+            ("seed", lambda v: 0 <= v < 2**63, "between 0 and 2^63 - 1"),
+            ("max_new_tokens", lambda v: v >= 1, "at least 1"),
+        )
+        for name, legal, range_ in checks:
+            value = getattr(self, name)
+            if value is not None and not legal(value):
+                raise InputError(f"{name} is {value}: it must be {range_}")
+        if any(not text for text in self.stop):
+            raise InputError("a stop text is empty: it would end every generation at once")
+
+    def resolved(self, config: GenerationConfig) -> Sampling:
+        """Return these options with every None but the seed filled; greedy decoding has temperature 0."""
+        asked = any(getattr(self, name) is not None for name in _SAMPLED) and self.temperature != 0
+        if asked or (self.temperature is None and config.do_sample):
+            chosen = {name: _first(getattr(self, name), getattr(config, name, None)) for name in _SAMPLED}
+        else:
+            chosen = {"temperature": 0.0}
+        return replace(
+            self,
+            temperature=float(_first(chosen.get("temperature"), 1.0)),
+            top_k=int(_first(chosen.get("top_k"), 0)),
+            top_p=float(_first(chosen.get("top_p"), 1.0)),
+            min_p=float(_first(chosen.get("min_p"), 0.0)),
+            repetition_penalty=float(_first(self.repetition_penalty, config.repetition_penalty, 1.0)),
+            max_new_tokens=int(_first(self.max_new_tokens, config.max_new_tokens, 256)),
+        )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+class Sampler:
+    """Draws tokens from logits by resolved options, on the device, without a synchronisation.
+
+    A call depends on tensors only, so a CUDA graph can hold one, with `generator` registered with it.
+    """
+
+    def __init__(self, options: Sampling, device: torch.device) -> None:
+        from transformers import LogitsProcessorList
+        from transformers.generation import logits_process
+
+        self.processors = LogitsProcessorList()
+        if options.repetition_penalty is not None and options.repetition_penalty != 1.0:
+            self.processors.append(
+                logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+            )
+        self.generator: torch.Generator | None = None
+        if not options.temperature:
+            return
+        self.generator = torch.Generator(device)
+        if options.temperature != 1.0:
+            self.processors.append(logits_process.TemperatureLogitsWarper(options.temperature))
+        if options.top_k:
+            self.processors.append(logits_process.TopKLogitsWarper(options.top_k))
+        if options.top_p is not None and options.top_p != 1.0:
+            self.processors.append(logits_process.TopPLogitsWarper(options.top_p))
+        if options.min_p:
+            self.processors.append(logits_process.MinPLogitsWarper(options.min_p))
+
+    def seed(self, seed: int | None) -> None:
+        """Start the draws afresh, from `seed` or from a random one."""
+        if self.generator is not None:
+            if seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(seed)
+
+    def __call__(self, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next token, int64 [1].
+
+        Args:
+            history: int64 [1, tokens]: tokens seen; any of them may be repeated.
+            logits: [1, vocabulary].
+        """
+        scores: torch.Tensor = self.processors(history, logits.float())  # type: ignore[arg-type]
+        if self.generator is None:
+            return scores.argmax(dim=-1)
+        # The largest p / e with e ~ Exp(1) falls on a token with probability p: a draw without
+        # torch.multinomial, which waits for the device to check its input.
+        probabilities = scores.softmax(dim=-1)
+        noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        return (probabilities / noise).argmax(dim=-1)

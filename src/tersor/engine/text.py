@@ -1,0 +1,84 @@
+"""From tokens to text as they come: whole characters only, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BROKEN = "\ufffd"
+_CONTEXT = 8
+"""Tokens of the prompt that the first piece is decoded with."""
+
+
+class Detokenizer:
+    """Turns tokens into pieces of text; the pieces together are the decoded whole.
+
+    A piece is held back while it ends in the replacement character, that is in the middle of a multi-byte
+    character. Every piece is decoded together with the piece before it, since a token's text can depend on
+    its left neighbour (a leading space); the first piece is decoded with the end of the prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_CONTEXT:])
+        self._before = 0  # _ids[_before:_shown] is the piece before, which gives context
+        self._shown = len(self._ids)  # text up to here has been returned
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that has become complete, possibly none."""
+        self._ids.append(token)
+        text = self._pending()
+        if not text or text.endswith(_BROKEN):
+            return ""
+        self._before, self._shown = self._shown, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """Return what is held back, broken characters as U+FFFD."""
+        text = self._pending()
+        self._before = self._shown = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        context = self._decode(self._ids[self._before : self._shown])
+        return self._decode(self._ids[self._before :])[len(context) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+class StopFilter:
+    """Passes text on until one of the stop texts appears; `found` tells that one did."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Add text and return what can be shown: nothing that may be the beginning of a stop text."""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            shown, self._held = self._held[: min(places)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        split = len(self._held) - keep
+        shown, self._held = self._held[:split], self._held[split:]
+        return shown
+
+    def flush(self) -> str:
+        """Return what is held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(self._held), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -1,0 +1,189 @@
+"""Load what an evaluation or a generation needs, with one line for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tersor.checkpoint.header import WEIGHT_DTYPES
+from tersor.checkpoint.source import open_source
+from tersor.errors import CheckpointError, InputError, TersorError, did_you_mean
+from tersor.hardware import cuda_available
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the torch device `name` means; `auto` is the GPU when there is one.
+
+    Raises:
+        InputError: not a device, or CUDA asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if cuda_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not cuda_available():
+            raise InputError(f"device {name!r}: torch {torch.__version__} sees no CUDA GPU here: use cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs here")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """Return the dtype of activations that `name` means.
+
+    `auto` is the checkpoint's own dtype on a GPU and float32 on a CPU, where 16-bit products are both slower
+    and less exact.
+
+    Raises:
+        InputError: not a dtype.
+    """
+    if name not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise InputError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}: use one of {known}")
+    return DTYPES[name] or (torch.float32 if device.type == "cpu" else "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A checkpoint that is there.
+
+    Attributes:
+        directory: where it is.
+        weight_bytes: size of its weight files.
+        plain_bits: mean bits of a weight among those stored as floating point, embeddings included.
+    """
+
+    directory: Path
+    weight_bytes: int
+    plain_bits: float
+
+
+def locate(path: str | Path) -> Located:
+    """Check that `path` is a whole checkpoint and say where and how large it is.
+
+    Args:
+        path: a checkpoint directory, or a hub id, which is downloaded.
+
+    Raises:
+        InputError: neither, or not a whole checkpoint; the message says which file lacks what.
+    """
+    with open_source(path) as source:
+        specs = [item.spec for item in source.tensors.values()]
+        plain = [spec for spec in specs if spec.dtype in WEIGHT_DTYPES and len(spec.shape) > 1]
+        count = sum(spec.numel for spec in plain)
+        bits = 8.0 * sum(spec.nbytes for spec in plain) / count if count else 0.0
+        return Located(source.directory, sum(file.path.stat().st_size for file in source.files), bits)
+
+
+def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """Load a causal language model for inference.
+
+    Args:
+        path: a checkpoint directory or a hub id.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        dtype: `auto`, `float32`, `float16` or `bfloat16`; see `resolve_dtype`.
+
+    Raises:
+        InputError: no such directory, not a model, broken files, missing tensors, or no such device.
+        TersorError: the model does not fit in the device's memory.
+    """
+    target = device if isinstance(device, torch.device) else resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, target)
+    directory = locate(path).directory
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch_dtype, output_loading_info=True
+        )
+        model, info = loaded[0].to(target), loaded[1]
+    except TersorError:
+        raise
+    except torch.OutOfMemoryError:
+        raise TersorError(f"{path}: the model does not fit in the memory of {target}") from None
+    except Exception as error:  # transformers raises a dozen types for a checkpoint it cannot read
+        raise CheckpointError(f"{path}: cannot be loaded as a language model: {_one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path}: the checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}"
+        )
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint.
+
+    Raises:
+        InputError: no such directory, or no tokenizer in it.
+    """
+    directory = locate(path).directory
+    from transformers import AutoTokenizer
+
+    if not any(True for part in ("*token*", "*vocab*", "*.tiktoken") for _ in directory.glob(part)):
+        raise CheckpointError(
+            f"{path}: has no tokenizer: copy tokenizer.json and tokenizer_config.json there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # likewise
+        raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        InputError: missing, a directory, empty, or not UTF-8.
+    """
+    file = Path(path)
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such text file") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        position = error.start
+        raise InputError(f"{file}: is not UTF-8 text: byte {data[position]:#04x} at {position}") from None
+    if not text.strip():
+        raise InputError(f"{file}: is empty: give a text to measure on")
+    return text
+
+
+def bits_per_weight(model: PreTrainedModel) -> float | None:
+    """Return the mean stored bits of a compressed weight, scales counted; None where none is compressed."""
+    from tersor.nn import PackedLinear
+
+    bits, weights = 0.0, 0
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            count = module.in_features * module.out_features
+            bits += module.scheme.bits_per_weight(module.in_features) * count
+            weights += count
+    return bits / weights if weights else None
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,206 @@
+"""Perplexity of a model on a text and, against a reference model, KL divergence and top-1 agreement.
+
+Convention. The text is tokenised once, without special tokens, and cut into consecutive windows of `window`
+tokens that do not overlap; the last, partial window is dropped. A window is fed on its own and predicts its
+tokens 2..window, so every window counts `window - 1` predictions and none sees another window's text.
+
+Standard errors treat the windows as independent samples: with m_i the mean of a quantity over window i and n
+windows, the mean has the standard error sd(m) / sqrt(n), sd with n - 1. Perplexity is exp(mean), so by the
+delta method its standard error is perplexity * se(mean). One window gives no standard error (None).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tersor.errors import InputError, TersorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 128
+"""Rows of logits that are turned into float32 log-probabilities at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well a model predicts a text; `*_error` is a standard error over windows, None for one window.
+
+    Attributes:
+        windows: number of windows.
+        window: tokens in a window.
+        tokens: predictions counted, windows * (window - 1).
+        perplexity: exp of the mean negative log-likelihood in nats.
+        reference_perplexity: the reference's perplexity on the same windows.
+        perplexity_ratio: perplexity / reference_perplexity; its error is paired (the same windows in both).
+        kl: mean KL(reference || model) in nats per token.
+        kl_reverse: mean KL(model || reference) in nats per token.
+        top1_agreement: fraction of predictions whose most probable token is the reference's.
+    """
+
+    windows: int
+    window: int
+    tokens: int
+    perplexity: float
+    perplexity_error: float | None
+    reference_perplexity: float | None = None
+    reference_perplexity_error: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_error: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    kl_reverse: float | None = None
+    kl_reverse_error: float | None = None
+    top1_agreement: float | None = None
+    top1_agreement_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold; fields without a value are left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def cut_windows(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, window: int = 512, max_tokens: int | None = None
+) -> torch.Tensor:
+    """Tokenise `text` without special tokens and cut it into windows.
+
+    Args:
+        text: the text.
+        tokenizer: a transformers tokenizer.
+        window: tokens in a window, at least 2.
+        max_tokens: use only the first this many tokens.
+
+    Returns:
+        int64 [windows, window].
+
+    Raises:
+        InputError: `window` below 2, or fewer tokens than one window.
+    """
+    if window < 2:
+        raise InputError(f"window is {window}: it must be at least 2 tokens, one to read and one to predict")
+    if max_tokens is not None and max_tokens < window:
+        raise InputError(f"max_tokens is {max_tokens}, less than one window of {window}: raise it")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    count = len(ids) // window
+    if count == 0:
+        raise InputError(f"the text has {len(ids)} tokens, less than one window of {window}: give more text")
+    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    *,
+    reference: PreTrainedModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quality:
+    """Measure `model` on `windows`, against `reference` when there is one.
+
+    Holds the logits of one window a model, whatever the length of the text.
+
+    Args:
+        model: a causal language model of transformers.
+        windows: int64 [windows, window], from `cut_windows`.
+        reference: the model to compare with; same vocabulary, any device.
+        progress: called with (windows done, windows in all) after every window.
+
+    Raises:
+        InputError: a token that a model has no row for, a window longer than a model's positions, or a
+            reference with another vocabulary.
+        TersorError: logits that are not finite.
+    """
+    models = {"model": model} if reference is None else {"model": model, "reference": reference}
+    for role, part in models.items():
+        _check(part, windows, role)
+    if reference is not None and _vocabulary(model) != _vocabulary(reference):
+        raise InputError(
+            f"the model has a vocabulary of {_vocabulary(model)} tokens and the reference one of "
+            f"{_vocabulary(reference)}: compare models of one family"
+        )
+    means = []
+    count, window = windows.shape
+    for index, tokens in enumerate(windows):
+        rows = {role: _logits(part, tokens) for role, part in models.items()}
+        means.append(_window_means(rows["model"], rows.get("reference"), tokens[1:], index))
+        if progress is not None:
+            progress(index + 1, count)
+    return _summary(torch.tensor(means, dtype=torch.float64), window)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _check(model: PreTrainedModel, windows: torch.Tensor, role: str) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and windows.shape[1] > limit:
+        raise InputError(f"a window of {windows.shape[1]} tokens exceeds the {role}'s {limit} positions")
+    largest = int(windows.max())
+    if largest >= _vocabulary(model):
+        raise InputError(
+            f"the text holds token {largest} but the {role} has a vocabulary of {_vocabulary(model)}: "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [window - 1, vocabulary] of the predictions of tokens 2..window, in the model's dtype."""
+    output = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False)
+    return output.logits[0, :-1]
+
+
+def _window_means(
+    logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor, index: int
+) -> list[float]:
+    """Means over one window: [nll] or [nll, reference nll, kl, reverse kl, agreement]."""
+    sums = torch.zeros(1 if reference is None else 5, dtype=torch.float64, device=logits.device)
+    targets = targets.to(logits.device).unsqueeze(1)
+    for start in range(0, len(logits), ROWS):
+        rows = slice(start, start + ROWS)
+        log_p = logits[rows].float().log_softmax(dim=-1)
+        sums[0] -= log_p.gather(1, targets[rows]).sum()
+        if reference is not None:
+            log_q = reference[rows].to(logits.device).float().log_softmax(dim=-1)
+            sums[1] -= log_q.gather(1, targets[rows]).sum()
+            gap = log_q - log_p
+            sums[2] += (log_q.exp() * gap).sum()
+            sums[3] -= (log_p.exp() * gap).sum()
+            sums[4] += (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum()
+    means = (sums / len(logits)).tolist()
+    if not all(math.isfinite(mean) for mean in means):
+        raise TersorError(f"window {index} gives logits that are not finite: try bfloat16 or float32")
+    return means
+
+
+def _summary(means: torch.Tensor, window: int) -> Quality:
+    """Turn the means of the windows, float64 [windows, 1 or 5], into a `Quality`."""
+    count = len(means)
+    nll, nll_error = _mean(means[:, 0])
+    fields: dict[str, Any] = {"perplexity": math.exp(nll)}
+    fields["perplexity_error"] = _times(nll_error, fields["perplexity"])
+    if means.shape[1] > 1:
+        other, other_error = _mean(means[:, 1])
+        gap, gap_error = _mean(means[:, 0] - means[:, 1])
+        fields["reference_perplexity"] = math.exp(other)
+        fields["reference_perplexity_error"] = _times(other_error, math.exp(other))
+        fields["perplexity_ratio"] = math.exp(gap)
+        fields["perplexity_ratio_error"] = _times(gap_error, math.exp(gap))
+        for column, name in enumerate(("kl", "kl_reverse", "top1_agreement"), start=2):
+            fields[name], fields[f"{name}_error"] = _mean(means[:, column])
+    return Quality(windows=count, window=window, tokens=count * (window - 1), **fields)
+
+
+def _mean(values: torch.Tensor) -> tuple[float, float | None]:
+    """Mean and standard error of the mean."""
+    error = None if len(values) == 1 else float(values.std(correction=1)) / math.sqrt(len(values))
+    return float(values.mean()), error
+
+
+def _times(error: float | None, factor: float) -> float | None:
+    return None if error is None else error * factor
