@@ -15,7 +15,11 @@ from typer.core import TyperGroup
 from tersor.errors import TersorError
 from tersor.version import __version__
 
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "eval": ("tersor.cli.eval", "Measure perplexity, and divergence from a reference model, on a text."),
+    "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
+    "demo": ("tersor.cli.demo", "Compress the bundled model to five formats and compare them."),
+}
 """verb -> (module of this package that defines `command`, one line of help)."""
 
 

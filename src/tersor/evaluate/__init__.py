@@ -10,6 +10,7 @@ from tersor.evaluate.load import (
     locate,
     read_text,
     resolve_device,
+    resolve_dtype,
 )
 from tersor.evaluate.quality import Quality, cut_windows, evaluate
 
@@ -24,4 +25,5 @@ __all__ = [
     "locate",
     "read_text",
     "resolve_device",
+    "resolve_dtype",
 ]

@@ -126,8 +126,9 @@ def evaluate(
     means = []
     count, window = windows.shape
     for index, tokens in enumerate(windows):
-        rows = {role: _logits(part, tokens) for role, part in models.items()}
-        means.append(_window_means(rows["model"], rows.get("reference"), tokens[1:], index))
+        logits = _logits(model, tokens)
+        other = None if reference is None else logits if reference is model else _logits(reference, tokens)
+        means.append(_window_means(logits, other, tokens[1:], index))
         if progress is not None:
             progress(index + 1, count)
     return _summary(torch.tensor(means, dtype=torch.float64), window)

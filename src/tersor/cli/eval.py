@@ -1,0 +1,124 @@
+"""`tersor eval`: how well do models predict a text, and how far are they from a reference?"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tersor.cli import console
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    from tersor.evaluate import Quality
+
+
+def command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or hub ids.")
+    ],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with, of the same vocabulary.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
+    ] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw size against quality (.png, .pdf, .svg).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Evaluate each model in turn; only one and the reference are in memory at a time."""
+    from tersor import evaluate
+    from tersor.evaluate import plot as drawing
+
+    target = evaluate.resolve_device(device)
+    evaluate.resolve_dtype(dtype, target)
+    content = evaluate.read_text(text)
+    if plot is not None:
+        drawing.check_plot(plot)
+    places = {name: evaluate.locate(name) for name in [*models, *([reference] if reference else [])]}
+    console.quiet_transformers()
+    windows = {
+        name: evaluate.cut_windows(
+            content, evaluate.load_tokenizer(place.directory), window=window, max_tokens=max_tokens
+        )
+        for name, place in places.items()
+    }
+    base = None
+    if reference is not None:
+        for name in models:
+            if not windows[name].equal(windows[reference]):
+                raise InputError(
+                    f"{name} and the reference {reference} split the text into different tokens: "
+                    "compare models of one tokenizer"
+                )
+        base = evaluate.load_model(places[reference].directory, target, dtype)
+    results: list[dict[str, Any]] = []
+    points: list[drawing.Point] = []
+    for name in models:
+        model = base if name == reference else evaluate.load_model(places[name].directory, target, dtype)
+        assert model is not None
+        with console.progress(_label(name)) as move:
+            quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
+        bits = evaluate.bits_per_weight(model) or places[name].plain_bits
+        size = places[name].weight_bytes
+        results.append({"model": name, "weight_bytes": size, "bits_per_weight": bits, **quality.to_dict()})
+        points.append(drawing.Point(label=_label(name), size=size, quality=quality))
+        del model
+        gc.collect()
+    if plot is not None:
+        drawing.plot(points, plot)
+    if json:
+        console.print_json(
+            {"text": str(text), "reference": reference, "device": str(target), "models": results}
+        )
+        return
+    rows = [
+        row(_label(result["model"]), result["weight_bytes"], result["bits_per_weight"], point.quality)
+        for result, point in zip(results, points, strict=True)
+    ]
+    first = points[0].quality
+    print(f"{text}: {first.windows} windows of {first.window} tokens; +- is one standard error over windows")
+    console.print_table(columns(reference is not None), rows)
+
+
+def columns(compared: bool) -> list[str]:
+    """Headings of the table that `row` fills."""
+    plain = ["model", "bits/weight", "size", "perplexity"]
+    return [*plain, "vs reference", "KL(ref||model)", "KL(model||ref)", "same top-1"] if compared else plain
+
+
+def row(label: str, weight_bytes: int, bits: float, quality: Quality) -> list[str]:
+    """One model's line: the comparison is there when a reference was."""
+    cells = [
+        label,
+        f"{bits:.2f}",
+        console.size(weight_bytes),
+        console.plus_minus(quality.perplexity, quality.perplexity_error, 3),
+    ]
+    if quality.perplexity_ratio is None or quality.top1_agreement is None:
+        return cells
+    ratio_error, same_error = quality.perplexity_ratio_error, quality.top1_agreement_error
+    change = f"{100 * (quality.perplexity_ratio - 1):+.2f} %"
+    same = console.plus_minus(
+        100 * quality.top1_agreement, None if same_error is None else 100 * same_error, 2
+    )
+    return [
+        *cells,
+        change + ("" if ratio_error is None else f" +- {100 * ratio_error:.2f}"),
+        console.plus_minus(quality.kl, quality.kl_error, 5),
+        console.plus_minus(quality.kl_reverse, quality.kl_reverse_error, 5),
+        f"{same} %",
+    ]
+
+
+def _label(name: str) -> str:
+    """What a model is called in a table: its directory's name, or a hub id as it is."""
+    directory = Path(name)
+    return directory.resolve().name if directory.is_dir() else name

@@ -1,0 +1,124 @@
+"""`tersor generate`: continue a prompt, the text streaming to stdout and one line of statistics to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tersor.cli import console
+from tersor.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from tersor.engine import Statistics
+
+GRAPHS = {"auto": None, "on": True, "off": False}
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
+    words: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads standard input.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt; - reads standard input.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0 samples; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among tokens that reach this probability.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 repeats less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the generation; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
+    ] = "auto",
+    cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
+) -> None:
+    """Continue one prompt."""
+    from tersor import engine, evaluate
+
+    if cuda_graph not in GRAPHS:
+        near = did_you_mean(cuda_graph, GRAPHS)
+        raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
+    options = engine.Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    text = _prompt(words, prompt)
+    target = evaluate.resolve_device(device)
+    directory = evaluate.locate(model).directory
+    console.quiet_transformers()
+    tokenizer = evaluate.load_tokenizer(directory)
+    ids = engine.chat_prompt(tokenizer, text) if chat else text
+    loaded = evaluate.load_model(directory, target, dtype)
+    stream = engine.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
+    if json:
+        produced = "".join(stream)
+        fields = {
+            "text": produced,
+            "tokens": stream.tokens,
+            "device": str(target),
+            **stream.statistics.to_dict(),
+        }
+        console.print_json({"model": model, "prompt": text, **fields})
+        return
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print(flush=True)
+    except BrokenPipeError:
+        # The reader has seen enough; what Python flushes at exit must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    print(summary(stream.statistics, target.type), file=sys.stderr)
+
+
+def summary(numbers: Statistics, device_type: str) -> str:
+    """The statistics of a stream in one line; on a GPU it says whether steps were a CUDA graph."""
+    parts = [
+        f"{numbers.prompt_tokens} prompt tokens in {numbers.prefill_seconds:.3f} s",
+        f"{numbers.new_tokens} new tokens"
+        + ("" if numbers.tokens_per_second is None else f" at {numbers.tokens_per_second:.1f} tokens/s"),
+        f"ended by {numbers.finish_reason}",
+    ]
+    if numbers.cuda_graph:
+        parts.append(f"CUDA graph (captured in {numbers.capture_seconds:.2f} s)")
+    elif device_type == "cuda":
+        parts.append(f"no CUDA graph: {numbers.eager_reason}")
+    return "; ".join(parts)
+
+
+def _prompt(words: str | None, option: str | None) -> str:
+    if (words is None) == (option is None):
+        problem = "no prompt" if words is None else "two prompts"
+        raise InputError(f"{problem}: give --prompt TEXT, or --prompt - to read standard input")
+    text = option if words is None else words
+    assert text is not None
+    if text != "-":
+        return text
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}"
+        ) from None
