@@ -1,0 +1,231 @@
+"""Between a checkpoint on disk and a model that transformers has built on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.checkpoint.config import QuantizationConfig
+from tersor.checkpoint.exports import get_export
+from tersor.checkpoint.modules import read_architecture
+from tersor.checkpoint.plan import make_plan
+from tersor.checkpoint.reader import TORCH_DTYPES
+from tersor.checkpoint.source import Source
+from tersor.compress import quantize_rtn
+from tersor.errors import CheckpointError, NonFiniteError, UnsupportedError
+from tersor.formats import SCALE_DTYPES, Scheme
+from tersor.integrations.placement import Place, Placement
+from tersor.layouts import stream
+from tersor.nn.linear import PACKED, SCALE, ZERO_POINT, PackedLinear
+from tersor.nn.replace import linear_shape, swap_linear
+from tersor.version import __version__
+
+_BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Elements encoded at once: on a CPU what the passes over a block touch stays in its cache."""
+_MAX_THREADS = 32
+_PACKED_SUFFIX = f".{PACKED}"
+
+
+def open_checkpoint(checkpoint_files: Sequence[str], name_or_path: str) -> Source:
+    """Open the checkpoint whose files transformers is about to read.
+
+    Args:
+        checkpoint_files: paths of the weights.
+        name_or_path: what the user asked for, a directory or a Hub id.
+
+    Raises:
+        CheckpointError: broken, or in another format than safetensors.
+    """
+    files = [Path(file) for file in checkpoint_files]
+    directory = files[0].parent
+    named = Path(name_or_path)
+    source = Source(directory, named.resolve().name if named.is_dir() else name_or_path)
+    if {file.path.name for file in source.files} != {file.name for file in files}:
+        source.close()
+        names = ", ".join(file.name for file in files[:2])
+        raise CheckpointError(f"{directory}: tersor reads model.safetensors and its shards, and was given {names}")
+    return source
+
+
+def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> Placement:
+    """Put packed layers wherever a tersor checkpoint holds a packed weight, and check that it fits the model.
+
+    Raises:
+        CheckpointError: tensors missing, of another shape or dtype, belonging to nothing, or contradicting `config`.
+        UnsupportedError: a layer that cannot run packed.
+    """
+    architecture = read_architecture(source.directory)
+    stems = [name.removesuffix(_PACKED_SUFFIX) for name in source.tensors if name.endswith(_PACKED_SUFFIX)]
+    if not stems:
+        raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *{_PACKED_SUFFIX}")
+    schemes = {}
+    for stem in stems:
+        scheme = config.resolve(architecture.module_of(stem))
+        if scheme is None:
+            raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
+        schemes[stem] = scheme
+    placement = Placement(model)
+    places = placement.place(stems)
+    expected = {}
+    for place in places:
+        layer = swap_linear(model, place.module, schemes[place.stem])
+        layer._is_hf_initialized = True
+        _check_stored(source, place, layer)
+        tensors = layer.stored_tensors(layer.in_features, layer.out_features, layer.scheme)
+        expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in tensors})
+    placement.refresh(expected)
+    _check_complete(placement, source)
+    return placement
+
+
+def plan_compression(
+    model: Any, source: Source, config: QuantizationConfig
+) -> tuple[QuantizationConfig, Placement, dict[str, Scheme]]:
+    """Decide what is compressed while a plain checkpoint is loaded, exactly as the `quantize` verb would.
+
+    The layers stay plain; each is replaced when its weight arrives. Their weights take the dtype they have on disk, so
+    that transformers does not round them to the model's dtype first.
+
+    Returns:
+        The configuration with what was left alone written out, the placement, and module name -> scheme.
+
+    Raises:
+        InputError: patterns that find nothing, group sizes that do not divide, a broken checkpoint.
+        UnsupportedError: a layer that cannot run packed.
+    """
+    plan = make_plan(
+        source,
+        read_architecture(source.directory),
+        scheme=config.scheme,
+        ignore=config.ignore,
+        overrides=config.overrides,
+        export=get_export("tersor"),
+        shard_bytes=1,
+        provenance={"tersor": __version__, "algorithm": "rtn", "source": source.label},
+    )
+    chosen = {step.layer.stem: step for step in plan.steps if step.layer is not None and step.scheme is not None}
+    placement = Placement(model)
+    places = placement.place(chosen)
+    schemes = {}
+    for place in places:
+        step = chosen[place.stem]
+        module = model.get_submodule(place.module)
+        if linear_shape(module) is None:
+            raise UnsupportedError(f"{place.module} is a {type(module).__name__}, which cannot run packed: ignore it")
+        shape, dtype = module.weight.shape, TORCH_DTYPES[step.source.spec.dtype]
+        module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        if step.scheme is not None:
+            schemes[place.module] = step.scheme
+    placement.refresh({f"{place.stem}.weight": f"{place.module}.weight" for place in places})
+    _check_complete(placement, source)
+    return plan.config, placement, schemes
+
+
+def compress(weight: torch.Tensor, scheme: Scheme, name: str) -> dict[str, torch.Tensor]:
+    """Round a weight to nearest and pack it, a block of rows at a time.
+
+    Args:
+        weight: [OC, IC] on any device.
+        scheme: element format and scales.
+        name: for error messages.
+
+    Returns:
+        `weight_packed`, `weight_scale` and, for `uint` formats, `weight_zero_point`, on the same device.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity.
+    """
+    oc, ic = weight.shape
+    groups, device = (oc, scheme.groups(ic)), weight.device
+    packed = torch.empty(oc, stream.row_words(ic, scheme.format.bits), dtype=torch.int32, device=device)
+    result = {PACKED: packed, SCALE: torch.empty(groups, dtype=SCALE_DTYPES[scheme.scale_dtype], device=device)}
+    if scheme.has_zero_point:
+        result[ZERO_POINT] = torch.empty(groups, dtype=torch.uint8, device=device)
+    rows = max(1, _BLOCK_ELEMENTS.get(device.type, 1 << 17) // ic)
+
+    def encode(start: int) -> None:
+        block = weight[start : start + rows].contiguous()
+        try:
+            encoded = quantize_rtn(block.float() if block.dtype == torch.float64 else block, scheme)
+        except NonFiniteError as error:
+            raise NonFiniteError((error.index[0] + start, error.index[1]), error.value, f"tensor {name!r}") from None
+        packed[start : start + rows] = stream.pack(encoded.codes, scheme.format.bits)
+        result[SCALE][start : start + rows] = encoded.scale
+        if encoded.zero_point is not None:
+            result[ZERO_POINT][start : start + rows] = encoded.zero_point
+
+    if device.type != "cpu":
+        for start in range(0, oc, rows):
+            encode(start)
+        return result
+    # Blocks side by side, each on one thread: faster than each on all threads, and steady on a busy machine.
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(before, _MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(encode, range(0, oc, rows)))
+    finally:
+        torch.set_num_threads(before)
+    return result
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Check that every packed tensor of a model has arrived, with its own shape and dtype.
+
+    A dtype that transformers changed (modules it keeps in float32) is changed back, which is exact.
+
+    Raises:
+        CheckpointError: one has not.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLinear):
+            continue
+        for key, (shape, dtype) in module.stored_tensors(module.in_features, module.out_features, module.scheme).items():
+            tensor = getattr(module, key)
+            if tensor.device.type == "meta" or tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{name}.{key} was not loaded: the checkpoint lacks it")
+            if tensor.dtype != dtype:
+                setattr(module, key, tensor.to(dtype))
+
+
+def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give plain parameters the dtype the model was built with.
+
+    transformers before 5.18 keeps the checkpoint's dtype for a tensor of a quantised model whose name it had to change.
+
+    Args:
+        model: loaded.
+        dtypes: parameter name -> dtype, from before loading.
+    """
+    kept = tuple(model._get_dtype_plan(model.dtype))
+    for name, parameter in model.named_parameters():
+        wanted = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != wanted and parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(wanted)
+
+
+def _check_stored(source: Source, place: Place, layer: PackedLinear) -> None:
+    tensors = layer.stored_tensors(layer.in_features, layer.out_features, layer.scheme)
+    for name, (shape, dtype) in tensors.items():
+        located = source.tensors.get(f"{place.stem}.{name}")
+        if located is None:
+            raise CheckpointError(f"{source.directory}: {place.stem}.{name} is missing, and {place.stem}.{PACKED} is there")
+        spec = located.spec
+        if spec.shape != shape or TORCH_DTYPES.get(spec.dtype) != dtype:
+            raise CheckpointError(
+                f"{located.file.path}: {spec.name} is {spec.dtype} {list(spec.shape)}; {layer.scheme.key()} of a layer "
+                f"[{layer.out_features}, {layer.in_features}] is {dtype} {list(shape)}"
+            )
+    if f"{place.stem}.{ZERO_POINT}" in source.tensors and ZERO_POINT not in tensors:
+        raise CheckpointError(f"{source.directory}: {place.stem} has zero points, which {layer.scheme.key()} has not")
+
+
+def _check_complete(placement: Placement, source: Source) -> None:
+    missing = placement.missing_linears(source.tensors)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{source.directory}: holds neither {missing[0]} nor its packed form{more}")

@@ -1,0 +1,188 @@
+"""Which layer of a transformers model does a stored weight belong to? Names as transformers itself would map them.
+
+A checkpoint's names pass through transformers' renamings (`block_sparse_moe` becomes `mlp`), may gain or lose the base
+model's prefix, and, for fused experts, through converters that merge the experts of a layer. A packed weight is placed
+where the plain one would go; experts that hold packed weights are split up again (`tersor.nn.PackedExperts`), and their
+converters are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
+
+from tersor.errors import CheckpointError, UnsupportedError
+from tersor.nn.experts import PackedExperts, fused_input_name
+from tersor.nn.replace import is_conv1d
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored weight goes.
+
+    Attributes:
+        stem: start of its tensors' names in the checkpoint.
+        module: name of the linear layer in the model.
+    """
+
+    stem: str
+    module: str
+
+
+class Placement:
+    """The mapping from a checkpoint's names to the layers of one model.
+
+    Attributes:
+        dropped: identities of the converters that must not act, because the experts they merge are split.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Take the model as transformers built it, on the meta device, before any layer is replaced."""
+        self._model = model
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.dropped: set[tuple[str, ...]] = set()
+        self._refresh()
+
+    def place(self, stems: Iterable[str]) -> list[Place]:
+        """Find the linear layer of every stored weight, splitting fused experts where they hold one.
+
+        Weights that transformers ignores (`_keys_to_ignore_on_load_unexpected`) are left out.
+
+        Raises:
+            CheckpointError: the model has no such layer.
+            UnsupportedError: the layer is there and cannot run packed.
+        """
+        stems = list(stems)
+        self._split_experts(stems)
+        places = []
+        for stem in stems:
+            key, pattern = self.rename(stem + _WEIGHT)
+            module = key.removesuffix(_WEIGHT)
+            if pattern is not None:
+                raise UnsupportedError(
+                    f"transformers converts {stem}.weight into {key} while loading, which packed weights cannot go "
+                    "through: compress the model with that layer ignored"
+                )
+            if key in self._state and key != module:
+                places.append(Place(stem, module))
+            elif not self._ignored(key):
+                raise CheckpointError(
+                    f"the checkpoint's {stem}.weight belongs to no layer of {type(self._model).__name__}: config.json "
+                    "does not describe this checkpoint"
+                )
+        return places
+
+    def rename(self, key: str) -> tuple[str, str | None]:
+        """Return the name a checkpoint tensor has in the model, and the pattern of the converter it passes, if any."""
+        prefix = self._model.base_model_prefix
+        renamed, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
+        if renamed not in self._state and key in self._state:
+            renamed, pattern = rename_source_key(key, [], [], prefix, self._state)
+        return renamed, pattern
+
+    def refresh(self, expected: Mapping[str, str]) -> None:
+        """Look at the model again after layers were replaced, and check that names still lead where they should.
+
+        Args:
+            expected: checkpoint tensor name -> name in the model.
+
+        Raises:
+            UnsupportedError: transformers would load a tensor elsewhere.
+        """
+        self._refresh()
+        for key, wanted in expected.items():
+            found, _ = self.rename(key)
+            if found != wanted:
+                raise UnsupportedError(
+                    f"transformers would load {key} as {found}, not as {wanted}: compress the model with that layer ignored"
+                )
+
+    def missing_linears(self, names: Iterable[str]) -> list[str]:
+        """Return the linear layers of the base model whose weight is not among the checkpoint's tensor `names`."""
+        provided = set()
+        for name in names:
+            key, pattern = self.rename(name)
+            provided.add(key)
+            if pattern is not None:
+                targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
+                provided.update(key.replace(targets[0], target) for target in targets[1:])
+        prefix = self._model.base_model_prefix
+        inside = f"{prefix}." if prefix and hasattr(self._model, prefix) else ""
+        tied = set(getattr(self._model, "all_tied_weights_keys", {}))
+        expected = [
+            name + _WEIGHT
+            for name, module in self._model.named_modules()
+            if (isinstance(module, nn.Linear) or is_conv1d(module)) and name.startswith(inside)
+        ]
+        excused = self._model._keys_to_ignore_on_load_missing or ()
+        return [
+            key
+            for key in expected
+            if key not in provided and key not in tied and not any(re.search(pattern, key) for pattern in excused)
+        ]
+
+    def _refresh(self) -> None:
+        self._state: dict[str, Any] = self._model.state_dict()
+
+    def _ignored(self, key: str) -> bool:
+        return any(re.search(pattern, key) for pattern in self._model._keys_to_ignore_on_load_unexpected or ())
+
+    def _split_experts(self, stems: Iterable[str]) -> None:
+        merging = {}
+        for converter in self._converters:
+            if any(isinstance(operation, MergeModulelist) for operation in converter.operations):
+                merging.update(dict.fromkeys(converter.source_patterns, converter))
+        used = []
+        for stem in stems:
+            pattern = self.rename(stem + _WEIGHT)[1]
+            if pattern in merging and merging[pattern] not in used:
+                used.append(merging[pattern])
+        if not used:
+            return
+        # A converter acts on every layer, so all experts it may merge are split, also where none is packed.
+        for name, module in list(self._model.named_modules()):
+            if not hasattr(module, "down_proj") or not hasattr(module, "num_experts"):
+                continue
+            into = {
+                attribute: converter
+                for converter in merging.values()
+                for attribute in ("gate_up_proj", "up_proj", "down_proj")
+                if _merges_into(converter, name, attribute)
+            }
+            if not any(converter in used for converter in into.values()):
+                continue
+            fused = fused_input_name(module)
+            if fused not in into or "down_proj" not in into:
+                raise UnsupportedError(f"transformers merges the experts of {name} in a way not known: ignore its experts")
+            inputs = [_child(pattern) for pattern in into[fused].source_patterns]
+            split = PackedExperts(module, inputs, _child(into["down_proj"].source_patterns[0]))
+            split.template._is_hf_initialized = True
+            self._model.set_submodule(name, split)
+            self.dropped.update(identity(converter) for converter in into.values())
+        self._converters = [converter for converter in self._converters if identity(converter) not in self.dropped]
+        self._refresh()
+
+
+def identity(converter: WeightConverter) -> tuple[str, ...]:
+    """Return what tells a model's converters apart, also in another copy of them."""
+    return (converter.scope_prefix or "", *converter.source_patterns, "->", *converter.target_patterns)
+
+
+def _child(pattern: str) -> str:
+    """Return the name of an expert's layer in a source pattern such as `mlp.experts.*.gate_proj.weight`."""
+    return pattern.rpartition("*.")[2].removesuffix(_WEIGHT)
+
+
+def _merges_into(converter: WeightConverter, experts: str, attribute: str) -> bool:
+    key = f"{experts}.0.{_child(converter.source_patterns[0])}{_WEIGHT}"
+    return converter.rename_source_key(key)[0] == f"{experts}.{attribute}"

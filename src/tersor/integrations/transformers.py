@@ -1,0 +1,270 @@
+"""Tersor checkpoints in transformers: `from_pretrained`, compression while loading, `save_pretrained`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_scheme, scheme_to_dict
+from tersor.errors import TersorError, UnsupportedError
+from tersor.formats import Scheme
+from tersor.integrations import register
+
+NAME = QUANT_METHOD
+
+
+class TersorConfig(QuantizationConfigMixin):
+    """What `from_pretrained(..., quantization_config=...)` takes, and what config.json holds.
+
+    Attributes:
+        parsed: the same as a value; patterns are searched for in module names, `ignore` wins, then the first override.
+    """
+
+    def __init__(
+        self,
+        format: str = "fp6_e3m2",
+        group_size: int | None = None,
+        scale_dtype: str | None = None,
+        ignore: Sequence[str] = (),
+        overrides: Mapping[str, str | Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Choose how to compress a model while it is loaded.
+
+        Args:
+            format: such as `fp6_e3m2`, `int4` or `mxfp6_e3m2`.
+            group_size: consecutive input channels that share a scale; `None` is one scale a row.
+            scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
+            ignore: patterns of modules left as they are; output heads and routers are left anyway.
+            overrides: pattern -> `"int8"`, `"int8:g64:bfloat16"`, or a mapping with format, group_size, scale_dtype.
+
+        Raises:
+            InputError: a pattern, format or option that is not one.
+        """
+        self.quant_method = NAME
+        stated = {
+            pattern: scheme_to_dict(parse_scheme(entry, group_size, scale_dtype, f"override {pattern!r}"))
+            if isinstance(entry, str)
+            else entry
+            for pattern, entry in (overrides or {}).items()
+        }
+        self.parsed = QuantizationConfig.from_dict(
+            {
+                "quant_method": NAME,
+                "version": VERSION,
+                "format": format,
+                "group_size": group_size,
+                "scale_dtype": scale_dtype,
+                "overrides": stated,
+                "ignore": list(ignore) if not isinstance(ignore, str) else ignore,
+            }
+        )
+
+    @classmethod
+    def from_parsed(cls, parsed: QuantizationConfig) -> TersorConfig:
+        """Wrap a parsed configuration."""
+        config = cls.__new__(cls)
+        config.quant_method = NAME
+        config.parsed = parsed
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Parse the `quantization_config` of a config.json.
+
+        Raises:
+            CheckpointError: unknown keys, a newer version, values that are none.
+        """
+        config = cls.from_parsed(QuantizationConfig.from_dict(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the `quantization_config` of a config.json."""
+        return self.parsed.to_dict()
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Take nothing: a checkpoint's configuration does not change when it is read. Returns all of `kwargs`."""
+        return kwargs
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TersorConfig) and self.parsed == other.parsed
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class TersorHfQuantizer(HfQuantizer):
+    """Replaces linear layers by packed ones before transformers loads the weights, and checks that all arrived."""
+
+    requires_calibration = False
+    quantization_config: TersorConfig
+
+    def __init__(self, quantization_config: TersorConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._schemes: dict[str, Scheme] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._dropped: set[tuple[str, ...]] = set()
+        self._dropped_converters: list[Any] = []
+        self._failure: TersorError | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work: compressing while parts of the model go to disk."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise UnsupportedError("packed layers cannot be offloaded to disk: leave 'disk' out of device_map")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        from tersor.integrations.loading import open_checkpoint, pack_checkpoint, plan_compression
+
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedError("packed layers cannot be sharded by transformers yet: use device_map")
+        if not checkpoint_files:
+            raise UnsupportedError("tersor reads names and dtypes from the checkpoint's files: state_dict alone is not enough")
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        with open_checkpoint(checkpoint_files, model.config.name_or_path) as source:
+            if self.pre_quantized:
+                placement = pack_checkpoint(model, source, self.quantization_config.parsed)
+            else:
+                parsed, placement, self._schemes = plan_compression(model, source, self.quantization_config.parsed)
+                self.quantization_config = TersorConfig.from_parsed(parsed)
+                model.config.quantization_config = self.quantization_config
+        self._dropped = placement.dropped
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return none: packed tensors have the names of the checkpoint."""
+        return []
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Take out the converters that merge experts which were split."""
+        from transformers.core_model_loading import WeightConverter
+
+        from tersor.integrations.placement import identity
+
+        def dropped(entry: Any) -> bool:
+            return isinstance(entry, WeightConverter) and identity(entry) in self._dropped
+
+        self._dropped_converters = [entry for entry in weight_conversions if dropped(entry)]
+        return [entry for entry in weight_conversions if not dropped(entry)]
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is a weight to compress while loading."""
+        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self._schemes
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Return bytes per element once loaded, for the placement of layers on devices."""
+        scheme = self._schemes.get(param_name.removesuffix(".weight"))
+        return param.element_size() if scheme is None else scheme.bits_per_weight(param.shape[-1]) / 8
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what compresses a weight as it arrives."""
+        return _Compress(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from tersor.integrations.loading import check_loaded, restore_dtypes
+
+        if self._failure is not None:
+            raise self._failure
+        check_loaded(model)
+        restore_dtypes(model, self._dtypes)
+        for module in _packed_layers(model).values():
+            module.prepare(module.dtype)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return the state dict with the stored stream of GPU layers on the CPU, so that the GPU holds no second copy."""
+        from tersor.layouts import STREAM
+
+        handles = [
+            module.register_state_dict_post_hook(_stream_to_cpu)
+            for module in _packed_layers(model).values()
+            if module.layout != STREAM
+        ]
+        if not handles:
+            return None, {}
+        try:
+            return model.state_dict(), {}
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from tersor.nn.replace import unpack_model
+
+        unpack_model(model, dtype or model.dtype)
+        model._weight_conversions = [*self._dropped_converters, *(getattr(model, "_weight_conversions", None) or ())]
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` works: it does."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether packed layers have gradients: they have none."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model: unless it has experts, whose choice depends on data."""
+        return not self._dropped
+
+
+class _Compress(ConversionOps):
+    """Turns a plain weight into packed tensors and its layer into a packed layer, when the weight has been read."""
+
+    def __init__(self, quantizer: TersorHfQuantizer) -> None:
+        self._quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        *,
+        full_layer_name: str,
+        model: Any,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        from tersor.integrations.loading import compress
+        from tersor.nn.replace import swap_linear
+
+        (value,) = input_dict.values()
+        weight: torch.Tensor = value[0] if isinstance(value, list) else value
+        name = full_layer_name.removesuffix(".weight")
+        scheme = self._quantizer._schemes[name]
+        layer = swap_linear(model, name, scheme, dtype=self._quantizer._dtypes.get(full_layer_name, model.dtype))
+        layer._is_hf_initialized = True
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        try:
+            packed = compress(weight.T if layer.transposed else weight, scheme, full_layer_name)
+        except TersorError as error:
+            # transformers would bury an exception from here in a report of several pages.
+            self._quantizer._failure = self._quantizer._failure or error
+            return {}
+        return {f"{name}.{key}": tensor for key, tensor in packed.items()}
+
+
+def _packed_layers(model: nn.Module) -> dict[str, Any]:
+    from tersor.nn.linear import PackedLinear
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _stream_to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    from tersor.nn.linear import PACKED
+
+    state_dict[prefix + PACKED] = state_dict[prefix + PACKED].cpu()
+
+
+register()
