@@ -18,17 +18,24 @@ _BLOCKS_OF_STAGE = 8
 N_TILES = (8, 16, 32, 64)
 """Tile widths of the fused kernel, in tokens."""
 
-_MAX_STAGES = 8
+_STAGES = 4
+_MAX_RESIDENT = 4
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
 
-_ACHIEVED = 0.85
+# Measured on an H200 with 6-bit weights (docs/log.md, "first fused kernel"); other chips differ in bandwidth and
+# multiprocessors, which the model takes from `Chip`.
+_ACHIEVED = 0.88
 """Share of the datasheet's bandwidth that a stream of reads reaches."""
-_WAVE_SECONDS = 1.5e-6
-"""Time in which a fresh wave of CTAs fills its rings and drains its results."""
-_SPLIT_SECONDS = 1.0e-6
-"""Cost of writing the parts of a split sum and reading them back."""
+_RAMP_SECONDS = 2.0e-6
+"""Start of a kernel, first fill of the rings and the drain at the end."""
+_SPLIT_SECONDS = 0.5e-6
+"""Exchange of the parts of a split sum."""
+_STAGE_SECONDS = (0.30e-6, 0.025e-6)
+"""Latency of one stage of one CTA: a constant, and a part for each token of the tile."""
+_BUSY_SECONDS = (0.18e-6, 0.022e-6)
+"""Time a multiprocessor with enough CTAs spends on one stage, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,36 +93,39 @@ def stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
 def stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
     """Return (slots in the ring, CTAs that fit on a multiprocessor) for one tile width.
 
-    Two CTAs hide each other's ramps, if each still gets a ring of three slots; more than eight slots do not pay.
+    CTAs hide each other's waits better than a deeper ring does, so the ring stays at four slots where they fit and
+    shrinks to three, then two, only when not even two CTAs would.
     """
     slot = stage_bytes(tile, bits, scale_groups)
-    for resident in (2, 1):
-        depth = min(_MAX_STAGES, ((chip.shared_bytes + _RESERVED_SHARED) // resident - _RESERVED_SHARED) // slot)
-        if depth >= 3 or resident == 1:
-            return max(2, depth), resident
-    raise AssertionError("unreachable")
+    for depth, least in ((_STAGES, 2), (3, 2), (_STAGES, 1), (3, 1), (2, 1)):
+        resident = (chip.shared_bytes + _RESERVED_SHARED) // (depth * slot + _RESERVED_SHARED)
+        if resident >= least:
+            return depth, min(resident, _MAX_RESIDENT)
+    raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     """Choose the fused kernel's configuration by predicted time; `problem.n` is 1 to 64.
 
-    The prediction: every multiprocessor reads its CTAs' weights and activations at its share of the bandwidth, each
-    wave of CTAs adds a ramp, and a split adds the exchange of its parts.
+    The prediction is the longest of three: the busiest multiprocessor's bytes at its share of the bandwidth, its
+    stages at the rate of a full multiprocessor, and the stages of one CTA after the other at their latency.
     """
     tile = n_tile(problem.n)
     depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
     row_tiles = -(-problem.oc // ROWS)
     blocks = -(-problem.ic // _COLUMNS)
-    weight_bytes = _BLOCKS_OF_STAGE * (256 * problem.bits + 64 * problem.scale_groups)
-    bytes_of_stage = weight_bytes + problem.n * _COLUMNS * 2
+    bytes_of_stage = _BLOCKS_OF_STAGE * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * _COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
+    latency, busy = (constant + slope * tile for constant, slope in (_STAGE_SECONDS, _BUSY_SECONDS))
 
     def seconds(splits: int) -> float:
         ctas = row_tiles * splits
-        busiest = -(-ctas // chip.sms) * -(-blocks // splits) * bytes_of_stage
+        length = -(-blocks // splits)
+        stages_of_sm = -(-ctas // chip.sms) * length
         waves = -(-ctas // (chip.sms * resident))
-        return busiest / rate + waves * _WAVE_SECONDS + (_SPLIT_SECONDS if splits > 1 else 0.0)
+        work = max(stages_of_sm * bytes_of_stage / rate, stages_of_sm * busy, waves * length * latency)
+        return work + waves * _RAMP_SECONDS + (_SPLIT_SECONDS if splits > 1 else 0.0)
 
     splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
     return LinearConfig(
