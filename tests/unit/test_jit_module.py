@@ -1,0 +1,246 @@
+"""Loading and launching, against a driver that only remembers: what is passed, refused and said."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import struct
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from jit_kernels import axpy
+
+from tersor.errors import KernelError, UnsupportedError
+from tersor.kernels.jit import Function, get, module, nvrtc
+
+
+class Status(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_INVALID_HANDLE = 400
+
+
+class Attribute(enum.IntEnum):
+    CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES = 256
+    CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 0
+    CU_FUNC_ATTRIBUTE_NUM_REGS = 40
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
+class Driver:
+    """The part of the CUDA driver that a function uses; attributes answer with their own number."""
+
+    CUresult = Status
+    CUfunction_attribute = Attribute
+    CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=232448)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic"
+    )
+    CUlaunchAttribute = CUlaunchAttributeValue = CUlaunchConfig = SimpleNamespace
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.capture_modes: list[str] = []
+        self.needs_context = False
+        self.refuses = Status.CUDA_SUCCESS
+        self.launches: list[tuple[Any, ...]] = []
+        self.dynamic_limit = 0
+        self.images: list[bytes] = []
+
+    def cuInit(self, flags: int) -> tuple[Any, ...]:
+        return (Status.CUDA_SUCCESS,)
+
+    def cuDeviceGet(self, index: int) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, index
+
+    def cuDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, attribute
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, 1000 + device
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[Any, ...]:
+        self.current = context
+        return (Status.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple[Any, ...]:
+        popped, self.current = self.current, 0
+        return Status.CUDA_SUCCESS, popped
+
+    def cuCtxGetCurrent(self) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, self.current
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: str) -> tuple[Any, ...]:
+        self.capture_modes.append(mode)
+        return Status.CUDA_SUCCESS, "before"
+
+    def cuModuleLoadData(self, image: bytes) -> tuple[Any, ...]:
+        assert self.current == 1003 and self.capture_modes == ["relaxed"]
+        self.images.append(image)
+        return Status.CUDA_SUCCESS, "module"
+
+    def cuModuleGetFunction(self, loaded: str, name: bytes) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, f"{loaded}:{name.decode()}"
+
+    def cuFuncGetAttribute(self, attribute: int, function: str) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, int(attribute)
+
+    def cuFuncSetAttribute(self, function: str, attribute: int, value: int) -> tuple[Any, ...]:
+        self.dynamic_limit = value
+        return (Status.CUDA_SUCCESS,)
+
+    def cuGetErrorName(self, status: Status) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, Status(status).name.encode()
+
+    def cuGetErrorString(self, status: Status) -> tuple[Any, ...]:
+        return Status.CUDA_SUCCESS, b"the driver's words"
+
+    def _launch(self, shape: tuple[int, ...], stream: int, parameters: int, extra: Any) -> tuple[Any, ...]:
+        if self.refuses:
+            return (self.refuses,)
+        if self.needs_context and self.current != 1003:
+            return (Status.CUDA_ERROR_INVALID_CONTEXT,)
+        addresses = (ctypes.c_void_p * 4).from_address(parameters)
+        values = b"".join(
+            ctypes.string_at(address, size) for address, size in zip(addresses, (8, 8, 8, 4), strict=True)
+        )
+        self.launches.append((shape, stream, struct.unpack("<QQqf", values), extra))
+        return (Status.CUDA_SUCCESS,)
+
+    def cuLaunchKernel(self, function: str, *rest: Any) -> tuple[Any, ...]:
+        assert function == "module:tersor_test_axpy"
+        *shape, stream, parameters, extra = rest
+        assert extra == 0
+        return self._launch(tuple(shape), stream, parameters, "plain")
+
+    def cuLaunchKernelEx(self, config: Any, function: str, parameters: int, extra: int) -> tuple[Any, ...]:
+        shape = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        shape += (config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes)
+        (attribute,) = config.attrs
+        assert config.numAttrs == 1 and attribute.value.programmaticStreamSerializationAllowed == 1
+        return self._launch(shape, config.hStream, parameters, attribute.id)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    fake = Driver()
+    monkeypatch.setattr(module, "_driver", lambda: fake)
+    return fake
+
+
+@pytest.fixture(scope="module")
+def binary() -> nvrtc.Binary:
+    return nvrtc.compile_source(axpy(), "sm_90a")
+
+
+GRID, BLOCK = (5, 2, 1), (256, 1, 1)
+ARGUMENTS = (2**47 + 8, 16, -3, 0.5)
+
+
+def test_a_function_is_loaded_in_the_context_of_its_device(driver: Driver, binary: nvrtc.Binary) -> None:
+    function = Function(axpy(), 3, binary)
+    assert driver.images == [binary.data]
+    assert driver.current == 0 and driver.capture_modes == ["relaxed", "before"]
+    assert function.max_shared_bytes == driver.dynamic_limit == 232448 - 256
+    assert function.resources.registers == 40 and function.resources.spill_store_bytes == 0
+    assert repr(function) == "Function(tersor_test_axpy, cuda:3, 40 registers)"
+
+
+def test_a_launch_passes_every_number(driver: Driver, binary: nvrtc.Binary) -> None:
+    function = Function(axpy(), 3, binary)
+    function.launch(GRID, BLOCK, 1024, 77, ARGUMENTS)
+    function.launch((1, 1, 1), BLOCK, 2048, 0, (0, 0, 1, 2))
+    function.launch(GRID, BLOCK, 512, 78, ARGUMENTS, programmatic=True)
+    assert driver.launches == [
+        ((5, 2, 1, 256, 1, 1, 1024), 77, ARGUMENTS, "plain"),
+        ((1, 1, 1, 256, 1, 1, 2048), 0, (0, 0, 1, 2.0), "plain"),
+        ((5, 2, 1, 256, 1, 1, 512), 78, ARGUMENTS, "programmatic"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (1, 2, 3),
+        (1, 2, 3, 4.0, 5),
+        (1, 2, 3.5, 1.0),
+        (None, 2, 3, 1.0),
+        (2**64, 2, 3, 1.0),
+        (1, 2, 2**63, 1.0),
+    ],
+)
+def test_arguments_that_do_not_fit_are_not_launched(
+    driver: Driver, binary: nvrtc.Binary, arguments: tuple[Any, ...]
+) -> None:
+    function = Function(axpy(), 3, binary)
+    with pytest.raises(KernelError, match=r"kernel tersor_test_axpy: \d arguments .* do not fit 'PPqf': "):
+        function.launch(GRID, BLOCK, 0, 0, arguments)
+    assert driver.launches == []
+
+
+@pytest.mark.parametrize("programmatic", [False, True])
+def test_a_refused_launch_says_everything(driver: Driver, binary: nvrtc.Binary, programmatic: bool) -> None:
+    function = Function(axpy(), 3, binary)
+    driver.refuses = Status.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(KernelError) as caught:
+        function.launch(GRID, BLOCK, 1024, 0, ARGUMENTS, programmatic)
+    assert str(caught.value) == (
+        "kernel tersor_test_axpy does not launch: CUDA_ERROR_INVALID_VALUE, the driver's words "
+        "(grid (5, 2, 1), block (256, 1, 1), 1024 bytes of shared memory of at most 232192, 40 registers, cuda:3)"
+    )
+
+
+@pytest.mark.parametrize("programmatic", [False, True])
+def test_a_thread_without_the_context_launches_all_the_same(
+    driver: Driver, binary: nvrtc.Binary, programmatic: bool
+) -> None:
+    function = Function(axpy(), 3, binary)
+    driver.needs_context = True
+    function.launch(GRID, BLOCK, 0, 0, ARGUMENTS, programmatic)
+    assert len(driver.launches) == 1 and driver.current == 0
+
+
+def test_threads_do_not_share_parameter_memory(driver: Driver, binary: nvrtc.Binary) -> None:
+    function = Function(axpy(), 3, binary)
+    addresses: dict[str, int] = {}
+    together = threading.Barrier(2)
+
+    def record(name: str) -> None:
+        addresses[name] = function._buffers.parameters
+        together.wait()
+
+    threads = [threading.Thread(target=record, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert addresses["one"] != addresses["two"]
+
+
+def test_get_on_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedError, match="torch sees no CUDA device"):
+        get(axpy(), 0)
+    with pytest.raises(UnsupportedError, match="runs on a CUDA device, not on cpu"):
+        get(axpy(), torch.device("cpu"))
+
+
+def test_get_loads_once_for_each_device(
+    driver: Driver, binary: nvrtc.Binary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_functions", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(module.build, "obtain", lambda source, arch: binary if arch == "sm_90a" else None)
+    function = get(axpy(), torch.device("cuda", 3))
+    assert get(axpy(), 3) is function and get(axpy(), torch.device("cuda")) is function
+    assert len(driver.images) == 1
+    with pytest.raises(UnsupportedError, match="there is no cuda:4, torch sees 4 devices"):
+        get(axpy(), 4)

@@ -1,0 +1,127 @@
+"""Kernel sources: the text that reaches the compiler, the includes that are followed, their identity."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import resources
+
+import pytest
+
+from tersor.errors import KernelError
+from tersor.kernels.jit import KernelSource
+
+TEXTS = {
+    "main.cuh": '#pragma once\n#include "part/one.cuh"\n  #  include "two.cuh"  // why\nint main_text;\n',
+    "part/one.cuh": '#pragma once\n#include "two.cuh"\n',
+    "two.cuh": "#pragma once\n",
+}
+
+
+def make(**changes: object) -> KernelSource:
+    fields = {"name": "probe", "header": "main.cuh", "parameters": {}, "arguments": "P", "texts": TEXTS}
+    return KernelSource(**{**fields, **changes})
+
+
+def test_text_defines_the_entry_and_the_parameters_ahead_of_the_header() -> None:
+    text = make(
+        parameters={"BITS": 6, "BF16": True, "SHIFT": -3, "TYPE": "unsigned long", "TERMS": "1, -1, 2"}
+    ).text()
+    lines = text.splitlines()
+    assert lines[: lines.index('#include "main.cuh"')] == [
+        "#define TERSOR_ENTRY probe",
+        "#define BF16 1",
+        "#define BITS 6",
+        "#define SHIFT (-3)",
+        "#define TERMS 1, -1, 2",
+        "#define TYPE unsigned long",
+    ]
+
+
+def test_includes_are_followed_through_folders_once_each() -> None:
+    assert list(make().files()) == ["main.cuh", "part/one.cuh", "two.cuh"]
+
+
+def test_every_header_of_the_package_can_be_followed() -> None:
+    folder = resources.files("tersor.kernels").joinpath("cuda")
+    headers = [file.name for file in folder.iterdir() if file.name.endswith(".cuh")]
+    assert headers
+    for header in headers:
+        assert header in make(header=header).files()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("#include <cuda_fp16.h>", "main.cuh: cannot follow #include <cuda_fp16.h>"),
+        ("#include HEADER", "main.cuh: cannot follow #include HEADER"),
+        ('#include "absent.cuh"', 'main.cuh: cannot follow #include "absent.cuh": no such file'),
+        ('#include "../../errors.py"', "it leaves kernels/cuda"),
+        ('#include "/etc/hostname"', "it leaves kernels/cuda"),
+    ],
+)
+def test_an_include_that_cannot_be_followed_is_an_error(line: str, words: str) -> None:
+    with pytest.raises(KernelError) as error:
+        make(texts={"main.cuh": line + "\n"}).files()
+    assert words in str(error.value)
+
+
+def test_a_missing_header_names_the_kernel() -> None:
+    with pytest.raises(KernelError, match="kernel probe: cannot follow"):
+        make(header="absent.cuh").files()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "two words"}, "not a C identifier"),
+        ({"arguments": "PiZ"}, "not letters of PiIqQf"),
+        ({"arguments": ""}, "not letters of PiIqQf"),
+        ({"parameters": {"bits": 6}}, "not an upper-case macro name"),
+        ({"parameters": {"TERSOR_ENTRY": "x"}}, "not an upper-case macro name"),
+        ({"parameters": {"BITS": 6.0}}, "expected int, bool or str"),
+        ({"parameters": {"BITS": "6\n#define X"}}, "expected a C\\+\\+ expression"),
+    ],
+)
+def test_a_malformed_source_is_an_error(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(KernelError, match=words):
+        make(**changes)
+
+
+def test_equal_sources_are_one_key_and_any_change_is_another() -> None:
+    base = make(parameters={"A": 1, "B": 2})
+    assert base == make(parameters={"B": 2, "A": 1})
+    assert hash(base) == hash(make(parameters={"B": 2, "A": 1}))
+    changed = [
+        make(parameters={"A": 1, "B": 3}),
+        make(parameters={"A": 1, "B": 2}, name="other"),
+        make(parameters={"A": 1, "B": 2}, arguments="PP"),
+        make(parameters={"A": 1, "B": 2}, header="two.cuh"),
+        make(parameters={"A": 1, "B": 2}, texts={**TEXTS, "two.cuh": "#pragma once\n "}),
+    ]
+    digests = {source.digest() for source in [base, *changed]}
+    assert len({base, *changed}) == len(digests) == 6
+
+
+def test_a_byte_of_a_nested_header_changes_the_digest() -> None:
+    before = make().digest()
+    assert make(texts=dict(TEXTS)).digest() == before
+    assert make(texts={**TEXTS, "two.cuh": "#pragma once\n\n"}).digest() != before
+    moved = {**TEXTS, "part/one.cuh": TEXTS["part/one.cuh"] + "#", "two.cuh": "#pragma once\n"}
+    assert make(texts=moved).digest() != before
+
+
+def test_arguments_lie_in_memory_as_in_a_c_struct() -> None:
+    letters = "PifPiqIQf"
+    types = {
+        "P": ctypes.c_void_p,
+        "i": ctypes.c_int,
+        "I": ctypes.c_uint,
+        "q": ctypes.c_longlong,
+        "Q": ctypes.c_ulonglong,
+        "f": ctypes.c_float,
+    }
+    fields = [(f"m{i}", types[letter]) for i, letter in enumerate(letters)]
+    layout = type("Layout", (ctypes.Structure,), {"_fields_": fields})
+    source = make(arguments=letters)
+    assert source.offsets == tuple(getattr(layout, name).offset for name, _ in fields)
+    assert source.layout.size == layout.m8.offset + 4
