@@ -16,6 +16,8 @@ from tersor.errors import TersorError
 from tersor.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
+    "quantize": ("tersor.cli.quantize", "Compress the linear weights of a checkpoint."),
+    "inspect": ("tersor.cli.inspect", "Show what a checkpoint holds: format, bits and size of every layer."),
     "eval": ("tersor.cli.eval", "Measure perplexity, and divergence from a reference model, on a text."),
     "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
     "demo": ("tersor.cli.demo", "Compress the bundled model to five formats and compare them."),
@@ -51,7 +53,9 @@ app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_m
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     """Compress language models and run them from compressed weights."""
 

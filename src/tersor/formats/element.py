@@ -133,6 +133,10 @@ class ElementFormat:
         # the lowest binade, so they need no case of their own.
         sign = (x.view(torch.int32) >> 31).bitwise_and_(1 << (self.bits - 1))
         magnitude = x.abs_().clamp_max_(self.max)
+        if self.mantissa_bits == 0:
+            code, rounded = self._round_to_power(magnitude)
+            signed = rounded.view(torch.int32).bitwise_or_(sign << (32 - self.bits)).view(torch.float32)
+            return code.bitwise_or_(sign).to(torch.uint8), signed
         lowest = _FLOAT32_BIAS + 1 - self.bias
         anchor = magnitude.view(torch.int32) >> _FLOAT32_MANTISSA
         anchor.clamp_min_(lowest)
@@ -143,6 +147,15 @@ class ElementFormat:
         rounded = total.sub_(anchor.view(torch.float32))
         signed = rounded.view(torch.int32).bitwise_or_(sign << (32 - self.bits)).view(torch.float32)
         return code.bitwise_or_(sign).to(torch.uint8), signed
+
+    def _round_to_power(self, magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Without a mantissa a number of quanta has no parity worth the name: ties go to the even code.
+        offset = _FLOAT32_BIAS - self.bias
+        bits = magnitude.view(torch.int32)
+        odd = ((bits >> _FLOAT32_MANTISSA) + offset) & 1
+        nearest = ((bits + odd + 0x3FFFFF) >> _FLOAT32_MANTISSA) - offset
+        code = torch.where(magnitude > self.min_normal / 2, nearest.clamp_min_(1), 0)
+        return code, torch.where(code > 0, (code + offset) << _FLOAT32_MANTISSA, 0).view(torch.float32)
 
 
 @functools.cache

@@ -70,7 +70,9 @@ def _pack_rows(
     axes = padded.view(-1, 2, 8, across, _STEPS, 2, 4, 2)
     fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
     halves = lanes.place(fragments, fmt, target)
-    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(-1, _LANES, _REGISTERS // group.pairs, group.pairs)
+    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(
+        -1, _LANES, _REGISTERS // group.pairs, group.pairs
+    )
     words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
     for index, sources in enumerate(lanes.packing(group)):
         for register, turn, mask in sources:
@@ -102,7 +104,9 @@ def _unpack_rows(
 ) -> torch.Tensor:
     blocks = tiles.reshape(-1, 64 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
-    planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
+    planes = (
+        blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
+    )
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
     words = torch.cat((planes, tail), dim=2).view(-1, _LANES, _REGISTERS // group.pairs, group.words)
     mask = lanes.signed(group.mask)

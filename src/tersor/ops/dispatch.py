@@ -59,7 +59,10 @@ def _device_obstacle(index: int) -> str:
     if capability < hardware.KERNEL_CAPABILITY:
         needed = ".".join(map(str, hardware.KERNEL_CAPABILITY))
         return f"kernels need compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
-    for module, package in (("cuda.bindings.nvrtc", "cuda-bindings"), ("cuda.bindings.driver", "cuda-bindings")):
+    for module, package in (
+        ("cuda.bindings.nvrtc", "cuda-bindings"),
+        ("cuda.bindings.driver", "cuda-bindings"),
+    ):
         if not _importable(module):
             return f"{package} is not installed: pip install 'tersor[cuda]'"
     return ""
@@ -90,14 +93,21 @@ def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torc
     if layout == STREAM:
         return Reason(REFERENCE, "the weight lies in the stored stream, not in kernel tiles")
     if tiles.LAYOUTS[layout] != target_name(dtype):
-        return Reason(REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}")
+        return Reason(
+            REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}"
+        )
     if n <= tuning.FUSED_TOKENS:
         return Reason(FUSED, f"{n} tokens are at most {tuning.FUSED_TOKENS}")
     return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.FUSED_TOKENS}")
 
 
 def explain(
-    scheme: Scheme, oc: int, ic: int, n: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cuda"
+    scheme: Scheme,
+    oc: int,
+    ic: int,
+    n: int,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cuda",
 ) -> Reason:
     """Say who would serve y[n, oc] = x[n, ic] @ W^T with W in `scheme`, in its preferred layout, and why.
 

@@ -48,10 +48,18 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
 
 
 def _check(
-    x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, scheme: Scheme, oc: int, ic: int, layout: str
+    x: torch.Tensor,
+    data: torch.Tensor,
+    bias: torch.Tensor | None,
+    scheme: Scheme,
+    oc: int,
+    ic: int,
+    layout: str,
 ) -> None:
     if x.dim() == 0 or x.shape[-1] != ic:
-        raise ShapeError(f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]")
+        raise ShapeError(
+            f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]"
+        )
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise ShapeError(f"linear: x is {x.dtype}, expected float16, bfloat16 or float32")
     if data.device != x.device:

@@ -1,0 +1,128 @@
+"""The stored stream and the kernel tiles: exact, and undone exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor import formats
+from tersor.compress import quantize_rtn
+from tersor.layouts import PackedWeight, lanes, stream, tiles
+
+SERVED = [
+    (name, target)
+    for name in formats.names()
+    for target in lanes.TARGETS
+    if not lanes.supported(formats.get(name), target)
+]
+
+
+def random_codes(bits: int, *shape: int) -> torch.Tensor:
+    return torch.randint(
+        0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
+
+
+@pytest.mark.parametrize("ic", [1, 8, 31, 32, 33, 100, 256])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_stream_is_a_little_endian_bit_stream(bits: int, ic: int) -> None:
+    codes = random_codes(bits, 5, ic)
+    packed = stream.pack(codes, bits)
+    assert packed.dtype == torch.int32
+    assert packed.shape == (5, stream.row_words(ic, bits))
+    for row in range(5):
+        expected = sum(int(code) << (k * bits) for k, code in enumerate(codes[row]))
+        assert int.from_bytes(packed[row].numpy().tobytes(), "little") == expected
+    assert torch.equal(stream.unpack(packed, bits, ic), codes)
+
+
+def test_stream_takes_more_dimensions_and_strides() -> None:
+    codes = random_codes(6, 3, 4, 64)
+    assert torch.equal(stream.pack(codes, 6)[1], stream.pack(codes[1], 6))
+    assert torch.equal(stream.pack(codes.transpose(0, 1), 6)[2], stream.pack(codes[:, 2], 6))
+    assert torch.equal(stream.unpack(stream.pack(codes, 6)[:, ::2], 6, 64), codes[:, ::2])
+
+
+def test_which_formats_have_tables() -> None:
+    served = {name for name, _ in SERVED}
+    assert {"fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8"} <= served
+    assert "zero points" in lanes.supported(formats.get("uint4"), "float16")
+    assert "infinity" in lanes.supported(formats.get("fp8_e5m2"), "float16")
+
+
+@pytest.mark.parametrize(("name", "target"), SERVED)
+def test_tiles_are_undone_exactly(name: str, target: str) -> None:
+    fmt = formats.get(name)
+    for shape in ((16, 128), (1, 1), (40, 300), (33, 129)):
+        codes = random_codes(fmt.bits, *shape)
+        packed = tiles.pack(codes, fmt, target)
+        assert packed.numel() == tiles.row_blocks(shape[0]) * tiles.column_blocks(shape[1]) * 64 * fmt.bits
+        assert torch.equal(tiles.unpack(packed, fmt, target, shape), codes)
+
+
+def test_tiles_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = formats.get("fp6_e3m2")
+    codes = random_codes(6, 200, 300)
+    whole = tiles.pack(codes, fmt, "float16")
+    monkeypatch.setattr(tiles, "_CHUNK_BLOCKS", 4)
+    assert torch.equal(tiles.pack(codes, fmt, "float16"), whole)
+    assert torch.equal(tiles.unpack(whole, fmt, "float16", (200, 300)), codes)
+
+
+@pytest.mark.parametrize(("name", "target"), SERVED)
+def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
+    """One nonzero weight in a block decodes to the lane and register that mma.m16n8k16 reads it from."""
+    fmt = formats.get(name)
+    group = lanes.lane(fmt, target)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(6):
+        row, column = (int(torch.randint(0, size, (), generator=generator)) for size in (16, 128))
+        codes = torch.full((16, 128), fmt.zero_code, dtype=torch.uint8)
+        wanted = (fmt.zero_code + 1 + int(torch.randint(0, (1 << fmt.bits) - 1, (), generator=generator))) % (
+            1 << fmt.bits
+        )
+        codes[row, column] = wanted
+        words = tiles.pack(codes, fmt, target)
+        quads = 2 * fmt.bits // 4 * 4
+        lane_index = row % 8 * 4 + column % 8 // 2
+        mine = [int(words[q * 128 + lane_index * 4 + i]) for q in range(quads // 4) for i in range(4)]
+        mine += [int(words[quads * 32 + lane_index * 2 + i]) for i in range(2 * fmt.bits - quads)]
+        register = column // 16 * 4 + column % 16 // 8 * 2 + row // 8
+        first = register // group.pairs * group.words
+        value = 0
+        for word, turn in group.outputs()[register % group.pairs]:
+            bits = mine[first + word] & 0xFFFFFFFF
+            value ^= (bits << turn | bits >> (32 - turn)) & 0xFFFFFFFF if turn else bits
+        half = (value & group.mask) >> (16 * (column % 2)) & 0xFFFF
+        assert int(lanes.unplace(torch.tensor(half, dtype=torch.int32), fmt, target)) == wanted
+
+
+@pytest.mark.parametrize("scale_dtype", list(formats.SCALE_DTYPES))
+@pytest.mark.parametrize("group", [None, 16, 32, 48, 64, 80, 128, 256, 320])
+def test_packed_weight_changes_layout_and_back(group: int | None, scale_dtype: str) -> None:
+    scheme = formats.get_scheme("fp6_e3m2", group, scale_dtype)
+    weight = torch.randn(37, 3 * (group or 100), generator=torch.Generator().manual_seed(1))
+    packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    tiled = packed.to_layout("tiles_float16")
+    assert tiled.to_layout("tiles_bfloat16").layout == "tiles_bfloat16"
+    back = tiled.to_layout("tiles_bfloat16").to_layout("stream")
+    assert torch.equal(back.data, packed.data)
+    assert torch.equal(back.scale, packed.scale)
+    assert back.scale.dtype == packed.scale.dtype
+    assert torch.equal(tiled.dequantize(), packed.dequantize())
+
+
+def test_scales_of_a_block() -> None:
+    assert tiles.scales_in_block(None) == 0
+    assert [tiles.scales_in_block(size) for size in (16, 32, 64, 128, 256, 80, 320, 384)] == [
+        8,
+        4,
+        2,
+        1,
+        1,
+        8,
+        2,
+        1,
+    ]
+    with pytest.raises(ValueError, match="multiple of 16"):
+        tiles.scales_in_block(24)
