@@ -1,4 +1,4 @@
-"""What does `quantization_config` in config.json say? Parsed strictly, written plainly, asked by module name."""
+"""What does `quantization_config` in config.json say? Parsed strictly, asked by module name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class QuantizationConfig:
     provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def resolve(self, module: str) -> Scheme | None:
-        """Return the scheme of a linear module (its name without `.weight`), or `None` where it is left alone."""
+        """Return the scheme of a linear module (named without `.weight`), `None` where it is left alone."""
         if any(re.search(pattern, module) for pattern in self.ignore):
             return None
         for override in self.overrides:
@@ -56,7 +56,9 @@ class QuantizationConfig:
             "quant_method": QUANT_METHOD,
             "version": VERSION,
             **scheme_to_dict(self.scheme),
-            "overrides": {override.pattern: scheme_to_dict(override.scheme) for override in self.overrides},
+            "overrides": {
+                pattern: scheme_to_dict(scheme) for pattern, scheme in _in_sorted_order(self.overrides)
+            },
             "ignore": list(self.ignore),
             "provenance": dict(self.provenance),
         }
@@ -66,7 +68,8 @@ class QuantizationConfig:
         """Parse the value of `quantization_config`.
 
         Raises:
-            CheckpointError: another method, a newer version, unknown or missing keys, values of the wrong type.
+            CheckpointError: another method, a newer version, unknown or missing keys, values of the wrong
+                type.
             FormatError: unknown formats.
         """
         where = "quantization_config"
@@ -80,7 +83,8 @@ class QuantizationConfig:
             raise CheckpointError(f"{where}: version is {version!r}, not a positive whole number")
         if version > VERSION:
             raise CheckpointError(
-                f"the checkpoint has {where} version {version} and this Tersor reads up to version {VERSION}: update it"
+                f"the checkpoint has {where} version {version} and this Tersor reads up to version "
+                f"{VERSION}: update it"
             )
         _check_keys(raw, _KEYS, _REQUIRED, where)
         overrides = raw.get("overrides") or {}
@@ -95,12 +99,30 @@ class QuantizationConfig:
         return QuantizationConfig(
             scheme=_scheme({key: raw.get(key) for key in _SCHEME_KEYS}, where),
             overrides=tuple(
-                Override(check_pattern(pattern, f"{where}: overrides"), _scheme(entry, f"{where}: override {pattern!r}"))
+                Override(
+                    check_pattern(pattern, f"{where}: overrides"),
+                    _scheme(entry, f"{where}: override {pattern!r}"),
+                )
                 for pattern, entry in overrides.items()
             ),
             ignore=tuple(check_pattern(pattern, f"{where}: ignore") for pattern in ignore),
             provenance={str(key): str(value) for key, value in provenance.items()},
         )
+
+
+def _in_sorted_order(overrides: Sequence[Override]) -> list[tuple[str, Scheme]]:
+    """Return patterns and schemes such that sorting the patterns keeps their order.
+
+    transformers sorts the keys of config.json when it saves a model, and the first override that is found
+    decides. Patterns that sorting would reorder get a numbered comment, `(?#0)`, which no name has to match;
+    flags in front, `(?i)`, have to stand in front, so they become a group.
+    """
+    patterns = [override.pattern for override in overrides]
+    if patterns != sorted(patterns):
+        digits = len(str(len(patterns) - 1))
+        scoped = [re.sub(r"^\(\?([aiLmsux]+)\)(.*)", r"(?\1:\2)", pattern) for pattern in patterns]
+        patterns = [f"(?#{number:0{digits}}){pattern}" for number, pattern in enumerate(scoped)]
+    return [(pattern, override.scheme) for pattern, override in zip(patterns, overrides, strict=True)]
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
@@ -123,22 +145,25 @@ def check_pattern(pattern: Any, where: str) -> str:
     return pattern
 
 
-def parse_override(
-    text: str, group_size: int | None = None, scale_dtype: str | None = None
-) -> Override:
+def parse_override(text: str, group_size: int | None = None, scale_dtype: str | None = None) -> Override:
     """Parse `REGEX=FORMAT`, where FORMAT may be followed by `:g64` or `:row` and by `:SCALE_DTYPE`.
 
     Args:
         text: what the user wrote.
-        group_size, scale_dtype: used where the text names none and the format does not fix them (`mx...` does).
+        group_size, scale_dtype: used where the text names none and the format does not fix them (`mx...`
+            does).
 
     Raises:
         InputError: no `=`, a broken pattern, or an unknown format.
     """
     pattern, separator, value = text.rpartition("=")
     if not separator or not pattern or not value:
-        raise InputError(f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'")
-    return Override(check_pattern(pattern, "override"), parse_scheme(value, group_size, scale_dtype, f"override {text!r}"))
+        raise InputError(
+            f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'"
+        )
+    return Override(
+        check_pattern(pattern, "override"), parse_scheme(value, group_size, scale_dtype, f"override {text!r}")
+    )
 
 
 def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Scheme:

@@ -51,7 +51,8 @@ def quantize(
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor.
 
-    Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output directory
+    Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output
+        directory
     appears under its name when it is complete; until then the work is in `<output>.partial`.
 
     Args:
@@ -59,11 +60,13 @@ def quantize(
         output: the directory to make; it must not exist. `None` only for a dry run.
         format: element format of the weights, such as `fp6_e3m2`, `int4` or `mxfp6_e2m3`.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
-        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
+        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's
+            dtype.
         algorithm: `rtn`, round to nearest.
         ignore: regular expressions of modules to leave alone; found anywhere in the module's name.
-        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found decides.
-            The output head, embeddings and routers are left alone unless a pattern spells their name.
+        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found
+            decides. The output head, embeddings and routers are left alone unless a pattern spells their
+            name.
         dry_run: only report what would be done.
         resume: continue the work an interrupted run left in `<output>.partial`.
         device: where weights are encoded: `cpu`, `cuda` or `cuda:N`.
@@ -141,7 +144,9 @@ def _write(
     try:
         _check_space(plan, work)
         pipeline = Pipeline(plan, work.directory, device, progress)
+        streaming = time.monotonic()
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
+        stream_seconds = time.monotonic() - streaming
         _write_companions(source, plan, target, work.directory)
         work.publish()
     except InputError:
@@ -159,6 +164,7 @@ def _write(
         rows=tuple(done[step.source.spec.name] for step in plan.steps),
         files=tuple(names),
         seconds=time.monotonic() - started,
+        stream_seconds=stream_seconds,
         bytes_read=sum(read),
     )
 
@@ -166,13 +172,22 @@ def _write(
 def _write_companions(source: Source, plan: Plan, target: Export, directory: Path) -> None:
     """Write config.json, the index and the model card, and copy the tokenizer and its like."""
     config = dict(source.config)
+    if not _stated_dtype(config):
+        # A reader that infers the dtype from the first float tensor could take a scale for a weight.
+        config["dtype"] = _model_dtype(source)
     config["quantization_config"] = target.quantization_config(plan.config, plan.layers, plan.head)
     write_file(directory / CONFIG_NAME, _json(config))
     if len(plan.shards) > 1:
         weight_map = {
-            spec.name: name for name, indices in plan.shards for index in indices for spec in plan.steps[index].outputs
+            spec.name: name
+            for name, indices in plan.shards
+            for index in indices
+            for spec in plan.steps[index].outputs
         }
-        index = {"metadata": {"total_size": plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": plan.output_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         write_file(directory / INDEX_NAME, _json(index))
     write_file(directory / "README.md", _model_card(source, plan, target).encode())
     for path in source.companions():
@@ -194,7 +209,8 @@ def _model_card(source: Source, plan: Plan, target: Export) -> str:
     body = [
         f"# {source.label} in {scheme.name}",
         "",
-        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, rounded to "
+        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
+        "rounded to "
         f"nearest by Tersor {__version__}.",
         use,
     ]
@@ -208,7 +224,9 @@ def _json(value: Any) -> bytes:
 def _check_choice(value: str, choices: Iterable[str], what: str) -> None:
     choices = tuple(choices)
     if value not in choices:
-        raise InputError(f"unknown {what} {value!r}{did_you_mean(value, choices)} (known: {', '.join(choices)})")
+        raise InputError(
+            f"unknown {what} {value!r}{did_you_mean(value, choices)} (known: {', '.join(choices)})"
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -220,9 +238,13 @@ def _device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not cuda_available():
-            raise InputError(f"device {name!r} asked for, but torch sees no CUDA device here: use --device cpu")
+            raise InputError(
+                f"device {name!r} asked for, but torch sees no CUDA device here: use --device cpu"
+            )
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
+            raise InputError(
+                f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices"
+            )
     return device
 
 
@@ -241,14 +263,18 @@ def _check_apart(source: Source, destination: Path) -> None:
     inside = source.directory.resolve()
     real = destination.parent.resolve() / destination.name
     if real == inside or inside in real.parents:
-        raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
+        raise InputError(
+            f"output {destination} lies in the model's own directory {source.directory}: choose another"
+        )
 
 
 def _check_uncompressed(source: Source) -> None:
     found = quantization_of(source.config)
     if found is not None:
         method = found.get("quant_method", "a method it does not name")
-        raise InputError(f"{source.directory} is already compressed by {method}: start from the uncompressed model")
+        raise InputError(
+            f"{source.directory} is already compressed by {method}: start from the uncompressed model"
+        )
 
 
 def _check_space(plan: Plan, work: Workplace) -> None:
@@ -258,17 +284,25 @@ def _check_space(plan: Plan, work: Workplace) -> None:
     free = shutil.disk_usage(work.directory).free
     if needed > free:
         raise OutputError(
-            f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: free some and "
+            f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: "
+            "free some and "
             "run again with --resume"
         )
 
 
-def _model_dtype(source: Source) -> str:
-    for holder in (source.config, source.config.get("text_config")):
+def _stated_dtype(config: Mapping[str, Any]) -> str | None:
+    for holder in (config, config.get("text_config")):
         if isinstance(holder, dict):
             found = holder.get("dtype") or holder.get("torch_dtype")
             if isinstance(found, str):
                 return found
+    return None
+
+
+def _model_dtype(source: Source) -> str:
+    stated = _stated_dtype(source.config)
+    if stated:
+        return stated
     first = next(iter(source.tensors.values()))
     return _DTYPE_NAMES.get(first.spec.dtype, first.spec.dtype)
 

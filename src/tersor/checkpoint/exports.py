@@ -1,8 +1,8 @@
 """What do other engines call the same stream? Names, shapes and metadata of four checkpoint formats.
 
-The bytes of codes and scales are the same in all of them; an export changes what they are called, how they are viewed
-and what config.json says. Sources: humming-kernels 0.1.19 (schema/humming.py, pack_weight.cuh), compressed-tensors
-0.20.0 (pack_quantized, mxfp4, mxfp6) and the Quark reader of vLLM 0.33.
+The bytes of codes and scales are the same in all of them; an export changes what they are called, how they
+are viewed and what config.json says. Sources: humming-kernels 0.1.19 (schema/humming.py, pack_weight.cuh),
+compressed-tensors 0.20.0 (pack_quantized, mxfp4, mxfp6) and the Quark reader of vLLM 0.33.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class _Foreign(Export):
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         if architecture.transposes:
             raise FormatError(
-                f"{self.name} readers expect the transposed layers of {architecture.name} uncompressed: export a model "
+                f"{self.name} readers expect the transposed layers of {architecture.name} uncompressed: "
+                "export a model "
                 "without Conv1D layers"
             )
 
@@ -118,7 +119,8 @@ class HummingExport(_Foreign):
 
     name = "humming"
     can = (
-        "signed floats with up to 5 exponent bits (not fp8) and int2 to int8, with scales a row or groups of 16, 32, 64, "
+        "signed floats with up to 5 exponent bits (not fp8) and int2 to int8, with scales a row or groups "
+        "of 16, 32, 64, "
         "... in the model's dtype or groups of 32 in e8m0, and IC a multiple of 32"
     )
 
@@ -147,7 +149,9 @@ class HummingExport(_Foreign):
         super().check_model(architecture, layers)
         for layer, scheme in layers:
             if scheme is not None and "lm_head" in layer.module:
-                raise FormatError(f"humming readers never compress {layer.module}: leave it alone for this export")
+                raise FormatError(
+                    f"humming readers never compress {layer.module}: leave it alone for this export"
+                )
         _served(self.name, layers)
 
     def quantization_config(self, config: QuantizationConfig, layers: Layers, head: str) -> dict[str, Any]:
@@ -163,7 +167,12 @@ class HummingExport(_Foreign):
             else:
                 dynamic[f"+:{pattern}"] = _humming_scheme(scheme)
         ignore = [head] if head else []
-        return {"quant_method": "humming", **_humming_scheme(config.scheme), "ignore": ignore, "dynamic": dynamic}
+        return {
+            "quant_method": "humming",
+            **_humming_scheme(config.scheme),
+            "ignore": ignore,
+            "dynamic": dynamic,
+        }
 
 
 class CompressedTensorsExport(_Foreign):
@@ -176,7 +185,9 @@ class CompressedTensorsExport(_Foreign):
         oc, ic = layer.shape
         if _ct_format(scheme) is None:
             raise self.refuse(scheme, layer)
-        scale = TensorSpec(f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], (oc, scheme.groups(ic)))
+        scale = TensorSpec(
+            f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], (oc, scheme.groups(ic))
+        )
         name = f"{layer.stem}.weight_packed"
         if scheme.is_mx:
             return Stored(TensorSpec(name, "U8", (oc, ic * scheme.format.bits // 8)), scale)
@@ -263,7 +274,9 @@ def get_export(name: str) -> Export:
         FormatError: there is none.
     """
     if name not in _EXPORTS:
-        raise FormatError(f"unknown export {name!r}{did_you_mean(name, _EXPORTS)} (exports: {', '.join(_EXPORTS)})")
+        raise FormatError(
+            f"unknown export {name!r}{did_you_mean(name, _EXPORTS)} (exports: {', '.join(_EXPORTS)})"
+        )
     return _EXPORTS[name]()
 
 
@@ -279,7 +292,8 @@ def _left_alone(layers: Layers, head: str) -> list[str]:
 
 
 def _served(export: str, layers: Layers) -> dict[str, Scheme | None]:
-    """Return the schemes of the layers by the names servers give them, which fuse q, k, v; gate, up; and experts.
+    """Return the schemes of the layers by the names servers give them, which fuse q, k, v; gate, up; and
+    experts.
 
     Raises:
         FormatError: layers that are served as one have different schemes.
@@ -290,7 +304,8 @@ def _served(export: str, layers: Layers) -> dict[str, Scheme | None]:
         for name in _served_names(layer.module):
             if served.setdefault(name, scheme) != scheme:
                 raise FormatError(
-                    f"{export} readers serve {first[name]} and {layer.module} as one layer, so they need one scheme: "
+                    f"{export} readers serve {first[name]} and {layer.module} as one layer, so they need "
+                    "one scheme: "
                     "make the override or ignore pattern find both"
                 )
             first.setdefault(name, layer.module)
@@ -308,7 +323,7 @@ def _served_names(module: str) -> Iterable[str]:
 def _humming_scheme(scheme: Scheme) -> dict[str, Any]:
     fmt = scheme.format
     dtype = fmt.name if fmt.kind == "int" else f"float{fmt.bits}e{fmt.exponent_bits}m{fmt.mantissa_bits}"
-    # The long names: the short ones (dtype, group_size) are read as the activations' too, and then nothing loads.
+    # The long names: the short ones (dtype, group_size) would be read as the activations' too.
     return {
         "b_dtype": dtype,
         "weight_scale_group_size": scheme.group_size or 0,
@@ -351,4 +366,10 @@ def _quark_scheme(scheme: Scheme) -> dict[str, Any]:
         "scale_type": "float",
         "observer_cls": "PerBlockMXObserver",
     }
-    return {"weight": weight, "input_tensors": None, "output_tensors": None, "bias": None, "target_device": None}
+    return {
+        "weight": weight,
+        "input_tensors": None,
+        "output_tensors": None,
+        "bias": None,
+        "target_device": None,
+    }

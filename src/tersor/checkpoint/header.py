@@ -1,7 +1,9 @@
 """What does the header of a safetensors file say? Parsed with every check the format asks for, and written.
 
-The format: 8 bytes little-endian header length, that many bytes of JSON (tensor name -> dtype, shape, data_offsets,
-relative to the end of the header), then the tensors without gaps (https://github.com/huggingface/safetensors).
+The format: 8 bytes little-endian header length, that many bytes of JSON (tensor name -> dtype, shape,
+    data_offsets,
+relative to the end of the header), then the tensors without gaps
+(https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON ({error}): download the file again") from None
+        raise CheckpointError(
+            f"{path}: the header is not valid JSON ({error}): download the file again"
+        ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, not an object")
     metadata = header.pop("__metadata__", {})
@@ -86,7 +90,8 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
         spec, end = _entry(name, entry, path)
         if end - spec.offset != spec.nbytes:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs {spec.nbytes} bytes "
+                f"{path}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs "
+                f"{spec.nbytes} bytes "
                 f"but its offsets span {end - spec.offset}"
             )
         specs.append(spec)
@@ -96,17 +101,21 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
         if spec.offset != position:
             what = "overlaps the tensor before it" if spec.offset < position else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: tensor {spec.name!r} {what} (it starts at byte {spec.offset} of the data, expected {position})"
+                f"{path}: tensor {spec.name!r} {what} (it starts at byte {spec.offset} of the data, "
+                f"expected {position})"
             )
         position += spec.nbytes
     if position > data_bytes:
         last = next(spec for spec in specs if spec.offset + spec.nbytes > data_bytes)
         raise CheckpointError(
-            f"{path}: truncated: the tensors need {position} bytes and {data_bytes} are there (first incomplete: "
+            f"{path}: truncated: the tensors need {position} bytes and {data_bytes} are there (first "
+            "incomplete: "
             f"{last.name!r}); download the file again"
         )
     if position < data_bytes:
-        raise CheckpointError(f"{path}: {data_bytes - position} bytes after the last tensor belong to nothing")
+        raise CheckpointError(
+            f"{path}: {data_bytes - position} bytes after the last tensor belong to nothing"
+        )
     return {spec.name: spec for spec in specs}, metadata
 
 
@@ -122,10 +131,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, entry: Any, path: str) -> tuple[TensorSpec, int]:
     """Return one tensor of the header and the byte after its last one."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: the header's entry for {name!r} is not a dtype, a shape and data_offsets")
+        raise CheckpointError(
+            f"{path}: the header's entry for {name!r} is not a dtype, a shape and data_offsets"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{path}: tensor {name!r} has unknown dtype {dtype!r}{did_you_mean(str(dtype), DTYPE_BITS)}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has unknown dtype {dtype!r}{did_you_mean(str(dtype), DTYPE_BITS)}"
+        )
     if not _naturals(shape):
         raise CheckpointError(f"{path}: tensor {name!r} has shape {shape!r}, not a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -138,7 +151,7 @@ def _naturals(value: Any) -> bool:
 
 
 def lay_out(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Give tensors their places in a file: wide dtypes first, so that every tensor is aligned to its element."""
+    """Give tensors their places in a file: wide dtypes first, so that every tensor is aligned."""
     placed = []
     offset = 0
     for spec in sorted(specs, key=lambda spec: -DTYPE_BITS[spec.dtype]):
@@ -148,7 +161,7 @@ def lay_out(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 
 def build(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Return the length and the header of a file whose tensors are laid out, padded to a multiple of 8 bytes."""
+    """Return length and header of a file whose tensors are laid out, padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for spec in specs:
         offsets = [spec.offset, spec.offset + spec.nbytes]

@@ -93,7 +93,8 @@ class Architecture:
             stored = shape[::-1] if transposed else shape
             if spec.shape != stored:
                 raise CheckpointError(
-                    f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this config.json "
+                    f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this "
+                    "config.json "
                     f"wants {list(stored)}"
                 )
             return LinearLayer(module, stem, shape, transposed, self.spared(module))

@@ -1,8 +1,8 @@
-"""How do weights flow from the input shards to the output shards? Blocks of rows, read, encoded and written at once.
+"""How do weights flow from the input shards to the output? Read, encoded and written in blocks of rows.
 
-Every worker thread reads a block, encodes it and writes the result to its place. There are more threads than may
-encode at the same time, so the disk is busy while the processors are. Bytes do not depend on timing: every block has
-its place in the file from the start.
+Every worker thread reads a block, encodes it and writes the result to its place. There are more threads than
+may encode at the same time, so the disk is busy while the processors are. Bytes do not depend on timing:
+every block has its place in the file from the start.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tersor.layouts import stream
 Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
 
-_CACHE_ELEMENTS = 1 << 17
+_CACHE_ELEMENTS = 1 << 18
 """Elements encoded at once on a CPU: what the passes of one block touch stays in the second-level cache."""
 _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 24
@@ -88,8 +88,8 @@ class Pipeline:
 
         Args:
             first_shard: shards before it are there already.
-            on_shard: called when a shard has its final name, with its number and its rows; from another thread, in
-                order.
+            on_shard: called when a shard has its final name, with its number and its rows; from another
+                thread, in order.
 
         Raises:
             NonFiniteError: a weight holds a NaN or an infinity.
@@ -98,7 +98,9 @@ class Pipeline:
         """
         threads_before = torch.get_num_threads()
         writers: list[ShardWriter] = []
-        pool = ThreadPoolExecutor(self._threads, "tersor-block", initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(
+            self._threads, "tersor-block", initializer=torch.set_num_threads, initargs=(1,)
+        )
         closer = ThreadPoolExecutor(1, "tersor-shard")
         try:
             self._run(first_shard, on_shard, pool, closer, writers)
@@ -137,7 +139,9 @@ class Pipeline:
         if self._progress is not None:
             self._progress(done, total, "")
         for number, (name, indices) in enumerate(self._plan.shards[first_shard:], start=first_shard):
-            writer = ShardWriter(self._directory / name, [spec for index in indices for spec in steps[index].outputs])
+            writer = ShardWriter(
+                self._directory / name, [spec for index in indices for spec in steps[index].outputs]
+            )
             writers.append(writer)
             for index in indices:
                 self._write_constants(writer, steps[index])
@@ -170,7 +174,7 @@ class Pipeline:
 
     def _write_constants(self, writer: ShardWriter, step: Step) -> None:
         for spec, content in step.stored.constants if step.stored else ():
-            writer.write(spec.name, 0, memoryview(content))
+            writer.write(spec.name, 0, content.data)
 
     def _row(self, index: int) -> Row:
         step = self._plan.steps[index]
@@ -184,7 +188,7 @@ class Pipeline:
         step = self._plan.steps[block.step]
         if step.layer is None or step.scheme is None:
             buffer = self._buffer(block.stop - block.start)
-            view = memoryview(buffer.numpy())
+            view = buffer.numpy().data
             step.source.file.read_into(step.source.spec, block.start, view)
             writer.write(step.source.spec.name, block.start, view)
             return 0.0, 0.0
@@ -208,10 +212,10 @@ class Pipeline:
         row_bytes = spec.nbytes // spec.shape[0]
         if step.layer.transposed:
             flat = self._buffer(spec.nbytes)
-            step.source.file.read_into(spec, 0, memoryview(flat.numpy()))
+            step.source.file.read_into(spec, 0, flat.numpy().data)
             return flat.view(TORCH_DTYPES[spec.dtype]).view(spec.shape).T.contiguous()
         flat = self._buffer((block.stop - block.start) * row_bytes)
-        step.source.file.read_into(spec, block.start * row_bytes, memoryview(flat.numpy()))
+        step.source.file.read_into(spec, block.start * row_bytes, flat.numpy().data)
         return flat.view(TORCH_DTYPES[spec.dtype]).view(block.stop - block.start, spec.shape[1])
 
     def _encode(self, weight: torch.Tensor, step: Step) -> _EncodedRows:
@@ -219,7 +223,9 @@ class Pipeline:
         assert step.scheme is not None and step.stored is not None
         if self._device.type == "cuda":
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
-                return _encode_rows(weight.to(self._device, non_blocking=True), step.scheme, step.stored.row_bytes)
+                return _encode_rows(
+                    weight.to(self._device, non_blocking=True), step.scheme, step.stored.row_bytes
+                )
         rows, ic = weight.shape
         height = max(1, _CACHE_ELEMENTS // ic)
         parts = []
@@ -239,7 +245,7 @@ class Pipeline:
         for spec, data in pairs:
             row_bytes = spec.nbytes // spec.shape[0]
             content = data.reshape(-1).view(torch.uint8).numpy()
-            writer.write(spec.name, block.start * row_bytes, memoryview(content))
+            writer.write(spec.name, block.start * row_bytes, content.data)
 
     def _buffer(self, nbytes: int) -> torch.Tensor:
         """Return this thread's input buffer, uint8 [nbytes]; pinned when weights go to a GPU."""
@@ -259,7 +265,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class _EncodedRows:
-    """Rows of a compressed weight as they are written: uint8 [rows, bytes], scales and zero points [rows, G]."""
+    """Rows of a weight as they are written: uint8 [rows, bytes], scales and zero points [rows, G]."""
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -295,7 +301,9 @@ def _join(parts: list[_EncodedRows]) -> _EncodedRows:
     )
 
 
-def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]) -> None:
+def _close(
+    writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]
+) -> None:
     writer.finish()
     on_shard(number, rows)
 

@@ -93,11 +93,12 @@ def make_plan(
     """Decide what becomes of every tensor of a checkpoint.
 
     Raises:
-        InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export cannot say,
-            or nothing to compress.
+        InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export
+            cannot say, or nothing to compress.
     """
     pairs = [
-        (located, architecture.linear_of(located.spec, str(located.file.path))) for located in source.tensors.values()
+        (located, architecture.linear_of(located.spec, str(located.file.path)))
+        for located in source.tensors.values()
     ]
     layers = [layer for _, layer in pairs if layer is not None]
     _check_patterns(architecture, layers, ignore, overrides)
@@ -112,14 +113,18 @@ def make_plan(
     for located, layer in pairs:
         chosen = config.resolve(layer.module) if layer is not None else None
         if layer is None or chosen is None:
-            steps.append(Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore)))
+            steps.append(
+                Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore))
+            )
             continue
         _check_weight(located, layer, chosen)
         stored = export.store(layer, chosen)
         _check_names(stored.specs, source, located)
         steps.append(Step(located, layer, chosen, stored))
     if not any(step.scheme for step in steps):
-        raise InputError(f"{source.directory}: no linear layer is left to compress ({len(layers)} found, all left alone)")
+        raise InputError(
+            f"{source.directory}: no linear layer is left to compress ({len(layers)} found, all left alone)"
+        )
     shards = plan_shards([step.outputs for step in steps], shard_bytes)
     named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
     plan = Plan(config, tuple(steps), tuple(named), architecture.head)
@@ -130,11 +135,16 @@ def make_plan(
 def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:
     """Tell whether an override names a layer that is otherwise left alone: by the last part of its name."""
     leaf = layer.module.rpartition(".")[2]
-    return any(leaf in override.pattern and re.search(override.pattern, layer.module) for override in overrides)
+    return any(
+        leaf in override.pattern and re.search(override.pattern, layer.module) for override in overrides
+    )
 
 
 def _check_patterns(
-    architecture: Architecture, layers: Sequence[LinearLayer], ignore: Sequence[str], overrides: Sequence[Override]
+    architecture: Architecture,
+    layers: Sequence[LinearLayer],
+    ignore: Sequence[str],
+    overrides: Sequence[Override],
 ) -> None:
     names = [*architecture.modules, *(layer.module for layer in layers)]
     example = layers[0].module if layers else "model.layers.0.mlp.up_proj"
@@ -149,11 +159,16 @@ def _check_patterns(
         embeddings = sorted(name for name in architecture.embeddings if re.search(pattern, name))
         if found:
             leaf = found[0].module.rpartition(".")[2]
-            why = f"finds only {found[0].module} ({found[0].spared}), left alone unless the pattern says {leaf!r}"
+            name = found[0].module
+            why = f"finds only {name} ({found[0].spared}), left alone unless the pattern says {leaf!r}"
         elif architecture.head and re.search(pattern, architecture.head):
-            why = f"finds only {architecture.head}, which has no weight of its own here (it shares the embedding's)"
+            why = (
+                f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
+            )
         elif embeddings:
-            why = f"finds only the embedding {embeddings[0]}: embeddings are looked up, not multiplied, and stay as they are"
+            why = (
+                f"finds only {embeddings[0]}: embeddings are looked up, not multiplied, and stay as they are"
+            )
         else:
             why = f"matches no linear layer (they are called like {example!r})"
         raise InputError(f"override {pattern!r} {why}")
@@ -181,7 +196,11 @@ def _spared_patterns(
 
 
 def _note(
-    spec: TensorSpec, layer: LinearLayer | None, architecture: Architecture, spared: set[str], ignore: Sequence[str]
+    spec: TensorSpec,
+    layer: LinearLayer | None,
+    architecture: Architecture,
+    spared: set[str],
+    ignore: Sequence[str],
 ) -> str:
     if layer is None:
         return architecture.describe(spec)
@@ -194,18 +213,24 @@ def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
     spec = located.spec
     if spec.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
-            f"{located.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only {', '.join(WEIGHT_DTYPES)} weights "
+            f"{located.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only "
+            f"{', '.join(WEIGHT_DTYPES)} weights "
             "can be compressed"
         )
     if not all(layer.shape):
-        raise CheckpointError(f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
+        raise CheckpointError(
+            f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty"
+        )
     size, ic = scheme.group_size, layer.shape[1]
     if size is not None and ic % size:
-        fitting = [divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0]
+        fitting = [
+            divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0
+        ]
         nearest = sorted(sorted(fitting, key=lambda divisor: abs(divisor - size))[:3])
         hint = f" (group sizes that do: {', '.join(map(str, nearest))})" if nearest else ""
         raise FormatError(
-            f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that layer an "
+            f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that "
+            "layer an "
             "override or ignore it"
         )
 

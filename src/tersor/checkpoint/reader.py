@@ -1,4 +1,4 @@
-"""How are tensors read from a safetensors file? By `pread`, a block at a time: nothing is mapped, nothing is kept."""
+"""How are tensors read from a safetensors file? By `pread`, a block at a time: nothing is mapped or kept."""
 
 from __future__ import annotations
 
@@ -81,11 +81,13 @@ class SafetensorsFile:
         length = int.from_bytes(start, "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{self.path} is not a safetensors file: it claims a header of {length} bytes (2 to {MAX_HEADER_BYTES})"
+                f"{self.path} is not a safetensors file: it claims a header of {length} bytes (2 to "
+                f"{MAX_HEADER_BYTES})"
             )
         if _LENGTH_BYTES + length > self.nbytes:
             raise CheckpointError(
-                f"{self.path} is truncated inside its header ({self.nbytes} of at least {_LENGTH_BYTES + length} "
+                f"{self.path} is truncated inside its header ({self.nbytes} of at least "
+                f"{_LENGTH_BYTES + length} "
                 "bytes): download it again"
             )
         raw = self._read_bytes(_LENGTH_BYTES, length)
@@ -118,9 +120,13 @@ class SafetensorsFile:
             try:
                 count = os.preadv(self._fd, [buffer], position)
             except OSError as error:
-                raise CheckpointError(f"cannot read {spec.name!r} from {self.path}: {error.strerror}") from None
+                raise CheckpointError(
+                    f"cannot read {spec.name!r} from {self.path}: {error.strerror}"
+                ) from None
             if count == 0:
-                raise CheckpointError(f"{self.path} ends inside tensor {spec.name!r}: it changed while it was read")
+                raise CheckpointError(
+                    f"{self.path} ends inside tensor {spec.name!r}: it changed while it was read"
+                )
             buffer = buffer[count:]
             position += count
 
@@ -135,7 +141,9 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} holds no tensor {name!r}")
         dtype = TORCH_DTYPES.get(spec.dtype)
         if dtype is None:
-            raise CheckpointError(f"{self.path}: torch has no dtype for {spec.dtype}, that of tensor {name!r}")
+            raise CheckpointError(
+                f"{self.path}: torch has no dtype for {spec.dtype}, that of tensor {name!r}"
+            )
         shape, start = spec.shape, 0
         if rows is not None:
             row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
@@ -143,7 +151,7 @@ class SafetensorsFile:
         result = torch.empty(shape, dtype=dtype)
         if result.numel():
             flat = result.reshape(-1).view(torch.uint8)
-            self.read_into(spec, start, memoryview(flat.numpy()))
+            self.read_into(spec, start, flat.numpy().data)
         return result
 
     def _read_bytes(self, start: int, count: int) -> bytes:

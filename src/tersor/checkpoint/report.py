@@ -19,7 +19,8 @@ class Row:
         scheme: key of the scheme it was compressed to, such as `fp6_e3m2:row:float16`, or `None`.
         bits_per_weight: bits stored for each element, scales counted.
         bytes_before, bytes_after: sizes on disk.
-        relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was compressed (yet).
+        relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was
+            compressed (yet).
         note: why it was left alone, where that is worth a word.
     """
 
@@ -50,6 +51,7 @@ class Report:
         rows: one a tensor.
         files: safetensors files written.
         seconds: time taken by this run.
+        stream_seconds: the part of it in which weights were read, encoded and written.
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
     """
 
@@ -60,6 +62,7 @@ class Report:
     rows: tuple[Row, ...]
     files: tuple[str, ...] = ()
     seconds: float = 0.0
+    stream_seconds: float = 0.0
     bytes_read: int = 0
 
     @property
@@ -105,6 +108,7 @@ class Report:
             "worst_tensor": worst.name if worst else None,
             "files": list(self.files),
             "seconds": self.seconds,
+            "stream_seconds": self.stream_seconds,
             "bytes_read": self.bytes_read,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }

@@ -20,7 +20,9 @@ INDEX_NAME = "model.safetensors.index.json"
 _COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _COMPANION_STEMS = ("license", "licence", "notice", "use_policy")
 _COMPANION_FOLDERS = ("additional_chat_templates",)
-_NOT_COMPANIONS = re.compile(r"config\.json|.*\.(safetensors|bin|h5|msgpack|pt)\.index\.json|README\.md|tersor-state\.json")
+_NOT_COMPANIONS = re.compile(
+    r"config\.json|.*\.(safetensors|bin|h5|msgpack|pt)\.index\.json|README\.md|tersor-state\.json"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = [
     "*.safetensors",
@@ -89,12 +91,12 @@ class Source:
             file.close()
 
     def fingerprint(self) -> list[list[Any]]:
-        """Return what identifies the weights: name, size, modification time and header digest of every file."""
+        """Return what identifies the weights: name, size, time of change and header digest of every file."""
         stats = [(file, os.stat(file.path)) for file in self.files]
         return [[file.path.name, stat.st_size, stat.st_mtime_ns, file.header_digest] for file, stat in stats]
 
     def companions(self) -> list[Path]:
-        """Return the files that come along with the weights, relative to the directory: tokenizer, templates, code."""
+        """Return the files that come along, relative to the directory: tokenizer, templates, code."""
         result = []
         for path in sorted(self.directory.iterdir()):
             if path.is_file() and _is_companion(path.name):
@@ -105,7 +107,8 @@ class Source:
 
 
 def open_source(model: str | os.PathLike[str]) -> Source:
-    """Open a checkpoint: a directory, or a Hub id that is downloaded (safetensors, json and tokenizer files only).
+    """Open a checkpoint: a directory, or a Hub id that is downloaded (safetensors, json and tokenizer files
+    only).
 
     Raises:
         CheckpointError: neither, or not a whole checkpoint.
@@ -115,7 +118,9 @@ def open_source(model: str | os.PathLike[str]) -> Source:
     if directory.is_dir():
         return Source(directory, directory.resolve().name)
     if directory.exists():
-        raise CheckpointError(f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights")
+        raise CheckpointError(
+            f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights"
+        )
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"no directory {text}")
     return Source(_download(text), text, from_hub=True)
@@ -133,7 +138,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         present = sorted(item.name for item in directory.iterdir())
         if not present:
-            raise CheckpointError(f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files")
+            raise CheckpointError(
+                f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files"
+            )
         shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
         raise CheckpointError(f"{directory} is not a model: it has no {CONFIG_NAME} (it holds {shown})")
     config = _read_json(path)
@@ -186,10 +193,13 @@ def _no_weights(directory: Path) -> str:
     pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     adapters = [name for name in files if name.startswith("adapter_model")]
     if adapters:
-        return f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
+        return (
+            f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
+        )
     if pickled:
         return (
-            f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: load it with "
+            f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: "
+            "load it with "
             "transformers and save_pretrained it to get safetensors"
         )
     others = [name for name in files if name.endswith((".safetensors", ".gguf"))]

@@ -1,7 +1,7 @@
 """How does a shard come to disk? The header first, rows into their places, then one rename.
 
-Shapes are known before the first weight is read, so the header is written first and every tensor's bytes can arrive
-in any order and from several threads. The same tensors give the same bytes.
+Shapes are known before the first weight is read, so the header is written first and every tensor's bytes can
+arrive in any order and from several threads. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class ShardWriter:
 
 
 def plan_shards(groups: Sequence[Sequence[TensorSpec]], shard_bytes: int) -> list[list[int]]:
-    """Share groups of tensors out to files, in order, each file at most `shard_bytes` unless one group is larger.
+    """Share groups of tensors out to files, in order, each file at most `shard_bytes` unless one group is
+    larger.
 
     Args:
         groups: tensors that stay together (a weight and its scales).

@@ -1,0 +1,71 @@
+"""`tersor inspect`: what is in a checkpoint, layer by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tersor.cli import console
+from tersor.cli.layers import collapse, scheme_words, shape_words
+
+if TYPE_CHECKING:
+    from tersor.checkpoint.inspect import Inspection, Item
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="A line for every tensor; layers that are alike share one otherwise."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, a tensor at a time.")] = False,
+) -> None:
+    """Read the headers, then print format, bits and size of every layer."""
+    from tersor.checkpoint.inspect import inspect
+
+    found = inspect(model)
+    if json:
+        console.print_json(found.to_dict())
+        return
+    print(f"{found.model}: {_summary(found)}")
+    if full:
+        lines = [_line(item.name, [item]) for item in found.items]
+    else:
+        named = ((item.name, (item.shape, item.format), item) for item in found.items)
+        lines = [_line(name, items) for name, items in collapse(named)]
+    console.print_table(["tensor", "count", "shape", "format", "bits/weight", "size"], lines)
+    print(_totals(found))
+
+
+def _line(name: str, items: list[Item]) -> list[str]:
+    first = items[0]
+    return [
+        name,
+        str(len(items)),
+        shape_words(first.shape),
+        scheme_words(first.format) if first.compressed else first.format,
+        f"{first.bits_per_weight:.3f}",
+        console.size(sum(item.nbytes for item in items)),
+    ]
+
+
+def _summary(found: Inspection) -> str:
+    parts = [found.architecture or "unknown architecture"]
+    if found.method is None:
+        parts.append("not compressed")
+    else:
+        parts.append(f"compressed by {found.method}")
+    if found.provenance:
+        parts.append(", ".join(f"{key} {value}" for key, value in found.provenance.items()))
+    return "; ".join(parts)
+
+
+def _totals(found: Inspection) -> str:
+    compressed = [item for item in found.items if item.compressed]
+    files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
+    text = f"{found.parameters / 1e6:,.1f} M elements in {console.size(found.nbytes)} ({files})"
+    text += f": {found.bits_per_weight:.3f} bits each"
+    if found.compressed_bits_per_weight is not None:
+        text += f", {found.compressed_bits_per_weight:.3f} in the {len(compressed)} compressed weights"
+    return text

@@ -1,0 +1,207 @@
+"""`tersor quantize`: compress the linear weights of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tersor.cli import console
+from tersor.cli.layers import collapse, scheme_words, shape_words
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    from tersor.checkpoint.pipeline import Progress
+    from tersor.checkpoint.report import Report, Row
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="Element format, such as fp6_e3m2, int4 or mxfp6_e2m3.")
+    ] = "fp6_e3m2",
+    group_size: Annotated[
+        int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")
+    ] = None,
+    scale_dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16, float32 or e8m0; exports take the model's dtype.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=FORMAT",
+            help="Another format for modules whose name it finds, FORMAT[:gN|:row][:SCALE]; repeatable, the "
+            "first that finds a module decides. lm_head and routers are left alone unless a pattern spells "
+            "their name.",
+        ),
+    ] = None,
+    algorithm: Annotated[str, typer.Option(help="rtn: round to nearest.")] = "rtn",
+    export: Annotated[
+        str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
+    ] = "tersor",
+    device: Annotated[str, typer.Option(help="Where weights are encoded: cpu, cuda or cuda:N.")] = "cpu",
+    shard_size: Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compress, then print what became of the tensors."""
+    from tersor.checkpoint.convert import quantize
+
+    with _progress(f"{model} to {format}") as progress:
+        report = quantize(
+            model,
+            output,
+            format=format,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            algorithm=algorithm,
+            ignore=ignore or (),
+            overrides=override or (),
+            dry_run=dry_run,
+            resume=resume,
+            device=device,
+            export=export,
+            shard_size=parse_size(shard_size),
+            progress=progress,
+        )
+    if json:
+        console.print_json(report.to_dict())
+    elif dry_run:
+        _print_plan(report)
+    else:
+        _print_report(report)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes a text such as `5GB` or `1.5G` means; units are decimal.
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if count < 1:
+        raise InputError(f"size {text!r} is not a number of bytes such as 5GB or 500MB")
+    return count
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Progress | None]:
+    """Show bytes done, rate and time left on stderr while a person looks, and yield what moves it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{label}: reading the architecture", total=None)
+
+        def move(done: int, total: int, name: str) -> None:
+            if not name:
+                bar.reset(task, total=total, completed=done, description=label)
+            else:
+                bar.update(task, completed=done)
+
+        yield move
+
+
+def _print_plan(report: Report) -> None:
+    """Print a line for every kind of tensor: what would become of it."""
+    named = ((row.name, (row.shape, row.scheme, row.note, row.bytes_after), row) for row in report.rows)
+    lines = []
+    for name, rows in collapse(named):
+        first = rows[0]
+        becomes = scheme_words(first.scheme) if first.scheme else f"{first.dtype} as it is"
+        lines.append(
+            [
+                name,
+                str(len(rows)),
+                shape_words(first.shape),
+                becomes + (f" ({first.note})" if first.note else ""),
+                f"{first.bits_per_weight:.3f}",
+                console.size(sum(row.bytes_before for row in rows)),
+                console.size(sum(row.bytes_after for row in rows)),
+            ]
+        )
+    print(f"{report.source}: what would be written, in {_files(report)}")
+    console.print_table(["tensor", "count", "shape", "becomes", "bits/weight", "before", "after"], lines)
+    print(_totals(report))
+
+
+def _print_report(report: Report) -> None:
+    """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
+    groups: dict[str | None, list[Row]] = {}
+    for row in report.rows:
+        groups.setdefault(row.scheme, []).append(row)
+    lines = []
+    for scheme in sorted(groups, key=lambda scheme: (scheme is None, scheme or "")):
+        rows = groups[scheme]
+        worst = max(rows, key=lambda row: row.relative_error or 0.0)
+        lines.append(
+            [
+                scheme_words(scheme) if scheme else "left as they are",
+                str(len(rows)),
+                f"{_mean_bits(rows):.3f}",
+                console.size(sum(row.bytes_before for row in rows)),
+                console.size(sum(row.bytes_after for row in rows)),
+                f"{100 * worst.relative_error:.2f} %" if worst.relative_error is not None else "-",
+                worst.name if scheme else "-",
+            ]
+        )
+    console.print_table(
+        ["format", "tensors", "bits/weight", "before", "after", "worst error", "where"],
+        lines,
+    )
+    print(_totals(report))
+    rate = report.bytes_read / 1e6 / report.stream_seconds if report.stream_seconds else 0.0
+    print(f"{report.output}: {_files(report)} written in {report.seconds:.1f} s, weights at {rate:.0f} MB/s")
+
+
+def _totals(report: Report) -> str:
+    ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
+    return (
+        f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} "
+        "bits a weight; "
+        f"{console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {ratio:.2f} times "
+        "smaller"
+    )
+
+
+def _files(report: Report) -> str:
+    return "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
+
+
+def _mean_bits(rows: list[Row]) -> float:
+    from tersor.checkpoint.report import mean_bits
+
+    return mean_bits(rows)
