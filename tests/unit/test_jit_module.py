@@ -191,7 +191,8 @@ def test_a_refused_launch_says_everything(driver: Driver, binary: nvrtc.Binary, 
         function.launch(GRID, BLOCK, 1024, 0, ARGUMENTS, programmatic)
     assert str(caught.value) == (
         "kernel tersor_test_axpy does not launch: CUDA_ERROR_INVALID_VALUE, the driver's words "
-        "(grid (5, 2, 1), block (256, 1, 1), 1024 bytes of shared memory of at most 232192, 40 registers, cuda:3)"
+        "(grid (5, 2, 1), block (256, 1, 1), 1024 bytes of shared memory of at most 232192, 40 registers, "
+        "cuda:3)"
     )
 
 
