@@ -1,0 +1,82 @@
+# Everything a developer runs. `make demo` and `make test` set up .venv by themselves; `make help` lists the targets.
+
+VENV := .venv
+BASE_PYTHON ?= python3
+PYTHON ?= $(VENV)/bin/python
+JOBS ?= 2
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+else
+# Another interpreter (`make gpu-test PYTHON=python3`) is used as it is: nothing is installed, not even Tersor.
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+# An NVIDIA GPU shows as a device file, under WSL only through nvidia-smi.
+GPU := $(shell { test -e /dev/nvidia0 || nvidia-smi -L; } >/dev/null 2>&1 && echo yes)
+
+# Where there is no GPU, torch comes first, pinned, as its build for CPUs: a plain `torch` from PyPI is the CUDA build
+# and pulls gigabytes of NVIDIA libraries that nothing here could use. The index holds 2.13.0+cpu, which pip prefers
+# to 2.13.0; where it cannot be reached pip goes on without it, quickly thanks to the two limits.
+TORCH := torch==2.13.0
+TORCH_CPU := $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
+
+.PHONY: help demo test lint gpu-test bench clean
+
+help:
+	@echo 'make demo      compress the bundled model to five formats, compare them, continue a prompt with each'
+	@echo 'make test      lint, type check, and every test that needs no GPU'
+	@echo 'make lint      ruff (rules and format) and mypy'
+	@echo 'make gpu-test  tests on a GPU; a summary goes to bench/results/gpu_tests.json'
+	@echo 'make bench     measurements on a GPU; numbers go to bench/results'
+	@echo 'make clean     remove .venv and caches'
+	@echo 'PYTHON=python3 uses that interpreter, as it is, instead of .venv; BASE_PYTHON=... makes .venv from another one'
+
+demo: $(READY)
+	$(PYTHON) -m tersor demo
+
+# A test process computes on one core, since there are JOBS of them.
+test: lint
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n $(JOBS) tests/unit tests/golden tests/compile
+
+lint: $(READY_DEV)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+gpu-test: $(READY_DEV)
+	$(PYTHON) bench/gpu_tests.py
+
+bench: $(READY_DEV)
+	$(PYTHON) bench/linear.py
+	$(PYTHON) bench/generate.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+
+PROBLEM = { echo "tersor: $(1)" >&2; exit 1; }
+, := ,
+NAME_ONE := name one with make BASE_PYTHON=/path/to/python3
+
+$(VENV)/.made:
+	@command -v $(BASE_PYTHON) >/dev/null || \
+	  $(call PROBLEM,$(BASE_PYTHON) is not on the PATH: install Python 3.10 or newer$(,) or $(NAME_ONE))
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  $(call PROBLEM,$$($(BASE_PYTHON) --version 2>&1) is too old: Python 3.10 or newer is needed$(,) $(NAME_ONE))
+	@$(BASE_PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  $(call PROBLEM,$(BASE_PYTHON) has no venv or no ensurepip: install them (Debian and Ubuntu: apt install python3-venv))
+	$(BASE_PYTHON) -m venv --clear $(VENV)
+	@# pip before 23 does not install every pyproject.toml in place.
+	@$(VENV)/bin/python -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 23)' || \
+	  $(VENV)/bin/python -m pip install --upgrade pip
+	$(if $(GPU),,$(VENV)/bin/python -m pip install $(TORCH_CPU) || $(VENV)/bin/python -m pip install $(TORCH))
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.made pyproject.toml
+	$(VENV)/bin/python -m pip install -e '.$(if $(GPU),[cuda])'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.made pyproject.toml
+	$(VENV)/bin/python -m pip install -e '.[dev]'
+	@touch $(VENV)/.ready $@

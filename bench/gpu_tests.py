@@ -1,0 +1,61 @@
+"""Run the tests of tests/gpu and keep a summary of what passed, where and with what, as results/gpu_tests.json.
+
+    python bench/gpu_tests.py [further arguments of pytest]
+
+The exit status is pytest's, or 1 where every test was skipped: then nothing was tested.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import report
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Run pytest, write the summary, exit."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junitxml={junit}", *sys.argv[1:]]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if not junit.exists():
+            raise SystemExit(f"pytest ended with status {status} before it ran a test")
+        result = summary(junit)
+    print(f"written to {report.write('gpu_tests', result)}")
+    if status == 0 and not result["counts"].get("passed"):
+        raise SystemExit("no test ran: tests/gpu needs a CUDA device")
+    raise SystemExit(status)
+
+
+def summary(junit: Path) -> dict[str, Any]:
+    """Read pytest's junit file: counts in all and for each test function, seconds, and the names that failed."""
+    suite = xml.etree.ElementTree.parse(junit).getroot().find("testsuite")
+    assert suite is not None
+    tests: dict[str, Counter[str]] = {}
+    failed = []
+    for case in suite.iter("testcase"):
+        name = case.get("name", "")
+        outcome = next((tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed")
+        function = f"{case.get('classname', '').removeprefix('tests.gpu.')}.{name.partition('[')[0]}"
+        tests.setdefault(function, Counter())[outcome] += 1
+        if outcome in ("failure", "error"):
+            failed.append(f"{function.rpartition('.')[0]}.{name}")
+    total: Counter[str] = sum(tests.values(), Counter())
+    return {
+        "counts": dict(total),
+        "seconds": float(suite.get("time", 0)),
+        "failed": failed,
+        "tests": {function: dict(counts) for function, counts in sorted(tests.items())},
+    }
+
+
+if __name__ == "__main__":
+    main()

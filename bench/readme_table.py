@@ -1,0 +1,73 @@
+"""Print the README's table of measured times from a results file of bench/linear.py.
+
+    python bench/readme_table.py [RESULTS.json]
+
+Without a name the newest bench/results/linear_*.json is read. README.md holds the output between two markers; a test
+compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FORMAT = "fp6_e3m2"
+SHAPES = ((8192, 8192), (57344, 8192))
+TOKENS = (1, 16, 64)
+COLUMNS = {FORMAT: f"Tersor {FORMAT}", "cublas": "cuBLAS FP16", "fp8": "FP8", f"humming {FORMAT}": f"humming {FORMAT}"}
+"""Contender in the results -> heading, in the order of the table; one that was not measured has no column."""
+
+
+def newest() -> Path | None:
+    """Return the results file written last, `None` where there is none."""
+    found = sorted(RESULTS.glob("linear_*.json"), key=lambda path: (path.stat().st_mtime, path.name))
+    return found[-1] if found else None
+
+
+def table(result: dict[str, Any], name: str) -> str:
+    """Return the table in Markdown: microseconds a call, and how many times cuBLAS FP16's speed that is.
+
+    Args:
+        result: what bench/linear.py wrote.
+        name: the results file, which the caption names.
+    """
+    rows = [
+        row
+        for shape in SHAPES
+        for tokens in TOKENS
+        for row in result["rows"]
+        if (row["oc"], row["ic"]) == shape and row["n"] == tokens
+    ]
+    columns = {key: heading for key, heading in COLUMNS.items() if any(key in row for row in rows)}
+    roof = f"roof {FORMAT}"
+    heads = ["weight", "tokens", *columns.values(), "against cuBLAS", "read time"]
+    facts = result["environment"]
+    versions = f"torch {facts['torch']}, CUDA {facts['cuda']}, commit {facts['commit']}"
+    lines = [
+        f"Microseconds a call on one {facts['gpu']} ({versions}; `bench/results/{name}`). Read time: the packed bytes",
+        f"over the {result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    for row in rows:
+        times = [f"{row[key]:.1f}" if key in row else "-" for key in columns]
+        ratio = f"{row['cublas'] / row[FORMAT]:.2f}x"
+        cells = [f"{row['oc']} x {row['ic']}", str(row["n"]), *times, ratio, f"{row[roof]:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table of the file named, or of the newest."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
+    if path is None:
+        raise SystemExit(f"no linear_*.json in {RESULTS}: run `make bench` on a GPU")
+    print(table(json.loads(path.read_text()), path.name))
+
+
+if __name__ == "__main__":
+    main()
