@@ -14,6 +14,8 @@ from tersor.errors import InputError
 
 FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp4_e2m1", "int4")
 PROMPT = "def read_file(path):\n"
+PENALTY = 1.2
+"""A small model decoded greedily repeats itself without one."""
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parents[1]
 MODEL = CHECKOUT / "examples" / "tiny-lm"
@@ -21,16 +23,10 @@ MODEL = CHECKOUT / "examples" / "tiny-lm"
 
 def command(
     model: Annotated[str | None, typer.Option(help="Another model than the bundled one.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep the compressed models here.")
-    ] = None,
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", help="A format to show; repeatable.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the compressed models here.")] = None,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="A format to show; repeatable.")] = None,
     prompt: Annotated[str, typer.Option(help="What to continue.")] = PROMPT,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Tokens to continue with.")
-    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to continue with.")] = 64,
     window: Annotated[int, typer.Option(help="Tokens in a window of the evaluation.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens of Tersor's own text to evaluate on.")] = 16384,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -44,7 +40,9 @@ def command(
     chosen = tuple(formats or FORMATS)
     for name in chosen:
         get_scheme(name)
-    options = engine.Sampling(temperature=0.0, max_new_tokens=max_new_tokens, ignore_eos=True)
+    options = engine.Sampling(
+        temperature=0.0, repetition_penalty=PENALTY, max_new_tokens=max_new_tokens, ignore_eos=True
+    )
     target = evaluate.resolve_device(device)
     place = evaluate.locate(_bundled() if model is None else model)
     console.quiet_transformers()
@@ -67,7 +65,7 @@ def command(
             bits = evaluate.bits_per_weight(subject) or where.plain_bits
             results.append(
                 {
-                    "format": format_name or _plain_name(where.plain_bits),
+                    "format": format_name or "original",
                     "bits_per_weight": bits,
                     "weight_bytes": where.weight_bytes,
                     "tokens_per_second": stream.statistics.tokens_per_second,
@@ -76,9 +74,7 @@ def command(
                 }
             )
     if json:
-        console.print_json(
-            {"model": str(place.directory), "device": str(target), "prompt": prompt, "formats": results}
-        )
+        console.print_json({"model": str(place.directory), "device": str(target), "prompt": prompt, "formats": results})
         return
     _print(results, prompt, f"{place.directory.name} on {target}")
     if output is not None:
@@ -99,9 +95,7 @@ def own_text() -> str:
 
 def _bundled() -> Path:
     if not MODEL.is_dir():
-        raise InputError(
-            "the bundled model is part of a checkout (examples/tiny-lm), not of the package: give --model"
-        )
+        raise InputError("the bundled model is part of a checkout (examples/tiny-lm), not of the package: give --model")
     return MODEL
 
 
@@ -112,37 +106,27 @@ def _compress(quantize: Any, source: Path, folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _plain_name(bits: float) -> str:
-    return f"original ({bits:.0f} bits)"
-
-
 def _print(results: list[dict[str, Any]], prompt: str, where: str) -> None:
     rows = [
         [
             result["format"],
             f"{result['bits_per_weight']:.2f}",
             console.size(result["weight_bytes"]),
-            console.plus_minus(result["perplexity"], result.get("perplexity_error"), 3),
+            console.plus_minus(result["perplexity"], result.get("perplexity_error"), 2),
             f"{100 * (result['perplexity_ratio'] - 1):+.2f} %",
-            console.plus_minus(result["kl"], result.get("kl_error"), 5),
-            f"{100 * result['top1_agreement']:.2f} %",
+            f"{result['kl']:.4f}",
+            f"{100 * result['top1_agreement']:.1f} %",
             "-" if result["tokens_per_second"] is None else f"{result['tokens_per_second']:.1f}",
         ]
         for result in results
     ]
     first = results[0]
     print(f"{where}, predicting Tersor's own text: {first['windows']} windows of {first['window']} tokens")
-    heads = [
-        "format",
-        "bits/weight",
-        "size",
-        "perplexity",
-        "change",
-        "KL(ref||model)",
-        "same top-1",
-        "tokens/s",
-    ]
-    console.print_table(heads, rows)
+    console.print_table(["format", "bits", "size", "perplexity", "change", "KL", "top-1", "tokens/s"], rows)
+    print(
+        "bits: stored for a compressed weight, its scales counted; size: all weights on disk; change, KL (nats per "
+        "token)\nand top-1 (same most probable token) against the original"
+    )
     for result in results:
-        print(f"--- {result['format']} continues {prompt!r}:")
-        print(result["text"].rstrip("\n"))
+        print(f"\n--- {result['format']} continues {prompt!r}:")
+        print(result["text"].strip("\n"))

@@ -36,9 +36,7 @@ class Decoder:
         capture_seconds: what warming up and capturing took in this stream.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, options: Sampling, length: int, use_graph: bool | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, options: Sampling, length: int, use_graph: bool | None = None) -> None:
         """Make a decoder.
 
         Args:
@@ -56,8 +54,7 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capture_seconds = 0.0
         self.insist = bool(use_graph)
-        # A static cache makes attention read its whole length; without a graph to win by it, that only costs.
-        static = self.device.type == "cuda"
+        static = _wants_static(self.device)
         self.length = -(-length // ROUND) * ROUND if static else length
         self.cache: Any = _static_cache(model, self.length) if static else None
         self.static = self.cache is not None
@@ -86,9 +83,7 @@ class Decoder:
         self.history.fill_(ids[0])
         self.history[:, : len(ids)] = prompt
         self.position.fill_(len(ids))
-        output = self.model(
-            input_ids=prompt, past_key_values=self.cache, use_cache=True, **self._prefill_options
-        )
+        output = self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True, **self._prefill_options)
         self._draw(output.logits)
 
     @torch.inference_mode()
@@ -176,6 +171,11 @@ class Decoder:
 def _restore(state: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     for tensor, value in zip(state, values, strict=True):
         tensor.copy_(value)
+
+
+def _wants_static(device: torch.device) -> bool:
+    """A static cache makes attention read its whole length, which pays where a step can be a graph."""
+    return device.type == "cuda"
 
 
 def _static_cache(model: PreTrainedModel, length: int) -> Any:

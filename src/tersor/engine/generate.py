@@ -97,9 +97,7 @@ class Generator:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = chosen.max_new_tokens if limit is None else min(chosen.max_new_tokens, limit - len(ids))
         if room < 1:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, the model {limit} positions: shorten the prompt"
-            )
+            raise InputError(f"the prompt has {len(ids)} tokens, the model {limit} positions: shorten the prompt")
         stream = TextStream(len(ids))
         stream._pieces = self._pieces(ids, chosen, room, stream)
         return stream
@@ -112,9 +110,7 @@ class Generator:
             raise InputError("the prompt is empty and the tokenizer has no token to begin with: give a text")
         vocabulary = self.model.config.get_text_config().vocab_size
         if max(ids) >= vocabulary or min(ids) < 0:
-            raise InputError(
-                f"the prompt holds token {max(ids)}, the model has {vocabulary}: another tokenizer?"
-            )
+            raise InputError(f"the prompt holds token {max(ids)}, the model has {vocabulary}: another tokenizer?")
         return ids
 
     def _decoder_for(self, options: Sampling, length: int) -> Decoder:

@@ -98,9 +98,7 @@ class Sampler:
 
         self.processors = LogitsProcessorList()
         if options.repetition_penalty is not None and options.repetition_penalty != 1.0:
-            self.processors.append(
-                logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
-            )
+            self.processors.append(logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
         self.generator: torch.Generator | None = None
         if not options.temperature:
             return

@@ -61,7 +61,9 @@ class StopFilter:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Add text and return what can be shown: nothing that may be the beginning of a stop text."""
+        """Add text and return what can be shown: nothing that may begin a stop text, nothing after one."""
+        if self.found:
+            return ""
         self._held += text
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:

@@ -111,9 +111,7 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch_dtype, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, output_loading_info=True)
         model, info = loaded[0].to(target), loaded[1]
     except TersorError:
         raise
@@ -139,9 +137,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not any(True for part in ("*token*", "*vocab*", "*.tiktoken") for _ in directory.glob(part)):
-        raise CheckpointError(
-            f"{path}: has no tokenizer: copy tokenizer.json and tokenizer_config.json there"
-        )
+        raise CheckpointError(f"{path}: has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # likewise

@@ -73,9 +73,7 @@ def plot(points: Sequence[Point], path: str | Path) -> None:
         axes[1].set_ylabel("KL(reference || model), nats per token")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     quality = points[0].quality
-    figure.suptitle(
-        f"Size against quality, {quality.windows} windows of {quality.window} tokens", fontsize=11
-    )
+    figure.suptitle(f"Size against quality, {quality.windows} windows of {quality.window} tokens", fontsize=11)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

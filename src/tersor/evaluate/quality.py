@@ -126,9 +126,7 @@ def evaluate(
     means = []
     count, window = windows.shape
     for index, tokens in enumerate(windows):
-        logits = _logits(model, tokens)
-        other = None if reference is None else logits if reference is model else _logits(reference, tokens)
-        means.append(_window_means(logits, other, tokens[1:], index))
+        means.append(_measure(model, reference, tokens, index))
         if progress is not None:
             progress(index + 1, count)
     return _summary(torch.tensor(means, dtype=torch.float64), window)
@@ -148,6 +146,15 @@ def _check(model: PreTrainedModel, windows: torch.Tensor, role: str) -> None:
             f"the text holds token {largest} but the {role} has a vocabulary of {_vocabulary(model)}: "
             "the tokenizer belongs to another model"
         )
+
+
+def _measure(
+    model: PreTrainedModel, reference: PreTrainedModel | None, tokens: torch.Tensor, index: int
+) -> list[float]:
+    """Means over the window `tokens`; its logits live no longer than this call."""
+    logits = _logits(model, tokens)
+    other = None if reference is None else logits if reference is model else _logits(reference, tokens)
+    return _window_means(logits, other, tokens[1:], index)
 
 
 def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

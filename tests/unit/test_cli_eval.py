@@ -1,0 +1,98 @@
+"""`tersor eval` from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import tiny_lm
+
+from tersor.cli.main import run
+
+SHORT = ["--window", "64", "--max-tokens", "256", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("def square(x):\n    return x * x\n\n" * 60, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    from tersor.checkpoint import quantize
+
+    output = tmp_path_factory.mktemp("packed") / "int4"
+    quantize(tiny_lm.TINY, output, format="int4")
+    return str(output)
+
+
+def refused(arguments, capsys) -> str:
+    """Run a command line that must fail with status 2 and one line, and return the line."""
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("tersor: ")
+    return captured.err
+
+
+def test_json_of_two_models_against_a_reference(text, packed, capsys):
+    arguments = ["eval", str(tiny_lm.TINY), packed, "--text", text, "--reference", str(tiny_lm.TINY), *SHORT]
+    assert run([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    original, compressed = result["models"]
+    assert (original["windows"], original["window"], original["tokens"]) == (4, 64, 4 * 63)
+    assert original["kl"] == 0 and original["bits_per_weight"] == 16
+    assert compressed["kl"] > compressed["kl_error"] > 0
+    assert compressed["reference_perplexity"] == original["perplexity"] != compressed["perplexity"]
+    assert 4 < compressed["bits_per_weight"] < 4.1
+    assert compressed["weight_bytes"] < original["weight_bytes"]
+
+
+def test_a_table_and_a_picture(text, packed, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    arguments = ["eval", packed, "--text", text, "--reference", str(tiny_lm.TINY), *SHORT]
+    pytest.importorskip("matplotlib")
+    assert run([*arguments, "--plot", str(picture)]) == 0
+    table = capsys.readouterr().out
+    assert "4 windows of 64 tokens" in table
+    assert re.search(r"int4 +4\.05 +5\.6 MB +\d+\.\d{3} \+- \d", table)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_reference_there_is_no_comparison(text, capsys):
+    assert run(["eval", str(tiny_lm.TINY), "--text", text, *SHORT]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity" in out and "KL" not in out
+    assert run(["eval", str(tiny_lm.TINY), "--text", text, *SHORT, "--json"]) == 0
+    assert "kl" not in json.loads(capsys.readouterr().out)["models"][0]
+
+
+def test_bad_input_is_one_line(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tersor.evaluate.load.cuda_available", lambda: False)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    model = str(tiny_lm.TINY)
+    assert "no such text file" in refused(["eval", model, "--text", str(tmp_path / "no.txt")], capsys)
+    assert "is empty" in refused(["eval", model, "--text", str(empty)], capsys)
+    assert "less than one window of 2000" in refused(["eval", model, "--text", text, "--window", "2000"], capsys)
+    assert "max_tokens is 3" in refused(["eval", model, "--text", text, "--max-tokens", "3"], capsys)
+    assert "no CUDA GPU" in refused(["eval", model, "--text", text, "--device", "cuda"], capsys)
+    assert "unknown dtype" in refused(["eval", model, "--text", text, "--dtype", "fp8"], capsys)
+    assert ".png" in refused(["eval", model, "--text", text, "--plot", "out.gif"], capsys)
+    assert str(tmp_path / "no") in refused(["eval", str(tmp_path / "no"), "--text", text], capsys)
+    assert str(tmp_path) in refused(["eval", str(tmp_path), "--text", text], capsys)
+    assert str(tmp_path) in refused(["eval", model, "--reference", str(tmp_path), "--text", text], capsys)
+    assert "--txt" in refused(["eval", model, "--txt", text], capsys)
+    assert "--text" in refused(["eval", model], capsys)
+    assert "--window" in refused(["eval", model, "--text", text, "--window", "x"], capsys)
+
+
+def test_a_reference_with_another_tokenizer(text, tmp_path, capsys):
+    other = tiny_lm.copy(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:500]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    line = refused(["eval", str(other), "--reference", str(tiny_lm.TINY), "--text", text, *SHORT], capsys)
+    assert "different tokens" in line

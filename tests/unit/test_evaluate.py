@@ -1,0 +1,183 @@
+"""Perplexity, divergence, agreement and their standard errors against independent computations."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import tiny_lm
+import torch
+
+from tersor.errors import InputError, TersorError
+from tersor.evaluate import Quality, cut_windows, evaluate
+
+TEXT = "def square(x):\n    return x * x\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x\n" * 20
+
+
+class Bigram:
+    """A model whose next-token logits are a row of a table."""
+
+    def __init__(self, table, positions=1024):
+        self.table = torch.as_tensor(table, dtype=torch.float32)
+        text_config = SimpleNamespace(vocab_size=self.table.shape[1], max_position_embeddings=positions)
+        self.config = SimpleNamespace(get_text_config=lambda: text_config)
+        self.device = torch.device("cpu")
+        self.alive = []
+        self.most_alive = 0
+
+    def __call__(self, input_ids, use_cache):
+        assert not use_cache
+        logits = self.table[input_ids]
+        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(logits)]
+        self.most_alive = max(self.most_alive, len(self.alive))
+        return SimpleNamespace(logits=logits)
+
+
+def constant(*probabilities):
+    """The same distribution after every token."""
+    return Bigram(torch.tensor(probabilities).log().expand(len(probabilities), -1))
+
+
+def test_perplexity_is_that_of_a_plain_computation():
+    windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=64, max_tokens=300)
+    assert windows.shape == (4, 64)
+    quality = evaluate(tiny_lm.model(), windows)
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            logits = tiny_lm.model()(window.unsqueeze(0)).logits[0].double()
+            for position in range(63):
+                losses.append(-float(logits[position].log_softmax(-1)[window[position + 1]]))
+    assert quality.tokens == len(losses) == 4 * 63
+    assert quality.perplexity == pytest.approx(math.exp(statistics.mean(losses)), rel=1e-5)
+    window_means = [statistics.mean(losses[63 * index : 63 * (index + 1)]) for index in range(4)]
+    error = quality.perplexity * statistics.stdev(window_means) / 2
+    assert quality.perplexity_error == pytest.approx(error, rel=1e-4)
+
+
+def test_a_model_does_not_diverge_from_itself():
+    windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=32, max_tokens=96)
+    quality = evaluate(tiny_lm.model(), windows, reference=tiny_lm.model())
+    assert (quality.kl, quality.kl_reverse, quality.top1_agreement) == (0.0, 0.0, 1.0)
+    assert (quality.perplexity_ratio, quality.perplexity_ratio_error) == (1.0, 0.0)
+    assert quality.reference_perplexity == quality.perplexity
+    assert evaluate(tiny_lm.model(), windows).perplexity == quality.perplexity
+
+
+def test_divergence_of_two_known_distributions():
+    model, reference = constant(0.5, 0.25, 0.25), constant(0.25, 0.25, 0.5)
+    windows = torch.tensor([[0, 0, 2], [1, 2, 2]])
+    quality = evaluate(model, windows, reference=reference)
+    kl = 0.25 * math.log(0.5) + 0.5 * math.log(2)  # reference against model
+    assert quality.kl == pytest.approx(kl, rel=1e-6)
+    assert quality.kl_reverse == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), rel=1e-6)
+    assert quality.top1_agreement == 0.0
+    # Targets 0, 2 | 2, 2.
+    model_means = [(math.log(2) + math.log(4)) / 2, math.log(4)]
+    reference_means = [(math.log(4) + math.log(2)) / 2, math.log(2)]
+    assert quality.perplexity == pytest.approx(math.exp(statistics.mean(model_means)), rel=1e-6)
+    assert quality.reference_perplexity == pytest.approx(math.exp(statistics.mean(reference_means)), rel=1e-6)
+    gaps = [a - b for a, b in zip(model_means, reference_means, strict=True)]
+    ratio = math.exp(statistics.mean(gaps))
+    assert quality.perplexity_ratio == pytest.approx(ratio, rel=1e-6)
+    assert quality.perplexity_ratio_error == pytest.approx(ratio * statistics.stdev(gaps) / math.sqrt(2), rel=1e-6)
+    error = quality.perplexity * statistics.stdev(model_means) / math.sqrt(2)
+    assert quality.perplexity_error == pytest.approx(error, rel=1e-6)
+    assert quality.kl_error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_divergence_is_not_symmetric_and_counts_every_row():
+    model, reference = constant(0.7, 0.2, 0.1), constant(0.1, 0.8, 0.1)
+    quality = evaluate(model, torch.zeros(2, 300, dtype=torch.int64), reference=reference)
+    forward = sum(q * math.log(q / p) for p, q in ((0.7, 0.1), (0.2, 0.8), (0.1, 0.1)))
+    backward = sum(p * math.log(p / q) for p, q in ((0.7, 0.1), (0.2, 0.8), (0.1, 0.1)))
+    assert quality.kl == pytest.approx(forward, rel=1e-5)
+    assert quality.kl_reverse == pytest.approx(backward, rel=1e-5)
+    assert quality.tokens == 598
+
+
+def test_agreement_and_its_error():
+    table = torch.zeros(2, 2)
+    table[0, 0] = table[1, 1] = 1.0
+    other = torch.zeros(2, 2)
+    other[:, 0] = 1.0  # agrees after token 0 only
+    windows = torch.tensor([[0, 0, 0, 1, 0], [1, 1, 1, 1, 0], [0, 0, 1, 1, 0]])
+    quality = evaluate(Bigram(table), windows, reference=Bigram(other))
+    fractions = [3 / 4, 0.0, 2 / 4]
+    assert quality.top1_agreement == pytest.approx(statistics.mean(fractions))
+    assert quality.top1_agreement_error == pytest.approx(statistics.stdev(fractions) / math.sqrt(3))
+
+
+def test_one_window_has_no_standard_error():
+    quality = evaluate(constant(0.5, 0.5), torch.tensor([[0, 1, 1]]), reference=constant(0.5, 0.5))
+    assert quality.perplexity == pytest.approx(2.0)
+    assert quality.perplexity_error is None and quality.kl_error is None
+    assert "perplexity_error" not in quality.to_dict() and quality.to_dict()["kl"] == 0.0
+
+
+def test_to_dict_leaves_out_what_was_not_measured():
+    quality = Quality(windows=2, window=3, tokens=4, perplexity=1.5, perplexity_error=0.25)
+    assert quality.to_dict() == {
+        "windows": 2,
+        "window": 3,
+        "tokens": 4,
+        "perplexity": 1.5,
+        "perplexity_error": 0.25,
+    }
+
+
+def test_at_most_one_window_of_logits_is_alive():
+    model = constant(0.5, 0.5)
+    evaluate(model, torch.zeros(6, 8, dtype=torch.int64))
+    assert model.most_alive == 1
+
+
+def test_progress_counts_windows():
+    seen = []
+    evaluate(constant(0.5, 0.5), torch.zeros(3, 4, dtype=torch.int64), progress=lambda *done: seen.append(done))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_windows_do_not_overlap_and_the_last_part_is_dropped():
+    ids = tiny_lm.tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
+    windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=100)
+    assert windows.dtype == torch.int64
+    assert windows.flatten().tolist() == ids[: len(ids) // 100 * 100]
+    assert cut_windows(TEXT, tiny_lm.tokenizer(), window=100, max_tokens=250).shape == (2, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("one two", {"window": 64}, "less than one window of 64"),
+        (TEXT, {"window": 1}, "at least 2 tokens"),
+        (TEXT, {"window": 64, "max_tokens": 63}, "max_tokens is 63, less than one window of 64"),
+    ],
+)
+def test_text_and_window_that_do_not_fit(text, options, message):
+    with pytest.raises(InputError, match=message):
+        cut_windows(text, tiny_lm.tokenizer(), **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "reference", "windows", "message"),
+    [
+        (constant(0.5, 0.5), constant(0.5, 0.25, 0.25), [[0, 1]], "vocabulary of 2 tokens and the reference one of 3"),
+        (constant(0.5, 0.5), None, [[0, 7]], "token 7 but the model has a vocabulary of 2"),
+        (Bigram(torch.zeros(2, 2), positions=3), None, [[0, 1, 0, 1]], "4 tokens exceeds the model's 3 positions"),
+    ],
+)
+def test_models_that_do_not_fit_the_text(model, reference, windows, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(model, torch.tensor(windows), reference=reference)
+
+
+def test_logits_that_are_not_finite_are_not_averaged():
+    with pytest.raises(TersorError, match="window 1 gives logits that are not finite") as caught:
+        table = torch.zeros(3, 3)
+        table[2] = math.nan
+        evaluate(Bigram(table), torch.tensor([[0, 1, 0], [0, 2, 0]]))
+    assert caught.value.exit_status == 1

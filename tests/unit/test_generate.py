@@ -1,0 +1,208 @@
+"""Streaming generation: the same tokens as transformers, text cut where it may be, every reason to end."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_lm
+import torch
+
+from tersor.engine import Generator, Sampling, chat_prompt, decode, stream
+from tersor.errors import InputError, UnsupportedError
+
+PROMPT = "def read_file(path):\n"
+
+
+def generator(**config) -> Generator:
+    """The tiny model with another generation config; weights are shared."""
+    model = copy.copy(tiny_lm.model())
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.update(**config)
+    return Generator(model, tiny_lm.tokenizer())
+
+
+def reference(prompt: str, **options) -> list[int]:
+    """New tokens by transformers' own generate."""
+    inputs = tiny_lm.tokenizer()(prompt, return_tensors="pt")
+    output = tiny_lm.model().generate(**inputs, do_sample=False, pad_token_id=0, **options)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "The first step is", "import os\nimport"])
+def test_greedy_is_what_transformers_generates(prompt):
+    mine = generator().stream(prompt, Sampling(max_new_tokens=24))
+    text = "".join(mine)
+    assert mine.tokens == reference(prompt, max_new_tokens=24)
+    assert text == tiny_lm.tokenizer().decode(mine.tokens)
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    mine = generator().stream(PROMPT, Sampling(max_new_tokens=24, repetition_penalty=1.3))
+    list(mine)
+    assert mine.tokens == reference(PROMPT, max_new_tokens=24, repetition_penalty=1.3)
+    assert mine.tokens != reference(PROMPT, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_a_static_cache_gives_the_same_tokens(penalty, monkeypatch):
+    options = Sampling(max_new_tokens=24, repetition_penalty=penalty)
+    expected = generator().stream(PROMPT, options)
+    list(expected)
+    monkeypatch.setattr(decode, "_wants_static", lambda device: True)
+    static = generator()
+    for _ in range(2):  # the second stream uses the cache of the first again
+        again = static.stream(PROMPT, options)
+        list(again)
+        assert again.tokens == expected.tokens
+    assert type(static._decoder.cache).__name__ == "StaticCache"
+    assert static._decoder.length == 128
+
+
+def test_a_sliding_window_in_a_static_cache_is_a_mask(monkeypatch):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=8192,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=6,
+        max_position_embeddings=256,
+        initializer_range=0.5,
+    )
+    model = MistralForCausalLM(config).eval()
+    options = Sampling(max_new_tokens=30, ignore_eos=True)
+    expected = Generator(model, tiny_lm.tokenizer()).stream(PROMPT, options)
+    list(expected)
+    monkeypatch.setattr(decode, "_wants_static", lambda device: True)
+    static = Generator(model, tiny_lm.tokenizer())
+    mine = static.stream(PROMPT, options)
+    list(mine)
+    assert static._decoder.static
+    assert mine.tokens == expected.tokens
+    assert len(set(mine.tokens)) > 5
+
+
+def test_a_step_leaves_no_trace_once_its_state_is_put_back(monkeypatch):
+    """What a capture relies on: warm-up steps change only the tensors that are restored."""
+    monkeypatch.setattr(decode, "_wants_static", lambda device: True)
+    options = Sampling(repetition_penalty=1.2, max_new_tokens=4).resolved(tiny_lm.model().generation_config)
+    decoder = decode.Decoder(tiny_lm.model(), options, 64)
+    decoder.prefill([5, 6, 7, 8], None)
+    state = decoder._state()
+    before = [tensor.clone() for tensor in state]
+    tokens = []
+    for _ in range(3):
+        decoder.step()
+        tokens.append(decoder.fetch(decoder.publish()))
+        with torch.inference_mode():
+            decode._restore(state, before)
+    assert tokens[0] == tokens[1] == tokens[2]
+    decoder.step()
+    decoder.step()
+    assert decoder.cache.get_seq_length() == 6 and int(decoder.position) == 7
+
+
+def test_a_cuda_graph_insisted_on_without_a_gpu():
+    with pytest.raises(UnsupportedError, match="no CUDA graph for this model: the model is on cpu"):
+        list(Generator(tiny_lm.model(), tiny_lm.tokenizer(), cuda_graph=True).stream(PROMPT))
+
+
+def test_a_seed_repeats_a_text_and_another_does_not():
+    texts = [
+        "".join(stream(tiny_lm.model(), tiny_lm.tokenizer(), PROMPT, temperature=1.0, seed=seed, max_new_tokens=16))
+        for seed in (7, 7, 8)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    one = generator()
+    options = Sampling(temperature=1.0, seed=7, max_new_tokens=16)
+    assert [("".join(one.stream(PROMPT, options))) for _ in range(2)] == texts[:2]
+
+
+def test_without_a_seed_texts_differ():
+    one = generator()
+    options = Sampling(temperature=1.5, max_new_tokens=16)
+    assert len({"".join(one.stream(PROMPT, options)) for _ in range(3)}) > 1
+
+
+def test_a_stop_text_ends_the_stream_and_is_not_in_it():
+    whole = "".join(generator().stream(PROMPT, Sampling(max_new_tokens=24)))
+    stop = whole[17:23]  # begins and ends inside tokens
+    mine = generator().stream(PROMPT, Sampling(max_new_tokens=24, stop=(stop,)))
+    pieces = list(mine)
+    assert "".join(pieces) == whole[: whole.index(stop)]
+    assert mine.statistics.finish_reason == "stop" and mine.statistics.new_tokens < 24
+
+
+def test_the_end_of_sequence_token_ends_the_stream_unless_ignored():
+    tokens = reference(PROMPT, max_new_tokens=12)
+    eos = tokens[5]
+    first = tokens.index(eos)
+    ended = generator(eos_token_id=[1, eos]).stream(PROMPT, Sampling(max_new_tokens=12))
+    text = "".join(ended)
+    assert ended.tokens == tokens[: first + 1] and ended.statistics.finish_reason == "eos"
+    assert text == tiny_lm.tokenizer().decode(tokens[:first])
+    ignored = generator(eos_token_id=eos).stream(PROMPT, Sampling(max_new_tokens=12, ignore_eos=True))
+    list(ignored)
+    assert ignored.tokens == tokens and ignored.statistics.finish_reason == "length"
+
+
+def test_statistics_add_up():
+    mine = generator().stream(PROMPT, Sampling(max_new_tokens=5))
+    list(mine)
+    numbers = mine.statistics
+    assert numbers.prompt_tokens == len(tiny_lm.tokenizer()(PROMPT)["input_ids"])
+    assert numbers.new_tokens == len(mine.tokens) == 5
+    assert numbers.prefill_seconds > 0 and numbers.decode_seconds > 0
+    assert numbers.tokens_per_second == pytest.approx(4 / numbers.decode_seconds)
+    assert (numbers.cuda_graph, numbers.eager_reason) == (False, "the model is on cpu")
+    assert numbers.to_dict()["finish_reason"] == "length"
+
+
+def test_one_token_has_no_rate():
+    mine = generator().stream(PROMPT, Sampling(max_new_tokens=1))
+    list(mine)
+    assert mine.statistics.tokens_per_second is None and mine.statistics.new_tokens == 1
+
+
+def test_text_comes_piece_by_piece():
+    mine = generator().stream(PROMPT, Sampling(max_new_tokens=12))
+    next(mine)
+    assert len(mine.tokens) < 12
+
+
+def test_the_context_ends_before_the_tokens_asked_for():
+    mine = generator().stream([5] * 2046, Sampling(max_new_tokens=50, ignore_eos=True))
+    list(mine)
+    assert len(mine.tokens) == 2 and mine.statistics.finish_reason == "context"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([5] * 2048, "2048 tokens, the model 2048 positions"), ([5, 8192], "token 8192, the model has 8192")],
+)
+def test_prompts_that_do_not_fit(prompt, message):
+    with pytest.raises(InputError, match=message):
+        generator().stream(prompt)
+
+
+def test_an_empty_prompt_begins_at_the_beginning():
+    mine = generator().stream("", Sampling(max_new_tokens=2))
+    list(mine)
+    assert mine.statistics.prompt_tokens == 1
+    nameless = copy.copy(tiny_lm.tokenizer())
+    nameless.bos_token = None
+    with pytest.raises(InputError, match="the prompt is empty"):
+        Generator(tiny_lm.model(), nameless).stream("")
+
+
+def test_chat_needs_a_template():
+    with pytest.raises(InputError, match="no chat template"):
+        chat_prompt(tiny_lm.tokenizer(), "Hello")
+    talking = copy.copy(tiny_lm.tokenizer())
+    talking.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    assert talking.decode(chat_prompt(talking, "Hello")) == "user: Hello\nassistant:"
