@@ -180,11 +180,11 @@ class TersorHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """Return the state dict with the stored stream of GPU layers on the CPU, so that the GPU holds no second copy."""
+        """Return the state dict with what GPU layers store moved to the CPU, so that the GPU holds no second copy."""
         from tersor.layouts import STREAM
 
         handles = [
-            module.register_state_dict_post_hook(_stream_to_cpu)
+            module.register_state_dict_post_hook(_to_cpu)
             for module in _packed_layers(model).values()
             if module.layout != STREAM
         ]
@@ -196,10 +196,11 @@ class TersorHfQuantizer(HfQuantizer):
             for handle in handles:
                 handle.remove()
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from tersor.nn.replace import unpack_model
 
-        unpack_model(model, dtype or model.dtype)
+        # save_pretrained leaves a name in config.dtype, which is what comes here.
+        unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
         model._weight_conversions = [*self._dropped_converters, *(getattr(model, "_weight_conversions", None) or ())]
         return model
 
@@ -261,10 +262,11 @@ def _packed_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def _stream_to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    from tersor.nn.linear import PACKED
+def _to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    from tersor.nn.linear import PACKED, SCALE
 
-    state_dict[prefix + PACKED] = state_dict[prefix + PACKED].cpu()
+    for name in (prefix + PACKED, prefix + SCALE):
+        state_dict[name] = state_dict[name].cpu()
 
 
 register()

@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
         layout: the layout `weight_packed` is in now: `stream` or a kernel layout.
         transposed: whether the module it replaced kept its weight as [IC, OC] (GPT-2's Conv1D).
         weight_packed: int32 [OC, words] in the stored stream, flat in a kernel layout.
-        weight_scale: [OC, G] in the scheme's scale dtype.
+        weight_scale: [OC, G] in the scheme's scale dtype; float32, flat in a kernel layout.
         weight_zero_point: uint8 [OC, G] for `uint` formats, else `None`.
         bias: [OC] or `None`.
     """
@@ -152,10 +152,6 @@ class PackedLinear(nn.Module):
             self._set_weight(self.packed_weight().to_layout(layout))
         self._ready_for = wanted
 
-    def stream(self) -> torch.Tensor:
-        """Return the stored stream, int32 [OC, words]; a copy when memory holds another layout."""
-        return self.packed_weight().to_layout(STREAM).data
-
     def extra_repr(self) -> str:
         """Say shape, scheme and layout."""
         words = [
@@ -191,7 +187,8 @@ class PackedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout != STREAM:
-            destination[prefix + PACKED] = self.stream()
+            stored = self.packed_weight().to_layout(STREAM)
+            destination[prefix + PACKED], destination[prefix + SCALE] = stored.data, stored.scale
 
     def _load_from_state_dict(
         self,
@@ -211,10 +208,8 @@ class PackedLinear(nn.Module):
                     f"{prefix}{name} is {given.dtype} {list(given.shape)}; {self.scheme.key()} stores {dtype} {list(shape)}"
                 )
                 return
-        if self.layout != STREAM and prefix + PACKED in state_dict:
-            shape, dtype = tensors[PACKED]
-            self.weight_packed = torch.empty(shape, dtype=dtype, device=self.weight_packed.device)
-            self.layout = STREAM
+        if self.layout != STREAM:
+            self._set_weight(self.packed_weight().to_layout(STREAM))
         self._ready_for = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -11,6 +11,10 @@ from tersor.nn.experts import PackedExperts
 from tersor.nn.linear import PackedLinear
 
 
+_SAME_AS_LINEAR = ("FalconLinear",)
+"""Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's Conv1D: a linear layer that keeps its weight as [IC, OC]."""
     from transformers.pytorch_utils import Conv1D
@@ -22,13 +26,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return (OC, IC) of a linear layer that a `PackedLinear` can stand for, `None` for any other module."""
     if is_conv1d(module):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    plain = type(module).forward is nn.Linear.forward or type(module).__name__ in _SAME_AS_LINEAR
+    if isinstance(module, nn.Linear) and plain:
         return module.out_features, module.in_features
     return None
 
 
 def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedLinear:
-    """Replace a linear layer of a model by an uninitialised packed one on the same device.
+    """Replace a linear layer of a model by a packed one on the same device, which keeps the bias.
 
     Args:
         model: holds the layer.
@@ -46,8 +51,8 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     oc, ic = shape
-    has_bias = getattr(old, "bias", None) is not None
-    new = PackedLinear(ic, oc, scheme, bias=has_bias, device=weight.device, dtype=dtype or weight.dtype)
+    new = PackedLinear(ic, oc, scheme, device=weight.device, dtype=dtype or weight.dtype)
+    new.bias = getattr(old, "bias", None)
     new.transposed = is_conv1d(old)
     new.train(old.training)
     model.set_submodule(name, new)

@@ -1,0 +1,86 @@
+"""Plain, compressed and decoded copies of a tiny checkpoint, and what tells them apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import checkpoints
+import torch
+from safetensors.torch import load_file, save_file
+
+from tersor.checkpoint import QuantizationConfig, quantize
+from tersor.layouts import PackedWeight
+
+SUFFIX = ".weight_packed"
+
+
+def plain(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """Write a tiny model whose biases and norms are random as well, and whose weights have outliers."""
+    checkpoints.save(name, directory, dtype, **changes)
+    generator = torch.Generator().manual_seed(1)
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            noise = torch.randn(tensor.shape, generator=generator) * 0.1
+            tensors[key] = (noise if tensor.dim() > 1 else tensor.float() + noise).to(tensor.dtype)
+        save_file(tensors, file, {"format": "pt"})
+    return directory
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint."""
+    return {key: tensor for file in sorted(directory.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def config(directory: Path) -> dict:
+    """Return the `quantization_config` of a checkpoint."""
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two checkpoints hold the same names, dtypes and bytes."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def decoded(source: Path, packed: Path, directory: Path) -> Path:
+    """Write a plain checkpoint with the decoded weights of a compressed one."""
+    shutil.copytree(source, directory)
+    stored = tensors(packed)
+    said = QuantizationConfig.from_dict(config(packed))
+    count = 0
+    for file in directory.glob("*.safetensors"):
+        result = load_file(file)
+        for key, tensor in result.items():
+            stem = key.removesuffix(".weight")
+            if stem + SUFFIX not in stored:
+                continue
+            scheme = said.resolve(stem)
+            assert scheme is not None
+            transposed = stored[stem + SUFFIX].shape[0] != tensor.shape[0] or ".c_" in stem
+            shape = tensor.T.shape if transposed else tensor.shape
+            weight = PackedWeight(
+                scheme,
+                tuple(shape),
+                stored[stem + SUFFIX],
+                stored[f"{stem}.weight_scale"],
+                stored.get(f"{stem}.weight_zero_point"),
+            ).dequantize()
+            assert not torch.equal(weight.T if transposed else weight, tensor)
+            result[key] = (weight.T if transposed else weight).contiguous().to(tensor.dtype)
+            count += 1
+        save_file(result, file, {"format": "pt"})
+    assert count == sum(key.endswith(SUFFIX) for key in stored)
+    return directory
+
+
+def compressed(source: Path, directory: Path, **options) -> Path:
+    """Compress a checkpoint with the `quantize` verb's function."""
+    quantize(source, directory, **options)
+    return directory
+
+
+def token_ids(rows: int = 2, length: int = 11) -> torch.Tensor:
+    """Return some token ids, int64 [rows, length]."""
+    return torch.randint(2, 96, (rows, length), generator=torch.Generator().manual_seed(2))
