@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("tersor.cli.inspect", "Show what a checkpoint holds: format, bits and size of every layer."),
     "eval": ("tersor.cli.eval", "Measure perplexity, and divergence from a reference model, on a text."),
     "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
+    "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),
     "demo": ("tersor.cli.demo", "Compress the bundled model to five formats and compare them."),
 }
 """verb -> (module of this package that defines `command`, one line of help)."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tersor import hardware, settings
+from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
@@ -55,27 +56,13 @@ def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
 
 @functools.cache
 def _device_obstacle(index: int) -> str:
-    capability = torch.cuda.get_device_capability(index)
-    if capability < hardware.KERNEL_CAPABILITY:
-        needed = ".".join(map(str, hardware.KERNEL_CAPABILITY))
-        return f"kernels need compute capability {needed}, this GPU has {capability[0]}.{capability[1]}"
-    for module, package in (
-        ("cuda.bindings.nvrtc", "cuda-bindings"),
-        ("cuda.bindings.driver", "cuda-bindings"),
-    ):
-        if not _importable(module):
-            return f"{package} is not installed: pip install 'tersor[cuda]'"
-    return ""
-
-
-def _importable(module: str) -> bool:
-    import importlib
+    from tersor.kernels.jit import arch_for
 
     try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
+        arch_for(torch.cuda.get_device_capability(index))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
 
 
 def preferred_layout(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
