@@ -109,7 +109,8 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     """Choose the fused kernel's configuration by predicted time; `problem.n` is 1 to 64.
 
     The prediction is the longest of three: the busiest multiprocessor's bytes at its share of the bandwidth, its
-    stages at the rate of a full multiprocessor, and the stages of one CTA after the other at their latency.
+    stages at the rate of a full multiprocessor, and the stages of one CTA after the other at their latency. Each wave
+    adds a ramp, and the last of several a tail.
     """
     tile = n_tile(problem.n)
     depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
@@ -127,7 +128,8 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
         stages_of_sm = -(-ctas // chip.sms) * length
         waves = -(-ctas // (chip.sms * resident))
         work = max(stages_of_sm * bytes_of_stage / rate, stages_of_sm * busy, waves * length * latency)
-        return work + waves * _RAMP_SECONDS + (_SPLIT_SECONDS if splits > 1 else 0.0)
+        tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
+        return work + tail + waves * _RAMP_SECONDS + (_SPLIT_SECONDS if splits > 1 else 0.0)
 
     splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
     return LinearConfig(
