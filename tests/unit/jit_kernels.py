@@ -53,9 +53,7 @@ def spilling() -> KernelSource:
 
 def broken() -> KernelSource:
     """A kernel with a warning-free first line and two errors."""
-    text = (
-        'extern "C" __global__ void TERSOR_ENTRY(float* x) {\n    x[0] = missing_name;\n    other_name();\n}'
-    )
+    text = 'extern "C" __global__ void TERSOR_ENTRY(float* x) {\n    x[0] = missing_name;\n    other_name();\n}'
     return KernelSource("tersor_test_broken", "broken.cuh", {}, "P", texts={"broken.cuh": text})
 
 

@@ -70,9 +70,7 @@ def test_another_arch_parameter_or_compiler_is_another_entry(monkeypatch: pytest
     assert len(keys) == 6
 
 
-def test_a_changed_header_byte_is_compiled_again(
-    compilations: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_header_byte_is_compiled_again(compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     source = axpy()
     obtain(source, ARCH)
     texts = {**source.texts, "twice.cuh": source.texts["twice.cuh"].replace("2.0f", "3.0f")}
@@ -96,9 +94,7 @@ def damaged(blob: bytes) -> dict[str, bytes]:
     }
 
 
-def test_a_damaged_entry_is_built_again(
-    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_entry_is_built_again(folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     good = obtain(axpy(), ARCH)
     path = only_entry(folder)
     blob = path.read_bytes()
@@ -179,9 +175,7 @@ def test_processes_share_the_cache_and_compile_each_kernel_once(folder: Path) ->
     assert cache.size()[0] == 4 and not list(folder.glob("jit/*/*.tmp"))
 
 
-def test_a_lock_that_is_never_released_only_delays(
-    compilations: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_is_never_released_only_delays(compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "LOCK_SECONDS", 0.2)
     with cache.lock(cache.key(axpy(), ARCH)):
         obtain(axpy(), ARCH)
@@ -193,9 +187,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "file" / "below"))
-    with pytest.warns(
-        RuntimeWarning, match="kernel cache .* cannot be written .Not a directory.*TERSOR_CACHE_DIR"
-    ):
+    with pytest.warns(RuntimeWarning, match="kernel cache .* cannot be written .Not a directory.*TERSOR_CACHE_DIR"):
         binary = obtain(axpy(), ARCH)
     assert obtain(axpy(), ARCH) is binary and len(compilations) == 1
     assert cache.size() == (0, 0) and cache.clear() == 0

@@ -38,9 +38,7 @@ class Driver:
     CUfunction_attribute = Attribute
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN=232448)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
-    CUlaunchAttributeID = SimpleNamespace(
-        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic"
-    )
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic")
     CUlaunchAttribute = CUlaunchAttributeValue = CUlaunchConfig = SimpleNamespace
 
     def __init__(self) -> None:
@@ -231,9 +229,7 @@ def test_get_on_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch)
         get(axpy(), torch.device("cpu"))
 
 
-def test_get_loads_once_for_each_device(
-    driver: Driver, binary: nvrtc.Binary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_get_loads_once_for_each_device(driver: Driver, binary: nvrtc.Binary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_functions", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -98,9 +98,7 @@ def test_arguments_that_the_kernel_does_not_take_do_not_compile(arguments: str) 
 
 
 def test_a_header_with_two_kernels_is_refused() -> None:
-    with pytest.raises(
-        CompileError, match=r"its source defines another, tersor_test_two|tersor_test_two, another"
-    ):
+    with pytest.raises(CompileError, match=r"its source defines another, tersor_test_two|tersor_test_two, another"):
         nvrtc.compile_source(two_entries(), "sm_80")
 
 
@@ -139,9 +137,7 @@ def test_the_best_architecture_for_a_gpu(capability: tuple[int, int], arch: str)
 
 
 def test_an_old_gpu_is_refused_with_what_to_do() -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"7\.5 is too old, the kernels need 8\.0: set TERSOR_KERNEL=reference"
-    ):
+    with pytest.raises(UnsupportedError, match=r"7\.5 is too old, the kernels need 8\.0: set TERSOR_KERNEL=reference"):
         arch_for((7, 5), KNOWN)
 
 
@@ -161,9 +157,7 @@ def forgotten() -> None:
     nvrtc.version.cache_clear()
 
 
-def test_without_cuda_bindings_the_error_says_what_to_install(
-    forgotten: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_cuda_bindings_the_error_says_what_to_install(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda.bindings
 
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
@@ -172,9 +166,7 @@ def test_without_cuda_bindings_the_error_says_what_to_install(
         nvrtc.compile_source(axpy(), "sm_80")
 
 
-def test_without_the_library_the_error_says_what_to_install(
-    forgotten: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_library_the_error_says_what_to_install(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from cuda.bindings import nvrtc as bindings
 
     def absent() -> None:
@@ -183,9 +175,7 @@ def test_without_the_library_the_error_says_what_to_install(
     monkeypatch.setattr(bindings, "nvrtcVersion", absent)
     with pytest.raises(UnsupportedError) as caught:
         nvrtc.version()
-    message = (
-        "no kernel can be compiled, NVRTC is missing (Failed to dlopen libnvrtc.so.13): install it with: "
-    )
+    message = "no kernel can be compiled, NVRTC is missing (Failed to dlopen libnvrtc.so.13): install it with: "
     assert str(caught.value) == message + "pip install 'tersor[cuda]'"
 
 
@@ -221,9 +211,7 @@ def test_a_log_is_read_kernel_by_kernel() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "log", ["", LOG.replace("Used 10", "Took 10"), LOG.replace("0 bytes stack", "stack")]
-)
+@pytest.mark.parametrize("log", ["", LOG.replace("Used 10", "Took 10"), LOG.replace("0 bytes stack", "stack")])
 def test_a_log_without_a_report_is_an_error_not_a_clean_bill(log: str) -> None:
     with pytest.raises(KernelError, match="kernel second: "):
         report.parse(log, "second")

@@ -23,9 +23,7 @@ def make(**changes: object) -> KernelSource:
 
 
 def test_text_defines_the_entry_and_the_parameters_ahead_of_the_header() -> None:
-    text = make(
-        parameters={"BITS": 6, "BF16": True, "SHIFT": -3, "TYPE": "unsigned long", "TERMS": "1, -1, 2"}
-    ).text()
+    text = make(parameters={"BITS": 6, "BF16": True, "SHIFT": -3, "TYPE": "unsigned long", "TERMS": "1, -1, 2"}).text()
     lines = text.splitlines()
     assert lines[: lines.index('#include "main.cuh"')] == [
         "#define TERSOR_ENTRY probe",

@@ -75,13 +75,9 @@ class Function:
                 **_compiler_report(binary),
             )
             limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-            self.max_shared_bytes = (
-                _call(source, "device", driver.cuDeviceGetAttribute, limit, device) - static_bytes
-            )
+            self.max_shared_bytes = _call(source, "device", driver.cuDeviceGetAttribute, limit, device) - static_bytes
             dynamic = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _call(
-                source, "attribute", driver.cuFuncSetAttribute, self._handle, dynamic, self.max_shared_bytes
-            )
+            _call(source, "attribute", driver.cuFuncSetAttribute, self._handle, dynamic, self.max_shared_bytes)
 
     def __repr__(self) -> str:
         return f"Function({self.source.name}, cuda:{self.index}, {self.resources.registers} registers)"

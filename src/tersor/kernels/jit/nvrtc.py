@@ -65,9 +65,7 @@ def _bindings() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise UnsupportedError(
-            f"no kernel can be compiled, cuda-bindings is missing ({error}): {INSTALL}"
-        ) from None
+        raise UnsupportedError(f"no kernel can be compiled, cuda-bindings is missing ({error}): {INSTALL}") from None
     try:
         status, _, _ = nvrtc.nvrtcVersion()
     except (RuntimeError, OSError) as error:
@@ -131,9 +129,7 @@ def arch_for(capability: tuple[int, int], available: tuple[tuple[int, int], ...]
     known = supported() if available is None else available
     if capability in known and capability in ARCH_SPECIFIC:
         return ARCH_SPECIFIC[capability]
-    older = [
-        other for other in known if other == capability or (other < capability and other not in _INTEGRATED)
-    ]
+    older = [other for other in known if other == capability or (other < capability and other not in _INTEGRATED)]
     if not older:
         raise UnsupportedError(f"this NVRTC does not compile for compute capability {text}: {INSTALL}")
     best = max(older)
@@ -193,9 +189,7 @@ def _text(source: KernelSource, program: Any, size_of: Any, read: Any) -> bytes:
 
 def _without_times(log: str) -> str:
     """Drop the lines that differ from run to run, so that an entry of the cache depends on its key alone."""
-    return "\n".join(
-        line.rstrip() for line in log.splitlines() if line.strip() and "Compile time" not in line
-    )
+    return "\n".join(line.rstrip() for line in log.splitlines() if line.strip() and "Compile time" not in line)
 
 
 def _failure(source: KernelSource, arch: str, status: str, log: str) -> str:

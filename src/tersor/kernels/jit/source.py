@@ -69,9 +69,7 @@ class KernelSource:
         compact = self.arguments.replace(" ", "")
         if not _ARGUMENTS.fullmatch(compact):
             raise KernelError(f"kernel {self.name}: arguments {self.arguments!r} are not letters of PiIqQf")
-        defines = tuple(
-            (key, _render(self.name, key, value)) for key, value in sorted(self.parameters.items())
-        )
+        defines = tuple((key, _render(self.name, key, value)) for key, value in sorted(self.parameters.items()))
         object.__setattr__(self, "arguments", compact)
         object.__setattr__(self, "_defines", defines)
         identity = (self.name, self.header, defines, compact, tuple(sorted(self.texts.items())))
@@ -102,9 +100,7 @@ class KernelSource:
         lines += [f'#include "{self.header}"', _CHECK.strip()]
         letters = "".join(f", '{letter}'" for letter in self.arguments)
         check = f"tersor_takes<decltype({ENTRY_MACRO}){letters}>::value"
-        lines.append(
-            f'static_assert({check}, "the host passes {self.arguments}, the kernel takes something else");'
-        )
+        lines.append(f'static_assert({check}, "the host passes {self.arguments}, the kernel takes something else");')
         return "\n".join(lines) + "\n"
 
     def files(self) -> dict[str, str]:
@@ -124,9 +120,7 @@ class KernelSource:
             for match in _INCLUDE.finditer(text):
                 quoted = _QUOTED.fullmatch(match[1])
                 if quoted is None:
-                    raise KernelError(
-                        f'{name}: cannot follow #include {match[1]}: expected "name" of kernels/cuda'
-                    )
+                    raise KernelError(f'{name}: cannot follow #include {match[1]}: expected "name" of kernels/cuda')
                 waiting.append((quoted[1], name))
         return found
 
