@@ -168,7 +168,7 @@ def test_a_state_dict_of_another_scheme_is_refused():
     with pytest.raises(RuntimeError, match=r"weight_packed is torch.int32 \[24, 10\]; fp6_e3m2:row:float16 stores"):
         layer.load_state_dict(other.state_dict())
     scaled = make(get_scheme("fp6_e3m2", scale_dtype="float32"))
-    with pytest.raises(RuntimeError, match="weight_scale is torch.float32"):
+    with pytest.raises(RuntimeError, match=r"weight_scale is torch\.float32"):
         layer.load_state_dict(scaled.state_dict())
     state = layer.state_dict()
     del state["weight_scale"]

@@ -74,7 +74,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> P
     expected = {}
     for place in places:
         layer = swap_linear(model, place.module, schemes[place.stem])
-        layer._is_hf_initialized = True
+        mark_initialized(layer)
         _check_stored(source, place, layer)
         tensors = layer.stored_tensors(layer.in_features, layer.out_features, layer.scheme)
         expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in tensors})
@@ -126,19 +126,19 @@ def plan_compression(
     return plan.config, placement, schemes
 
 
-def compress(weight: torch.Tensor, scheme: Scheme, name: str) -> dict[str, torch.Tensor]:
+def compress(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """Round a weight to nearest and pack it, a block of rows at a time.
 
     Args:
         weight: [OC, IC] on any device.
         scheme: element format and scales.
-        name: for error messages.
 
     Returns:
         `weight_packed`, `weight_scale` and, for `uint` formats, `weight_zero_point`, on the same device.
 
     Raises:
-        NonFiniteError: a NaN or an infinity.
+        NonFiniteError: a NaN or an infinity, with its index in `weight`.
+        FormatError: a scale that its dtype cannot hold.
     """
     oc, ic = weight.shape
     groups, device = (oc, scheme.groups(ic)), weight.device
@@ -153,7 +153,7 @@ def compress(weight: torch.Tensor, scheme: Scheme, name: str) -> dict[str, torch
         try:
             encoded = quantize_rtn(block.float() if block.dtype == torch.float64 else block, scheme)
         except NonFiniteError as error:
-            raise NonFiniteError((error.index[0] + start, error.index[1]), error.value, f"tensor {name!r}") from None
+            raise NonFiniteError((error.index[0] + start, error.index[1]), error.value) from None
         packed[start : start + rows] = stream.pack(encoded.codes, scheme.format.bits)
         result[SCALE][start : start + rows] = encoded.scale
         if encoded.zero_point is not None:
@@ -173,6 +173,11 @@ def compress(weight: torch.Tensor, scheme: Scheme, name: str) -> dict[str, torch
     return result
 
 
+def mark_initialized(module: Any) -> None:
+    """Keep transformers from filling a module with random numbers."""
+    module._is_hf_initialized = True
+
+
 def check_loaded(model: nn.Module) -> None:
     """Check that every packed tensor of a model has arrived, with its own shape and dtype.
 
@@ -184,7 +189,9 @@ def check_loaded(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, PackedLinear):
             continue
-        for key, (shape, dtype) in module.stored_tensors(module.in_features, module.out_features, module.scheme).items():
+        for key, (shape, dtype) in module.stored_tensors(
+            module.in_features, module.out_features, module.scheme
+        ).items():
             tensor = getattr(module, key)
             if tensor.device.type == "meta" or tuple(tensor.shape) != shape:
                 raise CheckpointError(f"{name}.{key} was not loaded: the checkpoint lacks it")
@@ -213,7 +220,9 @@ def _check_stored(source: Source, place: Place, layer: PackedLinear) -> None:
     for name, (shape, dtype) in tensors.items():
         located = source.tensors.get(f"{place.stem}.{name}")
         if located is None:
-            raise CheckpointError(f"{source.directory}: {place.stem}.{name} is missing, and {place.stem}.{PACKED} is there")
+            raise CheckpointError(
+                f"{source.directory}: {place.stem}.{name} is missing, and {place.stem}.{PACKED} is there"
+            )
         spec = located.spec
         if spec.shape != shape or TORCH_DTYPES.get(spec.dtype) != dtype:
             raise CheckpointError(

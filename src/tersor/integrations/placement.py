@@ -104,7 +104,8 @@ class Placement:
             found, _ = self.rename(key)
             if found != wanted:
                 raise UnsupportedError(
-                    f"transformers would load {key} as {found}, not as {wanted}: compress the model with that layer ignored"
+                    f"transformers would load {key} as {found}, not as {wanted}: compress the model with that layer "
+                    "ignored"
                 )
 
     def missing_linears(self, names: Iterable[str]) -> list[str]:
@@ -163,7 +164,9 @@ class Placement:
                 continue
             fused = fused_input_name(module)
             if fused not in into or "down_proj" not in into:
-                raise UnsupportedError(f"transformers merges the experts of {name} in a way not known: ignore its experts")
+                raise UnsupportedError(
+                    f"transformers merges the experts of {name} in a way not known: ignore its experts"
+                )
             inputs = [_child(pattern) for pattern in into[fused].source_patterns]
             split = PackedExperts(module, inputs, _child(into["down_proj"].source_patterns[0]))
             split.template._is_hf_initialized = True

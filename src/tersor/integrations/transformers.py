@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_scheme, scheme_to_dict
-from tersor.errors import TersorError, UnsupportedError
+from tersor.errors import FormatError, NonFiniteError, TersorError, UnsupportedError
 from tersor.formats import Scheme
 from tersor.integrations import register
 
@@ -46,7 +46,7 @@ class TersorConfig(QuantizationConfigMixin):
         Raises:
             InputError: a pattern, format or option that is not one.
         """
-        self.quant_method = NAME
+        self.quant_method = NAME  # type: ignore[assignment]  # the base class lists its own methods
         stated = {
             pattern: scheme_to_dict(parse_scheme(entry, group_size, scale_dtype, f"override {pattern!r}"))
             if isinstance(entry, str)
@@ -69,7 +69,7 @@ class TersorConfig(QuantizationConfigMixin):
     def from_parsed(cls, parsed: QuantizationConfig) -> TersorConfig:
         """Wrap a parsed configuration."""
         config = cls.__new__(cls)
-        config.quant_method = NAME
+        config.quant_method = NAME  # type: ignore[assignment]
         config.parsed = parsed
         return config
 
@@ -128,7 +128,9 @@ class TersorHfQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedError("packed layers cannot be sharded by transformers yet: use device_map")
         if not checkpoint_files:
-            raise UnsupportedError("tersor reads names and dtypes from the checkpoint's files: state_dict alone is not enough")
+            raise UnsupportedError(
+                "tersor reads names and dtypes from the checkpoint's files: state_dict alone is not enough"
+            )
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         with open_checkpoint(checkpoint_files, model.config.name_or_path) as source:
             if self.pre_quantized:
@@ -225,7 +227,7 @@ class _Compress(ConversionOps):
     def __init__(self, quantizer: TersorHfQuantizer) -> None:
         self._quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str] | None = None,
@@ -236,7 +238,7 @@ class _Compress(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        from tersor.integrations.loading import compress
+        from tersor.integrations.loading import compress, mark_initialized
         from tersor.nn.replace import swap_linear
 
         (value,) = input_dict.values()
@@ -244,16 +246,21 @@ class _Compress(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         scheme = self._quantizer._schemes[name]
         layer = swap_linear(model, name, scheme, dtype=self._quantizer._dtypes.get(full_layer_name, model.dtype))
-        layer._is_hf_initialized = True
+        mark_initialized(layer)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
+        # transformers would bury an exception from here in a report of several pages, so failures wait.
+        failure: TersorError
         try:
-            packed = compress(weight.T if layer.transposed else weight, scheme, full_layer_name)
-        except TersorError as error:
-            # transformers would bury an exception from here in a report of several pages.
-            self._quantizer._failure = self._quantizer._failure or error
-            return {}
-        return {f"{name}.{key}": tensor for key, tensor in packed.items()}
+            packed = compress(weight.T if layer.transposed else weight, scheme)
+            return {f"{name}.{key}": tensor for key, tensor in packed.items()}
+        except NonFiniteError as error:
+            index = error.index[::-1] if layer.transposed else error.index
+            failure = NonFiniteError(index, error.value, f"tensor {full_layer_name!r}")
+        except FormatError as error:
+            failure = FormatError(f"tensor {full_layer_name!r}: {error}")
+        self._quantizer._failure = self._quantizer._failure or failure
+        return {}
 
 
 def _packed_layers(model: nn.Module) -> dict[str, Any]:

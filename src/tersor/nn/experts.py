@@ -30,7 +30,7 @@ class PackedExperts(nn.Module):
 
     template: Any
 
-    def __init__(self, experts: nn.Module, input_names: Sequence[str], output_name: str) -> None:
+    def __init__(self, experts: Any, input_names: Sequence[str], output_name: str) -> None:
         """Split a module of fused experts into plain linear layers of the same shapes, uninitialised.
 
         Args:
@@ -44,7 +44,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.fused_name = fused_input_name(experts)
         fused: torch.Tensor = getattr(experts, self.fused_name)
-        down: torch.Tensor = experts.down_proj  # type: ignore[assignment]
+        down: torch.Tensor = experts.down_proj
         self.num_experts, width, hidden = fused.shape
         if width % len(input_names) or tuple(down.shape) != (self.num_experts, hidden, width // len(input_names)):
             raise UnsupportedError(
@@ -90,15 +90,18 @@ class PackedExperts(nn.Module):
         return total.to(hidden_states.dtype)
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        layers: nn.ModuleDict = self._modules[str(expert)]  # type: ignore[assignment]
+        layers = self._layers(expert)
         inputs = [layers[name](x) for name in self.input_names]
         if len(inputs) == 1:
             return layers[self.output_name](self.template.act_fn(inputs[0]))
         return layers[self.output_name](self.template._apply_gate(torch.cat(inputs, dim=-1)))
 
+    def _layers(self, expert: int) -> Any:
+        return self._modules[str(expert)]
+
     def fused_weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the decoded weights as transformers fuses them: `gate_up_proj` (or `up_proj`) and `down_proj`."""
-        experts: list[nn.ModuleDict] = [self._modules[str(index)] for index in range(self.num_experts)]  # type: ignore[misc]
+        experts = [self._layers(index) for index in range(self.num_experts)]
         inputs = [torch.cat([expert[name].weight.to(dtype) for name in self.input_names]) for expert in experts]
         outputs = [expert[self.output_name].weight.to(dtype) for expert in experts]
         return {self.fused_name: torch.stack(inputs), "down_proj": torch.stack(outputs)}
@@ -108,7 +111,7 @@ class PackedExperts(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
-def fused_input_name(experts: nn.Module) -> str:
+def fused_input_name(experts: Any) -> str:
     """Return the name of the fused input weight of a module of experts as transformers writes them.
 
     Raises:

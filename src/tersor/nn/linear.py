@@ -204,9 +204,8 @@ class PackedLinear(nn.Module):
         for name, (shape, dtype) in tensors.items():
             given = state_dict.get(prefix + name)
             if given is not None and (given.dtype != dtype or tuple(given.shape) != shape):
-                error_msgs.append(
-                    f"{prefix}{name} is {given.dtype} {list(given.shape)}; {self.scheme.key()} stores {dtype} {list(shape)}"
-                )
+                kind = f"{given.dtype} {list(given.shape)}"
+                error_msgs.append(f"{prefix}{name} is {kind}; {self.scheme.key()} stores {dtype} {list(shape)}")
                 return
         if self.layout != STREAM:
             self._set_weight(self.packed_weight().to_layout(STREAM))
@@ -217,4 +216,3 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready_for": None}
-

@@ -10,7 +10,6 @@ from tersor.formats import Scheme
 from tersor.nn.experts import PackedExperts
 from tersor.nn.linear import PackedLinear
 
-
 _SAME_AS_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
 
