@@ -2,8 +2,8 @@
 
     python bench/readme_table.py [RESULTS.json]
 
-Without a name the newest bench/results/linear_*.json is read. README.md holds the output between two markers; a test
-compares them.
+Without a name bench/results/linear_h200.json is read. README.md holds the output between two markers; a test compares
+them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "linear_h200.json"
 FORMAT = "fp6_e3m2"
 SHAPES = ((8192, 8192), (57344, 8192))
 TOKENS = (1, 16, 64)
 COLUMNS = {FORMAT: f"Tersor {FORMAT}", "cublas": "cuBLAS FP16", "fp8": "FP8", f"humming {FORMAT}": f"humming {FORMAT}"}
 """Contender in the results -> heading, in the order of the table; one that was not measured has no column."""
-
-
-def newest() -> Path | None:
-    """Return the results file written last, `None` where there is none."""
-    found = sorted(RESULTS.glob("linear_*.json"), key=lambda path: (path.stat().st_mtime, path.name))
-    return found[-1] if found else None
 
 
 def table(result: dict[str, Any], name: str) -> str:
@@ -62,10 +56,10 @@ def table(result: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    """Print the table of the file named, or of the newest."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
-    if path is None:
-        raise SystemExit(f"no linear_*.json in {RESULTS}: run `make bench` on a GPU")
+    """Print the table of the file named."""
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    if not path.is_file():
+        raise SystemExit(f"no {path}: run `make bench` on a GPU")
     print(table(json.loads(path.read_text()), path.name))
 
 
