@@ -56,9 +56,7 @@ class QuantizationConfig:
             "quant_method": QUANT_METHOD,
             "version": VERSION,
             **scheme_to_dict(self.scheme),
-            "overrides": {
-                pattern: scheme_to_dict(scheme) for pattern, scheme in _in_sorted_order(self.overrides)
-            },
+            "overrides": {pattern: scheme_to_dict(scheme) for pattern, scheme in _in_sorted_order(self.overrides)},
             "ignore": list(self.ignore),
             "provenance": dict(self.provenance),
         }
@@ -83,8 +81,7 @@ class QuantizationConfig:
             raise CheckpointError(f"{where}: version is {version!r}, not a positive whole number")
         if version > VERSION:
             raise CheckpointError(
-                f"the checkpoint has {where} version {version} and this Tersor reads up to version "
-                f"{VERSION}: update it"
+                f"the checkpoint has {where} version {version} and this Tersor reads up to version {VERSION}: update it"
             )
         _check_keys(raw, _KEYS, _REQUIRED, where)
         overrides = raw.get("overrides") or {}
@@ -158,9 +155,7 @@ def parse_override(text: str, group_size: int | None = None, scale_dtype: str | 
     """
     pattern, separator, value = text.rpartition("=")
     if not separator or not pattern or not value:
-        raise InputError(
-            f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'"
-        )
+        raise InputError(f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'")
     return Override(
         check_pattern(pattern, "override"), parse_scheme(value, group_size, scale_dtype, f"override {text!r}")
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.config import check_pattern, parse_override, parse_scheme
+from tersor.checkpoint.config import check_pattern, parse_override
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.modules import read_architecture
 from tersor.checkpoint.pipeline import Pipeline, Progress, row_of
@@ -22,7 +22,7 @@ from tersor.checkpoint.resume import Workplace
 from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
 from tersor.checkpoint.writer import output_error, write_file
 from tersor.errors import InputError, OutputError, did_you_mean
-from tersor.formats import Scheme
+from tersor.formats import Scheme, get_scheme
 from tersor.hardware import cuda_available
 from tersor.version import __version__
 
@@ -82,12 +82,12 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
-    target = get_export(export)
+    get_export(export)
     _check_choice(algorithm, ALGORITHMS, "algorithm")
     where = _device(device)
     if not shard_size >= 1:
         raise InputError(f"shard size {shard_size} is not a positive number of bytes")
-    parse_scheme(format, group_size, scale_dtype, "format")
+    get_scheme(format, group_size, scale_dtype)
     destination = _destination(output, dry_run)
     patterns = [check_pattern(pattern, "ignore") for pattern in ignore]
     texts = _override_texts(overrides)
@@ -97,8 +97,10 @@ def quantize(
         if destination is not None:
             _check_apart(source, destination)
         _check_uncompressed(source)
-        scale_dtype = scale_dtype or target.default_scale_dtype(_model_dtype(source))
-        scheme = parse_scheme(format, group_size, scale_dtype, "format")
+        target = get_export(export, _model_dtype(source))
+        if scale_dtype is None and not get_scheme(format).is_mx:
+            scale_dtype = target.default_scale_dtype
+        scheme = get_scheme(format, group_size, scale_dtype)
         plan = make_plan(
             source,
             read_architecture(source.directory),
@@ -179,10 +181,7 @@ def _write_companions(source: Source, plan: Plan, target: Export, directory: Pat
     write_file(directory / CONFIG_NAME, _json(config))
     if len(plan.shards) > 1:
         weight_map = {
-            spec.name: name
-            for name, indices in plan.shards
-            for index in indices
-            for spec in plan.steps[index].outputs
+            spec.name: name for name, indices in plan.shards for index in indices for spec in plan.steps[index].outputs
         }
         index = {
             "metadata": {"total_size": plan.output_bytes},
@@ -224,9 +223,7 @@ def _json(value: Any) -> bytes:
 def _check_choice(value: str, choices: Iterable[str], what: str) -> None:
     choices = tuple(choices)
     if value not in choices:
-        raise InputError(
-            f"unknown {what} {value!r}{did_you_mean(value, choices)} (known: {', '.join(choices)})"
-        )
+        raise InputError(f"unknown {what} {value!r}{did_you_mean(value, choices)} (known: {', '.join(choices)})")
 
 
 def _device(name: str) -> torch.device:
@@ -238,13 +235,9 @@ def _device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not cuda_available():
-            raise InputError(
-                f"device {name!r} asked for, but torch sees no CUDA device here: use --device cpu"
-            )
+            raise InputError(f"device {name!r} asked for, but torch sees no CUDA device here: use --device cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(
-                f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices"
-            )
+            raise InputError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -263,18 +256,14 @@ def _check_apart(source: Source, destination: Path) -> None:
     inside = source.directory.resolve()
     real = destination.parent.resolve() / destination.name
     if real == inside or inside in real.parents:
-        raise InputError(
-            f"output {destination} lies in the model's own directory {source.directory}: choose another"
-        )
+        raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
 
 
 def _check_uncompressed(source: Source) -> None:
     found = quantization_of(source.config)
     if found is not None:
         method = found.get("quant_method", "a method it does not name")
-        raise InputError(
-            f"{source.directory} is already compressed by {method}: start from the uncompressed model"
-        )
+        raise InputError(f"{source.directory} is already compressed by {method}: start from the uncompressed model")
 
 
 def _check_space(plan: Plan, work: Workplace) -> None:

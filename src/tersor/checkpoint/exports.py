@@ -56,13 +56,19 @@ class Stored:
 
 
 class Export:
-    """Tersor's own checkpoint; the others override what differs."""
+    """Tersor's own checkpoint; the others override what differs.
+
+    Attributes:
+        name: what users call it.
+        model_dtype: dtype of the model's activations, such as `bfloat16`; an empty string where it is not known.
+        default_scale_dtype: scale dtype used when none is asked for; `None` is that of the format.
+    """
 
     name = "tersor"
+    default_scale_dtype: str | None = None
 
-    def default_scale_dtype(self, model_dtype: str) -> str | None:
-        """Return the scale dtype used when none is asked for; `None` is that of the format."""
-        return None
+    def __init__(self, model_dtype: str = "") -> None:
+        self.model_dtype = model_dtype
 
     def store(self, layer: LinearLayer, scheme: Scheme) -> Stored:
         """Return the tensors of a compressed layer.
@@ -76,9 +82,7 @@ class Export:
         return Stored(
             packed=TensorSpec(f"{layer.stem}.weight_packed", "I32", (oc, words)),
             scale=TensorSpec(f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], scales),
-            zero_point=(
-                TensorSpec(f"{layer.stem}.weight_zero_point", "U8", scales) if scheme.has_zero_point else None
-            ),
+            zero_point=(TensorSpec(f"{layer.stem}.weight_zero_point", "U8", scales) if scheme.has_zero_point else None),
         )
 
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
@@ -98,9 +102,10 @@ class _Foreign(Export):
 
     can = ""
 
-    def default_scale_dtype(self, model_dtype: str) -> str | None:
+    def __init__(self, model_dtype: str = "") -> None:
+        super().__init__(model_dtype)
         # Their readers keep scales in the model's dtype and would round any other to it.
-        return model_dtype if model_dtype in ("float16", "bfloat16") else None
+        self.default_scale_dtype = model_dtype if model_dtype in ("float16", "bfloat16") else None
 
     def refuse(self, scheme: Scheme, layer: LinearLayer) -> FormatError:
         return FormatError(f"{self.name} cannot say {_words(scheme)} ({layer.module}); it can say {self.can}")
@@ -124,19 +129,12 @@ class HummingExport(_Foreign):
         "... in the model's dtype or groups of 32 in e8m0, and IC a multiple of 32"
     )
 
-    def __init__(self) -> None:
-        self._model_dtype: str | None = None
-
-    def default_scale_dtype(self, model_dtype: str) -> str | None:
-        self._model_dtype = model_dtype
-        return super().default_scale_dtype(model_dtype)
-
     def store(self, layer: LinearLayer, scheme: Scheme) -> Stored:
         oc, ic = layer.shape
         fmt, size = scheme.format, scheme.group_size
         elements = fmt.kind == "int" or (fmt.kind == "float" and fmt.exponent_bits <= 5 and fmt.bits < 8)
         groups = size is None or (size >= 16 and size & (size - 1) == 0)
-        scales = size == 32 if scheme.scale_dtype == "e8m0" else scheme.scale_dtype == self._model_dtype
+        scales = size == 32 if scheme.scale_dtype == "e8m0" else scheme.scale_dtype == self.model_dtype
         if not (elements and groups and scales and ic % 32 == 0):
             raise self.refuse(scheme, layer)
         dtype = "F8_E8M0" if scheme.scale_dtype == "e8m0" else _SCALE_NAMES[scheme.scale_dtype]
@@ -149,16 +147,14 @@ class HummingExport(_Foreign):
         super().check_model(architecture, layers)
         for layer, scheme in layers:
             if scheme is not None and "lm_head" in layer.module:
-                raise FormatError(
-                    f"humming readers never compress {layer.module}: leave it alone for this export"
-                )
+                raise FormatError(f"humming readers never compress {layer.module}: leave it alone for this export")
         _served(self.name, layers)
 
     def quantization_config(self, config: QuantizationConfig, layers: Layers, head: str) -> dict[str, Any]:
         dynamic: dict[str, Any] = {}
         names: dict[Scheme | None, list[str]] = {}
         for name, scheme in _served(self.name, layers).items():
-            if scheme != config.scheme:
+            if scheme != config.scheme and name != head:
                 names.setdefault(scheme, []).append(name)
         for scheme, members in names.items():
             pattern = f"(?:{'|'.join(re.escape(name) for name in sorted(members))})$"
@@ -185,9 +181,7 @@ class CompressedTensorsExport(_Foreign):
         oc, ic = layer.shape
         if _ct_format(scheme) is None:
             raise self.refuse(scheme, layer)
-        scale = TensorSpec(
-            f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], (oc, scheme.groups(ic))
-        )
+        scale = TensorSpec(f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], (oc, scheme.groups(ic)))
         name = f"{layer.stem}.weight_packed"
         if scheme.is_mx:
             return Stored(TensorSpec(name, "U8", (oc, ic * scheme.format.bits // 8)), scale)
@@ -267,17 +261,15 @@ _EXPORTS: dict[str, type[Export]] = {
 }
 
 
-def get_export(name: str) -> Export:
-    """Return the checkpoint format called `name`.
+def get_export(name: str, model_dtype: str = "") -> Export:
+    """Return the checkpoint format called `name` for a model of a dtype.
 
     Raises:
         FormatError: there is none.
     """
     if name not in _EXPORTS:
-        raise FormatError(
-            f"unknown export {name!r}{did_you_mean(name, _EXPORTS)} (exports: {', '.join(_EXPORTS)})"
-        )
-    return _EXPORTS[name]()
+        raise FormatError(f"unknown export {name!r}{did_you_mean(name, _EXPORTS)} (exports: {', '.join(_EXPORTS)})")
+    return _EXPORTS[name](model_dtype)
 
 
 def _words(scheme: Scheme) -> str:

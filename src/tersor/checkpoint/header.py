@@ -77,9 +77,7 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the header is not valid JSON ({error}): download the file again"
-        ) from None
+        raise CheckpointError(f"{path}: the header is not valid JSON ({error}): download the file again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, not an object")
     metadata = header.pop("__metadata__", {})
@@ -113,9 +111,7 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
             f"{last.name!r}); download the file again"
         )
     if position < data_bytes:
-        raise CheckpointError(
-            f"{path}: {data_bytes - position} bytes after the last tensor belong to nothing"
-        )
+        raise CheckpointError(f"{path}: {data_bytes - position} bytes after the last tensor belong to nothing")
     return {spec.name: spec for spec in specs}, metadata
 
 
@@ -131,9 +127,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, entry: Any, path: str) -> tuple[TensorSpec, int]:
     """Return one tensor of the header and the byte after its last one."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{path}: the header's entry for {name!r} is not a dtype, a shape and data_offsets"
-        )
+        raise CheckpointError(f"{path}: the header's entry for {name!r} is not a dtype, a shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BITS:
         raise CheckpointError(

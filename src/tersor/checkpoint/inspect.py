@@ -151,9 +151,7 @@ def _compressed(source: Source, stem: str, config: QuantizationConfig, architect
     module = architecture.module_of(stem)
     scheme = config.resolve(module)
     if scheme is None:
-        raise CheckpointError(
-            f"{source.directory}: {stem} is packed, and quantization_config says to ignore it"
-        )
+        raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
     suffixes = (_PACKED, _SCALE, _ZERO_POINT) if scheme.has_zero_point else (_PACKED, _SCALE)
     missing = [stem + suffix for suffix in suffixes if stem + suffix not in source.tensors]
     if missing:

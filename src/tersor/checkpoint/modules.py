@@ -13,9 +13,7 @@ from tersor.errors import CheckpointError
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HEAD_NAMES = ("lm_head", "embed_out")
-_EXPERT = re.compile(
-    r"(?P<layer>.*\.\d+)\.[^.]+\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)"
-)
+_EXPERT = re.compile(r"(?P<layer>.*\.\d+)\.[^.]+\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 
 

@@ -98,9 +98,7 @@ class Pipeline:
         """
         threads_before = torch.get_num_threads()
         writers: list[ShardWriter] = []
-        pool = ThreadPoolExecutor(
-            self._threads, "tersor-block", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        pool = ThreadPoolExecutor(self._threads, "tersor-block", initializer=torch.set_num_threads, initargs=(1,))
         closer = ThreadPoolExecutor(1, "tersor-shard")
         try:
             self._run(first_shard, on_shard, pool, closer, writers)
@@ -139,9 +137,7 @@ class Pipeline:
         if self._progress is not None:
             self._progress(done, total, "")
         for number, (name, indices) in enumerate(self._plan.shards[first_shard:], start=first_shard):
-            writer = ShardWriter(
-                self._directory / name, [spec for index in indices for spec in steps[index].outputs]
-            )
+            writer = ShardWriter(self._directory / name, [spec for index in indices for spec in steps[index].outputs])
             writers.append(writer)
             for index in indices:
                 self._write_constants(writer, steps[index])
@@ -174,7 +170,7 @@ class Pipeline:
 
     def _write_constants(self, writer: ShardWriter, step: Step) -> None:
         for spec, content in step.stored.constants if step.stored else ():
-            writer.write(spec.name, 0, content.data)
+            writer.write(spec.name, 0, memoryview(content))
 
     def _row(self, index: int) -> Row:
         step = self._plan.steps[index]
@@ -223,9 +219,7 @@ class Pipeline:
         assert step.scheme is not None and step.stored is not None
         if self._device.type == "cuda":
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
-                return _encode_rows(
-                    weight.to(self._device, non_blocking=True), step.scheme, step.stored.row_bytes
-                )
+                return _encode_rows(weight.to(self._device, non_blocking=True), step.scheme, step.stored.row_bytes)
         rows, ic = weight.shape
         height = max(1, _CACHE_ELEMENTS // ic)
         parts = []
@@ -301,9 +295,7 @@ def _join(parts: list[_EncodedRows]) -> _EncodedRows:
     )
 
 
-def _close(
-    writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]
-) -> None:
+def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]) -> None:
     writer.finish()
     on_shard(number, rows)
 

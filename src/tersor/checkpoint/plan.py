@@ -97,8 +97,7 @@ def make_plan(
             cannot say, or nothing to compress.
     """
     pairs = [
-        (located, architecture.linear_of(located.spec, str(located.file.path)))
-        for located in source.tensors.values()
+        (located, architecture.linear_of(located.spec, str(located.file.path))) for located in source.tensors.values()
     ]
     layers = [layer for _, layer in pairs if layer is not None]
     _check_patterns(architecture, layers, ignore, overrides)
@@ -113,9 +112,7 @@ def make_plan(
     for located, layer in pairs:
         chosen = config.resolve(layer.module) if layer is not None else None
         if layer is None or chosen is None:
-            steps.append(
-                Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore))
-            )
+            steps.append(Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore)))
             continue
         _check_weight(located, layer, chosen)
         stored = export.store(layer, chosen)
@@ -135,9 +132,7 @@ def make_plan(
 def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:
     """Tell whether an override names a layer that is otherwise left alone: by the last part of its name."""
     leaf = layer.module.rpartition(".")[2]
-    return any(
-        leaf in override.pattern and re.search(override.pattern, layer.module) for override in overrides
-    )
+    return any(leaf in override.pattern and re.search(override.pattern, layer.module) for override in overrides)
 
 
 def _check_patterns(
@@ -162,13 +157,9 @@ def _check_patterns(
             name = found[0].module
             why = f"finds only {name} ({found[0].spared}), left alone unless the pattern says {leaf!r}"
         elif architecture.head and re.search(pattern, architecture.head):
-            why = (
-                f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
-            )
+            why = f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
         elif embeddings:
-            why = (
-                f"finds only {embeddings[0]}: embeddings are looked up, not multiplied, and stay as they are"
-            )
+            why = f"finds only {embeddings[0]}: embeddings are looked up, not multiplied, and stay as they are"
         else:
             why = f"matches no linear layer (they are called like {example!r})"
         raise InputError(f"override {pattern!r} {why}")
@@ -218,14 +209,10 @@ def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
             "can be compressed"
         )
     if not all(layer.shape):
-        raise CheckpointError(
-            f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty"
-        )
+        raise CheckpointError(f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
     size, ic = scheme.group_size, layer.shape[1]
     if size is not None and ic % size:
-        fitting = [
-            divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0
-        ]
+        fitting = [divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0]
         nearest = sorted(sorted(fitting, key=lambda divisor: abs(divisor - size))[:3])
         hint = f" (group sizes that do: {', '.join(map(str, nearest))})" if nearest else ""
         raise FormatError(

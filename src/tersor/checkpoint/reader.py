@@ -81,8 +81,7 @@ class SafetensorsFile:
         length = int.from_bytes(start, "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{self.path} is not a safetensors file: it claims a header of {length} bytes (2 to "
-                f"{MAX_HEADER_BYTES})"
+                f"{self.path} is not a safetensors file: it claims a header of {length} bytes (2 to {MAX_HEADER_BYTES})"
             )
         if _LENGTH_BYTES + length > self.nbytes:
             raise CheckpointError(
@@ -120,13 +119,9 @@ class SafetensorsFile:
             try:
                 count = os.preadv(self._fd, [buffer], position)
             except OSError as error:
-                raise CheckpointError(
-                    f"cannot read {spec.name!r} from {self.path}: {error.strerror}"
-                ) from None
+                raise CheckpointError(f"cannot read {spec.name!r} from {self.path}: {error.strerror}") from None
             if count == 0:
-                raise CheckpointError(
-                    f"{self.path} ends inside tensor {spec.name!r}: it changed while it was read"
-                )
+                raise CheckpointError(f"{self.path} ends inside tensor {spec.name!r}: it changed while it was read")
             buffer = buffer[count:]
             position += count
 
@@ -141,9 +136,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} holds no tensor {name!r}")
         dtype = TORCH_DTYPES.get(spec.dtype)
         if dtype is None:
-            raise CheckpointError(
-                f"{self.path}: torch has no dtype for {spec.dtype}, that of tensor {name!r}"
-            )
+            raise CheckpointError(f"{self.path}: torch has no dtype for {spec.dtype}, that of tensor {name!r}")
         shape, start = spec.shape, 0
         if rows is not None:
             row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0

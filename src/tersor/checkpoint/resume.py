@@ -62,9 +62,7 @@ class Workplace:
             if (self.directory / STATE_NAME).exists():
                 self._load()
             elif exists and any(self.directory.iterdir()):
-                raise InputError(
-                    f"{self.directory} has no {STATE_NAME}, so it cannot be continued: remove it"
-                )
+                raise InputError(f"{self.directory} has no {STATE_NAME}, so it cannot be continued: remove it")
             else:
                 self._save()
         except BaseException:
@@ -85,9 +83,7 @@ class Workplace:
             self.rows = [[Row.from_dict(row) for row in shard["rows"]] for shard in shards]
             sizes = [(self.directory / shard["file"], shard["bytes"]) for shard in shards]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} cannot be read ({error}): remove {self.directory} and start again"
-            ) from None
+            raise InputError(f"{path} cannot be read ({error}): remove {self.directory} and start again") from None
         _compare(identity, self._identity, self.directory)
         for file, size in sizes:
             if not file.is_file() or file.stat().st_size != size:

@@ -118,9 +118,7 @@ def open_source(model: str | os.PathLike[str]) -> Source:
     if directory.is_dir():
         return Source(directory, directory.resolve().name)
     if directory.exists():
-        raise CheckpointError(
-            f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights"
-        )
+        raise CheckpointError(f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights")
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"no directory {text}")
     return Source(_download(text), text, from_hub=True)
@@ -138,9 +136,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         present = sorted(item.name for item in directory.iterdir())
         if not present:
-            raise CheckpointError(
-                f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files"
-            )
+            raise CheckpointError(f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files")
         shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
         raise CheckpointError(f"{directory} is not a model: it has no {CONFIG_NAME} (it holds {shown})")
     config = _read_json(path)
@@ -193,9 +189,7 @@ def _no_weights(directory: Path) -> str:
     pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     adapters = [name for name in files if name.startswith("adapter_model")]
     if adapters:
-        return (
-            f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
-        )
+        return f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
     if pickled:
         return (
             f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: "

@@ -41,7 +41,7 @@ def command(
 def _line(name: str, items: list[Item]) -> list[str]:
     first = items[0]
     return [
-        name,
+        name.removesuffix(".weight"),
         str(len(items)),
         shape_words(first.shape),
         scheme_words(first.format) if first.compressed else first.format,

@@ -6,8 +6,6 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from tersor.formats import Scheme
-
 _Row = TypeVar("_Row")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -19,7 +17,7 @@ def collapse(rows: Iterable[tuple[str, Hashable, _Row]]) -> list[tuple[str, list
         rows: name, what else has to be equal, and the row itself.
 
     Returns:
-        Names with ranges, such as `model.layers.0-31.mlp.up_proj.weight`, and the rows they stand for.
+        Names with ranges, such as `layers.0-31.mlp.up_proj.weight`, and the rows they stand for.
     """
     groups: dict[tuple[str, Hashable], list[tuple[tuple[int, ...], _Row]]] = {}
     for name, key, row in rows:
@@ -50,12 +48,14 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def shape_words(shape: Sequence[int]) -> str:
-    """Write a shape as `4096 x 1024`."""
-    return " x ".join(map(str, shape)) or "scalar"
+    """Write a shape as `4096x1024`."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def scheme_words(key: str) -> str:
     """Write a scheme's key for people: `fp6_e3m2, row, float16`; an `mx` format's name says it all."""
+    from tersor.formats import Scheme
+
     scheme = Scheme.from_key(key)
     if scheme.is_mx:
         return scheme.name

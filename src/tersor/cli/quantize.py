@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,24 +62,31 @@ def command(
 ) -> None:
     """Compress, then print what became of the tensors."""
     from tersor.checkpoint.convert import quantize
+    from tersor.checkpoint.resume import partial_directory
 
-    with _progress(f"{model} to {format}") as progress:
-        report = quantize(
-            model,
-            output,
-            format=format,
-            group_size=group_size,
-            scale_dtype=scale_dtype,
-            algorithm=algorithm,
-            ignore=ignore or (),
-            overrides=override or (),
-            dry_run=dry_run,
-            resume=resume,
-            device=device,
-            export=export,
-            shard_size=parse_size(shard_size),
-            progress=progress,
-        )
+    try:
+        with _progress(f"{model} to {format}") as progress:
+            report = quantize(
+                model,
+                output,
+                format=format,
+                group_size=group_size,
+                scale_dtype=scale_dtype,
+                algorithm=algorithm,
+                ignore=ignore or (),
+                overrides=override or (),
+                dry_run=dry_run,
+                resume=resume,
+                device=device,
+                export=export,
+                shard_size=parse_size(shard_size),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if output is None or not partial_directory(Path(output)).exists():
+            raise
+        print("tersor: interrupted; what is finished is kept: add --resume to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
     if json:
         console.print_json(report.to_dict())
     elif dry_run:
@@ -141,13 +149,13 @@ def _print_plan(report: Report) -> None:
     lines = []
     for name, rows in collapse(named):
         first = rows[0]
-        becomes = scheme_words(first.scheme) if first.scheme else f"{first.dtype} as it is"
+        kept = f"kept: {first.note}" if first.note else "kept"
         lines.append(
             [
-                name,
+                name.removesuffix(".weight"),
                 str(len(rows)),
                 shape_words(first.shape),
-                becomes + (f" ({first.note})" if first.note else ""),
+                scheme_words(first.scheme) if first.scheme else kept,
                 f"{first.bits_per_weight:.3f}",
                 console.size(sum(row.bytes_before for row in rows)),
                 console.size(sum(row.bytes_after for row in rows)),
@@ -169,13 +177,13 @@ def _print_report(report: Report) -> None:
         worst = max(rows, key=lambda row: row.relative_error or 0.0)
         lines.append(
             [
-                scheme_words(scheme) if scheme else "left as they are",
+                scheme_words(scheme) if scheme else "kept as they are",
                 str(len(rows)),
                 f"{_mean_bits(rows):.3f}",
                 console.size(sum(row.bytes_before for row in rows)),
                 console.size(sum(row.bytes_after for row in rows)),
                 f"{100 * worst.relative_error:.2f} %" if worst.relative_error is not None else "-",
-                worst.name if scheme else "-",
+                worst.name.removesuffix(".weight") if scheme else "-",
             ]
         )
     console.print_table(

@@ -1,0 +1,99 @@
+"""`inspect`: what a checkpoint holds, compressed or not."""
+
+from __future__ import annotations
+
+import json
+
+import checkpoints
+import pytest
+from safetensors.torch import save_file
+
+from tersor.checkpoint import quantize
+from tersor.checkpoint.inspect import inspect
+from tersor.errors import CheckpointError, InputError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return checkpoints.save("llama", tmp_path_factory.mktemp("llama") / "model", hidden_size=72, intermediate_size=100)
+
+
+@pytest.fixture
+def packed(llama, tmp_path):
+    quantize(llama, tmp_path / "out", overrides=["down_proj=uint4:g20"])
+    return tmp_path / "out"
+
+
+def set_quantization(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changes)
+    path.write_text(json.dumps(config))
+
+
+def test_an_uncompressed_checkpoint(llama):
+    found = inspect(llama)
+    tensors = checkpoints.weights(llama)
+    assert (found.model, found.architecture, found.method) == ("model", "LlamaForCausalLM", None)
+    assert {item.name: (item.shape, item.format, item.nbytes) for item in found.items} == {
+        name: (tuple(tensor.shape), "BF16", tensor.nbytes) for name, tensor in tensors.items()
+    }
+    assert found.bits_per_weight == 16 and found.compressed_bits_per_weight is None
+    assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_compressed_checkpoint(llama, packed):
+    report = quantize(llama, None, overrides=["down_proj=uint4:g20"], dry_run=True)
+    rows = {row.name: row for row in report.rows}
+    found = inspect(packed)
+    assert found.method == "tersor" and found.provenance["algorithm"] == "rtn"
+    assert {item.name for item in found.items} == set(rows)
+    for item in found.items:
+        row = rows[item.name]
+        assert item.shape == row.shape and item.nbytes == row.bytes_after
+        assert item.format == (row.scheme or row.dtype) and item.compressed == (row.scheme is not None)
+        assert item.bits_per_weight == pytest.approx(row.bits_per_weight)
+    assert found.nbytes == report.bytes_after
+    assert found.compressed_bits_per_weight == pytest.approx(report.bits_per_weight)
+    assert json.loads(json.dumps(found.to_dict()))["bytes"] == found.nbytes
+
+
+def test_experts_and_transposed_layers(tmp_path):
+    for name in ("gpt2", "mixtral"):
+        source = checkpoints.save(name, tmp_path / name)
+        report = quantize(source, tmp_path / f"{name}-out")
+        found = {item.name: item for item in inspect(tmp_path / f"{name}-out").items}
+        for row in report.compressed:
+            shape = row.shape[::-1] if name == "gpt2" else row.shape
+            assert found[row.name].shape == shape and found[row.name].nbytes == row.bytes_after
+
+
+def test_another_method_is_shown_as_it_is(packed):
+    set_quantization(packed, quant_method="awq")
+    found = inspect(packed)
+    assert found.method == "awq"
+    assert "model.layers.0.mlp.up_proj.weight_packed" in {item.name for item in found.items}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2 and this Tersor reads up to version 1: update it"),
+        ({"formt": "int4"}, "unknown key 'formt', did you mean 'format'"),
+        ({"format": "fp5_e2m2"}, "which is not fp5_e2m2:row:float16 for 72 input channels"),
+        ({"ignore": ["up_proj"]}, "up_proj is packed, and quantization_config says to ignore it"),
+        ({"overrides": {}}, "has dtype I32 and shape"),
+    ],
+)
+def test_configs_that_contradict_the_tensors(packed, changes, message):
+    set_quantization(packed, **changes)
+    with pytest.raises(InputError, match=message):
+        inspect(packed)
+
+
+def test_a_scale_that_is_missing(packed):
+    tensors = checkpoints.weights(packed)
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight_scale is missing beside"):
+        inspect(packed)

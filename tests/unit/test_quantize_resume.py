@@ -1,0 +1,236 @@
+"""Interrupted work: the output appears when it is complete, and `resume` gives the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import checkpoints
+import pytest
+
+from tersor.checkpoint import quantize, writer
+from tersor.errors import InputError, OutputError
+
+OPTIONS = {"format": "int4", "group_size": 32, "shard_size": 12_000}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoints.save("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """What an uninterrupted run writes."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return quantize(model, output, **OPTIONS), checkpoints.bytes_of(output)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(share):
+    def progress(done, total, name):
+        if done > share * total:
+            raise Stopped
+
+    return progress
+
+
+def interrupt(model, output, share=0.5):
+    with pytest.raises(Stopped):
+        quantize(model, output, **OPTIONS, progress=stop_after(share))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.999])
+def test_the_result_is_the_same_after_any_interruption(model, whole, tmp_path, share):
+    output = tmp_path / "out"
+    interrupt(model, output, share)
+    assert (tmp_path / "out.partial").is_dir()
+    report = quantize(model, output, **OPTIONS, resume=True)
+    assert checkpoints.bytes_of(output) == whole[1]
+    assert report.rows == whole[0].rows and report.files == whole[0].files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_finished_shards_are_not_read_again(model, whole, tmp_path):
+    interrupt(model, tmp_path / "out", 0.8)
+    finished = sorted(path.name for path in (tmp_path / "out.partial").glob("*.safetensors"))
+    assert finished and finished[0] == whole[0].files[0]
+    calls = []
+    report = quantize(model, tmp_path / "out", **OPTIONS, resume=True, progress=lambda *call: calls.append(call))
+    assert 0 < report.bytes_read < report.bytes_before
+    assert calls[0][0] == report.bytes_before - report.bytes_read
+
+
+def test_twice_interrupted(model, whole, tmp_path):
+    interrupt(model, tmp_path / "out", 0.3)
+    with pytest.raises(Stopped):
+        quantize(model, tmp_path / "out", **OPTIONS, resume=True, progress=stop_after(0.7))
+    quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+    assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
+
+
+def test_a_killed_process(model, whole, tmp_path):
+    program = f"""
+import os, signal
+from tersor.checkpoint import quantize
+def progress(done, total, name):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+quantize({str(model)!r}, {str(tmp_path / "out")!r}, progress=progress, **{OPTIONS!r})
+"""
+    status = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode
+    assert status == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+    assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
+
+
+def test_resume_without_anything_to_resume(model, whole, tmp_path):
+    quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+    assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
+
+
+def test_partial_work_is_not_taken_up_unasked(model, tmp_path):
+    interrupt(model, tmp_path / "out")
+    with pytest.raises(InputError, match=r"out.partial is left from an interrupted run: add --resume"):
+        quantize(model, tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int5"}, "it was made with options"),
+        ({"group_size": 16}, "it was made with options"),
+        ({"ignore": ["k_proj"]}, "it was made with options"),
+        ({"shard_size": 20_000}, "it was made with shard size 12000, now 20000"),
+        (
+            {"export": "compressed-tensors", "scale_dtype": "float16"},
+            'it was made with export "tersor", now "compressed',
+        ),
+    ],
+)
+def test_other_options_are_refused(model, tmp_path, options, message):
+    interrupt(model, tmp_path / "out")
+    before = checkpoints.bytes_of(tmp_path / "out.partial")
+    with pytest.raises(InputError, match=message):
+        quantize(model, tmp_path / "out", **{**OPTIONS, **options}, resume=True)
+    assert checkpoints.bytes_of(tmp_path / "out.partial") == before
+
+
+def test_another_source_is_refused(model, tmp_path):
+    source = shutil.copytree(model, tmp_path / "model")
+    interrupt(source, tmp_path / "out")
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    with pytest.raises(InputError, match="the source has changed since"):
+        quantize(source, tmp_path / "out", **OPTIONS, resume=True)
+
+
+def test_partial_work_that_was_tampered_with(model, tmp_path):
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    interrupt(model, output, 0.8)
+    first = sorted(partial.glob("*.safetensors"))[0]
+    kept = first.read_bytes()
+    first.write_bytes(kept[:-1])
+    with pytest.raises(InputError, match=f"{first.name} is not as it was finished"):
+        quantize(model, output, **OPTIONS, resume=True)
+    first.write_bytes(kept)
+    state = partial / "tersor-state.json"
+    text = state.read_text()
+    state.write_text(text[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        quantize(model, output, **OPTIONS, resume=True)
+    state.write_text(json.dumps({"identity": {}}))
+    with pytest.raises(InputError, match="cannot be read"):
+        quantize(model, output, **OPTIONS, resume=True)
+    state.unlink()
+    with pytest.raises(InputError, match=r"has no tersor-state.json, so it cannot be continued"):
+        quantize(model, output, **OPTIONS, resume=True)
+
+
+def test_two_processes_at_once(model, tmp_path):
+    interrupt(model, tmp_path / "out")
+    descriptor = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another process is writing"):
+        quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+    os.close(descriptor)
+    quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+
+
+def test_a_disk_that_fills_up(model, whole, tmp_path, monkeypatch):
+    room = 30_000
+    write = os.pwrite
+
+    def pwrite(descriptor, data, position):
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = write(descriptor, data[:room], position)
+        room -= count
+        return count
+
+    monkeypatch.setattr(writer.os, "pwrite", pwrite)
+    with pytest.raises(OutputError, match=r"no space left while writing .* run again with --resume") as caught:
+        quantize(model, tmp_path / "out", **OPTIONS)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))
+    monkeypatch.setattr(writer.os, "pwrite", write)
+    quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+    assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
+
+
+def test_a_disk_that_is_too_small_from_the_start(model, tmp_path, monkeypatch):
+    from tersor.checkpoint import convert
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"needs 0.07 GB more and the disk has 0.00 GB free"):
+        quantize(model, tmp_path / "out", **OPTIONS)
+
+
+def test_an_output_that_cannot_be_made(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file/out.partial"):
+        quantize(model, tmp_path / "file" / "out", **OPTIONS)
+
+
+def test_memory_does_not_grow_with_the_tensors(tmp_path):
+    """A 256 MB tensor, a hole in a sparse file, passes through far less memory than it takes itself."""
+    rows, columns = 32768, 4096
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": columns}
+    config |= {
+        "intermediate_size": rows,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    size = rows * columns * 2
+    entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]}
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": entry}).encode()
+    with open(tmp_path / "model/model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    program = f"""
+import resource
+from tersor.checkpoint import quantize
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize({str(tmp_path / "model")!r}, None, dry_run=True)
+before = peak()
+quantize({str(tmp_path / "model")!r}, {str(tmp_path / "out")!r})
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=True)
+    assert int(done.stdout) * 1024 < size // 2
