@@ -97,7 +97,9 @@ def test_a_room_imports_only_rooms_above_it(room: str) -> None:
 
 
 def test_an_arrow_that_points_down_is_seen() -> None:
-    source = "def f():\n    from tersor import cli\n    import tersor.nn.linear\nfrom tersor.errors import TersorError\n"
+    source = (
+        "def f():\n    from tersor import cli\n    import tersor.nn.linear\nfrom tersor.errors import TersorError\n"
+    )
     assert [room for _, room in imported_rooms(ast.parse(source), PACKAGE)] == ["errors", "cli", "nn"]
 
 

@@ -1,18 +1,20 @@
 """The `tersor` command: one verb a module of this package, loaded when it is asked for.
 
 Exit status: 0 done, 1 a failure, 2 bad usage or bad input, 130 interrupted. An error is one line on stderr.
+A reader that stops early (`tersor inspect MODEL | head`) ends the command quietly, status 1.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from tersor.errors import TersorError
+from tersor.errors import InputError, TersorError, did_you_mean
 from tersor.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -25,6 +27,9 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """verb -> (module of this package that defines `command`, one line of help)."""
 
+INTERRUPTED = 130
+"""Exit status of a command ended by Ctrl-C."""
+
 
 class _Verbs(TyperGroup):
     """A command group that imports the module of a verb when that verb is called."""
@@ -34,7 +39,8 @@ class _Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
-            return None
+            near = did_you_mean(cmd_name, VERBS)
+            raise InputError(f"no verb {cmd_name!r}{near} (verbs: {', '.join(VERBS)}; see 'tersor --help')")
         module_name, summary = VERBS[cmd_name]
         verb = typer.Typer(add_completion=False, rich_markup_mode=None)
         verb.command(name=cmd_name, help=summary)(importlib.import_module(module_name).command)
@@ -54,9 +60,7 @@ app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_m
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Compress language models and run them from compressed weights."""
 
@@ -75,25 +79,31 @@ def run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         status = command.main(args=arguments, prog_name="tersor", standalone_mode=False)
+        sys.stdout.flush()
     except TersorError as error:
         print(f"tersor: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("tersor: interrupted", file=sys.stderr)
-        return 130
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # What Python flushes at exit must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         # typer carries its own copy of click in some versions, so usage errors are known by their shape.
         message = getattr(error, "format_message", None)
-        if message is None:
-            if type(error).__name__ == "Abort":
-                print("tersor: interrupted", file=sys.stderr)
-                return 130
+        if type(error).__name__ == "Abort":
+            status = INTERRUPTED
+        elif message is None:
             raise
-        text = " ".join(message().split())
-        if text:
+        else:
+            text = " ".join(message().split())
+            if not text:
+                return 0 if type(error).__name__ == "NoArgsIsHelpError" else 2
             context = getattr(error, "ctx", None)
             where = f" (see '{context.command_path} --help')" if context is not None else ""
             print(f"tersor: {text}{where}", file=sys.stderr)
             return 2
-        return 0 if type(error).__name__ == "NoArgsIsHelpError" else 2
+    if status == INTERRUPTED:
+        print("tersor: interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0
