@@ -65,7 +65,7 @@ def command(
     from tersor.checkpoint.resume import partial_directory
 
     try:
-        with _progress(f"{model} to {format}") as progress:
+        with _progress(f"{Path(model).name} to {format}") as progress:
             report = quantize(
                 model,
                 output,
@@ -132,7 +132,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{label}: reading the architecture", total=None)
+        task = bar.add_task("opening the model", total=None)
 
         def move(done: int, total: int, name: str) -> None:
             if not name:
