@@ -115,7 +115,8 @@ def test_an_interruption_says_how_to_continue(tersor, model, tmp_path, monkeypat
 
     monkeypatch.setattr(convert.Pipeline, "run", interrupted)
     status, _, err = tersor("quantize", model, "-o", tmp_path / "out")
-    assert status == 130 and err == "tersor: interrupted; what is finished is kept: add --resume to continue\n"
+    assert status == 130
+    assert err == f"{tmp_path / 'out.partial'} keeps what is finished: add --resume to continue\ntersor: interrupted\n"
     monkeypatch.undo()
     assert tersor("quantize", model, "-o", tmp_path / "out", "--resume")[0] == 0
 

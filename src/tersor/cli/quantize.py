@@ -83,10 +83,9 @@ def command(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        if output is None or not partial_directory(Path(output)).exists():
-            raise
-        print("tersor: interrupted; what is finished is kept: add --resume to continue", file=sys.stderr)
-        raise typer.Exit(130) from None
+        if output is not None and partial_directory(Path(output)).exists():
+            print(f"{partial_directory(Path(output))} keeps what is finished: add --resume to continue", file=sys.stderr)
+        raise
     if json:
         console.print_json(report.to_dict())
     elif dry_run:
