@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
@@ -42,6 +43,7 @@ class Placement:
 
     Attributes:
         dropped: identities of the converters that must not act, because the experts they merge are split.
+        dtypes: of the model's tensors, experts split, before any layer is replaced.
     """
 
     def __init__(self, model: Any) -> None:
@@ -51,6 +53,7 @@ class Placement:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.dropped: set[tuple[str, ...]] = set()
+        self.dtypes: dict[str, torch.dtype] = {}
         self._refresh()
 
     def place(self, stems: Iterable[str]) -> list[Place]:
@@ -64,6 +67,7 @@ class Placement:
         """
         stems = list(stems)
         self._split_experts(stems)
+        self.dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
         places = []
         for stem in stems:
             key, pattern = self.rename(stem + _WEIGHT)

@@ -131,7 +131,6 @@ class TersorHfQuantizer(HfQuantizer):
             raise UnsupportedError(
                 "tersor reads names and dtypes from the checkpoint's files: state_dict alone is not enough"
             )
-        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         with open_checkpoint(checkpoint_files, model.config.name_or_path) as source:
             if self.pre_quantized:
                 placement = pack_checkpoint(model, source, self.quantization_config.parsed)
@@ -139,7 +138,7 @@ class TersorHfQuantizer(HfQuantizer):
                 parsed, placement, self._schemes = plan_compression(model, source, self.quantization_config.parsed)
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config
-        self._dropped = placement.dropped
+        self._dropped, self._dtypes = placement.dropped, placement.dtypes
 
     def get_weight_conversions(self) -> list[Any]:
         """Return none: packed tensors have the names of the checkpoint."""
@@ -245,7 +244,7 @@ class _Compress(ConversionOps):
         weight: torch.Tensor = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
         scheme = self._quantizer._schemes[name]
-        layer = swap_linear(model, name, scheme, dtype=self._quantizer._dtypes.get(full_layer_name, model.dtype))
+        layer = swap_linear(model, name, scheme, dtype=self._quantizer._dtypes[full_layer_name])
         mark_initialized(layer)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
