@@ -83,8 +83,9 @@ def command(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        if output is not None and partial_directory(Path(output)).exists():
-            print(f"{partial_directory(Path(output))} keeps what is finished: add --resume to continue", file=sys.stderr)
+        partial = partial_directory(Path(output)) if output is not None else None
+        if partial is not None and partial.exists():
+            print(f"{partial} keeps what is finished: add --resume to continue", file=sys.stderr)
         raise
     if json:
         console.print_json(report.to_dict())
