@@ -67,7 +67,7 @@ def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys):
     assert str(tmp_path) in refused([str(tmp_path), "a"], capsys)
     assert "--topk" in refused([MODEL, "a", "--topk", "3"], capsys)
     assert "--seed" in refused([MODEL, "a", "--seed", "x"], capsys)
-    assert "MODEL" in refused([], capsys)
+    assert "'model'" in refused([], capsys)
 
 
 def test_a_prompt_that_is_not_utf_8(monkeypatch, capsys):

@@ -45,6 +45,7 @@ def command(
     )
     target = evaluate.resolve_device(device)
     place = evaluate.locate(_bundled() if model is None else model)
+    evaluate.choose_threads(place.weight_bytes, target)
     console.quiet_transformers()
     tokenizer = evaluate.load_tokenizer(place.directory)
     windows = evaluate.cut_windows(own_text(), tokenizer, window=window, max_tokens=max_tokens)

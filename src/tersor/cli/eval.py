@@ -16,13 +16,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or hub ids.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or hub ids.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.")],
-    reference: Annotated[
-        str | None, typer.Option(help="Model to compare with, of the same vocabulary.")
-    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Model to compare with, of the same vocabulary.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -43,6 +39,7 @@ def command(
     if plot is not None:
         drawing.check_plot(plot)
     places = {name: evaluate.locate(name) for name in [*models, *([reference] if reference else [])]}
+    evaluate.choose_threads(max(place.weight_bytes for place in places.values()), target)
     console.quiet_transformers()
     windows = {
         name: evaluate.cut_windows(
@@ -75,9 +72,7 @@ def command(
     if plot is not None:
         drawing.plot(points, plot)
     if json:
-        console.print_json(
-            {"text": str(text), "reference": reference, "device": str(target), "models": results}
-        )
+        console.print_json({"text": str(text), "reference": reference, "device": str(target), "models": results})
         return
     rows = [
         row(_label(result["model"]), result["weight_bytes"], result["bits_per_weight"], point.quality)
@@ -106,9 +101,7 @@ def row(label: str, weight_bytes: int, bits: float, quality: Quality) -> list[st
         return cells
     ratio_error, same_error = quality.perplexity_ratio_error, quality.top1_agreement_error
     change = f"{100 * (quality.perplexity_ratio - 1):+.2f} %"
-    same = console.plus_minus(
-        100 * quality.top1_agreement, None if same_error is None else 100 * same_error, 2
-    )
+    same = console.plus_minus(100 * quality.top1_agreement, None if same_error is None else 100 * same_error, 2)
     return [
         *cells,
         change + ("" if ratio_error is None else f" +- {100 * ratio_error:.2f}"),

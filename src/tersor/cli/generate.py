@@ -19,19 +19,13 @@ GRAPHS = {"auto": None, "on": True, "off": False}
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
-    words: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads standard input.")
-    ] = None,
+    words: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads standard input.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt; - reads standard input.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 0 samples; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among tokens that reach this probability.")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among tokens that reach this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the best.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 repeats less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
@@ -64,7 +58,9 @@ def command(
     )
     text = _prompt(words, prompt)
     target = evaluate.resolve_device(device)
-    directory = evaluate.locate(model).directory
+    place = evaluate.locate(model)
+    directory = place.directory
+    evaluate.choose_threads(place.weight_bytes, target)
     console.quiet_transformers()
     tokenizer = evaluate.load_tokenizer(directory)
     ids = engine.chat_prompt(tokenizer, text) if chat else text
@@ -119,6 +115,4 @@ def _prompt(words: str | None, option: str | None) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"standard input is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}"
-        ) from None
+        raise InputError(f"standard input is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tersor.evaluate.load import (
     Located,
     bits_per_weight,
+    choose_threads,
     load_model,
     load_tokenizer,
     locate,
@@ -18,6 +19,7 @@ __all__ = [
     "Located",
     "Quality",
     "bits_per_weight",
+    "choose_threads",
     "cut_windows",
     "evaluate",
     "load_model",

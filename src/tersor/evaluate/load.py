@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+SMALL_BYTES = 32 << 20
+"""Weight files below this size make a small model, see `choose_threads`."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -91,6 +95,16 @@ def locate(path: str | Path) -> Located:
         count = sum(spec.numel for spec in plain)
         bits = 8.0 * sum(spec.nbytes for spec in plain) / count if count else 0.0
         return Located(source.directory, sum(file.path.stat().st_size for file in source.files), bits)
+
+
+def choose_threads(weight_bytes: int, device: torch.device) -> None:
+    """Run a small model on one CPU thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its operations take microseconds: a second thread gains little where a core is free and costs a factor of ten
+    where cores are shared, since every operation waits for both.
+    """
+    if device.type == "cpu" and weight_bytes < SMALL_BYTES and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str = "auto") -> PreTrainedModel:
