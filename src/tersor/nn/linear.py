@@ -182,6 +182,7 @@ class PackedLinear(nn.Module):
         cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         self.dtype = cast if cast.is_floating_point else self.dtype
         self._ready_for = None
+        self.prepare(self.dtype)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -208,7 +209,9 @@ class PackedLinear(nn.Module):
                 error_msgs.append(f"{prefix}{name} is {kind}; {self.scheme.key()} stores {dtype} {list(shape)}")
                 return
         if self.layout != STREAM:
-            self._set_weight(self.packed_weight().to_layout(STREAM))
+            for name, (shape, dtype) in tensors.items():
+                setattr(self, name, torch.empty(shape, dtype=dtype, device=self.weight_packed.device))
+            self.layout = STREAM
         self._ready_for = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
