@@ -109,9 +109,9 @@ def test_partial_work_is_not_taken_up_unasked(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "int5"}, "it was made with options"),
-        ({"group_size": 16}, "it was made with options"),
-        ({"ignore": ["k_proj"]}, "it was made with options"),
+        ({"format": "int5"}, 'it was made with format "int4", now "int5"; use the same options, or remove it'),
+        ({"group_size": 16}, "it was made with group_size 32, now 16"),
+        ({"ignore": ["k_proj"]}, r'it was made with ignore \["lm_head"\], now \["k_proj", "lm_head"\]'),
         ({"shard_size": 20_000}, "it was made with shard size 12000, now 20000"),
         (
             {"export": "compressed-tensors", "scale_dtype": "float16"},

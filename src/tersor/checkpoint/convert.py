@@ -120,7 +120,8 @@ def quantize(
             "model": source.label,
             "export": export,
             "shard size": int(shard_size),
-            "options": plan.config.to_dict(),
+            **{key: value for key, value in plan.config.to_dict().items() if key != "provenance"},
+            "algorithm": algorithm,
             "weights": source.fingerprint(),
         }
         work = Workplace(destination, identity, resume)
