@@ -1,0 +1,172 @@
+"""Documentation says what the code does: tables, examples, links, settings."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersor import formats
+from tersor.cli import main
+from tersor.settings import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+NARROW = 6
+"""Floats of at most this many bits have their magnitudes listed."""
+
+
+def read(name: str) -> str:
+    """Return a document's text."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    """Return Markdown without fenced and indented code."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_resolve(document: Path) -> None:
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            wrong.append(target)
+    assert not wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lines_are_short_and_plain(document: Path) -> None:
+    for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
+        assert line.isascii(), f"line {number}"
+        assert line == line.rstrip(), f"line {number} ends in blanks"
+        assert len(line) <= 125 or line.startswith("|"), f"line {number} has {len(line)} characters"
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_examples_give_what_they_show(document: Path) -> None:
+    text = re.sub(r"^```.*$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    test = doctest.DocTestParser().get_doctest(text, {}, document.name, str(document), 0)
+    shown: list[str] = []
+    doctest.DocTestRunner().run(test, out=shown.append)
+    assert not shown, "".join(shown)
+
+
+def test_the_examples_are_found() -> None:
+    assert len(doctest.DocTestParser().get_examples(read("docs/formats.md"))) >= 8
+
+
+def power(value: float) -> str:
+    """Write a number as it is when that is short, as a power of two otherwise."""
+    if value >= 2.0**-6:
+        return f"{value:g}"
+    exponent = torch.frexp(torch.tensor(value))[1].item() - 1
+    assert value == 2.0**exponent
+    return f"2^{exponent}"
+
+
+def float_rows() -> list[str]:
+    """The table of named float formats, as formats.md has it."""
+    rows = ["| name | bits | bias | largest | smallest normal | smallest |", "|---|---|---|---|---|---|"]
+    for name in formats.names():
+        fmt = formats.get(name)
+        if fmt.kind == "float":
+            cells = (f"`{name}`", fmt.bits, fmt.bias, f"{fmt.max:g}", power(fmt.min_normal), power(fmt.smallest))
+            rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
+
+
+def value_rows() -> list[str]:
+    """The table of magnitudes of narrow float formats."""
+    rows = ["| name | magnitudes |", "|---|---|"]
+    for name in formats.names():
+        fmt = formats.get(name)
+        if fmt.kind == "float" and fmt.bits <= NARROW:
+            magnitudes = fmt.values()[: 1 << (fmt.bits - 1)].tolist()
+            rows.append(f"| `{name}` | " + " ".join(f"{value:g}" for value in magnitudes) + " |")
+    return rows
+
+
+def bits_rows() -> list[str]:
+    """The table of stored bits for a few schemes."""
+    rows = ["| scheme | bits a weight |", "|---|---|"]
+    for name, group in (
+        ("fp6_e3m2", None),
+        ("fp6_e3m2", 128),
+        ("fp6_e3m2", 64),
+        ("mxfp6_e3m2", None),
+        ("fp5_e2m2", None),
+        ("fp4_e2m1", 64),
+        ("int4", 128),
+        ("uint4", 128),
+        ("int8", None),
+    ):
+        scheme = formats.get_scheme(name, group)
+        shared = "a row" if scheme.group_size is None else f"a group of {scheme.group_size}"
+        rows.append(f"| {name}, one {scheme.scale_dtype} scale {shared} | {scheme.bits_per_weight(4096):.3f} |")
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("marker", "rows"), [("floats", float_rows()), ("values", value_rows()), ("bits", bits_rows())]
+)
+def test_tables_of_formats_are_those_of_the_code(marker: str, rows: list[str]) -> None:
+    wanted = f"<!-- {marker} -->\n" + "\n".join(rows) + "\n\n"
+    assert wanted in read("docs/formats.md"), f"docs/formats.md should hold:\n{wanted}"
+
+
+def test_scale_dtypes_are_those_of_the_code() -> None:
+    text = read("docs/formats.md")
+    for name, dtype in formats.SCALE_DTYPES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"{8 * dtype.itemsize} bits" in row
+        if dtype.is_floating_point:
+            info = torch.finfo(dtype)
+            exponent = int(torch.tensor(info.smallest_normal * info.eps, dtype=torch.float64).log2())
+            assert f"2^{exponent} " in row
+            assert f"{info.max:.3g}".replace("+", "").replace("6.55e04", "65504") in row
+
+
+def test_every_format_is_named() -> None:
+    text = read("docs/formats.md")
+    for name in formats.names():
+        known = name if name.startswith("fp") else re.sub(r"\d", "", name)
+        assert known in text, name
+
+
+def test_settings_are_those_of_the_code() -> None:
+    rows = [line.strip("| ").split(" | ") for line in read("docs/settings.md").splitlines() if line.startswith("| `")]
+    assert [name.strip("`") for name, *_ in rows] == list(SETTINGS)
+    home = str(Path.home())
+    for name, expects, default, meaning in rows:
+        setting = SETTINGS[name.strip("`")]
+        assert expects == setting.expects
+        assert meaning == setting.meaning
+        if name != "`TERSOR_JIT_JOBS`":  # its default is a property of the machine
+            assert default == f"`{str(setting.default).replace(home, '~')}`"
+
+
+def test_structure_names_every_room_and_verb_documents_exist() -> None:
+    text = read("docs/structure.md")
+    package = ROOT / "src" / "tersor"
+    rooms = {path.name + ("/" if path.is_dir() else "") for path in package.iterdir()}
+    rooms -= {"__init__.py", "__main__.py", "__pycache__/", "py.typed", "version.py"}
+    table = text[text.index("## Rooms") :]
+    assert {name for name in rooms if f"`{name}`" not in table} == set()
+    readme = read("README.md")
+    for verb in main.VERBS:
+        assert f"tersor {verb}" in readme, verb

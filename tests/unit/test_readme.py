@@ -1,0 +1,134 @@
+"""README.md is true: its commands and its Python run, its targets exist, its table is the one of the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tersor.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MARKER = re.compile(r"<!-- (bench/results/\S+\.json) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Return every shell command as its words, comments taken off; a pipe is a word."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to work in that looks like a checkout, with its own kernel cache; a hub that holds the tiny model."""
+    import huggingface_hub
+
+    for name in ("examples", "docs", "src", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **options: str(ROOT / "examples" / "tiny-lm")
+    )
+    return tmp_path
+
+
+def test_commands_are_of_kinds_a_test_knows() -> None:
+    assert {words[0] for words in commands()} <= {"make", "pip", "tersor", "echo"}
+    shown = {words[words.index("tersor") + 1] for words in commands() if "tersor" in words}
+    assert shown == set(main.VERBS)
+
+
+@pytest.mark.timeout(600)
+def test_tersor_commands_run(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, since later ones use what earlier ones made."""
+    for words in commands():
+        if "tersor" not in words:
+            continue
+        start = words.index("tersor")
+        if start:
+            assert (words[0], words[start - 1]) == ("echo", "|")
+            given = io.TextIOWrapper(io.BytesIO((" ".join(words[1 : start - 1]) + "\n").encode()))
+            monkeypatch.setattr(sys, "stdin", given)
+        status = main.run(words[start + 1 :])
+        captured = capsys.readouterr()
+        assert status == 0, f"{shlex.join(words)}: {captured.err}"
+        assert captured.out.strip(), shlex.join(words)
+    assert {path.name for path in scratch.glob("tiny-*")} == {"tiny-fp6", "tiny-mixed", "tiny-mxfp6"}
+
+
+@pytest.mark.timeout(600)
+def test_python_runs(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["codes"].tolist() == [12, 40, 31]
+    assert names["y"].shape == (3, 256)
+    shown = capsys.readouterr().out
+    assert "6.05 bits a weight" in shown
+    assert "reference" in shown
+    assert json.loads((scratch / "tiny-int4" / "config.json").read_text())["quantization_config"]["format"] == "int4"
+
+
+def test_make_targets_and_extras_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = set(metadata.metadata("tersor").get_all("Provides-Extra") or [])
+    for words in commands():
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+        if words[0] == "pip":
+            assert words[1] == "install"
+            match = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
+            assert match, words
+            assert match[1] is None or match[1] in extras
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """bench/readme_table.py as a module."""
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "bench" / "readme_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_results_is_the_one_of_the_file(script: Any) -> None:
+    ((name, shown),) = MARKER.findall(README)
+    results = ROOT / name
+    assert results == script.RESULTS
+    if not results.is_file():
+        assert shown == "", f"there is a table, but no {name}"
+        return
+    assert shown == "\n" + script.table(json.loads(results.read_text(encoding="utf-8")), results.name) + "\n\n"
+
+
+def test_the_table_from_an_example(script: Any) -> None:
+    """The generator itself, on numbers made up here."""
+    row = {"oc": 8192, "ic": 8192, "n": 1, "cublas": 40.0, "fp8": 20.0, "fp6_e3m2": 16.0, "roof fp6_e3m2": 11.61}
+    other = {**row, "n": 2}
+    environment = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "commit": "abc1234"}
+    result = {"environment": environment, "read_bandwidth": 4.35e12, "rows": [other, row]}
+    text = script.table(result, "linear_h200.json")
+    assert text.splitlines()[-1] == "| 8192 x 8192 | 1 | 16.0 | 40.0 | 20.0 | 2.50x | 11.6 |"
+    assert len(text.splitlines()) == 6
+    assert "humming" not in text
+    for word in ("NVIDIA H200", "4.35 TB/s", "abc1234", "linear_h200.json"):
+        assert word in text
