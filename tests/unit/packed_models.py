@@ -40,8 +40,8 @@ def config(directory: Path) -> dict:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two checkpoints hold the same names, dtypes and bytes."""
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    """Whether two checkpoints hold the same names, dtypes and bytes, on whatever device."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 
 def decoded(source: Path, packed: Path, directory: Path) -> Path:

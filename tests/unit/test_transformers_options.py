@@ -89,8 +89,10 @@ def test_device_map(llama, device_map, while_loading):
     model = AutoModelForCausalLM.from_pretrained(plain if while_loading else packed, device_map=device_map, **options)
     expected = AutoModelForCausalLM.from_pretrained(packed)
     assert models.same(model.state_dict(), expected.state_dict())
+    ids = models.token_ids()
     with torch.no_grad():
-        assert torch.equal(model(models.token_ids()).logits, expected(models.token_ids()).logits)
+        got, wanted = model(ids.to(model.device)).logits.cpu(), expected(ids).logits
+    assert float((got - wanted).abs().max()) <= 0.02 * float(wanted.abs().max())
 
 
 def test_a_device_map_is_made_from_compressed_sizes(llama):
