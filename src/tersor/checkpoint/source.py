@@ -32,6 +32,8 @@ _HUB_FILES = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+_HUB_DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
+"""The same weights again, for other programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise CheckpointError(
