@@ -137,6 +137,24 @@ def test_ignore_and_overrides_reach_the_modules(llama, tmp_path):
     assert again.model.layers[0].mlp.down_proj.scheme.key() == "int8:g32:float16"
 
 
+def test_an_output_head_of_its_own_is_packed_though_the_config_ties_it(tmp_path):
+    plain = models.plain("llama", tmp_path / "plain", tie_word_embeddings=False)
+    said = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
+    packed = models.compressed(plain, tmp_path / "packed", overrides={"lm_head": "int8"})
+    loaded = AutoModelForCausalLM.from_pretrained(packed)
+    config = tersor.TersorConfig(overrides={"lm_head": "int8"})
+    while_loading = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
+    for model in (loaded, while_loading):
+        model.tie_weights()
+        assert model.lm_head.scheme.name == "int8"
+        expected = models.tensors(packed)["lm_head.weight_packed"]
+        assert torch.equal(model.lm_head.weight_packed, expected)
+        assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    loaded.save_pretrained(tmp_path / "again")
+    assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
+
+
 def test_an_override_may_be_a_mapping():
     text = tersor.TersorConfig("fp5", overrides={"a": "int8:g32:bfloat16", "b": "int4"}, group_size=64)
     mapping = tersor.TersorConfig(

@@ -71,6 +71,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> P
         schemes[stem] = scheme
     placement = Placement(model)
     places = placement.place(stems)
+    _untie(model, places)
     expected = {}
     for place in places:
         layer = swap_linear(model, place.module, schemes[place.stem])
@@ -111,6 +112,7 @@ def plan_compression(
     chosen = {step.layer.stem: step for step in plan.steps if step.layer is not None and step.scheme is not None}
     placement = Placement(model)
     places = placement.place(chosen)
+    _untie(model, places)
     schemes = {}
     for place in places:
         step = chosen[place.stem]
@@ -213,6 +215,13 @@ def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         wanted = dtypes.get(name, parameter.dtype)
         if parameter.dtype != wanted and parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(wanted)
+
+
+def _untie(model: Any, places: Sequence[Place]) -> None:
+    """Take a packed output head with a weight of its own out of what transformers ties, whatever config.json says."""
+    for place in places:
+        if model.all_tied_weights_keys.pop(f"{place.module}.weight", None) is not None:
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _check_stored(source: Source, place: Place, layer: PackedLinear) -> None:
