@@ -31,7 +31,7 @@ OPTIONS = (
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options["format"])
 def test_the_bytes_are_those_of_the_cpu(tmp_path, name, options):
-    wide = {"n_embd": 512} if name == "gpt2" else {"hidden_size": 512, "intermediate_size": 1408}
+    wide = {"n_embd": 512, "n_inner": 1408} if name == "gpt2" else {"hidden_size": 512, "intermediate_size": 1408}
     source = checkpoints.save(name, tmp_path / "model", **wide)
     on_gpu = quantize(source, tmp_path / "cuda", device="cuda", **options)
     on_cpu = quantize(source, tmp_path / "cpu", **options)

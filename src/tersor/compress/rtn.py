@@ -59,13 +59,13 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         low = grouped.amin(dim=2).clamp_max_(0)
         high = grouped.amax(dim=2).clamp_min_(0)
         _check_finite(weight, low + high)
-        scale = store_scales((high - low) / fmt.max, scheme)
+        scale = store_scales(_share(high - low, fmt.max), scheme)
         divisor = _divisor(scale, scheme)
         zero_point = (-low / divisor).round_().clamp_(0, fmt.max).to(torch.uint8)
     else:
         amax = grouped.abs().amax(dim=2)
         _check_finite(weight, amax)
-        scale = store_scales(amax / fmt.max, scheme)
+        scale = store_scales(_share(amax, fmt.max), scheme)
         divisor = _divisor(scale, scheme)
     scaled = grouped / divisor.unsqueeze(2)
     if zero_point is not None:
@@ -81,6 +81,11 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         squared_error=_squared_sum(error),
         squared_norm=_squared_sum(grouped),
     )
+
+
+def _share(extent: torch.Tensor, maximum: float) -> torch.Tensor:
+    """Divide by a tensor: by a number, a GPU multiplies with the reciprocal, and the last bit may differ."""
+    return extent / torch.full((), maximum, device=extent.device)
 
 
 def _divisor(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -155,7 +155,9 @@ def compile_source(source: KernelSource, arch: str) -> Binary:
     unit, unit_name = source.text().encode(), f"{source.name}.cu".encode()
     program = _call(source, nvrtc.nvrtcCreateProgram, unit, unit_name, len(names), texts, names)
     try:
-        options = [option.encode() for option in (*OPTIONS, f"-arch={arch}")]
+        # From 12.9 on NVRTC keeps a cache of its own; what comes from there has no log, so no resource report.
+        uncached = ("--no-cache",) if version() >= (12, 9) else ()
+        options = [option.encode() for option in (*OPTIONS, *uncached, f"-arch={arch}")]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = _text(source, program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
         log_text = _without_times(log.rstrip(b"\0").decode(errors="replace"))

@@ -20,7 +20,7 @@ _QUOTED = re.compile(r'"([^"]+)"')
 _MACRO = re.compile(r"[A-Z][A-Z0-9_]*")
 _TOKENS = re.compile(r"[A-Za-z0-9_:<>,.+\-*/() ]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ARGUMENTS = re.compile(r"[PiIqQf]+")
+_ARGUMENTS = re.compile(r"[PiIqQfT]+")
 
 # Turns a disagreement between the host's argument string and the kernel's signature into a compile error.
 _CHECK = """
@@ -31,6 +31,7 @@ template <> struct tersor_is<unsigned, 'I'> { enum { value = 1 }; };
 template <> struct tersor_is<long long, 'q'> { enum { value = 1 }; };
 template <> struct tersor_is<unsigned long long, 'Q'> { enum { value = 1 }; };
 template <> struct tersor_is<float, 'f'> { enum { value = 1 }; };
+template <class T> struct tersor_is<T, 'T'> { enum { value = sizeof(T) == 128 }; };
 template <class F, char... C> struct tersor_takes { enum { value = 0 }; };
 template <> struct tersor_takes<void()> { enum { value = 1 }; };
 template <class T, class... A, char C, char... D> struct tersor_takes<void(T, A...), C, D...> {
@@ -68,7 +69,7 @@ class KernelSource:
             raise KernelError(f"kernel name {self.name!r} is not a C identifier")
         compact = self.arguments.replace(" ", "")
         if not _ARGUMENTS.fullmatch(compact):
-            raise KernelError(f"kernel {self.name}: arguments {self.arguments!r} are not letters of PiIqQf")
+            raise KernelError(f"kernel {self.name}: arguments {self.arguments!r} are not letters of PiIqQfT")
         defines = tuple((key, _render(self.name, key, value)) for key, value in sorted(self.parameters.items()))
         object.__setattr__(self, "arguments", compact)
         object.__setattr__(self, "_defines", defines)
@@ -84,14 +85,14 @@ class KernelSource:
 
     @property
     def layout(self) -> struct.Struct:
-        """How Python numbers become the kernel's parameter memory, aligned as in C."""
-        return struct.Struct("@" + self.arguments)
+        """How Python values become the kernel's parameter memory, aligned as in C."""
+        return struct.Struct(_native(self.arguments))
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Byte offset of each argument in that memory."""
-        ends = (struct.calcsize("@" + self.arguments[: i + 1]) for i in range(len(self.arguments)))
-        return tuple(end - struct.calcsize(letter) for end, letter in zip(ends, self.arguments, strict=True))
+        ends = (struct.calcsize(_native(self.arguments[: i + 1])) for i in range(len(self.arguments)))
+        return tuple(end - struct.calcsize(_native(letter)) for end, letter in zip(ends, self.arguments, strict=True))
 
     def text(self) -> str:
         """Return the translation unit: defines, the header, and the check of the arguments."""
@@ -132,6 +133,11 @@ class KernelSource:
                 encoded = part.encode()
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return digest.hexdigest()
+
+
+def _native(letters: str) -> str:
+    """Return the `struct` format of argument letters: a tensor map is 128 bytes."""
+    return "@" + letters.replace("T", "128s")
 
 
 def _render(kernel: str, key: str, value: int | bool | str) -> str:
