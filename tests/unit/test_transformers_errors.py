@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import packed_models as models
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import tersor
 from tersor.errors import CheckpointError, FormatError, InputError, NonFiniteError, UnsupportedError
@@ -194,6 +196,13 @@ def test_a_state_dict_in_place_of_files(llama):
     config = AutoConfig.from_pretrained(llama[1])
     with pytest.raises(UnsupportedError, match="reads names and dtypes from the checkpoint's files"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict=models.tensors(llama[1]))
+
+
+def test_sharding_by_transformers():
+    quantizer = AUTO_QUANTIZER_MAPPING["tersor"](tersor.TersorConfig(), pre_quantized=True)
+    model = SimpleNamespace(config=SimpleNamespace(distributed_config=object()))
+    with pytest.raises(UnsupportedError, match="cannot be sharded by transformers yet: use device_map"):
+        quantizer._process_model_before_weight_loading(model, checkpoint_files=["model.safetensors"])
 
 
 def test_a_truncated_file(llama, tmp_path):

@@ -115,7 +115,7 @@ class TersorHfQuantizer(HfQuantizer):
         self._failure: TersorError | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot work: compressing while parts of the model go to disk."""
+        """Refuse what cannot work: parts of the model on disk."""
         device_map = kwargs.get("device_map")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise UnsupportedError("packed layers cannot be offloaded to disk: leave 'disk' out of device_map")
@@ -139,10 +139,6 @@ class TersorHfQuantizer(HfQuantizer):
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config
         self._dropped, self._dtypes = placement.dropped, placement.dtypes
-
-    def get_weight_conversions(self) -> list[Any]:
-        """Return none: packed tensors have the names of the checkpoint."""
-        return []
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Take out the converters that merge experts which were split."""
