@@ -21,7 +21,7 @@ OPTIONS = (
     {"format": "fp6_e3m2"},
     {"format": "fp5_e2m2", "group_size": 32, "scale_dtype": "bfloat16"},
     {"format": "fp4_e2m1", "scale_dtype": "float32"},
-    {"format": "int4", "group_size": 64},
+    {"format": "int4", "group_size": 32},
     {"format": "uint4", "group_size": 32},
     {"format": "mxfp6_e2m3"},
     {"format": "fp8_e4m3"},
