@@ -209,8 +209,7 @@ def _model_card(source: Source, plan: Plan, target: Export) -> str:
     body = [
         f"# {source.label} in {scheme.name}",
         "",
-        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
-        "rounded to "
+        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, rounded to "
         f"nearest by Tersor {__version__}.",
         use,
     ]
@@ -274,9 +273,8 @@ def _check_space(plan: Plan, work: Workplace) -> None:
     free = shutil.disk_usage(work.directory).free
     if needed > free:
         raise OutputError(
-            f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: "
-            "free some and "
-            "run again with --resume"
+            f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: free "
+            "some and run again with --resume"
         )
 
 

@@ -113,9 +113,8 @@ class _Foreign(Export):
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         if architecture.transposes:
             raise FormatError(
-                f"{self.name} readers expect the transposed layers of {architecture.name} uncompressed: "
-                "export a model "
-                "without Conv1D layers"
+                f"{self.name} readers expect the transposed layers of {architecture.name} uncompressed: export a "
+                "model without Conv1D layers"
             )
 
 
@@ -124,9 +123,8 @@ class HummingExport(_Foreign):
 
     name = "humming"
     can = (
-        "signed floats with up to 5 exponent bits (not fp8) and int2 to int8, with scales a row or groups "
-        "of 16, 32, 64, "
-        "... in the model's dtype or groups of 32 in e8m0, and IC a multiple of 32"
+        "signed floats with up to 5 exponent bits (not fp8) and int2 to int8, with scales a row or groups of 16, "
+        "32, 64, ... in the model's dtype or groups of 32 in e8m0, and IC a multiple of 32"
     )
 
     def store(self, layer: LinearLayer, scheme: Scheme) -> Stored:
@@ -296,9 +294,8 @@ def _served(export: str, layers: Layers) -> dict[str, Scheme | None]:
         for name in _served_names(layer.module):
             if served.setdefault(name, scheme) != scheme:
                 raise FormatError(
-                    f"{export} readers serve {first[name]} and {layer.module} as one layer, so they need "
-                    "one scheme: "
-                    "make the override or ignore pattern find both"
+                    f"{export} readers serve {first[name]} and {layer.module} as one layer, so they need one "
+                    "scheme: make the override or ignore pattern find both"
                 )
             first.setdefault(name, layer.module)
     return served

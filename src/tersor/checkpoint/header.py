@@ -88,9 +88,8 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
         spec, end = _entry(name, entry, path)
         if end - spec.offset != spec.nbytes:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs "
-                f"{spec.nbytes} bytes "
-                f"but its offsets span {end - spec.offset}"
+                f"{path}: tensor {name!r} of shape {list(spec.shape)} and dtype {spec.dtype} needs {spec.nbytes} "
+                f"bytes but its offsets span {end - spec.offset}"
             )
         specs.append(spec)
     specs.sort(key=lambda spec: (spec.offset, spec.offset + spec.nbytes))
@@ -99,15 +98,14 @@ def parse(raw: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorSpec]
         if spec.offset != position:
             what = "overlaps the tensor before it" if spec.offset < position else "leaves a gap before it"
             raise CheckpointError(
-                f"{path}: tensor {spec.name!r} {what} (it starts at byte {spec.offset} of the data, "
-                f"expected {position})"
+                f"{path}: tensor {spec.name!r} {what} (it starts at byte {spec.offset} of the data, expected "
+                f"{position})"
             )
         position += spec.nbytes
     if position > data_bytes:
         last = next(spec for spec in specs if spec.offset + spec.nbytes > data_bytes)
         raise CheckpointError(
-            f"{path}: truncated: the tensors need {position} bytes and {data_bytes} are there (first "
-            "incomplete: "
+            f"{path}: truncated: the tensors need {position} bytes and {data_bytes} are there (first incomplete: "
             f"{last.name!r}); download the file again"
         )
     if position < data_bytes:

@@ -161,9 +161,8 @@ def _compressed(source: Source, stem: str, config: QuantizationConfig, architect
     ic = _input_channels(architecture, module, words, scheme)
     if packed.dtype != "I32" or words != stream.row_words(ic, scheme.format.bits):
         raise CheckpointError(
-            f"{source.directory}: {packed.name} has dtype {packed.dtype} and shape {list(packed.shape)}, "
-            "which is not "
-            f"{scheme.key()} for {ic} input channels"
+            f"{source.directory}: {packed.name} has dtype {packed.dtype} and shape {list(packed.shape)}, which is "
+            f"not {scheme.key()} for {ic} input channels"
         )
     nbytes = sum(source.tensors[stem + suffix].spec.nbytes for suffix in suffixes)
     return Item(f"{stem}.weight", (oc, ic), scheme.key(), 8 * nbytes / max(1, oc * ic), nbytes, True)

@@ -92,8 +92,7 @@ class Architecture:
             if spec.shape != stored:
                 raise CheckpointError(
                     f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this "
-                    "config.json "
-                    f"wants {list(stored)}"
+                    f"config.json wants {list(stored)}"
                 )
             return LinearLayer(module, stem, shape, transposed, self.spared(module))
         match = _EXPERT.fullmatch(module)

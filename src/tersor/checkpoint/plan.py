@@ -204,9 +204,8 @@ def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
     spec = located.spec
     if spec.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
-            f"{located.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only "
-            f"{', '.join(WEIGHT_DTYPES)} weights "
-            "can be compressed"
+            f"{located.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only {', '.join(WEIGHT_DTYPES)} "
+            "weights can be compressed"
         )
     if not all(layer.shape):
         raise CheckpointError(f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
@@ -216,8 +215,7 @@ def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
         nearest = sorted(sorted(fitting, key=lambda divisor: abs(divisor - size))[:3])
         hint = f" (group sizes that do: {', '.join(map(str, nearest))})" if nearest else ""
         raise FormatError(
-            f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that "
-            "layer an "
+            f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that layer an "
             "override or ignore it"
         )
 

@@ -85,8 +85,7 @@ class SafetensorsFile:
             )
         if _LENGTH_BYTES + length > self.nbytes:
             raise CheckpointError(
-                f"{self.path} is truncated inside its header ({self.nbytes} of at least "
-                f"{_LENGTH_BYTES + length} "
+                f"{self.path} is truncated inside its header ({self.nbytes} of at least {_LENGTH_BYTES + length} "
                 "bytes): download it again"
             )
         raw = self._read_bytes(_LENGTH_BYTES, length)

@@ -194,9 +194,8 @@ def _no_weights(directory: Path) -> str:
         return f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
     if pickled:
         return (
-            f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: "
-            "load it with "
-            "transformers and save_pretrained it to get safetensors"
+            f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: load it "
+            "with transformers and save_pretrained it to get safetensors"
         )
     others = [name for name in files if name.endswith((".safetensors", ".gguf"))]
     found = f" (it holds {', '.join(others[:3])})" if others else ""
@@ -215,8 +214,8 @@ def _collect(files: list[SafetensorsFile], weight_map: dict[str, str] | None) ->
         if missing:
             name = missing[0]
             raise CheckpointError(
-                f"tensor {name!r} is not in {weight_map[name]}, where {INDEX_NAME} says it is "
-                f"({len(missing)} such): download {weight_map[name]} again"
+                f"tensor {name!r} is not in {weight_map[name]}, where {INDEX_NAME} says it is ({len(missing)} "
+                f"such): download {weight_map[name]} again"
             )
     return tensors
 

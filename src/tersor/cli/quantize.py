@@ -46,8 +46,8 @@ def command(
         typer.Option(
             metavar="REGEX=FORMAT",
             help="Another format for modules whose name it finds, FORMAT[:gN|:row][:SCALE]; repeatable, the "
-            "first that finds a module decides. lm_head and routers are left alone unless a pattern spells "
-            "their name.",
+            "first that finds a module decides. lm_head and routers are left alone unless a pattern spells their "
+            "name.",
         ),
     ] = None,
     algorithm: Annotated[str, typer.Option(help="rtn: round to nearest.")] = "rtn",
@@ -198,9 +198,8 @@ def _print_report(report: Report) -> None:
 def _totals(report: Report) -> str:
     ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
     return (
-        f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} "
-        "bits a weight; "
-        f"{console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {ratio:.2f} times "
+        f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} bits a "
+        f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {ratio:.2f} times "
         "smaller"
     )
 
