@@ -181,3 +181,15 @@ def test_logits_that_are_not_finite_are_not_averaged():
         table[2] = math.nan
         evaluate(Bigram(table), torch.tensor([[0, 1, 0], [0, 2, 0]]))
     assert caught.value.exit_status == 1
+
+
+class Starving(Bigram):
+    """A model for which there is too little GPU memory."""
+
+    def __call__(self, input_ids, use_cache):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+def test_too_little_gpu_memory_is_one_line():
+    with pytest.raises(TersorError, match="GPU memory ran out in a window of 4 tokens: use a smaller one"):
+        evaluate(Starving(torch.zeros(2, 2)), torch.zeros(1, 4, dtype=torch.int64))

@@ -18,7 +18,7 @@ HISTORY = torch.zeros(1, 1, dtype=torch.int64)
 def frequencies(logits=LOGITS, history=HISTORY, draws=4000, **options) -> torch.Tensor:
     sampler = Sampler(Sampling(**options).resolved(GenerationConfig()), torch.device("cpu"))
     sampler.seed(0)
-    tokens = torch.cat([sampler(history, logits) for _ in range(draws)])
+    tokens = sampler(history.expand(draws, -1), logits.expand(draws, -1))
     return torch.bincount(tokens, minlength=logits.shape[1]) / draws
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from tersor.engine.decode import Decoder
 from tersor.engine.sampling import Sampling
 from tersor.engine.text import Detokenizer, StopFilter
-from tersor.errors import InputError
+from tersor.errors import InputError, TersorError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,8 +161,12 @@ class Generator:
         """Draw up to `room` tokens. On a GPU one step is always under way while the host works on a token."""
         numbers = stream.statistics
         started = time.perf_counter()
-        decoder = self._decoder_for(options, len(ids) + room)
-        decoder.prefill(ids, options.seed)
+        try:
+            decoder = self._decoder_for(options, len(ids) + room)
+            decoder.prefill(ids, options.seed)
+        except torch.OutOfMemoryError:
+            message = f"GPU memory ran out with {len(ids)} prompt tokens and room for {room} new ones: use fewer"
+            raise TersorError(message) from None
         ahead = 1 if decoder.device.type == "cuda" else 0
         under_way = deque([decoder.publish()])
         decoder.fetch(under_way[0])

@@ -113,7 +113,7 @@ def evaluate(
     Raises:
         InputError: a token that a model has no row for, a window longer than a model's positions, or a
             reference with another vocabulary.
-        TersorError: logits that are not finite.
+        TersorError: logits that are not finite, or too little GPU memory for a window.
     """
     models = {"model": model} if reference is None else {"model": model, "reference": reference}
     for role, part in models.items():
@@ -126,7 +126,10 @@ def evaluate(
     means = []
     count, window = windows.shape
     for index, tokens in enumerate(windows):
-        means.append(_measure(model, reference, tokens, index))
+        try:
+            means.append(_measure(model, reference, tokens, index))
+        except torch.OutOfMemoryError:
+            raise TersorError(f"GPU memory ran out in a window of {window} tokens: use a smaller one") from None
         if progress is not None:
             progress(index + 1, count)
     return _summary(torch.tensor(means, dtype=torch.float64), window)
