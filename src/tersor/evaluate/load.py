@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,12 +97,12 @@ def locate(path: str | Path) -> Located:
 
 
 def choose_threads(weight_bytes: int, device: torch.device) -> None:
-    """Run a small model on one CPU thread, unless OMP_NUM_THREADS says otherwise.
+    """Run a small model on one CPU thread, for the rest of the process.
 
     Its operations take microseconds: a second thread gains little where a core is free and costs a factor of ten
     where cores are shared, since every operation waits for both.
     """
-    if device.type == "cpu" and weight_bytes < SMALL_BYTES and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and weight_bytes < SMALL_BYTES:
         torch.set_num_threads(1)
 
 
