@@ -31,11 +31,13 @@ Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
 
 _CACHE_ELEMENTS = 1 << 18
-"""Elements encoded at once on a CPU: what the passes of one block touch stays in the second-level cache."""
+"""Elements one or two threads encode at once on a CPU: what the passes over them touch stays in the cache."""
+_CROWD_ELEMENTS = 1 << 20
+"""Elements more threads encode at once: they wait for Python's lock rather than for memory, so fewer, longer passes."""
 _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 24
 _COPY_BYTES = 1 << 23
-_MAX_ENCODERS = 32
+_MAX_ENCODERS = 16
 _WAITING = 2
 """Threads beyond the encoders, which read ahead or write."""
 
@@ -79,6 +81,7 @@ class Pipeline:
         self._progress = progress
         encoders = min(_MAX_ENCODERS, len(os.sched_getaffinity(0))) if device.type == "cpu" else 2
         self._threads = encoders + _WAITING
+        self._pass_elements = _CACHE_ELEMENTS if encoders <= 2 else _CROWD_ELEMENTS
         self._may_encode = threading.Semaphore(encoders)
         self._local = threading.local()
         self._sums: dict[int, tuple[float, float]] = {}
@@ -221,7 +224,7 @@ class Pipeline:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
                 return _encode_rows(weight.to(self._device, non_blocking=True), step.scheme, step.stored.row_bytes)
         rows, ic = weight.shape
-        height = max(1, _CACHE_ELEMENTS // ic)
+        height = max(1, self._pass_elements // ic)
         parts = []
         for start in range(0, rows, height):
             try:
