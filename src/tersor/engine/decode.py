@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor.engine.sampling import Sampler, Sampling
-from tersor.errors import UnsupportedError
+from tersor.errors import TersorError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ class Decoder:
         slot = torch.empty(1, 1, dtype=torch.int64, pin_memory=True)
         slot.copy_(self.token, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return slot, event
 
     @staticmethod
@@ -143,11 +143,12 @@ class Decoder:
             torch.cuda.current_stream(self.device).wait_stream(side)
             if generator is not None:
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._forward()
             self.graph = graph
         except torch.OutOfMemoryError:
-            raise
+            message = f"GPU memory ran out while a step with a cache of {self.length} tokens was captured"
+            raise TersorError(f"{message}: use fewer tokens, or no CUDA graph") from None
         except RuntimeError as error:  # the model synchronises, or allocates in a way a capture forbids
             self.eager_reason = f"capture failed: {str(error).splitlines()[0]}"
             if self.insist:
