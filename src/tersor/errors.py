@@ -48,9 +48,7 @@ class NonFiniteError(InputError):
     def __init__(self, index: tuple[int, ...], value: float, tensor: str = "weight") -> None:
         self.index = index
         self.value = value
-        super().__init__(
-            f"{tensor} holds {value} at {list(index)}: repair the checkpoint before compressing it"
-        )
+        super().__init__(f"{tensor} holds {value} at {list(index)}: repair the checkpoint before compressing it")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def random_weight(
-    oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_codes: bool = False
-) -> PackedWeight:
+def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_codes: bool = False) -> PackedWeight:
     """A weight of random codes (every code, subnormals and extremes among them) and random scales."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << scheme.format.bits, (oc, ic), dtype=torch.uint8, generator=generator)

@@ -57,9 +57,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
             words = tiles.pack(codes, fmt, target)
             quads = 2 * fmt.bits // 4 * 4
             for lane_index in (0, 7, 13, 31):
-                mine = [
-                    words[q * 128 + lane_index * 4 : q * 128 + lane_index * 4 + 4] for q in range(quads // 4)
-                ]
+                mine = [words[q * 128 + lane_index * 4 : q * 128 + lane_index * 4 + 4] for q in range(quads // 4)]
                 mine.append(words[quads * 32 + lane_index * (2 * fmt.bits - quads) :][: 2 * fmt.bits - quads])
                 flat = [int(word) & 0xFFFFFFFF for word in torch.cat(mine)]
                 registers: list[int] = []

@@ -18,9 +18,7 @@ SERVED = [
 
 
 def random_codes(bits: int, *shape: int) -> torch.Tensor:
-    return torch.randint(
-        0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
-    )
+    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
 
 
 @pytest.mark.parametrize("ic", [1, 8, 31, 32, 33, 100, 256])

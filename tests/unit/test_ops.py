@@ -55,12 +55,8 @@ def test_meta_twin_agrees() -> None:
     weight = packed("int4", 24, 64)
     x = torch.randn(2, 5, 64)
     arguments = (x, weight.data, weight.scale, None, None, weight.scheme.key(), 24, 64, "stream")
-    torch.library.opcheck(
-        torch.ops.tersor.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
-    meta = ops.linear(
-        x.to("meta"), PackedWeight(weight.scheme, weight.shape, weight.data.to("meta"), weight.scale)
-    )
+    torch.library.opcheck(torch.ops.tersor.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    meta = ops.linear(x.to("meta"), PackedWeight(weight.scheme, weight.shape, weight.data.to("meta"), weight.scale))
     assert meta.shape == (2, 5, 24)
 
 

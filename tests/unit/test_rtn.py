@@ -25,9 +25,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "group", "scale_dtype"), CASES)
-def test_every_weight_gets_its_nearest_value(
-    name: str, group: int, scale_dtype: str, dtype: torch.dtype
-) -> None:
+def test_every_weight_gets_its_nearest_value(name: str, group: int, scale_dtype: str, dtype: torch.dtype) -> None:
     scheme = formats.get_scheme(name, group, scale_dtype)
     weight = (torch.randn(7, 96, generator=torch.Generator().manual_seed(3)) * 0.1).to(dtype)
     encoded = quantize_rtn(weight, scheme)
@@ -35,9 +33,7 @@ def test_every_weight_gets_its_nearest_value(
     scale = formats.scale_values(encoded.scale, scheme)
     assert encoded.scale.shape == (7, groups)
     assert encoded.scale.dtype == formats.SCALE_DTYPES[scheme.scale_dtype]
-    offset = (
-        encoded.zero_point.double() if encoded.zero_point is not None else torch.zeros(7, groups).double()
-    )
+    offset = encoded.zero_point.double() if encoded.zero_point is not None else torch.zeros(7, groups).double()
     grid = (scheme.format.values().double() - offset[..., None]) * scale.double()[..., None]
     grouped = weight.double().view(7, groups, -1)
     nearest = (grouped[..., None] - grid[:, :, None, :]).abs().amin(dim=3)

@@ -40,9 +40,7 @@ def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool 
 
 
 @functools.cache
-def fused_source(
-    fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int
-) -> KernelSource:
+def fused_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
     """Return the fused kernel for one weight type, activation dtype and tile."""
     return KernelSource(
         name=f"tersor_linear_{fmt.name}_{target}_n{n_tile}",

@@ -39,9 +39,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         width = bits << step
         spread = 8 << step
         low = _lanes((1 << width) - 1, 2 * spread)
-        octets = (octets & low) | (
-            (octets >> (spread - width)) & _lanes(((1 << width) - 1) << width, 2 * spread)
-        )
+        octets = (octets & low) | ((octets >> (spread - width)) & _lanes(((1 << width) - 1) << width, 2 * spread))
     squeezed = octets.view(torch.uint8).view(*octets.shape, 8)[..., :bits]
     return squeezed.contiguous().view(*codes.shape[:-1], -1).view(torch.int32)
 
@@ -67,9 +65,7 @@ def unpack(stream: torch.Tensor, bits: int, ic: int) -> torch.Tensor:
         width = bits << step
         spread = 8 << step
         low = _lanes((1 << width) - 1, 2 * spread)
-        octets = (octets & low) | (
-            (octets << (spread - width)) & _lanes(((1 << width) - 1) << spread, 2 * spread)
-        )
+        octets = (octets & low) | ((octets << (spread - width)) & _lanes(((1 << width) - 1) << spread, 2 * spread))
     return octets.view(torch.uint8)[..., :ic]
 
 

@@ -61,18 +61,14 @@ def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
 
 
-def _pack_rows(
-    codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane
-) -> torch.Tensor:
+def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
     padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % ROWS)
     padded = torch.nn.functional.pad(codes, padding, value=fmt.zero_code)
     # row = 8 i + g, channel = 16 step + 8 half + 2 t + e; register 4 step + 2 half + i of lane 4 g + t
     axes = padded.view(-1, 2, 8, across, _STEPS, 2, 4, 2)
     fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
     halves = lanes.place(fragments, fmt, target)
-    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(
-        -1, _LANES, _REGISTERS // group.pairs, group.pairs
-    )
+    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(-1, _LANES, _REGISTERS // group.pairs, group.pairs)
     words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
     for index, sources in enumerate(lanes.packing(group)):
         for register, turn, mask in sources:
@@ -99,14 +95,10 @@ def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[in
     return codes[:oc, :ic].contiguous()
 
 
-def _unpack_rows(
-    tiles: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane
-) -> torch.Tensor:
+def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
     blocks = tiles.reshape(-1, 64 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
-    planes = (
-        blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
-    )
+    planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
     words = torch.cat((planes, tail), dim=2).view(-1, _LANES, _REGISTERS // group.pairs, group.words)
     mask = lanes.signed(group.mask)

@@ -77,9 +77,7 @@ class PackedWeight:
         return decode(self.codes(), self.stored_scale(), self.zero_point, self.scheme).to(dtype)
 
 
-def decode(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
+def decode(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
     """Return float32 weights: scale * (decode(code) - zero point).
 
     Args:

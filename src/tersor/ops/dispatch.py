@@ -80,9 +80,7 @@ def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torc
     if layout == STREAM:
         return Reason(REFERENCE, "the weight lies in the stored stream, not in kernel tiles")
     if tiles.LAYOUTS[layout] != target_name(dtype):
-        return Reason(
-            REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}"
-        )
+        return Reason(REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}")
     if n <= tuning.FUSED_TOKENS:
         return Reason(FUSED, f"{n} tokens are at most {tuning.FUSED_TOKENS}")
     return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.FUSED_TOKENS}")
@@ -131,7 +129,7 @@ def _chip(index: int) -> Chip:
         name=properties.name,
         capability=(properties.major, properties.minor),
         sms=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 

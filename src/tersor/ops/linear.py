@@ -57,9 +57,7 @@ def _check(
     layout: str,
 ) -> None:
     if x.dim() == 0 or x.shape[-1] != ic:
-        raise ShapeError(
-            f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]"
-        )
+        raise ShapeError(f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise ShapeError(f"linear: x is {x.dtype}, expected float16, bfloat16 or float32")
     if data.device != x.device:

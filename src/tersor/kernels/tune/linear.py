@@ -116,9 +116,7 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
     row_tiles = -(-problem.oc // ROWS)
     blocks = -(-problem.ic // _COLUMNS)
-    bytes_of_stage = (
-        _BLOCKS_OF_STAGE * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * _COLUMNS * 2
-    )
+    bytes_of_stage = _BLOCKS_OF_STAGE * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * _COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     latency, busy = (constant + slope * tile for constant, slope in (_STAGE_SECONDS, _BUSY_SECONDS))
 
