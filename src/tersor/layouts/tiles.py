@@ -137,7 +137,7 @@ def _greatest_piece(group_size: int) -> int:
 
 
 def pack_scales(scale: torch.Tensor, scheme: Scheme, ic: int) -> torch.Tensor:
-    """Return scales as the kernels read them: float32, [rows padded to 16], or [row blocks, blocks, S, 16] in groups."""
+    """Return scales as kernels read them: float32, [rows padded to 16], or in groups [row blocks, blocks, S, 16]."""
     values = scale_values(scale, scheme)
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % ROWS))
     if scheme.group_size is None:
