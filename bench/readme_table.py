@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def table(result: dict[str, Any], name: str) -> str:
     roof = f"roof {FORMAT}"
     heads = ["weight", "tokens", *columns.values(), "against cuBLAS", "read time"]
     facts = result["environment"]
-    versions = f"torch {facts['torch']}, CUDA {facts['cuda']}, commit {facts['commit']}"
+    caption = (
+        f"Microseconds a call on one {facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}, commit "
+        f"{facts['commit']} (`bench/results/{name}`). Read time: the packed bytes over the "
+        f"{result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run."
+    )
     lines = [
-        f"Microseconds a call on one {facts['gpu']} ({versions}; `bench/results/{name}`). Read time: the packed bytes",
-        f"over the {result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run.",
+        *textwrap.wrap(caption, 120),
         "",
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
