@@ -1,4 +1,4 @@
-"""The linear family: linear.cuh (fused, few tokens), dequantize.cuh and epilogue.cuh (around a cuBLAS product).
+"""The linear family: sm90_linear.cuh and sm80_linear.cuh (fused), dequantize.cuh and epilogue.cuh (around cuBLAS).
 
 Takes addresses and sizes, knows nothing of tensors; `ops` checks that a call is legal.
 """
@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from tersor.formats import ElementFormat, Scheme, get
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import tune
-from tersor.kernels.jit import Function, KernelSource
+from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import linear as tuning
 from tersor.layouts import lanes, tiles
 
-THREADS = 256
-"""Threads of a CTA of the fused kernel."""
-
+_SM80_THREADS = 256
+_COPY_THREADS = 128
 _DEQUANTIZE_WARPS = 4
 
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
@@ -40,11 +39,11 @@ def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool 
 
 
 @functools.cache
-def fused_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
-    """Return the fused kernel for one weight type, activation dtype and tile."""
+def sm80_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
+    """Return the mma.sync kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_{fmt.name}_{target}_n{n_tile}",
-        header="linear.cuh",
+        name=f"tersor_linear_sm80_{fmt.name}_{target}_n{n_tile}",
+        header="sm80_linear.cuh",
         parameters={
             **_decode_parameters(fmt, target),
             "N_TILE": n_tile,
@@ -53,6 +52,38 @@ def fused_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int
         },
         arguments="PPPPPPPqiiiif",
     )
+
+
+@functools.cache
+def sm90_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
+    """Return the wgmma kernel for one weight type, activation dtype and tile."""
+    warpgroups, resident = tuning.SM90_SHAPES[n_tile]
+    return KernelSource(
+        name=f"tersor_linear_sm90_{fmt.name}_{target}_n{n_tile}",
+        header="sm90_linear.cuh",
+        parameters={
+            **_decode_parameters(fmt, target),
+            "N_TILE": n_tile,
+            "STAGES": stages,
+            "SCALE_GROUPS": scale_groups,
+            "WARPGROUPS": warpgroups,
+            "RESIDENT": resident,
+        },
+        arguments="TPPPPPPiiif",
+    )
+
+
+def fused_source(fmt: ElementFormat, target: str, scale_groups: int, config: tune.LinearConfig) -> KernelSource:
+    """Return the kernel that a configuration asks for."""
+    make = sm90_source if config.schedule == tuning.SM90 else sm80_source
+    return make(fmt, target, scale_groups, config.n_tile, config.stages)
+
+
+def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
+    """Return the float32 sums and the counters that the splits of a configuration exchange."""
+    outputs = config.token_tiles * config.row_tiles
+    tokens = config.n_tile if config.schedule == tuning.SM90 else n
+    return outputs * config.splits * config.rows * tokens, outputs
 
 
 @functools.cache
@@ -82,6 +113,7 @@ def launch_fused(
     config: tune.LinearConfig,
     stream: int,
     *,
+    bf16: bool,
     weight: int,
     scale: int,
     x: int,
@@ -93,13 +125,29 @@ def launch_fused(
     oc: int,
     ic: int,
     n: int,
-    x_aligned: bool,
+    aligned: bool,
     factor: float,
 ) -> None:
-    """Launch the fused kernel; pointers are device addresses (see linear.cuh)."""
-    arguments = (weight, scale, x, bias, y, partial, arrived, x_stride, oc, ic, n, x_aligned, factor)
-    grid = (config.row_tiles, config.splits, 1)
-    function.launch(grid, (THREADS, 1, 1), config.shared_bytes, stream, arguments)
+    """Launch a fused kernel; pointers are device addresses (see sm80_linear.cuh and sm90_linear.cuh)."""
+    if config.schedule == tuning.SM90:
+        x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, config.n_tile)
+        threads = config.rows // tuning.UNIT_ROWS * 128 + _COPY_THREADS
+        function.launch(
+            (config.token_tiles, config.row_tiles, config.splits),
+            (threads, 1, 1),
+            config.shared_bytes,
+            stream,
+            (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, factor),
+            programmatic=True,
+        )
+    else:
+        function.launch(
+            (config.row_tiles, config.splits, 1),
+            (_SM80_THREADS, 1, 1),
+            config.shared_bytes,
+            stream,
+            (weight, scale, x, bias, y, partial, arrived, x_stride, oc, ic, n, aligned, factor),
+        )
 
 
 def launch_dequantize(
@@ -143,9 +191,12 @@ def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
     """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
     groups = tiles.scales_in_block(scheme.group_size)
     fmt = scheme.format
-    for tile in tuning.N_TILES:
-        depth, _ = tuning.stages(tile, fmt.bits, groups, chip)
-        yield fused_source(fmt, target, groups, tile, depth)
+    for tile in tuning.SM80_TILES:
+        depth, _ = tuning.sm80_stages(tile, fmt.bits, groups, chip)
+        yield sm80_source(fmt, target, groups, tile, depth)
+    if chip.capability == (9, 0):
+        for tile in tuning.sm90_tiles(groups):
+            yield sm90_source(fmt, target, groups, tile, tuning.sm90_stages(tile, fmt.bits, groups, chip))
     yield dequantize_source(fmt, target, groups)
     yield epilogue_source(target, groups == 0)
 

@@ -4,8 +4,8 @@ A block is 16 output rows by 128 input channels. Lane l = 4 g + t holds, for eac
 A fragment of mma.m16n8k16 (PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16"): four registers of two weights, rows g
 and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. These 32 registers are packed, a decode group at a time, into 2 * bits
 words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width ends with a plane of
-two, so that a warp's loads are contiguous. Blocks follow each other along IC, then along OC; OC is padded to 16 and IC
-to 128 with codes of zero.
+two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup multiplies at a time.
+Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of zero.
 
 Layout names are `tiles_float16` and `tiles_bfloat16`: the tables differ with the dtype decoded to.
 """
@@ -19,6 +19,8 @@ from tersor.layouts import lanes
 
 ROWS = 16
 COLUMNS = 128
+UNIT_ROWS = 64
+_UNIT_BLOCKS = UNIT_ROWS // ROWS
 _STEPS = COLUMNS // 16
 _REGISTERS = 4 * _STEPS
 _LANES = 32
@@ -30,8 +32,8 @@ LAYOUTS = {f"tiles_{target}": target for target in lanes.TARGETS}
 
 
 def row_blocks(oc: int) -> int:
-    """Return how many blocks cover `oc` rows."""
-    return -(-oc // ROWS)
+    """Return how many blocks hold `oc` rows, whole units of four."""
+    return -(-oc // UNIT_ROWS) * _UNIT_BLOCKS
 
 
 def column_blocks(ic: int) -> int:
@@ -53,7 +55,7 @@ def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     oc, ic = codes.shape
     group = lanes.lane(fmt, target)
     down, across = row_blocks(oc), column_blocks(ic)
-    step = max(1, _CHUNK_BLOCKS // across)
+    step = _chunk(across)
     chunks = []
     for first in range(0, down, step):
         rows = codes[first * ROWS : (first + step) * ROWS]
@@ -61,8 +63,13 @@ def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
 
 
+def _chunk(across: int) -> int:
+    """Return how many row blocks are packed at a time: whole units."""
+    return max(1, _CHUNK_BLOCKS // across // _UNIT_BLOCKS) * _UNIT_BLOCKS
+
+
 def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
-    padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % ROWS)
+    padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % UNIT_ROWS)
     padded = torch.nn.functional.pad(codes, padding, value=fmt.zero_code)
     # row = 8 i + g, channel = 16 step + 8 half + 2 t + e; register 4 step + 2 half + i of lane 4 g + t
     axes = padded.view(-1, 2, 8, across, _STEPS, 2, 4, 2)
@@ -77,7 +84,8 @@ def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str
     quads = 2 * fmt.bits // 4 * 4
     planes = lane_words[..., :quads].reshape(-1, _LANES, quads // 4, 4).transpose(1, 2).flatten(1)
     tail = lane_words[..., quads:].flatten(1)
-    return torch.cat((planes, tail), dim=1).reshape(-1)
+    blocks = torch.cat((planes, tail), dim=1)
+    return blocks.view(-1, _UNIT_BLOCKS, across, 64 * fmt.bits).transpose(1, 2).reshape(-1)
 
 
 def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[int, int]) -> torch.Tensor:
@@ -86,7 +94,7 @@ def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[in
     across = column_blocks(ic)
     group = lanes.lane(fmt, target)
     rows_of_blocks = tiles.view(row_blocks(oc), -1)
-    step = max(1, _CHUNK_BLOCKS // across)
+    step = _chunk(across)
     chunks = [
         _unpack_rows(rows_of_blocks[first : first + step], across, fmt, target, group)
         for first in range(0, row_blocks(oc), step)
@@ -96,7 +104,8 @@ def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[in
 
 
 def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
-    blocks = tiles.reshape(-1, 64 * fmt.bits)
+    units = tiles.reshape(-1, across, _UNIT_BLOCKS, 64 * fmt.bits)
+    blocks = units.transpose(1, 2).reshape(-1, 64 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
     planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
@@ -137,16 +146,17 @@ def _greatest_piece(group_size: int) -> int:
 
 
 def pack_scales(scale: torch.Tensor, scheme: Scheme, ic: int) -> torch.Tensor:
-    """Return scales as kernels read them: float32, [rows padded to 16], or in groups [row blocks, blocks, S, 16]."""
+    """Return scales as kernels read them: float32, [rows padded to 64], or in groups [units, blocks, 4, S, 16]."""
     values = scale_values(scale, scheme)
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % ROWS))
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % UNIT_ROWS))
     if scheme.group_size is None:
         return padded.reshape(-1)
     piece = COLUMNS // scales_in_block(scheme.group_size)
     pieces = padded.repeat_interleave(scheme.group_size // piece, dim=1)
     across = column_blocks(ic) * (COLUMNS // piece)
     pieces = torch.nn.functional.pad(pieces, (0, across - pieces.shape[1]))
-    return pieces.view(-1, ROWS, column_blocks(ic), COLUMNS // piece).permute(0, 2, 3, 1).reshape(-1)
+    axes = pieces.view(-1, _UNIT_BLOCKS, ROWS, column_blocks(ic), COLUMNS // piece)
+    return axes.permute(0, 3, 1, 4, 2).reshape(-1)
 
 
 def unpack_scales(packed: torch.Tensor, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor:
@@ -155,6 +165,6 @@ def unpack_scales(packed: torch.Tensor, scheme: Scheme, shape: tuple[int, int]) 
     if scheme.group_size is None:
         return store_scales(packed.view(-1, 1)[:oc], scheme)
     piece = COLUMNS // scales_in_block(scheme.group_size)
-    axes = packed.view(row_blocks(oc), column_blocks(ic), COLUMNS // piece, ROWS).permute(0, 3, 1, 2)
+    axes = packed.view(-1, column_blocks(ic), _UNIT_BLOCKS, COLUMNS // piece, ROWS).permute(0, 2, 4, 1, 3)
     pieces = axes.reshape(row_blocks(oc) * ROWS, -1)[:oc, : ic // piece]
     return store_scales(pieces[:, :: scheme.group_size // piece], scheme)

@@ -73,7 +73,7 @@ def preferred_layout(scheme: Scheme, dtype: torch.dtype, device: torch.device) -
 
 
 def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torch.device) -> Reason:
-    """Return who serves `n` tokens of `dtype` with a weight that lies in `layout`."""
+    """Return who serves `n` aligned tokens of `dtype` with a weight that lies in `layout`."""
     why = obstacle(scheme, dtype, device)
     if why:
         return Reason(REFERENCE, why)
@@ -81,18 +81,16 @@ def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torc
         return Reason(REFERENCE, "the weight lies in the stored stream, not in kernel tiles")
     if tiles.LAYOUTS[layout] != target_name(dtype):
         return Reason(REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}")
-    if n <= tuning.FUSED_TOKENS:
-        return Reason(FUSED, f"{n} tokens are at most {tuning.FUSED_TOKENS}")
-    return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.FUSED_TOKENS}")
+    if n <= tuning.SM80_TOKENS:
+        return Reason(FUSED, f"{n} tokens are at most {tuning.SM80_TOKENS}")
+    capability = ".".join(map(str, chip(device).capability))
+    if capability == "9.0":
+        return Reason(FUSED, "the sm90 schedule takes any number of tokens whose rows start on 16 bytes")
+    return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.SM80_TOKENS} on compute capability {capability}")
 
 
 def explain(
-    scheme: Scheme,
-    oc: int,
-    ic: int,
-    n: int,
-    dtype: torch.dtype = torch.float16,
-    device: torch.device | str = "cuda",
+    scheme: Scheme, oc: int, ic: int, n: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cuda"
 ) -> Reason:
     """Say who would serve y[n, oc] = x[n, ic] @ W^T with W in `scheme`, in its preferred layout, and why.
 
@@ -107,7 +105,10 @@ def explain(
     if reason.kernel != FUSED or n == 0:
         return reason
     groups = tiles.scales_in_block(scheme.group_size)
-    problem = tune.LinearProblem(oc=oc, ic=ic, n=n, bits=scheme.format.bits, scale_groups=groups)
+    bits = scheme.format.bits
+    problem = tune.LinearProblem(oc=oc, ic=ic, n=n, bits=bits, scale_groups=groups, aligned=ic % 8 == 0)
+    if not tune.fused(problem, chip(place)):
+        return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.SM80_TOKENS} and rows do not start on 16 bytes")
     return replace(reason, why=f"{reason.why}; {tune.choose(problem, chip(place))}")
 
 

@@ -27,8 +27,8 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     """Multiply activations with a packed weight: y = x @ W^T + bias.
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
-    the decoded weight, rounded once (one exception: scales in groups with more than 64 tokens on a GPU, where scaled
-    weights are rounded to x's dtype first). Inference only: no gradient flows through it.
+    the decoded weight, rounded once (one exception: scales in groups where `explain` says `dequantize + cuBLAS`: there
+    scaled weights are rounded to x's dtype first). Inference only: no gradient flows through it.
 
     Args:
         x: [..., IC], float16, bfloat16 or float32, any strides.
@@ -99,13 +99,18 @@ def _serve(
     n = tokens.shape[0]
     if n == 0 or oc == 0:
         return x.new_empty(*x.shape[:-1], oc)
-    reason = dispatch.decide(meaning, layout, n, x.dtype, x.device)
-    if reason.kernel == dispatch.REFERENCE:
-        y = reference.linear(tokens, weight, bias)
-    else:
-        with torch.cuda.device(x.device):
-            serve = _fused if reason.kernel == dispatch.FUSED else _dequantized
-            y = serve(tokens, weight, None if bias is None else bias.contiguous())
+    if dispatch.decide(meaning, layout, n, x.dtype, x.device).kernel == dispatch.REFERENCE:
+        return reference.linear(tokens, weight, bias).view(*x.shape[:-1], oc)
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    problem = _problem(tokens, weight)
+    with torch.cuda.device(x.device):
+        if tune.fused(problem, dispatch.chip(x.device)):
+            y = _fused(tokens, weight, bias, problem)
+        else:
+            y = _dequantized(tokens, weight, bias)
     return y.view(*x.shape[:-1], oc)
 
 
@@ -129,29 +134,39 @@ _library.impl("linear", _serve, "CUDA")
 torch.library.register_fake("tersor::linear", _meta, lib=_library)
 
 
-def _fused(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _problem(x: torch.Tensor, weight: PackedWeight) -> tune.LinearProblem:
+    oc, ic = weight.shape
+    return tune.LinearProblem(
+        oc=oc,
+        ic=ic,
+        n=x.shape[0],
+        bits=weight.scheme.format.bits,
+        scale_groups=tiles.scales_in_block(weight.scheme.group_size),
+        aligned=x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0,
+    )
+
+
+def _fused(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, problem: tune.LinearProblem
+) -> torch.Tensor:
     from tersor.kernels import jit
     from tersor.kernels import linear as family
 
     oc, ic = weight.shape
     n = x.shape[0]
     fmt, target = weight.scheme.format, tiles.LAYOUTS[weight.layout]
-    groups = tiles.scales_in_block(weight.scheme.group_size)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    problem = tune.LinearProblem(oc=oc, ic=ic, n=n, bits=fmt.bits, scale_groups=groups)
     config = tune.choose(problem, dispatch.chip(x.device))
-    source = family.fused_source(fmt, target, groups, config.n_tile, config.stages)
+    source = family.fused_source(fmt, target, problem.scale_groups, config)
     y = x.new_empty(n, oc)
     stream_handle = torch.cuda.current_stream(x.device).cuda_stream
     partial = arrived = 0
     if config.splits > 1:
-        parts = config.row_tiles * config.splits * n * tune.ROWS
-        partial, arrived = workspace.split_sums(x.device, stream_handle, parts, config.row_tiles)
+        partial, arrived = workspace.split_sums(x.device, stream_handle, *family.parts(config, n))
     family.launch_fused(
         jit.get(source, x.device),
         config,
         stream_handle,
+        bf16=target == "bfloat16",
         weight=weight.data.data_ptr(),
         scale=weight.scale.data_ptr(),
         x=x.data_ptr(),
@@ -163,7 +178,7 @@ def _fused(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         oc=oc,
         ic=ic,
         n=n,
-        x_aligned=x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0,
+        aligned=problem.aligned,
         factor=math.ldexp(1.0, lanes.lane(fmt, target).exponent),
     )
     return y
@@ -182,7 +197,7 @@ def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     finish = jit.get(family.epilogue_source(target, groups == 0), x.device)
     stream_handle = torch.cuda.current_stream(x.device).cuda_stream
     y = x.new_empty(n, oc)
-    rows = max(tiles.ROWS, _SCRATCH_BYTES // (2 * ic) // tiles.ROWS * tiles.ROWS)
+    rows = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS
     scratch = x.new_empty(min(rows, oc), ic)
     for first in range(0, oc, rows):
         columns = min(rows, oc - first)

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENT
     const int blocks = (ic + tile::kColumns - 1) / tile::kColumns;
     const int column_block = blockIdx.x * kWarps + warp;
     if (column_block >= blocks) return;
-    const long long block = static_cast<long long>(first_row_block + blockIdx.y) * blocks + column_block;
+    const long long block = tile::block_index(first_row_block + blockIdx.y, column_block, blocks);
 
     u32 words[tile::kLaneWords];
     tile::load_lane(words, weight + block * tile::kBytes, lane);

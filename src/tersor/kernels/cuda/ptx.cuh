@@ -103,14 +103,76 @@ __device__ __forceinline__ u16 narrow(float value) {
     return result;
 }
 
-__device__ __forceinline__ void store_u16(void* global, u16 value) {
-    asm volatile("st.global.u16 [%0], %1;" ::"l"(global), "h"(value) : "memory");
+// mbarriers (PTX ISA 9.0, "mbarrier"): a phase ends when all arrivals and all announced bytes are in.
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ u16 load_u16(const void* global) {
-    u16 value;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(value) : "l"(global));
-    return value;
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// A contiguous copy by the copy engine, of weights that are read once; bytes is a multiple of 16.
+__device__ __forceinline__ void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared),
+        "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// The box of a two-dimensional tensor map that starts at (column, row); what lies outside the tensor becomes zero.
+__device__ __forceinline__ void tensor_copy(u32 shared, const void* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared),
+        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// Programmatic dependent launch: the next kernel may start, and this one waits until those before it have ended.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Registers move from the warpgroups that copy to those that compute; every warp of a group must call it.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// A barrier among the first `kThreads` threads of the CTA.
+template <int kThreads>
+__device__ __forceinline__ void sync_first() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// Transposes an 8x8 matrix of 16-bit elements that a warp holds, two a lane.
+__device__ __forceinline__ u32 transpose_8x8(u32 pair) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
 }
 
 // Counts this arrival and returns how many came before; orders this thread's earlier writes before it.

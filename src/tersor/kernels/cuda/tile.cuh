@@ -2,8 +2,8 @@
 //
 // A block is 16 output rows by 128 input channels and belongs to one warp. Lane l holds, for each of the block's
 // eight k16 steps, the four registers of the A fragment of mma.m16n8k16, 64 weights in 2 * BITS words. Words are
-// stored in planes of four (16 bytes a lane), an odd width ends with a plane of two. Blocks follow each other along
-// the input channels, then along the rows.
+// stored in planes of four (16 bytes a lane), an odd width ends with a plane of two. Four blocks, 64 rows, make a unit;
+// units follow each other along the input channels, then along the rows.
 #pragma once
 
 namespace tile {
@@ -17,9 +17,18 @@ constexpr int kQuads = kLaneWords / 4;
 constexpr bool kHasTail = kLaneWords % 4 != 0;
 constexpr int kBytes = 256 * kBits;
 constexpr int kTailOffset = kQuads * 512;
+constexpr int kUnitBlocks = 4;
+constexpr int kUnitRows = kUnitBlocks * kRows;
+constexpr int kUnitBytes = kUnitBlocks * kBytes;
 
 static_assert(kBits >= 1 && kBits <= 8, "a code has 1 to 8 bits");
 static_assert(kLaneWords % decode::kWords == 0, "a lane's words must be whole decode groups");
+
+// Where the block of a row block (16 rows) and a channel block (128) stands, in blocks.
+__device__ __forceinline__ long long block_index(int row_block, int channel_block, int channel_blocks) {
+    const long long unit = static_cast<long long>(row_block / kUnitBlocks) * channel_blocks + channel_block;
+    return unit * kUnitBlocks + row_block % kUnitBlocks;
+}
 
 // Starts the copy of this lane's share of a block; the lane reads back only what it copied itself.
 __device__ __forceinline__ void copy_lane(u32 shared, const char* global, int lane, u64 policy) {

@@ -88,7 +88,7 @@ class Function:
         block: _Dim,
         shared_bytes: int,
         stream: int,
-        args: Sequence[int | float],
+        args: Sequence[int | float | bytes],
         programmatic: bool = False,
     ) -> None:
         """Launch on a stream; returns as soon as the driver has taken the launch.
@@ -97,7 +97,8 @@ class Function:
             grid, block: blocks and threads, (x, y, z).
             shared_bytes: dynamic shared memory of a block.
             stream: handle of the stream (`torch.cuda.Stream.cuda_stream`); 0 is the default stream.
-            args: one number an argument of `source.arguments`; pointers as integers, 0 for null.
+            args: one value an argument of `source.arguments`; pointers as integers, 0 for null, tensor maps as
+                bytes.
             programmatic: the kernel may start before the one ahead of it in the stream has ended
                 (programmatic dependent launch): it must itself wait before it reads what that one writes.
 

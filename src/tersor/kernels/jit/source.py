@@ -51,7 +51,8 @@ class KernelSource:
         parameters: `#define`s ahead of the header: upper-case names; integers, booleans (0 or 1) or text
             that is a C++ expression or type.
         arguments: what the host passes, one letter an argument: P pointer, i int, I unsigned, q long long,
-            Q unsigned long long, f float. The translation unit checks it against the kernel.
+            Q unsigned long long, f float, T a tensor map of 128 bytes (first, it is aligned to 64). The translation
+            unit checks it against the kernel.
         texts: headers that are no files of the package, name to text (tests and experiments).
     """
 

@@ -1,4 +1,4 @@
-"""The choice for one linear: how many tokens a tile takes, how deep the ring is, how the channels are split."""
+"""The choice for one linear: which schedule, how wide a token tile, how deep the ring, how the channels are split."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ from dataclasses import dataclass
 
 from tersor.hardware import Chip
 
-FUSED_TOKENS = 64
-"""Up to this many tokens the fused kernel serves; above, weights are decoded once and cuBLAS multiplies."""
+SM80 = "sm80"
+SM90 = "sm90"
+SM80_TOKENS = 64
+"""The most tokens that the sm80 schedule takes; above, weights are decoded once and cuBLAS multiplies."""
+SM80_TILES = (8, 16, 32, 64)
+"""Token tiles of the sm80 schedule."""
+SM90_SHAPES = {8: (1, 4), 16: (1, 4), 32: (2, 2), 64: (2, 2), 128: (2, 1), 256: (2, 1)}
+"""Token tile of the sm90 schedule -> (warpgroups of 64 rows in a CTA, CTAs on a multiprocessor)."""
+_GROUPED_TILE = 64
+"""The widest tile with scales in groups: two sets of sums must fit in registers."""
 
 ROWS = 128
-"""Output rows of a CTA of the fused kernel."""
-
-_COLUMNS = 128
-_BLOCKS_OF_STAGE = 8
-N_TILES = (8, 16, 32, 64)
-"""Tile widths of the fused kernel, in tokens."""
-
-_STAGES = 4
-_MAX_RESIDENT = 4
+"""Output rows of a CTA of the sm80 schedule."""
+UNIT_ROWS = 64
+COLUMNS = 128
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
+_STATIC_SHARED = 1024
+"""Barriers of the sm90 schedule, up to the alignment of its ring."""
 
-# Measured on an H200 with 6-bit weights (docs/log.md, "first fused kernel"); other chips differ in bandwidth and
-# multiprocessors, which the model takes from `Chip`.
+# Measured on an H200 with 6-bit weights (docs/log.md); other chips differ in bandwidth and multiprocessors, which the
+# model takes from `Chip`. Times in seconds.
 _ACHIEVED = 0.88
 """Share of the datasheet's bandwidth that a stream of reads reaches."""
-_RAMP_SECONDS = 2.0e-6
+_RAMP = 2.0e-6
 """Start of a kernel, first fill of the rings and the drain at the end."""
-_SPLIT_SECONDS = 0.5e-6
+_SM80_SPLIT = 0.5e-6
 """Exchange of the parts of a split sum."""
-_STAGE_SECONDS = (0.30e-6, 0.025e-6)
-"""Latency of one stage of one CTA: a constant, and a part for each token of the tile."""
-_BUSY_SECONDS = (0.18e-6, 0.022e-6)
-"""Time a multiprocessor with enough CTAs spends on one stage, likewise."""
+_SM80_LATENCY = (0.30e-6, 0.025e-6)
+"""One block of one CTA: a constant, and a part for each token of the tile."""
+_SM80_BUSY = (0.18e-6, 0.022e-6)
+"""One block on a multiprocessor with enough CTAs, likewise."""
+_SM90_BUSY = {8: 0.14e-6, 16: 0.15e-6, 32: 0.30e-6, 64: 0.42e-6, 128: 0.72e-6, 256: 1.35e-6}
+"""One block of a CTA on a busy multiprocessor, by token tile."""
+_SM90_LATENCY = 0.28e-6
+"""One block of a CTA that has a multiprocessor to itself."""
+_SM90_SPLIT = 0.5e-6
+"""Exchange of the parts of a split sum, beside writing and reading them."""
+_FEW_TOKENS = 4
+_FEW_WEIGHTS = 1 << 26
+"""Up to so many tokens and weights the sm80 schedule starts and ends sooner than its successor streams faster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +56,10 @@ class LinearProblem:
     """One product y[N, OC] = x[N, IC] @ W^T with packed W.
 
     Attributes:
-        oc, ic, n: sizes.
+        oc, ic, n: sizes; n is at least 1.
         bits: width of a code.
         scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
+        aligned: rows of x start on 16 bytes, which a tensor map needs.
     """
 
     oc: int
@@ -53,87 +67,160 @@ class LinearProblem:
     n: int
     bits: int
     scale_groups: int = 0
+    aligned: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearConfig:
-    """How the fused kernel runs a problem.
+    """How a fused kernel runs a problem.
 
     Attributes:
-        n_tile: tokens in a tile: 8, 16, 32 or 64.
+        schedule: `sm80` or `sm90`.
+        n_tile: tokens in a tile.
         stages: slots in the shared-memory ring.
-        splits: CTAs that share the channels of a row tile.
-        row_tiles: CTAs along the output channels.
+        token_tiles, row_tiles, splits: CTAs along tokens, output channels and input channels.
+        rows: output rows of a CTA.
+        resident: CTAs meant to share a multiprocessor.
         shared_bytes: dynamic shared memory of a CTA.
     """
 
+    schedule: str
     n_tile: int
     stages: int
-    splits: int
+    token_tiles: int
     row_tiles: int
+    splits: int
+    rows: int
+    resident: int
     shared_bytes: int
 
     def __str__(self) -> str:
         return (
-            f"n_tile {self.n_tile}, {self.stages} stages, grid {self.row_tiles} x {self.splits}, "
-            f"{self.shared_bytes / 1024:.0f} KiB shared"
+            f"{self.schedule} schedule, {self.n_tile} tokens x {self.rows} rows, {self.stages} stages, "
+            f"grid {self.token_tiles} x {self.row_tiles} x {self.splits}, {self.shared_bytes / 1024:.0f} KiB shared"
         )
 
 
-def n_tile(n: int) -> int:
-    """Return the smallest tile that holds `n` tokens (1 to 64)."""
-    return next(tile for tile in N_TILES if n <= tile)
+def sm80_stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
+    """Return the bytes of a slot: a block with its scales for each of 8 warps, and padded rows of activations."""
+    return 8 * (256 * bits + scale_groups * 64) + tile * (COLUMNS + 8) * 2
 
 
-def stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
-    """Return the bytes of one ring slot: a block a warp with its scales, and the activations of 128 channels."""
-    return _BLOCKS_OF_STAGE * (256 * bits + scale_groups * 64) + tile * (_COLUMNS + 8) * 2
+def sm90_stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
+    """Return the bytes of a slot: activations, then a unit with its scales for each warpgroup, in whole KiB."""
+    warpgroups, _ = SM90_SHAPES[tile]
+    return -(-(tile * COLUMNS * 2 + warpgroups * (1024 * bits + scale_groups * 256)) // 1024) * 1024
 
 
-def stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
-    """Return (slots in the ring, CTAs that fit on a multiprocessor) for one tile width.
+def sm80_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
+    """Return (slots in the ring, CTAs that fit on a multiprocessor) for one token tile.
 
     CTAs hide each other's waits better than a deeper ring does, so the ring stays at four slots where they fit and
     shrinks to three, then two, only when not even two CTAs would.
     """
-    slot = stage_bytes(tile, bits, scale_groups)
-    for depth, least in ((_STAGES, 2), (3, 2), (_STAGES, 1), (3, 1), (2, 1)):
+    slot = sm80_stage_bytes(tile, bits, scale_groups)
+    for depth, least in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1)):
         resident = (chip.shared_bytes + _RESERVED_SHARED) // (depth * slot + _RESERVED_SHARED)
         if resident >= least:
-            return depth, min(resident, _MAX_RESIDENT)
+            return depth, min(resident, 4)
     raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
+
+
+def sm90_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> int:
+    """Return the slots in the ring for one token tile: what fits beside the other CTAs, at most eight."""
+    _, resident = SM90_SHAPES[tile]
+    budget = (chip.shared_bytes + _RESERVED_SHARED) // resident - _RESERVED_SHARED - _STATIC_SHARED
+    return max(2, min(8, budget // sm90_stage_bytes(tile, bits, scale_groups)))
+
+
+def sm90_tiles(scale_groups: int) -> tuple[int, ...]:
+    """Return the token tiles that the sm90 schedule has for one scale a row (0) or scales in groups."""
+    return tuple(tile for tile in SM90_SHAPES if scale_groups == 0 or tile <= _GROUPED_TILE)
+
+
+def fused(problem: LinearProblem, chip: Chip) -> bool:
+    """Tell whether a fused kernel takes the problem; otherwise weights are decoded for cuBLAS."""
+    return problem.n <= SM80_TOKENS or (chip.capability == (9, 0) and problem.aligned)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """Choose the fused kernel's configuration by predicted time; `problem.n` is 1 to 64.
+    """Choose the fused kernel's configuration by predicted time; `fused` must say yes."""
+    few = problem.n <= _FEW_TOKENS and problem.oc * problem.ic <= _FEW_WEIGHTS
+    if chip.capability == (9, 0) and problem.aligned and not few:
+        return _choose_sm90(problem, chip)
+    return _choose_sm80(problem, chip)
 
-    The prediction is the longest of three: the busiest multiprocessor's bytes at its share of the bandwidth, its
-    stages at the rate of a full multiprocessor, and the stages of one CTA after the other at their latency. Each wave
-    adds a ramp, and the last of several a tail.
-    """
-    tile = n_tile(problem.n)
-    depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
+
+def _choose_sm80(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """The longest of three, for each number of splits: the busiest multiprocessor's bytes at its share of the
+    bandwidth, its blocks at the rate of a full multiprocessor, and the blocks of one CTA after the other at their
+    latency. Each wave adds a ramp, and the last of several a tail."""
+    tile = next(tile for tile in SM80_TILES if problem.n <= tile)
+    depth, resident = sm80_stages(tile, problem.bits, problem.scale_groups, chip)
     row_tiles = -(-problem.oc // ROWS)
-    blocks = -(-problem.ic // _COLUMNS)
-    bytes_of_stage = _BLOCKS_OF_STAGE * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * _COLUMNS * 2
+    blocks = -(-problem.ic // COLUMNS)
+    block_bytes = 8 * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
-    latency, busy = (constant + slope * tile for constant, slope in (_STAGE_SECONDS, _BUSY_SECONDS))
+    latency, busy = (constant + slope * tile for constant, slope in (_SM80_LATENCY, _SM80_BUSY))
 
     def seconds(splits: int) -> float:
         ctas = row_tiles * splits
         length = -(-blocks // splits)
-        stages_of_sm = -(-ctas // chip.sms) * length
+        blocks_of_sm = -(-ctas // chip.sms) * length
         waves = -(-ctas // (chip.sms * resident))
-        work = max(stages_of_sm * bytes_of_stage / rate, stages_of_sm * busy, waves * length * latency)
+        work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
         tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
-        return work + tail + waves * _RAMP_SECONDS + (_SPLIT_SECONDS if splits > 1 else 0.0)
+        return work + tail + waves * _RAMP + (_SM80_SPLIT if splits > 1 else 0.0)
 
     splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
     return LinearConfig(
+        schedule=SM80,
         n_tile=tile,
         stages=depth,
-        splits=splits,
+        token_tiles=1,
         row_tiles=row_tiles,
-        shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_groups),
+        splits=splits,
+        rows=ROWS,
+        resident=resident,
+        shared_bytes=depth * sm80_stage_bytes(tile, problem.bits, problem.scale_groups),
+    )
+
+
+def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """The longest of three, for each tile and number of splits: the busiest multiprocessor's bytes (activations, which
+    come from L2, count a quarter), its blocks at the rate of a busy one, and the blocks of one CTA at their latency."""
+    blocks = -(-problem.ic // COLUMNS)
+    rate = chip.bandwidth * _ACHIEVED / chip.sms
+    tiles = sm90_tiles(problem.scale_groups)
+    holding = [tile for tile in tiles if problem.n <= tile <= _GROUPED_TILE]
+    candidates = holding[:1] or [tile for tile in tiles if tile >= _GROUPED_TILE]
+
+    def seconds(choice: tuple[int, int]) -> float:
+        tile, splits = choice
+        warpgroups, resident = SM90_SHAPES[tile]
+        ctas = -(-problem.n // tile) * -(-problem.oc // (UNIT_ROWS * warpgroups)) * splits
+        length = -(-blocks // splits)
+        block_bytes = warpgroups * (1024 * problem.bits + 256 * problem.scale_groups) + tile * COLUMNS / 2
+        blocks_of_sm = -(-ctas // chip.sms) * length
+        waves = -(-ctas // (chip.sms * resident))
+        work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * _SM90_BUSY[tile], length * _SM90_LATENCY)
+        part_bytes = ctas * warpgroups * UNIT_ROWS * tile * 4
+        exchange = _SM90_SPLIT + 2 * part_bytes / chip.bandwidth if splits > 1 else 0.0
+        return work + _RAMP + 0.25 * _RAMP * (waves - 1) + exchange
+
+    choices = [(tile, splits) for tile in candidates for splits in range(1, min(_MAX_SPLITS, blocks) + 1)]
+    tile, splits = min(choices, key=seconds)
+    warpgroups, resident = SM90_SHAPES[tile]
+    depth = sm90_stages(tile, problem.bits, problem.scale_groups, chip)
+    return LinearConfig(
+        schedule=SM90,
+        n_tile=tile,
+        stages=depth,
+        token_tiles=-(-problem.n // tile),
+        row_tiles=-(-problem.oc // (UNIT_ROWS * warpgroups)),
+        splits=splits,
+        rows=UNIT_ROWS * warpgroups,
+        resident=resident,
+        shared_bytes=depth * sm90_stage_bytes(tile, problem.bits, problem.scale_groups),
     )

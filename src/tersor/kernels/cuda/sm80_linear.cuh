@@ -42,7 +42,7 @@ static_assert(kStages * kStageBytes >= kTokens * kSumStride * 4, "the sums are e
 
 struct Problem {
     const char* weight;     // blocks of packed codes
-    const float* scale;     // [rows padded to 16] or, in groups, [row blocks][blocks][SCALE_GROUPS][16]
+    const float* scale;     // [rows padded] or, in groups, [blocks][SCALE_GROUPS][16]
     const u16* x;
     long long x_stride;     // elements between rows of x
     int ic, n;
@@ -152,13 +152,12 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
     // Warps beyond the last row block read that block again; their rows are not stored.
     const int row_blocks = (oc + tile::kRows - 1) / tile::kRows;
     const int row_block = min(row_tile * kWarps + warp, row_blocks - 1);
-    const long long first_block = static_cast<long long>(row_block) * blocks;
     const u64 policy = ptx::evict_first_policy();
 
     const auto issue = [&](int stage) {
         if (stage < last) {
             char* slot = ring + (stage - first) % kStages * kStageBytes;
-            copy_block(problem, slot + warp * kWarpBytes, first_block + stage, lane, policy);
+            copy_block(problem, slot + warp * kWarpBytes, tile::block_index(row_block, stage, blocks), lane, policy);
             copy_activations(problem, reinterpret_cast<u16*>(slot + kWarps * kWarpBytes), stage);
         }
         ptx::copy_async_commit();
