@@ -230,8 +230,7 @@ def _check_embedding(located: Located, layer: LinearLayer, architecture: Archite
     shape, kind = architecture.embeddings[layer.module]
     if kind:
         raise InputError(
-            f"{layer.module} is a {kind}, which computes more than a packed embedding can: leave it out of "
-            "the overrides"
+            f"{layer.module} ({kind}) computes more than a packed embedding can: leave it out of the overrides"
         )
     if layer.shape != shape:
         raise CheckpointError(
