@@ -178,3 +178,47 @@ def test_experts(tmp_path, ids):
         assert close(model(ids).logits, load(tmp_path / "packed", dtype=torch.float32)(ids.cpu()).logits)
     model.save_pretrained(tmp_path / "again")
     assert same(tensors(tmp_path / "again"), tensors(tmp_path / "packed"))
+
+
+def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import tersor
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "plain")
+    tersor.quantize(tmp_path / "plain", tmp_path / "packed", overrides=["embed_tokens=fp6_e3m2"])
+    model = load(tmp_path / "packed", device_map="cuda")
+    embedding, head = model.model.embed_tokens, model.lm_head
+    assert (embedding.layout, head.layout) == ("stream", "tiles_float16")
+    assert torch.equal(embedding.weight, head.weight)
+    ids = torch.tensor([PROMPT], device="cuda")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                model(ids, use_cache=False)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(ids, use_cache=False).logits
+        ids.copy_(ids.flip(1))
+        graph.replay()
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
+        assert close(logits, load(tmp_path / "packed", dtype=torch.float32)(ids.cpu()).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert same(tensors(tmp_path / "again"), tensors(tmp_path / "packed"))
+    model.to("cpu")
+    assert head.layout == "stream"
+    assert head.weight_packed.data_ptr() == embedding.weight_packed.data_ptr()

@@ -238,7 +238,10 @@ def test_already_compressed(model, tmp_path, config, method):
         ({"overrides": ["down_proj"]}, "is not REGEX=FORMAT"),
         ({"overrides": "down_proj=int4"}, "give a list of REGEX=FORMAT or a mapping"),
         ({"overrides": ["down_prj=int4"]}, "override 'down_prj' matches no linear layer"),
-        ({"overrides": ["embed_tokens=int4"]}, "override 'embed_tokens' finds only model.embed_tokens: embeddings are"),
+        (
+            {"overrides": ["embed=int4"]},
+            "finds only model.embed_tokens .*left alone unless the pattern says 'embed_tokens'",
+        ),
         ({"overrides": ["head=int4"]}, "finds only lm_head .*left alone unless the pattern says 'lm_head'"),
         ({"overrides": ["down_proj=int4:g40"]}, "group size 40 does not divide the 96 input channels of .*down_proj"),
     ],

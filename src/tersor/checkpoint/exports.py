@@ -24,7 +24,7 @@ _FUSED_BY_READERS = (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_pro
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\..*")
 
 Layers = Sequence[tuple[LinearLayer, "Scheme | None"]]
-"""Every linear layer of the model with its scheme, `None` where it is left alone."""
+"""Every linear layer of the model, and every embedding asked for, with its scheme, `None` where it is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,9 @@ class _Foreign(Export):
         return FormatError(f"{self.name} cannot say {_words(scheme)} ({layer.module}); it can say {self.can}")
 
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
+        packed = next((layer.module for layer, scheme in layers if layer.embedding and scheme is not None), None)
+        if packed is not None:
+            raise FormatError(f"{self.name} readers do not decode embeddings: leave {packed} out of the overrides")
         if architecture.transposes:
             raise FormatError(
                 f"{self.name} readers expect the transposed layers of {architecture.name} uncompressed: export a "

@@ -172,4 +172,6 @@ def _input_channels(architecture: Architecture, module: str, words: int, scheme:
     """Return IC: what the architecture says, or all that fit in a row (for experts, which it keeps fused)."""
     if module in architecture.linears:
         return architecture.linears[module][0][1]
+    if module in architecture.embeddings:
+        return architecture.embeddings[module][0][1]
     return words // scheme.format.bits * _ROW_ELEMENTS

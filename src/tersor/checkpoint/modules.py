@@ -1,4 +1,7 @@
-"""Which stored tensor is the weight of a linear layer? The architecture is built without memory and asked."""
+"""Which stored tensor is the weight of a linear layer, or of an embedding?
+
+The architecture is built without memory and asked.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+_EMBEDDING = "embedding"
 _HEAD_NAMES = ("lm_head", "embed_out")
 _EXPERT = re.compile(r"(?P<layer>.*\.\d+)\.[^.]+\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
@@ -19,14 +24,15 @@ _FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_
 
 @dataclass(frozen=True, slots=True)
 class LinearLayer:
-    """A linear layer of the model, as the checkpoint stores it.
+    """A linear layer of the model, or an embedding, as the checkpoint stores it.
 
     Attributes:
         module: its name in the model, which patterns are matched with.
         stem: the start of its tensors' names in the checkpoint: the weight is `stem + '.weight'`.
         shape: (OC, IC).
         transposed: stored as [IC, OC] (GPT-2's Conv1D).
-        spared: why it is left alone unless it is asked for (`output head`, `router`), or an empty string.
+        spared: why it is left alone unless it is asked for (`output head`, `router`, `embedding`), or an empty
+            string.
     """
 
     module: str
@@ -34,6 +40,11 @@ class LinearLayer:
     shape: tuple[int, int]
     transposed: bool = False
     spared: str = ""
+
+    @property
+    def embedding(self) -> bool:
+        """Whether rows are looked up instead of multiplied."""
+        return self.spared == _EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,8 @@ class Architecture:
     Attributes:
         name: class of the model.
         linears: module name -> ((OC, IC), transposed).
-        embeddings: names of embedding modules.
+        embeddings: module name -> ((rows, columns), class name where it computes more than a packed one can, or an
+            empty string).
         modules: every module name.
         base_prefix: the prefix that tells `model.layers.0` from `layers.0`.
         head: name of the output head, or an empty string.
@@ -52,7 +64,7 @@ class Architecture:
 
     name: str
     linears: dict[str, tuple[tuple[int, int], bool]]
-    embeddings: frozenset[str]
+    embeddings: dict[str, tuple[tuple[int, int], str]]
     modules: frozenset[str]
     base_prefix: str
     head: str
@@ -77,10 +89,10 @@ class Architecture:
         return stem
 
     def linear_of(self, spec: TensorSpec, path: str) -> LinearLayer | None:
-        """Return the linear layer whose weight a stored tensor is, or `None`.
+        """Return the linear layer or embedding whose weight a stored tensor is, or `None`.
 
         Raises:
-            CheckpointError: the tensor's shape is not the layer's.
+            CheckpointError: the tensor's shape is not the linear layer's.
         """
         stem = spec.name.removesuffix(".weight")
         if stem == spec.name:
@@ -95,6 +107,8 @@ class Architecture:
                     f"config.json wants {list(stored)}"
                 )
             return LinearLayer(module, stem, shape, transposed, self.spared(module))
+        if module in self.embeddings and len(spec.shape) == 2:
+            return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]), spared=_EMBEDDING)
         match = _EXPERT.fullmatch(module)
         if match and match["layer"] in self.modules and len(spec.shape) == 2:
             return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]))
@@ -113,7 +127,7 @@ class Architecture:
         module = self.module_of(stem)
         leaf = stem.rpartition(".")[2]
         if module in self.embeddings:
-            return "embedding"
+            return _EMBEDDING
         if stem in _HEAD_NAMES:
             return "output head"
         if leaf in _ROUTER_NAMES and len(spec.shape) == 2:
@@ -141,7 +155,7 @@ def read_architecture(directory: Path) -> Architecture:
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
     linears: dict[str, tuple[tuple[int, int], bool]] = {}
-    embeddings = []
+    embeddings: dict[str, tuple[tuple[int, int], str]] = {}
     names = []
     for name, module in model.named_modules():
         names.append(name)
@@ -150,18 +164,29 @@ def read_architecture(directory: Path) -> Architecture:
         elif isinstance(module, Conv1D):
             linears[name] = ((module.nf, module.nx), True)
         elif isinstance(module, torch.nn.Embedding):
-            embeddings.append(name)
+            kind = "" if packable_embedding(module) else type(module).__name__
+            embeddings[name] = ((module.num_embeddings, module.embedding_dim), kind)
     output = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is output), "")
     return Architecture(
         name=type(model).__name__,
         linears=linears,
-        embeddings=frozenset(embeddings),
+        embeddings=embeddings,
         modules=frozenset(names),
         base_prefix=model.base_model_prefix,
         head=head,
         tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
     )
+
+
+def packable_embedding(module: Any) -> bool:
+    """Whether an embedding only looks rows up, or multiplies them by one number that is known, as Gemma's do."""
+    import torch
+
+    if module.max_norm is not None:
+        return False
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "scalar_embed_scale")
+    return scaled or type(module).forward is torch.nn.Embedding.forward
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ class Step:
 
     Attributes:
         source: where it is read.
-        layer: the linear layer it is the weight of, or `None`.
+        layer: the linear layer, or the embedding asked for, that it is the weight of, or `None`.
         scheme: what it is compressed to, or `None`: copied byte by byte.
         stored: the tensors a compressed weight becomes.
         note: why it is copied, where that is worth a word.
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def layers(self) -> list[tuple[LinearLayer, Scheme | None]]:
-        """Every linear layer with its scheme."""
+        """Every linear layer, and every embedding asked for, with its scheme."""
         return [(step.layer, step.scheme) for step in self.steps if step.layer is not None]
 
     @property
@@ -99,8 +99,12 @@ def make_plan(
     pairs = [
         (located, architecture.linear_of(located.spec, str(located.file.path))) for located in source.tensors.values()
     ]
+    _check_patterns(architecture, [layer for _, layer in pairs if layer is not None], ignore, overrides)
+    pairs = [
+        (located, None if layer is not None and layer.embedding and not _asked(layer, overrides) else layer)
+        for located, layer in pairs
+    ]
     layers = [layer for _, layer in pairs if layer is not None]
-    _check_patterns(architecture, layers, ignore, overrides)
     spared = {layer.module for layer in layers if layer.spared and not _asked(layer, overrides)}
     config = QuantizationConfig(
         scheme,
@@ -114,6 +118,8 @@ def make_plan(
         if layer is None or chosen is None:
             steps.append(Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore)))
             continue
+        if layer.embedding:
+            _check_embedding(located, layer, architecture)
         _check_weight(located, layer, chosen)
         stored = export.store(layer, chosen)
         _check_names(stored.specs, source, located)
@@ -142,7 +148,7 @@ def _check_patterns(
     overrides: Sequence[Override],
 ) -> None:
     names = [*architecture.modules, *(layer.module for layer in layers)]
-    example = layers[0].module if layers else "model.layers.0.mlp.up_proj"
+    example = next((layer.module for layer in layers if not layer.embedding), "model.layers.0.mlp.up_proj")
     for pattern in ignore:
         if not any(re.search(pattern, name) for name in names):
             raise InputError(f"ignore {pattern!r} matches no module (they are called like {example!r})")
@@ -159,7 +165,7 @@ def _check_patterns(
         elif architecture.head and re.search(pattern, architecture.head):
             why = f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
         elif embeddings:
-            why = f"finds only {embeddings[0]}: embeddings are looked up, not multiplied, and stay as they are"
+            why = f"finds only {embeddings[0]}, which has no weight of its own in the checkpoint"
         else:
             why = f"matches no linear layer (they are called like {example!r})"
         raise InputError(f"override {pattern!r} {why}")
@@ -217,6 +223,19 @@ def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
         raise FormatError(
             f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that layer an "
             "override or ignore it"
+        )
+
+
+def _check_embedding(located: Located, layer: LinearLayer, architecture: Architecture) -> None:
+    shape, kind = architecture.embeddings[layer.module]
+    if kind:
+        raise InputError(
+            f"{layer.module} ({kind}) computes more than a packed embedding can: leave it out of the overrides"
+        )
+    if layer.shape != shape:
+        raise CheckpointError(
+            f"{located.file.path}: tensor {located.spec.name!r} has shape {list(layer.shape)}, and "
+            f"{architecture.name} with this config.json wants {list(shape)}"
         )
 
 

@@ -46,8 +46,8 @@ def command(
         typer.Option(
             metavar="REGEX=FORMAT",
             help="Another format for modules whose name it finds, FORMAT[:gN|:row][:SCALE]; repeatable, the "
-            "first that finds a module decides. lm_head and routers are left alone unless a pattern spells their "
-            "name.",
+            "first that finds a module decides. lm_head, embeddings and routers are left alone unless a pattern "
+            "spells their name.",
         ),
     ] = None,
     algorithm: Annotated[str, typer.Option(help="rtn: round to nearest.")] = "rtn",

@@ -182,13 +182,14 @@ def read_text(path: str | Path) -> str:
 
 def bits_per_weight(model: PreTrainedModel) -> float | None:
     """Return the mean stored bits of a compressed weight, scales counted; None where none is compressed."""
-    from tersor.nn import PackedLinear
+    from tersor.nn import PackedModule
 
     bits, weights = 0.0, 0
     for module in model.modules():
-        if isinstance(module, PackedLinear):
-            count = module.in_features * module.out_features
-            bits += module.scheme.bits_per_weight(module.in_features) * count
+        if isinstance(module, PackedModule) and module.in_state_dict:
+            oc, ic = module.shape
+            count = oc * ic
+            bits += module.scheme.bits_per_weight(ic) * count
             weights += count
     return bits / weights if weights else None
 

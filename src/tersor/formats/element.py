@@ -116,7 +116,7 @@ class ElementFormat:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the float32 values of uint8 `codes`, same shape and device."""
-        table = _values(self).to(codes.device)
+        table = _values_on(self, codes.device)
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
     def round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +171,12 @@ def _values(fmt: ElementFormat) -> torch.Tensor:
     magnitude = torch.ldexp(fraction, exponent.clamp_min(1) - fmt.bias)
     negative = (integers >> (fmt.bits - 1)).bool()
     return torch.where(negative, -magnitude, magnitude).to(torch.float32)
+
+
+@functools.cache
+def _values_on(fmt: ElementFormat, device: torch.device) -> torch.Tensor:
+    # Kept: a CUDA graph cannot capture a copy from the host.
+    return _values(fmt).to(device)
 
 
 def names() -> tuple[str, ...]:

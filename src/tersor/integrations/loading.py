@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +22,15 @@ from tersor.errors import CheckpointError, NonFiniteError, UnsupportedError
 from tersor.formats import SCALE_DTYPES, Scheme
 from tersor.integrations.placement import Place, Placement
 from tersor.layouts import stream
-from tersor.nn.linear import PACKED, SCALE, ZERO_POINT, PackedLinear
-from tersor.nn.replace import linear_shape, swap_linear
+from tersor.nn.packed import PACKED, SCALE, ZERO_POINT, PackedModule
+from tersor.nn.replace import packable, swap_packed, swap_tied
 from tersor.version import __version__
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Elements encoded at once: on a CPU what the passes over a block touch stays in its cache."""
 _MAX_THREADS = 32
 _PACKED_SUFFIX = f".{PACKED}"
+_WEIGHT = ".weight"
 
 
 def open_checkpoint(checkpoint_files: Sequence[str], name_or_path: str) -> Source:
@@ -52,8 +54,11 @@ def open_checkpoint(checkpoint_files: Sequence[str], name_or_path: str) -> Sourc
     return source
 
 
-def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> Placement:
+def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> tuple[Placement, dict[str, str]]:
     """Put packed layers wherever a tersor checkpoint holds a packed weight, and check that it fits the model.
+
+    Returns:
+        The placement, and output head -> packed embedding whose weight it shares, for `tie_heads`.
 
     Raises:
         CheckpointError: tensors missing, of another shape or dtype, belonging to nothing, or contradicting `config`.
@@ -71,29 +76,29 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> P
         schemes[stem] = scheme
     placement = Placement(model)
     places = placement.place(stems)
-    _untie(model, places)
+    heads = _find_ties(model, source, placement, {place.module: schemes[place.stem] for place in places})
     expected = {}
     for place in places:
-        layer = swap_linear(model, place.module, schemes[place.stem])
+        layer = swap_packed(model, place.module, schemes[place.stem])
         mark_initialized(layer)
         _check_stored(source, place, layer)
-        tensors = layer.stored_tensors(layer.in_features, layer.out_features, layer.scheme)
-        expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in tensors})
+        expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in layer.own_tensors()})
     placement.refresh(expected)
     _check_complete(placement, source)
-    return placement
+    return placement, heads
 
 
 def plan_compression(
     model: Any, source: Source, config: QuantizationConfig
-) -> tuple[QuantizationConfig, Placement, dict[str, Scheme]]:
+) -> tuple[QuantizationConfig, Placement, dict[str, Scheme], dict[str, str]]:
     """Decide what is compressed while a plain checkpoint is loaded, exactly as the `quantize` verb would.
 
     The layers stay plain; each is replaced when its weight arrives. Their weights take the dtype they have on disk, so
     that transformers does not round them to the model's dtype first.
 
     Returns:
-        The configuration with what was left alone written out, the placement, and module name -> scheme.
+        The configuration with what was left alone written out, the placement, module name -> scheme, and output head ->
+        embedding whose packed weight it will share, for `tie_heads`.
 
     Raises:
         InputError: patterns that find nothing, group sizes that do not divide, a broken checkpoint.
@@ -112,20 +117,26 @@ def plan_compression(
     chosen = {step.layer.stem: step for step in plan.steps if step.layer is not None and step.scheme is not None}
     placement = Placement(model)
     places = placement.place(chosen)
-    _untie(model, places)
     schemes = {}
     for place in places:
         step = chosen[place.stem]
         module = model.get_submodule(place.module)
-        if linear_shape(module) is None:
+        if not packable(module):
             raise UnsupportedError(f"{place.module} is a {type(module).__name__}, which cannot run packed: ignore it")
         shape, dtype = module.weight.shape, TORCH_DTYPES[step.source.spec.dtype]
         module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         if step.scheme is not None:
             schemes[place.module] = step.scheme
+    heads = _find_ties(model, source, placement, schemes)
     placement.refresh({f"{place.stem}.weight": f"{place.module}.weight" for place in places})
     _check_complete(placement, source)
-    return plan.config, placement, schemes
+    return plan.config, placement, schemes, heads
+
+
+def tie_heads(model: Any, heads: Mapping[str, str]) -> None:
+    """Give output heads the weight of the packed embedding they share it with, once it is loaded."""
+    for head, embedding in heads.items():
+        model.get_submodule(head).tie(model.get_submodule(embedding))
 
 
 def compress(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
@@ -189,11 +200,9 @@ def check_loaded(model: nn.Module) -> None:
         CheckpointError: one has not.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, PackedLinear):
+        if not isinstance(module, PackedModule) or not module.in_state_dict:
             continue
-        for key, (shape, dtype) in module.stored_tensors(
-            module.in_features, module.out_features, module.scheme
-        ).items():
+        for key, (shape, dtype) in module.own_tensors().items():
             tensor = getattr(module, key)
             if tensor.device.type == "meta" or tuple(tensor.shape) != shape:
                 raise CheckpointError(f"{name}.{key} was not loaded: the checkpoint lacks it")
@@ -217,15 +226,51 @@ def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
             parameter.data = parameter.data.to(wanted)
 
 
-def _untie(model: Any, places: Sequence[Place]) -> None:
-    """Take a packed output head with a weight of its own out of what transformers ties, whatever config.json says."""
-    for place in places:
-        if model.all_tied_weights_keys.pop(f"{place.module}.weight", None) is not None:
+def _find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """Take packed modules out of what transformers ties, and put packed heads where a packed embedding is shared.
+
+    A head with a weight of its own in the checkpoint keeps it, whatever config.json says.
+
+    Args:
+        model: on the meta device.
+        source: its checkpoint.
+        placement: names in the checkpoint -> names in the model.
+        schemes: of the modules that are packed, or will be, by name.
+
+    Returns:
+        Output head -> embedding whose packed weight it will share.
+
+    Raises:
+        UnsupportedError: something else than an output head shares a packed embedding.
+    """
+    ties = model.all_tied_weights_keys
+    stored = {placement.rename(name)[0] for name in source.tensors}
+    heads = {}
+    for target, origin in list(ties.items()):
+        head, embedding = target.removesuffix(_WEIGHT), origin.removesuffix(_WEIGHT)
+        if head not in schemes and embedding not in schemes:
+            continue
+        if embedding not in schemes and origin not in stored:
+            raise UnsupportedError(f"{embedding} has only the weight of {head}, which is packed: ignore {head}")
+        del ties[target]
+        if head in schemes or target in stored:
             model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+            continue
+        mark_initialized(swap_tied(model, head, embedding, schemes[embedding]))
+        heads[head] = embedding
+    if heads:
+        # Kept from what transformers ties in later calls as well; the config still says that they are tied.
+        declared = model._tied_weights_keys
+        model._tied_weights_keys = {
+            target: origin
+            for target, origin in declared.items()
+            if not any(re.match(target, head + _WEIGHT) for head in heads)
+        }
+    return heads
 
 
-def _check_stored(source: Source, place: Place, layer: PackedLinear) -> None:
-    tensors = layer.stored_tensors(layer.in_features, layer.out_features, layer.scheme)
+def _check_stored(source: Source, place: Place, layer: PackedModule) -> None:
+    tensors = layer.own_tensors()
     for name, (shape, dtype) in tensors.items():
         located = source.tensors.get(f"{place.stem}.{name}")
         if located is None:
@@ -236,7 +281,7 @@ def _check_stored(source: Source, place: Place, layer: PackedLinear) -> None:
         if spec.shape != shape or TORCH_DTYPES.get(spec.dtype) != dtype:
             raise CheckpointError(
                 f"{located.file.path}: {spec.name} is {spec.dtype} {list(spec.shape)}; {layer.scheme.key()} of a layer "
-                f"[{layer.out_features}, {layer.in_features}] is {dtype} {list(shape)}"
+                f"{list(layer.shape)} is {dtype} {list(shape)}"
             )
     if f"{place.stem}.{ZERO_POINT}" in source.tensors and ZERO_POINT not in tensors:
         raise CheckpointError(f"{source.directory}: {place.stem} has zero points, which {layer.scheme.key()} has not")

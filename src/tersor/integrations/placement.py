@@ -31,7 +31,7 @@ class Place:
 
     Attributes:
         stem: start of its tensors' names in the checkpoint.
-        module: name of the linear layer in the model.
+        module: name of the linear layer or embedding in the model.
     """
 
     stem: str
@@ -57,7 +57,7 @@ class Placement:
         self._refresh()
 
     def place(self, stems: Iterable[str]) -> list[Place]:
-        """Find the linear layer of every stored weight, splitting fused experts where they hold one.
+        """Find the linear layer or embedding of every stored weight, splitting fused experts where they hold one.
 
         Weights that transformers ignores (`_keys_to_ignore_on_load_unexpected`) are left out.
 

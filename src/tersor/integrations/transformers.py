@@ -40,7 +40,8 @@ class TersorConfig(QuantizationConfigMixin):
             format: such as `fp6_e3m2`, `int4` or `mxfp6_e3m2`.
             group_size: consecutive input channels that share a scale; `None` is one scale a row.
             scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
-            ignore: patterns of modules left as they are; output heads and routers are left anyway.
+            ignore: patterns of modules left as they are; output heads, embeddings and routers are
+                left anyway, unless an override spells their name.
             overrides: pattern -> `"int8"`, `"int8:g64:bfloat16"`, or a mapping with format, group_size, scale_dtype.
 
         Raises:
@@ -101,7 +102,7 @@ class TersorConfig(QuantizationConfigMixin):
 
 
 class TersorHfQuantizer(HfQuantizer):
-    """Replaces linear layers by packed ones before transformers loads the weights, and checks that all arrived."""
+    """Replaces linear layers and embeddings by packed ones before transformers loads, and checks that all arrived."""
 
     requires_calibration = False
     quantization_config: TersorConfig
@@ -110,6 +111,7 @@ class TersorHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._schemes: dict[str, Scheme] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self._heads: dict[str, str] = {}
         self._dropped: set[tuple[str, ...]] = set()
         self._dropped_converters: list[Any] = []
         self._failure: TersorError | None = None
@@ -133,9 +135,10 @@ class TersorHfQuantizer(HfQuantizer):
             )
         with open_checkpoint(checkpoint_files, model.config.name_or_path) as source:
             if self.pre_quantized:
-                placement = pack_checkpoint(model, source, self.quantization_config.parsed)
+                placement, self._heads = pack_checkpoint(model, source, self.quantization_config.parsed)
             else:
-                parsed, placement, self._schemes = plan_compression(model, source, self.quantization_config.parsed)
+                asked = self.quantization_config.parsed
+                parsed, placement, self._schemes, self._heads = plan_compression(model, source, asked)
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config
         self._dropped, self._dtypes = placement.dropped, placement.dtypes
@@ -166,11 +169,12 @@ class TersorHfQuantizer(HfQuantizer):
         return _Compress(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tersor.integrations.loading import check_loaded, restore_dtypes
+        from tersor.integrations.loading import check_loaded, restore_dtypes, tie_heads
 
         if self._failure is not None:
             raise self._failure
         check_loaded(model)
+        tie_heads(model, self._heads)
         restore_dtypes(model, self._dtypes)
         for module in _packed_layers(model).values():
             module.prepare(module.dtype)
@@ -183,7 +187,7 @@ class TersorHfQuantizer(HfQuantizer):
         handles = [
             module.register_state_dict_post_hook(_to_cpu)
             for module in _packed_layers(model).values()
-            if module.layout != STREAM
+            if module.in_state_dict and module.layout != STREAM
         ]
         if not handles:
             return None, {}
@@ -198,6 +202,9 @@ class TersorHfQuantizer(HfQuantizer):
 
         # save_pretrained leaves a name in config.dtype, which is what comes here.
         unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        if self._heads:
+            del model._tied_weights_keys  # the class's own again
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model._weight_conversions = [*self._dropped_converters, *(getattr(model, "_weight_conversions", None) or ())]
         return model
 
@@ -234,23 +241,25 @@ class _Compress(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         from tersor.integrations.loading import compress, mark_initialized
-        from tersor.nn.replace import swap_linear
+        from tersor.nn.linear import PackedLinear
+        from tersor.nn.replace import swap_packed
 
         (value,) = input_dict.values()
         weight: torch.Tensor = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
         scheme = self._quantizer._schemes[name]
-        layer = swap_linear(model, name, scheme, dtype=self._quantizer._dtypes[full_layer_name])
+        layer = swap_packed(model, name, scheme, dtype=self._quantizer._dtypes[full_layer_name])
+        transposed = isinstance(layer, PackedLinear) and layer.transposed
         mark_initialized(layer)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         # transformers would bury an exception from here in a report of several pages, so failures wait.
         failure: TersorError
         try:
-            packed = compress(weight.T if layer.transposed else weight, scheme)
+            packed = compress(weight.T if transposed else weight, scheme)
             return {f"{name}.{key}": tensor for key, tensor in packed.items()}
         except NonFiniteError as error:
-            index = error.index[::-1] if layer.transposed else error.index
+            index = error.index[::-1] if transposed else error.index
             failure = NonFiniteError(index, error.value, f"tensor {full_layer_name!r}")
         except FormatError as error:
             failure = FormatError(f"tensor {full_layer_name!r}: {error}")
@@ -265,7 +274,7 @@ def _packed_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    from tersor.nn.linear import PACKED, SCALE
+    from tersor.nn.packed import PACKED, SCALE
 
     for name in (prefix + PACKED, prefix + SCALE):
         state_dict[name] = state_dict[name].cpu()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from tersor.checkpoint.modules import packable_embedding
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
+from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedExperts
 from tersor.nn.linear import PackedLinear
+from tersor.nn.packed import PackedModule
 
 _SAME_AS_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
@@ -29,6 +34,71 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear) and plain:
         return module.out_features, module.in_features
     return None
+
+
+def packable(module: nn.Module) -> bool:
+    """Whether a packed module can stand for this one: a linear layer, or an embedding that only looks rows up."""
+    return packable_embedding(module) if isinstance(module, nn.Embedding) else linear_shape(module) is not None
+
+
+def swap_packed(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedModule:
+    """Replace a linear layer or an embedding of a model by a packed one on the same device.
+
+    Args:
+        model: holds the module.
+        name: the module's name in the model.
+        scheme: of the packed module.
+        dtype: of activations; that of the old weight when `None`.
+
+    Raises:
+        UnsupportedError: the module is neither, or computes more than a packed one can.
+        FormatError: the group size does not divide IC.
+    """
+    old = model.get_submodule(name)
+    if not isinstance(old, nn.Embedding):
+        return swap_linear(model, name, scheme, dtype)
+    if not packable_embedding(old):
+        raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
+    scale = getattr(old, "scalar_embed_scale", None)
+    new = PackedEmbedding(
+        old.num_embeddings,
+        old.embedding_dim,
+        scheme,
+        old.padding_idx,
+        None if scale is None else float(scale),
+        type(old),
+        device=old.weight.device,
+        dtype=dtype or old.weight.dtype,
+    )
+    model.set_submodule(name, new.train(old.training))
+    return new
+
+
+def swap_tied(model: nn.Module, name: str, embedding: str, scheme: Scheme) -> TiedLinear:
+    """Replace an output head by one that will take the weight of a packed embedding: `TiedLinear.tie` does that.
+
+    Args:
+        model: holds both.
+        name: the head's name.
+        embedding: name of the embedding, packed already or still plain.
+        scheme: of the embedding.
+
+    Raises:
+        UnsupportedError: the head is no linear layer of the embedding's shape.
+    """
+    old, source = model.get_submodule(name), model.get_submodule(embedding)
+    assert isinstance(source, PackedEmbedding | nn.Embedding)
+    shape = (source.num_embeddings, source.embedding_dim)
+    if is_conv1d(old) or linear_shape(old) != shape:
+        raise UnsupportedError(
+            f"{name} shares the weight of {embedding} and is a {type(old).__name__}, not a linear layer "
+            f"{list(shape)}: leave {embedding} out of the overrides"
+        )
+    weight: torch.Tensor = old.weight  # type: ignore[assignment]
+    new = TiedLinear(shape[1], shape[0], scheme, device=weight.device, dtype=weight.dtype)
+    new.bias = getattr(old, "bias", None)
+    model.set_submodule(name, new.train(old.training))
+    return new
 
 
 def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedLinear:
@@ -59,13 +129,31 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
 
 
 def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every packed layer by what it stands for: Linear, Conv1D or fused experts, decoded to `dtype`."""
+    """Replace every packed module by what it stands for, decoded to `dtype`; what shared a weight shares it again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):
             model.set_submodule(name, _fused(module, dtype))
+    shared: dict[PackedModule, torch.Tensor] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedEmbedding):
+            plain = _plain_embedding(module, dtype)
+            shared[module] = plain.weight
+            model.set_submodule(name, plain)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            model.set_submodule(name, _plain(module, dtype))
+            source = module.source if isinstance(module, TiedLinear) else None
+            model.set_submodule(name, _plain(module, dtype, None if source is None else shared[source]))
+
+
+def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    scale: dict[str, Any] = {} if module.embed_scale is None else {"embed_scale": module.embed_scale}
+    with torch.device("meta"):
+        plain = module.plain_class(module.num_embeddings, module.embedding_dim, module.padding_idx, **scale)
+    weight = module.packed_weight().dequantize(dtype)
+    if scale:
+        plain.embed_scale = torch.tensor(module.embed_scale, device=weight.device)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    return plain.train(module.training)
 
 
 def _fused(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
@@ -75,8 +163,8 @@ def _fused(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     return experts
 
 
-def _plain(module: PackedLinear, dtype: torch.dtype) -> nn.Module:
-    weight = module.packed_weight().dequantize(dtype)
+def _plain(module: PackedLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:
+    weight = module.packed_weight().dequantize(dtype) if shared is None else shared
     with torch.device("meta"):
         plain: nn.Module
         if module.transposed:
@@ -86,7 +174,7 @@ def _plain(module: PackedLinear, dtype: torch.dtype) -> nn.Module:
             weight = weight.T.contiguous()
         else:
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
     if module.bias is not None:
         plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
     return plain.train(module.training)

@@ -1,0 +1,159 @@
+"""What packed modules share: a weight as buffers, which no cast touches and the state dict shows as it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from tersor.formats import SCALE_DTYPES, Scheme
+from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts.stream import row_words
+
+PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
+"""Names of the tensors that stand for one weight, on disk and in a state dict."""
+
+_Self = TypeVar("_Self", bound="PackedModule")
+
+
+class PackedModule(nn.Module):
+    """Holds a packed weight [OC, IC]; a subclass says what is computed with it.
+
+    Attributes:
+        shape: (OC, IC) of the weight.
+        scheme: what codes and scales mean.
+        dtype: of the decoded `weight`; follows `.half()`, `.to(dtype)` and the like.
+        layout: the layout `weight_packed` is in now: `stream` or a kernel layout.
+        weight_packed: int32 [OC, words] in the stored stream, flat in a kernel layout.
+        weight_scale: [OC, G] in the scheme's scale dtype; float32, flat in a kernel layout.
+        weight_zero_point: uint8 [OC, G] for `uint` formats, else `None`.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor | None
+    in_state_dict: ClassVar[bool] = True
+    """Whether the weight is stored with this module; else another module's state dict holds it."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a module with uninitialised codes and scales, to be filled from a state dict.
+
+        Args:
+            shape: (OC, IC).
+            scheme: element format and scales.
+            device: of everything.
+            dtype: of the decoded weight; torch's default when `None`.
+
+        Raises:
+            FormatError: the group size does not divide IC.
+        """
+        super().__init__()
+        self.shape = shape
+        self.scheme = scheme
+        self.dtype = dtype or torch.get_default_dtype()
+        self.layout = STREAM
+        self._ready_for: tuple[torch.dtype, torch.device] | None = None
+        for name, (size, tensor_dtype) in self.own_tensors().items():
+            tensor = torch.empty(size, dtype=tensor_dtype, device=device)
+            self.register_buffer(name, tensor, persistent=self.in_state_dict)
+        if not scheme.has_zero_point:
+            self.register_buffer(ZERO_POINT, None)
+
+    @staticmethod
+    def stored_tensors(ic: int, oc: int, scheme: Scheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Return name -> (shape, dtype) of the tensors that stand for a weight [oc, ic] on disk.
+
+        Raises:
+            FormatError: the group size does not divide `ic`.
+        """
+        groups = (oc, scheme.groups(ic))
+        tensors: dict[str, tuple[tuple[int, int], torch.dtype]] = {
+            PACKED: ((oc, row_words(ic, scheme.format.bits)), torch.int32),
+            SCALE: (groups, SCALE_DTYPES[scheme.scale_dtype]),
+        }
+        if scheme.has_zero_point:
+            tensors[ZERO_POINT] = (groups, torch.uint8)
+        return tensors
+
+    def own_tensors(self) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Return name -> (shape, dtype) of the tensors that stand for this module's weight on disk."""
+        oc, ic = self.shape
+        return self.stored_tensors(ic, oc, self.scheme)
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the weight, sharing memory with the module's buffers."""
+        return PackedWeight(
+            self.scheme, self.shape, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight [OC, IC] in `dtype`, made anew on every access: for code that looks at weights."""
+        return self.packed_weight().dequantize(self.dtype)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Get ready for activations of `dtype` on the module's device: nothing to do for a weight in the stream."""
+
+    def _set_weight(self, weight: PackedWeight) -> None:
+        self.weight_packed = weight.data
+        self.weight_scale = weight.scale
+        self.weight_zero_point = weight.zero_point
+        self.layout = weight.layout
+        self._ready_for = None
+
+    def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
+        before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT)}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        self.dtype = cast if cast.is_floating_point else self.dtype
+        self._ready_for = None
+        self.prepare(self.dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_state_dict and self.layout != STREAM:
+            stored = self.packed_weight().to_layout(STREAM)
+            destination[prefix + PACKED], destination[prefix + SCALE] = stored.data, stored.scale
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        tensors = self.own_tensors()
+        for name, (shape, dtype) in tensors.items():
+            given = state_dict.get(prefix + name)
+            if given is not None and (given.dtype != dtype or tuple(given.shape) != shape):
+                kind = f"{given.dtype} {list(given.shape)}"
+                error_msgs.append(f"{prefix}{name} is {kind}; {self.scheme.key()} stores {dtype} {list(shape)}")
+                return
+        if self.layout != STREAM:
+            for name, (shape, dtype) in tensors.items():
+                setattr(self, name, torch.empty(shape, dtype=dtype, device=self.weight_packed.device))
+            self.layout = STREAM
+        self._ready_for = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready_for": None}
