@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tersor import formats, ops
 from tersor.compress import Encoded
+from tersor.kernels import jit, tune
 from tersor.kernels.linear import COMPILED_FORMATS
+from tersor.kernels.tune import linear as tuning
 from tersor.layouts import PackedWeight
 from tersor.ops import dispatch
+from tersor.ops.linear import _problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile side by side what the tests below would compile one after the other."""
+    chip = dispatch.chip(torch.device("cuda", 0))
+    sources = [
+        source
+        for name in COMPILED_FORMATS
+        for group_size in (None, 128, 64, 32, 16)
+        for dtype in DTYPES
+        for source in ops.kernels_for(formats.get_scheme(name, group_size), dtype, chip)
+    ]
+    jit.compile_many(sources, jit.arch_for(chip.capability), os.cpu_count())
 
 
 def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_codes: bool = False) -> PackedWeight:
@@ -28,14 +48,26 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
     return PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda())
 
 
-def check(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
-    """Run the kernel expected to serve and compare with float64."""
+@pytest.fixture(params=["sm80", "sm90"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the kernels of either generation; those of sm_80 run on a newer GPU, too."""
+    chip = dispatch.chip(torch.device("cuda", 0))
+    if request.param == "sm80":
+        monkeypatch.setattr(dispatch, "chip", lambda device: replace(chip, capability=(8, 0)))
+    elif chip.capability != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(tuning, "_FEW_TOKENS", 0)
+    tune.choose.cache_clear()
+    return request.param
+
+
+def check(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Run whatever kernel serves the call and compare with float64."""
     packed = weight.to_layout(ops.preferred_layout(weight.scheme, x.dtype, x.device))
-    n = x.shape[0]
-    assert dispatch.decide(weight.scheme, packed.layout, n, x.dtype, x.device).kernel == kernel
+    assert dispatch.decide(weight.scheme, packed.layout, x.shape[0], x.dtype, x.device).kernel != dispatch.REFERENCE
     y = ops.linear(x, packed, bias)
     exact_weight = weight.dequantize().double()
-    if kernel == dispatch.DEQUANTIZE and weight.scheme.group_size is not None:
+    if weight.scheme.group_size is not None and not served_by_fused(weight, x):
         exact_weight = weight.dequantize(x.dtype).double()
     exact = x.double() @ exact_weight.T
     allowed = formats.product_tolerance(x.double(), exact_weight, x.dtype)
@@ -48,9 +80,14 @@ def check(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None, kern
     return y
 
 
+def served_by_fused(weight: PackedWeight, x: torch.Tensor) -> bool:
+    """Tell whether a fused kernel serves the call, not decoded weights and cuBLAS."""
+    return tune.fused(_problem(x if x.stride(1) == 1 else x.contiguous(), weight), dispatch.chip(x.device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*COMPILED_FORMATS, "fp4_e3m0", "fp4_e1m2", "fp3_e2m0", "fp8_e4m3"])
-def test_every_code_decodes_exactly(name: str, dtype: torch.dtype) -> None:
+def test_every_code_decodes_exactly(name: str, dtype: torch.dtype, schedule: str) -> None:
     """Columns of the identity pick single weights out of the fused kernel: what it decoded, times the scale."""
     scheme = formats.get_scheme(name, scale_dtype="float32")
     weight = random_weight(48, 64, scheme, all_codes=True)
@@ -60,47 +97,73 @@ def test_every_code_decodes_exactly(name: str, dtype: torch.dtype) -> None:
     fused = ops.linear(identity, packed)
     assert torch.equal(fused.float(), weight.dequantize().T)
     many = torch.cat((identity, identity))
-    assert dispatch.decide(scheme, packed.layout, 128, dtype, many.device).kernel == dispatch.DEQUANTIZE
+    assert served_by_fused(packed, many) == (schedule == "sm90")
     assert torch.equal(ops.linear(many, packed).float(), weight.dequantize().T.repeat(2, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [None, 128, 32, 64, 16, 80, 320])
 @pytest.mark.parametrize("name", COMPILED_FORMATS)
-def test_products_are_within_tolerance(name: str, group_size: int | None, dtype: torch.dtype) -> None:
+def test_products_are_within_tolerance(name: str, group_size: int | None, dtype: torch.dtype, schedule: str) -> None:
     scheme = formats.get_scheme(name, group_size)
     generator = torch.Generator(device="cuda").manual_seed(1)
     for oc, ic in ((129, 640), (1, 1280), (400, 1920)):
         weight = random_weight(oc, ic, scheme)
-        for n in (1, 7, 8, 9, 17, 33, 64, 65, 129):
+        for n in (1, 7, 8, 9, 17, 33, 64, 65, 129, 300):
             x = torch.randn(n, ic, dtype=dtype, device="cuda", generator=generator)
-            bias = torch.randn(oc, dtype=dtype, device="cuda", generator=generator) if n % 2 else None
-            check(weight, x, bias, dispatch.FUSED if n <= 64 else dispatch.DEQUANTIZE)
+            check(weight, x, torch.randn(oc, dtype=dtype, device="cuda", generator=generator) if n % 2 else None)
+
+
+@pytest.mark.parametrize("n_tile", [8, 16, 32, 64, 128, 256])
+def test_every_tile_with_and_without_splits(n_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every width of the sm90 schedule, forced, over several token tiles and numbers of splits."""
+    chip = dispatch.chip(torch.device("cuda", 0))
+    if chip.capability != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    weight = random_weight(333, 1032, formats.get_scheme("fp6_e2m3"))
+    for n in (n_tile - 3, 2 * n_tile, 2 * n_tile + 5):
+        x = torch.randn(n, 1032, dtype=torch.bfloat16, device="cuda")
+        for splits in (1, 2, 5, 9):
+            warpgroups, resident = tuning.SM90_SHAPES[n_tile]
+            depth = tuning.sm90_stages(n_tile, 6, 0, chip)
+            config = tune.LinearConfig(
+                schedule="sm90",
+                n_tile=n_tile,
+                stages=depth,
+                token_tiles=-(-n // n_tile),
+                row_tiles=-(-333 // (64 * warpgroups)),
+                splits=splits,
+                rows=64 * warpgroups,
+                resident=resident,
+                shared_bytes=depth * tuning.sm90_stage_bytes(n_tile, 6, 0),
+            )
+            monkeypatch.setattr(tune, "choose", lambda problem, chip, config=config: config)
+            check(weight, x, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_sizes_strides_and_split_channels(dtype: torch.dtype) -> None:
+def test_odd_sizes_strides_and_split_channels(dtype: torch.dtype, schedule: str) -> None:
     scheme = formats.get_scheme("fp6_e3m2")
     generator = torch.Generator(device="cuda").manual_seed(2)
     for oc, ic in ((63, 31), (17, 33), (256, 1000), (100, 129), (40, 9000), (2048, 2049)):
         weight = random_weight(oc, ic, scheme, seed=ic)
-        for n in (1, 3, 16, 63, 64, 65, 200):
-            kernel = dispatch.FUSED if n <= 64 else dispatch.DEQUANTIZE
+        for n in (1, 3, 16, 63, 64, 65, 200, 1000):
             wide = torch.randn(n, ic + 3, dtype=dtype, device="cuda", generator=generator)
-            plain = check(weight, wide[:, :ic].contiguous(), None, kernel)
-            shifted = check(weight, wide[:, :ic], None, kernel)
-            transposed = check(weight, wide[:, :ic].T.contiguous().T, None, kernel)
-            if kernel == dispatch.FUSED:  # cuBLAS may choose another kernel for another alignment
+            plain = check(weight, wide[:, :ic].contiguous(), None)
+            shifted = check(weight, wide[:, :ic], None)
+            transposed = check(weight, wide[:, :ic].T.contiguous().T, None)
+            if n <= 64 and schedule == "sm80":  # elsewhere another alignment may choose another kernel
                 assert torch.equal(shifted, plain)
+            if n <= 64:
                 assert torch.equal(transposed, plain)
 
 
-def test_extreme_activations_propagate() -> None:
+def test_extreme_activations_propagate(schedule: str) -> None:
     """NaN and infinity reach exactly the rows of the tokens that hold them."""
-    weight = random_weight(200, 300, formats.get_scheme("fp6_e2m3"))
+    weight = random_weight(200, 304, formats.get_scheme("fp6_e2m3"))
     for n in (5, 100):
-        x = torch.randn(n, 300, dtype=torch.float16, device="cuda")
-        x[1, 7], x[3, 299] = float("nan"), float("inf")
+        x = torch.randn(n, 304, dtype=torch.float16, device="cuda")
+        x[1, 7], x[3, 303] = float("nan"), float("inf")
         y = ops.linear(x, weight.to_layout("tiles_float16"))
         assert torch.isnan(y[1]).all()
         assert not torch.isfinite(y[3]).any()
@@ -115,7 +178,7 @@ def test_no_tokens_and_more_dimensions() -> None:
     assert torch.equal(ops.linear(x, weight).view(6, 48), ops.linear(x.view(6, 96), weight))
 
 
-def test_repeated_runs_are_equal() -> None:
+def test_repeated_runs_are_equal(schedule: str) -> None:
     """Split sums are added in a fixed order, whatever order the CTAs arrive in."""
     weight = random_weight(256, 8192, formats.get_scheme("fp6_e3m2")).to_layout("tiles_float16")
     x = torch.randn(16, 8192, dtype=torch.float16, device="cuda")
@@ -125,7 +188,7 @@ def test_repeated_runs_are_equal() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 16, 100])
-def test_cuda_graph_replays_and_streams(n: int) -> None:
+def test_cuda_graph_replays_and_streams(n: int, schedule: str) -> None:
     weight = random_weight(256, 4096, formats.get_scheme("fp6_e3m2")).to_layout("tiles_float16")
     x = torch.randn(n, 4096, dtype=torch.float16, device="cuda")
     expected = ops.linear(x, weight)

@@ -89,7 +89,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
     half = torch.float16
     assert dispatch.decide(scheme, "tiles_float16", 64, half, gpu).kernel == "fused"
+    monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA A100"])
     assert dispatch.decide(scheme, "tiles_float16", 65, half, gpu).kernel == "dequantize + cuBLAS"
+    monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
+    assert dispatch.decide(scheme, "tiles_float16", 65, half, gpu).kernel == "fused"
     for scheme_, layout, dtype, device, why in (
         (scheme, "stream", half, gpu, "stored stream"),
         (scheme, "tiles_bfloat16", half, gpu, "laid out for bfloat16"),
@@ -108,11 +111,14 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_for_a_model() -> None:
-    chip = CHIPS["NVIDIA H200"]
-    names = [source.name for source in ops.kernels_for(formats.get_scheme("fp6_e3m2"), torch.float16, chip)]
-    assert names == [
-        *(f"tersor_linear_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64)),
-        "tersor_dequantize_fp6_e3m2_float16",
-        "tersor_epilogue_float16",
-    ]
-    assert ops.kernels_for(formats.get_scheme("uint4"), torch.float16, chip) == []
+    def names(name: str, group: int | None, chip: str) -> list[str]:
+        sources = ops.kernels_for(formats.get_scheme(name, group), torch.float16, CHIPS[chip])
+        return [source.name.removeprefix("tersor_") for source in sources]
+
+    older = [f"linear_sm80_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64)]
+    newer = [f"linear_sm90_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64, 128, 256)]
+    rest = ["dequantize_fp6_e3m2_float16", "epilogue_float16"]
+    assert names("fp6_e3m2", None, "NVIDIA A100") == [*older, *rest]
+    assert names("fp6_e3m2", None, "NVIDIA H200") == [*older, *newer, *rest]
+    assert names("fp6_e3m2", 128, "NVIDIA H200") == [*older, *newer[:4], *rest]
+    assert names("uint4", None, "NVIDIA H200") == []

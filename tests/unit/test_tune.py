@@ -4,54 +4,83 @@ from __future__ import annotations
 
 import pytest
 
-from tersor.hardware import CHIPS
-from tersor.kernels import tune
-from tersor.kernels.tune import LinearProblem, choose
-from tersor.kernels.tune.linear import stage_bytes, stages
+from tersor.hardware import CHIPS, Chip
+from tersor.kernels.tune import LinearProblem, choose, fused
+from tersor.kernels.tune import linear as tuning
 
 H200 = CHIPS["NVIDIA H200"]
+A100 = CHIPS["NVIDIA A100"]
 
 
 @pytest.mark.parametrize(
-    ("oc", "ic", "n", "splits"),
+    ("oc", "ic", "n", "schedule", "n_tile", "splits"),
     [
-        (8192, 8192, 1, 4),
-        (8192, 8192, 16, 4),
-        (57344, 8192, 1, 5),
-        (4096, 4096, 1, 8),
-        (4096, 14336, 1, 8),
-        (10240, 8192, 1, 3),
-        (8192, 8192, 64, 4),
-        (256, 256, 1, 2),
+        (8192, 8192, 1, "sm80", 8, 4),
+        (4096, 4096, 1, "sm80", 8, 8),
+        (57344, 8192, 1, "sm90", 8, 1),
+        (8192, 8192, 16, "sm90", 16, 2),
+        (4096, 4096, 16, "sm90", 16, 4),
+        (8192, 8192, 64, "sm90", 64, 2),
+        (8192, 8192, 256, "sm90", 128, 1),
+        (57344, 8192, 256, "sm90", 128, 1),
+        (8192, 8192, 1024, "sm90", 256, 1),
+        (57344, 8192, 4096, "sm90", 256, 1),
+        (256, 256, 1, "sm80", 8, 2),
     ],
 )
-def test_choices_on_an_h200(oc: int, ic: int, n: int, splits: int) -> None:
+def test_choices_on_an_h200(oc: int, ic: int, n: int, schedule: str, n_tile: int, splits: int) -> None:
     config = choose(LinearProblem(oc=oc, ic=ic, n=n, bits=6), H200)
-    assert config.splits == splits
-    assert config.row_tiles == oc // 128
+    assert (config.schedule, config.n_tile, config.splits) == (schedule, n_tile, splits)
+    assert config.row_tiles == -(-oc // config.rows)
+    assert config.token_tiles == -(-n // n_tile)
 
 
-def test_the_smallest_tile_that_holds_the_tokens() -> None:
-    assert [tune.n_tile(n) for n in (1, 8, 9, 16, 17, 32, 33, 64)] == [8, 8, 16, 16, 32, 32, 64, 64]
+@pytest.mark.parametrize(("n", "n_tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
+def test_the_smallest_tile_that_holds_the_tokens(n: int, n_tile: int) -> None:
+    for chip in (H200, A100):
+        assert choose(LinearProblem(oc=8192, ic=8192, n=n, bits=6), chip).n_tile == n_tile
+
+
+def test_who_is_fused() -> None:
+    few, many = (LinearProblem(oc=64, ic=64, n=n, bits=6) for n in (64, 65))
+    crooked = LinearProblem(oc=64, ic=60, n=65, bits=6, aligned=False)
+    assert fused(few, A100)
+    assert not fused(many, A100)
+    assert fused(many, H200)
+    assert not fused(crooked, H200)
+    assert choose(LinearProblem(oc=9999, ic=9999, n=5, bits=6, aligned=False), H200).schedule == "sm80"
+
+
+def test_scales_in_groups_keep_two_sets_of_sums() -> None:
+    for n in (65, 1000, 8192):
+        config = choose(LinearProblem(oc=8192, ic=8192, n=n, bits=6, scale_groups=1), H200)
+        assert config.n_tile == 64
+        assert config.token_tiles == -(-n // 64)
 
 
 @pytest.mark.parametrize("chip", list(CHIPS.values()), ids=lambda chip: chip.name)
 @pytest.mark.parametrize("groups", [0, 1, 2, 4, 8])
-def test_rings_fit_every_chip(chip: object, groups: int) -> None:
+def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
     for bits in range(1, 9):
-        for tile in (8, 16, 32, 64):
-            depth, resident = stages(tile, bits, groups, chip)
-            used = depth * stage_bytes(tile, bits, groups)
+        for tile in tuning.SM80_TILES:
+            depth, resident = tuning.sm80_stages(tile, bits, groups, chip)
+            used = depth * tuning.sm80_stage_bytes(tile, bits, groups)
             assert depth >= 2
-            assert used <= chip.shared_bytes
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
             assert used >= tile * 132 * 4
+        for tile in tuning.sm90_tiles(groups) if chip.capability == (9, 0) else ():
+            _, resident = tuning.SM90_SHAPES[tile]
+            depth = tuning.sm90_stages(tile, bits, groups, chip)
+            slot = tuning.sm90_stage_bytes(tile, bits, groups)
+            assert depth >= 2
+            assert slot % 1024 == 0
+            assert resident * (depth * slot + 2048) <= chip.shared_bytes + 1024
 
 
 def test_no_split_is_empty() -> None:
     for ic in (1, 128, 129, 1000, 4096):
         for oc in (1, 200, 5000):
-            config = choose(LinearProblem(oc=oc, ic=ic, n=3, bits=6), H200)
-            assert 1 <= config.splits <= -(-ic // 128)
-    assert "8 tokens" not in str(config)
-    assert str(config).startswith("n_tile 8, 4 stages, grid 40 x")
+            for n in (3, 20, 500):
+                config = choose(LinearProblem(oc=oc, ic=ic, n=n, bits=6), H200)
+                assert 1 <= config.splits <= -(-ic // 128)
+    assert str(choose(LinearProblem(oc=5000, ic=4096, n=3, bits=6), H200)).startswith("sm80 schedule, 8 tokens x 128")
