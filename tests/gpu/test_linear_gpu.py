@@ -124,16 +124,15 @@ def test_every_tile_with_and_without_splits(n_tile: int, monkeypatch: pytest.Mon
     for n in (n_tile - 3, 2 * n_tile, 2 * n_tile + 5):
         x = torch.randn(n, 1032, dtype=torch.bfloat16, device="cuda")
         for splits in (1, 2, 5, 9):
-            warpgroups, resident = tuning.SM90_SHAPES[n_tile]
-            depth = tuning.sm90_stages(n_tile, 6, 0, chip)
+            resident = tuning.SM90_RESIDENT[n_tile][splits % len(tuning.SM90_RESIDENT[n_tile])]
+            depth = tuning.sm90_stages(n_tile, resident, 6, 0, chip)
             config = tune.LinearConfig(
                 schedule="sm90",
                 n_tile=n_tile,
                 stages=depth,
                 token_tiles=-(-n // n_tile),
-                row_tiles=-(-333 // (64 * warpgroups)),
+                row_tiles=-(-333 // 128),
                 splits=splits,
-                rows=64 * warpgroups,
                 resident=resident,
                 shared_bytes=depth * tuning.sm90_stage_bytes(n_tile, 6, 0),
             )

@@ -116,9 +116,10 @@ def test_kernels_for_a_model() -> None:
         return [source.name.removeprefix("tersor_") for source in sources]
 
     older = [f"linear_sm80_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64)]
-    newer = [f"linear_sm90_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64, 128, 256)]
+    newer = [f"linear_sm90_fp6_e3m2_float16_n{tile}x{r}" for tile in (8, 16, 32, 64) for r in (1, 2)]
+    widest = [f"linear_sm90_fp6_e3m2_float16_n{tile}x1" for tile in (128, 256)]
     rest = ["dequantize_fp6_e3m2_float16", "epilogue_float16"]
     assert names("fp6_e3m2", None, "NVIDIA A100") == [*older, *rest]
-    assert names("fp6_e3m2", None, "NVIDIA H200") == [*older, *newer, *rest]
-    assert names("fp6_e3m2", 128, "NVIDIA H200") == [*older, *newer[:4], *rest]
+    assert names("fp6_e3m2", None, "NVIDIA H200") == [*older, *newer, *widest, *rest]
+    assert names("fp6_e3m2", 128, "NVIDIA H200") == [*older, *newer, *rest]
     assert names("uint4", None, "NVIDIA H200") == []

@@ -16,7 +16,8 @@ from tersor.kernels.tune import linear as tuning
 from tersor.layouts import lanes, tiles
 
 _SM80_THREADS = 256
-_COPY_THREADS = 128
+_SM90_WARPGROUPS = 2
+_SM90_THREADS = 128 * (_SM90_WARPGROUPS + 1)
 _DEQUANTIZE_WARPS = 4
 
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
@@ -55,18 +56,19 @@ def sm80_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int,
 
 
 @functools.cache
-def sm90_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
+def sm90_source(
+    fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int, resident: int
+) -> KernelSource:
     """Return the wgmma kernel for one weight type, activation dtype and tile."""
-    warpgroups, resident = tuning.SM90_SHAPES[n_tile]
     return KernelSource(
-        name=f"tersor_linear_sm90_{fmt.name}_{target}_n{n_tile}",
+        name=f"tersor_linear_sm90_{fmt.name}_{target}_n{n_tile}x{resident}",
         header="sm90_linear.cuh",
         parameters={
             **_decode_parameters(fmt, target),
             "N_TILE": n_tile,
             "STAGES": stages,
             "SCALE_GROUPS": scale_groups,
-            "WARPGROUPS": warpgroups,
+            "WARPGROUPS": _SM90_WARPGROUPS,
             "RESIDENT": resident,
         },
         arguments="TPPPPPPiiif",
@@ -75,15 +77,16 @@ def sm90_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int,
 
 def fused_source(fmt: ElementFormat, target: str, scale_groups: int, config: tune.LinearConfig) -> KernelSource:
     """Return the kernel that a configuration asks for."""
-    make = sm90_source if config.schedule == tuning.SM90 else sm80_source
-    return make(fmt, target, scale_groups, config.n_tile, config.stages)
+    if config.schedule == tuning.SM90:
+        return sm90_source(fmt, target, scale_groups, config.n_tile, config.stages, config.resident)
+    return sm80_source(fmt, target, scale_groups, config.n_tile, config.stages)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
     """Return the float32 sums and the counters that the splits of a configuration exchange."""
     outputs = config.token_tiles * config.row_tiles
     tokens = config.n_tile if config.schedule == tuning.SM90 else n
-    return outputs * config.splits * config.rows * tokens, outputs
+    return outputs * config.splits * tuning.ROWS * tokens, outputs
 
 
 @functools.cache
@@ -131,10 +134,9 @@ def launch_fused(
     """Launch a fused kernel; pointers are device addresses (see sm80_linear.cuh and sm90_linear.cuh)."""
     if config.schedule == tuning.SM90:
         x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, config.n_tile)
-        threads = config.rows // tuning.UNIT_ROWS * 128 + _COPY_THREADS
         function.launch(
             (config.token_tiles, config.row_tiles, config.splits),
-            (threads, 1, 1),
+            (_SM90_THREADS, 1, 1),
             config.shared_bytes,
             stream,
             (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, factor),
@@ -196,7 +198,9 @@ def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
         yield sm80_source(fmt, target, groups, tile, depth)
     if chip.capability == (9, 0):
         for tile in tuning.sm90_tiles(groups):
-            yield sm90_source(fmt, target, groups, tile, tuning.sm90_stages(tile, fmt.bits, groups, chip))
+            for resident in tuning.SM90_RESIDENT[tile]:
+                depth = tuning.sm90_stages(tile, resident, fmt.bits, groups, chip)
+                yield sm90_source(fmt, target, groups, tile, depth, resident)
     yield dequantize_source(fmt, target, groups)
     yield epilogue_source(target, groups == 0)
 

@@ -201,10 +201,13 @@ __device__ __forceinline__ bool add_splits(float (&sums)[kSums], float* partial,
     ptx::sync_first<kConsumers>();
     if (!is_last) return false;
     __threadfence();
-    constexpr int kChunk = 4, kTogether = 4;  // loads in flight: chunk of sums times splits
+    // A load from L2 takes about a microsecond: as many as registers hold are under way at a time.
+    constexpr int kChunk = kSums < 64 ? kSums : 64;
+    constexpr int kTogether = kChunk < 16 ? 16 / kChunk : 1;
 #pragma unroll
     for (int chunk = 0; chunk < kSums; chunk += kChunk) {
-        float total[kChunk] = {};
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) sums[chunk + i] = 0.0f;
         for (int split = 0; split < splits; split += kTogether) {
             float loaded[kTogether][kChunk];
 #pragma unroll
@@ -218,11 +221,9 @@ __device__ __forceinline__ bool add_splits(float (&sums)[kSums], float* partial,
 #pragma unroll
             for (int s = 0; s < kTogether; ++s) {
 #pragma unroll
-                for (int i = 0; i < kChunk; ++i) total[i] += loaded[s][i];
+                for (int i = 0; i < kChunk; ++i) sums[chunk + i] += loaded[s][i];
             }
         }
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) sums[chunk + i] = total[i];
     }
     return true;
 }

@@ -13,14 +13,13 @@ SM80_TOKENS = 64
 """The most tokens that the sm80 schedule takes; above, weights are decoded once and cuBLAS multiplies."""
 SM80_TILES = (8, 16, 32, 64)
 """Token tiles of the sm80 schedule."""
-SM90_SHAPES = {8: (1, 4), 16: (1, 4), 32: (2, 2), 64: (2, 2), 128: (2, 1), 256: (2, 1)}
-"""Token tile of the sm90 schedule -> (warpgroups of 64 rows in a CTA, CTAs on a multiprocessor)."""
+SM90_RESIDENT = {8: (1, 2), 16: (1, 2), 32: (1, 2), 64: (1, 2), 128: (1,), 256: (1,)}
+"""Token tile of the sm90 schedule -> CTAs that may share a multiprocessor: one with a deep ring, or two."""
 _GROUPED_TILE = 64
 """The widest tile with scales in groups: two sets of sums must fit in registers."""
 
 ROWS = 128
-"""Output rows of a CTA of the sm80 schedule."""
-UNIT_ROWS = 64
+"""Output rows of a CTA: 8 warps of 16, or two warpgroups of 64."""
 COLUMNS = 128
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
@@ -40,10 +39,8 @@ _SM80_LATENCY = (0.30e-6, 0.025e-6)
 """One block of one CTA: a constant, and a part for each token of the tile."""
 _SM80_BUSY = (0.18e-6, 0.022e-6)
 """One block on a multiprocessor with enough CTAs, likewise."""
-_SM90_BUSY = {8: 0.14e-6, 16: 0.15e-6, 32: 0.30e-6, 64: 0.42e-6, 128: 0.72e-6, 256: 1.35e-6}
+_SM90_BUSY = {8: 0.28e-6, 16: 0.30e-6, 32: 0.34e-6, 64: 0.42e-6, 128: 0.72e-6, 256: 1.35e-6}
 """One block of a CTA on a busy multiprocessor, by token tile."""
-_SM90_LATENCY = 0.28e-6
-"""One block of a CTA that has a multiprocessor to itself."""
 _SM90_SPLIT = 0.5e-6
 """Exchange of the parts of a split sum, beside writing and reading them."""
 _FEW_TOKENS = 4
@@ -79,7 +76,6 @@ class LinearConfig:
         n_tile: tokens in a tile.
         stages: slots in the shared-memory ring.
         token_tiles, row_tiles, splits: CTAs along tokens, output channels and input channels.
-        rows: output rows of a CTA.
         resident: CTAs meant to share a multiprocessor.
         shared_bytes: dynamic shared memory of a CTA.
     """
@@ -90,13 +86,12 @@ class LinearConfig:
     token_tiles: int
     row_tiles: int
     splits: int
-    rows: int
     resident: int
     shared_bytes: int
 
     def __str__(self) -> str:
         return (
-            f"{self.schedule} schedule, {self.n_tile} tokens x {self.rows} rows, {self.stages} stages, "
+            f"{self.schedule} schedule, {self.n_tile} tokens, {self.stages} stages, "
             f"grid {self.token_tiles} x {self.row_tiles} x {self.splits}, {self.shared_bytes / 1024:.0f} KiB shared"
         )
 
@@ -108,8 +103,7 @@ def sm80_stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
 
 def sm90_stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
     """Return the bytes of a slot: activations, then a unit with its scales for each warpgroup, in whole KiB."""
-    warpgroups, _ = SM90_SHAPES[tile]
-    return -(-(tile * COLUMNS * 2 + warpgroups * (1024 * bits + scale_groups * 256)) // 1024) * 1024
+    return -(-(tile * COLUMNS * 2 + 2048 * bits + 512 * scale_groups) // 1024) * 1024
 
 
 def sm80_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
@@ -126,16 +120,15 @@ def sm80_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[in
     raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
 
 
-def sm90_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> int:
-    """Return the slots in the ring for one token tile: what fits beside the other CTAs, at most eight."""
-    _, resident = SM90_SHAPES[tile]
+def sm90_stages(tile: int, resident: int, bits: int, scale_groups: int, chip: Chip) -> int:
+    """Return the slots in the ring for one token tile: what fits beside the other CTA, at most eight."""
     budget = (chip.shared_bytes + _RESERVED_SHARED) // resident - _RESERVED_SHARED - _STATIC_SHARED
     return max(2, min(8, budget // sm90_stage_bytes(tile, bits, scale_groups)))
 
 
 def sm90_tiles(scale_groups: int) -> tuple[int, ...]:
     """Return the token tiles that the sm90 schedule has for one scale a row (0) or scales in groups."""
-    return tuple(tile for tile in SM90_SHAPES if scale_groups == 0 or tile <= _GROUPED_TILE)
+    return tuple(tile for tile in SM90_RESIDENT if scale_groups == 0 or tile <= _GROUPED_TILE)
 
 
 def fused(problem: LinearProblem, chip: Chip) -> bool:
@@ -181,46 +174,47 @@ def _choose_sm80(problem: LinearProblem, chip: Chip) -> LinearConfig:
         token_tiles=1,
         row_tiles=row_tiles,
         splits=splits,
-        rows=ROWS,
         resident=resident,
         shared_bytes=depth * sm80_stage_bytes(tile, problem.bits, problem.scale_groups),
     )
 
 
 def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """The longest of three, for each tile and number of splits: the busiest multiprocessor's bytes (activations, which
-    come from L2, count a quarter), its blocks at the rate of a busy one, and the blocks of one CTA at their latency."""
+    """The longer of two, for each tile, residency and number of splits: the busiest multiprocessor's bytes
+    (activations, which come from L2, count a quarter) and its blocks at the rate of a busy one. A further wave adds a
+    ramp, which a second resident CTA hides for the most part."""
     blocks = -(-problem.ic // COLUMNS)
+    row_tiles = -(-problem.oc // ROWS)
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     tiles = sm90_tiles(problem.scale_groups)
     holding = [tile for tile in tiles if problem.n <= tile <= _GROUPED_TILE]
     candidates = holding[:1] or [tile for tile in tiles if tile >= _GROUPED_TILE]
 
-    def seconds(choice: tuple[int, int]) -> float:
-        tile, splits = choice
-        warpgroups, resident = SM90_SHAPES[tile]
-        ctas = -(-problem.n // tile) * -(-problem.oc // (UNIT_ROWS * warpgroups)) * splits
-        length = -(-blocks // splits)
-        block_bytes = warpgroups * (1024 * problem.bits + 256 * problem.scale_groups) + tile * COLUMNS / 2
-        blocks_of_sm = -(-ctas // chip.sms) * length
+    def seconds(choice: tuple[int, int, int]) -> float:
+        tile, resident, splits = choice
+        ctas = -(-problem.n // tile) * row_tiles * splits
+        block_bytes = 2048 * problem.bits + 512 * problem.scale_groups + tile * COLUMNS / 2
+        blocks_of_sm = -(-ctas // chip.sms) * -(-blocks // splits)
+        work = blocks_of_sm * max(block_bytes / rate, _SM90_BUSY[tile])
         waves = -(-ctas // (chip.sms * resident))
-        work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * _SM90_BUSY[tile], length * _SM90_LATENCY)
-        part_bytes = ctas * warpgroups * UNIT_ROWS * tile * 4
-        exchange = _SM90_SPLIT + 2 * part_bytes / chip.bandwidth if splits > 1 else 0.0
-        return work + _RAMP + 0.25 * _RAMP * (waves - 1) + exchange
+        exchange = _SM90_SPLIT + 8 * ctas * ROWS * tile / chip.bandwidth if splits > 1 else 0.0
+        return work + _RAMP + _RAMP / resident**2 * (waves - 1) + exchange
 
-    choices = [(tile, splits) for tile in candidates for splits in range(1, min(_MAX_SPLITS, blocks) + 1)]
-    tile, splits = min(choices, key=seconds)
-    warpgroups, resident = SM90_SHAPES[tile]
-    depth = sm90_stages(tile, problem.bits, problem.scale_groups, chip)
+    choices = [
+        (tile, resident, splits)
+        for tile in candidates
+        for resident in SM90_RESIDENT[tile]
+        for splits in range(1, min(_MAX_SPLITS, blocks) + 1)
+    ]
+    tile, resident, splits = min(choices, key=seconds)
+    depth = sm90_stages(tile, resident, problem.bits, problem.scale_groups, chip)
     return LinearConfig(
         schedule=SM90,
         n_tile=tile,
         stages=depth,
         token_tiles=-(-problem.n // tile),
-        row_tiles=-(-problem.oc // (UNIT_ROWS * warpgroups)),
+        row_tiles=row_tiles,
         splits=splits,
-        rows=UNIT_ROWS * warpgroups,
         resident=resident,
         shared_bytes=depth * sm90_stage_bytes(tile, problem.bits, problem.scale_groups),
     )
