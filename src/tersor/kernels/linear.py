@@ -198,7 +198,7 @@ def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
         yield sm80_source(fmt, target, groups, tile, depth)
     if chip.capability == (9, 0):
         for tile in tuning.sm90_tiles(groups):
-            for resident in tuning.SM90_RESIDENT[tile]:
+            for resident in tuning.sm90_resident(tile, groups):
                 depth = tuning.sm90_stages(tile, resident, fmt.bits, groups, chip)
                 yield sm90_source(fmt, target, groups, tile, depth, resident)
     yield dequantize_source(fmt, target, groups)

@@ -131,6 +131,11 @@ def sm90_tiles(scale_groups: int) -> tuple[int, ...]:
     return tuple(tile for tile in SM90_RESIDENT if scale_groups == 0 or tile <= _GROUPED_TILE)
 
 
+def sm90_resident(tile: int, scale_groups: int) -> tuple[int, ...]:
+    """Return how many CTAs may share a multiprocessor; with scales in groups the widest needs all registers."""
+    return (1,) if scale_groups and tile == _GROUPED_TILE else SM90_RESIDENT[tile]
+
+
 def fused(problem: LinearProblem, chip: Chip) -> bool:
     """Tell whether a fused kernel takes the problem; otherwise weights are decoded for cuBLAS."""
     return problem.n <= SM80_TOKENS or (chip.capability == (9, 0) and problem.aligned)
@@ -203,7 +208,7 @@ def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
     choices = [
         (tile, resident, splits)
         for tile in candidates
-        for resident in SM90_RESIDENT[tile]
+        for resident in sm90_resident(tile, problem.scale_groups)
         for splits in range(1, min(_MAX_SPLITS, blocks) + 1)
     ]
     tile, resident, splits = min(choices, key=seconds)
