@@ -123,3 +123,16 @@ def test_kernels_for_a_model() -> None:
     assert names("fp6_e3m2", None, "NVIDIA H200") == [*older, *newer, *widest, *rest]
     assert names("fp6_e3m2", 128, "NVIDIA H200") == [*older, *newer[:-1], *rest]
     assert names("uint4", None, "NVIDIA H200") == []
+
+
+def test_weights_just_written_are_not_fetched_early() -> None:
+    from tersor.ops.linear import _settled
+
+    data = torch.zeros(4, dtype=torch.int32)
+    assert [_settled(data), _settled(data)] == [False, True]
+    data.add_(1)
+    assert [_settled(data), _settled(data)] == [False, True]
+    assert not _settled(data.clone())
+    with torch.inference_mode():
+        fixed = torch.zeros(4, dtype=torch.int32)
+    assert [_settled(fixed), _settled(fixed)] == [False, True]

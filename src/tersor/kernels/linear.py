@@ -130,8 +130,12 @@ def launch_fused(
     n: int,
     aligned: bool,
     factor: float,
+    early: bool,
 ) -> None:
-    """Launch a fused kernel; pointers are device addresses (see sm80_linear.cuh and sm90_linear.cuh)."""
+    """Launch a fused kernel; pointers are device addresses (see sm80_linear.cuh and sm90_linear.cuh).
+
+    `early` lets the sm90 schedule fetch weights before the kernel ahead has ended: not where that one wrote them.
+    """
     if config.schedule == tuning.SM90:
         x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, config.n_tile)
         function.launch(
@@ -140,7 +144,7 @@ def launch_fused(
             config.shared_bytes,
             stream,
             (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, factor),
-            programmatic=True,
+            programmatic=early,
         )
     else:
         function.launch(

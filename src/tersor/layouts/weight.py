@@ -57,9 +57,6 @@ class PackedWeight:
         else:
             data = tiles.pack(codes, fmt, tiles.LAYOUTS[layout])
             scale = tiles.pack_scales(scale, self.scheme, self.shape[1])
-            if data.is_cuda and not torch.cuda.is_current_stream_capturing():
-                # Kernels fetch weights before they wait for the kernel ahead of them; that one must not be ours.
-                torch.cuda.current_stream(data.device).synchronize()
         return PackedWeight(self.scheme, self.shape, data, scale, self.zero_point, layout)
 
     def codes(self) -> torch.Tensor:

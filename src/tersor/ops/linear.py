@@ -6,6 +6,7 @@ import functools
 import math
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
@@ -15,6 +16,9 @@ from tersor.ops import dispatch, reference, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
+
+_used: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Weight or scale tensor -> its version at the last launch."""
 
 _library = torch.library.Library("tersor", "DEF")
 _library.define(
@@ -180,8 +184,17 @@ def _fused(
         n=n,
         aligned=problem.aligned,
         factor=math.ldexp(1.0, lanes.lane(fmt, target).exponent),
+        early=_settled(weight.data) & _settled(weight.scale),
     )
     return y
+
+
+def _settled(tensor: torch.Tensor) -> bool:
+    """Tell whether a launch has used this tensor since it was last written: then no kernel just ahead writes it."""
+    version = 0 if tensor.is_inference() else tensor._version
+    settled = _used.get(tensor) == version
+    _used[tensor] = version
+    return settled
 
 
 def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -7,9 +7,9 @@
 //     ..                             split 0       |  split 1                   N_TILE tokens
 //
 // A copying warp keeps a ring of STAGES slots full: packed weights by contiguous bulk copies, activations through a
-// tensor map with a 128-byte swizzle. Weights depend on no kernel just ahead (PackedWeight.to_layout sees to it), so the
-// ring is filled before this one waits for those ahead of it (programmatic dependent launch). Splits add up in a float32
-// workspace: the CTA that arrives last adds the parts in their order, so the result does not depend on who that was.
+// tensor map with a 128-byte swizzle. With programmatic dependent launch the ring is filled before this kernel waits for
+// those ahead of it, so the one just ahead must not be what wrote the weights. Splits add up in a float32 workspace: the
+// CTA that arrives last adds the parts in their order, so the result does not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), WARPGROUPS,
 // RESIDENT (CTAs on a multiprocessor), STAGES, SCALE_GROUPS (scales of one row in a block; 0: one scale a row, applied at
