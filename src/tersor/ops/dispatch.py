@@ -43,6 +43,15 @@ def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
         return "TERSOR_KERNEL is set to reference"
     if device.type != "cuda":
         return f"kernels need a CUDA device, this is {device.type}"
+    unsupported = _no_decode(scheme, dtype)
+    if unsupported:
+        return unsupported
+    return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _no_decode(scheme: Scheme, dtype: torch.dtype) -> str:
+    """Return why no kernel decodes this scheme for activations of `dtype`, on whatever GPU, or an empty string."""
     target = target_name(dtype)
     if target is None:
         return f"kernels take float16 and bfloat16 activations, not {dtype}"
@@ -51,7 +60,7 @@ def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
         return unsupported
     if scheme.group_size is not None and scheme.group_size % 16:
         return f"group size {scheme.group_size} is not a multiple of 16"
-    return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+    return ""
 
 
 @functools.cache
@@ -139,7 +148,6 @@ def kernels_for(scheme: Scheme, dtype: torch.dtype, chip: Chip) -> list[KernelSo
     from tersor.kernels import linear
 
     target = target_name(dtype)
-    unsupported = target is None or lanes.supported(scheme.format, target)
-    if target is None or unsupported or (scheme.group_size or 16) % 16:
+    if target is None or _no_decode(scheme, dtype):
         return []
     return list(linear.sources(scheme, target, chip))
