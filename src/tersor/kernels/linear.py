@@ -74,6 +74,7 @@ def sm90_source(
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,
             "SCALE_GROUPS": scale_groups,
+            "FEW_TOKENS": sm90.FEW_TOKENS,
         },
         arguments="TPPPPPPiiiiiif",
     )
@@ -141,8 +142,7 @@ def launch_fused(
     `early` lets the sm90 schedule fetch weights before the kernel ahead has ended: not where that one wrote them.
     """
     if config.schedule == tune.SM90:
-        whole_box = config.token_tiles > 1 or config.cluster > 1
-        box = config.n_tile // config.cluster if whole_box else min(n, config.n_tile)
+        box = sm90.box_rows(config, n)
         x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, box)
         sizes = (oc, ic, n, config.whole_tiles, config.splits, box)
         function.launch(

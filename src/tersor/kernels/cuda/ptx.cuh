@@ -157,6 +157,11 @@ __device__ __forceinline__ void tensor_copy(u32 shared, const void* map, int col
         : "memory");
 }
 
+// Fetches a tensor map before its first copy.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // The same box for every CTA of a cluster: it arrives at this address, and counts at this barrier, in each of them.
 template <int kCtas>
 __device__ __forceinline__ void tensor_copy_to_all(u32 shared, const void* map, int column, int row, u32 barrier) {

@@ -7,14 +7,14 @@
 //     ROW_GROUPS x K_GROUPS that multiply: row group r has 64 rows, channel group k every K_GROUPS-th block of the item
 //     1 that copies: a warp keeps a ring of packed weights full, another one of activations
 //
-// Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; with CLUSTER = 2 the
-// CTAs of two row tiles fetch half of the activations each, for both. With programmatic dependent launch the weight
+// Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; in a cluster the
+// CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the weight
 // ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights. Splits add
 // up in a float32 workspace: the CTA that arrives last adds the parts in their order, so the result does not depend on
 // who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1 or 2), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS (scales of
+// K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS (scales of
 // one row in a block; 0: one scale a row, applied at the end).
 #pragma once
 
@@ -38,6 +38,7 @@ constexpr int kCluster = CLUSTER;
 constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = SCALE_GROUPS;
+constexpr bool kFew = kTokens <= FEW_TOKENS;
 constexpr int kFinishers = 128 * kRowGroups;  // threads of channel group 0, which write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;
 constexpr int kThreads = kConsumers + 128;
@@ -49,6 +50,7 @@ constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
 constexpr int kXHalf = kTokens * 128;                // 64 channels, the width of a swizzled row
 constexpr int kSlotHalves = kTokens < 128 ? 2 : 1;   // a slot has a whole block while that is small
 constexpr int kSlotsOfBlock = 2 / kSlotHalves;
+constexpr int kSlotBoxes = kCluster > kSlotHalves ? kCluster / kSlotHalves : 1;  // of each half
 constexpr int kXSlotBytes = kSlotHalves * kXHalf;
 constexpr int kExchangeBytes = kFinishers * (kChannelGroups - 1) * kSums * 4;  // between channel groups
 
@@ -183,6 +185,7 @@ __device__ __forceinline__ void copy_weights(
 // The thread that copies activations: `x_rows` rows in a box of the tensor map.
 __device__ __forceinline__ void copy_activations(
     const XRing& ring, const Work& work, int rank, const TensorMap& x_map, int x_rows) {
+    ptx::prefetch_map(&x_map);
     ptx::wait_for_earlier_kernels();
     XRing::Place at(0);
     for_items(work, rank, [&](const Item& item) {
@@ -191,18 +194,17 @@ __device__ __forceinline__ void copy_activations(
 #pragma unroll
             for (int i = 0; i < kSlotsOfBlock; ++i, at.advance()) {
                 ring.wait_emptied(at);
-                ptx::barrier_expect(ring.filled(at), kSlotHalves * kCluster * x_rows * 128);
+                ptx::barrier_expect(ring.filled(at), kSlotHalves * kSlotBoxes * x_rows * 128);
 #pragma unroll
                 for (int half = 0; half < kSlotHalves; ++half) {
                     const int channel = block * tile::kColumns + (i + half) * 64;
                     const u32 target = ring.address(at) + half * kXHalf;
                     if constexpr (kCluster == 1) {
                         ptx::tensor_copy(target, &x_map, channel, item.first_token, ring.filled(at));
-                    } else {
-                        constexpr int kShare = kTokens / kCluster;
+                    } else if (kSlotHalves == 1 || half == rank % kSlotHalves) {
+                        const int first = kSlotHalves * (rank / kSlotHalves) * (kTokens / kCluster);
                         ptx::tensor_copy_to_all<kCluster>(
-                            target + rank * kShare * 128, &x_map, channel, item.first_token + rank * kShare,
-                            ring.filled(at));
+                            target + first * 128, &x_map, channel, item.first_token + first, ring.filled(at));
                     }
                 }
             }
@@ -225,6 +227,82 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
     } else {
         if (lane < kCluster) ptx::barrier_arrive_at(ring.emptied(at), lane);
     }
+}
+
+// A multiplying warp with few tokens. wgmma takes as long for 8 tokens as for 64, so mma.sync feeds the tensor cores
+// faster here; its fragments and sums are those of wgmma for each warp's 16 rows.
+__device__ __forceinline__ void multiply_few(
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    const int channel_group = kChannelGroups == 1 ? 0 : threadIdx.x / kFinishers;
+    constexpr int kPairs = decode::kPairs;
+    constexpr int kSets = 4 * tile::kSteps / kPairs;
+    constexpr int kSetSteps = kPairs / 4;
+    constexpr int kChains = kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
+    constexpr int kScaleSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);
+    static_assert(!kFew || kSetSteps % 2 == 0, "two steps share a load");
+    float parts[kChains][kTokens / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    WeightRing::Place weights_at(use + channel_group);
+    XRing::Place x_at(use + channel_group);
+    // Where this lane finds row (token) lane % 8 of the 16-byte columns lane / 8 and 4 + lane / 8, under the swizzle.
+    const u32 chunks[2] = {
+        static_cast<u32>(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16),
+        static_cast<u32>(lane % 8 * 128 + ((lane / 8 + 4) ^ lane % 8) * 16)};
+    const auto flush = [&](float low, float high) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            float part = parts[0][i / 4][i % 4];
+            if constexpr (kChains == 2) part += parts[1][i / 4][i % 4];
+            sums[i] += (i % 4 < 2 ? low : high) * part;
+#pragma unroll
+            for (int chain = 0; chain < kChains; ++chain) parts[chain][i / 4][i % 4] = 0.0f;
+        }
+    };
+    for (int block = channel_group; block < count; block += kChannelGroups) {
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        const float* scales =
+            reinterpret_cast<const float*>(stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes) +
+            warp * kGroups * tile::kRows + lane / 4;
+        u32 words[tile::kLaneWords], fragments[kTokens / 8][4];
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        const u32 x = xs.address(x_at);
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+            u32 a[kPairs];
+            decode::extract(a, words + set * decode::kWords);
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) a[i] = decode::finish<kBf16>(a[i]);
+            if (set == 0) xs.wait_filled(x_at);
+#pragma unroll
+            for (int i = 0; i < kSetSteps; ++i) {
+                const int step = set * kSetSteps + i;
+#pragma unroll
+                for (int tokens = 0; tokens < kTokens / 8; ++tokens) {
+                    u32(&b)[4] = fragments[tokens];
+                    if (i % 2 == 0) {
+                        ptx::load_matrices(b, x + step / 4 * kXHalf + tokens * 1024 + chunks[step / 2 % 2]);
+                    }
+                    ptx::multiply_add<kBf16>(
+                        parts[step % kChains][tokens], a + 4 * i, b[i % 2 * 2], b[i % 2 * 2 + 1]);
+                }
+                if constexpr (kGroups > 0) {
+                    if (step % kScaleSteps == kScaleSteps - 1) {
+                        const float* scale = scales + step / kScaleSteps * tile::kRows;
+                        flush(scale[0], scale[8]);
+                    }
+                }
+            }
+        }
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        release_x(xs, x_at);
+        weights_at.advance(kChannelGroups);
+        x_at.advance(kChannelGroups);
+    }
+    if constexpr (kGroups == 0) flush(1.0f, 1.0f);
 }
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts the
@@ -464,7 +542,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
         for_items(work, rank, [&](const Item& item) {
             float sums[kSums];
             const int count = item.last_block - item.first_block;
-            multiply_blocks(sums, weights, xs, slots, use, count);
+            if constexpr (kFew) {
+                multiply_few(sums, weights, xs, slots, use, count);
+            } else {
+                multiply_blocks(sums, weights, xs, slots, use, count);
+            }
             float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
             if (add_channel_groups(sums, exchange, count, use == 0) &&
                 (item.parts == 1 || add_splits(sums, work, item, rank, partial, arrived))) {

@@ -8,6 +8,8 @@ from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
+FEW_TOKENS = 16
+"""Up to so many tokens mma.sync multiplies."""
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -96,6 +98,12 @@ def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ct
 def tile_of(config: LinearConfig) -> Tile:
     """Return the tile shape of a configuration."""
     return Tile(config.n_tile, config.row_groups, config.channel_groups, config.cluster, config.resident)
+
+
+def box_rows(config: LinearConfig, n: int) -> int:
+    """Return how many tokens one copy of activations brings: a CTA's share of the tile, no more than there are."""
+    halves = 2 // tile_of(config).x_slots_of_block
+    return min(n, config.n_tile // max(1, config.cluster // halves))
 
 
 def tiles(scale_groups: int) -> tuple[Tile, ...]:
