@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
+GROUPED_TOKENS = 64
+"""The widest tile with scales in groups: two sets of sums must fit in registers."""
 FEW_TOKENS = 16
 """Up to so many tokens mma.sync multiplies."""
 _MAX_SLOTS = 16
@@ -15,6 +18,12 @@ _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
 _STATIC_SHARED = 1024
 """Barriers, up to the alignment of the rings."""
+_MAX_SPLITS = 16
+_MAX_LAST_SPLITS = 6
+_ACHIEVED = 1.03
+"""Of the datasheet's bandwidth; more than all of it, since the first blocks come before the launch ahead has ended."""
+_PART = 0.3
+"""Microseconds for each part of a split sum that the last CTA reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +119,95 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups."""
-    return tuple(tile for tile in TILES if scale_groups == 0 or tile.tokens <= GROUPED_TOKENS)
+    return tuple(tile for tile in _COSTS if scale_groups == 0 or tile.tokens <= GROUPED_TOKENS)
 
 
-TILES = tuple(Tile(t, 2, 1, 1, 2) for t in (8, 16, 32, 64)) + (Tile(128, 2, 1, 1, 1), Tile(256, 2, 1, 1, 1))
-GROUPED_TOKENS = 64
+def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
+    """Yield the configurations worth a prediction.
+
+    Token tiles are the narrowest that hold all tokens, or any of the two widest. Where tiles do not fill one wave of
+    CTAs all are split, where they fill more than one those of the last wave are.
+    """
+    available = tiles(problem.scale_groups)
+    widest = max(tile.tokens for tile in available)
+    holding = min((tile.tokens for tile in available if problem.n <= tile.tokens), default=widest)
+    blocks = -(-problem.ic // COLUMNS)
+    for tile in available:
+        if tile.tokens != holding and min(tile.tokens, holding) < min(128, widest):
+            continue
+        slots = chip.sms * tile.resident // tile.cluster
+        count = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
+        rest = count % slots
+        plans = [
+            (0, splits) for splits in range(1, min(_MAX_SPLITS, blocks) + 1) if splits == 1 or count * splits <= slots
+        ]
+        if count > slots and rest:
+            plans += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
+        for whole, splits in plans:
+            ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
+            yield config(problem, tile, whole, splits, ctas, chip)
+
+
+def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
+    """Predict the time of a launch in a chain of launches, in seconds.
+
+    The busiest multiprocessor's blocks, at the rate of its arithmetic or of its share of the bandwidth (activations,
+    which come from L2, count a quarter), and what a launch, a further item of a CTA and the exchange of split sums
+    cost.
+    """
+    tile = tile_of(config)
+    cost = _COSTS[tile]
+    blocks = -(-problem.ic // COLUMNS)
+    multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
+    count = config.token_tiles * config.row_tiles // tile.cluster
+    shares = (count - config.whole_tiles) * config.splits
+    load = config.whole_tiles // multiprocessors * blocks + -(-shares // multiprocessors) * -(-blocks // config.splits)
+    rounds = config.whole_tiles // slots + -(-shares // slots)
+    block_bytes = tile.weight_slot_bytes(problem.bits, problem.scale_groups) + tile.tokens * COLUMNS / 2
+    block = max(cost.block, block_bytes * chip.sms / (chip.bandwidth * _ACHIEVED) * 1e6)
+    if config.ctas <= chip.sms:
+        block += cost.lonely
+    exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6 if config.splits > 1 else 0.0
+    exchange = cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged if config.splits > 1 else 0.0
+    return (cost.start + load * block + (rounds - 1) * cost.item + exchange) * 1e-6
 
 
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    tile = next((tile for tile in tiles(problem.scale_groups) if problem.n <= tile.tokens), tiles(problem.scale_groups)[-1])
-    t = -(-problem.oc // tile.rows) * -(-problem.n // tile.tokens)
-    blocks = -(-problem.ic // COLUMNS)
-    splits = max(1, min(blocks, chip.sms * tile.resident // t))
-    return config(problem, tile, 0, splits, min(t * splits, chip.sms * tile.resident), chip)
+    """Choose by predicted time; the first of equals."""
+    return min(candidates(problem, chip), key=lambda config: seconds(problem, config, chip))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cost:
+    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to 700 launches (docs/log.md).
+
+    Attributes:
+        start: of a launch.
+        block: of 128 channels of a tile on a busy multiprocessor.
+        lonely: more of each block of a CTA that has a multiprocessor to itself and was meant to share it.
+        item: of each item of a CTA after its first.
+        exchange, exchange_megabyte: of split sums, and for each 10^6 bytes written and read.
+    """
+
+    start: float
+    block: float
+    lonely: float = 0.0
+    item: float
+    exchange: float
+    exchange_megabyte: float
+
+
+_COSTS = {
+    Tile(8, 2, 2, 1, 1): _Cost(start=0.6, block=0.25, item=3.9, exchange=0.3, exchange_megabyte=2.4),
+    Tile(8, 2, 1, 1, 2): _Cost(start=1.4, block=0.25, item=2.0, exchange=0.5, exchange_megabyte=1.8, lonely=0.06),
+    Tile(16, 2, 2, 1, 1): _Cost(start=1.0, block=0.28, item=4.4, exchange=0.3, exchange_megabyte=1.5),
+    Tile(16, 2, 1, 1, 2): _Cost(start=1.8, block=0.28, item=5.0, exchange=0.5, exchange_megabyte=1.1, lonely=0.07),
+    Tile(32, 2, 1, 1, 1): _Cost(start=1.7, block=0.33, item=2.9, exchange=1.6, exchange_megabyte=0.77),
+    Tile(32, 2, 1, 1, 2): _Cost(start=1.9, block=0.32, item=4.0, exchange=0.0, exchange_megabyte=0.8, lonely=0.1),
+    Tile(64, 2, 1, 1, 1): _Cost(start=2.0, block=0.42, item=3.9, exchange=2.0, exchange_megabyte=0.5),
+    Tile(64, 2, 1, 1, 2): _Cost(start=2.3, block=0.38, item=6.0, exchange=0.8, exchange_megabyte=0.5, lonely=0.1),
+    Tile(128, 1, 1, 1, 2): _Cost(start=2.1, block=0.37, item=4.0, exchange=3.0, exchange_megabyte=0.25, lonely=0.3),
+    Tile(128, 2, 1, 1, 1): _Cost(start=0.9, block=0.72, item=2.8, exchange=6.6, exchange_megabyte=0.13),
+    Tile(128, 3, 1, 1, 1): _Cost(start=0.9, block=1.07, item=3.0, exchange=3.5, exchange_megabyte=0.24),
+    Tile(256, 2, 1, 2, 1): _Cost(start=1.2, block=1.33, item=6.3, exchange=12.0, exchange_megabyte=0.1),
+}
