@@ -146,11 +146,25 @@ def test_kernels_for_a_model() -> None:
 def test_weights_just_written_are_not_fetched_early() -> None:
     from tersor.ops.linear import _settled
 
-    data = torch.zeros(4, dtype=torch.int32)
-    assert [_settled(data), _settled(data)] == [False, True]
-    data.add_(1)
-    assert [_settled(data), _settled(data)] == [False, True]
-    assert not _settled(data.clone())
+    data, scale = torch.zeros(4, dtype=torch.int32), torch.ones(4)
+    assert [_settled(data, scale) for _ in range(3)] == [False, True, True]
+    for written in (data, scale):
+        written.add_(1)
+        assert [_settled(data, scale) for _ in range(2)] == [False, True]
+    assert not _settled(data.clone(), scale)
+    assert not _settled(data, scale.clone())
+    assert [_settled(data, scale) for _ in range(2)] == [False, True]
     with torch.inference_mode():
         fixed = torch.zeros(4, dtype=torch.int32)
-    assert [_settled(fixed), _settled(fixed)] == [False, True]
+    assert [_settled(fixed, scale) for _ in range(2)] == [False, True]
+
+
+def test_what_is_remembered_of_a_weight_dies_with_it() -> None:
+    from tersor.ops.linear import _settled, _used
+
+    before = set(_used)
+    data, scale = torch.zeros(4, dtype=torch.int32), torch.ones(4)
+    _settled(data, scale)
+    assert set(_used) - before == {id(data)}
+    del data
+    assert set(_used) == before

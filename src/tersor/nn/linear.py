@@ -77,11 +77,14 @@ class PackedLinear(PackedModule):
         Returns:
             [..., OC] in x's dtype.
         """
-        weight = self.packed_weight()
-        if not torch.compiler.is_compiling() and self._ready_for is not x.dtype:
+        if torch.compiler.is_compiling():
+            return ops.linear(x, self.packed_weight(), self.bias)
+        weight = self._current()
+        if self._ready_for is not x.dtype:
             self.prepare(x.dtype)
-            weight = self.packed_weight()
-        return ops.linear(x, weight, self.bias)
+            weight = self._current()
+        parameters = self._parameters  # an attribute that is found there costs a microsecond
+        return ops.linear(x, weight, parameters["bias"] if "bias" in parameters else self.bias)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Put the packed weight into the layout that serves activations of `dtype` on the module's device.

@@ -96,6 +96,9 @@ class PackedModule(nn.Module):
             return PackedWeight(
                 self.scheme, self.shape, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout
             )
+        return self._current()
+
+    def _current(self) -> PackedWeight:
         held, buffers = self._held, self._buffers
         if (
             held is None

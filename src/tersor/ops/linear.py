@@ -16,8 +16,8 @@ _SCRATCH_BYTES = 64 << 20
 _ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-_used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-"""Identity of a weight or scale tensor -> the tensor, and its version at the last launch."""
+_used: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[int, int]]] = {}
+"""Identity of a weight's data -> data, scale and their versions at the last launch that used both."""
 
 _library = torch.library.Library("tersor", "DEF")
 _library.define(
@@ -80,23 +80,19 @@ _grad_enabled = torch.is_grad_enabled
 
 
 def _check(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, kind: plan.Kind) -> None:
-    shape, dtype, device = x.shape, x.dtype, x.device
+    shape, dtype = x.shape, x.dtype
     if not shape or shape[-1] != kind.ic:
         raise ShapeError(
             f"linear: x has shape {list(shape)}, expected [..., {kind.ic}] for a weight [{kind.oc}, {kind.ic}]"
         )
     if dtype not in _ACTIVATIONS:
         raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16 or float32")
-    if data.device != device:
-        raise ShapeError(f"linear: x is on {device}, the weight on {data.device}")
-    if bias is not None and (bias.shape != (kind.oc,) or bias.dtype != dtype or bias.device != device):
+    if data.device != x.device:
+        raise ShapeError(f"linear: x is on {x.device}, the weight on {data.device}")
+    if bias is not None and (bias.shape != (kind.oc,) or bias.dtype != dtype or bias.device != x.device):
         raise ShapeError(
-            f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}, expected [{kind.oc}] {dtype} on {device}"
-        )
-    if data.numel() != kind.words or data.dtype != torch.int32:
-        raise ShapeError(
-            f"linear: the packed weight has {data.numel()} elements of {data.dtype}, expected {kind.words} int32 words "
-            f"for [{kind.oc}, {kind.ic}] in {kind.scheme.name} ({kind.layout})"
+            f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}, expected [{kind.oc}] {dtype} on "
+            f"{x.device}"
         )
 
 
@@ -132,7 +128,7 @@ def _serve(
             return _dequantized(x, data, scale, bias, kind).view(*shape[:-1], oc)
         weight = PackedWeight(kind.scheme, (oc, ic), data, scale, zero_point, kind.layout)
         return reference.linear(x, weight, bias).view(*shape[:-1], oc)
-    y = x.new_empty(n, oc) if len(shape) == 2 else x.new_empty(*shape[:-1], oc)
+    y = _output(shape, n, oc, x.dtype)
     stream = current.stream(index)
     partial = arrived = bias_address = 0
     if chosen.floats:
@@ -150,9 +146,18 @@ def _serve(
         y.data_ptr(),
         partial,
         arrived,
-        _settled(data) & _settled(scale),
+        _settled(data, scale),
     )
     return y
+
+
+def _output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised [..., OC] on the current device, for activations of a shape."""
+    if len(shape) == 2:
+        return current.empty((n, oc), (oc, 1), dtype)
+    if len(shape) == 3:
+        return current.empty((shape[0], shape[1], oc), (shape[1] * oc, oc, 1), dtype)
+    return current.empty((n, oc), (oc, 1), dtype).view(*shape[:-1], oc)
 
 
 def _rows(x: torch.Tensor, ic: int) -> torch.Tensor:
@@ -161,18 +166,21 @@ def _rows(x: torch.Tensor, ic: int) -> torch.Tensor:
     return tokens if tokens.stride(1) == 1 and tokens.stride(0) >= ic else tokens.contiguous()
 
 
-def _settled(tensor: torch.Tensor) -> bool:
-    """Tell whether a launch has used this tensor since it was last written: then no kernel just ahead writes it."""
-    version = 0 if tensor.is_inference() else tensor._version
-    name = id(tensor)
+def _settled(data: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Tell whether a launch has used both since they were last written: then no kernel just ahead writes them."""
+    versions = (
+        0 if data.is_inference() else data._version,
+        0 if scale.is_inference() else scale._version,
+    )
+    name = id(data)
     used = _used.get(name)
-    if used is not None and used[0]() is tensor:
-        if used[1] == version:
-            return True
-        _used[name] = (used[0], version)
+    if used is None or used[0]() is not data or used[1]() is not scale:
+        _used[name] = (weakref.ref(data, lambda gone: _forget(name, gone)), weakref.ref(scale), versions)
         return False
-    _used[name] = (weakref.ref(tensor, lambda gone: _forget(name, gone)), version)
-    return False
+    if used[2] != versions:
+        _used[name] = (used[0], used[1], versions)
+        return False
+    return True
 
 
 def _forget(name: int, gone: weakref.ref[torch.Tensor]) -> None:
@@ -239,7 +247,9 @@ def _call(
     ic: int,
     layout: str,
 ) -> torch.Tensor:
-    return _serve(x, data, scale, zero_point, bias, plan.kind(scheme, oc, ic, layout))
+    kind = plan.kind(scheme, oc, ic, layout)
+    kind.check(data)
+    return _serve(x, data, scale, zero_point, bias, kind)
 
 
 def _meta(
@@ -253,7 +263,9 @@ def _meta(
     ic: int,
     layout: str,
 ) -> torch.Tensor:
-    _check(x, data, bias, plan.kind(scheme, oc, ic, layout))
+    kind = plan.kind(scheme, oc, ic, layout)
+    kind.check(data)
+    _check(x, data, bias, kind)
     return x.new_empty(*x.shape[:-1], oc)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
 from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
@@ -67,6 +68,14 @@ class Kind:
             self.factor = math.ldexp(1.0, lanes.lane(scheme.format, tiles.LAYOUTS[layout]).exponent)
         self.plans: dict[Key, Plan] = {}
 
+    def check(self, data: torch.Tensor) -> None:
+        """Raise ShapeError where packed codes are not those of such a weight."""
+        if data.numel() != self.words or data.dtype != torch.int32:
+            raise ShapeError(
+                f"linear: the packed weight has {data.numel()} elements of {data.dtype}, expected {self.words} int32 "
+                f"words for [{self.oc}, {self.ic}] in {self.scheme.name} ({self.layout})"
+            )
+
     def plan(self, key: Key) -> Plan:
         """Return the plan for a key, made at its first use; compiles and loads the kernel it needs."""
         plan = self.plans.get(key)
@@ -122,10 +131,15 @@ def kind(scheme: str, oc: int, ic: int, layout: str) -> Kind:
 
 
 def kind_of(weight: PackedWeight) -> Kind:
-    """Return a weight's kind, which the weight keeps."""
+    """Return a weight's kind, which the weight keeps.
+
+    Raises:
+        ShapeError: its packed codes are not as many as its shape asks for.
+    """
     found: Kind | None = getattr(weight, "note", None)
     if found is None:
         found = kind(weight.scheme.key(), *weight.shape, weight.layout)
+        found.check(weight.data)
         object.__setattr__(weight, "note", found)  # not part of the frozen value
     return found
 
