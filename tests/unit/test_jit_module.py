@@ -303,6 +303,27 @@ def test_threads_do_not_share_parameter_memory(driver: Driver, binary: nvrtc.Bin
     assert addresses["one"] != addresses["two"]
 
 
+def test_threads_launch_their_own_arguments(driver: Driver, binary: nvrtc.Binary) -> None:
+    function = Function(axpy(), 3, binary)
+    together = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        together.wait()
+        for repeat in range(500):
+            function.launch((number, 1, 1), BLOCK, 0, number, (number, repeat, number, 1.0), number == 2)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(driver.launches) == 1000
+    for number in (1, 2):
+        mine = [launch for launch in driver.launches if launch[1] == number]
+        assert [launch[2] for launch in mine] == [(number, repeat, number, 1.0) for repeat in range(500)]
+        assert {(launch[0][0], len(launch[3])) for launch in mine} == {(number, number - 1)}
+
+
 def test_get_on_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnsupportedError, match="torch sees no CUDA device"):
