@@ -1,4 +1,4 @@
-"""What a call does between Python and the driver: plans, who sees the operator, what threads share. No GPU is needed."""
+"""What a call does between Python and the driver: plans, who sees the operator, what threads share."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -51,9 +52,7 @@ def test_it_grows_by_doubling_so_that_what_is_left_behind_stays_small(reserved: 
     assert workspace._streams[0, 5][1] >= 5000
 
 
-def test_each_graph_has_counters_of_its_own(
-    reserved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_graph_has_counters_of_its_own(reserved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     capture = 1
     plain = torch.empty
     monkeypatch.setattr(current, "capturing", lambda: True)
@@ -69,7 +68,7 @@ def test_each_graph_has_counters_of_its_own(
     for graph in (seen[:3], seen[3:6], seen[6:]):
         assert graph[0][0] == graph[1][0] != graph[2][0]
     starts = sorted({address: max(n for a, n in seen if a == address) for address, _ in seen}.items())
-    assert all(address + 4 * n <= after for (address, n), (after, _) in zip(starts, starts[1:], strict=False))
+    assert all(address + 4 * n <= after for (address, n), (after, _) in itertools.pairwise(starts))
     workspace.split_sums(0, 6, 64, 1 << 17)
     assert reserved[1:] == [(4 << 17, 0)]
 
@@ -123,7 +122,7 @@ def test_memory_is_zeroed_on_a_stream_of_its_own(status: int, monkeypatch: pytes
     driver = Driver(status)
     monkeypatch.setattr(module, "load_driver", lambda: driver)
     if status:
-        with pytest.raises(KernelError, match="cuda:3 gives no 64 bytes .*: CUDA_ERROR_OUT_OF_MEMORY, out of memory"):
+        with pytest.raises(KernelError, match=r"cuda:3 gives no 64 bytes .*: CUDA_ERROR_OUT_OF_MEMORY, out of memory"):
             memory.reserve(64, 3)
     else:
         assert memory.reserve(64, 3) == 4096

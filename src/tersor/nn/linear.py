@@ -83,8 +83,11 @@ class PackedLinear(PackedModule):
         if self._ready_for is not x.dtype:
             self.prepare(x.dtype)
             weight = self._current()
-        parameters = self._parameters  # an attribute that is found there costs a microsecond
-        return ops.linear(x, weight, parameters["bias"] if "bias" in parameters else self.bias)
+        try:
+            bias = self._parameters["bias"]  # the attribute costs a microsecond
+        except KeyError:  # a parametrization has taken it
+            bias = self.bias
+        return ops.linear(x, weight, bias)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Put the packed weight into the layout that serves activations of `dtype` on the module's device.

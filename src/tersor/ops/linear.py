@@ -132,7 +132,7 @@ def _serve(
     stream = current.stream(index)
     partial = arrived = bias_address = 0
     if chosen.floats:
-        partial, arrived, parts = workspace.split_sums(index, stream, chosen.floats, chosen.counters)
+        partial, arrived, _parts = workspace.split_sums(index, stream, chosen.floats, chosen.counters)
     if bias is not None:
         bias = bias if bias.is_contiguous() else bias.contiguous()
         bias_address = bias.data_ptr()

@@ -145,7 +145,7 @@ def kind_of(weight: PackedWeight) -> Kind:
 
 
 def forget() -> None:
-    """Drop every plan and read TERSOR_KERNEL anew: for who changes the environment or a chooser in a running process."""
+    """Drop every plan and read TERSOR_KERNEL anew: for who changes the environment or a chooser while it runs."""
     dispatch.forget()
     for found in list(_kinds.values()):
         found.plans.clear()

@@ -96,6 +96,7 @@ class Function:
             KernelError: the arguments do not fit, or the driver refuses the launch.
         """
         memory = self._threads.memory
+        count: int
         try:
             if cluster is None:
                 attributes, count = memory.serialized, programmatic
