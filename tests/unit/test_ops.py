@@ -90,9 +90,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.float16
     shape = (128, 64)
     for chip, n, aligned, kernel, why in (
-        ("NVIDIA A100", 64, True, "fused", "64 tokens are at most 64; sm80 schedule, 64 tokens"),
+        ("NVIDIA A100", 64, True, "fused", "64 tokens are at most 64; sm80"),
         ("NVIDIA A100", 65, True, "dequantize + cuBLAS", "65 tokens are more than 64 on compute capability 8.0"),
-        ("NVIDIA H200", 65, True, "fused", "rows start on 16 bytes; sm90 schedule"),
+        ("NVIDIA H200", 65, True, "fused", "rows start on 16 bytes; sm90"),
         ("NVIDIA H200", 65, False, "dequantize + cuBLAS", "rows do not start on 16 bytes"),
     ):
         monkeypatch.setattr(dispatch, "chip", lambda device, chip=chip: CHIPS[chip])

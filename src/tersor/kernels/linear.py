@@ -13,12 +13,10 @@ from tersor.formats import ElementFormat, Scheme, get
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
-from tersor.kernels.tune import linear as tuning
+from tersor.kernels.tune import sm80, sm90
 from tersor.layouts import lanes, tiles
 
 _SM80_THREADS = 256
-_SM90_WARPGROUPS = 2
-_SM90_THREADS = 128 * (_SM90_WARPGROUPS + 1)
 _DEQUANTIZE_WARPS = 4
 
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
@@ -58,36 +56,43 @@ def sm80_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int,
 
 @functools.cache
 def sm90_source(
-    fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int, resident: int
+    fmt: ElementFormat, target: str, scale_groups: int, tile: sm90.Tile, weight_slots: int, x_slots: int
 ) -> KernelSource:
     """Return the wgmma kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_sm90_{fmt.name}_{target}_n{n_tile}x{resident}",
+        name=(
+            f"tersor_linear_sm90_{fmt.name}_{target}_{tile.rows}x{tile.tokens}"
+            f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}"
+        ),
         header="sm90_linear.cuh",
         parameters={
             **_decode_parameters(fmt, target),
-            "N_TILE": n_tile,
-            "STAGES": stages,
+            "N_TILE": tile.tokens,
+            "ROW_GROUPS": tile.row_groups,
+            "K_GROUPS": tile.channel_groups,
+            "CLUSTER": tile.cluster,
+            "RESIDENT": tile.resident,
+            "WEIGHT_SLOTS": weight_slots,
+            "X_SLOTS": x_slots,
             "SCALE_GROUPS": scale_groups,
-            "WARPGROUPS": _SM90_WARPGROUPS,
-            "RESIDENT": resident,
+            "FEW_TOKENS": sm90.FEW_TOKENS,
         },
-        arguments="TPPPPPPiiif",
+        arguments="TPPPPPPiiiiiif",
     )
 
 
 def fused_source(fmt: ElementFormat, target: str, scale_groups: int, config: tune.LinearConfig) -> KernelSource:
     """Return the kernel that a configuration asks for."""
-    if config.schedule == tuning.SM90:
-        return sm90_source(fmt, target, scale_groups, config.n_tile, config.stages, config.resident)
-    return sm80_source(fmt, target, scale_groups, config.n_tile, config.stages)
+    if config.schedule == tune.SM90:
+        return sm90_source(fmt, target, scale_groups, sm90.tile_of(config), config.weight_slots, config.x_slots)
+    return sm80_source(fmt, target, scale_groups, config.n_tile, config.weight_slots)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
     """Return the float32 sums and the counters that the splits of a configuration exchange."""
-    outputs = config.token_tiles * config.row_tiles
-    tokens = config.n_tile if config.schedule == tuning.SM90 else n
-    return outputs * config.splits * tuning.ROWS * tokens, outputs
+    outputs = config.token_tiles * config.row_tiles - config.whole_tiles * config.cluster
+    tokens = config.n_tile if config.schedule == tune.SM90 else n
+    return outputs * config.splits * 64 * config.row_groups * tokens, outputs
 
 
 @functools.cache
@@ -150,11 +155,12 @@ def prepare_fused(
         arguments = (weight, scale, x, bias, y, partial, arrived, stride, oc, ic, n, aligned, factor)
         run(grid, block, shared, stream, arguments)
 
-    if config.schedule != tuning.SM90:
+    if config.schedule != tune.SM90:
         return launch_sm80
 
-    grid, block = (config.token_tiles, config.row_tiles, config.splits), (_SM90_THREADS, 1, 1)
-    rows_of_x, n_tile = tensor_map.rows_of_16_bit, config.n_tile
+    grid, block = (config.ctas, 1, 1), (sm90.tile_of(config).threads, 1, 1)
+    rows_of_x, box = tensor_map.rows_of_16_bit, sm90.box_rows(config, n)
+    whole_tiles, splits = config.whole_tiles, config.splits
 
     def launch_sm90(
         stream: int,
@@ -168,8 +174,8 @@ def prepare_fused(
         arrived: int,
         early: bool,
     ) -> None:
-        x_map = rows_of_x(x, n, ic, stride, bf16, n_tile)
-        arguments = (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, factor)
+        x_map = rows_of_x(x, n, ic, stride, bf16, box)
+        arguments = (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, whole_tiles, splits, box, factor)
         run(grid, block, shared, stream, arguments, early)
 
     return launch_sm90
@@ -216,14 +222,12 @@ def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
     """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
     groups = tiles.scales_in_block(scheme.group_size)
     fmt = scheme.format
-    for tile in tuning.SM80_TILES:
-        depth, _ = tuning.sm80_stages(tile, fmt.bits, groups, chip)
-        yield sm80_source(fmt, target, groups, tile, depth)
+    for tokens in sm80.TILES:
+        depth, _ = sm80.stages(tokens, fmt.bits, groups, chip)
+        yield sm80_source(fmt, target, groups, tokens, depth)
     if chip.capability == (9, 0):
-        for tile in tuning.sm90_tiles(groups):
-            for resident in tuning.sm90_resident(tile, groups):
-                depth = tuning.sm90_stages(tile, resident, fmt.bits, groups, chip)
-                yield sm90_source(fmt, target, groups, tile, depth, resident)
+        for tile in sm90.tiles(groups):
+            yield sm90_source(fmt, target, groups, tile, *tile.slots(fmt.bits, groups, chip))
     yield dequantize_source(fmt, target, groups)
     yield epilogue_source(target, groups == 0)
 

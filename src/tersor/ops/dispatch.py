@@ -13,7 +13,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
-from tersor.kernels.tune import linear as tuning
+from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, lanes, tiles
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def decide(
         facts = (tiles.LAYOUTS[layout], dtype)
         return Decision(REFERENCE, None, "the weight is laid out for {} activations, these are {}", facts)
     gpu = chip(device)
-    limit = tuning.SM80_TOKENS
+    limit = sm80.TOKENS
     problem = tune.LinearProblem(
         oc=shape[0],
         ic=shape[1],
