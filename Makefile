@@ -50,6 +50,7 @@ gpu-test: $(READY_DEV)
 
 bench: $(READY_DEV)
 	$(PYTHON) bench/linear.py
+	$(PYTHON) bench/host.py
 	$(PYTHON) bench/generate.py
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,7 @@ from tersor.kernels import jit, tune
 from tersor.kernels.linear import COMPILED_FORMATS
 from tersor.kernels.tune import linear as tuning
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch
-from tersor.ops.linear import _problem
+from tersor.ops import dispatch, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -48,6 +48,14 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
     return PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda())
 
 
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Leave no plan behind that a test forced."""
+    yield
+    tune.choose.cache_clear()
+    plan.forget()
+
+
 @pytest.fixture(params=["sm80", "sm90"])
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with the kernels of either generation; those of sm_80 run on a newer GPU, too."""
@@ -58,16 +66,17 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("needs compute capability 9.0")
     monkeypatch.setattr(tuning, "_FEW_TOKENS", 0)
     tune.choose.cache_clear()
+    plan.forget()
     return request.param
 
 
 def check(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Run whatever kernel serves the call and compare with float64."""
     packed = weight.to_layout(ops.preferred_layout(weight.scheme, x.dtype, x.device))
-    assert dispatch.decide(weight.scheme, packed.layout, x.shape[0], x.dtype, x.device).kernel != dispatch.REFERENCE
+    assert served_by(packed, x) != dispatch.REFERENCE
     y = ops.linear(x, packed, bias)
     exact_weight = weight.dequantize().double()
-    if weight.scheme.group_size is not None and not served_by_fused(weight, x):
+    if weight.scheme.group_size is not None and served_by(packed, x) != dispatch.FUSED:
         exact_weight = weight.dequantize(x.dtype).double()
     exact = x.double() @ exact_weight.T
     allowed = formats.product_tolerance(x.double(), exact_weight, x.dtype)
@@ -80,9 +89,12 @@ def check(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> t
     return y
 
 
-def served_by_fused(weight: PackedWeight, x: torch.Tensor) -> bool:
-    """Tell whether a fused kernel serves the call, not decoded weights and cuBLAS."""
-    return tune.fused(_problem(x if x.stride(1) == 1 else x.contiguous(), weight), dispatch.chip(x.device))
+def served_by(packed: PackedWeight, x: torch.Tensor) -> str:
+    """Return who serves the call: a fused kernel, decoded weights and cuBLAS, or the reference."""
+    x = x if x.is_contiguous() or x.stride(1) == 1 else x.contiguous()
+    stride = x.shape[1] if x.is_contiguous() else x.stride(0)
+    aligned = x.data_ptr() % 16 == 0 and stride % 8 == 0
+    return dispatch.decide(packed.scheme, packed.layout, packed.shape, x.shape[0], x.dtype, x.device, aligned).kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +109,7 @@ def test_every_code_decodes_exactly(name: str, dtype: torch.dtype, schedule: str
     fused = ops.linear(identity, packed)
     assert torch.equal(fused.float(), weight.dequantize().T)
     many = torch.cat((identity, identity))
-    assert served_by_fused(packed, many) == (schedule == "sm90")
+    assert (served_by(packed, many) == dispatch.FUSED) == (schedule == "sm90")
     assert torch.equal(ops.linear(many, packed).float(), weight.dequantize().T.repeat(2, 1))
 
 
@@ -137,6 +149,7 @@ def test_every_tile_with_and_without_splits(n_tile: int, monkeypatch: pytest.Mon
                 shared_bytes=depth * tuning.sm90_stage_bytes(n_tile, 6, 0),
             )
             monkeypatch.setattr(tune, "choose", lambda problem, chip, config=config: config)
+            plan.forget()
             check(weight, x, None)
 
 

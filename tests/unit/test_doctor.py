@@ -18,7 +18,7 @@ from tersor.cli import doctor
 from tersor.cli.main import run
 from tersor.errors import UnsupportedError
 from tersor.kernels.jit import KernelSource, build, nvrtc
-from tersor.ops import Reason
+from tersor.ops import Reason, dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(build, "_memory", {})
+    dispatch.forget()
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tersor.compress import quantize_rtn
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch, reference
+from tersor.ops import dispatch, plan, reference
 
 
 def packed(name: str, oc: int, ic: int, group: int | None = None) -> PackedWeight:
@@ -88,11 +88,17 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CUDA device" in ops.explain(scheme, 8, 64, 1, torch.float16, "cpu").why
     monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
     half = torch.float16
-    assert dispatch.decide(scheme, "tiles_float16", 64, half, gpu).kernel == "fused"
-    monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA A100"])
-    assert dispatch.decide(scheme, "tiles_float16", 65, half, gpu).kernel == "dequantize + cuBLAS"
-    monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
-    assert dispatch.decide(scheme, "tiles_float16", 65, half, gpu).kernel == "fused"
+    shape = (128, 64)
+    for chip, n, aligned, kernel, why in (
+        ("NVIDIA A100", 64, True, "fused", "64 tokens are at most 64; sm80"),
+        ("NVIDIA A100", 65, True, "dequantize + cuBLAS", "65 tokens are more than 64 on compute capability 8.0"),
+        ("NVIDIA H200", 65, True, "fused", "rows start on 16 bytes; sm90"),
+        ("NVIDIA H200", 65, False, "dequantize + cuBLAS", "rows do not start on 16 bytes"),
+    ):
+        monkeypatch.setattr(dispatch, "chip", lambda device, chip=chip: CHIPS[chip])
+        decision = dispatch.decide(scheme, "tiles_float16", shape, n, half, gpu, aligned)
+        assert decision.kernel == kernel and why in decision.why
+        assert (decision.config is not None) == (kernel == "fused")
     for scheme_, layout, dtype, device, why in (
         (scheme, "stream", half, gpu, "stored stream"),
         (scheme, "tiles_bfloat16", half, gpu, "laid out for bfloat16"),
@@ -101,13 +107,25 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         (formats.get_scheme("int4", 24), "stream", half, gpu, "multiple of 16"),
         (scheme, "stream", half, cpu, "cpu"),
     ):
-        reason = dispatch.decide(scheme_, layout, 1, dtype, device)
+        reason = dispatch.decide(scheme_, layout, shape, 1, dtype, device)
         assert reason.kernel == "reference"
         assert why in reason.why
     assert ops.preferred_layout(scheme, torch.bfloat16, gpu) == "tiles_bfloat16"
     assert ops.preferred_layout(scheme, torch.float32, gpu) == "stream"
+
+
+def test_the_environment_is_read_once_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, gpu = formats.get_scheme("fp6_e3m2"), torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
+    plan.forget()
+    assert ops.preferred_layout(scheme, torch.float16, gpu) == "tiles_float16"
     monkeypatch.setenv("TERSOR_KERNEL", "reference")
-    assert "TERSOR_KERNEL" in dispatch.decide(scheme, "tiles_float16", 1, half, gpu).why
+    assert dispatch.obstacle(scheme, torch.float16, gpu) == ""
+    plan.forget()
+    assert dispatch.obstacle(scheme, torch.float16, gpu) == "TERSOR_KERNEL is set to reference"
+    assert ops.preferred_layout(scheme, torch.float16, gpu) == "stream"
+    monkeypatch.undo()
+    plan.forget()
 
 
 def test_kernels_for_a_model() -> None:
@@ -128,11 +146,25 @@ def test_kernels_for_a_model() -> None:
 def test_weights_just_written_are_not_fetched_early() -> None:
     from tersor.ops.linear import _settled
 
-    data = torch.zeros(4, dtype=torch.int32)
-    assert [_settled(data), _settled(data)] == [False, True]
-    data.add_(1)
-    assert [_settled(data), _settled(data)] == [False, True]
-    assert not _settled(data.clone())
+    data, scale = torch.zeros(4, dtype=torch.int32), torch.ones(4)
+    assert [_settled(data, scale) for _ in range(3)] == [False, True, True]
+    for written in (data, scale):
+        written.add_(1)
+        assert [_settled(data, scale) for _ in range(2)] == [False, True]
+    assert not _settled(data.clone(), scale)
+    assert not _settled(data, scale.clone())
+    assert [_settled(data, scale) for _ in range(2)] == [False, True]
     with torch.inference_mode():
         fixed = torch.zeros(4, dtype=torch.int32)
-    assert [_settled(fixed), _settled(fixed)] == [False, True]
+    assert [_settled(fixed, scale) for _ in range(2)] == [False, True]
+
+
+def test_what_is_remembered_of_a_weight_dies_with_it() -> None:
+    from tersor.ops.linear import _settled, _used
+
+    before = set(_used)
+    data, scale = torch.zeros(4, dtype=torch.int32), torch.ones(4)
+    _settled(data, scale)
+    assert set(_used) - before == {id(data)}
+    del data
+    assert set(_used) == before

@@ -6,7 +6,8 @@ Takes addresses and sizes, knows nothing of tensors; `ops` checks that a call is
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from tersor.formats import ElementFormat, Scheme, get
 from tersor.hardware import CHIPS, Chip
@@ -116,51 +117,68 @@ def epilogue_source(target: str, row_scale: bool) -> KernelSource:
     )
 
 
-def launch_fused(
+FusedLaunch: TypeAlias = Callable[[int, int, int, int, int, int, int, int, int, bool], None]
+"""Takes stream, weight, scale, x, elements between rows of x, bias, y, partial, arrived, early: see `prepare_fused`."""
+
+
+def prepare_fused(
     function: Function,
     config: tune.LinearConfig,
-    stream: int,
     *,
     bf16: bool,
-    weight: int,
-    scale: int,
-    x: int,
-    bias: int,
-    y: int,
-    partial: int,
-    arrived: int,
-    x_stride: int,
     oc: int,
     ic: int,
     n: int,
     aligned: bool,
     factor: float,
-    early: bool,
-) -> None:
-    """Launch a fused kernel; pointers are device addresses (see sm80_linear.cuh and sm90_linear.cuh).
+) -> FusedLaunch:
+    """Return what launches a fused kernel on one problem: all that stays the same from call to call is settled.
 
+    What is returned takes the handle of a stream and device addresses (0 for none), in the order of `FusedLaunch`.
     `early` lets the sm90 schedule fetch weights before the kernel ahead has ended: not where that one wrote them.
     """
-    if config.schedule == tune.SM90:
-        box = sm90.box_rows(config, n)
-        x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, box)
-        sizes = (oc, ic, n, config.whole_tiles, config.splits, box)
-        function.launch(
-            (config.ctas, 1, 1),
-            (sm90.tile_of(config).threads, 1, 1),
-            config.shared_bytes,
-            stream,
-            (x_map, weight, scale, bias, y, partial, arrived, *sizes, factor),
-            programmatic=early,
-        )
-    else:
-        function.launch(
-            (config.row_tiles, config.splits, 1),
-            (_SM80_THREADS, 1, 1),
-            config.shared_bytes,
-            stream,
-            (weight, scale, x, bias, y, partial, arrived, x_stride, oc, ic, n, aligned, factor),
-        )
+    shared, run = config.shared_bytes, function.launch
+    grid, block = (config.row_tiles, config.splits, 1), (_SM80_THREADS, 1, 1)
+
+    def launch_sm80(
+        stream: int,
+        weight: int,
+        scale: int,
+        x: int,
+        stride: int,
+        bias: int,
+        y: int,
+        partial: int,
+        arrived: int,
+        early: bool,
+    ) -> None:
+        arguments = (weight, scale, x, bias, y, partial, arrived, stride, oc, ic, n, aligned, factor)
+        run(grid, block, shared, stream, arguments)
+
+    if config.schedule != tune.SM90:
+        return launch_sm80
+
+    grid, block = (config.ctas, 1, 1), (sm90.tile_of(config).threads, 1, 1)
+    rows_of_x, box = tensor_map.rows_of_16_bit, sm90.box_rows(config, n)
+    whole_tiles, splits = config.whole_tiles, config.splits
+
+    def launch_sm90(
+        stream: int,
+        weight: int,
+        scale: int,
+        x: int,
+        stride: int,
+        bias: int,
+        y: int,
+        partial: int,
+        arrived: int,
+        early: bool,
+    ) -> None:
+        x_map = rows_of_x(x, n, ic, stride, bf16, box)
+        arguments = (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, whole_tiles, splits, box, factor)
+        run(grid, block, shared, stream, arguments, early)
+
+    return launch_sm90
 
 
 def launch_dequantize(

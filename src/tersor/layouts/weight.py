@@ -14,8 +14,14 @@ STREAM = "stream"
 """The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.tiles`."""
 
 
+class _Noted:
+    """Room for what `ops` remembers of a weight: no part of its value, neither copied nor stored with it."""
+
+    __slots__ = ("note",)
+
+
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
+class PackedWeight(_Noted):
     """A weight [OC, IC] as packed codes and scales.
 
     Attributes:

@@ -77,9 +77,17 @@ class PackedLinear(PackedModule):
         Returns:
             [..., OC] in x's dtype.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return ops.linear(x, self.packed_weight(), self.bias)
+        weight = self._current()
+        if self._ready_for is not x.dtype:
             self.prepare(x.dtype)
-        return ops.linear(x, self.packed_weight(), self.bias)
+            weight = self._current()
+        try:
+            bias = self._parameters["bias"]  # the attribute costs a microsecond
+        except KeyError:  # a parametrization has taken it
+            bias = self.bias
+        return ops.linear(x, weight, bias)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Put the packed weight into the layout that serves activations of `dtype` on the module's device.
@@ -87,15 +95,17 @@ class PackedLinear(PackedModule):
         Does nothing when it is there already, on the meta device, and while a CUDA graph is captured (every layout
         gives the right result; this one is fastest).
         """
-        wanted = (dtype, self.weight_packed.device)
-        if self._ready_for == wanted or wanted[1].type == "meta":
+        weight = self.packed_weight()
+        device = weight.data.device
+        if self._ready_for == dtype or device.type == "meta":
             return
-        layout = ops.preferred_layout(self.scheme, dtype, wanted[1])
-        if layout != self.layout:
-            if wanted[1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+        layout = ops.preferred_layout(self.scheme, dtype, device)
+        if layout != weight.layout:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return
-            self._set_weight(self.packed_weight().to_layout(layout))
-        self._ready_for = wanted
+            self._set_weight(weight.to_layout(layout))
+            self.packed_weight()  # what is held now is what is ready
+        self._ready_for = dtype
 
     def extra_repr(self) -> str:
         """Say shape, scheme and layout."""

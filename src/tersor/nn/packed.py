@@ -61,7 +61,8 @@ class PackedModule(nn.Module):
         self.scheme = scheme
         self.dtype = dtype or torch.get_default_dtype()
         self.layout = STREAM
-        self._ready_for: tuple[torch.dtype, torch.device] | None = None
+        self._ready_for: torch.dtype | None = None
+        self._held: PackedWeight | None = None
         for name, (size, tensor_dtype) in self.own_tensors().items():
             tensor = torch.empty(size, dtype=tensor_dtype, device=device)
             self.register_buffer(name, tensor, persistent=self.in_state_dict)
@@ -90,10 +91,26 @@ class PackedModule(nn.Module):
         return self.stored_tensors(ic, oc, self.scheme)
 
     def packed_weight(self) -> PackedWeight:
-        """Return the weight, sharing memory with the module's buffers."""
-        return PackedWeight(
-            self.scheme, self.shape, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout
-        )
+        """Return the weight, sharing memory with the module's buffers: the same object until one of them changes."""
+        if torch.compiler.is_compiling():
+            return PackedWeight(
+                self.scheme, self.shape, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout
+            )
+        return self._current()
+
+    def _current(self) -> PackedWeight:
+        held, buffers = self._held, self._buffers
+        if (
+            held is None
+            or held.data is not buffers[PACKED]
+            or held.scale is not buffers[SCALE]
+            or held.zero_point is not buffers[ZERO_POINT]
+            or held.layout is not self.layout
+        ):
+            data, scale = self.weight_packed, self.weight_scale
+            held = PackedWeight(self.scheme, self.shape, data, scale, self.weight_zero_point, self.layout)
+            self._held, self._ready_for = held, None
+        return held
 
     @property
     def weight(self) -> torch.Tensor:
@@ -156,4 +173,4 @@ class PackedModule(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready_for": None}
+        return {**self.__dict__, "_ready_for": None, "_held": None}

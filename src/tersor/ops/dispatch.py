@@ -32,6 +32,27 @@ class Reason:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Who serves a call, and how a fused kernel is to run; the sentence is made when it is asked for.
+
+    Attributes:
+        kernel: `fused`, `dequantize + cuBLAS` or `reference`.
+        config: of a fused kernel, else `None`.
+        template, facts: the reason, and what stands in its braces.
+    """
+
+    kernel: str
+    config: tune.LinearConfig | None
+    template: str
+    facts: tuple[object, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """The reason in one sentence."""
+        return self.template.format(*self.facts)
+
+
 def target_name(dtype: torch.dtype) -> str | None:
     """Return the decode target for activations of `dtype`, or `None` where the kernels have none."""
     return next((name for name, known in lanes.TARGETS.items() if known == dtype), None)
@@ -39,7 +60,7 @@ def target_name(dtype: torch.dtype) -> str | None:
 
 def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
     """Return why no kernel can serve this scheme, dtype and device, or an empty string when one can."""
-    if settings.get("TERSOR_KERNEL") == "reference":
+    if _reference_wanted():
         return "TERSOR_KERNEL is set to reference"
     if device.type != "cuda":
         return f"kernels need a CUDA device, this is {device.type}"
@@ -47,6 +68,17 @@ def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
     if unsupported:
         return unsupported
     return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _reference_wanted() -> bool:
+    """Read the environment, which costs as much as a launch, once."""
+    return settings.get("TERSOR_KERNEL") == "reference"
+
+
+def forget() -> None:
+    """Read TERSOR_KERNEL anew at the next question."""
+    _reference_wanted.cache_clear()
 
 
 @functools.cache
@@ -81,21 +113,52 @@ def preferred_layout(scheme: Scheme, dtype: torch.dtype, device: torch.device) -
     return f"tiles_{target_name(dtype)}"
 
 
-def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torch.device) -> Reason:
-    """Return who serves `n` aligned tokens of `dtype` with a weight that lies in `layout`."""
+def decide(
+    scheme: Scheme,
+    layout: str,
+    shape: tuple[int, int],
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool = True,
+) -> Decision:
+    """Decide who serves a product: the one place that does, for calls and for `explain`.
+
+    Args:
+        scheme, layout, shape: of the weight; shape is (OC, IC).
+        n: tokens.
+        dtype, device: of the activations.
+        aligned: rows of activations start on 16 bytes.
+    """
     why = obstacle(scheme, dtype, device)
     if why:
-        return Reason(REFERENCE, why)
+        return Decision(REFERENCE, None, "{}", (why,))
     if layout == STREAM:
-        return Reason(REFERENCE, "the weight lies in the stored stream, not in kernel tiles")
+        return Decision(REFERENCE, None, "the weight lies in the stored stream, not in kernel tiles")
     if tiles.LAYOUTS[layout] != target_name(dtype):
-        return Reason(REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}")
-    if n <= sm80.TOKENS:
-        return Reason(FUSED, f"{n} tokens are at most {sm80.TOKENS}")
-    capability = ".".join(map(str, chip(device).capability))
-    if capability == "9.0":
-        return Reason(FUSED, "the sm90 schedule takes any number of tokens whose rows start on 16 bytes")
-    return Reason(DEQUANTIZE, f"{n} tokens are more than {sm80.TOKENS} on compute capability {capability}")
+        facts = (tiles.LAYOUTS[layout], dtype)
+        return Decision(REFERENCE, None, "the weight is laid out for {} activations, these are {}", facts)
+    gpu = chip(device)
+    limit = sm80.TOKENS
+    problem = tune.LinearProblem(
+        oc=shape[0],
+        ic=shape[1],
+        n=n,
+        bits=scheme.format.bits,
+        scale_groups=tiles.scales_in_block(scheme.group_size),
+        aligned=aligned,
+    )
+    if tune.fused(problem, gpu):
+        config = tune.choose(problem, gpu)
+        if n <= limit:
+            return Decision(FUSED, config, "{} tokens are at most {}; {}", (n, limit, config))
+        sentence = "the sm90 schedule takes any number of tokens whose rows start on 16 bytes; {}"
+        return Decision(FUSED, config, sentence, (config,))
+    if gpu.capability == (9, 0):
+        sentence = "{} tokens are more than {} and rows do not start on 16 bytes"
+        return Decision(DEQUANTIZE, None, sentence, (n, limit))
+    sentence = "{} tokens are more than {} on compute capability {}.{}"
+    return Decision(DEQUANTIZE, None, sentence, (n, limit, *gpu.capability))
 
 
 def explain(
@@ -110,15 +173,11 @@ def explain(
     place = torch.device(device)
     if place.type == "cuda" and not hardware.cuda_available():
         return Reason(REFERENCE, "torch sees no CUDA device")
-    reason = decide(scheme, preferred_layout(scheme, dtype, place), n, dtype, place)
-    if reason.kernel != FUSED or n == 0:
-        return reason
-    groups = tiles.scales_in_block(scheme.group_size)
-    bits = scheme.format.bits
-    problem = tune.LinearProblem(oc=oc, ic=ic, n=n, bits=bits, scale_groups=groups, aligned=ic % 8 == 0)
-    if not tune.fused(problem, chip(place)):
-        return Reason(DEQUANTIZE, f"{n} tokens are more than {sm80.TOKENS} and rows do not start on 16 bytes")
-    return replace(reason, why=f"{reason.why}; {tune.choose(problem, chip(place))}")
+    if n == 0 or oc == 0:
+        return Reason(REFERENCE, "there is nothing to compute")
+    layout = preferred_layout(scheme, dtype, place)
+    decision = decide(scheme, layout, (oc, ic), n, dtype, place, aligned=ic % 8 == 0)
+    return Reason(decision.kernel, decision.why)
 
 
 def chip(device: torch.device) -> Chip:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import weakref
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tersor.errors import ShapeError
-from tersor.formats import Scheme
-from tersor.kernels import tune
-from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
-from tersor.ops import dispatch, reference, workspace
+from tersor.layouts import PackedWeight, tiles
+from tersor.ops import current, dispatch, plan, reference, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
 
-_used: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weight or scale tensor -> its version at the last launch."""
+_ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_used: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[int, int]]] = {}
+"""Identity of a weight's data -> data, scale and their versions at the last launch that used both."""
 
 _library = torch.library.Library("tersor", "DEF")
 _library.define(
@@ -45,47 +44,199 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
-    oc, ic = weight.shape
-    return torch.ops.tersor.linear(
-        x, weight.data, weight.scale, weight.zero_point, bias, weight.scheme.key(), oc, ic, weight.layout
+    if torch.compiler.is_compiling() or _observed(x, bias):
+        oc, ic = weight.shape
+        return _operator(
+            x, weight.data, weight.scale, weight.zero_point, bias, weight.scheme.key(), oc, ic, weight.layout
+        )
+    return _serve(x, weight.data, weight.scale, weight.zero_point, bias, plan.kind_of(weight))
+
+
+def _observed(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Tell whether someone has to see the operator: a mode, a transform, a trace, a profiler, autograd or a subclass.
+
+    Where nobody does, the dispatcher would only cost time.
+    """
+    if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu) or x.is_neg():
+        return True
+    if bias is not None and (type(bias) not in _PLAIN or bias.is_neg() or (bias.requires_grad and _grad_enabled())):
+        return True
+    return (
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transform() is not None
+        or _trace() is not None
+        or _profiled()
+        or (x.requires_grad and _grad_enabled())
     )
 
 
-def _check(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    bias: torch.Tensor | None,
-    scheme: Scheme,
-    oc: int,
-    ic: int,
-    layout: str,
-) -> None:
-    if x.dim() == 0 or x.shape[-1] != ic:
-        raise ShapeError(f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]")
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        raise ShapeError(f"linear: x is {x.dtype}, expected float16, bfloat16 or float32")
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
+_grad_enabled = torch.is_grad_enabled
+
+
+def _check(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, kind: plan.Kind) -> None:
+    shape, dtype = x.shape, x.dtype
+    if not shape or shape[-1] != kind.ic:
+        raise ShapeError(
+            f"linear: x has shape {list(shape)}, expected [..., {kind.ic}] for a weight [{kind.oc}, {kind.ic}]"
+        )
+    if dtype not in _ACTIVATIONS:
+        raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16 or float32")
     if data.device != x.device:
         raise ShapeError(f"linear: x is on {x.device}, the weight on {data.device}")
-    if bias is not None and (list(bias.shape) != [oc] or bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (bias.shape != (kind.oc,) or bias.dtype != dtype or bias.device != x.device):
         raise ShapeError(
-            f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}, expected [{oc}] {x.dtype} on {x.device}"
+            f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}, expected [{kind.oc}] {dtype} on "
+            f"{x.device}"
         )
-    words = _words(scheme, oc, ic, layout)
-    if data.numel() != words or data.dtype != torch.int32:
-        raise ShapeError(
-            f"linear: the packed weight has {data.numel()} elements of {data.dtype}, expected {words} int32 words for "
-            f"[{oc}, {ic}] in {scheme.name} ({layout})"
-        )
-
-
-@functools.lru_cache(maxsize=4096)
-def _words(scheme: Scheme, oc: int, ic: int, layout: str) -> int:
-    if layout == STREAM:
-        return oc * stream.row_words(ic, scheme.format.bits)
-    return tiles.row_blocks(oc) * tiles.column_blocks(ic) * 64 * scheme.format.bits
 
 
 def _serve(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kind: plan.Kind,
+) -> torch.Tensor:
+    """Check a call and serve it; on the way to a fused kernel every line counts in microseconds."""
+    _check(x, data, bias, kind)
+    shape, oc, ic = x.shape, kind.oc, kind.ic
+    size = x.numel()
+    if size == 0 or oc == 0:
+        y = x.new_zeros(*shape[:-1], oc)
+        return y if bias is None else y + bias
+    index = x.get_device()
+    if index >= 0 and current.device() != index:
+        with torch.cuda.device(index):
+            return _serve(x, data, scale, zero_point, bias, kind)
+    n, stride = size // ic, ic
+    if not x.is_contiguous():
+        x = _rows(x, ic)
+        stride = x.stride(0)
+    address = x.data_ptr()
+    chosen = kind.plan((n, x.dtype, index, not (address % 16 or stride % 8)))
+    launch = chosen.launch
+    if launch is None:
+        x = x.reshape(-1, ic)
+        if chosen.decision.kernel == dispatch.DEQUANTIZE:
+            return _dequantized(x, data, scale, bias, kind).view(*shape[:-1], oc)
+        weight = PackedWeight(kind.scheme, (oc, ic), data, scale, zero_point, kind.layout)
+        return reference.linear(x, weight, bias).view(*shape[:-1], oc)
+    y = _output(shape, n, oc, x.dtype)
+    stream = current.stream(index)
+    partial = arrived = bias_address = 0
+    if chosen.floats:
+        partial, arrived, _parts = workspace.split_sums(index, stream, chosen.floats, chosen.counters)
+    if bias is not None:
+        bias = bias if bias.is_contiguous() else bias.contiguous()
+        bias_address = bias.data_ptr()
+    launch(
+        stream,
+        data.data_ptr(),
+        scale.data_ptr(),
+        address,
+        stride,
+        bias_address,
+        y.data_ptr(),
+        partial,
+        arrived,
+        _settled(data, scale),
+    )
+    return y
+
+
+def _output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised [..., OC] on the current device, for activations of a shape."""
+    if len(shape) == 2:
+        return current.empty((n, oc), (oc, 1), dtype)
+    if len(shape) == 3:
+        return current.empty((shape[0], shape[1], oc), (shape[1] * oc, oc, 1), dtype)
+    return current.empty((n, oc), (oc, 1), dtype).view(*shape[:-1], oc)
+
+
+def _rows(x: torch.Tensor, ic: int) -> torch.Tensor:
+    """Return x as [N, IC] with channels side by side and rows apart, copied only where it lies otherwise."""
+    tokens = x.reshape(-1, ic)
+    return tokens if tokens.stride(1) == 1 and tokens.stride(0) >= ic else tokens.contiguous()
+
+
+def _settled(data: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Tell whether a launch has used both since they were last written: then no kernel just ahead writes them."""
+    versions = (
+        0 if data.is_inference() else data._version,
+        0 if scale.is_inference() else scale._version,
+    )
+    name = id(data)
+    used = _used.get(name)
+    if used is None or used[0]() is not data or used[1]() is not scale:
+        _used[name] = (weakref.ref(data, lambda gone: _forget(name, gone)), weakref.ref(scale), versions)
+        return False
+    if used[2] != versions:
+        _used[name] = (used[0], used[1], versions)
+        return False
+    return True
+
+
+def _forget(name: int, gone: weakref.ref[torch.Tensor]) -> None:
+    used = _used.get(name)
+    if used is not None and used[0] is gone:
+        del _used[name]
+
+
+def _dequantized(
+    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, kind: plan.Kind
+) -> torch.Tensor:
+    """Return x @ W^T + bias, [N, OC]: slices of W are decoded into scratch memory and multiplied by cuBLAS."""
+    from tersor.kernels import jit
+    from tersor.kernels import linear as family
+
+    oc, ic, n = kind.oc, kind.ic, x.shape[0]
+    fmt, target = kind.scheme.format, tiles.LAYOUTS[kind.layout]
+    groups = tiles.scales_in_block(kind.scheme.group_size)
+    decode = jit.get(family.dequantize_source(fmt, target, groups), x.device)
+    finish = jit.get(family.epilogue_source(target, groups == 0), x.device)
+    stream = current.stream(x.get_device())
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(n, oc)
+    rows = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS
+    scratch = x.new_empty(min(rows, oc), ic)
+    for first in range(0, oc, rows):
+        columns = min(rows, oc - first)
+        family.launch_dequantize(
+            decode,
+            stream,
+            weight=data.data_ptr(),
+            scale=scale.data_ptr(),
+            scratch=scratch.data_ptr(),
+            first_row_block=first // tiles.ROWS,
+            rows=columns,
+            ic=ic,
+            factor=kind.factor,
+        )
+        sums = torch.mm(x, scratch[:columns].T, out_dtype=torch.float32)
+        family.launch_epilogue(
+            finish,
+            stream,
+            sums=sums.data_ptr(),
+            scale=scale.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            first=first,
+            columns=columns,
+            oc=oc,
+            n=n,
+            factor=kind.factor,
+        )
+    return y
+
+
+def _call(
     x: torch.Tensor,
     data: torch.Tensor,
     scale: torch.Tensor,
@@ -96,26 +247,9 @@ def _serve(
     ic: int,
     layout: str,
 ) -> torch.Tensor:
-    meaning = Scheme.from_key(scheme)
-    _check(x, data, bias, meaning, oc, ic, layout)
-    weight = PackedWeight(meaning, (oc, ic), data, scale, zero_point, layout)
-    tokens = x.reshape(-1, ic)
-    n = tokens.shape[0]
-    if n == 0 or oc == 0:
-        return x.new_empty(*x.shape[:-1], oc)
-    if dispatch.decide(meaning, layout, n, x.dtype, x.device).kernel == dispatch.REFERENCE:
-        return reference.linear(tokens, weight, bias).view(*x.shape[:-1], oc)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    problem = _problem(tokens, weight)
-    with torch.cuda.device(x.device):
-        if tune.fused(problem, dispatch.chip(x.device)):
-            y = _fused(tokens, weight, bias, problem)
-        else:
-            y = _dequantized(tokens, weight, bias)
-    return y.view(*x.shape[:-1], oc)
+    kind = plan.kind(scheme, oc, ic, layout)
+    kind.check(data)
+    return _serve(x, data, scale, zero_point, bias, kind)
 
 
 def _meta(
@@ -129,114 +263,13 @@ def _meta(
     ic: int,
     layout: str,
 ) -> torch.Tensor:
-    _check(x, data, bias, Scheme.from_key(scheme), oc, ic, layout)
+    kind = plan.kind(scheme, oc, ic, layout)
+    kind.check(data)
+    _check(x, data, bias, kind)
     return x.new_empty(*x.shape[:-1], oc)
 
 
-_library.impl("linear", _serve, "CPU")
-_library.impl("linear", _serve, "CUDA")
+_library.impl("linear", _call, "CPU")
+_library.impl("linear", _call, "CUDA")
 torch.library.register_fake("tersor::linear", _meta, lib=_library)
-
-
-def _problem(x: torch.Tensor, weight: PackedWeight) -> tune.LinearProblem:
-    oc, ic = weight.shape
-    return tune.LinearProblem(
-        oc=oc,
-        ic=ic,
-        n=x.shape[0],
-        bits=weight.scheme.format.bits,
-        scale_groups=tiles.scales_in_block(weight.scheme.group_size),
-        aligned=x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0,
-    )
-
-
-def _fused(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, problem: tune.LinearProblem
-) -> torch.Tensor:
-    from tersor.kernels import jit
-    from tersor.kernels import linear as family
-
-    oc, ic = weight.shape
-    n = x.shape[0]
-    fmt, target = weight.scheme.format, tiles.LAYOUTS[weight.layout]
-    config = tune.choose(problem, dispatch.chip(x.device))
-    source = family.fused_source(fmt, target, problem.scale_groups, config)
-    y = x.new_empty(n, oc)
-    stream_handle = torch.cuda.current_stream(x.device).cuda_stream
-    partial = arrived = 0
-    if config.splits > 1:
-        partial, arrived = workspace.split_sums(x.device, stream_handle, *family.parts(config, n))
-    family.launch_fused(
-        jit.get(source, x.device),
-        config,
-        stream_handle,
-        bf16=target == "bfloat16",
-        weight=weight.data.data_ptr(),
-        scale=weight.scale.data_ptr(),
-        x=x.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        y=y.data_ptr(),
-        partial=partial,
-        arrived=arrived,
-        x_stride=x.stride(0),
-        oc=oc,
-        ic=ic,
-        n=n,
-        aligned=problem.aligned,
-        factor=math.ldexp(1.0, lanes.lane(fmt, target).exponent),
-        early=_settled(weight.data) & _settled(weight.scale),
-    )
-    return y
-
-
-def _settled(tensor: torch.Tensor) -> bool:
-    """Tell whether a launch has used this tensor since it was last written: then no kernel just ahead writes it."""
-    version = 0 if tensor.is_inference() else tensor._version
-    settled = _used.get(tensor) == version
-    _used[tensor] = version
-    return settled
-
-
-def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    from tersor.kernels import jit
-    from tersor.kernels import linear as family
-
-    oc, ic = weight.shape
-    n = x.shape[0]
-    fmt, target = weight.scheme.format, tiles.LAYOUTS[weight.layout]
-    groups = tiles.scales_in_block(weight.scheme.group_size)
-    factor = math.ldexp(1.0, lanes.lane(fmt, target).exponent)
-    decode = jit.get(family.dequantize_source(fmt, target, groups), x.device)
-    finish = jit.get(family.epilogue_source(target, groups == 0), x.device)
-    stream_handle = torch.cuda.current_stream(x.device).cuda_stream
-    y = x.new_empty(n, oc)
-    rows = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS
-    scratch = x.new_empty(min(rows, oc), ic)
-    for first in range(0, oc, rows):
-        columns = min(rows, oc - first)
-        family.launch_dequantize(
-            decode,
-            stream_handle,
-            weight=weight.data.data_ptr(),
-            scale=weight.scale.data_ptr(),
-            scratch=scratch.data_ptr(),
-            first_row_block=first // tiles.ROWS,
-            rows=columns,
-            ic=ic,
-            factor=factor,
-        )
-        sums = torch.mm(x, scratch[:columns].T, out_dtype=torch.float32)
-        family.launch_epilogue(
-            finish,
-            stream_handle,
-            sums=sums.data_ptr(),
-            scale=weight.scale.data_ptr(),
-            bias=0 if bias is None else bias.data_ptr(),
-            y=y.data_ptr(),
-            first=first,
-            columns=columns,
-            oc=oc,
-            n=n,
-            factor=factor,
-        )
-    return y
+_operator = torch.ops.tersor.linear.default

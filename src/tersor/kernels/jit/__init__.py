@@ -6,6 +6,8 @@ report.py   registers, spills and local memory, from the words of the compiler
 cache.py    binaries on disk, keyed by everything that can change them
 build.py    memory, then disk, then compiler; many at once
 module.py   load a binary on a GPU and launch it
+native.py   the driver's functions that every call needs, through ctypes
+memory.py   device memory that outlives every call
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """How is a kernel loaded and launched? Through the CUDA driver, in the context torch uses.
 
-A launch packs Python numbers into a buffer that the thread keeps for the kernel, and calls the driver once.
+Loading goes through cuda-bindings; a launch packs Python numbers into memory that the thread keeps for the kernel
+(`native`), and calls the driver once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import struct
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tersor.errors import KernelError, UnsupportedError
-from tersor.kernels.jit import build, nvrtc
+from tersor.kernels.jit import build, native, nvrtc
 from tersor.kernels.jit.report import Resources
 from tersor.kernels.jit.source import KernelSource
 
@@ -24,18 +24,6 @@ _Dim: TypeAlias = tuple[int, int, int]
 
 _functions: dict[tuple[KernelSource, int], Function] = {}
 _loading = threading.Lock()
-
-
-class _Buffers(threading.local):
-    """Parameter memory of one kernel for one thread: the values, their addresses, a launch configuration."""
-
-    def __init__(self, source: KernelSource) -> None:
-        self.values = ctypes.create_string_buffer(source.layout.size)
-        start = ctypes.addressof(self.values)
-        offsets = source.offsets
-        self._array = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
-        self.parameters = ctypes.addressof(self._array)
-        self.config: Any = None
 
 
 class Function:
@@ -51,21 +39,21 @@ class Function:
     def __init__(self, source: KernelSource, index: int, binary: nvrtc.Binary) -> None:
         self.source = source
         self.index = index
-        self._driver = driver = _driver()
+        self._driver = driver = load_driver()
         device = _device(source, index)
-        self._pack = source.layout.pack_into
-        self._buffers = _Buffers(source)
-        self._success = driver.CUresult.CUDA_SUCCESS
+        self._threads = native.PerThread(source)
+        self._launch = native.function("cuLaunchKernelEx")
         self._context = _call(source, "context", driver.cuDevicePrimaryCtxRetain, device)
         attribute = driver.CUfunction_attribute
-        with _current(driver, source, self._context), _capture_relaxed(driver):
+        with _current(driver, source, self._context), capture_relaxed(driver):
             self._module = _call(source, "load", driver.cuModuleLoadData, binary.data)
             symbol = source.name.encode()
-            self._handle = _call(source, "find", driver.cuModuleGetFunction, self._module, symbol)
+            handle = _call(source, "find", driver.cuModuleGetFunction, self._module, symbol)
+            self._handle = int(handle)
 
             def get(name: str) -> int:
                 wanted = getattr(attribute, name)
-                return _call(source, "attribute", driver.cuFuncGetAttribute, wanted, self._handle)
+                return _call(source, "attribute", driver.cuFuncGetAttribute, wanted, handle)
 
             static_bytes = get("CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES")
             self.resources = Resources(
@@ -77,7 +65,7 @@ class Function:
             limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             self.max_shared_bytes = _call(source, "device", driver.cuDeviceGetAttribute, limit, device) - static_bytes
             dynamic = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _call(source, "attribute", driver.cuFuncSetAttribute, self._handle, dynamic, self.max_shared_bytes)
+            _call(source, "attribute", driver.cuFuncSetAttribute, handle, dynamic, self.max_shared_bytes)
 
     def __repr__(self) -> str:
         return f"Function({self.source.name}, cuda:{self.index}, {self.resources.registers} registers)"
@@ -90,6 +78,7 @@ class Function:
         stream: int,
         args: Sequence[int | float | bytes],
         programmatic: bool = False,
+        cluster: _Dim | None = None,
     ) -> None:
         """Launch on a stream; returns as soon as the driver has taken the launch.
 
@@ -101,58 +90,49 @@ class Function:
                 bytes.
             programmatic: the kernel may start before the one ahead of it in the stream has ended
                 (programmatic dependent launch): it must itself wait before it reads what that one writes.
+            cluster: blocks of a cluster, (x, y, z), which divide the grid; `None` for a grid without clusters.
 
         Raises:
             KernelError: the arguments do not fit, or the driver refuses the launch.
         """
-        buffers = self._buffers
+        memory = self._threads.memory
+        count: int
         try:
-            self._pack(buffers.values, 0, *args)
+            if cluster is None:
+                attributes, count = memory.serialized, programmatic
+            else:
+                memory.set_cluster(cluster)
+                attributes, count = memory.clustered, 1 + programmatic
+            memory.pack(memory.buffer, 0, *grid, *block, shared_bytes, stream, attributes, count, *args)
         except struct.error as error:
-            raise KernelError(
-                f"kernel {self.source.name}: {len(args)} arguments {tuple(args)} do not fit "
-                f"{self.source.arguments!r}: {error}"
-            ) from None
-        if programmatic:
-            status = self._launch_programmatic(grid, block, shared_bytes, stream)
-        else:
-            (status,) = self._driver.cuLaunchKernel(
-                self._handle, *grid, *block, shared_bytes, stream, buffers.parameters, 0
-            )
-        if status != self._success:
-            self._recover(status, grid, block, shared_bytes, stream, programmatic)
+            raise self._misfit(_shape(grid, block, cluster), shared_bytes, args, error) from None
+        status = self._launch(memory.config, self._handle, memory.arguments, None)
+        if status:
+            self._recover(status, _shape(grid, block, cluster), shared_bytes)
 
-    def _launch_programmatic(self, grid: _Dim, block: _Dim, shared_bytes: int, stream: int) -> Any:
-        driver, buffers = self._driver, self._buffers
-        if buffers.config is None:
-            buffers.config = _programmatic_config(driver)
-        config = buffers.config
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = block
-        config.sharedMemBytes = shared_bytes
-        config.hStream = stream
-        (status,) = driver.cuLaunchKernelEx(config, self._handle, buffers.parameters, 0)
-        return status
+    def _misfit(
+        self, shape: str, shared_bytes: int, args: Sequence[int | float | bytes], error: struct.error
+    ) -> KernelError:
+        """Say which part of a launch is no number of its type."""
+        name, letters = self.source.name, self.source.arguments
+        try:
+            self.source.layout.pack(*args)
+        except struct.error as wrong:
+            return KernelError(f"kernel {name}: {len(args)} arguments {tuple(args)} do not fit {letters!r}: {wrong}")
+        return KernelError(f"kernel {name}: {shape}, {shared_bytes} bytes of shared memory cannot be: {error}")
 
-    def _recover(
-        self, status: Any, grid: _Dim, block: _Dim, shared_bytes: int, stream: int, programmatic: bool
-    ) -> None:
+    def _recover(self, status: int, shape: str, shared_bytes: int) -> None:
         """Launch again in the kernel's own context where this thread had another or none, or raise."""
-        driver = self._driver
+        driver, memory = self._driver, self._threads.memory
         wrong = (driver.CUresult.CUDA_ERROR_INVALID_CONTEXT, driver.CUresult.CUDA_ERROR_INVALID_HANDLE)
         current = _call(self.source, "context", driver.cuCtxGetCurrent)
         if status in wrong and int(current) != int(self._context):
             with _current(driver, self.source, self._context):
-                if programmatic:
-                    status = self._launch_programmatic(grid, block, shared_bytes, stream)
-                else:
-                    (status,) = driver.cuLaunchKernel(
-                        self._handle, *grid, *block, shared_bytes, stream, self._buffers.parameters, 0
-                    )
-        if status != self._success:
+                status = self._launch(memory.config, self._handle, memory.arguments, None)
+        if status:
             raise KernelError(
-                f"kernel {self.source.name} does not launch: {_describe(driver, status)} "
-                f"(grid {tuple(grid)}, block {tuple(block)}, {shared_bytes} bytes of shared memory of at "
+                f"kernel {self.source.name} does not launch: {describe(driver, driver.CUresult(status))} "
+                f"({shape}, {shared_bytes} bytes of shared memory of at "
                 f"most {self.max_shared_bytes}, {self.resources.registers} registers, cuda:{self.index})"
             )
 
@@ -195,7 +175,12 @@ def _load(source: KernelSource, device: torch.device | int) -> Function:
     return function
 
 
-def _driver() -> Any:
+def load_driver() -> Any:
+    """Return the driver as cuda-bindings shows it.
+
+    Raises:
+        UnsupportedError: cuda-bindings is missing.
+    """
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -206,7 +191,7 @@ def _driver() -> Any:
 
 
 def _device(source: KernelSource, index: int) -> Any:
-    driver = _driver()
+    driver = load_driver()
     _call(source, "initialise CUDA", driver.cuInit, 0)
     return _call(source, "find device", driver.cuDeviceGet, index)
 
@@ -214,14 +199,20 @@ def _device(source: KernelSource, index: int) -> Any:
 def _call(source: KernelSource, step: str, function: Any, *arguments: Any) -> Any:
     status, *values = function(*arguments)
     if int(status):
-        raise KernelError(f"kernel {source.name} does not load ({step}): {_describe(_driver(), status)}")
+        raise KernelError(f"kernel {source.name} does not load ({step}): {describe(load_driver(), status)}")
     return values[0] if values else None
 
 
-def _describe(driver: Any, status: Any) -> str:
+def describe(driver: Any, status: Any) -> str:
+    """Return the name and the text of a status of the driver."""
     _, name = driver.cuGetErrorName(status)
     _, text = driver.cuGetErrorString(status)
     return f"{(name or b'unknown error').decode()}, {(text or b'no description').decode()}"
+
+
+def _shape(grid: _Dim, block: _Dim, cluster: _Dim | None) -> str:
+    clusters = "" if cluster is None else f", clusters of {tuple(cluster)}"
+    return f"grid {tuple(grid)}, block {tuple(block)}{clusters}"
 
 
 def _compiler_report(binary: nvrtc.Binary) -> dict[str, Any]:
@@ -236,18 +227,6 @@ def _compiler_report(binary: nvrtc.Binary) -> dict[str, Any]:
     }
 
 
-def _programmatic_config(driver: Any) -> Any:
-    value = driver.CUlaunchAttributeValue()
-    value.programmaticStreamSerializationAllowed = 1
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value = value
-    config = driver.CUlaunchConfig()
-    config.attrs = [attribute]
-    config.numAttrs = 1
-    return config
-
-
 @contextlib.contextmanager
 def _current(driver: Any, source: KernelSource, context: Any) -> Iterator[None]:
     _call(source, "context", driver.cuCtxPushCurrent, context)
@@ -258,8 +237,8 @@ def _current(driver: Any, source: KernelSource, context: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _capture_relaxed(driver: Any) -> Iterator[None]:
-    """Let this thread load modules while it, or another, captures a CUDA graph."""
+def capture_relaxed(driver: Any) -> Iterator[None]:
+    """Let this thread load modules and take memory while it, or another, captures a CUDA graph."""
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     _, before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
     try:

@@ -5,12 +5,10 @@ CUDA Driver API 13.0, "Tensor Map Object Management".
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 from tersor.errors import KernelError
-
-BYTES = 128
+from tersor.kernels.jit import native
 
 
 @functools.lru_cache(maxsize=4096)
@@ -27,24 +25,9 @@ def rows_of_16_bit(address: int, rows: int, columns: int, stride: int, bf16: boo
     Raises:
         KernelError: the driver refuses the sizes.
     """
-    from cuda.bindings import driver
-
-    kind = driver.CUtensorMapDataType
-    status, encoded = driver.cuTensorMapEncodeTiled(
-        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bf16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        2,
-        address,
-        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-        [driver.cuuint64_t(stride * 2)],
-        [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
-        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if int(status):
+    status, encoded = native.encode_rows(address, rows, columns, stride, bf16, box_rows)
+    if status:
         raise KernelError(
-            f"no tensor map for [{rows}, {columns}] with {stride} elements a row at {address:#x}: {status.name}"
+            f"no tensor map for [{rows}, {columns}] with {stride} elements a row at {address:#x}: CUDA error {status}"
         )
-    return ctypes.string_at(encoded.getPtr(), BYTES)
+    return encoded

@@ -1,0 +1,40 @@
+"""What is current in this thread? Device, stream, capture and memory, in numbers: objects cost a microsecond each.
+
+torch keeps these functions for the code that torch.compile generates; where one is missing its public twin serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._C._dynamo import guards
+
+
+def _device() -> int:
+    return torch.cuda.current_device()
+
+
+def _stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+def _empty(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _device)
+"""Return the index of the current CUDA device; CUDA is initialised."""
+
+stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream)
+"""Return the handle of the current stream of a CUDA device."""
+
+capturing: Callable[[], bool] = getattr(
+    torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing
+)
+"""Tell whether the current stream of the current device is captured into a CUDA graph."""
+
+empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = getattr(
+    guards, "_empty_strided_cuda", _empty
+)
+"""Return an uninitialised tensor of a size, strides and a dtype on the current CUDA device."""

@@ -1,0 +1,151 @@
+"""What stays the same from call to call: a weight's kind, and for each number of tokens a plan that is ready to run.
+
+Neither knows an address, so nothing has to be undone when a tensor moves; both are safe in any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from tersor.errors import ShapeError
+from tersor.formats import Scheme
+from tersor.kernels import tune
+from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
+from tersor.ops import dispatch
+
+if TYPE_CHECKING:
+    from tersor.kernels.linear import FusedLaunch
+
+_MOST_PLANS = 256
+"""Plans that a kind keeps: beyond that it starts anew."""
+
+Key: TypeAlias = tuple[int, torch.dtype, int, bool]
+"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes."""
+
+
+class Plan:
+    """How calls of one kind, dtype, device and number of tokens are served.
+
+    Attributes:
+        decision: who serves them.
+        launch: of a fused kernel, else `None`.
+        floats, counters: what its splits exchange; zero without splits.
+    """
+
+    __slots__ = ("counters", "decision", "floats", "launch")
+
+    def __init__(self, decision: dispatch.Decision) -> None:
+        self.decision = decision
+        self.launch: FusedLaunch | None = None
+        self.floats = self.counters = 0
+
+
+class Kind:
+    """What weights have in common that are multiplied in the same way.
+
+    Attributes:
+        scheme, oc, ic, layout: as in `PackedWeight`.
+        words: int32 elements of the packed weight.
+        factor: what decoded sums are multiplied by in a kernel layout, beside the scales.
+        plans: those made so far.
+    """
+
+    __slots__ = ("factor", "ic", "layout", "oc", "plans", "scheme", "words")
+
+    def __init__(self, scheme: Scheme, oc: int, ic: int, layout: str) -> None:
+        self.scheme = scheme
+        self.oc = oc
+        self.ic = ic
+        self.layout = layout
+        if layout == STREAM:
+            self.words = oc * stream.row_words(ic, scheme.format.bits)
+            self.factor = 1.0
+        else:
+            self.words = tiles.row_blocks(oc) * tiles.column_blocks(ic) * 64 * scheme.format.bits
+            self.factor = math.ldexp(1.0, lanes.lane(scheme.format, tiles.LAYOUTS[layout]).exponent)
+        self.plans: dict[Key, Plan] = {}
+
+    def check(self, data: torch.Tensor) -> None:
+        """Raise ShapeError where packed codes are not those of such a weight."""
+        if data.numel() != self.words or data.dtype != torch.int32:
+            raise ShapeError(
+                f"linear: the packed weight has {data.numel()} elements of {data.dtype}, expected {self.words} int32 "
+                f"words for [{self.oc}, {self.ic}] in {self.scheme.name} ({self.layout})"
+            )
+
+    def plan(self, key: Key) -> Plan:
+        """Return the plan for a key, made at its first use; compiles and loads the kernel it needs."""
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self._make(*key)
+            if len(self.plans) >= _MOST_PLANS:
+                self.plans.clear()
+            self.plans[key] = plan
+        return plan
+
+    def _make(self, n: int, dtype: torch.dtype, index: int, aligned: bool) -> Plan:
+        device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
+        shape = (self.oc, self.ic)
+        plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
+        config = plan.decision.config
+        if config is not None:
+            plan.launch = self._fused(config, n, index, aligned)
+            if config.splits > 1:
+                from tersor.kernels import linear as family
+
+                plan.floats, plan.counters = family.parts(config, n)
+        return plan
+
+    def _fused(self, config: tune.LinearConfig, n: int, index: int, aligned: bool) -> FusedLaunch:
+        from tersor.kernels import jit
+        from tersor.kernels import linear as family
+
+        target = tiles.LAYOUTS[self.layout]
+        groups = tiles.scales_in_block(self.scheme.group_size)
+        function = jit.get(family.fused_source(self.scheme.format, target, groups, config), index)
+        return family.prepare_fused(
+            function,
+            config,
+            bf16=target == "bfloat16",
+            oc=self.oc,
+            ic=self.ic,
+            n=n,
+            aligned=aligned,
+            factor=self.factor,
+        )
+
+
+_kinds: dict[tuple[str, int, int, str], Kind] = {}
+
+
+def kind(scheme: str, oc: int, ic: int, layout: str) -> Kind:
+    """Return the one kind of these weights; `scheme` is `Scheme.key()`."""
+    key = (scheme, oc, ic, layout)
+    found = _kinds.get(key)
+    if found is None:
+        found = _kinds.setdefault(key, Kind(Scheme.from_key(scheme), oc, ic, layout))
+    return found
+
+
+def kind_of(weight: PackedWeight) -> Kind:
+    """Return a weight's kind, which the weight keeps.
+
+    Raises:
+        ShapeError: its packed codes are not as many as its shape asks for.
+    """
+    found: Kind | None = getattr(weight, "note", None)
+    if found is None:
+        found = kind(weight.scheme.key(), *weight.shape, weight.layout)
+        found.check(weight.data)
+        object.__setattr__(weight, "note", found)  # not part of the frozen value
+    return found
+
+
+def forget() -> None:
+    """Drop every plan and read TERSOR_KERNEL anew: for who changes the environment or a chooser while it runs."""
+    dispatch.forget()
+    for found in list(_kinds.values()):
+        found.plans.clear()

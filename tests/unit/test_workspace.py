@@ -1,0 +1,133 @@
+"""Memory that kernels borrow: whose it is, that it stays, and that it is zero, against a driver that only remembers."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tersor.errors import KernelError
+from tersor.kernels.jit import memory, module
+from tersor.ops import current, workspace
+
+
+@pytest.fixture
+def reserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Replace device memory by ever higher addresses, and remember (bytes, device)."""
+    taken: list[tuple[int, int]] = []
+
+    def reserve(nbytes: int, index: int) -> int:
+        taken.append((nbytes, index))
+        return len(taken) << 40
+
+    monkeypatch.setattr(memory, "reserve", reserve)
+    monkeypatch.setattr(current, "capturing", lambda: False)
+    for name in ("_streams", "_captures", "_stock"):
+        monkeypatch.setattr(workspace, name, {})
+    yield taken
+
+
+def test_each_stream_of_each_device_keeps_its_own(reserved: list[tuple[int, int]]) -> None:
+    first = workspace.split_sums(0, 5, 1000, 10)
+    assert first == workspace.split_sums(0, 5, 10, 1000) and first[2] is None
+    assert reserved == [(4 * 1024 + (8 << 20), 0)]
+    parts, counters, _ = first
+    assert parts % 256 == 0 and counters == parts + (8 << 20)
+    others = [workspace.split_sums(index, stream, 1000, 10) for index, stream in ((0, 6), (1, 5))]
+    assert len({first[0], others[0][0], others[1][0]}) == 3
+    assert [index for _, index in reserved] == [0, 0, 1]
+
+
+def test_it_grows_by_doubling_so_that_what_is_left_behind_stays_small(reserved: list[tuple[int, int]]) -> None:
+    floats = (8 << 20) // 4
+    for more in (0, 1, 2, 3, floats, 2 * floats):
+        workspace.split_sums(0, 5, floats + more, 1)
+    assert [size for size, _ in reserved] == [4 * 1024 + (8 << 20), 4 * 2048 + (16 << 20), 4 * 4096 + (32 << 20)]
+    workspace.split_sums(0, 5, 1, 5000)
+    assert workspace._streams[0, 5][1] >= 5000
+
+
+def test_each_graph_has_counters_of_its_own(reserved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = 1
+    plain = torch.empty
+    monkeypatch.setattr(current, "capturing", lambda: True)
+    monkeypatch.setattr(workspace, "_capture_id", lambda stream: capture)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: plain(size, dtype=dtype))
+    seen = []
+    for capture in (1, 2, 3):  # noqa: B007
+        for counters in (10, 1024, 1025):
+            parts, address, keep = workspace.split_sums(0, 5, 64, counters)
+            assert keep is not None and keep.numel() == 64 and keep.data_ptr() == parts
+            seen.append((address, counters))
+    assert reserved == [(4 << 16, 0)]
+    for graph in (seen[:3], seen[3:6], seen[6:]):
+        assert graph[0][0] == graph[1][0] != graph[2][0]
+    starts = sorted({address: max(n for a, n in seen if a == address) for address, _ in seen}.items())
+    assert all(address + 4 * n <= after for (address, n), (after, _) in itertools.pairwise(starts))
+    workspace.split_sums(0, 6, 64, 1 << 17)
+    assert reserved[1:] == [(4 << 17, 0)]
+
+
+def test_threads_that_need_more_at_once_take_it_once(reserved: list[tuple[int, int]]) -> None:
+    together = threading.Barrier(4)
+    results: list[Any] = []
+
+    def work() -> None:
+        together.wait()
+        results.append(workspace.split_sums(0, 5, 100, 100))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reserved) == 1 and len(set(results)) == 1
+
+
+class Driver:
+    """What `reserve` asks of the driver."""
+
+    CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "cuDeviceGet": (0, "device"),
+            "cuDevicePrimaryCtxRetain": (0, "context"),
+            "cuMemAlloc": (self.status, 4096),
+            "cuStreamCreate": (0, "stream"),
+            "cuThreadExchangeStreamCaptureMode": (0, "before"),
+            "cuGetErrorName": (0, b"CUDA_ERROR_OUT_OF_MEMORY"),
+            "cuGetErrorString": (0, b"out of memory"),
+        }
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            return answers.get(name, (0,))
+
+        return call
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_memory_is_zeroed_on_a_stream_of_its_own(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(status)
+    monkeypatch.setattr(module, "load_driver", lambda: driver)
+    if status:
+        with pytest.raises(KernelError, match=r"cuda:3 gives no 64 bytes .*: CUDA_ERROR_OUT_OF_MEMORY, out of memory"):
+            memory.reserve(64, 3)
+    else:
+        assert memory.reserve(64, 3) == 4096
+        assert ("cuMemsetD8Async", 4096, 0, 64, "stream") in driver.calls
+        names = [name for name, *_ in driver.calls]
+        assert names.index("cuMemsetD8Async") < names.index("cuStreamSynchronize") < names.index("cuStreamDestroy")
+    assert driver.calls[0] == ("cuThreadExchangeStreamCaptureMode", "relaxed")
+    assert driver.calls[-2:] == [("cuCtxPopCurrent",), ("cuThreadExchangeStreamCaptureMode", "before")]
