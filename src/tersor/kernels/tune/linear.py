@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from tersor.hardware import Chip
@@ -141,85 +140,96 @@ def fused(problem: LinearProblem, chip: Chip) -> bool:
     return problem.n <= SM80_TOKENS or (chip.capability == (9, 0) and problem.aligned)
 
 
-@functools.lru_cache(maxsize=4096)
-def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """Choose the fused kernel's configuration by predicted time; `fused` must say yes."""
+def predict(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """Return the fused kernel's configuration of the least predicted time; `fused` must say yes."""
     few = problem.n <= _FEW_TOKENS and problem.oc * problem.ic <= _FEW_WEIGHTS
-    if chip.capability == (9, 0) and problem.aligned and not few:
-        return _choose_sm90(problem, chip)
-    return _choose_sm80(problem, chip)
+    options = () if few else _sm90_candidates(problem, chip)
+    return min(options or _sm80_candidates(problem, chip), key=lambda config: seconds(problem, config, chip))
 
 
-def _choose_sm80(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """The longest of three, for each number of splits: the busiest multiprocessor's bytes at its share of the
-    bandwidth, its blocks at the rate of a full multiprocessor, and the blocks of one CTA after the other at their
-    latency. Each wave adds a ramp, and the last of several a tail."""
+def candidates(problem: LinearProblem, chip: Chip) -> tuple[LinearConfig, ...]:
+    """Return every configuration that a fused kernel could run the problem with; none where `fused` says no."""
+    return (*_sm80_candidates(problem, chip), *_sm90_candidates(problem, chip))
+
+
+def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
+    """Return the predicted time of a problem with one of its `candidates`, in seconds."""
+    predicted = _sm90_seconds if config.schedule == SM90 else _sm80_seconds
+    return predicted(problem, config, chip)
+
+
+def _sm80_candidates(problem: LinearProblem, chip: Chip) -> tuple[LinearConfig, ...]:
+    if problem.n > SM80_TOKENS:
+        return ()
     tile = next(tile for tile in SM80_TILES if problem.n <= tile)
     depth, resident = sm80_stages(tile, problem.bits, problem.scale_groups, chip)
-    row_tiles = -(-problem.oc // ROWS)
-    blocks = -(-problem.ic // COLUMNS)
+    return tuple(
+        LinearConfig(
+            schedule=SM80,
+            n_tile=tile,
+            stages=depth,
+            token_tiles=1,
+            row_tiles=-(-problem.oc // ROWS),
+            splits=splits,
+            resident=resident,
+            shared_bytes=depth * sm80_stage_bytes(tile, problem.bits, problem.scale_groups),
+        )
+        for splits in range(1, min(_MAX_SPLITS, -(-problem.ic // COLUMNS)) + 1)
+    )
+
+
+def _sm80_seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
+    """The longest of three: the busiest multiprocessor's bytes at its share of the bandwidth, its blocks at the rate
+    of a full multiprocessor, and the blocks of one CTA after the other at their latency. Each wave adds a ramp, and
+    the last of several a tail."""
     block_bytes = 8 * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
-    latency, busy = (constant + slope * tile for constant, slope in (_SM80_LATENCY, _SM80_BUSY))
-
-    def seconds(splits: int) -> float:
-        ctas = row_tiles * splits
-        length = -(-blocks // splits)
-        blocks_of_sm = -(-ctas // chip.sms) * length
-        waves = -(-ctas // (chip.sms * resident))
-        work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
-        tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
-        return work + tail + waves * _RAMP + (_SM80_SPLIT if splits > 1 else 0.0)
-
-    splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
-    return LinearConfig(
-        schedule=SM80,
-        n_tile=tile,
-        stages=depth,
-        token_tiles=1,
-        row_tiles=row_tiles,
-        splits=splits,
-        resident=resident,
-        shared_bytes=depth * sm80_stage_bytes(tile, problem.bits, problem.scale_groups),
-    )
+    latency, busy = (constant + slope * config.n_tile for constant, slope in (_SM80_LATENCY, _SM80_BUSY))
+    ctas = config.row_tiles * config.splits
+    length = -(-(-(-problem.ic // COLUMNS)) // config.splits)
+    blocks_of_sm = -(-ctas // chip.sms) * length
+    waves = -(-ctas // (chip.sms * config.resident))
+    work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
+    tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
+    return work + tail + waves * _RAMP + (_SM80_SPLIT if config.splits > 1 else 0.0)
 
 
-def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """The longer of two, for each tile, residency and number of splits: the busiest multiprocessor's bytes
-    (activations, which come from L2, count a quarter) and its blocks at the rate of a busy one. A further wave adds a
-    ramp, which a second resident CTA hides for the most part."""
-    blocks = -(-problem.ic // COLUMNS)
-    row_tiles = -(-problem.oc // ROWS)
-    rate = chip.bandwidth * _ACHIEVED / chip.sms
+def _sm90_candidates(problem: LinearProblem, chip: Chip) -> tuple[LinearConfig, ...]:
+    if chip.capability != (9, 0) or not problem.aligned:
+        return ()
     tiles = sm90_tiles(problem.scale_groups)
     holding = [tile for tile in tiles if problem.n <= tile <= _GROUPED_TILE]
-    candidates = holding[:1] or [tile for tile in tiles if tile >= _GROUPED_TILE]
 
-    def seconds(choice: tuple[int, int, int]) -> float:
-        tile, resident, splits = choice
-        ctas = -(-problem.n // tile) * row_tiles * splits
-        block_bytes = 2048 * problem.bits + 512 * problem.scale_groups + tile * COLUMNS / 2
-        blocks_of_sm = -(-ctas // chip.sms) * -(-blocks // splits)
-        work = blocks_of_sm * max(block_bytes / rate, _SM90_BUSY[tile])
-        waves = -(-ctas // (chip.sms * resident))
-        exchange = _SM90_SPLIT + 8 * ctas * ROWS * tile / chip.bandwidth if splits > 1 else 0.0
-        return work + _RAMP + _RAMP / resident**2 * (waves - 1) + exchange
+    def config(tile: int, resident: int, splits: int) -> LinearConfig:
+        depth = sm90_stages(tile, resident, problem.bits, problem.scale_groups, chip)
+        return LinearConfig(
+            schedule=SM90,
+            n_tile=tile,
+            stages=depth,
+            token_tiles=-(-problem.n // tile),
+            row_tiles=-(-problem.oc // ROWS),
+            splits=splits,
+            resident=resident,
+            shared_bytes=depth * sm90_stage_bytes(tile, problem.bits, problem.scale_groups),
+        )
 
-    choices = [
-        (tile, resident, splits)
-        for tile in candidates
+    return tuple(
+        config(tile, resident, splits)
+        for tile in holding[:1] or [tile for tile in tiles if tile >= _GROUPED_TILE]
         for resident in sm90_resident(tile, problem.scale_groups)
-        for splits in range(1, min(_MAX_SPLITS, blocks) + 1)
-    ]
-    tile, resident, splits = min(choices, key=seconds)
-    depth = sm90_stages(tile, resident, problem.bits, problem.scale_groups, chip)
-    return LinearConfig(
-        schedule=SM90,
-        n_tile=tile,
-        stages=depth,
-        token_tiles=-(-problem.n // tile),
-        row_tiles=row_tiles,
-        splits=splits,
-        resident=resident,
-        shared_bytes=depth * sm90_stage_bytes(tile, problem.bits, problem.scale_groups),
+        for splits in range(1, min(_MAX_SPLITS, -(-problem.ic // COLUMNS)) + 1)
     )
+
+
+def _sm90_seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
+    """The longer of two: the busiest multiprocessor's bytes (activations, which come from L2, count a quarter) and its
+    blocks at the rate of a busy one. A further wave adds a ramp, which a second resident CTA hides for the most
+    part."""
+    rate = chip.bandwidth * _ACHIEVED / chip.sms
+    ctas = config.token_tiles * config.row_tiles * config.splits
+    block_bytes = 2048 * problem.bits + 512 * problem.scale_groups + config.n_tile * COLUMNS / 2
+    blocks_of_sm = -(-ctas // chip.sms) * -(-(-(-problem.ic // COLUMNS)) // config.splits)
+    work = blocks_of_sm * max(block_bytes / rate, _SM90_BUSY[config.n_tile])
+    waves = -(-ctas // (chip.sms * config.resident))
+    exchange = _SM90_SPLIT + 8 * ctas * ROWS * config.n_tile / chip.bandwidth if config.splits > 1 else 0.0
+    return work + _RAMP + _RAMP / config.resident**2 * (waves - 1) + exchange
