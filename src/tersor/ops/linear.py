@@ -12,7 +12,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
 from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
-from tersor.ops import dispatch, reference, workspace
+from tersor.ops import dispatch, measuring, reference, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
@@ -159,7 +159,8 @@ def _fused(
     oc, ic = weight.shape
     n = x.shape[0]
     fmt, target = weight.scheme.format, tiles.LAYOUTS[weight.layout]
-    config = tune.choose(problem, dispatch.chip(x.device))
+    asked = measuring.current()
+    config = asked.config or tune.choose(problem, dispatch.chip(x.device))
     source = family.fused_source(fmt, target, problem.scale_groups, config)
     y = x.new_empty(n, oc)
     stream_handle = torch.cuda.current_stream(x.device).cuda_stream
@@ -184,7 +185,7 @@ def _fused(
         n=n,
         aligned=problem.aligned,
         factor=math.ldexp(1.0, lanes.lane(fmt, target).exponent),
-        early=_settled(weight.data) & _settled(weight.scale),
+        early=_settled(weight.data) & _settled(weight.scale) & asked.early,
     )
     return y
 
