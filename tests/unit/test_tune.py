@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels.tune import LinearProblem, choose, fused
+from tersor.kernels.tune import LinearProblem, choose, fused, table
 from tersor.kernels.tune import linear as tuning
-from tersor.kernels.tune import table
 
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -49,8 +50,7 @@ class Contender:
         name: what rows call it.
         chains: the chains it is timed in.
         weight_bytes: (OC, IC) -> bytes of the weight that a call reads.
-        build: (OC, IC) -> the calls; holds the copies of the weight. It and the calls raise `UnfitError` for what they do
-            not take.
+        build: (OC, IC) -> the calls; holds the copies of the weight. Both raise `UnfitError` for what they do not take.
     """
 
     name: str
@@ -153,7 +153,7 @@ def chained(
         with ops.launches(config=config, early=early):
             last[0] = ops.linear(source, weights[index])
 
-    return [lambda index=index: call(index) for index in range(len(weights))]  # type: ignore[misc]
+    return [partial(call, index) for index in range(len(weights))]
 
 
 def cublas(dtype: torch.dtype) -> Contender:
@@ -161,7 +161,12 @@ def cublas(dtype: torch.dtype) -> Contender:
 
     def build(oc: int, ic: int) -> Schedule:
         weights = [random(oc, ic, dtype) * ic**-0.5 for _ in range(timing.copies(2 * oc * ic))]
-        return lambda n, chain: [lambda w=w, x=x: torch.mm(x, w.T) for x in [random(n, ic, dtype)] for w in weights]
+
+        def schedule(n: int, chain: str) -> Calls:
+            x = random(n, ic, dtype)
+            return [partial(torch.mm, x, weight.T) for weight in weights]
+
+        return schedule
 
     return Contender(name=CUBLAS, chains=(PLAIN,), weight_bytes=lambda oc, ic: 2 * oc * ic, build=build)
 
@@ -180,7 +185,7 @@ def fp8(dtype: torch.dtype) -> Contender:
 
         def schedule(n: int, chain: str) -> Calls:
             x = random(n, ic, dtype).to(torch.float8_e4m3fn)
-            return [lambda w=w: multiply(x, w) for w in weights]  # type: ignore[misc]
+            return [partial(multiply, x, weight) for weight in weights]
 
         return schedule
 
@@ -195,7 +200,7 @@ def humming(scheme: Scheme, dtype: torch.dtype) -> Contender:
 
         def schedule(n: int, chain: str) -> Calls:
             x = random(n, ic, dtype)
-            return [lambda layer=layer: _foreign(lambda: layer(x)) for layer in layers]  # type: ignore[misc]
+            return [partial(_foreign, partial(layer, x)) for layer in layers]
 
         return schedule
 

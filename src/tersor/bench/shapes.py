@@ -151,5 +151,5 @@ def joined(linears: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[int,
             if all(part in leaves for part in parts) and len({leaves[part][1] for part in parts}) == 1:
                 shapes = [leaves.pop(part) for part in parts]
                 found[name, (sum(oc for oc, _ in shapes), shapes[0][1])] = None
-        found |= {(leaf, shape): None for leaf, shape in leaves.items()}
+        found |= dict.fromkeys(leaves.items())
     return list(found)

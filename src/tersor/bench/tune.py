@@ -141,7 +141,7 @@ def merged(path: Path, chip: Chip, choices: Sequence[Choice]) -> Table:
     hashed = table.kernels_hash()
     if path.exists():
         return table.read(path, chip, hashed).updated(choices, environment)
-    return Table(path, chip.name, chip.capability, hashed, environment, choices)
+    return Table(path, chip.name, table.capability(chip), hashed, environment, choices)
 
 
 def rows(choices: Sequence[Choice], chip: Chip) -> list[dict[str, Any]]:

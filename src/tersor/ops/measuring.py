@@ -24,7 +24,8 @@ class Launches:
     early: bool = True
 
 
-_asked: ContextVar[Launches] = ContextVar("tersor_launches", default=Launches())
+_USUAL = Launches()
+_asked: ContextVar[Launches] = ContextVar("tersor_launches", default=_USUAL)
 current = _asked.get
 """Return what is asked for in this thread."""
 

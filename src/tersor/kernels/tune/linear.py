@@ -186,7 +186,8 @@ def _sm80_seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> f
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     latency, busy = (constant + slope * config.n_tile for constant, slope in (_SM80_LATENCY, _SM80_BUSY))
     ctas = config.row_tiles * config.splits
-    length = -(-(-(-problem.ic // COLUMNS)) // config.splits)
+    blocks = -(-problem.ic // COLUMNS)
+    length = -(-blocks // config.splits)
     blocks_of_sm = -(-ctas // chip.sms) * length
     waves = -(-ctas // (chip.sms * config.resident))
     work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
@@ -227,8 +228,9 @@ def _sm90_seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> f
     part."""
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     ctas = config.token_tiles * config.row_tiles * config.splits
+    blocks = -(-problem.ic // COLUMNS)
     block_bytes = 2048 * problem.bits + 512 * problem.scale_groups + config.n_tile * COLUMNS / 2
-    blocks_of_sm = -(-ctas // chip.sms) * -(-(-(-problem.ic // COLUMNS)) // config.splits)
+    blocks_of_sm = -(-ctas // chip.sms) * -(-blocks // config.splits)
     work = blocks_of_sm * max(block_bytes / rate, _SM90_BUSY[config.n_tile])
     waves = -(-ctas // (chip.sms * config.resident))
     exchange = _SM90_SPLIT + 8 * ctas * ROWS * config.n_tile / chip.bandwidth if config.splits > 1 else 0.0

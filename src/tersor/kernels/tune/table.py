@@ -57,7 +57,7 @@ class Table:
     Attributes:
         path: the file, which messages name.
         chip: name of the GPU.
-        capability: its compute capability.
+        capability: its compute capability, such as `9.0`.
         kernels: hash of the kernels that were measured (`kernels_hash`).
         environment: driver, versions, date and the like.
         choices: problem -> choice.
@@ -67,7 +67,7 @@ class Table:
         self,
         path: Path,
         chip: str,
-        capability: tuple[int, int],
+        capability: str,
         kernels: str,
         environment: Mapping[str, Any],
         choices: Iterable[Choice],
@@ -117,7 +117,7 @@ class Table:
             "kind": KIND,
             "version": VERSION,
             "chip": self.chip,
-            "capability": list(self.capability),
+            "capability": self.capability,
             "kernels": self.kernels,
             "environment": self.environment,
         }
@@ -179,7 +179,12 @@ def user_path(chip: Chip) -> Path:
 def slug(chip: Chip) -> str:
     """Name a chip in a file name, such as `nvidia_h200_sm90`."""
     name = re.sub(r"[^a-z0-9]+", "_", chip.name.lower()).strip("_")
-    return f"{name}_sm{chip.capability[0]}{chip.capability[1]}"
+    return f"{name}_sm{capability(chip).replace('.', '')}"
+
+
+def capability(chip: Chip) -> str:
+    """Return a chip's compute capability as a table says it, such as `9.0`."""
+    return ".".join(map(str, chip.capability))
 
 
 @functools.cache
@@ -209,8 +214,11 @@ def read(path: Path, chip: Chip, kernels: str | None = None) -> Table:
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
         raise InputError(f"{path} is no table of measured choices ({' '.join(reason.split())}): {_REMEDY}") from None
-    if (table.chip, table.capability) != (chip.name, chip.capability):
-        raise InputError(f"{path} was measured on {table.chip}, this is {chip.name}: {_REMEDY}")
+    if (table.chip, table.capability) != (chip.name, capability(chip)):
+        raise InputError(
+            f"{path} was measured on {table.chip} of compute capability {table.capability}, this is {chip.name} of "
+            f"{capability(chip)}: {_REMEDY}"
+        )
     if kernels is not None and table.kernels != kernels:
         raise InputError(f"{path} was measured with kernels {table.kernels}, these are {kernels}: {_REMEDY}")
     return table
@@ -233,11 +241,10 @@ def _parse(content: Any, path: Path) -> Table:
         problem = _dataclass(LinearProblem, entry["problem"], f"{where}, problem")
         config = _dataclass(LinearConfig, entry["config"], f"{where}, config")
         choices.append(Choice(problem=problem, config=config, microseconds=entry["microseconds"]))
-    texts = content["chip"], content["kernels"]
+    texts = [content[key] for key in ("chip", "capability", "kernels")]
     if not all(isinstance(text, str) for text in texts) or not isinstance(content["environment"], dict):
-        raise ValueError("chip and kernels are texts, environment is an object")
-    major, minor = content["capability"]
-    return Table(path, content["chip"], (major, minor), content["kernels"], content["environment"], choices)
+        raise ValueError("chip, capability and kernels are texts, environment is an object")
+    return Table(path, *texts, content["environment"], choices)
 
 
 def _dataclass(kind: type[Any], values: Any, where: str) -> Any:
