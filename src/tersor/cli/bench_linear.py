@@ -61,7 +61,8 @@ def command(
     if json is not None:
         bench.check_folder("--json", json)
     if dry_run:
-        _dry_run(linear.plan(wanted, tokens, schemes, _chip(chip)), _chip(chip), json)
+        place = _chip(chip)
+        _dry_run(linear.plan(wanted, tokens, schemes, place), place, json)
         return
     rivals = contenders.parse_rivals(against)
     bench.need_gpu("--dry-run shows what would be timed")

@@ -241,10 +241,10 @@ def _parse(content: Any, path: Path) -> Table:
         problem = _dataclass(LinearProblem, entry["problem"], f"{where}, problem")
         config = _dataclass(LinearConfig, entry["config"], f"{where}, config")
         choices.append(Choice(problem=problem, config=config, microseconds=entry["microseconds"]))
-    texts = [content[key] for key in ("chip", "capability", "kernels")]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(content["environment"], dict):
+    chip, kind, kernels = (content[key] for key in ("chip", "capability", "kernels"))
+    if not all(isinstance(text, str) for text in (chip, kind, kernels)) or not isinstance(content["environment"], dict):
         raise ValueError("chip, capability and kernels are texts, environment is an object")
-    return Table(path, *texts, content["environment"], choices)
+    return Table(path, chip, kind, kernels, content["environment"], choices)
 
 
 def _dataclass(kind: type[Any], values: Any, where: str) -> Any:
