@@ -90,6 +90,20 @@ def test_tune(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[st
     assert len(table.read(output, chip).choices) == 1
 
 
+@pytest.mark.parametrize(("ic", "group_size"), [(1000, None), (1001, None), (1024, 128)])
+def test_the_operator_asks_for_the_problem_that_is_measured(
+    ic: int, group_size: int | None, own_tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tune.LinearProblem] = []
+    monkeypatch.setattr(table, "measured", lambda problem, chip: asked.append(problem))
+    scheme = formats.get_scheme("fp6_e3m2", group_size)
+    encoded = quantize_rtn(torch.randn(264, ic, device="cuda"), scheme)
+    weight = PackedWeight.from_encoded(encoded, scheme)
+    packed = weight.to_layout(ops.preferred_layout(scheme, torch.float16, weight.data.device))
+    ops.linear(torch.randn(7, ic, dtype=torch.float16, device="cuda"), packed)
+    assert asked == [linear.problem_of(Shape(264, ic), scheme, 7)]
+
+
 @pytest.mark.parametrize(("oc", "ic", "n"), [(200, 512, 8), (256, 1000, 33), (384, 512, 100)])
 def test_every_configuration_gives_the_product(oc: int, ic: int, n: int) -> None:
     chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))

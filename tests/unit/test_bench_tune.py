@@ -228,6 +228,14 @@ def test_the_fastest_is_picked_but_noise_does_not_count() -> None:
     assert measuring.pick({slow: 9.0, fast: 5.0, model: 5.04}, model) == model
 
 
+def test_split_sums_beyond_reason_are_not_measured() -> None:
+    assert measuring.worth_measuring(at(16), H200) == list(tune.candidates(at(16), H200))
+    many = measuring.worth_measuring(at(4096), H200)
+    assert {option.splits for option in many} == {1, 2}
+    for problem in (at(4096), replace(PROBLEM, oc=57344, n=65536)):
+        assert tune.predict(problem, H200) in measuring.worth_measuring(problem, H200)
+
+
 def test_problems_that_are_equal_are_measured_once() -> None:
     schemes = [FP6, get_scheme("fp6_e2m3"), get_scheme("int4", 128)]
     found = measuring.problems([Shape(256, 256)], [1, 100], schemes, H200)
@@ -241,7 +249,7 @@ def test_every_candidate_is_timed_and_the_table_holds_the_best(tmp_path: Path) -
     timed: list[tuple[LinearProblem, LinearConfig]] = []
     weights: list[Shape] = []
 
-    def time(shape: Shape, scheme: Scheme, of_weight: Sequence[LinearProblem]) -> Any:
+    def time(shape: Shape, scheme: Scheme) -> Any:
         weights.append(shape)
 
         def one(problem: LinearProblem, config: LinearConfig) -> float:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tersor import ops
 from tersor.bench import contenders, report, timing
 from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
 from tersor.errors import InputError
 from tersor.formats import Scheme
-from tersor.kernels import tune
+from tersor.kernels import linear, tune
 from tersor.kernels.tune import LinearConfig, LinearProblem, table
 from tersor.kernels.tune.table import Choice, Table
-from tersor.ops import dispatch
 
 if TYPE_CHECKING:
     from tersor.hardware import Chip
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 REPLAYS = 5
 MARGIN = 0.01
 """The model's own choice stands where nothing is faster by more than this share, which two runs differ by anyway."""
+
+MOST_PARTS = 256 << 20
+"""Bytes of split sums above which a configuration is not measured: to read them takes longer than splits could save."""
 
 
 def tokens_with_edges() -> tuple[int, ...]:
@@ -62,13 +65,23 @@ def problems(
     return found
 
 
+def worth_measuring(problem: LinearProblem, chip: Chip) -> list[LinearConfig]:
+    """Return the candidates of a problem, the model's choice among them, without those of too large split sums."""
+    predicted = tune.predict(problem, chip)
+    return [
+        config
+        for config in tune.candidates(problem, chip)
+        if config == predicted or 4 * linear.parts(config, problem.n)[0] <= MOST_PARTS
+    ]
+
+
 def measure(
     wanted: Mapping[tuple[Shape, Scheme], Sequence[LinearProblem]],
     chip: Chip,
-    time: Callable[[Shape, Scheme, Sequence[LinearProblem]], Callable[[LinearProblem, LinearConfig], float]],
+    time: Callable[[Shape, Scheme], Callable[[LinearProblem, LinearConfig], float]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Choice]:
-    """Time every candidate of every problem and return the choices.
+    """Time every candidate of every problem that is `worth_measuring`, and return the choices.
 
     Args:
         wanted: what `problems` returned.
@@ -79,18 +92,16 @@ def measure(
     choices = []
     total = sum(map(len, wanted.values()))
     for (shape, scheme), of_weight in wanted.items():
-        timed = time(shape, scheme, of_weight)
+        timed = time(shape, scheme)
         for problem in of_weight:
-            times = {config: timed(problem, config) for config in tune.candidates(problem, chip)}
+            times = {config: timed(problem, config) for config in worth_measuring(problem, chip)}
             config = pick(times, tune.predict(problem, chip))
             choices.append(Choice(problem=problem, config=config, microseconds=round(times[config], 3)))
             progress(len(choices), total)
     return choices
 
 
-def on_gpu(
-    dtype: torch.dtype, chip: Chip
-) -> Callable[[Shape, Scheme, Sequence[LinearProblem]], Callable[[LinearProblem, LinearConfig], float]]:
+def on_gpu(dtype: torch.dtype, chip: Chip) -> Callable[[Shape, Scheme], Callable[[LinearProblem, LinearConfig], float]]:
     """Return what times configurations on the current GPU, in chains with programmatic dependent launch.
 
     Args:
@@ -98,14 +109,14 @@ def on_gpu(
         chip: that GPU.
     """
 
-    def time(
-        shape: Shape, scheme: Scheme, of_weight: Sequence[LinearProblem]
-    ) -> Callable[[LinearProblem, LinearConfig], float]:
+    from tersor.kernels import jit
+
+    def time(shape: Shape, scheme: Scheme) -> Callable[[LinearProblem, LinearConfig], float]:
         try:
             weights = contenders.packed(scheme, shape.oc, shape.ic, dtype)
         except contenders.UnfitError as error:
             raise InputError(str(error)) from None
-        _compile(scheme, dtype, of_weight, chip)
+        jit.compile_many(ops.kernels_for(scheme, dtype, chip), jit.arch_for(chip.capability))
 
         def timed(problem: LinearProblem, config: LinearConfig) -> float:
             x = contenders.random(problem.n, problem.ic, dtype)
@@ -115,20 +126,6 @@ def on_gpu(
         return timed
 
     return time
-
-
-def _compile(scheme: Scheme, dtype: torch.dtype, of_weight: Sequence[LinearProblem], chip: Chip) -> None:
-    """Compile side by side what timing would compile one after the other."""
-    from tersor.kernels import jit, linear
-
-    target = dispatch.target_name(dtype)
-    assert target is not None
-    sources = {
-        linear.fused_source(scheme.format, target, problem.scale_groups, config): None
-        for problem in of_weight
-        for config in tune.candidates(problem, chip)
-    }
-    jit.compile_many(list(sources), jit.arch_for(chip.capability))
 
 
 def merged(path: Path, chip: Chip, choices: Sequence[Choice]) -> Table:
