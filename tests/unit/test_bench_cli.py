@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tersor import ops
+from tersor.bench import contenders, timing
+from tersor.bench.contenders import Calls
+from tersor.cli import bench as cli
 from tersor.cli.main import run
 from tersor.hardware import CHIPS, chip_named
+from tersor.kernels import jit, tune
+from tersor.kernels.tune import table
+from tersor.ops import dispatch
 
 
 def test_dry_run_on_a_named_chip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,3 +85,71 @@ def test_chips_by_short_names() -> None:
     assert chip_named("h200") is CHIPS["NVIDIA H200"]
     assert chip_named("NVIDIA H100") is CHIPS["NVIDIA H100"]
     assert chip_named("rtx-4090") is chip_named("RTX 4090") is CHIPS["NVIDIA RTX 4090"]
+
+
+@pytest.fixture
+def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU in the place of an H200: the reference multiplies, and a clock on the wall measures."""
+
+    def microseconds(calls: Calls, replays: int = 9) -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls) * 1e6
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "need_gpu", lambda instead: None)
+    monkeypatch.setattr(contenders, "random", lambda rows, columns, dtype: torch.randn(rows, columns, dtype=dtype))
+    monkeypatch.setattr(ops, "preferred_layout", lambda scheme, dtype, device: f"tiles_{dispatch.target_name(dtype)}")
+    monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
+    monkeypatch.setattr(jit, "compile_many", lambda sources, arch: [])
+    monkeypatch.setattr(timing, "copies", lambda nbytes: 3)
+    monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(timing, "graph_microseconds", microseconds)
+    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
+    table.forget()
+    yield
+    table.forget()
+
+
+def test_linear_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "r.json", tmp_path / "r.svg"
+    arguments = ["64x64", "100x48", "--n", "1,8", "--format", "fp6_e3m2", "--format", "int4:g16", "--against", "cublas"]
+    assert run(["bench", "linear", *arguments, "--json", str(path), "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "float16 activations; a large read reaches 4.00 TB/s" in out
+    assert out.endswith(f"written to {path}\n")
+    assert "<svg" in picture.read_text()
+    result = json.loads(path.read_text())
+    assert len(result["rows"]) == 2 * 2 * (2 + 2 + 1)
+    assert {row["kernel"] for row in result["rows"]} == {"fp6_e3m2", "int4:g16", "cublas"}
+    assert all(row["microseconds"] > 0 for row in result["rows"])
+    assert run(["bench", "linear", "64x64", "--n", "1", "--chain", "plain", "--against", "none", "--json", "-"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["kernel"], row["chain"]) == ("fp6_e3m2", "plain")
+
+
+def test_a_shape_that_fp8_does_not_take_is_told(pretended_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "linear", "100x48", "--n", "1", "--against", "fp8", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["skipped"][0]["kernel"] == "fp8"
+    assert captured.err == "fp8 is not timed at 100x48: torch._scaled_mm takes channels in multiples of 16\n"
+
+
+def test_tune_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chip = CHIPS["NVIDIA H200"]
+    assert run(["bench", "tune", "64x256", "--n", "1,8,100", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["table"] == str(table.user_path(chip))
+    assert [row["n"] for row in shown["choices"]] == [1, 8, 100]
+    for problem, choice in table.read(table.user_path(chip), chip, table.kernels_hash()).choices.items():
+        assert tune.choose(problem, chip) == choice.config
+    output = tmp_path / "t.json"
+    for shape, held in (("64x256", 1), ("128x256", 2)):
+        assert run(["bench", "tune", shape, "--n", "8", "--output", str(output)]) == 0
+        assert capsys.readouterr().out.endswith(f"choices written: 1 to {output}\n")
+        assert len(table.read(output, chip).choices) == held
+    output.write_text("{}")
+    assert run(["bench", "tune", "64x256", "--n", "8", "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith(f"tersor: {output} is no table of measured choices")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.bench.contenders import PDL
+from tersor.bench.linear import roof
 from tersor.errors import OutputError
 from tersor.evaluate.plot import check_plot
 
@@ -17,7 +18,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     """Write a picture: microseconds over tokens for every contender, both axes logarithmic.
 
     The dashed line of a contender's colour is its roofline: the bytes of its weight over the read bandwidth measured
-    in the same run.
+    in the same run. Contenders that read as much share the line of the first.
 
     Args:
         result: what `bench.linear.result` returned.
@@ -29,6 +30,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = result["rows"]
     shapes = list(dict.fromkeys((row["oc"], row["ic"]) for row in rows))
@@ -41,6 +43,7 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     for panel in panels[len(shapes) :]:
         panel.set_axis_off()
     for panel, (oc, ic) in zip(panels[: len(shapes)], shapes, strict=True):
+        roofs: dict[float, str] = {}
         here = [row for row in rows if (row["oc"], row["ic"]) == (oc, ic)]
         for kernel, chain in lines:
             mine = sorted((row for row in here if (row["kernel"], row["chain"]) == (kernel, chain)), key=_tokens)
@@ -56,10 +59,18 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
                 linewidth=1.2,
                 label=f"{kernel}, pdl" if chain == PDL else kernel,
             )
-            roof = mine[0]["weight_bytes"] / result["read_bandwidth"] * 1e6
-            panel.axhline(roof, color=colour, linestyle="--", linewidth=0.8, zorder=0)
+            roofs.setdefault(roof(mine[0], result["read_bandwidth"]), colour)
+        for height, colour in roofs.items():
+            panel.axhline(height, color=colour, linestyle="--", linewidth=0.8, zorder=0)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        panel.set_xticks(sorted({row["n"] for row in here}))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.tick_params(labelsize=8, which="both")
         panel.set_title(f"{oc} x {ic}", fontsize=10)
         panel.set_xlabel("tokens")
         panel.set_ylabel("microseconds")

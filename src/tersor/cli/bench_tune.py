@@ -55,4 +55,4 @@ def command(
         console.print_json({"chip": chip.name, "table": str(path), "choices": rows})
         return
     console.print_table(*tune.columns(rows))
-    print(f"{len(choices)} choices written to {path}")
+    print(f"choices written: {len(choices)} to {path}")
