@@ -18,10 +18,10 @@ import time
 from typing import Any
 
 import report
-import timing
 import torch
 from torch import nn
 
+from tersor.bench import timing
 from tersor.compress import quantize_rtn
 from tersor.engine import Sampling
 from tersor.engine.decode import Decoder

@@ -1,4 +1,4 @@
-"""Print the README's table of measured times from a results file of bench/linear.py.
+"""Print the README's table of measured times from a results file of `tersor bench linear --json`.
 
     python bench/readme_table.py [RESULTS.json]
 
@@ -18,26 +18,29 @@ RESULTS = Path(__file__).resolve().parent / "results" / "linear_h200.json"
 FORMAT = "fp6_e3m2"
 SHAPES = ((8192, 8192), (57344, 8192))
 TOKENS = (1, 16, 64)
-COLUMNS = {FORMAT: f"Tersor {FORMAT}", "cublas": "cuBLAS FP16", "fp8": "FP8", f"humming {FORMAT}": f"humming {FORMAT}"}
-"""Contender in the results -> heading, in the order of the table; one that was not measured has no column."""
+OURS = (FORMAT, "pdl")
+CUBLAS = ("cublas", "plain")
+COLUMNS = {
+    OURS: f"Tersor {FORMAT}",
+    (FORMAT, "plain"): f"{FORMAT}, plain launches",
+    CUBLAS: "cuBLAS FP16",
+    ("fp8", "plain"): "FP8",
+    (f"humming {FORMAT}", "plain"): f"humming {FORMAT}",
+}
+"""(Kernel, chain) in the results -> heading, in the order of the table; what was not measured has no column."""
 
 
 def table(result: dict[str, Any], name: str) -> str:
     """Return the table in Markdown: microseconds a call, and how many times cuBLAS FP16's speed that is.
 
     Args:
-        result: what bench/linear.py wrote.
+        result: what `tersor bench linear` wrote.
         name: the results file, which the caption names.
     """
-    rows = [
-        row
-        for shape in SHAPES
-        for tokens in TOKENS
-        for row in result["rows"]
-        if (row["oc"], row["ic"]) == shape and row["n"] == tokens
-    ]
-    columns = {key: heading for key, heading in COLUMNS.items() if any(key in row for row in rows)}
-    roof = f"roof {FORMAT}"
+    rows = {(row["oc"], row["ic"], row["n"], row["kernel"], row["chain"]): row for row in result["rows"]}
+    grid = [(*shape, tokens) for shape in SHAPES for tokens in TOKENS]
+    problems = [problem for problem in grid if {(*problem, *OURS), (*problem, *CUBLAS)} <= rows.keys()]
+    columns = {key: text for key, text in COLUMNS.items() if any((*problem, *key) in rows for problem in problems)}
     heads = ["weight", "tokens", *columns.values(), "against cuBLAS", "read time"]
     facts = result["environment"]
     caption = (
@@ -51,10 +54,18 @@ def table(result: dict[str, Any], name: str) -> str:
         "| " + " | ".join(heads) + " |",
         "|" + "---|" * len(heads),
     ]
-    for row in rows:
-        times = [f"{row[key]:.1f}" if key in row else "-" for key in columns]
-        ratio = f"{row['cublas'] / row[FORMAT]:.2f}x"
-        cells = [f"{row['oc']} x {row['ic']}", str(row["n"]), *times, ratio, f"{row[roof]:.1f}"]
+    for problem in problems:
+        found = {key: rows.get((*problem, *key)) for key in columns}
+        ours, theirs = rows[(*problem, *OURS)], rows[(*problem, *CUBLAS)]
+        roof = ours["weight_bytes"] / result["read_bandwidth"] * 1e6
+        oc, ic, n = problem
+        cells = [
+            f"{oc} x {ic}",
+            str(n),
+            *("-" if row is None else f"{row['microseconds']:.1f}" for row in found.values()),
+            f"{theirs['microseconds'] / ours['microseconds']:.2f}x",
+            f"{roof:.1f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -6,7 +6,12 @@ Specifications per Compute Capability", and the architecture whitepapers. Read b
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
+from pathlib import Path
+
+from tersor.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,37 @@ CHIPS: dict[str, Chip] = {
 
 KERNEL_CAPABILITY = (8, 0)
 """The oldest compute capability the kernels run on: bf16 mma.sync and cp.async appeared with it."""
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def chip_named(name: str) -> Chip:
+    """Return the facts of a chip by its name, which may leave out the maker, capitals and blanks (`h200`, `rtx4090`).
+
+    Raises:
+        InputError: no chip of that name is known.
+    """
+    short = {_short(known): chip for known, chip in CHIPS.items()}
+    wanted = _short(name)
+    if wanted not in short:
+        near = difflib.get_close_matches(wanted, short, n=1, cutoff=0.5)
+        hint = f", did you mean {short[near[0]].name!r}?" if near else ""
+        raise InputError(f"unknown chip {name!r}{hint} (known: {', '.join(CHIPS)})")
+    return short[wanted]
+
+
+def _short(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.lower()).removeprefix("nvidia")
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA kernel driver, or `None` where there is none to be seen."""
+    try:
+        text = _DRIVER_FILE.read_text()
+    except OSError:
+        return None
+    match = re.search(r"Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", text)
+    return match[1] if match else None
 
 
 def cuda_available() -> bool:

@@ -15,7 +15,7 @@ import tersor
 from tersor.cli import main
 from tersor.errors import InputError, KernelError, OutputError, TersorError
 
-VERBS = ("quantize", "inspect", "eval", "generate", "doctor", "demo")
+VERBS = ("quantize", "inspect", "eval", "generate", "bench", "doctor", "demo")
 
 
 def run(*arguments: str) -> int:
@@ -48,9 +48,9 @@ def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str])
         assert summary.split(".")[0][:40] in text
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*(verb for verb in VERBS if verb != "bench"), "bench linear", "bench tune"])
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(verb, "--help") == 0
+    assert run(*verb.split(), "--help") == 0
     text = capsys.readouterr().out
     assert text.startswith(f"Usage: tersor {verb} ")
     assert "--json" in text
@@ -66,6 +66,9 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("quantize", "model", "--group-size", "many"), ("--group-size", "integer")),
         (("inspect", "one", "two"), ("two",)),
         (("generate",), ("tersor generate --help",)),
+        (("bench",), ("Missing command", "tersor bench --help")),
+        (("bench", "lineer"), ("did you mean 'linear'?", "verbs: linear, tune", "tersor bench --help")),
+        (("bench", "linear", "--chian", "pdl"), ("--chian", "tersor bench linear --help")),
         (("eval", "model"), ("--text",)),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from jit_kernels import axpy
 from safetensors.torch import save_file
 
-from tersor import formats, ops, settings
+from tersor import formats, hardware, ops, settings
 from tersor.cli import doctor
 from tersor.cli.main import run
 from tersor.errors import UnsupportedError
@@ -137,8 +137,8 @@ def test_formats_that_fare_alike_share_a_row(
 )
 def test_the_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: str | None) -> None:
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(doctor, "_DRIVER_FILE", tmp_path / "version")
-    assert doctor._driver_version() == version
+    monkeypatch.setattr(hardware, "_DRIVER_FILE", tmp_path / "version")
+    assert hardware.driver_version() == version
 
 
 QUANTIZATION = {

@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"tersor/{path.relative_to(PACKAGE).as_posix()}"
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".cuh", ".typed")
+        if path.is_file() and path.suffix in (".py", ".cuh", ".typed", ".json")
     }
     assert "tersor/py.typed" in expected
     assert any(name.startswith("tersor/kernels/cuda/") and name.endswith(".cuh") for name in expected)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tersor.cli import main
 
@@ -59,7 +60,7 @@ def test_tersor_commands_run(
 ) -> None:
     """In order, since later ones use what earlier ones made."""
     for words in commands():
-        if "tersor" not in words:
+        if "tersor" not in words or measures(words):
             continue
         start = words.index("tersor")
         if start:
@@ -71,6 +72,23 @@ def test_tersor_commands_run(
         assert status == 0, f"{shlex.join(words)}: {captured.err}"
         assert captured.out.strip(), shlex.join(words)
     assert {path.name for path in scratch.glob("tiny-*")} == {"tiny-fp6", "tiny-mixed", "tiny-mxfp6"}
+
+
+def measures(words: list[str]) -> bool:
+    """Tell whether a command times kernels, for which it takes a GPU, and minutes there."""
+    return "bench" in words and "--dry-run" not in words
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if measures(words)], ids=" ".join)
+def test_commands_that_measure_ask_for_a_gpu(
+    words: list[str], scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What comes before the measuring runs: names and options are right."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.run(words[1:]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("tersor: timing needs a CUDA device")
+    assert captured.err.count("\n") == 1
 
 
 @pytest.mark.timeout(600)
@@ -122,12 +140,24 @@ def test_the_table_of_results_is_the_one_of_the_file(script: Any) -> None:
 
 def test_the_table_from_an_example(script: Any) -> None:
     """The generator itself, on numbers made up here."""
-    row = {"oc": 8192, "ic": 8192, "n": 1, "cublas": 40.0, "fp8": 20.0, "fp6_e3m2": 16.0, "roof fp6_e3m2": 11.61}
-    other = {**row, "n": 2}
+    times = {("cublas", "plain"): 40.0, ("fp8", "plain"): 20.0, ("fp6_e3m2", "pdl"): 16.0}
+    rows = [
+        {
+            "oc": 8192,
+            "ic": 8192,
+            "n": n,
+            "kernel": kernel,
+            "chain": chain,
+            "microseconds": time,
+            "weight_bytes": 50 << 20,
+        }
+        for n in (2, 1)
+        for (kernel, chain), time in times.items()
+    ]
     environment = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "commit": "abc1234"}
-    result = {"environment": environment, "read_bandwidth": 4.35e12, "rows": [other, row]}
+    result = {"environment": environment, "read_bandwidth": 4.35e12, "rows": rows}
     text = script.table(result, "linear_h200.json")
-    assert text.splitlines()[-1] == "| 8192 x 8192 | 1 | 16.0 | 40.0 | 20.0 | 2.50x | 11.6 |"
+    assert text.splitlines()[-1] == "| 8192 x 8192 | 1 | 16.0 | 40.0 | 20.0 | 2.50x | 12.1 |"
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 3
     assert max(len(line) for line in text.splitlines()) <= 120
     assert "humming" not in text

@@ -31,6 +31,7 @@ ROOMS = (
     "evaluate",
     "engine",
     "integrations",
+    "bench",
     "cli",
 )
 """A room imports only from rooms before it (and itself)."""

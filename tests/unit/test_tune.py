@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels.tune import LinearProblem, choose, fused
+from tersor.kernels.tune import LinearProblem, choose, fused, table
 from tersor.kernels.tune import linear as tuning
 
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
+
+
+@pytest.fixture(autouse=True)
+def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No measured choices: neither the user's nor those that are shipped."""
+    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path)
+    table.forget()
+    yield
+    table.forget()
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tersor import hardware, settings
 from tersor.cli import console
-from tersor.errors import InputError, UnsupportedError, did_you_mean
+from tersor.errors import InputError, UnsupportedError
 from tersor.version import __version__
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ TOKENS = (1, 1024)
 """A decode step and a prompt: the two regimes of a linear."""
 
 _CHANNELS = 4096
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def command(
@@ -141,10 +138,7 @@ def _chips(name: str | None) -> list[hardware.Chip]:
     from tersor.ops import dispatch
 
     if name is not None:
-        if name not in hardware.CHIPS:
-            known = ", ".join(hardware.CHIPS)
-            raise InputError(f"unknown chip {name!r}{did_you_mean(name, hardware.CHIPS)} (known: {known})")
-        return [hardware.CHIPS[name]]
+        return [hardware.chip_named(name)]
     if not hardware.cuda_available():
         known = ", ".join(hardware.CHIPS)
         raise InputError(f"torch sees no GPU to compile for: name one with --chip ({known})")
@@ -179,19 +173,10 @@ def _versions(advice: list[str]) -> dict[str, str | None]:
     except UnsupportedError as error:
         found["NVRTC"] = None
         advice.append(str(error))
-    found["NVIDIA driver"] = _driver_version()
+    found["NVIDIA driver"] = hardware.driver_version()
     if found["transformers"] is None:
         advice.append("transformers is missing, so no model can be loaded: install it with: pip install transformers")
     return found
-
-
-def _driver_version() -> str | None:
-    try:
-        text = _DRIVER_FILE.read_text()
-    except OSError:
-        return None
-    match = re.search(r"Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", text)
-    return match[1] if match else None
 
 
 def _gpus(advice: list[str]) -> list[dict[str, Any]]:

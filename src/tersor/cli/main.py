@@ -22,10 +22,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("tersor.cli.inspect", "Show what a checkpoint holds: format, bits and size of every layer."),
     "eval": ("tersor.cli.eval", "Measure perplexity, and divergence from a reference model, on a text."),
     "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
+    "bench": ("tersor.cli.bench", "Time linears against their rivals; measure which kernel configuration is fastest."),
     "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),
     "demo": ("tersor.cli.demo", "Compress the bundled model to five formats and compare them."),
 }
-"""verb -> (module of this package that defines `command`, one line of help)."""
+"""verb -> (module of this package that defines `command`, or `VERBS` of its own, and one line of help)."""
 
 INTERRUPTED = 130
 """Exit status of a command ended by Ctrl-C."""
@@ -34,16 +35,25 @@ INTERRUPTED = 130
 class _Verbs(TyperGroup):
     """A command group that imports the module of a verb when that verb is called."""
 
+    verbs = VERBS
+    path = "tersor"
+
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
+        return list(self.verbs)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in VERBS:
-            near = did_you_mean(cmd_name, VERBS)
-            raise InputError(f"no verb {cmd_name!r}{near} (verbs: {', '.join(VERBS)}; see 'tersor --help')")
-        module_name, summary = VERBS[cmd_name]
-        verb = typer.Typer(add_completion=False, rich_markup_mode=None)
-        verb.command(name=cmd_name, help=summary)(importlib.import_module(module_name).command)
+        if cmd_name not in self.verbs:
+            near = did_you_mean(cmd_name, self.verbs)
+            raise InputError(f"no verb {cmd_name!r}{near} (verbs: {', '.join(self.verbs)}; see '{self.path} --help')")
+        module_name, summary = self.verbs[cmd_name]
+        module = importlib.import_module(module_name)
+        if hasattr(module, "VERBS"):
+            inner = type("_Inner", (_Verbs,), {"verbs": module.VERBS, "path": f"{self.path} {cmd_name}"})
+            verb = typer.Typer(cls=inner, add_completion=False, rich_markup_mode=None)
+            verb.callback(help=summary)(lambda: None)
+        else:
+            verb = typer.Typer(add_completion=False, rich_markup_mode=None)
+            verb.command(name=cmd_name, help=summary)(module.command)
         command = typer.main.get_command(verb)
         command.name = cmd_name
         return command

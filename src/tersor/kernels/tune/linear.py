@@ -1,12 +1,10 @@
-"""The choice for one linear: which schedule, and how it runs."""
+"""The model's choice for one linear: of all configurations that can run it, the one of the least predicted time."""
 
 from __future__ import annotations
 
-import functools
-
 from tersor.hardware import Chip
 from tersor.kernels.tune import sm80, sm90
-from tersor.kernels.tune.problem import LinearConfig, LinearProblem
+from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 
 
 def fused(problem: LinearProblem, chip: Chip) -> bool:
@@ -14,9 +12,21 @@ def fused(problem: LinearProblem, chip: Chip) -> bool:
     return problem.n <= sm80.TOKENS or (chip.capability == (9, 0) and problem.aligned)
 
 
-@functools.lru_cache(maxsize=4096)
-def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """Choose the fused kernel's configuration by predicted time; `fused` must say yes."""
-    if chip.capability == (9, 0) and problem.aligned:
-        return sm90.choose(problem, chip)
-    return sm80.choose(problem, chip)
+def predict(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """Return the fused kernel's configuration of the least predicted time; `fused` must say yes.
+
+    Chips that have the sm90 schedule take it wherever it can run.
+    """
+    options = tuple(sm90.candidates(problem, chip)) or tuple(sm80.candidates(problem, chip))
+    return min(options, key=lambda config: seconds(problem, config, chip))
+
+
+def candidates(problem: LinearProblem, chip: Chip) -> tuple[LinearConfig, ...]:
+    """Return every configuration that a fused kernel could run the problem with; none where `fused` says no."""
+    return (*sm80.candidates(problem, chip), *sm90.candidates(problem, chip))
+
+
+def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
+    """Return the predicted time of a problem with one of its `candidates`, in seconds."""
+    predicted = sm90.seconds if config.schedule == SM90 else sm80.seconds
+    return predicted(problem, config, chip)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM80, LinearConfig, LinearProblem
 
@@ -49,39 +51,42 @@ def stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, in
     raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
 
 
-def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """Choose by predicted time.
-
-    The longest of three, for each number of splits: the busiest multiprocessor's bytes at its share of the
-    bandwidth, its blocks at the rate of a full multiprocessor, and the blocks of one CTA after the other at their
-    latency. Each wave adds a ramp, and the last of several a tail."""
+def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
+    """Yield the configurations of the narrowest tile that holds all tokens, one for each number of splits."""
+    if problem.n > TOKENS:
+        return
     tile = next(tile for tile in TILES if problem.n <= tile)
     depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
     row_tiles = -(-problem.oc // ROWS)
-    blocks = -(-problem.ic // _COLUMNS)
+    for splits in range(1, min(_MAX_SPLITS, -(-problem.ic // _COLUMNS)) + 1):
+        yield LinearConfig(
+            schedule=SM80,
+            n_tile=tile,
+            weight_slots=depth,
+            x_slots=depth,
+            token_tiles=1,
+            row_tiles=row_tiles,
+            splits=splits,
+            ctas=row_tiles * splits,
+            resident=resident,
+            shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_groups),
+        )
+
+
+def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
+    """Predict the time of a launch, in seconds.
+
+    The longest of three: the busiest multiprocessor's bytes at its share of the bandwidth, its blocks at the rate of
+    a full multiprocessor, and the blocks of one CTA after the other at their latency. Each wave adds a ramp, and the
+    last of several a tail.
+    """
     block_bytes = 8 * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * _COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
-    latency, busy = (constant + slope * tile for constant, slope in (_LATENCY, _BUSY))
-
-    def seconds(splits: int) -> float:
-        ctas = row_tiles * splits
-        length = -(-blocks // splits)
-        blocks_of_sm = -(-ctas // chip.sms) * length
-        waves = -(-ctas // (chip.sms * resident))
-        work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
-        tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
-        return work + tail + waves * _RAMP + (_SPLIT if splits > 1 else 0.0)
-
-    splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
-    return LinearConfig(
-        schedule=SM80,
-        n_tile=tile,
-        weight_slots=depth,
-        x_slots=depth,
-        token_tiles=1,
-        row_tiles=row_tiles,
-        splits=splits,
-        ctas=row_tiles * splits,
-        resident=resident,
-        shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_groups),
-    )
+    latency, busy = (constant + slope * config.n_tile for constant, slope in (_LATENCY, _BUSY))
+    blocks = -(-problem.ic // _COLUMNS)
+    length = -(-blocks // config.splits)
+    blocks_of_sm = -(-config.ctas // chip.sms) * length
+    waves = -(-config.ctas // (chip.sms * config.resident))
+    work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
+    tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
+    return work + tail + waves * _RAMP + (_SPLIT if config.splits > 1 else 0.0)

@@ -123,11 +123,13 @@ def tiles(scale_groups: int) -> tuple[Tile, ...]:
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
-    """Yield the configurations worth a prediction.
+    """Yield the configurations worth a prediction; none where the schedule cannot run.
 
     Token tiles are the narrowest that hold all tokens, or any of the two widest. Where tiles do not fill one wave of
     CTAs all are split, where they fill more than one those of the last wave are.
     """
+    if chip.capability != (9, 0) or not problem.aligned:
+        return
     available = tiles(problem.scale_groups)
     widest = max(tile.tokens for tile in available)
     holding = min((tile.tokens for tile in available if problem.n <= tile.tokens), default=widest)
@@ -170,11 +172,6 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6 if config.splits > 1 else 0.0
     exchange = cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged if config.splits > 1 else 0.0
     return (cost.start + load * block + (rounds - 1) * cost.item + exchange) * 1e-6
-
-
-def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """Choose by predicted time; the first of equals."""
-    return min(candidates(problem, chip), key=lambda config: seconds(problem, config, chip))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,244 @@
+"""Who is timed? Each contender makes copies of a random weight and the calls that walk over them.
+
+Weights of Tersor, cuBLAS and humming have variance 1 / IC, so that the values of a chain keep their size; FP8 weights
+have variance 1, as a scale of their own would give them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+
+from tersor import ops
+from tersor.bench import timing
+from tersor.compress import quantize_rtn
+from tersor.errors import InputError, UnsupportedError, did_you_mean
+from tersor.formats import Scheme
+from tersor.kernels.tune import LinearConfig
+from tersor.layouts import STREAM, PackedWeight
+from tersor.ops import dispatch
+
+Calls: TypeAlias = Sequence[Callable[[], object]]
+Schedule: TypeAlias = Callable[[int, str], Calls]
+"""(tokens, chain) -> the calls of one graph."""
+
+PLAIN = "plain"
+PDL = "pdl"
+CHAINS = {PLAIN: (PLAIN,), PDL: (PDL,), "both": (PDL, PLAIN)}
+"""Value of --chain -> the chains that Tersor is timed in."""
+
+CUBLAS, FP8, HUMMING = "cublas", "fp8", "humming"
+RIVALS = (CUBLAS, FP8, HUMMING)
+_RESTART = 8
+"""A chain starts again from the same activations after so many launches, so that rounding does not add up."""
+
+
+class UnfitError(Exception):
+    """A contender that does not take a shape or a number of tokens; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One column of a comparison.
+
+    Attributes:
+        name: what rows call it.
+        chains: the chains it is timed in.
+        weight_bytes: (OC, IC) -> bytes of the weight that a call reads.
+        build: (OC, IC) -> the calls; holds the copies of the weight. Both raise `UnfitError` for what they do not take.
+    """
+
+    name: str
+    chains: tuple[str, ...]
+    weight_bytes: Callable[[int, int], int]
+    build: Callable[[int, int], Schedule]
+
+
+def contenders(
+    schemes: Sequence[Scheme], dtype: torch.dtype, chains: tuple[str, ...], rivals: Sequence[str]
+) -> list[Contender]:
+    """Return Tersor in every scheme, then the rivals: cuBLAS in `dtype`, FP8, and humming in every scheme."""
+    found = [tersor(scheme, dtype, chains) for scheme in schemes]
+    if CUBLAS in rivals:
+        found.append(cublas(dtype))
+    if FP8 in rivals:
+        found.append(fp8(dtype))
+    if HUMMING in rivals:
+        found += [humming(scheme, dtype) for scheme in schemes]
+    return found
+
+
+def parse_rivals(text: str | None) -> tuple[str, ...]:
+    """Read `cublas,fp8,humming`, or `none`; `None` is every rival that is installed.
+
+    Raises:
+        InputError: an unknown name.
+        UnsupportedError: humming is named and not installed.
+    """
+    there = importlib.util.find_spec("humming") is not None
+    if text is None:
+        return RIVALS if there else (CUBLAS, FP8)
+    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in RIVALS:
+            raise InputError(f"--against {name!r}{did_you_mean(name, RIVALS)}: use {', '.join(RIVALS)} or none")
+    if HUMMING in names and not there:
+        raise UnsupportedError("humming is not installed, so it cannot be timed: pip install humming-kernels")
+    return names
+
+
+def label(scheme: Scheme) -> str:
+    """Name a scheme as it is asked for: `fp6_e3m2`, `int4:g128`."""
+    return scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
+
+
+def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
+    """Return the bytes of a packed weight with its scales."""
+    return round(oc * ic * scheme.bits_per_weight(ic) / 8)
+
+
+def tersor(scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...]) -> Contender:
+    """Return Tersor's own operator, in the given chains."""
+
+    def build(oc: int, ic: int) -> Schedule:
+        weights = packed(scheme, oc, ic, dtype)
+        return lambda n, chain: chained(weights, random(n, ic, dtype), early=chain == PDL)
+
+    return Contender(
+        name=label(scheme), chains=chains, weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic), build=build
+    )
+
+
+def packed(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype) -> list[PackedWeight]:
+    """Return copies of a random packed weight [oc, ic] on the current GPU, in the layout its kernels read.
+
+    Raises:
+        UnfitError: no kernel serves the scheme.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    layout = ops.preferred_layout(scheme, dtype, device)
+    if layout == STREAM:
+        raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.obstacle(scheme, dtype, device)}")
+    encoded = quantize_rtn(random(oc, ic, dtype) * ic**-0.5, scheme)
+    weight = PackedWeight.from_encoded(encoded, scheme).to_layout(layout)
+    return [
+        replace(weight, data=weight.data.clone(), scale=weight.scale.clone())
+        for _ in range(timing.copies(weight.nbytes))
+    ]
+
+
+def chained(
+    weights: Sequence[PackedWeight], x: torch.Tensor, *, early: bool, config: LinearConfig | None = None
+) -> Calls:
+    """Return calls of Tersor's operator that each wait for the one before.
+
+    Where the weight is square a call's input is the output of the one before; elsewhere all read the same x.
+
+    Args:
+        weights: one a call, [OC, IC].
+        x: activations [N, IC].
+        early: whether weights may be fetched before the launch ahead has ended (`ops.launches`).
+        config: how the kernel runs; `None` is Tersor's own choice.
+    """
+    square = weights[0].shape[0] == weights[0].shape[1]
+    last = [x]
+
+    def call(index: int) -> None:
+        source = last[0] if square and index % _RESTART else x
+        with ops.launches(config=config, early=early):
+            last[0] = ops.linear(source, weights[index])
+
+    return [partial(call, index) for index in range(len(weights))]
+
+
+def cublas(dtype: torch.dtype) -> Contender:
+    """Return the 16-bit product of cuBLAS, `torch.mm`."""
+
+    def build(oc: int, ic: int) -> Schedule:
+        weights = [random(oc, ic, dtype) * ic**-0.5 for _ in range(timing.copies(2 * oc * ic))]
+
+        def schedule(n: int, chain: str) -> Calls:
+            x = random(n, ic, dtype)
+            return [partial(torch.mm, x, weight.T) for weight in weights]
+
+        return schedule
+
+    return Contender(name=CUBLAS, chains=(PLAIN,), weight_bytes=lambda oc, ic: 2 * oc * ic, build=build)
+
+
+def fp8(dtype: torch.dtype) -> Contender:
+    """Return `torch._scaled_mm`: weights and activations in e4m3, one scale each, output in `dtype`."""
+
+    def build(oc: int, ic: int) -> Schedule:
+        if oc % 16 or ic % 16:
+            raise UnfitError("torch._scaled_mm takes channels in multiples of 16")
+        weights = [random(oc, ic, dtype).to(torch.float8_e4m3fn) for _ in range(timing.copies(oc * ic))]
+        one = torch.ones((), device="cuda")
+
+        def multiply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+
+        def schedule(n: int, chain: str) -> Calls:
+            x = random(n, ic, dtype).to(torch.float8_e4m3fn)
+            return [partial(multiply, x, weight) for weight in weights]
+
+        return schedule
+
+    return Contender(name=FP8, chains=(PLAIN,), weight_bytes=lambda oc, ic: oc * ic, build=build)
+
+
+def humming(scheme: Scheme, dtype: torch.dtype) -> Contender:
+    """Return humming-kernels with the same weights, its own tuner choosing."""
+
+    def build(oc: int, ic: int) -> Schedule:
+        layers = _foreign(lambda: _humming_layers(scheme, oc, ic, dtype))
+
+        def schedule(n: int, chain: str) -> Calls:
+            x = random(n, ic, dtype)
+            return [partial(_foreign, partial(layer, x)) for layer in layers]
+
+        return schedule
+
+    return Contender(
+        name=f"{HUMMING} {label(scheme)}",
+        chains=(PLAIN,),
+        weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic),
+        build=build,
+    )
+
+
+def _foreign(call: Callable[[], Any]) -> Any:
+    """Run another package's code; whatever it raises becomes the reason why it is not timed."""
+    try:
+        return call()
+    except Exception as error:
+        raise UnfitError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype) -> list[Any]:
+    from humming.layer import HummingLayer
+
+    name = scheme.format.name
+    if scheme.format.kind == "float":
+        name = f"float{scheme.format.bits}{name.partition('_')[2]}"
+    config: dict[str, Any] = {"dtype": name}
+    if scheme.group_size is not None:
+        config["group_size"] = scheme.group_size
+    weight = random(oc, ic, dtype) * ic**-0.5
+    layers = []
+    for _ in range(timing.copies(packed_bytes(scheme, oc, ic))):
+        layer = HummingLayer(shape_n=oc, shape_k=ic, weight_config=config, torch_dtype=dtype).cuda()
+        layer.load_from_unquantized(weight)
+        layer.transform()
+        layers.append(layer)
+    return layers
+
+
+def random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return normal numbers [rows, columns] on the current GPU."""
+    return torch.randn(rows, columns, dtype=dtype, device="cuda")

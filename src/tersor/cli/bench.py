@@ -1,0 +1,86 @@
+"""`tersor bench`: what it measures. Options that its verbs share, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor import hardware
+from tersor.errors import InputError, UnsupportedError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from tersor.formats import Scheme
+
+VERBS: dict[str, tuple[str, str]] = {
+    "linear": ("tersor.cli.bench_linear", "Time packed linears against their rivals and the memory."),
+    "tune": ("tersor.cli.bench_tune", "Find the fastest kernel configurations of this GPU."),
+}
+"""verb -> (module of this package that defines `command`, one line of help)."""
+
+DTYPES = ("float16", "bfloat16")
+SHAPES_HELP = "Models (llama-3-8b), folders with a config.json, or sizes OCxIC."
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Read `1,16,64`: numbers of tokens, each once, in order.
+
+    Raises:
+        InputError: a word that is no number, or less than 1.
+    """
+    found = []
+    for word in text.split(","):
+        if not word.strip().isdecimal() or int(word) < 1:
+            raise InputError(f"{option} {text!r}: expected numbers of at least 1, such as 1,16,64")
+        found.append(int(word))
+    return list(dict.fromkeys(found))
+
+
+def schemes(names: Sequence[str], shapes: Sequence[Any]) -> list[Scheme]:
+    """Read formats such as `fp6_e3m2` and `int4:g128`.
+
+    Raises:
+        FormatError: an unknown format, or groups that do not divide the input channels of a shape.
+    """
+    from tersor.checkpoint.config import parse_scheme
+
+    found = list(dict.fromkeys(parse_scheme(name, None, None, f"--format {name}") for name in names))
+    for scheme in found:
+        for shape in shapes:
+            scheme.groups(shape.ic)
+    return found
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the torch dtype of activations.
+
+    Raises:
+        InputError: not one that kernels take.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name!r}{did_you_mean(name, DTYPES)}: use {' or '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def need_gpu(instead: str) -> None:
+    """Refuse to go on without a GPU.
+
+    Raises:
+        UnsupportedError: torch sees none; the message says what to do instead.
+    """
+    if not hardware.cuda_available():
+        raise UnsupportedError(f"timing needs a CUDA device, and torch sees none here: {instead}")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Say before a long measurement that its result could not be written after it.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
