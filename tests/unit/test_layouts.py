@@ -9,6 +9,12 @@ from tersor import formats
 from tersor.compress import quantize_rtn
 from tersor.layouts import PackedWeight, lanes, stream, tiles
 
+OPERANDS = {
+    "float16": (torch.float16, torch.int16),
+    "bfloat16": (torch.bfloat16, torch.int16),
+    "e4m3": (torch.float8_e4m3fn, torch.uint8),
+    "e5m2": (torch.float8_e5m2, torch.uint8),
+}
 SERVED = [
     (name, target)
     for name in formats.names()
@@ -46,6 +52,27 @@ def test_which_formats_have_tables() -> None:
     assert {"fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8"} <= served
     assert "zero points" in lanes.supported(formats.get("uint4"), "float16")
     assert "infinity" in lanes.supported(formats.get("fp8_e5m2"), "float16")
+    bytes_ = {name for name, target in SERVED if target == "float8_e4m3fn"}
+    assert {"fp7_e3m3", "fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "fp4_e3m0", "fp3_e2m0"} <= bytes_
+    assert "NaN" in lanes.supported(formats.get("fp8_e4m3"), "float8_e4m3fn")
+    assert "no float type" in lanes.supported(formats.get("int4"), "float8_e4m3fn")
+    assert "no decode table" in lanes.supported(formats.get("fp7_e2m4"), "float8_e4m3fn")
+
+
+@pytest.mark.parametrize(("name", "target"), [pair for pair in SERVED if pair[0].startswith("fp")])
+def test_a_placed_float_is_the_value_but_for_a_power_of_two(name: str, target: str) -> None:
+    """What a register holds, read as the operand type, times 2^exponent is the format's value, for every code."""
+    fmt = formats.get(name)
+    group = lanes.lane(fmt, target)
+    codes = torch.arange(1 << fmt.bits, dtype=torch.int32)
+    fields = lanes.place(codes, fmt, target)
+    dtype, width = OPERANDS[group.operand]
+    read = fields.to(width).view(dtype).double()
+    exponent = group.exponent
+    if target == "bfloat16":  # the pairs are multiplied before they are used
+        exponent = (127 if group.operand == "bfloat16" else 15) - fmt.bias
+    assert torch.equal(read * 2.0**exponent, fmt.values().double())
+    assert torch.equal(torch.signbit(read), torch.signbit(fmt.values()))
 
 
 @pytest.mark.parametrize(("name", "target"), SERVED)
@@ -69,7 +96,7 @@ def test_tiles_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "target"), SERVED)
 def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
-    """One nonzero weight in a block decodes to the lane and register that mma.m16n8k16 reads it from."""
+    """One nonzero weight in a block decodes to the lane and register that mma.m16n8k16 or wgmma k32 reads it from."""
     fmt = formats.get(name)
     group = lanes.lane(fmt, target)
     generator = torch.Generator().manual_seed(5)
@@ -82,17 +109,18 @@ def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
         codes[row, column] = wanted
         words = tiles.pack(codes, fmt, target)[: 64 * fmt.bits]
         quads = 2 * fmt.bits // 4 * 4
-        lane_index = row % 8 * 4 + column % 8 // 2
+        together = lanes.weights_in_register(target)
+        lane_index = row % 8 * 4 + column % (4 * together) // together
         mine = [int(words[q * 128 + lane_index * 4 + i]) for q in range(quads // 4) for i in range(4)]
         mine += [int(words[quads * 32 + lane_index * 2 + i]) for i in range(2 * fmt.bits - quads)]
-        register = column // 16 * 4 + column % 16 // 8 * 2 + row // 8
-        first = register // group.pairs * group.words
+        register = column // (8 * together) * 4 + column // (4 * together) % 2 * 2 + row // 8
+        first = register // group.registers * group.words
         value = 0
-        for word, turn in group.outputs()[register % group.pairs]:
+        for word, turn in group.outputs()[register % group.registers]:
             bits = mine[first + word] & 0xFFFFFFFF
             value ^= (bits << turn | bits >> (32 - turn)) & 0xFFFFFFFF if turn else bits
-        half = (value & group.mask) >> (16 * (column % 2)) & 0xFFFF
-        assert int(lanes.unplace(torch.tensor(half, dtype=torch.int32), fmt, target)) == wanted
+        fields = lanes.split(torch.tensor(lanes.signed(value & group.mask), dtype=torch.int32), target)
+        assert int(lanes.unplace(fields, fmt, target)[column % together]) == wanted
 
 
 @pytest.mark.parametrize("scale_dtype", list(formats.SCALE_DTYPES))
@@ -108,6 +136,7 @@ def test_packed_weight_changes_layout_and_back(group: int | None, scale_dtype: s
     assert torch.equal(back.scale, packed.scale)
     assert back.scale.dtype == packed.scale.dtype
     assert torch.equal(tiled.dequantize(), packed.dequantize())
+    assert torch.equal(tiled.to_layout("tiles_float8_e4m3fn").to_layout("stream").data, packed.data)
 
 
 def test_scales_of_a_block() -> None:

@@ -30,7 +30,7 @@ def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool 
         "BITS": fmt.bits,
         "BF16": target == "bfloat16",
         "DECODE_WORDS": group.words,
-        "DECODE_PAIRS": group.pairs,
+        "DECODE_REGISTERS": group.registers,
         "DECODE_MASK": f"{group.mask}u",
         "DECODE_SHIFT": group.shift,
         "DECODE_TERMS": ", ".join(str(number) for row in group.terms for number in row),
@@ -217,7 +217,7 @@ def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
             continue
         for name in COMPILED_FORMATS:
             for group_size in (None, 128, 64, 32):
-                for target in lanes.TARGETS:
+                for target in lanes.PAIR_TARGETS:
                     for source in sources(Scheme(get(name), group_size), target, chip):
                         if source not in seen:
                             seen.add(source)

@@ -1,9 +1,10 @@
-"""How do a lane's packed words become pairs of 16-bit floats? The tables behind kernels/cuda/decode.cuh.
+"""How do a lane's packed words become registers of floats? The tables behind kernels/cuda/decode.cuh.
 
-A code's bits are put where a 16-bit float (or, for integers, its mantissa) wants them, by rotating a packed word,
-XOR-ing at most one other rotated word, and masking: about one instruction a weight. Copying sign, exponent and
-mantissa bits under the wider float's mantissa is exact, subnormals included, up to one power of two, which the
-kernel's epilogue applies (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead).
+A register holds two 16-bit floats or four 8-bit ones. A code's bits are put where that float (or, for integers, the
+mantissa of a 16-bit float) wants them, by rotating a packed word, XOR-ing at most two other rotated words, and masking:
+about one instruction for a pair of weights, half of one for four bytes. Copying sign, exponent and mantissa bits under
+the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's epilogue applies
+(FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead).
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
 tables below were found by random search for few instructions; `packing` inverts them once.
@@ -19,11 +20,22 @@ import torch
 
 from tersor.formats import ElementFormat
 
-TARGETS: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TARGETS: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 """Decode target -> dtype of the activations it is multiplied with."""
 
-_MANTISSA = {"float16": 10, "bfloat16": 7}
-_BIAS = {"float16": 15, "bfloat16": 127}
+PAIR_TARGETS = ("float16", "bfloat16")
+"""Targets with two weights in a register."""
+
+_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), "float8_e4m3fn": ("e4m3", "e5m2")}
+"""Decode target -> float types that decoded weights may have beside such activations, the preferred one first."""
+
+_MANTISSA = {"float16": 10, "bfloat16": 7, "e4m3": 3, "e5m2": 2}
+_BIAS = {"float16": 15, "bfloat16": 127, "e4m3": 7, "e5m2": 15}
+_WIDTH = {"float16": 16, "bfloat16": 16, "e4m3": 8, "e5m2": 8}
 _INT_MAGIC = {"float16": 1024, "bfloat16": 128}
 _WORD = 0xFFFFFFFF
 
@@ -40,32 +52,36 @@ class Finish(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """One decode group: `words` packed words give `pairs` registers of two weights each.
+    """One decode group: `words` packed words give `registers` registers of two or four weights each.
 
     Attributes:
-        words, pairs: registers in and out.
-        mask: where a code's bits stand in a pair (the same 16 bits twice).
+        words, registers: in and out.
+        mask: where a code's bits stand in a register (the same 16 or 8 bits in each place).
         shift: 0, or the left shift that yields the second register of each row of `terms`.
-        terms: (word, rotation, word, rotation) a row; the third is -1 for a single term, `words` means the XOR of all.
+        terms: three times (word, rotation) a row; a word is -1 where there is no such term, `words` means the XOR of
+            all.
         finish: how bits become numbers.
         constant: the pair of 16-bit constants `finish` uses.
-        exponent: decoded value = pair value * 2^exponent.
+        exponent: decoded value = register's value * 2^exponent.
+        operand: the float type of the registers: `float16`, `bfloat16`, `e4m3` or `e5m2`.
     """
 
     words: int
-    pairs: int
+    registers: int
     mask: int
     shift: int
-    terms: tuple[tuple[int, int, int, int], ...]
+    terms: tuple[tuple[int, ...], ...]
     finish: Finish
     constant: int
     exponent: int
+    operand: str
 
     def outputs(self) -> list[list[tuple[int, int]]]:
-        """Return, for each pair register, the (word, left rotation) whose XOR it is, under the mask."""
+        """Return, for each register, the (word, left rotation) whose XOR it is, under the mask."""
         rows = []
-        for first, turn, second, second_turn in self.terms:
-            row = [*self._expand(first, turn), *(self._expand(second, second_turn) if second >= 0 else [])]
+        for term in self.terms:
+            pairs = zip(term[::2], term[1::2], strict=True)
+            row = [entry for word, turn in pairs if word >= 0 for entry in self._expand(word, turn)]
             rows.append(row)
             if self.shift:
                 rows.append([(word, (by + self.shift) % 32) for word, by in row])
@@ -79,65 +95,93 @@ def supported(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
     if fmt.kind == "uint":
         return "zero points are served by the reference"
-    if fmt.kind == "float" and fmt.exponent_bits >= (5 if target == "float16" else 8):
+    if _width(target) == 8:
+        if fmt.kind != "float":
+            return f"{fmt.name} is no float type: {target} activations need one"
+        if fmt.bits == 8:
+            return f"{fmt.name} has numbers where the tensor cores' 8-bit floats have NaN or infinity"
+    elif fmt.kind == "float" and fmt.exponent_bits >= (5 if target == "float16" else 8):
         return f"{fmt.name} reaches exponents that {target} keeps for infinity"
-    if _key(fmt, _table_target(fmt, target)) not in _TABLES:
-        return f"no decode table for {fmt.name}"
+    if _operand(fmt, target) is None:
+        return f"no decode table for {fmt.name} in {target}"
     return ""
 
 
 @functools.cache
 def lane(fmt: ElementFormat, target: str) -> Lane:
     """Return the decode group of `fmt` for activations of dtype `target`; `supported` must say yes."""
-    table_target = _table_target(fmt, target)
-    bits, code_mask = _key(fmt, table_target)
-    words, shift, terms = _TABLES[bits, code_mask]
+    operand = _operand(fmt, target)
+    if operand is None:
+        raise ValueError(f"{fmt.name} is not decoded to {target}")
+    mask = _mask(fmt, operand)
+    words, shift, terms = _TABLES[mask]
     exponent = 0
     constant = 0
     finish = Finish.AS_IS
     if fmt.kind == "int":
         finish = Finish.SUBTRACT
         constant = _pair(-float(_INT_MAGIC[target] + fmt.bias), target)
-        if bits == 8 and target == "bfloat16":
+        if fmt.bits == 8 and target == "bfloat16":
             finish, constant = Finish.INT8_TO_BF16, 0
+    elif target == "bfloat16":
+        finish = Finish.MULTIPLY if operand == target else Finish.SHIFT_MULTIPLY
+        constant = _pair(2.0 ** (_BIAS[target] - fmt.bias), target)
     else:
-        exponent = _BIAS[target] - fmt.bias
-        if target == "bfloat16":
-            finish = Finish.MULTIPLY if table_target == target else Finish.SHIFT_MULTIPLY
-            constant, exponent = _pair(2.0**exponent, target), 0
+        exponent = _BIAS[operand] - fmt.bias
     return Lane(
         words=words,
-        pairs=16 * words // bits,
-        mask=code_mask | code_mask << 16,
+        registers=32 * words // mask.bit_count(),
+        mask=mask,
         shift=shift,
         terms=terms,
         finish=finish,
         constant=constant,
         exponent=exponent,
+        operand=operand,
     )
 
 
+def weights_in_register(target: str) -> int:
+    """Return how many weights a decoded register holds: two of 16 bits, or four of 8."""
+    return 32 // _width(target)
+
+
 def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
-    """Return codes (int32) as the 16 bits of a pair's half."""
+    """Return codes (int32) as the 16 or 8 bits that each has in a register."""
     if fmt.kind != "float":
         return codes
-    low = _MANTISSA[_table_target(fmt, target)] - fmt.mantissa_bits
+    low, width = _field(fmt, target)
     magnitude = (1 << (fmt.bits - 1)) - 1
-    return ((codes >> (fmt.bits - 1)) << 15) | ((codes & magnitude) << low)
+    return ((codes >> (fmt.bits - 1)) << (width - 1)) | ((codes & magnitude) << low)
 
 
-def unplace(halves: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
+def unplace(fields: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `place`."""
     if fmt.kind != "float":
-        return halves
-    low = _MANTISSA[_table_target(fmt, target)] - fmt.mantissa_bits
+        return fields
+    low, width = _field(fmt, target)
     magnitude = (1 << (fmt.bits - 1)) - 1
-    return ((halves >> 15) << (fmt.bits - 1)) | ((halves >> low) & magnitude)
+    return ((fields >> (width - 1)) << (fmt.bits - 1)) | ((fields >> low) & magnitude)
+
+
+def join(fields: torch.Tensor) -> torch.Tensor:
+    """Return registers (int32) from the fields in the last dimension, two of 16 or four of 8 bits, lowest first."""
+    width = 32 // fields.shape[-1]
+    registers = fields[..., 0].clone()
+    for index in range(1, fields.shape[-1]):
+        registers |= fields[..., index] << (width * index)
+    return registers
+
+
+def split(registers: torch.Tensor, target: str) -> torch.Tensor:
+    """Undo `join`: return the fields of registers in a new last dimension."""
+    width = _width(target)
+    return torch.stack([(registers >> low) & ((1 << width) - 1) for low in range(0, 32, width)], dim=-1)
 
 
 @functools.cache
 def packing(group: Lane) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-    """Invert the decode: for each packed word, the (pair register, left rotation, mask) whose XOR it is."""
+    """Invert the decode: for each packed word, the (register, left rotation, mask) whose XOR it is."""
     # Columns are packed bits, rows are wanted bits with, above them, the bit of the pair register they stand for.
     width = 32 * group.words
     rows = []
@@ -189,51 +233,85 @@ def _pair(value: float, target: str) -> int:
     return half | half << 16
 
 
-def _table_target(fmt: ElementFormat, target: str) -> str:
-    """Five- and seven-bit floats have no bf16 table: they are put where fp16 wants them and shifted afterwards."""
-    return "float16" if fmt.kind == "float" and fmt.bits in (5, 7) else target
+def _width(target: str) -> int:
+    return _WIDTH[_OPERANDS[target][0]]
 
 
-def _key(fmt: ElementFormat, target: str) -> tuple[int, int]:
+def _field(fmt: ElementFormat, target: str) -> tuple[int, int]:
+    """Return (lowest bit, width) of a float's field in a register."""
+    operand = _operand(fmt, target)
+    if operand is None:
+        raise ValueError(f"{fmt.name} is not decoded to {target}")
+    return _MANTISSA[operand] - fmt.mantissa_bits, _WIDTH[operand]
+
+
+@functools.cache
+def _operand(fmt: ElementFormat, target: str) -> str | None:
+    """Return the float type that `fmt` is decoded to beside activations of `target`: one that has a table.
+
+    Five- and seven-bit floats have no bf16 table: they are put where fp16 wants them and shifted afterwards.
+    """
     if fmt.kind != "float":
-        return fmt.bits, (1 << fmt.bits) - 1
-    low = _MANTISSA[target] - fmt.mantissa_bits
-    return fmt.bits, 0x8000 | ((1 << (fmt.bits - 1)) - 1) << low
+        return target if _mask(fmt, target) in _TABLES else None
+    choices = ("bfloat16", "float16") if target == "bfloat16" else _OPERANDS[target]
+    return next((choice for choice in choices if _mask(fmt, choice) in _TABLES), None)
 
 
-def _rows(text: str) -> tuple[tuple[int, int, int, int], ...]:
+def _mask(fmt: ElementFormat, operand: str) -> int:
+    """Return where the bits of codes stand in a register; 0 where they do not fit."""
+    width = _WIDTH[operand]
+    field = (1 << fmt.bits) - 1
+    if fmt.kind == "float":
+        low = _MANTISSA[operand] - fmt.mantissa_bits
+        if low < 0 or low + fmt.bits > width:
+            return 0
+        field = 1 << (width - 1) | (field >> 1) << low
+    return field * (0x00010001 if width == 16 else 0x01010101)
+
+
+def _words(mask: int, shift: int, text: str) -> int:
+    """Return how many packed words a table's registers come from: they hold as many bits."""
+    return len(text.split()) * (2 if shift else 1) * mask.bit_count() // 32
+
+
+def _rows(text: str, words: int) -> tuple[tuple[int, ...], ...]:
     """Read rows such as `A2 B0^C6 X8`: a word's letter (X: the XOR of all) and its left rotation."""
     rows = []
-    words = len({character for character in text if character.isalpha()} - {"X"})
     for entry in text.split():
         flat = []
         for term in entry.split("^"):
             flat += [words if term[0] == "X" else ord(term[0]) - ord("A"), int(term[1:])]
-        rows.append((flat[0], flat[1], flat[2] if len(flat) > 2 else -1, flat[3] if len(flat) > 2 else 0))
+        rows.append((*flat, *((-1, 0) * (3 - len(flat) // 2))))
     return tuple(rows)
 
 
-# (bits, mask of a code in 16 bits) -> words in a group, shift, rows
-_TABLES: dict[tuple[int, int], tuple[int, int, tuple[tuple[int, int, int, int], ...]]] = {
-    key: (words, shift, _rows(rows))
-    for key, (words, shift, rows) in {
-        (6, 0x9F00): (3, 8, "A2 B4 C6 X0"),
-        (6, 0x83E0): (3, 5, "A4 B8 C12 X0"),
-        (6, 0x8F80): (3, 0, "C0^B2 B7^B12 X3^X8 C12^X8 X0^B2 A8^C12 A5^B7 A10"),
-        (6, 0x81F0): (3, 0, "A14 A0^X5 A0^B10 X0^C5 B12^C11 B0^A8 A8^X9 X0^B4"),
-        (5, 0x8F00): (5, 8, "D1^E4 B0^C0 A3 B0^D1 A0^E4 E0^D3 D0^B3 C5^D3"),
-        (5, 0x9E00): (5, 8, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
-        (4, 0x8E00): (2, 8, "A0 B21 A13^A18 B0^B1"),
-        (4, 0x81C0): (2, 6, "B0 A0 A28^B24 B12^A24"),
-        (4, 0x9C00): (2, 8, "B29 A6 B0^A31 A0^B27"),
-        (4, 0x8380): (2, 4, "A25 B1 B24^A14 A0^B0"),
-        (4, 0x8700): (2, 8, "B20 A0 A12 B0"),
-        (4, 0x80E0): (2, 4, "A25 B17 A0^A18 B0^B9"),
-        (4, 0x000F): (2, 0, "A0 A28 A24 A20 B0 B28 B24 B20"),
-        (8, 0xBF80): (4, 0, "A20 A0^A27 B20 B0^B27 C20 C0^C27 D20 D0^D27"),
-        (8, 0x87F0): (4, 0, "A0 A12^A24 B0 B12^B24 C0 C12^C24 D0 D12^D24"),
-        (8, 0x00FF): (4, 0, "A0 A24 B0 B24 C0 C24 D0 D24"),
-        (3, 0x8C00): (3, 8, "B1 A0 X21 X19 A2 C3 X0^C9 B12^B22"),
-        (3, 0x8180): (3, 4, "B5 A19 X0 C18^C29 A0^C29 B0^A21 C0^X10 C19^B27"),
+_TABLES: dict[int, tuple[int, int, tuple[tuple[int, ...], ...]]] = {
+    mask: (_words(mask, shift, rows), shift, _rows(rows, _words(mask, shift, rows)))
+    for mask, (shift, rows) in {
+        0x9F009F00: (8, "A2 B4 C6 X0"),
+        0x83E083E0: (5, "A4 B8 C12 X0"),
+        0x8F808F80: (0, "C0^B2 B7^B12 X3^X8 C12^X8 X0^B2 A8^C12 A5^B7 A10"),
+        0x81F081F0: (0, "A14 A0^X5 A0^B10 X0^C5 B12^C11 B0^A8 A8^X9 X0^B4"),
+        0x8F008F00: (8, "D1^E4 B0^C0 A3 B0^D1 A0^E4 E0^D3 D0^B3 C5^D3"),
+        0x9E009E00: (8, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
+        0x8E008E00: (8, "A0 B21 A13^A18 B0^B1"),
+        0x81C081C0: (6, "B0 A0 A28^B24 B12^A24"),
+        0x9C009C00: (8, "B29 A6 B0^A31 A0^B27"),
+        0x83808380: (4, "A25 B1 B24^A14 A0^B0"),
+        0x87008700: (8, "B20 A0 A12 B0"),
+        0x80E080E0: (4, "A25 B17 A0^A18 B0^B9"),
+        0x000F000F: (0, "A0 A28 A24 A20 B0 B28 B24 B20"),
+        0xBF80BF80: (0, "A20 A0^A27 B20 B0^B27 C20 C0^C27 D20 D0^D27"),
+        0x87F087F0: (0, "A0 A12^A24 B0 B12^B24 C0 C12^C24 D0 D12^D24"),
+        0x00FF00FF: (0, "A0 A24 B0 B24 C0 C24 D0 D24"),
+        0x8C008C00: (8, "B1 A0 X21 X19 A2 C3 X0^C9 B12^B22"),
+        0x81808180: (4, "B5 A19 X0 C18^C29 A0^C29 B0^A21 C0^X10 C19^B27"),
+        0x9F9F9F9F: (0, "A0^C0 B0^C6 C6 A4^B2"),
+        0x9E9E9E9E: (0, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
+        0x9C9C9C9C: (0, "B5 A0 A2^B3 B0^A1"),
+        0x87878787: (0, "B0 A4 B20 A0"),
+        0x8C8C8C8C: (0, "C0^B6 A0^B6 X0^X7 A0 X0^A2 B0^C5 B4^X1 C3^X1"),
+        0xBFBFBFBF: (0, "A27^G29 B0^E15 E0^D15 G0^B5 D0^F0 G0^C21 C21^F17 A7^B5^C0"),
     }.items()
 }
+"""Mask of a register's code bits -> words in a group, shift, rows."""

@@ -2,12 +2,16 @@
 
 A block is 16 output rows by 128 input channels. Lane l = 4 g + t holds, for each of the block's eight k16 steps, the
 A fragment of mma.m16n8k16 (PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16"): four registers of two weights, rows g
-and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. These 32 registers are packed, a decode group at a time, into 2 * bits
-words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width ends with a plane of
-two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup multiplies at a time.
-Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of zero.
+and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. For 8-bit activations a register holds four weights instead and the block
+has four k32 steps: the A fragment of wgmma m64nNk32 (PTX ISA 9.0, "Register Fragments for wgmma.mma_async.m64nNk32"),
+rows g and g + 8, channels 4t to 4t+3 and 4t+16 to 4t+19. These 32 or 16 registers are packed, a decode group at a
+time, into 2 * bits words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width
+ends with a plane of two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup
+multiplies at a time. Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of
+zero.
 
-Layout names are `tiles_float16` and `tiles_bfloat16`: the tables differ with the dtype decoded to.
+Layout names are `tiles_float16`, `tiles_bfloat16` and `tiles_float8_e4m3fn`, after the dtype of the activations: the
+tables differ with it.
 """
 
 from __future__ import annotations
@@ -21,8 +25,6 @@ ROWS = 16
 COLUMNS = 128
 UNIT_ROWS = 64
 _UNIT_BLOCKS = UNIT_ROWS // ROWS
-_STEPS = COLUMNS // 16
-_REGISTERS = 4 * _STEPS
 _LANES = 32
 _CHUNK_BLOCKS = 1 << 14
 """Blocks packed at a time: bounds the scratch memory to about 1 GB of int32 registers."""
@@ -47,7 +49,7 @@ def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     Args:
         codes: uint8 [OC, IC].
         fmt: their format.
-        target: `float16` or `bfloat16`, the dtype the kernel decodes to.
+        target: a key of `lanes.TARGETS`, the dtype of the activations.
 
     Returns:
         int32 [row blocks * column blocks * 64 * bits], flat, on the same device.
@@ -71,11 +73,13 @@ def _chunk(across: int) -> int:
 def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
     padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % UNIT_ROWS)
     padded = torch.nn.functional.pad(codes, padding, value=fmt.zero_code)
-    # row = 8 i + g, channel = 16 step + 8 half + 2 t + e; register 4 step + 2 half + i of lane 4 g + t
-    axes = padded.view(-1, 2, 8, across, _STEPS, 2, 4, 2)
+    # With n weights in a register: row = 8 i + g, channel = 8 n step + 4 n half + n t + e; register 4 step + 2 half + i
+    # of lane 4 g + t.
+    together = lanes.weights_in_register(target)
+    axes = padded.view(-1, 2, 8, across, COLUMNS // (8 * together), 2, 4, together)
     fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
-    halves = lanes.place(fragments, fmt, target)
-    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(-1, _LANES, _REGISTERS // group.pairs, group.pairs)
+    joined = lanes.join(lanes.place(fragments, fmt, target))
+    registers = joined.reshape(-1, _LANES, 2 * fmt.bits // group.words, group.registers)
     words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
     for index, sources in enumerate(lanes.packing(group)):
         for register, turn, mask in sources:
@@ -109,7 +113,7 @@ def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: s
     quads = 2 * fmt.bits // 4 * 4
     planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
-    words = torch.cat((planes, tail), dim=2).view(-1, _LANES, _REGISTERS // group.pairs, group.words)
+    words = torch.cat((planes, tail), dim=2).view(-1, _LANES, 2 * fmt.bits // group.words, group.words)
     mask = lanes.signed(group.mask)
     registers = []
     for sources in group.outputs():
@@ -117,10 +121,10 @@ def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: s
         for word, turn in sources:
             value ^= lanes.rotate(words[..., word], turn)
         registers.append(value & mask)
-    pairs = torch.stack(registers, dim=-1)
-    halves = torch.stack((pairs & 0xFFFF, (pairs >> 16) & 0xFFFF), dim=-1)
-    codes = lanes.unplace(halves, fmt, target).to(torch.uint8)
-    axes = codes.view(-1, across, 8, 4, _STEPS, 2, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7)
+    fields = lanes.split(torch.stack(registers, dim=-1), target)
+    codes = lanes.unplace(fields, fmt, target).to(torch.uint8)
+    together = fields.shape[-1]
+    axes = codes.view(-1, across, 8, 4, COLUMNS // (8 * together), 2, 2, together).permute(0, 6, 2, 1, 4, 5, 3, 7)
     return axes.reshape(-1, across * COLUMNS)
 
 

@@ -53,7 +53,7 @@ def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
 def _no_decode(scheme: Scheme, dtype: torch.dtype) -> str:
     """Return why no kernel decodes this scheme for activations of `dtype`, on whatever GPU, or an empty string."""
     target = target_name(dtype)
-    if target is None:
+    if target not in lanes.PAIR_TARGETS:
         return f"kernels take float16 and bfloat16 activations, not {dtype}"
     unsupported = lanes.supported(scheme.format, target)
     if unsupported:

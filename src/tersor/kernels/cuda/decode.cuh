@@ -1,11 +1,12 @@
-// From packed words to pairs of 16-bit floats: one decoder, driven by a table, for every weight type and target.
+// From packed words to registers of floats, two of 16 or four of 8 bits: one decoder, driven by a table, for every weight
+// type and target.
 //
-// A lane's words are decoded in groups. Pair register j of a group is
-//     (rotate(word a, r) ^ rotate(word b, s)) & DECODE_MASK
-// where the table DECODE_TERMS lists a, r, b, s for each j (b is -1 where there is one term), and word index
-// DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and each
+// A lane's words are decoded in groups. Register j of a group is
+//     (rotate(word a, r) ^ rotate(word b, s) ^ rotate(word c, t)) & DECODE_MASK
+// where the table DECODE_TERMS lists a, r, b, s, c, t for each j (b and c are -1 where there is no such term), and word
+// index DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and each
 // yields two registers, P & mask and (P << shift) & mask. tersor/layouts/lanes.py holds the tables, packs so that
-// this comes out right, and says which power of two or offset the pairs still carry.
+// this comes out right, and says which power of two or offset the floats still carry.
 //
 // Plain C++ but for `finish`: a CPU test compiles it and runs it over all codes.
 #pragma once
@@ -18,11 +19,11 @@ using u32 = unsigned int;
 
 namespace decode {
 
-constexpr int kWords = DECODE_WORDS;        // packed words in a group
-constexpr int kPairs = DECODE_PAIRS;        // pair registers a group decodes to
-constexpr u32 kMask = DECODE_MASK;          // where the code's bits stand in a pair
-constexpr int kShift = DECODE_SHIFT;        // 0, or the left shift that gives the second register of a row
-constexpr int kTerms[] = {DECODE_TERMS};    // a, r, b, s for each row
+constexpr int kWords = DECODE_WORDS;          // packed words in a group
+constexpr int kRegisters = DECODE_REGISTERS;  // registers a group decodes to
+constexpr u32 kMask = DECODE_MASK;            // where the codes' bits stand in a register
+constexpr int kShift = DECODE_SHIFT;          // 0, or the left shift that gives the second register of a row
+constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row
 
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
     return left == 0 ? word : (word << left) | (word >> (32 - left));
@@ -36,19 +37,24 @@ __device__ __forceinline__ u32 source(const u32* words, int index) {
     return all;
 }
 
-// Fills pairs[kPairs] with the masked code bits of words[kWords].
-__device__ __forceinline__ void extract(u32* pairs, const u32* words) {
-    constexpr int kRows = kShift == 0 ? kPairs : kPairs / 2;
-    static_assert(sizeof(kTerms) / sizeof(int) == 4 * kRows, "DECODE_TERMS must have four entries a row");
+// Fills registers[kRegisters] with the masked code bits of words[kWords].
+__device__ __forceinline__ void extract(u32* registers, const u32* words) {
+    constexpr int kRows = kShift == 0 ? kRegisters : kRegisters / 2;
+    static_assert(sizeof(kTerms) / sizeof(int) == 6 * kRows, "DECODE_TERMS must have six entries a row");
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-        u32 p = rotate(source(words, kTerms[4 * row]), kTerms[4 * row + 1]);
-        if (kTerms[4 * row + 2] >= 0) p ^= rotate(source(words, kTerms[4 * row + 2]), kTerms[4 * row + 3]);
+        u32 p = rotate(source(words, kTerms[6 * row]), kTerms[6 * row + 1]);
+#pragma unroll
+        for (int term = 2; term < 6; term += 2) {
+            if (kTerms[6 * row + term] >= 0) {
+                p ^= rotate(source(words, kTerms[6 * row + term]), kTerms[6 * row + term + 1]);
+            }
+        }
         if constexpr (kShift == 0) {
-            pairs[row] = p & kMask;
+            registers[row] = p & kMask;
         } else {
-            pairs[2 * row] = p & kMask;
-            pairs[2 * row + 1] = (p << kShift) & kMask;
+            registers[2 * row] = p & kMask;
+            registers[2 * row + 1] = (p << kShift) & kMask;
         }
     }
 }

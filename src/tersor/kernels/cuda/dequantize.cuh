@@ -44,11 +44,11 @@ extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENT
 
     u32 words[tile::kLaneWords];
     tile::load_lane(words, weight + block * tile::kBytes, lane);
-    u32 pairs[decode::kPairs];
+    u32 pairs[decode::kRegisters];
 #pragma unroll
     for (int step = 0; step < tile::kSteps; ++step) {
-        const int first_pair = step * 4 % decode::kPairs;
-        if (first_pair == 0) decode::extract(pairs, words + step * 4 / decode::kPairs * decode::kWords);
+        const int first_pair = step * 4 % decode::kRegisters;
+        if (first_pair == 0) decode::extract(pairs, words + step * 4 / decode::kRegisters * decode::kWords);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             u32 pair = decode::finish<kBf16>(pairs[first_pair + i]);

@@ -88,15 +88,15 @@ __device__ __forceinline__ void multiply_block(
     const u32 x_lane = ptx::shared_address(x + lane % 8 * kXStride + lane / 8 * 8);
     constexpr int kStepsOfScale = kGroups > 0 ? tile::kSteps / kGroups : tile::kSteps;
     float part[kTokenTiles][4];
-    u32 pairs[decode::kPairs];
+    u32 pairs[decode::kRegisters];
     u32 b[kTokenTiles][4];
 #pragma unroll
     for (int step = 0; step < tile::kSteps; ++step) {
-        const int first_pair = step * 4 % decode::kPairs;
+        const int first_pair = step * 4 % decode::kRegisters;
         if (first_pair == 0) {
-            decode::extract(pairs, words + step * 4 / decode::kPairs * decode::kWords);
+            decode::extract(pairs, words + step * 4 / decode::kRegisters * decode::kWords);
 #pragma unroll
-            for (int i = 0; i < decode::kPairs; ++i) pairs[i] = decode::finish<kBf16>(pairs[i]);
+            for (int i = 0; i < decode::kRegisters; ++i) pairs[i] = decode::finish<kBf16>(pairs[i]);
         }
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {

@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_scaled(float (&sums)[kSums], const float (&p
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const Ring& ring, const char* slots, int first, int last) {
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
-    constexpr int kPairs = decode::kPairs;
+    constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;        // decode groups of a block
     constexpr int kSetSteps = kPairs / 4;                   // k16 steps of a decode group
     constexpr int kScaleSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);
