@@ -8,20 +8,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from tersor.formats import ElementFormat, Scheme, get
+from tersor.formats import ElementFormat, Scheme, get, get_scheme, names
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import linear as tuning
-from tersor.layouts import lanes, tiles
+from tersor.layouts import lanes, scales, tiles
 
 _SM80_THREADS = 256
 _SM90_WARPGROUPS = 2
 _SM90_THREADS = 128 * (_SM90_WARPGROUPS + 1)
 _DEQUANTIZE_WARPS = 4
 
+_SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
+"""Scale dtype -> SCALE_TYPE of scales.cuh."""
+
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
-"""The formats whose every kernel configuration the compile tests build."""
+"""The formats in most use; the others come after them in `compiled_schemes`."""
 
 
 def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool | str]:
@@ -39,35 +42,43 @@ def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool 
     }
 
 
+def _scale_parameters(scheme: Scheme) -> dict[str, int | bool | str]:
+    """One scale a row is float32 in tiles, whatever it was stored in."""
+    groups = tiles.scales_in_block(scheme.group_size)
+    return {
+        "SCALE_GROUPS": groups,
+        "SCALE_TYPE": _SCALE_TYPES[scheme.scale_dtype] if groups else 0,
+        "ZERO_POINTS": scheme.has_zero_point,
+    }
+
+
 @functools.cache
-def sm80_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
+def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int) -> KernelSource:
     """Return the mma.sync kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_sm80_{fmt.name}_{target}_n{n_tile}",
+        name=f"tersor_linear_sm80_{scheme.format.name}_{target}_n{n_tile}",
         header="sm80_linear.cuh",
         parameters={
-            **_decode_parameters(fmt, target),
+            **_decode_parameters(scheme.format, target),
+            **_scale_parameters(scheme),
             "N_TILE": n_tile,
             "STAGES": stages,
-            "SCALE_GROUPS": scale_groups,
         },
         arguments="PPPPPPPqiiiif",
     )
 
 
 @functools.cache
-def sm90_source(
-    fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int, resident: int
-) -> KernelSource:
+def sm90_source(scheme: Scheme, target: str, n_tile: int, stages: int, resident: int) -> KernelSource:
     """Return the wgmma kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_sm90_{fmt.name}_{target}_n{n_tile}x{resident}",
+        name=f"tersor_linear_sm90_{scheme.format.name}_{target}_n{n_tile}x{resident}",
         header="sm90_linear.cuh",
         parameters={
-            **_decode_parameters(fmt, target),
+            **_decode_parameters(scheme.format, target),
+            **_scale_parameters(scheme),
             "N_TILE": n_tile,
             "STAGES": stages,
-            "SCALE_GROUPS": scale_groups,
             "WARPGROUPS": _SM90_WARPGROUPS,
             "RESIDENT": resident,
         },
@@ -75,11 +86,11 @@ def sm90_source(
     )
 
 
-def fused_source(fmt: ElementFormat, target: str, scale_groups: int, config: tune.LinearConfig) -> KernelSource:
+def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig) -> KernelSource:
     """Return the kernel that a configuration asks for."""
     if config.schedule == tuning.SM90:
-        return sm90_source(fmt, target, scale_groups, config.n_tile, config.stages, config.resident)
-    return sm80_source(fmt, target, scale_groups, config.n_tile, config.stages)
+        return sm90_source(scheme, target, config.n_tile, config.stages, config.resident)
+    return sm80_source(scheme, target, config.n_tile, config.stages)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -90,19 +101,20 @@ def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def dequantize_source(fmt: ElementFormat, target: str, scale_groups: int) -> KernelSource:
+def dequantize_source(scheme: Scheme, target: str) -> KernelSource:
     """Return the kernel that decodes tiles to a dense 16-bit matrix."""
     return KernelSource(
-        name=f"tersor_dequantize_{fmt.name}_{target}",
+        name=f"tersor_dequantize_{scheme.format.name}_{target}",
         header="dequantize.cuh",
-        parameters={**_decode_parameters(fmt, target), "SCALE_GROUPS": scale_groups},
+        parameters={**_decode_parameters(scheme.format, target), **_scale_parameters(scheme)},
         arguments="PPPiiif",
     )
 
 
 @functools.cache
-def epilogue_source(target: str, row_scale: bool) -> KernelSource:
-    """Return the kernel that scales, biases and rounds a float32 product."""
+def epilogue_source(scheme: Scheme, target: str) -> KernelSource:
+    """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
+    row_scale = scales.scale_bytes(scheme) // 4 if scheme.group_size is None else 0
     return KernelSource(
         name=f"tersor_epilogue_{target}",
         header="epilogue.cuh",
@@ -195,30 +207,47 @@ def launch_epilogue(
 
 def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
     """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
-    groups = tiles.scales_in_block(scheme.group_size)
-    fmt = scheme.format
+    groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
     for tile in tuning.SM80_TILES:
-        depth, _ = tuning.sm80_stages(tile, fmt.bits, groups, chip)
-        yield sm80_source(fmt, target, groups, tile, depth)
+        depth, _ = tuning.sm80_stages(tile, bits, row_bytes, chip)
+        yield sm80_source(scheme, target, tile, depth)
     if chip.capability == (9, 0):
         for tile in tuning.sm90_tiles(groups):
             for resident in tuning.sm90_resident(tile, groups):
-                depth = tuning.sm90_stages(tile, resident, fmt.bits, groups, chip)
-                yield sm90_source(fmt, target, groups, tile, depth, resident)
-    yield dequantize_source(fmt, target, groups)
-    yield epilogue_source(target, groups == 0)
+                depth = tuning.sm90_stages(tile, resident, bits, row_bytes, chip)
+                yield sm90_source(scheme, target, tile, depth, resident)
+    yield dequantize_source(scheme, target)
+    yield epilogue_source(scheme, target)
+
+
+def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
+    """Yield what the compile tests build, and whether in every tile or only in those that need the most registers.
+
+    Every format and every kind of scale is among them, not each format with each kind of scale.
+    """
+    for name in COMPILED_FORMATS:
+        for group_size in (None, 128):
+            yield Scheme(get(name), group_size), True
+    for group_size in (64, 32, 16):
+        yield Scheme(get("fp6_e3m2"), group_size), True
+    yield Scheme(get("uint4"), 128), True
+    for index, name in enumerate(name for name in names() if name not in COMPILED_FORMATS):
+        yield Scheme(get(name)), False
+        yield Scheme(get(name), (128, 64, 32, 16)[index % 4], ("float16", "bfloat16", "float32")[index % 3]), False
+    for name in ("mxfp6_e3m2", "mxfp4_e2m1", "mxint8"):
+        yield get_scheme(name), False
 
 
 def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
-    """Yield every kernel configuration for the chips of one compute capability, each once."""
+    """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once."""
+    widest = {max(tuning.SM80_TILES), max(tuning.SM90_RESIDENT)}
     seen = set()
     for chip in CHIPS.values():
         if chip.capability != capability:
             continue
-        for name in COMPILED_FORMATS:
-            for group_size in (None, 128, 64, 32):
-                for target in lanes.PAIR_TARGETS:
-                    for source in sources(Scheme(get(name), group_size), target, chip):
-                        if source not in seen:
-                            seen.add(source)
-                            yield source
+        for scheme, every_tile in compiled_schemes():
+            for target in lanes.PAIR_TARGETS:
+                for source in sources(scheme, target, chip):
+                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in (None, *widest)):
+                        seen.add(source)
+                        yield source

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tersor.errors import FormatError
 from tersor.formats import ElementFormat
 
 TARGETS: dict[str, torch.dtype] = {
@@ -47,7 +48,8 @@ class Finish(enum.IntEnum):
     MULTIPLY = 1
     SUBTRACT = 2
     INT8_TO_BF16 = 3
-    SHIFT_MULTIPLY = 4
+    UINT8_TO_BF16 = 4
+    HALVE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class Lane:
         terms: three times (word, rotation) a row; a word is -1 where there is no such term, `words` means the XOR of
             all.
         finish: how bits become numbers.
-        constant: the pair of 16-bit constants `finish` uses.
+        constant: the pair of 16-bit constants `finish` uses; with zero points each row has its own (`zero_constants`).
         exponent: decoded value = register's value * 2^exponent.
         operand: the float type of the registers: `float16`, `bfloat16`, `e4m3` or `e5m2`.
     """
@@ -93,15 +95,13 @@ class Lane:
 
 def supported(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
-    if fmt.kind == "uint":
-        return "zero points are served by the reference"
     if _width(target) == 8:
         if fmt.kind != "float":
             return f"{fmt.name} is no float type: {target} activations need one"
         if fmt.bits == 8:
             return f"{fmt.name} has numbers where the tensor cores' 8-bit floats have NaN or infinity"
-    elif fmt.kind == "float" and fmt.exponent_bits >= (5 if target == "float16" else 8):
-        return f"{fmt.name} reaches exponents that {target} keeps for infinity"
+    elif fmt.kind == "float" and fmt.exponent_bits > (5 if target == "float16" else 7):
+        return f"{fmt.name} reaches exponents that {target} does not have"
     if _operand(fmt, target) is None:
         return f"no decode table for {fmt.name} in {target}"
     return ""
@@ -118,16 +118,19 @@ def lane(fmt: ElementFormat, target: str) -> Lane:
     exponent = 0
     constant = 0
     finish = Finish.AS_IS
-    if fmt.kind == "int":
+    if fmt.kind != "float":
         finish = Finish.SUBTRACT
         constant = _pair(-float(_INT_MAGIC[target] + fmt.bias), target)
         if fmt.bits == 8 and target == "bfloat16":
-            finish, constant = Finish.INT8_TO_BF16, 0
+            finish, constant = Finish.UINT8_TO_BF16 if fmt.kind == "uint" else Finish.INT8_TO_BF16, 0
     elif target == "bfloat16":
-        finish = Finish.MULTIPLY if operand == target else Finish.SHIFT_MULTIPLY
+        finish = Finish.MULTIPLY
         constant = _pair(2.0 ** (_BIAS[target] - fmt.bias), target)
     else:
         exponent = _BIAS[operand] - fmt.bias
+        if _halved(fmt, operand):
+            finish = Finish.HALVE
+            exponent += 1
     return Lane(
         words=words,
         registers=32 * words // mask.bit_count(),
@@ -139,6 +142,33 @@ def lane(fmt: ElementFormat, target: str) -> Lane:
         exponent=exponent,
         operand=operand,
     )
+
+
+def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
+    """Return what decoding adds for zero points: the bits (int16) of 16-bit floats of `target`, same shape.
+
+    Raises:
+        FormatError: a zero point whose constant `target` cannot hold exactly.
+    """
+    wanted = -(zero_point.to(torch.float32) + _zero_base(fmt, target))
+    constants = wanted.to(TARGETS[target])
+    inexact = constants != wanted
+    if bool(inexact.any()):
+        value = int(zero_point[inexact][0])
+        raise FormatError(
+            f"a zero point of {value} in {fmt.name} is beyond what {target} activations take: use float16"
+        )
+    return constants.view(torch.int16)
+
+
+def zero_points(constants: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
+    """Undo `zero_constants`: return the zero points (uint8)."""
+    return (-constants.view(TARGETS[target]).to(torch.float32) - _zero_base(fmt, target)).to(torch.uint8)
+
+
+def _zero_base(fmt: ElementFormat, target: str) -> int:
+    """Return what a constant takes away beside the zero point: the magic number, or -128 for a code less 128."""
+    return -128 if fmt.bits == 8 and target == "bfloat16" else _INT_MAGIC[target]
 
 
 def weights_in_register(target: str) -> int:
@@ -247,14 +277,13 @@ def _field(fmt: ElementFormat, target: str) -> tuple[int, int]:
 
 @functools.cache
 def _operand(fmt: ElementFormat, target: str) -> str | None:
-    """Return the float type that `fmt` is decoded to beside activations of `target`: one that has a table.
+    """Return the float type that `fmt` is decoded to beside activations of `target`: one that has a table."""
+    return next((choice for choice in _OPERANDS[target] if _mask(fmt, choice) in _TABLES), None)
 
-    Five- and seven-bit floats have no bf16 table: they are put where fp16 wants them and shifted afterwards.
-    """
-    if fmt.kind != "float":
-        return target if _mask(fmt, target) in _TABLES else None
-    choices = ("bfloat16", "float16") if target == "bfloat16" else _OPERANDS[target]
-    return next((choice for choice in choices if _mask(fmt, choice) in _TABLES), None)
+
+def _halved(fmt: ElementFormat, operand: str) -> bool:
+    """Tell whether the top exponent of `fmt`, an ordinary number, stands where fp16 has infinity and NaN."""
+    return operand == "float16" and fmt.exponent_bits == 5
 
 
 def _mask(fmt: ElementFormat, operand: str) -> int:
@@ -288,30 +317,66 @@ def _rows(text: str, words: int) -> tuple[tuple[int, ...], ...]:
 _TABLES: dict[int, tuple[int, int, tuple[tuple[int, ...], ...]]] = {
     mask: (_words(mask, shift, rows), shift, _rows(rows, _words(mask, shift, rows)))
     for mask, (shift, rows) in {
-        0x9F009F00: (8, "A2 B4 C6 X0"),
+        0x87F087F0: (0, "A0 A12^A24 B0 B12^B24 C0 C12^C24 D0 D12^D24"),
+        0x8FE08FE0: (0, "A13 A0^A5 B13 B0^B5"),
+        0xBF80BF80: (0, "A20 A0^A27 B20 B0^B27 C20 C0^C27 D20 D0^D27"),
+        0xFF00FF00: (0, "A0 A8 B0 B8"),
+        0x81F881F8: (
+            0,
+            "F0^G22 D10^F9 B0^D18 B0^B26 A0^E0 C0^C26 C0^D10 B3^F6 C19^F6 C0^G0 A23^C19 E26 D5^F0 A29 A0^G27 D0^E19",
+        ),
+        0x83F083F0: (
+            0,
+            "B10^D23 A25^E14 A0 A5^D0 E0^E6 G20^G27 A5^F10 F0^F19 "
+            "C24^D23 E0^G20 X0^X12 C0^X0 D28^E6 X0^X23 B22^F10 B0^D23",
+        ),
+        0x8FC08FC0: (
+            0,
+            "C7^E26 D0^E7 A10^G23 E0^G0 C10^D13 C0^D0 D13^G0 A23 B0^G0 G26 D0^F5 D0^D6 F0^F26 B21 B27^F24 A0^F26",
+        ),
+        0x9F809F80: (
+            0,
+            "E9 C0^D21 E0^G27 B0^B5 D0^F30 B0^F0 C20^E0 F7 G0^G6 X15 A3^G0 A10^X6 D21^D30 B10^D21 A10^G6 B10^C27",
+        ),
+        0x81F081F0: (0, "C0^X22 A28 C0^C20 A8^C0 B0^B26 C0^C27 X0 A28^B3"),
         0x83E083E0: (5, "A4 B8 C12 X0"),
-        0x8F808F80: (0, "C0^B2 B7^B12 X3^X8 C12^X8 X0^B2 A8^C12 A5^B7 A10"),
-        0x81F081F0: (0, "A14 A0^X5 A0^B10 X0^C5 B12^C11 B0^A8 A8^X9 X0^B4"),
+        0x8F808F80: (0, "X6 A26^C0 A3^C21 A0^B12 A0^A26 B0^X11 B0^B25 A26^C21"),
+        0x9F009F00: (8, "A2 B4 C6 X0"),
+        0x81E081E0: (0, "X12 C8^E2 X17 C19^E2 E2^X22 C30^D25 A27 A22^E2 B0 D0^D25 E2^E23 B24^D25 D4 E12^E22 A0 B28"),
+        0x83C083C0: (
+            0,
+            "A4^C24 B24^X21 D4 A8^B0 B24^C29 C2^E20 B0^C0 E0^X10 A29^E28 B28 C24^X10 A29^B0 C0^E23 X21 A0^D0 D0^D25",
+        ),
         0x8F008F00: (8, "D1^E4 B0^C0 A3 B0^D1 A0^E4 E0^D3 D0^B3 C5^D3"),
         0x9E009E00: (8, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
-        0x8E008E00: (8, "A0 B21 A13^A18 B0^B1"),
+        0x80E080E0: (4, "A25 B17 A0^A18 B0^B9"),
         0x81C081C0: (6, "B0 A0 A28^B24 B12^A24"),
-        0x9C009C00: (8, "B29 A6 B0^A31 A0^B27"),
         0x83808380: (4, "A25 B1 B24^A14 A0^B0"),
         0x87008700: (8, "B20 A0 A12 B0"),
-        0x80E080E0: (4, "A25 B17 A0^A18 B0^B9"),
-        0x000F000F: (0, "A0 A28 A24 A20 B0 B28 B24 B20"),
-        0xBF80BF80: (0, "A20 A0^A27 B20 B0^B27 C20 C0^C27 D20 D0^D27"),
-        0x87F087F0: (0, "A0 A12^A24 B0 B12^B24 C0 C12^C24 D0 D12^D24"),
-        0x00FF00FF: (0, "A0 A24 B0 B24 C0 C24 D0 D24"),
-        0x8C008C00: (8, "B1 A0 X21 X19 A2 C3 X0^C9 B12^B22"),
+        0x8E008E00: (8, "A0 B21 A13^A18 B0^B1"),
+        0x9C009C00: (8, "B29 A6 B0^A31 A0^B27"),
         0x81808180: (4, "B5 A19 X0 C18^C29 A0^C29 B0^A21 C0^X10 C19^B27"),
+        0x8C008C00: (8, "B1 A0 X21 X19 A2 C3 X0^C9 B12^B22"),
+        0x00FF00FF: (0, "A0 A24 B0 B24 C0 C24 D0 D24"),
+        0x007F007F: (
+            0,
+            "E12^F25 A25^E0 C14^E21 B0^C7 C0^F0 D0^D12 B0^G0 G7 C0^D0 B23 A23^G28 D5^F25 D5^G0 A0 B29^C0 E0^F20",
+        ),
+        0x003F003F: (0, "A14^B28 B22^C26 A21^B28 B22 A14^A25 C4 B0^C0 A0^B0"),
+        0x001F001F: (
+            0,
+            "A3^A27 B5 C29 E0^E17 A0^D21 B0^D0 D26 A27^C0 C25^E17 A27^B26 E27 A22^D30 E22 C4^D0 B0^B12 A0^B0",
+        ),
+        0x000F000F: (0, "A0 A28 A24 A20 B0 B28 B24 B20"),
+        0x00070007: (0, "A28^B3 B0^B3 A6^A19 B0^C0 A0^B12 A19 A0^B25 A9 B29^C29 C10 C7 A28^C29 A29^C21 A0^A28 B6 C2"),
+        0x00030003: (0, "A0^A22 A26^A8 A22^A28 A0 A14^A22 A0^A18 A22^A26 A20^A22"),
+        0x00010001: (0, "A0 A8 A17 A15 A9 A5 A26 A6 A14 A23 A3 A11 A13 A18 A28 A20"),
+        0xBFBFBFBF: (0, "A27^G29 B0^E15 E0^D15 G0^B5 D0^F0 G0^C21 C21^F17 A7^B5^C0"),
         0x9F9F9F9F: (0, "A0^C0 B0^C6 C6 A4^B2"),
         0x9E9E9E9E: (0, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
-        0x9C9C9C9C: (0, "B5 A0 A2^B3 B0^A1"),
         0x87878787: (0, "B0 A4 B20 A0"),
+        0x9C9C9C9C: (0, "B5 A0 A2^B3 B0^A1"),
         0x8C8C8C8C: (0, "C0^B6 A0^B6 X0^X7 A0 X0^A2 B0^C5 B4^X1 C3^X1"),
-        0xBFBFBFBF: (0, "A27^G29 B0^E15 E0^D15 G0^B5 D0^F0 G0^C21 C21^F17 A7^B5^C0"),
     }.items()
 }
 """Mask of a register's code bits -> words in a group, shift, rows."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import ElementFormat, Scheme, scale_values, store_scales
+from tersor.formats import ElementFormat
 from tersor.layouts import lanes
 
 ROWS = 16
@@ -86,7 +86,7 @@ def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str
             words[..., index] ^= lanes.rotate(registers[..., register], turn) & lanes.signed(mask)
     lane_words = words.view(-1, _LANES, 2 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
-    planes = lane_words[..., :quads].reshape(-1, _LANES, quads // 4, 4).transpose(1, 2).flatten(1)
+    planes = lane_words[..., :quads].unflatten(2, (quads // 4, 4)).transpose(1, 2).flatten(1)
     tail = lane_words[..., quads:].flatten(1)
     blocks = torch.cat((planes, tail), dim=1)
     return blocks.view(-1, _UNIT_BLOCKS, across, 64 * fmt.bits).transpose(1, 2).reshape(-1)
@@ -111,7 +111,7 @@ def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: s
     units = tiles.reshape(-1, across, _UNIT_BLOCKS, 64 * fmt.bits)
     blocks = units.transpose(1, 2).reshape(-1, 64 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
-    planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
+    planes = blocks[:, : _LANES * quads].unflatten(1, (quads // 4, _LANES, 4)).transpose(1, 2).flatten(2)
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
     words = torch.cat((planes, tail), dim=2).view(-1, _LANES, 2 * fmt.bits // group.words, group.words)
     mask = lanes.signed(group.mask)
@@ -147,28 +147,3 @@ def scales_in_block(group_size: int | None) -> int:
 def _greatest_piece(group_size: int) -> int:
     """Return the largest power of two that divides both the group and a block."""
     return min(group_size & -group_size, COLUMNS)
-
-
-def pack_scales(scale: torch.Tensor, scheme: Scheme, ic: int) -> torch.Tensor:
-    """Return scales as kernels read them: float32, [rows padded to 64], or in groups [units, blocks, 4, S, 16]."""
-    values = scale_values(scale, scheme)
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % UNIT_ROWS))
-    if scheme.group_size is None:
-        return padded.reshape(-1)
-    piece = COLUMNS // scales_in_block(scheme.group_size)
-    pieces = padded.repeat_interleave(scheme.group_size // piece, dim=1)
-    across = column_blocks(ic) * (COLUMNS // piece)
-    pieces = torch.nn.functional.pad(pieces, (0, across - pieces.shape[1]))
-    axes = pieces.view(-1, _UNIT_BLOCKS, ROWS, column_blocks(ic), COLUMNS // piece)
-    return axes.permute(0, 3, 1, 4, 2).reshape(-1)
-
-
-def unpack_scales(packed: torch.Tensor, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor:
-    """Undo `pack_scales`: return [OC, G] in the scheme's scale dtype; exact."""
-    oc, ic = shape
-    if scheme.group_size is None:
-        return store_scales(packed.view(-1, 1)[:oc], scheme)
-    piece = COLUMNS // scales_in_block(scheme.group_size)
-    axes = packed.view(-1, column_blocks(ic), _UNIT_BLOCKS, COLUMNS // piece, ROWS).permute(0, 2, 4, 1, 3)
-    pieces = axes.reshape(row_blocks(oc) * ROWS, -1)[:oc, : ic // piece]
-    return store_scales(pieces[:, :: scheme.group_size // piece], scheme)

@@ -14,7 +14,7 @@ from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import linear as tuning
-from tersor.layouts import STREAM, lanes, tiles
+from tersor.layouts import STREAM, lanes, scales, tiles
 
 if TYPE_CHECKING:
     from tersor.kernels.jit import KernelSource
@@ -115,7 +115,15 @@ def explain(
         return reason
     groups = tiles.scales_in_block(scheme.group_size)
     bits = scheme.format.bits
-    problem = tune.LinearProblem(oc=oc, ic=ic, n=n, bits=bits, scale_groups=groups, aligned=ic % 8 == 0)
+    problem = tune.LinearProblem(
+        oc=oc,
+        ic=ic,
+        n=n,
+        bits=bits,
+        scale_groups=groups,
+        scale_bytes=scales.row_bytes(scheme),
+        aligned=ic % 8 == 0,
+    )
     if not tune.fused(problem, chip(place)):
         return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.SM80_TOKENS} and rows do not start on 16 bytes")
     return replace(reason, why=f"{reason.why}; {tune.choose(problem, chip(place))}")

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
-from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
+from tersor.layouts import STREAM, PackedWeight, lanes, scales, stream, tiles
 from tersor.ops import dispatch, reference, workspace
 
 _SCRATCH_BYTES = 64 << 20
@@ -146,6 +146,7 @@ def _problem(x: torch.Tensor, weight: PackedWeight) -> tune.LinearProblem:
         n=x.shape[0],
         bits=weight.scheme.format.bits,
         scale_groups=tiles.scales_in_block(weight.scheme.group_size),
+        scale_bytes=scales.row_bytes(weight.scheme),
         aligned=x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0,
     )
 
@@ -160,7 +161,7 @@ def _fused(
     n = x.shape[0]
     fmt, target = weight.scheme.format, tiles.LAYOUTS[weight.layout]
     config = tune.choose(problem, dispatch.chip(x.device))
-    source = family.fused_source(fmt, target, problem.scale_groups, config)
+    source = family.fused_source(weight.scheme, target, config)
     y = x.new_empty(n, oc)
     stream_handle = torch.cuda.current_stream(x.device).cuda_stream
     partial = arrived = 0
@@ -204,10 +205,9 @@ def _dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     oc, ic = weight.shape
     n = x.shape[0]
     fmt, target = weight.scheme.format, tiles.LAYOUTS[weight.layout]
-    groups = tiles.scales_in_block(weight.scheme.group_size)
     factor = math.ldexp(1.0, lanes.lane(fmt, target).exponent)
-    decode = jit.get(family.dequantize_source(fmt, target, groups), x.device)
-    finish = jit.get(family.epilogue_source(target, groups == 0), x.device)
+    decode = jit.get(family.dequantize_source(weight.scheme, target), x.device)
+    finish = jit.get(family.epilogue_source(weight.scheme, target), x.device)
     stream_handle = torch.cuda.current_stream(x.device).cuda_stream
     y = x.new_empty(n, oc)
     rows = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS

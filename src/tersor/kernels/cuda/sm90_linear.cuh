@@ -12,13 +12,14 @@
 // CTA that arrives last adds the parts in their order, so the result does not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), WARPGROUPS,
-// RESIDENT (CTAs on a multiprocessor), STAGES, SCALE_GROUPS (scales of one row in a block; 0: one scale a row, applied at
-// the end).
+// RESIDENT (CTAs on a multiprocessor), STAGES, SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is
+// applied at the end).
 #pragma once
 
 #include "ptx.cuh"
 #include "decode.cuh"
 #include "tile.cuh"
+#include "scales.cuh"
 #include "wgmma.cuh"
 
 namespace linear {
@@ -32,12 +33,12 @@ constexpr bool kBf16 = BF16;
 constexpr int kTokens = N_TILE;
 constexpr int kWarpgroups = WARPGROUPS;
 constexpr int kStages = STAGES;
-constexpr int kGroups = SCALE_GROUPS;
+constexpr int kGroups = scales::kGroups;
 constexpr int kConsumers = 128 * kWarpgroups;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kWarpgroups;
 
-constexpr int kScaleBytes = kGroups * tile::kUnitRows * 4;  // of one unit: 64 rows of one block
+constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
 constexpr int kWeightBytes = kWarpgroups * tile::kUnitBytes;
 constexpr int kXHalf = kTokens * 128;  // 64 channels, the width of a swizzled row
 constexpr int kXBytes = 2 * kXHalf;
@@ -51,7 +52,6 @@ constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegister
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
 
 static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma has");
-static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
 
 struct Ring {
     u32 base, full, empty;  // shared addresses: slots, and two mbarriers a slot
@@ -119,21 +119,21 @@ __device__ __forceinline__ void copy_blocks(
     }
 }
 
-// sums += scale * part for one scale group; `scales` points at this lane's first row.
-__device__ __forceinline__ void add_scaled(float (&sums)[kSums], const float (&part)[kSums], const float* scales) {
-    const float low = scales[0], high = scales[8];
+// sums += scale * part for one scale group of the block.
+__device__ __forceinline__ void add_scaled(
+    float (&sums)[kSums], const float (&part)[kSums], const char* block_scales, int group, int row) {
+    const float low = scales::in_block(block_scales, group, row), high = scales::in_block(block_scales, group, row + 8);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
 }
 
 // A computing warp: decodes its 16 rows of every block and multiplies them with the tokens in the slot.
 __device__ __forceinline__ void multiply_blocks(
-    float (&sums)[kSums], const Ring& ring, const char* slots, int first, int last) {
+    float (&sums)[kSums], const Ring& ring, const char* slots, int first, int last, const scales::RowOffsets& offsets) {
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4;
     constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;        // decode groups of a block
     constexpr int kSetSteps = kPairs / 4;                   // k16 steps of a decode group
-    constexpr int kScaleSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);
     float part[kSums];  // of one scale group
     u32 pairs[2][kPairs];
     if constexpr (kGroups > 0) {
@@ -147,8 +147,8 @@ __device__ __forceinline__ void multiply_blocks(
         const char* stage = slots + at.index * kStageBytes;
         const u32 x = ring.slot(at.index);
         const char* unit = stage + kXBytes + group * tile::kUnitBytes;
-        const float* scales = reinterpret_cast<const float*>(stage + kXBytes + kWeightBytes + group * kScaleBytes) +
-                              warp * kGroups * tile::kRows + lane / 4;
+        const char* block_scales =
+            stage + kXBytes + kWeightBytes + group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords];
         tile::load_lane(words, unit + warp * tile::kBytes, lane);
 #pragma unroll
@@ -157,8 +157,7 @@ __device__ __forceinline__ void multiply_blocks(
             wgmma::wait<1>();  // the products that read this half of `pairs` have ended
             if (kGroups == 0 && set == 1 && block > first && lane == 0) ptx::barrier_arrive(ring.emptied(previous));
             decode::extract(a, words + set * decode::kWords);
-#pragma unroll
-            for (int i = 0; i < kPairs; ++i) a[i] = decode::finish<kBf16>(a[i]);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
             wgmma::fence();
 #pragma unroll
             for (int i = 0; i < kSetSteps; ++i) {
@@ -167,11 +166,11 @@ __device__ __forceinline__ void multiply_blocks(
                 if constexpr (kGroups == 0) {
                     wgmma::Multiply<kBf16>::run(sums, a + 4 * i, b, step > 0 || block > first);
                 } else {
-                    wgmma::Multiply<kBf16>::run(part, a + 4 * i, b, step % kScaleSteps != 0);
-                    if (step % kScaleSteps == kScaleSteps - 1) {
+                    wgmma::Multiply<kBf16>::run(part, a + 4 * i, b, step % scales::kSteps != 0);
+                    if (step % scales::kSteps == scales::kSteps - 1) {
                         wgmma::commit();
                         wgmma::wait<0>();
-                        add_scaled(sums, part, scales + step / kScaleSteps * tile::kRows);
+                        add_scaled(sums, part, block_scales, step / scales::kSteps, lane / 4);
                         if (i + 1 < kSetSteps) wgmma::fence();
                     }
                 }
@@ -234,19 +233,19 @@ __device__ __forceinline__ void store(
     float factor) {
     const int lane = threadIdx.x % 32;
     const int first_row = blockIdx.y * kRows + threadIdx.x / 32 * tile::kRows;
-    float scales[2], biases[2];
+    float factors[2], biases[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first_row + lane / 4 + 8 * half;
-        scales[half] = kGroups > 0 ? factor : (row < oc ? scale[row] * factor : 0.0f);
+        factors[half] = kGroups > 0 ? factor : (row < oc ? scales::of_row(scale, row) * factor : 0.0f);
         biases[half] = bias != nullptr && row < oc ? ptx::widen<kBf16>(bias[row]) : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const u32 even = ptx::narrow<kBf16>(sums[4 * i + 2 * half] * scales[half] + biases[half]);
-            const u32 odd = ptx::narrow<kBf16>(sums[4 * i + 2 * half + 1] * scales[half] + biases[half]);
+            const u32 even = ptx::narrow<kBf16>(sums[4 * i + 2 * half] * factors[half] + biases[half]);
+            const u32 odd = ptx::narrow<kBf16>(sums[4 * i + 2 * half + 1] * factors[half] + biases[half]);
             const u32 turned = ptx::transpose_8x8(even | odd << 16);  // rows 2 (lane % 4) and the next, token lane / 4
             const int token = first_token + i * 8 + lane / 4;
             const int row = first_row + 8 * half + lane % 4 * 2;
@@ -267,7 +266,7 @@ __device__ __forceinline__ void store(
 extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
     const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of N_TILE x 64
     const char* __restrict__ weight,                  // units of packed codes
-    const char* __restrict__ scale,                   // float32 [rows padded] or, in groups, by units
+    const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
     u16* __restrict__ y,                              // [N, OC], contiguous
     float* partial,                                   // sums of every CTA; unused with one split
@@ -305,9 +304,11 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         }
     } else {
         ptx::take_registers<kComputeRegisters>();
+        const float* row_scales = reinterpret_cast<const float*>(scale);
+        const int row = blockIdx.y * kRows + threadIdx.x / 32 * tile::kRows + threadIdx.x % 32 / 4;
         float sums[kSums];
-        multiply_blocks(sums, ring, slots, first, last);
+        multiply_blocks(sums, ring, slots, first, last, scales::row_offsets(row_scales, row, oc));
         if (gridDim.z > 1 && !add_splits(sums, partial, arrived)) return;
-        store(sums, reinterpret_cast<const float*>(scale), bias, y, first_token, oc, n, factor);
+        store(sums, row_scales, bias, y, first_token, oc, n, factor);
     }
 }

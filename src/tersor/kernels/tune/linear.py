@@ -56,6 +56,7 @@ class LinearProblem:
         oc, ic, n: sizes; n is at least 1.
         bits: width of a code.
         scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
+        scale_bytes: what they take in memory, zero points included.
         aligned: rows of x start on 16 bytes, which a tensor map needs.
     """
 
@@ -64,6 +65,7 @@ class LinearProblem:
     n: int
     bits: int
     scale_groups: int = 0
+    scale_bytes: int = 0
     aligned: bool = True
 
 
@@ -96,23 +98,23 @@ class LinearConfig:
         )
 
 
-def sm80_stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
+def sm80_stage_bytes(tile: int, bits: int, scale_bytes: int) -> int:
     """Return the bytes of a slot: a block with its scales for each of 8 warps, and padded rows of activations."""
-    return 8 * (256 * bits + scale_groups * 64) + tile * (COLUMNS + 8) * 2
+    return 8 * (256 * bits + scale_bytes * 16) + tile * (COLUMNS + 8) * 2
 
 
-def sm90_stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
+def sm90_stage_bytes(tile: int, bits: int, scale_bytes: int) -> int:
     """Return the bytes of a slot: activations, then a unit with its scales for each warpgroup, in whole KiB."""
-    return -(-(tile * COLUMNS * 2 + 2048 * bits + 512 * scale_groups) // 1024) * 1024
+    return -(-(tile * COLUMNS * 2 + 2048 * bits + 128 * scale_bytes) // 1024) * 1024
 
 
-def sm80_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
+def sm80_stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
     """Return (slots in the ring, CTAs that fit on a multiprocessor) for one token tile.
 
     CTAs hide each other's waits better than a deeper ring does, so the ring stays at four slots where they fit and
     shrinks to three, then two, only when not even two CTAs would.
     """
-    slot = sm80_stage_bytes(tile, bits, scale_groups)
+    slot = sm80_stage_bytes(tile, bits, scale_bytes)
     for depth, least in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1)):
         resident = (chip.shared_bytes + _RESERVED_SHARED) // (depth * slot + _RESERVED_SHARED)
         if resident >= least:
@@ -120,10 +122,10 @@ def sm80_stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[in
     raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
 
 
-def sm90_stages(tile: int, resident: int, bits: int, scale_groups: int, chip: Chip) -> int:
+def sm90_stages(tile: int, resident: int, bits: int, scale_bytes: int, chip: Chip) -> int:
     """Return the slots in the ring for one token tile: what fits beside the other CTA, at most eight."""
     budget = (chip.shared_bytes + _RESERVED_SHARED) // resident - _RESERVED_SHARED - _STATIC_SHARED
-    return max(2, min(8, budget // sm90_stage_bytes(tile, bits, scale_groups)))
+    return max(2, min(8, budget // sm90_stage_bytes(tile, bits, scale_bytes)))
 
 
 def sm90_tiles(scale_groups: int) -> tuple[int, ...]:
@@ -155,10 +157,10 @@ def _choose_sm80(problem: LinearProblem, chip: Chip) -> LinearConfig:
     bandwidth, its blocks at the rate of a full multiprocessor, and the blocks of one CTA after the other at their
     latency. Each wave adds a ramp, and the last of several a tail."""
     tile = next(tile for tile in SM80_TILES if problem.n <= tile)
-    depth, resident = sm80_stages(tile, problem.bits, problem.scale_groups, chip)
+    depth, resident = sm80_stages(tile, problem.bits, problem.scale_bytes, chip)
     row_tiles = -(-problem.oc // ROWS)
     blocks = -(-problem.ic // COLUMNS)
-    block_bytes = 8 * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * COLUMNS * 2
+    block_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes) + problem.n * COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     latency, busy = (constant + slope * tile for constant, slope in (_SM80_LATENCY, _SM80_BUSY))
 
@@ -180,7 +182,7 @@ def _choose_sm80(problem: LinearProblem, chip: Chip) -> LinearConfig:
         row_tiles=row_tiles,
         splits=splits,
         resident=resident,
-        shared_bytes=depth * sm80_stage_bytes(tile, problem.bits, problem.scale_groups),
+        shared_bytes=depth * sm80_stage_bytes(tile, problem.bits, problem.scale_bytes),
     )
 
 
@@ -198,7 +200,7 @@ def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
     def seconds(choice: tuple[int, int, int]) -> float:
         tile, resident, splits = choice
         ctas = -(-problem.n // tile) * row_tiles * splits
-        block_bytes = 2048 * problem.bits + 512 * problem.scale_groups + tile * COLUMNS / 2
+        block_bytes = 2048 * problem.bits + 128 * problem.scale_bytes + tile * COLUMNS / 2
         blocks_of_sm = -(-ctas // chip.sms) * -(-blocks // splits)
         work = blocks_of_sm * max(block_bytes / rate, _SM90_BUSY[tile])
         waves = -(-ctas // (chip.sms * resident))
@@ -212,7 +214,7 @@ def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
         for splits in range(1, min(_MAX_SPLITS, blocks) + 1)
     ]
     tile, resident, splits = min(choices, key=seconds)
-    depth = sm90_stages(tile, resident, problem.bits, problem.scale_groups, chip)
+    depth = sm90_stages(tile, resident, problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
         schedule=SM90,
         n_tile=tile,
@@ -221,5 +223,5 @@ def _choose_sm90(problem: LinearProblem, chip: Chip) -> LinearConfig:
         row_tiles=row_tiles,
         splits=splits,
         resident=resident,
-        shared_bytes=depth * sm90_stage_bytes(tile, problem.bits, problem.scale_groups),
+        shared_bytes=depth * sm90_stage_bytes(tile, problem.bits, problem.scale_bytes),
     )
