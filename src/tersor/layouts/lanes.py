@@ -2,12 +2,12 @@
 
 A register holds two 16-bit floats or four 8-bit ones. A code's bits are put where that float (or, for integers, the
 mantissa of a 16-bit float) wants them, by rotating a packed word, XOR-ing at most two other rotated words, and masking:
-about one instruction for a pair of weights, half of one for four bytes. Copying sign, exponent and mantissa bits under
+about one instruction a weight, half of one where four share a register. Copying sign, exponent and mantissa bits under
 the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's epilogue applies
 (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead).
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
-tables below were found by random search for few instructions; `packing` inverts them once.
+tables below were found by annealing for few instructions; `packing` inverts them once.
 """
 
 from __future__ import annotations

@@ -116,6 +116,8 @@ __device__ __forceinline__ void multiply_block(
                     sums[i][2] += high * part[i][2];
                     sums[i][3] += high * part[i][3];
                 }
+                // With many tokens and scales, loads taken ahead of this point would not fit in registers.
+                if constexpr (kGroups * kTokens >= 256) __syncwarp();
             }
         }
     }
