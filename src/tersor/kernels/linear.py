@@ -12,12 +12,10 @@ from tersor.formats import ElementFormat, Scheme, get, get_scheme, names
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
-from tersor.kernels.tune import linear as tuning
+from tersor.kernels.tune import sm80, sm90
 from tersor.layouts import lanes, scales, tiles
 
 _SM80_THREADS = 256
-_SM90_WARPGROUPS = 2
-_SM90_THREADS = 128 * (_SM90_WARPGROUPS + 1)
 _DEQUANTIZE_WARPS = 4
 
 _SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
@@ -69,35 +67,42 @@ def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int) -> Kernel
 
 
 @functools.cache
-def sm90_source(scheme: Scheme, target: str, n_tile: int, stages: int, resident: int) -> KernelSource:
+def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int, x_slots: int) -> KernelSource:
     """Return the wgmma kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_sm90_{scheme.format.name}_{target}_n{n_tile}x{resident}",
+        name=(
+            f"tersor_linear_sm90_{scheme.format.name}_{target}_{tile.rows}x{tile.tokens}"
+            f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}"
+        ),
         header="sm90_linear.cuh",
         parameters={
             **_decode_parameters(scheme.format, target),
             **_scale_parameters(scheme),
-            "N_TILE": n_tile,
-            "STAGES": stages,
-            "WARPGROUPS": _SM90_WARPGROUPS,
-            "RESIDENT": resident,
+            "N_TILE": tile.tokens,
+            "ROW_GROUPS": tile.row_groups,
+            "K_GROUPS": tile.channel_groups,
+            "CLUSTER": tile.cluster,
+            "RESIDENT": tile.resident,
+            "WEIGHT_SLOTS": weight_slots,
+            "X_SLOTS": x_slots,
+            "FEW_TOKENS": sm90.FEW_TOKENS,
         },
-        arguments="TPPPPPPiiif",
+        arguments="TPPPPPPiiiiiif",
     )
 
 
 def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig) -> KernelSource:
     """Return the kernel that a configuration asks for."""
-    if config.schedule == tuning.SM90:
-        return sm90_source(scheme, target, config.n_tile, config.stages, config.resident)
-    return sm80_source(scheme, target, config.n_tile, config.stages)
+    if config.schedule == tune.SM90:
+        return sm90_source(scheme, target, sm90.tile_of(config), config.weight_slots, config.x_slots)
+    return sm80_source(scheme, target, config.n_tile, config.weight_slots)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
     """Return the float32 sums and the counters that the splits of a configuration exchange."""
-    outputs = config.token_tiles * config.row_tiles
-    tokens = config.n_tile if config.schedule == tuning.SM90 else n
-    return outputs * config.splits * tuning.ROWS * tokens, outputs
+    outputs = config.token_tiles * config.row_tiles - config.whole_tiles * config.cluster
+    tokens = config.n_tile if config.schedule == tune.SM90 else n
+    return outputs * config.splits * 64 * config.row_groups * tokens, outputs
 
 
 @functools.cache
@@ -148,14 +153,16 @@ def launch_fused(
 
     `early` lets the sm90 schedule fetch weights before the kernel ahead has ended: not where that one wrote them.
     """
-    if config.schedule == tuning.SM90:
-        x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, config.n_tile)
+    if config.schedule == tune.SM90:
+        box = sm90.box_rows(config, n)
+        x_map = tensor_map.rows_of_16_bit(x, n, ic, x_stride, bf16, box)
+        sizes = (oc, ic, n, config.whole_tiles, config.splits, box)
         function.launch(
-            (config.token_tiles, config.row_tiles, config.splits),
-            (_SM90_THREADS, 1, 1),
+            (config.ctas, 1, 1),
+            (sm90.tile_of(config).threads, 1, 1),
             config.shared_bytes,
             stream,
-            (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, factor),
+            (x_map, weight, scale, bias, y, partial, arrived, *sizes, factor),
             programmatic=early,
         )
     else:
@@ -208,14 +215,12 @@ def launch_epilogue(
 def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
     """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
     groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
-    for tile in tuning.SM80_TILES:
-        depth, _ = tuning.sm80_stages(tile, bits, row_bytes, chip)
-        yield sm80_source(scheme, target, tile, depth)
+    for tokens in sm80.TILES:
+        depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
+        yield sm80_source(scheme, target, tokens, depth)
     if chip.capability == (9, 0):
-        for tile in tuning.sm90_tiles(groups):
-            for resident in tuning.sm90_resident(tile, groups):
-                depth = tuning.sm90_stages(tile, resident, bits, row_bytes, chip)
-                yield sm90_source(scheme, target, tile, depth, resident)
+        for tile in sm90.tiles(groups):
+            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip))
     yield dequantize_source(scheme, target)
     yield epilogue_source(scheme, target)
 
@@ -240,7 +245,7 @@ def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
 
 def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
     """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once."""
-    widest = {max(tuning.SM80_TILES), max(tuning.SM90_RESIDENT)}
+    widest = {max(sm80.TILES), max(tile.tokens for tile in sm90.TILES)}
     seen = set()
     for chip in CHIPS.values():
         if chip.capability != capability:

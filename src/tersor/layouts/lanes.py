@@ -318,9 +318,9 @@ _TABLES: dict[int, tuple[int, int, tuple[tuple[int, ...], ...]]] = {
     mask: (_words(mask, shift, rows), shift, _rows(rows, _words(mask, shift, rows)))
     for mask, (shift, rows) in {
         0x87F087F0: (0, "A0 A12^A24 B0 B12^B24 C0 C12^C24 D0 D12^D24"),
-        0x8FE08FE0: (0, "A13 A0^A5 B13 B0^B5"),
+        0x8FE08FE0: (0, "A13 A0^A5 B13 B0^B5 C13 C0^C5 D13 D0^D5"),
         0xBF80BF80: (0, "A20 A0^A27 B20 B0^B27 C20 C0^C27 D20 D0^D27"),
-        0xFF00FF00: (0, "A0 A8 B0 B8"),
+        0xFF00FF00: (0, "A0 A8 B0 B8 C0 C8 D0 D8"),
         0x81F881F8: (
             0,
             "F0^G22 D10^F9 B0^D18 B0^B26 A0^E0 C0^C26 C0^D10 B3^F6 C19^F6 C0^G0 A23^C19 E26 D5^F0 A29 A0^G27 D0^E19",

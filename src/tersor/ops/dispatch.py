@@ -13,7 +13,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
-from tersor.kernels.tune import linear as tuning
+from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, lanes, scales, tiles
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ def decide(scheme: Scheme, layout: str, n: int, dtype: torch.dtype, device: torc
         return Reason(REFERENCE, "the weight lies in the stored stream, not in kernel tiles")
     if tiles.LAYOUTS[layout] != target_name(dtype):
         return Reason(REFERENCE, f"the weight is laid out for {tiles.LAYOUTS[layout]} activations, these are {dtype}")
-    if n <= tuning.SM80_TOKENS:
-        return Reason(FUSED, f"{n} tokens are at most {tuning.SM80_TOKENS}")
+    if n <= sm80.TOKENS:
+        return Reason(FUSED, f"{n} tokens are at most {sm80.TOKENS}")
     capability = ".".join(map(str, chip(device).capability))
     if capability == "9.0":
         return Reason(FUSED, "the sm90 schedule takes any number of tokens whose rows start on 16 bytes")
-    return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.SM80_TOKENS} on compute capability {capability}")
+    return Reason(DEQUANTIZE, f"{n} tokens are more than {sm80.TOKENS} on compute capability {capability}")
 
 
 def explain(
@@ -125,7 +125,7 @@ def explain(
         aligned=ic % 8 == 0,
     )
     if not tune.fused(problem, chip(place)):
-        return Reason(DEQUANTIZE, f"{n} tokens are more than {tuning.SM80_TOKENS} and rows do not start on 16 bytes")
+        return Reason(DEQUANTIZE, f"{n} tokens are more than {sm80.TOKENS} and rows do not start on 16 bytes")
     return replace(reason, why=f"{reason.why}; {tune.choose(problem, chip(place))}")
 
 

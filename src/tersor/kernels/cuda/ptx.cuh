@@ -129,6 +129,15 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at the barrier that stands at the same address in another CTA of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
@@ -155,6 +164,21 @@ __device__ __forceinline__ void tensor_copy(u32 shared, const void* map, int col
         : "memory");
 }
 
+// Fetches a tensor map before its first copy.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// The same box for every CTA of a cluster: it arrives at this address, and counts at this barrier, in each of them.
+template <int kCtas>
+__device__ __forceinline__ void tensor_copy_to_all(u32 shared, const void* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<u16>((1 << kCtas) - 1))
+        : "memory");
+}
+
 // Programmatic dependent launch: the next kernel may start, and this one waits until those before it have ended.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -169,10 +193,24 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A barrier among the first `kThreads` threads of the CTA.
-template <int kThreads>
-__device__ __forceinline__ void sync_first() {
-    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+// Barriers among `kThreads` threads of the CTA, whole warps; `kId` is 1 to 15. `arrive_threads` does not wait.
+template <int kId, int kThreads>
+__device__ __forceinline__ void sync_threads() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+template <int kId, int kThreads>
+__device__ __forceinline__ void arrive_threads() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
+// A barrier among all threads of a cluster of `kCtas`, which may come to it apart.
+template <int kCtas>
+__device__ __forceinline__ void sync_cluster() {
+    if constexpr (kCtas == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+    }
 }
 
 // Transposes an 8x8 matrix of 16-bit elements that a warp holds, two a lane.

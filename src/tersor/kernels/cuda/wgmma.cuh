@@ -23,6 +23,9 @@ __device__ __forceinline__ u64 describe(u32 shared) {
     return static_cast<u64>((shared & 0x3FFFF) >> 4) | (u64(1) << 16) | (u64(64) << 32) | (u64(1) << 62);
 }
 
+// What a distance in shared memory adds to a description.
+__device__ __forceinline__ constexpr u64 offset(int bytes) { return bytes >> 4; }
+
 // Adds when `accumulate`, else overwrites d.
 template <bool kBf16>
 struct Multiply;

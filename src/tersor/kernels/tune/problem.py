@@ -1,0 +1,71 @@
+"""What a linear asks of a kernel, and how a kernel runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SM80 = "sm80"
+SM90 = "sm90"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearProblem:
+    """One product y[N, OC] = x[N, IC] @ W^T with packed W.
+
+    Attributes:
+        oc, ic, n: sizes; n is at least 1.
+        bits: width of a code.
+        scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
+        scale_bytes: what they take in memory, zero points included.
+        aligned: rows of x start on 16 bytes, which a tensor map needs.
+    """
+
+    oc: int
+    ic: int
+    n: int
+    bits: int
+    scale_groups: int = 0
+    scale_bytes: int = 0
+    aligned: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearConfig:
+    """How a fused kernel runs a problem.
+
+    Attributes:
+        schedule: `sm80` or `sm90`.
+        n_tile: tokens in a tile.
+        row_groups: groups of 64 output rows in a tile.
+        channel_groups: groups of warps of a CTA that share the channels of a tile.
+        cluster: CTAs that share the activations they fetch.
+        resident: CTAs meant to share a multiprocessor, with those of the next launch.
+        weight_slots, x_slots: slots in the rings of shared memory.
+        token_tiles, row_tiles: tiles along tokens and output channels.
+        whole_tiles: tiles that one CTA takes over all channels; the others go to `splits` CTAs each.
+        splits: parts of the channels.
+        ctas: CTAs launched.
+        shared_bytes: dynamic shared memory of a CTA.
+    """
+
+    schedule: str
+    n_tile: int
+    row_groups: int = 2
+    channel_groups: int = 1
+    cluster: int = 1
+    resident: int
+    weight_slots: int
+    x_slots: int
+    token_tiles: int
+    row_tiles: int
+    whole_tiles: int = 0
+    splits: int
+    ctas: int
+    shared_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.schedule} schedule, tiles of {64 * self.row_groups} rows and {self.n_tile} tokens, "
+            f"{self.token_tiles * self.row_tiles} tiles, {self.splits} splits, {self.ctas} CTAs, "
+            f"{self.shared_bytes / 1024:.0f} KiB shared"
+        )

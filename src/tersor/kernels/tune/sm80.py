@@ -1,0 +1,87 @@
+"""The sm80 schedule: mma.sync, up to 64 tokens, one wave of small CTAs where it can be had."""
+
+from __future__ import annotations
+
+from tersor.hardware import Chip
+from tersor.kernels.tune.problem import SM80, LinearConfig, LinearProblem
+
+TOKENS = 64
+"""The most tokens that the schedule takes; above, weights are decoded once and cuBLAS multiplies."""
+TILES = (8, 16, 32, 64)
+"""Token tiles."""
+ROWS = 128
+"""Output rows of a CTA: 8 warps of 16."""
+_COLUMNS = 128
+_MAX_SPLITS = 16
+_RESERVED_SHARED = 1024
+"""Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
+
+# Measured on an H200 with 6-bit weights (docs/log.md); other chips differ in bandwidth and multiprocessors, which the
+# model takes from `Chip`. Times in seconds.
+_ACHIEVED = 0.88
+"""Share of the datasheet's bandwidth that a stream of reads reaches."""
+_RAMP = 2.0e-6
+"""Start of a kernel, first fill of the rings and the drain at the end."""
+_SPLIT = 0.5e-6
+"""Exchange of the parts of a split sum."""
+_LATENCY = (0.30e-6, 0.025e-6)
+"""One block of one CTA: a constant, and a part for each token of the tile."""
+_BUSY = (0.18e-6, 0.022e-6)
+"""One block on a multiprocessor with enough CTAs, likewise."""
+
+
+def stage_bytes(tile: int, bits: int, scale_bytes: int) -> int:
+    """Return the bytes of a slot: a block with its scales for each of 8 warps, and padded rows of activations."""
+    return 8 * (256 * bits + scale_bytes * 16) + tile * (_COLUMNS + 8) * 2
+
+
+def stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
+    """Return (slots in the ring, CTAs that fit on a multiprocessor) for one token tile.
+
+    CTAs hide each other's waits better than a deeper ring does, so the ring stays at four slots where they fit and
+    shrinks to three, then two, only when not even two CTAs would.
+    """
+    slot = stage_bytes(tile, bits, scale_bytes)
+    for depth, least in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1)):
+        resident = (chip.shared_bytes + _RESERVED_SHARED) // (depth * slot + _RESERVED_SHARED)
+        if resident >= least:
+            return depth, min(resident, 4)
+    raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
+
+
+def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """Choose by predicted time.
+
+    The longest of three, for each number of splits: the busiest multiprocessor's bytes at its share of the
+    bandwidth, its blocks at the rate of a full multiprocessor, and the blocks of one CTA after the other at their
+    latency. Each wave adds a ramp, and the last of several a tail."""
+    tile = next(tile for tile in TILES if problem.n <= tile)
+    depth, resident = stages(tile, problem.bits, problem.scale_bytes, chip)
+    row_tiles = -(-problem.oc // ROWS)
+    blocks = -(-problem.ic // _COLUMNS)
+    block_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes) + problem.n * _COLUMNS * 2
+    rate = chip.bandwidth * _ACHIEVED / chip.sms
+    latency, busy = (constant + slope * tile for constant, slope in (_LATENCY, _BUSY))
+
+    def seconds(splits: int) -> float:
+        ctas = row_tiles * splits
+        length = -(-blocks // splits)
+        blocks_of_sm = -(-ctas // chip.sms) * length
+        waves = -(-ctas // (chip.sms * resident))
+        work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
+        tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
+        return work + tail + waves * _RAMP + (_SPLIT if splits > 1 else 0.0)
+
+    splits = min(range(1, min(_MAX_SPLITS, blocks) + 1), key=seconds)
+    return LinearConfig(
+        schedule=SM80,
+        n_tile=tile,
+        weight_slots=depth,
+        x_slots=depth,
+        token_tiles=1,
+        row_tiles=row_tiles,
+        splits=splits,
+        ctas=row_tiles * splits,
+        resident=resident,
+        shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_bytes),
+    )
