@@ -203,6 +203,12 @@ __device__ __forceinline__ void arrive_threads() {
     asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
+// One of several such barriers, told apart at run time: kFirst + index.
+template <int kFirst, int kThreads>
+__device__ __forceinline__ void sync_one_of(int index) {
+    asm volatile("bar.sync %0, %1;" ::"r"(kFirst + index), "n"(kThreads) : "memory");
+}
+
 // A barrier among all threads of a cluster of `kCtas`, which may come to it apart.
 template <int kCtas>
 __device__ __forceinline__ void sync_cluster() {
@@ -218,6 +224,13 @@ __device__ __forceinline__ u32 transpose_8x8(u32 pair) {
     u32 result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
     return result;
+}
+
+// Stores four 8x8 matrices of 16-bit elements, each transposed; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices_turned(u32 shared, const u32 (&fragment)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+                 "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+                 : "memory");
 }
 
 // Counts this arrival and returns how many came before; orders this thread's earlier writes before it.

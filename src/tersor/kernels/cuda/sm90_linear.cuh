@@ -40,6 +40,7 @@ constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = scales::kGroups;
 constexpr bool kFew = kTokens <= FEW_TOKENS;
+constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
 constexpr int kFinishers = 128 * kRowGroups;  // threads of channel group 0, which write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;
 constexpr int kThreads = kConsumers + 128;
@@ -55,21 +56,26 @@ constexpr int kSlotBoxes = kCluster > kSlotHalves ? kCluster / kSlotHalves : 1; 
 constexpr int kXSlotBytes = kSlotHalves * kXHalf;
 constexpr int kExchangeBytes = kFinishers * (kChannelGroups - 1) * kSums * 4;  // between channel groups
 
-// Shared memory: activations, which need 1024 bytes alignment, weights, sums of channel groups.
+constexpr bool kMany = kTokens >= 128;               // results are turned in shared memory
+constexpr int kStoreTokens = 64;                     // as many at a time
+constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
+
+// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups or results.
 constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
 
 // The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
-constexpr int kCopyRegisters = 32;
+constexpr int kCopyRegisters = 40;
 constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
 constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
 
-enum Barrier { kAllBarrier, kPartsReady, kPartsRead, kFinishersBarrier };
+enum Barrier { kAllBarrier, kPartsReady, kPartsRead, kFinishersBarrier, kGroupBarriers };  // the last: one a row group
 
 static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma has");
 static_assert(kWeightSlots % kChannelGroups == 0 && kXSlots % (kChannelGroups * kSlotsOfBlock) == 0,
               "a slot always serves the same channel group: one that is ahead must not take an old round for its own");
+static_assert(!kMany || kChannelGroups == 1, "results and sums of channel groups share no room");
 
 // A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the parity
 // of a slot's barriers turns over with every round.
@@ -114,9 +120,8 @@ struct Work {
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int token_tiles() const { return (n + kTokens - 1) / kTokens; }
-    __device__ __forceinline__ int tiles() const {  // of a cluster
-        return token_tiles() * ((oc + kCluster * kRows - 1) / (kCluster * kRows));
-    }
+    __device__ __forceinline__ int row_tiles() const { return (oc + kCluster * kRows - 1) / (kCluster * kRows); }
+    __device__ __forceinline__ int tiles() const { return token_tiles() * row_tiles(); }  // of a cluster
     __device__ __forceinline__ int items() const { return whole_tiles + (tiles() - whole_tiles) * splits; }
 };
 
@@ -132,9 +137,11 @@ struct Item {
             tile = work.whole_tiles + (index - work.whole_tiles) / parts;
             part = (index - work.whole_tiles) % parts;
         }
-        const int token_tiles = work.token_tiles();
-        first_token = tile % token_tiles * kTokens;
-        first_row = (tile / token_tiles * kCluster + rank) * kRows;
+        // Token tiles by bands: what runs at a time shares activations as well as weights.
+        const int band = tile / (kBand * work.row_tiles()), in_band = tile % (kBand * work.row_tiles());
+        const int width = min(kBand, work.token_tiles() - band * kBand);
+        first_token = (band * kBand + in_band % width) * kTokens;
+        first_row = (in_band / width * kCluster + rank) * kRows;
         first_block = work.blocks() * part / parts;
         last_block = work.blocks() * (part + 1) / parts;
     }
@@ -318,8 +325,10 @@ __device__ __forceinline__ void multiply_blocks(
     constexpr int kSetSteps = kPairs / 4;             // k16 steps of a decode group
     constexpr int kSlotSets = kSets / kSlotsOfBlock;  // decode groups that a slot of activations serves
     static_assert(kSlotSets > 0, "a decode group reads one slot of activations");
+    // Decode groups whose products are under way or being prepared: four where registers are plenty.
+    constexpr int kAhead = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192 ? 4 : 2;
     float part[kSums];  // of one scale group
-    u32 pairs[2][kPairs];
+    u32 pairs[kAhead][kPairs];
     if constexpr (kGroups > 0) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
@@ -341,11 +350,12 @@ __device__ __forceinline__ void multiply_blocks(
         XRing::Place at = x_at;
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-            u32* a = pairs[set % 2];
-            wgmma::wait<1>();  // the products that read this half of `pairs` have ended
+            u32* a = pairs[set % kAhead];
+            if (set > 0 && set % kSlotSets == 0) at.advance();
+            if (set % kSlotSets == 0) xs.wait_filled(at);
+            wgmma::wait<kAhead - 1>();  // the products that read these `pairs` have ended
             if constexpr (kGroups == 0) {
-                // So has the group before the last: the slot that it was the last to read is free.
-                constexpr int kAhead = 2;
+                // And with them the slot that their group was the last to read is free.
                 const int done = (set + kSets - kAhead) % kSets;
                 if (done % kSlotSets == kSlotSets - 1 && (set >= kAhead || block > channel_group)) {
                     XRing::Place free = set >= kAhead ? x_at : x_before;
@@ -355,8 +365,6 @@ __device__ __forceinline__ void multiply_blocks(
             }
             decode::extract(a, words + set * decode::kWords);
             scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
-            if (set > 0 && set % kSlotSets == 0) at.advance();
-            if (set % kSlotSets == 0) xs.wait_filled(at);
             const u64 x = wgmma::describe(xs.address(at));
             wgmma::fence();
 #pragma unroll
@@ -390,9 +398,10 @@ __device__ __forceinline__ void multiply_blocks(
     }
     wgmma::wait<0>();
     if (kGroups == 0 && block > channel_group) {
-        if (kSlotSets == 1) release_x(xs, x_before);
-        x_before.advance(kSlotsOfBlock - 1);
-        release_x(xs, x_before);
+#pragma unroll
+        for (int i = 0; i < kSlotsOfBlock; ++i, x_before.advance()) {
+            if ((i + 1) * kSlotSets > kSets - kAhead) release_x(xs, x_before);
+        }
     }
 }
 
@@ -463,28 +472,47 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// Scales, adds the bias, rounds and stores: fragments are turned so that stores run along the rows.
-__device__ __forceinline__ void store(
-    const float (&sums)[kSums], const Work& work, const Item& item, const float* scale, const u16* bias, u16* y,
-    float factor) {
-    const int lane = threadIdx.x % 32, oc = work.oc;
-    const int first_row = item.first_row + threadIdx.x / 32 * tile::kRows;
-    float factors[2], biases[2];
+// The scales and biases of this lane's two rows of a tile.
+struct RowTerms {
+    float scale[2], bias[2];
+    int first_row;
+
+    __device__ __forceinline__ RowTerms(const Work& work, const Item& item, const float* scales, float factor)
+        : first_row(item.first_row + threadIdx.x % kFinishers / 32 * tile::kRows) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = first_row + lane / 4 + 8 * half;
-        factors[half] = kGroups > 0 ? factor : (row < oc ? scales::of_row(scale, row) * factor : 0.0f);
-        biases[half] = bias != nullptr && row < oc ? ptx::widen<kBf16>(bias[row]) : 0.0f;
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
+            scale[half] = kGroups > 0 ? factor : (row < work.oc ? scales::of_row(scales, row) * factor : 0.0f);
+        }
     }
+    __device__ __forceinline__ void add_bias(const Work& work, const u16* biases) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
+            bias[half] = biases != nullptr && row < work.oc ? ptx::widen<kBf16>(biases[row]) : 0.0f;
+        }
+    }
+    // Tokens 2 (lane % 4) and the next of the `tokens`-th group of eight.
+    __device__ __forceinline__ u32 round(const float (&sums)[kSums], int tokens, int half) const {
+        const float* pair = sums + 4 * tokens + 2 * half;
+        const u32 even = ptx::narrow<kBf16>(pair[0] * scale[half] + bias[half]);
+        const u32 odd = ptx::narrow<kBf16>(pair[1] * scale[half] + bias[half]);
+        return even | odd << 16;
+    }
+};
+
+// Rounds and stores few tokens: fragments are turned so that stores run along the rows.
+__device__ __forceinline__ void store_few(
+    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, u16* y) {
+    const int lane = threadIdx.x % 32, oc = work.oc;
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const u32 even = ptx::narrow<kBf16>(sums[4 * i + 2 * half] * factors[half] + biases[half]);
-            const u32 odd = ptx::narrow<kBf16>(sums[4 * i + 2 * half + 1] * factors[half] + biases[half]);
-            const u32 turned = ptx::transpose_8x8(even | odd << 16);  // rows 2 (lane % 4) and the next, token lane / 4
+            // rows 2 (lane % 4) and the next, token lane / 4
+            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half));
             const int token = item.first_token + i * 8 + lane / 4;
-            const int row = first_row + 8 * half + lane % 4 * 2;
+            const int row = terms.first_row + 8 * half + lane % 4 * 2;
             if (token >= work.n || row >= oc) continue;
             u16* target = y + static_cast<long long>(token) * oc + row;
             if (oc % 2 == 0) {
@@ -492,6 +520,45 @@ __device__ __forceinline__ void store(
             } else {
                 target[0] = static_cast<u16>(turned);
                 if (row + 1 < oc) target[1] = static_cast<u16>(turned >> 16);
+            }
+        }
+    }
+}
+
+// Rounds and stores many tokens: a warpgroup turns kStoreTokens of them at a time in shared memory, so that every store
+// writes 16 bytes and a warp's fill whole lines. A token's 64 rows are 8 pieces of 16 bytes, swizzled by the token.
+__device__ __forceinline__ void store_many(
+    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, u16* y, char* turned) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
+    char* tokens = turned + group * kStoreBytes;
+    const u32 shared = ptx::shared_address(tokens);
+    const int group_row = item.first_row + group * tile::kUnitRows;
+    // Of the four 8x8 matrices of 16 tokens and 16 rows, this lane addresses row lane % 8 of matrix lane / 8.
+    const int own_token = lane / 16 * 8 + lane % 8, own_piece = 2 * warp + lane / 8 % 2;
+#pragma unroll
+    for (int first = 0; first < kTokens; first += kStoreTokens) {
+        ptx::sync_one_of<kGroupBarriers, 128>(group);  // the pieces before have been read
+#pragma unroll
+        for (int i = 0; i < kStoreTokens; i += 16) {
+            const int at = first / 8 + i / 8;
+            const u32 parts[4] = {
+                terms.round(sums, at, 0), terms.round(sums, at, 1), terms.round(sums, at + 1, 0),
+                terms.round(sums, at + 1, 1)};
+            const int token = i + own_token;
+            ptx::store_matrices_turned(shared + token * 128 + (own_piece ^ token % 8) * 16, parts);
+        }
+        ptx::sync_one_of<kGroupBarriers, 128>(group);
+#pragma unroll
+        for (int i = 0; i < kStoreTokens; i += 16) {
+            const int token = i + threadIdx.x % 128 / 8, piece = lane % 8;
+            const int row = group_row + piece * 8, y_token = item.first_token + first + token;
+            if (y_token >= work.n || row >= work.oc) continue;
+            const char* source = tokens + token * 128 + (piece ^ token % 8) * 16;
+            u16* target = y + static_cast<long long>(y_token) * work.oc + row;
+            if (work.oc % 8 == 0) {
+                *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
+            } else {
+                for (int j = 0; j < min(8, work.oc - row); ++j) target[j] = reinterpret_cast<const u16*>(source)[j];
             }
         }
     }
@@ -537,12 +604,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
         if (threadIdx.x == kConsumers + 32) copy_activations(xs, work, rank, x_map, x_rows);
     } else {
         ptx::take_registers<kComputeRegisters>();
-        const float* row_scales = reinterpret_cast<const float*>(scale);
         u32 use = 0;
         for_items(work, rank, [&](const Item& item) {
             float sums[kSums];
             const int count = item.last_block - item.first_block;
-            const int row = item.first_row + threadIdx.x % kFinishers / 32 * tile::kRows + threadIdx.x % 32 / 4;
+            const float* row_scales = reinterpret_cast<const float*>(scale);
+            RowTerms terms(work, item, row_scales, factor);
+            const int row = terms.first_row + threadIdx.x % 32 / 4;
             const scales::RowOffsets offsets = scales::row_offsets(row_scales, row, oc);
             if constexpr (kFew) {
                 multiply_few(sums, weights, xs, slots, use, count, offsets);
@@ -552,7 +620,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
             float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
             if (add_channel_groups(sums, exchange, count, use == 0) &&
                 (item.parts == 1 || add_splits(sums, work, item, rank, partial, arrived))) {
-                store(sums, work, item, row_scales, bias, y, factor);
+                terms.add_bias(work, bias);
+                if constexpr (kMany) {
+                    store_many(sums, work, item, terms, y, slots + kExchangeAt);
+                } else {
+                    store_few(sums, work, item, terms, y);
+                }
             }
             use += count;
         });

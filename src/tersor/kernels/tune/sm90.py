@@ -53,7 +53,9 @@ class Tile:
 
     @property
     def exchange_bytes(self) -> int:
-        """The bytes in which channel groups hand their sums over."""
+        """The bytes in which channel groups hand their sums over, or many tokens' results are turned."""
+        if self.tokens >= 128:
+            return 8192 * self.row_groups
         return 128 * self.row_groups * (self.channel_groups - 1) * self.tokens * 2
 
     def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
