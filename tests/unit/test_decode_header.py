@@ -34,8 +34,8 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         body = header.replace("#pragma once", "").replace("using u32 = unsigned int;", "")
         parts.append(
             f"{defines}namespace {name} {{\n{body}\n}}\n"
-            f'extern "C" void {name}_extract(u32* pairs, const u32* words) '
-            f"{{ {name}::decode::extract(pairs, words); }}\n"
+            f'extern "C" void {name}_extract(u32* registers, const u32* words) '
+            f"{{ {name}::decode::extract(registers, words); }}\n"
         )
     source = tmp_path / "decode.cpp"
     source.write_text("using u32 = unsigned int;\n" + "".join(parts))
@@ -45,6 +45,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
     )
     loaded = ctypes.CDLL(str(library))
+    together = lanes.weights_in_register(target)
     for name in names:
         fmt = formats.get(name)
         group = lanes.lane(fmt, target)
@@ -62,12 +63,14 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
                 flat = [int(word) & 0xFFFFFFFF for word in torch.cat(mine)]
                 registers: list[int] = []
                 for first in range(0, len(flat), group.words):
-                    pairs = (ctypes.c_uint32 * group.pairs)()
-                    extract(pairs, (ctypes.c_uint32 * group.words)(*flat[first : first + group.words]))
-                    registers += list(pairs)
+                    decoded = (ctypes.c_uint32 * group.registers)()
+                    extract(decoded, (ctypes.c_uint32 * group.words)(*flat[first : first + group.words]))
+                    registers += list(decoded)
+                assert len(registers) == 64 // together
                 g, t = divmod(lane_index, 4)
-                for register, pair in enumerate(registers):
+                for register, value in enumerate(registers):
                     row = g + 8 * (register % 2)
-                    column = register // 4 * 16 + register % 4 // 2 * 8 + 2 * t
-                    expected = lanes.place(codes[row, column : column + 2].int(), fmt, target)
-                    assert pair == int(expected[0]) | int(expected[1]) << 16, (name, lane_index, register)
+                    column = (register // 4 * 8 + register % 4 // 2 * 4 + t) * together
+                    fields = lanes.place(codes[row, column : column + together].int(), fmt, target).tolist()
+                    expected = sum(field << (32 // together * place) for place, field in enumerate(fields))
+                    assert value == expected, (name, lane_index, register)

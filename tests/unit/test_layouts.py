@@ -7,14 +7,22 @@ import torch
 
 from tersor import formats
 from tersor.compress import quantize_rtn
-from tersor.layouts import PackedWeight, lanes, stream, tiles
+from tersor.errors import FormatError
+from tersor.layouts import PackedWeight, lanes, scales, stream, tiles
 
+OPERANDS = {
+    "float16": (torch.float16, torch.int16),
+    "bfloat16": (torch.bfloat16, torch.int16),
+    "e4m3": (torch.float8_e4m3fn, torch.uint8),
+    "e5m2": (torch.float8_e5m2, torch.uint8),
+}
 SERVED = [
     (name, target)
     for name in formats.names()
     for target in lanes.TARGETS
     if not lanes.supported(formats.get(name), target)
 ]
+GROUPS = [lanes.lane(formats.get(name), target) for name, target in SERVED]
 
 
 def random_codes(bits: int, *shape: int) -> torch.Tensor:
@@ -43,9 +51,37 @@ def test_stream_takes_more_dimensions_and_strides() -> None:
 
 def test_which_formats_have_tables() -> None:
     served = {name for name, _ in SERVED}
-    assert {"fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8"} <= served
-    assert "zero points" in lanes.supported(formats.get("uint4"), "float16")
-    assert "infinity" in lanes.supported(formats.get("fp8_e5m2"), "float16")
+    assert served == set(formats.names())
+    for target in lanes.PAIR_TARGETS:
+        assert [name for name in formats.names() if lanes.supported(formats.get(name), target)] == []
+    assert "exponents" in lanes.supported(formats.get("fp8_e6m1"), "float16")
+    assert "no decode table" in lanes.supported(formats.get("fp8_e6m1"), "bfloat16")
+    assert all(bits % 32 == 0 for bits in (group.mask.bit_count() * group.registers for group in GROUPS))
+    wide = ("float16", "bfloat16")
+    assert all(group.registers % (8 if group.operand in wide else 4) == 0 for group in GROUPS), "whole pairs of steps"
+    bytes_ = {name for name, target in SERVED if target == "float8_e4m3fn"}
+    assert {"fp7_e3m3", "fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "fp4_e3m0", "fp3_e2m0"} <= bytes_
+    assert "NaN" in lanes.supported(formats.get("fp8_e4m3"), "float8_e4m3fn")
+    assert "no float type" in lanes.supported(formats.get("int4"), "float8_e4m3fn")
+    assert "no decode table" in lanes.supported(formats.get("fp7_e2m4"), "float8_e4m3fn")
+
+
+@pytest.mark.parametrize(("name", "target"), [pair for pair in SERVED if pair[0].startswith("fp")])
+def test_a_placed_float_is_the_value_but_for_a_power_of_two(name: str, target: str) -> None:
+    """What a register holds, read as the operand type, times 2^exponent is the format's value, for every code."""
+    fmt = formats.get(name)
+    group = lanes.lane(fmt, target)
+    codes = torch.arange(1 << fmt.bits, dtype=torch.int32)
+    fields = lanes.place(codes, fmt, target)
+    dtype, width = OPERANDS[group.operand]
+    exponent = group.exponent
+    if target == "bfloat16":  # the pairs are multiplied before they are used
+        exponent = 127 - fmt.bias
+    if group.finish == lanes.Finish.HALVE:
+        fields = halved(fields, group.mask & 0xFFFF)
+    read = fields.to(width).view(dtype).double()
+    assert torch.equal(read * 2.0**exponent, fmt.values().double())
+    assert torch.equal(torch.signbit(read), torch.signbit(fmt.values()))
 
 
 @pytest.mark.parametrize(("name", "target"), SERVED)
@@ -69,7 +105,7 @@ def test_tiles_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "target"), SERVED)
 def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
-    """One nonzero weight in a block decodes to the lane and register that mma.m16n8k16 reads it from."""
+    """One nonzero weight in a block decodes to the lane and register that mma.m16n8k16 or wgmma k32 reads it from."""
     fmt = formats.get(name)
     group = lanes.lane(fmt, target)
     generator = torch.Generator().manual_seed(5)
@@ -82,17 +118,89 @@ def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
         codes[row, column] = wanted
         words = tiles.pack(codes, fmt, target)[: 64 * fmt.bits]
         quads = 2 * fmt.bits // 4 * 4
-        lane_index = row % 8 * 4 + column % 8 // 2
+        together = lanes.weights_in_register(target)
+        lane_index = row % 8 * 4 + column % (4 * together) // together
         mine = [int(words[q * 128 + lane_index * 4 + i]) for q in range(quads // 4) for i in range(4)]
         mine += [int(words[quads * 32 + lane_index * 2 + i]) for i in range(2 * fmt.bits - quads)]
-        register = column // 16 * 4 + column % 16 // 8 * 2 + row // 8
-        first = register // group.pairs * group.words
+        register = column // (8 * together) * 4 + column // (4 * together) % 2 * 2 + row // 8
+        first = register // group.registers * group.words
         value = 0
-        for word, turn in group.outputs()[register % group.pairs]:
+        for word, turn in group.outputs()[register % group.registers]:
             bits = mine[first + word] & 0xFFFFFFFF
             value ^= (bits << turn | bits >> (32 - turn)) & 0xFFFFFFFF if turn else bits
-        half = (value & group.mask) >> (16 * (column % 2)) & 0xFFFF
-        assert int(lanes.unplace(torch.tensor(half, dtype=torch.int32), fmt, target)) == wanted
+        fields = lanes.split(torch.tensor(lanes.signed(value & group.mask), dtype=torch.int32), target)
+        assert int(lanes.unplace(fields, fmt, target)[column % together]) == wanted
+
+
+def halved(fields: torch.Tensor, mask: int) -> torch.Tensor:
+    """What `kHalve` in decode.cuh does to one half of a pair."""
+    normal = ((fields | 0x8000) - 0x0400).to(torch.int16).view(torch.float16)
+    subnormal = (((fields >> 1) & ((mask & 0x7FFF) >> 1)) | 0x8000).to(torch.int16).view(torch.float16)
+    return torch.fmin(normal, subnormal).view(torch.int16).int() ^ (~fields & 0x8000)
+
+
+@pytest.mark.parametrize("group", [None, 16, 32, 48, 128, 320])
+@pytest.mark.parametrize("name", ["uint1", "uint4", "uint7", "uint8"])
+def test_zero_points_change_layout_and_back(name: str, group: int | None) -> None:
+    scheme = formats.get_scheme(name, group, "bfloat16")
+    weight = torch.randn(37, 3 * (group or 100), generator=torch.Generator().manual_seed(2))
+    weight += torch.linspace(-2, 2, 37)[:, None]
+    packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    assert packed.zero_point is not None
+    assert len(packed.zero_point.unique()) > 1
+    for target in lanes.PAIR_TARGETS:
+        tiled = packed.to_layout(f"tiles_{target}")
+        assert tiled.zero_point is None
+        assert torch.equal(tiled.dequantize(), packed.dequantize())
+        back = tiled.to_layout("stream")
+        assert back.zero_point is not None
+        assert torch.equal(back.zero_point, packed.zero_point)
+        assert torch.equal(back.scale, packed.scale)
+        assert torch.equal(back.data, packed.data)
+
+
+@pytest.mark.parametrize("name", [name for name in formats.names() if formats.get(name).kind == "uint"])
+def test_zero_constants_are_exact(name: str) -> None:
+    """Adding the constant to what stands for a code gives code - zero point, for every code and zero point."""
+    fmt = formats.get(name)
+    codes = torch.arange(1 << fmt.bits).view(-1, 1)
+    for target, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        narrow = target == "bfloat16" and fmt.bits < 8
+        zeros = torch.arange(129 if narrow else 256, dtype=torch.uint8)
+        constants = lanes.zero_constants(zeros, fmt, target)
+        base = {"float16": 1024, "bfloat16": -128 if fmt.bits == 8 else 128}[target]
+        total = (codes + base).to(dtype).double() + constants.view(dtype).double()
+        assert torch.equal(total.to(dtype).double(), (codes - zeros.int()).double())
+        assert torch.equal(lanes.zero_points(constants, fmt, target), zeros)
+        if narrow:
+            with pytest.raises(FormatError, match="zero point of 131"):
+                lanes.zero_constants(torch.tensor([[5, 131]], dtype=torch.uint8), fmt, target)
+
+
+def test_where_scales_and_zero_points_lie() -> None:
+    """The bytes that scales.cuh reads: [units, blocks, 4, S, 16] scales, then as many constants; or by rows."""
+    oc, ic = 70, 300
+    scheme = formats.get_scheme("uint4", 100, "float16")
+    with pytest.raises(ValueError, match="multiple of 16"):
+        scales.pack(torch.zeros(oc, 3), None, scheme, ic, "float16")
+    scheme = formats.get_scheme("uint4", 80, "bfloat16")
+    ic = 240
+    scale = torch.rand(oc, 3).bfloat16()
+    zero_point = torch.randint(0, 16, (oc, 3), dtype=torch.uint8)
+    packed = scales.pack(scale, zero_point, scheme, ic, "bfloat16")
+    in_block, size = 8, 16 * 8 * 2
+    assert packed.numel() == 8 * 2 * 2 * size == 128 * 2 * scales.row_bytes(scheme)
+    for row, channel in ((0, 0), (15, 79), (16, 80), (69, 239), (33, 128)):
+        block = (row // 64 * 2 + channel // 128) * 4 + row % 64 // 16
+        at = 2 * size * block + 2 * (channel % 128 * in_block // 128 * 16 + row % 16)
+        assert packed[at : at + 2].view(torch.bfloat16) == scale[row, channel // 80]
+        assert packed[size + at : size + at + 2].view(torch.bfloat16) == -128 - int(zero_point[row, channel // 80])
+    scheme = formats.get_scheme("uint4", None, "float16")
+    rows = scales.pack(scale[:, :1].half(), zero_point[:, :1], scheme, ic, "float16")
+    assert rows.numel() == 128 * 8
+    assert torch.equal(rows.view(torch.float32).view(128, 2)[:oc, 0], scale[:, 0].half().float())
+    pairs = rows.view(torch.float16).view(128, 4)[:oc, 2:].float()
+    assert torch.equal(pairs, (-1024 - zero_point[:, :1].float()).expand(-1, 2))
 
 
 @pytest.mark.parametrize("scale_dtype", list(formats.SCALE_DTYPES))
@@ -108,6 +216,7 @@ def test_packed_weight_changes_layout_and_back(group: int | None, scale_dtype: s
     assert torch.equal(back.scale, packed.scale)
     assert back.scale.dtype == packed.scale.dtype
     assert torch.equal(tiled.dequantize(), packed.dequantize())
+    assert torch.equal(tiled.to_layout("tiles_float8_e4m3fn").to_layout("stream").data, packed.data)
 
 
 def test_scales_of_a_block() -> None:

@@ -91,8 +91,11 @@ def test_the_device_changes_in_both_directions():
     assert same(before, layer.state_dict())
 
 
-def test_the_state_dict_shows_the_stream_whatever_the_layout():
-    layer = make(oc=70, ic=100)
+@pytest.mark.parametrize(
+    "scheme", [SCHEMES[0], get_scheme("uint4", 32), get_scheme("uint8")], ids=lambda scheme: scheme.key()
+)
+def test_the_state_dict_shows_the_stream_whatever_the_layout(scheme):
+    layer = make(scheme, oc=70, ic=96)
     before = copy.deepcopy(layer.state_dict())
     decoded = layer.weight
     layer._set_weight(layer.packed_weight().to_layout(TILES))
@@ -100,14 +103,14 @@ def test_the_state_dict_shows_the_stream_whatever_the_layout():
     assert layer.weight_packed.dim() == 1
     assert same(before, layer.state_dict())
     assert torch.equal(layer.weight, decoded)
-    other = make(oc=70, ic=100)
+    other = make(scheme, oc=70, ic=96)
     other._set_weight(other.packed_weight().to_layout(TILES))
     other.weight_packed.zero_()
     other.load_state_dict(before)
     assert other.layout == STREAM
     assert same(before, other.state_dict())
     # On a CPU the stream is what is multiplied, so the next forward goes back to it, holding one copy.
-    layer(torch.randn(1, 100))
+    layer(torch.randn(1, 96))
     assert layer.layout == STREAM
     assert same(before, layer.state_dict())
 

@@ -30,7 +30,7 @@ def test_reference_is_within_tolerance(
     monkeypatch.setitem(reference.BLOCK_ELEMENTS, "cpu", 1000)
     weight = packed(name, 70, 96, group)
     exact_weight = weight.dequantize().double()
-    for layout in ("stream", "tiles_float16") if not name.startswith("uint") else ("stream",):
+    for layout in ("stream", "tiles_float16"):
         for shape in ((96,), (1, 96), (2, 3, 96)):
             x = torch.randn(shape).to(dtype)
             bias = torch.randn(70).to(dtype)
@@ -103,7 +103,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         (scheme, "stream", half, gpu, "stored stream"),
         (scheme, "tiles_bfloat16", half, gpu, "laid out for bfloat16"),
         (scheme, "tiles_float16", torch.float32, gpu, "float32"),
-        (formats.get_scheme("uint4"), "stream", half, gpu, "zero points"),
+        (formats.get_scheme("fp8_e6m1"), "stream", half, gpu, "exponents"),
+        (scheme, "stream", torch.float8_e4m3fn, gpu, "float8_e4m3fn"),
         (formats.get_scheme("int4", 24), "stream", half, gpu, "multiple of 16"),
         (scheme, "stream", half, cpu, "cpu"),
     ):
@@ -140,7 +141,8 @@ def test_kernels_for_a_model() -> None:
     assert names("fp6_e3m2", None, "NVIDIA A100") == [*older, *rest]
     assert names("fp6_e3m2", None, "NVIDIA H200") == [*older, *newer, *widest, *rest]
     assert names("fp6_e3m2", 128, "NVIDIA H200") == [*older, *newer[:-1], *rest]
-    assert names("uint4", None, "NVIDIA H200") == []
+    assert names("fp8_e6m1", None, "NVIDIA H200") == []
+    assert names("uint4", None, "NVIDIA A100")[0] == "linear_sm80_uint4_float16_n8"
 
 
 def test_weights_just_written_are_not_fetched_early() -> None:

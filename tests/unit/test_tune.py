@@ -78,16 +78,16 @@ def test_scales_in_groups_keep_two_sets_of_sums() -> None:
 def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
     for bits in range(1, 9):
         for tile in tuning.SM80_TILES:
-            depth, resident = tuning.sm80_stages(tile, bits, groups, chip)
-            used = depth * tuning.sm80_stage_bytes(tile, bits, groups)
+            depth, resident = tuning.sm80_stages(tile, bits, 6 * groups, chip)
+            used = depth * tuning.sm80_stage_bytes(tile, bits, 6 * groups)
             assert depth >= 2
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
             assert used >= tile * 132 * 4
         for tile in tuning.sm90_tiles(groups) if chip.capability == (9, 0) else ():
-            slot = tuning.sm90_stage_bytes(tile, bits, groups)
+            slot = tuning.sm90_stage_bytes(tile, bits, 6 * groups)
             assert slot % 1024 == 0
             for resident in tuning.SM90_RESIDENT[tile]:
-                depth = tuning.sm90_stages(tile, resident, bits, groups, chip)
+                depth = tuning.sm90_stages(tile, resident, bits, 6 * groups, chip)
                 assert depth >= 2
                 assert resident * (depth * slot + 2048) <= chip.shared_bytes + 1024
 

@@ -16,7 +16,7 @@ from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import table
-from tersor.layouts import tiles
+from tersor.layouts import scales, tiles
 
 KIND = "tersor bench linear"
 VERSION = 1
@@ -217,6 +217,7 @@ def problem_of(shape: Shape, scheme: Scheme, n: int) -> tune.LinearProblem:
         n=n,
         bits=scheme.format.bits,
         scale_groups=tiles.scales_in_block(scheme.group_size),
+        scale_bytes=scales.row_bytes(scheme),
         aligned=shape.ic % 8 == 0,
     )
 

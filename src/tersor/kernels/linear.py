@@ -9,18 +9,21 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from tersor.formats import ElementFormat, Scheme, get
+from tersor.formats import ElementFormat, Scheme, get, get_scheme, names
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import sm80, sm90
-from tersor.layouts import lanes, tiles
+from tersor.layouts import lanes, scales, tiles
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 
+_SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
+"""Scale dtype -> SCALE_TYPE of scales.cuh."""
+
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
-"""The formats whose every kernel configuration the compile tests build."""
+"""The formats in most use; the others come after them in `compiled_schemes`."""
 
 
 def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool | str]:
@@ -29,7 +32,7 @@ def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool 
         "BITS": fmt.bits,
         "BF16": target == "bfloat16",
         "DECODE_WORDS": group.words,
-        "DECODE_PAIRS": group.pairs,
+        "DECODE_REGISTERS": group.registers,
         "DECODE_MASK": f"{group.mask}u",
         "DECODE_SHIFT": group.shift,
         "DECODE_TERMS": ", ".join(str(number) for row in group.terms for number in row),
@@ -38,35 +41,44 @@ def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool 
     }
 
 
+def _scale_parameters(scheme: Scheme) -> dict[str, int | bool | str]:
+    """One scale a row is float32 in tiles, whatever it was stored in."""
+    groups = tiles.scales_in_block(scheme.group_size)
+    return {
+        "SCALE_GROUPS": groups,
+        "SCALE_TYPE": _SCALE_TYPES[scheme.scale_dtype] if groups else 0,
+        "ZERO_POINTS": scheme.has_zero_point,
+    }
+
+
 @functools.cache
-def sm80_source(fmt: ElementFormat, target: str, scale_groups: int, n_tile: int, stages: int) -> KernelSource:
+def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int) -> KernelSource:
     """Return the mma.sync kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_sm80_{fmt.name}_{target}_n{n_tile}",
+        name=f"tersor_linear_sm80_{scheme.format.name}_{target}_n{n_tile}",
         header="sm80_linear.cuh",
         parameters={
-            **_decode_parameters(fmt, target),
+            **_decode_parameters(scheme.format, target),
+            **_scale_parameters(scheme),
             "N_TILE": n_tile,
             "STAGES": stages,
-            "SCALE_GROUPS": scale_groups,
         },
         arguments="PPPPPPPqiiiif",
     )
 
 
 @functools.cache
-def sm90_source(
-    fmt: ElementFormat, target: str, scale_groups: int, tile: sm90.Tile, weight_slots: int, x_slots: int
-) -> KernelSource:
+def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int, x_slots: int) -> KernelSource:
     """Return the wgmma kernel for one weight type, activation dtype and tile."""
     return KernelSource(
         name=(
-            f"tersor_linear_sm90_{fmt.name}_{target}_{tile.rows}x{tile.tokens}"
+            f"tersor_linear_sm90_{scheme.format.name}_{target}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}"
         ),
         header="sm90_linear.cuh",
         parameters={
-            **_decode_parameters(fmt, target),
+            **_decode_parameters(scheme.format, target),
+            **_scale_parameters(scheme),
             "N_TILE": tile.tokens,
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
@@ -74,18 +86,17 @@ def sm90_source(
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,
-            "SCALE_GROUPS": scale_groups,
             "FEW_TOKENS": sm90.FEW_TOKENS,
         },
         arguments="TPPPPPPiiiiiif",
     )
 
 
-def fused_source(fmt: ElementFormat, target: str, scale_groups: int, config: tune.LinearConfig) -> KernelSource:
+def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig) -> KernelSource:
     """Return the kernel that a configuration asks for."""
     if config.schedule == tune.SM90:
-        return sm90_source(fmt, target, scale_groups, sm90.tile_of(config), config.weight_slots, config.x_slots)
-    return sm80_source(fmt, target, scale_groups, config.n_tile, config.weight_slots)
+        return sm90_source(scheme, target, sm90.tile_of(config), config.weight_slots, config.x_slots)
+    return sm80_source(scheme, target, config.n_tile, config.weight_slots)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -96,19 +107,20 @@ def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def dequantize_source(fmt: ElementFormat, target: str, scale_groups: int) -> KernelSource:
+def dequantize_source(scheme: Scheme, target: str) -> KernelSource:
     """Return the kernel that decodes tiles to a dense 16-bit matrix."""
     return KernelSource(
-        name=f"tersor_dequantize_{fmt.name}_{target}",
+        name=f"tersor_dequantize_{scheme.format.name}_{target}",
         header="dequantize.cuh",
-        parameters={**_decode_parameters(fmt, target), "SCALE_GROUPS": scale_groups},
+        parameters={**_decode_parameters(scheme.format, target), **_scale_parameters(scheme)},
         arguments="PPPiiif",
     )
 
 
 @functools.cache
-def epilogue_source(target: str, row_scale: bool) -> KernelSource:
-    """Return the kernel that scales, biases and rounds a float32 product."""
+def epilogue_source(scheme: Scheme, target: str) -> KernelSource:
+    """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
+    row_scale = scales.scale_bytes(scheme) // 4 if scheme.group_size is None else 0
     return KernelSource(
         name=f"tersor_epilogue_{target}",
         header="epilogue.cuh",
@@ -220,28 +232,45 @@ def launch_epilogue(
 
 def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
     """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
-    groups = tiles.scales_in_block(scheme.group_size)
-    fmt = scheme.format
+    groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
     for tokens in sm80.TILES:
-        depth, _ = sm80.stages(tokens, fmt.bits, groups, chip)
-        yield sm80_source(fmt, target, groups, tokens, depth)
+        depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
+        yield sm80_source(scheme, target, tokens, depth)
     if chip.capability == (9, 0):
         for tile in sm90.tiles(groups):
-            yield sm90_source(fmt, target, groups, tile, *tile.slots(fmt.bits, groups, chip))
-    yield dequantize_source(fmt, target, groups)
-    yield epilogue_source(target, groups == 0)
+            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip))
+    yield dequantize_source(scheme, target)
+    yield epilogue_source(scheme, target)
+
+
+def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
+    """Yield what the compile tests build, and whether in every tile or only in those that need the most registers.
+
+    Every format and every kind of scale is among them, not each format with each kind of scale.
+    """
+    for name in COMPILED_FORMATS:
+        for group_size in (None, 128):
+            yield Scheme(get(name), group_size), True
+    for group_size in (64, 32, 16):
+        yield Scheme(get("fp6_e3m2"), group_size), True
+    yield Scheme(get("uint4"), 128), True
+    for index, name in enumerate(name for name in names() if name not in COMPILED_FORMATS):
+        yield Scheme(get(name)), False
+        yield Scheme(get(name), (128, 64, 32, 16)[index % 4], ("float16", "bfloat16", "float32")[index % 3]), False
+    for name in ("mxfp6_e3m2", "mxfp4_e2m1", "mxint8"):
+        yield get_scheme(name), False
 
 
 def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
-    """Yield every kernel configuration for the chips of one compute capability, each once."""
+    """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once."""
+    widest = {max(sm80.TILES), max(tile.tokens for tile in sm90.tiles(0))}
     seen = set()
     for chip in CHIPS.values():
         if chip.capability != capability:
             continue
-        for name in COMPILED_FORMATS:
-            for group_size in (None, 128, 64, 32):
-                for target in lanes.TARGETS:
-                    for source in sources(Scheme(get(name), group_size), target, chip):
-                        if source not in seen:
-                            seen.add(source)
-                            yield source
+        for scheme, every_tile in compiled_schemes():
+            for target in lanes.PAIR_TARGETS:
+                for source in sources(scheme, target, chip):
+                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in (None, *widest)):
+                        seen.add(source)
+                        yield source

@@ -2,27 +2,29 @@
 
 A block is 16 output rows by 128 input channels. Lane l = 4 g + t holds, for each of the block's eight k16 steps, the
 A fragment of mma.m16n8k16 (PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16"): four registers of two weights, rows g
-and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. These 32 registers are packed, a decode group at a time, into 2 * bits
-words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width ends with a plane of
-two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup multiplies at a time.
-Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of zero.
+and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. For 8-bit activations a register holds four weights instead and the block
+has four k32 steps: the A fragment of wgmma m64nNk32 (PTX ISA 9.0, "Register Fragments for wgmma.mma_async.m64nNk32"),
+rows g and g + 8, channels 4t to 4t+3 and 4t+16 to 4t+19. These 32 or 16 registers are packed, a decode group at a
+time, into 2 * bits words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width
+ends with a plane of two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup
+multiplies at a time. Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of
+zero.
 
-Layout names are `tiles_float16` and `tiles_bfloat16`: the tables differ with the dtype decoded to.
+Layout names are `tiles_float16`, `tiles_bfloat16` and `tiles_float8_e4m3fn`, after the dtype of the activations: the
+tables differ with it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from tersor.formats import ElementFormat, Scheme, scale_values, store_scales
+from tersor.formats import ElementFormat
 from tersor.layouts import lanes
 
 ROWS = 16
 COLUMNS = 128
 UNIT_ROWS = 64
 _UNIT_BLOCKS = UNIT_ROWS // ROWS
-_STEPS = COLUMNS // 16
-_REGISTERS = 4 * _STEPS
 _LANES = 32
 _CHUNK_BLOCKS = 1 << 14
 """Blocks packed at a time: bounds the scratch memory to about 1 GB of int32 registers."""
@@ -47,7 +49,7 @@ def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     Args:
         codes: uint8 [OC, IC].
         fmt: their format.
-        target: `float16` or `bfloat16`, the dtype the kernel decodes to.
+        target: a key of `lanes.TARGETS`, the dtype of the activations.
 
     Returns:
         int32 [row blocks * column blocks * 64 * bits], flat, on the same device.
@@ -71,18 +73,20 @@ def _chunk(across: int) -> int:
 def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
     padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % UNIT_ROWS)
     padded = torch.nn.functional.pad(codes, padding, value=fmt.zero_code)
-    # row = 8 i + g, channel = 16 step + 8 half + 2 t + e; register 4 step + 2 half + i of lane 4 g + t
-    axes = padded.view(-1, 2, 8, across, _STEPS, 2, 4, 2)
+    # With n weights in a register: row = 8 i + g, channel = 8 n step + 4 n half + n t + e; register 4 step + 2 half + i
+    # of lane 4 g + t.
+    together = lanes.weights_in_register(target)
+    axes = padded.view(-1, 2, 8, across, COLUMNS // (8 * together), 2, 4, together)
     fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
-    halves = lanes.place(fragments, fmt, target)
-    registers = (halves[..., 0] | halves[..., 1] << 16).reshape(-1, _LANES, _REGISTERS // group.pairs, group.pairs)
+    joined = lanes.join(lanes.place(fragments, fmt, target))
+    registers = joined.reshape(-1, _LANES, 2 * fmt.bits // group.words, group.registers)
     words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
     for index, sources in enumerate(lanes.packing(group)):
         for register, turn, mask in sources:
             words[..., index] ^= lanes.rotate(registers[..., register], turn) & lanes.signed(mask)
     lane_words = words.view(-1, _LANES, 2 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
-    planes = lane_words[..., :quads].reshape(-1, _LANES, quads // 4, 4).transpose(1, 2).flatten(1)
+    planes = lane_words[..., :quads].unflatten(2, (quads // 4, 4)).transpose(1, 2).flatten(1)
     tail = lane_words[..., quads:].flatten(1)
     blocks = torch.cat((planes, tail), dim=1)
     return blocks.view(-1, _UNIT_BLOCKS, across, 64 * fmt.bits).transpose(1, 2).reshape(-1)
@@ -107,9 +111,9 @@ def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: s
     units = tiles.reshape(-1, across, _UNIT_BLOCKS, 64 * fmt.bits)
     blocks = units.transpose(1, 2).reshape(-1, 64 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
-    planes = blocks[:, : _LANES * quads].view(-1, quads // 4, _LANES, 4).transpose(1, 2).reshape(-1, _LANES, quads)
+    planes = blocks[:, : _LANES * quads].unflatten(1, (quads // 4, _LANES, 4)).transpose(1, 2).flatten(2)
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
-    words = torch.cat((planes, tail), dim=2).view(-1, _LANES, _REGISTERS // group.pairs, group.words)
+    words = torch.cat((planes, tail), dim=2).view(-1, _LANES, 2 * fmt.bits // group.words, group.words)
     mask = lanes.signed(group.mask)
     registers = []
     for sources in group.outputs():
@@ -117,10 +121,10 @@ def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: s
         for word, turn in sources:
             value ^= lanes.rotate(words[..., word], turn)
         registers.append(value & mask)
-    pairs = torch.stack(registers, dim=-1)
-    halves = torch.stack((pairs & 0xFFFF, (pairs >> 16) & 0xFFFF), dim=-1)
-    codes = lanes.unplace(halves, fmt, target).to(torch.uint8)
-    axes = codes.view(-1, across, 8, 4, _STEPS, 2, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7)
+    fields = lanes.split(torch.stack(registers, dim=-1), target)
+    codes = lanes.unplace(fields, fmt, target).to(torch.uint8)
+    together = fields.shape[-1]
+    axes = codes.view(-1, across, 8, 4, COLUMNS // (8 * together), 2, 2, together).permute(0, 6, 2, 1, 4, 5, 3, 7)
     return axes.reshape(-1, across * COLUMNS)
 
 
@@ -143,28 +147,3 @@ def scales_in_block(group_size: int | None) -> int:
 def _greatest_piece(group_size: int) -> int:
     """Return the largest power of two that divides both the group and a block."""
     return min(group_size & -group_size, COLUMNS)
-
-
-def pack_scales(scale: torch.Tensor, scheme: Scheme, ic: int) -> torch.Tensor:
-    """Return scales as kernels read them: float32, [rows padded to 64], or in groups [units, blocks, 4, S, 16]."""
-    values = scale_values(scale, scheme)
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % UNIT_ROWS))
-    if scheme.group_size is None:
-        return padded.reshape(-1)
-    piece = COLUMNS // scales_in_block(scheme.group_size)
-    pieces = padded.repeat_interleave(scheme.group_size // piece, dim=1)
-    across = column_blocks(ic) * (COLUMNS // piece)
-    pieces = torch.nn.functional.pad(pieces, (0, across - pieces.shape[1]))
-    axes = pieces.view(-1, _UNIT_BLOCKS, ROWS, column_blocks(ic), COLUMNS // piece)
-    return axes.permute(0, 3, 1, 4, 2).reshape(-1)
-
-
-def unpack_scales(packed: torch.Tensor, scheme: Scheme, shape: tuple[int, int]) -> torch.Tensor:
-    """Undo `pack_scales`: return [OC, G] in the scheme's scale dtype; exact."""
-    oc, ic = shape
-    if scheme.group_size is None:
-        return store_scales(packed.view(-1, 1)[:oc], scheme)
-    piece = COLUMNS // scales_in_block(scheme.group_size)
-    axes = packed.view(-1, column_blocks(ic), _UNIT_BLOCKS, COLUMNS // piece, ROWS).permute(0, 2, 4, 1, 3)
-    pieces = axes.reshape(row_blocks(oc) * ROWS, -1)[:oc, : ic // piece]
-    return store_scales(pieces[:, :: scheme.group_size // piece], scheme)

@@ -8,7 +8,7 @@ import torch
 
 from tersor.compress import Encoded
 from tersor.formats import Scheme, scale_values
-from tersor.layouts import stream, tiles
+from tersor.layouts import scales, stream, tiles
 
 STREAM = "stream"
 """The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.tiles`."""
@@ -28,8 +28,8 @@ class PackedWeight(_Noted):
         scheme: what codes and scales mean.
         shape: (OC, IC).
         data: int32; [OC, words] in the stored stream, flat in a kernel layout.
-        scale: [OC, G] in the scheme's scale dtype; in a kernel layout float32, flat (`tiles.pack_scales`).
-        zero_point: uint8 [OC, G] for `uint` formats, else `None`.
+        scale: [OC, G] in the scheme's scale dtype; in a kernel layout uint8, flat, zero points included (`scales`).
+        zero_point: uint8 [OC, G] for `uint` formats in the stored stream, else `None`.
         layout: `stream`, or the name of a kernel layout.
     """
 
@@ -54,16 +54,21 @@ class PackedWeight(_Noted):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to_layout(self, layout: str) -> PackedWeight:
-        """Return the same weight in another layout; exact, and undone by going back."""
+        """Return the same weight in another layout; exact, and undone by going back.
+
+        Raises:
+            FormatError: a zero point that kernels for the layout's dtype cannot apply exactly.
+        """
         if layout == self.layout:
             return self
-        fmt, codes, scale = self.scheme.format, self.codes(), self.stored_scale()
+        fmt, codes = self.scheme.format, self.codes()
+        scale, zero_point = self.stored_scales()
         if layout == STREAM:
-            data = stream.pack(codes, fmt.bits)
-        else:
-            data = tiles.pack(codes, fmt, tiles.LAYOUTS[layout])
-            scale = tiles.pack_scales(scale, self.scheme, self.shape[1])
-        return PackedWeight(self.scheme, self.shape, data, scale, self.zero_point, layout)
+            return PackedWeight(self.scheme, self.shape, stream.pack(codes, fmt.bits), scale, zero_point)
+        target = tiles.LAYOUTS[layout]
+        data = tiles.pack(codes, fmt, target)
+        scale = scales.pack(scale, zero_point, self.scheme, self.shape[1], target)
+        return PackedWeight(self.scheme, self.shape, data, scale, None, layout)
 
     def codes(self) -> torch.Tensor:
         """Return the uint8 codes [OC, IC]."""
@@ -72,15 +77,15 @@ class PackedWeight(_Noted):
             return stream.unpack(self.data, fmt.bits, self.shape[1])
         return tiles.unpack(self.data, fmt, tiles.LAYOUTS[self.layout], self.shape)
 
-    def stored_scale(self) -> torch.Tensor:
-        """Return the scales as they are stored: [OC, G] in the scheme's scale dtype."""
+    def stored_scales(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scales as they are stored, [OC, G] in the scheme's scale dtype, and the zero points, if any."""
         if self.layout == STREAM:
-            return self.scale
-        return tiles.unpack_scales(self.scale, self.scheme, self.shape)
+            return self.scale, self.zero_point
+        return scales.unpack(self.scale, self.scheme, self.shape, tiles.LAYOUTS[self.layout])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decoded weight [OC, IC], computed in float32 and rounded once to `dtype`."""
-        return decode(self.codes(), self.stored_scale(), self.zero_point, self.scheme).to(dtype)
+        return decode(self.codes(), *self.stored_scales(), self.scheme).to(dtype)
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

@@ -27,8 +27,8 @@ class PackedModule(nn.Module):
         dtype: of the decoded `weight`; follows `.half()`, `.to(dtype)` and the like.
         layout: the layout `weight_packed` is in now: `stream` or a kernel layout.
         weight_packed: int32 [OC, words] in the stored stream, flat in a kernel layout.
-        weight_scale: [OC, G] in the scheme's scale dtype; float32, flat in a kernel layout.
-        weight_zero_point: uint8 [OC, G] for `uint` formats, else `None`.
+        weight_scale: [OC, G] in the scheme's scale dtype; uint8, flat, zero points included in a kernel layout.
+        weight_zero_point: uint8 [OC, G] for `uint` formats in the stored stream, else `None`.
     """
 
     weight_packed: torch.Tensor
@@ -145,6 +145,8 @@ class PackedModule(nn.Module):
         if self.in_state_dict and self.layout != STREAM:
             stored = self.packed_weight().to_layout(STREAM)
             destination[prefix + PACKED], destination[prefix + SCALE] = stored.data, stored.scale
+            if stored.zero_point is not None:
+                destination[prefix + ZERO_POINT] = stored.zero_point
 
     def _load_from_state_dict(
         self,

@@ -14,7 +14,7 @@ from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import sm80
-from tersor.layouts import STREAM, lanes, tiles
+from tersor.layouts import STREAM, lanes, scales, tiles
 
 if TYPE_CHECKING:
     from tersor.kernels.jit import KernelSource
@@ -85,7 +85,7 @@ def forget() -> None:
 def _no_decode(scheme: Scheme, dtype: torch.dtype) -> str:
     """Return why no kernel decodes this scheme for activations of `dtype`, on whatever GPU, or an empty string."""
     target = target_name(dtype)
-    if target is None:
+    if target not in lanes.PAIR_TARGETS:
         return f"kernels take float16 and bfloat16 activations, not {dtype}"
     unsupported = lanes.supported(scheme.format, target)
     if unsupported:
@@ -146,6 +146,7 @@ def decide(
         n=n,
         bits=scheme.format.bits,
         scale_groups=tiles.scales_in_block(scheme.group_size),
+        scale_bytes=scales.row_bytes(scheme),
         aligned=aligned,
     )
     if tune.fused(problem, gpu):

@@ -197,10 +197,9 @@ def _dequantized(
     from tersor.kernels import linear as family
 
     oc, ic, n = kind.oc, kind.ic, x.shape[0]
-    fmt, target = kind.scheme.format, tiles.LAYOUTS[kind.layout]
-    groups = tiles.scales_in_block(kind.scheme.group_size)
-    decode = jit.get(family.dequantize_source(fmt, target, groups), x.device)
-    finish = jit.get(family.epilogue_source(target, groups == 0), x.device)
+    target = tiles.LAYOUTS[kind.layout]
+    decode = jit.get(family.dequantize_source(kind.scheme, target), x.device)
+    finish = jit.get(family.epilogue_source(kind.scheme, target), x.device)
     stream = current.stream(x.get_device())
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(n, oc)

@@ -107,8 +107,7 @@ class Kind:
         from tersor.kernels import linear as family
 
         target = tiles.LAYOUTS[self.layout]
-        groups = tiles.scales_in_block(self.scheme.group_size)
-        function = jit.get(family.fused_source(self.scheme.format, target, groups, config), index)
+        function = jit.get(family.fused_source(self.scheme, target, config), index)
         return family.prepare_fused(
             function,
             config,

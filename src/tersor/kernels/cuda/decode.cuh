@@ -1,11 +1,12 @@
-// From packed words to pairs of 16-bit floats: one decoder, driven by a table, for every weight type and target.
+// From packed words to registers of floats, two of 16 or four of 8 bits: one decoder, driven by a table, for every
+// weight type and target.
 //
-// A lane's words are decoded in groups. Pair register j of a group is
-//     (rotate(word a, r) ^ rotate(word b, s)) & DECODE_MASK
-// where the table DECODE_TERMS lists a, r, b, s for each j (b is -1 where there is one term), and word index
-// DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and each
-// yields two registers, P & mask and (P << shift) & mask. tersor/layouts/lanes.py holds the tables, packs so that
-// this comes out right, and says which power of two or offset the pairs still carry.
+// A lane's words are decoded in groups. Register j of a group is
+//     (rotate(word a, r) ^ rotate(word b, s) ^ rotate(word c, t)) & DECODE_MASK
+// where the table DECODE_TERMS lists a, r, b, s, c, t for each j (b and c are -1 where there is no such term), and word
+// index DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and
+// each yields two registers, P & mask and (P << shift) & mask. tersor/layouts/lanes.py holds the tables, packs so that
+// this comes out right, and says which power of two or offset the floats still carry.
 //
 // Plain C++ but for `finish`: a CPU test compiles it and runs it over all codes.
 #pragma once
@@ -18,11 +19,11 @@ using u32 = unsigned int;
 
 namespace decode {
 
-constexpr int kWords = DECODE_WORDS;        // packed words in a group
-constexpr int kPairs = DECODE_PAIRS;        // pair registers a group decodes to
-constexpr u32 kMask = DECODE_MASK;          // where the code's bits stand in a pair
-constexpr int kShift = DECODE_SHIFT;        // 0, or the left shift that gives the second register of a row
-constexpr int kTerms[] = {DECODE_TERMS};    // a, r, b, s for each row
+constexpr int kWords = DECODE_WORDS;          // packed words in a group
+constexpr int kRegisters = DECODE_REGISTERS;  // registers a group decodes to
+constexpr u32 kMask = DECODE_MASK;            // where the codes' bits stand in a register
+constexpr int kShift = DECODE_SHIFT;          // 0, or the left shift that gives the second register of a row
+constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row
 
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
     return left == 0 ? word : (word << left) | (word >> (32 - left));
@@ -36,19 +37,24 @@ __device__ __forceinline__ u32 source(const u32* words, int index) {
     return all;
 }
 
-// Fills pairs[kPairs] with the masked code bits of words[kWords].
-__device__ __forceinline__ void extract(u32* pairs, const u32* words) {
-    constexpr int kRows = kShift == 0 ? kPairs : kPairs / 2;
-    static_assert(sizeof(kTerms) / sizeof(int) == 4 * kRows, "DECODE_TERMS must have four entries a row");
+// Fills registers[kRegisters] with the masked code bits of words[kWords].
+__device__ __forceinline__ void extract(u32* registers, const u32* words) {
+    constexpr int kRows = kShift == 0 ? kRegisters : kRegisters / 2;
+    static_assert(sizeof(kTerms) / sizeof(int) == 6 * kRows, "DECODE_TERMS must have six entries a row");
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-        u32 p = rotate(source(words, kTerms[4 * row]), kTerms[4 * row + 1]);
-        if (kTerms[4 * row + 2] >= 0) p ^= rotate(source(words, kTerms[4 * row + 2]), kTerms[4 * row + 3]);
+        u32 p = rotate(source(words, kTerms[6 * row]), kTerms[6 * row + 1]);
+#pragma unroll
+        for (int term = 2; term < 6; term += 2) {
+            if (kTerms[6 * row + term] >= 0) {
+                p ^= rotate(source(words, kTerms[6 * row + term]), kTerms[6 * row + term + 1]);
+            }
+        }
         if constexpr (kShift == 0) {
-            pairs[row] = p & kMask;
+            registers[row] = p & kMask;
         } else {
-            pairs[2 * row] = p & kMask;
-            pairs[2 * row + 1] = (p << kShift) & kMask;
+            registers[2 * row] = p & kMask;
+            registers[2 * row + 1] = (p << kShift) & kMask;
         }
     }
 }
@@ -57,32 +63,40 @@ __device__ __forceinline__ void extract(u32* pairs, const u32* words) {
 
 // What turns masked code bits into numbers; the names are those of tersor.layouts.lanes.Finish.
 enum Finish {
-    kAsIs = 0,          // the bits are already the float, up to a power of two that the epilogue applies
-    kMultiply = 1,      // multiply by 2^(127 - bias): bf16 has no room for the weight's own small exponent
-    kSubtract = 2,      // OR the bits under the mantissa of a power of two, then subtract it and the code's offset
-    kInt8ToBf16 = 3,    // eight bits under seven: the top bit chooses which constant to add
-    kShiftMultiply = 4, // the bits stand where fp16 wants them: move them under bf16's mantissa, then multiply
+    kAsIs = 0,         // the bits are already the float, up to a power of two that the epilogue applies
+    kMultiply = 1,     // multiply by 2^(127 - bias): bf16 has no room for the weight's own small exponent
+    kSubtract = 2,     // OR the bits under the mantissa of a power of two, then subtract it and the code's offset
+    kInt8ToBf16 = 3,   // eight bits under seven: the top bit chooses which constant to add
+    kUint8ToBf16 = 4,  // as before, then subtract the zero point less 128
+    kHalve = 5,        // half of a float with fp16's exponents, of which the top one is an ordinary number
 };
 
+// `constant` is DECODE_CONSTANT, or what stands for the row's zero point.
 template <bool kBf16>
-__device__ __forceinline__ u32 finish(u32 pair) {
+__device__ __forceinline__ u32 finish(u32 pair, u32 constant) {
     constexpr u32 kOneBf16 = 0x3F803F80u, kOneF16 = 0x3C003C00u;
     constexpr u32 kOne = kBf16 ? kOneBf16 : kOneF16;
+    constexpr u32 kSigns = 0x80008000u;
     if constexpr (DECODE_FINISH == kMultiply) {
-        return ptx::fused_multiply_add_pair<kBf16>(pair, DECODE_CONSTANT, 0x80008000u);
+        return ptx::fused_multiply_add_pair<kBf16>(pair, constant, kSigns);
     } else if constexpr (DECODE_FINISH == kSubtract) {
         constexpr u32 kMagic = kBf16 ? 0x43004300u : 0x64006400u;  // 128 or 1024
-        return ptx::fused_multiply_add_pair<kBf16>(pair | kMagic, kOne, DECODE_CONSTANT);
-    } else if constexpr (DECODE_FINISH == kInt8ToBf16) {
+        return ptx::fused_multiply_add_pair<kBf16>(pair | kMagic, kOne, constant);
+    } else if constexpr (DECODE_FINISH == kInt8ToBf16 || DECODE_FINISH == kUint8ToBf16) {
         // value = low7 - 128 + 128 * top. (128 + low7) - 256 or - 128: bf16 -256 and -128 differ in bit 7, where the
         // top bit stands.
         const u32 low = (pair & 0x007F007Fu) | 0x43004300u;
         const u32 addend = (pair & 0x00800080u) ^ 0xC380C380u;
-        return ptx::fused_multiply_add_pair<kBf16>(low, kOne, addend);
-    } else if constexpr (DECODE_FINISH == kShiftMultiply) {
-        constexpr u32 kMagnitude = (kMask & 0x7FFF7FFFu) >> 3;
-        const u32 moved = (pair & 0x80008000u) | ((pair >> 3) & kMagnitude);
-        return ptx::fused_multiply_add_pair<kBf16>(moved, DECODE_CONSTANT, 0x80008000u);
+        const u32 value = ptx::fused_multiply_add_pair<kBf16>(low, kOne, addend);
+        if constexpr (DECODE_FINISH == kInt8ToBf16) return value;
+        return ptx::fused_multiply_add_pair<kBf16>(value, kOne, constant);
+    } else if constexpr (DECODE_FINISH == kHalve) {
+        // Minus the half: one less in the exponent of a normal number, the bits moved down by one for the lowest two
+        // exponents, where the lesser number, the greater magnitude, is right. Below the lowest exponent the first is
+        // infinity or NaN, which the minimum passes over.
+        const u32 normal = (pair | kSigns) - 0x04000400u;
+        const u32 subnormal = ((pair >> 1) & ((kMask & ~kSigns) >> 1)) | kSigns;
+        return ptx::minimum_pair_f16(normal, subnormal) ^ (~pair & kSigns);
     } else {
         return pair;
     }

@@ -3,19 +3,18 @@
 // With one scale a row the decoded values are written without it (they are exact in 16 bits; the epilogue multiplies
 // the float32 product); scales in groups are applied here and the value is rounded once. One warp takes one block.
 //
-// Parameters: BITS and DECODE_* (decode.cuh), BF16, SCALE_GROUPS.
+// Parameters: BITS and DECODE_* (decode.cuh), BF16, SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh).
 #pragma once
 
 #include "ptx.cuh"
 #include "decode.cuh"
 #include "tile.cuh"
+#include "scales.cuh"
 
 namespace dequantize {
 
 constexpr bool kBf16 = BF16;
 constexpr int kWarps = 4;
-constexpr int kGroups = SCALE_GROUPS;
-constexpr int kStepsOfScale = kGroups > 0 ? tile::kSteps / kGroups : tile::kSteps;
 constexpr int kRowWords = tile::kColumns / 2 + 4;  // 16 bytes of padding against bank conflicts
 
 __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
@@ -28,7 +27,7 @@ __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
 
 extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENTRY(
     const char* __restrict__ weight,
-    const float* __restrict__ scale,
+    const char* __restrict__ scale,
     u16* __restrict__ scratch,  // [row blocks of this call * 16, IC]
     int first_row_block,
     int rows,                   // rows of scratch to write
@@ -42,20 +41,28 @@ extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENT
     if (column_block >= blocks) return;
     const long long block = tile::block_index(first_row_block + blockIdx.y, column_block, blocks);
 
+    const char* block_scales = scale + block * scales::kBlockBytes;
+    const int first_row = (first_row_block + blockIdx.y) * tile::kRows + lane / 4;
+    // Rows are padded to whole blocks, with their scales.
+    const scales::RowOffsets offsets =
+        scales::row_offsets(reinterpret_cast<const float*>(scale), first_row, first_row + 9);
+
     u32 words[tile::kLaneWords];
     tile::load_lane(words, weight + block * tile::kBytes, lane);
-    u32 pairs[decode::kPairs];
+    u32 pairs[decode::kRegisters];
 #pragma unroll
     for (int step = 0; step < tile::kSteps; ++step) {
-        const int first_pair = step * 4 % decode::kPairs;
-        if (first_pair == 0) decode::extract(pairs, words + step * 4 / decode::kPairs * decode::kWords);
+        const int first_pair = step * 4 % decode::kRegisters;
+        if (first_pair == 0) {
+            decode::extract(pairs, words + step * 4 / decode::kRegisters * decode::kWords);
+            scales::finish<kBf16>(pairs, step, block_scales, lane / 4, offsets);
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            u32 pair = decode::finish<kBf16>(pairs[first_pair + i]);
+            u32 pair = pairs[first_pair + i];
             const int row = lane / 4 + i % 2 * 8;
-            if constexpr (kGroups > 0) {
-                const long long group = block * kGroups + step / kStepsOfScale;
-                pair = scaled(pair, scale[group * tile::kRows + row] * factor);
+            if constexpr (scales::kGroups > 0) {
+                pair = scaled(pair, scales::in_block(block_scales, step / scales::kSteps, row) * factor);
             }
             exchange[warp][row][step * 8 + i / 2 * 4 + lane % 4] = pair;
         }

@@ -81,6 +81,13 @@ __device__ __forceinline__ u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
     return d;
 }
 
+// The lesser of each half; of a number and a NaN, the number.
+__device__ __forceinline__ u32 minimum_pair_f16(u32 a, u32 b) {
+    u32 d;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 template <bool kBf16>
 __device__ __forceinline__ float widen(u16 value) {
     float wide;

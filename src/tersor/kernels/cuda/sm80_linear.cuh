@@ -11,12 +11,13 @@
 // last adds the parts in their order, so the result does not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
-// SCALE_GROUPS (scales of one row in a block; 0: one scale a row, applied at the end).
+// SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
 #pragma once
 
 #include "ptx.cuh"
 #include "decode.cuh"
 #include "tile.cuh"
+#include "scales.cuh"
 
 namespace linear {
 
@@ -26,23 +27,21 @@ constexpr int kTokenTiles = kTokens / 8;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStages = STAGES;
-constexpr int kGroups = SCALE_GROUPS;
+constexpr int kGroups = scales::kGroups;
 constexpr int kRows = tile::kRows * kWarps;
 
 constexpr int kXStride = tile::kColumns + 8;  // elements; 16 bytes of padding keep ldmatrix free of bank conflicts
-constexpr int kScaleBytes = kGroups * tile::kRows * 4;
-constexpr int kWarpBytes = tile::kBytes + kScaleBytes;
+constexpr int kWarpBytes = tile::kBytes + scales::kBlockBytes;
 constexpr int kStageBytes = kWarps * kWarpBytes + kTokens * kXStride * 2;
 constexpr int kSumStride = kRows + 4;  // floats
 
 static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64, "N_TILE is 8, 16, 32 or 64");
 static_assert(kStages >= 2, "a ring needs two slots");
-static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
 static_assert(kStages * kStageBytes >= kTokens * kSumStride * 4, "the sums are exchanged through the ring");
 
 struct Problem {
     const char* weight;     // blocks of packed codes
-    const float* scale;     // [rows padded] or, in groups, [blocks][SCALE_GROUPS][16]
+    const char* scale;      // by rows or, in groups, by blocks (scales.cuh)
     const u16* x;
     long long x_stride;     // elements between rows of x
     int ic, n;
@@ -53,9 +52,9 @@ struct Problem {
 __device__ __forceinline__ void copy_block(const Problem& p, char* slot, long long block, int lane, u64 policy) {
     tile::copy_lane(ptx::shared_address(slot), p.weight + block * tile::kBytes, lane, policy);
     if constexpr (kGroups > 0) {
-        const char* scales = reinterpret_cast<const char*>(p.scale) + block * kScaleBytes;
-        for (int offset = lane * 16; offset < kScaleBytes; offset += 32 * 16) {
-            ptx::copy_async_16_once(ptx::shared_address(slot + tile::kBytes + offset), scales + offset, policy);
+        const char* source = p.scale + block * scales::kBlockBytes;
+        for (int offset = lane * 16; offset < scales::kBlockBytes; offset += 32 * 16) {
+            ptx::copy_async_16_once(ptx::shared_address(slot + tile::kBytes + offset), source + offset, policy);
         }
     }
 }
@@ -81,37 +80,35 @@ __device__ __forceinline__ void copy_activations(const Problem& p, u16* slot, in
 
 // One block of 128 channels: decode, multiply, and (in groups) scale.
 __device__ __forceinline__ void multiply_block(
-    float (&sums)[kTokenTiles][4], const char* weights, const u16* x, int lane) {
+    float (&sums)[kTokenTiles][4], const char* weights, const u16* x, int lane, const scales::RowOffsets& offsets) {
     u32 words[tile::kLaneWords];
     tile::load_lane(words, weights, lane);
-    const float* scales = reinterpret_cast<const float*>(weights + tile::kBytes) + lane / 4;
+    const char* block_scales = weights + tile::kBytes;
     const u32 x_lane = ptx::shared_address(x + lane % 8 * kXStride + lane / 8 * 8);
-    constexpr int kStepsOfScale = kGroups > 0 ? tile::kSteps / kGroups : tile::kSteps;
     float part[kTokenTiles][4];
-    u32 pairs[decode::kPairs];
+    u32 pairs[decode::kRegisters];
     u32 b[kTokenTiles][4];
 #pragma unroll
     for (int step = 0; step < tile::kSteps; ++step) {
-        const int first_pair = step * 4 % decode::kPairs;
+        const int first_pair = step * 4 % decode::kRegisters;
         if (first_pair == 0) {
-            decode::extract(pairs, words + step * 4 / decode::kPairs * decode::kWords);
-#pragma unroll
-            for (int i = 0; i < decode::kPairs; ++i) pairs[i] = decode::finish<kBf16>(pairs[i]);
+            decode::extract(pairs, words + step * 4 / decode::kRegisters * decode::kWords);
+            scales::finish<kBf16>(pairs, step, block_scales, lane / 4, offsets);
         }
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
             // One ldmatrix.x4 serves the B fragments of two steps.
             if (step % 2 == 0) ptx::load_matrices(b[i], x_lane + (i * 8 * kXStride + step * 16) * 2);
             if constexpr (kGroups > 0) {
-                if (step % kStepsOfScale == 0) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
+                if (step % scales::kSteps == 0) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.0f;
             }
             ptx::multiply_add<kBf16>(
                 kGroups > 0 ? part[i] : sums[i], pairs + first_pair, b[i][step % 2 * 2], b[i][step % 2 * 2 + 1]);
         }
         if constexpr (kGroups > 0) {
-            if (step % kStepsOfScale == kStepsOfScale - 1) {
-                const float low = scales[step / kStepsOfScale * tile::kRows];
-                const float high = scales[step / kStepsOfScale * tile::kRows + 8];
+            if (step % scales::kSteps == scales::kSteps - 1) {
+                const float low = scales::in_block(block_scales, step / scales::kSteps, lane / 4);
+                const float high = scales::in_block(block_scales, step / scales::kSteps, lane / 4 + 8);
 #pragma unroll
                 for (int i = 0; i < kTokenTiles; ++i) {
                     sums[i][0] += low * part[i][0];
@@ -119,6 +116,8 @@ __device__ __forceinline__ void multiply_block(
                     sums[i][2] += high * part[i][2];
                     sums[i][3] += high * part[i][3];
                 }
+                // With many tokens and scales, loads taken ahead of this point would not fit in registers.
+                if constexpr (kGroups * kTokens >= 256) __syncwarp();
             }
         }
     }
@@ -128,7 +127,7 @@ __device__ __forceinline__ void multiply_block(
 
 extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
     const char* __restrict__ weight,
-    const float* __restrict__ scale,
+    const char* __restrict__ scale,
     const u16* __restrict__ x,
     const u16* __restrict__ bias,  // [OC] or null
     u16* __restrict__ y,           // [N, OC], contiguous
@@ -153,6 +152,8 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
     const int row_blocks = (oc + tile::kRows - 1) / tile::kRows;
     const int row_block = min(row_tile * kWarps + warp, row_blocks - 1);
     const u64 policy = ptx::evict_first_policy();
+    const float* row_scales = reinterpret_cast<const float*>(scale);
+    const scales::RowOffsets offsets = scales::row_offsets(row_scales, row_block * tile::kRows + lane / 4, oc);
 
     const auto issue = [&](int stage) {
         if (stage < last) {
@@ -172,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
         issue(stage + kStages - 1);
         const char* slot = ring + (stage - first) % kStages * kStageBytes;
         multiply_block(
-            sums, slot + warp * kWarpBytes, reinterpret_cast<const u16*>(slot + kWarps * kWarpBytes), lane);
+            sums, slot + warp * kWarpBytes, reinterpret_cast<const u16*>(slot + kWarps * kWarpBytes), lane, offsets);
     }
 
     // Fragments to [token][row] in shared memory, so that stores run along the rows.
@@ -214,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
         const int token = i / kRows, row = row_tile * kRows + i % kRows;
         if (row >= oc) continue;
         float value = exchange[token * kSumStride + i % kRows];
-        value *= kGroups == 0 ? scale[row] * factor : factor;
+        value *= kGroups == 0 ? scales::of_row(row_scales, row) * factor : factor;
         if (bias != nullptr) value += ptx::widen<kBf16>(bias[row]);
         y[static_cast<long long>(token) * oc + row] = ptx::narrow<kBf16>(value);
     }

@@ -14,13 +14,14 @@
 // who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS (scales of
-// one row in a block; 0: one scale a row, applied at the end).
+// K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
+// SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
 #pragma once
 
 #include "ptx.cuh"
 #include "decode.cuh"
 #include "tile.cuh"
+#include "scales.cuh"
 #include "wgmma.cuh"
 
 namespace linear {
@@ -37,7 +38,7 @@ constexpr int kChannelGroups = K_GROUPS;
 constexpr int kCluster = CLUSTER;
 constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
-constexpr int kGroups = SCALE_GROUPS;
+constexpr int kGroups = scales::kGroups;
 constexpr bool kFew = kTokens <= FEW_TOKENS;
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
 constexpr int kFinishers = 128 * kRowGroups;  // threads of channel group 0, which write the result
@@ -46,7 +47,7 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kRowGroups;
 constexpr int kSums = kTokens / 2;  // float32 sums of a thread
 
-constexpr int kScaleBytes = kGroups * tile::kUnitRows * 4;  // of one unit: 64 rows of one block
+constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
 constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
 constexpr int kXHalf = kTokens * 128;                // 64 channels, the width of a swizzled row
 constexpr int kSlotHalves = kTokens < 128 ? 2 : 1;   // a slot has a whole block while that is small
@@ -75,7 +76,6 @@ static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma 
 static_assert(kWeightSlots % kChannelGroups == 0 && kXSlots % (kChannelGroups * kSlotsOfBlock) == 0,
               "a slot always serves the same channel group: one that is ahead must not take an old round for its own");
 static_assert(!kMany || kChannelGroups == 1, "results and sums of channel groups share no room");
-static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
 
 // A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the parity
 // of a slot's barriers turns over with every round.
@@ -219,9 +219,10 @@ __device__ __forceinline__ void copy_activations(
     });
 }
 
-// sums += scale * part for one scale group; `scales` points at this lane's first row.
-__device__ __forceinline__ void add_scaled(float (&sums)[kSums], const float (&part)[kSums], const float* scales) {
-    const float low = scales[0], high = scales[8];
+// sums += scale * part for one scale group of the block.
+__device__ __forceinline__ void add_scaled(
+    float (&sums)[kSums], const float (&part)[kSums], const char* block_scales, int group, int row) {
+    const float low = scales::in_block(block_scales, group, row), high = scales::in_block(block_scales, group, row + 8);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
 }
@@ -239,14 +240,14 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
 // A multiplying warp with few tokens. wgmma takes as long for 8 tokens as for 64, so mma.sync feeds the tensor cores
 // faster here; its fragments and sums are those of wgmma for each warp's 16 rows.
 __device__ __forceinline__ void multiply_few(
-    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const scales::RowOffsets& offsets) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     const int channel_group = kChannelGroups == 1 ? 0 : threadIdx.x / kFinishers;
-    constexpr int kPairs = decode::kPairs;
+    constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;
     constexpr int kSetSteps = kPairs / 4;
     constexpr int kChains = kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
-    constexpr int kScaleSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);
     static_assert(!kFew || kSetSteps % 2 == 0, "two steps share a load");
     float parts[kChains][kTokens / 8][4] = {};
 #pragma unroll
@@ -270,9 +271,8 @@ __device__ __forceinline__ void multiply_few(
     for (int block = channel_group; block < count; block += kChannelGroups) {
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
-        const float* scales =
-            reinterpret_cast<const float*>(stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes) +
-            warp * kGroups * tile::kRows + lane / 4;
+        const char* block_scales =
+            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords], fragments[kTokens / 8][4];
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
         const u32 x = xs.address(x_at);
@@ -280,8 +280,7 @@ __device__ __forceinline__ void multiply_few(
         for (int set = 0; set < kSets; ++set) {
             u32 a[kPairs];
             decode::extract(a, words + set * decode::kWords);
-#pragma unroll
-            for (int i = 0; i < kPairs; ++i) a[i] = decode::finish<kBf16>(a[i]);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
             if (set == 0) xs.wait_filled(x_at);
 #pragma unroll
             for (int i = 0; i < kSetSteps; ++i) {
@@ -296,9 +295,11 @@ __device__ __forceinline__ void multiply_few(
                         parts[step % kChains][tokens], a + 4 * i, b[i % 2 * 2], b[i % 2 * 2 + 1]);
                 }
                 if constexpr (kGroups > 0) {
-                    if (step % kScaleSteps == kScaleSteps - 1) {
-                        const float* scale = scales + step / kScaleSteps * tile::kRows;
-                        flush(scale[0], scale[8]);
+                    if (step % scales::kSteps == scales::kSteps - 1) {
+                        const int group = step / scales::kSteps;
+                        flush(
+                            scales::in_block(block_scales, group, lane / 4),
+                            scales::in_block(block_scales, group, lane / 4 + 8));
                     }
                 }
             }
@@ -315,14 +316,14 @@ __device__ __forceinline__ void multiply_few(
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts the
 // blocks that this CTA had before the item.
 __device__ __forceinline__ void multiply_blocks(
-    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const scales::RowOffsets& offsets) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     const int channel_group = kChannelGroups == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / kFinishers, 0);
-    constexpr int kPairs = decode::kPairs;
+    constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;  // decode groups of a block
     constexpr int kSetSteps = kPairs / 4;             // k16 steps of a decode group
     constexpr int kSlotSets = kSets / kSlotsOfBlock;  // decode groups that a slot of activations serves
-    constexpr int kScaleSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);
     static_assert(kSlotSets > 0, "a decode group reads one slot of activations");
     // Decode groups whose products are under way or being prepared: four where registers are plenty.
     constexpr int kAhead = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192 ? 4 : 2;
@@ -338,9 +339,8 @@ __device__ __forceinline__ void multiply_blocks(
     for (; block < count; block += kChannelGroups) {
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
-        const float* scales =
-            reinterpret_cast<const float*>(stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes) +
-            warp * kGroups * tile::kRows + lane / 4;
+        const char* block_scales =
+            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords];
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
         if constexpr (kGroups == 0) {
@@ -364,8 +364,7 @@ __device__ __forceinline__ void multiply_blocks(
                 }
             }
             decode::extract(a, words + set * decode::kWords);
-#pragma unroll
-            for (int i = 0; i < kPairs; ++i) a[i] = decode::finish<kBf16>(a[i]);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
             const u64 x = wgmma::describe(xs.address(at));
             wgmma::fence();
 #pragma unroll
@@ -375,11 +374,11 @@ __device__ __forceinline__ void multiply_blocks(
                 if constexpr (kGroups == 0) {
                     wgmma::Multiply<kBf16>::run(sums, a + 4 * i, b, step > 0 || block > channel_group);
                 } else {
-                    wgmma::Multiply<kBf16>::run(part, a + 4 * i, b, step % kScaleSteps != 0);
-                    if (step % kScaleSteps == kScaleSteps - 1) {
+                    wgmma::Multiply<kBf16>::run(part, a + 4 * i, b, step % scales::kSteps != 0);
+                    if (step % scales::kSteps == scales::kSteps - 1) {
                         wgmma::commit();
                         wgmma::wait<0>();
-                        add_scaled(sums, part, scales + step / kScaleSteps * tile::kRows);
+                        add_scaled(sums, part, block_scales, step / scales::kSteps, lane / 4);
                         if (i + 1 < kSetSteps) wgmma::fence();
                     }
                 }
@@ -483,7 +482,7 @@ struct RowTerms {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
-            scale[half] = kGroups > 0 ? factor : (row < work.oc ? scales[row] * factor : 0.0f);
+            scale[half] = kGroups > 0 ? factor : (row < work.oc ? scales::of_row(scales, row) * factor : 0.0f);
         }
     }
     __device__ __forceinline__ void add_bias(const Work& work, const u16* biases) {
@@ -570,7 +569,7 @@ __device__ __forceinline__ void store_many(
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
     const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 64
     const char* __restrict__ weight,                  // units of packed codes
-    const char* __restrict__ scale,                   // float32 [rows padded] or, in groups, by units
+    const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
     u16* __restrict__ y,                              // [N, OC], contiguous
     float* partial,                                   // sums of split items
@@ -609,11 +608,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
         for_items(work, rank, [&](const Item& item) {
             float sums[kSums];
             const int count = item.last_block - item.first_block;
-            RowTerms terms(work, item, reinterpret_cast<const float*>(scale), factor);
+            const float* row_scales = reinterpret_cast<const float*>(scale);
+            RowTerms terms(work, item, row_scales, factor);
+            const int row = terms.first_row + threadIdx.x % 32 / 4;
+            const scales::RowOffsets offsets = scales::row_offsets(row_scales, row, oc);
             if constexpr (kFew) {
-                multiply_few(sums, weights, xs, slots, use, count);
+                multiply_few(sums, weights, xs, slots, use, count, offsets);
             } else {
-                multiply_blocks(sums, weights, xs, slots, use, count);
+                multiply_blocks(sums, weights, xs, slots, use, count, offsets);
             }
             float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
             if (add_channel_groups(sums, exchange, count, use == 0) &&

@@ -16,6 +16,7 @@ class LinearProblem:
         oc, ic, n: sizes; n is at least 1.
         bits: width of a code.
         scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
+        scale_bytes: what they take in memory, zero points included.
         aligned: rows of x start on 16 bytes, which a tensor map needs.
     """
 
@@ -24,6 +25,7 @@ class LinearProblem:
     n: int
     bits: int
     scale_groups: int = 0
+    scale_bytes: int = 0
     aligned: bool = True
 
 

@@ -32,18 +32,18 @@ _BUSY = (0.18e-6, 0.022e-6)
 """One block on a multiprocessor with enough CTAs, likewise."""
 
 
-def stage_bytes(tile: int, bits: int, scale_groups: int) -> int:
+def stage_bytes(tile: int, bits: int, scale_bytes: int) -> int:
     """Return the bytes of a slot: a block with its scales for each of 8 warps, and padded rows of activations."""
-    return 8 * (256 * bits + scale_groups * 64) + tile * (_COLUMNS + 8) * 2
+    return 8 * (256 * bits + scale_bytes * 16) + tile * (_COLUMNS + 8) * 2
 
 
-def stages(tile: int, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
+def stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
     """Return (slots in the ring, CTAs that fit on a multiprocessor) for one token tile.
 
     CTAs hide each other's waits better than a deeper ring does, so the ring stays at four slots where they fit and
     shrinks to three, then two, only when not even two CTAs would.
     """
-    slot = stage_bytes(tile, bits, scale_groups)
+    slot = stage_bytes(tile, bits, scale_bytes)
     for depth, least in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1)):
         resident = (chip.shared_bytes + _RESERVED_SHARED) // (depth * slot + _RESERVED_SHARED)
         if resident >= least:
@@ -56,7 +56,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
     if problem.n > TOKENS:
         return
     tile = next(tile for tile in TILES if problem.n <= tile)
-    depth, resident = stages(tile, problem.bits, problem.scale_groups, chip)
+    depth, resident = stages(tile, problem.bits, problem.scale_bytes, chip)
     row_tiles = -(-problem.oc // ROWS)
     for splits in range(1, min(_MAX_SPLITS, -(-problem.ic // _COLUMNS)) + 1):
         yield LinearConfig(
@@ -69,7 +69,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
             splits=splits,
             ctas=row_tiles * splits,
             resident=resident,
-            shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_groups),
+            shared_bytes=depth * stage_bytes(tile, problem.bits, problem.scale_bytes),
         )
 
 
@@ -80,7 +80,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     a full multiprocessor, and the blocks of one CTA after the other at their latency. Each wave adds a ramp, and the
     last of several a tail.
     """
-    block_bytes = 8 * (256 * problem.bits + 64 * problem.scale_groups) + problem.n * _COLUMNS * 2
+    block_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes) + problem.n * _COLUMNS * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     latency, busy = (constant + slope * config.n_tile for constant, slope in (_LATENCY, _BUSY))
     blocks = -(-problem.ic // _COLUMNS)

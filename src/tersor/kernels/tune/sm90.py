@@ -46,9 +46,9 @@ class Tile:
         """Threads of a CTA."""
         return 128 * (self.row_groups * self.channel_groups + 1)
 
-    def weight_slot_bytes(self, bits: int, scale_groups: int) -> int:
+    def weight_slot_bytes(self, bits: int, scale_bytes: int) -> int:
         """Return the bytes of a slot of packed weights and their scales."""
-        return self.row_groups * (1024 * bits + 256 * scale_groups)
+        return self.row_groups * (1024 * bits + 64 * scale_bytes)
 
     @property
     def x_slots_of_block(self) -> int:
@@ -67,27 +67,27 @@ class Tile:
             return 8192 * self.row_groups
         return 128 * self.row_groups * (self.channel_groups - 1) * self.tokens * 2
 
-    def slots(self, bits: int, scale_groups: int, chip: Chip) -> tuple[int, int]:
+    def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
         """Return (slots of weights, slots of activations): equally deep, then what is left for activations.
 
         Both are multiples of what the channel groups take at a time.
         """
         budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - _STATIC_SHARED
         budget -= self.exchange_bytes
-        weight, x = self.weight_slot_bytes(bits, scale_groups), self.x_slot_bytes
+        weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
         groups, x_groups = self.channel_groups, self.channel_groups * self.x_slots_of_block
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // groups * groups
         return depth, min(_MAX_SLOTS, (budget - depth * weight) // x) // x_groups * x_groups
 
-    def shared_bytes(self, bits: int, scale_groups: int, chip: Chip) -> int:
+    def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
-        weights, xs = self.slots(bits, scale_groups, chip)
-        return weights * self.weight_slot_bytes(bits, scale_groups) + xs * self.x_slot_bytes + self.exchange_bytes
+        weights, xs = self.slots(bits, scale_bytes, chip)
+        return weights * self.weight_slot_bytes(bits, scale_bytes) + xs * self.x_slot_bytes + self.exchange_bytes
 
 
 def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ctas: int, chip: Chip) -> LinearConfig:
     """Return the configuration of one tile shape with its last tiles, those from `whole_tiles` on, split."""
-    weight_slots, x_slots = tile.slots(problem.bits, problem.scale_groups, chip)
+    weight_slots, x_slots = tile.slots(problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
         schedule=SM90,
         n_tile=tile.tokens,
@@ -102,7 +102,7 @@ def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ct
         whole_tiles=whole_tiles,
         splits=splits,
         ctas=ctas,
-        shared_bytes=tile.shared_bytes(problem.bits, problem.scale_groups, chip),
+        shared_bytes=tile.shared_bytes(problem.bits, problem.scale_bytes, chip),
     )
 
 
@@ -165,7 +165,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     shares = (count - config.whole_tiles) * config.splits
     load = config.whole_tiles // multiprocessors * blocks + -(-shares // multiprocessors) * -(-blocks // config.splits)
     rounds = config.whole_tiles // slots + -(-shares // slots)
-    block_bytes = tile.weight_slot_bytes(problem.bits, problem.scale_groups) + tile.tokens * COLUMNS / 2
+    block_bytes = tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tile.tokens * COLUMNS / 2
     block = max(cost.block, block_bytes * chip.sms / (chip.bandwidth * _ACHIEVED) * 1e6)
     if config.ctas <= chip.sms:
         block += cost.lonely

@@ -1,0 +1,74 @@
+// How a lane reads its scales and zero points: the same layout as in tersor/layouts/scales.py.
+//
+// A lane's registers belong to two rows, by turns: `row` and `row` + 8. With one scale a row the scales are float32,
+// each followed by a pair of 16-bit floats where there are zero points. In groups, a block of 16 rows by 128 channels
+// has [SCALE_GROUPS][16] scales of SCALE_TYPE, then as many 16-bit floats where there are zero points. What stands for
+// a zero point is the number that decode::finish adds to a code.
+//
+// Parameters: SCALE_GROUPS (scales of one row in a block; 0: one scale a row), SCALE_TYPE, ZERO_POINTS.
+#pragma once
+
+namespace scales {
+
+enum Type { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE8m0 = 3 };  // as in tersor/kernels/linear.py
+
+constexpr int kGroups = SCALE_GROUPS;
+constexpr bool kZeroPoints = ZERO_POINTS;
+constexpr int kSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);  // k16 steps under one scale
+constexpr int kBytes = SCALE_TYPE == kFloat32 ? 4 : SCALE_TYPE == kE8m0 ? 1 : 2;
+constexpr int kZeroOffset = kGroups * tile::kRows * kBytes;
+constexpr int kBlockBytes = kZeroOffset + (kZeroPoints ? kGroups * tile::kRows * 2 : 0);
+constexpr int kRowWords = kZeroPoints ? 2 : 1;  // of one scale a row
+
+static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
+static_assert(kBlockBytes % 16 == 0, "blocks are copied in pieces of 16 bytes");
+
+// The scale of a row of a block; `block` points at the block's scales.
+__device__ __forceinline__ float in_block(const char* block, int group, int row) {
+    const int index = group * tile::kRows + row;
+    if constexpr (SCALE_TYPE == kFloat32) {
+        return reinterpret_cast<const float*>(block)[index];
+    } else if constexpr (SCALE_TYPE == kE8m0) {
+        // 2^(byte - 127): the byte is float32's exponent field; 2^-127 is a subnormal.
+        return __uint_as_float(max(static_cast<u32>(static_cast<unsigned char>(block[index])) << 23, 0x00400000u));
+    } else {
+        return ptx::widen<SCALE_TYPE == kBfloat16>(reinterpret_cast<const u16*>(block)[index]);
+    }
+}
+
+// One scale a row: that of a row of the matrix.
+__device__ __forceinline__ float of_row(const float* scales, int row) { return scales[row * kRowWords]; }
+
+// What decode::finish adds to the codes of a lane's two rows, with one scale a row.
+struct RowOffsets {
+    u32 pairs[2] = {DECODE_CONSTANT, DECODE_CONSTANT};
+};
+
+__device__ __forceinline__ RowOffsets row_offsets(const float* scales, int row, int rows) {
+    RowOffsets offsets;
+    if constexpr (kZeroPoints && kGroups == 0) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int index = min(row + 8 * half, rows - 1);
+            offsets.pairs[half] = __float_as_uint(scales[index * kRowWords + 1]);
+        }
+    }
+    return offsets;
+}
+
+// decode::finish for the registers of a decode group that begins with k16 step `step` of a block.
+template <bool kBf16>
+__device__ __forceinline__ void finish(
+    u32* registers, int step, const char* block, int row, const RowOffsets& offsets) {
+#pragma unroll
+    for (int i = 0; i < decode::kRegisters; ++i) {
+        u32 offset = offsets.pairs[i % 2];
+        if constexpr (kZeroPoints && kGroups > 0) {
+            const u16* zeros = reinterpret_cast<const u16*>(block + kZeroOffset);
+            offset = zeros[(step + i / 4) / kSteps * tile::kRows + row + i % 2 * 8] * 0x00010001u;
+        }
+        registers[i] = decode::finish<kBf16>(registers[i], offset);
+    }
+}
+
+}  // namespace scales
