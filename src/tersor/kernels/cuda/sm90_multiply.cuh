@@ -1,0 +1,196 @@
+// The multiplying warps of sm90_linear.cuh: weights from the ring are decoded to registers and meet the activations of
+// the other ring in the tensor cores.
+#pragma once
+
+#include "sm90_pipeline.cuh"
+#include "wgmma.cuh"
+
+namespace linear {
+
+// sums += scale * part for one scale group of the block.
+__device__ __forceinline__ void add_scaled(
+    float (&sums)[kSums], const float (&part)[kSums], const char* block_scales, int group, int row) {
+    const float low = scales::in_block(block_scales, group, row), high = scales::in_block(block_scales, group, row + 8);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
+}
+
+// Tells all CTAs that share a slot of activations that this warp has read it.
+__device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place& at) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kCluster == 1) {
+        if (lane == 0) ptx::barrier_arrive(ring.emptied(at));
+    } else {
+        if (lane < kCluster) ptx::barrier_arrive_at(ring.emptied(at), lane);
+    }
+}
+
+// A multiplying warp with few tokens. wgmma takes as long for 8 tokens as for 64, so mma.sync feeds the tensor cores
+// faster here; its fragments and sums are those of wgmma for each warp's 16 rows.
+__device__ __forceinline__ void multiply_few(
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const scales::RowOffsets& offsets) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    const int channel_group = kChannelGroups == 1 ? 0 : threadIdx.x / kFinishers;
+    constexpr int kPairs = decode::kRegisters;
+    constexpr int kSets = 4 * tile::kSteps / kPairs;
+    constexpr int kSetSteps = kPairs / 4;
+    constexpr int kChains = kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
+    static_assert(!kFew || kSetSteps % 2 == 0, "two steps share a load");
+    float parts[kChains][kTokens / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    WeightRing::Place weights_at(use + channel_group);
+    XRing::Place x_at(use + channel_group);
+    // Where this lane finds row (token) lane % 8 of the 16-byte columns lane / 8 and 4 + lane / 8, under the swizzle.
+    const u32 chunks[2] = {
+        static_cast<u32>(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16),
+        static_cast<u32>(lane % 8 * 128 + ((lane / 8 + 4) ^ lane % 8) * 16)};
+    const auto flush = [&](float low, float high) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            float part = parts[0][i / 4][i % 4];
+            if constexpr (kChains == 2) part += parts[1][i / 4][i % 4];
+            sums[i] += (i % 4 < 2 ? low : high) * part;
+#pragma unroll
+            for (int chain = 0; chain < kChains; ++chain) parts[chain][i / 4][i % 4] = 0.0f;
+        }
+    };
+    for (int block = channel_group; block < count; block += kChannelGroups) {
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        const char* block_scales =
+            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
+        u32 words[tile::kLaneWords], fragments[kTokens / 8][4];
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        const u32 x = xs.address(x_at);
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+            u32 a[kPairs];
+            decode::extract(a, words + set * decode::kWords);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
+            if (set == 0) xs.wait_filled(x_at);
+#pragma unroll
+            for (int i = 0; i < kSetSteps; ++i) {
+                const int step = set * kSetSteps + i;
+#pragma unroll
+                for (int tokens = 0; tokens < kTokens / 8; ++tokens) {
+                    u32(&b)[4] = fragments[tokens];
+                    if (i % 2 == 0) {
+                        ptx::load_matrices(b, x + step / 4 * kXHalf + tokens * 1024 + chunks[step / 2 % 2]);
+                    }
+                    ptx::multiply_add<kBf16>(
+                        parts[step % kChains][tokens], a + 4 * i, b[i % 2 * 2], b[i % 2 * 2 + 1]);
+                }
+                if constexpr (kGroups > 0) {
+                    if (step % scales::kSteps == scales::kSteps - 1) {
+                        const int group = step / scales::kSteps;
+                        flush(
+                            scales::in_block(block_scales, group, lane / 4),
+                            scales::in_block(block_scales, group, lane / 4 + 8));
+                    }
+                }
+            }
+        }
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        release_x(xs, x_at);
+        weights_at.advance(kChannelGroups);
+        x_at.advance(kChannelGroups);
+    }
+    if constexpr (kGroups == 0) flush(1.0f, 1.0f);
+}
+
+// A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts the
+// blocks that this CTA had before the item.
+__device__ __forceinline__ void multiply_blocks(
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const scales::RowOffsets& offsets) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    const int channel_group = kChannelGroups == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / kFinishers, 0);
+    constexpr int kPairs = decode::kRegisters;
+    constexpr int kSets = 4 * tile::kSteps / kPairs;  // decode groups of a block
+    constexpr int kSetSteps = kPairs / 4;             // k16 steps of a decode group
+    constexpr int kSlotSets = kSets / kSlotsOfBlock;  // decode groups that a slot of activations serves
+    static_assert(kSlotSets > 0, "a decode group reads one slot of activations");
+    // Decode groups whose products are under way or being prepared: four where registers are plenty.
+    constexpr int kAhead = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192 ? 4 : 2;
+    float part[kSums];  // of one scale group
+    u32 pairs[kAhead][kPairs];
+    if constexpr (kGroups > 0) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    }
+    WeightRing::Place weights_at(use + channel_group);
+    XRing::Place x_at((use + channel_group) * kSlotsOfBlock), x_before = x_at;
+    int block = channel_group;
+    for (; block < count; block += kChannelGroups) {
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        const char* block_scales =
+            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
+        u32 words[tile::kLaneWords];
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        if constexpr (kGroups == 0) {
+            __syncwarp();
+            if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        }
+        XRing::Place at = x_at;
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+            u32* a = pairs[set % kAhead];
+            if (set > 0 && set % kSlotSets == 0) at.advance();
+            if (set % kSlotSets == 0) xs.wait_filled(at);
+            wgmma::wait<kAhead - 1>();  // the products that read these `pairs` have ended
+            if constexpr (kGroups == 0) {
+                // And with them the slot that their group was the last to read is free.
+                const int done = (set + kSets - kAhead) % kSets;
+                if (done % kSlotSets == kSlotSets - 1 && (set >= kAhead || block > channel_group)) {
+                    XRing::Place free = set >= kAhead ? x_at : x_before;
+                    free.advance(done / kSlotSets);
+                    release_x(xs, free);
+                }
+            }
+            decode::extract(a, words + set * decode::kWords);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
+            const u64 x = wgmma::describe(xs.address(at));
+            wgmma::fence();
+#pragma unroll
+            for (int i = 0; i < kSetSteps; ++i) {
+                const int step = set * kSetSteps + i, half = step / 4 % kSlotHalves;
+                const u64 b = x + wgmma::offset(half * kXHalf + step % 4 * 32);
+                if constexpr (kGroups == 0) {
+                    wgmma::Multiply<kBf16>::run(sums, a + 4 * i, b, step > 0 || block > channel_group);
+                } else {
+                    wgmma::Multiply<kBf16>::run(part, a + 4 * i, b, step % scales::kSteps != 0);
+                    if (step % scales::kSteps == scales::kSteps - 1) {
+                        wgmma::commit();
+                        wgmma::wait<0>();
+                        add_scaled(sums, part, block_scales, step / scales::kSteps, lane / 4);
+                        if (i + 1 < kSetSteps) wgmma::fence();
+                    }
+                }
+            }
+            wgmma::commit();
+        }
+        if constexpr (kGroups > 0) {
+            __syncwarp();
+            if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+            XRing::Place free = x_at;
+#pragma unroll
+            for (int i = 0; i < kSlotsOfBlock; ++i, free.advance()) release_x(xs, free);
+        }
+        weights_at.advance(kChannelGroups);
+        x_before = x_at;
+        x_at.advance(kChannelGroups * kSlotsOfBlock);
+    }
+    wgmma::wait<0>();
+    if (kGroups == 0 && block > channel_group) {
+#pragma unroll
+        for (int i = 0; i < kSlotsOfBlock; ++i, x_before.advance()) {
+            if ((i + 1) * kSlotSets > kSets - kAhead) release_x(xs, x_before);
+        }
+    }
+}
+
+}  // namespace linear

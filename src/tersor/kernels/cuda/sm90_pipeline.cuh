@@ -1,0 +1,205 @@
+// What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, which items a CTA takes, and the two
+// threads that keep its rings full. The parameters are those of sm90_linear.cuh.
+#pragma once
+
+#include "ptx.cuh"
+#include "decode.cuh"
+#include "tile.cuh"
+#include "scales.cuh"
+
+namespace linear {
+
+// 128 opaque bytes that the driver encodes (CUtensorMap).
+struct alignas(64) TensorMap {
+    char opaque[128];
+};
+
+constexpr bool kBf16 = BF16;
+constexpr int kTokens = N_TILE;
+constexpr int kRowGroups = ROW_GROUPS;
+constexpr int kChannelGroups = K_GROUPS;
+constexpr int kCluster = CLUSTER;
+constexpr int kWeightSlots = WEIGHT_SLOTS;
+constexpr int kXSlots = X_SLOTS;
+constexpr int kGroups = scales::kGroups;
+constexpr bool kFew = kTokens <= FEW_TOKENS;
+constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
+constexpr int kFinishers = 128 * kRowGroups;  // threads of channel group 0, which write the result
+constexpr int kConsumers = kFinishers * kChannelGroups;
+constexpr int kThreads = kConsumers + 128;
+constexpr int kRows = tile::kUnitRows * kRowGroups;
+constexpr int kSums = kTokens / 2;  // float32 sums of a thread
+
+constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
+constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
+constexpr int kXHalf = kTokens * 128;                // 64 channels, the width of a swizzled row
+constexpr int kSlotHalves = kTokens < 128 ? 2 : 1;   // a slot has a whole block while that is small
+constexpr int kSlotsOfBlock = 2 / kSlotHalves;
+constexpr int kSlotBoxes = kCluster > kSlotHalves ? kCluster / kSlotHalves : 1;  // of each half
+constexpr int kXSlotBytes = kSlotHalves * kXHalf;
+constexpr int kExchangeBytes = kFinishers * (kChannelGroups - 1) * kSums * 4;  // between channel groups
+
+constexpr bool kMany = kTokens >= 128;               // results are turned in shared memory
+constexpr int kStoreTokens = 64;                     // as many at a time
+constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
+
+// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups or results.
+constexpr int kWeightsAt = kXSlots * kXSlotBytes;
+constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
+
+// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
+constexpr int kCopyRegisters = 40;
+constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
+constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
+constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
+
+enum Barrier { kAllBarrier, kPartsReady, kPartsRead, kFinishersBarrier, kGroupBarriers };  // the last: one a row group
+
+static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma has");
+static_assert(kWeightSlots % kChannelGroups == 0 && kXSlots % (kChannelGroups * kSlotsOfBlock) == 0,
+              "a slot always serves the same channel group: one that is ahead must not take an old round for its own");
+static_assert(!kMany || kChannelGroups == 1, "results and sums of channel groups share no room");
+
+// A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the parity
+// of a slot's barriers turns over with every round.
+template <int kSlots>
+struct Ring {
+    u32 base, bytes, barriers;
+
+    struct Place {
+        u32 slot, parity;
+
+        __device__ __forceinline__ explicit Place(u32 use) : slot(use % kSlots), parity(use / kSlots % 2) {}
+        __device__ __forceinline__ void advance(u32 by = 1) {
+            slot += by;
+            if (slot >= kSlots) {
+                slot -= kSlots;
+                parity ^= 1;
+            }
+        }
+    };
+
+    // `readers` warps tell when they have read a slot.
+    __device__ __forceinline__ void start(int readers) const {
+        for (int slot = 0; slot < kSlots; ++slot) {
+            ptx::barrier_init(barriers + slot * 16, 1);
+            ptx::barrier_init(barriers + slot * 16 + 8, readers);
+        }
+    }
+    __device__ __forceinline__ u32 address(const Place& at) const { return base + at.slot * bytes; }
+    __device__ __forceinline__ u32 filled(const Place& at) const { return barriers + at.slot * 16; }
+    __device__ __forceinline__ u32 emptied(const Place& at) const { return filled(at) + 8; }
+    __device__ __forceinline__ void wait_filled(const Place& at) const { ptx::barrier_wait(filled(at), at.parity); }
+    // A barrier that has not turned over yet counts as one that ended the phase of parity 1.
+    __device__ __forceinline__ void wait_emptied(const Place& at) const {
+        ptx::barrier_wait(emptied(at), at.parity ^ 1);
+    }
+};
+
+// What the launch asks for, and which part of it an item is.
+struct Work {
+    int oc, ic, n;
+    int whole_tiles, splits;  // tiles before `whole_tiles` are one item each, the others `splits`
+
+    __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
+    __device__ __forceinline__ int token_tiles() const { return (n + kTokens - 1) / kTokens; }
+    __device__ __forceinline__ int row_tiles() const { return (oc + kCluster * kRows - 1) / (kCluster * kRows); }
+    __device__ __forceinline__ int tiles() const { return token_tiles() * row_tiles(); }  // of a cluster
+    __device__ __forceinline__ int items() const { return whole_tiles + (tiles() - whole_tiles) * splits; }
+};
+
+struct Item {
+    int tile, part, parts;          // of the cluster
+    int first_row, first_token;
+    int first_block, last_block;
+
+    __device__ __forceinline__ Item(const Work& work, int index, int rank) {
+        tile = index, part = 0, parts = 1;
+        if (index >= work.whole_tiles) {
+            parts = work.splits;
+            tile = work.whole_tiles + (index - work.whole_tiles) / parts;
+            part = (index - work.whole_tiles) % parts;
+        }
+        // Token tiles by bands: what runs at a time shares activations as well as weights.
+        const int band = tile / (kBand * work.row_tiles()), in_band = tile % (kBand * work.row_tiles());
+        const int width = min(kBand, work.token_tiles() - band * kBand);
+        first_token = (band * kBand + in_band % width) * kTokens;
+        first_row = (in_band / width * kCluster + rank) * kRows;
+        first_block = work.blocks() * part / parts;
+        last_block = work.blocks() * (part + 1) / parts;
+    }
+};
+
+using WeightRing = Ring<kWeightSlots>;
+using XRing = Ring<kXSlots>;
+
+// Calls run(item) for every item of this CTA.
+template <typename Run>
+__device__ __forceinline__ void for_items(const Work& work, int rank, const Run& run) {
+#pragma unroll 1
+    for (int index = blockIdx.x / kCluster; index < work.items(); index += gridDim.x / kCluster) {
+        run(Item(work, index, rank));
+    }
+}
+
+// The thread that copies weights.
+__device__ __forceinline__ void copy_weights(
+    const WeightRing& ring, const Work& work, int rank, const char* weight, const char* scale) {
+    const u64 policy = ptx::evict_first_policy();
+    const int row_units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
+    const long long blocks = work.blocks();
+    WeightRing::Place at(0);
+    for_items(work, rank, [&](const Item& item) {
+        const int row_unit = item.first_row / tile::kUnitRows;
+        const int units = max(0, min(kRowGroups, row_units - row_unit));
+#pragma unroll 1
+        for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
+            ring.wait_emptied(at);
+            ptx::barrier_expect(ring.filled(at), units * (tile::kUnitBytes + kScaleBytes));
+#pragma unroll 1
+            for (int i = 0; i < units; ++i) {
+                const long long unit = (row_unit + i) * blocks + block;
+                ptx::bulk_copy_once(
+                    ring.address(at) + i * tile::kUnitBytes, weight + unit * tile::kUnitBytes, tile::kUnitBytes,
+                    ring.filled(at), policy);
+                if constexpr (kGroups > 0) {
+                    ptx::bulk_copy_once(
+                        ring.address(at) + kRowGroups * tile::kUnitBytes + i * kScaleBytes, scale + unit * kScaleBytes,
+                        kScaleBytes, ring.filled(at), policy);
+                }
+            }
+        }
+    });
+}
+
+// The thread that copies activations: `x_rows` rows in a box of the tensor map.
+__device__ __forceinline__ void copy_activations(
+    const XRing& ring, const Work& work, int rank, const TensorMap& x_map, int x_rows) {
+    ptx::prefetch_map(&x_map);
+    ptx::wait_for_earlier_kernels();
+    XRing::Place at(0);
+    for_items(work, rank, [&](const Item& item) {
+#pragma unroll 1
+        for (int block = item.first_block; block < item.last_block; ++block) {
+#pragma unroll
+            for (int i = 0; i < kSlotsOfBlock; ++i, at.advance()) {
+                ring.wait_emptied(at);
+                ptx::barrier_expect(ring.filled(at), kSlotHalves * kSlotBoxes * x_rows * 128);
+#pragma unroll
+                for (int half = 0; half < kSlotHalves; ++half) {
+                    const int channel = block * tile::kColumns + (i + half) * 64;
+                    const u32 target = ring.address(at) + half * kXHalf;
+                    if constexpr (kCluster == 1) {
+                        ptx::tensor_copy(target, &x_map, channel, item.first_token, ring.filled(at));
+                    } else if (kSlotHalves == 1 || half == rank % kSlotHalves) {
+                        const int first = kSlotHalves * (rank / kSlotHalves) * (kTokens / kCluster);
+                        ptx::tensor_copy_to_all<kCluster>(
+                            target + first * 128, &x_map, channel, item.first_token + first, ring.filled(at));
+                    }
+                }
+            }
+        }
+    });
+}
+
+}  // namespace linear
