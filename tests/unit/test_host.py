@@ -150,7 +150,7 @@ def test_what_is_noted_on_a_weight_is_not_part_of_it() -> None:
 def test_early_fetches_need_a_weight_that_lies_still(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.kernels.jit import tensor_map
 
-    monkeypatch.setattr(tensor_map, "rows_of_16_bit", lambda *sizes: sizes)
+    monkeypatch.setattr(tensor_map, "rows", lambda *sizes: sizes)
     monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
     plan.forget()
     weight, x = packed(), torch.zeros(16, 1024, dtype=HALF)

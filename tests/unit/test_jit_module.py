@@ -214,18 +214,18 @@ def test_a_tensor_map_is_encoded_from_every_number(monkeypatch: pytest.MonkeyPat
     types = native._ARGUMENTS["cuTensorMapEncodeTiled"]
     encoder = ctypes.CFUNCTYPE(ctypes.c_int, *types)(encode)
     monkeypatch.setattr(native, "function", {"cuTensorMapEncodeTiled": encoder}.__getitem__)
-    tensor_map.rows_of_16_bit.cache_clear()
-    first = tensor_map.rows_of_16_bit(2**47, 5, 300, 304, True, 8)
-    assert first == tensor_map.rows_of_16_bit(2**47, 5, 300, 304, True, 8) == bytes([1]) * 128
-    assert tensor_map.rows_of_16_bit(2**47, 5, 300, 304, False, 16) == bytes([2]) * 128
+    tensor_map.rows.cache_clear()
+    first = tensor_map.rows(2**47, 5, 300, 304, tensor_map.BFLOAT16, 8)
+    assert first == tensor_map.rows(2**47, 5, 300, 304, tensor_map.BFLOAT16, 8) == bytes([1]) * 128
+    assert tensor_map.rows(2**47, 5, 300, 304, tensor_map.FLOAT16, 16) == bytes([2]) * 128
     ends = ((300, 5), (608,))
     assert calls == [
         (9, 2, 2**47, *ends, (64, 8), (1, 1), 0, 3, 3, 0),
         (6, 2, 2**47, *ends, (64, 16), (1, 1), 0, 3, 3, 0),
     ]
     with pytest.raises(KernelError, match=r"no tensor map for \[5, 300\] with 304 elements a row at 0x0: CUDA error 1"):
-        tensor_map.rows_of_16_bit(0, 5, 300, 304, False, 16)
-    tensor_map.rows_of_16_bit.cache_clear()
+        tensor_map.rows(0, 5, 300, 304, tensor_map.FLOAT16, 16)
+    tensor_map.rows.cache_clear()
 
 
 def test_a_machine_without_the_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,10 @@ from tersor.layouts import lanes, scales, tiles
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 
+FP8 = "float8_e4m3fn"
+"""The decode target for 8-bit activations."""
+_QUANTIZE_THREADS = 256
+
 _SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
 """Scale dtype -> SCALE_TYPE of scales.cuh."""
 
@@ -26,8 +30,9 @@ COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", 
 """The formats in most use; the others come after them in `compiled_schemes`."""
 
 
-def _decode_parameters(fmt: ElementFormat, target: str) -> dict[str, int | bool | str]:
-    group = lanes.lane(fmt, target)
+def _decode_parameters(fmt: ElementFormat, target: str, fp8: bool = False) -> dict[str, int | bool | str]:
+    """Parameters of decode.cuh; `target` is the dtype of the result, and of the activations unless they are 8-bit."""
+    group = lanes.lane(fmt, FP8 if fp8 else target)
     return {
         "BITS": fmt.bits,
         "BF16": target == "bfloat16",
@@ -69,16 +74,18 @@ def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int) -> Kernel
 
 @functools.cache
 def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int, x_slots: int) -> KernelSource:
-    """Return the wgmma kernel for one weight type, activation dtype and tile."""
+    """Return the wgmma kernel for one weight type, dtype of the result and tile."""
     return KernelSource(
         name=(
-            f"tersor_linear_sm90_{scheme.format.name}_{target}_{tile.rows}x{tile.tokens}"
+            f"tersor_linear_sm90_{scheme.format.name}_{FP8 + '_' if tile.fp8 else ''}{target}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}"
         ),
         header="sm90_linear.cuh",
         parameters={
-            **_decode_parameters(scheme.format, target),
+            **_decode_parameters(scheme.format, target, tile.fp8),
             **_scale_parameters(scheme),
+            "FP8": tile.fp8,
+            "FP8_WEIGHT": 5 if tile.fp8 and lanes.lane(scheme.format, FP8).operand == "e5m2" else 4,
             "N_TILE": tile.tokens,
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
@@ -88,7 +95,7 @@ def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int,
             "X_SLOTS": x_slots,
             "FEW_TOKENS": sm90.FEW_TOKENS,
         },
-        arguments="TPPPPPPiiiiiif",
+        arguments="TPPPPPPPiiiiiif",
     )
 
 
@@ -104,6 +111,17 @@ def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
     outputs = config.token_tiles * config.row_tiles - config.whole_tiles * config.cluster
     tokens = config.n_tile if config.schedule == tune.SM90 else n
     return outputs * config.splits * 64 * config.row_groups * tokens, outputs
+
+
+@functools.cache
+def quantize_source(target: str) -> KernelSource:
+    """Return the kernel that turns 16-bit activations of a dtype into e4m3 with a scale a token."""
+    return KernelSource(
+        name=f"tersor_quantize_activations_{target}",
+        header="quantize_activations.cuh",
+        parameters={"BF16": target == "bfloat16"},
+        arguments="PPPqqii",
+    )
 
 
 @functools.cache
@@ -129,8 +147,9 @@ def epilogue_source(scheme: Scheme, target: str) -> KernelSource:
     )
 
 
-FusedLaunch: TypeAlias = Callable[[int, int, int, int, int, int, int, int, int, bool], None]
-"""Takes stream, weight, scale, x, elements between rows of x, bias, y, partial, arrived, early: see `prepare_fused`."""
+FusedLaunch: TypeAlias = Callable[[int, int, int, int, int, int, int, int, int, int, bool], None]
+"""Takes stream, weight, scale, x, elements between rows of x, scales of x, bias, y, partial, arrived, early: see
+`prepare_fused`."""
 
 
 def prepare_fused(
@@ -158,6 +177,7 @@ def prepare_fused(
         scale: int,
         x: int,
         stride: int,
+        x_scale: int,
         bias: int,
         y: int,
         partial: int,
@@ -171,7 +191,8 @@ def prepare_fused(
         return launch_sm80
 
     grid, block = (config.ctas, 1, 1), (sm90.tile_of(config).threads, 1, 1)
-    rows_of_x, box = tensor_map.rows_of_16_bit, sm90.box_rows(config, n)
+    rows_of_x, box = tensor_map.rows, sm90.box_rows(config, n)
+    kind = tensor_map.BYTE if config.activation_bits == 8 else tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
     whole_tiles, splits = config.whole_tiles, config.splits
 
     def launch_sm90(
@@ -180,17 +201,52 @@ def prepare_fused(
         scale: int,
         x: int,
         stride: int,
+        x_scale: int,
         bias: int,
         y: int,
         partial: int,
         arrived: int,
         early: bool,
     ) -> None:
-        x_map = rows_of_x(x, n, ic, stride, bf16, box)
-        arguments = (x_map, weight, scale, bias, y, partial, arrived, oc, ic, n, whole_tiles, splits, box, factor)
-        run(grid, block, shared, stream, arguments, early)
+        x_map = rows_of_x(x, n, ic, stride, kind, box)
+        sizes = (oc, ic, n, whole_tiles, splits, box)
+        run(
+            grid,
+            block,
+            shared,
+            stream,
+            (x_map, weight, scale, bias, x_scale, y, partial, arrived, *sizes, factor),
+            early,
+        )
 
     return launch_sm90
+
+
+QuantizeLaunch: TypeAlias = Callable[[int, int, int, int], int]
+"""Takes stream, x, elements between rows of x and where codes and scales go: see `prepare_quantize`."""
+
+
+def codes_stride(ic: int) -> int:
+    """Return the bytes from one token's e4m3 codes to the next: whole 16 bytes, as a tensor map needs."""
+    return -(-ic // 16) * 16
+
+
+def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
+    """Return what launches the quantising of activations [n, ic] to e4m3.
+
+    What is returned takes the handle of a stream, the address and stride of x and the address of n * (codes_stride +
+    4) bytes: codes [n, codes_stride], then float32 scales [n], whose address it returns.
+    """
+    grid, block, row = (n, 1, 1), (_QUANTIZE_THREADS, 1, 1), codes_stride(ic)
+    run = function.launch
+
+    def launch(stream: int, x: int, stride: int, codes: int) -> int:
+        scales_at = codes + n * row
+        aligned = not (x % 16 or stride % 8)
+        run(grid, block, 0, stream, (x, codes, scales_at, stride, row, ic, aligned), True)
+        return scales_at
+
+    return launch
 
 
 def launch_dequantize(
@@ -241,6 +297,15 @@ def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
             yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip))
     yield dequantize_source(scheme, target)
     yield epilogue_source(scheme, target)
+
+
+def fp8_sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
+    """Yield every kernel that a linear with 8-bit activations can ask for on a chip; `target` is of the result."""
+    groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
+    if chip.capability == (9, 0):
+        yield quantize_source(target)
+        for tile in sm90.tiles(groups, fp8=True):
+            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip))
 
 
 def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:

@@ -4,7 +4,7 @@ from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedExperts
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
-from tersor.nn.replace import linear_shape, swap_linear, unpack_model
+from tersor.nn.replace import linear_shape, multiply_with, swap_linear, unpack_model
 
 __all__ = [
     "PackedEmbedding",
@@ -13,6 +13,7 @@ __all__ = [
     "PackedModule",
     "TiedLinear",
     "linear_shape",
+    "multiply_with",
     "swap_linear",
     "unpack_model",
 ]

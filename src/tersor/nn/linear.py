@@ -20,6 +20,7 @@ class PackedLinear(PackedModule):
     Attributes:
         in_features, out_features: IC and OC.
         transposed: whether the module it replaced kept its weight as [IC, OC] (GPT-2's Conv1D).
+        activations: `16bit`, or `fp8`: quantised to e4m3 by the operator; set by `multiply_with`.
         bias: [OC] or `None`.
     """
 
@@ -51,6 +52,7 @@ class PackedLinear(PackedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = False
+        self.activations = "16bit"
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
         else:
@@ -89,6 +91,21 @@ class PackedLinear(PackedModule):
             bias = self.bias
         return ops.linear(x, weight, bias)
 
+    def multiply_with(self, activations: str) -> None:
+        """Choose what the weight is multiplied with from now on.
+
+        Args:
+            activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
+                like), which takes the FP8 tensor cores of compute capability 9.0 and the reference elsewhere.
+
+        Raises:
+            InputError: no such kind of activations.
+            UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
+        """
+        ops.preferred_layout(self.scheme, self.dtype, self.weight_packed.device, activations)
+        self.activations = activations
+        self._ready_for = None
+
     def prepare(self, dtype: torch.dtype) -> None:
         """Put the packed weight into the layout that serves activations of `dtype` on the module's device.
 
@@ -99,7 +116,7 @@ class PackedLinear(PackedModule):
         device = weight.data.device
         if self._ready_for == dtype or device.type == "meta":
             return
-        layout = ops.preferred_layout(self.scheme, dtype, device)
+        layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
         if layout != weight.layout:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersor import ops
 from tersor.checkpoint.modules import packable_embedding
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
@@ -126,6 +127,24 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
     new.train(old.training)
     model.set_submodule(name, new)
     return new
+
+
+def multiply_with(model: nn.Module, activations: str) -> None:
+    """Choose what every packed linear of a model is multiplied with: `16bit` or `fp8` (`PackedLinear.multiply_with`).
+
+    Raises:
+        InputError: no such kind of activations.
+        UnsupportedError: a linear's weights cannot be multiplied with 8-bit activations; the message names it, and
+            no linear has changed.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for name, module in linears.items():
+        try:
+            ops.preferred_layout(module.scheme, module.dtype, module.weight_packed.device, activations)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error}") from None
+    for module in linears.values():
+        module.multiply_with(activations)
 
 
 def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:

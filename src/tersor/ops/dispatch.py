@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tersor import hardware, settings
-from tersor.errors import UnsupportedError
+from tersor.errors import InputError, UnsupportedError, did_you_mean
 from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
@@ -18,6 +18,12 @@ from tersor.layouts import STREAM, lanes, scales, tiles
 
 if TYPE_CHECKING:
     from tersor.kernels.jit import KernelSource
+
+ACTIVATIONS_16BIT = "16bit"
+ACTIVATIONS_FP8 = "fp8"
+ACTIVATIONS = (ACTIVATIONS_16BIT, ACTIVATIONS_FP8)
+"""What a linear multiplies with: activations as they come, or quantised to e4m3 with one scale a token."""
+FP8_LAYOUT = "tiles_float8_e4m3fn"
 
 FUSED = "fused"
 DEQUANTIZE = "dequantize + cuBLAS"
@@ -96,6 +102,17 @@ def _no_decode(scheme: Scheme, dtype: torch.dtype) -> str:
 
 
 @functools.cache
+def fp8_obstacle(scheme: Scheme) -> str:
+    """Return why weights of this scheme cannot be multiplied with 8-bit activations, or an empty string."""
+    unsupported = lanes.supported(scheme.format, tiles.LAYOUTS[FP8_LAYOUT])
+    if unsupported:
+        return unsupported
+    if scheme.group_size is not None and scheme.group_size % 32:
+        return f"group size {scheme.group_size} is not a multiple of 32"
+    return ""
+
+
+@functools.cache
 def _device_obstacle(index: int) -> str:
     from tersor.kernels.jit import arch_for
 
@@ -106,8 +123,28 @@ def _device_obstacle(index: int) -> str:
     return ""
 
 
-def preferred_layout(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
-    """Return the layout in which a weight should lie to be multiplied with `dtype` activations on `device`."""
+def preferred_layout(
+    scheme: Scheme, dtype: torch.dtype, device: torch.device, activations: str = ACTIVATIONS_16BIT
+) -> str:
+    """Return the layout in which a weight should lie to be multiplied with `dtype` activations on `device`.
+
+    Args:
+        scheme: of the weight.
+        dtype, device: of the activations, as they come.
+        activations: `16bit`, or `fp8`: the operator quantises them to e4m3, one scale a token, before it multiplies.
+
+    Raises:
+        InputError: no such kind of activations.
+        UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
+    """
+    if activations == ACTIVATIONS_FP8:
+        why = fp8_obstacle(scheme)
+        if why:
+            raise UnsupportedError(f"activations fp8 with weights in {scheme.key()}: {why}")
+        return FP8_LAYOUT
+    if activations != ACTIVATIONS_16BIT:
+        near = did_you_mean(activations, ACTIVATIONS)
+        raise InputError(f"activations {activations!r}{near}: use {' or '.join(ACTIVATIONS)}")
     if obstacle(scheme, dtype, device):
         return STREAM
     return f"tiles_{target_name(dtype)}"
@@ -130,6 +167,8 @@ def decide(
         dtype, device: of the activations.
         aligned: rows of activations start on 16 bytes.
     """
+    if layout == FP8_LAYOUT:
+        return _decide_fp8(scheme, shape, n, dtype, device)
     why = obstacle(scheme, dtype, device)
     if why:
         return Decision(REFERENCE, None, "{}", (why,))
@@ -140,15 +179,7 @@ def decide(
         return Decision(REFERENCE, None, "the weight is laid out for {} activations, these are {}", facts)
     gpu = chip(device)
     limit = sm80.TOKENS
-    problem = tune.LinearProblem(
-        oc=shape[0],
-        ic=shape[1],
-        n=n,
-        bits=scheme.format.bits,
-        scale_groups=tiles.scales_in_block(scheme.group_size),
-        scale_bytes=scales.row_bytes(scheme),
-        aligned=aligned,
-    )
+    problem = _problem(scheme, shape, n, aligned=aligned)
     if tune.fused(problem, gpu):
         config = tune.choose(problem, gpu)
         if n <= limit:
@@ -162,13 +193,50 @@ def decide(
     return Decision(DEQUANTIZE, None, sentence, (n, limit, *gpu.capability))
 
 
+def _decide_fp8(scheme: Scheme, shape: tuple[int, int], n: int, dtype: torch.dtype, device: torch.device) -> Decision:
+    if _reference_wanted():
+        return Decision(REFERENCE, None, "TERSOR_KERNEL is set to reference")
+    if device.type != "cuda":
+        return Decision(REFERENCE, None, "kernels need a CUDA device, this is {}", (device.type,))
+    if target_name(dtype) not in lanes.PAIR_TARGETS:
+        return Decision(REFERENCE, None, "kernels take float16 and bfloat16 activations, not {}", (dtype,))
+    gpu = chip(device)
+    if gpu.capability != (9, 0):
+        facts = gpu.capability
+        return Decision(REFERENCE, None, "8-bit activations need compute capability 9.0, this is {}.{}", facts)
+    config = tune.choose(_problem(scheme, shape, n, activation_bits=8), gpu)
+    return Decision(FUSED, config, "activations are quantised to e4m3; {}", (config,))
+
+
+def _problem(
+    scheme: Scheme, shape: tuple[int, int], n: int, *, aligned: bool = True, activation_bits: int = 16
+) -> tune.LinearProblem:
+    return tune.LinearProblem(
+        oc=shape[0],
+        ic=shape[1],
+        n=n,
+        bits=scheme.format.bits,
+        scale_groups=tiles.scales_in_block(scheme.group_size),
+        scale_bytes=scales.row_bytes(scheme),
+        aligned=aligned,
+        activation_bits=activation_bits,
+    )
+
+
 def explain(
-    scheme: Scheme, oc: int, ic: int, n: int, dtype: torch.dtype = torch.float16, device: torch.device | str = "cuda"
+    scheme: Scheme,
+    oc: int,
+    ic: int,
+    n: int,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cuda",
+    activations: str = ACTIVATIONS_16BIT,
 ) -> Reason:
     """Say who would serve y[n, oc] = x[n, ic] @ W^T with W in `scheme`, in its preferred layout, and why.
 
     Raises:
         FormatError: the scheme does not fit `ic`.
+        UnsupportedError: weights of this scheme cannot be multiplied with such activations.
     """
     scheme.groups(ic)
     place = torch.device(device)
@@ -176,7 +244,7 @@ def explain(
         return Reason(REFERENCE, "torch sees no CUDA device")
     if n == 0 or oc == 0:
         return Reason(REFERENCE, "there is nothing to compute")
-    layout = preferred_layout(scheme, dtype, place)
+    layout = preferred_layout(scheme, dtype, place, activations)
     decision = decide(scheme, layout, (oc, ic), n, dtype, place, aligned=ic % 8 == 0)
     return Reason(decision.kernel, decision.why)
 

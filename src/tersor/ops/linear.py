@@ -130,7 +130,12 @@ def _serve(
         return reference.linear(x, weight, bias).view(*shape[:-1], oc)
     y = _output(shape, n, oc, x.dtype)
     stream = current.stream(index)
-    partial = arrived = bias_address = 0
+    partial = arrived = bias_address = x_scale = 0
+    if chosen.quantize is not None:
+        row = -(-ic // 16) * 16
+        codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
+        x_scale = chosen.quantize(stream, address, stride, codes.data_ptr())
+        address, stride = codes.data_ptr(), row
     if chosen.floats:
         partial, arrived, _parts = workspace.split_sums(index, stream, chosen.floats, chosen.counters)
     if bias is not None:
@@ -142,6 +147,7 @@ def _serve(
         scale.data_ptr(),
         address,
         stride,
+        x_scale,
         bias_address,
         y.data_ptr(),
         partial,

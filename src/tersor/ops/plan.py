@@ -17,7 +17,7 @@ from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
 from tersor.ops import dispatch, measuring
 
 if TYPE_CHECKING:
-    from tersor.kernels.linear import FusedLaunch
+    from tersor.kernels.linear import FusedLaunch, QuantizeLaunch
 
 _MOST_PLANS = 256
 """Plans that a kind keeps: beyond that it starts anew."""
@@ -32,14 +32,16 @@ class Plan:
     Attributes:
         decision: who serves them.
         launch: of a fused kernel, else `None`.
+        quantize: of the kernel that makes activations 8-bit before that, else `None`.
         floats, counters: what its splits exchange; zero without splits.
     """
 
-    __slots__ = ("counters", "decision", "floats", "launch")
+    __slots__ = ("counters", "decision", "floats", "launch", "quantize")
 
     def __init__(self, decision: dispatch.Decision) -> None:
         self.decision = decision
         self.launch: FusedLaunch | None = None
+        self.quantize: QuantizeLaunch | None = None
         self.floats = self.counters = 0
 
 
@@ -95,18 +97,29 @@ class Kind:
         config = plan.decision.config
         if config is not None:
             config = measuring.current().config or config
-            plan.launch = self._fused(config, n, index, aligned)
+            plan.launch = self._fused(config, n, index, dtype, aligned)
+            if config.activation_bits == 8:
+                plan.quantize = self._quantize(n, index, dtype)
             if config.splits > 1:
                 from tersor.kernels import linear as family
 
                 plan.floats, plan.counters = family.parts(config, n)
         return plan
 
-    def _fused(self, config: tune.LinearConfig, n: int, index: int, aligned: bool) -> FusedLaunch:
+    def _quantize(self, n: int, index: int, dtype: torch.dtype) -> QuantizeLaunch:
         from tersor.kernels import jit
         from tersor.kernels import linear as family
 
-        target = tiles.LAYOUTS[self.layout]
+        target = dispatch.target_name(dtype)
+        assert target is not None
+        return family.prepare_quantize(jit.get(family.quantize_source(target), index), n=n, ic=self.ic)
+
+    def _fused(self, config: tune.LinearConfig, n: int, index: int, dtype: torch.dtype, aligned: bool) -> FusedLaunch:
+        from tersor.kernels import jit
+        from tersor.kernels import linear as family
+
+        target = dispatch.target_name(dtype)
+        assert target is not None
         function = jit.get(family.fused_source(self.scheme, target, config), index)
         return family.prepare_fused(
             function,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import Scheme
-from tersor.layouts import STREAM, PackedWeight, stream
+from tersor.layouts import STREAM, PackedWeight, stream, tiles
 from tersor.layouts.weight import decode
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -20,7 +20,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     """Return x @ W^T + bias, accumulated in float32 and rounded once to x's dtype.
 
     Args:
-        x: [N, IC], any float dtype.
+        x: [N, IC], any float dtype; first quantised to e4m3 where the weight lies in the layout for such activations.
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
 
@@ -28,7 +28,10 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         [N, OC] in x's dtype.
     """
     oc, ic = weight.shape
-    wide = x.to(torch.float32)
+    wide, token_scale = x.to(torch.float32), None
+    if tiles.LAYOUTS.get(weight.layout) == "float8_e4m3fn":
+        codes, token_scale = quantize_tokens(wide)
+        wide = codes.to(torch.float32)
     output = x.new_empty(x.shape[0], oc)
     rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1))
     packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
@@ -36,10 +39,27 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         last = min(first + rows, oc)
         block = _decode_rows(packed, packed.scheme, first, last)
         part = wide @ block.T
+        if token_scale is not None:
+            part.mul_(token_scale)
         if bias is not None:
             part.add_(bias[first:last])
         output[:, first:last] = part
     return output
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise activations to e4m3 with a scale for each token, largest magnitude / 448.
+
+    Args:
+        x: [N, IC], float32.
+
+    Returns:
+        Codes, float8_e4m3fn [N, IC], and scales, float32 [N, 1]. A token with an infinity or a NaN gets NaNs.
+    """
+    largest = torch.full_like(x[:, :1], 448.0)  # a tensor: dividing by a number multiplies with its reciprocal on a GPU
+    magnitude = x.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=1, keepdim=True)
+    factor = torch.where(magnitude > 0, largest / magnitude, 0.0)
+    return (x * factor).to(torch.float8_e4m3fn), magnitude / largest
 
 
 def _decode_rows(weight: PackedWeight, scheme: Scheme, first: int, last: int) -> torch.Tensor:

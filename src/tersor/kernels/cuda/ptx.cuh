@@ -233,6 +233,13 @@ __device__ __forceinline__ void store_matrices_turned(u32 shared, const u32 (&fr
                  : "memory");
 }
 
+// Rounds two floats to e4m3, the first in the low byte; beyond 448 they become 448, NaN stays NaN.
+__device__ __forceinline__ u32 to_e4m3(float low, float high) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // Counts this arrival and returns how many came before; orders this thread's earlier writes before it.
 __device__ __forceinline__ u32 arrive(u32* counter) {
     u32 before;

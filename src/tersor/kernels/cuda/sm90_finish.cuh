@@ -72,6 +72,19 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
+// The scales of the two tokens that a lane has of a group of eight: 1 for 16-bit activations.
+struct TokenScales {
+    float even = 1.0f, odd = 1.0f;
+
+    __device__ __forceinline__ TokenScales(const float* x_scale, int first_token, int n) {
+        if constexpr (kFp8) {
+            const int token = first_token + threadIdx.x % 4 * 2;
+            if (token < n) even = x_scale[token];
+            if (token + 1 < n) odd = x_scale[token + 1];
+        }
+    }
+};
+
 // The scales and biases of this lane's two rows of a tile.
 struct RowTerms {
     float scale[2], bias[2];
@@ -93,24 +106,27 @@ struct RowTerms {
         }
     }
     // Tokens 2 (lane % 4) and the next of the `tokens`-th group of eight.
-    __device__ __forceinline__ u32 round(const float (&sums)[kSums], int tokens, int half) const {
+    __device__ __forceinline__ u32 round(
+        const float (&sums)[kSums], int tokens, int half, const TokenScales& token_scales) const {
         const float* pair = sums + 4 * tokens + 2 * half;
-        const u32 even = ptx::narrow<kBf16>(pair[0] * scale[half] + bias[half]);
-        const u32 odd = ptx::narrow<kBf16>(pair[1] * scale[half] + bias[half]);
+        const u32 even = ptx::narrow<kBf16>(pair[0] * token_scales.even * scale[half] + bias[half]);
+        const u32 odd = ptx::narrow<kBf16>(pair[1] * token_scales.odd * scale[half] + bias[half]);
         return even | odd << 16;
     }
 };
 
 // Rounds and stores few tokens: fragments are turned so that stores run along the rows.
 __device__ __forceinline__ void store_few(
-    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, u16* y) {
+    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
+    u16* y) {
     const int lane = threadIdx.x % 32, oc = work.oc;
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
+        const TokenScales token_scales(x_scale, item.first_token + i * 8, work.n);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             // rows 2 (lane % 4) and the next, token lane / 4
-            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half));
+            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales));
             const int token = item.first_token + i * 8 + lane / 4;
             const int row = terms.first_row + 8 * half + lane % 4 * 2;
             if (token >= work.n || row >= oc) continue;
@@ -128,7 +144,8 @@ __device__ __forceinline__ void store_few(
 // Rounds and stores many tokens: a warpgroup turns kStoreTokens of them at a time in shared memory, so that every store
 // writes 16 bytes and a warp's fill whole lines. A token's 64 rows are 8 pieces of 16 bytes, swizzled by the token.
 __device__ __forceinline__ void store_many(
-    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, u16* y, char* turned) {
+    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
+    u16* y, char* turned) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     char* tokens = turned + group * kStoreBytes;
     const u32 shared = ptx::shared_address(tokens);
@@ -141,9 +158,11 @@ __device__ __forceinline__ void store_many(
 #pragma unroll
         for (int i = 0; i < kStoreTokens; i += 16) {
             const int at = first / 8 + i / 8;
+            const TokenScales low(x_scale, item.first_token + at * 8, work.n);
+            const TokenScales high(x_scale, item.first_token + at * 8 + 8, work.n);
             const u32 parts[4] = {
-                terms.round(sums, at, 0), terms.round(sums, at, 1), terms.round(sums, at + 1, 0),
-                terms.round(sums, at + 1, 1)};
+                terms.round(sums, at, 0, low), terms.round(sums, at, 1, low), terms.round(sums, at + 1, 0, high),
+                terms.round(sums, at + 1, 1, high)};
             const int token = i + own_token;
             ptx::store_matrices_turned(shared + token * 128 + (own_piece ^ token % 8) * 16, parts);
         }

@@ -13,7 +13,8 @@
 // up in a float32 workspace: the CTA that arrives last adds the parts in their order, so the result does not depend on
 // who that was.
 //
-// Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), ROW_GROUPS,
+// Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
+// activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
 // SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
 #pragma once
@@ -22,10 +23,11 @@
 #include "sm90_multiply.cuh"
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
-    const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 64
+    const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 128 bytes
     const char* __restrict__ weight,                  // units of packed codes
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
+    const float* __restrict__ x_scale,                // [N] for 8-bit activations, else null
     u16* __restrict__ y,                              // [N, OC], contiguous
     float* partial,                                   // sums of split items
     u32* arrived,                                     // a counter for each split tile, zero before and after
@@ -67,7 +69,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
             RowTerms terms(work, item, row_scales, factor);
             const int row = terms.first_row + threadIdx.x % 32 / 4;
             const scales::RowOffsets offsets = scales::row_offsets(row_scales, row, oc);
-            if constexpr (kFew) {
+            if constexpr (kFp8) {
+                multiply_bytes(sums, weights, xs, slots, use, count);
+            } else if constexpr (kFew) {
                 multiply_few(sums, weights, xs, slots, use, count, offsets);
             } else {
                 multiply_blocks(sums, weights, xs, slots, use, count, offsets);
@@ -77,9 +81,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
                 (item.parts == 1 || add_splits(sums, work, item, rank, partial, arrived))) {
                 terms.add_bias(work, bias);
                 if constexpr (kMany) {
-                    store_many(sums, work, item, terms, y, slots + kExchangeAt);
+                    store_many(sums, work, item, terms, x_scale, y, slots + kExchangeAt);
                 } else {
-                    store_few(sums, work, item, terms, y);
+                    store_few(sums, work, item, terms, x_scale, y);
                 }
             }
             use += count;

@@ -7,6 +7,9 @@
 
 namespace linear {
 
+using Multiply = wgmma::Multiply<
+    kFp8 ? (FP8_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3) : (kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16)>;
+
 // sums += scale * part for one scale group of the block.
 __device__ __forceinline__ void add_scaled(
     float (&sums)[kSums], const float (&part)[kSums], const char* block_scales, int group, int row) {
@@ -77,7 +80,7 @@ __device__ __forceinline__ void multiply_few(
                 for (int tokens = 0; tokens < kTokens / 8; ++tokens) {
                     u32(&b)[4] = fragments[tokens];
                     if (i % 2 == 0) {
-                        ptx::load_matrices(b, x + step / 4 * kXHalf + tokens * 1024 + chunks[step / 2 % 2]);
+                        ptx::load_matrices(b, x + step / 4 * kXPiece + tokens * 1024 + chunks[step / 2 % 2]);
                     }
                     ptx::multiply_add<kBf16>(
                         parts[step % kChains][tokens], a + 4 * i, b[i % 2 * 2], b[i % 2 * 2 + 1]);
@@ -99,6 +102,73 @@ __device__ __forceinline__ void multiply_few(
         x_at.advance(kChannelGroups);
     }
     if constexpr (kGroups == 0) flush(1.0f, 1.0f);
+}
+
+// A multiplying warp with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so the
+// sums of a block, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2,
+// does so every 128 channels as well). The next block is decoded while the products of the last are under way.
+__device__ __forceinline__ void multiply_bytes(
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    constexpr int kSteps = 4;  // of 32 channels
+    constexpr int kRegisters = decode::kRegisters;
+    constexpr int kGroupSteps = kSteps / (kGroups > 0 ? kGroups : 1);
+    static_assert(!kFp8 || kChannelGroups == 1, "the blocks of an item are taken in turn");
+    float part[kSums], low = 1.0f, high = 1.0f;  // of the group under way, and its scales
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    WeightRing::Place weights_at(use);
+    XRing::Place x_at(use), x_before = x_at;
+    const auto settle = [&] {
+        wgmma::wait<0>();
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
+    };
+    for (int block = 0; block < count; ++block) {
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        const char* block_scales =
+            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
+        u32 words[tile::kLaneWords], a[4 * kSteps];
+        float scale[2 * (kGroups > 0 ? kGroups : 1)];
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            scale[2 * group] = scales::in_block(block_scales, group, lane / 4);
+            scale[2 * group + 1] = scales::in_block(block_scales, group, lane / 4 + 8);
+        }
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        if (block > 0) {
+            settle();
+            release_x(xs, x_before);
+        }
+#pragma unroll
+        for (int set = 0; set < 4 * kSteps / kRegisters; ++set) {
+            decode::extract(a + set * kRegisters, words + set * decode::kWords);
+        }
+        xs.wait_filled(x_at);
+        const u64 x = wgmma::describe(xs.address(x_at));
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const bool first = step % kGroupSteps == 0;
+            if (first) {
+                if (step > 0) settle();
+                if constexpr (kGroups > 0) {
+                    low = scale[step / kGroupSteps * 2];
+                    high = scale[step / kGroupSteps * 2 + 1];
+                }
+                wgmma::fence();
+            }
+            Multiply::run(part, a + 4 * step, x + wgmma::offset(step * 32), !first);
+            if (step % kGroupSteps == kGroupSteps - 1) wgmma::commit();
+        }
+        weights_at.advance();
+        x_before = x_at;
+        x_at.advance();
+    }
+    settle();
+    release_x(xs, x_before);
 }
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts the
@@ -157,12 +227,12 @@ __device__ __forceinline__ void multiply_blocks(
             wgmma::fence();
 #pragma unroll
             for (int i = 0; i < kSetSteps; ++i) {
-                const int step = set * kSetSteps + i, half = step / 4 % kSlotHalves;
-                const u64 b = x + wgmma::offset(half * kXHalf + step % 4 * 32);
+                const int step = set * kSetSteps + i, half = step / 4 % kSlotPieces;
+                const u64 b = x + wgmma::offset(half * kXPiece + step % 4 * 32);
                 if constexpr (kGroups == 0) {
-                    wgmma::Multiply<kBf16>::run(sums, a + 4 * i, b, step > 0 || block > channel_group);
+                    Multiply::run(sums, a + 4 * i, b, step > 0 || block > channel_group);
                 } else {
-                    wgmma::Multiply<kBf16>::run(part, a + 4 * i, b, step % scales::kSteps != 0);
+                    Multiply::run(part, a + 4 * i, b, step % scales::kSteps != 0);
                     if (step % scales::kSteps == scales::kSteps - 1) {
                         wgmma::commit();
                         wgmma::wait<0>();

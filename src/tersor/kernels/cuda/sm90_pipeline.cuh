@@ -15,6 +15,7 @@ struct alignas(64) TensorMap {
 };
 
 constexpr bool kBf16 = BF16;
+constexpr bool kFp8 = FP8;
 constexpr int kTokens = N_TILE;
 constexpr int kRowGroups = ROW_GROUPS;
 constexpr int kChannelGroups = K_GROUPS;
@@ -22,7 +23,7 @@ constexpr int kCluster = CLUSTER;
 constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = scales::kGroups;
-constexpr bool kFew = kTokens <= FEW_TOKENS;
+constexpr bool kFew = !kFp8 && kTokens <= FEW_TOKENS;
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
 constexpr int kFinishers = 128 * kRowGroups;  // threads of channel group 0, which write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;
@@ -32,11 +33,13 @@ constexpr int kSums = kTokens / 2;  // float32 sums of a thread
 
 constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
 constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
-constexpr int kXHalf = kTokens * 128;                // 64 channels, the width of a swizzled row
-constexpr int kSlotHalves = kTokens < 128 ? 2 : 1;   // a slot has a whole block while that is small
-constexpr int kSlotsOfBlock = 2 / kSlotHalves;
-constexpr int kSlotBoxes = kCluster > kSlotHalves ? kCluster / kSlotHalves : 1;  // of each half
-constexpr int kXSlotBytes = kSlotHalves * kXHalf;
+constexpr int kPieces = kFp8 ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
+constexpr int kPieceChannels = tile::kColumns / kPieces;
+constexpr int kXPiece = kTokens * 128;
+constexpr int kSlotPieces = kTokens < 128 ? kPieces : 1;     // a slot has a whole block while that is small
+constexpr int kSlotsOfBlock = kPieces / kSlotPieces;
+constexpr int kSlotBoxes = kCluster > kSlotPieces ? kCluster / kSlotPieces : 1;  // of each piece
+constexpr int kXSlotBytes = kSlotPieces * kXPiece;
 constexpr int kExchangeBytes = kFinishers * (kChannelGroups - 1) * kSums * 4;  // between channel groups
 
 constexpr bool kMany = kTokens >= 128;               // results are turned in shared memory
@@ -184,15 +187,15 @@ __device__ __forceinline__ void copy_activations(
 #pragma unroll
             for (int i = 0; i < kSlotsOfBlock; ++i, at.advance()) {
                 ring.wait_emptied(at);
-                ptx::barrier_expect(ring.filled(at), kSlotHalves * kSlotBoxes * x_rows * 128);
+                ptx::barrier_expect(ring.filled(at), kSlotPieces * kSlotBoxes * x_rows * 128);
 #pragma unroll
-                for (int half = 0; half < kSlotHalves; ++half) {
-                    const int channel = block * tile::kColumns + (i + half) * 64;
-                    const u32 target = ring.address(at) + half * kXHalf;
+                for (int piece = 0; piece < kSlotPieces; ++piece) {
+                    const int channel = block * tile::kColumns + (i + piece) * kPieceChannels;
+                    const u32 target = ring.address(at) + piece * kXPiece;
                     if constexpr (kCluster == 1) {
                         ptx::tensor_copy(target, &x_map, channel, item.first_token, ring.filled(at));
-                    } else if (kSlotHalves == 1 || half == rank % kSlotHalves) {
-                        const int first = kSlotHalves * (rank / kSlotHalves) * (kTokens / kCluster);
+                    } else if (kSlotPieces == 1 || piece == rank % kSlotPieces) {
+                        const int first = rank / kSlotPieces * (kTokens / kSlotBoxes);
                         ptx::tensor_copy_to_all<kCluster>(
                             target + first * 128, &x_map, channel, item.first_token + first, ring.filled(at));
                     }

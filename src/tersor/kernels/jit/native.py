@@ -124,18 +124,19 @@ class _MapMemory(threading.local):
 _maps = _MapMemory()
 
 
-def encode_rows(address: int, rows: int, columns: int, stride: int, bf16: bool, box_rows: int) -> tuple[int, bytes]:
-    """Return the driver's status and the map for `tensor_map.rows_of_16_bit`.
+def encode_rows(address: int, rows: int, columns: int, stride: int, kind: int, box_rows: int) -> tuple[int, bytes]:
+    """Return the driver's status and the map for `tensor_map.rows`.
 
     Raises:
         UnsupportedError: the driver's library is missing or too old.
     """
     buffer, place = _maps.buffer, _maps.map
-    _MAP_SIZES.pack_into(buffer, _maps.sizes, columns, rows, stride * 2, 64, box_rows, 1, 1)
+    width = 1 if kind == 0 else 2
+    _MAP_SIZES.pack_into(buffer, _maps.sizes, columns, rows, stride * width, 128 // width, box_rows, 1, 1)
     sizes = _maps.start + _maps.sizes
     status = function("cuTensorMapEncodeTiled")(
         _maps.start + place,
-        _BFLOAT16 if bf16 else _FLOAT16,
+        kind,
         2,
         address,
         sizes,

@@ -10,22 +10,25 @@ import functools
 from tersor.errors import KernelError
 from tersor.kernels.jit import native
 
+BYTE, FLOAT16, BFLOAT16 = 0, 6, 9
+"""Element types: values of CUtensorMapDataType (UINT8, FLOAT16, BFLOAT16)."""
+
 
 @functools.lru_cache(maxsize=4096)
-def rows_of_16_bit(address: int, rows: int, columns: int, stride: int, bf16: bool, box_rows: int) -> bytes:
-    """Return the map of a 16-bit float matrix, read in boxes of `box_rows` x 64 under a 128-byte swizzle.
+def rows(address: int, rows: int, columns: int, stride: int, kind: int, box_rows: int) -> bytes:
+    """Return the map of a matrix, read in boxes of `box_rows` x 128 bytes under a 128-byte swizzle.
 
     Args:
         address: device address of the first element, a multiple of 16.
         rows, columns: sizes; what a box covers beyond them is zero.
-        stride: elements from one row to the next, a multiple of 8.
-        bf16: bfloat16 elements, else float16.
+        stride: elements from one row to the next, whole multiples of 16 bytes.
+        kind: type of the elements.
         box_rows: rows of a box, at most 256.
 
     Raises:
         KernelError: the driver refuses the sizes.
     """
-    status, encoded = native.encode_rows(address, rows, columns, stride, bf16, box_rows)
+    status, encoded = native.encode_rows(address, rows, columns, stride, kind, box_rows)
     if status:
         raise KernelError(
             f"no tensor map for [{rows}, {columns}] with {stride} elements a row at {address:#x}: CUDA error {status}"

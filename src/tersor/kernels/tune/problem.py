@@ -18,6 +18,7 @@ class LinearProblem:
         scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
         scale_bytes: what they take in memory, zero points included.
         aligned: rows of x start on 16 bytes, which a tensor map needs.
+        activation_bits: 16, or 8 for e4m3.
     """
 
     oc: int
@@ -27,6 +28,7 @@ class LinearProblem:
     scale_groups: int = 0
     scale_bytes: int = 0
     aligned: bool = True
+    activation_bits: int = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,7 @@ class LinearConfig:
 
     Attributes:
         schedule: `sm80` or `sm90`.
+        activation_bits: 16, or 8 for e4m3.
         n_tile: tokens in a tile.
         row_groups: groups of 64 output rows in a tile.
         channel_groups: groups of warps of a CTA that share the channels of a tile.
@@ -49,6 +52,7 @@ class LinearConfig:
     """
 
     schedule: str
+    activation_bits: int = 16
     n_tile: int
     row_groups: int = 2
     channel_groups: int = 1

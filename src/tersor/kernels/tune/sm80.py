@@ -53,7 +53,7 @@ def stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
     """Yield the configurations of the narrowest tile that holds all tokens, one for each number of splits."""
-    if problem.n > TOKENS:
+    if problem.n > TOKENS or problem.activation_bits != 16:
         return
     tile = next(tile for tile in TILES if problem.n <= tile)
     depth, resident = stages(tile, problem.bits, problem.scale_bytes, chip)

@@ -35,6 +35,8 @@ class Tile:
     channel_groups: int
     cluster: int
     resident: int
+    fp8: bool = False
+    """Activations of 8 bits."""
 
     @property
     def rows(self) -> int:
@@ -53,12 +55,12 @@ class Tile:
     @property
     def x_slots_of_block(self) -> int:
         """Slots that the activations of one block of 128 channels take."""
-        return 1 if self.tokens < 128 else 2
+        return 1 if self.tokens < 128 or self.fp8 else 2
 
     @property
     def x_slot_bytes(self) -> int:
-        """The bytes of a slot of 16-bit activations."""
-        return self.tokens * 256 // self.x_slots_of_block
+        """The bytes of a slot of activations."""
+        return self.tokens * (128 if self.fp8 else 256) // self.x_slots_of_block
 
     @property
     def exchange_bytes(self) -> int:
@@ -90,6 +92,7 @@ def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ct
     weight_slots, x_slots = tile.slots(problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
         schedule=SM90,
+        activation_bits=8 if tile.fp8 else 16,
         n_tile=tile.tokens,
         row_groups=tile.row_groups,
         channel_groups=tile.channel_groups,
@@ -108,18 +111,21 @@ def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ct
 
 def tile_of(config: LinearConfig) -> Tile:
     """Return the tile shape of a configuration."""
-    return Tile(config.n_tile, config.row_groups, config.channel_groups, config.cluster, config.resident)
+    fp8 = config.activation_bits == 8
+    return Tile(config.n_tile, config.row_groups, config.channel_groups, config.cluster, config.resident, fp8)
 
 
 def box_rows(config: LinearConfig, n: int) -> int:
     """Return how many tokens one copy of activations brings: a CTA's share of the tile, no more than there are."""
-    halves = 2 // tile_of(config).x_slots_of_block
-    return min(n, config.n_tile // max(1, config.cluster // halves))
+    tile = tile_of(config)
+    pieces = (1 if tile.fp8 else 2) // tile.x_slots_of_block
+    return min(n, config.n_tile // max(1, config.cluster // pieces))
 
 
-def tiles(scale_groups: int) -> tuple[Tile, ...]:
-    """Return the tile shapes for one scale a row (0) or scales in groups."""
-    return tuple(tile for tile in _COSTS if scale_groups == 0 or tile.tokens <= GROUPED_TOKENS)
+def tiles(scale_groups: int, fp8: bool = False) -> tuple[Tile, ...]:
+    """Return the tile shapes for one scale a row (0) or scales in groups, with 16-bit or 8-bit activations."""
+    widest = GROUPED_TOKENS if scale_groups and not fp8 else 256
+    return tuple(tile for tile in _COSTS if tile.fp8 == fp8 and tile.tokens <= widest)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -130,7 +136,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
     """
     if chip.capability != (9, 0) or not problem.aligned:
         return
-    available = tiles(problem.scale_groups)
+    available = tiles(problem.scale_groups, problem.activation_bits == 8)
     widest = max(tile.tokens for tile in available)
     holding = min((tile.tokens for tile in available if problem.n <= tile.tokens), default=widest)
     blocks = -(-problem.ic // COLUMNS)
@@ -206,5 +212,12 @@ _COSTS = {
     Tile(128, 1, 1, 1, 2): _Cost(start=2.1, block=0.37, item=4.0, exchange=3.0, exchange_megabyte=0.25, lonely=0.3),
     Tile(128, 2, 1, 1, 1): _Cost(start=0.9, block=0.72, item=2.8, exchange=6.6, exchange_megabyte=0.13),
     Tile(128, 3, 1, 1, 1): _Cost(start=0.9, block=1.07, item=3.0, exchange=3.5, exchange_megabyte=0.24),
+    Tile(16, 2, 1, 1, 1, True): _Cost(start=1.7, block=0.3, item=3.0, exchange=0.8, exchange_megabyte=1.6),
+    Tile(16, 2, 1, 1, 2, True): _Cost(start=1.9, block=0.3, item=4.0, exchange=0.5, exchange_megabyte=1.2, lonely=0.08),
+    Tile(32, 2, 1, 1, 1, True): _Cost(start=1.7, block=0.3, item=3.0, exchange=1.6, exchange_megabyte=0.8),
+    Tile(32, 2, 1, 1, 2, True): _Cost(start=1.9, block=0.3, item=4.0, exchange=0.5, exchange_megabyte=0.8, lonely=0.1),
+    Tile(64, 2, 1, 1, 1, True): _Cost(start=2.0, block=0.32, item=3.0, exchange=2.0, exchange_megabyte=0.5),
+    Tile(128, 2, 1, 1, 1, True): _Cost(start=1.0, block=0.45, item=3.0, exchange=6.6, exchange_megabyte=0.13),
+    Tile(128, 2, 1, 2, 1, True): _Cost(start=1.2, block=0.42, item=3.0, exchange=6.6, exchange_megabyte=0.13),
     Tile(256, 2, 1, 2, 1): _Cost(start=1.2, block=1.33, item=6.3, exchange=12.0, exchange_megabyte=0.1),
 }
