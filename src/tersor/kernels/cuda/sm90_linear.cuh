@@ -69,7 +69,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
             RowTerms terms(work, item, row_scales, factor);
             const int row = terms.first_row + threadIdx.x % 32 / 4;
             const scales::RowOffsets offsets = scales::row_offsets(row_scales, row, oc);
-            if constexpr (kFp8) {
+            if constexpr (kFp8 && kGroups > 0) {
+                multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
+            } else if constexpr (kFp8) {
                 multiply_bytes(sums, weights, xs, slots, use, count);
             } else if constexpr (kFew) {
                 multiply_few(sums, weights, xs, slots, use, count, offsets);

@@ -104,17 +104,92 @@ __device__ __forceinline__ void multiply_few(
     if constexpr (kGroups == 0) flush(1.0f, 1.0f);
 }
 
-// A multiplying warp with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so the
-// sums of a block, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2,
-// does so every 128 channels as well). The next block is decoded while the products of the last are under way.
+// Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums of a
+// few blocks, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+constexpr int kByteSteps = 4;  // of 32 channels in a block
+constexpr int kSettled = 4;    // blocks whose products meet in the tensor cores' sums
+
+__device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32 (&words)[tile::kLaneWords]) {
+    constexpr int kRegisters = decode::kRegisters;
+#pragma unroll
+    for (int set = 0; set < 4 * kByteSteps / kRegisters; ++set) {
+        decode::extract(a + set * kRegisters, words + set * decode::kWords);
+    }
+}
+
+// One scale a row: a block is decoded while the products of the block before are under way.
 __device__ __forceinline__ void multiply_bytes(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    constexpr int kSteps = 4;  // of 32 channels
-    constexpr int kRegisters = decode::kRegisters;
-    constexpr int kGroupSteps = kSteps / (kGroups > 0 ? kGroups : 1);
     static_assert(!kFp8 || kChannelGroups == 1, "the blocks of an item are taken in turn");
-    float part[kSums], low = 1.0f, high = 1.0f;  // of the group under way, and its scales
+    float part[kSums];
+    u32 a[2][4 * kByteSteps];
+    WeightRing::Place weights_at(use);
+    XRing::Place x_at(use), x_read = x_at;
+    const auto take = [&](u32 (&words)[tile::kLaneWords]) {
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        weights_at.advance();
+    };
+    const auto multiply = [&](u32 (&from)[4 * kByteSteps], bool adds) {
+        const u64 x = wgmma::describe(xs.address(x_at));
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < kByteSteps; ++step) {
+            Multiply::run(part, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
+        }
+        wgmma::commit();
+        x_at.advance();
+    };
+    const auto release = [&] {
+        release_x(xs, x_read);
+        x_read.advance();
+    };
+    const auto settle = [&] {
+        wgmma::wait<0>();
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] += part[i];
+    };
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    int block = 0;
+    for (; block + kSettled <= count; block += kSettled) {
+#pragma unroll
+        for (int turn = 0; turn < kSettled; ++turn) {
+            u32 words[tile::kLaneWords];
+            take(words);
+            xs.wait_filled(x_at);
+            if (turn > 1) {
+                wgmma::wait<1>();
+                release();
+            }
+            decode_bytes(a[turn % 2], words);
+            multiply(a[turn % 2], turn > 0);
+        }
+        settle();
+        release();
+        release();
+    }
+    for (; block < count; ++block) {
+        u32 words[tile::kLaneWords];
+        take(words);
+        decode_bytes(a[0], words);
+        xs.wait_filled(x_at);
+        multiply(a[0], false);
+        settle();
+        release();
+    }
+}
+
+// Scales in groups.
+__device__ __forceinline__ void multiply_bytes_in_groups(
+    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    constexpr int kSteps = kByteSteps, kGroupSteps = kSteps / (kGroups > 0 ? kGroups : 1);
+    float part[kSums], low = 0.0f, high = 0.0f;  // of the group under way, and its scales
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     WeightRing::Place weights_at(use);
@@ -143,10 +218,7 @@ __device__ __forceinline__ void multiply_bytes(
             settle();
             release_x(xs, x_before);
         }
-#pragma unroll
-        for (int set = 0; set < 4 * kSteps / kRegisters; ++set) {
-            decode::extract(a + set * kRegisters, words + set * decode::kWords);
-        }
+        decode_bytes(a, words);
         xs.wait_filled(x_at);
         const u64 x = wgmma::describe(xs.address(x_at));
 #pragma unroll
@@ -154,10 +226,8 @@ __device__ __forceinline__ void multiply_bytes(
             const bool first = step % kGroupSteps == 0;
             if (first) {
                 if (step > 0) settle();
-                if constexpr (kGroups > 0) {
-                    low = scale[step / kGroupSteps * 2];
-                    high = scale[step / kGroupSteps * 2 + 1];
-                }
+                low = scale[step / kGroupSteps * 2];
+                high = scale[step / kGroupSteps * 2 + 1];
                 wgmma::fence();
             }
             Multiply::run(part, a + 4 * step, x + wgmma::offset(step * 32), !first);
