@@ -60,16 +60,21 @@ class Contender:
 
 
 def contenders(
-    schemes: Sequence[Scheme], dtype: torch.dtype, chains: tuple[str, ...], rivals: Sequence[str]
+    schemes: Sequence[Scheme],
+    dtype: torch.dtype,
+    chains: tuple[str, ...],
+    rivals: Sequence[str],
+    activations: Sequence[str] = (dispatch.ACTIVATIONS_16BIT,),
 ) -> list[Contender]:
-    """Return Tersor in every scheme, then the rivals: cuBLAS in `dtype`, FP8, and humming in every scheme."""
-    found = [tersor(scheme, dtype, chains) for scheme in schemes]
+    """Return Tersor in every scheme and kind of activations, then the rivals: cuBLAS in `dtype`, FP8, and humming."""
+    both = [(scheme, kind) for kind in activations for scheme in schemes]
+    found = [tersor(scheme, dtype, chains, kind) for scheme, kind in both]
     if CUBLAS in rivals:
         found.append(cublas(dtype))
     if FP8 in rivals:
         found.append(fp8(dtype))
     if HUMMING in rivals:
-        found += [humming(scheme, dtype) for scheme in schemes]
+        found += [humming(scheme, dtype, kind) for scheme, kind in both]
     return found
 
 
@@ -92,9 +97,10 @@ def parse_rivals(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def label(scheme: Scheme) -> str:
-    """Name a scheme as it is asked for: `fp6_e3m2`, `int4:g128`."""
-    return scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
+def label(scheme: Scheme, activations: str = dispatch.ACTIVATIONS_16BIT) -> str:
+    """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`."""
+    name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
+    return f"{name}:a8" if activations == dispatch.ACTIVATIONS_FP8 else name
 
 
 def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
@@ -102,26 +108,36 @@ def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
     return round(oc * ic * scheme.bits_per_weight(ic) / 8)
 
 
-def tersor(scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...]) -> Contender:
-    """Return Tersor's own operator, in the given chains."""
+def tersor(
+    scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...], activations: str = dispatch.ACTIVATIONS_16BIT
+) -> Contender:
+    """Return Tersor's own operator, in the given chains; quantising activations is part of its time."""
 
     def build(oc: int, ic: int) -> Schedule:
-        weights = packed(scheme, oc, ic, dtype)
+        weights = packed(scheme, oc, ic, dtype, activations)
         return lambda n, chain: chained(weights, random(n, ic, dtype), early=chain == PDL)
 
     return Contender(
-        name=label(scheme), chains=chains, weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic), build=build
+        name=label(scheme, activations),
+        chains=chains,
+        weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic),
+        build=build,
     )
 
 
-def packed(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype) -> list[PackedWeight]:
+def packed(
+    scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str = dispatch.ACTIVATIONS_16BIT
+) -> list[PackedWeight]:
     """Return copies of a random packed weight [oc, ic] on the current GPU, in the layout its kernels read.
 
     Raises:
         UnfitError: no kernel serves the scheme.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    layout = ops.preferred_layout(scheme, dtype, device)
+    try:
+        layout = ops.preferred_layout(scheme, dtype, device, activations)
+    except UnsupportedError as error:
+        raise UnfitError(str(error)) from None
     if layout == STREAM:
         raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.obstacle(scheme, dtype, device)}")
     encoded = quantize_rtn(random(oc, ic, dtype) * ic**-0.5, scheme)
@@ -192,11 +208,11 @@ def fp8(dtype: torch.dtype) -> Contender:
     return Contender(name=FP8, chains=(PLAIN,), weight_bytes=lambda oc, ic: oc * ic, build=build)
 
 
-def humming(scheme: Scheme, dtype: torch.dtype) -> Contender:
-    """Return humming-kernels with the same weights, its own tuner choosing."""
+def humming(scheme: Scheme, dtype: torch.dtype, activations: str = dispatch.ACTIVATIONS_16BIT) -> Contender:
+    """Return humming-kernels with the same weights and activations, its own tuner choosing."""
 
     def build(oc: int, ic: int) -> Schedule:
-        layers = _foreign(lambda: _humming_layers(scheme, oc, ic, dtype))
+        layers = _foreign(lambda: _humming_layers(scheme, oc, ic, dtype, activations))
 
         def schedule(n: int, chain: str) -> Calls:
             x = random(n, ic, dtype)
@@ -205,7 +221,7 @@ def humming(scheme: Scheme, dtype: torch.dtype) -> Contender:
         return schedule
 
     return Contender(
-        name=f"{HUMMING} {label(scheme)}",
+        name=f"{HUMMING} {label(scheme, activations)}",
         chains=(PLAIN,),
         weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic),
         build=build,
@@ -220,7 +236,7 @@ def _foreign(call: Callable[[], Any]) -> Any:
         raise UnfitError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype) -> list[Any]:
+def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str) -> list[Any]:
     from humming.layer import HummingLayer
 
     name = scheme.format.name
@@ -232,7 +248,10 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype) -> lis
     weight = random(oc, ic, dtype) * ic**-0.5
     layers = []
     for _ in range(timing.copies(packed_bytes(scheme, oc, ic))):
-        layer = HummingLayer(shape_n=oc, shape_k=ic, weight_config=config, torch_dtype=dtype).cuda()
+        options: dict[str, Any] = {"weight_config": dict(config), "torch_dtype": dtype}
+        if activations == dispatch.ACTIVATIONS_FP8:
+            options["input_config"] = {"dtype": "float8e4m3"}
+        layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
         layer.load_from_unquantized(weight)
         layer.transform()
         layers.append(layer)

@@ -17,6 +17,7 @@ from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import table
 from tersor.layouts import scales, tiles
+from tersor.ops import dispatch
 
 KIND = "tersor bench linear"
 VERSION = 1
@@ -182,16 +183,22 @@ def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["weight", "N", "kernel", "us", "GB/s", "of roofline", *rivals], cells
 
 
-def plan(shapes: Sequence[Shape], tokens: Sequence[int], schemes: Sequence[Scheme], chip: Chip) -> list[dict[str, Any]]:
+def plan(
+    shapes: Sequence[Shape],
+    tokens: Sequence[int],
+    schemes: Sequence[Scheme],
+    chip: Chip,
+    activations: Sequence[str] = (dispatch.ACTIVATIONS_16BIT,),
+) -> list[dict[str, Any]]:
     """Return what Tersor would run on a chip: bytes, roofline by its datasheet, configuration, predicted time.
 
     Returns:
-        For each shape, scheme and number of tokens: name, oc, ic, n, kernel, weight_bytes, roof_microseconds, config
+        For each shape, scheme, kind of activations and number of tokens: name, oc, ic, n, kernel, weight_bytes, roof_microseconds, config
         (or why there is none), from (`measured`, `predicted` or `-`) and predicted_microseconds (`None` without one).
     """
     rows = []
     for shape in shapes:
-        for scheme in schemes:
+        for scheme, kind in [(scheme, kind) for kind in activations for scheme in schemes]:
             for n in tokens:
                 nbytes = packed_bytes(scheme, shape.oc, shape.ic)
                 rows.append(
@@ -200,16 +207,18 @@ def plan(shapes: Sequence[Shape], tokens: Sequence[int], schemes: Sequence[Schem
                         "oc": shape.oc,
                         "ic": shape.ic,
                         "n": n,
-                        "kernel": label(scheme),
+                        "kernel": label(scheme, kind),
                         "weight_bytes": nbytes,
                         "roof_microseconds": round(nbytes / chip.bandwidth * 1e6, 2),
-                        **_choice(shape, scheme, n, chip),
+                        **_choice(shape, scheme, n, chip, kind),
                     }
                 )
     return rows
 
 
-def problem_of(shape: Shape, scheme: Scheme, n: int) -> tune.LinearProblem:
+def problem_of(
+    shape: Shape, scheme: Scheme, n: int, activations: str = dispatch.ACTIVATIONS_16BIT
+) -> tune.LinearProblem:
     """Return the problem that contiguous activations [n, IC] make with a weight."""
     return tune.LinearProblem(
         oc=shape.oc,
@@ -218,15 +227,16 @@ def problem_of(shape: Shape, scheme: Scheme, n: int) -> tune.LinearProblem:
         bits=scheme.format.bits,
         scale_groups=tiles.scales_in_block(scheme.group_size),
         scale_bytes=scales.row_bytes(scheme),
-        aligned=shape.ic % 8 == 0,
+        aligned=shape.ic % 8 == 0 or activations == dispatch.ACTIVATIONS_FP8,
+        activation_bits=8 if activations == dispatch.ACTIVATIONS_FP8 else 16,
     )
 
 
-def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip) -> dict[str, Any]:
+def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) -> dict[str, Any]:
     nothing = {"from": "-", "predicted_microseconds": None}
-    if not ops.kernels_for(scheme, torch.float16, chip):
+    if not ops.kernels_for(scheme, torch.float16, chip, activations):
         return {"config": "no kernel decodes it", **nothing}
-    problem = problem_of(shape, scheme, n)
+    problem = problem_of(shape, scheme, n, activations)
     if not tune.fused(problem, chip):
         return {"config": "decoded once for cuBLAS", **nothing}
     config = tune.choose(problem, chip)

@@ -27,6 +27,9 @@ def command(
         list[str] | None, typer.Option("--format", help="Format of the weights, FORMAT[:gN]; repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the activations: float16 or bfloat16.")] = "float16",
+    activations: Annotated[
+        str, typer.Option(help="What weights are multiplied with: 16bit, fp8, or 16bit,fp8.")
+    ] = "16bit",
     chain: Annotated[
         str, typer.Option(help="Launches with programmatic dependence (pdl), without (plain), or both.")
     ] = "both",
@@ -41,6 +44,7 @@ def command(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON; - prints it instead.")] = None,
 ) -> None:
     """Time linears by CUDA graphs, or show what would be timed."""
+    from tersor import ops
     from tersor.bench import contenders, linear, report, timing
     from tersor.bench import plot as drawing
     from tersor.bench import shapes as known
@@ -49,6 +53,9 @@ def command(
     tokens = bench.numbers("--n", n)
     if chain not in contenders.CHAINS:
         raise InputError(f"--chain {chain!r}{did_you_mean(chain, contenders.CHAINS)}: use plain, pdl or both")
+    kinds = tuple(kind.strip() for kind in activations.split(","))
+    for one in kinds:
+        ops.check_activations(one)
     wanted = known.resolve(shapes or known.DEFAULT)
     schemes = bench.schemes(format or ["fp6_e3m2"], wanted)
     kind = bench.dtype_named(dtype)
@@ -62,11 +69,11 @@ def command(
         bench.check_folder("--json", json)
     if dry_run:
         place = _chip(chip)
-        _dry_run(linear.plan(wanted, tokens, schemes, place), place, json)
+        _dry_run(linear.plan(wanted, tokens, schemes, place, kinds), place, json)
         return
     rivals = contenders.parse_rivals(against)
     bench.need_gpu("--dry-run shows what would be timed")
-    runners = contenders.contenders(schemes, kind, contenders.CHAINS[chain], rivals)
+    runners = contenders.contenders(schemes, kind, contenders.CHAINS[chain], rivals, kinds)
     bandwidth = timing.read_bandwidth()
     found: list[Row | Skipped] = []
     result = linear.result(found, dtype=dtype, read_bandwidth=bandwidth)

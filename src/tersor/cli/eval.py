@@ -26,12 +26,17 @@ def command(
         str,
         typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
     ] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")
+    ] = "16bit",
     plot: Annotated[Path | None, typer.Option(help="Draw size against quality (.png, .pdf, .svg).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
-    from tersor import evaluate
+    from tersor import evaluate, nn, ops
     from tersor.evaluate import plot as drawing
+
+    ops.check_activations(activations)
 
     target = evaluate.resolve_device(device)
     evaluate.resolve_dtype(dtype, target)
@@ -61,6 +66,8 @@ def command(
     for name in models:
         model = base if name == reference else evaluate.load_model(places[name].directory, target, dtype)
         assert model is not None
+        if name != reference:
+            nn.multiply_with(model, activations)
         with console.progress(_label(name)) as move:
             quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
         bits = evaluate.bits_per_weight(model) or places[name].plain_bits

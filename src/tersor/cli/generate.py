@@ -36,15 +36,19 @@ def command(
         str,
         typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
     ] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")
+    ] = "16bit",
     cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
-    from tersor import engine, evaluate
+    from tersor import engine, evaluate, nn, ops
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
         raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
+    ops.check_activations(activations)
     options = engine.Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -65,6 +69,7 @@ def command(
     tokenizer = evaluate.load_tokenizer(directory)
     ids = engine.chat_prompt(tokenizer, text) if chat else text
     loaded = evaluate.load_model(directory, target, dtype)
+    nn.multiply_with(loaded, activations)
     stream = engine.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
     if json:
         produced = "".join(stream)

@@ -123,6 +123,13 @@ def _device_obstacle(index: int) -> str:
     return ""
 
 
+def check_activations(activations: str) -> None:
+    """Raise InputError where there is no such kind of activations."""
+    if activations not in ACTIVATIONS:
+        near = did_you_mean(activations, ACTIVATIONS)
+        raise InputError(f"activations {activations!r}{near}: use {' or '.join(ACTIVATIONS)}")
+
+
 def preferred_layout(
     scheme: Scheme, dtype: torch.dtype, device: torch.device, activations: str = ACTIVATIONS_16BIT
 ) -> str:
@@ -142,9 +149,7 @@ def preferred_layout(
         if why:
             raise UnsupportedError(f"activations fp8 with weights in {scheme.key()}: {why}")
         return FP8_LAYOUT
-    if activations != ACTIVATIONS_16BIT:
-        near = did_you_mean(activations, ACTIVATIONS)
-        raise InputError(f"activations {activations!r}{near}: use {' or '.join(ACTIVATIONS)}")
+    check_activations(activations)
     if obstacle(scheme, dtype, device):
         return STREAM
     return f"tiles_{target_name(dtype)}"
@@ -271,11 +276,17 @@ def _chip(index: int) -> Chip:
     )
 
 
-def kernels_for(scheme: Scheme, dtype: torch.dtype, chip: Chip) -> list[KernelSource]:
+def kernels_for(
+    scheme: Scheme, dtype: torch.dtype, chip: Chip, activations: str = ACTIVATIONS_16BIT
+) -> list[KernelSource]:
     """Return the kernels that linears of this scheme and dtype can ask for on a chip; none where they cannot run."""
     from tersor.kernels import linear
 
     target = target_name(dtype)
+    if activations == ACTIVATIONS_FP8:
+        if target not in lanes.PAIR_TARGETS or fp8_obstacle(scheme):
+            return []
+        return list(linear.fp8_sources(scheme, target, chip))
     if target is None or _no_decode(scheme, dtype):
         return []
     return list(linear.sources(scheme, target, chip))

@@ -171,7 +171,9 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     shares = (count - config.whole_tiles) * config.splits
     load = config.whole_tiles // multiprocessors * blocks + -(-shares // multiprocessors) * -(-blocks // config.splits)
     rounds = config.whole_tiles // slots + -(-shares // slots)
-    block_bytes = tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tile.tokens * COLUMNS / 2
+    block_bytes = (
+        tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tile.tokens * COLUMNS * problem.activation_bits / 32
+    )
     block = max(cost.block, block_bytes * chip.sms / (chip.bandwidth * _ACHIEVED) * 1e6)
     if config.ctas <= chip.sms:
         block += cost.lonely
@@ -217,7 +219,10 @@ _COSTS = {
     Tile(32, 2, 1, 1, 1, True): _Cost(start=1.7, block=0.3, item=3.0, exchange=1.6, exchange_megabyte=0.8),
     Tile(32, 2, 1, 1, 2, True): _Cost(start=1.9, block=0.3, item=4.0, exchange=0.5, exchange_megabyte=0.8, lonely=0.1),
     Tile(64, 2, 1, 1, 1, True): _Cost(start=2.0, block=0.32, item=3.0, exchange=2.0, exchange_megabyte=0.5),
-    Tile(128, 2, 1, 1, 1, True): _Cost(start=1.0, block=0.45, item=3.0, exchange=6.6, exchange_megabyte=0.13),
-    Tile(128, 2, 1, 2, 1, True): _Cost(start=1.2, block=0.42, item=3.0, exchange=6.6, exchange_megabyte=0.13),
+    Tile(128, 1, 1, 1, 2, True): _Cost(
+        start=2.5, block=0.225, item=3.0, exchange=2.5, exchange_megabyte=0.2, lonely=0.1
+    ),
+    Tile(128, 2, 1, 1, 1, True): _Cost(start=3.0, block=0.43, item=2.0, exchange=3.0, exchange_megabyte=0.13),
+    Tile(128, 2, 1, 2, 1, True): _Cost(start=3.6, block=0.42, item=2.0, exchange=3.0, exchange_megabyte=0.13),
     Tile(256, 2, 1, 2, 1): _Cost(start=1.2, block=1.33, item=6.3, exchange=12.0, exchange_megabyte=0.1),
 }
