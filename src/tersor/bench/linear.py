@@ -193,8 +193,8 @@ def plan(
     """Return what Tersor would run on a chip: bytes, roofline by its datasheet, configuration, predicted time.
 
     Returns:
-        For each shape, scheme, kind of activations and number of tokens: name, oc, ic, n, kernel, weight_bytes, roof_microseconds, config
-        (or why there is none), from (`measured`, `predicted` or `-`) and predicted_microseconds (`None` without one).
+        For each shape, scheme, kind of activations and number of tokens: name, oc, ic, n, kernel, weight_bytes,
+        roof_microseconds, config (or why there is none), from (`measured`, `predicted` or `-`) and predicted_microseconds (`None` without one).
     """
     rows = []
     for shape in shapes:

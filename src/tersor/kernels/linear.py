@@ -90,6 +90,7 @@ def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int,
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
             "CLUSTER": tile.cluster,
+            "GATHERS": tile.gathered > 1,
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,
@@ -194,6 +195,7 @@ def prepare_fused(
     rows_of_x, box = tensor_map.rows, sm90.box_rows(config, n)
     kind = tensor_map.BYTE if config.activation_bits == 8 else tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
     whole_tiles, splits = config.whole_tiles, config.splits
+    cluster = (splits, 1, 1) if config.gathered else None
 
     def launch_sm90(
         stream: int,
@@ -209,15 +211,8 @@ def prepare_fused(
         early: bool,
     ) -> None:
         x_map = rows_of_x(x, n, ic, stride, kind, box)
-        sizes = (oc, ic, n, whole_tiles, splits, box)
-        run(
-            grid,
-            block,
-            shared,
-            stream,
-            (x_map, weight, scale, bias, x_scale, y, partial, arrived, *sizes, factor),
-            early,
-        )
+        places = (x_map, weight, scale, bias, x_scale, y, partial, arrived)
+        run(grid, block, shared, stream, (*places, oc, ic, n, whole_tiles, splits, box, factor), early, cluster)
 
     return launch_sm90
 

@@ -100,7 +100,7 @@ class Kind:
             plan.launch = self._fused(config, n, index, dtype, aligned)
             if config.activation_bits == 8:
                 plan.quantize = self._quantize(n, index, dtype)
-            if config.splits > 1:
+            if config.splits > 1 and not config.gathered:
                 from tersor.kernels import linear as family
 
                 plan.floats, plan.counters = family.parts(config, n)

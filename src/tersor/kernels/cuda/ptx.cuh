@@ -129,13 +129,16 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The address that a shared address of this CTA has in another of the cluster.
+__device__ __forceinline__ u32 address_in(u32 shared, int rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+    return there;
+}
+
 // Arrives at the barrier that stands at the same address in another CTA of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, int rank) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -209,14 +212,23 @@ __device__ __forceinline__ void sync_one_of(int index) {
     asm volatile("bar.sync %0, %1;" ::"r"(kFirst + index), "n"(kThreads) : "memory");
 }
 
-// A barrier among all threads of a cluster of `kCtas`, which may come to it apart.
-template <int kCtas>
+// A barrier among all threads of a cluster, which may come to it apart.
 __device__ __forceinline__ void sync_cluster() {
-    if constexpr (kCtas == 1) {
-        __syncthreads();
-    } else {
-        asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-    }
+    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ int cluster_ctas() {
+    int count;
+    asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(count));
+    return count;
+}
+
+// Stores four floats in another CTA of the cluster; its barrier counts the 16 bytes when they are there.
+__device__ __forceinline__ void store_in(u32 there, const float* four, u32 barrier_there) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     there),
+                 "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(barrier_there)
+                 : "memory");
 }
 
 // Transposes an 8x8 matrix of 16-bit elements that a warp holds, two a lane.

@@ -28,7 +28,33 @@ __device__ __forceinline__ bool add_channel_groups(float (&sums)[kSums], float* 
     return true;
 }
 
-// Hands this CTA's sums over; returns true in the one CTA that then holds the sum of all splits.
+// Hands this CTA's sums to the first of its cluster; returns true there, where then the sum of all splits is. `arrived`
+// is the barrier that counts the bytes.
+__device__ __forceinline__ bool gather_splits(
+    float (&sums)[kSums], const Item& item, u32 gathered, const char* parts, u32 arrived) {
+    constexpr int kFours = kSums / 4;
+    if (item.part > 0) {
+        const u32 first = gathered + (item.part - 1) * kPartBytes + threadIdx.x * 16;
+        const u32 there = ptx::address_in(first, 0), barrier = ptx::address_in(arrived, 0);
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) ptx::store_in(there + i * kFinishers * 16, sums + 4 * i, barrier);
+        return false;
+    }
+    ptx::barrier_wait(arrived, 0);
+    for (int part = 1; part < item.parts; ++part, parts += kPartBytes) {
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+            const float4 four = reinterpret_cast<const float4*>(parts)[i * kFinishers + threadIdx.x];
+            sums[4 * i] += four.x;
+            sums[4 * i + 1] += four.y;
+            sums[4 * i + 2] += four.z;
+            sums[4 * i + 3] += four.w;
+        }
+    }
+    return true;
+}
+
+// Hands this CTA's sums over through memory; returns true in the one CTA that then holds the sum of all splits.
 __device__ __forceinline__ bool add_splits(
     float (&sums)[kSums], const Work& work, const Item& item, int rank, float* partial, u32* arrived) {
     __shared__ bool is_last;

@@ -9,20 +9,27 @@
 //
 // Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; in a cluster the
 // CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the weight
-// ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights. Splits add
-// up in a float32 workspace: the CTA that arrives last adds the parts in their order, so the result does not depend on
-// who that was.
+// ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights. Where the launch
+// makes a tile's splits a cluster, its first CTA gathers the parts in shared memory; otherwise splits add up in a float32
+// workspace, and the CTA that arrives last adds. Both add the parts in their order: the result does not depend on who was
+// first.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
 // activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
+// K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (1: splits may be a cluster), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
 // SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
 #pragma once
 
 #include "sm90_finish.cuh"
 #include "sm90_multiply.cuh"
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
+#if CLUSTER > 1
+#define TERSOR_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define TERSOR_CLUSTER
+#endif
+
+extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
     const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 128 bytes
     const char* __restrict__ weight,                  // units of packed codes
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
@@ -40,19 +47,27 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
-    const Work work{oc, ic, n, whole_tiles, splits};
+    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots) + 1];
+    const bool gathered = GATHERS && ptx::cluster_ctas() > 1;
+    const Work work{oc, ic, n, whole_tiles, splits, gathered};
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
+    const u32 gather_barrier = first_barrier + 16 * (kXSlots + kWeightSlots);
 
     if (threadIdx.x == 0) {
         xs.start(kFinishers / 32 * kCluster);
         weights.start(kFinishers / 32);
+        ptx::barrier_init(gather_barrier, 1);
         ptx::barrier_init_fence();
+        if (gathered) ptx::barrier_expect(gather_barrier, (splits - 1) * kPartBytes);
     }
-    ptx::sync_cluster<kCluster>();
+    if (kCluster > 1 || gathered) {
+        ptx::sync_cluster();
+    } else {
+        __syncthreads();
+    }
     ptx::launch_dependents();
 
     if (threadIdx.x >= kConsumers) {
@@ -79,8 +94,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
                 multiply_blocks(sums, weights, xs, slots, use, count, offsets);
             }
             float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
-            if (add_channel_groups(sums, exchange, count, use == 0) &&
-                (item.parts == 1 || add_splits(sums, work, item, rank, partial, arrived))) {
+            bool holds_all = add_channel_groups(sums, exchange, count, use == 0);
+            if (holds_all && gathered) {
+                holds_all = gather_splits(sums, item, base + kGatherAt, slots + kGatherAt, gather_barrier);
+            } else if (holds_all && item.parts > 1) {
+                holds_all = add_splits(sums, work, item, rank, partial, arrived);
+            }
+            if (holds_all) {
                 terms.add_bias(work, bias);
                 if constexpr (kMany) {
                     store_many(sums, work, item, terms, x_scale, y, slots + kExchangeAt);
@@ -91,5 +111,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
             use += count;
         });
     }
-    if constexpr (kCluster > 1) ptx::sync_cluster<kCluster>();  // no CTA ends while another may write to it
+    if constexpr (kCluster > 1) ptx::sync_cluster();  // no CTA ends while another may write to it
 }

@@ -46,9 +46,11 @@ constexpr bool kMany = kTokens >= 128;               // results are turned in sh
 constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
-// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups or results.
+// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups, of splits, or results.
 constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
+constexpr int kGatherAt = kExchangeAt + kExchangeBytes;  // parts of the other CTAs of the cluster
+constexpr int kPartBytes = kFinishers * kSums * 4;
 
 // The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
 constexpr int kCopyRegisters = 40;
@@ -103,6 +105,7 @@ struct Ring {
 struct Work {
     int oc, ic, n;
     int whole_tiles, splits;  // tiles before `whole_tiles` are one item each, the others `splits`
+    bool gathered;            // the CTAs of a cluster are the splits of one tile
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int token_tiles() const { return (n + kTokens - 1) / kTokens; }

@@ -47,6 +47,7 @@ class LinearConfig:
         token_tiles, row_tiles: tiles along tokens and output channels.
         whole_tiles: tiles that one CTA takes over all channels; the others go to `splits` CTAs each.
         splits: parts of the channels.
+        gathered: the splits of a tile are a cluster, which adds them in shared memory.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
     """
@@ -64,12 +65,14 @@ class LinearConfig:
     row_tiles: int
     whole_tiles: int = 0
     splits: int
+    gathered: bool = False
     ctas: int
     shared_bytes: int
 
     def __str__(self) -> str:
         return (
             f"{self.schedule} schedule, tiles of {64 * self.row_groups} rows and {self.n_tile} tokens, "
-            f"{self.token_tiles * self.row_tiles} tiles, {self.splits} splits, {self.ctas} CTAs, "
+            f"{self.token_tiles * self.row_tiles} tiles, {self.splits} splits{' in clusters' if self.gathered else ''}, "
+            f"{self.ctas} CTAs, "
             f"{self.shared_bytes / 1024:.0f} KiB shared"
         )

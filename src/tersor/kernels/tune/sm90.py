@@ -18,6 +18,8 @@ _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
 _STATIC_SHARED = 1024
 """Barriers, up to the alignment of the rings."""
+_GPC = 8
+"""Clusters fill the groups of multiprocessors only in part: of 132, with CTAs of their own, 128 take clusters of 4."""
 _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 1.03
@@ -69,13 +71,27 @@ class Tile:
             return 8192 * self.row_groups
         return 128 * self.row_groups * (self.channel_groups - 1) * self.tokens * 2
 
+    @property
+    def gathered(self) -> int:
+        """The most splits that a cluster adds in shared memory; 1 where none is kept free for that."""
+        if self.cluster > 1 or self.row_groups != 2:
+            return 1
+        return (
+            {8: 4, 16: 4, 32: 3, 64: 2}.get(self.tokens, 1) if self.resident == 1 else {8: 3, 16: 3}.get(self.tokens, 1)
+        )
+
+    @property
+    def gather_bytes(self) -> int:
+        """The bytes kept free for the parts of other CTAs."""
+        return (self.gathered - 1) * 128 * self.row_groups * self.tokens * 2
+
     def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
         """Return (slots of weights, slots of activations): equally deep, then what is left for activations.
 
         Both are multiples of what the channel groups take at a time.
         """
         budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - _STATIC_SHARED
-        budget -= self.exchange_bytes
+        budget -= self.exchange_bytes + self.gather_bytes
         weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
         groups, x_groups = self.channel_groups, self.channel_groups * self.x_slots_of_block
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // groups * groups
@@ -84,10 +100,23 @@ class Tile:
     def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
         weights, xs = self.slots(bits, scale_bytes, chip)
-        return weights * self.weight_slot_bytes(bits, scale_bytes) + xs * self.x_slot_bytes + self.exchange_bytes
+        return (
+            weights * self.weight_slot_bytes(bits, scale_bytes)
+            + xs * self.x_slot_bytes
+            + self.exchange_bytes
+            + self.gather_bytes
+        )
 
 
-def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ctas: int, chip: Chip) -> LinearConfig:
+def config(
+    problem: LinearProblem,
+    tile: Tile,
+    whole_tiles: int,
+    splits: int,
+    ctas: int,
+    chip: Chip,
+    gathered: bool = False,
+) -> LinearConfig:
     """Return the configuration of one tile shape with its last tiles, those from `whole_tiles` on, split."""
     weight_slots, x_slots = tile.slots(problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
@@ -104,6 +133,7 @@ def config(problem: LinearProblem, tile: Tile, whole_tiles: int, splits: int, ct
         row_tiles=-(-problem.oc // (tile.rows * tile.cluster)) * tile.cluster,
         whole_tiles=whole_tiles,
         splits=splits,
+        gathered=gathered,
         ctas=ctas,
         shared_bytes=tile.shared_bytes(problem.bits, problem.scale_bytes, chip),
     )
@@ -153,7 +183,8 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
             plans += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
         for whole, splits in plans:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
-            yield config(problem, tile, whole, splits, ctas, chip)
+            gathered = whole == 0 and 1 < splits <= tile.gathered and count * splits <= slots // _GPC * _GPC
+            yield config(problem, tile, whole, splits, ctas, chip, gathered)
 
 
 def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
