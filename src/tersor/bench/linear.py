@@ -194,7 +194,8 @@ def plan(
 
     Returns:
         For each shape, scheme, kind of activations and number of tokens: name, oc, ic, n, kernel, weight_bytes,
-        roof_microseconds, config (or why there is none), from (`measured`, `predicted` or `-`) and predicted_microseconds (`None` without one).
+        roof_microseconds, config (or why there is none), from (`measured`, `predicted` or `-`) and
+        predicted_microseconds (`None` without one).
     """
     rows = []
     for shape in shapes:

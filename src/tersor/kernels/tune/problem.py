@@ -70,9 +70,10 @@ class LinearConfig:
     shared_bytes: int
 
     def __str__(self) -> str:
+        clusters = " in clusters" if self.gathered else ""
         return (
             f"{self.schedule} schedule, tiles of {64 * self.row_groups} rows and {self.n_tile} tokens, "
-            f"{self.token_tiles * self.row_tiles} tiles, {self.splits} splits{' in clusters' if self.gathered else ''}, "
+            f"{self.token_tiles * self.row_tiles} tiles, {self.splits} splits{clusters}, "
             f"{self.ctas} CTAs, "
             f"{self.shared_bytes / 1024:.0f} KiB shared"
         )

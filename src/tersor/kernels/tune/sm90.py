@@ -18,8 +18,10 @@ _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
 _STATIC_SHARED = 1024
 """Barriers, up to the alignment of the rings."""
-_GPC = 8
-"""Clusters fill the groups of multiprocessors only in part: of 132, with CTAs of their own, 128 take clusters of 4."""
+_CLUSTER_ROOM = 0.75
+"""Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
+_GATHER = 0.65
+"""Of the exchange of split sums, where a cluster gathers them."""
 _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 1.03
@@ -74,11 +76,9 @@ class Tile:
     @property
     def gathered(self) -> int:
         """The most splits that a cluster adds in shared memory; 1 where none is kept free for that."""
-        if self.cluster > 1 or self.row_groups != 2:
+        if self.cluster > 1 or self.resident > 1 and self.tokens > 16:
             return 1
-        return (
-            {8: 4, 16: 4, 32: 3, 64: 2}.get(self.tokens, 1) if self.resident == 1 else {8: 3, 16: 3}.get(self.tokens, 1)
-        )
+        return {8: 3, 16: 3, 32: 3, 64: 2}.get(self.tokens, 1)
 
     @property
     def gather_bytes(self) -> int:
@@ -183,7 +183,8 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
             plans += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
         for whole, splits in plans:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
-            gathered = whole == 0 and 1 < splits <= tile.gathered and count * splits <= slots // _GPC * _GPC
+            room = slots if splits == 2 else slots * _CLUSTER_ROOM
+            gathered = whole == 0 and 1 < splits <= tile.gathered and count * splits <= room
             yield config(problem, tile, whole, splits, ctas, chip, gathered)
 
 
@@ -210,6 +211,8 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
         block += cost.lonely
     exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6 if config.splits > 1 else 0.0
     exchange = cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged if config.splits > 1 else 0.0
+    if config.gathered:
+        exchange *= _GATHER
     return (cost.start + load * block + (rounds - 1) * cost.item + exchange) * 1e-6
 
 
