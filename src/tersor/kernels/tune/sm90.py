@@ -76,7 +76,7 @@ class Tile:
     @property
     def gathered(self) -> int:
         """The most splits that a cluster adds in shared memory; 1 where none is kept free for that."""
-        if self.cluster > 1 or self.resident > 1 and self.tokens > 16:
+        if self.cluster > 1 or (self.resident > 1 and self.tokens > 16):
             return 1
         return {8: 3, 16: 3, 32: 3, 64: 2}.get(self.tokens, 1)
 
@@ -244,7 +244,7 @@ _COSTS = {
     Tile(32, 2, 1, 1, 1): _Cost(start=1.7, block=0.33, item=2.9, exchange=1.6, exchange_megabyte=0.77),
     Tile(32, 2, 1, 1, 2): _Cost(start=1.9, block=0.32, item=4.0, exchange=0.0, exchange_megabyte=0.8, lonely=0.1),
     Tile(64, 2, 1, 1, 1): _Cost(start=2.0, block=0.42, item=3.9, exchange=2.0, exchange_megabyte=0.5),
-    Tile(64, 2, 1, 1, 2): _Cost(start=2.3, block=0.38, item=6.0, exchange=0.8, exchange_megabyte=0.5, lonely=0.1),
+    Tile(64, 2, 1, 1, 2): _Cost(start=2.3, block=0.38, item=6.0, exchange=0.8, exchange_megabyte=0.3, lonely=0.1),
     Tile(128, 1, 1, 1, 2): _Cost(start=2.1, block=0.37, item=4.0, exchange=3.0, exchange_megabyte=0.25, lonely=0.3),
     Tile(128, 2, 1, 1, 1): _Cost(start=0.9, block=0.72, item=2.8, exchange=6.6, exchange_megabyte=0.13),
     Tile(128, 3, 1, 1, 1): _Cost(start=0.9, block=1.07, item=3.0, exchange=3.5, exchange_megabyte=0.24),

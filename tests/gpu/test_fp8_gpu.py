@@ -1,0 +1,134 @@
+"""8-bit activations on the FP8 tensor cores, against a float64 product of the same quantised numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tersor import formats, nn, ops
+from tersor.compress import quantize_rtn
+from tersor.kernels import tune
+from tersor.kernels.tune import sm90
+from tersor.layouts import PackedWeight, scales, tiles
+from tersor.ops import dispatch, reference
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+ACCUMULATION = 2.0**-12
+"""Of the sum of magnitudes: 512 channels meet in sums of about 14 bits."""
+
+
+def packed(name: str, group_size: int | None, oc: int, ic: int) -> tuple[PackedWeight, torch.Tensor]:
+    """A random weight in the layout for 8-bit activations, and its values."""
+    torch.manual_seed(oc + ic)
+    scheme = formats.get_scheme(name, group_size)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), scheme), scheme)
+    return weight.to_layout(dispatch.FP8_LAYOUT), weight.dequantize(torch.float64)
+
+
+def check(
+    x: torch.Tensor, weight: PackedWeight, values: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compare with the product of what the reference quantises on a CPU."""
+    y = ops.linear(x, weight, bias)
+    codes, scale = reference.quantize_tokens(x.float().cpu())
+    quantised = (codes.double() * scale.double()).cuda()
+    exact = quantised @ values.T
+    allowed = ACCUMULATION * (quantised.abs() @ values.abs().T)
+    if bias is not None:
+        exact += bias.double()
+    allowed += exact.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).tiny
+    worst = float(((y.double() - exact).abs() / allowed).max())
+    assert worst <= 1, f"error is {worst:.2f} of what is allowed"
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "group_size"),
+    [
+        ("fp6_e3m2", None),
+        ("fp6_e2m3", None),
+        ("fp6_e2m3", 128),
+        ("fp6_e3m2", 32),
+        ("fp5_e2m2", None),
+        ("fp5_e3m1", 64),
+        ("fp4_e2m1", 128),
+    ],
+)
+def test_products(name: str, group_size: int | None, dtype: torch.dtype) -> None:
+    weight, values = packed(name, group_size, 200, 1280)
+    bias = torch.randn(200, device="cuda").to(dtype)
+    for n in (1, 7, 16, 17, 33, 65, 129, 300):
+        check(torch.randn(n, 1280, device="cuda").to(dtype), weight, values, bias)
+
+
+def test_odd_sizes_and_strides() -> None:
+    for oc, ic in ((1, 1), (65, 100), (777, 1001), (128, 8192)):
+        weight, values = packed("fp6_e3m2", None, oc, ic)
+        wide = torch.randn(40, ic + 3, device="cuda").half()
+        for x in (wide[:, :ic], wide[::3, 3:], torch.randn(ic, 9, device="cuda").half().T):
+            check(x, weight, values)
+    assert ops.linear(torch.empty(0, 8192, device="cuda").half(), weight).shape == (0, 128)
+
+
+@pytest.mark.parametrize("tile", sm90.tiles(0, fp8=True), ids=str)
+def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile) -> None:
+    """A few CTAs that take several items each, split tiles among them."""
+    chip = dispatch.chip(torch.device("cuda", 0))
+    oc, ic, n = 700, 1100, 3 * tile.tokens - 5
+    weight, values = packed("fp6_e3m2", None, oc, ic)
+    scheme = weight.scheme
+    x = torch.randn(n, ic, device="cuda").half()
+    problem = tune.LinearProblem(
+        oc=oc,
+        ic=ic,
+        n=n,
+        bits=6,
+        scale_groups=tiles.scales_in_block(scheme.group_size),
+        scale_bytes=scales.row_bytes(scheme),
+        activation_bits=8,
+    )
+    for whole, splits, ctas in ((0, 1, 4), (0, 3, 8), (4, 2, 4)):
+        config = sm90.config(problem, tile, whole, splits, ctas * tile.cluster, chip)
+        with ops.launches(config=config):
+            first = check(x, weight, values)
+            assert torch.equal(first, ops.linear(x, weight))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_stays_in_its_token(bad: float) -> None:
+    weight, _ = packed("fp6_e3m2", None, 128, 512)
+    x = torch.randn(20, 512, device="cuda").half()
+    x[3, 100] = bad
+    y = ops.linear(x, weight)
+    assert y[3].isnan().all()
+    y[3] = 0
+    assert y.isfinite().all()
+
+
+def test_extremes_and_zeros() -> None:
+    weight, values = packed("fp6_e2m3", None, 128, 512)
+    x = torch.randn(6, 512, device="cuda").half()
+    x *= torch.tensor([[1e-7], [1e-4], [0.0], [1.0], [1e2], [6e3]], device="cuda").half()
+    assert not check(x, weight, values / 512)[2].any()
+
+
+def test_a_model_and_a_cuda_graph() -> None:
+    weight, values = packed("fp6_e3m2", None, 256, 256)
+    layer = nn.PackedLinear.from_packed(weight.to_layout("stream"))
+    nn.multiply_with(layer, "fp8")
+    x = torch.randn(5, 256, device="cuda").half()
+    expected = check(x, weight, values)
+    assert torch.equal(layer(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(layer(x))
+    again = torch.randn(5, 256, device="cuda").half()
+    x.copy_(again)
+    graph.replay()
+    assert torch.equal(y, layer(layer(again)))

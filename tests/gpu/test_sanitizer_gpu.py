@@ -1,0 +1,28 @@
+"""compute-sanitizer finds nothing in small products through every tile of every schedule."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOL = shutil.which("compute-sanitizer")
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or TOOL is None, reason="needs a CUDA device and compute-sanitizer"
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+def test_nothing_is_found(check: str) -> None:
+    assert TOOL is not None
+    script = Path(__file__).with_name("sanitized.py")
+    command = [TOOL, "--tool", check, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "done" in done.stdout
