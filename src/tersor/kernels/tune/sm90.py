@@ -9,8 +9,6 @@ from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
-GROUPED_TOKENS = 64
-"""The widest tile with scales in groups: two sets of sums must fit in registers."""
 FEW_TOKENS = 16
 """Up to so many tokens mma.sync multiplies."""
 _MAX_SLOTS = 16
@@ -119,7 +117,7 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups."""
-    return tuple(tile for tile in _COSTS if scale_groups == 0 or tile.tokens <= GROUPED_TOKENS)
+    return tuple(tile for tile in _COSTS if scale_groups == 0 or tile not in _ONE_SET_OF_SUMS)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -208,3 +206,6 @@ _COSTS = {
     Tile(128, 3, 1, 1, 1): _Cost(start=0.9, block=1.07, item=3.0, exchange=3.5, exchange_megabyte=0.24),
     Tile(256, 2, 1, 2, 1): _Cost(start=1.2, block=1.33, item=6.3, exchange=12.0, exchange_megabyte=0.1),
 }
+
+_ONE_SET_OF_SUMS = frozenset({Tile(64, 2, 1, 1, 2), Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1)})
+"""Tiles whose registers do not hold a second set of sums, which scales in groups need."""
