@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +160,48 @@ def test_a_chain_hands_outputs_on_where_sizes_allow(oc: int, ic: int, monkeypatc
     for index, (source, _) in enumerate(seen):
         handed_on = oc == ic and index % 10 % 8
         assert source is (outputs[index - 1] if handed_on else x), index
+
+
+class Clock:
+    """Time that passes where a graph is replayed, 8 ms each, by a stand-in for what timing uses of torch and time."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+        self.replays = 0
+        self.recorded: list[int] = []
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        self.cuda = SimpleNamespace(
+            Stream=lambda device: nothing,
+            current_device=lambda: 0,
+            current_stream=lambda: nothing,
+            stream=lambda stream: contextlib.nullcontext(),
+            graph=lambda graph: contextlib.nullcontext(),
+            synchronize=lambda: None,
+            CUDAGraph=lambda: SimpleNamespace(replay=self.replay),
+            Event=lambda enable_timing: SimpleNamespace(
+                record=lambda: self.recorded.append(self.replays),
+                synchronize=lambda: None,
+                elapsed_time=lambda end: 8.0,
+            ),
+        )
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.seconds += 0.008
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+def test_a_graph_is_warm_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = Clock(), []
+    monkeypatch.setattr(timing, "torch", clock)
+    monkeypatch.setattr(timing, "time", clock)
+    timing._side_stream.cache_clear()
+    assert timing.graph_microseconds([lambda: calls.append(1)] * 4, replays=3) == 2000
+    timing._side_stream.cache_clear()
+    assert len(calls) == 8
+    assert clock.recorded == [7, 8, 8, 9, 9, 10]  # 50 ms take 7 replays of 8 ms
 
 
 def test_enough_copies() -> None:

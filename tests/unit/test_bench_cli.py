@@ -44,7 +44,7 @@ def test_dry_run_on_a_named_chip(tmp_path: Path, capsys: pytest.CaptureFixture[s
     first, second, third = plan["rows"][:3]
     assert first["weight_bytes"] == 6144 * 4096 * 6 // 8 + 2 * 6144
     assert first["roof_microseconds"] == round(first["weight_bytes"] / 2.039e6, 2)
-    assert first["config"].startswith("sm80 schedule, 8 tokens")
+    assert first["config"].startswith("sm80 schedule, tiles of 128 rows and 8 tokens")
     assert first["predicted_microseconds"] > first["roof_microseconds"]
     assert second["config"] == "decoded once for cuBLAS"
     assert third["config"] == "no kernel decodes it"

@@ -7,12 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from tersor import formats
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels.tune import LinearProblem, choose, fused, table
-from tersor.kernels.tune import linear as tuning
+from tersor.kernels import linear as family
+from tersor.kernels.tune import (
+    LinearConfig,
+    LinearProblem,
+    candidates,
+    choose,
+    fused,
+    predict,
+    seconds,
+    sm80,
+    sm90,
+    table,
+)
+from tersor.layouts import scales, tiles
 
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
+ALL_CHIPS = list(CHIPS.values())
+SCHEMES = [formats.get_scheme(name, group) for name, group in (("fp6_e3m2", None), ("int3", 16), ("uint8", 128))]
 
 
 @pytest.fixture(autouse=True)
@@ -25,77 +40,230 @@ def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     table.forget()
 
 
-@pytest.mark.parametrize(
-    ("oc", "ic", "n", "schedule", "n_tile", "splits"),
-    [
-        (8192, 8192, 1, "sm80", 8, 4),
-        (4096, 4096, 1, "sm80", 8, 8),
-        (57344, 8192, 1, "sm90", 8, 2),
-        (8192, 8192, 16, "sm90", 16, 2),
-        (10240, 8192, 16, "sm90", 16, 3),
-        (4096, 14336, 16, "sm90", 16, 4),
-        (4096, 4096, 16, "sm90", 16, 4),
-        (8192, 8192, 64, "sm90", 64, 2),
-        (8192, 8192, 256, "sm90", 128, 1),
-        (57344, 8192, 256, "sm90", 128, 1),
-        (8192, 8192, 1024, "sm90", 256, 1),
-        (57344, 8192, 4096, "sm90", 256, 1),
-        (256, 256, 1, "sm80", 8, 2),
-    ],
-)
-def test_choices_on_an_h200(oc: int, ic: int, n: int, schedule: str, n_tile: int, splits: int) -> None:
-    config = choose(LinearProblem(oc=oc, ic=ic, n=n, bits=6), H200)
-    assert (config.schedule, config.n_tile, config.splits) == (schedule, n_tile, splits)
-    assert config.row_tiles == -(-oc // 128)
-    assert config.token_tiles == -(-n // n_tile)
+def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], aligned: bool = True) -> LinearProblem:
+    """The problem of a weight [oc, ic] and n tokens."""
+    return LinearProblem(
+        oc=oc,
+        ic=ic,
+        n=n,
+        bits=scheme.format.bits,
+        scale_groups=tiles.scales_in_block(scheme.group_size),
+        scale_bytes=scales.row_bytes(scheme),
+        aligned=aligned,
+    )
+
+
+TOKENS = (1, 16, 64, 128, 256, 1024, 4096)
+ON_AN_H200 = {
+    (10240, 8192): (
+        (8, 2, 1, 1, 2, 0, 3, 240),
+        (16, 2, 1, 1, 2, 0, 3, 240),
+        (64, 2, 1, 1, 1, 0, 1, 80),
+        (128, 3, 1, 1, 1, 0, 2, 108),
+        (128, 3, 1, 1, 1, 0, 1, 108),
+        (256, 2, 1, 2, 1, 132, 2, 132),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+    ),
+    (8192, 8192): (
+        (8, 2, 2, 1, 1, 0, 2, 128),
+        (16, 2, 2, 1, 1, 0, 2, 128),
+        (64, 2, 1, 1, 1, 0, 2, 128),
+        (128, 2, 1, 1, 1, 0, 2, 128),
+        (128, 2, 1, 1, 1, 0, 1, 128),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+    ),
+    (57344, 8192): (
+        (8, 2, 1, 1, 2, 264, 2, 264),
+        (16, 2, 2, 1, 1, 396, 2, 132),
+        (64, 2, 1, 1, 1, 396, 2, 132),
+        (128, 3, 1, 1, 1, 264, 3, 132),
+        (256, 2, 1, 2, 1, 198, 2, 132),
+        (256, 2, 1, 2, 1, 858, 3, 132),
+        (256, 2, 1, 2, 1, 3564, 3, 132),
+    ),
+    (8192, 28672): (
+        (8, 2, 2, 1, 1, 0, 2, 128),
+        (16, 2, 2, 1, 1, 0, 2, 128),
+        (64, 2, 1, 1, 1, 0, 2, 128),
+        (128, 2, 1, 1, 1, 0, 2, 128),
+        (128, 2, 1, 1, 1, 0, 1, 128),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 462, 5, 132),
+    ),
+    (6144, 4096): (
+        (8, 2, 2, 1, 1, 0, 2, 96),
+        (16, 2, 2, 1, 1, 0, 2, 96),
+        (64, 2, 1, 1, 1, 0, 2, 96),
+        (128, 3, 1, 1, 1, 0, 4, 128),
+        (128, 2, 1, 1, 1, 0, 1, 96),
+        (128, 3, 1, 1, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+    ),
+    (4096, 4096): (
+        (8, 2, 2, 1, 1, 0, 4, 128),
+        (16, 2, 2, 1, 1, 0, 3, 96),
+        (64, 2, 1, 1, 2, 0, 4, 128),
+        (128, 1, 1, 1, 2, 0, 4, 256),
+        (128, 2, 1, 1, 1, 0, 2, 128),
+        (256, 2, 1, 2, 1, 0, 1, 128),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+    ),
+    (28672, 4096): (
+        (8, 2, 1, 1, 2, 0, 1, 224),
+        (16, 2, 1, 1, 2, 0, 1, 224),
+        (64, 2, 1, 1, 2, 0, 1, 224),
+        (128, 2, 1, 1, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 1782, 6, 132),
+    ),
+    (4096, 14336): (
+        (8, 2, 2, 1, 1, 0, 4, 128),
+        (16, 2, 2, 1, 1, 0, 4, 128),
+        (64, 2, 1, 1, 1, 0, 4, 128),
+        (128, 2, 1, 1, 1, 0, 4, 128),
+        (128, 2, 1, 1, 1, 0, 2, 128),
+        (256, 2, 1, 2, 1, 0, 1, 128),
+        (256, 2, 1, 2, 1, 0, 1, 132),
+    ),
+}
+"""(OC, IC) -> for each of TOKENS, 6-bit weights: n_tile, row_groups, channel_groups, cluster, resident, whole_tiles,
+splits, ctas."""
+
+
+@pytest.mark.parametrize(("oc", "ic"), ON_AN_H200)
+def test_choices_on_an_h200(oc: int, ic: int) -> None:
+    for n, expected in zip(TOKENS, ON_AN_H200[oc, ic], strict=True):
+        config = choose(problem_of(oc, ic, n), H200)
+        tile = (config.n_tile, config.row_groups, config.channel_groups, config.cluster, config.resident)
+        assert (config.schedule, *tile, config.whole_tiles, config.splits, config.ctas) == ("sm90", *expected), n
+        assert config.token_tiles == -(-n // config.n_tile)
+        width = 64 * config.row_groups * config.cluster
+        assert config.row_tiles == -(-oc // width) * config.cluster
 
 
 @pytest.mark.parametrize(("n", "n_tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
 def test_the_smallest_tile_that_holds_the_tokens(n: int, n_tile: int) -> None:
     for chip in (H200, A100):
-        assert choose(LinearProblem(oc=8192, ic=8192, n=n, bits=6), chip).n_tile == n_tile
+        assert choose(problem_of(8192, 8192, n), chip).n_tile == n_tile
+        assert {config.n_tile for config in candidates(problem_of(8192, 8192, n), chip)} == {n_tile}
+
+
+def test_more_tokens_are_offered_both_of_the_widest_tiles() -> None:
+    for n in (65, 128, 129, 5000):
+        assert {config.n_tile for config in candidates(problem_of(8192, 8192, n), H200)} == {128, 256}
 
 
 def test_who_is_fused() -> None:
-    few, many = (LinearProblem(oc=64, ic=64, n=n, bits=6) for n in (64, 65))
-    crooked = LinearProblem(oc=64, ic=60, n=65, bits=6, aligned=False)
+    few, many = (problem_of(64, 64, n) for n in (64, 65))
     assert fused(few, A100)
     assert not fused(many, A100)
     assert fused(many, H200)
-    assert not fused(crooked, H200)
-    assert choose(LinearProblem(oc=9999, ic=9999, n=5, bits=6, aligned=False), H200).schedule == "sm80"
+    assert not fused(problem_of(64, 60, 65, aligned=False), H200)
+    assert choose(problem_of(9999, 9999, 5, aligned=False), H200).schedule == "sm80"
+    assert choose(problem_of(9999, 9999, 5), A100).schedule == "sm80"
 
 
 def test_scales_in_groups_keep_two_sets_of_sums() -> None:
+    scheme = formats.get_scheme("fp6_e3m2", 128)
     for n in (65, 1000, 8192):
-        config = choose(LinearProblem(oc=8192, ic=8192, n=n, bits=6, scale_groups=1), H200)
-        assert config.n_tile == 64
-        assert config.token_tiles == -(-n // 64)
+        config = choose(problem_of(8192, 8192, n, scheme), H200)
+        assert (config.n_tile, config.token_tiles) == (128, -(-n // 128))
+    grouped, by_rows = set(sm90.tiles(1)), set(sm90.tiles(0))
+    assert {tile.tokens for tile in grouped} == {8, 16, 32, 64, 128}
+    assert grouped < by_rows
+    for tile in by_rows:  # what sm90_pipeline.cuh gives a thread that multiplies, less two sets of sums
+        threads = 128 * (tile.row_groups * tile.channel_groups + 1)
+        evenly = 65536 // (tile.resident * threads) // 8 * 8
+        copying = 40 if tile.resident == 1 else 32
+        registers = min(240, (evenly * threads - 128 * copying) // (threads - 128) // 8 * 8)
+        assert (registers - tile.tokens >= 64) == (tile in grouped), tile
 
 
-@pytest.mark.parametrize("chip", list(CHIPS.values()), ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("groups", [0, 1, 2, 4, 8])
 def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
+    """Scales of 4 bytes and zero points of 2 in each group are the most there is."""
+    scale_bytes = 6 * groups
     for bits in range(1, 9):
-        for tile in tuning.SM80_TILES:
-            depth, resident = tuning.sm80_stages(tile, bits, 6 * groups, chip)
-            used = depth * tuning.sm80_stage_bytes(tile, bits, 6 * groups)
+        for tokens in sm80.TILES:
+            depth, resident = sm80.stages(tokens, bits, scale_bytes, chip)
+            used = depth * sm80.stage_bytes(tokens, bits, scale_bytes)
             assert depth >= 2
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
-            assert used >= tile * 132 * 4
-        for tile in tuning.sm90_tiles(groups) if chip.capability == (9, 0) else ():
-            slot = tuning.sm90_stage_bytes(tile, bits, 6 * groups)
-            assert slot % 1024 == 0
-            for resident in tuning.SM90_RESIDENT[tile]:
-                depth = tuning.sm90_stages(tile, resident, bits, 6 * groups, chip)
-                assert depth >= 2
-                assert resident * (depth * slot + 2048) <= chip.shared_bytes + 1024
+            assert used >= tokens * 132 * 4
+        for tile in sm90.tiles(groups) if chip.capability == (9, 0) else ():
+            weight_slots, x_slots = tile.slots(bits, scale_bytes, chip)
+            used = tile.shared_bytes(bits, scale_bytes, chip)
+            assert used == (
+                weight_slots * tile.weight_slot_bytes(bits, scale_bytes)
+                + x_slots * tile.x_slot_bytes
+                + tile.exchange_bytes
+            )
+            assert tile.resident * (used + 1024 + 1024) <= chip.shared_bytes + 1024, (tile, bits)
+            assert weight_slots % tile.channel_groups == 0
+            assert x_slots % (tile.channel_groups * tile.x_slots_of_block) == 0
+            assert 2 * tile.channel_groups <= weight_slots <= 16
+            assert 2 * tile.channel_groups * tile.x_slots_of_block <= x_slots <= 16
+            # barriers: two of 8 bytes a slot, beside a flag
+            assert 16 * (weight_slots + x_slots) < 1024
+            assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0
+            assert tile.threads <= 1024
 
 
-def test_no_split_is_empty() -> None:
-    for ic in (1, 128, 129, 1000, 4096):
-        for oc in (1, 200, 5000):
-            for n in (3, 20, 500):
-                config = choose(LinearProblem(oc=oc, ic=ic, n=n, bits=6), H200)
-                assert 1 <= config.splits <= -(-ic // 128)
-    assert str(choose(LinearProblem(oc=5000, ic=4096, n=3, bits=6), H200)).startswith("sm80 schedule, 8 tokens, 4")
+def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
+    """What holds for every configuration of a problem."""
+    blocks = -(-problem.ic // 128)
+    tiles_of_cluster = config.token_tiles * config.row_tiles // config.cluster
+    rest = tiles_of_cluster - config.whole_tiles
+    assert 1 <= config.splits <= blocks
+    assert 0 <= config.whole_tiles <= tiles_of_cluster
+    assert config.row_tiles % config.cluster == config.ctas % config.cluster == 0
+    assert config.row_tiles * config.row_groups * 64 >= problem.oc
+    assert config.token_tiles * config.n_tile >= problem.n > (config.token_tiles - 1) * config.n_tile
+    if config.splits > 1:
+        assert rest > 0
+    assert 1 <= config.ctas // config.cluster <= config.whole_tiles + rest * config.splits
+    assert config.shared_bytes <= chip.shared_bytes
+    assert seconds(problem, config, chip) > 0
+    if config.schedule == "sm90":
+        assert config.ctas <= chip.sms * config.resident
+        assert 1 <= sm90.box_rows(config, problem.n) <= min(problem.n, 256)
+    else:
+        assert config.ctas == config.row_tiles * config.splits
+
+
+@pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
+def test_what_holds_for_any_problem(chip: Chip, scheme: formats.Scheme) -> None:
+    warmed = set(family.sources(scheme, "float16", chip))
+    for ic in (1, 128, 136, 1000, 4096, 28672):
+        for oc in (1, 64, 200, 5000, 57344):
+            for n in (1, 9, 20, 64, 65, 100, 129, 500, 5000):
+                for aligned in (True, False):
+                    problem = problem_of(oc, ic, n, scheme, aligned)
+                    options = candidates(problem, chip)
+                    assert bool(options) == fused(problem, chip)
+                    assert len(set(options)) == len(options)
+                    for config in options:
+                        check(problem, config, chip)
+                    if options:
+                        choice = predict(problem, chip)
+                        assert choice in options
+                        assert family.fused_source(scheme, "float16", choice) in warmed
+
+
+def test_every_candidate_has_a_kernel_that_is_warmed() -> None:
+    for scheme in SCHEMES:
+        warmed = set(family.sources(scheme, "bfloat16", H200))
+        for n in (1, 16, 32, 64, 100, 300):
+            for config in candidates(problem_of(3000, 4096, n, scheme), H200):
+                assert family.fused_source(scheme, "bfloat16", config) in warmed
+
+
+def test_a_choice_reads_as_a_sentence() -> None:
+    assert str(choose(problem_of(8192, 8192, 3), H200)) == (
+        "sm90 schedule, tiles of 128 rows and 8 tokens, 64 tiles, 2 splits, 128 CTAs, 204 KiB shared"
+    )
+    assert str(choose(problem_of(5000, 4096, 3), A100)).startswith("sm80 schedule, tiles of 128 rows and 8 tokens, 40")

@@ -69,6 +69,7 @@ __device__ __forceinline__ void multiply_few(
         const u32 x = xs.address(x_at);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
+            if constexpr (kGroups > 4) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
             u32 a[kPairs];
             decode::extract(a, words + set * decode::kWords);
             scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
@@ -253,8 +254,10 @@ __device__ __forceinline__ void multiply_blocks(
     constexpr int kSetSteps = kPairs / 4;             // k16 steps of a decode group
     constexpr int kSlotSets = kSets / kSlotsOfBlock;  // decode groups that a slot of activations serves
     static_assert(kSlotSets > 0, "a decode group reads one slot of activations");
-    // Decode groups whose products are under way or being prepared: four where registers are plenty.
-    constexpr int kAhead = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192 ? 4 : 2;
+    // Decode groups whose products are under way or being prepared: four where registers are plenty, one where each
+    // ends a scale group and is waited for anyway.
+    constexpr bool kPlenty = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192;
+    constexpr int kAhead = kPlenty ? 4 : kGroups > 0 && kSetSteps % scales::kSteps == 0 ? 1 : 2;
     float part[kSums];  // of one scale group
     u32 pairs[kAhead][kPairs];
     if constexpr (kGroups > 0) {
@@ -313,6 +316,8 @@ __device__ __forceinline__ void multiply_blocks(
             }
             wgmma::commit();
         }
+        // ptxas loses sight of registers in use across two waits for a slot, and would wait after every product.
+        if constexpr (kSlotSets == 1) wgmma::wait<kAhead - 1>();
         if constexpr (kGroups > 0) {
             __syncwarp();
             if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));

@@ -52,8 +52,9 @@ constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
 constexpr int kGatherAt = kExchangeAt + kExchangeBytes;  // parts of the other CTAs of the cluster
 constexpr int kPartBytes = kFinishers * kSums * 4;
 
-// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
-constexpr int kCopyRegisters = 40;
+// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away: all that
+// it can do without where registers are few.
+constexpr int kCopyRegisters = RESIDENT == 1 ? 40 : 32;
 constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
 constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;

@@ -9,8 +9,6 @@ from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
-GROUPED_TOKENS = 64
-"""The widest tile with scales in groups: two sets of sums must fit in registers."""
 FEW_TOKENS = 16
 """Up to so many tokens mma.sync multiplies."""
 _MAX_SLOTS = 16
@@ -154,8 +152,8 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int, fp8: bool = False) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, with 16-bit or 8-bit activations."""
-    widest = GROUPED_TOKENS if scale_groups and not fp8 else 256
-    return tuple(tile for tile in _COSTS if tile.fp8 == fp8 and tile.tokens <= widest)
+    fitting = (tile for tile in _COSTS if scale_groups == 0 or tile not in _ONE_SET_OF_SUMS)
+    return tuple(tile for tile in fitting if tile.fp8 == fp8)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -260,3 +258,6 @@ _COSTS = {
     Tile(128, 2, 1, 2, 1, True): _Cost(start=3.6, block=0.42, item=2.0, exchange=3.0, exchange_megabyte=0.13),
     Tile(256, 2, 1, 2, 1): _Cost(start=1.2, block=1.33, item=6.3, exchange=12.0, exchange_megabyte=0.1),
 }
+
+_ONE_SET_OF_SUMS = frozenset({Tile(64, 2, 1, 1, 2), Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1)})
+"""Tiles whose registers do not hold a second set of sums, which scales in groups need."""

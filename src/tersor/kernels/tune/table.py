@@ -8,7 +8,7 @@ A table is a JSON file that `tersor bench tune` writes. Two are looked at, the f
 
 A choice holds for problems that are equal in everything but the number of tokens, and for a number of tokens that was
 measured, or that lies between two measured neighbours of equal choice. A choice is everything of a `LinearConfig` but
-the number of token tiles, which follows from the tokens.
+the numbers of token tiles, whole tiles and CTAs, which follow from the tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KIND = "tersor measured choices"
 SHIPPED = Path(__file__).parent / "measured"
 """Tables that come with Tersor; a chip need not have one."""
 
-_FOLLOWS_FROM_TOKENS = ("token_tiles",)
+_FOLLOWS_FROM_TOKENS = ("token_tiles", "whole_tiles", "ctas")
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str": (str,), "float": (int, float)}
 _KEYS = {"kind", "version", "chip", "capability", "kernels", "environment", "choices"}
 _REMEDY = "measure again with 'tersor bench tune', or remove the file"
