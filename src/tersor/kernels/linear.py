@@ -334,3 +334,8 @@ def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
                     if source not in seen and (every_tile or source.parameters.get("N_TILE") in (None, *widest)):
                         seen.add(source)
                         yield source
+            if every_tile and not lanes.supported(scheme.format, FP8) and (scheme.group_size or 32) % 32 == 0:
+                for source in fp8_sources(scheme, "float16", chip):
+                    if source not in seen:
+                        seen.add(source)
+                        yield source
