@@ -33,7 +33,7 @@ def test_dry_run_on_a_named_chip(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "--format",
         "fp6_e3m2",
         "--format",
-        "uint4",
+        "fp8_e6m1",
     ]
     assert run([*arguments, "--dry-run", "--chip", "a100", "--json", str(path)]) == 0
     out = capsys.readouterr().out

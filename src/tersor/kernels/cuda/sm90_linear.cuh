@@ -1,21 +1,22 @@
 // y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias on sm_90a, for any number of tokens: weights are decoded in registers and
 // feed wgmma as its A operand; sums are float32; scales are applied to the sums.
 //
-// A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for the
-// last tiles, one of `splits` ranges of blocks. Its warpgroups:
+// A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for
+// the last tiles, one of `splits` ranges of blocks. Its warpgroups:
 //
 //     ROW_GROUPS x K_GROUPS that multiply: row group r has 64 rows, channel group k every K_GROUPS-th block of the item
 //     1 that copies: a warp keeps a ring of packed weights full, another one of activations
 //
 // Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; in a cluster the
-// CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the weight
-// ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights. Splits add
-// up in a float32 workspace: the CTA that arrives last adds the parts in their order, so the result does not depend on
-// who that was.
+// CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the
+// weight ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights.
+// Splits add up in a float32 workspace: the CTA that arrives last adds the parts in their order, so the result does not
+// depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
-// SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
+// K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, FEW_TOKENS (up to
+// which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the
+// end).
 #pragma once
 
 #include "sm90_finish.cuh"
@@ -34,7 +35,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
     int n,
     int whole_tiles,                                  // of clusters, before those that are split
     int splits,
-    int x_rows,                                       // rows that a box has: N_TILE / CLUSTER, or n where that is less
+    int x_rows,                                       // rows of a box: a CTA's share of a tile, at most n
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];

@@ -102,8 +102,8 @@ __device__ __forceinline__ void multiply_few(
     if constexpr (kGroups == 0) flush(1.0f, 1.0f);
 }
 
-// A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts the
-// blocks that this CTA had before the item.
+// A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
+// the blocks that this CTA had before the item.
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
