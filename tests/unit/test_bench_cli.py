@@ -33,7 +33,7 @@ def test_dry_run_on_a_named_chip(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "--format",
         "fp6_e3m2",
         "--format",
-        "uint4",
+        "fp8_e6m1",
     ]
     assert run([*arguments, "--dry-run", "--chip", "a100", "--json", str(path)]) == 0
     out = capsys.readouterr().out
@@ -100,7 +100,7 @@ def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cli, "need_gpu", lambda instead: None)
     monkeypatch.setattr(contenders, "random", lambda rows, columns, dtype: torch.randn(rows, columns, dtype=dtype))
-    monkeypatch.setattr(ops, "preferred_layout", lambda scheme, dtype, device: f"tiles_{dispatch.target_name(dtype)}")
+    monkeypatch.setattr(ops, "preferred_layout", lambda scheme, dtype, device, activations: f"tiles_{dispatch.target_name(dtype)}")
     monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
     monkeypatch.setattr(jit, "compile_many", lambda sources, arch: [])
     monkeypatch.setattr(timing, "copies", lambda nbytes: 3)

@@ -47,7 +47,14 @@ class Gpu:
         return SimpleNamespace(launch=self.launch)
 
     def launch(
-        self, grid: Any, block: Any, shared: int, stream: int, args: tuple[Any, ...], early: bool = False
+        self,
+        grid: Any,
+        block: Any,
+        shared: int,
+        stream: int,
+        args: tuple[Any, ...],
+        early: bool = False,
+        cluster: Any = None,
     ) -> None:
         self.launches.append((stream, args, early))
 

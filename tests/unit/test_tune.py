@@ -58,7 +58,7 @@ ON_AN_H200 = {
     (10240, 8192): (
         (8, 2, 1, 1, 2, 0, 3, 240),
         (16, 2, 1, 1, 2, 0, 3, 240),
-        (64, 2, 1, 1, 1, 0, 1, 80),
+        (64, 2, 1, 1, 2, 0, 3, 240),
         (128, 3, 1, 1, 1, 0, 2, 108),
         (128, 3, 1, 1, 1, 0, 1, 108),
         (256, 2, 1, 2, 1, 132, 2, 132),
@@ -74,7 +74,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (57344, 8192): (
-        (8, 2, 1, 1, 2, 264, 2, 264),
+        (8, 2, 2, 1, 1, 396, 2, 132),
         (16, 2, 2, 1, 1, 396, 2, 132),
         (64, 2, 1, 1, 1, 396, 2, 132),
         (128, 3, 1, 1, 1, 264, 3, 132),
@@ -101,7 +101,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (4096, 4096): (
-        (8, 2, 2, 1, 1, 0, 4, 128),
+        (8, 2, 2, 1, 1, 0, 3, 96),
         (16, 2, 2, 1, 1, 0, 3, 96),
         (64, 2, 1, 1, 2, 0, 4, 128),
         (128, 1, 1, 1, 2, 0, 4, 256),
@@ -200,6 +200,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
                 weight_slots * tile.weight_slot_bytes(bits, scale_bytes)
                 + x_slots * tile.x_slot_bytes
                 + tile.exchange_bytes
+                + tile.gather_bytes
             )
             assert tile.resident * (used + 1024 + 1024) <= chip.shared_bytes + 1024, (tile, bits)
             assert weight_slots % tile.channel_groups == 0
@@ -264,6 +265,6 @@ def test_every_candidate_has_a_kernel_that_is_warmed() -> None:
 
 def test_a_choice_reads_as_a_sentence() -> None:
     assert str(choose(problem_of(8192, 8192, 3), H200)) == (
-        "sm90 schedule, tiles of 128 rows and 8 tokens, 64 tiles, 2 splits, 128 CTAs, 204 KiB shared"
+        "sm90 schedule, tiles of 128 rows and 8 tokens, 64 tiles, 2 splits in clusters, 128 CTAs, 212 KiB shared"
     )
     assert str(choose(problem_of(5000, 4096, 3), A100)).startswith("sm80 schedule, tiles of 128 rows and 8 tokens, 40")

@@ -1,23 +1,24 @@
 // y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias on sm_90a, for any number of tokens: weights are decoded in registers and
 // feed wgmma as its A operand; sums are float32; scales are applied to the sums.
 //
-// A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for the
-// last tiles, one of `splits` ranges of blocks. Its warpgroups:
+// A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for
+// the last tiles, one of `splits` ranges of blocks. Its warpgroups:
 //
 //     ROW_GROUPS x K_GROUPS that multiply: row group r has 64 rows, channel group k every K_GROUPS-th block of the item
 //     1 that copies: a warp keeps a ring of packed weights full, another one of activations
 //
 // Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; in a cluster the
-// CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the weight
-// ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights. Where the launch
-// makes a tile's splits a cluster, its first CTA gathers the parts in shared memory; otherwise splits add up in a float32
-// workspace, and the CTA that arrives last adds. Both add the parts in their order: the result does not depend on who was
-// first.
+// CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the
+// weight ring fills before the kernels ahead have ended, so the one just ahead must not be what wrote the weights.
+// Where the launch makes a tile's splits a cluster, its first CTA gathers the parts in shared memory; otherwise splits
+// add up in a float32 workspace, and the CTA that arrives last adds. Both add the parts in their order: the result does
+// not depend on who was first.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
 // activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (1: splits may be a cluster), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
-// SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
+// K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (1: splits may be a cluster), RESIDENT (CTAs that fit on a multiprocessor),
+// WEIGHT_SLOTS, X_SLOTS, FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
+// (scales.cuh; one scale a row is applied at the end).
 #pragma once
 
 #include "sm90_finish.cuh"
@@ -43,7 +44,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     int n,
     int whole_tiles,                                  // of clusters, before those that are split
     int splits,
-    int x_rows,                                       // rows that a box has: N_TILE / CLUSTER, or n where that is less
+    int x_rows,                                       // rows of a box: a CTA's share of a tile, at most n
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];

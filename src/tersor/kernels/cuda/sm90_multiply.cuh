@@ -105,8 +105,8 @@ __device__ __forceinline__ void multiply_few(
     if constexpr (kGroups == 0) flush(1.0f, 1.0f);
 }
 
-// Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums of a
-// few blocks, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+// Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums
+// of a few blocks, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 constexpr int kByteSteps = 4;  // of 32 channels in a block
 constexpr int kSettled = 4;    // blocks whose products meet in the tensor cores' sums
 
@@ -242,8 +242,8 @@ __device__ __forceinline__ void multiply_bytes_in_groups(
     release_x(xs, x_before);
 }
 
-// A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts the
-// blocks that this CTA had before the item.
+// A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
+// the blocks that this CTA had before the item.
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {

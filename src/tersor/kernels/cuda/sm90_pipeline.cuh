@@ -1,5 +1,5 @@
-// What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, which items a CTA takes, and the two
-// threads that keep its rings full. The parameters are those of sm90_linear.cuh.
+// What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, which items a CTA takes, and the
+// two threads that keep its rings full. The parameters are those of sm90_linear.cuh.
 #pragma once
 
 #include "ptx.cuh"
@@ -66,8 +66,8 @@ static_assert(kWeightSlots % kChannelGroups == 0 && kXSlots % (kChannelGroups * 
               "a slot always serves the same channel group: one that is ahead must not take an old round for its own");
 static_assert(!kMany || kChannelGroups == 1, "results and sums of channel groups share no room");
 
-// A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the parity
-// of a slot's barriers turns over with every round.
+// A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the
+// parity of a slot's barriers turns over with every round.
 template <int kSlots>
 struct Ring {
     u32 base, bytes, barriers;

@@ -236,7 +236,7 @@ class _Cost:
 
 _COSTS = {
     Tile(8, 2, 2, 1, 1): _Cost(start=0.6, block=0.25, item=3.9, exchange=0.3, exchange_megabyte=2.4),
-    Tile(8, 2, 1, 1, 2): _Cost(start=1.4, block=0.25, item=2.0, exchange=0.5, exchange_megabyte=1.8, lonely=0.06),
+    Tile(8, 2, 1, 1, 2): _Cost(start=1.4, block=0.25, item=4.0, exchange=0.5, exchange_megabyte=1.8, lonely=0.06),
     Tile(16, 2, 2, 1, 1): _Cost(start=1.0, block=0.28, item=4.4, exchange=0.3, exchange_megabyte=1.5),
     Tile(16, 2, 1, 1, 2): _Cost(start=1.8, block=0.28, item=5.0, exchange=0.5, exchange_megabyte=1.1, lonely=0.07),
     Tile(32, 2, 1, 1, 1): _Cost(start=1.7, block=0.33, item=2.9, exchange=1.6, exchange_megabyte=0.77),
