@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,10 +11,12 @@ import torch
 
 from tersor import formats, ops
 from tersor.compress import Encoded
+from tersor.hardware import Chip
 from tersor.kernels import jit, tune
+from tersor.kernels import linear as family
 from tersor.kernels.linear import COMPILED_FORMATS
-from tersor.kernels.tune import linear as tuning
-from tersor.layouts import PackedWeight
+from tersor.kernels.tune import sm90
+from tersor.layouts import PackedWeight, lanes, scales, tiles
 from tersor.ops import dispatch, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -22,18 +24,73 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+FULLY = ("fp6_e3m2", "int4")
+"""Formats that are multiplied with scales of every group size; test_types_gpu.py has every format."""
+PRODUCTS = [
+    (name, group_size)
+    for name in COMPILED_FORMATS
+    for group_size in ((None, 128, 32, 64, 16, 80, 320) if name in FULLY else (None, 128))
+]
+SHAPES = ((129, 640), (1, 1280), (400, 1920))
+TOKENS = (1, 7, 8, 9, 17, 33, 64, 65, 129, 300)
+TILED = (
+    ("fp6_e2m3", None, 1032, torch.bfloat16),
+    ("int5", None, 1032, torch.float16),
+    ("fp6_e3m2", 64, 1280, torch.float16),
+    ("fp5_e2m2", 128, 1280, torch.bfloat16),
+)
+"""Weights for every tile: format, group size, channels, activations; those of five bits decode 16 registers at once."""
+
+
+def chips() -> dict[str, Chip]:
+    """The GPU as if it were of the generation that the sm80 schedule is for, and as it is where it is newer."""
+    chip = dispatch.chip(torch.device("cuda", 0))
+    known = {"sm80": replace(chip, capability=(8, 0))}
+    if chip.capability == (9, 0):
+        known["sm90"] = chip
+    return known
+
+
+def problem_of(scheme: formats.Scheme, oc: int, ic: int, n: int) -> tune.LinearProblem:
+    """The problem of contiguous activations [n, ic] and a weight [oc, ic]."""
+    return tune.LinearProblem(
+        oc=oc,
+        ic=ic,
+        n=n,
+        bits=scheme.format.bits,
+        scale_groups=tiles.scales_in_block(scheme.group_size),
+        scale_bytes=scales.row_bytes(scheme),
+        aligned=ic % 8 == 0,
+    )
+
+
+def sources() -> Iterable[jit.KernelSource]:
+    """Yield the kernels that the larger tests below ask for."""
+    by_rows = formats.get_scheme("fp6_e3m2")
+    for dtype in DTYPES:
+        for chip in chips().values():
+            yield from ops.kernels_for(by_rows, dtype, chip)
+    for name, group_size in PRODUCTS:
+        scheme = formats.get_scheme(name, group_size)
+        for target in lanes.PAIR_TARGETS:
+            yield family.dequantize_source(scheme, target)
+            for chip in chips().values():
+                for problem in (problem_of(scheme, *shape, n) for shape in SHAPES for n in TOKENS):
+                    if tune.fused(problem, chip):
+                        yield family.fused_source(scheme, target, tune.choose(problem, chip))
+    for name, group_size, ic, dtype in TILED if "sm90" in chips() else ():
+        scheme = formats.get_scheme(name, group_size)
+        target = tiles.LAYOUTS[ops.preferred_layout(scheme, dtype, torch.device("cuda", 0))]
+        for tile in sm90.tiles(tiles.scales_in_block(group_size)):
+            config = sm90.config(problem_of(scheme, 333, ic, 1), tile, 0, 1, tile.cluster, chips()["sm90"])
+            yield family.fused_source(scheme, target, config)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
-    chip = dispatch.chip(torch.device("cuda", 0))
-    sources = [
-        source
-        for name in COMPILED_FORMATS
-        for group_size in (None, 128, 64, 32, 16)
-        for dtype in DTYPES
-        for source in ops.kernels_for(formats.get_scheme(name, group_size), dtype, chip)
-    ]
-    jit.compile_many(sources, jit.arch_for(chip.capability), os.cpu_count())
+    arch = jit.arch_for(torch.cuda.get_device_capability(0))
+    jit.compile_many(list(dict.fromkeys(sources())), arch, os.cpu_count())
 
 
 def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_codes: bool = False) -> PackedWeight:
@@ -50,22 +107,18 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Leave no plan behind that a test forced."""
+    """Leave no plan behind that a test made."""
     yield
-    tune.choose.cache_clear()
     plan.forget()
 
 
 @pytest.fixture(params=["sm80", "sm90"])
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with the kernels of either generation; those of sm_80 run on a newer GPU, too."""
-    chip = dispatch.chip(torch.device("cuda", 0))
-    if request.param == "sm80":
-        monkeypatch.setattr(dispatch, "chip", lambda device: replace(chip, capability=(8, 0)))
-    elif chip.capability != (9, 0):
+    chip = chips().get(request.param)
+    if chip is None:
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(tuning, "_FEW_TOKENS", 0)
-    tune.choose.cache_clear()
+    monkeypatch.setattr(dispatch, "chip", lambda device: chip)
     plan.forget()
     return request.param
 
@@ -114,43 +167,57 @@ def test_every_code_decodes_exactly(name: str, dtype: torch.dtype, schedule: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", [None, 128, 32, 64, 16, 80, 320])
-@pytest.mark.parametrize("name", COMPILED_FORMATS)
+@pytest.mark.parametrize(("name", "group_size"), PRODUCTS)
 def test_products_are_within_tolerance(name: str, group_size: int | None, dtype: torch.dtype, schedule: str) -> None:
     scheme = formats.get_scheme(name, group_size)
     generator = torch.Generator(device="cuda").manual_seed(1)
-    for oc, ic in ((129, 640), (1, 1280), (400, 1920)):
+    for oc, ic in SHAPES:
         weight = random_weight(oc, ic, scheme)
-        for n in (1, 7, 8, 9, 17, 33, 64, 65, 129, 300):
+        for n in TOKENS:
             x = torch.randn(n, ic, dtype=dtype, device="cuda", generator=generator)
             check(weight, x, torch.randn(oc, dtype=dtype, device="cuda", generator=generator) if n % 2 else None)
 
 
-@pytest.mark.parametrize("n_tile", [8, 16, 32, 64, 128, 256])
-def test_every_tile_with_and_without_splits(n_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every width of the sm90 schedule, forced, over several token tiles and numbers of splits."""
-    chip = dispatch.chip(torch.device("cuda", 0))
-    if chip.capability != (9, 0):
+def forced(problem: tune.LinearProblem, tile: sm90.Tile) -> Iterator[tune.LinearConfig]:
+    """Yield configurations with a tile: CTAs of one item or many, whole tiles and split ones, up to a block each."""
+    total = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
+    blocks = -(-problem.ic // sm90.COLUMNS)
+    for whole, splits, most in (
+        (0, 1, total),
+        (0, 1, 1),
+        (0, 2, 3),
+        (min(2, total - 1), 3, 2),
+        (0, 5, 7),
+        (1, blocks, 66),
+    ):
+        if whole < total:
+            clusters = min(most, whole + (total - whole) * splits)
+            yield sm90.config(problem, tile, whole, splits, clusters * tile.cluster, chips()["sm90"])
+
+
+@pytest.mark.parametrize("index", range(len(sm90.tiles(0))), ids=lambda index: str(sm90.tiles(0)[index]))
+@pytest.mark.parametrize(("name", "group_size", "ic", "dtype"), TILED)
+def test_every_tile_in_every_part(name: str, group_size: int | None, ic: int, dtype: torch.dtype, index: int) -> None:
+    """Every tile of the sm90 schedule over several token tiles, with and without splits and whole tiles."""
+    tile, scheme = sm90.tiles(0)[index], formats.get_scheme(name, group_size)
+    if "sm90" not in chips():
         pytest.skip("needs compute capability 9.0")
-    weight = random_weight(333, 1032, formats.get_scheme("fp6_e2m3"))
-    for n in (n_tile - 3, 2 * n_tile, 2 * n_tile + 5):
-        x = torch.randn(n, 1032, dtype=torch.bfloat16, device="cuda")
-        for splits in (1, 2, 5, 9):
-            resident = tuning.SM90_RESIDENT[n_tile][splits % len(tuning.SM90_RESIDENT[n_tile])]
-            depth = tuning.sm90_stages(n_tile, resident, 6, 0, chip)
-            config = tune.LinearConfig(
-                schedule="sm90",
-                n_tile=n_tile,
-                stages=depth,
-                token_tiles=-(-n // n_tile),
-                row_tiles=-(-333 // 128),
-                splits=splits,
-                resident=resident,
-                shared_bytes=depth * tuning.sm90_stage_bytes(n_tile, 6, 0),
+    if tile not in sm90.tiles(tiles.scales_in_block(group_size)):
+        pytest.skip("not a tile for scales in groups")
+    weight = random_weight(333, ic, scheme)
+    packed = weight.to_layout(ops.preferred_layout(scheme, dtype, weight.data.device))
+    exact_weight = weight.dequantize().double()
+    for n in (tile.tokens - 3, 2 * tile.tokens, 2 * tile.tokens + 5):
+        x = torch.randn(n, ic, dtype=dtype, device="cuda")
+        exact, allowed = x.double() @ exact_weight.T, formats.product_tolerance(x.double(), exact_weight, dtype)
+        for config in forced(problem_of(scheme, 333, ic, n), tile):
+            with ops.launches(config=config):
+                first, second = ops.linear(x, packed), ops.linear(x, packed)
+            worst = float(((first.double() - exact).abs() / allowed).max())
+            assert worst <= 1, (
+                f"{n} tokens, {config}, {config.whole_tiles} whole: error is {worst:.2f} of what is allowed"
             )
-            monkeypatch.setattr(tune, "choose", lambda problem, chip, config=config: config)
-            plan.forget()
-            check(weight, x, None)
+            assert torch.equal(first, second), config
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
