@@ -268,9 +268,10 @@ def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
         if chip.capability != capability:
             continue
         for scheme, every_tile in compiled_schemes():
-            widest = max(tile.tokens for tile in sm90.tiles(tiles.scales_in_block(scheme.group_size)))
+            fast = sm90.tiles(tiles.scales_in_block(scheme.group_size))
+            widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
             for target in lanes.PAIR_TARGETS:
                 for source in sources(scheme, target, chip):
-                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in (None, max(sm80.TILES), widest)):
+                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
                         seen.add(source)
                         yield source
