@@ -323,15 +323,16 @@ def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
 
 def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
     """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once."""
-    widest = {max(sm80.TILES), max(tile.tokens for tile in sm90.tiles(0))}
     seen = set()
     for chip in CHIPS.values():
         if chip.capability != capability:
             continue
         for scheme, every_tile in compiled_schemes():
+            fast = sm90.tiles(tiles.scales_in_block(scheme.group_size))
+            widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
             for target in lanes.PAIR_TARGETS:
                 for source in sources(scheme, target, chip):
-                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in (None, *widest)):
+                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
                         seen.add(source)
                         yield source
             if every_tile and not lanes.supported(scheme.format, FP8) and (scheme.group_size or 32) % 32 == 0:

@@ -316,7 +316,7 @@ __device__ __forceinline__ void multiply_blocks(
             }
             wgmma::commit();
         }
-        // ptxas loses sight of registers in use across two waits for a slot, and would wait after every product.
+        // With a wait for a slot before each decode group, ptxas else waits after every product (C7513).
         if constexpr (kSlotSets == 1) wgmma::wait<kAhead - 1>();
         if constexpr (kGroups > 0) {
             __syncwarp();
