@@ -76,10 +76,10 @@ def test_a_plan_is_made_once_for_each_number_of_tokens_and_alignment(gpu: Gpu) -
     for x in (wide[:3, :1024], wide[:, :1024], wide[:9, 1:1025]) * 3:
         assert ops.linear(x, weight).shape == (x.shape[0], 256)
     kind = plan.kind_of(weight)
-    keys = [(3, HALF, -1, True), (9, HALF, -1, True), (9, HALF, -1, False)]
+    keys = [(n, HALF, -1, aligned, False, False) for n, aligned in ((3, True), (9, True), (9, False))]
     assert list(kind.plans) == keys and len(gpu.loaded) == 3
     assert [args[2] for _, args, _ in gpu.launches[-3:]] == [wide.data_ptr(), wide.data_ptr(), wide.data_ptr() + 2]
-    assert {args[7] for _, args, _ in gpu.launches} == {1032}
+    assert {args[8] for _, args, _ in gpu.launches} == {1032}
     same = PackedWeight(weight.scheme, weight.shape, weight.data.clone(), weight.scale.clone(), None, weight.layout)
     ops.linear(wide[:, :1024], same)
     assert plan.kind_of(same) is kind and len(gpu.loaded) == 3
@@ -105,16 +105,17 @@ def test_every_address_is_read_at_every_call(gpu: Gpu) -> None:
         results.append(y)
         stream, args, _ = gpu.launches[-1]
         tensors = (weight.data, weight.scale, x, bias, y)
-        assert args[:5] == tuple(tensor.data_ptr() for tensor in tensors)
-        assert (stream, args[5:7], args[7:12]) == (7, (1007, 2007), (1024, 256, 1024, 2, True))
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        assert args[:6] == (*pointers[:4], 0, pointers[4])
+        assert (stream, args[6:8], args[8:13]) == (7, (1007, 2007), (1024, 256, 1024, 2, True))
         assert y.shape == (*x.shape[:-1], 256) and y.is_contiguous() and y.dtype == HALF
     ops.linear(torch.zeros(2, 1024, dtype=HALF), weight, wide_bias)
     assert gpu.launches[-1][1][3] not in (0, wide_bias.data_ptr())
     ops.linear(torch.zeros(2, 2, 2, 1024, dtype=HALF), weight)
-    assert gpu.launches[-1][1][3] == 0 and gpu.launches[-1][1][10] == 8
+    assert gpu.launches[-1][1][3] == 0 and gpu.launches[-1][1][11] == 8
     twice = torch.zeros(1, 1024, dtype=HALF).expand(5, 1024)
     ops.linear(twice, weight)
-    assert gpu.launches[-1][1][7] == 1024 and gpu.launches[-1][1][2] != twice.data_ptr()
+    assert gpu.launches[-1][1][8] == 1024 and gpu.launches[-1][1][2] != twice.data_ptr()
 
 
 def test_a_layer_follows_its_buffers(gpu: Gpu) -> None:
@@ -182,7 +183,7 @@ def test_threads_share_plans_and_nothing_else(gpu: Gpu) -> None:
         thread.join()
     assert failures == [] and len(gpu.launches) == 600
     for stream, args, _ in gpu.launches:
-        assert args[2] == xs[stream].data_ptr() and args[5:7] == (1000 + stream, 2000 + stream)
+        assert args[2] == xs[stream].data_ptr() and args[6:8] == (1000 + stream, 2000 + stream)
 
 
 class Seen(Exception):

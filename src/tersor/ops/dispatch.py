@@ -15,6 +15,7 @@ from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, lanes, scales, tiles
+from tersor.ops import invariance
 
 if TYPE_CHECKING:
     from tersor.kernels.jit import KernelSource
@@ -40,12 +41,14 @@ class Decision:
         kernel: `fused`, `dequantize + cuBLAS` or `reference`.
         config: of a fused kernel, else `None`.
         template, facts: the reason, and what stands in its braces.
+        tokens: that one launch takes, where there are more; else 0.
     """
 
     kernel: str
     config: tune.LinearConfig | None
     template: str
     facts: tuple[object, ...] = ()
+    tokens: int = 0
 
     @property
     def why(self) -> str:
@@ -121,6 +124,7 @@ def decide(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool = True,
+    batch_invariant: bool = False,
 ) -> Decision:
     """Decide who serves a product: the one place that does, for calls and for `explain`.
 
@@ -129,6 +133,7 @@ def decide(
         n: tokens.
         dtype, device: of the activations.
         aligned: rows of activations start on 16 bytes.
+        batch_invariant: a token's result must not depend on the other tokens.
     """
     why = obstacle(scheme, dtype, device)
     if why:
@@ -148,7 +153,13 @@ def decide(
         scale_groups=tiles.scales_in_block(scheme.group_size),
         scale_bytes=scales.row_bytes(scheme),
         aligned=aligned,
+        batch_invariant=batch_invariant,
     )
+    if batch_invariant:
+        one = tune.launched(problem, gpu)
+        config = tune.choose(one, gpu)
+        sentence = "batch-invariant linears take one order of sums for any number of tokens; {}"
+        return Decision(FUSED, config, sentence, (config,), one.n if one.n < n else 0)
     if tune.fused(problem, gpu):
         config = tune.choose(problem, gpu)
         if n <= limit:
@@ -177,7 +188,7 @@ def explain(
     if n == 0 or oc == 0:
         return Reason(REFERENCE, "there is nothing to compute")
     layout = preferred_layout(scheme, dtype, place)
-    decision = decide(scheme, layout, (oc, ic), n, dtype, place, aligned=ic % 8 == 0)
+    decision = decide(scheme, layout, (oc, ic), n, dtype, place, ic % 8 == 0, invariance.batch_invariant())
     return Reason(decision.kernel, decision.why)
 
 
@@ -203,11 +214,14 @@ def _chip(index: int) -> Chip:
     )
 
 
-def kernels_for(scheme: Scheme, dtype: torch.dtype, chip: Chip) -> list[KernelSource]:
-    """Return the kernels that linears of this scheme and dtype can ask for on a chip; none where they cannot run."""
+def kernels_for(scheme: Scheme, dtype: torch.dtype, chip: Chip, gated: bool = False) -> list[KernelSource]:
+    """Return the kernels that linears of this scheme and dtype can ask for on a chip; none where they cannot run.
+
+    Those of the batch-invariant mode are not among them.
+    """
     from tersor.kernels import linear
 
     target = target_name(dtype)
     if target is None or _no_decode(scheme, dtype):
         return []
-    return list(linear.sources(scheme, target, chip))
+    return list(linear.sources(scheme, target, chip, gated))

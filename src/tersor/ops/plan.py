@@ -14,7 +14,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
 from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
-from tersor.ops import dispatch, measuring
+from tersor.ops import dispatch, invariance, measuring
 
 if TYPE_CHECKING:
     from tersor.kernels.linear import FusedLaunch
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 _MOST_PLANS = 256
 """Plans that a kind keeps: beyond that it starts anew."""
 
-Key: TypeAlias = tuple[int, torch.dtype, int, bool]
-"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes."""
+Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, bool]
+"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, whether the
+linear is gated, whether it is batch-invariant."""
 
 
 class Plan:
@@ -33,14 +34,16 @@ class Plan:
         decision: who serves them.
         launch: of a fused kernel, else `None`.
         floats, counters: what its splits exchange; zero without splits.
+        tokens: that one call takes, where it takes several calls; else 0.
     """
 
-    __slots__ = ("counters", "decision", "floats", "launch")
+    __slots__ = ("counters", "decision", "floats", "launch", "tokens")
 
     def __init__(self, decision: dispatch.Decision) -> None:
         self.decision = decision
         self.launch: FusedLaunch | None = None
         self.floats = self.counters = 0
+        self.tokens = decision.tokens
 
 
 class Kind:
@@ -88,26 +91,26 @@ class Kind:
             self.plans[key] = plan
         return plan
 
-    def _make(self, n: int, dtype: torch.dtype, index: int, aligned: bool) -> Plan:
+    def _make(self, n: int, dtype: torch.dtype, index: int, aligned: bool, gated: bool, invariant: bool) -> Plan:
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
-        plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
+        plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned, invariant))
         config = plan.decision.config
-        if config is not None:
+        if config is not None and not plan.tokens:
             config = measuring.current().config or config
-            plan.launch = self._fused(config, n, index, aligned)
+            plan.launch = self._fused(config, n, index, aligned, gated)
             if config.splits > 1:
                 from tersor.kernels import linear as family
 
                 plan.floats, plan.counters = family.parts(config, n)
         return plan
 
-    def _fused(self, config: tune.LinearConfig, n: int, index: int, aligned: bool) -> FusedLaunch:
+    def _fused(self, config: tune.LinearConfig, n: int, index: int, aligned: bool, gated: bool) -> FusedLaunch:
         from tersor.kernels import jit
         from tersor.kernels import linear as family
 
         target = tiles.LAYOUTS[self.layout]
-        function = jit.get(family.fused_source(self.scheme, target, config), index)
+        function = jit.get(family.fused_source(self.scheme, target, config, gated), index)
         return family.prepare_fused(
             function,
             config,
@@ -147,7 +150,8 @@ def kind_of(weight: PackedWeight) -> Kind:
 
 
 def forget() -> None:
-    """Drop every plan and read TERSOR_KERNEL anew: for who changes the environment or a chooser while it runs."""
+    """Drop every plan and read the environment anew: for who changes it, or a chooser, while it runs."""
     dispatch.forget()
+    invariance.forget()
     for found in list(_kinds.values()):
         found.plans.clear()

@@ -1,5 +1,5 @@
-// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias on sm_90a, for any number of tokens: weights are decoded in registers and
-// feed wgmma as its A operand; sums are float32; scales are applied to the sums.
+// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual on sm_90a, for any number of tokens: weights are decoded in
+// registers and feed wgmma as its A operand; sums are float32; scales are applied to the sums.
 //
 // A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for the
 // last tiles, one of `splits` ranges of blocks. Its warpgroups:
@@ -15,7 +15,8 @@
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8 to 256), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SCALE_GROUPS,
-// SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
+// SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), FEW_TOKENS
+// (mma.sync multiplies up to so many).
 #pragma once
 
 #include "sm90_finish.cuh"
@@ -26,7 +27,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
     const char* __restrict__ weight,                  // units of packed codes
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
-    u16* __restrict__ y,                              // [N, OC], contiguous
+    const u16* residual,                              // as y, added to it, or null
+    u16* __restrict__ y,                              // [N, OC], or half as many channels where gated; contiguous
     float* partial,                                   // sums of split items
     u32* arrived,                                     // a counter for each split tile, zero before and after
     int oc,
@@ -77,9 +79,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(lin
                 (item.parts == 1 || add_splits(sums, work, item, rank, partial, arrived))) {
                 terms.add_bias(work, bias);
                 if constexpr (kMany) {
-                    store_many(sums, work, item, terms, y, slots + kExchangeAt);
+                    store_many(sums, work, item, terms, residual, y, slots + kExchangeAt);
                 } else {
-                    store_few(sums, work, item, terms, y);
+                    store_few(sums, work, item, terms, residual, y);
                 }
             }
             use += count;

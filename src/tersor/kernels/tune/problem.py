@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 SM80 = "sm80"
 SM90 = "sm90"
+FEW_TOKENS = 16
+"""Up to so many tokens mma.sync is faster than wgmma."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,7 @@ class LinearProblem:
         scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
         scale_bytes: what they take in memory, zero points included.
         aligned: rows of x start on 16 bytes, which a tensor map needs.
+        batch_invariant: a row of y must not depend on how many other rows there are.
     """
 
     oc: int
@@ -27,6 +30,7 @@ class LinearProblem:
     scale_groups: int = 0
     scale_bytes: int = 0
     aligned: bool = True
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,7 @@ class LinearConfig:
         splits: parts of the channels.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
+        few_tokens: tiles of up to so many tokens take mma.sync in the sm90 schedule.
     """
 
     schedule: str
@@ -62,6 +67,7 @@ class LinearConfig:
     splits: int
     ctas: int
     shared_bytes: int
+    few_tokens: int = FEW_TOKENS
 
     def __str__(self) -> str:
         return (
