@@ -37,10 +37,13 @@ def command(
         typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
     ] = "auto",
     cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Join packed layers that read the same activations; changes rounding.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
-    from tersor import engine, evaluate
+    from tersor import engine, evaluate, nn
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
@@ -65,6 +68,8 @@ def command(
     tokenizer = evaluate.load_tokenizer(directory)
     ids = engine.chat_prompt(tokenizer, text) if chat else text
     loaded = evaluate.load_model(directory, target, dtype)
+    if fuse and not nn.fuse(loaded):
+        raise InputError(f"--fuse: {model} has no packed layers that can be joined: leave it out")
     stream = engine.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
     if json:
         produced = "".join(stream)
