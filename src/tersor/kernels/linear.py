@@ -96,7 +96,7 @@ def sm90_source(
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,
-            "FEW_TOKENS": few_tokens,
+            "FEW_TOKENS": few_tokens if tile.tokens <= FEW_TOKENS else FEW_TOKENS,  # one kernel for either mode
             "EPILOGUE": int(gated),
         },
         arguments="TPPPPPPPiiiiiif",
