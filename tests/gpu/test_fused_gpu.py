@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import evaluate, formats, nn, ops
+from tersor.checkpoint import quantize
 from tersor.compress import Encoded
+from tersor.engine import Generator, Sampling
 from tersor.kernels import jit, tune
 from tersor.kernels import linear as family
 from tersor.layouts import PackedWeight, rows, tiles
@@ -263,3 +266,27 @@ def test_compiled_without_graph_breaks() -> None:
     x, residual = tokens(4, 256, torch.float16), tokens(4, 64, torch.float16, seed=1)
     compiled = torch.compile(lambda x: ops.gated_linear(x, packed, residual=residual) + 1, fullgraph=True)
     assert torch.equal(compiled(x), ops.gated_linear(x, packed, residual=residual) + 1)
+
+
+def test_a_fused_model_is_the_model(tmp_path: Path) -> None:
+    """Joined layers of the bundled model: the stored tensors, logits up to rounding, the same text with a graph."""
+    tiny = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
+    quantize(tiny, tmp_path / "packed", format="fp6_e3m2")
+    plain, model = (evaluate.load_model(tmp_path / "packed", "cuda", "float16") for _ in range(2))
+    assert len(nn.fuse(model)) == 2 * model.config.num_hidden_layers
+    parts = [module for module in model.modules() if isinstance(module, nn.PackedPart)]
+    assert all(part.join.weight is not None and part.join.weight.layout == "tiles_float16" for part in parts)
+    ids = torch.randint(5, 8000, (2, 70), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.inference_mode():
+        for length in (1, 9, 70):
+            exact, found = (which(input_ids=ids[:, :length]).logits.float() for which in (plain, model))
+            assert (exact - found).abs().max() <= 0.02 * exact.abs().max()
+    stored, shown = plain.state_dict(), model.state_dict()
+    assert list(stored) == list(shown) and all(torch.equal(stored[key], shown[key]) for key in stored)
+    tokenizer, options = evaluate.load_tokenizer(tiny), Sampling(max_new_tokens=64, ignore_eos=True)
+    streams = [Generator(model, tokenizer, cuda_graph=graph).stream("import os\n", options) for graph in (False, True)]
+    texts = ["".join(stream) for stream in streams]
+    assert texts[0] == texts[1] and streams[1].statistics.cuda_graph
+    moved = model.cpu()
+    shown = moved.state_dict()
+    assert all(torch.equal(stored[key].cpu(), shown[key]) for key in stored)

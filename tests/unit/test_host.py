@@ -118,6 +118,38 @@ def test_every_address_is_read_at_every_call(gpu: Gpu) -> None:
     assert gpu.launches[-1][1][8] == 1024 and gpu.launches[-1][1][2] != twice.data_ptr()
 
 
+def test_residuals_and_gated_calls_reach_the_kernel(gpu: Gpu) -> None:
+    weight, bias = packed(), torch.zeros(256, dtype=HALF)
+    x, residual = torch.zeros(3, 1024, dtype=HALF), torch.zeros(3, 264, dtype=HALF)
+    ops.linear(x, weight, bias, residual=residual[:, :256].contiguous())
+    assert gpu.launches[-1][1][4] % 16 == 0 != gpu.launches[-1][1][4]
+    same = torch.zeros(3, 256, dtype=HALF)
+    ops.linear(x, weight, bias, residual=same)
+    assert gpu.launches[-1][1][4] == same.data_ptr()
+    for odd in (residual[:, :256], torch.zeros(769, dtype=HALF)[1:].view(3, 256)):
+        ops.linear(x, weight, bias, residual=odd)
+        assert gpu.launches[-1][1][4] not in (0, odd.data_ptr()) and gpu.launches[-1][1][4] % 16 == 0
+    assert ops.gated_linear(x, weight).shape == (3, 128)
+    assert gpu.loaded[0].endswith("_n8") and gpu.loaded[-1].endswith("_n8_gated")
+    assert list(plan.kind_of(weight).plans) == [(3, HALF, -1, True, gated, False) for gated in (False, True)]
+
+
+def test_batch_invariant_calls_copy_and_take_turns(gpu: Gpu) -> None:
+    weight, wide = packed(), torch.zeros(200, 1027, dtype=HALF)
+    residual = torch.zeros(200, 256, dtype=HALF)
+    ops.set_batch_invariant(True)
+    assert ops.linear(wide[:, 1:1025], weight, residual=residual).shape == (200, 256)
+    tokens = [args[11] for _, args, _ in gpu.launches]
+    assert tokens == [64, 64, 64, 8]
+    address = gpu.launches[0][1][2]
+    for turn, (_, args, _) in enumerate(gpu.launches):
+        assert args[2] == address + turn * 64 * 1024 * 2 and args[2] % 16 == 0 and args[8] == 1024 and args[12]
+        assert args[4] == residual.data_ptr() + turn * 64 * 256 * 2
+    ops.set_batch_invariant(False)
+    ops.linear(wide[:5, 1:1025], weight)
+    assert gpu.launches[-1][1][2] == wide.data_ptr() + 2 and not gpu.launches[-1][1][12]
+
+
 def test_a_layer_follows_its_buffers(gpu: Gpu) -> None:
     layer = PackedLinear.from_packed(packed(), dtype=HALF)
     x = torch.zeros(2, 1024, dtype=HALF)

@@ -8,7 +8,7 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.layouts import PackedWeight, rows, tiles
-from tersor.ops import current, dispatch, invariance, measuring, plan, reference, workspace
+from tersor.ops import current, dispatch, invariance, measuring, plan, reference, tensors, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
@@ -157,7 +157,7 @@ def _serve(
     _check(x, data, bias, kind, residual, outputs)
     size = x.numel()
     if size == 0 or oc == 0:
-        return _without_products(x, bias, residual, gated, oc)
+        return tensors.without_products(x, bias, residual, gated, oc)
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
@@ -165,17 +165,17 @@ def _serve(
     invariant = invariance.batch_invariant()
     n, stride = size // ic, ic
     if not x.is_contiguous():
-        x = _rows(x, ic)
+        x = tensors.rows_of(x, ic)
         stride = x.stride(0)
     address = x.data_ptr()
     aligned = not (address % 16 or stride % 8)
     if invariant and not aligned:
-        x = _aligned(x, ic)
+        x = tensors.aligned_rows(x, ic)
         stride, address, aligned = x.stride(0), x.data_ptr(), True
     chosen = kind.plan((n, x.dtype, index, aligned, gated, invariant))
     launch = chosen.launch
     if residual is not None:
-        residual = _whole(residual)
+        residual = tensors.side_by_side(residual)
     if launch is None:
         x = x.reshape(-1, ic)
         added = None if residual is None else residual.view(-1, outputs)
@@ -187,7 +187,7 @@ def _serve(
             weight = PackedWeight(kind.scheme, (oc, ic), data, scale, zero_point, kind.layout)
             y = reference.linear(x, weight, bias, added, gated, invariant)
         return y.view(*shape[:-1], outputs)
-    y = _output(shape, n, outputs, x.dtype)
+    y = tensors.output(shape, n, outputs, x.dtype)
     stream = current.stream(index)
     partial = arrived = bias_address = residual_address = 0
     if chosen.floats:
@@ -211,48 +211,6 @@ def _serve(
         _settled(data, scale) and measuring.current().early,
     )
     return y
-
-
-def _without_products(
-    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, oc: int
-) -> torch.Tensor:
-    """Return what remains where x or the weight has no elements: the reference's result for sums of zero."""
-    y = x.new_zeros(*x.shape[:-1], oc, dtype=torch.float32)
-    if bias is not None:
-        y = y + bias
-    if gated:
-        gate, up = (half.movedim(0, -1) for half in rows.separate(y.movedim(-1, 0)))
-        y = torch.nn.functional.silu(gate) * up
-    return (y if residual is None else y + residual).to(x.dtype)
-
-
-def _output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialised [..., OC] on the current device, for activations of a shape."""
-    if len(shape) == 2:
-        return current.empty((n, oc), (oc, 1), dtype)
-    if len(shape) == 3:
-        return current.empty((shape[0], shape[1], oc), (shape[1] * oc, oc, 1), dtype)
-    return current.empty((n, oc), (oc, 1), dtype).view(*shape[:-1], oc)
-
-
-def _rows(x: torch.Tensor, ic: int) -> torch.Tensor:
-    """Return x as [N, IC] with channels side by side and rows apart, copied only where it lies otherwise."""
-    tokens = x.reshape(-1, ic)
-    return tokens if tokens.stride(1) == 1 and tokens.stride(0) >= ic else tokens.contiguous()
-
-
-def _aligned(x: torch.Tensor, ic: int) -> torch.Tensor:
-    """Return a copy of x [N, IC] whose rows start on 16 bytes."""
-    tokens = x.reshape(-1, ic)
-    copy = x.new_empty(tokens.shape[0], -(-ic // 8) * 8)[:, :ic]
-    return copy.copy_(tokens)
-
-
-def _whole(residual: torch.Tensor) -> torch.Tensor:
-    """Return residuals side by side from 16 bytes on, as kernels read them; copied only where they lie otherwise."""
-    if residual.is_contiguous() and residual.data_ptr() % 16 == 0:
-        return residual
-    return residual.clone(memory_format=torch.contiguous_format)
 
 
 def _in_turns(
