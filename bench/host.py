@@ -57,7 +57,7 @@ def candidates(weight: PackedWeight, n: int) -> dict[str, Callable[[], object]]:
     y = torch.empty(n, OC, dtype=torch.float16, device="cuda")
     layer = PackedLinear.from_packed(weight, dtype=torch.float16)
     dense = torch.nn.Linear(IC, OC, bias=False, dtype=torch.float16, device="cuda")
-    chosen = plan.kind_of(weight).plan((n, x.dtype, 0, True))
+    chosen = plan.kind_of(weight).plan((n, x.dtype, 0, True, False, False))
     operator = torch.ops.tersor.linear.default
     key = weight.scheme.key()
     found: dict[str, Callable[[], object]] = {
@@ -74,7 +74,7 @@ def candidates(weight: PackedWeight, n: int) -> dict[str, Callable[[], object]]:
         packed, scale, source, target, partial, arrived = (tensor.data_ptr() for tensor in tensors)
 
         def launch_alone(tensors: object = tensors) -> None:  # keeps the memory
-            launch(stream, packed, scale, source, IC, 0, target, partial, arrived, True)
+            launch(stream, packed, scale, source, IC, 0, 0, target, partial, arrived, True)
 
         found = {"launch": launch_alone, **found}
     return found

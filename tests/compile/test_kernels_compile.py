@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tersor.kernels import linear
-from tersor.kernels.jit import arch_for, compile_many
+from tersor.formats import get_scheme
+from tersor.hardware import CHIPS
+from tersor.kernels import linear, tune
+from tersor.kernels.jit import KernelSource, arch_for, compile_many
+from tersor.layouts import scales, tiles
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0))
 
@@ -25,6 +28,17 @@ def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
+def check(sources: list[KernelSource], arch: str) -> None:
+    """Compile, and refuse spills, local memory and warnings."""
+    offenders = []
+    for source, binary in zip(sources, compile_many(sources, arch), strict=True):
+        used = binary.resources
+        assert used is not None and used.registers > 0
+        if not used.fits_registers or used.warnings:
+            offenders.append(f"{source.name} {dict(source.parameters)}: {used}")
+    assert not offenders, "\n".join(offenders)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 def test_every_kernel_compiles_without_spills(capability: tuple[int, int]) -> None:
@@ -33,13 +47,40 @@ def test_every_kernel_compiles_without_spills(capability: tuple[int, int]) -> No
     newest = {"sm90_linear.cuh"} if capability == (9, 0) else set()
     assert set(headers) == {"sm80_linear.cuh", "dequantize.cuh", "epilogue.cuh", *newest}
     start = time.monotonic()
-    binaries = compile_many(sources, arch_for(capability))
-    seconds = time.monotonic() - start
-    offenders = []
-    for source, binary in zip(sources, binaries, strict=True):
-        used = binary.resources
-        assert used is not None and used.registers > 0
-        if not used.fits_registers or used.warnings:
-            offenders.append(f"{source.name} {dict(source.parameters)}: {used}")
-    assert not offenders, "\n".join(offenders)
-    print(f"{binaries[0].arch}: {len(binaries)} kernels in {seconds:.1f} s")
+    check(sources, arch_for(capability))
+    print(f"{arch_for(capability)}: {len(sources)} kernels in {time.monotonic() - start:.1f} s")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+def test_gated_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
+    chip = next(chip for chip in CHIPS.values() if chip.capability == capability)
+    sources = list(linear.sources(get_scheme("fp6_e3m2"), "bfloat16", chip, gated=True))
+    assert [source.name for source in sources if not source.name.endswith("_gated")] == [
+        "tersor_dequantize_fp6_e3m2_bfloat16"
+    ]
+    check(sources, arch_for(capability))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("gated", [False, True])
+def test_batch_invariant_kernels_compile_without_spills(gated: bool) -> None:
+    """Few tokens through wgmma; what the mode takes for more tokens is compiled above."""
+    chip = CHIPS["NVIDIA H200"]
+    sources = {}
+    for group_size in (None, 128):
+        scheme = get_scheme("fp6_e3m2", group_size)
+        for n in (8, 16):
+            problem = tune.LinearProblem(
+                oc=8192,
+                ic=8192,
+                n=n,
+                bits=6,
+                scale_groups=tiles.scales_in_block(group_size),
+                scale_bytes=scales.row_bytes(scheme),
+                batch_invariant=True,
+            )
+            sources[linear.fused_source(scheme, "float16", tune.choose(problem, chip), gated)] = None
+    assert [source.parameters["N_TILE"] for source in sources] == [8, 16, 8, 16]
+    assert {source.parameters["FEW_TOKENS"] for source in sources} == {0}
+    check(list(sources), arch_for(chip.capability))

@@ -100,7 +100,9 @@ def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cli, "need_gpu", lambda instead: None)
     monkeypatch.setattr(contenders, "random", lambda rows, columns, dtype: torch.randn(rows, columns, dtype=dtype))
-    monkeypatch.setattr(ops, "preferred_layout", lambda scheme, dtype, device, activations: f"tiles_{dispatch.target_name(dtype)}")
+    monkeypatch.setattr(
+        ops, "preferred_layout", lambda scheme, dtype, device, activations: f"tiles_{dispatch.target_name(dtype)}"
+    )
     monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
     monkeypatch.setattr(jit, "compile_many", lambda sources, arch: [])
     monkeypatch.setattr(timing, "copies", lambda nbytes: 3)

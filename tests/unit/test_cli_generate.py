@@ -55,6 +55,18 @@ def test_json_and_sampling_options(capsys):
     assert result["finish_reason"] == "length" and result["cuda_graph"] is False
 
 
+def test_joined_layers_give_the_same_text(tmp_path, capsys):
+    packed = str(tmp_path / "packed")
+    assert run(["quantize", MODEL, "-o", packed, "--format", "fp6_e3m2"]) == 0
+    texts = []
+    for words in ([], ["--fuse"]):
+        capsys.readouterr()
+        assert run(["generate", packed, PROMPT, "-n", "12", "--device", "cpu", *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "\n"
+    assert "no packed layers that can be joined" in refused([MODEL, PROMPT, "--device", "cpu", "--fuse"], capsys)
+
+
 def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("tersor.evaluate.load.cuda_available", lambda: False)
     assert "no prompt" in refused([MODEL], capsys)

@@ -87,6 +87,33 @@ def test_what_cannot_be_multiplied_is_named_and_nothing_changes() -> None:
         ops.preferred_layout(get_scheme("fp6_e3m2", 16), torch.float16, torch.device("cpu"), "fp8")
 
 
+def test_joined_layers_quantise_their_activations_as_well() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scheme = get_scheme("fp6_e3m2")
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            encoded = quantize_rtn(module.weight.detach(), scheme)
+            model.model.set_submodule(
+                name, nn.PackedLinear.from_packed(PackedWeight.from_encoded(encoded, scheme), dtype=torch.float32)
+            )
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        nn.multiply_with(model, "fp8")
+        expected = model(ids).logits
+        assert nn.fuse(model)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        nn.multiply_with(model, "16bit")
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(expected, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_choices_and_sources() -> None:
     names = {source.name for source in family.fp8_sources(get_scheme("fp6_e3m2"), "float16", H200)}
     for n in (1, 16, 17, 64, 65, 300, 5000):

@@ -83,10 +83,10 @@ def test_a_plan_is_made_once_for_each_number_of_tokens_and_alignment(gpu: Gpu) -
     for x in (wide[:3, :1024], wide[:, :1024], wide[:9, 1:1025]) * 3:
         assert ops.linear(x, weight).shape == (x.shape[0], 256)
     kind = plan.kind_of(weight)
-    keys = [(3, HALF, -1, True), (9, HALF, -1, True), (9, HALF, -1, False)]
+    keys = [(n, HALF, -1, aligned, False, False) for n, aligned in ((3, True), (9, True), (9, False))]
     assert list(kind.plans) == keys and len(gpu.loaded) == 3
     assert [args[2] for _, args, _ in gpu.launches[-3:]] == [wide.data_ptr(), wide.data_ptr(), wide.data_ptr() + 2]
-    assert {args[7] for _, args, _ in gpu.launches} == {1032}
+    assert {args[8] for _, args, _ in gpu.launches} == {1032}
     same = PackedWeight(weight.scheme, weight.shape, weight.data.clone(), weight.scale.clone(), None, weight.layout)
     ops.linear(wide[:, :1024], same)
     assert plan.kind_of(same) is kind and len(gpu.loaded) == 3
@@ -112,16 +112,49 @@ def test_every_address_is_read_at_every_call(gpu: Gpu) -> None:
         results.append(y)
         stream, args, _ = gpu.launches[-1]
         tensors = (weight.data, weight.scale, x, bias, y)
-        assert args[:5] == tuple(tensor.data_ptr() for tensor in tensors)
-        assert (stream, args[5:7], args[7:12]) == (7, (1007, 2007), (1024, 256, 1024, 2, True))
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        assert args[:6] == (*pointers[:4], 0, pointers[4])
+        assert (stream, args[6:8], args[8:13]) == (7, (1007, 2007), (1024, 256, 1024, 2, True))
         assert y.shape == (*x.shape[:-1], 256) and y.is_contiguous() and y.dtype == HALF
     ops.linear(torch.zeros(2, 1024, dtype=HALF), weight, wide_bias)
     assert gpu.launches[-1][1][3] not in (0, wide_bias.data_ptr())
     ops.linear(torch.zeros(2, 2, 2, 1024, dtype=HALF), weight)
-    assert gpu.launches[-1][1][3] == 0 and gpu.launches[-1][1][10] == 8
+    assert gpu.launches[-1][1][3] == 0 and gpu.launches[-1][1][11] == 8
     twice = torch.zeros(1, 1024, dtype=HALF).expand(5, 1024)
     ops.linear(twice, weight)
-    assert gpu.launches[-1][1][7] == 1024 and gpu.launches[-1][1][2] != twice.data_ptr()
+    assert gpu.launches[-1][1][8] == 1024 and gpu.launches[-1][1][2] != twice.data_ptr()
+
+
+def test_residuals_and_gated_calls_reach_the_kernel(gpu: Gpu) -> None:
+    weight, bias = packed(), torch.zeros(256, dtype=HALF)
+    x, residual = torch.zeros(3, 1024, dtype=HALF), torch.zeros(3, 264, dtype=HALF)
+    ops.linear(x, weight, bias, residual=residual[:, :256].contiguous())
+    assert gpu.launches[-1][1][4] % 16 == 0 != gpu.launches[-1][1][4]
+    same = torch.zeros(3, 256, dtype=HALF)
+    ops.linear(x, weight, bias, residual=same)
+    assert gpu.launches[-1][1][4] == same.data_ptr()
+    for odd in (residual[:, :256], torch.zeros(769, dtype=HALF)[1:].view(3, 256)):
+        ops.linear(x, weight, bias, residual=odd)
+        assert gpu.launches[-1][1][4] not in (0, odd.data_ptr()) and gpu.launches[-1][1][4] % 16 == 0
+    assert ops.gated_linear(x, weight).shape == (3, 128)
+    assert gpu.loaded[0].endswith("_n8") and gpu.loaded[-1].endswith("_n8_gated")
+    assert list(plan.kind_of(weight).plans) == [(3, HALF, -1, True, gated, False) for gated in (False, True)]
+
+
+def test_batch_invariant_calls_copy_and_take_turns(gpu: Gpu) -> None:
+    weight, wide = packed(), torch.zeros(200, 1027, dtype=HALF)
+    residual = torch.zeros(200, 256, dtype=HALF)
+    ops.set_batch_invariant(True)
+    assert ops.linear(wide[:, 1:1025], weight, residual=residual).shape == (200, 256)
+    tokens = [args[11] for _, args, _ in gpu.launches]
+    assert tokens == [64, 64, 64, 8]
+    address = gpu.launches[0][1][2]
+    for turn, (_, args, _) in enumerate(gpu.launches):
+        assert args[2] == address + turn * 64 * 1024 * 2 and args[2] % 16 == 0 and args[8] == 1024 and args[12]
+        assert args[4] == residual.data_ptr() + turn * 64 * 256 * 2
+    ops.set_batch_invariant(False)
+    ops.linear(wide[:5, 1:1025], weight)
+    assert gpu.launches[-1][1][2] == wide.data_ptr() + 2 and not gpu.launches[-1][1][12]
 
 
 def test_a_layer_follows_its_buffers(gpu: Gpu) -> None:
@@ -189,7 +222,7 @@ def test_threads_share_plans_and_nothing_else(gpu: Gpu) -> None:
         thread.join()
     assert failures == [] and len(gpu.launches) == 600
     for stream, args, _ in gpu.launches:
-        assert args[2] == xs[stream].data_ptr() and args[5:7] == (1000 + stream, 2000 + stream)
+        assert args[2] == xs[stream].data_ptr() and args[6:8] == (1000 + stream, 2000 + stream)
 
 
 class Seen(Exception):

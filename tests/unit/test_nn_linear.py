@@ -119,7 +119,7 @@ def test_prepare_follows_what_dispatch_prefers(monkeypatch):
     layer = make(oc=70, ic=100)
     asked = []
 
-    def preferred(scheme, dtype, device):
+    def preferred(scheme, dtype, device, activations):
         asked.append((scheme, dtype, device))
         return TILES
 

@@ -40,6 +40,9 @@ def command(
         str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")
     ] = "16bit",
     cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Join packed layers that read the same activations; changes rounding.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
@@ -69,6 +72,8 @@ def command(
     tokenizer = evaluate.load_tokenizer(directory)
     ids = engine.chat_prompt(tokenizer, text) if chat else text
     loaded = evaluate.load_model(directory, target, dtype)
+    if fuse and not nn.fuse(loaded):
+        raise InputError(f"--fuse: {model} has no packed layers that can be joined: leave it out")
     nn.multiply_with(loaded, activations)
     stream = engine.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
     if json:

@@ -14,6 +14,7 @@ from tersor.hardware import CHIPS, Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import sm80, sm90
+from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts import lanes, scales, tiles
 
 _SM80_THREADS = 256
@@ -57,28 +58,38 @@ def _scale_parameters(scheme: Scheme) -> dict[str, int | bool | str]:
 
 
 @functools.cache
-def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int) -> KernelSource:
+def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int, gated: bool = False) -> KernelSource:
     """Return the mma.sync kernel for one weight type, activation dtype and tile."""
     return KernelSource(
-        name=f"tersor_linear_sm80_{scheme.format.name}_{target}_n{n_tile}",
+        name=f"tersor_linear_sm80_{scheme.format.name}_{target}_n{n_tile}{_suffix(gated)}",
         header="sm80_linear.cuh",
         parameters={
             **_decode_parameters(scheme.format, target),
             **_scale_parameters(scheme),
             "N_TILE": n_tile,
             "STAGES": stages,
+            "EPILOGUE": int(gated),
         },
-        arguments="PPPPPPPqiiiif",
+        arguments="PPPPPPPPqiiiif",
     )
 
 
 @functools.cache
-def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int, x_slots: int) -> KernelSource:
-    """Return the wgmma kernel for one weight type, dtype of the result and tile."""
+def sm90_source(
+    scheme: Scheme,
+    target: str,
+    tile: sm90.Tile,
+    weight_slots: int,
+    x_slots: int,
+    gated: bool = False,
+    few_tokens: int = FEW_TOKENS,
+) -> KernelSource:
+    """Return the wgmma kernel for one weight type, dtype of the result and tile; few tokens take mma.sync."""
+    kind = f"{FP8}_{target}" if tile.fp8 else target
     return KernelSource(
         name=(
-            f"tersor_linear_sm90_{scheme.format.name}_{FP8 + '_' if tile.fp8 else ''}{target}_{tile.rows}x{tile.tokens}"
-            f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}"
+            f"tersor_linear_sm90_{scheme.format.name}_{kind}_{tile.rows}x{tile.tokens}"
+            f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gated)}"
         ),
         header="sm90_linear.cuh",
         parameters={
@@ -94,17 +105,23 @@ def sm90_source(scheme: Scheme, target: str, tile: sm90.Tile, weight_slots: int,
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,
-            "FEW_TOKENS": sm90.FEW_TOKENS,
+            "FEW_TOKENS": few_tokens if tile.tokens <= FEW_TOKENS else FEW_TOKENS,  # one kernel for either mode
+            "EPILOGUE": int(gated),
         },
-        arguments="TPPPPPPPiiiiiif",
+        arguments="TPPPPPPPPiiiiiif",
     )
 
 
-def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig) -> KernelSource:
-    """Return the kernel that a configuration asks for."""
+def _suffix(gated: bool) -> str:
+    return "_gated" if gated else ""
+
+
+def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig, gated: bool = False) -> KernelSource:
+    """Return the kernel that a configuration asks for; `gated` as in cuda/gate.cuh."""
     if config.schedule == tune.SM90:
-        return sm90_source(scheme, target, sm90.tile_of(config), config.weight_slots, config.x_slots)
-    return sm80_source(scheme, target, config.n_tile, config.weight_slots)
+        tile, few_tokens = sm90.tile_of(config), config.few_tokens
+        return sm90_source(scheme, target, tile, config.weight_slots, config.x_slots, gated, few_tokens)
+    return sm80_source(scheme, target, config.n_tile, config.weight_slots, gated)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -137,20 +154,20 @@ def dequantize_source(scheme: Scheme, target: str) -> KernelSource:
 
 
 @functools.cache
-def epilogue_source(scheme: Scheme, target: str) -> KernelSource:
+def epilogue_source(scheme: Scheme, target: str, gated: bool = False) -> KernelSource:
     """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
     row_scale = scales.scale_bytes(scheme) // 4 if scheme.group_size is None else 0
     return KernelSource(
-        name=f"tersor_epilogue_{target}",
+        name=f"tersor_epilogue_{target}{_suffix(gated)}",
         header="epilogue.cuh",
-        parameters={"BF16": target == "bfloat16", "ROW_SCALE": row_scale},
-        arguments="PPPPiiif",
+        parameters={"BF16": target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
+        arguments="PPPPPiiif",
     )
 
 
-FusedLaunch: TypeAlias = Callable[[int, int, int, int, int, int, int, int, int, int, bool], None]
-"""Takes stream, weight, scale, x, elements between rows of x, scales of x, bias, y, partial, arrived, early: see
-`prepare_fused`."""
+FusedLaunch: TypeAlias = Callable[[int, int, int, int, int, int, int, int, int, int, int, bool], None]
+"""Takes stream, weight, scale, x, elements between rows of x, scales of x, bias, residual, y, partial, arrived, early:
+see `prepare_fused`."""
 
 
 def prepare_fused(
@@ -180,12 +197,13 @@ def prepare_fused(
         stride: int,
         x_scale: int,
         bias: int,
+        residual: int,
         y: int,
         partial: int,
         arrived: int,
         early: bool,
     ) -> None:
-        arguments = (weight, scale, x, bias, y, partial, arrived, stride, oc, ic, n, aligned, factor)
+        arguments = (weight, scale, x, bias, residual, y, partial, arrived, stride, oc, ic, n, aligned, factor)
         run(grid, block, shared, stream, arguments)
 
     if config.schedule != tune.SM90:
@@ -205,13 +223,14 @@ def prepare_fused(
         stride: int,
         x_scale: int,
         bias: int,
+        residual: int,
         y: int,
         partial: int,
         arrived: int,
         early: bool,
     ) -> None:
         x_map = rows_of_x(x, n, ic, stride, kind, box)
-        places = (x_map, weight, scale, bias, x_scale, y, partial, arrived)
+        places = (x_map, weight, scale, bias, x_scale, residual, y, partial, arrived)
         run(grid, block, shared, stream, (*places, oc, ic, n, whole_tiles, splits, box, factor), early, cluster)
 
     return launch_sm90
@@ -269,6 +288,7 @@ def launch_epilogue(
     sums: int,
     scale: int,
     bias: int,
+    residual: int,
     y: int,
     first: int,
     columns: int,
@@ -276,31 +296,32 @@ def launch_epilogue(
     n: int,
     factor: float,
 ) -> None:
-    """Launch the scaling and rounding of float32 sums [n, columns] into columns first.. of y [n, oc]."""
+    """Launch what makes y [n, oc], or [n, outputs] where gated, of float32 sums [n, columns] of rows first.. ."""
     grid = (-(-columns // 256), n, 1)
-    function.launch(grid, (256, 1, 1), 0, stream, (sums, scale, bias, y, first, columns, oc, factor))
+    arguments = (sums, scale, bias, residual, y, first, columns, oc, factor)
+    function.launch(grid, (256, 1, 1), 0, stream, arguments)
 
 
-def sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
-    """Yield every kernel that a linear of this scheme and dtype can ask for on a chip."""
+def sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
+    """Yield every kernel that a linear of this scheme and dtype can ask for on a chip, in its usual mode."""
     groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
     for tokens in sm80.TILES:
         depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
-        yield sm80_source(scheme, target, tokens, depth)
+        yield sm80_source(scheme, target, tokens, depth, gated)
     if chip.capability == (9, 0):
         for tile in sm90.tiles(groups):
-            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip))
+            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip), gated)
     yield dequantize_source(scheme, target)
-    yield epilogue_source(scheme, target)
+    yield epilogue_source(scheme, target, gated)
 
 
-def fp8_sources(scheme: Scheme, target: str, chip: Chip) -> Iterator[KernelSource]:
+def fp8_sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
     """Yield every kernel that a linear with 8-bit activations can ask for on a chip; `target` is of the result."""
     groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
     if chip.capability == (9, 0):
         yield quantize_source(target)
         for tile in sm90.tiles(groups, fp8=True):
-            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip))
+            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip), gated)
 
 
 def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tersor.compress import Encoded
+from tersor.errors import ShapeError
 from tersor.formats import Scheme, scale_values
-from tersor.layouts import scales, stream, tiles
+from tersor.layouts import rows, scales, stream, tiles
 
 STREAM = "stream"
 """The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.tiles`."""
@@ -46,6 +48,53 @@ class PackedWeight(_Noted):
         oc, ic = encoded.codes.shape
         packed = stream.pack(encoded.codes, scheme.format.bits)
         return PackedWeight(scheme, (oc, ic), packed, encoded.scale, encoded.zero_point)
+
+    @staticmethod
+    def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
+        """Put weights of one scheme and IC one after the other, such as those of queries, keys and values.
+
+        Args:
+            weights: at least one, [OC_i, IC] on one device, in any layout.
+
+        Returns:
+            [sum of OC_i, IC] in the stored stream; `split` undoes it.
+
+        Raises:
+            ShapeError: schemes or IC differ.
+        """
+        return _joined(weights, torch.cat)
+
+    def split(self, sizes: Sequence[int]) -> list[PackedWeight]:
+        """Undo `stack`: return weights of so many rows each, in the stored stream."""
+        return _split(self, lambda tensor: tensor.split(list(sizes)))
+
+    @staticmethod
+    def gate_up(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
+        """Interleave two weights of one scheme and shape for `ops.gated_linear`.
+
+        Args:
+            gate, up: [F, IC] on one device, in any layout.
+
+        Returns:
+            [rows.gated_rows(F), IC] in the stored stream, 2 F rows where F is a multiple of 8; `split_gate_up` undoes
+            it.
+
+        Raises:
+            ShapeError: schemes or shapes differ.
+        """
+        if gate.shape != up.shape:
+            raise ShapeError(f"gate is {list(gate.shape)}, up {list(up.shape)}: a gated weight takes two of one shape")
+        return _joined((gate, up), lambda tensors: rows.interleave(*tensors))
+
+    def split_gate_up(self) -> tuple[PackedWeight, PackedWeight]:
+        """Undo `gate_up`: return gate and up, [F, IC] each, in the stored stream.
+
+        Raises:
+            ShapeError: the weight has not the rows of a gated one.
+        """
+        rows.gated_channels(self.shape[0])
+        gate, up = _split(self, rows.separate)
+        return gate, up
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +135,32 @@ class PackedWeight(_Noted):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decoded weight [OC, IC], computed in float32 and rounded once to `dtype`."""
         return decode(self.codes(), *self.stored_scales(), self.scheme).to(dtype)
+
+
+def _joined(weights: Sequence[PackedWeight], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> PackedWeight:
+    scheme, ic = weights[0].scheme, weights[0].shape[1]
+    for weight in weights:
+        if weight.scheme != scheme or weight.shape[1] != ic:
+            raise ShapeError(
+                f"weights joined in one must have one scheme and IC: {scheme.key()} with {ic} channels and "
+                f"{weight.scheme.key()} with {weight.shape[1]}"
+            )
+    stored = [weight.to_layout(STREAM) for weight in weights]
+    data, scale = join([weight.data for weight in stored]), join([weight.scale for weight in stored])
+    zero_points = [weight.zero_point for weight in stored if weight.zero_point is not None]
+    return PackedWeight(scheme, (data.shape[0], ic), data, scale, join(zero_points) if zero_points else None)
+
+
+def _split(weight: PackedWeight, split: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> list[PackedWeight]:
+    """Return the parts of a weight in the stored stream; they are copies, so that each stands alone."""
+    stored = weight.to_layout(STREAM)
+    zero_points = None if stored.zero_point is None else split(stored.zero_point)
+    parts = []
+    for index, (data, scale) in enumerate(zip(split(stored.data), split(stored.scale), strict=True)):
+        zero_point = None if zero_points is None else zero_points[index].clone()
+        shape = (data.shape[0], weight.shape[1])
+        parts.append(PackedWeight(weight.scheme, shape, data.clone(), scale.clone(), zero_point))
+    return parts
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:

@@ -13,6 +13,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedExperts
+from tersor.nn.fuse import unfuse
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 
@@ -149,6 +150,7 @@ def multiply_with(model: nn.Module, activations: str) -> None:
 
 def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every packed module by what it stands for, decoded to `dtype`; what shared a weight shares it again."""
+    unfuse(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):
             model.set_submodule(name, _fused(module, dtype))

@@ -15,6 +15,7 @@ from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, lanes, scales, tiles
+from tersor.ops import invariance
 
 if TYPE_CHECKING:
     from tersor.kernels.jit import KernelSource
@@ -46,12 +47,14 @@ class Decision:
         kernel: `fused`, `dequantize + cuBLAS` or `reference`.
         config: of a fused kernel, else `None`.
         template, facts: the reason, and what stands in its braces.
+        tokens: that one launch takes, where there are more; else 0.
     """
 
     kernel: str
     config: tune.LinearConfig | None
     template: str
     facts: tuple[object, ...] = ()
+    tokens: int = 0
 
     @property
     def why(self) -> str:
@@ -163,6 +166,7 @@ def decide(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool = True,
+    batch_invariant: bool = False,
 ) -> Decision:
     """Decide who serves a product: the one place that does, for calls and for `explain`.
 
@@ -171,9 +175,10 @@ def decide(
         n: tokens.
         dtype, device: of the activations.
         aligned: rows of activations start on 16 bytes.
+        batch_invariant: a token's result must not depend on the other tokens.
     """
     if layout == FP8_LAYOUT:
-        return _decide_fp8(scheme, shape, n, dtype, device)
+        return _decide_fp8(scheme, shape, n, dtype, device, batch_invariant)
     why = obstacle(scheme, dtype, device)
     if why:
         return Decision(REFERENCE, None, "{}", (why,))
@@ -184,7 +189,12 @@ def decide(
         return Decision(REFERENCE, None, "the weight is laid out for {} activations, these are {}", facts)
     gpu = chip(device)
     limit = sm80.TOKENS
-    problem = _problem(scheme, shape, n, aligned=aligned)
+    problem = _problem(scheme, shape, n, aligned=aligned, batch_invariant=batch_invariant)
+    if batch_invariant:
+        one = tune.launched(problem, gpu)
+        config = tune.choose(one, gpu)
+        sentence = "batch-invariant linears take one order of sums for any number of tokens; {}"
+        return Decision(FUSED, config, sentence, (config,), one.n if one.n < n else 0)
     if tune.fused(problem, gpu):
         config = tune.choose(problem, gpu)
         if n <= limit:
@@ -198,7 +208,9 @@ def decide(
     return Decision(DEQUANTIZE, None, sentence, (n, limit, *gpu.capability))
 
 
-def _decide_fp8(scheme: Scheme, shape: tuple[int, int], n: int, dtype: torch.dtype, device: torch.device) -> Decision:
+def _decide_fp8(
+    scheme: Scheme, shape: tuple[int, int], n: int, dtype: torch.dtype, device: torch.device, batch_invariant: bool
+) -> Decision:
     if _reference_wanted():
         return Decision(REFERENCE, None, "TERSOR_KERNEL is set to reference")
     if device.type != "cuda":
@@ -209,12 +221,18 @@ def _decide_fp8(scheme: Scheme, shape: tuple[int, int], n: int, dtype: torch.dty
     if gpu.capability != (9, 0):
         facts = gpu.capability
         return Decision(REFERENCE, None, "8-bit activations need compute capability 9.0, this is {}.{}", facts)
-    config = tune.choose(_problem(scheme, shape, n, activation_bits=8), gpu)
+    config = tune.choose(_problem(scheme, shape, n, activation_bits=8, batch_invariant=batch_invariant), gpu)
     return Decision(FUSED, config, "activations are quantised to e4m3; {}", (config,))
 
 
 def _problem(
-    scheme: Scheme, shape: tuple[int, int], n: int, *, aligned: bool = True, activation_bits: int = 16
+    scheme: Scheme,
+    shape: tuple[int, int],
+    n: int,
+    *,
+    aligned: bool = True,
+    activation_bits: int = 16,
+    batch_invariant: bool = False,
 ) -> tune.LinearProblem:
     return tune.LinearProblem(
         oc=shape[0],
@@ -225,6 +243,7 @@ def _problem(
         scale_bytes=scales.row_bytes(scheme),
         aligned=aligned,
         activation_bits=activation_bits,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -250,7 +269,7 @@ def explain(
     if n == 0 or oc == 0:
         return Reason(REFERENCE, "there is nothing to compute")
     layout = preferred_layout(scheme, dtype, place, activations)
-    decision = decide(scheme, layout, (oc, ic), n, dtype, place, aligned=ic % 8 == 0)
+    decision = decide(scheme, layout, (oc, ic), n, dtype, place, ic % 8 == 0, invariance.batch_invariant())
     return Reason(decision.kernel, decision.why)
 
 
@@ -277,16 +296,23 @@ def _chip(index: int) -> Chip:
 
 
 def kernels_for(
-    scheme: Scheme, dtype: torch.dtype, chip: Chip, activations: str = ACTIVATIONS_16BIT
+    scheme: Scheme,
+    dtype: torch.dtype,
+    chip: Chip,
+    activations: str = ACTIVATIONS_16BIT,
+    gated: bool = False,
 ) -> list[KernelSource]:
-    """Return the kernels that linears of this scheme and dtype can ask for on a chip; none where they cannot run."""
+    """Return the kernels that linears of this scheme and dtype can ask for on a chip; none where they cannot run.
+
+    Those of the batch-invariant mode are not among them.
+    """
     from tersor.kernels import linear
 
     target = target_name(dtype)
     if activations == ACTIVATIONS_FP8:
         if target not in lanes.PAIR_TARGETS or fp8_obstacle(scheme):
             return []
-        return list(linear.fp8_sources(scheme, target, chip))
+        return list(linear.fp8_sources(scheme, target, chip, gated))
     if target is None or _no_decode(scheme, dtype):
         return []
-    return list(linear.sources(scheme, target, chip))
+    return list(linear.sources(scheme, target, chip, gated))

@@ -1,4 +1,4 @@
-"""The torch operator `tersor::linear`: checks, its meta twin, and the call of whoever serves it."""
+"""The torch operator `tersor::linear`, plain or gated: checks, its meta twin, and the call of whoever serves it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import weakref
 import torch
 
 from tersor.errors import ShapeError
-from tersor.layouts import PackedWeight, tiles
-from tersor.ops import current, dispatch, measuring, plan, reference, workspace
+from tersor.layouts import PackedWeight, rows, tiles
+from tersor.ops import current, dispatch, invariance, measuring, plan, reference, tensors, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
@@ -22,12 +22,14 @@ _used: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tup
 _library = torch.library.Library("tersor", "DEF")
 _library.define(
     "linear(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, int oc, int ic, "
-    "str layout) -> Tensor"
+    "str layout, Tensor? residual=None, bool gated=False) -> Tensor"
 )
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply activations with a packed weight: y = x @ W^T + bias.
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply activations with a packed weight: y = x @ W^T + bias + residual.
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
     the decoded weight, rounded once (one exception: scales in groups where `explain` says `dequantize + cuBLAS`: there
@@ -37,6 +39,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
         x: [..., IC], float16, bfloat16 or float32, any strides.
         weight: packed weight [OC, IC] on x's device, in any layout.
         bias: [OC] in x's dtype, or `None`.
+        residual: [..., OC] in x's dtype, any strides, or `None`; added in float32 before the one rounding.
 
     Returns:
         [..., OC] in x's dtype, contiguous.
@@ -44,12 +47,40 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = No
     Raises:
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
-    if torch.compiler.is_compiling() or _observed(x, bias):
+    return _multiply(x, weight, bias, residual, False)
+
+
+def gated_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply with gate and up at once: y = silu(x @ G^T + bias_G) * (x @ U^T + bias_U) + residual.
+
+    Everything but the sums' order is float32 arithmetic, rounded once; otherwise as `linear`.
+
+    Args:
+        x: [..., IC], float16, bfloat16 or float32, any strides.
+        weight: `PackedWeight.gate_up(gate, up)` of two weights [F, IC], on x's device, in any layout.
+        bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.rows.interleave`), or `None`.
+        residual: [..., F] in x's dtype, any strides, or `None`.
+
+    Returns:
+        [..., F] in x's dtype, contiguous.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices that do not fit, or a weight that cannot be a gated one.
+    """
+    return _multiply(x, weight, bias, residual, True)
+
+
+def _multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
+) -> torch.Tensor:
+    data, scale, zero_point = weight.data, weight.scale, weight.zero_point
+    if torch.compiler.is_compiling() or _observed(x, bias) or (residual is not None and _observed(residual, None)):
         oc, ic = weight.shape
-        return _operator(
-            x, weight.data, weight.scale, weight.zero_point, bias, weight.scheme.key(), oc, ic, weight.layout
-        )
-    return _serve(x, weight.data, weight.scale, weight.zero_point, bias, plan.kind_of(weight))
+        key, layout = weight.scheme.key(), weight.layout
+        return _operator(x, data, scale, zero_point, bias, key, oc, ic, layout, residual, gated)
+    return _serve(x, data, scale, zero_point, bias, plan.kind_of(weight), residual, gated)
 
 
 def _observed(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -79,7 +110,14 @@ _profiled = torch.autograd._profiler_enabled
 _grad_enabled = torch.is_grad_enabled
 
 
-def _check(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, kind: plan.Kind) -> None:
+def _check(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: plan.Kind,
+    residual: torch.Tensor | None,
+    outputs: int,
+) -> None:
     shape, dtype = x.shape, x.dtype
     if not shape or shape[-1] != kind.ic:
         raise ShapeError(
@@ -94,6 +132,13 @@ def _check(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, kind:
             f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}, expected [{kind.oc}] {dtype} on "
             f"{x.device}"
         )
+    if residual is not None:
+        expected = (*shape[:-1], outputs)
+        if residual.shape != expected or residual.dtype != dtype or residual.device != x.device:
+            raise ShapeError(
+                f"linear: residual is {list(residual.shape)} {residual.dtype} on {residual.device}, expected "
+                f"{list(expected)} {dtype} on {x.device}"
+            )
 
 
 def _serve(
@@ -103,34 +148,48 @@ def _serve(
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
     kind: plan.Kind,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Check a call and serve it; on the way to a fused kernel every line counts in microseconds."""
-    _check(x, data, bias, kind)
     shape, oc, ic = x.shape, kind.oc, kind.ic
+    outputs = rows.gated_channels(oc) if gated else oc
+    _check(x, data, bias, kind, residual, outputs)
     size = x.numel()
     if size == 0 or oc == 0:
-        y = x.new_zeros(*shape[:-1], oc)
-        return y if bias is None else y + bias
+        return tensors.without_products(x, bias, residual, gated, oc)
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return _serve(x, data, scale, zero_point, bias, kind)
+            return _serve(x, data, scale, zero_point, bias, kind, residual, gated)
+    invariant = invariance.batch_invariant()
     n, stride = size // ic, ic
     if not x.is_contiguous():
-        x = _rows(x, ic)
+        x = tensors.rows_of(x, ic)
         stride = x.stride(0)
     address = x.data_ptr()
-    chosen = kind.plan((n, x.dtype, index, not (address % 16 or stride % 8)))
+    aligned = not (address % 16 or stride % 8)
+    if invariant and not aligned:
+        x = tensors.aligned_rows(x, ic)
+        stride, address, aligned = x.stride(0), x.data_ptr(), True
+    chosen = kind.plan((n, x.dtype, index, aligned, gated, invariant))
     launch = chosen.launch
+    if residual is not None:
+        residual = tensors.side_by_side(residual)
     if launch is None:
         x = x.reshape(-1, ic)
-        if chosen.decision.kernel == dispatch.DEQUANTIZE:
-            return _dequantized(x, data, scale, bias, kind).view(*shape[:-1], oc)
-        weight = PackedWeight(kind.scheme, (oc, ic), data, scale, zero_point, kind.layout)
-        return reference.linear(x, weight, bias).view(*shape[:-1], oc)
-    y = _output(shape, n, oc, x.dtype)
+        added = None if residual is None else residual.view(-1, outputs)
+        if chosen.tokens:
+            y = _in_turns(x, data, scale, zero_point, bias, kind, added, gated, chosen.tokens)
+        elif chosen.decision.kernel == dispatch.DEQUANTIZE:
+            y = _dequantized(x, data, scale, bias, kind, added, gated)
+        else:
+            weight = PackedWeight(kind.scheme, (oc, ic), data, scale, zero_point, kind.layout)
+            y = reference.linear(x, weight, bias, added, gated, invariant)
+        return y.view(*shape[:-1], outputs)
+    y = tensors.output(shape, n, outputs, x.dtype)
     stream = current.stream(index)
-    partial = arrived = bias_address = x_scale = 0
+    partial = arrived = bias_address = residual_address = x_scale = 0
     if chosen.quantize is not None:
         row = -(-ic // 16) * 16
         codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
@@ -141,6 +200,8 @@ def _serve(
     if bias is not None:
         bias = bias if bias.is_contiguous() else bias.contiguous()
         bias_address = bias.data_ptr()
+    if residual is not None:
+        residual_address = residual.data_ptr()
     launch(
         stream,
         data.data_ptr(),
@@ -149,6 +210,7 @@ def _serve(
         stride,
         x_scale,
         bias_address,
+        residual_address,
         y.data_ptr(),
         partial,
         arrived,
@@ -157,19 +219,24 @@ def _serve(
     return y
 
 
-def _output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialised [..., OC] on the current device, for activations of a shape."""
-    if len(shape) == 2:
-        return current.empty((n, oc), (oc, 1), dtype)
-    if len(shape) == 3:
-        return current.empty((shape[0], shape[1], oc), (shape[1] * oc, oc, 1), dtype)
-    return current.empty((n, oc), (oc, 1), dtype).view(*shape[:-1], oc)
-
-
-def _rows(x: torch.Tensor, ic: int) -> torch.Tensor:
-    """Return x as [N, IC] with channels side by side and rows apart, copied only where it lies otherwise."""
-    tokens = x.reshape(-1, ic)
-    return tokens if tokens.stride(1) == 1 and tokens.stride(0) >= ic else tokens.contiguous()
+def _in_turns(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kind: plan.Kind,
+    residual: torch.Tensor | None,
+    gated: bool,
+    tokens: int,
+) -> torch.Tensor:
+    """Return the result [N, outputs] of several calls, each of at most `tokens` tokens."""
+    parts = []
+    for first in range(0, x.shape[0], tokens):
+        added = None if residual is None else residual[first : first + tokens]
+        part = x[first : first + tokens]
+        parts.append(_serve(part, data, scale, zero_point, bias, kind, added, gated))
+    return torch.cat(parts)
 
 
 def _settled(data: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -196,23 +263,29 @@ def _forget(name: int, gone: weakref.ref[torch.Tensor]) -> None:
 
 
 def _dequantized(
-    x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, kind: plan.Kind
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: plan.Kind,
+    residual: torch.Tensor | None,
+    gated: bool,
 ) -> torch.Tensor:
-    """Return x @ W^T + bias, [N, OC]: slices of W are decoded into scratch memory and multiplied by cuBLAS."""
+    """Return the result [N, outputs]: slices of W are decoded into scratch memory and multiplied by cuBLAS."""
     from tersor.kernels import jit
     from tersor.kernels import linear as family
 
     oc, ic, n = kind.oc, kind.ic, x.shape[0]
     target = tiles.LAYOUTS[kind.layout]
     decode = jit.get(family.dequantize_source(kind.scheme, target), x.device)
-    finish = jit.get(family.epilogue_source(kind.scheme, target), x.device)
+    finish = jit.get(family.epilogue_source(kind.scheme, target, gated), x.device)
     stream = current.stream(x.get_device())
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(n, oc)
-    rows = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS
-    scratch = x.new_empty(min(rows, oc), ic)
-    for first in range(0, oc, rows):
-        columns = min(rows, oc - first)
+    y = x.new_empty(n, rows.gated_channels(oc) if gated else oc)
+    height = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS
+    scratch = x.new_empty(min(height, oc), ic)
+    for first in range(0, oc, height):
+        columns = min(height, oc - first)
         family.launch_dequantize(
             decode,
             stream,
@@ -231,6 +304,7 @@ def _dequantized(
             sums=sums.data_ptr(),
             scale=scale.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
+            residual=0 if residual is None else residual.data_ptr(),
             y=y.data_ptr(),
             first=first,
             columns=columns,
@@ -251,10 +325,12 @@ def _call(
     oc: int,
     ic: int,
     layout: str,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     kind = plan.kind(scheme, oc, ic, layout)
     kind.check(data)
-    return _serve(x, data, scale, zero_point, bias, kind)
+    return _serve(x, data, scale, zero_point, bias, kind, residual, gated)
 
 
 def _meta(
@@ -267,11 +343,14 @@ def _meta(
     oc: int,
     ic: int,
     layout: str,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     kind = plan.kind(scheme, oc, ic, layout)
     kind.check(data)
-    _check(x, data, bias, kind)
-    return x.new_empty(*x.shape[:-1], oc)
+    outputs = rows.gated_channels(oc) if gated else oc
+    _check(x, data, bias, kind, residual, outputs)
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 _library.impl("linear", _call, "CPU")

@@ -14,7 +14,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
 from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
-from tersor.ops import dispatch, measuring
+from tersor.ops import dispatch, invariance, measuring
 
 if TYPE_CHECKING:
     from tersor.kernels.linear import FusedLaunch, QuantizeLaunch
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 _MOST_PLANS = 256
 """Plans that a kind keeps: beyond that it starts anew."""
 
-Key: TypeAlias = tuple[int, torch.dtype, int, bool]
-"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes."""
+Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, bool]
+"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, whether the
+linear is gated, whether it is batch-invariant."""
 
 
 class Plan:
@@ -34,15 +35,17 @@ class Plan:
         launch: of a fused kernel, else `None`.
         quantize: of the kernel that makes activations 8-bit before that, else `None`.
         floats, counters: what its splits exchange; zero without splits.
+        tokens: that one call takes, where it takes several calls; else 0.
     """
 
-    __slots__ = ("counters", "decision", "floats", "launch", "quantize")
+    __slots__ = ("counters", "decision", "floats", "launch", "quantize", "tokens")
 
     def __init__(self, decision: dispatch.Decision) -> None:
         self.decision = decision
         self.launch: FusedLaunch | None = None
         self.quantize: QuantizeLaunch | None = None
         self.floats = self.counters = 0
+        self.tokens = decision.tokens
 
 
 class Kind:
@@ -90,14 +93,14 @@ class Kind:
             self.plans[key] = plan
         return plan
 
-    def _make(self, n: int, dtype: torch.dtype, index: int, aligned: bool) -> Plan:
+    def _make(self, n: int, dtype: torch.dtype, index: int, aligned: bool, gated: bool, invariant: bool) -> Plan:
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
-        plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
+        plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned, invariant))
         config = plan.decision.config
-        if config is not None:
+        if config is not None and not plan.tokens:
             config = measuring.current().config or config
-            plan.launch = self._fused(config, n, index, dtype, aligned)
+            plan.launch = self._fused(config, n, index, dtype, aligned, gated)
             if config.activation_bits == 8:
                 plan.quantize = self._quantize(n, index, dtype)
             if config.splits > 1 and not config.gathered:
@@ -114,13 +117,15 @@ class Kind:
         assert target is not None
         return family.prepare_quantize(jit.get(family.quantize_source(target), index), n=n, ic=self.ic)
 
-    def _fused(self, config: tune.LinearConfig, n: int, index: int, dtype: torch.dtype, aligned: bool) -> FusedLaunch:
+    def _fused(
+        self, config: tune.LinearConfig, n: int, index: int, dtype: torch.dtype, aligned: bool, gated: bool
+    ) -> FusedLaunch:
         from tersor.kernels import jit
         from tersor.kernels import linear as family
 
         target = dispatch.target_name(dtype)
         assert target is not None
-        function = jit.get(family.fused_source(self.scheme, target, config), index)
+        function = jit.get(family.fused_source(self.scheme, target, config, gated), index)
         return family.prepare_fused(
             function,
             config,
@@ -160,7 +165,8 @@ def kind_of(weight: PackedWeight) -> Kind:
 
 
 def forget() -> None:
-    """Drop every plan and read TERSOR_KERNEL anew: for who changes the environment or a chooser while it runs."""
+    """Drop every plan and read the environment anew: for who changes it, or a chooser, while it runs."""
     dispatch.forget()
+    invariance.forget()
     for found in list(_kinds.values()):
         found.plans.clear()

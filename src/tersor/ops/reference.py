@@ -10,40 +10,60 @@ import torch
 
 from tersor.formats import Scheme
 from tersor.layouts import STREAM, PackedWeight, stream, tiles
+from tersor.layouts import rows as gating
 from tersor.layouts.weight import decode
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Decoded weights at a time: on a CPU about what its cache holds."""
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x @ W^T + bias, accumulated in float32 and rounded once to x's dtype.
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    one_by_one: bool = False,
+) -> torch.Tensor:
+    """Return x @ W^T + bias + residual, accumulated in float32 and rounded once to x's dtype.
 
     Args:
         x: [N, IC], any float dtype; first quantised to e4m3 where the weight lies in the layout for such activations.
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
+        residual: as the result, or `None`.
+        gated: the weight is `PackedWeight.gate_up`, and of x @ W^T + bias the result has silu(gate) * up.
+        one_by_one: multiply each token on its own: a library's product may sum differently for other numbers of tokens.
 
     Returns:
-        [N, OC] in x's dtype.
+        [N, OC] in x's dtype, or [N, F] where gated.
     """
     oc, ic = weight.shape
     wide, token_scale = x.to(torch.float32), None
     if tiles.LAYOUTS.get(weight.layout) == "float8_e4m3fn":
         codes, token_scale = quantize_tokens(wide)
         wide = codes.to(torch.float32)
-    output = x.new_empty(x.shape[0], oc)
-    rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1))
+    output = x.new_empty(x.shape[0], gating.gated_channels(oc) if gated else oc)
+    unit = 2 * gating.HALF if gated else 1
+    rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1) // unit) * unit
     packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
+    start = 0
     for first in range(0, oc, rows):
         last = min(first + rows, oc)
         block = _decode_rows(packed, packed.scheme, first, last)
-        part = wide @ block.T
+        part = torch.stack([block @ token.clone() for token in wide]) if one_by_one else wide @ block.T
         if token_scale is not None:
             part.mul_(token_scale)
         if bias is not None:
             part.add_(bias[first:last])
-        output[:, first:last] = part
+        if gated:
+            gate, up = (half.T for half in gating.separate(part.T))
+            part = torch.nn.functional.silu(gate) * up
+        end = start + part.shape[1]
+        if residual is not None:
+            part += residual[:, start:end]
+        output[:, start:end] = part
+        start = end
     return output
 
 

@@ -1,24 +1,34 @@
-// y[n, first + j] = sums[n, j] * scale[first + j] * factor + bias[first + j], rounded once: what follows a float32
-// product with unscaled weights. Parameters: BF16, ROW_SCALE (0: the sums are already scaled,
-// else the distance of the scales, in floats).
+// y[n, j] = sums[n, j] * scale[j] * factor + bias[j] + residual[n, j], rounded once, for a slice of rows j of the
+// weight: what follows a float32 product with unscaled weights. Parameters: BF16, EPILOGUE (gate.cuh), ROW_SCALE (0: the
+// sums are already scaled, else the distance of the scales, in floats).
 #pragma once
 
 #include "ptx.cuh"
+#include "gate.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(
     const float* __restrict__ sums,   // [N, columns]
     const float* __restrict__ scale,  // [OC padded][ROW_SCALE]
     const u16* __restrict__ bias,     // [OC] or null
-    u16* __restrict__ y,              // [N, OC]
-    int first,
+    const u16* residual,              // as y, added to it, or null
+    u16* __restrict__ y,              // [N, OC], or half as many channels where gated
+    int first,                        // row of the slice, a multiple of 16
     int columns,
     int oc,
     float factor) {
-    const int column = blockIdx.x * 256 + threadIdx.x;
-    if (column >= columns) return;
+    const int output = blockIdx.x * 256 + threadIdx.x;
+    if (output >= gate::outputs(columns)) return;
     const long long token = blockIdx.y;
-    float value = sums[token * columns + column];
-    if (ROW_SCALE) value *= scale[(first + column) * ROW_SCALE] * factor;
-    if (bias != nullptr) value += ptx::widen<BF16>(bias[first + column]);
-    y[token * oc + first + column] = ptx::narrow<BF16>(value);
+    const auto value = [&](int column) {
+        const int row = first + column;
+        const float row_scale = ROW_SCALE ? scale[row * ROW_SCALE] * factor : 1.0f;
+        const float row_bias = bias != nullptr ? ptx::widen<BF16>(bias[row]) : 0.0f;
+        return __fmaf_rn(sums[token * columns + column], row_scale, row_bias);
+    };
+    const int column = gate::row_of(output);
+    float result = value(column);
+    if constexpr (gate::kGated) result = gate::silu_times(result, value(column + 8));
+    const long long at = token * gate::outputs(oc) + gate::outputs(first) + output;
+    if (residual != nullptr) result = __fadd_rn(result, ptx::widen<BF16>(residual[at]));
+    y[at] = ptx::narrow<BF16>(result);
 }

@@ -51,6 +51,14 @@ __device__ __forceinline__ void load_matrices(u32 (&fragment)[4], u32 shared) {
                  : "memory");
 }
 
+// The same, each matrix transposed: undoes store_matrices_turned.
+__device__ __forceinline__ void load_matrices_turned(u32 (&fragment)[4], u32 shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
 // D[16, 8] += A[16, 16] * B[16, 8] in float32; PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16".
 template <bool kBf16>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const u32* a, u32 b0, u32 b1) {

@@ -1,5 +1,5 @@
-// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias for few tokens (N <= N_TILE): weights are decoded in registers and feed
-// mma.sync directly; sums are float32; scales are applied to the sums. Runs on sm_80 and newer.
+// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual for few tokens (N <= N_TILE): weights are decoded in registers
+// and feed mma.sync directly; sums are float32; scales are applied to the sums. Runs on sm_80 and newer.
 //
 //               input channels, in blocks of 128 ->
 //     16 rows   warp 0   [block][block]... | [block][block]...
@@ -11,11 +11,12 @@
 // last adds the parts in their order, so the result does not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
-// SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end).
+// SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
 #pragma once
 
 #include "ptx.cuh"
 #include "decode.cuh"
+#include "gate.cuh"
 #include "tile.cuh"
 #include "scales.cuh"
 
@@ -130,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
     const char* __restrict__ scale,
     const u16* __restrict__ x,
     const u16* __restrict__ bias,  // [OC] or null
-    u16* __restrict__ y,           // [N, OC], contiguous
+    const u16* residual,           // as y, added to it, or null
+    u16* __restrict__ y,           // [N, OC], or half as many channels where gated; contiguous
     float* partial,                // [row tiles][splits][N][128]; unused with one split
     u32* arrived,                  // [row tiles], zero before and after; unused with one split
     long long x_stride,
@@ -211,12 +213,21 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < values; i += kThreads) {
-        const int token = i / kRows, row = row_tile * kRows + i % kRows;
-        if (row >= oc) continue;
-        float value = exchange[token * kSumStride + i % kRows];
-        value *= kGroups == 0 ? scales::of_row(row_scales, row) * factor : factor;
-        if (bias != nullptr) value += ptx::widen<kBf16>(bias[row]);
-        y[static_cast<long long>(token) * oc + row] = ptx::narrow<kBf16>(value);
+    const auto value = [&](int token, int row_in_tile) {
+        const int row = row_tile * kRows + row_in_tile;
+        const float row_scale = kGroups == 0 ? scales::of_row(row_scales, row) * factor : factor;
+        const float row_bias = bias != nullptr ? ptx::widen<kBf16>(bias[row]) : 0.0f;
+        return __fmaf_rn(exchange[token * kSumStride + row_in_tile], row_scale, row_bias);
+    };
+    constexpr int kOutputs = kRows * gate::kHalves / 2;
+    const int outputs = gate::outputs(oc);
+    for (int i = threadIdx.x; i < n * kOutputs; i += kThreads) {
+        const int token = i / kOutputs, output = row_tile * kOutputs + i % kOutputs, row = gate::row_of(i % kOutputs);
+        if (output >= outputs) continue;
+        const long long at = static_cast<long long>(token) * outputs + output;
+        float result = value(token, row);
+        if constexpr (gate::kGated) result = gate::silu_times(result, value(token, row + 8));
+        if (residual != nullptr) result = __fadd_rn(result, ptx::widen<kBf16>(residual[at]));
+        y[at] = ptx::narrow<kBf16>(result);
     }
 }

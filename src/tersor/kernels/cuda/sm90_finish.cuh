@@ -1,9 +1,12 @@
 // The end of an item of sm90_linear.cuh: sums of channel groups and of splits are added, scaled, rounded and stored.
 #pragma once
 
+#include "gate.cuh"
 #include "sm90_pipeline.cuh"
 
 namespace linear {
+
+using gate::kHalves;
 
 // Adds the sums of the other channel groups to those of group 0; returns true in the threads of group 0.
 __device__ __forceinline__ bool add_channel_groups(float (&sums)[kSums], float* exchange, int count, bool is_first) {
@@ -98,15 +101,15 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// The scales of the two tokens that a lane has of a group of eight: 1 for 16-bit activations.
+// The scales of the two tokens that a lane has of a group of eight, for 8-bit activations.
 struct TokenScales {
-    float even = 1.0f, odd = 1.0f;
+    float of[2] = {};
 
     __device__ __forceinline__ TokenScales(const float* x_scale, int first_token, int n) {
         if constexpr (kFp8) {
             const int token = first_token + threadIdx.x % 4 * 2;
-            if (token < n) even = x_scale[token];
-            if (token + 1 < n) odd = x_scale[token + 1];
+            if (token < n) of[0] = x_scale[token];
+            if (token + 1 < n) of[1] = x_scale[token + 1];
         }
     }
 };
@@ -131,79 +134,144 @@ struct RowTerms {
             bias[half] = biases != nullptr && row < work.oc ? ptx::widen<kBf16>(biases[row]) : 0.0f;
         }
     }
-    // Tokens 2 (lane % 4) and the next of the `tokens`-th group of eight.
+    // Of this lane's row `half`, token 2 (lane % 4) + `odd` of the `tokens`-th group of eight.
+    __device__ __forceinline__ float value(
+        const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
+        const float sum = sums[4 * tokens + 2 * half + odd];
+        return __fmaf_rn(kFp8 ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
+    }
+    // The same of an output channel: of a gated linear's there is one, of two rows.
+    __device__ __forceinline__ float output(
+        const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
+        const float only = value(sums, tokens, half, odd, token_scales);
+        if constexpr (gate::kGated) return gate::silu_times(only, value(sums, tokens, 1, odd, token_scales));
+        return only;
+    }
+    // Both tokens, with a pair of residuals added.
     __device__ __forceinline__ u32 round(
-        const float (&sums)[kSums], int tokens, int half, const TokenScales& token_scales) const {
-        const float* pair = sums + 4 * tokens + 2 * half;
-        const u32 even = ptx::narrow<kBf16>(pair[0] * token_scales.even * scale[half] + bias[half]);
-        const u32 odd = ptx::narrow<kBf16>(pair[1] * token_scales.odd * scale[half] + bias[half]);
+        const float (&sums)[kSums], int tokens, int half, const TokenScales& token_scales, u32 added) const {
+        const float low = ptx::widen<kBf16>(static_cast<u16>(added));
+        const float high = ptx::widen<kBf16>(static_cast<u16>(added >> 16));
+        const u32 even = ptx::narrow<kBf16>(__fadd_rn(output(sums, tokens, half, 0, token_scales), low));
+        const u32 odd = ptx::narrow<kBf16>(__fadd_rn(output(sums, tokens, half, 1, token_scales), high));
         return even | odd << 16;
     }
 };
 
-// Rounds and stores few tokens: fragments are turned so that stores run along the rows.
+// Rounds and stores few tokens: fragments are turned so that stores run along the rows. Residuals are read past L1,
+// which may hold what lay there before the kernel ahead wrote them.
 __device__ __forceinline__ void store_few(
     const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
-    u16* y) {
-    const int lane = threadIdx.x % 32, oc = work.oc;
+    const u16* residual, u16* y) {
+    const int lane = threadIdx.x % 32, outputs = gate::outputs(work.oc);
+    // Channels 2 (lane % 4) and the next, token lane / 4 of the first group of eight.
+    const int first_channel = gate::outputs(terms.first_row) + lane % 4 * 2, first_token = item.first_token + lane / 4;
+    const long long first = static_cast<long long>(first_token) * outputs + first_channel;
+    u32 added[kTokens / 8][kHalves] = {};
+    if (residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+                const int channel = first_channel + 8 * half;
+                if (first_token + i * 8 >= work.n || channel >= outputs) continue;
+                const u16* source = residual + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
+                if (outputs % 2 == 0) {
+                    added[i][half] = __ldcg(reinterpret_cast<const u32*>(source));
+                } else {
+                    added[i][half] = __ldcg(source);
+                    if (channel + 1 < outputs) added[i][half] |= static_cast<u32>(__ldcg(source + 1)) << 16;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) added[i][half] = ptx::transpose_8x8(added[i][half]);
+        }
+    }
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
         const TokenScales token_scales(x_scale, item.first_token + i * 8, work.n);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            // rows 2 (lane % 4) and the next, token lane / 4
-            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales));
-            const int token = item.first_token + i * 8 + lane / 4;
-            const int row = terms.first_row + 8 * half + lane % 4 * 2;
-            if (token >= work.n || row >= oc) continue;
-            u16* target = y + static_cast<long long>(token) * oc + row;
-            if (oc % 2 == 0) {
+        for (int half = 0; half < kHalves; ++half) {
+            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, added[i][half]));
+            const int channel = first_channel + 8 * half;
+            if (first_token + i * 8 >= work.n || channel >= outputs) continue;
+            u16* target = y + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
+            if (outputs % 2 == 0) {
                 *reinterpret_cast<u32*>(target) = turned;
             } else {
                 target[0] = static_cast<u16>(turned);
-                if (row + 1 < oc) target[1] = static_cast<u16>(turned >> 16);
+                if (channel + 1 < outputs) target[1] = static_cast<u16>(turned >> 16);
             }
         }
     }
 }
 
 // Rounds and stores many tokens: a warpgroup turns kStoreTokens of them at a time in shared memory, so that every store
-// writes 16 bytes and a warp's fill whole lines. A token's 64 rows are 8 pieces of 16 bytes, swizzled by the token.
+// writes 16 bytes and a warp's fill whole lines. A token's channels are pieces of 16 bytes, swizzled by the token.
+// Residuals come the same way, and each warp then puts its results where its residuals were.
 __device__ __forceinline__ void store_many(
     const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
-    u16* y, char* turned) {
+    const u16* residual, u16* y, char* turned) {
+    constexpr int kPieces = 4 * kHalves;           // of a token
+    constexpr int kPassTokens = 128 / kPieces;     // that a warpgroup copies at a time
+    constexpr int kTurnTokens = 32 / kHalves;      // that a warp turns at a time: four 8x8 matrices
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     char* tokens = turned + group * kStoreBytes;
     const u32 shared = ptx::shared_address(tokens);
-    const int group_row = item.first_row + group * tile::kUnitRows;
-    // Of the four 8x8 matrices of 16 tokens and 16 rows, this lane addresses row lane % 8 of matrix lane / 8.
-    const int own_token = lane / 16 * 8 + lane % 8, own_piece = 2 * warp + lane / 8 % 2;
+    const int outputs = gate::outputs(work.oc);
+    // Of the matrices, first by tokens and then by channels, this lane addresses row lane % 8 of matrix lane / 8.
+    const int own_token = lane / 8 / kHalves * 8 + lane % 8, own_piece = kHalves * warp + lane / 8 % kHalves;
+    // What this lane copies between shared memory and matrices [N, outputs].
+    const int piece = lane % kPieces, pass_token = threadIdx.x % 128 / kPieces;
+    const int channel = gate::outputs(item.first_row + group * tile::kUnitRows) + piece * 8;
+    const int channels = min(8, outputs - channel);
+    const auto place = [&](int token, int at_piece) { return token * 128 + (at_piece ^ token % 8) * 16; };
 #pragma unroll
     for (int first = 0; first < kTokens; first += kStoreTokens) {
         ptx::sync_one_of<kGroupBarriers, 128>(group);  // the pieces before have been read
+        if (residual != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kStoreTokens; i += 16) {
-            const int at = first / 8 + i / 8;
-            const TokenScales low(x_scale, item.first_token + at * 8, work.n);
-            const TokenScales high(x_scale, item.first_token + at * 8 + 8, work.n);
-            const u32 parts[4] = {
-                terms.round(sums, at, 0, low), terms.round(sums, at, 1, low), terms.round(sums, at + 1, 0, high),
-                terms.round(sums, at + 1, 1, high)};
-            const int token = i + own_token;
-            ptx::store_matrices_turned(shared + token * 128 + (own_piece ^ token % 8) * 16, parts);
+            for (int i = 0; i < kStoreTokens; i += kPassTokens) {
+                const int token = i + pass_token, y_token = item.first_token + first + token;
+                if (y_token >= work.n || channels <= 0) continue;
+                const u16* source = residual + static_cast<long long>(y_token) * outputs + channel;
+                char* target = tokens + place(token, piece);
+                if (outputs % 8 == 0) {
+                    *reinterpret_cast<uint4*>(target) = __ldcg(reinterpret_cast<const uint4*>(source));
+                } else {
+                    for (int j = 0; j < channels; ++j) reinterpret_cast<u16*>(target)[j] = __ldcg(source + j);
+                }
+            }
+            ptx::sync_one_of<kGroupBarriers, 128>(group);
+        }
+#pragma unroll
+        for (int i = 0; i < kStoreTokens; i += kTurnTokens) {
+            const u32 own = shared + place(i + own_token, own_piece);
+            u32 parts[4] = {};
+            if (residual != nullptr) ptx::load_matrices_turned(parts, own);
+#pragma unroll
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                const int at = (first + i) / 8 + matrix / kHalves;
+                const TokenScales token_scales(x_scale, item.first_token + at * 8, work.n);
+                parts[matrix] = terms.round(sums, at, matrix % kHalves, token_scales, parts[matrix]);
+            }
+            __syncwarp();
+            ptx::store_matrices_turned(own, parts);
         }
         ptx::sync_one_of<kGroupBarriers, 128>(group);
 #pragma unroll
-        for (int i = 0; i < kStoreTokens; i += 16) {
-            const int token = i + threadIdx.x % 128 / 8, piece = lane % 8;
-            const int row = group_row + piece * 8, y_token = item.first_token + first + token;
-            if (y_token >= work.n || row >= work.oc) continue;
-            const char* source = tokens + token * 128 + (piece ^ token % 8) * 16;
-            u16* target = y + static_cast<long long>(y_token) * work.oc + row;
-            if (work.oc % 8 == 0) {
+        for (int i = 0; i < kStoreTokens; i += kPassTokens) {
+            const int token = i + pass_token, y_token = item.first_token + first + token;
+            if (y_token >= work.n || channels <= 0) continue;
+            const char* source = tokens + place(token, piece);
+            u16* target = y + static_cast<long long>(y_token) * outputs + channel;
+            if (outputs % 8 == 0) {
                 *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
             } else {
-                for (int j = 0; j < min(8, work.oc - row); ++j) target[j] = reinterpret_cast<const u16*>(source)[j];
+                for (int j = 0; j < channels; ++j) target[j] = reinterpret_cast<const u16*>(source)[j];
             }
         }
     }

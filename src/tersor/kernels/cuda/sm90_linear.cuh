@@ -1,5 +1,5 @@
-// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias on sm_90a, for any number of tokens: weights are decoded in registers and
-// feed wgmma as its A operand; sums are float32; scales are applied to the sums.
+// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual on sm_90a, for any number of tokens: weights are decoded in
+// registers and feed wgmma as its A operand; sums are float32; scales are applied to the sums.
 //
 // A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for
 // the last tiles, one of `splits` ranges of blocks. Its warpgroups:
@@ -18,7 +18,7 @@
 // activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (1: splits may be a cluster), RESIDENT (CTAs that fit on a multiprocessor),
 // WEIGHT_SLOTS, X_SLOTS, FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
-// (scales.cuh; one scale a row is applied at the end).
+// (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
 #pragma once
 
 #include "sm90_finish.cuh"
@@ -36,7 +36,8 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
     const float* __restrict__ x_scale,                // [N] for 8-bit activations, else null
-    u16* __restrict__ y,                              // [N, OC], contiguous
+    const u16* residual,                              // as y, added to it, or null
+    u16* __restrict__ y,                              // [N, OC], or half as many channels where gated; contiguous
     float* partial,                                   // sums of split items
     u32* arrived,                                     // a counter for each split tile, zero before and after
     int oc,
@@ -104,9 +105,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             if (holds_all) {
                 terms.add_bias(work, bias);
                 if constexpr (kMany) {
-                    store_many(sums, work, item, terms, x_scale, y, slots + kExchangeAt);
+                    store_many(sums, work, item, terms, x_scale, residual, y, slots + kExchangeAt);
                 } else {
-                    store_few(sums, work, item, terms, x_scale, y);
+                    store_few(sums, work, item, terms, x_scale, residual, y);
                 }
             }
             use += count;

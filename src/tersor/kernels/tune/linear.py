@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tersor.hardware import Chip
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
+
+_INVARIANT_SUMS = 1 << 24
+"""Split sums that a batch-invariant launch may leave in memory, in float32 elements; more tokens take more launches."""
+_WIDEST = 256
 
 
 def fused(problem: LinearProblem, chip: Chip) -> bool:
     """Tell whether a fused kernel takes the problem; otherwise weights are decoded for cuBLAS."""
     return problem.n <= sm80.TOKENS or (chip.capability == (9, 0) and problem.aligned)
+
+
+def launched(problem: LinearProblem, chip: Chip) -> LinearProblem:
+    """Return what one launch takes of a problem: all of it, or of a batch-invariant one as many tokens as it can.
+
+    A batch-invariant problem counts as aligned: rows that are not have to be copied, since another schedule would sum
+    in another order.
+    """
+    if not problem.batch_invariant:
+        return problem
+    most = problem.n
+    if chip.capability != (9, 0):
+        most = sm80.TOKENS
+    else:
+        splits = sm90.invariant_splits(problem, chip)
+        if splits > 1:
+            rows = -(-problem.oc // _WIDEST) * _WIDEST
+            most = max(1, _INVARIANT_SUMS // (splits * rows * _WIDEST)) * _WIDEST
+    return replace(problem, n=min(problem.n, most), aligned=True)
 
 
 def predict(problem: LinearProblem, chip: Chip) -> LinearConfig:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 SM80 = "sm80"
 SM90 = "sm90"
+FEW_TOKENS = 16
+"""Up to so many tokens mma.sync is faster than wgmma."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,7 @@ class LinearProblem:
         scale_bytes: what they take in memory, zero points included.
         aligned: rows of x start on 16 bytes, which a tensor map needs.
         activation_bits: 16, or 8 for e4m3.
+        batch_invariant: a row of y must not depend on how many other rows there are.
     """
 
     oc: int
@@ -29,6 +32,7 @@ class LinearProblem:
     scale_bytes: int = 0
     aligned: bool = True
     activation_bits: int = 16
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,7 @@ class LinearConfig:
         gathered: the splits of a tile are a cluster, which adds them in shared memory.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
+        few_tokens: tiles of up to so many tokens take mma.sync in the sm90 schedule.
     """
 
     schedule: str
@@ -68,6 +73,7 @@ class LinearConfig:
     gathered: bool = False
     ctas: int
     shared_bytes: int
+    few_tokens: int = FEW_TOKENS
 
     def __str__(self) -> str:
         clusters = " in clusters" if self.gathered else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM80, LinearConfig, LinearProblem
@@ -13,6 +14,8 @@ TILES = (8, 16, 32, 64)
 """Token tiles."""
 ROWS = 128
 """Output rows of a CTA: 8 warps of 16."""
+_INVARIANT_TOKENS = 16
+"""Where results must not depend on the number of tokens, splits are those that would suit so many."""
 _COLUMNS = 128
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
@@ -52,13 +55,21 @@ def stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
-    """Yield the configurations of the narrowest tile that holds all tokens, one for each number of splits."""
+    """Yield the configurations of the narrowest tile that holds all tokens, one for each number of splits.
+
+    A batch-invariant problem has one number of splits whatever n; the tile does not change a token's sums.
+    """
     if problem.n > TOKENS or problem.activation_bits != 16:
         return
     tile = next(tile for tile in TILES if problem.n <= tile)
     depth, resident = stages(tile, problem.bits, problem.scale_bytes, chip)
     row_tiles = -(-problem.oc // ROWS)
-    for splits in range(1, min(_MAX_SPLITS, -(-problem.ic // _COLUMNS)) + 1):
+    choices = range(1, min(_MAX_SPLITS, -(-problem.ic // _COLUMNS)) + 1)
+    if problem.batch_invariant:
+        usual = replace(problem, n=_INVARIANT_TOKENS, batch_invariant=False)
+        best = min(candidates(usual, chip), key=lambda config: seconds(usual, config, chip)).splits
+        choices = range(best, best + 1)
+    for splits in choices:
         yield LinearConfig(
             schedule=SM80,
             n_tile=tile,

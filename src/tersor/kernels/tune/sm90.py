@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
-FEW_TOKENS = 16
-"""Up to so many tokens mma.sync multiplies."""
+_INVARIANT_TOKENS = 16
+"""Where results must not depend on the number of tokens, splits are those that would suit so many."""
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -161,10 +161,13 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
 
     Token tiles are the narrowest that hold all tokens, or any of the two widest. Where tiles do not fill one wave of
     CTAs all are split, where they fill more than one those of the last wave are.
+
+    A batch-invariant problem has wgmma, one channel group and the same splits of all tiles, whatever n.
     """
     if chip.capability != (9, 0) or not problem.aligned:
         return
     available = tiles(problem.scale_groups, problem.activation_bits == 8)
+    fixed = invariant_splits(problem, chip) if problem.batch_invariant else 0
     widest = max(tile.tokens for tile in available)
     holding = min((tile.tokens for tile in available if problem.n <= tile.tokens), default=widest)
     blocks = -(-problem.ic // COLUMNS)
@@ -173,6 +176,11 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
             continue
         slots = chip.sms * tile.resident // tile.cluster
         count = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
+        if fixed:
+            if tile.channel_groups == 1:
+                ctas = min(count * fixed, slots) * tile.cluster
+                yield replace(config(problem, tile, 0, fixed, ctas, chip), few_tokens=0)
+            continue
         rest = count % slots
         plans = [
             (0, splits) for splits in range(1, min(_MAX_SPLITS, blocks) + 1) if splits == 1 or count * splits <= slots
@@ -184,6 +192,13 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
             gathered = whole == 0 and 1 < splits <= tile.gathered and count * splits <= room
             yield config(problem, tile, whole, splits, ctas, chip, gathered)
+
+
+def invariant_splits(problem: LinearProblem, chip: Chip) -> int:
+    """Return the splits that a batch-invariant problem has, whatever its number of tokens."""
+    usual = replace(problem, n=_INVARIANT_TOKENS, aligned=True, batch_invariant=False)
+    options = [found for found in candidates(usual, chip) if found.channel_groups == 1 and not found.whole_tiles]
+    return min(options, key=lambda found: seconds(usual, found, chip)).splits
 
 
 def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:

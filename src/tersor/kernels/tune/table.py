@@ -129,12 +129,12 @@ class Table:
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     """Choose the fused kernel's configuration: measured where a table knows, by predicted time elsewhere.
 
-    `fused` must say yes.
+    `fused` must say yes. Tables are not asked where the choice may not depend on the number of tokens.
 
     Raises:
         InputError: a table of this chip cannot be used; the message names the file.
     """
-    found = measured(problem, chip)
+    found = None if problem.batch_invariant else measured(problem, chip)
     return linear.predict(problem, chip) if found is None else found
 
 

@@ -1,0 +1,259 @@
+"""Layers that read the same activations, with one packed weight: queries, keys and values; gate and up of an MLP.
+
+The layers stay where they are and a state dict shows each as it is stored. Whatever touches their tensors (a move, a
+cast, a load) first takes them apart; the next forward joins them again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor import ops
+from tersor.layouts import STREAM, PackedWeight, tiles
+from tersor.nn.linear import PackedLinear
+from tersor.nn.packed import PackedModule
+
+JOINED = "joined"
+"""The layout of a layer whose codes and scales a join holds."""
+
+_guard = threading.RLock()
+
+
+class Join:
+    """The packed weight of several layers of one scheme and IC.
+
+    Attributes:
+        parts: the layers, in order.
+        gated: whether they are gate and up, interleaved for `ops.gated_linear`; otherwise they are stacked.
+        weight: the joined weight; `None` while the layers are apart.
+        bias: [sum of OC] of stacked layers, of which their own biases are views, or `None`.
+    """
+
+    def __init__(self, parts: Sequence[PackedPart], gated: bool) -> None:
+        self.parts = tuple(parts)
+        self.gated = gated
+        self.weight: PackedWeight | None = None
+        self.bias: torch.Tensor | None = None
+        self._ready_for: torch.dtype | None = None
+        self._biases: tuple[nn.Parameter | None, ...] = ()
+        self._held: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
+
+    def ready(self, dtype: torch.dtype) -> PackedWeight | None:
+        """Return the joined weight in the layout for activations of `dtype`, joining the layers if they are apart.
+
+        Returns `None` where they have to stay apart: on several devices or the meta device, where they are multiplied in
+        several ways, and where they are apart while a CUDA graph is captured or a graph is traced.
+        """
+        if torch.compiler.is_compiling():
+            return self.weight
+        if self._ready_for is dtype and self._has_biases():
+            return self.weight
+        with _guard:
+            return self._prepare(dtype)
+
+    def _has_biases(self) -> bool:
+        """Tell whether the layers' biases are those that were joined: someone may have put others in their place."""
+        pairs = zip(self.parts, self._biases, strict=True)
+        return all(part._parameters["bias"] is bias for part, bias in pairs)
+
+    def _prepare(self, dtype: torch.dtype) -> PackedWeight | None:
+        device = self.parts[0].weight_packed.device
+        kinds = {(part.weight_packed.device, part.dtype, part.activations) for part in self.parts}
+        if len(kinds) > 1 or device.type == "meta":
+            return None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self.weight if self._biases and self._has_biases() else None
+        if self.weight is None:
+            weights = [part.packed_weight() for part in self.parts]
+            self.weight = PackedWeight.gate_up(*weights) if self.gated else PackedWeight.stack(weights)
+            for part in self.parts:
+                part.give(device)
+        if not self.gated:
+            self._join_biases()
+        self._biases = tuple(part.bias for part in self.parts)
+        self.weight = self.weight.to_layout(
+            ops.preferred_layout(self.weight.scheme, dtype, device, self.parts[0].activations)
+        )
+        self._ready_for = dtype
+        return self.weight
+
+    @torch.inference_mode(False)  # biases stay parameters that may be loaded at any time
+    def _join_biases(self) -> None:
+        given = [part.bias for part in self.parts if part.bias is not None]
+        self.bias = torch.cat([bias.detach() for bias in given]) if given else None
+        if self.bias is not None:
+            for part, bias in zip(self.parts, self.bias.split([part.out_features for part in self.parts]), strict=True):
+                part.bias = nn.Parameter(bias, requires_grad=False)
+
+    def apart(self) -> Sequence[PackedWeight]:
+        """Return the weights of the layers in the stored stream, made anew from the joined one."""
+        assert self.weight is not None
+        if self.gated:
+            return self.weight.split_gate_up()
+        return self.weight.split([part.out_features for part in self.parts])
+
+    def dissolve(self) -> None:
+        """Give every layer its own tensors back, in the stored stream."""
+        with _guard:
+            if self.weight is not None:
+                for part, weight in zip(self.parts, self.apart(), strict=True):
+                    part._set_weight(weight)
+            self.weight, self.bias, self._ready_for, self._biases = None, None, None, ()
+            self._held.clear()
+
+    def multiply(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what layer `index` makes of x.
+
+        The first layer that is asked multiplies for all of them; the others take their share if they are given the
+        same tensor next, in the same thread. Its content must not change in between.
+        """
+        part, weight = self.parts[index], self.ready(x.dtype)
+        if weight is None or self.gated:
+            return ops.linear(x, part.packed_weight(), part.bias)
+        if torch.compiler.is_compiling():
+            return self._alone(index, x, weight)
+        thread = threading.get_ident()
+        held = self._held.get(thread)
+        if held is not None and held[0] is x and index in held[1]:
+            y = held[1].pop(index)
+            if not held[1]:
+                del self._held[thread]
+            return y
+        shares = ops.linear(x, weight, self.bias).split([part.out_features for part in self.parts], dim=-1)
+        self._held[thread] = (x, {other: share for other, share in enumerate(shares) if other != index})
+        return shares[index]
+
+    def _alone(self, index: int, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """Multiply with one layer's rows of the joined weight: traces keep no tensor from one layer to the next."""
+        sizes = [part.out_features for part in self.parts]
+        first = sum(sizes[:index])
+        last = first + sizes[index]
+        unit = 1 if weight.layout == STREAM else tiles.UNIT_ROWS
+        if first % unit or last % unit:
+            return ops.linear(x, weight, self.bias)[..., first:last]
+
+        def rows(tensor: torch.Tensor) -> torch.Tensor:
+            if unit == 1:
+                return tensor[first:last]
+            return tensor.view(-(-weight.shape[0] // unit), -1)[first // unit : last // unit].reshape(-1)
+
+        zero_point = None if weight.zero_point is None else rows(weight.zero_point)
+        shape = (sizes[index], weight.shape[1])
+        own = PackedWeight(weight.scheme, shape, rows(weight.data), rows(weight.scale), zero_point, weight.layout)
+        return ops.linear(x, own, self.parts[index].bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}
+
+
+class PackedPart(PackedLinear):
+    """A packed linear layer whose codes and scales a `Join` holds together with those of other layers."""
+
+    _place: tuple[Join, int]
+
+    @classmethod
+    def of(cls, layer: PackedLinear) -> PackedPart:
+        """Make one of a packed linear layer, without a copy; `place` makes it part of a join."""
+        return _moved(layer, cls)
+
+    def plain(self) -> PackedLinear:
+        """Return a layer of its own with the same weight."""
+        return _moved(self, PackedLinear)
+
+    def place(self, join: Join, index: int) -> None:
+        """Make this layer part `index` of a join."""
+        # In a tuple, and no module: other layers are not submodules of this one.
+        self._place = (join, index)
+
+    @property
+    def join(self) -> Join:
+        """What holds the codes and scales."""
+        return self._place[0]
+
+    def give(self, device: torch.device) -> None:
+        """Let go of codes and scales, which the join has now."""
+        self.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
+        self.weight_scale = torch.empty(0, dtype=torch.uint8, device=device)
+        self.weight_zero_point = None
+        self.layout = JOINED
+        self._held = None
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the weight; while it is joined with others a copy of its rows, in the stored stream."""
+        if self.layout == JOINED:
+            join, index = self._place
+            return join.apart()[index]
+        return super().packed_weight()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., IC]: returns [..., OC] in x's dtype, which may be a view into the results of all layers."""
+        join, index = self._place
+        return join.multiply(index, x)
+
+    def multiply_with(self, activations: str) -> None:
+        """Choose what the weight is multiplied with: the layers join again when all of them are told the same."""
+        self.join.dissolve()
+        super().multiply_with(activations)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Join this layer with the others, if they are on one device, in the layout for activations of `dtype`."""
+        self.join.ready(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedPart:
+        self.join.dissolve()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.join.dissolve()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _moved(layer: PackedLinear, kind: type[Any]) -> Any:
+    """Return a layer of another class with the weight, bias and flags of this one."""
+    new = kind(layer.in_features, layer.out_features, layer.scheme, device="meta", dtype=layer.dtype)
+    PackedModule._set_weight(new, layer.packed_weight())
+    new.bias, new.transposed, new.activations = layer.bias, layer.transposed, layer.activations
+    return new.train(layer.training)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up as one gated linear.
+
+    Attributes:
+        gate_proj, up_proj: parts of one join.
+        down_proj: any layer.
+    """
+
+    gate_proj: PackedPart
+    up_proj: PackedPart
+
+    def __init__(self, plain: Any) -> None:
+        """Stand for an MLP whose `gate_proj` and `up_proj` are parts of a gated join; `plain` can be put back."""
+        super().__init__()
+        for name, child in plain.named_children():
+            self.add_module(name, child)
+        # In a tuple: its children would be in the state dict twice.
+        self._plain = (plain,)
+        self.train(plain.training)
+
+    def plain(self) -> Any:
+        """Return the module this one stands for, with the children that this one has now."""
+        plain = self._plain[0]
+        for name, child in self.named_children():
+            setattr(plain, name, child)
+        return plain.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return down(silu(gate(x)) * up(x)) of x [..., IC]."""
+        weight = self.gate_proj.join.ready(x.dtype)
+        if weight is None:
+            hidden = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            hidden = ops.gated_linear(x, weight)
+        down: torch.Tensor = self.down_proj(hidden)  # type: ignore[operator]
+        return down

@@ -1,0 +1,50 @@
+"""How the tensors of a call have to lie for a kernel, and what a call without products gives."""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.layouts import rows
+from tersor.ops import current
+
+
+def without_products(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, oc: int
+) -> torch.Tensor:
+    """Return what remains where x or the weight has no elements: the reference's result for sums of zero."""
+    y = x.new_zeros(*x.shape[:-1], oc, dtype=torch.float32)
+    if bias is not None:
+        y = y + bias
+    if gated:
+        gate, up = (half.movedim(0, -1) for half in rows.separate(y.movedim(-1, 0)))
+        y = torch.nn.functional.silu(gate) * up
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
+def output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised [..., OC] on the current device, for activations of a shape."""
+    if len(shape) == 2:
+        return current.empty((n, oc), (oc, 1), dtype)
+    if len(shape) == 3:
+        return current.empty((shape[0], shape[1], oc), (shape[1] * oc, oc, 1), dtype)
+    return current.empty((n, oc), (oc, 1), dtype).view(*shape[:-1], oc)
+
+
+def rows_of(x: torch.Tensor, ic: int) -> torch.Tensor:
+    """Return x as [N, IC] with channels side by side and rows apart, copied only where it lies otherwise."""
+    tokens = x.reshape(-1, ic)
+    return tokens if tokens.stride(1) == 1 and tokens.stride(0) >= ic else tokens.contiguous()
+
+
+def aligned_rows(x: torch.Tensor, ic: int) -> torch.Tensor:
+    """Return a copy of x [N, IC] whose rows start on 16 bytes."""
+    tokens = x.reshape(-1, ic)
+    copy = x.new_empty(tokens.shape[0], -(-ic // 8) * 8)[:, :ic]
+    return copy.copy_(tokens)
+
+
+def side_by_side(residual: torch.Tensor) -> torch.Tensor:
+    """Return residuals side by side from 16 bytes on, as kernels read them; copied only where they lie otherwise."""
+    if residual.is_contiguous() and residual.data_ptr() % 16 == 0:
+        return residual
+    return residual.clone(memory_format=torch.contiguous_format)
