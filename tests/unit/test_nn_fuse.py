@@ -13,13 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tersor import nn, ops
+from tersor import formats, nn, ops
+from tersor.compress import quantize_rtn
 from tersor.engine import Generator, Sampling
+from tersor.layouts import PackedWeight
 from tersor.nn import GatedMLP, PackedLinear, PackedPart
 
 # Architecture -> options: with biases and without, one scale a row and groups, with zero points.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"format": "fp6_e3m2"},
+    "mistral": {"format": "mxfp6_e2m3"},
     "qwen2": {"format": "uint4", "group_size": 32},
     "qwen3": {"format": "int4", "group_size": 32},
 }
@@ -200,3 +203,38 @@ def test_what_cannot_be_joined_stays_apart(checkpoint: Path, reference: Any) -> 
     assert "model.layers.1.mlp" in names
     assert not {"model.layers.0.mlp", "model.layers.0.self_attn", "model.layers.1.self_attn"} & set(names)
     assert nn.fuse(model) == []
+
+
+class LlamaAttention(torch.nn.Module):
+    """Has the name and the layers of transformers' class, in sizes of choice."""
+
+    def __init__(self, sizes: tuple[int, ...], scheme: formats.Scheme, bias: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for name, size in zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True):
+            encoded = quantize_rtn(torch.randn(size, 96, generator=generator), scheme)
+            offsets = torch.randn(size, generator=generator) if bias else None
+            setattr(self, name, PackedLinear.from_packed(PackedWeight.from_encoded(encoded, scheme), offsets))
+
+
+@pytest.mark.parametrize("layout", ["stream", "tiles_float16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(128, 64, 64), (100, 60, 60), (64, 70, 10)])
+def test_a_trace_takes_each_layers_own_rows(
+    sizes: tuple[int, ...], bias: bool, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any layout, whether or not its tiles can be cut between the layers."""
+    x = torch.randn(3, 96)
+    for scheme in (formats.get_scheme("fp6_e3m2"), formats.get_scheme("uint4", 32), formats.get_scheme("uint4")):
+        plain = LlamaAttention(sizes, scheme, bias)
+        model = torch.nn.ModuleDict({"attention": copy.deepcopy(plain)})
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "preferred_layout", lambda *a: layout)
+            assert nn.fuse(model) == ["attention"]
+        join = model["attention"].q_proj.join
+        assert join.weight.layout == layout and model["attention"].q_proj.layout == "joined"
+        for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            expected = getattr(plain, name)(x)
+            assert close(join._alone(index, x, join.weight), expected)
+            assert close(getattr(model["attention"], name)(x), expected)
+        assert models.same(model["attention"].state_dict(), plain.state_dict())

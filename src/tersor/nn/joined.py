@@ -135,7 +135,8 @@ class Join:
         last = first + sizes[index]
         unit = 1 if weight.layout == STREAM else tiles.UNIT_ROWS
         if first % unit or last % unit:
-            return ops.linear(x, weight, self.bias)[..., first:last]
+            biases: list[torch.Tensor] = [part.bias for part in self.parts if part.bias is not None]
+            return ops.linear(x, weight, torch.cat(biases) if biases else None)[..., first:last]
 
         def rows(tensor: torch.Tensor) -> torch.Tensor:
             if unit == 1:
