@@ -46,8 +46,8 @@ class Join:
     def ready(self, dtype: torch.dtype) -> PackedWeight | None:
         """Return the joined weight in the layout for activations of `dtype`, joining the layers if they are apart.
 
-        Returns `None` where they have to stay apart: on several devices or the meta device, where they are multiplied in
-        several ways, and where they are apart while a CUDA graph is captured or a graph is traced.
+        Returns `None` where they have to stay apart: on several devices or the meta device, where they are multiplied
+        in several ways, and where they are apart while a CUDA graph is captured or a graph is traced.
         """
         if torch.compiler.is_compiling():
             return self.weight
