@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-WARM_SECONDS = 0.05
+WARM_SECONDS = 0.005
 """Replays before a graph is timed."""
 
 

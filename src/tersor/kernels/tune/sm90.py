@@ -18,6 +18,8 @@ _STATIC_SHARED = 1024
 """Barriers, up to the alignment of the rings."""
 _CLUSTER_ROOM = 0.75
 """Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
+_CLUSTER_FILL = 0.7
+"""Of the multiprocessors, how many the clusters must take: fewer were slower than more splits through a workspace."""
 _GATHER = 0.65
 """Of the exchange of split sums, where a cluster gathers them."""
 _MAX_SPLITS = 16
@@ -190,7 +192,8 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         for whole, splits in plans:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
-            gathered = whole == 0 and 1 < splits <= tile.gathered and count * splits <= room
+            gathered = 1 < splits <= tile.gathered and _CLUSTER_FILL * chip.sms <= count * splits <= room
+            gathered = gathered and whole == 0
             yield config(problem, tile, whole, splits, ctas, chip, gathered)
 
 
@@ -255,9 +258,9 @@ _COSTS = {
     Tile(16, 2, 2, 1, 1): _Cost(start=1.0, block=0.28, item=4.4, exchange=0.3, exchange_megabyte=1.5),
     Tile(16, 2, 1, 1, 2): _Cost(start=1.8, block=0.28, item=5.0, exchange=0.5, exchange_megabyte=1.1, lonely=0.07),
     Tile(32, 2, 1, 1, 1): _Cost(start=1.7, block=0.33, item=2.9, exchange=1.6, exchange_megabyte=0.77),
-    Tile(32, 2, 1, 1, 2): _Cost(start=1.9, block=0.32, item=4.0, exchange=0.0, exchange_megabyte=0.8, lonely=0.1),
+    Tile(32, 2, 1, 1, 2): _Cost(start=2.2, block=0.32, item=4.0, exchange=0.0, exchange_megabyte=0.8, lonely=0.25),
     Tile(64, 2, 1, 1, 1): _Cost(start=2.0, block=0.42, item=3.9, exchange=2.0, exchange_megabyte=0.5),
-    Tile(64, 2, 1, 1, 2): _Cost(start=2.3, block=0.38, item=6.0, exchange=0.8, exchange_megabyte=0.3, lonely=0.1),
+    Tile(64, 2, 1, 1, 2): _Cost(start=3.5, block=0.38, item=6.0, exchange=0.8, exchange_megabyte=0.3, lonely=0.25),
     Tile(128, 1, 1, 1, 2): _Cost(start=2.1, block=0.37, item=4.0, exchange=3.0, exchange_megabyte=0.25, lonely=0.3),
     Tile(128, 2, 1, 1, 1): _Cost(start=0.9, block=0.72, item=2.8, exchange=6.6, exchange_megabyte=0.13),
     Tile(128, 3, 1, 1, 1): _Cost(start=0.9, block=1.07, item=3.0, exchange=3.5, exchange_megabyte=0.24),
