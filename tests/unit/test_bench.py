@@ -201,7 +201,7 @@ def test_a_graph_is_warm_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert timing.graph_microseconds([lambda: calls.append(1)] * 4, replays=3) == 2000
     timing._side_stream.cache_clear()
     assert len(calls) == 8
-    assert clock.recorded == [7, 8, 8, 9, 9, 10]  # 50 ms take 7 replays of 8 ms
+    assert clock.recorded == [3, 4, 4, 5, 5, 6]  # 20 ms take 3 replays of 8 ms
 
 
 def test_enough_copies() -> None:

@@ -105,9 +105,11 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 
         module = SimpleNamespace(command=command)
         real = importlib.import_module
-        monkeypatch.setattr(
-            main.importlib, "import_module", lambda name: module if name == "tersor.cli.inspect" else real(name)
-        )
+
+        def import_module(name: str, package: str | None = None) -> object:
+            return module if name == "tersor.cli.inspect" else real(name, package)
+
+        monkeypatch.setattr(main.importlib, "import_module", import_module)
 
     return install
 

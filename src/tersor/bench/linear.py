@@ -22,7 +22,7 @@ from tersor.ops import dispatch
 KIND = "tersor bench linear"
 VERSION = 1
 METHOD = (
-    "microseconds a call, median of 9 replays, after 5 ms of replays, of a CUDA graph that walks over copies of the "
+    "microseconds a call, median of 9 replays, after 20 ms of replays, of a CUDA graph that walks over copies of the "
     "weight, 0.7 GB in all, so that none stays in L2; random data; pdl: launches captured with programmatic dependent "
     "launch, plain: without"
 )

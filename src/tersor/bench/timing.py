@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-WARM_SECONDS = 0.005
+WARM_SECONDS = 0.02
 """Replays before a graph is timed."""
 
 
