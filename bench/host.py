@@ -74,7 +74,7 @@ def candidates(weight: PackedWeight, n: int) -> dict[str, Callable[[], object]]:
         packed, scale, source, target, partial, arrived = (tensor.data_ptr() for tensor in tensors)
 
         def launch_alone(tensors: object = tensors) -> None:  # keeps the memory
-            launch(stream, packed, scale, source, IC, 0, 0, target, partial, arrived, True)
+            launch(stream, packed, scale, source, IC, 0, 0, 0, target, partial, arrived, True)
 
         found = {"launch": launch_alone, **found}
     return found
