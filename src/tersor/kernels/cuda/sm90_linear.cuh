@@ -51,7 +51,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots) + 1];
     const bool gathered = GATHERS && ptx::cluster_ctas() > 1;
-    const Work work{oc, ic, n, whole_tiles, splits, gathered};
+    const Work work{oc, ic, n, whole_tiles, splits};
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};

@@ -106,7 +106,6 @@ struct Ring {
 struct Work {
     int oc, ic, n;
     int whole_tiles, splits;  // tiles before `whole_tiles` are one item each, the others `splits`
-    bool gathered;            // the CTAs of a cluster are the splits of one tile
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int token_tiles() const { return (n + kTokens - 1) / kTokens; }
