@@ -161,7 +161,10 @@ def test_warm_compiles_what_the_model_needs_once(
 ) -> None:
     asked: list[tuple[str, torch.dtype, str]] = []
 
-    def kernels_for(scheme: formats.Scheme, dtype: torch.dtype, chip: Any) -> list[KernelSource]:
+    def kernels_for(
+        scheme: formats.Scheme, dtype: torch.dtype, chip: Any, activations: str, gated: bool
+    ) -> list[KernelSource]:
+        assert (activations, gated) == ("16bit", False)
         asked.append((scheme.key(), dtype, chip.name))
         return [] if scheme.has_zero_point else [axpy(scheme.format.bits), axpy(0)]
 
@@ -191,10 +194,24 @@ def test_warm_asks_for_real_kernels_in_both_dtypes_where_the_model_names_neither
     assert any("fp6_e3m2_bfloat16" in name for name in names)
 
 
+def test_warm_knows_8_bit_activations_and_joined_layers(tmp_path: Path) -> None:
+    from tersor.hardware import CHIPS
+
+    scheme, chip = formats.get_scheme("fp6_e3m2"), CHIPS["NVIDIA H100"]
+    plain = {source.name for source in doctor._sources([scheme], ["float16"], chip)}
+    joined = {source.name for source in doctor._sources([scheme], ["float16"], chip, fuse=True)}
+    eight = {source.name for source in doctor._sources([scheme], ["float16"], chip, "fp8")}
+    assert plain < joined
+    assert "tersor_quantize_activations_float16" in eight
+    assert all("float8_e4m3fn" in name for name in eight if "linear" in name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--chip", "NVIDIA H100"], "--chip says what --warm compiles for: add --warm MODEL"),
+        (["--activations", "fp8"], "--activations says what --warm compiles for: add --warm MODEL"),
+        (["--fuse"], "--fuse says what --warm compiles for: add --warm MODEL"),
         (["--warm", "MODEL", "--chip", "NVIDIA H10"], "unknown chip 'NVIDIA H10', did you mean 'NVIDIA H100'?"),
         (["--warm", "MODEL"], "torch sees no GPU to compile for: name one with --chip (NVIDIA A100"),
         (["--warm", "PLAIN"], "is not compressed, so it needs no kernels: run tersor quantize first"),

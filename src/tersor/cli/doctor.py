@@ -46,12 +46,20 @@ def command(
         str | None,
         typer.Option("--chip", metavar="NAME", help="Compile for this GPU ('NVIDIA H100'), not for those here."),
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="What --warm compiles for: 16bit, or fp8 as with `generate --activations fp8`.")
+    ] = "16bit",
+    fuse: Annotated[bool, typer.Option("--fuse", help="Let --warm compile what `generate --fuse` needs, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report on this installation and machine."""
-    if chip is not None and warm is None:
-        raise InputError("--chip says what --warm compiles for: add --warm MODEL")
-    compiled = None if warm is None else compile_ahead(warm, chip)
+    from tersor import ops
+
+    ops.check_activations(activations)
+    for given, option in ((chip is not None, "--chip"), (activations != "16bit", "--activations"), (fuse, "--fuse")):
+        if given and warm is None:
+            raise InputError(f"{option} says what --warm compiles for: add --warm MODEL")
+    compiled = None if warm is None else compile_ahead(warm, chip, activations, fuse)
     found = examine()
     if compiled is not None:
         found["warm"] = compiled
@@ -74,22 +82,29 @@ def examine() -> dict[str, Any]:
     return found
 
 
-def compile_ahead(model: str, chip_name: str | None) -> dict[str, Any]:
+def compile_ahead(model: str, chip_name: str | None, activations: str = "16bit", fuse: bool = False) -> dict[str, Any]:
     """Compile the kernels that a compressed model can ask for, for a named chip or every GPU here.
 
     Raises:
         InputError: not a model compressed by Tersor, an unknown chip, or neither chip nor GPU.
         KernelError: a kernel does not compile.
-        UnsupportedError: NVRTC is not installed.
+        UnsupportedError: NVRTC is not installed, or 8-bit activations are asked for that weights or chip do not take.
     """
+    import torch
+
+    from tersor import ops
     from tersor.checkpoint.source import open_source
     from tersor.kernels.jit import arch_for, cache, compile_many
 
     with open_source(model) as source:
         schemes, dtypes = _needs(model, source.config)
+    for scheme in schemes:
+        ops.preferred_layout(scheme, torch.float16, torch.device("cpu"), activations)
     wanted: dict[str, dict[KernelSource, None]] = {}
     for chip in _chips(chip_name):
-        needed = dict.fromkeys(_sources(schemes, dtypes, chip))
+        if activations != "16bit" and chip.capability != (9, 0):
+            raise UnsupportedError(f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them")
+        needed = dict.fromkeys(_sources(schemes, dtypes, chip, activations, fuse))
         wanted.setdefault(arch_for(chip.capability), {}).update(needed)
     total = sum(map(len, wanted.values()))
     known = sum(cache.load(cache.key(source, arch)) is not None for arch in wanted for source in wanted[arch])
@@ -145,13 +160,26 @@ def _chips(name: str | None) -> list[hardware.Chip]:
     return [dispatch.chip(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
 
 
-def _sources(schemes: Iterable[Scheme], dtypes: Iterable[str], chip: hardware.Chip) -> list[KernelSource]:
+def _sources(
+    schemes: Iterable[Scheme],
+    dtypes: Iterable[str],
+    chip: hardware.Chip,
+    activations: str = "16bit",
+    fuse: bool = False,
+) -> list[KernelSource]:
     import torch
 
     from tersor import ops
 
-    pairs = [(scheme, getattr(torch, dtype)) for scheme in schemes for dtype in dtypes]
-    return [source for scheme, dtype in pairs for source in ops.kernels_for(scheme, dtype, chip)]
+    wanted = [
+        (scheme, getattr(torch, dtype), gated)
+        for scheme in schemes
+        for dtype in dtypes
+        for gated in ((False, True) if fuse else (False,))
+    ]
+    return [
+        source for scheme, dtype, gated in wanted for source in ops.kernels_for(scheme, dtype, chip, activations, gated)
+    ]
 
 
 def _versions(advice: list[str]) -> dict[str, str | None]:
