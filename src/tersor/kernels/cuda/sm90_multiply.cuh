@@ -69,7 +69,7 @@ __device__ __forceinline__ void multiply_few(
         const u32 x = xs.address(x_at);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-            if constexpr (kGroups > 4) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
+            if constexpr (kGroups >= 4) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
             u32 a[kPairs];
             decode::extract(a, words + set * decode::kWords);
             scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
@@ -189,7 +189,8 @@ __device__ __forceinline__ void multiply_bytes(
 __device__ __forceinline__ void multiply_bytes_in_groups(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    constexpr int kSteps = kByteSteps, kGroupSteps = kSteps / (kGroups > 0 ? kGroups : 1);
+    constexpr int kSteps = kByteSteps;
+    constexpr int kGroupSteps = kFp8 && kGroups > 0 ? kSteps / kGroups : kSteps;  // a scale covers whole steps
     float part[kSums], low = 0.0f, high = 0.0f;  // of the group under way, and its scales
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
