@@ -102,9 +102,9 @@ def compile_ahead(model: str, chip_name: str | None, activations: str = "16bit",
         ops.preferred_layout(scheme, torch.float16, torch.device("cpu"), activations)
     wanted: dict[str, dict[KernelSource, None]] = {}
     for chip in _chips(chip_name):
-        if activations != "16bit" and chip.capability != (9, 0):
-            raise UnsupportedError(f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them")
         needed = dict.fromkeys(_sources(schemes, dtypes, chip, activations, fuse))
+        if activations != "16bit" and not needed:
+            raise UnsupportedError(f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them")
         wanted.setdefault(arch_for(chip.capability), {}).update(needed)
     total = sum(map(len, wanted.values()))
     known = sum(cache.load(cache.key(source, arch)) is not None for arch in wanted for source in wanted[arch])

@@ -20,8 +20,6 @@ from tersor.layouts import lanes, scales, tiles
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 
-FP8 = "float8_e4m3fn"
-"""The decode target for 8-bit activations."""
 _QUANTIZE_THREADS = 256
 
 _SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
@@ -35,7 +33,7 @@ _EVERY_TILE = ("fp6_e3m2", "fp5_e2m2", "int4")
 
 def _decode_parameters(fmt: ElementFormat, target: str, fp8: bool = False) -> dict[str, int | bool | str]:
     """Parameters of decode.cuh; `target` is the dtype of the result, and of the activations unless they are 8-bit."""
-    group = lanes.lane(fmt, FP8 if fp8 else target)
+    group = lanes.lane(fmt, lanes.FP8 if fp8 else target)
     return {
         "BITS": fmt.bits,
         "BF16": target == "bfloat16",
@@ -87,7 +85,7 @@ def sm90_source(
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
     """Return the wgmma kernel for one weight type, dtype of the result and tile; few tokens take mma.sync."""
-    kind = f"{FP8}_{target}" if tile.fp8 else target
+    kind = f"{lanes.FP8}_{target}" if tile.fp8 else target
     return KernelSource(
         name=(
             f"tersor_linear_sm90_{scheme.format.name}_{kind}_{tile.rows}x{tile.tokens}"
@@ -98,7 +96,7 @@ def sm90_source(
             **_decode_parameters(scheme.format, target, tile.fp8),
             **_scale_parameters(scheme),
             "FP8": tile.fp8,
-            "FP8_WEIGHT": 5 if tile.fp8 and lanes.lane(scheme.format, FP8).operand == "e5m2" else 4,
+            "FP8_WEIGHT": 5 if tile.fp8 and lanes.lane(scheme.format, lanes.FP8).operand == "e5m2" else 4,
             "N_TILE": tile.tokens,
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
@@ -361,7 +359,7 @@ def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
                     if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
                         seen.add(source)
                         yield source
-            if every_tile and not lanes.supported(scheme.format, FP8) and (scheme.group_size or 32) % 32 == 0:
+            if every_tile and not lanes.supported(scheme.format, lanes.FP8) and (scheme.group_size or 32) % 32 == 0:
                 for source in fp8_sources(scheme, "float16", chip):
                     if source not in seen:
                         seen.add(source)

@@ -21,17 +21,19 @@ import torch
 from tersor.errors import FormatError
 from tersor.formats import ElementFormat
 
+FP8 = "float8_e4m3fn"
+"""The decode target for 8-bit activations."""
 TARGETS: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
+    FP8: torch.float8_e4m3fn,
 }
 """Decode target -> dtype of the activations it is multiplied with."""
 
 PAIR_TARGETS = ("float16", "bfloat16")
 """Targets with two weights in a register."""
 
-_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), "float8_e4m3fn": ("e4m3", "e5m2")}
+_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), FP8: ("e4m3", "e5m2")}
 """Decode target -> float types that decoded weights may have beside such activations, the preferred one first."""
 
 _MANTISSA = {"float16": 10, "bfloat16": 7, "e4m3": 3, "e5m2": 2}

@@ -24,7 +24,7 @@ ACTIVATIONS_16BIT = "16bit"
 ACTIVATIONS_FP8 = "fp8"
 ACTIVATIONS = (ACTIVATIONS_16BIT, ACTIVATIONS_FP8)
 """What a linear multiplies with: activations as they come, or quantised to e4m3 with one scale a token."""
-FP8_LAYOUT = "tiles_float8_e4m3fn"
+FP8_LAYOUT = f"tiles_{lanes.FP8}"
 
 FUSED = "fused"
 DEQUANTIZE = "dequantize + cuBLAS"

@@ -191,7 +191,7 @@ def _serve(
     stream = current.stream(index)
     partial = arrived = bias_address = residual_address = x_scale = 0
     if chosen.quantize is not None:
-        row = -(-ic // 16) * 16
+        row = chosen.codes_stride
         codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
         x_scale = chosen.quantize(stream, address, stride, codes.data_ptr())
         address, stride = codes.data_ptr(), row

@@ -34,17 +34,18 @@ class Plan:
         decision: who serves them.
         launch: of a fused kernel, else `None`.
         quantize: of the kernel that makes activations 8-bit before that, else `None`.
+        codes_stride: bytes from one token's 8-bit activations to the next; zero without `quantize`.
         floats, counters: what its splits exchange; zero without splits.
         tokens: that one call takes, where it takes several calls; else 0.
     """
 
-    __slots__ = ("counters", "decision", "floats", "launch", "quantize", "tokens")
+    __slots__ = ("codes_stride", "counters", "decision", "floats", "launch", "quantize", "tokens")
 
     def __init__(self, decision: dispatch.Decision) -> None:
         self.decision = decision
         self.launch: FusedLaunch | None = None
         self.quantize: QuantizeLaunch | None = None
-        self.floats = self.counters = 0
+        self.floats = self.counters = self.codes_stride = 0
         self.tokens = decision.tokens
 
 
@@ -102,20 +103,21 @@ class Kind:
             config = measuring.current().config or config
             plan.launch = self._fused(config, n, index, dtype, aligned, gated)
             if config.activation_bits == 8:
-                plan.quantize = self._quantize(n, index, dtype)
+                plan.quantize, plan.codes_stride = self._quantize(n, index, dtype)
             if config.splits > 1 and not config.gathered:
                 from tersor.kernels import linear as family
 
                 plan.floats, plan.counters = family.parts(config, n)
         return plan
 
-    def _quantize(self, n: int, index: int, dtype: torch.dtype) -> QuantizeLaunch:
+    def _quantize(self, n: int, index: int, dtype: torch.dtype) -> tuple[QuantizeLaunch, int]:
         from tersor.kernels import jit
         from tersor.kernels import linear as family
 
         target = dispatch.target_name(dtype)
         assert target is not None
-        return family.prepare_quantize(jit.get(family.quantize_source(target), index), n=n, ic=self.ic)
+        function = jit.get(family.quantize_source(target), index)
+        return family.prepare_quantize(function, n=n, ic=self.ic), family.codes_stride(self.ic)
 
     def _fused(
         self, config: tune.LinearConfig, n: int, index: int, dtype: torch.dtype, aligned: bool, gated: bool

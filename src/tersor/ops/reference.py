@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import Scheme
-from tersor.layouts import STREAM, PackedWeight, stream, tiles
+from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
 from tersor.layouts import rows as gating
 from tersor.layouts.weight import decode
 
@@ -40,7 +40,7 @@ def linear(
     """
     oc, ic = weight.shape
     wide, token_scale = x.to(torch.float32), None
-    if tiles.LAYOUTS.get(weight.layout) == "float8_e4m3fn":
+    if tiles.LAYOUTS.get(weight.layout) == lanes.FP8:
         codes, token_scale = quantize_tokens(wide)
         wide = codes.to(torch.float32)
     output = x.new_empty(x.shape[0], gating.gated_channels(oc) if gated else oc)

@@ -192,9 +192,8 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         for whole, splits in plans:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
-            gathered = 1 < splits <= tile.gathered and _CLUSTER_FILL * chip.sms <= count * splits <= room
-            gathered = gathered and whole == 0
-            yield config(problem, tile, whole, splits, ctas, chip, gathered)
+            fits = whole == 0 and _CLUSTER_FILL * chip.sms <= count * splits <= room
+            yield config(problem, tile, whole, splits, ctas, chip, fits and 1 < splits <= tile.gathered)
 
 
 def invariant_splits(problem: LinearProblem, chip: Chip) -> int:
