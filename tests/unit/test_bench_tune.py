@@ -257,7 +257,7 @@ def test_every_candidate_is_timed_and_the_table_holds_the_best(tmp_path: Path) -
 
         def one(problem: LinearProblem, config: LinearConfig) -> float:
             timed.append((problem, config))
-            return 5.0 if (config.schedule, config.splits, config.resident) == ("sm90", 2, 1) else 6.0 + config.splits
+            return 5.0 if (config.schedule, config.splits, config.row_groups) == ("sm90", 2, 1) else 6.0 + config.splits
 
         return one
 

@@ -135,12 +135,14 @@ def test_kernels_for_a_model() -> None:
         return [source.name.removeprefix("tersor_") for source in sources]
 
     older = [f"linear_sm80_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64)]
-    few = ("128x8_k2c1r1", "128x8_k1c1r2", "128x16_k2c1r1", "128x16_k1c1r2", "128x32_k1c1r1", "128x32_k1c1r2")
-    middle, many = ("64x128_k1c1r2", "128x128_k1c1r1"), ("192x128_k1c1r1", "128x256_k1c2r1")
+    few = ("64x8_k2c1r2", "128x8_k1c1r2", "64x16_k2c1r2", "128x16_k1c1r2")
+    some = ("64x32_k1c1r2", "128x32_k1c1r1", "128x32_k1c1r2", "192x32_k1c1r1")
+    more = ("64x64_k1c1r2", "128x64_k1c1r1", "192x64_k1c1r1", "64x128_k1c1r2", "128x128_k1c1r1")
+    many = ("192x128_k1c1r1", "128x256_k1c2r1")
     rest = ["dequantize_fp6_e3m2_float16", "epilogue_float16"]
     assert names("fp6_e3m2", None, "NVIDIA A100") == [*older, *rest]
-    by_rows = (*few, "128x64_k1c1r1", "128x64_k1c1r2", *middle, *many)
-    in_groups = (*few, "128x64_k1c1r1", *middle)
+    in_groups = (*few, *some, *more)
+    by_rows = (*in_groups, *many)
     for group, tiles in ((None, by_rows), (128, in_groups)):
         newer = [f"linear_sm90_fp6_e3m2_float16_{tile}" for tile in tiles]
         assert names("fp6_e3m2", group, "NVIDIA H200") == [*older, *newer, *rest]

@@ -101,7 +101,7 @@ def sm90_source(
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
             "CLUSTER": tile.cluster,
-            "GATHERS": tile.gathered > 1,
+            "GATHERS": tile.gathered,
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,

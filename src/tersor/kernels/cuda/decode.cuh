@@ -26,7 +26,12 @@ constexpr int kShift = DECODE_SHIFT;          // 0, or the left shift that gives
 constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row
 
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
-    return left == 0 ? word : (word << left) | (word >> (32 - left));
+    if (left == 0) return word;
+#ifdef __CUDACC__
+    return ptx::rotate(word, left);
+#else
+    return (word << left) | (word >> (32 - left));
+#endif
 }
 
 __device__ __forceinline__ u32 source(const u32* words, int index) {
@@ -37,8 +42,8 @@ __device__ __forceinline__ u32 source(const u32* words, int index) {
     return all;
 }
 
-// Fills registers[kRegisters] with the masked code bits of words[kWords].
-__device__ __forceinline__ void extract(u32* registers, const u32* words) {
+// Fills registers[kRegisters] with the masked code bits of words[kWords]; `mask` is kMask, wherever it is kept.
+__device__ __forceinline__ void extract(u32* registers, const u32* words, u32 mask = kMask) {
     constexpr int kRows = kShift == 0 ? kRegisters : kRegisters / 2;
     static_assert(sizeof(kTerms) / sizeof(int) == 6 * kRows, "DECODE_TERMS must have six entries a row");
 #pragma unroll
@@ -51,10 +56,10 @@ __device__ __forceinline__ void extract(u32* registers, const u32* words) {
             }
         }
         if constexpr (kShift == 0) {
-            registers[row] = p & kMask;
+            registers[row] = p & mask;
         } else {
-            registers[2 * row] = p & kMask;
-            registers[2 * row + 1] = (p << kShift) & kMask;
+            registers[2 * row] = p & mask;
+            registers[2 * row + 1] = (p << kShift) & mask;
         }
     }
 }
@@ -70,6 +75,12 @@ enum Finish {
     kUint8ToBf16 = 4,  // as before, then subtract the zero point less 128
     kHalve = 5,        // half of a float with fp16's exponents, of which the top one is an ordinary number
 };
+
+// The mask for a loop that calls `extract`. An instruction has room for one constant; where the power of two above an
+// integer's bits is one, ptxas fetches the mask anew each time unless it seems to come from a variable: `count` >= 0.
+__device__ __forceinline__ u32 kept_mask(int count) {
+    return DECODE_FINISH == kSubtract ? ptx::kept(kMask + (count >> 31)) : kMask;
+}
 
 // `constant` is DECODE_CONSTANT, or what stands for the row's zero point.
 template <bool kBf16>

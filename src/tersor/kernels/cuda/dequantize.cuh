@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENT
         scales::row_offsets(reinterpret_cast<const float*>(scale), first_row, first_row + 9);
 
     u32 words[tile::kLaneWords];
-    tile::load_lane(words, weight + block * tile::kBytes, lane);
+    tile::load_lane(words, weight + block * tile::kBytes + lane * 16, lane);
     u32 pairs[decode::kRegisters];
 #pragma unroll
     for (int step = 0; step < tile::kSteps; ++step) {

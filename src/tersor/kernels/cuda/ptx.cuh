@@ -13,6 +13,23 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(address);
 }
 
+// Rotates left; in assembly, so that under a mask no compiler makes a shift and a rotation of it.
+__device__ __forceinline__ u32 rotate(u32 word, int left) {
+    u32 turned;
+    asm("shf.l.wrap.b32 %0, %1, %1, %2;" : "=r"(turned) : "r"(word), "r"(left));
+    return turned;
+}
+
+// The same value, which ptxas then keeps in a register: what it can compute from threadIdx it computes in every round
+// of a loop.
+__device__ __forceinline__ u32 kept(u32 value) {
+    u32 same;
+    asm volatile("{ .reg .b32 lane; mov.u32 lane, %laneid; shfl.sync.idx.b32 %0, %1, lane, 31, -1; }"
+                 : "=r"(same)
+                 : "r"(value));
+    return same;
+}
+
 // Weights are read once: tell L2 to drop them first.
 __device__ __forceinline__ u64 evict_first_policy() {
     u64 policy;
@@ -204,14 +221,10 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Barriers among `kThreads` threads of the CTA, whole warps; `kId` is 1 to 15. `arrive_threads` does not wait.
+// Barriers among `kThreads` threads of the CTA, whole warps; `kId` is 1 to 15.
 template <int kId, int kThreads>
 __device__ __forceinline__ void sync_threads() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-}
-template <int kId, int kThreads>
-__device__ __forceinline__ void arrive_threads() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
 // One of several such barriers, told apart at run time: kFirst + index.

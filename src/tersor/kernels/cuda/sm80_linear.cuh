@@ -83,7 +83,7 @@ __device__ __forceinline__ void copy_activations(const Problem& p, u16* slot, in
 __device__ __forceinline__ void multiply_block(
     float (&sums)[kTokenTiles][4], const char* weights, const u16* x, int lane, const scales::RowOffsets& offsets) {
     u32 words[tile::kLaneWords];
-    tile::load_lane(words, weights, lane);
+    tile::load_lane(words, weights + lane * 16, lane);
     const char* block_scales = weights + tile::kBytes;
     const u32 x_lane = ptx::shared_address(x + lane % 8 * kXStride + lane / 8 * 8);
     float part[kTokenTiles][4];

@@ -19,10 +19,10 @@ __device__ __forceinline__ bool add_channel_groups(float (&sums)[kSums], float* 
 #pragma unroll
             for (int i = 0; i < kSums; ++i) parts[((group - 1) * kSums + i) * kFinishers] = sums[i];
         }
-        ptx::arrive_threads<kPartsReady, kConsumers>();
+        ptx::sync_threads<kPartsReady, kConsumers>();
         return false;
     }
-    if (!is_first) ptx::arrive_threads<kPartsRead, kConsumers>();
+    if (!is_first) ptx::sync_threads<kPartsRead, kConsumers>();
     ptx::sync_threads<kPartsReady, kConsumers>();
     for (int other = 1; other < min(kChannelGroups, count); ++other) {
 #pragma unroll
@@ -31,18 +31,22 @@ __device__ __forceinline__ bool add_channel_groups(float (&sums)[kSums], float* 
     return true;
 }
 
-// Hands this CTA's sums to the first of its cluster; returns true there, where then the sum of all splits is. `arrived`
-// is the barrier that counts the bytes.
+// Hands this CTA's sums to the first of its cluster; returns true there, where then the sum of all splits is. Parts go
+// where the rings of that CTA were: `room` is the barrier at which its threads tell the others that they have read what
+// was there, `arrived` the one that counts the bytes.
 __device__ __forceinline__ bool gather_splits(
-    float (&sums)[kSums], const Item& item, u32 gathered, const char* parts, u32 arrived) {
+    float (&sums)[kSums], const Item& item, u32 gathered, const char* parts, u32 room, u32 arrived) {
+    static_assert(!GATHERS || (GATHERS - 1) * kPartBytes <= kExchangeAt, "as many parts as the rings have room for");
     constexpr int kFours = kSums / 4;
     if (item.part > 0) {
         const u32 first = gathered + (item.part - 1) * kPartBytes + threadIdx.x * 16;
         const u32 there = ptx::address_in(first, 0), barrier = ptx::address_in(arrived, 0);
+        ptx::barrier_wait(room, 0);
 #pragma unroll
         for (int i = 0; i < kFours; ++i) ptx::store_in(there + i * kFinishers * 16, sums + 4 * i, barrier);
         return false;
     }
+    for (int part = 1; part < item.parts; ++part) ptx::barrier_arrive_at(room, part);
     ptx::barrier_wait(arrived, 0);
     for (int part = 1; part < item.parts; ++part, parts += kPartBytes) {
 #pragma unroll

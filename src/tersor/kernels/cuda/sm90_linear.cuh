@@ -16,7 +16,7 @@
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
 // activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (1: splits may be a cluster), RESIDENT (CTAs that fit on a multiprocessor),
+// K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), RESIDENT (CTAs that fit on a multiprocessor),
 // WEIGHT_SLOTS, X_SLOTS, FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
 // (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
 #pragma once
@@ -49,18 +49,19 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots) + 1];
-    const bool gathered = GATHERS && ptx::cluster_ctas() > 1;
+    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
+    const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
     const Work work{oc, ic, n, whole_tiles, splits};
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
-    const u32 gather_barrier = first_barrier + 16 * (kXSlots + kWeightSlots);
+    const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
 
     if (threadIdx.x == 0) {
-        xs.start(kFinishers / 32 * kCluster);
-        weights.start(kFinishers / 32);
+        xs.start(kFinishers * kCluster);
+        weights.start(kFinishers);
+        ptx::barrier_init(room_barrier, kFinishers);
         ptx::barrier_init(gather_barrier, 1);
         ptx::barrier_init_fence();
         if (gathered) ptx::barrier_expect(gather_barrier, (splits - 1) * kPartBytes);
@@ -98,7 +99,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
             bool holds_all = add_channel_groups(sums, exchange, count, use == 0);
             if (holds_all && gathered) {
-                holds_all = gather_splits(sums, item, base + kGatherAt, slots + kGatherAt, gather_barrier);
+                holds_all = gather_splits(sums, item, base, slots, room_barrier, gather_barrier);
             } else if (holds_all && item.parts > 1) {
                 holds_all = add_splits(sums, work, item, rank, partial, arrived);
             }

@@ -18,13 +18,13 @@ __device__ __forceinline__ void add_scaled(
     for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
 }
 
-// Tells all CTAs that share a slot of activations that this warp has read it.
+// Tells all CTAs that share a slot of activations that this thread has read it.
 __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place& at) {
-    const int lane = threadIdx.x % 32;
     if constexpr (kCluster == 1) {
-        if (lane == 0) ptx::barrier_arrive(ring.emptied(at));
+        ptx::barrier_arrive(ring.emptied(at));
     } else {
-        if (lane < kCluster) ptx::barrier_arrive_at(ring.emptied(at), lane);
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ptx::barrier_arrive_at(ring.emptied(at), rank);
     }
 }
 
@@ -33,22 +33,27 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
 __device__ __forceinline__ void multiply_few(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    const int lane = ptx::kept(threadIdx.x % 32), warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     const int channel_group = kChannelGroups == 1 ? 0 : threadIdx.x / kFinishers;
     constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;
     constexpr int kSetSteps = kPairs / 4;
     constexpr int kChains = kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
     static_assert(!kFew || kSetSteps % 2 == 0, "two steps share a load");
+    static_assert(!kFew || kWeightSlots == kXSlots, "one place tells of both rings");
     float parts[kChains][kTokens / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-    WeightRing::Place weights_at(use + channel_group);
-    XRing::Place x_at(use + channel_group);
+    WeightRing::Place at(use + channel_group);
+    const u32 mask = decode::kept_mask(count);
+    const u32 own = ptx::kept(row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16);
+    const u32 own_scales =
+        ptx::kept(kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes);
+    const int row = ptx::kept(lane / 4);
     // Where this lane finds row (token) lane % 8 of the 16-byte columns lane / 8 and 4 + lane / 8, under the swizzle.
     const u32 chunks[2] = {
-        static_cast<u32>(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16),
-        static_cast<u32>(lane % 8 * 128 + ((lane / 8 + 4) ^ lane % 8) * 16)};
+        ptx::kept(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16),
+        ptx::kept(lane % 8 * 128 + ((lane / 8 + 4) ^ lane % 8) * 16)};
     const auto flush = [&](float low, float high) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
@@ -60,19 +65,19 @@ __device__ __forceinline__ void multiply_few(
         }
     };
     for (int block = channel_group; block < count; block += kChannelGroups) {
-        weights.wait_filled(weights_at);
-        const char* stage = slots + (weights.address(weights_at) - xs.base);
-        const char* block_scales =
-            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
+        weights.wait_filled(at);
+        const char* stage = slots + (weights.address(at) - xs.base);
+        const char* block_scales = stage + own_scales;
         u32 words[tile::kLaneWords], fragments[kTokens / 8][4];
-        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        tile::load_lane(words, stage + own, lane);
+        const XRing::Place x_at(at.slot, at.parity);
         const u32 x = xs.address(x_at);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
             if constexpr (kGroups >= 4) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
             u32 a[kPairs];
-            decode::extract(a, words + set * decode::kWords);
-            scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
+            decode::extract(a, words + set * decode::kWords, mask);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, row, offsets);
             if (set == 0) xs.wait_filled(x_at);
 #pragma unroll
             for (int i = 0; i < kSetSteps; ++i) {
@@ -90,25 +95,26 @@ __device__ __forceinline__ void multiply_few(
                     if (step % scales::kSteps == scales::kSteps - 1) {
                         const int group = step / scales::kSteps;
                         flush(
-                            scales::in_block(block_scales, group, lane / 4),
-                            scales::in_block(block_scales, group, lane / 4 + 8));
+                            scales::in_block(block_scales, group, row),
+                            scales::in_block(block_scales, group, row + 8));
                     }
                 }
             }
         }
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        ptx::barrier_arrive(weights.emptied(at));
         release_x(xs, x_at);
-        weights_at.advance(kChannelGroups);
-        x_at.advance(kChannelGroups);
+        at.advance(kChannelGroups);
     }
     if constexpr (kGroups == 0) flush(1.0f, 1.0f);
 }
 
 // Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums
 // of a few blocks, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+// The widest tile has registers for one set of sums only: all blocks of an item meet in the tensor cores, which is what
+// others call fast accumulation.
 constexpr int kByteSteps = 4;  // of 32 channels in a block
 constexpr int kSettled = 4;    // blocks whose products meet in the tensor cores' sums
+constexpr bool kSettles = kTokens <= 128;
 
 __device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32 (&words)[tile::kLaneWords]) {
     constexpr int kRegisters = decode::kRegisters;
@@ -118,69 +124,78 @@ __device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32
     }
 }
 
-// One scale a row: a block is decoded while the products of the block before are under way.
+// One scale a row. A block is decoded while the products of the block before are under way or, in the widest tile, those
+// of the other warpgroup.
 __device__ __forceinline__ void multiply_bytes(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     static_assert(!kFp8 || kChannelGroups == 1, "the blocks of an item are taken in turn");
-    float part[kSums];
     u32 a[2][4 * kByteSteps];
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use), x_read = x_at;
-    const auto take = [&](u32 (&words)[tile::kLaneWords]) {
-        weights.wait_filled(weights_at);
-        const char* stage = slots + (weights.address(weights_at) - xs.base);
-        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
-        weights_at.advance();
-    };
-    const auto multiply = [&](u32 (&from)[4 * kByteSteps], bool adds) {
-        const u64 x = wgmma::describe(xs.address(x_at));
-        wgmma::fence();
-#pragma unroll
-        for (int step = 0; step < kByteSteps; ++step) {
-            Multiply::run(part, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
-        }
-        wgmma::commit();
-        x_at.advance();
-    };
     const auto release = [&] {
         release_x(xs, x_read);
         x_read.advance();
     };
-    const auto settle = [&] {
-        wgmma::wait<0>();
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] += part[i];
-    };
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-    int block = 0;
-    for (; block + kSettled <= count; block += kSettled) {
-#pragma unroll
-        for (int turn = 0; turn < kSettled; ++turn) {
-            u32 words[tile::kLaneWords];
-            take(words);
-            xs.wait_filled(x_at);
-            if (turn > 1) {
-                wgmma::wait<1>();
-                release();
-            }
-            decode_bytes(a[turn % 2], words);
-            multiply(a[turn % 2], turn > 0);
-        }
-        settle();
-        release();
-        release();
-    }
-    for (; block < count; ++block) {
+    // Starts the products of the next block; `ready` waits until those that read `from` have ended.
+    const auto multiply = [&](float (&to)[kSums], u32 (&from)[4 * kByteSteps], bool adds, const auto& ready) {
         u32 words[tile::kLaneWords];
-        take(words);
-        decode_bytes(a[0], words);
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
+        ptx::barrier_arrive(weights.emptied(weights_at));
+        weights_at.advance();
         xs.wait_filled(x_at);
-        multiply(a[0], false);
-        settle();
+        ready();
+#pragma unroll
+        for (int set = 0; set < 4 * kByteSteps / decode::kRegisters; ++set) {
+            decode::extract(from + set * decode::kRegisters, words + set * decode::kWords);
+        }
+        const u64 x = wgmma::describe(xs.address(x_at));
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < kByteSteps; ++step) {
+            Multiply::run(to, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
+        }
+        wgmma::commit();
+        x_at.advance();
+    };
+    if constexpr (kSettles) {
+        float part[kSums];
+        const auto settle = [&] {
+            wgmma::wait<0>();
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) sums[i] += part[i];
+        };
+        int block = 0;
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+        for (; block + kSettled <= count; block += kSettled) {
+#pragma unroll
+            for (int turn = 0; turn < kSettled; ++turn) {
+                multiply(part, a[turn % 2], turn > 0, [&] {
+                    if (turn < 2) return;
+                    wgmma::wait<1>();
+                    release();
+                });
+            }
+            settle();
+            release();
+            release();
+        }
+        for (; block < count; ++block) {
+            multiply(part, a[0], false, [] {});
+            settle();
+            release();
+        }
+    } else {
+        for (int block = 0; block < count; ++block) {
+            multiply(sums, a[0], block > 0, [&] {
+                wgmma::wait<0>();
+                if (block > 0) release();
+            });
+        }
+        wgmma::wait<0>();
         release();
     }
 }
@@ -208,19 +223,21 @@ __device__ __forceinline__ void multiply_bytes_in_groups(
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords], a[4 * kSteps];
         float scale[2 * (kGroups > 0 ? kGroups : 1)];
-        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             scale[2 * group] = scales::in_block(block_scales, group, lane / 4);
             scale[2 * group + 1] = scales::in_block(block_scales, group, lane / 4 + 8);
         }
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+        ptx::barrier_arrive(weights.emptied(weights_at));
         if (block > 0) {
             settle();
             release_x(xs, x_before);
         }
-        decode_bytes(a, words);
+#pragma unroll
+        for (int set = 0; set < 4 * kSteps / decode::kRegisters; ++set) {
+            decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
+        }
         xs.wait_filled(x_at);
         const u64 x = wgmma::describe(xs.address(x_at));
 #pragma unroll
@@ -259,6 +276,7 @@ __device__ __forceinline__ void multiply_blocks(
     // ends a scale group and is waited for anyway.
     constexpr bool kPlenty = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192;
     constexpr int kAhead = kPlenty ? 4 : kGroups > 0 && kSetSteps % scales::kSteps == 0 ? 1 : 2;
+    const u32 mask = decode::kept_mask(count);
     float part[kSums];  // of one scale group
     u32 pairs[kAhead][kPairs];
     if constexpr (kGroups > 0) {
@@ -274,10 +292,9 @@ __device__ __forceinline__ void multiply_blocks(
         const char* block_scales =
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords];
-        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes, lane);
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
         if constexpr (kGroups == 0) {
-            __syncwarp();
-            if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+            ptx::barrier_arrive(weights.emptied(weights_at));
         }
         XRing::Place at = x_at;
 #pragma unroll
@@ -295,7 +312,7 @@ __device__ __forceinline__ void multiply_blocks(
                     release_x(xs, free);
                 }
             }
-            decode::extract(a, words + set * decode::kWords);
+            decode::extract(a, words + set * decode::kWords, mask);
             scales::finish<kBf16>(a, set * kSetSteps, block_scales, lane / 4, offsets);
             const u64 x = wgmma::describe(xs.address(at));
             wgmma::fence();
@@ -320,8 +337,7 @@ __device__ __forceinline__ void multiply_blocks(
         // With a wait for a slot before each decode group, ptxas else waits after every product (C7513).
         if constexpr (kSlotSets == 1) wgmma::wait<kAhead - 1>();
         if constexpr (kGroups > 0) {
-            __syncwarp();
-            if (lane == 0) ptx::barrier_arrive(weights.emptied(weights_at));
+            ptx::barrier_arrive(weights.emptied(weights_at));
             XRing::Place free = x_at;
 #pragma unroll
             for (int i = 0; i < kSlotsOfBlock; ++i, free.advance()) release_x(xs, free);

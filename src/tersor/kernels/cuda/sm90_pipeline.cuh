@@ -46,15 +46,15 @@ constexpr bool kMany = kTokens >= 128;               // results are turned in sh
 constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
-// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups, of splits, or results.
+// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups, or results. Parts
+// of sums that a cluster gathers come to where the rings were.
 constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
-constexpr int kGatherAt = kExchangeAt + kExchangeBytes;  // parts of the other CTAs of the cluster
 constexpr int kPartBytes = kFinishers * kSums * 4;
 
 // The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away: all that
 // it can do without where registers are few.
-constexpr int kCopyRegisters = RESIDENT == 1 ? 40 : 32;
+constexpr int kCopyRegisters = RESIDENT == 1 || kConsumers == 128 ? 40 : 32;
 constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
 constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
@@ -76,6 +76,7 @@ struct Ring {
         u32 slot, parity;
 
         __device__ __forceinline__ explicit Place(u32 use) : slot(use % kSlots), parity(use / kSlots % 2) {}
+        __device__ __forceinline__ Place(u32 slot, u32 parity) : slot(slot), parity(parity) {}
         __device__ __forceinline__ void advance(u32 by = 1) {
             slot += by;
             if (slot >= kSlots) {
@@ -85,7 +86,8 @@ struct Ring {
         }
     };
 
-    // `readers` warps tell when they have read a slot.
+    // `readers` threads tell when they have read a slot: every lane for itself, which takes no longer than one for its
+    // warp, and is an order that racecheck understands.
     __device__ __forceinline__ void start(int readers) const {
         for (int slot = 0; slot < kSlots; ++slot) {
             ptx::barrier_init(barriers + slot * 16, 1);

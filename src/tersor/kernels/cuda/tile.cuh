@@ -43,17 +43,18 @@ __device__ __forceinline__ void copy_lane(u32 shared, const char* global, int la
     }
 }
 
-__device__ __forceinline__ void load_lane(u32 (&words)[kLaneWords], const char* block, int lane) {
+// A lane's words of a block in shared memory; `own` is the first that copy_lane would fill, 16 * lane from the start.
+__device__ __forceinline__ void load_lane(u32 (&words)[kLaneWords], const char* own, int lane) {
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-        const uint4 four = *reinterpret_cast<const uint4*>(block + quad * 512 + lane * 16);
+        const uint4 four = *reinterpret_cast<const uint4*>(own + quad * 512);
         words[4 * quad] = four.x;
         words[4 * quad + 1] = four.y;
         words[4 * quad + 2] = four.z;
         words[4 * quad + 3] = four.w;
     }
     if constexpr (kHasTail) {
-        const uint2 two = *reinterpret_cast<const uint2*>(block + kTailOffset + lane * 8);
+        const uint2 two = *reinterpret_cast<const uint2*>(own + kTailOffset - lane * 8);
         words[4 * kQuads] = two.x;
         words[4 * kQuads + 1] = two.y;
     }

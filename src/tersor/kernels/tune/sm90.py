@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
-from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
+from tersor.kernels.tune.problem import FEW_TOKENS, SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
 _INVARIANT_TOKENS = 16
@@ -18,14 +18,19 @@ _STATIC_SHARED = 1024
 """Barriers, up to the alignment of the rings."""
 _CLUSTER_ROOM = 0.75
 """Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
-_CLUSTER_FILL = 0.7
-"""Of the multiprocessors, how many the clusters must take: fewer were slower than more splits through a workspace."""
-_GATHER = 0.65
-"""Of the exchange of split sums, where a cluster gathers them."""
+_CLUSTER_FILL = 0.45
+"""Of the multiprocessors, how many the clusters must take: what was measured."""
+_GATHER = 0.83
+"""Microseconds for a cluster to gather the parts of a sum."""
+_GATHER_KILOBYTE = 0.028
+"""And for each 1024 bytes of them."""
+_MAX_GATHERED = 3
+_GATHER_BYTES = 128 << 10
+"""What the rings of a multiprocessor hold at the least, in bytes."""
 _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
-_ACHIEVED = 1.03
-"""Of the datasheet's bandwidth; more than all of it, since the first blocks come before the launch ahead has ended."""
+_ACHIEVED = 0.9
+"""Of the datasheet's bandwidth."""
 _PART = 0.3
 """Microseconds for each part of a split sum that the last CTA reads."""
 
@@ -52,6 +57,11 @@ class Tile:
         """Threads of a CTA."""
         return 128 * (self.row_groups * self.channel_groups + 1)
 
+    @property
+    def fast_sums(self) -> bool:
+        """Whether 8-bit products are all added by the tensor cores, with about 14 bits (`multiply_bytes`)."""
+        return self.fp8 and self.tokens > 128
+
     def weight_slot_bytes(self, bits: int, scale_bytes: int) -> int:
         """Return the bytes of a slot of packed weights and their scales."""
         return self.row_groups * (1024 * bits + 64 * scale_bytes)
@@ -75,15 +85,9 @@ class Tile:
 
     @property
     def gathered(self) -> int:
-        """The most splits that a cluster adds in shared memory; 1 where none is kept free for that."""
-        if self.cluster > 1 or (self.resident > 1 and self.tokens > 16):
-            return 1
-        return {8: 3, 16: 3, 32: 3, 64: 2}.get(self.tokens, 1)
-
-    @property
-    def gather_bytes(self) -> int:
-        """The bytes kept free for the parts of other CTAs."""
-        return (self.gathered - 1) * 128 * self.row_groups * self.tokens * 2
+        """The most splits that a cluster adds in shared memory, where the rings of its first CTA were."""
+        part = 256 * self.row_groups * self.tokens
+        return 1 if self.cluster > 1 else min(_MAX_GATHERED, 1 + _GATHER_BYTES // self.resident // part)
 
     def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
         """Return (slots of weights, slots of activations): equally deep, then what is left for activations.
@@ -91,21 +95,18 @@ class Tile:
         Both are multiples of what the channel groups take at a time.
         """
         budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - _STATIC_SHARED
-        budget -= self.exchange_bytes + self.gather_bytes
+        budget -= self.exchange_bytes
         weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
         groups, x_groups = self.channel_groups, self.channel_groups * self.x_slots_of_block
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // groups * groups
+        if self.tokens <= FEW_TOKENS and not self.fp8:
+            return depth, depth  # multiply_few counts both rings as one
         return depth, min(_MAX_SLOTS, (budget - depth * weight) // x) // x_groups * x_groups
 
     def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
         weights, xs = self.slots(bits, scale_bytes, chip)
-        return (
-            weights * self.weight_slot_bytes(bits, scale_bytes)
-            + xs * self.x_slot_bytes
-            + self.exchange_bytes
-            + self.gather_bytes
-        )
+        return weights * self.weight_slot_bytes(bits, scale_bytes) + xs * self.x_slot_bytes + self.exchange_bytes
 
 
 def config(
@@ -179,7 +180,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         slots = chip.sms * tile.resident // tile.cluster
         count = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
         if fixed:
-            if tile.channel_groups == 1:
+            if tile.channel_groups == 1 and not tile.fast_sums:
                 ctas = min(count * fixed, slots) * tile.cluster
                 yield replace(config(problem, tile, 0, fixed, ctas, chip), few_tokens=0)
             continue
@@ -206,40 +207,47 @@ def invariant_splits(problem: LinearProblem, chip: Chip) -> int:
 def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     """Predict the time of a launch in a chain of launches, in seconds.
 
-    The busiest multiprocessor's blocks, at the rate of its arithmetic or of its share of the bandwidth (activations,
-    which come from L2, count a quarter), and what a launch, a further item of a CTA and the exchange of split sums
-    cost.
+    CTAs run in waves, as many as fit at a time. A wave takes as long as the arithmetic of its busiest multiprocessor
+    or as its bytes, which the multiprocessors share, whichever is longer; activations, which come from L2, count a
+    quarter. To that come what a launch, each further wave and the exchange of split sums cost.
     """
     tile = tile_of(config)
     cost = _COSTS[tile]
     blocks = -(-problem.ic // COLUMNS)
     multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
-    count = config.token_tiles * config.row_tiles // tile.cluster
-    shares = (count - config.whole_tiles) * config.splits
-    load = config.whole_tiles // multiprocessors * blocks + -(-shares // multiprocessors) * -(-blocks // config.splits)
-    rounds = config.whole_tiles // slots + -(-shares // slots)
+    shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
     block_bytes = (
         tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tile.tokens * COLUMNS * problem.activation_bits / 32
     )
-    block = max(cost.block, block_bytes * chip.sms / (chip.bandwidth * _ACHIEVED) * 1e6)
-    if config.ctas <= chip.sms:
-        block += cost.lonely
-    exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6 if config.splits > 1 else 0.0
-    exchange = cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged if config.splits > 1 else 0.0
+    total, waves = cost.start, 0
+    for items, length in ((config.whole_tiles, blocks), (shares, -(-blocks // config.splits))):
+        for count, clusters in ((items // slots, slots), (1, items % slots)):
+            if not count or not clusters:
+                continue
+            block = -(-clusters // multiprocessors) * cost.block
+            if clusters <= multiprocessors:
+                block += cost.lonely
+            memory = clusters * tile.cluster * block_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
+            total += count * length * max(block, memory)
+            waves += count
+    total += (waves - 1) * cost.item
     if config.gathered:
-        exchange *= _GATHER
-    return (cost.start + load * block + (rounds - 1) * cost.item + exchange) * 1e-6
+        total += _GATHER + _GATHER_KILOBYTE * (config.splits - 1) * tile.rows * tile.tokens * 4 / 1024
+    elif config.splits > 1:
+        exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6
+        total += cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged
+    return total * 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cost:
-    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to 700 launches (docs/log.md).
+    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to 2,500 launches (docs/log.md).
 
     Attributes:
-        start: of a launch.
-        block: of 128 channels of a tile on a busy multiprocessor.
+        start: of a launch; with 8-bit activations their quantising, too.
+        block: of the arithmetic of 128 channels of a tile.
         lonely: more of each block of a CTA that has a multiprocessor to itself and was meant to share it.
-        item: of each item of a CTA after its first.
+        item: of each wave of CTAs after the first.
         exchange, exchange_megabyte: of split sums, and for each 10^6 bytes written and read.
     """
 
@@ -252,29 +260,39 @@ class _Cost:
 
 
 _COSTS = {
-    Tile(8, 2, 2, 1, 1): _Cost(start=0.6, block=0.25, item=3.9, exchange=0.3, exchange_megabyte=2.4),
-    Tile(8, 2, 1, 1, 2): _Cost(start=1.4, block=0.25, item=4.0, exchange=0.5, exchange_megabyte=1.8, lonely=0.06),
-    Tile(16, 2, 2, 1, 1): _Cost(start=1.0, block=0.28, item=4.4, exchange=0.3, exchange_megabyte=1.5),
-    Tile(16, 2, 1, 1, 2): _Cost(start=1.8, block=0.28, item=5.0, exchange=0.5, exchange_megabyte=1.1, lonely=0.07),
-    Tile(32, 2, 1, 1, 1): _Cost(start=1.7, block=0.33, item=2.9, exchange=1.6, exchange_megabyte=0.77),
-    Tile(32, 2, 1, 1, 2): _Cost(start=1.7, block=0.32, item=4.0, exchange=0.0, exchange_megabyte=0.6, lonely=0.25),
-    Tile(64, 2, 1, 1, 1): _Cost(start=2.0, block=0.42, item=3.9, exchange=2.0, exchange_megabyte=0.5),
-    Tile(64, 2, 1, 1, 2): _Cost(start=3.5, block=0.38, item=6.0, exchange=0.8, exchange_megabyte=0.3, lonely=0.25),
-    Tile(128, 1, 1, 1, 2): _Cost(start=2.1, block=0.37, item=4.0, exchange=3.0, exchange_megabyte=0.25, lonely=0.3),
-    Tile(128, 2, 1, 1, 1): _Cost(start=0.9, block=0.72, item=2.8, exchange=6.6, exchange_megabyte=0.13),
-    Tile(128, 3, 1, 1, 1): _Cost(start=0.9, block=1.07, item=3.0, exchange=5.0, exchange_megabyte=0.24),
-    Tile(16, 2, 1, 1, 1, True): _Cost(start=1.7, block=0.3, item=3.0, exchange=0.8, exchange_megabyte=1.6),
-    Tile(16, 2, 1, 1, 2, True): _Cost(start=1.9, block=0.3, item=4.0, exchange=0.5, exchange_megabyte=1.2, lonely=0.08),
-    Tile(32, 2, 1, 1, 1, True): _Cost(start=1.7, block=0.3, item=3.0, exchange=1.6, exchange_megabyte=0.8),
-    Tile(32, 2, 1, 1, 2, True): _Cost(start=1.9, block=0.3, item=4.0, exchange=0.5, exchange_megabyte=0.8, lonely=0.1),
-    Tile(64, 2, 1, 1, 1, True): _Cost(start=2.0, block=0.32, item=3.0, exchange=2.0, exchange_megabyte=0.5),
-    Tile(128, 1, 1, 1, 2, True): _Cost(
-        start=2.5, block=0.225, item=3.0, exchange=2.5, exchange_megabyte=0.2, lonely=0.1
+    Tile(8, 1, 2, 1, 2): _Cost(start=1.2, block=0.158, item=0.69, exchange=0.27, exchange_megabyte=0.056, lonely=0.062),
+    Tile(8, 2, 1, 1, 2): _Cost(start=0.5, block=0.308, item=2.7, exchange=0.39, exchange_megabyte=0.81, lonely=0.12),
+    Tile(16, 1, 2, 1, 2): _Cost(start=0.94, block=0.165, item=0.33, exchange=1.1, exchange_megabyte=0.27, lonely=0.11),
+    Tile(16, 2, 1, 1, 2): _Cost(start=1, block=0.322, item=5.1, exchange=1.3, exchange_megabyte=0.11, lonely=0.15),
+    Tile(32, 1, 1, 1, 2): _Cost(start=1.6, block=0.174, item=0.61, exchange=2, exchange_megabyte=0, lonely=0.13),
+    Tile(32, 2, 1, 1, 1): _Cost(start=1.8, block=0.346, item=2.2, exchange=2.2, exchange_megabyte=0.00026),
+    Tile(32, 2, 1, 1, 2): _Cost(start=1.7, block=0.326, item=5.2, exchange=3, exchange_megabyte=0, lonely=0.12),
+    Tile(32, 3, 1, 1, 1): _Cost(start=1.5, block=0.483, item=0.81, exchange=2.4, exchange_megabyte=0.00037),
+    Tile(64, 1, 1, 1, 2): _Cost(start=1.8, block=0.22, item=2.8, exchange=2.7, exchange_megabyte=0.0001, lonely=0.2),
+    Tile(64, 2, 1, 1, 1): _Cost(start=2.2, block=0.42, item=7, exchange=3.3, exchange_megabyte=0),
+    Tile(64, 3, 1, 1, 1): _Cost(start=1.4, block=0.641, item=6.5, exchange=1.9, exchange_megabyte=0.29),
+    Tile(128, 1, 1, 1, 2): _Cost(start=2.6, block=0.333, item=1.7, exchange=2.1, exchange_megabyte=0.21, lonely=0.26),
+    Tile(128, 2, 1, 1, 1): _Cost(start=0.5, block=0.76, item=2.5, exchange=2, exchange_megabyte=0.33),
+    Tile(128, 3, 1, 1, 1): _Cost(start=0.5, block=1.15, item=2.4, exchange=0, exchange_megabyte=0.31),
+    Tile(256, 2, 1, 2, 1): _Cost(start=0.69, block=1.47, item=2.7, exchange=0.081, exchange_megabyte=0.41),
+    Tile(16, 1, 1, 1, 2, True): _Cost(
+        start=2.6, block=0.0957, item=1.1, exchange=0.74, exchange_megabyte=0.46, lonely=0.15
     ),
-    Tile(128, 2, 1, 1, 1, True): _Cost(start=3.0, block=0.43, item=2.0, exchange=3.0, exchange_megabyte=0.13),
-    Tile(128, 2, 1, 2, 1, True): _Cost(start=3.6, block=0.42, item=2.0, exchange=3.0, exchange_megabyte=0.13),
-    Tile(256, 2, 1, 2, 1): _Cost(start=1.2, block=1.33, item=6.3, exchange=12.0, exchange_megabyte=0.1),
+    Tile(16, 2, 1, 1, 1, True): _Cost(start=2.7, block=0.265, item=0.16, exchange=0, exchange_megabyte=0.93),
+    Tile(32, 1, 1, 1, 2, True): _Cost(
+        start=3.7, block=0.122, item=0.57, exchange=1.3, exchange_megabyte=0.34, lonely=0.14
+    ),
+    Tile(32, 2, 1, 1, 1, True): _Cost(start=3.5, block=0.288, item=1.1, exchange=0.82, exchange_megabyte=0.63),
+    Tile(64, 1, 1, 1, 2, True): _Cost(
+        start=4.8, block=0.149, item=0, exchange=1.8, exchange_megabyte=0.22, lonely=0.14
+    ),
+    Tile(64, 2, 1, 1, 1, True): _Cost(start=4.3, block=0.312, item=2, exchange=1.6, exchange_megabyte=0.33),
+    Tile(128, 1, 1, 1, 2, True): _Cost(
+        start=4.6, block=0.229, item=0.24, exchange=2, exchange_megabyte=0.42, lonely=0.14
+    ),
+    Tile(128, 2, 1, 1, 1, True): _Cost(start=4.6, block=0.456, item=2.6, exchange=2, exchange_megabyte=0.35),
+    Tile(256, 2, 1, 1, 1, True): _Cost(start=5.3, block=0.818, item=5.6, exchange=16, exchange_megabyte=0.098),
 }
 
-_ONE_SET_OF_SUMS = frozenset({Tile(64, 2, 1, 1, 2), Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1)})
+_ONE_SET_OF_SUMS = frozenset({Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1), Tile(256, 2, 1, 1, 1, True)})
 """Tiles whose registers do not hold a second set of sums, which scales in groups need."""
