@@ -137,8 +137,9 @@ __device__ __forceinline__ void multiply_bytes(
         release_x(xs, x_read);
         x_read.advance();
     };
-    // Starts the products of the next block; `ready` waits until those that read `from` have ended.
-    const auto multiply = [&](float (&to)[kSums], u32 (&from)[4 * kByteSteps], bool adds, const auto& ready) {
+    // Starts the products of the next block; `waits`: when those that read `from` have ended; `releases`: and with them
+    // a slot has been read.
+    const auto multiply = [&](float (&to)[kSums], u32 (&from)[4 * kByteSteps], bool adds, bool waits, bool releases) {
         u32 words[tile::kLaneWords];
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
@@ -146,7 +147,8 @@ __device__ __forceinline__ void multiply_bytes(
         ptx::barrier_arrive(weights.emptied(weights_at));
         weights_at.advance();
         xs.wait_filled(x_at);
-        ready();
+        if (waits) wgmma::wait<kSettles ? 1 : 0>();
+        if (releases) release();
 #pragma unroll
         for (int set = 0; set < 4 * kByteSteps / decode::kRegisters; ++set) {
             decode::extract(from + set * decode::kRegisters, words + set * decode::kWords);
@@ -172,29 +174,18 @@ __device__ __forceinline__ void multiply_bytes(
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
         for (; block + kSettled <= count; block += kSettled) {
 #pragma unroll
-            for (int turn = 0; turn < kSettled; ++turn) {
-                multiply(part, a[turn % 2], turn > 0, [&] {
-                    if (turn < 2) return;
-                    wgmma::wait<1>();
-                    release();
-                });
-            }
+            for (int turn = 0; turn < kSettled; ++turn) multiply(part, a[turn % 2], turn > 0, turn > 1, turn > 1);
             settle();
             release();
             release();
         }
         for (; block < count; ++block) {
-            multiply(part, a[0], false, [] {});
+            multiply(part, a[0], false, false, false);
             settle();
             release();
         }
     } else {
-        for (int block = 0; block < count; ++block) {
-            multiply(sums, a[0], block > 0, [&] {
-                wgmma::wait<0>();
-                if (block > 0) release();
-            });
-        }
+        for (int block = 0; block < count; ++block) multiply(sums, a[0], block > 0, true, block > 0);
         wgmma::wait<0>();
         release();
     }
