@@ -260,38 +260,44 @@ class _Cost:
 
 
 _COSTS = {
-    Tile(8, 1, 2, 1, 2): _Cost(start=1.2, block=0.158, item=0.69, exchange=0.27, exchange_megabyte=0.056, lonely=0.062),
-    Tile(8, 2, 1, 1, 2): _Cost(start=0.5, block=0.308, item=2.7, exchange=0.39, exchange_megabyte=0.81, lonely=0.12),
-    Tile(16, 1, 2, 1, 2): _Cost(start=0.94, block=0.165, item=0.33, exchange=1.1, exchange_megabyte=0.27, lonely=0.11),
-    Tile(16, 2, 1, 1, 2): _Cost(start=1, block=0.322, item=5.1, exchange=1.3, exchange_megabyte=0.11, lonely=0.15),
-    Tile(32, 1, 1, 1, 2): _Cost(start=1.6, block=0.174, item=0.61, exchange=2, exchange_megabyte=0, lonely=0.13),
-    Tile(32, 2, 1, 1, 1): _Cost(start=1.8, block=0.346, item=2.2, exchange=2.2, exchange_megabyte=0.00026),
-    Tile(32, 2, 1, 1, 2): _Cost(start=1.7, block=0.326, item=5.2, exchange=3, exchange_megabyte=0, lonely=0.12),
-    Tile(32, 3, 1, 1, 1): _Cost(start=1.5, block=0.483, item=0.81, exchange=2.4, exchange_megabyte=0.00037),
-    Tile(64, 1, 1, 1, 2): _Cost(start=1.8, block=0.22, item=2.8, exchange=2.7, exchange_megabyte=0.0001, lonely=0.2),
-    Tile(64, 2, 1, 1, 1): _Cost(start=2.2, block=0.42, item=7, exchange=3.3, exchange_megabyte=0),
-    Tile(64, 3, 1, 1, 1): _Cost(start=1.4, block=0.641, item=6.5, exchange=1.9, exchange_megabyte=0.29),
-    Tile(128, 1, 1, 1, 2): _Cost(start=2.6, block=0.333, item=1.7, exchange=2.1, exchange_megabyte=0.21, lonely=0.26),
-    Tile(128, 2, 1, 1, 1): _Cost(start=0.5, block=0.76, item=2.5, exchange=2, exchange_megabyte=0.33),
-    Tile(128, 3, 1, 1, 1): _Cost(start=0.5, block=1.15, item=2.4, exchange=0, exchange_megabyte=0.31),
-    Tile(256, 2, 1, 2, 1): _Cost(start=0.69, block=1.47, item=2.7, exchange=0.081, exchange_megabyte=0.41),
+    Tile(8, 1, 2, 1, 2): _Cost(start=1.08, block=0.138, item=0, exchange=1, exchange_megabyte=0.0055, lonely=0.083),
+    Tile(8, 2, 1, 1, 2): _Cost(start=0.742, block=0.292, item=0.347, exchange=0, exchange_megabyte=0.598, lonely=0.17),
+    Tile(8, 3, 1, 1, 1): _Cost(start=1.07, block=0.393, item=0, exchange=0, exchange_megabyte=0.391),
+    Tile(16, 1, 2, 1, 2): _Cost(
+        start=0.997, block=0.165, item=0.44, exchange=1.19, exchange_megabyte=0.156, lonely=0.104
+    ),
+    Tile(16, 2, 1, 1, 2): _Cost(start=1.12, block=0.304, item=2.98, exchange=1.3, exchange_megabyte=0.13, lonely=0.19),
+    Tile(16, 3, 1, 1, 1): _Cost(start=1.3, block=0.445, item=0, exchange=0.147, exchange_megabyte=0.608),
+    Tile(32, 1, 1, 1, 2): _Cost(start=1.57, block=0.174, item=0.614, exchange=2.05, exchange_megabyte=0, lonely=0.133),
+    Tile(32, 2, 1, 1, 1): _Cost(start=1.76, block=0.346, item=2.24, exchange=2.22, exchange_megabyte=0),
+    Tile(32, 2, 1, 1, 2): _Cost(start=1.68, block=0.326, item=5.2, exchange=3.01, exchange_megabyte=0, lonely=0.116),
+    Tile(32, 3, 1, 1, 1): _Cost(start=1.46, block=0.483, item=0.806, exchange=2.38, exchange_megabyte=0),
+    Tile(64, 1, 1, 1, 2): _Cost(start=1.83, block=0.22, item=2.83, exchange=2.69, exchange_megabyte=0, lonely=0.195),
+    Tile(64, 2, 1, 1, 1): _Cost(start=2.19, block=0.42, item=6.95, exchange=3.33, exchange_megabyte=0),
+    Tile(64, 3, 1, 1, 1): _Cost(start=1.4, block=0.641, item=6.54, exchange=1.86, exchange_megabyte=0.289),
+    Tile(128, 1, 1, 1, 2): _Cost(
+        start=2.62, block=0.333, item=1.74, exchange=2.1, exchange_megabyte=0.213, lonely=0.262
+    ),
+    Tile(128, 2, 1, 1, 1): _Cost(start=0.5, block=0.76, item=2.47, exchange=2.03, exchange_megabyte=0.328),
+    Tile(128, 3, 1, 1, 1): _Cost(start=0.5, block=1.15, item=2.36, exchange=0, exchange_megabyte=0.311),
+    Tile(256, 2, 1, 2, 1): _Cost(start=0.689, block=1.47, item=2.74, exchange=0.0809, exchange_megabyte=0.414),
     Tile(16, 1, 1, 1, 2, True): _Cost(
-        start=2.6, block=0.0957, item=1.1, exchange=0.74, exchange_megabyte=0.46, lonely=0.15
+        start=2.6, block=0.0957, item=1.14, exchange=0.745, exchange_megabyte=0.458, lonely=0.146
     ),
-    Tile(16, 2, 1, 1, 1, True): _Cost(start=2.7, block=0.265, item=0.16, exchange=0, exchange_megabyte=0.93),
+    Tile(16, 2, 1, 1, 1, True): _Cost(start=2.67, block=0.265, item=0.161, exchange=0, exchange_megabyte=0.926),
     Tile(32, 1, 1, 1, 2, True): _Cost(
-        start=3.7, block=0.122, item=0.57, exchange=1.3, exchange_megabyte=0.34, lonely=0.14
+        start=3.36, block=0.149, item=1.29, exchange=1.27, exchange_megabyte=0.281, lonely=0.101
     ),
-    Tile(32, 2, 1, 1, 1, True): _Cost(start=3.5, block=0.288, item=1.1, exchange=0.82, exchange_megabyte=0.63),
+    Tile(32, 2, 1, 1, 1, True): _Cost(start=3.12, block=0.271, item=0, exchange=0.687, exchange_megabyte=0.679),
     Tile(64, 1, 1, 1, 2, True): _Cost(
-        start=4.8, block=0.149, item=0, exchange=1.8, exchange_megabyte=0.22, lonely=0.14
+        start=4.79, block=0.149, item=0, exchange=1.77, exchange_megabyte=0.218, lonely=0.136
     ),
-    Tile(64, 2, 1, 1, 1, True): _Cost(start=4.3, block=0.312, item=2, exchange=1.6, exchange_megabyte=0.33),
+    Tile(64, 2, 1, 1, 1, True): _Cost(start=4.32, block=0.312, item=2.03, exchange=1.64, exchange_megabyte=0.327),
     Tile(128, 1, 1, 1, 2, True): _Cost(
-        start=4.6, block=0.229, item=0.24, exchange=2, exchange_megabyte=0.42, lonely=0.14
+        start=4.62, block=0.229, item=0.239, exchange=1.97, exchange_megabyte=0.417, lonely=0.141
     ),
-    Tile(128, 2, 1, 1, 1, True): _Cost(start=4.6, block=0.456, item=2.6, exchange=2, exchange_megabyte=0.35),
-    Tile(256, 2, 1, 1, 1, True): _Cost(start=5.3, block=0.818, item=5.6, exchange=16, exchange_megabyte=0.098),
+    Tile(128, 2, 1, 1, 1, True): _Cost(start=4.64, block=0.456, item=2.65, exchange=2.05, exchange_megabyte=0.354),
+    Tile(256, 2, 1, 1, 1, True): _Cost(start=5.3, block=0.818, item=5.64, exchange=15.8, exchange_megabyte=0.0982),
 }
 
 _ONE_SET_OF_SUMS = frozenset({Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1), Tile(256, 2, 1, 1, 1, True)})
