@@ -5,7 +5,7 @@
 // the last tiles, one of `splits` ranges of blocks. Its warpgroups:
 //
 //     ROW_GROUPS x K_GROUPS that multiply: row group r has 64 rows, channel group k every K_GROUPS-th block of the item
-//     1 that copies: a warp keeps a ring of packed weights full, another one of activations
+//     1 that copies: warps that keep a ring of packed weights and their scales full, and another one of activations
 //
 // Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; in a cluster the
 // CTAs of neighbouring row tiles fetch their share of the activations for all. With programmatic dependent launch the
@@ -75,8 +75,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
 
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
-        if (threadIdx.x == kConsumers) copy_weights(weights, work, rank, weight, scale);
+        if (threadIdx.x == kConsumers) copy_weights<true>(weights, work, rank, weight);
         if (threadIdx.x == kConsumers + 32) copy_activations(xs, work, rank, x_map, x_rows);
+        if (kGroups > 0 && threadIdx.x == kConsumers + 64) copy_weights<false>(weights, work, rank, scale);
     } else {
         ptx::take_registers<kComputeRegisters>();
         u32 use = 0;

@@ -1,5 +1,5 @@
 // What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, which items a CTA takes, and the
-// two threads that keep its rings full. The parameters are those of sm90_linear.cuh.
+// threads that keep its rings full. The parameters are those of sm90_linear.cuh.
 #pragma once
 
 #include "ptx.cuh"
@@ -150,9 +150,12 @@ __device__ __forceinline__ void for_items(const Work& work, int rank, const Run&
     }
 }
 
-// The thread that copies weights.
-__device__ __forceinline__ void copy_weights(
-    const WeightRing& ring, const Work& work, int rank, const char* weight, const char* scale) {
+// A thread that copies codes or, in groups, scales of weights: two of them keep one ring full, since one alone is too
+// slow for its many small copies. Bytes of scales may arrive before they are announced with the codes.
+template <bool kCodes>
+__device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work& work, int rank, const char* source) {
+    constexpr int kBytes = kCodes ? tile::kUnitBytes : kScaleBytes;
+    constexpr int kOffset = kCodes ? 0 : kRowGroups * tile::kUnitBytes;
     const u64 policy = ptx::evict_first_policy();
     const int row_units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
     const long long blocks = work.blocks();
@@ -163,18 +166,12 @@ __device__ __forceinline__ void copy_weights(
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
             ring.wait_emptied(at);
-            ptx::barrier_expect(ring.filled(at), units * (tile::kUnitBytes + kScaleBytes));
+            if constexpr (kCodes) ptx::barrier_expect(ring.filled(at), units * (tile::kUnitBytes + kScaleBytes));
 #pragma unroll 1
             for (int i = 0; i < units; ++i) {
                 const long long unit = (row_unit + i) * blocks + block;
                 ptx::bulk_copy_once(
-                    ring.address(at) + i * tile::kUnitBytes, weight + unit * tile::kUnitBytes, tile::kUnitBytes,
-                    ring.filled(at), policy);
-                if constexpr (kGroups > 0) {
-                    ptx::bulk_copy_once(
-                        ring.address(at) + kRowGroups * tile::kUnitBytes + i * kScaleBytes, scale + unit * kScaleBytes,
-                        kScaleBytes, ring.filled(at), policy);
-                }
+                    ring.address(at) + kOffset + i * kBytes, source + unit * kBytes, kBytes, ring.filled(at), policy);
             }
         }
     });

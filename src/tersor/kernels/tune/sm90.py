@@ -21,7 +21,7 @@ _CLUSTER_ROOM = 0.75
 _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
 _GATHER = 0.83
-"""Microseconds for a cluster to gather the parts of a sum."""
+"""Microseconds for each part of a sum that a cluster gathers."""
 _GATHER_KILOBYTE = 0.028
 """And for each 1024 bytes of them."""
 _MAX_GATHERED = 3
@@ -232,7 +232,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
             waves += count
     total += (waves - 1) * cost.item
     if config.gathered:
-        total += _GATHER + _GATHER_KILOBYTE * (config.splits - 1) * tile.rows * tile.tokens * 4 / 1024
+        total += (config.splits - 1) * (_GATHER + _GATHER_KILOBYTE * tile.rows * tile.tokens * 4 / 1024)
     elif config.splits > 1:
         exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6
         total += cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged
@@ -261,13 +261,15 @@ class _Cost:
 
 _COSTS = {
     Tile(8, 1, 2, 1, 2): _Cost(start=1.08, block=0.138, item=0, exchange=1, exchange_megabyte=0.0055, lonely=0.083),
-    Tile(8, 2, 1, 1, 2): _Cost(start=0.742, block=0.292, item=0.347, exchange=0, exchange_megabyte=0.598, lonely=0.17),
-    Tile(8, 3, 1, 1, 1): _Cost(start=1.07, block=0.393, item=0, exchange=0, exchange_megabyte=0.391),
+    Tile(8, 2, 1, 1, 2): _Cost(
+        start=0.742, block=0.292, item=0.347, exchange=0.5, exchange_megabyte=0.598, lonely=0.17
+    ),
+    Tile(8, 3, 1, 1, 1): _Cost(start=1.07, block=0.393, item=0, exchange=1, exchange_megabyte=0.391),
     Tile(16, 1, 2, 1, 2): _Cost(
         start=0.997, block=0.165, item=0.44, exchange=1.19, exchange_megabyte=0.156, lonely=0.104
     ),
     Tile(16, 2, 1, 1, 2): _Cost(start=1.12, block=0.304, item=2.98, exchange=1.3, exchange_megabyte=0.13, lonely=0.19),
-    Tile(16, 3, 1, 1, 1): _Cost(start=1.3, block=0.445, item=0, exchange=0.147, exchange_megabyte=0.608),
+    Tile(16, 3, 1, 1, 1): _Cost(start=1.3, block=0.445, item=0, exchange=0.6, exchange_megabyte=0.608),
     Tile(32, 1, 1, 1, 2): _Cost(start=1.57, block=0.174, item=0.614, exchange=2.05, exchange_megabyte=0, lonely=0.133),
     Tile(32, 2, 1, 1, 1): _Cost(start=1.76, block=0.346, item=2.24, exchange=2.22, exchange_megabyte=0),
     Tile(32, 2, 1, 1, 2): _Cost(start=1.68, block=0.326, item=5.2, exchange=3.01, exchange_megabyte=0, lonely=0.116),
@@ -279,8 +281,8 @@ _COSTS = {
         start=2.62, block=0.333, item=1.74, exchange=2.1, exchange_megabyte=0.213, lonely=0.262
     ),
     Tile(128, 2, 1, 1, 1): _Cost(start=0.5, block=0.76, item=2.47, exchange=2.03, exchange_megabyte=0.328),
-    Tile(128, 3, 1, 1, 1): _Cost(start=0.5, block=1.15, item=2.36, exchange=0, exchange_megabyte=0.311),
-    Tile(256, 2, 1, 2, 1): _Cost(start=0.689, block=1.47, item=2.74, exchange=0.0809, exchange_megabyte=0.414),
+    Tile(128, 3, 1, 1, 1): _Cost(start=0.5, block=1.13, item=2.36, exchange=1.2, exchange_megabyte=0.311),
+    Tile(256, 2, 1, 2, 1): _Cost(start=0.689, block=1.47, item=2.74, exchange=2, exchange_megabyte=0.414),
     Tile(16, 1, 1, 1, 2, True): _Cost(
         start=2.6, block=0.0957, item=1.14, exchange=0.745, exchange_megabyte=0.458, lonely=0.146
     ),
