@@ -260,13 +260,13 @@ class _Cost:
 
 
 _COSTS = {
-    Tile(8, 1, 2, 1, 2): _Cost(start=1.08, block=0.138, item=0, exchange=1, exchange_megabyte=0.0055, lonely=0.083),
+    Tile(8, 1, 2, 1, 2): _Cost(start=1.08, block=0.16, item=0, exchange=1, exchange_megabyte=0.0055, lonely=0.11),
     Tile(8, 2, 1, 1, 2): _Cost(
         start=0.742, block=0.292, item=0.347, exchange=0.5, exchange_megabyte=0.598, lonely=0.17
     ),
     Tile(8, 3, 1, 1, 1): _Cost(start=1.07, block=0.425, item=0, exchange=1, exchange_megabyte=0.391),
     Tile(16, 1, 2, 1, 2): _Cost(
-        start=0.997, block=0.165, item=0.44, exchange=1.19, exchange_megabyte=0.156, lonely=0.104
+        start=0.997, block=0.165, item=0.44, exchange=1.19, exchange_megabyte=0.156, lonely=0.14
     ),
     Tile(16, 2, 1, 1, 2): _Cost(start=1.12, block=0.304, item=2.98, exchange=1.3, exchange_megabyte=0.13, lonely=0.19),
     Tile(16, 3, 1, 1, 1): _Cost(start=1.3, block=0.465, item=0, exchange=0.6, exchange_megabyte=0.608),
