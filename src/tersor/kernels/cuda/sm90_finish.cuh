@@ -36,7 +36,7 @@ __device__ __forceinline__ bool add_channel_groups(float (&sums)[kSums], float* 
 // was there, `arrived` the one that counts the bytes.
 __device__ __forceinline__ bool gather_splits(
     float (&sums)[kSums], const Item& item, u32 gathered, const char* parts, u32 room, u32 arrived) {
-    static_assert(!GATHERS || (GATHERS - 1) * kPartBytes <= kExchangeAt, "as many parts as the rings have room for");
+    static_assert((GATHERS - 1) * kPartBytes <= kExchangeAt, "as many parts as the rings have room for");
     constexpr int kFours = kSums / 4;
     if (item.part > 0) {
         const u32 first = gathered + (item.part - 1) * kPartBytes + threadIdx.x * 16;

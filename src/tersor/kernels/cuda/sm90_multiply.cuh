@@ -33,7 +33,8 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
 __device__ __forceinline__ void multiply_few(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
-    const int lane = ptx::kept(threadIdx.x % 32), warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    const int lane = ptx::kept(threadIdx.x % 32);
+    const int warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     const int channel_group = kChannelGroups == 1 ? 0 : threadIdx.x / kFinishers;
     constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;
@@ -124,8 +125,8 @@ __device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32
     }
 }
 
-// One scale a row. A block is decoded while the products of the block before are under way or, in the widest tile, those
-// of the other warpgroup.
+// One scale a row. A block is decoded while the products of the block before are under way or, in the widest tile,
+// those of the other warpgroup.
 __device__ __forceinline__ void multiply_bytes(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;

@@ -52,9 +52,8 @@ constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
 constexpr int kPartBytes = kFinishers * kSums * 4;
 
-// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away: all that
-// it can do without where registers are few.
-constexpr int kCopyRegisters = RESIDENT == 1 || kConsumers == 128 ? 40 : 32;
+// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
+constexpr int kCopyRegisters = 40;
 constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
 constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
