@@ -96,7 +96,8 @@ class PackedLinear(PackedModule):
 
         Args:
             activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
-                like), which takes the FP8 tensor cores of compute capability 9.0 and the reference elsewhere.
+                like), which takes the FP8 tensor cores of compute capability 9.0 and the reference elsewhere; for how
+                their sums are added see docs/formats.md, "Kernel tiles".
 
         Raises:
             InputError: no such kind of activations.
