@@ -236,6 +236,19 @@ def clock(calls: Calls) -> Any:
     return calls[0]()
 
 
+def test_the_first_time_after_weights_are_made_is_thrown_away() -> None:
+    timed: list[float] = []
+
+    def slow_at_first(calls: Calls) -> float:
+        timed.append(clock(calls))
+        return 100.0 if len(timed) == 1 else timed[-1]
+
+    ((first, second),) = linear.measure([Shape(8, 8)], [1, 2], [fake("fp8", ("plain",), 1.0)], slow_at_first)
+    assert isinstance(first, Row) and isinstance(second, Row)
+    assert (first.microseconds, second.microseconds) == (2.0, 4.0)
+    assert timed == [2.0, 2.0, 4.0]
+
+
 def test_rows_come_in_order_and_refusals_are_kept() -> None:
     runners = [fake("fp6_e3m2", ("pdl", "plain"), 1.0), fake("fp8", ("plain",), 0.5, lambda n: n < 4)]
     steps: list[tuple[int, int]] = []
