@@ -23,8 +23,8 @@ KIND = "tersor bench linear"
 VERSION = 1
 METHOD = (
     "microseconds a call, median of 9 replays, after 20 ms of replays, of a CUDA graph that walks over copies of the "
-    "weight, 0.7 GB in all, so that none stays in L2; the first time taken after weights were made is thrown away; random "
-    "data; pdl: launches captured with programmatic dependent launch, plain: without"
+    "weight, 0.7 GB in all, so that none stays in L2; the first time taken after weights were made is thrown away; "
+    "random data; pdl: launches captured with programmatic dependent launch, plain: without"
 )
 
 
