@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply_few(
         const u32 x = xs.address(x_at);
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-            if constexpr (kGroups >= 4) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
+            if constexpr (kGroups >= 2) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
             u32 a[kPairs];
             decode::extract(a, words + set * decode::kWords, mask);
             scales::finish<kBf16>(a, set * kSetSteps, block_scales, row, offsets);
