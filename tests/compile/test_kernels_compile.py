@@ -16,7 +16,7 @@ from tersor.formats import get_scheme
 from tersor.hardware import CHIPS
 from tersor.kernels import linear, tune
 from tersor.kernels.jit import KernelSource, arch_for, compile_many
-from tersor.layouts import scales, tiles
+from tersor.ops import dispatch
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0))
 
@@ -71,15 +71,7 @@ def test_batch_invariant_kernels_compile_without_spills(gated: bool) -> None:
     for group_size in (None, 128):
         scheme = get_scheme("fp6_e3m2", group_size)
         for n in (8, 16):
-            problem = tune.LinearProblem(
-                oc=8192,
-                ic=8192,
-                n=n,
-                bits=6,
-                scale_groups=tiles.scales_in_block(group_size),
-                scale_bytes=scales.row_bytes(scheme),
-                batch_invariant=True,
-            )
+            problem = dispatch.problem_of(scheme, (8192, 8192), n, batch_invariant=True)
             sources[linear.fused_source(scheme, "float16", tune.choose(problem, chip), gated)] = None
     assert [source.parameters["N_TILE"] for source in sources] == [8, 16, 8, 16]
     assert {source.parameters["FEW_TOKENS"] for source in sources} == {0}

@@ -6,9 +6,8 @@ import torch
 
 from tersor import formats, ops
 from tersor.compress import quantize_rtn
-from tersor.kernels import tune
 from tersor.kernels.tune import sm80, sm90
-from tersor.layouts import PackedWeight, scales, tiles
+from tersor.layouts import PackedWeight, tiles
 from tersor.ops import dispatch
 
 
@@ -29,40 +28,27 @@ def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *
     layout = dispatch.FP8_LAYOUT if fp8 else "tiles_float16"
     weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme).to_layout(layout)
     weight = PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda(), None, layout)
-    groups = tiles.scales_in_block(scheme.group_size)
+    groups, bits = tiles.scales_in_block(scheme.group_size), 8 if fp8 else 16
     shapes = sm90.tiles(groups, fp8) if capability == (9, 0) else ()
     for tile in shapes:
         n = tile.tokens + 5
-        problem = problem_of(scheme, oc, ic, n, fp8)
+        problem = dispatch.problem_of(scheme, (oc, ic), n, activation_bits=bits)
         x = torch.randn(n, ic, device="cuda").half()
         for splits, ctas in ((1, 2), (2, 3)):
             with ops.launches(config=sm90.config(problem, tile, 0, splits, ctas * tile.cluster, chip)):
                 ops.linear(x, weight)
         if tile.gathered > 1:
-            problem = problem_of(scheme, oc, ic, tile.tokens, fp8)
+            problem = dispatch.problem_of(scheme, (oc, ic), tile.tokens, activation_bits=bits)
             count = -(-oc // tile.rows)
             with ops.launches(config=sm90.config(problem, tile, 0, 2, 2 * count, chip, True)):
                 ops.linear(x[: tile.tokens], weight)
     if not fp8:
         for tokens in sm80.TILES:
-            problem = problem_of(scheme, oc, ic, tokens, fp8)
+            problem = dispatch.problem_of(scheme, (oc, ic), tokens)
             x = torch.randn(tokens, ic, device="cuda").half()
             for config in list(sm80.candidates(problem, chip))[:2]:
                 with ops.launches(config=config):
                     ops.linear(x, weight)
-
-
-def problem_of(scheme: formats.Scheme, oc: int, ic: int, n: int, fp8: bool) -> tune.LinearProblem:
-    """Return the problem of a product."""
-    return tune.LinearProblem(
-        oc=oc,
-        ic=ic,
-        n=n,
-        bits=scheme.format.bits,
-        scale_groups=tiles.scales_in_block(scheme.group_size),
-        scale_bytes=scales.row_bytes(scheme),
-        activation_bits=8 if fp8 else 16,
-    )
 
 
 if __name__ == "__main__":

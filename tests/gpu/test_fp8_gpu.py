@@ -9,9 +9,8 @@ import torch
 
 from tersor import formats, nn, ops
 from tersor.compress import quantize_rtn
-from tersor.kernels import tune
 from tersor.kernels.tune import sm90
-from tersor.layouts import PackedWeight, scales, tiles
+from tersor.layouts import PackedWeight
 from tersor.ops import dispatch, reference
 
 pytestmark = pytest.mark.skipif(
@@ -84,15 +83,7 @@ def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile) -> None:
     weight, values = packed("fp6_e3m2", None, oc, ic)
     scheme = weight.scheme
     x = torch.randn(n, ic, device="cuda").half()
-    problem = tune.LinearProblem(
-        oc=oc,
-        ic=ic,
-        n=n,
-        bits=6,
-        scale_groups=tiles.scales_in_block(scheme.group_size),
-        scale_bytes=scales.row_bytes(scheme),
-        activation_bits=8,
-    )
+    problem = dispatch.problem_of(scheme, (oc, ic), n, activation_bits=8)
     for whole, splits, ctas in ((0, 1, 4), (0, 3, 8), (4, 2, 4)):
         config = sm90.config(problem, tile, whole, splits, ctas * tile.cluster, chip)
         with ops.launches(config=config):

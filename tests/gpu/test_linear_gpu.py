@@ -16,7 +16,7 @@ from tersor.kernels import jit, tune
 from tersor.kernels import linear as family
 from tersor.kernels.linear import COMPILED_FORMATS
 from tersor.kernels.tune import sm90
-from tersor.layouts import PackedWeight, lanes, scales, tiles
+from tersor.layouts import PackedWeight, lanes, tiles
 from tersor.ops import dispatch, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -53,15 +53,7 @@ def chips() -> dict[str, Chip]:
 
 def problem_of(scheme: formats.Scheme, oc: int, ic: int, n: int) -> tune.LinearProblem:
     """The problem of contiguous activations [n, ic] and a weight [oc, ic]."""
-    return tune.LinearProblem(
-        oc=oc,
-        ic=ic,
-        n=n,
-        bits=scheme.format.bits,
-        scale_groups=tiles.scales_in_block(scheme.group_size),
-        scale_bytes=scales.row_bytes(scheme),
-        aligned=ic % 8 == 0,
-    )
+    return dispatch.problem_of(scheme, (oc, ic), n, aligned=ic % 8 == 0)
 
 
 def sources() -> Iterable[jit.KernelSource]:

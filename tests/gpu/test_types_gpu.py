@@ -15,7 +15,7 @@ from tersor.compress import Encoded
 from tersor.hardware import Chip
 from tersor.kernels import jit, tune
 from tersor.kernels import linear as family
-from tersor.layouts import PackedWeight, lanes, scales, tiles
+from tersor.layouts import PackedWeight, lanes, tiles
 from tersor.ops import dispatch, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -55,14 +55,7 @@ def compiled() -> None:
         for target in lanes.PAIR_TARGETS:
             for chip in chips().values():
                 for n in TOKENS:
-                    problem = tune.LinearProblem(
-                        oc=OC,
-                        ic=IC,
-                        n=n,
-                        bits=scheme.format.bits,
-                        scale_groups=tiles.scales_in_block(scheme.group_size),
-                        scale_bytes=scales.row_bytes(scheme),
-                    )
+                    problem = dispatch.problem_of(scheme, (OC, IC), n)
                     if tune.fused(problem, chip):
                         sources[family.fused_source(scheme, target, tune.choose(problem, chip))] = None
             sources[family.dequantize_source(scheme, target)] = None

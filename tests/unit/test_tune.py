@@ -22,7 +22,7 @@ from tersor.kernels.tune import (
     sm90,
     table,
 )
-from tersor.layouts import scales, tiles
+from tersor.ops import dispatch
 
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
@@ -42,15 +42,7 @@ def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], aligned: bool = True) -> LinearProblem:
     """The problem of a weight [oc, ic] and n tokens."""
-    return LinearProblem(
-        oc=oc,
-        ic=ic,
-        n=n,
-        bits=scheme.format.bits,
-        scale_groups=tiles.scales_in_block(scheme.group_size),
-        scale_bytes=scales.row_bytes(scheme),
-        aligned=aligned,
-    )
+    return dispatch.problem_of(scheme, (oc, ic), n, aligned=aligned)
 
 
 TOKENS = (1, 16, 64, 128, 256, 1024, 4096)

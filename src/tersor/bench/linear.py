@@ -16,7 +16,6 @@ from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import table
-from tersor.layouts import scales, tiles
 from tersor.ops import dispatch
 
 KIND = "tersor bench linear"
@@ -227,16 +226,9 @@ def problem_of(
     shape: Shape, scheme: Scheme, n: int, activations: str = dispatch.ACTIVATIONS_16BIT
 ) -> tune.LinearProblem:
     """Return the problem that contiguous activations [n, IC] make with a weight."""
-    return tune.LinearProblem(
-        oc=shape.oc,
-        ic=shape.ic,
-        n=n,
-        bits=scheme.format.bits,
-        scale_groups=tiles.scales_in_block(scheme.group_size),
-        scale_bytes=scales.row_bytes(scheme),
-        aligned=shape.ic % 8 == 0 or activations == dispatch.ACTIVATIONS_FP8,
-        activation_bits=8 if activations == dispatch.ACTIVATIONS_FP8 else 16,
-    )
+    fp8 = activations == dispatch.ACTIVATIONS_FP8
+    aligned, bits = fp8 or shape.ic % 8 == 0, 8 if fp8 else 16
+    return dispatch.problem_of(scheme, (shape.oc, shape.ic), n, aligned=aligned, activation_bits=bits)
 
 
 def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) -> dict[str, Any]:

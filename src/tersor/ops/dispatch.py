@@ -189,7 +189,7 @@ def decide(
         return Decision(REFERENCE, None, "the weight is laid out for {} activations, these are {}", facts)
     gpu = chip(device)
     limit = sm80.TOKENS
-    problem = _problem(scheme, shape, n, aligned=aligned, batch_invariant=batch_invariant)
+    problem = problem_of(scheme, shape, n, aligned=aligned, batch_invariant=batch_invariant)
     if batch_invariant:
         one = tune.launched(problem, gpu)
         config = tune.choose(one, gpu)
@@ -221,11 +221,11 @@ def _decide_fp8(
     if gpu.capability != (9, 0):
         facts = gpu.capability
         return Decision(REFERENCE, None, "8-bit activations need compute capability 9.0, this is {}.{}", facts)
-    config = tune.choose(_problem(scheme, shape, n, activation_bits=8, batch_invariant=batch_invariant), gpu)
+    config = tune.choose(problem_of(scheme, shape, n, activation_bits=8, batch_invariant=batch_invariant), gpu)
     return Decision(FUSED, config, "activations are quantised to e4m3; {}", (config,))
 
 
-def _problem(
+def problem_of(
     scheme: Scheme,
     shape: tuple[int, int],
     n: int,
@@ -234,6 +234,7 @@ def _problem(
     activation_bits: int = 16,
     batch_invariant: bool = False,
 ) -> tune.LinearProblem:
+    """Return the problem that n tokens make with a weight of shape (OC, IC)."""
     return tune.LinearProblem(
         oc=shape[0],
         ic=shape[1],

@@ -12,6 +12,7 @@ from tersor.formats import Scheme
 from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
 from tersor.layouts import rows as gating
 from tersor.layouts.weight import decode
+from tersor.ops import tensors
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Decoded weights at a time: on a CPU about what its cache holds."""
@@ -57,8 +58,7 @@ def linear(
         if bias is not None:
             part.add_(bias[first:last])
         if gated:
-            gate, up = (half.T for half in gating.separate(part.T))
-            part = torch.nn.functional.silu(gate) * up
+            part = tensors.gate_times_up(part)
         end = start + part.shape[1]
         if residual is not None:
             part += residual[:, start:end]

@@ -16,9 +16,14 @@ def without_products(
     if bias is not None:
         y = y + bias
     if gated:
-        gate, up = (half.movedim(0, -1) for half in rows.separate(y.movedim(-1, 0)))
-        y = torch.nn.functional.silu(gate) * up
+        y = gate_times_up(y)
     return (y if residual is None else y + residual).to(x.dtype)
+
+
+def gate_times_up(sums: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, [..., F], of what a gated weight gives for each of its rows, [..., rows]."""
+    gate, up = (half.movedim(0, -1) for half in rows.separate(sums.movedim(-1, 0)))
+    return torch.nn.functional.silu(gate) * up
 
 
 def output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:

@@ -118,10 +118,9 @@ constexpr int kSettled = 4;    // blocks whose products meet in the tensor cores
 constexpr bool kSettles = kTokens <= 128;
 
 __device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32 (&words)[tile::kLaneWords]) {
-    constexpr int kRegisters = decode::kRegisters;
 #pragma unroll
-    for (int set = 0; set < 4 * kByteSteps / kRegisters; ++set) {
-        decode::extract(a + set * kRegisters, words + set * decode::kWords);
+    for (int set = 0; set < 4 * kByteSteps / decode::kRegisters; ++set) {
+        decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
     }
 }
 
@@ -150,10 +149,7 @@ __device__ __forceinline__ void multiply_bytes(
         xs.wait_filled(x_at);
         if (waits) wgmma::wait<kSettles ? 1 : 0>();
         if (releases) release();
-#pragma unroll
-        for (int set = 0; set < 4 * kByteSteps / decode::kRegisters; ++set) {
-            decode::extract(from + set * decode::kRegisters, words + set * decode::kWords);
-        }
+        decode_bytes(from, words);
         const u64 x = wgmma::describe(xs.address(x_at));
         wgmma::fence();
 #pragma unroll
@@ -226,10 +222,7 @@ __device__ __forceinline__ void multiply_bytes_in_groups(
             settle();
             release_x(xs, x_before);
         }
-#pragma unroll
-        for (int set = 0; set < 4 * kSteps / decode::kRegisters; ++set) {
-            decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
-        }
+        decode_bytes(a, words);
         xs.wait_filled(x_at);
         const u64 x = wgmma::describe(xs.address(x_at));
 #pragma unroll

@@ -8,6 +8,8 @@ SM80 = "sm80"
 SM90 = "sm90"
 FEW_TOKENS = 16
 """Up to so many tokens mma.sync is faster than wgmma."""
+INVARIANT_TOKENS = 16
+"""Where results must not depend on the number of tokens, splits are those that would suit so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

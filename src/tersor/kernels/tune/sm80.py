@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tersor.hardware import Chip
-from tersor.kernels.tune.problem import SM80, LinearConfig, LinearProblem
+from tersor.kernels.tune.problem import INVARIANT_TOKENS, SM80, LinearConfig, LinearProblem
 
 TOKENS = 64
 """The most tokens that the schedule takes; above, weights are decoded once and cuBLAS multiplies."""
@@ -14,8 +14,6 @@ TILES = (8, 16, 32, 64)
 """Token tiles."""
 ROWS = 128
 """Output rows of a CTA: 8 warps of 16."""
-_INVARIANT_TOKENS = 16
-"""Where results must not depend on the number of tokens, splits are those that would suit so many."""
 _COLUMNS = 128
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
@@ -66,7 +64,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
     row_tiles = -(-problem.oc // ROWS)
     choices = range(1, min(_MAX_SPLITS, -(-problem.ic // _COLUMNS)) + 1)
     if problem.batch_invariant:
-        usual = replace(problem, n=_INVARIANT_TOKENS, batch_invariant=False)
+        usual = replace(problem, n=INVARIANT_TOKENS, batch_invariant=False)
         best = min(candidates(usual, chip), key=lambda config: seconds(usual, config, chip)).splits
         choices = range(best, best + 1)
     for splits in choices:

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
-from tersor.kernels.tune.problem import FEW_TOKENS, SM90, LinearConfig, LinearProblem
+from tersor.kernels.tune.problem import FEW_TOKENS, INVARIANT_TOKENS, SM90, LinearConfig, LinearProblem
 
 COLUMNS = 128
-_INVARIANT_TOKENS = 16
-"""Where results must not depend on the number of tokens, splits are those that would suit so many."""
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -199,7 +197,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
 
 def invariant_splits(problem: LinearProblem, chip: Chip) -> int:
     """Return the splits that a batch-invariant problem has, whatever its number of tokens."""
-    usual = replace(problem, n=_INVARIANT_TOKENS, aligned=True, batch_invariant=False)
+    usual = replace(problem, n=INVARIANT_TOKENS, aligned=True, batch_invariant=False)
     options = [found for found in candidates(usual, chip) if found.channel_groups == 1 and not found.whole_tiles]
     return min(options, key=lambda found: seconds(usual, found, chip)).splits
 
@@ -241,7 +239,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cost:
-    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to 2,500 launches (docs/log.md).
+    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to 2,800 launches (docs/log.md).
 
     Attributes:
         start: of a launch; with 8-bit activations their quantising, too.
