@@ -41,6 +41,7 @@ def _decode_parameters(fmt: ElementFormat, target: str, fp8: bool = False) -> di
         "DECODE_REGISTERS": group.registers,
         "DECODE_MASK": f"{group.mask}u",
         "DECODE_SHIFT": group.shift,
+        "DECODE_RAISED": group.raised,
         "DECODE_TERMS": ", ".join(str(number) for row in group.terms for number in row),
         "DECODE_FINISH": int(group.finish),
         "DECODE_CONSTANT": f"{group.constant}u",

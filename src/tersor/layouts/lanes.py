@@ -62,6 +62,8 @@ class Lane:
         words, registers: in and out.
         mask: where a code's bits stand in a register (the same 16 or 8 bits in each place).
         shift: 0, or the left shift that yields the second register of each row of `terms`.
+        raised: 0, or how many places above `mask` the kernels leave the bits of every second register, which they divide
+            by 2^raised later; `outputs` is what they stand for.
         terms: three times (word, rotation) a row; a word is -1 where there is no such term, `words` means the XOR of
             all.
         finish: how bits become numbers.
@@ -74,6 +76,7 @@ class Lane:
     registers: int
     mask: int
     shift: int
+    raised: int
     terms: tuple[tuple[int, ...], ...]
     finish: Finish
     constant: int
@@ -119,9 +122,12 @@ def lane(fmt: ElementFormat, target: str) -> Lane:
     words, shift, terms = _TABLES[mask]
     exponent = 0
     constant = 0
+    raised = 0
     finish = Finish.AS_IS
     if fmt.kind != "float":
         finish = Finish.SUBTRACT
+        if fmt.bits == 4 and target == "float16":
+            raised = fmt.bits  # its mantissa has room for two codes
         constant = _pair(-float(_INT_MAGIC[target] + fmt.bias), target)
         if fmt.bits == 8 and target == "bfloat16":
             finish, constant = Finish.UINT8_TO_BF16 if fmt.kind == "uint" else Finish.INT8_TO_BF16, 0
@@ -138,6 +144,7 @@ def lane(fmt: ElementFormat, target: str) -> Lane:
         registers=32 * words // mask.bit_count(),
         mask=mask,
         shift=shift,
+        raised=raised,
         terms=terms,
         finish=finish,
         constant=constant,

@@ -5,8 +5,9 @@
 //     (rotate(word a, r) ^ rotate(word b, s) ^ rotate(word c, t)) & DECODE_MASK
 // where the table DECODE_TERMS lists a, r, b, s, c, t for each j (b and c are -1 where there is no such term), and word
 // index DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and
-// each yields two registers, P & mask and (P << shift) & mask. tersor/layouts/lanes.py holds the tables, packs so that
-// this comes out right, and says which power of two or offset the floats still carry.
+// each yields two registers, P & mask and (P << shift) & mask. With DECODE_RAISED every second register keeps its bits
+// that many places above the mask, which saves moving them down; `finish` divides. tersor/layouts/lanes.py holds the
+// tables, packs so that this comes out right, and says which power of two or offset the floats still carry.
 //
 // Plain C++ but for `finish`: a CPU test compiles it and runs it over all codes.
 #pragma once
@@ -23,10 +24,12 @@ constexpr int kWords = DECODE_WORDS;          // packed words in a group
 constexpr int kRegisters = DECODE_REGISTERS;  // registers a group decodes to
 constexpr u32 kMask = DECODE_MASK;            // where the codes' bits stand in a register
 constexpr int kShift = DECODE_SHIFT;          // 0, or the left shift that gives the second register of a row
+constexpr int kRaised = DECODE_RAISED;        // 0, or how much higher the codes stand in every second register
 constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row
 
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
-    if (left == 0) return word;
+    if (left % 32 == 0) return word;
+    left %= 32;
 #ifdef __CUDACC__
     return ptx::rotate(word, left);
 #else
@@ -46,17 +49,19 @@ __device__ __forceinline__ u32 source(const u32* words, int index) {
 __device__ __forceinline__ void extract(u32* registers, const u32* words, u32 mask = kMask) {
     constexpr int kRows = kShift == 0 ? kRegisters : kRegisters / 2;
     static_assert(sizeof(kTerms) / sizeof(int) == 6 * kRows, "DECODE_TERMS must have six entries a row");
+    static_assert(kRaised == 0 || kShift == 0, "a register is moved or raised");
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-        u32 p = rotate(source(words, kTerms[6 * row]), kTerms[6 * row + 1]);
+        const int raised = row % 2 * kRaised;
+        u32 p = rotate(source(words, kTerms[6 * row]), kTerms[6 * row + 1] + raised);
 #pragma unroll
         for (int term = 2; term < 6; term += 2) {
             if (kTerms[6 * row + term] >= 0) {
-                p ^= rotate(source(words, kTerms[6 * row + term]), kTerms[6 * row + term + 1]);
+                p ^= rotate(source(words, kTerms[6 * row + term]), kTerms[6 * row + term + 1] + raised);
             }
         }
         if constexpr (kShift == 0) {
-            registers[row] = p & mask;
+            registers[row] = p & mask << raised;
         } else {
             registers[2 * row] = p & mask;
             registers[2 * row + 1] = (p << kShift) & mask;
@@ -82,17 +87,26 @@ __device__ __forceinline__ u32 kept_mask(int count) {
     return DECODE_FINISH == kSubtract ? ptx::kept(kMask + (count >> 31)) : kMask;
 }
 
-// `constant` is DECODE_CONSTANT, or what stands for the row's zero point.
+constexpr u32 kOneBf16 = 0x3F803F80u, kOneF16 = 0x3C003C00u;
+
+// The constant of `finish` for a raised register of integers in fp16: (1024 + 2^raised code) / 2^raised has less of the
+// 1024 to take away.
+__device__ __forceinline__ u32 raise(u32 constant) {
+    static_assert(kRaised == 0 || (DECODE_FINISH == kSubtract && kRaised == 4), "960 is 1024 - 1024 / 16");
+    return kRaised == 0 ? constant : ptx::fused_multiply_add_pair<false>(constant, kOneF16, 0x63806380u);
+}
+
+// `constant` is DECODE_CONSTANT, or what stands for the row's zero point, raised for a register that is.
 template <bool kBf16>
-__device__ __forceinline__ u32 finish(u32 pair, u32 constant) {
-    constexpr u32 kOneBf16 = 0x3F803F80u, kOneF16 = 0x3C003C00u;
+__device__ __forceinline__ u32 finish(u32 pair, u32 constant, bool raised) {
     constexpr u32 kOne = kBf16 ? kOneBf16 : kOneF16;
     constexpr u32 kSigns = 0x80008000u;
     if constexpr (DECODE_FINISH == kMultiply) {
         return ptx::fused_multiply_add_pair<kBf16>(pair, constant, kSigns);
     } else if constexpr (DECODE_FINISH == kSubtract) {
         constexpr u32 kMagic = kBf16 ? 0x43004300u : 0x64006400u;  // 128 or 1024
-        return ptx::fused_multiply_add_pair<kBf16>(pair | kMagic, kOne, constant);
+        const u32 factor = raised ? kOne - kRaised * 0x04000400u : kOne;  // of fp16
+        return ptx::fused_multiply_add_pair<kBf16>(pair | kMagic, factor, constant);
     } else if constexpr (DECODE_FINISH == kInt8ToBf16 || DECODE_FINISH == kUint8ToBf16) {
         // value = low7 - 128 + 128 * top. (128 + low7) - 256 or - 128: bf16 -256 and -128 differ in bit 7, where the
         // top bit stands.

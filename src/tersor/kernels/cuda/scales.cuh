@@ -39,9 +39,10 @@ __device__ __forceinline__ float in_block(const char* block, int group, int row)
 // One scale a row: that of a row of the matrix.
 __device__ __forceinline__ float of_row(const float* scales, int row) { return scales[row * kRowWords]; }
 
-// What decode::finish adds to the codes of a lane's two rows, with one scale a row.
+// What decode::finish adds to the codes of a lane's two rows, with one scale a row. The registers of the second row are
+// those that may be raised.
 struct RowOffsets {
-    u32 pairs[2] = {DECODE_CONSTANT, DECODE_CONSTANT};
+    u32 pairs[2] = {DECODE_CONSTANT, decode::raise(DECODE_CONSTANT)};
 };
 
 __device__ __forceinline__ RowOffsets row_offsets(const float* scales, int row, int rows) {
@@ -50,7 +51,8 @@ __device__ __forceinline__ RowOffsets row_offsets(const float* scales, int row, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int index = min(row + 8 * half, rows - 1);
-            offsets.pairs[half] = __float_as_uint(scales[index * kRowWords + 1]);
+            const u32 offset = __float_as_uint(scales[index * kRowWords + 1]);
+            offsets.pairs[half] = half == 1 ? decode::raise(offset) : offset;
         }
     }
     return offsets;
@@ -66,8 +68,9 @@ __device__ __forceinline__ void finish(
         if constexpr (kZeroPoints && kGroups > 0) {
             const u16* zeros = reinterpret_cast<const u16*>(block + kZeroOffset);
             offset = zeros[(step + i / 4) / kSteps * tile::kRows + row + i % 2 * 8] * 0x00010001u;
+            if (i % 2 == 1) offset = decode::raise(offset);
         }
-        registers[i] = decode::finish<kBf16>(registers[i], offset);
+        registers[i] = decode::finish<kBf16>(registers[i], offset, decode::kRaised > 0 && i % 2 == 1);
     }
 }
 

@@ -1,4 +1,4 @@
-// The end of an item of sm90_linear.cuh: sums of channel groups and of splits are added, scaled, rounded and stored.
+// The end of an item of sm90_linear.cuh: sums of warpgroups and of splits are added, scaled, rounded and stored.
 #pragma once
 
 #include "gate.cuh"
@@ -8,25 +8,33 @@ namespace linear {
 
 using gate::kHalves;
 
-// Adds the sums of the other channel groups to those of group 0; returns true in the threads of group 0.
-__device__ __forceinline__ bool add_channel_groups(float (&sums)[kSums], float* exchange, int count, bool is_first) {
-    if constexpr (kChannelGroups == 1) return true;
-    const int group = threadIdx.x / kFinishers, thread = threadIdx.x % kFinishers;
-    float* parts = exchange + thread;
-    if (group > 0) {
-        if (!is_first) ptx::sync_threads<kPartsRead, kConsumers>();
-        if (group < count) {
-#pragma unroll
-            for (int i = 0; i < kSums; ++i) parts[((group - 1) * kSums + i) * kFinishers] = sums[i];
-        }
-        ptx::sync_threads<kPartsReady, kConsumers>();
-        return false;
-    }
+// After blocks in turn: each warpgroup hands its sums of other row groups over and adds up those of its own, in the same
+// order always. Returns true where there are some, in the first kRowGroups warpgroups.
+__device__ __forceinline__ bool exchange_turns(
+    float (&sums)[kSums], const float (&turns)[kRowGroups][kSums], float* exchange, bool is_first) {
+    const int own = threadIdx.x / 128;
+    const auto part = [&](int rows, int turn) {
+        return exchange + (rows * (kTurns - 1) + turn) * kSums * 128 + threadIdx.x % 128;
+    };
     if (!is_first) ptx::sync_threads<kPartsRead, kConsumers>();
-    ptx::sync_threads<kPartsReady, kConsumers>();
-    for (int other = 1; other < min(kChannelGroups, count); ++other) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] += parts[((other - 1) * kSums + i) * kFinishers];
+    for (int rows = 0; rows < kRowGroups; ++rows) {
+        if (rows == own) {
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) sums[i] = turns[rows][i];
+        } else {
+            float* target = part(rows, own - (own > rows));
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) target[i * 128] = turns[rows][i];
+        }
+    }
+    ptx::sync_threads<kPartsReady, kConsumers>();
+    if (own >= kRowGroups) return false;
+#pragma unroll
+    for (int turn = 0; turn < kTurns - 1; ++turn) {
+        const float* source = part(own, turn);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] += source[i * 128];
     }
     return true;
 }

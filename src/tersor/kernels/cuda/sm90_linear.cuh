@@ -4,7 +4,8 @@
 // A CTA takes items in turn: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks of 128 channels or, for
 // the last tiles, one of `splits` ranges of blocks. Its warpgroups:
 //
-//     ROW_GROUPS x K_GROUPS that multiply: row group r has 64 rows, channel group k every K_GROUPS-th block of the item
+//     ROW_GROUPS x K_GROUPS that multiply: with few tokens each takes all rows of every so many-th block of the item,
+//         with more it has a row group, 64 rows, of every block (and K_GROUPS is 1)
 //     1 that copies: warps that keep a ring of packed weights and their scales full, and another one of activations
 //
 // Weights come by contiguous bulk copies, activations through a tensor map with a 128-byte swizzle; in a cluster the
@@ -59,8 +60,8 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
 
     if (threadIdx.x == 0) {
-        xs.start(kFinishers * kCluster);
-        weights.start(kFinishers);
+        xs.start(kReaders * kCluster);
+        weights.start(kReaders);
         ptx::barrier_init(room_barrier, kFinishers);
         ptx::barrier_init(gather_barrier, 1);
         ptx::barrier_init_fence();
@@ -86,19 +87,20 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             const int count = item.last_block - item.first_block;
             const float* row_scales = reinterpret_cast<const float*>(scale);
             RowTerms terms(work, item, row_scales, factor);
-            const int row = terms.first_row + threadIdx.x % 32 / 4;
-            const scales::RowOffsets offsets = scales::row_offsets(row_scales, row, oc);
+            float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
+            bool holds_all = true;
             if constexpr (kFp8 && kGroups > 0) {
                 multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
             } else if constexpr (kFp8) {
                 multiply_bytes(sums, weights, xs, slots, use, count);
             } else if constexpr (kFew) {
-                multiply_few(sums, weights, xs, slots, use, count, offsets);
+                float turns[kRowGroups][kSums];
+                multiply_few(turns, weights, xs, slots, use, count, row_scales, item.first_row, oc);
+                holds_all = exchange_turns(sums, turns, exchange, use == 0);
             } else {
-                multiply_blocks(sums, weights, xs, slots, use, count, offsets);
+                const int row = terms.first_row + threadIdx.x % 32 / 4;
+                multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(row_scales, row, oc));
             }
-            float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
-            bool holds_all = add_channel_groups(sums, exchange, count, use == 0);
             if (holds_all && gathered) {
                 holds_all = gather_splits(sums, item, base, slots, room_barrier, gather_barrier);
             } else if (holds_all && item.parts > 1) {

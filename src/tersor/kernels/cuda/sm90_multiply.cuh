@@ -28,75 +28,86 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
     }
 }
 
-// A multiplying warp with few tokens. wgmma takes as long for 8 tokens as for 64, so mma.sync feeds the tensor cores
-// faster here; its fragments and sums are those of wgmma for each warp's 16 rows.
+// A warpgroup with few tokens: all rows of every kTurns-th block, 16 of each row group a warp, so that a fragment of
+// activations that was read once meets the weights of all row groups. `sums` are of a row group each. wgmma takes as
+// long for 8 tokens as for 16, so mma.sync feeds the tensor cores faster here; its fragments and sums are those of wgmma
+// for each warp's 16 rows.
 __device__ __forceinline__ void multiply_few(
-    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
-    const scales::RowOffsets& offsets) {
-    const int lane = ptx::kept(threadIdx.x % 32);
-    const int warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    const int channel_group = kChannelGroups == 1 ? 0 : threadIdx.x / kFinishers;
+    float (&sums)[kRowGroups][kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const float* row_scales, int first_row, int oc) {
+    // Whether a fragment of activations meets all row groups before the next; scales in many groups leave no registers.
+    constexpr bool kShares = kGroups < 2;
+    const auto kept = [](u32 value) { return kShares ? ptx::kept(value) : value; };
+    const int lane = kept(threadIdx.x % 32), warp = threadIdx.x / 32 % 4;
+    const int turn = __shfl_sync(~0u, threadIdx.x / 128, 0);
     constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;
     constexpr int kSetSteps = kPairs / 4;
-    constexpr int kChains = kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
+    constexpr int kChains = kRowGroups * kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
     static_assert(!kFew || kSetSteps % 2 == 0, "two steps share a load");
     static_assert(!kFew || kWeightSlots == kXSlots, "one place tells of both rings");
-    float parts[kChains][kTokens / 8][4] = {};
+    float parts[kRowGroups][kChains][kTokens / 8][4] = {};
+    scales::RowOffsets offsets[kRowGroups];
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-    WeightRing::Place at(use + channel_group);
+    for (int rows = 0; rows < kRowGroups; ++rows) {
+        const int row = first_row + rows * tile::kUnitRows + warp * tile::kRows + threadIdx.x % 32 / 4;
+        offsets[rows] = scales::row_offsets(row_scales, row, oc);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[rows][i] = 0.0f;
+    }
+    WeightRing::Place at(use + turn);
     const u32 mask = decode::kept_mask(count);
-    const u32 own = ptx::kept(row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16);
-    const u32 own_scales =
-        ptx::kept(kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes);
-    const int row = ptx::kept(lane / 4);
-    // Where this lane finds row (token) lane % 8 of the 16-byte columns lane / 8 and 4 + lane / 8, under the swizzle.
-    const u32 chunks[2] = {
-        ptx::kept(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16),
-        ptx::kept(lane % 8 * 128 + ((lane / 8 + 4) ^ lane % 8) * 16)};
-    const auto flush = [&](float low, float high) {
+    const u32 own = kept(warp * tile::kBytes + lane * 16);
+    const u32 own_scales = kept(kRowGroups * tile::kUnitBytes + warp * scales::kBlockBytes);
+    const int row = kept(lane / 4);
+    // Where this lane finds row (token) lane % 8 of the 16-byte column lane / 8, under the swizzle; column 4 + lane / 8 is
+    // 64 bytes before or after.
+    const u32 chunk = kept(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16);
+    const auto flush = [&](int rows, float low, float high) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-            float part = parts[0][i / 4][i % 4];
-            if constexpr (kChains == 2) part += parts[1][i / 4][i % 4];
-            sums[i] += (i % 4 < 2 ? low : high) * part;
+            float part = parts[rows][0][i / 4][i % 4];
+            if constexpr (kChains == 2) part += parts[rows][1][i / 4][i % 4];
+            sums[rows][i] += (i % 4 < 2 ? low : high) * part;
 #pragma unroll
-            for (int chain = 0; chain < kChains; ++chain) parts[chain][i / 4][i % 4] = 0.0f;
+            for (int chain = 0; chain < kChains; ++chain) parts[rows][chain][i / 4][i % 4] = 0.0f;
         }
     };
-    for (int block = channel_group; block < count; block += kChannelGroups) {
+    for (int block = turn; block < count; block += kTurns) {
         weights.wait_filled(at);
         const char* stage = slots + (weights.address(at) - xs.base);
-        const char* block_scales = stage + own_scales;
-        u32 words[tile::kLaneWords], fragments[kTokens / 8][4];
-        tile::load_lane(words, stage + own, lane);
+        u32 words[kRowGroups][tile::kLaneWords], fragments[(kSetSteps + 1) / 2][kTokens / 8][4];
         const XRing::Place x_at(at.slot, at.parity);
-        const u32 x = xs.address(x_at);
+        const u32 x = xs.address(x_at) + chunk;
 #pragma unroll
-        for (int set = 0; set < kSets; ++set) {
+        for (int index = 0; index < kSets * kRowGroups; ++index) {
+            const int set = kShares ? index / kRowGroups : index % kSets;
+            const int rows = kShares ? index % kRowGroups : index / kSets;
+            const char* block_scales = stage + own_scales + rows * kScaleBytes;
+            if (set == 0) tile::load_lane(words[rows], stage + own + rows * tile::kUnitBytes, lane);
             if constexpr (kGroups >= 2) __syncwarp();  // else ptxas fetches a block's scales at once, and spills
             u32 a[kPairs];
-            decode::extract(a, words + set * decode::kWords, mask);
-            scales::finish<kBf16>(a, set * kSetSteps, block_scales, row, offsets);
-            if (set == 0) xs.wait_filled(x_at);
+            decode::extract(a, words[rows] + set * decode::kWords, mask);
+            scales::finish<kBf16>(a, set * kSetSteps, block_scales, row, offsets[rows]);
+            if (index == 0) xs.wait_filled(x_at);
 #pragma unroll
             for (int i = 0; i < kSetSteps; ++i) {
                 const int step = set * kSetSteps + i;
 #pragma unroll
                 for (int tokens = 0; tokens < kTokens / 8; ++tokens) {
-                    u32(&b)[4] = fragments[tokens];
-                    if (i % 2 == 0) {
-                        ptx::load_matrices(b, x + step / 4 * kXPiece + tokens * 1024 + chunks[step / 2 % 2]);
+                    u32(&b)[4] = fragments[i / 2][tokens];
+                    if (i % 2 == 0 && (rows == 0 || !kShares)) {
+                        ptx::load_matrices(
+                            b, (step / 2 % 2 == 0 ? x : x ^ 64) + step / 4 * kXPiece + tokens * 1024);
                     }
                     ptx::multiply_add<kBf16>(
-                        parts[step % kChains][tokens], a + 4 * i, b[i % 2 * 2], b[i % 2 * 2 + 1]);
+                        parts[rows][step % kChains][tokens], a + 4 * i, b[i % 2 * 2], b[i % 2 * 2 + 1]);
                 }
                 if constexpr (kGroups > 0) {
                     if (step % scales::kSteps == scales::kSteps - 1) {
                         const int group = step / scales::kSteps;
                         flush(
-                            scales::in_block(block_scales, group, row),
+                            rows, scales::in_block(block_scales, group, row),
                             scales::in_block(block_scales, group, row + 8));
                     }
                 }
@@ -104,9 +115,12 @@ __device__ __forceinline__ void multiply_few(
         }
         ptx::barrier_arrive(weights.emptied(at));
         release_x(xs, x_at);
-        at.advance(kChannelGroups);
+        at.advance(kTurns);
     }
-    if constexpr (kGroups == 0) flush(1.0f, 1.0f);
+    if constexpr (kGroups == 0) {
+#pragma unroll
+        for (int rows = 0; rows < kRowGroups; ++rows) flush(rows, 1.0f, 1.0f);
+    }
 }
 
 // Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums
@@ -129,7 +143,6 @@ __device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32
 __device__ __forceinline__ void multiply_bytes(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    static_assert(!kFp8 || kChannelGroups == 1, "the blocks of an item are taken in turn");
     u32 a[2][4 * kByteSteps];
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use), x_read = x_at;
@@ -251,7 +264,6 @@ __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    const int channel_group = kChannelGroups == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / kFinishers, 0);
     constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;  // decode groups of a block
     constexpr int kSetSteps = kPairs / 4;             // k16 steps of a decode group
@@ -268,10 +280,9 @@ __device__ __forceinline__ void multiply_blocks(
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     }
-    WeightRing::Place weights_at(use + channel_group);
-    XRing::Place x_at((use + channel_group) * kSlotsOfBlock), x_before = x_at;
-    int block = channel_group;
-    for (; block < count; block += kChannelGroups) {
+    WeightRing::Place weights_at(use);
+    XRing::Place x_at(use * kSlotsOfBlock), x_before = x_at;
+    for (int block = 0; block < count; ++block) {
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
         const char* block_scales =
@@ -291,7 +302,7 @@ __device__ __forceinline__ void multiply_blocks(
             if constexpr (kGroups == 0) {
                 // And with them the slot that their group was the last to read is free.
                 const int done = (set + kSets - kAhead) % kSets;
-                if (done % kSlotSets == kSlotSets - 1 && (set >= kAhead || block > channel_group)) {
+                if (done % kSlotSets == kSlotSets - 1 && (set >= kAhead || block > 0)) {
                     XRing::Place free = set >= kAhead ? x_at : x_before;
                     free.advance(done / kSlotSets);
                     release_x(xs, free);
@@ -306,7 +317,7 @@ __device__ __forceinline__ void multiply_blocks(
                 const int step = set * kSetSteps + i, half = step / 4 % kSlotPieces;
                 const u64 b = x + wgmma::offset(half * kXPiece + step % 4 * 32);
                 if constexpr (kGroups == 0) {
-                    Multiply::run(sums, a + 4 * i, b, step > 0 || block > channel_group);
+                    Multiply::run(sums, a + 4 * i, b, step > 0 || block > 0);
                 } else {
                     Multiply::run(part, a + 4 * i, b, step % scales::kSteps != 0);
                     if (step % scales::kSteps == scales::kSteps - 1) {
@@ -327,12 +338,12 @@ __device__ __forceinline__ void multiply_blocks(
 #pragma unroll
             for (int i = 0; i < kSlotsOfBlock; ++i, free.advance()) release_x(xs, free);
         }
-        weights_at.advance(kChannelGroups);
+        weights_at.advance();
         x_before = x_at;
-        x_at.advance(kChannelGroups * kSlotsOfBlock);
+        x_at.advance(kSlotsOfBlock);
     }
     wgmma::wait<0>();
-    if (kGroups == 0 && block > channel_group) {
+    if constexpr (kGroups == 0) {
 #pragma unroll
         for (int i = 0; i < kSlotsOfBlock; ++i, x_before.advance()) {
             if ((i + 1) * kSlotSets > kSets - kAhead) release_x(xs, x_before);

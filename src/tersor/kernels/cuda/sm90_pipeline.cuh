@@ -25,8 +25,10 @@ constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = scales::kGroups;
 constexpr bool kFew = !kFp8 && kTokens <= FEW_TOKENS;
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
-constexpr int kFinishers = 128 * kRowGroups;  // threads of channel group 0, which write the result
+constexpr int kFinishers = 128 * kRowGroups;  // threads that add and write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;
+constexpr int kTurns = kFew ? kRowGroups * kChannelGroups : 1;  // warpgroups that take the blocks of an item in turn
+constexpr int kReaders = kConsumers / kTurns;                   // threads that read a slot
 constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kRowGroups;
 constexpr int kSums = kTokens / 2;  // float32 sums of a thread
@@ -40,20 +42,19 @@ constexpr int kSlotPieces = kTokens < 128 ? kPieces : 1;     // a slot has a who
 constexpr int kSlotsOfBlock = kPieces / kSlotPieces;
 constexpr int kSlotBoxes = kCluster > kSlotPieces ? kCluster / kSlotPieces : 1;  // of each piece
 constexpr int kXSlotBytes = kSlotPieces * kXPiece;
-constexpr int kExchangeBytes = kFinishers * (kChannelGroups - 1) * kSums * 4;  // between channel groups
 
 constexpr bool kMany = kTokens >= 128;               // results are turned in shared memory
 constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
-// Shared memory: activations, which need 1024 bytes alignment, weights, then sums of channel groups, or results. Parts
-// of sums that a cluster gathers come to where the rings were.
+// Shared memory: activations, which need 1024 bytes alignment, weights, then sums that warpgroups exchange, or results.
+// Parts of sums that a cluster gathers come to where the rings were.
 constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
 constexpr int kPartBytes = kFinishers * kSums * 4;
 
 // The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
-constexpr int kCopyRegisters = 40;
+constexpr int kCopyRegisters = RESIDENT == 1 ? 48 : 40;
 constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
 constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
@@ -61,9 +62,9 @@ constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
 enum Barrier { kAllBarrier, kPartsReady, kPartsRead, kFinishersBarrier, kGroupBarriers };  // the last: one a row group
 
 static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma has");
-static_assert(kWeightSlots % kChannelGroups == 0 && kXSlots % (kChannelGroups * kSlotsOfBlock) == 0,
-              "a slot always serves the same channel group: one that is ahead must not take an old round for its own");
-static_assert(!kMany || kChannelGroups == 1, "results and sums of channel groups share no room");
+static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) == 0,
+              "a slot serves one warpgroup in an item: one that is ahead must not take an old round for its own");
+static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");
 
 // A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the
 // parity of a slot's barriers turns over with every round.

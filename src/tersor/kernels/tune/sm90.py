@@ -51,6 +51,11 @@ class Tile:
         return 64 * self.row_groups
 
     @property
+    def turns(self) -> int:
+        """Warpgroups that take the blocks of an item in turn, with few tokens."""
+        return self.row_groups * self.channel_groups if self.tokens <= FEW_TOKENS and not self.fp8 else 1
+
+    @property
     def threads(self) -> int:
         """Threads of a CTA."""
         return 128 * (self.row_groups * self.channel_groups + 1)
@@ -76,10 +81,10 @@ class Tile:
 
     @property
     def exchange_bytes(self) -> int:
-        """The bytes in which channel groups hand their sums over, or many tokens' results are turned."""
+        """The bytes in which warpgroups hand their sums over, or many tokens' results are turned."""
         if self.tokens >= 128:
             return 8192 * self.row_groups
-        return 128 * self.row_groups * (self.channel_groups - 1) * self.tokens * 2
+        return 128 * self.row_groups * (self.turns - 1) * self.tokens * 2
 
     @property
     def gathered(self) -> int:
@@ -90,16 +95,15 @@ class Tile:
     def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
         """Return (slots of weights, slots of activations): equally deep, then what is left for activations.
 
-        Both are multiples of what the channel groups take at a time.
+        Both are multiples of what the warpgroups take at a time.
         """
         budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - _STATIC_SHARED
         budget -= self.exchange_bytes
         weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
-        groups, x_groups = self.channel_groups, self.channel_groups * self.x_slots_of_block
-        depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // groups * groups
+        depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // self.turns * self.turns
         if self.tokens <= FEW_TOKENS and not self.fp8:
             return depth, depth  # multiply_few counts both rings as one
-        return depth, min(_MAX_SLOTS, (budget - depth * weight) // x) // x_groups * x_groups
+        return depth, min(_MAX_SLOTS, (budget - depth * weight) // x) // self.x_slots_of_block * self.x_slots_of_block
 
     def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
@@ -153,8 +157,8 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int, fp8: bool = False) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, with 16-bit or 8-bit activations."""
-    fitting = (tile for tile in _COSTS if scale_groups == 0 or tile not in _ONE_SET_OF_SUMS)
-    return tuple(tile for tile in fitting if tile.fp8 == fp8)
+    unfit = (_ONE_SET_OF_SUMS if scale_groups else frozenset()) | (_FEW_GROUPS if scale_groups > 1 else frozenset())
+    return tuple(tile for tile in _COSTS if tile.fp8 == fp8 and tile not in unfit)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -302,3 +306,6 @@ _COSTS = {
 
 _ONE_SET_OF_SUMS = frozenset({Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1), Tile(256, 2, 1, 1, 1, True)})
 """Tiles whose registers do not hold a second set of sums, which scales in groups need."""
+
+_FEW_GROUPS = frozenset({Tile(16, 2, 1, 1, 2)})
+"""Tiles whose registers do not hold what several scales of a row in a block need."""
