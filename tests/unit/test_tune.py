@@ -75,7 +75,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 3564, 3, 132),
     ),
     (8192, 28672): (
-        (8, 3, 1, 1, 1, 0, 3, 129),
+        (8, 1, 2, 1, 2, 0, 2, 256),
         (16, 3, 1, 1, 1, 0, 3, 129),
         (64, 3, 1, 1, 1, 0, 3, 129),
         (128, 2, 1, 1, 1, 0, 2, 128),
@@ -93,7 +93,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (4096, 4096): (
-        (8, 1, 2, 1, 2, 0, 2, 128),
+        (8, 1, 2, 1, 2, 0, 3, 192),
         (16, 1, 2, 1, 2, 0, 3, 192),
         (64, 1, 1, 1, 2, 0, 3, 192),
         (128, 1, 1, 1, 2, 0, 3, 192),
@@ -111,7 +111,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 1782, 4, 132),
     ),
     (4096, 14336): (
-        (8, 1, 2, 1, 2, 0, 4, 256),
+        (8, 1, 2, 1, 2, 0, 3, 192),
         (16, 1, 2, 1, 2, 0, 3, 192),
         (64, 2, 1, 1, 1, 0, 4, 128),
         (128, 2, 1, 1, 1, 0, 4, 128),
@@ -197,10 +197,9 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert (tile.gathered - 1) * part <= used - tile.exchange_bytes
             assert weight_slots == x_slots or tile.tokens > 16
             assert tile.resident * (used + 1024 + 1024) <= chip.shared_bytes + 1024, (tile, bits)
-            assert weight_slots % tile.channel_groups == 0
-            assert x_slots % (tile.channel_groups * tile.x_slots_of_block) == 0
-            assert 2 * tile.channel_groups <= weight_slots <= 16
-            assert 2 * tile.channel_groups * tile.x_slots_of_block <= x_slots <= 16
+            assert weight_slots % tile.turns == x_slots % (tile.turns * tile.x_slots_of_block) == 0
+            assert 2 * tile.turns <= weight_slots <= 16
+            assert 2 * tile.turns * tile.x_slots_of_block <= x_slots <= 16
             # barriers: two of 8 bytes a slot, beside a flag
             assert 16 * (weight_slots + x_slots) < 1024
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0

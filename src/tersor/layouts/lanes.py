@@ -62,8 +62,8 @@ class Lane:
         words, registers: in and out.
         mask: where a code's bits stand in a register (the same 16 or 8 bits in each place).
         shift: 0, or the left shift that yields the second register of each row of `terms`.
-        raised: 0, or how many places above `mask` the kernels leave the bits of every second register, which they divide
-            by 2^raised later; `outputs` is what they stand for.
+        raised: 0, or how many places above `mask` the kernels leave the bits of every second register, to divide the
+            floats by 2^raised; `outputs` is without that.
         terms: three times (word, rotation) a row; a word is -1 where there is no such term, `words` means the XOR of
             all.
         finish: how bits become numbers.

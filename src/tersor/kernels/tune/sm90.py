@@ -18,10 +18,8 @@ _CLUSTER_ROOM = 0.75
 """Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
 _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
-_GATHER = 0.83
-"""Microseconds for each part of a sum that a cluster gathers."""
 _GATHER_KILOBYTE = 0.028
-"""And for each 1024 bytes of them."""
+"""Microseconds for each 1024 bytes of the parts of a sum that a cluster gathers."""
 _MAX_GATHERED = 3
 _GATHER_BYTES = 128 << 10
 """What the rings of a multiprocessor hold at the least, in bytes."""
@@ -29,8 +27,6 @@ _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 0.9
 """Of the datasheet's bandwidth."""
-_PART = 0.3
-"""Microseconds for each part of a split sum that the last CTA reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,16 +230,16 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
             waves += count
     total += (waves - 1) * cost.item
     if config.gathered:
-        total += (config.splits - 1) * (_GATHER + _GATHER_KILOBYTE * tile.rows * tile.tokens * 4 / 1024)
+        total += (config.splits - 1) * (cost.gather + _GATHER_KILOBYTE * tile.rows * tile.tokens * 4 / 1024)
     elif config.splits > 1:
         exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6
-        total += cost.exchange + _PART * config.splits + cost.exchange_megabyte * exchanged
+        total += cost.exchange + cost.part * config.splits + cost.exchange_megabyte * exchanged
     return total * 1e-6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Cost:
-    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to 2,800 launches (docs/log.md).
+    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to some 4,700 launches (docs/log.md).
 
     Attributes:
         start: of a launch; with 8-bit activations their quantising, too.
@@ -251,57 +247,47 @@ class _Cost:
         lonely: more of each block of a CTA that has a multiprocessor to itself and was meant to share it.
         item: of each wave of CTAs after the first.
         exchange, exchange_megabyte: of split sums, and for each 10^6 bytes written and read.
+        part: of each part that the last CTA reads.
+        gather: of each part that a cluster gathers, beside its bytes.
     """
 
     start: float
     block: float
-    lonely: float = 0.0
+    lonely: float
     item: float
     exchange: float
     exchange_megabyte: float
+    part: float
+    gather: float
 
 
 _COSTS = {
-    Tile(8, 1, 2, 1, 2): _Cost(start=1.08, block=0.16, item=0, exchange=1, exchange_megabyte=0.0055, lonely=0.11),
-    Tile(8, 2, 1, 1, 2): _Cost(
-        start=0.742, block=0.292, item=0.347, exchange=0.5, exchange_megabyte=0.598, lonely=0.17
-    ),
-    Tile(8, 3, 1, 1, 1): _Cost(start=1.07, block=0.425, item=0, exchange=1, exchange_megabyte=0.391),
-    Tile(16, 1, 2, 1, 2): _Cost(
-        start=0.997, block=0.165, item=0.44, exchange=1.19, exchange_megabyte=0.156, lonely=0.14
-    ),
-    Tile(16, 2, 1, 1, 2): _Cost(start=1.12, block=0.304, item=2.98, exchange=1.3, exchange_megabyte=0.13, lonely=0.19),
-    Tile(16, 3, 1, 1, 1): _Cost(start=1.3, block=0.465, item=0, exchange=0.6, exchange_megabyte=0.608),
-    Tile(32, 1, 1, 1, 2): _Cost(start=1.57, block=0.174, item=0.614, exchange=2.05, exchange_megabyte=0, lonely=0.133),
-    Tile(32, 2, 1, 1, 1): _Cost(start=1.76, block=0.346, item=2.24, exchange=2.22, exchange_megabyte=0),
-    Tile(32, 2, 1, 1, 2): _Cost(start=1.68, block=0.326, item=5.2, exchange=3.01, exchange_megabyte=0, lonely=0.116),
-    Tile(32, 3, 1, 1, 1): _Cost(start=1.46, block=0.483, item=0.806, exchange=2.38, exchange_megabyte=0),
-    Tile(64, 1, 1, 1, 2): _Cost(start=1.83, block=0.22, item=2.83, exchange=2.69, exchange_megabyte=0, lonely=0.195),
-    Tile(64, 2, 1, 1, 1): _Cost(start=2.19, block=0.42, item=6.95, exchange=3.33, exchange_megabyte=0),
-    Tile(64, 3, 1, 1, 1): _Cost(start=1.4, block=0.641, item=6.54, exchange=1.86, exchange_megabyte=0.289),
-    Tile(128, 1, 1, 1, 2): _Cost(
-        start=2.62, block=0.333, item=1.74, exchange=2.1, exchange_megabyte=0.213, lonely=0.262
-    ),
-    Tile(128, 2, 1, 1, 1): _Cost(start=0.5, block=0.76, item=2.47, exchange=2.03, exchange_megabyte=0.328),
-    Tile(128, 3, 1, 1, 1): _Cost(start=0.5, block=1.13, item=2.36, exchange=1.2, exchange_megabyte=0.311),
-    Tile(256, 2, 1, 2, 1): _Cost(start=0.689, block=1.47, item=2.74, exchange=2, exchange_megabyte=0.414),
-    Tile(16, 1, 1, 1, 2, True): _Cost(
-        start=2.6, block=0.0957, item=1.14, exchange=0.745, exchange_megabyte=0.458, lonely=0.146
-    ),
-    Tile(16, 2, 1, 1, 1, True): _Cost(start=2.67, block=0.265, item=0.161, exchange=0, exchange_megabyte=0.926),
-    Tile(32, 1, 1, 1, 2, True): _Cost(
-        start=3.36, block=0.149, item=1.29, exchange=1.27, exchange_megabyte=0.281, lonely=0.101
-    ),
-    Tile(32, 2, 1, 1, 1, True): _Cost(start=3.12, block=0.271, item=0, exchange=0.687, exchange_megabyte=0.679),
-    Tile(64, 1, 1, 1, 2, True): _Cost(
-        start=4.79, block=0.149, item=0, exchange=1.77, exchange_megabyte=0.218, lonely=0.136
-    ),
-    Tile(64, 2, 1, 1, 1, True): _Cost(start=4.32, block=0.312, item=2.03, exchange=1.64, exchange_megabyte=0.327),
-    Tile(128, 1, 1, 1, 2, True): _Cost(
-        start=4.62, block=0.229, item=0.239, exchange=1.97, exchange_megabyte=0.417, lonely=0.141
-    ),
-    Tile(128, 2, 1, 1, 1, True): _Cost(start=4.64, block=0.456, item=2.65, exchange=2.05, exchange_megabyte=0.354),
-    Tile(256, 2, 1, 1, 1, True): _Cost(start=5.3, block=0.818, item=5.64, exchange=15.8, exchange_megabyte=0.0982),
+    Tile(8, 1, 2, 1, 2): _Cost(0.3, 0.17, 0.136, 0.149, 1.59, 1.2, 0.073, 0.35),
+    Tile(8, 2, 1, 1, 2): _Cost(1.31, 0.258, 0.188, 3, 0.2, 1.2, 0.151, 0.367),
+    Tile(8, 3, 1, 1, 1): _Cost(1.89, 0.425, 0, 0.849, 0.2, 0.26, 0.144, 0.151),
+    Tile(16, 1, 2, 1, 2): _Cost(0.3, 0.192, 0.14, 0.068, 1.48, 0.944, 0.151, 0.176),
+    Tile(16, 2, 1, 1, 2): _Cost(1.63, 0.29, 0.204, 2.55, 0.835, 0.515, 0.232, 0.795),
+    Tile(16, 3, 1, 1, 1): _Cost(1.86, 0.465, 0, 1.05, 0.578, 0.29, 0.189, 0.12),
+    Tile(32, 1, 1, 1, 2): _Cost(1.73, 0.209, 0.147, 1.43, 1.65, 0.399, 0.213, 0.3),
+    Tile(32, 2, 1, 1, 1): _Cost(1.24, 0.458, 0, 3.29, 1.22, 0.0143, 0.413, 0.491),
+    Tile(32, 2, 1, 1, 2): _Cost(0.988, 0.391, 0.216, 6.88, 2.01, 0, 0.5, 1),
+    Tile(32, 3, 1, 1, 1): _Cost(1.02, 0.654, 0, 1.82, 1.38, 0.382, 0.284, 0.3),
+    Tile(64, 1, 1, 1, 2): _Cost(1.83, 0.22, 0.195, 2.83, 2.69, 0, 0.3, 0.83),
+    Tile(64, 2, 1, 1, 1): _Cost(2.19, 0.42, 0, 6.95, 3.33, 0, 0.3, 0.83),
+    Tile(64, 3, 1, 1, 1): _Cost(1.4, 0.641, 0, 6.54, 1.86, 0.289, 0.3, 0.83),
+    Tile(128, 1, 1, 1, 2): _Cost(2.62, 0.333, 0.262, 1.74, 2.1, 0.213, 0.3, 0.83),
+    Tile(128, 2, 1, 1, 1): _Cost(0.5, 0.76, 0, 2.47, 2.03, 0.328, 0.3, 0.83),
+    Tile(128, 3, 1, 1, 1): _Cost(0.5, 1.13, 0, 2.36, 1.2, 0.311, 0.3, 0.83),
+    Tile(256, 2, 1, 2, 1): _Cost(0.689, 1.47, 0, 2.74, 2, 0.414, 0.3, 0.83),
+    Tile(16, 1, 1, 1, 2, True): _Cost(2.6, 0.0957, 0.146, 1.14, 0.745, 0.458, 0.3, 0.83),
+    Tile(16, 2, 1, 1, 1, True): _Cost(2.67, 0.265, 0, 0.161, 0, 0.926, 0.3, 0.83),
+    Tile(32, 1, 1, 1, 2, True): _Cost(3.36, 0.149, 0.101, 1.29, 1.27, 0.281, 0.3, 0.83),
+    Tile(32, 2, 1, 1, 1, True): _Cost(3.12, 0.271, 0, 0, 0.687, 0.679, 0.3, 0.83),
+    Tile(64, 1, 1, 1, 2, True): _Cost(4.79, 0.149, 0.136, 0, 1.77, 0.218, 0.3, 0.83),
+    Tile(64, 2, 1, 1, 1, True): _Cost(4.32, 0.312, 0, 2.03, 1.64, 0.327, 0.3, 0.83),
+    Tile(128, 1, 1, 1, 2, True): _Cost(4.62, 0.229, 0.141, 0.239, 1.97, 0.417, 0.3, 0.83),
+    Tile(128, 2, 1, 1, 1, True): _Cost(4.64, 0.456, 0, 2.65, 2.05, 0.354, 0.3, 0.83),
+    Tile(256, 2, 1, 1, 1, True): _Cost(5.3, 0.818, 0, 5.64, 15.8, 0.0982, 0.3, 0.83),
 }
 
 _ONE_SET_OF_SUMS = frozenset({Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1), Tile(256, 2, 1, 1, 1, True)})
