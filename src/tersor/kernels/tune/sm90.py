@@ -20,6 +20,8 @@ _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
 _GATHER_KILOBYTE = 0.028
 """Microseconds for each 1024 bytes of the parts of a sum that a cluster gathers."""
+_CROWD = 0.75
+"""Microseconds more, with few tokens, where larger clusters than of two share multiprocessors."""
 _MAX_GATHERED = 3
 _GATHER_BYTES = 128 << 10
 """What the rings of a multiprocessor hold at the least, in bytes."""
@@ -214,8 +216,9 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     blocks = -(-problem.ic // COLUMNS)
     multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
     shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
+    tokens = min(tile.tokens, problem.n)
     block_bytes = (
-        tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tile.tokens * COLUMNS * problem.activation_bits / 32
+        tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tokens * COLUMNS * problem.activation_bits / 32
     )
     total, waves = cost.start, 0
     for items, length in ((config.whole_tiles, blocks), (shares, -(-blocks // config.splits))):
@@ -231,6 +234,8 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     total += (waves - 1) * cost.item
     if config.gathered:
         total += (config.splits - 1) * (cost.gather + _GATHER_KILOBYTE * tile.rows * tile.tokens * 4 / 1024)
+        if config.splits > 2 and tile.turns > 1 and config.ctas > chip.sms:
+            total += _CROWD
     elif config.splits > 1:
         exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6
         total += cost.exchange + cost.part * config.splits + cost.exchange_megabyte * exchanged
