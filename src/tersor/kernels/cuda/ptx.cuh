@@ -174,6 +174,14 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// True in one lane of a whole warp, which ptxas then knows to be one: the operands of copies live in uniform registers,
+// and for what may be several threads it loops over them.
+__device__ __forceinline__ bool elect() {
+    u32 one;
+    asm volatile("{ .reg .pred one; elect.sync _|one, -1; selp.u32 %0, 1, 0, one; }" : "=r"(one));
+    return one != 0;
+}
+
 // A contiguous copy by the copy engine, of weights that are read once; bytes is a multiple of 16.
 __device__ __forceinline__ void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrier, u64 policy) {
     asm volatile(

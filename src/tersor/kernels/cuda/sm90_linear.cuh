@@ -76,9 +76,12 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
 
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
-        if (threadIdx.x == kConsumers) copy_weights<true>(weights, work, rank, weight);
-        if (threadIdx.x == kConsumers + 32) copy_activations(xs, work, rank, x_map, x_rows);
-        if (kGroups > 0 && threadIdx.x == kConsumers + 64) copy_weights<false>(weights, work, rank, scale);
+        const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
+        if (ptx::elect()) {
+            if (warp == 0) copy_weights<true>(weights, work, rank, weight);
+            if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows);
+            if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, rank, scale);
+        }
     } else {
         ptx::take_registers<kComputeRegisters>();
         u32 use = 0;

@@ -158,20 +158,21 @@ __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work&
     constexpr int kOffset = kCodes ? 0 : kRowGroups * tile::kUnitBytes;
     const u64 policy = ptx::evict_first_policy();
     const int row_units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
-    const long long blocks = work.blocks();
+    const long long stride = static_cast<long long>(work.blocks()) * kBytes;  // from one row unit to the next
     WeightRing::Place at(0);
     for_items(work, rank, [&](const Item& item) {
         const int row_unit = item.first_row / tile::kUnitRows;
         const int units = max(0, min(kRowGroups, row_units - row_unit));
+        const char* from = source + row_unit * stride + static_cast<long long>(item.first_block) * kBytes;
 #pragma unroll 1
-        for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
+        for (int block = item.first_block; block < item.last_block; ++block, from += kBytes, at.advance()) {
             ring.wait_emptied(at);
             if constexpr (kCodes) ptx::barrier_expect(ring.filled(at), units * (tile::kUnitBytes + kScaleBytes));
-#pragma unroll 1
-            for (int i = 0; i < units; ++i) {
-                const long long unit = (row_unit + i) * blocks + block;
+#pragma unroll
+            for (int i = 0; i < kRowGroups; ++i) {
+                if (i >= units) continue;
                 ptx::bulk_copy_once(
-                    ring.address(at) + kOffset + i * kBytes, source + unit * kBytes, kBytes, ring.filled(at), policy);
+                    ring.address(at) + kOffset + i * kBytes, from + i * stride, kBytes, ring.filled(at), policy);
             }
         }
     });
