@@ -66,7 +66,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (57344, 8192): (
-        (8, 2, 1, 1, 2, 0, 1, 264),
+        (8, 3, 1, 1, 1, 264, 3, 132),
         (16, 3, 1, 1, 1, 264, 3, 132),
         (64, 3, 1, 1, 1, 264, 3, 132),
         (128, 3, 1, 1, 1, 264, 3, 132),
@@ -76,7 +76,7 @@ ON_AN_H200 = {
     ),
     (8192, 28672): (
         (8, 1, 2, 1, 2, 0, 2, 256),
-        (16, 3, 1, 1, 1, 0, 3, 129),
+        (16, 2, 1, 1, 2, 0, 2, 128),
         (64, 3, 1, 1, 1, 0, 3, 129),
         (128, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 1, 128),
@@ -93,7 +93,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (4096, 4096): (
-        (8, 1, 2, 1, 2, 0, 2, 128),
+        (8, 1, 2, 1, 2, 0, 3, 192),
         (16, 1, 2, 1, 2, 0, 3, 192),
         (64, 1, 1, 1, 2, 0, 3, 192),
         (128, 1, 1, 1, 2, 0, 3, 192),
@@ -102,7 +102,7 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (28672, 4096): (
-        (8, 2, 1, 1, 2, 0, 1, 224),
+        (8, 1, 2, 1, 2, 0, 1, 264),
         (16, 2, 1, 1, 2, 0, 1, 224),
         (64, 2, 1, 1, 1, 0, 1, 132),
         (128, 2, 1, 1, 1, 0, 1, 132),
@@ -111,8 +111,8 @@ ON_AN_H200 = {
         (256, 2, 1, 2, 1, 1782, 4, 132),
     ),
     (4096, 14336): (
-        (8, 1, 2, 1, 2, 0, 4, 256),
-        (16, 3, 1, 1, 1, 0, 5, 110),
+        (8, 1, 2, 1, 2, 0, 3, 192),
+        (16, 1, 2, 1, 2, 0, 4, 256),
         (64, 2, 1, 1, 1, 0, 4, 128),
         (128, 2, 1, 1, 1, 0, 4, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
@@ -198,8 +198,9 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert weight_slots == x_slots or tile.tokens > 16
             assert tile.resident * (used + 1024 + 1024) <= chip.shared_bytes + 1024, (tile, bits)
             assert weight_slots % tile.turns == x_slots % (tile.turns * tile.x_slots_of_block) == 0
-            assert 2 * tile.turns <= weight_slots <= 16
-            assert 2 * tile.turns * tile.x_slots_of_block <= x_slots <= 16
+            least = tile.turns * (1 if groups == 8 and tile.turns > 2 else 2)
+            assert least <= weight_slots <= 16
+            assert least * tile.x_slots_of_block <= x_slots <= 16
             # barriers: two of 8 bytes a slot, beside a flag
             assert 16 * (weight_slots + x_slots) < 1024
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0

@@ -20,8 +20,6 @@ _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
 _GATHER_KILOBYTE = 0.028
 """Microseconds for each 1024 bytes of the parts of a sum that a cluster gathers."""
-_CROWD = 0.75
-"""Microseconds more, with few tokens, where larger clusters than of two share multiprocessors."""
 _MAX_GATHERED = 3
 _GATHER_BYTES = 128 << 10
 """What the rings of a multiprocessor hold at the least, in bytes."""
@@ -234,8 +232,6 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     total += (waves - 1) * cost.item
     if config.gathered:
         total += (config.splits - 1) * (cost.gather + _GATHER_KILOBYTE * tile.rows * tile.tokens * 4 / 1024)
-        if config.splits > 2 and tile.turns > 1 and config.ctas > chip.sms:
-            total += _CROWD
     elif config.splits > 1:
         exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6
         total += cost.exchange + cost.part * config.splits + cost.exchange_megabyte * exchanged
@@ -244,7 +240,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to some 4,700 launches (docs/log.md).
+    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to some 5,000 launches (docs/log.md).
 
     Attributes:
         start: of a launch; with 8-bit activations their quantising, too.
@@ -267,12 +263,12 @@ class _Cost:
 
 
 _COSTS = {
-    Tile(8, 1, 2, 1, 2): _Cost(0.3, 0.17, 0.136, 0.149, 1.59, 1.2, 0.073, 0.35),
-    Tile(8, 2, 1, 1, 2): _Cost(1.31, 0.258, 0.188, 3, 0.2, 1.2, 0.151, 0.367),
-    Tile(8, 3, 1, 1, 1): _Cost(1.89, 0.425, 0, 0.849, 0.2, 0.26, 0.144, 0.151),
-    Tile(16, 1, 2, 1, 2): _Cost(0.3, 0.192, 0.14, 0.068, 1.48, 0.944, 0.151, 0.176),
-    Tile(16, 2, 1, 1, 2): _Cost(1.63, 0.29, 0.204, 2.55, 0.835, 0.515, 0.232, 0.795),
-    Tile(16, 3, 1, 1, 1): _Cost(1.86, 0.465, 0, 1.05, 0.578, 0.29, 0.189, 0.12),
+    Tile(8, 1, 2, 1, 2): _Cost(0.479, 0.137, 0.158, 0.536, 0.213, 1.3, 0.429, 0.137),
+    Tile(8, 2, 1, 1, 2): _Cost(2.5, 0.209, 0.141, 2.76, 0.956, 0.0158, 0.245, 0.106),
+    Tile(8, 3, 1, 1, 1): _Cost(1.2, 0.382, 0, 0.299, 0.2, 1.3, 0.178, 0.219),
+    Tile(16, 1, 2, 1, 2): _Cost(0.3, 0.187, 0.184, 0.468, 2.5, 0.222, 0.02, 0.433),
+    Tile(16, 2, 1, 1, 2): _Cost(2.43, 0.261, 0.134, 3.97, 2.09, 0.0246, 0.312, 0.489),
+    Tile(16, 3, 1, 1, 1): _Cost(2.04, 0.412, 0, 0.42, 0.2, 0.356, 0.5, 0.268),
     Tile(32, 1, 1, 1, 2): _Cost(1.73, 0.209, 0.147, 1.43, 1.65, 0.399, 0.213, 0.3),
     Tile(32, 2, 1, 1, 1): _Cost(1.24, 0.458, 0, 3.29, 1.22, 0.0143, 0.413, 0.491),
     Tile(32, 2, 1, 1, 2): _Cost(0.988, 0.391, 0.216, 6.88, 2.01, 0, 0.5, 1),
