@@ -154,7 +154,7 @@ def box_rows(config: LinearConfig, n: int) -> int:
 def tiles(scale_groups: int, fp8: bool = False) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, with 16-bit or 8-bit activations."""
     unfit = (_ONE_SET_OF_SUMS if scale_groups else frozenset()) | (_FEW_GROUPS if scale_groups > 1 else frozenset())
-    return tuple(tile for tile in _COSTS if tile.fp8 == fp8 and tile not in unfit)
+    return tuple(tile for tile in COSTS if tile.fp8 == fp8 and tile not in unfit)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -210,7 +210,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     quarter. To that come what a launch, each further wave and the exchange of split sums cost.
     """
     tile = tile_of(config)
-    cost = _COSTS[tile]
+    cost = COSTS[tile]
     blocks = -(-problem.ic // COLUMNS)
     multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
     shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
@@ -239,8 +239,8 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cost:
-    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to some 5,000 launches (docs/log.md).
+class Cost:
+    """Microseconds of one tile shape on an H200 with 6-bit weights, fitted to some 5,000 launches (bench/costs.py).
 
     Attributes:
         start: of a launch; with 8-bit activations their quantising, too.
@@ -262,33 +262,33 @@ class _Cost:
     gather: float
 
 
-_COSTS = {
-    Tile(8, 1, 2, 1, 2): _Cost(0.479, 0.137, 0.158, 0.536, 0.213, 1.3, 0.429, 0.137),
-    Tile(8, 2, 1, 1, 2): _Cost(2.5, 0.209, 0.141, 2.76, 0.956, 0.0158, 0.245, 0.106),
-    Tile(8, 3, 1, 1, 1): _Cost(1.2, 0.382, 0, 0.299, 0.2, 1.3, 0.178, 0.219),
-    Tile(16, 1, 2, 1, 2): _Cost(0.3, 0.187, 0.184, 0.468, 2.5, 0.222, 0.02, 0.433),
-    Tile(16, 2, 1, 1, 2): _Cost(2.43, 0.261, 0.134, 3.97, 2.09, 0.0246, 0.312, 0.489),
-    Tile(16, 3, 1, 1, 1): _Cost(2.04, 0.412, 0, 0.42, 0.2, 0.356, 0.5, 0.268),
-    Tile(32, 1, 1, 1, 2): _Cost(1.73, 0.209, 0.147, 1.43, 1.65, 0.399, 0.213, 0.3),
-    Tile(32, 2, 1, 1, 1): _Cost(1.24, 0.458, 0, 3.29, 1.22, 0.0143, 0.413, 0.491),
-    Tile(32, 2, 1, 1, 2): _Cost(0.988, 0.391, 0.216, 6.88, 2.01, 0, 0.5, 1),
-    Tile(32, 3, 1, 1, 1): _Cost(1.02, 0.654, 0, 1.82, 1.38, 0.382, 0.284, 0.3),
-    Tile(64, 1, 1, 1, 2): _Cost(1.83, 0.22, 0.195, 2.83, 2.69, 0, 0.3, 0.83),
-    Tile(64, 2, 1, 1, 1): _Cost(2.19, 0.42, 0, 6.95, 3.33, 0, 0.3, 0.83),
-    Tile(64, 3, 1, 1, 1): _Cost(1.4, 0.641, 0, 6.54, 1.86, 0.289, 0.3, 0.83),
-    Tile(128, 1, 1, 1, 2): _Cost(2.62, 0.333, 0.262, 1.74, 2.1, 0.213, 0.3, 0.83),
-    Tile(128, 2, 1, 1, 1): _Cost(0.5, 0.76, 0, 2.47, 2.03, 0.328, 0.3, 0.83),
-    Tile(128, 3, 1, 1, 1): _Cost(0.5, 1.13, 0, 2.36, 1.2, 0.311, 0.3, 0.83),
-    Tile(256, 2, 1, 2, 1): _Cost(0.689, 1.47, 0, 2.74, 2, 0.414, 0.3, 0.83),
-    Tile(16, 1, 1, 1, 2, True): _Cost(2.6, 0.0957, 0.146, 1.14, 0.745, 0.458, 0.3, 0.83),
-    Tile(16, 2, 1, 1, 1, True): _Cost(2.67, 0.265, 0, 0.161, 0, 0.926, 0.3, 0.83),
-    Tile(32, 1, 1, 1, 2, True): _Cost(3.36, 0.149, 0.101, 1.29, 1.27, 0.281, 0.3, 0.83),
-    Tile(32, 2, 1, 1, 1, True): _Cost(3.12, 0.271, 0, 0, 0.687, 0.679, 0.3, 0.83),
-    Tile(64, 1, 1, 1, 2, True): _Cost(4.79, 0.149, 0.136, 0, 1.77, 0.218, 0.3, 0.83),
-    Tile(64, 2, 1, 1, 1, True): _Cost(4.32, 0.312, 0, 2.03, 1.64, 0.327, 0.3, 0.83),
-    Tile(128, 1, 1, 1, 2, True): _Cost(4.62, 0.229, 0.141, 0.239, 1.97, 0.417, 0.3, 0.83),
-    Tile(128, 2, 1, 1, 1, True): _Cost(4.64, 0.456, 0, 2.65, 2.05, 0.354, 0.3, 0.83),
-    Tile(256, 2, 1, 1, 1, True): _Cost(5.3, 0.818, 0, 5.64, 15.8, 0.0982, 0.3, 0.83),
+COSTS = {
+    Tile(8, 1, 2, 1, 2): Cost(0.479, 0.137, 0.158, 0.536, 0.213, 1.3, 0.429, 0.137),
+    Tile(8, 2, 1, 1, 2): Cost(2.5, 0.209, 0.141, 2.76, 0.956, 0.0158, 0.245, 0.106),
+    Tile(8, 3, 1, 1, 1): Cost(1.2, 0.382, 0, 0.299, 0.2, 1.3, 0.178, 0.219),
+    Tile(16, 1, 2, 1, 2): Cost(0.3, 0.187, 0.184, 0.468, 2.5, 0.222, 0.02, 0.433),
+    Tile(16, 2, 1, 1, 2): Cost(2.43, 0.261, 0.134, 3.97, 2.09, 0.0246, 0.312, 0.489),
+    Tile(16, 3, 1, 1, 1): Cost(2.04, 0.412, 0, 0.42, 0.2, 0.356, 0.5, 0.268),
+    Tile(32, 1, 1, 1, 2): Cost(1.73, 0.209, 0.147, 1.43, 1.65, 0.399, 0.213, 0.3),
+    Tile(32, 2, 1, 1, 1): Cost(1.24, 0.458, 0, 3.29, 1.22, 0.0143, 0.413, 0.491),
+    Tile(32, 2, 1, 1, 2): Cost(0.988, 0.391, 0.216, 6.88, 2.01, 0, 0.5, 1),
+    Tile(32, 3, 1, 1, 1): Cost(1.02, 0.654, 0, 1.82, 1.38, 0.382, 0.284, 0.3),
+    Tile(64, 1, 1, 1, 2): Cost(1.83, 0.22, 0.195, 2.83, 2.69, 0, 0.3, 0.83),
+    Tile(64, 2, 1, 1, 1): Cost(2.19, 0.42, 0, 6.95, 3.33, 0, 0.3, 0.83),
+    Tile(64, 3, 1, 1, 1): Cost(1.4, 0.641, 0, 6.54, 1.86, 0.289, 0.3, 0.83),
+    Tile(128, 1, 1, 1, 2): Cost(2.62, 0.333, 0.262, 1.74, 2.1, 0.213, 0.3, 0.83),
+    Tile(128, 2, 1, 1, 1): Cost(0.5, 0.76, 0, 2.47, 2.03, 0.328, 0.3, 0.83),
+    Tile(128, 3, 1, 1, 1): Cost(0.5, 1.13, 0, 2.36, 1.2, 0.311, 0.3, 0.83),
+    Tile(256, 2, 1, 2, 1): Cost(0.689, 1.47, 0, 2.74, 2, 0.414, 0.3, 0.83),
+    Tile(16, 1, 1, 1, 2, True): Cost(2.6, 0.0957, 0.146, 1.14, 0.745, 0.458, 0.3, 0.83),
+    Tile(16, 2, 1, 1, 1, True): Cost(2.67, 0.265, 0, 0.161, 0, 0.926, 0.3, 0.83),
+    Tile(32, 1, 1, 1, 2, True): Cost(3.36, 0.149, 0.101, 1.29, 1.27, 0.281, 0.3, 0.83),
+    Tile(32, 2, 1, 1, 1, True): Cost(3.12, 0.271, 0, 0, 0.687, 0.679, 0.3, 0.83),
+    Tile(64, 1, 1, 1, 2, True): Cost(4.79, 0.149, 0.136, 0, 1.77, 0.218, 0.3, 0.83),
+    Tile(64, 2, 1, 1, 1, True): Cost(4.32, 0.312, 0, 2.03, 1.64, 0.327, 0.3, 0.83),
+    Tile(128, 1, 1, 1, 2, True): Cost(4.62, 0.229, 0.141, 0.239, 1.97, 0.417, 0.3, 0.83),
+    Tile(128, 2, 1, 1, 1, True): Cost(4.64, 0.456, 0, 2.65, 2.05, 0.354, 0.3, 0.83),
+    Tile(256, 2, 1, 1, 1, True): Cost(5.3, 0.818, 0, 5.64, 15.8, 0.0982, 0.3, 0.83),
 }
 
 _ONE_SET_OF_SUMS = frozenset({Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1), Tile(256, 2, 1, 1, 1, True)})
