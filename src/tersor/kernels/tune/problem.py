@@ -46,7 +46,7 @@ class LinearConfig:
         activation_bits: 16, or 8 for e4m3.
         n_tile: tokens in a tile.
         row_groups: groups of 64 output rows in a tile.
-        channel_groups: groups of warps of a CTA that share the channels of a tile.
+        channel_groups: warpgroups for each row group; with few tokens all of a CTA take blocks of channels in turn.
         cluster: CTAs that share the activations they fetch.
         resident: CTAs meant to share a multiprocessor, with those of the next launch.
         weight_slots, x_slots: slots in the rings of shared memory.
