@@ -4,9 +4,9 @@
     python bench/sweep.py OUT.csv --n 128,256 --activations fp8 --within 1.3 llama-3-8b 5120x5120
 
 Configurations are timed in random order, in chains with programmatic dependent launch: a GPU that has worked for a
-while is slower than one that has not. Rows are appended, so that several runs may share a file. `--clusters` also
-tries every tile in clusters of two CTAs, which share the activations they fetch, where the table of costs has only the
-lone CTA.
+while is slower than one that has not. Rows are appended, so that several runs may share a file. `--try` adds tiles that
+the table of costs does not have, such as 16,2,2,1,1 (tokens, row groups, channel groups, cluster, resident CTAs) or
+64,2,1,2,1,fp8; they are predicted by the costs of a tile like them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from tersor.bench import contenders, linear, timing, tune
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import numbers, schemes
-from tersor.errors import TersorError
+from tersor.errors import InputError, TersorError
 from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels.tune import SM90, LinearConfig, LinearProblem, seconds, sm90
@@ -53,8 +53,8 @@ def plausible(problem: LinearProblem, chip: Chip, within: float) -> list[LinearC
 
 def row(shape: Shape, scheme: Scheme, activations: str, n: int, config: LinearConfig, microseconds: float) -> list[str]:
     """Return what `bench/costs.py` reads of one time, in the order of COLUMNS."""
-    tile = sm90.tile_of(config)
-    numbers = (tile.tokens, tile.row_groups, tile.channel_groups, tile.cluster, tile.resident)
+    of = sm90.tile_of(config)
+    numbers = (of.tokens, of.row_groups, of.channel_groups, of.cluster, of.resident)
     plan = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
     return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *numbers, *plan)]
 
@@ -86,11 +86,30 @@ def sweep(
                 yield row(shape, scheme, activations, n, config, timing.graph_microseconds(calls, replays=5))
 
 
-def add_clusters() -> None:
-    """Add every tile in clusters of two to the table of costs, with the costs of the lone CTA."""
-    for tile, cost in list(sm90.COSTS.items()):
-        if tile.cluster == 1 and replace(tile, cluster=2) not in sm90.COSTS:
-            sm90.COSTS[replace(tile, cluster=2)] = cost
+def tile(text: str) -> sm90.Tile:
+    """Read a tile such as `16,2,2,1,1` or `64,2,1,2,1,fp8`.
+
+    Raises:
+        InputError: five numbers, and perhaps `fp8`, are expected.
+    """
+    numbers, _, fp8 = text.partition(",fp8")
+    words = numbers.split(",")
+    if fp8 or len(words) != 5 or not all(word.isdecimal() for word in words):
+        raise InputError(f"--try {text!r}: expected five numbers such as 16,2,2,1,1, and perhaps fp8")
+    return sm90.Tile(*map(int, words), fp8=text.endswith(",fp8"))
+
+
+def add(new: sm90.Tile) -> None:
+    """Add a tile to the table of costs, with those of the tile of as many tokens and the nearest number of rows.
+
+    Raises:
+        InputError: the table has no tile of as many tokens, with the same activations.
+    """
+    like = [known for known in sm90.COSTS if (known.tokens, known.fp8) == (new.tokens, new.fp8)]
+    if not like:
+        raise InputError(f"no tile of {new.tokens} tokens to predict {new} by")
+    nearest = min(like, key=lambda known: abs(known.rows - new.rows))
+    sm90.COSTS.setdefault(new, sm90.COSTS[nearest])
 
 
 def main() -> None:
@@ -103,17 +122,17 @@ def main() -> None:
     parser.add_argument("--activations", default=dispatch.ACTIVATIONS_16BIT, choices=dispatch.ACTIVATIONS)
     parser.add_argument("--within", type=float, default=1.4, help="of the least predicted time; default: 1.4")
     parser.add_argument("--turns", type=int, default=2, help="times of each; default: 2")
-    parser.add_argument("--clusters", action="store_true", help="try clusters of two CTAs")
+    parser.add_argument("--try", dest="tiles", action="append", default=[], metavar="TILE", help="a tile to try")
     arguments = parser.parse_intermixed_args()
     try:
         tokens, shapes = numbers("--n", arguments.n), resolve(arguments.shapes)
         formats = schemes(arguments.formats.split(","), shapes)
+        for text in arguments.tiles:
+            add(tile(text))
     except TersorError as error:
         parser.error(str(error))
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("needs a GPU of compute capability 9.0")
-    if arguments.clusters:
-        add_clusters()
     rows = sweep(shapes, formats, arguments.activations, tokens, arguments.within, arguments.turns)
     is_new = not arguments.output.exists()
     with arguments.output.open("a", newline="") as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +11,7 @@ import pytest
 
 from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
+from tersor.errors import InputError
 from tersor.formats import get_scheme
 from tersor.hardware import CHIPS
 from tersor.kernels.tune import seconds, sm90
@@ -89,16 +89,20 @@ def test_a_configuration_that_is_no_candidate_is_left_out(
     assert {config.row_groups for timed in times.values() for config in timed} == {1, 2}
 
 
-def test_clusters_are_added(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "COSTS", dict(sm90.COSTS))
-    before = set(sm90.COSTS)
-    sweep.add_clusters()
-    assert {replace(tile, cluster=1) for tile in set(sm90.COSTS) - before} == {
-        tile for tile in before if tile.cluster == 1
-    }
+    assert sweep.tile("64,2,1,2,1,fp8") == sm90.Tile(64, 2, 1, 2, 1, True)
+    new = sweep.tile("64,2,1,2,1")
+    sweep.add(new)
+    assert sm90.COSTS[new] == sm90.COSTS[sm90.Tile(64, 2, 1, 1, 1)]
     found = sweep.plausible(problem_of(SHAPES[1], FP6, 64), H200, 2.0)
     assert {config.cluster for config in found} == {1, 2}
     assert {config.row_tiles % config.cluster for config in found} == {0}
+    for text in ("64,2,1,2", "64,2,1,2,x", "64,2,1,2,1,fp16", ""):
+        with pytest.raises(InputError, match="expected five numbers"):
+            sweep.tile(text)
+    with pytest.raises(InputError, match="no tile of 24 tokens"):
+        sweep.add(sm90.Tile(24, 2, 1, 1, 1))
 
 
 def test_a_fit_follows_the_times(sweep: ModuleType, costs: ModuleType, tmp_path: Path) -> None:
