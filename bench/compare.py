@@ -78,20 +78,25 @@ def table(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, fl
     return "\n".join(lines)
 
 
+def tokens(text: str) -> list[int]:
+    """Read `1,16`; argparse says what is wrong with a word that is no number."""
+    return [int(word) for word in text.split(",")]
+
+
 def main() -> None:
     """Time both trees in turn, or in a child process the one that is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a folder that holds the package tersor")
     parser.add_argument("after", type=Path, help="another one")
     parser.add_argument("shapes", nargs="*", default=SHAPES, help="models or OCxIC")
-    parser.add_argument("--n", required=True, help="numbers of tokens")
+    parser.add_argument("--n", required=True, type=tokens, help="numbers of tokens")
     parser.add_argument("--formats", default="fp6_e3m2", help="formats, separated by commas")
     parser.add_argument("--activations", default="16bit", choices=("16bit", "fp8"))
     parser.add_argument("--turns", type=int, default=2, help="of each tree; default: 2")
     arguments = parser.parse_intermixed_args()
-    formats, tokens = arguments.formats.split(","), [int(n) for n in arguments.n.split(",")]
     if os.environ.get(_CHILD):
-        print(json.dumps(measured(arguments.shapes, formats, tokens, arguments.activations)))
+        formats = arguments.formats.split(",")
+        print(json.dumps(measured(arguments.shapes, formats, arguments.n, arguments.activations)))
         return
     trees = [tree.resolve() for tree in (arguments.before, arguments.after)]
     for tree in trees:

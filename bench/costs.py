@@ -22,7 +22,8 @@ from typing import TypeAlias
 
 from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
-from tersor.cli.bench import schemes
+from tersor.cli.bench import numbers, schemes
+from tersor.errors import InputError
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels.tune import LinearConfig, LinearProblem, seconds, sm90
 
@@ -63,9 +64,8 @@ def read(paths: Iterable[Path], chip: Chip = CHIP) -> Times:
 
 
 def _key(config: LinearConfig) -> tuple[object, ...]:
-    tile = sm90.tile_of(config)
-    plan = (config.whole_tiles, config.splits, int(config.gathered))
-    return (tile.tokens, tile.row_groups, tile.channel_groups, tile.cluster, tile.resident, *plan)
+    *sizes, _ = astuple(sm90.tile_of(config))
+    return (*sizes, config.whole_tiles, config.splits, int(config.gathered))
 
 
 def loss(problem: LinearProblem, timed: Mapping[LinearConfig, float], chip: Chip = CHIP) -> float:
@@ -117,15 +117,15 @@ def fit(times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 1
     relevant = {key: timed for key, timed in times.items() if any(sm90.tile_of(config) in tiles for config in timed)}
     before = dict(sm90.COSTS)
 
-    def costs(numbers: Sequence[float]) -> dict[sm90.Tile, sm90.Cost]:
+    def costs(values: Sequence[float]) -> dict[sm90.Tile, sm90.Cost]:
         found = {}
         for index, tile in enumerate(tiles):
-            start, block, lonely, *rest = numbers[8 * index : 8 * index + 8]
+            start, block, lonely, *rest = values[len(BOUNDS) * index :][: len(BOUNDS)]
             found[tile] = sm90.Cost(start, block * before[tile].block, lonely * (tile.resident > 1), *rest)
         return found
 
-    def goal(numbers: Sequence[float]) -> float:
-        sm90.COSTS.update(costs(numbers))
+    def goal(values: Sequence[float]) -> float:
+        sm90.COSTS.update(costs(values))
         return soft_loss(relevant)
 
     now, bounds = [], []
@@ -151,15 +151,18 @@ def main() -> None:
     parser.add_argument("--fit", metavar="TOKENS", help="tokens of the tiles whose costs are fitted")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    try:
+        tokens = numbers("--fit", arguments.fit) if arguments.fit else []
+    except InputError as error:
+        parser.error(str(error))
     times = read(arguments.sweeps)
     print(table(times))
-    if arguments.fit:
-        found = fit(times, [int(n) for n in arguments.fit.split(",")], arguments.seed)
+    if tokens:
+        found = fit(times, tokens, arguments.seed)
         print()
         for tile, cost in found.items():
-            shape = (tile.tokens, tile.row_groups, tile.channel_groups, tile.cluster, tile.resident)
-            words = ", ".join([*map(str, shape), *(["True"] if tile.fp8 else [])])
-            print(f"    Tile({words}): Cost({', '.join(f'{one:g}' for one in astuple(cost))}),")
+            sizes = astuple(tile) if tile.fp8 else astuple(tile)[:-1]
+            print(f"    Tile({', '.join(map(str, sizes))}): Cost({', '.join(f'{one:g}' for one in astuple(cost))}),")
         sm90.COSTS.update(found)
         print(f"\n{table(times)}")
 

@@ -15,12 +15,12 @@ import argparse
 import csv
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 
-from tersor.bench import contenders, linear, timing, tune
+from tersor.bench import contenders, linear, tune
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import numbers, schemes
 from tersor.errors import InputError, TersorError
@@ -37,8 +37,6 @@ COLUMNS = (
     *("oc", "ic", "format", "activations", "n", "tokens", "row_groups", "channel_groups", "cluster", "resident"),
     *("whole_tiles", "splits", "gathered", "microseconds"),
 )
-BYTES = 300 << 20
-"""Copies of a weight take so much, several times L2."""
 
 
 def plausible(problem: LinearProblem, chip: Chip, within: float) -> list[LinearConfig]:
@@ -53,10 +51,9 @@ def plausible(problem: LinearProblem, chip: Chip, within: float) -> list[LinearC
 
 def row(shape: Shape, scheme: Scheme, activations: str, n: int, config: LinearConfig, microseconds: float) -> list[str]:
     """Return what `bench/costs.py` reads of one time, in the order of COLUMNS."""
-    of = sm90.tile_of(config)
-    numbers = (of.tokens, of.row_groups, of.channel_groups, of.cluster, of.resident)
+    *sizes, _ = astuple(sm90.tile_of(config))
     plan = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
-    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *numbers, *plan)]
+    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *plan)]
 
 
 def sweep(
@@ -68,22 +65,17 @@ def sweep(
     turns: int,
 ) -> Iterator[list[str]]:
     """Time and yield rows, a weight at a time."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    chip, shuffled = dispatch.chip(device), random.Random(0)
+    chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    prepare, shuffled = tune.on_gpu(torch.float16, chip, activations), random.Random(0)
     for shape in shapes:
         for scheme in formats:
-            weight = contenders.packed(scheme, shape.oc, shape.ic, torch.float16, activations)[0]
-            copies = timing.copies(weight.nbytes, BYTES)
-            weights = [replace(weight, data=weight.data.clone(), scale=weight.scale.clone()) for _ in range(copies)]
-            xs = {n: contenders.random(n, shape.ic, torch.float16) for n in tokens}
-            problems = {n: linear.problem_of(shape, scheme, n, activations) for n in tokens}
-            jobs = [(n, config) for n in tokens for config in plausible(problems[n], chip, within)] * turns
+            timed = prepare(shape, scheme)
+            problems = [linear.problem_of(shape, scheme, n, activations) for n in tokens]
+            jobs = [(problem, config) for problem in problems for config in plausible(problem, chip, within)] * turns
             shuffled.shuffle(jobs)
-            for index, (n, config) in enumerate(jobs):
-                calls = contenders.chained(weights, xs[n], early=True, config=config)
-                if index == 0:
-                    timing.graph_microseconds(calls, replays=2)  # clocks fell while weights were made
-                yield row(shape, scheme, activations, n, config, timing.graph_microseconds(calls, replays=5))
+            timed(*jobs[0])  # thrown away: clocks fell while weights were made
+            for problem, config in jobs:
+                yield row(shape, scheme, activations, problem.n, config, timed(problem, config))
 
 
 def tile(text: str) -> sm90.Tile:
@@ -92,9 +84,8 @@ def tile(text: str) -> sm90.Tile:
     Raises:
         InputError: five numbers, and perhaps `fp8`, are expected.
     """
-    numbers, _, fp8 = text.partition(",fp8")
-    words = numbers.split(",")
-    if fp8 or len(words) != 5 or not all(word.isdecimal() for word in words):
+    words = text.removesuffix(",fp8").split(",")
+    if len(words) != 5 or not all(word.isdecimal() for word in words):
         raise InputError(f"--try {text!r}: expected five numbers such as 16,2,2,1,1, and perhaps fp8")
     return sm90.Tile(*map(int, words), fp8=text.endswith(",fp8"))
 

@@ -18,6 +18,7 @@ from tersor.formats import Scheme
 from tersor.kernels import linear, tune
 from tersor.kernels.tune import LinearConfig, LinearProblem, table
 from tersor.kernels.tune.table import Choice, Table
+from tersor.ops import dispatch
 
 if TYPE_CHECKING:
     from tersor.hardware import Chip
@@ -101,22 +102,25 @@ def measure(
     return choices
 
 
-def on_gpu(dtype: torch.dtype, chip: Chip) -> Callable[[Shape, Scheme], Callable[[LinearProblem, LinearConfig], float]]:
+def on_gpu(
+    dtype: torch.dtype, chip: Chip, activations: str = dispatch.ACTIVATIONS_16BIT
+) -> Callable[[Shape, Scheme], Callable[[LinearProblem, LinearConfig], float]]:
     """Return what times configurations on the current GPU, in chains with programmatic dependent launch.
 
     Args:
         dtype: of the activations.
         chip: that GPU.
+        activations: what weights are multiplied with.
     """
 
     from tersor.kernels import jit
 
     def time(shape: Shape, scheme: Scheme) -> Callable[[LinearProblem, LinearConfig], float]:
         try:
-            weights = contenders.packed(scheme, shape.oc, shape.ic, dtype)
+            weights = contenders.packed(scheme, shape.oc, shape.ic, dtype, activations)
         except contenders.UnfitError as error:
             raise InputError(str(error)) from None
-        jit.compile_many(ops.kernels_for(scheme, dtype, chip), jit.arch_for(chip.capability))
+        jit.compile_many(ops.kernels_for(scheme, dtype, chip, activations), jit.arch_for(chip.capability))
 
         def timed(problem: LinearProblem, config: LinearConfig) -> float:
             x = contenders.random(problem.n, problem.ic, dtype)

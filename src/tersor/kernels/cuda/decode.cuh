@@ -28,8 +28,8 @@ constexpr int kRaised = DECODE_RAISED;        // 0, or how much higher the codes
 constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row
 
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
-    if (left % 32 == 0) return word;
     left %= 32;
+    if (left == 0) return word;
 #ifdef __CUDACC__
     return ptx::rotate(word, left);
 #else
@@ -96,16 +96,17 @@ __device__ __forceinline__ u32 raise(u32 constant) {
     return kRaised == 0 ? constant : ptx::fused_multiply_add_pair<false>(constant, kOneF16, 0x63806380u);
 }
 
-// `constant` is DECODE_CONSTANT, or what stands for the row's zero point, raised for a register that is.
+// `constant` is DECODE_CONSTANT, or what stands for the row's zero point; `second`: the pair may be raised, and then the
+// constant is, too.
 template <bool kBf16>
-__device__ __forceinline__ u32 finish(u32 pair, u32 constant, bool raised) {
+__device__ __forceinline__ u32 finish(u32 pair, u32 constant, bool second) {
     constexpr u32 kOne = kBf16 ? kOneBf16 : kOneF16;
     constexpr u32 kSigns = 0x80008000u;
     if constexpr (DECODE_FINISH == kMultiply) {
         return ptx::fused_multiply_add_pair<kBf16>(pair, constant, kSigns);
     } else if constexpr (DECODE_FINISH == kSubtract) {
         constexpr u32 kMagic = kBf16 ? 0x43004300u : 0x64006400u;  // 128 or 1024
-        const u32 factor = raised ? kOne - kRaised * 0x04000400u : kOne;  // of fp16
+        const u32 factor = second ? kOne - kRaised * 0x04000400u : kOne;  // of fp16
         return ptx::fused_multiply_add_pair<kBf16>(pair | kMagic, factor, constant);
     } else if constexpr (DECODE_FINISH == kInt8ToBf16 || DECODE_FINISH == kUint8ToBf16) {
         // value = low7 - 128 + 128 * top. (128 + low7) - 256 or - 128: bf16 -256 and -128 differ in bit 7, where the

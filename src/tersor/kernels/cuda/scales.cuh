@@ -70,7 +70,7 @@ __device__ __forceinline__ void finish(
             offset = zeros[(step + i / 4) / kSteps * tile::kRows + row + i % 2 * 8] * 0x00010001u;
             if (i % 2 == 1) offset = decode::raise(offset);
         }
-        registers[i] = decode::finish<kBf16>(registers[i], offset, decode::kRaised > 0 && i % 2 == 1);
+        registers[i] = decode::finish<kBf16>(registers[i], offset, i % 2 == 1);
     }
 }
 

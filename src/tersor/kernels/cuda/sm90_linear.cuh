@@ -90,7 +90,6 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             const int count = item.last_block - item.first_block;
             const float* row_scales = reinterpret_cast<const float*>(scale);
             RowTerms terms(work, item, row_scales, factor);
-            float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
             bool holds_all = true;
             if constexpr (kFp8 && kGroups > 0) {
                 multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
@@ -99,7 +98,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             } else if constexpr (kFew) {
                 float turns[kRowGroups][kSums];
                 multiply_few(turns, weights, xs, slots, use, count, row_scales, item.first_row, oc);
-                holds_all = exchange_turns(sums, turns, exchange, use == 0);
+                holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
             } else {
                 const int row = terms.first_row + threadIdx.x % 32 / 4;
                 multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(row_scales, row, oc));

@@ -15,7 +15,6 @@ constexpr int kSteps = kColumns / 16;
 constexpr int kLaneWords = 2 * kBits;
 constexpr int kQuads = kLaneWords / 4;
 constexpr bool kHasTail = kLaneWords % 4 != 0;
-constexpr int kPlanes = kQuads + kHasTail;
 constexpr int kBytes = 256 * kBits;
 constexpr int kTailOffset = kQuads * 512;
 constexpr int kUnitBlocks = 4;
@@ -44,25 +43,21 @@ __device__ __forceinline__ void copy_lane(u32 shared, const char* global, int la
     }
 }
 
-// A plane of a lane's words of a block in shared memory; `own` is the first that copy_lane would fill, 16 * lane from the
-// start.
-__device__ __forceinline__ void load_plane(u32 (&words)[kLaneWords], const char* own, int lane, int plane) {
-    if (plane < kQuads) {
-        const uint4 four = *reinterpret_cast<const uint4*>(own + plane * 512);
-        words[4 * plane] = four.x;
-        words[4 * plane + 1] = four.y;
-        words[4 * plane + 2] = four.z;
-        words[4 * plane + 3] = four.w;
-    } else if constexpr (kHasTail) {
+// A lane's words of a block in shared memory; `own` is the first that copy_lane would fill, 16 * lane from the start.
+__device__ __forceinline__ void load_lane(u32 (&words)[kLaneWords], const char* own, int lane) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+        const uint4 four = *reinterpret_cast<const uint4*>(own + quad * 512);
+        words[4 * quad] = four.x;
+        words[4 * quad + 1] = four.y;
+        words[4 * quad + 2] = four.z;
+        words[4 * quad + 3] = four.w;
+    }
+    if constexpr (kHasTail) {
         const uint2 two = *reinterpret_cast<const uint2*>(own + kTailOffset - lane * 8);
         words[4 * kQuads] = two.x;
         words[4 * kQuads + 1] = two.y;
     }
-}
-
-__device__ __forceinline__ void load_lane(u32 (&words)[kLaneWords], const char* own, int lane) {
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) load_plane(words, own, lane, plane);
 }
 
 }  // namespace tile

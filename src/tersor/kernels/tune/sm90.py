@@ -47,9 +47,14 @@ class Tile:
         return 64 * self.row_groups
 
     @property
+    def few(self) -> bool:
+        """Whether mma.sync multiplies (`multiply_few`)."""
+        return self.tokens <= FEW_TOKENS and not self.fp8
+
+    @property
     def turns(self) -> int:
         """Warpgroups that take the blocks of an item in turn, with few tokens."""
-        return self.row_groups * self.channel_groups if self.tokens <= FEW_TOKENS and not self.fp8 else 1
+        return self.row_groups * self.channel_groups if self.few else 1
 
     @property
     def threads(self) -> int:
@@ -97,7 +102,7 @@ class Tile:
         budget -= self.exchange_bytes
         weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // self.turns * self.turns
-        if self.tokens <= FEW_TOKENS and not self.fp8:
+        if self.few:
             return depth, depth  # multiply_few counts both rings as one
         return depth, min(_MAX_SLOTS, (budget - depth * weight) // x) // self.x_slots_of_block * self.x_slots_of_block
 
@@ -153,8 +158,8 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int, fp8: bool = False) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, with 16-bit or 8-bit activations."""
-    unfit = (_ONE_SET_OF_SUMS if scale_groups else frozenset()) | (_FEW_GROUPS if scale_groups > 1 else frozenset())
-    return tuple(tile for tile in COSTS if tile.fp8 == fp8 and tile not in unfit)
+    fitting = (tile for tile in COSTS if scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups))
+    return tuple(tile for tile in fitting if tile.fp8 == fp8)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -291,8 +296,11 @@ COSTS = {
     Tile(256, 2, 1, 1, 1, True): Cost(5.3, 0.818, 0, 5.64, 15.8, 0.0982, 0.3, 0.83),
 }
 
-_ONE_SET_OF_SUMS = frozenset({Tile(128, 3, 1, 1, 1), Tile(256, 2, 1, 2, 1), Tile(256, 2, 1, 1, 1, True)})
-"""Tiles whose registers do not hold a second set of sums, which scales in groups need."""
-
-_FEW_GROUPS = frozenset({Tile(16, 2, 1, 1, 2)})
-"""Tiles whose registers do not hold what several scales of a row in a block need."""
+_MOST_SCALE_GROUPS = {
+    Tile(16, 2, 1, 1, 2): 1,
+    Tile(128, 3, 1, 1, 1): 0,
+    Tile(256, 2, 1, 2, 1): 0,
+    Tile(256, 2, 1, 1, 1, True): 0,
+}
+"""How many scales of a row in a block the registers of a tile have room for, where not for all: those with none hold no
+second set of sums."""
