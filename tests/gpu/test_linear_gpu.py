@@ -40,6 +40,8 @@ TILED = (
     ("fp5_e2m2", 128, 1280, torch.bfloat16),
 )
 """Weights for every tile: format, group size, channels, activations; those of five bits decode 16 registers at once."""
+REPEATS = 30
+"""Launches of one product, one upon the other: slots of the rings are refilled soonest with weights that lie in L2."""
 
 
 def chips() -> dict[str, Chip]:
@@ -204,12 +206,13 @@ def test_every_tile_in_every_part(name: str, group_size: int | None, ic: int, dt
         exact, allowed = x.double() @ exact_weight.T, formats.product_tolerance(x.double(), exact_weight, dtype)
         for config in forced(problem_of(scheme, 333, ic, n), tile):
             with ops.launches(config=config):
-                first, second = ops.linear(x, packed), ops.linear(x, packed)
+                first, *others = (ops.linear(x, packed) for _ in range(REPEATS))
             worst = float(((first.double() - exact).abs() / allowed).max())
             assert worst <= 1, (
                 f"{n} tokens, {config}, {config.whole_tiles} whole: error is {worst:.2f} of what is allowed"
             )
-            assert torch.equal(first, second), config
+            different = sum(not torch.equal(first, other) for other in others)
+            assert not different, f"{n} tokens, {config}: {different} of {REPEATS} results differ"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

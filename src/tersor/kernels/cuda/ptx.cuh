@@ -154,6 +154,10 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Waits for what this thread reads of shared memory, before it tells that the copy engine may write there again: an
+// arrival alone overtakes loads, which wait long where wgmma reads, too (PTX ISA 9.0, "Async proxy").
+__device__ __forceinline__ void end_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // The address that a shared address of this CTA has in another of the cluster.
 __device__ __forceinline__ u32 address_in(u32 shared, int rank) {
     u32 there;

@@ -46,6 +46,8 @@ __device__ __forceinline__ void multiply_few(
     constexpr int kChains = kRowGroups * kTokens == 8 ? 2 : 1;  // sums that take turns, so that none waits for itself
     static_assert(!kFew || kSetSteps % 2 == 0, "two steps share a load");
     static_assert(!kFew || kWeightSlots == kXSlots, "one place tells of both rings");
+    // Whether scales are read with the words: read last, they delay the slot's release. With more tokens that is slower.
+    constexpr bool kScalesAhead = kGroups == 1 && kTokens == 8;
     float parts[kRowGroups][kChains][kTokens / 8][4] = {};
     scales::RowOffsets offsets[kRowGroups];
 #pragma unroll
@@ -79,6 +81,15 @@ __device__ __forceinline__ void multiply_few(
         u32 words[kRowGroups][tile::kLaneWords], fragments[(kSetSteps + 1) / 2][kTokens / 8][4];
         const XRing::Place x_at(at.slot, at.parity);
         const u32 x = xs.address(x_at) + chunk;
+        float ahead[kRowGroups][2];
+        if constexpr (kScalesAhead) {
+#pragma unroll
+            for (int rows = 0; rows < kRowGroups; ++rows) {
+                const char* block_scales = stage + own_scales + rows * kScaleBytes;
+                ahead[rows][0] = scales::in_block(block_scales, 0, row);
+                ahead[rows][1] = scales::in_block(block_scales, 0, row + 8);
+            }
+        }
 #pragma unroll
         for (int index = 0; index < kSets * kRowGroups; ++index) {
             const int set = kShares ? index / kRowGroups : index % kSets;
@@ -106,13 +117,18 @@ __device__ __forceinline__ void multiply_few(
                 if constexpr (kGroups > 0) {
                     if (step % scales::kSteps == scales::kSteps - 1) {
                         const int group = step / scales::kSteps;
-                        flush(
-                            rows, scales::in_block(block_scales, group, row),
-                            scales::in_block(block_scales, group, row + 8));
+                        if constexpr (kScalesAhead) {
+                            flush(rows, ahead[rows][0], ahead[rows][1]);
+                        } else {
+                            flush(
+                                rows, scales::in_block(block_scales, group, row),
+                                scales::in_block(block_scales, group, row + 8));
+                        }
                     }
                 }
             }
         }
+        ptx::end_reads();
         ptx::barrier_arrive(weights.emptied(at));
         release_x(xs, x_at);
         at.advance(kTurns);
@@ -157,8 +173,6 @@ __device__ __forceinline__ void multiply_bytes(
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
-        ptx::barrier_arrive(weights.emptied(weights_at));
-        weights_at.advance();
         xs.wait_filled(x_at);
         if (waits) wgmma::wait<kSettles ? 1 : 0>();
         if (releases) release();
@@ -170,6 +184,9 @@ __device__ __forceinline__ void multiply_bytes(
             Multiply::run(to, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
         }
         wgmma::commit();
+        ptx::end_reads();
+        ptx::barrier_arrive(weights.emptied(weights_at));
+        weights_at.advance();
         x_at.advance();
     };
     if constexpr (kSettles) {
@@ -230,6 +247,7 @@ __device__ __forceinline__ void multiply_bytes_in_groups(
             scale[2 * group] = scales::in_block(block_scales, group, lane / 4);
             scale[2 * group + 1] = scales::in_block(block_scales, group, lane / 4 + 8);
         }
+        ptx::end_reads();
         ptx::barrier_arrive(weights.emptied(weights_at));
         if (block > 0) {
             settle();
@@ -289,9 +307,6 @@ __device__ __forceinline__ void multiply_blocks(
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords];
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
-        if constexpr (kGroups == 0) {
-            ptx::barrier_arrive(weights.emptied(weights_at));
-        }
         XRing::Place at = x_at;
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
@@ -329,10 +344,15 @@ __device__ __forceinline__ void multiply_blocks(
                 }
             }
             wgmma::commit();
+            if (kGroups == 0 && set == 0) {
+                ptx::end_reads();
+                ptx::barrier_arrive(weights.emptied(weights_at));
+            }
         }
         // With a wait for a slot before each decode group, ptxas else waits after every product (C7513).
         if constexpr (kSlotSets == 1) wgmma::wait<kAhead - 1>();
         if constexpr (kGroups > 0) {
+            ptx::end_reads();
             ptx::barrier_arrive(weights.emptied(weights_at));
             XRing::Place free = x_at;
 #pragma unroll
