@@ -187,15 +187,17 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
             assert used >= tokens * 132 * 4
         for tile in sm90.tiles(groups) if chip.capability == (9, 0) else ():
-            weight_slots, x_slots = tile.slots(bits, scale_bytes, chip)
+            weight_slots, x_slots, gather_room = tile.slots(bits, scale_bytes, chip)
             used = tile.shared_bytes(bits, scale_bytes, chip)
             assert used == (
                 weight_slots * tile.weight_slot_bytes(bits, scale_bytes)
                 + x_slots * tile.x_slot_bytes
                 + tile.exchange_bytes
+                + gather_room * tile.part_bytes
             )
-            part = 256 * tile.row_groups * tile.tokens  # of a sum, gathered where the rings were
-            assert (tile.gathered - 1) * part <= used - tile.exchange_bytes
+            assert 0 <= gather_room <= tile.gathered - 1
+            rings = used - tile.exchange_bytes - gather_room * tile.part_bytes
+            assert (tile.gathered - 1) * tile.part_bytes <= rings  # where parts without room go
             assert weight_slots == x_slots or tile.tokens > 16
             assert tile.resident * (used + 1024 + 1024) <= chip.shared_bytes + 1024, (tile, bits)
             assert weight_slots % tile.turns == x_slots % (tile.turns * tile.x_slots_of_block) == 0
@@ -256,6 +258,16 @@ def test_every_candidate_has_a_kernel_that_is_warmed() -> None:
         for n in (1, 16, 32, 64, 100, 300):
             for config in candidates(problem_of(3000, 4096, n, scheme), H200):
                 assert family.fused_source(scheme, "bfloat16", config) in warmed
+
+
+def test_one_multiprocessor_takes_no_more_than_its_share_of_the_bandwidth() -> None:
+    """Of 132; where one has two CTAs the others wait for it, though together they could read faster."""
+    tile, times = sm90.Tile(8, 2, 1, 1, 2), []
+    for ctas in (66, 132, 133, 264):
+        problem = problem_of(tile.rows * ctas, 8192, 1, SCHEMES[2])
+        config = sm90.config(problem, tile, 0, 1, ctas, H200)
+        times.append(seconds(problem, config, H200) * 1e6 - sm90.COSTS[tile].start)
+    assert [time / times[-1] for time in times] == pytest.approx([0.5 / 1.3, 0.5, 1 / 1.3, 1])
 
 
 def test_a_choice_reads_as_a_sentence() -> None:

@@ -82,6 +82,7 @@ def sm90_source(
     tile: sm90.Tile,
     weight_slots: int,
     x_slots: int,
+    gather_room: int,
     gated: bool = False,
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
@@ -103,6 +104,7 @@ def sm90_source(
             "K_GROUPS": tile.channel_groups,
             "CLUSTER": tile.cluster,
             "GATHERS": tile.gathered,
+            "GATHER_ROOM": gather_room,
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": weight_slots,
             "X_SLOTS": x_slots,
@@ -120,8 +122,8 @@ def _suffix(gated: bool) -> str:
 def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig, gated: bool = False) -> KernelSource:
     """Return the kernel that a configuration asks for; `gated` as in cuda/gate.cuh."""
     if config.schedule == tune.SM90:
-        tile, few_tokens = sm90.tile_of(config), config.few_tokens
-        return sm90_source(scheme, target, tile, config.weight_slots, config.x_slots, gated, few_tokens)
+        rings = (config.weight_slots, config.x_slots, config.gather_room)
+        return sm90_source(scheme, target, sm90.tile_of(config), *rings, gated, config.few_tokens)
     return sm80_source(scheme, target, config.n_tile, config.weight_slots, gated)
 
 

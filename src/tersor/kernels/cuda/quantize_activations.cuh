@@ -14,14 +14,14 @@ struct Piece {
     u16 values[8];
 };
 
-// Channels first .. first + 7 of a row; zeros beyond its end.
+// Channels first .. first + 7 of a row; zeros beyond its end. Read past L1, as residuals are (sm90_finish.cuh).
 __device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool aligned) {
     Piece piece;
     if (aligned && first + 8 <= ic) {
-        *reinterpret_cast<uint4*>(piece.values) = *reinterpret_cast<const uint4*>(row + first);
+        *reinterpret_cast<uint4*>(piece.values) = __ldcg(reinterpret_cast<const uint4*>(row + first));
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) piece.values[i] = first + i < ic ? row[first + i] : u16(0);
+        for (int i = 0; i < 8; ++i) piece.values[i] = first + i < ic ? __ldcg(row + first + i) : u16(0);
     }
     return piece;
 }

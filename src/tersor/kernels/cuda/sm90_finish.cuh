@@ -39,23 +39,28 @@ __device__ __forceinline__ bool exchange_turns(
     return true;
 }
 
-// Hands this CTA's sums to the first of its cluster; returns true there, where then the sum of all splits is. Parts go
-// where the rings of that CTA were: `room` is the barrier at which its threads tell the others that they have read what
-// was there, `arrived` the one that counts the bytes.
+// Hands this CTA's sums to the first of its cluster; returns true there, where then the sum of all splits is. `arrived`
+// is the barrier that counts the bytes of the parts. Where they have no room of their own they go to where the rings of
+// that CTA were: `room` is the barrier at which its threads tell the others that they have read what was there.
 __device__ __forceinline__ bool gather_splits(
-    float (&sums)[kSums], const Item& item, u32 gathered, const char* parts, u32 room, u32 arrived) {
+    float (&sums)[kSums], const Item& item, u32 base, const char* slots, u32 room, u32 arrived) {
     static_assert((GATHERS - 1) * kPartBytes <= kExchangeAt, "as many parts as the rings have room for");
     constexpr int kFours = kSums / 4;
+    const bool to_rings = item.parts - 1 > GATHER_ROOM;
+    const int place = to_rings ? 0 : kExchangeAt + kExchangeBytes;
     if (item.part > 0) {
-        const u32 first = gathered + (item.part - 1) * kPartBytes + threadIdx.x * 16;
+        const u32 first = base + place + (item.part - 1) * kPartBytes + threadIdx.x * 16;
         const u32 there = ptx::address_in(first, 0), barrier = ptx::address_in(arrived, 0);
-        ptx::barrier_wait(room, 0);
+        if (to_rings) ptx::barrier_wait(room, 0);
 #pragma unroll
         for (int i = 0; i < kFours; ++i) ptx::store_in(there + i * kFinishers * 16, sums + 4 * i, barrier);
         return false;
     }
-    for (int part = 1; part < item.parts; ++part) ptx::barrier_arrive_at(room, part);
+    if (to_rings) {
+        for (int part = 1; part < item.parts; ++part) ptx::barrier_arrive_at(room, part);
+    }
     ptx::barrier_wait(arrived, 0);
+    const char* parts = slots + place;
     for (int part = 1; part < item.parts; ++part, parts += kPartBytes) {
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
@@ -113,15 +118,16 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// The scales of the two tokens that a lane has of a group of eight, for 8-bit activations.
+// The scales of the two tokens that a lane has of a group of eight, for 8-bit activations. They, like residuals, are read
+// past L1: it may hold what lay there before the kernel ahead wrote them, read by an earlier kernel that runs beside.
 struct TokenScales {
     float of[2] = {};
 
     __device__ __forceinline__ TokenScales(const float* x_scale, int first_token, int n) {
         if constexpr (kFp8) {
             const int token = first_token + threadIdx.x % 4 * 2;
-            if (token < n) of[0] = x_scale[token];
-            if (token + 1 < n) of[1] = x_scale[token + 1];
+            if (token < n) of[0] = __ldcg(x_scale + token);
+            if (token + 1 < n) of[1] = __ldcg(x_scale + token + 1);
         }
     }
 };
@@ -170,8 +176,7 @@ struct RowTerms {
     }
 };
 
-// Rounds and stores few tokens: fragments are turned so that stores run along the rows. Residuals are read past L1,
-// which may hold what lay there before the kernel ahead wrote them.
+// Rounds and stores few tokens: fragments are turned so that stores run along the rows.
 __device__ __forceinline__ void store_few(
     const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
     const u16* residual, u16* y) {

@@ -48,9 +48,10 @@ constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
 // Shared memory: activations, which need 1024 bytes alignment, weights, then sums that warpgroups exchange, or results.
-// Parts of sums that a cluster gathers come to where the rings were.
+// Parts of sums that a cluster gathers come behind those where there is room for them, else to where the rings were.
 constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
+constexpr int kExchangeBytes = kMany ? kRowGroups * kStoreBytes : kFinishers * (kTurns - 1) * kSums * 4;
 constexpr int kPartBytes = kFinishers * kSums * 4;
 
 // The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.

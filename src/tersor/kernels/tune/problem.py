@@ -54,6 +54,7 @@ class LinearConfig:
         whole_tiles: tiles that one CTA takes over all channels; the others go to `splits` CTAs each.
         splits: parts of the channels.
         gathered: the splits of a tile are a cluster, which adds them in shared memory.
+        gather_room: parts of theirs that have room beside the rings; more come to where those were.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
         few_tokens: tiles of up to so many tokens take mma.sync in the sm90 schedule.
@@ -73,6 +74,7 @@ class LinearConfig:
     whole_tiles: int = 0
     splits: int
     gathered: bool = False
+    gather_room: int = 0
     ctas: int
     shared_bytes: int
     few_tokens: int = FEW_TOKENS

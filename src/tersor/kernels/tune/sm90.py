@@ -27,6 +27,8 @@ _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 0.9
 """Of the datasheet's bandwidth."""
+_SHARE = 1.3
+"""What one multiprocessor can take of that bandwidth, in even shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +90,35 @@ class Tile:
         return 128 * self.row_groups * (self.turns - 1) * self.tokens * 2
 
     @property
+    def part_bytes(self) -> int:
+        """The bytes of a tile's sums."""
+        return 256 * self.row_groups * self.tokens
+
+    @property
     def gathered(self) -> int:
-        """The most splits that a cluster adds in shared memory, where the rings of its first CTA were."""
-        part = 256 * self.row_groups * self.tokens
-        return 1 if self.cluster > 1 else min(_MAX_GATHERED, 1 + _GATHER_BYTES // self.resident // part)
+        """The most splits that a cluster adds in shared memory."""
+        return 1 if self.cluster > 1 else min(_MAX_GATHERED, 1 + _GATHER_BYTES // self.resident // self.part_bytes)
 
-    def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
-        """Return (slots of weights, slots of activations): equally deep, then what is left for activations.
+    def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int, int]:
+        """Return (slots of weights, slots of activations, gathered parts of sums that have room beside them).
 
-        Both are multiples of what the warpgroups take at a time.
+        Both rings are equally deep, then activations have what is left; they are multiples of what the warpgroups take
+        at a time.
         """
         budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - _STATIC_SHARED
         budget -= self.exchange_bytes
         weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // self.turns * self.turns
+        x_depth = min(_MAX_SLOTS, (budget - depth * weight) // x) // self.x_slots_of_block * self.x_slots_of_block
         if self.few:
-            return depth, depth  # multiply_few counts both rings as one
-        return depth, min(_MAX_SLOTS, (budget - depth * weight) // x) // self.x_slots_of_block * self.x_slots_of_block
+            x_depth = depth  # multiply_few counts both rings as one
+        return depth, x_depth, min(self.gathered - 1, (budget - depth * weight - x_depth * x) // self.part_bytes)
 
     def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
-        weights, xs = self.slots(bits, scale_bytes, chip)
-        return weights * self.weight_slot_bytes(bits, scale_bytes) + xs * self.x_slot_bytes + self.exchange_bytes
+        weights, xs, parts = self.slots(bits, scale_bytes, chip)
+        rings = weights * self.weight_slot_bytes(bits, scale_bytes) + xs * self.x_slot_bytes
+        return rings + self.exchange_bytes + parts * self.part_bytes
 
 
 def config(
@@ -122,7 +131,7 @@ def config(
     gathered: bool = False,
 ) -> LinearConfig:
     """Return the configuration of one tile shape with its last tiles, those from `whole_tiles` on, split."""
-    weight_slots, x_slots = tile.slots(problem.bits, problem.scale_bytes, chip)
+    weight_slots, x_slots, gather_room = tile.slots(problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
         schedule=SM90,
         activation_bits=8 if tile.fp8 else 16,
@@ -138,6 +147,7 @@ def config(
         whole_tiles=whole_tiles,
         splits=splits,
         gathered=gathered,
+        gather_room=gather_room,
         ctas=ctas,
         shared_bytes=tile.shared_bytes(problem.bits, problem.scale_bytes, chip),
     )
@@ -228,10 +238,12 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
         for count, clusters in ((items // slots, slots), (1, items % slots)):
             if not count or not clusters:
                 continue
-            block = -(-clusters // multiprocessors) * cost.block
+            busiest = -(-clusters // multiprocessors)
+            block = busiest * cost.block
             if clusters <= multiprocessors:
                 block += cost.lonely
-            memory = clusters * tile.cluster * block_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
+            shares_taken = max(clusters, busiest * multiprocessors / _SHARE)
+            memory = shares_taken * tile.cluster * block_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
             total += count * length * max(block, memory)
             waves += count
     total += (waves - 1) * cost.item
@@ -268,19 +280,22 @@ class Cost:
 
 
 COSTS = {
-    Tile(8, 1, 2, 1, 2): Cost(0.479, 0.137, 0.158, 0.536, 0.213, 1.3, 0.429, 0.137),
-    Tile(8, 2, 1, 1, 2): Cost(2.5, 0.209, 0.141, 2.76, 0.956, 0.0158, 0.245, 0.106),
-    Tile(8, 3, 1, 1, 1): Cost(1.2, 0.382, 0, 0.299, 0.2, 1.3, 0.178, 0.219),
-    Tile(16, 1, 2, 1, 2): Cost(0.3, 0.187, 0.184, 0.468, 2.5, 0.222, 0.02, 0.433),
-    Tile(16, 2, 1, 1, 2): Cost(2.43, 0.261, 0.134, 3.97, 2.09, 0.0246, 0.312, 0.489),
-    Tile(16, 3, 1, 1, 1): Cost(2.04, 0.412, 0, 0.42, 0.2, 0.356, 0.5, 0.268),
-    Tile(32, 1, 1, 1, 2): Cost(1.73, 0.209, 0.147, 1.43, 1.65, 0.399, 0.213, 0.3),
-    Tile(32, 2, 1, 1, 1): Cost(1.24, 0.458, 0, 3.29, 1.22, 0.0143, 0.413, 0.491),
-    Tile(32, 2, 1, 1, 2): Cost(0.988, 0.391, 0.216, 6.88, 2.01, 0, 0.5, 1),
-    Tile(32, 3, 1, 1, 1): Cost(1.02, 0.654, 0, 1.82, 1.38, 0.382, 0.284, 0.3),
-    Tile(64, 1, 1, 1, 2): Cost(1.83, 0.22, 0.195, 2.83, 2.69, 0, 0.3, 0.83),
-    Tile(64, 2, 1, 1, 1): Cost(2.19, 0.42, 0, 6.95, 3.33, 0, 0.3, 0.83),
-    Tile(64, 3, 1, 1, 1): Cost(1.4, 0.641, 0, 6.54, 1.86, 0.289, 0.3, 0.83),
+    Tile(8, 1, 2, 1, 2): Cost(0.738, 0.133, 0.151, 0.259, 0.925, 1.25, 0.106, 0.274),
+    Tile(8, 1, 4, 1, 1): Cost(0.852, 0.118, 0, 2.43, 1.21, 0.771, 0.139, 0.598),
+    Tile(8, 2, 1, 1, 2): Cost(2.17, 0.209, 0.168, 0.0692, 0.987, 0.943, 0.0655, 0.627),
+    Tile(8, 3, 1, 1, 1): Cost(0.997, 0.36, 0, 0.0382, 0.349, 1.84, 0.0947, 0.483),
+    Tile(16, 1, 2, 1, 2): Cost(1.45, 0.183, 0.125, 0.272, 0.941, 0.487, 0.17, 0.242),
+    Tile(16, 1, 4, 1, 1): Cost(0.755, 0.166, 0, 2.74, 1.13, 0.847, 0.19, 0.775),
+    Tile(16, 2, 1, 1, 2): Cost(2.17, 0.253, 0.211, 0.754, 1.42, 0.542, 0.13, 0.921),
+    Tile(16, 2, 2, 1, 1): Cost(0.936, 0.254, 0, 1.43, 1.88, 0.26, 0.231, 0.165),
+    Tile(16, 3, 1, 1, 1): Cost(1.36, 0.386, 0, 0.26, 1.02, 0.925, 0.148, 0.437),
+    Tile(32, 1, 1, 1, 2): Cost(1.63, 0.218, 0.146, 0.357, 1.93, 0.00697, 0.302, 0.119),
+    Tile(32, 2, 1, 1, 1): Cost(0.445, 0.454, 0, 1.62, 1.59, 0.48, 0.343, 0.43),
+    Tile(32, 2, 1, 1, 2): Cost(0.875, 0.366, 0.246, 3.1, 2.41, 0.167, 0.3, 0.456),
+    Tile(32, 3, 1, 1, 1): Cost(0.373, 0.556, 0, 0.0275, 1.61, 0.395, 0.413, 0.689),
+    Tile(64, 1, 1, 1, 2): Cost(1.31, 0.21, 0.241, 0.857, 1.65, 0.122, 0.44, 0.114),
+    Tile(64, 2, 1, 1, 1): Cost(1.07, 0.469, 0, 3.36, 2.12, 0.355, 0.414, 0.574),
+    Tile(64, 3, 1, 1, 1): Cost(1.17, 0.646, 0, 2.5, 2.05, 0.428, 0.479, 0.543),
     Tile(128, 1, 1, 1, 2): Cost(2.62, 0.333, 0.262, 1.74, 2.1, 0.213, 0.3, 0.83),
     Tile(128, 2, 1, 1, 1): Cost(0.5, 0.76, 0, 2.47, 2.03, 0.328, 0.3, 0.83),
     Tile(128, 3, 1, 1, 1): Cost(0.5, 1.13, 0, 2.36, 1.2, 0.311, 0.3, 0.83),
