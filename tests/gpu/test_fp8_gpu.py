@@ -131,7 +131,7 @@ def test_a_model_and_a_cuda_graph() -> None:
 
 @pytest.mark.parametrize("n", [5, 100, 300])
 def test_calls_upon_each_other_have_their_own_scales(n: int) -> None:
-    """The scales of a call lie where those of the call before lay, and kernels start before the ones ahead have ended."""
+    """Scales lie where those of the call before lay, and kernels start before the ones ahead have ended."""
     weight, values = packed("fp6_e3m2", None, 8448, 256)
     sources = [torch.randn(n, 256, device="cuda").half() * 2.0**power for power in range(-6, 6)]
     expected = [check(x, weight, values) for x in sources]

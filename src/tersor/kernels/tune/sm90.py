@@ -27,8 +27,8 @@ _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 0.9
 """Of the datasheet's bandwidth."""
-_SHARE = 1.3
-"""What one multiprocessor can take of that bandwidth, in even shares."""
+_SHARE = {1: 1.3, 2: 1.4}
+"""CTAs meant to share a multiprocessor -> what one multiprocessor can take of that bandwidth, in even shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
             block = busiest * cost.block
             if clusters <= multiprocessors:
                 block += cost.lonely
-            shares_taken = max(clusters, busiest * multiprocessors / _SHARE)
+            shares_taken = max(clusters, busiest * multiprocessors / _SHARE[tile.resident])
             memory = shares_taken * tile.cluster * block_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
             total += count * length * max(block, memory)
             waves += count
@@ -280,15 +280,15 @@ class Cost:
 
 
 COSTS = {
-    Tile(8, 1, 2, 1, 2): Cost(0.738, 0.133, 0.151, 0.259, 0.925, 1.25, 0.106, 0.274),
-    Tile(8, 1, 4, 1, 1): Cost(0.852, 0.118, 0, 2.43, 1.21, 0.771, 0.139, 0.598),
-    Tile(8, 2, 1, 1, 2): Cost(2.17, 0.209, 0.168, 0.0692, 0.987, 0.943, 0.0655, 0.627),
-    Tile(8, 3, 1, 1, 1): Cost(0.997, 0.36, 0, 0.0382, 0.349, 1.84, 0.0947, 0.483),
-    Tile(16, 1, 2, 1, 2): Cost(1.45, 0.183, 0.125, 0.272, 0.941, 0.487, 0.17, 0.242),
-    Tile(16, 1, 4, 1, 1): Cost(0.755, 0.166, 0, 2.74, 1.13, 0.847, 0.19, 0.775),
-    Tile(16, 2, 1, 1, 2): Cost(2.17, 0.253, 0.211, 0.754, 1.42, 0.542, 0.13, 0.921),
-    Tile(16, 2, 2, 1, 1): Cost(0.936, 0.254, 0, 1.43, 1.88, 0.26, 0.231, 0.165),
-    Tile(16, 3, 1, 1, 1): Cost(1.36, 0.386, 0, 0.26, 1.02, 0.925, 0.148, 0.437),
+    Tile(8, 1, 2, 1, 2): Cost(0.494, 0.135, 0.152, 0.414, 1.15, 1.42, 0.102, 0.347),
+    Tile(8, 1, 4, 1, 1): Cost(0.835, 0.147, 0, 0.0863, 1.23, 1.21, 0.137, 0.436),
+    Tile(8, 2, 1, 1, 2): Cost(2.19, 0.208, 0.149, 0.288, 0.888, 0.979, 0.0658, 0.574),
+    Tile(8, 3, 1, 1, 1): Cost(1.02, 0.352, 0, 0.0495, 0.447, 1.59, 0.115, 0.273),
+    Tile(16, 1, 2, 1, 2): Cost(1.72, 0.18, 0.124, 0.316, 0.451, 0.526, 0.189, 0.147),
+    Tile(16, 1, 4, 1, 1): Cost(0.595, 0.156, 0, 2.95, 1.77, 0.932, 0.133, 0.6),
+    Tile(16, 2, 1, 1, 2): Cost(1.32, 0.28, 0.246, 0.113, 0.92, 0.71, 0.171, 0.799),
+    Tile(16, 2, 2, 1, 1): Cost(0.895, 0.297, 0, 1.02, 1.39, 0.523, 0.232, 0.339),
+    Tile(16, 3, 1, 1, 1): Cost(1.39, 0.377, 0, 0.504, 0.495, 1.08, 0.171, 0.415),
     Tile(32, 1, 1, 1, 2): Cost(1.63, 0.218, 0.146, 0.357, 1.93, 0.00697, 0.302, 0.119),
     Tile(32, 2, 1, 1, 1): Cost(0.445, 0.454, 0, 1.62, 1.59, 0.48, 0.343, 0.43),
     Tile(32, 2, 1, 1, 2): Cost(0.875, 0.366, 0.246, 3.1, 2.41, 0.167, 0.3, 0.456),
