@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import tiny_lm
@@ -35,6 +36,25 @@ def test_greedy_is_what_transformers_generates(prompt):
     text = "".join(mine)
     assert mine.tokens == reference(prompt, max_new_tokens=24)
     assert text == tiny_lm.tokenizer().decode(mine.tokens)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(name):
+    mine, original, given = generator(), tiny_lm.model().forward, set()
+    real = "cache" if "cache" in inspect.signature(original).parameters else "past_key_values"
+
+    def with_cache(input_ids, cache=None, **options):
+        given.add(type(cache).__name__)
+        return original(input_ids=input_ids, **{real: cache}, **options)
+
+    def with_past_key_values(input_ids, past_key_values=None, **options):
+        return with_cache(input_ids, past_key_values, **options)
+
+    mine.model.forward = with_cache if name == "cache" else with_past_key_values
+    found = mine.stream(PROMPT, Sampling(max_new_tokens=5))
+    list(found)
+    assert found.tokens == reference(PROMPT, max_new_tokens=5)
+    assert given == {"DynamicCache"}
 
 
 def test_repetition_penalty_is_that_of_transformers():

@@ -66,6 +66,8 @@ class Decoder:
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
         parameters = inspect.signature(model.forward).parameters
         self._prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        # Newer versions of transformers (5.24) call it `cache`.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
 
     @torch.inference_mode()
     def prefill(self, ids: list[int], seed: int | None) -> None:
@@ -83,8 +85,7 @@ class Decoder:
         self.history.fill_(ids[0])
         self.history[:, : len(ids)] = prompt
         self.position.fill_(len(ids))
-        output = self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True, **self._prefill_options)
-        self._draw(output.logits)
+        self._draw(self._logits(prompt, **self._prefill_options))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -116,8 +117,12 @@ class Decoder:
         return int(slot)
 
     def _forward(self) -> None:
-        output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-        self._draw(output.logits)
+        self._draw(self._logits(self.token))
+
+    def _logits(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self.cache}, **options)
+        logits: torch.Tensor = output.logits
+        return logits
 
     def _draw(self, logits: torch.Tensor) -> None:
         token = self.sampler(self.history, logits[:, -1])
