@@ -118,17 +118,37 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// The scales of the two tokens that a lane has of a group of eight, for 8-bit activations. They, like residuals, are read
-// past L1: it may hold what lay there before the kernel ahead wrote them, read by an earlier kernel that runs beside.
+// The scales of the two tokens that a lane has of a group of eight, for 8-bit activations.
 struct TokenScales {
-    float of[2] = {};
+    float of[2];
+};
 
-    __device__ __forceinline__ TokenScales(const float* x_scale, int first_token, int n) {
+// The scales of all tokens of a tile, which the lanes of a warp hold together: token t of the tile is with lane t % 32.
+// They, like residuals, are read past L1, which may hold what lay there before the kernel ahead wrote them: an earlier
+// kernel that still ran beside this one may have read it. All at once, since that takes a microsecond.
+struct TileScales {
+    static constexpr int kHeld = kFp8 ? (kTokens + 31) / 32 : 1;
+    float held[kHeld];
+
+    __device__ __forceinline__ TileScales(const float* x_scale, int first_token, int n) {
         if constexpr (kFp8) {
-            const int token = first_token + threadIdx.x % 4 * 2;
-            if (token < n) of[0] = __ldcg(x_scale + token);
-            if (token + 1 < n) of[1] = __ldcg(x_scale + token + 1);
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i) {
+                const int token = first_token + i * 32 + threadIdx.x % 32;
+                held[i] = token < n ? __ldcg(x_scale + token) : 0.0f;
+            }
         }
+    }
+    // Of the tokens that this lane has of the `tokens`-th group of eight; every lane of the warp must ask.
+    __device__ __forceinline__ TokenScales of(int tokens) const {
+        TokenScales pair = {};
+        if constexpr (kFp8) {
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+                pair.of[odd] = __shfl_sync(~0u, held[tokens / 4], tokens % 4 * 8 + threadIdx.x % 4 * 2 + odd);
+            }
+        }
+        return pair;
     }
 };
 
@@ -184,6 +204,7 @@ __device__ __forceinline__ void store_few(
     // Channels 2 (lane % 4) and the next, token lane / 4 of the first group of eight.
     const int first_channel = gate::outputs(terms.first_row) + lane % 4 * 2, first_token = item.first_token + lane / 4;
     const long long first = static_cast<long long>(first_token) * outputs + first_channel;
+    const TileScales of_tokens(x_scale, item.first_token, work.n);
     u32 added[kTokens / 8][kHalves] = {};
     if (residual != nullptr) {
 #pragma unroll
@@ -209,7 +230,7 @@ __device__ __forceinline__ void store_few(
     }
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
-        const TokenScales token_scales(x_scale, item.first_token + i * 8, work.n);
+        const TokenScales token_scales = of_tokens.of(i);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, added[i][half]));
@@ -245,6 +266,7 @@ __device__ __forceinline__ void store_many(
     const int piece = lane % kPieces, pass_token = threadIdx.x % 128 / kPieces;
     const int channel = gate::outputs(item.first_row + group * tile::kUnitRows) + piece * 8;
     const int channels = min(8, outputs - channel);
+    const TileScales of_tokens(x_scale, item.first_token, work.n);
     const auto place = [&](int token, int at_piece) { return token * 128 + (at_piece ^ token % 8) * 16; };
 #pragma unroll
     for (int first = 0; first < kTokens; first += kStoreTokens) {
@@ -270,10 +292,14 @@ __device__ __forceinline__ void store_many(
             u32 parts[4] = {};
             if (residual != nullptr) ptx::load_matrices_turned(parts, own);
 #pragma unroll
-            for (int matrix = 0; matrix < 4; ++matrix) {
-                const int at = (first + i) / 8 + matrix / kHalves;
-                const TokenScales token_scales(x_scale, item.first_token + at * 8, work.n);
-                parts[matrix] = terms.round(sums, at, matrix % kHalves, token_scales, parts[matrix]);
+            for (int eight = 0; eight < kTurnTokens / 8; ++eight) {
+                const int at = (first + i) / 8 + eight;
+                const TokenScales token_scales = of_tokens.of(at);
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                    u32& part = parts[eight * kHalves + half];
+                    part = terms.round(sums, at, half, token_scales, part);
+                }
             }
             __syncwarp();
             ptx::store_matrices_turned(own, parts);
