@@ -198,13 +198,12 @@ struct RowTerms {
 
 // Rounds and stores few tokens: fragments are turned so that stores run along the rows.
 __device__ __forceinline__ void store_few(
-    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
+    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const TileScales& of_tokens,
     const u16* residual, u16* y) {
     const int lane = threadIdx.x % 32, outputs = gate::outputs(work.oc);
     // Channels 2 (lane % 4) and the next, token lane / 4 of the first group of eight.
     const int first_channel = gate::outputs(terms.first_row) + lane % 4 * 2, first_token = item.first_token + lane / 4;
     const long long first = static_cast<long long>(first_token) * outputs + first_channel;
-    const TileScales of_tokens(x_scale, item.first_token, work.n);
     u32 added[kTokens / 8][kHalves] = {};
     if (residual != nullptr) {
 #pragma unroll
@@ -251,7 +250,7 @@ __device__ __forceinline__ void store_few(
 // writes 16 bytes and a warp's fill whole lines. A token's channels are pieces of 16 bytes, swizzled by the token.
 // Residuals come the same way, and each warp then puts its results where its residuals were.
 __device__ __forceinline__ void store_many(
-    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const float* x_scale,
+    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const TileScales& of_tokens,
     const u16* residual, u16* y, char* turned) {
     constexpr int kPieces = 4 * kHalves;           // of a token
     constexpr int kPassTokens = 128 / kPieces;     // that a warpgroup copies at a time
@@ -266,7 +265,6 @@ __device__ __forceinline__ void store_many(
     const int piece = lane % kPieces, pass_token = threadIdx.x % 128 / kPieces;
     const int channel = gate::outputs(item.first_row + group * tile::kUnitRows) + piece * 8;
     const int channels = min(8, outputs - channel);
-    const TileScales of_tokens(x_scale, item.first_token, work.n);
     const auto place = [&](int token, int at_piece) { return token * 128 + (at_piece ^ token % 8) * 16; };
 #pragma unroll
     for (int first = 0; first < kTokens; first += kStoreTokens) {

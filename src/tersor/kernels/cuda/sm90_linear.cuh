@@ -104,6 +104,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
                 const int row = terms.first_row + threadIdx.x % 32 / 4;
                 multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(row_scales, row, oc));
             }
+            const TileScales of_tokens(x_scale, item.first_token, n);
             if (holds_all && gathered) {
                 holds_all = gather_splits(sums, item, base, slots, room_barrier, gather_barrier);
             } else if (holds_all && item.parts > 1) {
@@ -112,9 +113,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             if (holds_all) {
                 terms.add_bias(work, bias);
                 if constexpr (kMany) {
-                    store_many(sums, work, item, terms, x_scale, residual, y, slots + kExchangeAt);
+                    store_many(sums, work, item, terms, of_tokens, residual, y, slots + kExchangeAt);
                 } else {
-                    store_few(sums, work, item, terms, x_scale, residual, y);
+                    store_few(sums, work, item, terms, of_tokens, residual, y);
                 }
             }
             use += count;
