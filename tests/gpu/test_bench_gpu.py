@@ -37,7 +37,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "linear.json"
     rivals = ["cublas", "fp8"] if torch.cuda.get_device_capability() >= (8, 9) else ["cublas"]
-    arguments = ["512x512", "--n", "1,8", "--against", ",".join(rivals), "--json", str(path)]
+    arguments = ["2048x2048", "--n", "1,8", "--against", ",".join(rivals), "--json", str(path)]
     assert run(["bench", "linear", *arguments]) == 0
     out = capsys.readouterr().out
     assert "x cuBLAS" in out
@@ -51,14 +51,15 @@ def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[
         (kernel, chain, n) for kernel, chain in kernels for n in (1, 8)
     }
     assert all(0.3 < row["microseconds"] < 100 for row in result["rows"])
-    assert {row["weight_bytes"] for row in result["rows"] if row["kernel"] == "fp6_e3m2"} == {512 * 512 * 6 // 8 + 1024}
+    nbytes = {row["weight_bytes"] for row in result["rows"] if row["kernel"] == "fp6_e3m2"}
+    assert nbytes == {2048 * 2048 * 6 // 8 + 2048 * 2}
 
 
 def test_a_chain_keeps_the_size_of_its_values() -> None:
     from tersor.bench import contenders
 
-    weights = contenders.packed(FP6, 512, 512, torch.float16)[:16]
-    x = contenders.random(4, 512, torch.float16)
+    weights = contenders.packed(FP6, 2048, 2048, torch.float16)[:16]
+    x = contenders.random(4, 2048, torch.float16)
     outputs: list[torch.Tensor] = []
     real = ops.linear
     with pytest.MonkeyPatch.context() as patch:
@@ -71,14 +72,14 @@ def test_a_chain_keeps_the_size_of_its_values() -> None:
 
 def test_tune(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
     chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
-    problems = [linear.problem_of(Shape(256, 512), FP6, n) for n in (1, 8)]
+    problems = [linear.problem_of(Shape(2048, 1024), FP6, n) for n in (1, 8)]
     assert table.measured(problems[0], chip) is None
-    assert run(["bench", "tune", "256x512", "--n", "1,8", "--json"]) == 0
+    assert run(["bench", "tune", "2048x1024", "--n", "1,8", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     path = Path(shown["table"])
     assert path == table.user_path(chip)
     assert shown["chip"] == chip.name
-    assert [(row["oc"], row["ic"], row["n"]) for row in shown["choices"]] == [(256, 512, 1), (256, 512, 8)]
+    assert [(row["oc"], row["ic"], row["n"]) for row in shown["choices"]] == [(2048, 1024, 1), (2048, 1024, 8)]
     assert all(0.3 < row["microseconds"] < 100 for row in shown["choices"])
     held = table.read(path, chip, table.kernels_hash())
     assert list(held.choices) == problems
@@ -86,7 +87,7 @@ def test_tune(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[st
         assert tune.choose(problem, chip) == held.choices[problem].config
         assert held.choices[problem].config in tune.candidates(problem, chip)
     output = tmp_path / "other.json"
-    assert run(["bench", "tune", "256x512", "--n", "8", "--output", str(output)]) == 0
+    assert run(["bench", "tune", "2048x1024", "--n", "8", "--output", str(output)]) == 0
     assert len(table.read(output, chip).choices) == 1
 
 
