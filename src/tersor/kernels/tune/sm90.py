@@ -220,10 +220,10 @@ def invariant_splits(problem: LinearProblem, chip: Chip) -> int:
 def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     """Predict the time of a launch in a chain of launches, in seconds.
 
-    CTAs run in waves, as many as fit at a time. A wave takes as long as the arithmetic of its busiest multiprocessor,
-    as its bytes, which the multiprocessors share, or as the bytes of the busiest at the most that one can take, whichever
-    is longest; activations, which come from L2, count a quarter. To that come what a launch, each further wave and the
-    exchange of split sums cost.
+    CTAs run in waves, as many as fit at a time. A wave takes as long as the longest of three: the arithmetic of its
+    busiest multiprocessor, the bytes of that one at the most it can take, and the bytes of all at what they share;
+    activations, which come from L2, count a quarter. To that come what a launch, each further wave and the exchange of
+    split sums cost.
     """
     tile = tile_of(config)
     cost = COSTS[tile]
