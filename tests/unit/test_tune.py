@@ -186,7 +186,8 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert depth >= 2
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
             assert used >= tokens * 132 * 4
-        for tile in sm90.tiles(groups) if chip.capability == (9, 0) else ():
+        bytewise = sm90.tiles(groups, fp8=True) if groups <= 4 else ()
+        for tile in (*sm90.tiles(groups), *bytewise) if chip.capability == (9, 0) else ():
             weight_slots, x_slots, gather_room = tile.slots(bits, scale_bytes, chip)
             used = tile.shared_bytes(bits, scale_bytes, chip)
             assert used == (
@@ -198,14 +199,14 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert 0 <= gather_room <= tile.gathered - 1
             rings = used - tile.exchange_bytes - gather_room * tile.part_bytes
             assert (tile.gathered - 1) * tile.part_bytes <= rings  # where parts without room go
-            assert weight_slots == x_slots or tile.tokens > 16
-            assert tile.resident * (used + 1024 + 1024) <= chip.shared_bytes + 1024, (tile, bits)
+            assert weight_slots == x_slots or not tile.few
+            assert tile.resident * (used + tile.static_bytes + 1024) <= chip.shared_bytes + 1024, (tile, bits)
             assert weight_slots % tile.turns == x_slots % (tile.turns * tile.x_slots_of_block) == 0
             least = tile.turns * (1 if groups == 8 and tile.turns > 2 else 2)
             assert least <= weight_slots <= 16
             assert least * tile.x_slots_of_block <= x_slots <= 16
-            # barriers: two of 8 bytes a slot, beside a flag
-            assert 16 * (weight_slots + x_slots) < 1024
+            # two barriers of 8 bytes a slot, two more, a flag, and the scales of 8-bit activations
+            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.fp8 * tile.tokens <= tile.static_bytes
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0
             assert tile.threads <= 1024
 

@@ -118,37 +118,37 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// The scales of the two tokens that a lane has of a group of eight, for 8-bit activations.
-struct TokenScales {
-    float of[2];
-};
-
-// The scales of all tokens of a tile, which the lanes of a warp hold together: token t of the tile is with lane t % 32.
-// They, like residuals, are read past L1, which may hold what lay there before the kernel ahead wrote them: an earlier
-// kernel that still ran beside this one may have read it. All at once, since that takes a microsecond.
+// The scales of a tile's tokens, for 8-bit activations. A CTA reads each once: they lie in a few sectors of one slice of
+// L2, which all CTAs would queue for. They, like residuals, are read past L1, which may hold what lay there before the
+// kernel ahead wrote them: an earlier kernel that still ran beside this one may have read it.
 struct TileScales {
-    static constexpr int kHeld = kFp8 ? (kTokens + 31) / 32 : 1;
-    float held[kHeld];
+    float own = 0.0f;  // of token threadIdx.x of the tile
+    float* shared;     // [kTokens], of all, once they are shared
 
-    __device__ __forceinline__ TileScales(const float* x_scale, int first_token, int n) {
+    __device__ __forceinline__ TileScales(float* shared, const float* x_scale, int first_token, int n) : shared(shared) {
+        static_assert(!kFp8 || kTokens <= kFinishers, "a thread has one token");
+        const int token = first_token + threadIdx.x;
+        if (kFp8 && threadIdx.x < kTokens && token < n) own = __ldcg(x_scale + token);
+    }
+    __device__ __forceinline__ void share() const {
         if constexpr (kFp8) {
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-                const int token = first_token + i * 32 + threadIdx.x % 32;
-                held[i] = token < n ? __ldcg(x_scale + token) : 0.0f;
-            }
+            ptx::sync_threads<kFinishersBarrier, kFinishers>();  // those of the item before have been read
+            if (threadIdx.x < kTokens) shared[threadIdx.x] = own;
+            ptx::sync_threads<kFinishersBarrier, kFinishers>();
         }
     }
-    // Of the tokens that this lane has of the `tokens`-th group of eight; every lane of the warp must ask.
-    __device__ __forceinline__ TokenScales of(int tokens) const {
-        TokenScales pair = {};
+};
+
+// The scales of the two tokens that a lane has of the `tokens`-th group of eight.
+struct TokenScales {
+    float of[2] = {};
+
+    __device__ __forceinline__ TokenScales(const TileScales& all, int tokens) {
         if constexpr (kFp8) {
-#pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                pair.of[odd] = __shfl_sync(~0u, held[tokens / 4], tokens % 4 * 8 + threadIdx.x % 4 * 2 + odd);
-            }
+            const float2 pair = *reinterpret_cast<const float2*>(all.shared + tokens * 8 + threadIdx.x % 4 * 2);
+            of[0] = pair.x;
+            of[1] = pair.y;
         }
-        return pair;
     }
 };
 
@@ -229,7 +229,7 @@ __device__ __forceinline__ void store_few(
     }
 #pragma unroll
     for (int i = 0; i < kTokens / 8; ++i) {
-        const TokenScales token_scales = of_tokens.of(i);
+        const TokenScales token_scales(of_tokens, i);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, added[i][half]));
@@ -292,7 +292,7 @@ __device__ __forceinline__ void store_many(
 #pragma unroll
             for (int eight = 0; eight < kTurnTokens / 8; ++eight) {
                 const int at = (first + i) / 8 + eight;
-                const TokenScales token_scales = of_tokens.of(at);
+                const TokenScales token_scales(of_tokens, at);
 #pragma unroll
                 for (int half = 0; half < kHalves; ++half) {
                     u32& part = parts[eight * kHalves + half];

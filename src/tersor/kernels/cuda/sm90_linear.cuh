@@ -52,6 +52,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
+    __shared__ __align__(8) float token_scales[kFp8 ? kTokens : 1];
     const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
     const Work work{oc, ic, n, whole_tiles, splits};
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
@@ -104,7 +105,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
                 const int row = terms.first_row + threadIdx.x % 32 / 4;
                 multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(row_scales, row, oc));
             }
-            const TileScales of_tokens(x_scale, item.first_token, n);
+            const TileScales of_tokens(token_scales, x_scale, item.first_token, n);
             if (holds_all && gathered) {
                 holds_all = gather_splits(sums, item, base, slots, room_barrier, gather_barrier);
             } else if (holds_all && item.parts > 1) {
@@ -112,6 +113,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
             }
             if (holds_all) {
                 terms.add_bias(work, bias);
+                of_tokens.share();
                 if constexpr (kMany) {
                     store_many(sums, work, item, terms, of_tokens, residual, y, slots + kExchangeAt);
                 } else {

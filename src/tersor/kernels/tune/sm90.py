@@ -12,8 +12,6 @@ COLUMNS = 128
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
-_STATIC_SHARED = 1024
-"""Barriers, up to the alignment of the rings."""
 _CLUSTER_ROOM = 0.75
 """Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
 _CLUSTER_FILL = 0.45
@@ -64,6 +62,11 @@ class Tile:
         return 128 * (self.row_groups * self.channel_groups + 1)
 
     @property
+    def static_bytes(self) -> int:
+        """The bytes of barriers, and of the scales of 8-bit activations, up to the alignment of the rings."""
+        return 2048 if self.fp8 and self.tokens > 128 else 1024
+
+    @property
     def fast_sums(self) -> bool:
         """Whether 8-bit products are all added by the tensor cores, with about 14 bits (`multiply_bytes`)."""
         return self.fp8 and self.tokens > 128
@@ -105,7 +108,7 @@ class Tile:
         Both rings are equally deep, then activations have what is left; they are multiples of what the warpgroups take
         at a time.
         """
-        budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - _STATIC_SHARED
+        budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - self.static_bytes
         budget -= self.exchange_bytes
         weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // self.turns * self.turns
