@@ -5,7 +5,7 @@
 
 Configurations are timed in random order, in chains with programmatic dependent launch: a GPU that has worked for a
 while is slower than one that has not. Rows are appended, so that several runs may share a file. `--try` adds tiles that
-the table of costs does not have, such as 16,2,2,1,1 (tokens, row groups, channel groups, cluster, resident CTAs) or
+the table of costs does not have, such as 8,2,2,1,1 (tokens, row groups, channel groups, cluster, resident CTAs) or
 64,2,1,2,1,fp8; they are predicted by the costs of a tile like them.
 """
 
@@ -79,14 +79,14 @@ def sweep(
 
 
 def tile(text: str) -> sm90.Tile:
-    """Read a tile such as `16,2,2,1,1` or `64,2,1,2,1,fp8`.
+    """Read a tile such as `8,2,2,1,1` or `64,2,1,2,1,fp8`.
 
     Raises:
         InputError: five numbers, and perhaps `fp8`, are expected.
     """
     words = text.removesuffix(",fp8").split(",")
     if len(words) != 5 or not all(word.isdecimal() for word in words):
-        raise InputError(f"--try {text!r}: expected five numbers such as 16,2,2,1,1, and perhaps fp8")
+        raise InputError(f"--try {text!r}: expected five numbers such as 8,2,2,1,1, and perhaps fp8")
     return sm90.Tile(*map(int, words), fp8=text.endswith(",fp8"))
 
 

@@ -117,19 +117,14 @@ __device__ __forceinline__ void multiply_few(
                 if constexpr (kGroups > 0) {
                     if (step % scales::kSteps == scales::kSteps - 1) {
                         const int group = step / scales::kSteps;
-                        if constexpr (kScalesAhead) {
-                            flush(rows, ahead[rows][0], ahead[rows][1]);
-                        } else {
-                            flush(
-                                rows, scales::in_block(block_scales, group, row),
-                                scales::in_block(block_scales, group, row + 8));
-                        }
+                        flush(
+                            rows, kScalesAhead ? ahead[rows][0] : scales::in_block(block_scales, group, row),
+                            kScalesAhead ? ahead[rows][1] : scales::in_block(block_scales, group, row + 8));
                     }
                 }
             }
         }
-        ptx::end_reads();
-        ptx::barrier_arrive(weights.emptied(at));
+        weights.release(at);  // and with it this thread's loads of activations have ended, too
         release_x(xs, x_at);
         at.advance(kTurns);
     }
@@ -184,8 +179,7 @@ __device__ __forceinline__ void multiply_bytes(
             Multiply::run(to, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
         }
         wgmma::commit();
-        ptx::end_reads();
-        ptx::barrier_arrive(weights.emptied(weights_at));
+        weights.release(weights_at);
         weights_at.advance();
         x_at.advance();
     };
@@ -247,8 +241,7 @@ __device__ __forceinline__ void multiply_bytes_in_groups(
             scale[2 * group] = scales::in_block(block_scales, group, lane / 4);
             scale[2 * group + 1] = scales::in_block(block_scales, group, lane / 4 + 8);
         }
-        ptx::end_reads();
-        ptx::barrier_arrive(weights.emptied(weights_at));
+        weights.release(weights_at);
         if (block > 0) {
             settle();
             release_x(xs, x_before);
@@ -345,15 +338,13 @@ __device__ __forceinline__ void multiply_blocks(
             }
             wgmma::commit();
             if (kGroups == 0 && set == 0) {
-                ptx::end_reads();
-                ptx::barrier_arrive(weights.emptied(weights_at));
+                weights.release(weights_at);
             }
         }
         // With a wait for a slot before each decode group, ptxas else waits after every product (C7513).
         if constexpr (kSlotSets == 1) wgmma::wait<kAhead - 1>();
         if constexpr (kGroups > 0) {
-            ptx::end_reads();
-            ptx::barrier_arrive(weights.emptied(weights_at));
+            weights.release(weights_at);
             XRing::Place free = x_at;
 #pragma unroll
             for (int i = 0; i < kSlotsOfBlock; ++i, free.advance()) release_x(xs, free);

@@ -103,6 +103,11 @@ struct Ring {
     __device__ __forceinline__ void wait_emptied(const Place& at) const {
         ptx::barrier_wait(emptied(at), at.parity ^ 1);
     }
+    // This thread has read a slot by loads; they must have ended, or they meet what the slot is filled with next.
+    __device__ __forceinline__ void release(const Place& at) const {
+        ptx::end_reads();
+        ptx::barrier_arrive(emptied(at));
+    }
 };
 
 // What the launch asks for, and which part of it an item is.
