@@ -17,15 +17,17 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results" / "linear_h200.json"
 FORMAT = "fp6_e3m2"
 SHAPES = ((8192, 8192), (57344, 8192))
-TOKENS = (1, 16, 64)
+TOKENS = (1, 16, 64, 256, 1024)
 OURS = (FORMAT, "pdl")
 CUBLAS = ("cublas", "plain")
 COLUMNS = {
     OURS: f"Tersor {FORMAT}",
-    (FORMAT, "plain"): f"{FORMAT}, plain launches",
+    (FORMAT, "plain"): "plain launches",
     CUBLAS: "cuBLAS FP16",
-    ("fp8", "plain"): "FP8",
-    (f"humming {FORMAT}", "plain"): f"humming {FORMAT}",
+    (f"humming {FORMAT}", "plain"): "humming",
+    (f"{FORMAT}:a8", "pdl"): "Tersor a8",
+    (f"humming {FORMAT}:a8", "plain"): "humming a8",
+    ("fp8", "plain"): "cuBLAS FP8",
 }
 """(Kernel, chain) in the results -> heading, in the order of the table; what was not measured has no column."""
 
@@ -46,7 +48,8 @@ def table(result: dict[str, Any], name: str) -> str:
     caption = (
         f"Microseconds a call on one {facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}, commit "
         f"{facts['commit']} (`bench/results/{name}`). Read time: the packed bytes over the "
-        f"{result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run."
+        f"{result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run. a8: 8-bit activations, "
+        "their quantising included, where cuBLAS FP8 finds them quantised."
     )
     lines = [
         *textwrap.wrap(caption, 120),
