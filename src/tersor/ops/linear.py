@@ -16,8 +16,9 @@ _SCRATCH_BYTES = 64 << 20
 _ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-_used: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], tuple[int, int]]] = {}
-"""Identity of a weight's data -> data, scale and their versions at the last launch that used both."""
+_used: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], int | None, int | None]] = {}
+"""Identity of a weight's data -> data, scale and their versions at the last launch that used both; inference tensors
+have no versions."""
 
 _library = torch.library.Library("tersor", "DEF")
 _library.define(
@@ -112,20 +113,22 @@ _grad_enabled = torch.is_grad_enabled
 
 def _check(
     x: torch.Tensor,
+    shape: torch.Size,
     data: torch.Tensor,
     bias: torch.Tensor | None,
     kind: plan.Kind,
     residual: torch.Tensor | None,
     outputs: int,
 ) -> None:
-    shape, dtype = x.shape, x.dtype
+    dtype = x.dtype
     if not shape or shape[-1] != kind.ic:
         raise ShapeError(
             f"linear: x has shape {list(shape)}, expected [..., {kind.ic}] for a weight [{kind.oc}, {kind.ic}]"
         )
     if dtype not in _ACTIVATIONS:
         raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16 or float32")
-    if data.device != x.device:
+    index = data.get_device()  # an object that stands for a device costs more
+    if index != x.get_device() or (index < 0 and data.device != x.device):
         raise ShapeError(f"linear: x is on {x.device}, the weight on {data.device}")
     if bias is not None and (bias.shape != (kind.oc,) or bias.dtype != dtype or bias.device != x.device):
         raise ShapeError(
@@ -154,7 +157,7 @@ def _serve(
     """Check a call and serve it; on the way to a fused kernel every line counts in microseconds."""
     shape, oc, ic = x.shape, kind.oc, kind.ic
     outputs = rows.gated_channels(oc) if gated else oc
-    _check(x, data, bias, kind, residual, outputs)
+    _check(x, shape, data, bias, kind, residual, outputs)
     size = x.numel()
     if size == 0 or oc == 0:
         return tensors.without_products(x, bias, residual, gated, oc)
@@ -241,19 +244,16 @@ def _in_turns(
 
 def _settled(data: torch.Tensor, scale: torch.Tensor) -> bool:
     """Tell whether a launch has used both since they were last written: then no kernel just ahead writes them."""
-    versions = (
-        0 if data.is_inference() else data._version,
-        0 if scale.is_inference() else scale._version,
-    )
     name = id(data)
     used = _used.get(name)
-    if used is None or used[0]() is not data or used[1]() is not scale:
-        _used[name] = (weakref.ref(data, lambda gone: _forget(name, gone)), weakref.ref(scale), versions)
-        return False
-    if used[2] != versions:
-        _used[name] = (used[0], used[1], versions)
-        return False
-    return True
+    if used is not None and used[0]() is data and used[1]() is scale:
+        _, _, of_data, of_scale = used
+        if (of_data is None or of_data == data._version) and (of_scale is None or of_scale == scale._version):
+            return True
+    of_data = None if data.is_inference() else data._version
+    of_scale = None if scale.is_inference() else scale._version
+    _used[name] = (weakref.ref(data, lambda gone: _forget(name, gone)), weakref.ref(scale), of_data, of_scale)
+    return False
 
 
 def _forget(name: int, gone: weakref.ref[torch.Tensor]) -> None:
@@ -349,7 +349,7 @@ def _meta(
     kind = plan.kind(scheme, oc, ic, layout)
     kind.check(data)
     outputs = rows.gated_channels(oc) if gated else oc
-    _check(x, data, bias, kind, residual, outputs)
+    _check(x, x.shape, data, bias, kind, residual, outputs)
     return x.new_empty(*x.shape[:-1], outputs)
 
 
