@@ -80,9 +80,7 @@ def sm90_source(
     scheme: Scheme,
     target: str,
     tile: sm90.Tile,
-    weight_slots: int,
-    x_slots: int,
-    gather_room: int,
+    slots: sm90.Slots,
     gated: bool = False,
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
@@ -104,10 +102,10 @@ def sm90_source(
             "K_GROUPS": tile.channel_groups,
             "CLUSTER": tile.cluster,
             "GATHERS": tile.gathered,
-            "GATHER_ROOM": gather_room,
+            "GATHER_ROOM": slots.gather_room,
             "RESIDENT": tile.resident,
-            "WEIGHT_SLOTS": weight_slots,
-            "X_SLOTS": x_slots,
+            "WEIGHT_SLOTS": slots.weights,
+            "X_SLOTS": slots.x,
             "FEW_TOKENS": few_tokens if tile.tokens <= FEW_TOKENS else FEW_TOKENS,  # one kernel for either mode
             "EPILOGUE": int(gated),
         },
@@ -122,8 +120,8 @@ def _suffix(gated: bool) -> str:
 def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig, gated: bool = False) -> KernelSource:
     """Return the kernel that a configuration asks for; `gated` as in cuda/gate.cuh."""
     if config.schedule == tune.SM90:
-        rings = (config.weight_slots, config.x_slots, config.gather_room)
-        return sm90_source(scheme, target, sm90.tile_of(config), *rings, gated, config.few_tokens)
+        slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
+        return sm90_source(scheme, target, sm90.tile_of(config), slots, gated, config.few_tokens)
     return sm80_source(scheme, target, config.n_tile, config.weight_slots, gated)
 
 
@@ -313,7 +311,7 @@ def sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) -> Ite
         yield sm80_source(scheme, target, tokens, depth, gated)
     if chip.capability == (9, 0):
         for tile in sm90.tiles(groups):
-            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip), gated)
+            yield sm90_source(scheme, target, tile, tile.slots(bits, row_bytes, chip), gated)
     yield dequantize_source(scheme, target)
     yield epilogue_source(scheme, target, gated)
 
@@ -324,7 +322,7 @@ def fp8_sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) ->
     if chip.capability == (9, 0):
         yield quantize_source(target)
         for tile in sm90.tiles(groups, fp8=True):
-            yield sm90_source(scheme, target, tile, *tile.slots(bits, row_bytes, chip), gated)
+            yield sm90_source(scheme, target, tile, tile.slots(bits, row_bytes, chip), gated)
 
 
 def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:

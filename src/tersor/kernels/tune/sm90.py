@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import FEW_TOKENS, INVARIANT_TOKENS, SM90, LinearConfig, LinearProblem
@@ -27,6 +28,17 @@ _ACHIEVED = 0.9
 """Of the datasheet's bandwidth."""
 _SHARE = {1: 1.3, 2: 1.4}
 """CTAs meant to share a multiprocessor -> what one multiprocessor can take of that bandwidth, in even shares."""
+
+
+class Slots(NamedTuple):
+    """How a CTA's shared memory is dealt out: slots of weights, of activations, parts of sums that a cluster gathers.
+
+    Of the parts those that have room beside both rings.
+    """
+
+    weights: int
+    x: int
+    gather_room: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +114,8 @@ class Tile:
         """The most splits that a cluster adds in shared memory."""
         return 1 if self.cluster > 1 else min(_MAX_GATHERED, 1 + _GATHER_BYTES // self.resident // self.part_bytes)
 
-    def slots(self, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int, int]:
-        """Return (slots of weights, slots of activations, gathered parts of sums that have room beside them).
+    def slots(self, bits: int, scale_bytes: int, chip: Chip) -> Slots:
+        """Return how shared memory is dealt out.
 
         Both rings are equally deep, then activations have what is left; they are multiples of what the warpgroups take
         at a time.
@@ -115,13 +127,14 @@ class Tile:
         x_depth = min(_MAX_SLOTS, (budget - depth * weight) // x) // self.x_slots_of_block * self.x_slots_of_block
         if self.few:
             x_depth = depth  # multiply_few counts both rings as one
-        return depth, x_depth, min(self.gathered - 1, (budget - depth * weight - x_depth * x) // self.part_bytes)
+        left = budget - depth * weight - x_depth * x
+        return Slots(depth, x_depth, min(self.gathered - 1, left // self.part_bytes))
 
     def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
-        weights, xs, parts = self.slots(bits, scale_bytes, chip)
-        rings = weights * self.weight_slot_bytes(bits, scale_bytes) + xs * self.x_slot_bytes
-        return rings + self.exchange_bytes + parts * self.part_bytes
+        slots = self.slots(bits, scale_bytes, chip)
+        rings = slots.weights * self.weight_slot_bytes(bits, scale_bytes) + slots.x * self.x_slot_bytes
+        return rings + self.exchange_bytes + slots.gather_room * self.part_bytes
 
 
 def config(
@@ -134,7 +147,7 @@ def config(
     gathered: bool = False,
 ) -> LinearConfig:
     """Return the configuration of one tile shape with its last tiles, those from `whole_tiles` on, split."""
-    weight_slots, x_slots, gather_room = tile.slots(problem.bits, problem.scale_bytes, chip)
+    slots = tile.slots(problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
         schedule=SM90,
         activation_bits=8 if tile.fp8 else 16,
@@ -143,14 +156,14 @@ def config(
         channel_groups=tile.channel_groups,
         cluster=tile.cluster,
         resident=tile.resident,
-        weight_slots=weight_slots,
-        x_slots=x_slots,
+        weight_slots=slots.weights,
+        x_slots=slots.x,
         token_tiles=-(-problem.n // tile.tokens),
         row_tiles=-(-problem.oc // (tile.rows * tile.cluster)) * tile.cluster,
         whole_tiles=whole_tiles,
         splits=splits,
         gathered=gathered,
-        gather_room=gather_room,
+        gather_room=slots.gather_room,
         ctas=ctas,
         shared_bytes=tile.shared_bytes(problem.bits, problem.scale_bytes, chip),
     )
