@@ -48,9 +48,10 @@ def table(result: dict[str, Any], name: str) -> str:
     caption = (
         f"Microseconds a call on one {facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}, commit "
         f"{facts['commit']} (`bench/results/{name}`). Read time: the packed bytes over the "
-        f"{result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run. a8: 8-bit activations, "
-        "their quantising included, where cuBLAS FP8 finds them quantised."
+        f"{result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run."
     )
+    if (f"{FORMAT}:a8", "pdl") in columns:
+        caption += " a8: 8-bit activations, their quantising included, where cuBLAS FP8 finds them quantised."
     lines = [
         *textwrap.wrap(caption, 120),
         "",
