@@ -19,13 +19,14 @@ FORMAT = "fp6_e3m2"
 SHAPES = ((8192, 8192), (57344, 8192))
 TOKENS = (1, 16, 64, 256, 1024)
 OURS = (FORMAT, "pdl")
+OURS_A8 = (f"{FORMAT}:a8", "pdl")
 CUBLAS = ("cublas", "plain")
 COLUMNS = {
     OURS: f"Tersor {FORMAT}",
     (FORMAT, "plain"): "plain launches",
     CUBLAS: "cuBLAS FP16",
     (f"humming {FORMAT}", "plain"): "humming",
-    (f"{FORMAT}:a8", "pdl"): "Tersor a8",
+    OURS_A8: "Tersor a8",
     (f"humming {FORMAT}:a8", "plain"): "humming a8",
     ("fp8", "plain"): "cuBLAS FP8",
 }
@@ -50,7 +51,7 @@ def table(result: dict[str, Any], name: str) -> str:
         f"{facts['commit']} (`bench/results/{name}`). Read time: the packed bytes over the "
         f"{result['read_bandwidth'] / 1e12:.2f} TB/s that a large read reached in the same run."
     )
-    if (f"{FORMAT}:a8", "pdl") in columns:
+    if OURS_A8 in columns:
         caption += " a8: 8-bit activations, their quantising included, where cuBLAS FP8 finds them quantised."
     lines = [
         *textwrap.wrap(caption, 120),

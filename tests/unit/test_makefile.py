@@ -95,7 +95,11 @@ def test_set_up_is_done_once_and_again_when_the_project_file_changes(tree: Path)
 def test_another_interpreter_is_used_as_it_is(tree: Path) -> None:
     for target, script in (
         ("gpu-test", "bench/gpu_tests.py"),
-        ("bench", "-m tersor bench linear llama-2-70b llama-3-8b --n 1,16,"),
+        (
+            "bench",
+            "-m tersor bench linear llama-2-70b llama-3-8b --n 1,16,32,64,128,256,1024,4096 --activations 16bit,fp8 "
+            "--json bench/results/linear_h200.json",
+        ),
         ("demo", "-m tersor demo"),
     ):
         steps = make(tree, "-n", target, "PYTHON=python3").stdout

@@ -127,8 +127,7 @@ def _check(
         )
     if dtype not in _ACTIVATIONS:
         raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16 or float32")
-    index = data.get_device()  # an object that stands for a device costs more
-    if index != x.get_device() or (index < 0 and data.device != x.device):
+    if data.device != x.device:
         raise ShapeError(f"linear: x is on {x.device}, the weight on {data.device}")
     if bias is not None and (bias.shape != (kind.oc,) or bias.dtype != dtype or bias.device != x.device):
         raise ShapeError(

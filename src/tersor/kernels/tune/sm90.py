@@ -31,9 +31,11 @@ _SHARE = {1: 1.3, 2: 1.4}
 
 
 class Slots(NamedTuple):
-    """How a CTA's shared memory is dealt out: slots of weights, of activations, parts of sums that a cluster gathers.
+    """How a CTA's shared memory is dealt out.
 
-    Of the parts those that have room beside both rings.
+    Attributes:
+        weights, x: slots in the rings of weights and of activations.
+        gather_room: parts of sums that a cluster gathers that have room beside the rings.
     """
 
     weights: int
