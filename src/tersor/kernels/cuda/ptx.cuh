@@ -140,7 +140,7 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine.
+// Makes barriers that this thread initialised visible to the copy engine, and to a cluster that then meets.
 __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -239,6 +239,12 @@ __device__ __forceinline__ void sync_threads() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
+// Tells such a barrier that this warp has come, without waiting for the others.
+template <int kId, int kThreads>
+__device__ __forceinline__ void arrive_threads() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
 // One of several such barriers, told apart at run time: kFirst + index.
 template <int kFirst, int kThreads>
 __device__ __forceinline__ void sync_one_of(int index) {
@@ -249,6 +255,10 @@ __device__ __forceinline__ void sync_one_of(int index) {
 __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
+
+// The same in two parts, ahead of which only `barrier_init_fence` orders anything: a release waits for all of a GPU.
+__device__ __forceinline__ void arrive_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void wait_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 __device__ __forceinline__ int cluster_ctas() {
     int count;

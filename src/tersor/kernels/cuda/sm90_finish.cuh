@@ -57,6 +57,7 @@ __device__ __forceinline__ bool gather_splits(
         return false;
     }
     if (to_rings) {
+        ptx::end_reads();
         for (int part = 1; part < item.parts; ++part) ptx::barrier_arrive_at(room, part);
     }
     ptx::barrier_wait(arrived, 0);

@@ -32,6 +32,24 @@
 #define TERSOR_CLUSTER
 #endif
 
+namespace linear {
+
+// When all threads of the CTA, or of its cluster, have been here all barriers are initialised. A warp need not wait for
+// that where it uses only barriers that it initialised itself.
+template <bool kWaits>
+__device__ __forceinline__ void meet(bool gathered) {
+    if (kCluster > 1 || gathered) {
+        ptx::arrive_cluster();
+        if (kWaits || kCluster > 1) ptx::wait_cluster();
+    } else if (kWaits) {
+        ptx::sync_threads<kAllBarrier, kThreads>();
+    } else {
+        ptx::arrive_threads<kAllBarrier, kThreads>();
+    }
+}
+
+}  // namespace linear
+
 extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
     const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 128 bytes
     const char* __restrict__ weight,                  // units of packed codes
@@ -61,30 +79,37 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
     const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
 
-    if (threadIdx.x == 0) {
-        xs.start(kReaders * kCluster);
-        weights.start(kReaders);
-        ptx::barrier_init(room_barrier, kFinishers);
-        ptx::barrier_init(gather_barrier, 1);
-        ptx::barrier_init_fence();
-        if (gathered) ptx::barrier_expect(gather_barrier, (splits - 1) * kPartBytes);
-    }
-    if (kCluster > 1 || gathered) {
-        ptx::sync_cluster();
-    } else {
-        __syncthreads();
-    }
     ptx::launch_dependents();
 
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
+        if (warp == 0) {
+            if (ptx::elect()) {
+                weights.start(kReaders);
+                ptx::barrier_init_fence();
+            }
+            __syncwarp();
+            meet<false>(gathered);
+        } else {
+            if (warp == 1 && ptx::elect()) {
+                xs.start(kReaders * kCluster);
+                ptx::barrier_init(room_barrier, kFinishers);
+                ptx::barrier_init(gather_barrier, 1);
+                ptx::barrier_init_fence();
+                if (gathered) ptx::barrier_expect(gather_barrier, (splits - 1) * kPartBytes);
+            }
+            __syncwarp();
+            meet<true>(gathered);
+        }
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, rank, weight);
             if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows);
             if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, rank, scale);
         }
+        if (warp == 0 && gathered) ptx::wait_cluster();  // a warp that has arrived may not end before
     } else {
+        meet<true>(gathered);
         ptx::take_registers<kComputeRegisters>();
         u32 use = 0;
         for_items(work, rank, [&](const Item& item) {

@@ -127,20 +127,30 @@ struct Item {
     int first_row, first_token;
     int first_block, last_block;
 
-    __device__ __forceinline__ Item(const Work& work, int index, int rank) {
+    // A division takes a tenth of a microsecond, which a launch waits for: there are none where nothing is split and all
+    // tokens are in one tile.
+    __device__ __forceinline__ Item(const Work& work, u32 index, int rank) {
+        const u32 whole = work.whole_tiles, splits = work.splits, blocks = work.blocks();
         tile = index, part = 0, parts = 1;
-        if (index >= work.whole_tiles) {
-            parts = work.splits;
-            tile = work.whole_tiles + (index - work.whole_tiles) / parts;
-            part = (index - work.whole_tiles) % parts;
+        first_block = 0, last_block = blocks;
+        if (index >= whole && splits > 1) {
+            const u32 split = (index - whole) / splits, least = blocks / splits, more = blocks % splits;
+            parts = splits;
+            tile = whole + split;
+            part = index - whole - split * splits;
+            first_block = part * least + min(static_cast<u32>(part), more);
+            last_block = first_block + least + (part < more);
         }
-        // Token tiles by bands: what runs at a time shares activations as well as weights.
-        const int band = tile / (kBand * work.row_tiles()), in_band = tile % (kBand * work.row_tiles());
-        const int width = min(kBand, work.token_tiles() - band * kBand);
-        first_token = (band * kBand + in_band % width) * kTokens;
-        first_row = (in_band / width * kCluster + rank) * kRows;
-        first_block = work.blocks() * part / parts;
-        last_block = work.blocks() * (part + 1) / parts;
+        first_token = 0;
+        u32 row_tile = tile;
+        if (work.token_tiles() > 1) {
+            // Token tiles by bands: what runs at a time shares activations as well as weights.
+            const u32 size = kBand * work.row_tiles(), band = row_tile / size, in_band = row_tile - band * size;
+            const u32 width = min(kBand, work.token_tiles() - static_cast<int>(band) * kBand);
+            row_tile = in_band / width;
+            first_token = (band * kBand + in_band - row_tile * width) * kTokens;
+        }
+        first_row = (row_tile * kCluster + rank) * kRows;
     }
 };
 
@@ -188,9 +198,11 @@ __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work&
 __device__ __forceinline__ void copy_activations(
     const XRing& ring, const Work& work, int rank, const TensorMap& x_map, int x_rows) {
     ptx::prefetch_map(&x_map);
-    ptx::wait_for_earlier_kernels();
     XRing::Place at(0);
+    bool waits = true;
     for_items(work, rank, [&](const Item& item) {
+        if (waits) ptx::wait_for_earlier_kernels();  // late: with the first item known
+        waits = false;
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block) {
 #pragma unroll
