@@ -79,6 +79,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
     const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
 
+    if constexpr (kMany) ptx::launch_dependents();  // later it would cost 64 tokens nothing, and these registers
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
@@ -108,7 +109,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
         if (warp == 0 && gathered) ptx::wait_cluster();  // a warp that has arrived may not end before
     } else {
         meet<true>(gathered);
-        ptx::launch_dependents();
+        if constexpr (!kMany) ptx::launch_dependents();
         ptx::take_registers<kComputeRegisters>();
         u32 use = 0;
         for_items(work, rank, [&](const Item& item) {
