@@ -79,7 +79,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
     const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
 
-    if constexpr (kMany) ptx::launch_dependents();  // later it would cost 64 tokens nothing, and these registers
+    // The next kernel had better not start before this one's copies have, but where many tokens' sums fill the registers
+    // ptxas spills some if it is told later.
+    if constexpr (kMany) ptx::launch_dependents();
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
