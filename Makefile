@@ -48,14 +48,17 @@ lint: $(READY_DEV)
 gpu-test: $(READY_DEV)
 	$(PYTHON) bench/gpu_tests.py
 
-# What the README's table shows and the rest of Llama-2-70B and Llama-3-8B; then the other formats.
+# What the README's table shows and the rest of Llama-2-70B and Llama-3-8B; then the other formats, and bfloat16.
 MEASURED := llama-2-70b llama-3-8b --n 1,16,32,64,128,256,1024,4096 --activations 16bit,fp8
 FORMATS := fp6_e3m2 fp6_e2m3 fp6_e3m2:g128 fp5_e2m2 fp4_e2m1 int4:g128 uint4:g128 int4 int8
-MORE := 8192x8192 57344x8192 --n 1,16 --against none --chain pdl $(FORMATS:%=--format %)
+OTHERS := 8192x8192 57344x8192 --against none --chain pdl
+MORE := $(OTHERS) --n 1,16 $(FORMATS:%=--format %)
+BF16 := $(OTHERS) --n 1,16,128,1024 --dtype bfloat16
 
 bench: $(READY_DEV)
 	$(PYTHON) -m tersor bench linear $(MEASURED) --json bench/results/linear_h200.json
 	$(PYTHON) -m tersor bench linear $(MORE) --json bench/results/linear_h200_more.json
+	$(PYTHON) -m tersor bench linear $(BF16) --json bench/results/linear_h200_bf16.json
 	$(PYTHON) bench/host.py
 	$(PYTHON) bench/generate.py
 
