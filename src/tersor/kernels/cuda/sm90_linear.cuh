@@ -79,9 +79,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
     const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
 
-    // The next kernel had better not start before this one's copies have, but where many tokens' sums fill the registers
-    // ptxas spills some if it is told later.
-    if constexpr (kMany) ptx::launch_dependents();
+    // The next kernel had better start after this one's copies have: where few tokens leave it registers, ptxas can put that
+    // later without spills.
+    if constexpr (!kFew) ptx::launch_dependents();
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
@@ -111,7 +111,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
         if (warp == 0 && gathered) ptx::wait_cluster();  // a warp that has arrived may not end before
     } else {
         meet<true>(gathered);
-        if constexpr (!kMany) ptx::launch_dependents();
+        if constexpr (kFew) ptx::launch_dependents();
         ptx::take_registers<kComputeRegisters>();
         u32 use = 0;
         for_items(work, rank, [&](const Item& item) {
