@@ -30,8 +30,8 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
 
 // A warpgroup with few tokens: all rows of every kTurns-th block, 16 of each row group a warp, so that a fragment of
 // activations that was read once meets the weights of all row groups. `sums` are of a row group each. wgmma takes as
-// long for 8 tokens as for 16, so mma.sync feeds the tensor cores faster here; its fragments and sums are those of wgmma
-// for each warp's 16 rows.
+// long for 8 tokens as for 16, so mma.sync feeds the tensor cores faster here, and with 32 tokens still as fast as weights
+// come to a small matrix; its fragments and sums are those of wgmma for each warp's 16 rows.
 __device__ __forceinline__ void multiply_few(
     float (&sums)[kRowGroups][kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const float* row_scales, int first_row, int oc) {

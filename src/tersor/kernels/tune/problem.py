@@ -7,7 +7,7 @@ from dataclasses import dataclass
 SM80 = "sm80"
 SM90 = "sm90"
 FEW_TOKENS = 16
-"""Up to so many tokens mma.sync is faster than wgmma."""
+"""Up to so many tokens mma.sync is faster than wgmma; up to 32 it can be, where warpgroups take blocks in turn."""
 INVARIANT_TOKENS = 16
 """Where results must not depend on the number of tokens, splits are those that would suit so many."""
 
@@ -57,7 +57,7 @@ class LinearConfig:
         gather_room: parts of theirs that have room beside the rings; more come to where those were.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
-        few_tokens: tiles of up to so many tokens take mma.sync in the sm90 schedule.
+        few_tokens: tiles of up to so many tokens, or with channel groups, take mma.sync in the sm90 schedule.
     """
 
     schedule: str
