@@ -106,7 +106,7 @@ def sm90_source(
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": slots.weights,
             "X_SLOTS": slots.x,
-            "FEW_TOKENS": few_tokens if tile.tokens <= FEW_TOKENS else FEW_TOKENS,  # one kernel for either mode
+            "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
             "EPILOGUE": int(gated),
         },
         arguments="TPPPPPPPPiiiiiif",

@@ -19,8 +19,8 @@
 // activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that
 // have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, FEW_TOKENS (up
-// to which mma.sync multiplies, and wherever there are several K_GROUPS), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
-// (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
+// to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at
+// the end), EPILOGUE (gate.cuh).
 #pragma once
 
 #include "sm90_finish.cuh"

@@ -23,7 +23,7 @@ constexpr int kCluster = CLUSTER;
 constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = scales::kGroups;
-constexpr bool kFew = !kFp8 && (kTokens <= FEW_TOKENS || kChannelGroups > 1);
+constexpr bool kFew = !kFp8 && kTokens <= FEW_TOKENS;
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
 constexpr int kFinishers = 128 * kRowGroups;  // threads that add and write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;

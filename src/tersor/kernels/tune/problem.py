@@ -57,7 +57,7 @@ class LinearConfig:
         gather_room: parts of theirs that have room beside the rings; more come to where those were.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
-        few_tokens: tiles of up to so many tokens, or with channel groups, take mma.sync in the sm90 schedule.
+        few_tokens: 0 where the sm90 schedule must not take mma.sync, in whatever tile (`Tile.few`).
     """
 
     schedule: str

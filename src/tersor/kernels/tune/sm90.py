@@ -62,7 +62,7 @@ class Tile:
 
     @property
     def few(self) -> bool:
-        """Whether mma.sync multiplies (`multiply_few`)."""
+        """Whether mma.sync multiplies (`multiply_few`), unless batch invariance forbids it."""
         return (self.tokens <= FEW_TOKENS or self.channel_groups > 1) and not self.fp8
 
     @property
