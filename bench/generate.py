@@ -24,8 +24,8 @@ from torch import nn
 from tersor.bench import timing
 from tersor.compress import quantize_rtn
 from tersor.engine import Sampling
-from tersor.engine.decode import Decoder
 from tersor.formats import Scheme, get_scheme
+from tersor.integrations.transformers.decode import Decoder
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
 

@@ -21,7 +21,7 @@ from tersor import formats, ops
 from tersor.compress import quantize_rtn
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
-from tersor.ops import plan
+from tersor.ops import prepared
 
 OC, IC = 256, 512
 CALLS = 200
@@ -57,7 +57,7 @@ def candidates(weight: PackedWeight, n: int) -> dict[str, Callable[[], object]]:
     y = torch.empty(n, OC, dtype=torch.float16, device="cuda")
     layer = PackedLinear.from_packed(weight, dtype=torch.float16)
     dense = torch.nn.Linear(IC, OC, bias=False, dtype=torch.float16, device="cuda")
-    chosen = plan.kind_of(weight).plan((n, x.dtype, 0, True, False, False))
+    chosen = prepared.kind_of(weight).plan((n, x.dtype, 0, True, False, False))
     operator = torch.ops.tersor.linear.default
     key = weight.scheme.key()
     found: dict[str, Callable[[], object]] = {

@@ -13,19 +13,19 @@ from tersor.integrations import register as _register
 from tersor.version import __version__
 
 if TYPE_CHECKING:
-    from tersor import formats, ops
-    from tersor.checkpoint import quantize
+    from tersor import formats, nn, ops
+    from tersor.convert import quantize
     from tersor.integrations.transformers import TersorConfig
 
 _LAZY = {
     "formats": ("tersor.formats", None),
     "ops": ("tersor.ops", None),
     "nn": ("tersor.nn", None),
-    "quantize": ("tersor.checkpoint", "quantize"),
+    "quantize": ("tersor.convert", "quantize"),
     "TersorConfig": ("tersor.integrations.transformers", "TersorConfig"),
 }
 
-__all__ = ["TersorConfig", "__version__", "formats", "ops", "quantize"]
+__all__ = ["TersorConfig", "__version__", "formats", "nn", "ops", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tersor.checkpoint import quantize
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.checkpoint.writer import ShardWriter
+from tersor.convert import quantize
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

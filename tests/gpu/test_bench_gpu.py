@@ -15,7 +15,7 @@ from tersor.bench.shapes import Shape
 from tersor.cli.main import run
 from tersor.compress import quantize_rtn
 from tersor.kernels import tune
-from tersor.kernels.tune import table
+from tersor.kernels.tune import choice, table
 from tersor.layouts import PackedWeight
 from tersor.ops import dispatch
 
@@ -28,10 +28,9 @@ FP6 = formats.get_scheme("fp6_e3m2")
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tables of measured choices in a folder of this test; compiled kernels stay where they are."""
     monkeypatch.setattr(table, "user_path", lambda chip: tmp_path / "tune" / f"{table.slug(chip)}.json")
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "measured")
-    table.forget()
+    choice.forget()
     yield
-    table.forget()
+    choice.forget()
 
 
 def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +72,7 @@ def test_a_chain_keeps_the_size_of_its_values() -> None:
 def test_tune(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
     chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
     problems = [linear.problem_of(Shape(2048, 1024), FP6, n) for n in (1, 8)]
-    assert table.measured(problems[0], chip) is None
+    assert choice.measured(problems[0], chip) is None
     assert run(["bench", "tune", "2048x1024", "--n", "1,8", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     path = Path(shown["table"])

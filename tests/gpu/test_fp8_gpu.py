@@ -9,6 +9,7 @@ import torch
 
 from tersor import formats, nn, ops
 from tersor.compress import quantize_rtn
+from tersor.integrations.transformers import replace
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
 from tersor.ops import dispatch, reference
@@ -116,7 +117,7 @@ def test_extremes_and_zeros() -> None:
 def test_a_model_and_a_cuda_graph() -> None:
     weight, values = packed("fp6_e3m2", None, 256, 256)
     layer = nn.PackedLinear.from_packed(weight.to_layout("stream"))
-    nn.multiply_with(layer, "fp8")
+    replace.multiply_with(layer, "fp8")
     x = torch.randn(5, 256, device="cuda").half()
     expected = check(x, weight, values)
     assert torch.equal(layer(x), expected)

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import evaluate, formats, nn, ops
-from tersor.checkpoint import quantize
+from tersor import formats, ops
 from tersor.compress import Encoded
-from tersor.engine import Generator, Sampling
+from tersor.convert import quantize
+from tersor.engine import Sampling
+from tersor.integrations.transformers import fuse, joined, load
+from tersor.integrations.transformers.generate import Generator
+from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.kernels import linear as family
-from tersor.layouts import PackedWeight, rows, tiles
-from tersor.ops import dispatch, plan
+from tersor.layouts import PackedWeight, gated, tiles
+from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -89,7 +91,7 @@ def usual() -> Iterator[None]:
     """Leave neither the mode nor a plan behind."""
     ops.set_batch_invariant(False)
     yield
-    plan.forget()
+    prepared.forget()
 
 
 @pytest.fixture(params=["sm80", "sm90"])
@@ -100,7 +102,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(dispatch, "chip", lambda device: replace(chip, capability=(8, 0)))
     elif chip.capability != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    plan.forget()
+    prepared.forget()
     return request.param
 
 
@@ -134,7 +136,7 @@ def test_gated_linears(channels: int, ic: int, name: str, group: int | None, dty
     packed = ready(PackedWeight.gate_up(gate, up), dtype)
     compile_for(packed, TOKENS, dtype, True)
     biases = tokens(2, channels, dtype, seed=5)
-    bias = rows.interleave(*biases)
+    bias = gated.interleave(*biases)
     for n in TOKENS:
         x = 4 * tokens(n, ic, dtype, seed=n)
         wide, parts, errors = x.double(), [], []
@@ -272,9 +274,9 @@ def test_a_fused_model_is_the_model(tmp_path: Path) -> None:
     """Joined layers of the bundled model: the stored tensors, logits up to rounding, the same text with a graph."""
     tiny = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
     quantize(tiny, tmp_path / "packed", format="fp6_e3m2")
-    plain, model = (evaluate.load_model(tmp_path / "packed", "cuda", "float16") for _ in range(2))
-    assert len(nn.fuse(model)) == 2 * model.config.num_hidden_layers
-    parts = [module for module in model.modules() if isinstance(module, nn.PackedPart)]
+    plain, model = (load.load_model(tmp_path / "packed", "cuda", "float16") for _ in range(2))
+    assert len(fuse.fuse(model)) == 2 * model.config.num_hidden_layers
+    parts = [module for module in model.modules() if isinstance(module, joined.PackedPart)]
     assert all(part.join.weight is not None and part.join.weight.layout == "tiles_float16" for part in parts)
     ids = torch.randint(5, 8000, (2, 70), generator=torch.Generator().manual_seed(1)).cuda()
     with torch.inference_mode():
@@ -283,7 +285,7 @@ def test_a_fused_model_is_the_model(tmp_path: Path) -> None:
             assert (exact - found).abs().max() <= 0.02 * exact.abs().max()
     stored, shown = plain.state_dict(), model.state_dict()
     assert list(stored) == list(shown) and all(torch.equal(stored[key], shown[key]) for key in stored)
-    tokenizer, options = evaluate.load_tokenizer(tiny), Sampling(max_new_tokens=64, ignore_eos=True)
+    tokenizer, options = load.load_tokenizer(tiny), Sampling(max_new_tokens=64, ignore_eos=True)
     streams = [Generator(model, tokenizer, cuda_graph=graph).stream("import os\n", options) for graph in (False, True)]
     texts = ["".join(stream) for stream in streams]
     assert texts[0] == texts[1] and streams[1].statistics.cuda_graph

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tersor import evaluate
-from tersor.checkpoint import quantize
-from tersor.engine import Generator, Sampling, decode
+from tersor.convert import quantize
+from tersor.engine import Sampling
+from tersor.integrations.transformers import decode, load
+from tersor.integrations.transformers.generate import Generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -34,7 +36,7 @@ def loaded(request, tmp_path_factory):
     if request.param != "bfloat16":
         path = tmp_path_factory.mktemp("packed") / request.param
         quantize(TINY, path, format=request.param)
-    return evaluate.load_model(path, "cuda"), evaluate.load_tokenizer(TINY)
+    return load.load_model(path, "cuda"), load.load_tokenizer(TINY)
 
 
 def run(generator, options, prompt=PROMPT):
@@ -117,7 +119,7 @@ def test_a_sliding_window_model_runs_as_a_graph():
         initializer_range=0.3,
     )
     model = MistralForCausalLM(config).eval().cuda()
-    tokenizer = evaluate.load_tokenizer(TINY)
+    tokenizer = load.load_tokenizer(TINY)
     options = Sampling(max_new_tokens=48, ignore_eos=True)
     text, stream = run(Generator(model, tokenizer, cuda_graph=True), options)
     assert text == run(Generator(model, tokenizer, cuda_graph=False), options)[0]
@@ -142,9 +144,9 @@ def test_a_model_that_synchronises_says_so_and_runs_eagerly(loaded):
 
 def test_evaluation_on_the_gpu_agrees_with_the_cpu():
     text = "def square(x):\n    return x * x\n\n\nclass Point:\n    def __init__(self, x):\n        self.x = x\n" * 40
-    windows = evaluate.cut_windows(text, evaluate.load_tokenizer(TINY), window=128, max_tokens=512)
-    cpu = evaluate.evaluate(evaluate.load_model(TINY, "cpu"), windows)
-    gpu = evaluate.load_model(TINY, "cuda", "float32")
-    quality = evaluate.evaluate(gpu, windows, reference=evaluate.load_model(TINY, "cpu"))
+    windows = evaluate.cut_windows(text, load.load_tokenizer(TINY), window=128, max_tokens=512)
+    cpu = evaluate.evaluate(load.load_model(TINY, "cpu"), windows)
+    gpu = load.load_model(TINY, "cuda", "float32")
+    quality = evaluate.evaluate(gpu, windows, reference=load.load_model(TINY, "cpu"))
     assert quality.perplexity == pytest.approx(cpu.perplexity, rel=1e-3)
     assert quality.kl < 1e-5 and quality.top1_agreement > 0.99

@@ -14,7 +14,7 @@ from tersor import formats, ops
 from tersor.compress import quantize_rtn
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
-from tersor.ops import current, plan, workspace
+from tersor.ops import current, prepared, workspace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -110,7 +110,7 @@ def test_threads_call_side_by_side(shared_stream: bool) -> None:
 
 def test_threads_make_a_first_call_together() -> None:
     weight, x = packed(oc=384), tokens(7)
-    plan.forget()
+    prepared.forget()
     results: list[torch.Tensor] = []
 
     def work(i: int) -> None:
@@ -172,7 +172,7 @@ def test_the_first_call_of_all_may_be_captured(monkeypatch: pytest.MonkeyPatch) 
     """Its kernel is loaded, its plan made and its memory taken while a graph is captured."""
     weight, x = packed(oc=640), tokens(3)
     monkeypatch.setattr(workspace, "_stock", {})
-    plan.forget()
+    prepared.forget()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = ops.linear(x, weight)

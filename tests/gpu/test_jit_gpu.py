@@ -256,11 +256,11 @@ def test_a_launch_costs_microseconds(programmatic: bool, capsys: pytest.CaptureF
 def test_a_cached_kernel_is_ready_in_milliseconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tersor.kernels import linear
+    from tersor.kernels import dense
 
     capability = torch.cuda.get_device_capability(0)
     arch = arch_for(capability)
-    source = max(linear.all_sources((9, 0)), key=lambda source: int(source.parameters.get("N_TILE", 0)))
+    source = max(dense.all_sources((9, 0)), key=lambda source: int(source.parameters.get("N_TILE", 0)))
     start = time.perf_counter()
     obtain(source, arch)
     compile_seconds = time.perf_counter() - start

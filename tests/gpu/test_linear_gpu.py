@@ -12,12 +12,12 @@ import torch
 from tersor import formats, ops
 from tersor.compress import Encoded
 from tersor.hardware import Chip
+from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.kernels import linear as family
-from tersor.kernels.linear import COMPILED_FORMATS
+from tersor.kernels.dense import COMPILED_FORMATS
 from tersor.kernels.tune import sm90
-from tersor.layouts import PackedWeight, lanes, tiles
-from tersor.ops import dispatch, plan
+from tersor.layouts import PackedWeight, decode_groups, tiles
+from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -66,7 +66,7 @@ def sources() -> Iterable[jit.KernelSource]:
             yield from ops.kernels_for(by_rows, dtype, chip)
     for name, group_size in PRODUCTS:
         scheme = formats.get_scheme(name, group_size)
-        for target in lanes.PAIR_TARGETS:
+        for target in decode_groups.PAIR_TARGETS:
             yield family.dequantize_source(scheme, target)
             for chip in chips().values():
                 for problem in (problem_of(scheme, *shape, n) for shape in SHAPES for n in TOKENS):
@@ -103,7 +103,7 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
 def forgotten() -> Iterator[None]:
     """Leave no plan behind that a test made."""
     yield
-    plan.forget()
+    prepared.forget()
 
 
 @pytest.fixture(params=["sm80", "sm90"])
@@ -113,7 +113,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if chip is None:
         pytest.skip("needs compute capability 9.0")
     monkeypatch.setattr(dispatch, "chip", lambda device: chip)
-    plan.forget()
+    prepared.forget()
     return request.param
 
 

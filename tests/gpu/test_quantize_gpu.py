@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor.checkpoint import quantize
+from tersor.convert import quantize
 from tersor.formats import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))

@@ -13,10 +13,10 @@ import torch
 from tersor import formats, ops
 from tersor.compress import Encoded
 from tersor.hardware import Chip
+from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.kernels import linear as family
-from tersor.layouts import PackedWeight, lanes, tiles
-from tersor.ops import dispatch, plan
+from tersor.layouts import PackedWeight, decode_groups, tiles
+from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -52,7 +52,7 @@ def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
     sources = {}
     for scheme in (scheme for name in formats.names() for scheme in schemes(name)):
-        for target in lanes.PAIR_TARGETS:
+        for target in decode_groups.PAIR_TARGETS:
             for chip in chips().values():
                 for n in TOKENS:
                     problem = dispatch.problem_of(scheme, (OC, IC), n)
@@ -67,9 +67,9 @@ def compiled() -> None:
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Leave no plan behind that a test made as if the GPU were another."""
-    plan.forget()
+    prepared.forget()
     yield
-    plan.forget()
+    prepared.forget()
 
 
 def random_weight(scheme: formats.Scheme) -> tuple[PackedWeight, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_dequantize_is_exact_for_every_code(name: str, dtype: torch.dtype) -> No
         layout = ops.preferred_layout(scheme, dtype, device)
         target = tiles.LAYOUTS[layout]
         packed = weight.to_layout(layout)
-        exponent = lanes.lane(scheme.format, target).exponent
+        exponent = decode_groups.decode_group(scheme.format, target).exponent
         scratch = torch.full((OC, IC), float("nan"), dtype=dtype, device=device)
         family.launch_dequantize(
             jit.get(family.dequantize_source(scheme, target), device),

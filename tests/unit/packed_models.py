@@ -10,7 +10,8 @@ import checkpoints
 import torch
 from safetensors.torch import load_file, save_file
 
-from tersor.checkpoint import QuantizationConfig, quantize
+from tersor.checkpoint import QuantizationConfig
+from tersor.convert import quantize
 from tersor.layouts import PackedWeight
 
 SUFFIX = ".weight_packed"

@@ -17,7 +17,7 @@ from tersor.cli import bench as cli
 from tersor.cli.main import run
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import jit, tune
-from tersor.kernels.tune import table
+from tersor.kernels.tune import choice, table
 from tersor.ops import dispatch
 
 
@@ -109,9 +109,9 @@ def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "graph_microseconds", microseconds)
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    table.forget()
+    choice.forget()
     yield
-    table.forget()
+    choice.forget()
 
 
 def test_linear_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,8 +145,8 @@ def test_tune_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytes
     shown = json.loads(capsys.readouterr().out)
     assert shown["table"] == str(table.user_path(chip))
     assert [row["n"] for row in shown["choices"]] == [1, 8, 100]
-    for problem, choice in table.read(table.user_path(chip), chip, table.kernels_hash()).choices.items():
-        assert tune.choose(problem, chip) == choice.config
+    for problem, best in table.read(table.user_path(chip), chip, table.kernels_hash()).choices.items():
+        assert tune.choose(problem, chip) == best.config
     output = tmp_path / "t.json"
     for shape, held in (("64x256", 1), ("128x256", 2)):
         assert run(["bench", "tune", shape, "--n", "8", "--output", str(output)]) == 0

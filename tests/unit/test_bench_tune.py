@@ -18,7 +18,7 @@ from tersor.errors import InputError
 from tersor.formats import Scheme, get_scheme
 from tersor.hardware import CHIPS
 from tersor.kernels import tune
-from tersor.kernels.tune import LinearConfig, LinearProblem, table
+from tersor.kernels.tune import LinearConfig, LinearProblem, choice, table
 from tersor.kernels.tune.table import Choice, Table
 
 H200 = CHIPS["NVIDIA H200"]
@@ -29,12 +29,11 @@ FP6 = get_scheme("fp6_e3m2")
 
 @pytest.fixture(autouse=True)
 def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache directory and a folder of shipped tables without tables."""
+    """A cache directory without tables."""
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "measured")
-    table.forget()
+    choice.forget()
     yield
-    table.forget()
+    choice.forget()
 
 
 def config(problem: LinearProblem, splits: int, schedule: str = "sm90", tile: int | None = None) -> LinearConfig:
@@ -47,7 +46,7 @@ def config(problem: LinearProblem, splits: int, schedule: str = "sm90", tile: in
     return options[0]
 
 
-def choice(problem: LinearProblem, splits: int, **more: Any) -> Choice:
+def chosen(problem: LinearProblem, splits: int, **more: Any) -> Choice:
     """A choice whose configuration is one of the problem's."""
     return Choice(problem=problem, config=config(problem, splits, **more), microseconds=10.5)
 
@@ -67,13 +66,8 @@ def place(choices: Sequence[Choice], path: Path, kernels: str | None = None) -> 
     """Write a table and forget what was read before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(made(choices, kernels).text())
-    table.forget()
+    choice.forget()
     return path
-
-
-def shipped() -> Path:
-    """Where the shipped table of an H200 would lie."""
-    return table.SHIPPED / f"{table.slug(H200)}.json"
 
 
 def test_candidates_hold_the_choice_of_the_model() -> None:
@@ -90,7 +84,7 @@ def test_candidates_hold_the_choice_of_the_model() -> None:
 
 
 def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
-    choices = [choice(at(64), 3), choice(at(8), 5), choice(replace(PROBLEM, bits=4, scale_groups=1), 2)]
+    choices = [chosen(at(64), 3), chosen(at(8), 5), chosen(replace(PROBLEM, bits=4, scale_groups=1), 2)]
     path = place(choices, tmp_path / "t.json")
     back = table.read(path, H200, table.kernels_hash())
     assert back.choices == {one.problem: one for one in choices}
@@ -108,31 +102,23 @@ def test_the_file_is_named_for_chip_and_kernels(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_goes_before_the_model() -> None:
-    other = choice(PROBLEM, 7)
+    other = chosen(PROBLEM, 7)
     assert other.config != tune.predict(PROBLEM, H200)
-    assert table.measured(PROBLEM, H200) is None
+    assert choice.measured(PROBLEM, H200) is None
     assert tune.choose(PROBLEM, H200) == tune.predict(PROBLEM, H200)
     place([other], table.user_path(H200))
-    assert tune.choose(PROBLEM, H200) == table.measured(PROBLEM, H200) == other.config
+    assert tune.choose(PROBLEM, H200) == choice.measured(PROBLEM, H200) == other.config
     for near in (at(15), at(17), replace(PROBLEM, oc=8193), replace(PROBLEM, bits=5), replace(PROBLEM, aligned=False)):
         assert tune.choose(near, H200) == tune.predict(near, H200)
     assert tune.choose(PROBLEM, replace(H200, name="NVIDIA H20")) == tune.predict(PROBLEM, H200)
     assert tune.choose(PROBLEM, A100) == tune.predict(PROBLEM, A100)
 
 
-def test_the_users_table_goes_before_the_shipped_one() -> None:
-    place([choice(PROBLEM, 7), choice(at(64), 6)], shipped(), kernels="older")
-    assert tune.choose(PROBLEM, H200).splits == 7
-    place([choice(PROBLEM, 5)], table.user_path(H200))
-    assert tune.choose(PROBLEM, H200).splits == 5
-    assert tune.choose(at(64), H200).splits == 6
-
-
 def test_between_measured_neighbours_of_equal_choice() -> None:
-    few, many = choice(at(9), 7), choice(at(14), 7)
-    far = [choice(at(n), 3, tile=128) for n in (100, 250)]
+    few, many = chosen(at(9), 7), chosen(at(14), 7)
+    far = [chosen(at(n), 3, tile=128) for n in (100, 250)]
     assert far[0].config.ctas != far[1].config.ctas  # they follow from the tokens
-    place([few, many, choice(at(16), 5), *far], shipped())
+    place([few, many, chosen(at(16), 5), *far], table.user_path(H200))
     assert [tune.choose(at(n), H200).splits for n in (9, 10, 13, 14, 16)] == [7, 7, 7, 7, 5]
     assert tune.choose(at(15), H200) == tune.predict(at(15), H200)  # its neighbours differ
     assert tune.choose(at(8), H200) == tune.predict(at(8), H200)
@@ -143,13 +129,13 @@ def test_between_measured_neighbours_of_equal_choice() -> None:
 
 
 def test_files_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    place([choice(PROBLEM, 7)], shipped())
+    place([chosen(PROBLEM, 7)], table.user_path(H200))
     reads: list[Path] = []
     real = table.read
     monkeypatch.setattr(table, "read", lambda path, *more: reads.append(path) or real(path, *more))
     for n in (1, 2, 16, 16):
         tune.choose(at(n), H200)
-    assert reads == [shipped()]
+    assert reads == [table.user_path(H200)]
 
 
 def change(path: Path, **values: Any) -> None:
@@ -157,7 +143,7 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-ENTRY = json.loads(made([choice(PROBLEM, 7)]).text())["choices"][0]
+ENTRY = json.loads(made([chosen(PROBLEM, 7)]).text())["choices"][0]
 
 
 def entry(part: str, **values: Any) -> list[Any]:
@@ -189,7 +175,7 @@ def entry(part: str, **values: Any) -> list[Any]:
     ],
 )
 def test_what_is_no_table_is_refused_in_one_line(values: dict[str, Any], words: str) -> None:
-    path = place([choice(PROBLEM, 7)], table.user_path(H200))
+    path = place([chosen(PROBLEM, 7)], table.user_path(H200))
     change(path, **values)
     with pytest.raises(InputError) as caught:
         tune.choose(PROBLEM, H200)
@@ -202,25 +188,13 @@ def test_what_is_no_table_is_refused_in_one_line(values: dict[str, Any], words: 
 
 @pytest.mark.parametrize("content", [b"", b"not\njson", b"[]", b"\xff\xfe", b'{"kind": "tersor measured choices"}'])
 def test_broken_files_are_refused(content: bytes) -> None:
-    path = place([], shipped())
+    path = place([], table.user_path(H200))
     path.write_bytes(content)
     with pytest.raises(InputError, match="is no table of measured choices") as caught:
         tune.choose(PROBLEM, H200)
     assert "\n" not in str(caught.value)
     path.unlink()
     assert tune.choose(PROBLEM, H200) == tune.predict(PROBLEM, H200)
-
-
-def test_shipped_tables_are_tables_of_these_kernels() -> None:
-    folder = Path(table.__file__).parent / "measured"
-    for path in folder.glob("*.json"):
-        content = json.loads(path.read_text())
-        major, minor = map(int, content["capability"].split("."))
-        near = max((chip for chip in CHIPS.values() if content["chip"].startswith(chip.name)), key=lambda c: c.name)
-        chip = replace(near, name=content["chip"], capability=(major, minor))
-        found = table.read(path, chip)
-        assert path.name == f"{table.slug(chip)}.json"
-        assert all(found.lookup(problem, chip) for problem in found.choices)
 
 
 def test_the_fastest_is_picked_but_noise_does_not_count() -> None:
@@ -276,7 +250,7 @@ def test_every_candidate_is_timed_and_the_table_holds_the_best(tmp_path: Path) -
     path.write_text(first.text())
     later = [replace(choices[0], microseconds=4.0), choices[3]]
     path.write_text(measuring.merged(path, H200, later).text())
-    table.forget()
+    choice.forget()
     held = table.read(path, H200).choices
     assert len(held) == 3
     assert held[choices[0].problem].microseconds == 4.0

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 import torch
 
-from tersor.checkpoint import quantize
+from tersor.convert import quantize
 from tersor.errors import FormatError
 from tersor.formats import Scheme
 

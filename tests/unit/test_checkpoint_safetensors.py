@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tersor.checkpoint.header import TensorSpec, lay_out
 from tersor.checkpoint.reader import DTYPE_NAMES, SafetensorsFile
-from tersor.checkpoint.writer import ShardWriter, plan_shards, shard_names
+from tersor.checkpoint.writer import ShardWriter, shard_names, split_into_shards
 from tersor.errors import CheckpointError, OutputError
 
 
@@ -157,8 +157,8 @@ def test_shards_fill_in_order_and_groups_stay_together():
     groups = [
         [TensorSpec(f"{index}.{part}", "U8", (size,)) for part in "ab"] for index, size in enumerate((4, 4, 9, 1))
     ]
-    assert plan_shards(groups, 16) == [[0, 1], [2], [3]]
-    assert plan_shards(groups, 1) == [[0], [1], [2], [3]]
-    assert plan_shards(groups, 100) == [[0, 1, 2, 3]]
+    assert split_into_shards(groups, 16) == [[0, 1], [2], [3]]
+    assert split_into_shards(groups, 1) == [[0], [1], [2], [3]]
+    assert split_into_shards(groups, 100) == [[0, 1, 2, 3]]
     assert shard_names(1) == ["model.safetensors"]
     assert shard_names(2)[1] == "model-00002-of-00002.safetensors"

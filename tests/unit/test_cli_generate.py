@@ -11,7 +11,7 @@ import pytest
 import tiny_lm
 
 from tersor.cli.main import run
-from tersor.engine import stream
+from tersor.integrations.transformers.generate import stream
 
 MODEL = str(tiny_lm.TINY)
 PROMPT = "def read_file(path):\n"
@@ -68,7 +68,7 @@ def test_joined_layers_give_the_same_text(tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("tersor.evaluate.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
     assert "no prompt" in refused([MODEL], capsys)
     assert "two prompts" in refused([MODEL, "a", "--prompt", "b"], capsys)
     assert "no chat template" in refused([MODEL, "a", "--chat"], capsys)

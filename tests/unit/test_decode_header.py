@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from tersor import formats
-from tersor.kernels.linear import _decode_parameters
-from tersor.layouts import lanes, tiles
+from tersor.kernels.dense import _decode_parameters
+from tersor.layouts import decode_groups, tiles
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize("target", list(lanes.TARGETS))
+@pytest.mark.parametrize("target", list(decode_groups.TARGETS))
 def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
     header = resources.files("tersor.kernels").joinpath("cuda", "decode.cuh").read_text()
-    names = [name for name in formats.names() if not lanes.supported(formats.get(name), target)]
+    names = [name for name in formats.names() if not decode_groups.supported(formats.get(name), target)]
     parts = []
     for name in names:
         parameters = _decode_parameters(formats.get(name), target)
@@ -45,10 +45,10 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
     )
     loaded = ctypes.CDLL(str(library))
-    together = lanes.weights_in_register(target)
+    together = decode_groups.weights_in_register(target)
     for name in names:
         fmt = formats.get(name)
-        group = lanes.lane(fmt, target)
+        group = decode_groups.decode_group(fmt, target)
         extract = getattr(loaded, f"{name}_extract")
         # 16 x 128 blocks hold every code at every place of a group: block b adds b to a running pattern.
         blocks = 1 << fmt.bits
@@ -71,6 +71,6 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
                 for register, value in enumerate(registers):
                     row = g + 8 * (register % 2)
                     column = (register // 4 * 8 + register % 4 // 2 * 4 + t) * together
-                    fields = lanes.place(codes[row, column : column + together].int(), fmt, target).tolist()
+                    fields = decode_groups.place(codes[row, column : column + together].int(), fmt, target).tolist()
                     expected = sum(field << (32 // together * place) for place, field in enumerate(fields))
                     assert value == expected << register % 2 * group.raised, (name, lane_index, register)

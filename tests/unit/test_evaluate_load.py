@@ -10,9 +10,10 @@ import tiny_lm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tersor import evaluate
+from tersor import evaluate, nn
 from tersor.errors import CheckpointError, InputError, UnsupportedError
 from tersor.evaluate import plot
+from tersor.integrations.transformers import load
 
 
 def one_line(caught) -> str:
@@ -23,14 +24,14 @@ def one_line(caught) -> str:
 
 def test_a_model_on_a_cpu_is_float32_unless_asked():
     assert tiny_lm.model().dtype == torch.float32 and not tiny_lm.model().training
-    assert evaluate.load_model(tiny_lm.TINY, "cpu", "bfloat16").dtype == torch.bfloat16
+    assert load.load_model(tiny_lm.TINY, "cpu", "bfloat16").dtype == torch.bfloat16
 
 
 def test_size_and_bits_of_the_checkpoint():
-    place = evaluate.locate(tiny_lm.TINY)
+    place = load.locate(tiny_lm.TINY)
     assert place.weight_bytes == (tiny_lm.TINY / "model.safetensors").stat().st_size
     assert place.plain_bits == 16.0
-    assert evaluate.bits_per_weight(tiny_lm.model()) is None
+    assert nn.bits_per_weight(tiny_lm.model()) is None
 
 
 def test_bits_of_a_compressed_model_count_its_scales():
@@ -39,10 +40,10 @@ def test_bits_of_a_compressed_model_count_its_scales():
 
     layers = torch.nn.Sequential(PackedLinear(64, 32, get_scheme("fp6")), PackedLinear(128, 32, get_scheme("int4")))
     expected = ((6 + 16 / 64) * 64 + (4 + 16 / 128) * 128) / 192
-    assert evaluate.bits_per_weight(layers) == pytest.approx(expected)
+    assert nn.bits_per_weight(layers) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("load", [evaluate.load_model, evaluate.load_tokenizer])
+@pytest.mark.parametrize("load", [load.load_model, load.load_tokenizer])
 def test_directories_that_are_no_model(load, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -58,7 +59,7 @@ def test_directories_that_are_no_model(load, tmp_path):
 
 def test_a_directory_without_weights(tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        evaluate.load_model(tiny_lm.copy(tmp_path / "bare", "config.json", "tokenizer.json"), "cpu")
+        load.load_model(tiny_lm.copy(tmp_path / "bare", "config.json", "tokenizer.json"), "cpu")
     assert "no weights" in one_line(caught)
 
 
@@ -67,7 +68,7 @@ def test_truncated_weights(tmp_path):
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[:-1000])
     with pytest.raises(CheckpointError) as caught:
-        evaluate.load_model(broken, "cpu")
+        load.load_model(broken, "cpu")
     assert "model.safetensors" in one_line(caught)
 
 
@@ -77,7 +78,7 @@ def test_a_tensor_that_is_not_there_is_not_made_up(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, short / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks 1 tensors") as caught:
-        evaluate.load_model(short, "cpu")
+        load.load_model(short, "cpu")
     assert "model.layers.1.mlp.up_proj.weight" in one_line(caught)
 
 
@@ -86,14 +87,14 @@ def test_an_architecture_that_does_not_exist(tmp_path):
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps({**config, "model_type": "no-such-thing"}))
     with pytest.raises(CheckpointError) as caught:
-        evaluate.load_model(strange, "cpu")
+        load.load_model(strange, "cpu")
     assert "cannot be loaded as a language model" in one_line(caught)
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
     bare = tiny_lm.copy(tmp_path / "bare", "config.json", "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        evaluate.load_tokenizer(bare)
+        load.load_tokenizer(bare)
     assert "no tokenizer" in one_line(caught)
 
 
@@ -101,7 +102,7 @@ def test_a_tokenizer_that_is_not_json(tmp_path):
     broken = tiny_lm.copy(tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError) as caught:
-        evaluate.load_tokenizer(broken)
+        load.load_tokenizer(broken)
     assert "tokenizer cannot be loaded" in one_line(caught)
 
 
@@ -110,16 +111,16 @@ def test_a_tokenizer_that_is_not_json(tmp_path):
     [("gpu", "unknown device 'gpu'"), ("meta", "unknown device"), ("cuda", "sees no CUDA GPU"), ("cuda:1", "CUDA")],
 )
 def test_devices_that_are_not_there(device, message, monkeypatch):
-    monkeypatch.setattr("tersor.evaluate.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
     with pytest.raises(InputError) as caught:
-        evaluate.load_model(tiny_lm.TINY, device)
+        load.load_model(tiny_lm.TINY, device)
     assert message in one_line(caught)
-    assert evaluate.resolve_device() == torch.device("cpu")
+    assert load.resolve_device() == torch.device("cpu")
 
 
 def test_an_unknown_dtype_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'bfloat16'"):
-        evaluate.load_model(tiny_lm.TINY, "cpu", "bfloat")
+        load.load_model(tiny_lm.TINY, "cpu", "bfloat")
 
 
 def test_texts_that_cannot_be_measured_on(tmp_path):
@@ -175,8 +176,8 @@ def test_a_small_model_runs_on_one_thread(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     cpu = torch.device("cpu")
-    evaluate.choose_threads(1 << 30, cpu)
-    evaluate.choose_threads(1 << 20, torch.device("cuda"))
+    load.choose_threads(1 << 30, cpu)
+    load.choose_threads(1 << 20, torch.device("cuda"))
     assert chosen == []
-    evaluate.choose_threads(1 << 20, cpu)
+    load.choose_threads(1 << 20, cpu)
     assert chosen == [1]

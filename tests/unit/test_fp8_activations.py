@@ -12,7 +12,8 @@ from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError
 from tersor.formats import get_scheme
 from tersor.hardware import CHIPS
-from tersor.kernels import linear as family
+from tersor.integrations.transformers import fuse, replace
+from tersor.kernels import dense as family
 from tersor.kernels import tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import STREAM, PackedWeight
@@ -63,13 +64,13 @@ def test_linears_of_a_model_are_switched_and_back() -> None:
     model = torch.nn.Sequential(nn.PackedLinear.from_packed(weight), torch.nn.ReLU())
     x = torch.randn(3, 96)
     before, state = model(x), model.state_dict()
-    nn.multiply_with(model, "fp8")
+    replace.multiply_with(model, "fp8")
     quantised = model(x)
     assert not torch.equal(before, quantised)
     torch.testing.assert_close(before, quantised, rtol=0.1, atol=1.5)  # of sums of about 10
     assert model[0].layout == dispatch.FP8_LAYOUT
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    nn.multiply_with(model, "16bit")
+    replace.multiply_with(model, "16bit")
     assert torch.equal(model(x), before)
     assert model[0].layout == STREAM
 
@@ -79,10 +80,10 @@ def test_what_cannot_be_multiplied_is_named_and_nothing_changes() -> None:
         nn.PackedLinear.from_packed(packed("fp6_e3m2")), nn.PackedLinear.from_packed(packed("int8"))
     )
     with pytest.raises(UnsupportedError, match=r"^1: activations fp8 with weights in int8"):
-        nn.multiply_with(model, "fp8")
+        replace.multiply_with(model, "fp8")
     assert model[0].activations == "16bit"
     with pytest.raises(InputError, match=r"activations 'fp9', did you mean 'fp8'\?"):
-        nn.multiply_with(model, "fp9")
+        replace.multiply_with(model, "fp9")
     with pytest.raises(UnsupportedError, match="group size 16 is not a multiple of 32"):
         ops.preferred_layout(get_scheme("fp6_e3m2", 16), torch.float16, torch.device("cpu"), "fp8")
 
@@ -105,11 +106,11 @@ def test_joined_layers_quantise_their_activations_as_well() -> None:
     ids = torch.arange(10)[None]
     with torch.no_grad():
         plain = model(ids).logits
-        nn.multiply_with(model, "fp8")
+        replace.multiply_with(model, "fp8")
         expected = model(ids).logits
-        assert nn.fuse(model)
+        assert fuse.fuse(model)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
-        nn.multiply_with(model, "16bit")
+        replace.multiply_with(model, "16bit")
         torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(expected, plain, rtol=1e-4, atol=1e-5)
 

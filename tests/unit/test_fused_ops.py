@@ -12,11 +12,11 @@ from tersor import formats, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, ShapeError
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import linear as family
+from tersor.kernels import dense as family
 from tersor.kernels import tune
-from tersor.kernels.tune import sm90, table
-from tersor.layouts import PackedWeight, rows
-from tersor.ops import dispatch, invariance, plan, reference
+from tersor.kernels.tune import choice, sm90
+from tersor.layouts import PackedWeight, gated
+from tersor.ops import dispatch, invariance, prepared, reference
 
 SCHEMES = (("fp6_e3m2", None), ("int4", 32), ("uint4", 32), ("mxfp6_e2m3", None))
 TOKENS = (1, 7, 16, 17, 64, 65, 129, 1000, 5000)
@@ -27,11 +27,11 @@ def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No measured choices, and the mode that is set in a test ends with it."""
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TERSOR_BATCH_INVARIANT", raising=False)
-    table.forget()
-    plan.forget()
+    choice.forget()
+    prepared.forget()
     yield
-    table.forget()
-    plan.forget()
+    choice.forget()
+    prepared.forget()
 
 
 def packed(name: str, oc: int, ic: int, group: int | None = None, seed: int = 0) -> PackedWeight:
@@ -49,19 +49,19 @@ def same(one: PackedWeight, other: PackedWeight) -> bool:
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 15, 16, 24, 35])
 def test_gate_and_up_are_interleaved_by_eights_and_undone(channels: int) -> None:
     gate, up = torch.arange(1, channels + 1)[:, None], -torch.arange(1, channels + 1)[:, None]
-    both = rows.interleave(gate, up)
-    assert both.shape == (rows.gated_rows(channels), 1)
-    assert rows.gated_channels(both.shape[0]) == channels
+    both = gated.interleave(gate, up)
+    assert both.shape == (gated.gated_rows(channels), 1)
+    assert gated.gated_channels(both.shape[0]) == channels
     for channel in range(channels):
         row = channel // 8 * 16 + channel % 8
         assert (int(both[row]), int(both[row + 8])) == (channel + 1, -channel - 1)
-    assert all(torch.equal(a, b) for a, b in zip(rows.separate(both), (gate, up), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gated.separate(both), (gate, up), strict=True))
 
 
 def test_rows_that_no_gated_weight_has() -> None:
     for count in (1, 8, 17, 24):
         with pytest.raises(ShapeError, match="no gated one"):
-            rows.gated_channels(count)
+            gated.gated_channels(count)
     with pytest.raises(ShapeError, match="no gated one"):
         ops.gated_linear(torch.randn(1, 64), packed("fp6_e3m2", 24, 64))
 
@@ -123,7 +123,7 @@ def test_gated_linear_is_silu_of_the_gate_times_up(
     g = x.double() @ gate.dequantize().double().T + biases[0]
     u = x.double() @ up.dequantize().double().T + biases[1]
     exact = torch.nn.functional.silu(g) * u
-    bias = rows.interleave(*biases)
+    bias = gated.interleave(*biases)
     for layout in ("stream", "tiles_float16"):
         y = ops.gated_linear(x, both.to_layout(layout), bias)
         assert torch.allclose(y.double(), exact, rtol=1e-5, atol=1e-4)

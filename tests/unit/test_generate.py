@@ -9,8 +9,10 @@ import pytest
 import tiny_lm
 import torch
 
-from tersor.engine import Generator, Sampling, chat_prompt, decode, stream
+from tersor.engine import Sampling
 from tersor.errors import InputError, UnsupportedError
+from tersor.integrations.transformers import decode
+from tersor.integrations.transformers.generate import Generator, chat_prompt, stream
 
 PROMPT = "def read_file(path):\n"
 

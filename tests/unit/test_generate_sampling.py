@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tersor.engine.sampling import Sampler, Sampling
+from tersor.engine.sampling import Sampling
 from tersor.errors import InputError
+from tersor.integrations.transformers.sampler import Sampler
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
 HISTORY = torch.zeros(1, 1, dtype=torch.int64)

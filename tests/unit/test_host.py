@@ -22,7 +22,7 @@ from tersor.hardware import CHIPS
 from tersor.kernels import jit
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
-from tersor.ops import current, dispatch, plan, workspace
+from tersor.ops import current, dispatch, prepared, workspace
 
 host: Any = importlib.import_module("tersor.ops.linear")
 HALF = torch.float16
@@ -72,9 +72,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         current, "empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype).fill_(0)
     )
     monkeypatch.setattr(workspace, "_streams", {(-1, s): (1 << 24, 1 << 12, 1000 + s, 2000 + s) for s in (7, 8, 9)})
-    plan.forget()
+    prepared.forget()
     yield fake
-    plan.forget()
+    prepared.forget()
 
 
 def test_a_plan_is_made_once_for_each_number_of_tokens_and_alignment(gpu: Gpu) -> None:
@@ -82,25 +82,25 @@ def test_a_plan_is_made_once_for_each_number_of_tokens_and_alignment(gpu: Gpu) -
     wide = torch.zeros(9, 1032, dtype=HALF)
     for x in (wide[:3, :1024], wide[:, :1024], wide[:9, 1:1025]) * 3:
         assert ops.linear(x, weight).shape == (x.shape[0], 256)
-    kind = plan.kind_of(weight)
+    kind = prepared.kind_of(weight)
     keys = [(n, HALF, -1, aligned, False, False) for n, aligned in ((3, True), (9, True), (9, False))]
     assert list(kind.plans) == keys and len(gpu.loaded) == 3
     assert [args[2] for _, args, _ in gpu.launches[-3:]] == [wide.data_ptr(), wide.data_ptr(), wide.data_ptr() + 2]
     assert {args[8] for _, args, _ in gpu.launches} == {1032}
     same = PackedWeight(weight.scheme, weight.shape, weight.data.clone(), weight.scale.clone(), None, weight.layout)
     ops.linear(wide[:, :1024], same)
-    assert plan.kind_of(same) is kind and len(gpu.loaded) == 3
-    plan.forget()
+    assert prepared.kind_of(same) is kind and len(gpu.loaded) == 3
+    prepared.forget()
     ops.linear(wide[:, :1024], same)
     assert len(gpu.loaded) == 4
 
 
 def test_plans_do_not_grow_without_end(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_MOST_PLANS", 4)
+    monkeypatch.setattr(prepared, "_MOST_PLANS", 4)
     weight = packed()
     for n in range(1, 11):
         ops.linear(torch.zeros(n, 1024, dtype=HALF), weight)
-    assert len(plan.kind_of(weight).plans) <= 4
+    assert len(prepared.kind_of(weight).plans) <= 4
 
 
 def test_every_address_is_read_at_every_call(gpu: Gpu) -> None:
@@ -138,7 +138,7 @@ def test_residuals_and_gated_calls_reach_the_kernel(gpu: Gpu) -> None:
         assert gpu.launches[-1][1][4] not in (0, odd.data_ptr()) and gpu.launches[-1][1][4] % 16 == 0
     assert ops.gated_linear(x, weight).shape == (3, 128)
     assert gpu.loaded[0].endswith("_n8") and gpu.loaded[-1].endswith("_n8_gated")
-    assert list(plan.kind_of(weight).plans) == [(3, HALF, -1, True, gated, False) for gated in (False, True)]
+    assert list(prepared.kind_of(weight).plans) == [(3, HALF, -1, True, gated, False) for gated in (False, True)]
 
 
 def test_batch_invariant_calls_copy_and_take_turns(gpu: Gpu) -> None:
@@ -192,7 +192,7 @@ def test_early_fetches_need_a_weight_that_lies_still(gpu: Gpu, monkeypatch: pyte
 
     monkeypatch.setattr(tensor_map, "rows", lambda *sizes: sizes)
     monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
-    plan.forget()
+    prepared.forget()
     weight, x = packed(), torch.zeros(16, 1024, dtype=HALF)
     for written in (None, None, weight.data, None, weight.scale, None):
         if written is not None:

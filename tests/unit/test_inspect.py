@@ -8,9 +8,10 @@ import checkpoints
 import pytest
 from safetensors.torch import save_file
 
-from tersor.checkpoint import quantize
 from tersor.checkpoint.inspect import inspect
+from tersor.convert import quantize
 from tersor.errors import CheckpointError, InputError
+from tersor.integrations.transformers.architecture import read_architecture
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def set_quantization(directory, **changes):
 
 
 def test_an_uncompressed_checkpoint(llama):
-    found = inspect(llama)
+    found = inspect(llama, read_architecture)
     tensors = checkpoints.weights(llama)
     assert (found.model, found.architecture, found.method) == ("model", "LlamaForCausalLM", None)
     assert {item.name: (item.shape, item.format, item.nbytes) for item in found.items} == {
@@ -45,7 +46,7 @@ def test_an_uncompressed_checkpoint(llama):
 def test_a_compressed_checkpoint(llama, packed):
     report = quantize(llama, None, overrides=["down_proj=uint4:g20"], dry_run=True)
     rows = {row.name: row for row in report.rows}
-    found = inspect(packed)
+    found = inspect(packed, read_architecture)
     assert found.method == "tersor" and found.provenance["algorithm"] == "rtn"
     assert {item.name for item in found.items} == set(rows)
     for item in found.items:
@@ -62,7 +63,7 @@ def test_experts_and_transposed_layers(tmp_path):
     for name in ("gpt2", "mixtral"):
         source = checkpoints.save(name, tmp_path / name)
         report = quantize(source, tmp_path / f"{name}-out")
-        found = {item.name: item for item in inspect(tmp_path / f"{name}-out").items}
+        found = {item.name: item for item in inspect(tmp_path / f"{name}-out", read_architecture).items}
         for row in report.compressed:
             shape = row.shape[::-1] if name == "gpt2" else row.shape
             assert found[row.name].shape == shape and found[row.name].nbytes == row.bytes_after
@@ -70,7 +71,7 @@ def test_experts_and_transposed_layers(tmp_path):
 
 def test_another_method_is_shown_as_it_is(packed):
     set_quantization(packed, quant_method="awq")
-    found = inspect(packed)
+    found = inspect(packed, read_architecture)
     assert found.method == "awq"
     assert "model.layers.0.mlp.up_proj.weight_packed" in {item.name for item in found.items}
 
@@ -88,7 +89,7 @@ def test_another_method_is_shown_as_it_is(packed):
 def test_configs_that_contradict_the_tensors(packed, changes, message):
     set_quantization(packed, **changes)
     with pytest.raises(InputError, match=message):
-        inspect(packed)
+        inspect(packed, read_architecture)
 
 
 def test_a_scale_that_is_missing(packed):
@@ -96,4 +97,4 @@ def test_a_scale_that_is_missing(packed):
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight_scale is missing beside"):
-        inspect(packed)
+        inspect(packed, read_architecture)

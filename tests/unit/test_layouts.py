@@ -8,7 +8,7 @@ import torch
 from tersor import formats
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError
-from tersor.layouts import PackedWeight, lanes, scales, stream, tiles
+from tersor.layouts import PackedWeight, decode_groups, scales, stream, tiles
 
 OPERANDS = {
     "float16": (torch.float16, torch.int16),
@@ -19,10 +19,10 @@ OPERANDS = {
 SERVED = [
     (name, target)
     for name in formats.names()
-    for target in lanes.TARGETS
-    if not lanes.supported(formats.get(name), target)
+    for target in decode_groups.TARGETS
+    if not decode_groups.supported(formats.get(name), target)
 ]
-GROUPS = [lanes.lane(formats.get(name), target) for name, target in SERVED]
+GROUPS = [decode_groups.decode_group(formats.get(name), target) for name, target in SERVED]
 
 
 def random_codes(bits: int, *shape: int) -> torch.Tensor:
@@ -52,32 +52,32 @@ def test_stream_takes_more_dimensions_and_strides() -> None:
 def test_which_formats_have_tables() -> None:
     served = {name for name, _ in SERVED}
     assert served == set(formats.names())
-    for target in lanes.PAIR_TARGETS:
-        assert [name for name in formats.names() if lanes.supported(formats.get(name), target)] == []
-    assert "exponents" in lanes.supported(formats.get("fp8_e6m1"), "float16")
-    assert "no decode table" in lanes.supported(formats.get("fp8_e6m1"), "bfloat16")
+    for target in decode_groups.PAIR_TARGETS:
+        assert [name for name in formats.names() if decode_groups.supported(formats.get(name), target)] == []
+    assert "exponents" in decode_groups.supported(formats.get("fp8_e6m1"), "float16")
+    assert "no decode table" in decode_groups.supported(formats.get("fp8_e6m1"), "bfloat16")
     assert all(bits % 32 == 0 for bits in (group.mask.bit_count() * group.registers for group in GROUPS))
     wide = ("float16", "bfloat16")
     assert all(group.registers % (8 if group.operand in wide else 4) == 0 for group in GROUPS), "whole pairs of steps"
     bytes_ = {name for name, target in SERVED if target == "float8_e4m3fn"}
     assert {"fp7_e3m3", "fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "fp4_e3m0", "fp3_e2m0"} <= bytes_
-    assert "NaN" in lanes.supported(formats.get("fp8_e4m3"), "float8_e4m3fn")
-    assert "no float type" in lanes.supported(formats.get("int4"), "float8_e4m3fn")
-    assert "no decode table" in lanes.supported(formats.get("fp7_e2m4"), "float8_e4m3fn")
+    assert "NaN" in decode_groups.supported(formats.get("fp8_e4m3"), "float8_e4m3fn")
+    assert "no float type" in decode_groups.supported(formats.get("int4"), "float8_e4m3fn")
+    assert "no decode table" in decode_groups.supported(formats.get("fp7_e2m4"), "float8_e4m3fn")
 
 
 @pytest.mark.parametrize(("name", "target"), [pair for pair in SERVED if pair[0].startswith("fp")])
 def test_a_placed_float_is_the_value_but_for_a_power_of_two(name: str, target: str) -> None:
     """What a register holds, read as the operand type, times 2^exponent is the format's value, for every code."""
     fmt = formats.get(name)
-    group = lanes.lane(fmt, target)
+    group = decode_groups.decode_group(fmt, target)
     codes = torch.arange(1 << fmt.bits, dtype=torch.int32)
-    fields = lanes.place(codes, fmt, target)
+    fields = decode_groups.place(codes, fmt, target)
     dtype, width = OPERANDS[group.operand]
     exponent = group.exponent
     if target == "bfloat16":  # the pairs are multiplied before they are used
         exponent = 127 - fmt.bias
-    if group.finish == lanes.Finish.HALVE:
+    if group.finish == decode_groups.Finish.HALVE:
         fields = halved(fields, group.mask & 0xFFFF)
     read = fields.to(width).view(dtype).double()
     assert torch.equal(read * 2.0**exponent, fmt.values().double())
@@ -107,7 +107,7 @@ def test_tiles_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
     """One nonzero weight in a block decodes to the lane and register that mma.m16n8k16 or wgmma k32 reads it from."""
     fmt = formats.get(name)
-    group = lanes.lane(fmt, target)
+    group = decode_groups.decode_group(fmt, target)
     generator = torch.Generator().manual_seed(5)
     for _ in range(6):
         row, column = (int(torch.randint(0, size, (), generator=generator)) for size in (16, 128))
@@ -118,7 +118,7 @@ def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
         codes[row, column] = wanted
         words = tiles.pack(codes, fmt, target)[: 64 * fmt.bits]
         quads = 2 * fmt.bits // 4 * 4
-        together = lanes.weights_in_register(target)
+        together = decode_groups.weights_in_register(target)
         lane_index = row % 8 * 4 + column % (4 * together) // together
         mine = [int(words[q * 128 + lane_index * 4 + i]) for q in range(quads // 4) for i in range(4)]
         mine += [int(words[quads * 32 + lane_index * 2 + i]) for i in range(2 * fmt.bits - quads)]
@@ -128,8 +128,8 @@ def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
         for word, turn in group.outputs()[register % group.registers]:
             bits = mine[first + word] & 0xFFFFFFFF
             value ^= (bits << turn | bits >> (32 - turn)) & 0xFFFFFFFF if turn else bits
-        fields = lanes.split(torch.tensor(lanes.signed(value & group.mask), dtype=torch.int32), target)
-        assert int(lanes.unplace(fields, fmt, target)[column % together]) == wanted
+        fields = decode_groups.split(torch.tensor(decode_groups.signed(value & group.mask), dtype=torch.int32), target)
+        assert int(decode_groups.unplace(fields, fmt, target)[column % together]) == wanted
 
 
 def halved(fields: torch.Tensor, mask: int) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_zero_points_change_layout_and_back(name: str, group: int | None) -> Non
     packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
     assert packed.zero_point is not None
     assert len(packed.zero_point.unique()) > 1
-    for target in lanes.PAIR_TARGETS:
+    for target in decode_groups.PAIR_TARGETS:
         tiled = packed.to_layout(f"tiles_{target}")
         assert tiled.zero_point is None
         assert torch.equal(tiled.dequantize(), packed.dequantize())
@@ -167,14 +167,14 @@ def test_zero_constants_are_exact(name: str) -> None:
     for target, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
         narrow = target == "bfloat16" and fmt.bits < 8
         zeros = torch.arange(129 if narrow else 256, dtype=torch.uint8)
-        constants = lanes.zero_constants(zeros, fmt, target)
+        constants = decode_groups.zero_constants(zeros, fmt, target)
         base = {"float16": 1024, "bfloat16": -128 if fmt.bits == 8 else 128}[target]
         total = (codes + base).to(dtype).double() + constants.view(dtype).double()
         assert torch.equal(total.to(dtype).double(), (codes - zeros.int()).double())
-        assert torch.equal(lanes.zero_points(constants, fmt, target), zeros)
+        assert torch.equal(decode_groups.zero_points(constants, fmt, target), zeros)
         if narrow:
             with pytest.raises(FormatError, match="zero point of 131"):
-                lanes.zero_constants(torch.tensor([[5, 131]], dtype=torch.uint8), fmt, target)
+                decode_groups.zero_constants(torch.tensor([[5, 131]], dtype=torch.uint8), fmt, target)
 
 
 def test_where_scales_and_zero_points_lie() -> None:

@@ -13,11 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tersor import formats, nn, ops
+from tersor import formats, ops
 from tersor.compress import quantize_rtn
-from tersor.engine import Generator, Sampling
+from tersor.engine import Sampling
+from tersor.integrations.transformers import fuse
+from tersor.integrations.transformers.generate import Generator
+from tersor.integrations.transformers.joined import GatedMLP, PackedPart
 from tersor.layouts import PackedWeight
-from tersor.nn import GatedMLP, PackedLinear, PackedPart
+from tersor.nn import PackedLinear
 
 # Architecture -> options: with biases and without, one scale a row and groups, with zero points.
 CASES: dict[str, dict[str, Any]] = {
@@ -43,7 +46,7 @@ def reference(checkpoint: Path) -> Any:
 @pytest.fixture
 def fused(checkpoint: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    assert len(nn.fuse(model)) == 2 * model.config.num_hidden_layers
+    assert len(fuse.fuse(model)) == 2 * model.config.num_hidden_layers
     return model
 
 
@@ -151,14 +154,14 @@ def test_saved_and_unfused_it_is_what_it_was(fused: Any, reference: Any, checkpo
     fused.save_pretrained(tmp_path / "saved")
     assert models.same(models.tensors(tmp_path / "saved"), models.tensors(checkpoint))
     expected = logits(reference)
-    nn.unfuse(fused)
+    fuse.unfuse(fused)
     assert not joins(fused)
     assert {name: type(module) for name, module in fused.named_modules()} == {
         name: type(module) for name, module in reference.named_modules()
     }
     assert models.same(fused.state_dict(), reference.state_dict())
     assert close(logits(fused), expected)
-    assert nn.fuse(fused)
+    assert fuse.fuse(fused)
     assert close(logits(fused.dequantize()), expected)
     assert not any(isinstance(module, PackedLinear) for module in fused.modules())
 
@@ -199,10 +202,10 @@ def test_what_cannot_be_joined_stays_apart(checkpoint: Path, reference: Any) -> 
     key = layers[1].self_attn.k_proj
     swapped = torch.nn.Linear(key.in_features, key.out_features, bias=key.bias is not None)
     layers[1].self_attn.k_proj = swapped
-    names = nn.fuse(model)
+    names = fuse.fuse(model)
     assert "model.layers.1.mlp" in names
     assert not {"model.layers.0.mlp", "model.layers.0.self_attn", "model.layers.1.self_attn"} & set(names)
-    assert nn.fuse(model) == []
+    assert fuse.fuse(model) == []
 
 
 class LlamaAttention(torch.nn.Module):
@@ -230,7 +233,7 @@ def test_a_trace_takes_each_layers_own_rows(
         model = torch.nn.ModuleDict({"attention": copy.deepcopy(plain)})
         with monkeypatch.context() as patched:
             patched.setattr(ops, "preferred_layout", lambda *a: layout)
-            assert nn.fuse(model) == ["attention"]
+            assert fuse.fuse(model) == ["attention"]
         join = model["attention"].q_proj.join
         assert join.weight.layout == layout and model["attention"].q_proj.layout == "joined"
         for index, name in enumerate(("q_proj", "k_proj", "v_proj")):

@@ -10,7 +10,7 @@ from tersor.compress import quantize_rtn
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch, plan, reference
+from tersor.ops import dispatch, prepared, reference
 
 
 def packed(name: str, oc: int, ic: int, group: int | None = None) -> PackedWeight:
@@ -118,15 +118,15 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_environment_is_read_once_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme, gpu = formats.get_scheme("fp6_e3m2"), torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
-    plan.forget()
+    prepared.forget()
     assert ops.preferred_layout(scheme, torch.float16, gpu) == "tiles_float16"
     monkeypatch.setenv("TERSOR_KERNEL", "reference")
-    assert dispatch.obstacle(scheme, torch.float16, gpu) == ""
-    plan.forget()
-    assert dispatch.obstacle(scheme, torch.float16, gpu) == "TERSOR_KERNEL is set to reference"
+    assert dispatch.unsupported_reason(scheme, torch.float16, gpu) == ""
+    prepared.forget()
+    assert dispatch.unsupported_reason(scheme, torch.float16, gpu) == "TERSOR_KERNEL is set to reference"
     assert ops.preferred_layout(scheme, torch.float16, gpu) == "stream"
     monkeypatch.undo()
-    plan.forget()
+    prepared.forget()
 
 
 def test_kernels_for_a_model() -> None:

@@ -102,7 +102,7 @@ def test_the_installed_wheel_runs(installed: Path) -> None:
 
 def test_the_installed_wheel_finds_its_headers(installed: Path) -> None:
     code = (
-        "from tersor.kernels.linear import all_sources\n"
+        "from tersor.kernels.dense import all_sources\n"
         "source = next(all_sources((9, 0)))\n"
         "print(len(source.text()), *source.files())"
     )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tersor
-from tersor.checkpoint import QuantizationConfig, quantize
+from tersor.checkpoint import QuantizationConfig
+from tersor.convert import quantize
 from tersor.formats import Scheme
 
 
@@ -95,8 +96,8 @@ def test_overrides_and_ignore(llama, tmp_path):
 
 def test_a_wide_override_does_not_ask_for_the_head_or_routers(moe, tmp_path):
     report = quantize(moe, tmp_path / "out", overrides=[".*=int8"])
-    spared = {row.name: row.note for row in report.rows if row.note in ("router", "output head")}
-    assert len(spared) == 5
+    skipped = {row.name: row.note for row in report.rows if row.note in ("router", "output head")}
+    assert len(skipped) == 5
     config = config_of(tmp_path / "out")
     assert config.resolve("lm_head") is None
     assert config.resolve("model.layers.0.mlp.shared_expert_gate") is None
@@ -207,7 +208,7 @@ def test_torch_threads_are_given_back(llama, tmp_path):
 
 
 def test_rows_and_blocks_do_not_matter(llama, tmp_path, monkeypatch):
-    from tersor.checkpoint import pipeline
+    from tersor.convert import pipeline
 
     quantize(llama, tmp_path / "a", format="uint4", group_size=32)
     monkeypatch.setattr(pipeline, "_CPU_BLOCK_ELEMENTS", 700)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tersor.checkpoint import QuantizationConfig, quantize
+from tersor.checkpoint import QuantizationConfig
 from tersor.compress import quantize_rtn
+from tersor.convert import quantize
 from tersor.formats import Scheme, scale_values
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

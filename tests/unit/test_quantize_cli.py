@@ -8,10 +8,10 @@ import sys
 import checkpoints
 import pytest
 
-from tersor.checkpoint import convert
 from tersor.cli import main
 from tersor.cli.layers import collapse
 from tersor.cli.quantize import parse_size
+from tersor.convert import job
 from tersor.errors import InputError
 
 
@@ -113,7 +113,7 @@ def test_an_interruption_says_how_to_continue(tersor, model, tmp_path, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.Pipeline, "run", interrupted)
+    monkeypatch.setattr(job.Pipeline, "run", interrupted)
     status, _, err = tersor("quantize", model, "-o", tmp_path / "out")
     assert status == 130
     assert err == f"{tmp_path / 'out.partial'} keeps what is finished: add --resume to continue\ntersor: interrupted\n"

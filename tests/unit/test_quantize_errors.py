@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tersor.checkpoint import convert, quantize
+from tersor.convert import job, quantize
 from tersor.errors import TersorError
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -256,7 +256,7 @@ def test_a_head_that_shares_the_embedding(tmp_path):
 
 
 def test_cuda_where_there_is_none(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "cuda_available", lambda: False)
+    monkeypatch.setattr(job, "cuda_available", lambda: False)
     refused(model, tmp_path / "out", "device 'cuda:0' asked for, but torch sees no CUDA device", device="cuda:0")
 
 

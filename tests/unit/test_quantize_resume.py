@@ -14,7 +14,8 @@ import sys
 import checkpoints
 import pytest
 
-from tersor.checkpoint import quantize, writer
+from tersor.checkpoint import writer
+from tersor.convert import quantize
 from tersor.errors import InputError, OutputError
 
 OPTIONS = {"format": "int4", "group_size": 32, "shard_size": 12_000}
@@ -82,7 +83,7 @@ def test_twice_interrupted(model, whole, tmp_path):
 def test_a_killed_process(model, whole, tmp_path):
     program = f"""
 import os, signal
-from tersor.checkpoint import quantize
+from tersor.convert import quantize
 def progress(done, total, name):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -191,10 +192,10 @@ def test_a_disk_that_fills_up(model, whole, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_from_the_start(model, tmp_path, monkeypatch):
-    from tersor.checkpoint import convert
+    from tersor.convert import job
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"needs 0.07 GB more and the disk has 0.00 GB free"):
         quantize(model, tmp_path / "out", **OPTIONS)
 
@@ -225,7 +226,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
         file.truncate(8 + len(header) + size)
     program = f"""
 import resource
-from tersor.checkpoint import quantize
+from tersor.convert import quantize
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 quantize({str(tmp_path / "model")!r}, None, dry_run=True)
 before = peak()

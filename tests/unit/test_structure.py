@@ -26,15 +26,20 @@ ROOMS = (
     "layouts",
     "checkpoint",
     "kernels",
+    "planner",
     "ops",
     "nn",
-    "evaluate",
     "engine",
     "integrations",
+    "evaluate",
+    "convert",
     "bench",
     "cli",
 )
 """A room imports only from rooms before it (and itself)."""
+
+TO_COME = {"planner"}
+"""Rooms whose place is settled, though nothing stands in them yet: a plan is a value that `ops` and engines read."""
 
 ROOF = ("__init__", "__main__")
 """Modules that show the rooms to the world and may import any of them."""
@@ -81,7 +86,7 @@ def parse(path: Path) -> ast.Module:
 
 def test_rooms_are_the_ones_of_the_design() -> None:
     found = {room_of(path) for path in modules()}
-    assert found == {*ROOMS, *ROOF}
+    assert found == {*ROOMS, *ROOF} - TO_COME
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import tersor
-from tersor.checkpoint import quantize
 from tersor.checkpoint.inspect import inspect
+from tersor.convert import quantize
 from tersor.errors import InputError, TersorError
-from tersor.evaluate.load import bits_per_weight
-from tersor.nn import PackedEmbedding, PackedLinear, TiedLinear
+from tersor.integrations.transformers.architecture import read_architecture
+from tersor.nn import PackedEmbedding, PackedLinear, TiedLinear, bits_per_weight
 
 # Name -> architecture, whether tied, changes to its config, the override.
 CASES = {
@@ -135,7 +135,7 @@ def test_generates_and_casts(case, loaded):
 
 def test_inspect_the_table_and_the_mean_show_it(case, loaded):
     rows = {row.name: row for row in quantize(case.plain, None, dry_run=True, **case.options).compressed}
-    items = {item.name: item for item in inspect(case.packed).items if item.compressed}
+    items = {item.name: item for item in inspect(case.packed, read_architecture).items if item.compressed}
     assert {name: (row.shape, row.scheme, row.bytes_after) for name, row in rows.items() if "embed" in name} == {
         name: (item.shape, item.format, item.nbytes) for name, item in items.items() if "embed" in name
     }

@@ -32,6 +32,8 @@ STAND_INS = {
     """,
     "stand_in.py": """
         import sys, textwrap, importlib.abc, importlib.machinery
+        PACKAGE = "tersor.integrations.transformers"
+        QUANTIZER = PACKAGE + ".quantizer"
         SOURCE = textwrap.dedent('''
             from transformers.quantizers import base
             from tersor.integrations import register
@@ -42,10 +44,12 @@ STAND_INS = {
         ''')
         class Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
             def find_spec(self, name, path, target=None):
-                if name == "tersor.integrations.transformers":
+                if name == PACKAGE:
+                    return importlib.machinery.ModuleSpec(name, self, is_package=True)
+                if name == QUANTIZER:
                     return importlib.machinery.ModuleSpec(name, self)
             def get_source(self, name):
-                return SOURCE
+                return SOURCE if name == QUANTIZER else f"from {QUANTIZER} import NAME, TersorConfig, TersorHfQuantizer"
         sys.meta_path.insert(0, Finder())
     """,
 }

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tersor
-from tersor.nn import PackedExperts, PackedLinear
+from tersor.integrations.transformers.experts import PackedExperts
+from tersor.nn import PackedLinear
 
 # Architecture -> options: between them every kind of format, scale, bias, tying, and of expert.
 CASES = {

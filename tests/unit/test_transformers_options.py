@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tersor
-from tersor.nn import PackedExperts, PackedLinear
+from tersor.integrations.transformers.experts import PackedExperts
+from tersor.nn import PackedLinear
 
 
 @pytest.fixture(scope="module")

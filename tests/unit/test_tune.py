@@ -10,18 +10,18 @@ import pytest
 
 from tersor import formats
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import linear as family
+from tersor.kernels import dense as family
 from tersor.kernels.tune import (
     LinearConfig,
     LinearProblem,
     candidates,
+    choice,
     choose,
     fused,
     predict,
     seconds,
     sm80,
     sm90,
-    table,
 )
 from tersor.ops import dispatch
 
@@ -33,12 +33,11 @@ SCHEMES = [formats.get_scheme(name, group) for name, group in (("fp6_e3m2", None
 
 @pytest.fixture(autouse=True)
 def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No measured choices: neither the user's nor those that are shipped."""
+    """No measured choices."""
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(table, "SHIPPED", tmp_path)
-    table.forget()
+    choice.forget()
     yield
-    table.forget()
+    choice.forget()
 
 
 def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], aligned: bool = True) -> LinearProblem:

@@ -6,19 +6,19 @@ import functools
 import shutil
 from pathlib import Path
 
-from tersor import evaluate
+from tersor.integrations.transformers import load
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 
 
 @functools.cache
 def model():
-    return evaluate.load_model(TINY, "cpu")
+    return load.load_model(TINY, "cpu")
 
 
 @functools.cache
 def tokenizer():
-    return evaluate.load_tokenizer(TINY)
+    return load.load_tokenizer(TINY)
 
 
 def copy(target: Path, *names: str) -> Path:

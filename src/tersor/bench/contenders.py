@@ -139,7 +139,7 @@ def packed(
     except UnsupportedError as error:
         raise UnfitError(str(error)) from None
     if layout == STREAM:
-        raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.obstacle(scheme, dtype, device)}")
+        raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.unsupported_reason(scheme, dtype, device)}")
     encoded = quantize_rtn(random(oc, ic, dtype) * ic**-0.5, scheme)
     weight = PackedWeight.from_encoded(encoded, scheme).to_layout(layout)
     return [

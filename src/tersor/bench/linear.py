@@ -15,7 +15,7 @@ from tersor.bench.shapes import Shape
 from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
-from tersor.kernels.tune import table
+from tersor.kernels.tune import choice
 from tersor.ops import dispatch
 
 KIND = "tersor bench linear"
@@ -188,7 +188,7 @@ def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["weight", "N", "kernel", "us", "GB/s", "of roofline", *rivals], cells
 
 
-def plan(
+def forecast(
     shapes: Sequence[Shape],
     tokens: Sequence[int],
     schemes: Sequence[Scheme],
@@ -241,12 +241,12 @@ def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) 
     config = tune.choose(problem, chip)
     return {
         "config": str(config),
-        "from": "predicted" if table.measured(problem, chip) is None else "measured",
+        "from": "predicted" if choice.measured(problem, chip) is None else "measured",
         "predicted_microseconds": round(tune.seconds(problem, config, chip) * 1e6, 2),
     }
 
 
-def plan_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def forecast_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells of the table of a `plan`."""
     cells = []
     for row in rows:

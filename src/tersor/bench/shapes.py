@@ -123,8 +123,8 @@ def _shapes(word: str) -> list[Shape]:
             f"no shapes for {word!r}{near}: give OCxIC such as 8192x28672, a folder with a config.json, or one of "
             f"{', '.join(MODELS)}"
         )
-    from tersor.checkpoint.modules import read_architecture
     from tersor.checkpoint.source import read_config
+    from tersor.integrations.transformers.architecture import read_architecture
 
     read_config(folder)
     architecture = read_architecture(folder)

@@ -15,7 +15,7 @@ from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
 from tersor.errors import InputError
 from tersor.formats import Scheme
-from tersor.kernels import linear, tune
+from tersor.kernels import dense, tune
 from tersor.kernels.tune import LinearConfig, LinearProblem, table
 from tersor.kernels.tune.table import Choice, Table
 from tersor.ops import dispatch
@@ -72,7 +72,7 @@ def worth_measuring(problem: LinearProblem, chip: Chip) -> list[LinearConfig]:
     return [
         config
         for config in tune.candidates(problem, chip)
-        if config == predicted or 4 * linear.parts(config, problem.n)[0] <= MOST_PARTS
+        if config == predicted or 4 * dense.parts(config, problem.n)[0] <= MOST_PARTS
     ]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig
 from tersor.checkpoint.header import DTYPE_BITS
-from tersor.checkpoint.modules import Architecture, read_architecture
+from tersor.checkpoint.modules import Architecture
 from tersor.checkpoint.source import Source, open_source, quantization_of
 from tersor.errors import CheckpointError
 from tersor.formats import Scheme
@@ -18,6 +19,8 @@ from tersor.layouts import stream
 
 _PACKED, _SCALE, _ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
 _ROW_ELEMENTS = 32
+
+ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,13 @@ class Inspection:
         }
 
 
-def inspect(model: str | os.PathLike[str]) -> Inspection:
+def inspect(model: str | os.PathLike[str], read_architecture: ReadArchitecture) -> Inspection:
     """List what a checkpoint directory (or Hub id) holds.
+
+    Args:
+        model: a checkpoint directory, or a Hub id that is downloaded.
+        read_architecture: builds the model of a directory's config.json and lists its layers; asked only where weights
+            are packed.
 
     Raises:
         CheckpointError: not a whole checkpoint, or one whose tensors and quantization_config disagree.
@@ -118,7 +126,11 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
         raw = quantization_of(source.config)
         method = str(raw.get("quant_method")) if raw is not None else None
         config = QuantizationConfig.from_dict(raw) if method == QUANT_METHOD else None
-        items = _packed_items(source, config) if config is not None else _plain_items(source)
+        items = (
+            _packed_items(source, config, read_architecture(source.directory))
+            if config is not None
+            else _plain_items(source)
+        )
         names = source.config.get("architectures")
         return Inspection(
             model=source.label,
@@ -131,13 +143,12 @@ def inspect(model: str | os.PathLike[str]) -> Inspection:
 
 
 def _plain_items(source: Source) -> Iterator[Item]:
-    for located in source.tensors.values():
-        spec = located.spec
+    for tensor in source.tensors.values():
+        spec = tensor.spec
         yield Item(spec.name, spec.shape, spec.dtype, DTYPE_BITS[spec.dtype], spec.nbytes, False)
 
 
-def _packed_items(source: Source, config: QuantizationConfig) -> Iterator[Item]:
-    architecture = read_architecture(source.directory)
+def _packed_items(source: Source, config: QuantizationConfig, architecture: Architecture) -> Iterator[Item]:
     stems = [name.removesuffix(_PACKED) for name in source.tensors if name.endswith(_PACKED)]
     companions = {stem + suffix for stem in stems for suffix in (_SCALE, _ZERO_POINT)}
     for item in _plain_items(source):

@@ -37,7 +37,7 @@ _HUB_DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class StoredTensor:
     """A tensor and the open file it is in."""
 
     file: SafetensorsFile
@@ -202,13 +202,13 @@ def _no_weights(directory: Path) -> str:
     return f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{found}"
 
 
-def _collect(files: list[SafetensorsFile], weight_map: dict[str, str] | None) -> dict[str, Located]:
-    tensors: dict[str, Located] = {}
+def _collect(files: list[SafetensorsFile], weight_map: dict[str, str] | None) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, spec in file.tensors.items():
             home = weight_map.get(name, file.path.name) if weight_map else file.path.name
             if home == file.path.name and name not in tensors:
-                tensors[name] = Located(file, spec)
+                tensors[name] = StoredTensor(file, spec)
     if weight_map:
         missing = [name for name in weight_map if name not in tensors]
         if missing:

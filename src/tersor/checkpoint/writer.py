@@ -126,7 +126,7 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def plan_shards(groups: Sequence[Sequence[TensorSpec]], shard_bytes: int) -> list[list[int]]:
+def split_into_shards(groups: Sequence[Sequence[TensorSpec]], shard_bytes: int) -> list[list[int]]:
     """Share groups of tensors out to files, in order, each file at most `shard_bytes` unless one group is
     larger.
 

@@ -69,7 +69,7 @@ def command(
         bench.check_folder("--json", json)
     if dry_run:
         place = _chip(chip)
-        _dry_run(linear.plan(wanted, tokens, schemes, place, kinds), place, json)
+        _dry_run(linear.forecast(wanted, tokens, schemes, place, kinds), place, json)
         return
     rivals = contenders.parse_rivals(against)
     bench.need_gpu("--dry-run shows what would be timed")
@@ -125,7 +125,7 @@ def _dry_run(rows: list[dict[str, Any]], chip: hardware.Chip, json: Path | None)
         console.print_json(result)
         return
     print(f"{chip.name}, {chip.bandwidth / 1e12:.2f} TB/s by its datasheet; nothing is timed")
-    console.print_table(*linear.plan_columns(rows))
+    console.print_table(*linear.forecast_columns(rows))
     if json is not None:
         report.write(json, report.text(result))
         print(f"written to {json}")

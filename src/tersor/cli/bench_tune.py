@@ -30,7 +30,7 @@ def command(
 
     from tersor.bench import report, tune
     from tersor.bench import shapes as known
-    from tersor.kernels.tune import table
+    from tersor.kernels.tune import choice, table
     from tersor.ops import dispatch
 
     tokens = list(tune.tokens_with_edges()) if n is None else bench.numbers("--n", n)
@@ -49,7 +49,7 @@ def command(
     with console.progress("measuring configurations") as move:
         choices = tune.measure(found, chip, tune.on_gpu(kind, chip), move)
     report.write(path, tune.merged(path, chip, choices).text())
-    table.forget()
+    choice.forget()
     rows = tune.rows(choices, chip)
     if json:
         console.print_json({"chip": chip.name, "table": str(path), "choices": rows})

@@ -33,9 +33,10 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compress, evaluate and generate, format by format."""
-    from tersor import engine, evaluate
-    from tersor.checkpoint import quantize
+    from tersor import engine, evaluate, nn
+    from tersor.convert import quantize
     from tersor.formats import get_scheme
+    from tersor.integrations.transformers import generate, load
 
     chosen = tuple(formats or FORMATS)
     for name in chosen:
@@ -43,27 +44,27 @@ def command(
     options = engine.Sampling(
         temperature=0.0, repetition_penalty=PENALTY, max_new_tokens=max_new_tokens, ignore_eos=True
     )
-    target = evaluate.resolve_device(device)
-    place = evaluate.locate(_bundled() if model is None else model)
-    evaluate.choose_threads(place.weight_bytes, target)
+    target = load.resolve_device(device)
+    place = load.locate(_bundled() if model is None else model)
+    load.choose_threads(place.weight_bytes, target)
     console.quiet_transformers()
-    tokenizer = evaluate.load_tokenizer(place.directory)
+    tokenizer = load.load_tokenizer(place.directory)
     windows = evaluate.cut_windows(own_text(), tokenizer, window=window, max_tokens=max_tokens)
-    base = evaluate.load_model(place.directory, target)
+    base = load.load_model(place.directory, target)
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tersor-demo-")))
         for format_name in (None, *chosen):
             where, subject = place, base
             if format_name is not None:
-                where = evaluate.locate(_compress(quantize, place.directory, folder, format_name))
-                subject = evaluate.load_model(where.directory, target)
+                where = load.locate(_compress(quantize, place.directory, folder, format_name))
+                subject = load.load_model(where.directory, target)
             with console.progress(format_name or "original") as move:
                 quality = evaluate.evaluate(subject, windows, reference=base, progress=move)
-            generator = engine.Generator(subject, tokenizer)
+            generator = generate.Generator(subject, tokenizer)
             stream = generator.stream(prompt, options)
             text = "".join(stream)
-            bits = evaluate.bits_per_weight(subject) or where.plain_bits
+            bits = nn.bits_per_weight(subject) or where.plain_bits
             results.append(
                 {
                     "format": format_name or "original",

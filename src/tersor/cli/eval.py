@@ -35,21 +35,20 @@ def command(
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
     from tersor import evaluate, nn, ops
     from tersor.evaluate import plot as drawing
+    from tersor.integrations.transformers import load, replace
 
     ops.check_activations(activations)
 
-    target = evaluate.resolve_device(device)
-    evaluate.resolve_dtype(dtype, target)
+    target = load.resolve_device(device)
+    load.resolve_dtype(dtype, target)
     content = evaluate.read_text(text)
     if plot is not None:
         drawing.check_plot(plot)
-    places = {name: evaluate.locate(name) for name in [*models, *([reference] if reference else [])]}
-    evaluate.choose_threads(max(place.weight_bytes for place in places.values()), target)
+    places = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
+    load.choose_threads(max(place.weight_bytes for place in places.values()), target)
     console.quiet_transformers()
     windows = {
-        name: evaluate.cut_windows(
-            content, evaluate.load_tokenizer(place.directory), window=window, max_tokens=max_tokens
-        )
+        name: evaluate.cut_windows(content, load.load_tokenizer(place.directory), window=window, max_tokens=max_tokens)
         for name, place in places.items()
     }
     base = None
@@ -60,17 +59,17 @@ def command(
                     f"{name} and the reference {reference} split the text into different tokens: "
                     "compare models of one tokenizer"
                 )
-        base = evaluate.load_model(places[reference].directory, target, dtype)
+        base = load.load_model(places[reference].directory, target, dtype)
     results: list[dict[str, Any]] = []
     points: list[drawing.Point] = []
     for name in models:
-        model = base if name == reference else evaluate.load_model(places[name].directory, target, dtype)
+        model = base if name == reference else load.load_model(places[name].directory, target, dtype)
         assert model is not None
         if name != reference:
-            nn.multiply_with(model, activations)
+            replace.multiply_with(model, activations)
         with console.progress(_label(name)) as move:
             quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
-        bits = evaluate.bits_per_weight(model) or places[name].plain_bits
+        bits = nn.bits_per_weight(model) or places[name].plain_bits
         size = places[name].weight_bytes
         results.append({"model": name, "weight_bytes": size, "bits_per_weight": bits, **quality.to_dict()})
         points.append(drawing.Point(label=_label(name), size=size, quality=quality))

@@ -12,7 +12,7 @@ from tersor.cli import console
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from tersor.engine import Statistics
+    from tersor.integrations.transformers.generate import Statistics
 
 GRAPHS = {"auto": None, "on": True, "off": False}
 
@@ -46,7 +46,9 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
-    from tersor import engine, evaluate, nn, ops
+    from tersor import engine, ops
+    from tersor.integrations.transformers import fuse as fusing
+    from tersor.integrations.transformers import generate, load, replace
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
@@ -64,18 +66,18 @@ def command(
         ignore_eos=ignore_eos,
     )
     text = _prompt(words, prompt)
-    target = evaluate.resolve_device(device)
-    place = evaluate.locate(model)
+    target = load.resolve_device(device)
+    place = load.locate(model)
     directory = place.directory
-    evaluate.choose_threads(place.weight_bytes, target)
+    load.choose_threads(place.weight_bytes, target)
     console.quiet_transformers()
-    tokenizer = evaluate.load_tokenizer(directory)
-    ids = engine.chat_prompt(tokenizer, text) if chat else text
-    loaded = evaluate.load_model(directory, target, dtype)
-    if fuse and not nn.fuse(loaded):
+    tokenizer = load.load_tokenizer(directory)
+    ids = generate.chat_prompt(tokenizer, text) if chat else text
+    loaded = load.load_model(directory, target, dtype)
+    if fuse and not fusing.fuse(loaded):
         raise InputError(f"--fuse: {model} has no packed layers that can be joined: leave it out")
-    nn.multiply_with(loaded, activations)
-    stream = engine.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
+    replace.multiply_with(loaded, activations)
+    stream = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
     if json:
         produced = "".join(stream)
         fields = {

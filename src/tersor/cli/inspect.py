@@ -23,8 +23,9 @@ def command(
 ) -> None:
     """Read the headers, then print format, bits and size of every layer."""
     from tersor.checkpoint.inspect import inspect
+    from tersor.integrations.transformers.architecture import read_architecture
 
-    found = inspect(model)
+    found = inspect(model, read_architecture)
     if json:
         console.print_json(found.to_dict())
         return

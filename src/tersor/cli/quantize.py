@@ -16,8 +16,8 @@ from tersor.cli.layers import collapse, scheme_words, shape_words
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
-    from tersor.checkpoint.pipeline import Progress
-    from tersor.checkpoint.report import Report, Row
+    from tersor.convert.pipeline import Progress
+    from tersor.convert.report import Report, Row
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -61,8 +61,8 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compress, then print what became of the tensors."""
-    from tersor.checkpoint.convert import quantize
-    from tersor.checkpoint.resume import partial_directory
+    from tersor.convert.job import quantize
+    from tersor.convert.resume import partial_directory
 
     try:
         with _progress(f"{Path(model).name} to {format}") as progress:
@@ -90,7 +90,7 @@ def command(
     if json:
         console.print_json(report.to_dict())
     elif dry_run:
-        _print_plan(report)
+        _print_dry_run(report)
     else:
         _print_report(report)
 
@@ -143,7 +143,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
         yield move
 
 
-def _print_plan(report: Report) -> None:
+def _print_dry_run(report: Report) -> None:
     """Print a line for every kind of tensor: what would become of it."""
     named = ((row.name, (row.shape, row.scheme, row.note, row.bytes_after), row) for row in report.rows)
     lines = []
@@ -209,6 +209,6 @@ def _files(report: Report) -> str:
 
 
 def _mean_bits(rows: list[Row]) -> float:
-    from tersor.checkpoint.report import mean_bits
+    from tersor.convert.report import mean_bits
 
     return mean_bits(rows)

@@ -1,8 +1,8 @@
-"""Which token comes next? Generation over a static cache, with the decode step as a CUDA graph on a GPU."""
+"""Which token comes next? How it is drawn, and how tokens become text."""
 
 from __future__ import annotations
 
-from tersor.engine.generate import Generator, Statistics, TextStream, chat_prompt, stream
 from tersor.engine.sampling import Sampling
+from tersor.engine.text import Detokenizer, StopFilter
 
-__all__ = ["Generator", "Sampling", "Statistics", "TextStream", "chat_prompt", "stream"]
+__all__ = ["Detokenizer", "Sampling", "StopFilter"]

@@ -2,30 +2,7 @@
 
 from __future__ import annotations
 
-from tersor.evaluate.load import (
-    Located,
-    bits_per_weight,
-    choose_threads,
-    load_model,
-    load_tokenizer,
-    locate,
-    read_text,
-    resolve_device,
-    resolve_dtype,
-)
-from tersor.evaluate.quality import Quality, cut_windows, evaluate
+from tersor.evaluate.quality import Quality, evaluate
+from tersor.evaluate.windows import cut_windows, read_text
 
-__all__ = [
-    "Located",
-    "Quality",
-    "bits_per_weight",
-    "choose_threads",
-    "cut_windows",
-    "evaluate",
-    "load_model",
-    "load_tokenizer",
-    "locate",
-    "read_text",
-    "resolve_device",
-    "resolve_dtype",
-]
+__all__ = ["Quality", "cut_windows", "evaluate", "read_text"]

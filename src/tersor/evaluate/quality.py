@@ -21,7 +21,7 @@ import torch
 from tersor.errors import InputError, TersorError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 ROWS = 128
 """Rows of logits that are turned into float32 log-probabilities at a time."""
@@ -64,34 +64,6 @@ class Quality:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def cut_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, window: int = 512, max_tokens: int | None = None
-) -> torch.Tensor:
-    """Tokenise `text` without special tokens and cut it into windows.
-
-    Args:
-        text: the text.
-        tokenizer: a transformers tokenizer.
-        window: tokens in a window, at least 2.
-        max_tokens: use only the first this many tokens.
-
-    Returns:
-        int64 [windows, window].
-
-    Raises:
-        InputError: `window` below 2, or fewer tokens than one window.
-    """
-    if window < 2:
-        raise InputError(f"window is {window}: it must be at least 2 tokens, one to read and one to predict")
-    if max_tokens is not None and max_tokens < window:
-        raise InputError(f"max_tokens is {max_tokens}, less than one window of {window}: raise it")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    count = len(ids) // window
-    if count == 0:
-        raise InputError(f"the text has {len(ids)} tokens, less than one window of {window}: give more text")
-    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
-
-
 @torch.inference_mode()
 def evaluate(
     model: PreTrainedModel,
@@ -106,7 +78,7 @@ def evaluate(
 
     Args:
         model: a causal language model of transformers.
-        windows: int64 [windows, window], from `cut_windows`.
+        windows: int64 [windows, window], from `windows.cut_windows`.
         reference: the model to compare with; same vocabulary, any device.
         progress: called with (windows done, windows in all) after every window.
 

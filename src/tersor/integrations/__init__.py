@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _TARGET = "transformers.quantizers.auto"
-_OURS = "tersor.integrations.transformers"
+_OURS = "tersor.integrations.transformers.quantizer"
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import SCALE_DTYPES, Scheme, scale_values, store_scales
-from tersor.layouts import lanes, tiles
+from tersor.layouts import decode_groups, tiles
 
 
 def scale_bytes(scheme: Scheme) -> int:
@@ -42,7 +42,7 @@ def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, i
     Raises:
         FormatError: a zero point that the target's 16-bit floats cannot apply exactly.
     """
-    constants = None if zero_point is None else lanes.zero_constants(zero_point, scheme.format, target)
+    constants = None if zero_point is None else decode_groups.zero_constants(zero_point, scheme.format, target)
     if scheme.group_size is None:
         rows = _pad_rows(scale_values(scale, scheme))
         if constants is None:
@@ -73,7 +73,7 @@ def unpack(
         scale = _from_blocks(blocks[:, : block * dtype.itemsize], dtype, scheme.group_size, shape)
         if scheme.has_zero_point:
             constants = _from_blocks(blocks[:, block * dtype.itemsize :], torch.int16, scheme.group_size, shape)
-    return scale, None if constants is None else lanes.zero_points(constants, scheme.format, target)
+    return scale, None if constants is None else decode_groups.zero_points(constants, scheme.format, target)
 
 
 def _pad_rows(values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import ElementFormat
-from tersor.layouts import lanes
+from tersor.layouts import decode_groups
+from tersor.layouts.decode_groups import DecodeGroup
 
 ROWS = 16
 COLUMNS = 128
@@ -29,7 +30,7 @@ _LANES = 32
 _CHUNK_BLOCKS = 1 << 14
 """Blocks packed at a time: bounds the scratch memory to about 1 GB of int32 registers."""
 
-LAYOUTS = {f"tiles_{target}": target for target in lanes.TARGETS}
+LAYOUTS = {f"tiles_{target}": target for target in decode_groups.TARGETS}
 """Layout name -> decode target."""
 
 
@@ -55,7 +56,7 @@ def pack(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
         int32 [row blocks * column blocks * 64 * bits], flat, on the same device.
     """
     oc, ic = codes.shape
-    group = lanes.lane(fmt, target)
+    group = decode_groups.decode_group(fmt, target)
     down, across = row_blocks(oc), column_blocks(ic)
     step = _chunk(across)
     chunks = []
@@ -70,20 +71,20 @@ def _chunk(across: int) -> int:
     return max(1, _CHUNK_BLOCKS // across // _UNIT_BLOCKS) * _UNIT_BLOCKS
 
 
-def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
+def _pack_rows(codes: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: DecodeGroup) -> torch.Tensor:
     padding = (0, across * COLUMNS - codes.shape[1], 0, -codes.shape[0] % UNIT_ROWS)
     padded = torch.nn.functional.pad(codes, padding, value=fmt.zero_code)
     # With n weights in a register: row = 8 i + g, channel = 8 n step + 4 n half + n t + e; register 4 step + 2 half + i
     # of lane 4 g + t.
-    together = lanes.weights_in_register(target)
+    together = decode_groups.weights_in_register(target)
     axes = padded.view(-1, 2, 8, across, COLUMNS // (8 * together), 2, 4, together)
     fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
-    joined = lanes.join(lanes.place(fragments, fmt, target))
+    joined = decode_groups.join(decode_groups.place(fragments, fmt, target))
     registers = joined.reshape(-1, _LANES, 2 * fmt.bits // group.words, group.registers)
     words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
-    for index, sources in enumerate(lanes.packing(group)):
+    for index, sources in enumerate(decode_groups.packing(group)):
         for register, turn, mask in sources:
-            words[..., index] ^= lanes.rotate(registers[..., register], turn) & lanes.signed(mask)
+            words[..., index] ^= decode_groups.rotate(registers[..., register], turn) & decode_groups.signed(mask)
     lane_words = words.view(-1, _LANES, 2 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
     planes = lane_words[..., :quads].unflatten(2, (quads // 4, 4)).transpose(1, 2).flatten(1)
@@ -96,7 +97,7 @@ def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[in
     """Undo `pack`: return the uint8 codes [OC, IC]."""
     oc, ic = shape
     across = column_blocks(ic)
-    group = lanes.lane(fmt, target)
+    group = decode_groups.decode_group(fmt, target)
     rows_of_blocks = tiles.view(row_blocks(oc), -1)
     step = _chunk(across)
     chunks = [
@@ -107,22 +108,22 @@ def unpack(tiles: torch.Tensor, fmt: ElementFormat, target: str, shape: tuple[in
     return codes[:oc, :ic].contiguous()
 
 
-def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: lanes.Lane) -> torch.Tensor:
+def _unpack_rows(tiles: torch.Tensor, across: int, fmt: ElementFormat, target: str, group: DecodeGroup) -> torch.Tensor:
     units = tiles.reshape(-1, across, _UNIT_BLOCKS, 64 * fmt.bits)
     blocks = units.transpose(1, 2).reshape(-1, 64 * fmt.bits)
     quads = 2 * fmt.bits // 4 * 4
     planes = blocks[:, : _LANES * quads].unflatten(1, (quads // 4, _LANES, 4)).transpose(1, 2).flatten(2)
     tail = blocks[:, _LANES * quads :].unflatten(1, (_LANES, 2 * fmt.bits - quads))
     words = torch.cat((planes, tail), dim=2).view(-1, _LANES, 2 * fmt.bits // group.words, group.words)
-    mask = lanes.signed(group.mask)
+    mask = decode_groups.signed(group.mask)
     registers = []
     for sources in group.outputs():
         value = torch.zeros_like(words[..., 0])
         for word, turn in sources:
-            value ^= lanes.rotate(words[..., word], turn)
+            value ^= decode_groups.rotate(words[..., word], turn)
         registers.append(value & mask)
-    fields = lanes.split(torch.stack(registers, dim=-1), target)
-    codes = lanes.unplace(fields, fmt, target).to(torch.uint8)
+    fields = decode_groups.split(torch.stack(registers, dim=-1), target)
+    codes = decode_groups.unplace(fields, fmt, target).to(torch.uint8)
     together = fields.shape[-1]
     axes = codes.view(-1, across, 8, 4, COLUMNS // (8 * together), 2, 2, together).permute(0, 6, 2, 1, 4, 5, 3, 7)
     return axes.reshape(-1, across * COLUMNS)

@@ -10,7 +10,8 @@ import torch
 from tersor.compress import Encoded
 from tersor.errors import ShapeError
 from tersor.formats import Scheme, scale_values
-from tersor.layouts import rows, scales, stream, tiles
+from tersor.layouts import scales, stream, tiles
+from tersor.layouts.gated import gated_channels, interleave, separate
 
 STREAM = "stream"
 """The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.tiles`."""
@@ -84,7 +85,7 @@ class PackedWeight(_Noted):
         """
         if gate.shape != up.shape:
             raise ShapeError(f"gate is {list(gate.shape)}, up {list(up.shape)}: a gated weight takes two of one shape")
-        return _joined((gate, up), lambda tensors: rows.interleave(*tensors))
+        return _joined((gate, up), lambda tensors: interleave(*tensors))
 
     def split_gate_up(self) -> tuple[PackedWeight, PackedWeight]:
         """Undo `gate_up`: return gate and up, [F, IC] each, in the stored stream.
@@ -92,8 +93,8 @@ class PackedWeight(_Noted):
         Raises:
             ShapeError: the weight has not the rows of a gated one.
         """
-        rows.gated_channels(self.shape[0])
-        gate, up = _split(self, rows.separate)
+        gated_channels(self.shape[0])
+        gate, up = _split(self, separate)
         return gate, up
 
     @property
@@ -175,8 +176,8 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | 
     Returns:
         float32 [rows, IC].
     """
-    rows, ic = codes.shape
-    values = scheme.format.decode(codes).view(rows, scheme.groups(ic), -1)
+    gated, ic = codes.shape
+    values = scheme.format.decode(codes).view(gated, scheme.groups(ic), -1)
     if zero_point is not None:
         values.sub_(zero_point.unsqueeze(2))
-    return values.mul_(scale_values(scale, scheme).unsqueeze(2)).view(rows, ic)
+    return values.mul_(scale_values(scale, scheme).unsqueeze(2)).view(gated, ic)

@@ -176,3 +176,15 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready_for": None, "_held": None}
+
+
+def bits_per_weight(model: nn.Module) -> float | None:
+    """Return the mean stored bits of a compressed weight, scales counted; None where none is compressed."""
+    bits, weights = 0.0, 0
+    for module in model.modules():
+        if isinstance(module, PackedModule) and module.in_state_dict:
+            oc, ic = module.shape
+            count = oc * ic
+            bits += module.scheme.bits_per_weight(ic) * count
+            weights += count
+    return bits / weights if weights else None

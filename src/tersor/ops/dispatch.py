@@ -14,7 +14,7 @@ from tersor.formats import Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import sm80
-from tersor.layouts import STREAM, lanes, scales, tiles
+from tersor.layouts import STREAM, decode_groups, scales, tiles
 from tersor.ops import invariance
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ACTIVATIONS_16BIT = "16bit"
 ACTIVATIONS_FP8 = "fp8"
 ACTIVATIONS = (ACTIVATIONS_16BIT, ACTIVATIONS_FP8)
 """What a linear multiplies with: activations as they come, or quantised to e4m3 with one scale a token."""
-FP8_LAYOUT = f"tiles_{lanes.FP8}"
+FP8_LAYOUT = f"tiles_{decode_groups.FP8}"
 
 FUSED = "fused"
 DEQUANTIZE = "dequantize + cuBLAS"
@@ -64,10 +64,10 @@ class Decision:
 
 def target_name(dtype: torch.dtype) -> str | None:
     """Return the decode target for activations of `dtype`, or `None` where the kernels have none."""
-    return next((name for name, known in lanes.TARGETS.items() if known == dtype), None)
+    return next((name for name, known in decode_groups.TARGETS.items() if known == dtype), None)
 
 
-def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
+def unsupported_reason(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
     """Return why no kernel can serve this scheme, dtype and device, or an empty string when one can."""
     if _reference_wanted():
         return "TERSOR_KERNEL is set to reference"
@@ -76,7 +76,7 @@ def obstacle(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
     unsupported = _no_decode(scheme, dtype)
     if unsupported:
         return unsupported
-    return _device_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+    return _device_unsupported_reason(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @functools.cache
@@ -94,9 +94,9 @@ def forget() -> None:
 def _no_decode(scheme: Scheme, dtype: torch.dtype) -> str:
     """Return why no kernel decodes this scheme for activations of `dtype`, on whatever GPU, or an empty string."""
     target = target_name(dtype)
-    if target not in lanes.PAIR_TARGETS:
+    if target not in decode_groups.PAIR_TARGETS:
         return f"kernels take float16 and bfloat16 activations, not {dtype}"
-    unsupported = lanes.supported(scheme.format, target)
+    unsupported = decode_groups.supported(scheme.format, target)
     if unsupported:
         return unsupported
     if scheme.group_size is not None and scheme.group_size % 16:
@@ -105,9 +105,9 @@ def _no_decode(scheme: Scheme, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def fp8_obstacle(scheme: Scheme) -> str:
+def e4m3_unsupported_reason(scheme: Scheme) -> str:
     """Return why weights of this scheme cannot be multiplied with 8-bit activations, or an empty string."""
-    unsupported = lanes.supported(scheme.format, tiles.LAYOUTS[FP8_LAYOUT])
+    unsupported = decode_groups.supported(scheme.format, tiles.LAYOUTS[FP8_LAYOUT])
     if unsupported:
         return unsupported
     if scheme.group_size is not None and scheme.group_size % 32:
@@ -116,7 +116,7 @@ def fp8_obstacle(scheme: Scheme) -> str:
 
 
 @functools.cache
-def _device_obstacle(index: int) -> str:
+def _device_unsupported_reason(index: int) -> str:
     from tersor.kernels.jit import arch_for
 
     try:
@@ -148,12 +148,12 @@ def preferred_layout(
         UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
     """
     if activations == ACTIVATIONS_FP8:
-        why = fp8_obstacle(scheme)
+        why = e4m3_unsupported_reason(scheme)
         if why:
             raise UnsupportedError(f"activations fp8 with weights in {scheme.key()}: {why}")
         return FP8_LAYOUT
     check_activations(activations)
-    if obstacle(scheme, dtype, device):
+    if unsupported_reason(scheme, dtype, device):
         return STREAM
     return f"tiles_{target_name(dtype)}"
 
@@ -179,7 +179,7 @@ def decide(
     """
     if layout == FP8_LAYOUT:
         return _decide_fp8(scheme, shape, n, dtype, device, batch_invariant)
-    why = obstacle(scheme, dtype, device)
+    why = unsupported_reason(scheme, dtype, device)
     if why:
         return Decision(REFERENCE, None, "{}", (why,))
     if layout == STREAM:
@@ -215,7 +215,7 @@ def _decide_fp8(
         return Decision(REFERENCE, None, "TERSOR_KERNEL is set to reference")
     if device.type != "cuda":
         return Decision(REFERENCE, None, "kernels need a CUDA device, this is {}", (device.type,))
-    if target_name(dtype) not in lanes.PAIR_TARGETS:
+    if target_name(dtype) not in decode_groups.PAIR_TARGETS:
         return Decision(REFERENCE, None, "kernels take float16 and bfloat16 activations, not {}", (dtype,))
     gpu = chip(device)
     if gpu.capability != (9, 0):
@@ -307,13 +307,13 @@ def kernels_for(
 
     Those of the batch-invariant mode are not among them.
     """
-    from tersor.kernels import linear
+    from tersor.kernels import dense
 
     target = target_name(dtype)
     if activations == ACTIVATIONS_FP8:
-        if target not in lanes.PAIR_TARGETS or fp8_obstacle(scheme):
+        if target not in decode_groups.PAIR_TARGETS or e4m3_unsupported_reason(scheme):
             return []
-        return list(linear.fp8_sources(scheme, target, chip, gated))
+        return list(dense.fp8_sources(scheme, target, chip, gated))
     if target is None or _no_decode(scheme, dtype):
         return []
-    return list(linear.sources(scheme, target, chip, gated))
+    return list(dense.sources(scheme, target, chip, gated))

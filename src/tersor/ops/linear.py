@@ -7,8 +7,9 @@ import weakref
 import torch
 
 from tersor.errors import ShapeError
-from tersor.layouts import PackedWeight, rows, tiles
-from tersor.ops import current, dispatch, invariance, measuring, plan, reference, tensors, workspace
+from tersor.layouts import PackedWeight, tiles
+from tersor.layouts.gated import gated_channels
+from tersor.ops import current, dispatch, invariance, measuring, prepared, reference, tensors, workspace
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS; a matrix beyond that is served in slices of rows."""
@@ -61,7 +62,7 @@ def gated_linear(
     Args:
         x: [..., IC], float16, bfloat16 or float32, any strides.
         weight: `PackedWeight.gate_up(gate, up)` of two weights [F, IC], on x's device, in any layout.
-        bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.rows.interleave`), or `None`.
+        bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.gated.interleave`), or `None`.
         residual: [..., F] in x's dtype, any strides, or `None`.
 
     Returns:
@@ -77,14 +78,18 @@ def _multiply(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
 ) -> torch.Tensor:
     data, scale, zero_point = weight.data, weight.scale, weight.zero_point
-    if torch.compiler.is_compiling() or _observed(x, bias) or (residual is not None and _observed(residual, None)):
+    if (
+        torch.compiler.is_compiling()
+        or _must_dispatch(x, bias)
+        or (residual is not None and _must_dispatch(residual, None))
+    ):
         oc, ic = weight.shape
         key, layout = weight.scheme.key(), weight.layout
         return _operator(x, data, scale, zero_point, bias, key, oc, ic, layout, residual, gated)
-    return _serve(x, data, scale, zero_point, bias, plan.kind_of(weight), residual, gated)
+    return _serve(x, data, scale, zero_point, bias, prepared.kind_of(weight), residual, gated)
 
 
-def _observed(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Tell whether someone has to see the operator: a mode, a transform, a trace, a profiler, autograd or a subclass.
 
     Where nobody does, the dispatcher would only cost time.
@@ -116,7 +121,7 @@ def _check(
     shape: torch.Size,
     data: torch.Tensor,
     bias: torch.Tensor | None,
-    kind: plan.Kind,
+    kind: prepared.Kind,
     residual: torch.Tensor | None,
     outputs: int,
 ) -> None:
@@ -149,17 +154,17 @@ def _serve(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
-    kind: plan.Kind,
+    kind: prepared.Kind,
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
     """Check a call and serve it; on the way to a fused kernel every line counts in microseconds."""
     shape, oc, ic = x.shape, kind.oc, kind.ic
-    outputs = rows.gated_channels(oc) if gated else oc
+    outputs = gated_channels(oc) if gated else oc
     _check(x, shape, data, bias, kind, residual, outputs)
     size = x.numel()
     if size == 0 or oc == 0:
-        return tensors.without_products(x, bias, residual, gated, oc)
+        return tensors.empty_result(x, bias, residual, gated, oc)
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
@@ -177,7 +182,7 @@ def _serve(
     chosen = kind.plan((n, x.dtype, index, aligned, gated, invariant))
     launch = chosen.launch
     if residual is not None:
-        residual = tensors.side_by_side(residual)
+        residual = tensors.contiguous(residual)
     if launch is None:
         x = x.reshape(-1, ic)
         added = None if residual is None else residual.view(-1, outputs)
@@ -227,7 +232,7 @@ def _in_turns(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
-    kind: plan.Kind,
+    kind: prepared.Kind,
     residual: torch.Tensor | None,
     gated: bool,
     tokens: int,
@@ -266,13 +271,13 @@ def _dequantized(
     data: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
-    kind: plan.Kind,
+    kind: prepared.Kind,
     residual: torch.Tensor | None,
     gated: bool,
 ) -> torch.Tensor:
     """Return the result [N, outputs]: slices of W are decoded into scratch memory and multiplied by cuBLAS."""
+    from tersor.kernels import dense as family
     from tersor.kernels import jit
-    from tersor.kernels import linear as family
 
     oc, ic, n = kind.oc, kind.ic, x.shape[0]
     target = tiles.LAYOUTS[kind.layout]
@@ -280,7 +285,7 @@ def _dequantized(
     finish = jit.get(family.epilogue_source(kind.scheme, target, gated), x.device)
     stream = current.stream(x.get_device())
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(n, rows.gated_channels(oc) if gated else oc)
+    y = x.new_empty(n, gated_channels(oc) if gated else oc)
     height = max(1, _SCRATCH_BYTES // (2 * ic) // tiles.UNIT_ROWS) * tiles.UNIT_ROWS
     scratch = x.new_empty(min(height, oc), ic)
     for first in range(0, oc, height):
@@ -327,7 +332,7 @@ def _call(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    kind = plan.kind(scheme, oc, ic, layout)
+    kind = prepared.kind(scheme, oc, ic, layout)
     kind.check(data)
     return _serve(x, data, scale, zero_point, bias, kind, residual, gated)
 
@@ -345,9 +350,9 @@ def _meta(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> torch.Tensor:
-    kind = plan.kind(scheme, oc, ic, layout)
+    kind = prepared.kind(scheme, oc, ic, layout)
     kind.check(data)
-    outputs = rows.gated_channels(oc) if gated else oc
+    outputs = gated_channels(oc) if gated else oc
     _check(x, x.shape, data, bias, kind, residual, outputs)
     return x.new_empty(*x.shape[:-1], outputs)
 

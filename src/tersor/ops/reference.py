@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import Scheme
-from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
-from tersor.layouts import rows as gating
+from tersor.layouts import STREAM, PackedWeight, decode_groups, stream, tiles
+from tersor.layouts import gated as gating
 from tersor.layouts.weight import decode
 from tersor.ops import tensors
 
@@ -41,7 +41,7 @@ def linear(
     """
     oc, ic = weight.shape
     wide, token_scale = x.to(torch.float32), None
-    if tiles.LAYOUTS.get(weight.layout) == lanes.FP8:
+    if tiles.LAYOUTS.get(weight.layout) == decode_groups.FP8:
         codes, token_scale = quantize_tokens(wide)
         wide = codes.to(torch.float32)
     output = x.new_empty(x.shape[0], gating.gated_channels(oc) if gated else oc)

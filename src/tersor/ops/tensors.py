@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tersor.layouts import rows
+from tersor.layouts.gated import separate
 from tersor.ops import current
 
 
-def without_products(
+def empty_result(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, oc: int
 ) -> torch.Tensor:
     """Return what remains where x or the weight has no elements: the reference's result for sums of zero."""
@@ -22,7 +22,7 @@ def without_products(
 
 def gate_times_up(sums: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up, [..., F], of what a gated weight gives for each of its rows, [..., rows]."""
-    gate, up = (half.movedim(0, -1) for half in rows.separate(sums.movedim(-1, 0)))
+    gate, up = (half.movedim(0, -1) for half in separate(sums.movedim(-1, 0)))
     return torch.nn.functional.silu(gate) * up
 
 
@@ -48,7 +48,7 @@ def aligned_rows(x: torch.Tensor, ic: int) -> torch.Tensor:
     return copy.copy_(tokens)
 
 
-def side_by_side(residual: torch.Tensor) -> torch.Tensor:
+def contiguous(residual: torch.Tensor) -> torch.Tensor:
     """Return residuals side by side from 16 bytes on, as kernels read them; copied only where they lie otherwise."""
     if residual.is_contiguous() and residual.data_ptr() % 16 == 0:
         return residual

@@ -1,8 +1,8 @@
 """Which tile for this shape on this chip? Pure functions from a problem to a configuration, and measured choices."""
 
-from tersor.kernels.tune.linear import candidates, fused, launched, predict, seconds
+from tersor.kernels.tune.choice import choose
 from tersor.kernels.tune.problem import SM80, SM90, LinearConfig, LinearProblem
-from tersor.kernels.tune.table import choose
+from tersor.kernels.tune.schedules import candidates, fused, launched, predict, seconds
 
 __all__ = [
     "SM80",

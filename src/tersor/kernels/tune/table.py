@@ -1,10 +1,7 @@
 """Measured choices: a table for each chip, which goes before the model.
 
-A table is a JSON file that `tersor bench tune` writes. Two are looked at, the first that knows the problem decides:
-
-- the user's, in the cache directory; its name holds a hash of the kernels' source, so that a table measured with
-  other kernels is never met;
-- the one shipped with Tersor, `measured/<chip>.json` beside this file, where there is one.
+A table is a JSON file in the cache directory that `tersor bench tune` writes. Its name holds a hash of the kernels'
+source, so that a table measured with other kernels is never met.
 
 A choice holds for problems that are equal in everything but the number of tokens, and for a number of tokens that was
 measured, or that lies between two measured neighbours of equal choice. A choice is everything of a `LinearConfig` but
@@ -28,13 +25,11 @@ from typing import Any
 from tersor import settings
 from tersor.errors import InputError
 from tersor.hardware import Chip
-from tersor.kernels.tune import linear
-from tersor.kernels.tune.linear import LinearConfig, LinearProblem
+from tersor.kernels.tune import schedules
+from tersor.kernels.tune.schedules import LinearConfig, LinearProblem
 
 VERSION = 1
 KIND = "tersor measured choices"
-SHIPPED = Path(__file__).parent / "measured"
-"""Tables that come with Tersor; a chip need not have one."""
 
 _FOLLOWS_FROM_TOKENS = ("token_tiles", "whole_tiles", "ctas")
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str": (str,), "float": (int, float)}
@@ -90,7 +85,7 @@ class Table:
         """
         exact = self.choices.get(problem)
         if exact is not None:
-            found = _same_choice(exact.config, linear.candidates(problem, chip))
+            found = _same_choice(exact.config, schedules.candidates(problem, chip))
             if found is None:
                 raise InputError(
                     f"{self.path}: no kernel runs [{problem.oc}, {problem.ic}] with {problem.n} tokens as "
@@ -104,7 +99,7 @@ class Table:
         below, above = (self.choices[dataclasses.replace(problem, n=n)] for n in measured[place - 1 : place + 1])
         if _same_choice(below.config, [above.config]) is None:
             return None
-        return _same_choice(below.config, linear.candidates(problem, chip))
+        return _same_choice(below.config, schedules.candidates(problem, chip))
 
     def updated(self, choices: Iterable[Choice], environment: Mapping[str, Any]) -> Table:
         """Return a table with further choices, which replace those of the same problems."""
@@ -123,52 +118,6 @@ class Table:
         }
         lines = [json.dumps(dataclasses.asdict(self.choices[key])) for key in sorted(self.choices, key=_order)]
         return json.dumps(head, indent=1)[:-2] + ',\n "choices": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
-    """Choose the fused kernel's configuration: measured where a table knows, by predicted time elsewhere.
-
-    `fused` must say yes. Tables are not asked where the choice may not depend on the number of tokens.
-
-    Raises:
-        InputError: a table of this chip cannot be used; the message names the file.
-    """
-    found = None if problem.batch_invariant else measured(problem, chip)
-    return linear.predict(problem, chip) if found is None else found
-
-
-def measured(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
-    """Return the measured choice for a problem on a chip, or `None` where no table decides it.
-
-    Raises:
-        InputError: a table of this chip cannot be used; the message names the file.
-    """
-    for table in tables(chip):
-        found = table.lookup(problem, chip)
-        if found is not None:
-            return found
-    return None
-
-
-@functools.cache
-def tables(chip: Chip) -> tuple[Table, ...]:
-    """Return the tables for a chip, the user's first; files are read once a process.
-
-    Raises:
-        InputError: a file is there that is no table for this chip.
-    """
-    user, shipped = user_path(chip), SHIPPED / f"{slug(chip)}.json"
-    return (
-        *([read(user, chip, kernels_hash())] if user.is_file() else []),
-        *([read(shipped, chip)] if shipped.is_file() else []),
-    )
-
-
-def forget() -> None:
-    """Forget what was read and chosen, so that the next call sees the files as they are now."""
-    tables.cache_clear()
-    choose.cache_clear()
 
 
 def user_path(chip: Chip) -> Path:

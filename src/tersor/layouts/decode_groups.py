@@ -55,7 +55,7 @@ class Finish(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
+class DecodeGroup:
     """One decode group: `words` packed words give `registers` registers of two or four weights each.
 
     Attributes:
@@ -113,7 +113,7 @@ def supported(fmt: ElementFormat, target: str) -> str:
 
 
 @functools.cache
-def lane(fmt: ElementFormat, target: str) -> Lane:
+def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
     """Return the decode group of `fmt` for activations of dtype `target`; `supported` must say yes."""
     operand = _operand(fmt, target)
     if operand is None:
@@ -139,7 +139,7 @@ def lane(fmt: ElementFormat, target: str) -> Lane:
         if _halved(fmt, operand):
             finish = Finish.HALVE
             exponent += 1
-    return Lane(
+    return DecodeGroup(
         words=words,
         registers=32 * words // mask.bit_count(),
         mask=mask,
@@ -219,7 +219,7 @@ def split(registers: torch.Tensor, target: str) -> torch.Tensor:
 
 
 @functools.cache
-def packing(group: Lane) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+def packing(group: DecodeGroup) -> tuple[tuple[tuple[int, int, int], ...], ...]:
     """Invert the decode: for each packed word, the (register, left rotation, mask) whose XOR it is."""
     # Columns are packed bits, rows are wanted bits with, above them, the bit of the pair register they stand for.
     width = 32 * group.words

@@ -65,7 +65,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class Found:
     """A checkpoint that is there.
 
     Attributes:
@@ -79,7 +79,7 @@ class Located:
     plain_bits: float
 
 
-def locate(path: str | Path) -> Located:
+def locate(path: str | Path) -> Found:
     """Check that `path` is a whole checkpoint and say where and how large it is.
 
     Args:
@@ -93,7 +93,7 @@ def locate(path: str | Path) -> Located:
         plain = [spec for spec in specs if spec.dtype in WEIGHT_DTYPES and len(spec.shape) > 1]
         count = sum(spec.numel for spec in plain)
         bits = 8.0 * sum(spec.nbytes for spec in plain) / count if count else 0.0
-        return Located(source.directory, sum(file.path.stat().st_size for file in source.files), bits)
+        return Found(source.directory, sum(file.path.stat().st_size for file in source.files), bits)
 
 
 def choose_threads(weight_bytes: int, device: torch.device) -> None:
@@ -155,43 +155,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # likewise
         raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {_one_line(error)}") from error
-
-
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        InputError: missing, a directory, empty, or not UTF-8.
-    """
-    file = Path(path)
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such text file") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        position = error.start
-        raise InputError(f"{file}: is not UTF-8 text: byte {data[position]:#04x} at {position}") from None
-    if not text.strip():
-        raise InputError(f"{file}: is empty: give a text to measure on")
-    return text
-
-
-def bits_per_weight(model: PreTrainedModel) -> float | None:
-    """Return the mean stored bits of a compressed weight, scales counted; None where none is compressed."""
-    from tersor.nn import PackedModule
-
-    bits, weights = 0.0, 0
-    for module in model.modules():
-        if isinstance(module, PackedModule) and module.in_state_dict:
-            oc, ic = module.shape
-            count = oc * ic
-            bits += module.scheme.bits_per_weight(ic) * count
-            weights += count
-    return bits / weights if weights else None
 
 
 def _one_line(error: Exception) -> str:

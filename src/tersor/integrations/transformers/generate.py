@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tersor.engine.decode import Decoder
 from tersor.engine.sampling import Sampling
 from tersor.engine.text import Detokenizer, StopFilter
 from tersor.errors import InputError, TersorError
+from tersor.integrations.transformers.decode import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

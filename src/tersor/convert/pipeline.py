@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from tersor.checkpoint.plan import Plan, Step
+from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.reader import TORCH_DTYPES, element_bytes
-from tersor.checkpoint.report import Row
 from tersor.checkpoint.writer import ShardWriter
 from tersor.compress import Encoded, quantize_rtn
+from tersor.convert.report import Row
 from tersor.errors import FormatError, NonFiniteError
 from tersor.formats import Scheme
 from tersor.layouts import stream
@@ -66,7 +66,9 @@ def row_of(step: Step, relative_error: float | None = None) -> Row:
 class Pipeline:
     """Writes the shards of a plan into a directory."""
 
-    def __init__(self, plan: Plan, directory: Path, device: torch.device, progress: Progress | None) -> None:
+    def __init__(
+        self, conversion: Conversion, directory: Path, device: torch.device, progress: Progress | None
+    ) -> None:
         """Prepare to write; nothing is opened yet.
 
         Args:
@@ -75,7 +77,7 @@ class Pipeline:
             device: where weights are encoded.
             progress: told after every block.
         """
-        self._plan = plan
+        self._conversion = conversion
         self._directory = directory
         self._device = device
         self._progress = progress
@@ -120,9 +122,9 @@ class Pipeline:
         closer: ThreadPoolExecutor,
         writers: list[ShardWriter],
     ) -> None:
-        steps = self._plan.steps
-        total = self._plan.input_bytes
-        skipped = [index for _, indices in self._plan.shards[:first_shard] for index in indices]
+        steps = self._conversion.steps
+        total = self._conversion.input_bytes
+        skipped = [index for _, indices in self._conversion.shards[:first_shard] for index in indices]
         done = sum(steps[index].source.spec.nbytes for index in skipped)
         pending: deque[tuple[Future[tuple[float, float]], _Block]] = deque()
         closing: list[Future[None]] = []
@@ -139,7 +141,7 @@ class Pipeline:
 
         if self._progress is not None:
             self._progress(done, total, "")
-        for number, (name, indices) in enumerate(self._plan.shards[first_shard:], start=first_shard):
+        for number, (name, indices) in enumerate(self._conversion.shards[first_shard:], start=first_shard):
             writer = ShardWriter(self._directory / name, [spec for index in indices for spec in steps[index].outputs])
             writers.append(writer)
             for index in indices:
@@ -159,7 +161,7 @@ class Pipeline:
             future.result()
 
     def _blocks(self, index: int) -> Iterator[_Block]:
-        step = self._plan.steps[index]
+        step = self._conversion.steps[index]
         if step.layer is None or step.scheme is None:
             for start in range(0, step.source.spec.nbytes, _COPY_BYTES):
                 yield _Block(index, start, min(start + _COPY_BYTES, step.source.spec.nbytes))
@@ -176,7 +178,7 @@ class Pipeline:
             writer.write(spec.name, 0, memoryview(content))
 
     def _row(self, index: int) -> Row:
-        step = self._plan.steps[index]
+        step = self._conversion.steps[index]
         error, norm = self._sums.pop(index, (0.0, 0.0))
         if step.scheme is None:
             return row_of(step)
@@ -184,7 +186,7 @@ class Pipeline:
 
     def _work(self, writer: ShardWriter, block: _Block) -> tuple[float, float]:
         """Read, encode and write one block; return the squared error and the squared norm."""
-        step = self._plan.steps[block.step]
+        step = self._conversion.steps[block.step]
         if step.layer is None or step.scheme is None:
             buffer = self._buffer(block.stop - block.start)
             view = buffer.numpy().data

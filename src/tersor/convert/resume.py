@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.report import Row
 from tersor.checkpoint.writer import output_error, write_file
+from tersor.convert.report import Row
 from tersor.errors import InputError
 
 STATE_NAME = "tersor-state.json"

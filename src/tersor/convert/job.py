@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from tersor.checkpoint.config import check_pattern, parse_override
+from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
-from tersor.checkpoint.modules import read_architecture
-from tersor.checkpoint.pipeline import Pipeline, Progress, row_of
-from tersor.checkpoint.plan import Plan, make_plan
-from tersor.checkpoint.report import Report
-from tersor.checkpoint.resume import Workplace
 from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
 from tersor.checkpoint.writer import output_error, write_file
+from tersor.convert.pipeline import Pipeline, Progress, row_of
+from tersor.convert.report import Report
+from tersor.convert.resume import Workplace
 from tersor.errors import InputError, OutputError, did_you_mean
 from tersor.formats import Scheme, get_scheme
 from tersor.hardware import cuda_available
+from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
 
 ALGORITHMS = ("rtn",)
@@ -101,7 +101,7 @@ def quantize(
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = target.default_scale_dtype
         scheme = get_scheme(format, group_size, scale_dtype)
-        plan = make_plan(
+        conversion = make_conversion(
             source,
             read_architecture(source.directory),
             scheme=scheme,
@@ -112,28 +112,28 @@ def quantize(
             provenance={"tersor": __version__, "algorithm": algorithm, "source": source.label},
         )
         if dry_run or destination is None:
-            rows = tuple(row_of(step) for step in plan.steps)
-            files = tuple(name for name, _ in plan.shards)
+            rows = tuple(row_of(step) for step in conversion.steps)
+            files = tuple(name for name, _ in conversion.shards)
             return Report(source.label, None, scheme.key(), export, rows, files, time.monotonic() - started)
         identity = {
             "tersor": __version__,
             "model": source.label,
             "export": export,
             "shard size": int(shard_size),
-            **{key: value for key, value in plan.config.to_dict().items() if key != "provenance"},
+            **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
             "weights": source.fingerprint(),
         }
         work = Workplace(destination, identity, resume)
         try:
-            return _write(source, plan, work, target, scheme, destination, where, progress, started)
+            return _write(source, conversion, work, target, scheme, destination, where, progress, started)
         finally:
             work.close()
 
 
 def _write(
     source: Source,
-    plan: Plan,
+    conversion: Conversion,
     work: Workplace,
     target: Export,
     scheme: Scheme,
@@ -142,29 +142,29 @@ def _write(
     progress: Progress | None,
     started: float,
 ) -> Report:
-    names = [name for name, _ in plan.shards]
+    names = [name for name, _ in conversion.shards]
     first = len(work.rows)
     try:
-        _check_space(plan, work)
-        pipeline = Pipeline(plan, work.directory, device, progress)
+        _check_space(conversion, work)
+        pipeline = Pipeline(conversion, work.directory, device, progress)
         streaming = time.monotonic()
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
         stream_seconds = time.monotonic() - streaming
-        _write_companions(source, plan, target, work.directory)
+        _write_companions(source, conversion, target, work.directory)
         work.publish()
     except InputError:
         # The input is at fault, so there is nothing to continue.
         work.discard()
         raise
     done = {row.name: row for rows in work.rows for row in rows}
-    skipped = {index for _, indices in plan.shards[:first] for index in indices}
-    read = [step.source.spec.nbytes for index, step in enumerate(plan.steps) if index not in skipped]
+    skipped = {index for _, indices in conversion.shards[:first] for index in indices}
+    read = [step.source.spec.nbytes for index, step in enumerate(conversion.steps) if index not in skipped]
     return Report(
         source=source.label,
         output=str(destination),
         scheme=scheme.key(),
         export=target.name,
-        rows=tuple(done[step.source.spec.name] for step in plan.steps),
+        rows=tuple(done[step.source.spec.name] for step in conversion.steps),
         files=tuple(names),
         seconds=time.monotonic() - started,
         stream_seconds=stream_seconds,
@@ -172,24 +172,27 @@ def _write(
     )
 
 
-def _write_companions(source: Source, plan: Plan, target: Export, directory: Path) -> None:
+def _write_companions(source: Source, conversion: Conversion, target: Export, directory: Path) -> None:
     """Write config.json, the index and the model card, and copy the tokenizer and its like."""
     config = dict(source.config)
     if not _stated_dtype(config):
         # A reader that infers the dtype from the first float tensor could take a scale for a weight.
         config["dtype"] = _model_dtype(source)
-    config["quantization_config"] = target.quantization_config(plan.config, plan.layers, plan.head)
+    config["quantization_config"] = target.quantization_config(conversion.config, conversion.layers, conversion.head)
     write_file(directory / CONFIG_NAME, _json(config))
-    if len(plan.shards) > 1:
+    if len(conversion.shards) > 1:
         weight_map = {
-            spec.name: name for name, indices in plan.shards for index in indices for spec in plan.steps[index].outputs
+            spec.name: name
+            for name, indices in conversion.shards
+            for index in indices
+            for spec in conversion.steps[index].outputs
         }
         index = {
-            "metadata": {"total_size": plan.output_bytes},
+            "metadata": {"total_size": conversion.output_bytes},
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_file(directory / INDEX_NAME, _json(index))
-    write_file(directory / "README.md", _model_card(source, plan, target).encode())
+    write_file(directory / "README.md", _model_card(source, conversion, target).encode())
     for path in source.companions():
         try:
             (directory / path).parent.mkdir(exist_ok=True)
@@ -198,8 +201,8 @@ def _write_companions(source: Source, plan: Plan, target: Export, directory: Pat
             raise output_error(error, directory / path) from None
 
 
-def _model_card(source: Source, plan: Plan, target: Export) -> str:
-    scheme = plan.config.scheme
+def _model_card(source: Source, conversion: Conversion, target: Export) -> str:
+    scheme = conversion.config.scheme
     base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
     front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
     use = "Load it with `import tersor` and then `AutoModelForCausalLM.from_pretrained`."
@@ -266,9 +269,9 @@ def _check_uncompressed(source: Source) -> None:
         raise InputError(f"{source.directory} is already compressed by {method}: start from the uncompressed model")
 
 
-def _check_space(plan: Plan, work: Workplace) -> None:
+def _check_space(conversion: Conversion, work: Workplace) -> None:
     first = len(work.rows)
-    steps = [plan.steps[index] for _, indices in plan.shards[first:] for index in indices]
+    steps = [conversion.steps[index] for _, indices in conversion.shards[first:] for index in indices]
     needed = sum(step.output_bytes for step in steps) + _SPARE_BYTES
     free = shutil.disk_usage(work.directory).free
     if needed > free:

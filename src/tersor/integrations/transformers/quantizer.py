@@ -125,7 +125,7 @@ class TersorHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        from tersor.integrations.loading import open_checkpoint, pack_checkpoint, plan_compression
+        from tersor.integrations.transformers.packing import decide_compression, open_checkpoint, pack_checkpoint
 
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedError("packed layers cannot be sharded by transformers yet: use device_map")
@@ -138,7 +138,7 @@ class TersorHfQuantizer(HfQuantizer):
                 placement, self._heads = pack_checkpoint(model, source, self.quantization_config.parsed)
             else:
                 asked = self.quantization_config.parsed
-                parsed, placement, self._schemes, self._heads = plan_compression(model, source, asked)
+                parsed, placement, self._schemes, self._heads = decide_compression(model, source, asked)
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config
         self._dropped, self._dtypes = placement.dropped, placement.dtypes
@@ -147,7 +147,7 @@ class TersorHfQuantizer(HfQuantizer):
         """Take out the converters that merge experts which were split."""
         from transformers.core_model_loading import WeightConverter
 
-        from tersor.integrations.placement import identity
+        from tersor.integrations.transformers.placement import identity
 
         def dropped(entry: Any) -> bool:
             return isinstance(entry, WeightConverter) and identity(entry) in self._dropped
@@ -169,7 +169,7 @@ class TersorHfQuantizer(HfQuantizer):
         return _Compress(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tersor.integrations.loading import check_loaded, restore_dtypes, tie_heads
+        from tersor.integrations.transformers.packing import check_loaded, restore_dtypes, tie_heads
 
         if self._failure is not None:
             raise self._failure
@@ -198,7 +198,7 @@ class TersorHfQuantizer(HfQuantizer):
                 handle.remove()
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        from tersor.nn.replace import unpack_model
+        from tersor.integrations.transformers.replace import unpack_model
 
         # save_pretrained leaves a name in config.dtype, which is what comes here.
         unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
@@ -240,9 +240,9 @@ class _Compress(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        from tersor.integrations.loading import compress, mark_initialized
+        from tersor.integrations.transformers.packing import compress, mark_initialized
+        from tersor.integrations.transformers.replace import swap_packed
         from tersor.nn.linear import PackedLinear
-        from tersor.nn.replace import swap_packed
 
         (value,) = input_dict.values()
         weight: torch.Tensor = value[0] if isinstance(value, list) else value

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.checkpoint.modules import packable_embedding
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
+from tersor.integrations.transformers.architecture import packable_embedding
+from tersor.integrations.transformers.experts import PackedExperts
+from tersor.integrations.transformers.fuse import unfuse
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
-from tersor.nn.experts import PackedExperts
-from tersor.nn.fuse import unfuse
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 

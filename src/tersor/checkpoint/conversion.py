@@ -10,8 +10,8 @@ from tersor.checkpoint.config import Override, QuantizationConfig
 from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer
-from tersor.checkpoint.source import Located, Source
-from tersor.checkpoint.writer import plan_shards, shard_names
+from tersor.checkpoint.source import Source, StoredTensor
+from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
 from tersor.formats import Scheme
 
@@ -30,7 +30,7 @@ class Step:
         note: why it is copied, where that is worth a word.
     """
 
-    source: Located
+    source: StoredTensor
     layer: LinearLayer | None
     scheme: Scheme | None
     stored: Stored | None
@@ -48,7 +48,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Conversion:
     """Everything that will be written.
 
     Attributes:
@@ -79,7 +79,7 @@ class Plan:
         return sum(step.output_bytes for step in self.steps)
 
 
-def make_plan(
+def make_conversion(
     source: Source,
     architecture: Architecture,
     *,
@@ -89,50 +89,48 @@ def make_plan(
     export: Export,
     shard_bytes: int,
     provenance: dict[str, str],
-) -> Plan:
+) -> Conversion:
     """Decide what becomes of every tensor of a checkpoint.
 
     Raises:
         InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export
             cannot say, or nothing to compress.
     """
-    pairs = [
-        (located, architecture.linear_of(located.spec, str(located.file.path))) for located in source.tensors.values()
-    ]
+    pairs = [(tensor, architecture.linear_of(tensor.spec, str(tensor.file.path))) for tensor in source.tensors.values()]
     _check_patterns(architecture, [layer for _, layer in pairs if layer is not None], ignore, overrides)
     pairs = [
-        (located, None if layer is not None and layer.embedding and not _asked(layer, overrides) else layer)
-        for located, layer in pairs
+        (tensor, None if layer is not None and layer.embedding and not _asked(layer, overrides) else layer)
+        for tensor, layer in pairs
     ]
     layers = [layer for _, layer in pairs if layer is not None]
-    spared = {layer.module for layer in layers if layer.spared and not _asked(layer, overrides)}
+    skipped = {layer.module for layer in layers if layer.skipped and not _asked(layer, overrides)}
     config = QuantizationConfig(
         scheme,
         tuple(overrides),
-        (*ignore, *_spared_patterns(architecture, layers, spared, overrides)),
+        (*ignore, *_skipped_patterns(architecture, layers, skipped, overrides)),
         provenance,
     )
     steps = []
-    for located, layer in pairs:
+    for tensor, layer in pairs:
         chosen = config.resolve(layer.module) if layer is not None else None
         if layer is None or chosen is None:
-            steps.append(Step(located, layer, None, None, _note(located.spec, layer, architecture, spared, ignore)))
+            steps.append(Step(tensor, layer, None, None, _note(tensor.spec, layer, architecture, skipped, ignore)))
             continue
         if layer.embedding:
-            _check_embedding(located, layer, architecture)
-        _check_weight(located, layer, chosen)
+            _check_embedding(tensor, layer, architecture)
+        _check_weight(tensor, layer, chosen)
         stored = export.store(layer, chosen)
-        _check_names(stored.specs, source, located)
-        steps.append(Step(located, layer, chosen, stored))
+        _check_names(stored.specs, source, tensor)
+        steps.append(Step(tensor, layer, chosen, stored))
     if not any(step.scheme for step in steps):
         raise InputError(
             f"{source.directory}: no linear layer is left to compress ({len(layers)} found, all left alone)"
         )
-    shards = plan_shards([step.outputs for step in steps], shard_bytes)
+    shards = split_into_shards([step.outputs for step in steps], shard_bytes)
     named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
-    plan = Plan(config, tuple(steps), tuple(named), architecture.head)
-    export.check_model(architecture, plan.layers)
-    return plan
+    conversion = Conversion(config, tuple(steps), tuple(named), architecture.head)
+    export.check_model(architecture, conversion.layers)
+    return conversion
 
 
 def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:
@@ -155,13 +153,13 @@ def _check_patterns(
     for override in overrides:
         pattern = override.pattern
         found = [layer for layer in layers if re.search(pattern, layer.module)]
-        if any(not layer.spared or _asked(layer, [override]) for layer in found):
+        if any(not layer.skipped or _asked(layer, [override]) for layer in found):
             continue
         embeddings = sorted(name for name in architecture.embeddings if re.search(pattern, name))
         if found:
             leaf = found[0].module.rpartition(".")[2]
             name = found[0].module
-            why = f"finds only {name} ({found[0].spared}), left alone unless the pattern says {leaf!r}"
+            why = f"finds only {name} ({found[0].skipped}), left alone unless the pattern says {leaf!r}"
         elif architecture.head and re.search(pattern, architecture.head):
             why = f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
         elif embeddings:
@@ -171,19 +169,19 @@ def _check_patterns(
         raise InputError(f"override {pattern!r} {why}")
 
 
-def _spared_patterns(
-    architecture: Architecture, layers: Sequence[LinearLayer], spared: set[str], overrides: Sequence[Override]
+def _skipped_patterns(
+    architecture: Architecture, layers: Sequence[LinearLayer], skipped: set[str], overrides: Sequence[Override]
 ) -> list[str]:
     """Return the patterns that keep a loader from packing the layers left alone here.
 
     A short pattern (`lm_head`, `\\.gate$`) where it finds nothing that is compressed, else the exact names.
     """
     stored = {layer.module for layer in layers}
-    absent = {name for name in architecture.linears if name not in stored and architecture.spared(name)}
-    compressed = [layer.module for layer in layers if layer.module not in spared]
+    absent = {name for name in architecture.linears if name not in stored and architecture.skipped(name)}
+    compressed = [layer.module for layer in layers if layer.module not in skipped]
     patterns = []
-    for leaf in sorted({name.rpartition(".")[2] for name in spared | absent}):
-        names = sorted(name for name in spared | absent if name.rpartition(".")[2] == leaf)
+    for leaf in sorted({name.rpartition(".")[2] for name in skipped | absent}):
+        names = sorted(name for name in skipped | absent if name.rpartition(".")[2] == leaf)
         short = leaf if names == [architecture.head] else rf"\.{leaf}$"
         if any(re.search(short, name) for name in compressed):
             patterns += [rf"(^|\.){re.escape(name)}$" for name in names]
@@ -196,25 +194,25 @@ def _note(
     spec: TensorSpec,
     layer: LinearLayer | None,
     architecture: Architecture,
-    spared: set[str],
+    skipped: set[str],
     ignore: Sequence[str],
 ) -> str:
     if layer is None:
         return architecture.describe(spec)
-    if layer.module in spared:
-        return layer.spared
+    if layer.module in skipped:
+        return layer.skipped
     return f"ignored by {next(pattern for pattern in ignore if re.search(pattern, layer.module))!r}"
 
 
-def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
-    spec = located.spec
+def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:
+    spec = tensor.spec
     if spec.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
-            f"{located.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only {', '.join(WEIGHT_DTYPES)} "
+            f"{tensor.file.path}: tensor {spec.name!r} has dtype {spec.dtype}: only {', '.join(WEIGHT_DTYPES)} "
             "weights can be compressed"
         )
     if not all(layer.shape):
-        raise CheckpointError(f"{located.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
+        raise CheckpointError(f"{tensor.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
     size, ic = scheme.group_size, layer.shape[1]
     if size is not None and ic % size:
         fitting = [divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0]
@@ -226,7 +224,7 @@ def _check_weight(located: Located, layer: LinearLayer, scheme: Scheme) -> None:
         )
 
 
-def _check_embedding(located: Located, layer: LinearLayer, architecture: Architecture) -> None:
+def _check_embedding(tensor: StoredTensor, layer: LinearLayer, architecture: Architecture) -> None:
     shape, kind = architecture.embeddings[layer.module]
     if kind:
         raise InputError(
@@ -234,12 +232,12 @@ def _check_embedding(located: Located, layer: LinearLayer, architecture: Archite
         )
     if layer.shape != shape:
         raise CheckpointError(
-            f"{located.file.path}: tensor {located.spec.name!r} has shape {list(layer.shape)}, and "
+            f"{tensor.file.path}: tensor {tensor.spec.name!r} has shape {list(layer.shape)}, and "
             f"{architecture.name} with this config.json wants {list(shape)}"
         )
 
 
-def _check_names(specs: Iterable[TensorSpec], source: Source, located: Located) -> None:
+def _check_names(specs: Iterable[TensorSpec], source: Source, tensor: StoredTensor) -> None:
     for spec in specs:
-        if spec.name in source.tensors and spec.name != located.spec.name:
-            raise CheckpointError(f"{located.file.path}: the checkpoint already holds a tensor {spec.name!r}")
+        if spec.name in source.tensors and spec.name != tensor.spec.name:
+            raise CheckpointError(f"{tensor.file.path}: the checkpoint already holds a tensor {spec.name!r}")

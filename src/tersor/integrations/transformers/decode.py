@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tersor.engine.sampling import Sampler, Sampling
+from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
+from tersor.integrations.transformers.sampler import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Decoder:
         self.length = -(-length // ROUND) * ROUND if static else length
         self.cache: Any = _static_cache(model, self.length) if static else None
         self.static = self.cache is not None
-        self.eager_reason = "not asked for" if use_graph is False else _obstacle(model, self.static)
+        self.eager_reason = "not asked for" if use_graph is False else _unsupported_reason(model, self.static)
         if self.insist and self.eager_reason is not None:
             raise UnsupportedError(f"no CUDA graph for this model: {self.eager_reason}")
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -201,7 +202,7 @@ def _static_cache(model: PreTrainedModel, length: int) -> Any:
     return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None
 
 
-def _obstacle(model: PreTrainedModel, static: bool) -> str | None:
+def _unsupported_reason(model: PreTrainedModel, static: bool) -> str | None:
     """Why a step of `model` cannot be a CUDA graph, as far as that shows without trying."""
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tersor.nn.joined import GatedMLP, Join, PackedPart
+from tersor.integrations.transformers.joined import GatedMLP, Join, PackedPart
 from tersor.nn.linear import PackedLinear
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")

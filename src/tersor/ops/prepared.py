@@ -13,11 +13,11 @@ import torch
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.kernels import tune
-from tersor.layouts import STREAM, PackedWeight, lanes, stream, tiles
+from tersor.layouts import STREAM, PackedWeight, decode_groups, stream, tiles
 from tersor.ops import dispatch, invariance, measuring
 
 if TYPE_CHECKING:
-    from tersor.kernels.linear import FusedLaunch, QuantizeLaunch
+    from tersor.kernels.dense import FusedLaunch, QuantizeLaunch
 
 _MOST_PLANS = 256
 """Plans that a kind keeps: beyond that it starts anew."""
@@ -71,7 +71,7 @@ class Kind:
             self.factor = 1.0
         else:
             self.words = tiles.row_blocks(oc) * tiles.column_blocks(ic) * 64 * scheme.format.bits
-            self.factor = math.ldexp(1.0, lanes.lane(scheme.format, tiles.LAYOUTS[layout]).exponent)
+            self.factor = math.ldexp(1.0, decode_groups.decode_group(scheme.format, tiles.LAYOUTS[layout]).exponent)
         self.plans: dict[Key, Plan] = {}
 
     def check(self, data: torch.Tensor) -> None:
@@ -105,14 +105,14 @@ class Kind:
             if config.activation_bits == 8:
                 plan.quantize, plan.codes_stride = self._quantize(n, index, dtype)
             if config.splits > 1 and not config.gathered:
-                from tersor.kernels import linear as family
+                from tersor.kernels import dense as family
 
                 plan.floats, plan.counters = family.parts(config, n)
         return plan
 
     def _quantize(self, n: int, index: int, dtype: torch.dtype) -> tuple[QuantizeLaunch, int]:
+        from tersor.kernels import dense as family
         from tersor.kernels import jit
-        from tersor.kernels import linear as family
 
         target = dispatch.target_name(dtype)
         assert target is not None
@@ -122,8 +122,8 @@ class Kind:
     def _fused(
         self, config: tune.LinearConfig, n: int, index: int, dtype: torch.dtype, aligned: bool, gated: bool
     ) -> FusedLaunch:
+        from tersor.kernels import dense as family
         from tersor.kernels import jit
-        from tersor.kernels import linear as family
 
         target = dispatch.target_name(dtype)
         assert target is not None

@@ -15,7 +15,7 @@ from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
-from tersor.layouts import lanes, scales, tiles
+from tersor.layouts import decode_groups, scales, tiles
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
@@ -33,7 +33,7 @@ _EVERY_TILE = ("fp6_e3m2", "fp5_e2m2", "int4")
 
 def _decode_parameters(fmt: ElementFormat, target: str, fp8: bool = False) -> dict[str, int | bool | str]:
     """Parameters of decode.cuh; `target` is the dtype of the result, and of the activations unless they are 8-bit."""
-    group = lanes.lane(fmt, lanes.FP8 if fp8 else target)
+    group = decode_groups.decode_group(fmt, decode_groups.FP8 if fp8 else target)
     return {
         "BITS": fmt.bits,
         "BF16": target == "bfloat16",
@@ -85,7 +85,7 @@ def sm90_source(
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
     """Return the wgmma kernel for one weight type, dtype of the result and tile; few tokens take mma.sync."""
-    kind = f"{lanes.FP8}_{target}" if tile.fp8 else target
+    kind = f"{decode_groups.FP8}_{target}" if tile.fp8 else target
     return KernelSource(
         name=(
             f"tersor_linear_sm90_{scheme.format.name}_{kind}_{tile.rows}x{tile.tokens}"
@@ -96,7 +96,9 @@ def sm90_source(
             **_decode_parameters(scheme.format, target, tile.fp8),
             **_scale_parameters(scheme),
             "FP8": tile.fp8,
-            "FP8_WEIGHT": 5 if tile.fp8 and lanes.lane(scheme.format, lanes.FP8).operand == "e5m2" else 4,
+            "FP8_WEIGHT": 5
+            if tile.fp8 and decode_groups.decode_group(scheme.format, decode_groups.FP8).operand == "e5m2"
+            else 4,
             "N_TILE": tile.tokens,
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
@@ -355,12 +357,18 @@ def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
         for index, (scheme, every_tile) in enumerate(compiled_schemes()):
             fast = sm90.tiles(tiles.scales_in_block(scheme.group_size))
             widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
-            for target in lanes.PAIR_TARGETS if every_tile else lanes.PAIR_TARGETS[(index + index // 2) % 2 :][:1]:
+            for target in (
+                decode_groups.PAIR_TARGETS if every_tile else decode_groups.PAIR_TARGETS[(index + index // 2) % 2 :][:1]
+            ):
                 for source in sources(scheme, target, chip):
                     if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
                         seen.add(source)
                         yield source
-            if every_tile and not lanes.supported(scheme.format, lanes.FP8) and (scheme.group_size or 32) % 32 == 0:
+            if (
+                every_tile
+                and not decode_groups.supported(scheme.format, decode_groups.FP8)
+                and (scheme.group_size or 32) % 32 == 0
+            ):
                 for source in fp8_sources(scheme, "float16", chip):
                     if source not in seen:
                         seen.add(source)

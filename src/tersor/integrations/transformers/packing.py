@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.config import QuantizationConfig
+from tersor.checkpoint.conversion import make_conversion
 from tersor.checkpoint.exports import get_export
-from tersor.checkpoint.modules import read_architecture
-from tersor.checkpoint.plan import make_plan
 from tersor.checkpoint.reader import TORCH_DTYPES
 from tersor.checkpoint.source import Source
 from tersor.compress import quantize_rtn
 from tersor.errors import CheckpointError, NonFiniteError, UnsupportedError
 from tersor.formats import SCALE_DTYPES, Scheme
-from tersor.integrations.placement import Place, Placement
+from tersor.integrations.transformers.architecture import read_architecture
+from tersor.integrations.transformers.placement import Place, Placement
+from tersor.integrations.transformers.replace import packable, swap_packed, swap_tied
 from tersor.layouts import stream
 from tersor.nn.packed import PACKED, SCALE, ZERO_POINT, PackedModule
-from tersor.nn.replace import packable, swap_packed, swap_tied
 from tersor.version import __version__
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
@@ -88,7 +88,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     return placement, heads
 
 
-def plan_compression(
+def decide_compression(
     model: Any, source: Source, config: QuantizationConfig
 ) -> tuple[QuantizationConfig, Placement, dict[str, Scheme], dict[str, str]]:
     """Decide what is compressed while a plain checkpoint is loaded, exactly as the `quantize` verb would.
@@ -104,7 +104,7 @@ def plan_compression(
         InputError: patterns that find nothing, group sizes that do not divide, a broken checkpoint.
         UnsupportedError: a layer that cannot run packed.
     """
-    plan = make_plan(
+    conversion = make_conversion(
         source,
         read_architecture(source.directory),
         scheme=config.scheme,
@@ -114,7 +114,7 @@ def plan_compression(
         shard_bytes=1,
         provenance={"tersor": __version__, "algorithm": "rtn", "source": source.label},
     )
-    chosen = {step.layer.stem: step for step in plan.steps if step.layer is not None and step.scheme is not None}
+    chosen = {step.layer.stem: step for step in conversion.steps if step.layer is not None and step.scheme is not None}
     placement = Placement(model)
     places = placement.place(chosen)
     schemes = {}
@@ -130,7 +130,7 @@ def plan_compression(
     heads = _find_ties(model, source, placement, schemes)
     placement.refresh({f"{place.stem}.weight": f"{place.module}.weight" for place in places})
     _check_complete(placement, source)
-    return plan.config, placement, schemes, heads
+    return conversion.config, placement, schemes, heads
 
 
 def tie_heads(model: Any, heads: Mapping[str, str]) -> None:
@@ -272,15 +272,15 @@ def _find_ties(model: Any, source: Source, placement: Placement, schemes: Mappin
 def _check_stored(source: Source, place: Place, layer: PackedModule) -> None:
     tensors = layer.own_tensors()
     for name, (shape, dtype) in tensors.items():
-        located = source.tensors.get(f"{place.stem}.{name}")
-        if located is None:
+        tensor = source.tensors.get(f"{place.stem}.{name}")
+        if tensor is None:
             raise CheckpointError(
                 f"{source.directory}: {place.stem}.{name} is missing, and {place.stem}.{PACKED} is there"
             )
-        spec = located.spec
+        spec = tensor.spec
         if spec.shape != shape or TORCH_DTYPES.get(spec.dtype) != dtype:
             raise CheckpointError(
-                f"{located.file.path}: {spec.name} is {spec.dtype} {list(spec.shape)}; {layer.scheme.key()} of a layer "
+                f"{tensor.file.path}: {spec.name} is {spec.dtype} {list(spec.shape)}; {layer.scheme.key()} of a layer "
                 f"{list(layer.shape)} is {dtype} {list(shape)}"
             )
     if f"{place.stem}.{ZERO_POINT}" in source.tensors and ZERO_POINT not in tensors:

@@ -19,8 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 
 from tersor.errors import CheckpointError, UnsupportedError
-from tersor.nn.experts import PackedExperts, fused_input_name
-from tersor.nn.replace import is_conv1d
+from tersor.integrations.transformers.experts import PackedExperts, fused_input_name
+from tersor.integrations.transformers.replace import is_conv1d
 
 _WEIGHT = ".weight"
 

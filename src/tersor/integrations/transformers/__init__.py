@@ -1,0 +1,17 @@
+"""All that knows transformers' classes: its quantizer, packed layers in its models, loading, and one stream of tokens.
+
+architecture.py   which layers does the model of a config.json have?
+quantizer.py      what `from_pretrained` and `save_pretrained` ask
+packing.py        between a checkpoint on disk and a model on the meta device
+placement.py      which layer does a stored weight belong to?
+replace.py        packed layers into a model, and out of it
+fuse.py           layers that read the same activations become one: joined.py holds them
+experts.py        the experts of a layer, each packed
+load.py           a checkpoint ready to run, with one line for everything that can be wrong with it
+decode.py         one stream's prefill and decode step; sampler.py draws its tokens
+generate.py       text as it becomes decodable
+"""
+
+from tersor.integrations.transformers.quantizer import NAME, TersorConfig, TersorHfQuantizer
+
+__all__ = ["NAME", "TersorConfig", "TersorHfQuantizer"]

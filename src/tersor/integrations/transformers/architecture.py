@@ -1,0 +1,80 @@
+"""Which layers does the model of a config.json have? Built without memory, on torch's meta device, and asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from tersor.checkpoint.modules import Architecture
+from tersor.errors import CheckpointError
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """Build the model of a config.json on the meta device and list its layers.
+
+    Raises:
+        CheckpointError: transformers does not know the model type, or it is no causal language model.
+    """
+    with _quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(directory)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        except Exception as error:
+            raise CheckpointError(f"{directory}: {_reason(error)}") from None
+    linears: dict[str, tuple[tuple[int, int], bool]] = {}
+    embeddings: dict[str, tuple[tuple[int, int], str]] = {}
+    names = []
+    for name, module in model.named_modules():
+        names.append(name)
+        if isinstance(module, torch.nn.Linear):
+            linears[name] = ((module.out_features, module.in_features), False)
+        elif isinstance(module, Conv1D):
+            linears[name] = ((module.nf, module.nx), True)
+        elif isinstance(module, torch.nn.Embedding):
+            kind = "" if packable_embedding(module) else type(module).__name__
+            embeddings[name] = ((module.num_embeddings, module.embedding_dim), kind)
+    output = model.get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is output), "")
+    return Architecture(
+        name=type(model).__name__,
+        linears=linears,
+        embeddings=embeddings,
+        modules=frozenset(names),
+        base_prefix=model.base_model_prefix,
+        head=head,
+        tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+    )
+
+
+def packable_embedding(module: Any) -> bool:
+    """Whether an embedding only looks rows up, or multiplies them by one number that is known, as Gemma's do."""
+    if module.max_norm is not None:
+        return False
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "scalar_embed_scale")
+    return scaled or type(module).forward is torch.nn.Embedding.forward
+
+
+def _reason(error: Exception) -> str:
+    text = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return "the model needs Python code of its own (auto_map in config.json), which is not run"
+    return f"transformers cannot build this model: {text}"
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' advice about the config off the terminal while it is only asked for shapes."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

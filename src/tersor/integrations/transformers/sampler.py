@@ -1,0 +1,58 @@
+"""How a token is drawn from logits: transformers' own logits processors, then one draw."""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.engine.sampling import Sampling
+
+
+class Sampler:
+    """Draws tokens from logits by resolved options, on the device, without a synchronisation.
+
+    A call depends on tensors only, so a CUDA graph can hold one, with `generator` registered with it.
+    """
+
+    def __init__(self, options: Sampling, device: torch.device) -> None:
+        from transformers import LogitsProcessorList
+        from transformers.generation import logits_process
+
+        self.processors = LogitsProcessorList()
+        if options.repetition_penalty is not None and options.repetition_penalty != 1.0:
+            self.processors.append(logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        self.generator: torch.Generator | None = None
+        if not options.temperature:
+            return
+        self.generator = torch.Generator(device)
+        if options.temperature != 1.0:
+            self.processors.append(logits_process.TemperatureLogitsWarper(options.temperature))
+        if options.top_k:
+            self.processors.append(logits_process.TopKLogitsWarper(options.top_k))
+        if options.top_p is not None and options.top_p != 1.0:
+            self.processors.append(logits_process.TopPLogitsWarper(options.top_p))
+        if options.min_p:
+            self.processors.append(logits_process.MinPLogitsWarper(options.min_p))
+
+    def seed(self, seed: int | None) -> None:
+        """Start the draws afresh, from `seed` or from a random one."""
+        if self.generator is not None:
+            if seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(seed)
+
+    def __call__(self, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next token, int64 [1].
+
+        Args:
+            history: int64 [1, tokens]: tokens seen; any of them may be repeated.
+            logits: [1, vocabulary].
+        """
+        scores: torch.Tensor = self.processors(history, logits.float())  # type: ignore[arg-type]
+        if self.generator is None:
+            return scores.argmax(dim=-1)
+        # The largest p / e with e ~ Exp(1) falls on a token with probability p: a draw without
+        # torch.multinomial, which waits for the device to check its input.
+        probabilities = scores.softmax(dim=-1)
+        noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        return (probabilities / noise).argmax(dim=-1)

@@ -1,0 +1,50 @@
+"""Which configuration runs a linear? A measured one where the table knows the problem, else the predicted one."""
+
+from __future__ import annotations
+
+import functools
+
+from tersor.hardware import Chip
+from tersor.kernels.tune import schedules, table
+from tersor.kernels.tune.problem import LinearConfig, LinearProblem
+from tersor.kernels.tune.table import Table
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    """Choose the fused kernel's configuration: measured where a table knows, by predicted time elsewhere.
+
+    `fused` must say yes. Tables are not asked where the choice may not depend on the number of tokens.
+
+    Raises:
+        InputError: a table of this chip cannot be used; the message names the file.
+    """
+    found = None if problem.batch_invariant else measured(problem, chip)
+    return schedules.predict(problem, chip) if found is None else found
+
+
+def measured(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
+    """Return the measured choice for a problem on a chip, or `None` where no table decides it.
+
+    Raises:
+        InputError: the table of this chip cannot be used; the message names the file.
+    """
+    known = users_table(chip)
+    return None if known is None else known.lookup(problem, chip)
+
+
+@functools.cache
+def users_table(chip: Chip) -> Table | None:
+    """Return the user's table for a chip, or `None` where there is none; its file is read once a process.
+
+    Raises:
+        InputError: a file is there that is no table for this chip.
+    """
+    path = table.user_path(chip)
+    return table.read(path, chip, table.kernels_hash()) if path.is_file() else None
+
+
+def forget() -> None:
+    """Forget what was read and chosen, so that the next call sees the file as it is now."""
+    users_table.cache_clear()
+    choose.cache_clear()
