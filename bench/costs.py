@@ -161,7 +161,7 @@ def main() -> None:
         found = fit(times, tokens, arguments.seed)
         print()
         for tile, cost in found.items():
-            sizes = astuple(tile) if tile.fp8 else astuple(tile)[:-1]
+            sizes = (*astuple(tile)[:-1], "Activations.E4M3") if tile.e4m3 else astuple(tile)[:-1]
             print(f"    Tile({', '.join(map(str, sizes))}): Cost({', '.join(f'{one:g}' for one in astuple(cost))}),")
         sm90.COSTS.update(found)
         print(f"\n{table(times)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import Encoded
 from tersor.convert import quantize
 from tersor.engine import Sampling
@@ -19,6 +19,7 @@ from tersor.integrations.transformers.generate import Generator
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
 from tersor.layouts import PackedWeight, gated, tiles
+from tersor.layouts.packing import Packing
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -66,8 +67,15 @@ def compile_for(packed: PackedWeight, counts: tuple[int, ...], dtype: torch.dtyp
     """Compile side by side what calls with so many tokens would compile one after the other."""
     target = tiles.LAYOUTS[packed.layout]
     configs = [decision(packed, n, dtype).config for n in counts]
-    sources = {family.fused_source(packed.scheme, target, config, gated) for config in configs if config is not None}
-    sources |= {family.dequantize_source(packed.scheme, target), family.epilogue_source(packed.scheme, target, gated)}
+    sources = {
+        family.fused_source(Packing.of(packed.scheme, target), target, config, gated)
+        for config in configs
+        if config is not None
+    }
+    sources |= {
+        family.dequantize_source(Packing.of(packed.scheme, target)),
+        family.epilogue_source(Packing.of(packed.scheme, target), gated),
+    }
     jit.compile_many(sources, jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import Encoded
 from tersor.hardware import Chip
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
 from tersor.layouts import PackedWeight, decode_groups, tiles
+from tersor.layouts.packing import Packing
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -55,11 +56,13 @@ def compiled() -> None:
         for target in decode_groups.PAIR_TARGETS:
             for chip in chips().values():
                 for n in TOKENS:
-                    problem = dispatch.problem_of(scheme, (OC, IC), n)
+                    problem = family.problem_of(scheme, (OC, IC), n)
                     if tune.fused(problem, chip):
-                        sources[family.fused_source(scheme, target, tune.choose(problem, chip))] = None
-            sources[family.dequantize_source(scheme, target)] = None
-            sources[family.epilogue_source(scheme, target)] = None
+                        sources[family.fused_source(Packing.of(scheme, target), target, tune.choose(problem, chip))] = (
+                            None
+                        )
+            sources[family.dequantize_source(Packing.of(scheme, target))] = None
+            sources[family.epilogue_source(Packing.of(scheme, target))] = None
     chip = hardware.of_device(0)
     jit.compile_many(list(sources), jit.arch_for(chip.capability), os.cpu_count())
 
@@ -111,7 +114,7 @@ def test_dequantize_is_exact_for_every_code(name: str, dtype: torch.dtype) -> No
         exponent = decode_groups.decode_group(scheme.format, target).exponent
         scratch = torch.full((OC, IC), float("nan"), dtype=dtype, device=device)
         family.launch_dequantize(
-            jit.get(family.dequantize_source(scheme, target), device),
+            jit.get(family.dequantize_source(Packing.of(scheme, target)), device),
             torch.cuda.current_stream(device).cuda_stream,
             weight=packed.data.data_ptr(),
             scale=packed.scale.data_ptr(),
