@@ -52,8 +52,8 @@ def read(paths: Iterable[Path], chip: Chip = CHIP) -> Times:
                 if problem not in known:
                     known[problem] = {_key(config): config for config in sm90.candidates(problem, chip)}
                 tile = ("tokens", "row_groups", "channel_groups", "cluster", "resident")
-                plan = ("whole_tiles", "splits", "gathered")
-                config = known[problem].get(tuple(int(line[name]) for name in (*tile, *plan)))
+                splitting = ("whole_tiles", "splits", "gathered")
+                config = known[problem].get(tuple(int(line[name]) for name in (*tile, *splitting)))
                 if config is not None:
                     found[f"{line['format']} {line['activations']}", problem][config].append(
                         float(line["microseconds"])

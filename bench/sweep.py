@@ -52,8 +52,8 @@ def plausible(problem: LinearProblem, chip: Chip, within: float) -> list[LinearC
 def row(shape: Shape, scheme: Scheme, activations: str, n: int, config: LinearConfig, microseconds: float) -> list[str]:
     """Return what `bench/costs.py` reads of one time, in the order of COLUMNS."""
     *sizes, _ = astuple(sm90.tile_of(config))
-    plan = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
-    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *plan)]
+    splitting = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
+    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *splitting)]
 
 
 def sweep(

@@ -235,8 +235,8 @@ def prepare_fused(
         arrived: int,
         early: bool,
     ) -> None:
-        sizes = (x_stride, oc, ic, n, aligned, factor)
-        run(grid, block, shared, stream, (weight, scale, x, bias, residual, y, partial, arrived, *sizes))
+        arguments = (weight, scale, x, bias, residual, y, partial, arrived, x_stride, oc, ic, n, aligned, factor)
+        run(grid, block, shared, stream, arguments)
 
     if config.schedule != tune.SM90:
         return launch_sm80
@@ -247,7 +247,6 @@ def prepare_fused(
     element = native if config.activations is Activations.NATIVE else tensor_map.BYTE
     whole_tiles, splits = config.whole_tiles, config.splits
     cluster = (splits, 1, 1) if config.gathered else None
-    sizes = (oc, ic, n, whole_tiles, splits, box, factor)
 
     def launch_sm90(
         *,
@@ -265,8 +264,13 @@ def prepare_fused(
         early: bool,
     ) -> None:
         x_map = rows_of_x(x, n, ic, x_stride, element, box)
-        places = (x_map, weight, scale, bias, x_scale, residual, y, partial, arrived)
-        run(grid, block, shared, stream, (*places, *sizes), early, cluster)
+        # fmt: off
+        arguments = (
+            x_map, weight, scale, bias, x_scale, residual, y, partial, arrived,
+            oc, ic, n, whole_tiles, splits, box, factor,
+        )  # one tuple without parts: every step here counts
+        # fmt: on
+        run(grid, block, shared, stream, arguments, early, cluster)
 
     return launch_sm90
 
