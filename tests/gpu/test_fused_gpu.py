@@ -58,9 +58,8 @@ def ready(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
 
 def decision(packed: PackedWeight, n: int, dtype: torch.dtype) -> dispatch.Decision:
     aligned = packed.shape[1] % 8 == 0
-    place = torch.device("cuda", 0)
-    invariant = ops.batch_invariant()
-    return dispatch.decide(packed.scheme, packed.layout, packed.shape, n, dtype, place, aligned, invariant)
+    device = torch.device("cuda", 0)
+    return dispatch.decide(packed.scheme, packed.layout, packed.shape, n, dtype, device, aligned)
 
 
 def compile_for(packed: PackedWeight, counts: tuple[int, ...], dtype: torch.dtype, gated: bool) -> None:
@@ -96,7 +95,7 @@ def check(y: torch.Tensor, exact: torch.Tensor, sums: torch.Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def usual() -> Iterator[None]:
-    """Leave neither the mode nor a plan behind."""
+    """Leave neither the mode nor a prepared call behind."""
     ops.set_batch_invariant(False)
     yield
     prepared.forget()
@@ -107,7 +106,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Run a test with the kernels of either generation; those of sm_80 run on a newer GPU, too."""
     chip = hardware.of_device(0)
     if request.param == "sm80":
-        monkeypatch.setattr(dispatch, "chip", lambda device: replace(chip, capability=(8, 0)))
+        monkeypatch.setattr(hardware, "of_device", lambda index: replace(chip, capability=(8, 0)))
     elif chip.capability != (9, 0):
         pytest.skip("needs compute capability 9.0")
     prepared.forget()

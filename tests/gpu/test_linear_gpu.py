@@ -16,9 +16,9 @@ from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
 from tersor.kernels.dense import COMPILED_FORMATS
 from tersor.kernels.tune import sm90
-from tersor.layouts import PackedWeight, decode_groups, tiles
+from tersor.layouts import PackedWeight, decode_groups
 from tersor.layouts.blocks import BLOCK_IC
-from tersor.layouts.packing import Packing, scales_in_block
+from tersor.layouts.packing import LAYOUTS, Packing, scales_in_block
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -76,7 +76,7 @@ def sources() -> Iterable[jit.KernelSource]:
                         yield family.fused_source(Packing.of(scheme, target), target, tune.choose(problem, chip))
     for name, group_size, ic, dtype in TILED if "sm90" in chips() else ():
         scheme = formats.get_scheme(name, group_size)
-        target = tiles.LAYOUTS[ops.preferred_layout(scheme, dtype, torch.device("cuda", 0))]
+        target = LAYOUTS[ops.preferred_layout(scheme, dtype, torch.device("cuda", 0))]
         for tile in sm90.tiles(scales_in_block(group_size)):
             config = sm90.config(problem_of(scheme, 333, ic, 1), tile, 0, 1, tile.cluster, chips()["sm90"])
             yield family.fused_source(Packing.of(scheme, target), target, config)
@@ -103,7 +103,7 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Leave no plan behind that a test made."""
+    """Leave no prepared call behind that a test made."""
     yield
     prepared.forget()
 
@@ -114,7 +114,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     chip = chips().get(request.param)
     if chip is None:
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(dispatch, "chip", lambda device: chip)
+    monkeypatch.setattr(hardware, "of_device", lambda index: chip)
     prepared.forget()
     return request.param
 

@@ -15,8 +15,8 @@ from tersor.compress import Encoded
 from tersor.hardware import Chip
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.layouts import PackedWeight, decode_groups, tiles
-from tersor.layouts.packing import Packing
+from tersor.layouts import PackedWeight, decode_groups
+from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -69,7 +69,7 @@ def compiled() -> None:
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Leave no plan behind that a test made as if the GPU were another."""
+    """Leave no prepared call behind that a test made as if the GPU were another."""
     prepared.forget()
     yield
     prepared.forget()
@@ -109,7 +109,7 @@ def test_dequantize_is_exact_for_every_code(name: str, dtype: torch.dtype) -> No
     for scheme in schemes(name):
         weight, values = random_weight(scheme)
         layout = ops.preferred_layout(scheme, dtype, device)
-        target = tiles.LAYOUTS[layout]
+        target = LAYOUTS[layout]
         packed = weight.to_layout(layout)
         exponent = decode_groups.decode_group(scheme.format, target).exponent
         scratch = torch.full((OC, IC), float("nan"), dtype=dtype, device=device)
@@ -119,8 +119,8 @@ def test_dequantize_is_exact_for_every_code(name: str, dtype: torch.dtype) -> No
             weight=packed.data.data_ptr(),
             scale=packed.scale.data_ptr(),
             scratch=scratch.data_ptr(),
-            first_row_block=0,
-            rows=OC,
+            first_block=0,
+            oc=OC,
             ic=IC,
             factor=math.ldexp(1.0, exponent),
         )
@@ -138,7 +138,7 @@ def test_products_of_every_type(name: str, dtype: torch.dtype, schedule: str, mo
     chip = chips().get(schedule)
     if chip is None:
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(dispatch, "chip", lambda device: chip)
+    monkeypatch.setattr(hardware, "of_device", lambda index: chip)
     generator = torch.Generator(device="cuda").manual_seed(3)
     for scheme in schemes(name):
         weight, _ = random_weight(scheme)

@@ -58,7 +58,7 @@ def linear(
         [..., OC] in x's dtype, contiguous.
 
     Raises:
-        InputError: the weight is of a type that no an operator multiplies with.
+        InputError: no operator multiplies with weights of this type.
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
     multiply = _multiply.get(type(weight)) or _multiplier(weight)
@@ -82,7 +82,7 @@ def gated_linear(
         [..., F] in x's dtype, contiguous.
 
     Raises:
-        InputError: the weight is of a type that no an operator multiplies with.
+        InputError: no operator multiplies with weights of this type.
         ShapeError: sizes, dtypes or devices that do not fit, or a weight that cannot be a gated one.
     """
     multiply = _multiply.get(type(weight)) or _multiplier(weight)
