@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
+from tersor import hardware
 from tersor.bench import contenders, linear, tune
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import numbers, schemes
 from tersor.errors import InputError, TersorError
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels.tune import SM90, LinearConfig, LinearProblem, seconds, sm90
-from tersor.ops import dispatch
 
 SHAPES = (
     *("llama-2-70b", "llama-3-8b", "2048x2048", "5120x5120", "13824x5120", "5120x27648", "3584x18944", "1024x8192"),
@@ -65,7 +65,7 @@ def sweep(
     turns: int,
 ) -> Iterator[list[str]]:
     """Time and yield rows, a weight at a time."""
-    chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    chip = hardware.of_device(torch.cuda.current_device())
     prepare, shuffled = tune.on_gpu(torch.float16, chip, activations), random.Random(0)
     for shape in shapes:
         for scheme in formats:
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=SHAPES, help="models or OCxIC")
     parser.add_argument("--n", required=True, help="numbers of tokens")
     parser.add_argument("--formats", default="fp6_e3m2", help="formats, separated by commas")
-    parser.add_argument("--activations", default=dispatch.ACTIVATIONS_16BIT, choices=dispatch.ACTIVATIONS)
+    parser.add_argument("--activations", default=Activations.NATIVE, choices=[one.value for one in Activations])
     parser.add_argument("--within", type=float, default=1.4, help="of the least predicted time; default: 1.4")
     parser.add_argument("--turns", type=int, default=2, help="times of each; default: 2")
     parser.add_argument("--try", dest="tiles", action="append", default=[], metavar="TILE", help="a tile to try")

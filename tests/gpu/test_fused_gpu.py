@@ -97,7 +97,7 @@ def usual() -> Iterator[None]:
 @pytest.fixture(params=["sm80", "sm90"])
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with the kernels of either generation; those of sm_80 run on a newer GPU, too."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     if request.param == "sm80":
         monkeypatch.setattr(dispatch, "chip", lambda device: replace(chip, capability=(8, 0)))
     elif chip.capability != (9, 0):

@@ -46,7 +46,7 @@ REPEATS = 30
 
 def chips() -> dict[str, Chip]:
     """The GPU as if it were of the generation that the sm80 schedule is for, and as it is where it is newer."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     known = {"sm80": replace(chip, capability=(8, 0))}
     if chip.capability == (9, 0):
         known["sm90"] = chip
@@ -175,7 +175,7 @@ def test_products_are_within_tolerance(name: str, group_size: int | None, dtype:
 def forced(problem: tune.LinearProblem, tile: sm90.Tile) -> Iterator[tune.LinearConfig]:
     """Yield configurations with a tile: CTAs of one item or many, whole tiles and split ones, up to a block each."""
     total = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
-    blocks = -(-problem.ic // sm90.COLUMNS)
+    blocks = -(-problem.ic // BLOCK_IC)
     for whole, splits, most in (
         (0, 1, total),
         (0, 1, 1),
@@ -205,7 +205,7 @@ def test_every_tile_in_every_part(name: str, group_size: int | None, ic: int, dt
         x = torch.randn(n, ic, dtype=dtype, device="cuda")
         exact, allowed = x.double() @ exact_weight.T, formats.product_tolerance(x.double(), exact_weight, dtype)
         for config in forced(problem_of(scheme, 333, ic, n), tile):
-            with ops.launches(config=config):
+            with ops.using(config=config):
                 first, *others = (ops.linear(x, packed) for _ in range(REPEATS))
             worst = float(((first.double() - exact).abs() / allowed).max())
             assert worst <= 1, (

@@ -40,7 +40,7 @@ def schemes(name: str) -> list[formats.Scheme]:
 
 def chips() -> dict[str, Chip]:
     """The GPU as it is, and as if it were of the generation that the sm80 schedule is for."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     known = {"sm80": replace(chip, capability=(8, 0))}
     if chip.capability == (9, 0):
         known["sm90"] = chip
@@ -60,7 +60,7 @@ def compiled() -> None:
                         sources[family.fused_source(scheme, target, tune.choose(problem, chip))] = None
             sources[family.dequantize_source(scheme, target)] = None
             sources[family.epilogue_source(scheme, target)] = None
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     jit.compile_many(list(sources), jit.arch_for(chip.capability), os.cpu_count())
 
 

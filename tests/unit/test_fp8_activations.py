@@ -30,7 +30,7 @@ def packed(name: str, oc: int = 24, ic: int = 96, group_size: int | None = None)
 def test_a_token_is_scaled_to_the_largest_code() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 64) * torch.tensor([[1e-6], [1.0], [300.0], [0.0], [1e30]])
-    codes, scale = reference.quantize_tokens(x)
+    codes, scale = Activations.E4M3.quantize(x)
     assert codes.dtype == torch.float8_e4m3fn
     assert codes.float().abs().amax(dim=1).tolist() == [448.0, 448.0, 448.0, 0.0, 448.0]
     decoded = codes.float() * scale
@@ -42,7 +42,7 @@ def test_a_token_is_scaled_to_the_largest_code() -> None:
 def test_what_is_not_finite_stays_so_in_its_token_only(bad: float) -> None:
     x = torch.ones(2, 96)
     x[0, 7] = bad
-    y = ops.linear(x, packed("fp6_e3m2").to_layout(dispatch.FP8_LAYOUT))
+    y = ops.linear(x, packed("fp6_e3m2").to_layout(dispatch.E4M3_LAYOUT))
     assert y[0].isnan().all()
     assert y[1].isfinite().all()
 
@@ -52,9 +52,9 @@ def test_the_layout_says_that_activations_are_quantised(name: str, group_size: i
     torch.manual_seed(1)
     weight = packed(name, group_size=group_size)
     x, bias = torch.randn(7, 96), torch.randn(24)
-    codes, scale = reference.quantize_tokens(x)
+    codes, scale = Activations.E4M3.quantize(x)
     expected = (codes.double() * scale.double()) @ weight.dequantize(torch.float64).T + bias.double()
-    y = ops.linear(x, weight.to_layout(dispatch.FP8_LAYOUT), bias)
+    y = ops.linear(x, weight.to_layout(dispatch.E4M3_LAYOUT), bias)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(y, ops.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
@@ -68,7 +68,7 @@ def test_linears_of_a_model_are_switched_and_back() -> None:
     quantised = model(x)
     assert not torch.equal(before, quantised)
     torch.testing.assert_close(before, quantised, rtol=0.1, atol=1.5)  # of sums of about 10
-    assert model[0].layout == dispatch.FP8_LAYOUT
+    assert model[0].layout == dispatch.E4M3_LAYOUT
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     replace.multiply_with(model, "16bit")
     assert torch.equal(model(x), before)

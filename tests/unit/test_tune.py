@@ -165,7 +165,9 @@ def test_scales_in_groups_keep_two_sets_of_sums() -> None:
     grouped, by_rows = set(sm90.tiles(1)), set(sm90.tiles(0))
     assert {tile.tokens for tile in grouped} == {8, 16, 32, 64, 128}
     assert grouped < by_rows
-    assert set(sm90.tiles(1, fp8=True)) == {tile for tile in sm90.tiles(0, fp8=True) if not tile.fast_sums}
+    assert set(sm90.tiles(1, Activations.E4M3)) == {
+        tile for tile in sm90.tiles(0, Activations.E4M3) if not tile.fast_sums
+    }
     for tile in by_rows:  # what sm90_pipeline.cuh gives a thread that multiplies, less two sets of sums
         threads = 128 * (tile.row_groups * tile.channel_groups + 1)
         evenly = 65536 // (tile.resident * threads) // 8 * 8
@@ -186,7 +188,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert depth >= 2
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
             assert used >= tokens * 132 * 4
-        bytewise = sm90.tiles(groups, fp8=True) if groups <= 4 else ()
+        bytewise = sm90.tiles(groups, Activations.E4M3) if groups <= 4 else ()
         for tile in (*sm90.tiles(groups), *bytewise) if chip.capability == (9, 0) else ():
             weight_slots, x_slots, gather_room = tile.slots(bits, scale_bytes, chip)
             used = tile.shared_bytes(bits, scale_bytes, chip)
@@ -206,7 +208,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert least <= weight_slots <= 16
             assert least * tile.x_slots_of_block <= x_slots <= 16
             # two barriers of 8 bytes a slot, two more, a flag, and the scales of 8-bit activations
-            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.fp8 * tile.tokens <= tile.static_bytes
+            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.e4m3 * tile.tokens <= tile.static_bytes
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0
             assert tile.threads <= 1024
 

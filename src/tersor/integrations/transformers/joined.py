@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.layouts import STREAM, PackedWeight, tiles
+from tersor.formats import Activations
+from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts.blocks import UNIT_OC
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 
@@ -133,7 +135,7 @@ class Join:
         sizes = [part.out_features for part in self.parts]
         first = sum(sizes[:index])
         last = first + sizes[index]
-        unit = 1 if weight.layout == STREAM else tiles.UNIT_ROWS
+        unit = 1 if weight.layout == STREAM else UNIT_OC
         if first % unit or last % unit:
             biases: list[torch.Tensor] = [part.bias for part in self.parts if part.bias is not None]
             return ops.linear(x, weight, torch.cat(biases) if biases else None)[..., first:last]
@@ -196,7 +198,7 @@ class PackedPart(PackedLinear):
         join, index = self._place
         return join.multiply(index, x)
 
-    def multiply_with(self, activations: str) -> None:
+    def multiply_with(self, activations: Activations | str) -> None:
         """Choose what the weight is multiplied with: the layers join again when all of them are told the same."""
         self.join.dissolve()
         super().multiply_with(activations)

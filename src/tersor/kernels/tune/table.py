@@ -24,15 +24,22 @@ from typing import Any
 
 from tersor import settings
 from tersor.errors import InputError
+from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune import schedules
 from tersor.kernels.tune.schedules import LinearConfig, LinearProblem
 
-VERSION = 1
+VERSION = 2
 KIND = "tersor measured choices"
 
 _FOLLOWS_FROM_TOKENS = ("token_tiles", "whole_tiles", "ctas")
-_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str": (str,), "float": (int, float)}
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "float": (int, float),
+    "Activations": (str,),
+}
 _KEYS = {"kind", "version", "chip", "capability", "kernels", "environment", "choices"}
 _REMEDY = "measure again with 'tersor bench tune', or remove the file"
 
@@ -206,6 +213,8 @@ def _dataclass(kind: type[Any], values: Any, where: str) -> Any:
         expected = _SCALARS[str(fields[name].type)]
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise ValueError(f"{where}: {name} is {value!r}, expected {fields[name].type}")
+    if "activations" in values:
+        values = {**values, "activations": Activations.of(values["activations"])}
     return kind(**values)
 
 
