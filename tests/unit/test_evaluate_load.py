@@ -10,7 +10,7 @@ import tiny_lm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tersor import evaluate, nn
+from tersor import evaluate, nn, plots
 from tersor.cli import console
 from tersor.errors import CheckpointError, InputError, UnsupportedError
 from tersor.evaluate import plot
@@ -162,7 +162,7 @@ def test_the_picture_is_written(compared, tmp_path):
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install tersor\[plot\]"):
-        plot.check_plot(tmp_path / "out.png")
+        plots.check_plot(tmp_path / "out.png")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch
 )
 def test_pictures_that_cannot_be_written(name, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        plot.check_plot(tmp_path / name)
+        plots.check_plot(tmp_path / name)
 
 
 def test_a_small_model_runs_on_one_thread_by_decision_of_a_verb(monkeypatch):

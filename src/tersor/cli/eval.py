@@ -33,7 +33,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
-    from tersor import evaluate, nn
+    from tersor import evaluate, nn, plots
     from tersor.evaluate import plot as drawing
     from tersor.formats import Activations
     from tersor.integrations.transformers import load
@@ -43,7 +43,7 @@ def command(
     load.resolve_dtype(dtype, target)
     content = evaluate.read_text(text)
     if plot is not None:
-        drawing.check_plot(plot)
+        plots.check_plot(plot)
     places = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
     console.choose_threads(max(place.weight_bytes for place in places.values()), target)
     console.quiet_transformers()
