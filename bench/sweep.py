@@ -52,8 +52,8 @@ def plausible(problem: LinearProblem, chip: Chip, within: float) -> list[LinearC
 def row(shape: Shape, scheme: Scheme, activations: str, n: int, config: LinearConfig, microseconds: float) -> list[str]:
     """Return what `bench/costs.py` reads of one time, in the order of COLUMNS."""
     *sizes, _ = astuple(sm90.tile_of(config))
-    plan = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
-    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *plan)]
+    splitting = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
+    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *splitting)]
 
 
 def sweep(
@@ -87,7 +87,7 @@ def tile(text: str) -> sm90.Tile:
     words = text.removesuffix(",fp8").split(",")
     if len(words) != 5 or not all(word.isdecimal() for word in words):
         raise InputError(f"--try {text!r}: expected five numbers such as 8,2,2,1,1, and perhaps fp8")
-    return sm90.Tile(*map(int, words), fp8=text.endswith(",fp8"))
+    return sm90.Tile(*map(int, words), Activations.E4M3 if text.endswith(",fp8") else Activations.NATIVE)
 
 
 def add(new: sm90.Tile) -> None:
@@ -96,7 +96,7 @@ def add(new: sm90.Tile) -> None:
     Raises:
         InputError: the table has no tile of as many tokens, with the same activations.
     """
-    like = [known for known in sm90.COSTS if (known.tokens, known.fp8) == (new.tokens, new.fp8)]
+    like = [known for known in sm90.COSTS if (known.tokens, known.activations) == (new.tokens, new.activations)]
     if not like:
         raise InputError(f"no tile of {new.tokens} tokens to predict {new} by")
     nearest = min(like, key=lambda known: abs(known.rows - new.rows))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.bench import linear
 from tersor.bench.shapes import Shape
 from tersor.cli.main import run
@@ -17,7 +17,6 @@ from tersor.compress import quantize_rtn
 from tersor.kernels import tune
 from tersor.kernels.tune import choice, table
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
-from tersor import formats, nn, ops
+from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
+from tersor.formats import Activations
 from tersor.integrations.transformers import replace
+from tersor.kernels import dense
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch, reference
+from tersor.ops import dispatch
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -86,7 +88,7 @@ def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile) -> None:
     weight, values = packed("fp6_e3m2", None, oc, ic)
     scheme = weight.scheme
     x = torch.randn(n, ic, device="cuda").half()
-    problem = dispatch.problem_of(scheme, (oc, ic), n, activation_bits=8)
+    problem = dense.problem_of(scheme, (oc, ic), n, activations=Activations.E4M3)
     for whole, splits, ctas in ((0, 1, 4), (0, 3, 8), (4, 2, 4)):
         config = sm90.config(problem, tile, whole, splits, ctas * tile.cluster, chip)
         with ops.using(config=config):

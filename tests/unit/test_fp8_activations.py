@@ -10,14 +10,15 @@ import torch
 from tersor import nn, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError
-from tersor.formats import get_scheme
+from tersor.formats import Activations, get_scheme
 from tersor.hardware import CHIPS
 from tersor.integrations.transformers import fuse, replace
 from tersor.kernels import dense as family
 from tersor.kernels import tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import STREAM, PackedWeight
-from tersor.ops import dispatch, reference
+from tersor.layouts.packing import Packing
+from tersor.ops import dispatch
 
 H200 = CHIPS["NVIDIA H200"]
 
@@ -116,12 +117,13 @@ def test_joined_layers_quantise_their_activations_as_well() -> None:
 
 
 def test_choices_and_sources() -> None:
-    names = {source.name for source in family.fp8_sources(get_scheme("fp6_e3m2"), "float16", H200)}
+    packing = Packing.of(get_scheme("fp6_e3m2"), "float8_e4m3fn")
+    names = {source.name for source in family.quantized_sources(packing, "float16", H200)}
     for n in (1, 16, 17, 64, 65, 300, 5000):
-        problem = tune.LinearProblem(oc=4096, ic=4096, n=n, bits=6, activation_bits=8)
+        problem = tune.LinearProblem(oc=4096, ic=4096, n=n, bits=6, activations=Activations.E4M3)
         config = tune.choose(problem, H200)
         assert config.schedule == tune.SM90
-        assert config.activation_bits == 8
+        assert config.activations is Activations.E4M3
         assert sm90.box_rows(config, n) <= n
-        assert family.fused_source(get_scheme("fp6_e3m2"), "float16", config).name in names
-    assert not list(family.fp8_sources(get_scheme("fp6_e3m2"), "float16", CHIPS["NVIDIA A100"]))
+        assert family.fused_source(packing, "float16", config).name in names
+    assert not list(family.quantized_sources(packing, "float16", CHIPS["NVIDIA A100"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tersor import formats
+from tersor.formats import Activations
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import dense as family
 from tersor.kernels.tune import (
@@ -23,7 +24,7 @@ from tersor.kernels.tune import (
     sm80,
     sm90,
 )
-from tersor.ops import dispatch
+from tersor.layouts.packing import Packing
 
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
@@ -42,7 +43,7 @@ def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], aligned: bool = True) -> LinearProblem:
     """The problem of a weight [oc, ic] and n tokens."""
-    return dispatch.problem_of(scheme, (oc, ic), n, aligned=aligned)
+    return family.problem_of(scheme, (oc, ic), n, aligned=aligned)
 
 
 TOKENS = (1, 16, 64, 128, 256, 1024, 4096)
@@ -238,7 +239,7 @@ def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
 @pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
 def test_what_holds_for_any_problem(chip: Chip, scheme: formats.Scheme) -> None:
-    warmed = set(family.sources(scheme, "float16", chip))
+    warmed = set(family.sources(Packing.of(scheme, "float16"), chip))
     for ic in (1, 128, 136, 1000, 4096, 28672):
         for oc in (1, 64, 200, 5000, 57344):
             for n in (1, 9, 20, 64, 65, 100, 129, 500, 5000):
@@ -252,15 +253,15 @@ def test_what_holds_for_any_problem(chip: Chip, scheme: formats.Scheme) -> None:
                     if options:
                         choice = predict(problem, chip)
                         assert choice in options
-                        assert family.fused_source(scheme, "float16", choice) in warmed
+                        assert family.fused_source(Packing.of(scheme, "float16"), "float16", choice) in warmed
 
 
 def test_every_candidate_has_a_kernel_that_is_warmed() -> None:
     for scheme in SCHEMES:
-        warmed = set(family.sources(scheme, "bfloat16", H200))
+        warmed = set(family.sources(Packing.of(scheme, "bfloat16"), H200))
         for n in (1, 16, 32, 64, 100, 300):
             for config in candidates(problem_of(3000, 4096, n, scheme), H200):
-                assert family.fused_source(scheme, "bfloat16", config) in warmed
+                assert family.fused_source(Packing.of(scheme, "bfloat16"), "bfloat16", config) in warmed
 
 
 def test_one_multiprocessor_takes_no_more_than_its_share_of_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:

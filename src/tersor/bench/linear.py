@@ -14,9 +14,8 @@ from tersor.bench.contenders import CUBLAS, FP8, HUMMING, PDL, Calls, Contender,
 from tersor.bench.shapes import Shape
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
-from tersor.kernels import tune
+from tersor.kernels import dense, tune
 from tersor.kernels.tune import choice
-from tersor.layouts.packing import Packing, target_of
 
 KIND = "tersor bench linear"
 VERSION = 1
@@ -227,11 +226,8 @@ def problem_of(
 ) -> tune.LinearProblem:
     """Return the problem that contiguous activations [n, IC] make with a weight."""
     chosen = Activations.of(activations)
-    target = target_of(chosen, torch.float16)
-    assert target is not None
     aligned = chosen is not Activations.NATIVE or shape.ic % 8 == 0
-    packing = Packing.of(scheme, target)
-    return tune.LinearProblem.of(packing, (shape.oc, shape.ic), n, aligned=aligned, activations=chosen)
+    return dense.problem_of(scheme, (shape.oc, shape.ic), n, aligned=aligned, activations=chosen)
 
 
 def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) -> dict[str, Any]:

@@ -78,7 +78,12 @@ def sm90_source(
         slots: how its shared memory is dealt out.
         gated: as in cuda/gate.cuh.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
+
+    Raises:
+        ValueError: the packing is for other activations than the tile.
     """
+    if tile.e4m3 != (packing.target == decode_groups.FP8):
+        raise ValueError(f"a weight packed for {packing.target} activations does not meet those of {tile}")
     dtypes = f"{packing.target}_{result}" if tile.e4m3 else result
     return KernelSource(
         name=(
@@ -230,8 +235,8 @@ def prepare_fused(
         arrived: int,
         early: bool,
     ) -> None:
-        sizes = (x_stride, oc, ic, n, aligned, factor)
-        run(grid, block, shared, stream, (weight, scale, x, bias, residual, y, partial, arrived, *sizes))
+        arguments = (weight, scale, x, bias, residual, y, partial, arrived, x_stride, oc, ic, n, aligned, factor)
+        run(grid, block, shared, stream, arguments)
 
     if config.schedule != tune.SM90:
         return launch_sm80
@@ -242,7 +247,6 @@ def prepare_fused(
     element = native if config.activations is Activations.NATIVE else tensor_map.BYTE
     whole_tiles, splits = config.whole_tiles, config.splits
     cluster = (splits, 1, 1) if config.gathered else None
-    sizes = (oc, ic, n, whole_tiles, splits, box, factor)
 
     def launch_sm90(
         *,
@@ -260,8 +264,13 @@ def prepare_fused(
         early: bool,
     ) -> None:
         x_map = rows_of_x(x, n, ic, x_stride, element, box)
-        places = (x_map, weight, scale, bias, x_scale, residual, y, partial, arrived)
-        run(grid, block, shared, stream, (*places, *sizes), early, cluster)
+        # fmt: off
+        arguments = (
+            x_map, weight, scale, bias, x_scale, residual, y, partial, arrived,
+            oc, ic, n, whole_tiles, splits, box, factor,
+        )  # one tuple without parts: every step here counts
+        # fmt: on
+        run(grid, block, shared, stream, arguments, early, cluster)
 
     return launch_sm90
 
@@ -336,6 +345,29 @@ def launch_epilogue(
     grid = (-(-slice_oc // 256), n, 1)
     arguments = (sums, scale, bias, residual, y, first_oc, slice_oc, oc, factor)
     function.launch(grid, (256, 1, 1), 0, stream, arguments)
+
+
+def problem_of(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    n: int,
+    *,
+    aligned: bool = True,
+    activations: Activations | str = Activations.NATIVE,
+    batch_invariant: bool = False,
+) -> tune.LinearProblem:
+    """Return the problem that N tokens of 16-bit activations make with a weight of a scheme and a shape, (OC, IC).
+
+    Raises:
+        FormatError: no kernel decodes the scheme.
+    """
+    chosen = Activations.of(activations)
+    target = target_of(chosen, torch.float16)
+    assert target is not None
+    packing = Packing.of(scheme, target)
+    return tune.LinearProblem.of(
+        packing, shape, n, aligned=aligned, activations=chosen, batch_invariant=batch_invariant
+    )
 
 
 def kernels_for(

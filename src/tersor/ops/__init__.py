@@ -3,8 +3,8 @@
 from tersor.kernels.dense import kernels_for
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
-from tersor.ops.linear import gated_linear, linear
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
+from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.workspace import Workspace
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "kernels_for",
     "linear",
     "preferred_layout",
+    "serve_with",
     "set_batch_invariant",
     "using",
 ]

@@ -57,11 +57,12 @@ def current() -> Mode:
 def _read() -> Mode:
     """Read the environment, which costs as much as a launch, once."""
     global _process
-    _process = Mode(
-        reference=settings.get("TERSOR_KERNEL") == "reference",
-        batch_invariant=settings.get("TERSOR_BATCH_INVARIANT") == "1",
-    )
+    _process = Mode(reference=_reference(), batch_invariant=settings.get("TERSOR_BATCH_INVARIANT") == "1")
     return _process
+
+
+def _reference() -> bool:
+    return settings.get("TERSOR_KERNEL") == "reference"
 
 
 def forget() -> None:
@@ -91,7 +92,7 @@ def set_batch_invariant(on: bool) -> None:
     CUDA graphs that were captured before keep the mode they were captured in, and so does who runs inside `using`.
     """
     global _process
-    _process = replace(_process or _read(), batch_invariant=bool(on))
+    _process = replace(_process or Mode(reference=_reference()), batch_invariant=bool(on))
 
 
 def batch_invariant() -> bool:

@@ -65,8 +65,8 @@ class Join:
 
     def _prepare(self, dtype: torch.dtype) -> PackedWeight | None:
         device = self.parts[0].weight_packed.device
-        kinds = {(part.weight_packed.device, part.dtype, part.activations) for part in self.parts}
-        if len(kinds) > 1 or device.type == "meta":
+        settings = {(part.weight_packed.device, part.dtype, part.activations) for part in self.parts}
+        if len(settings) > 1 or device.type == "meta":
             return None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return self.weight if self._biases and self._has_biases() else None
@@ -216,9 +216,9 @@ class PackedPart(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _moved(layer: PackedLinear, kind: type[Any]) -> Any:
+def _moved(layer: PackedLinear, cls: type[Any]) -> Any:
     """Return a layer of another class with the weight, bias and flags of this one."""
-    new = kind(layer.in_features, layer.out_features, layer.scheme, device="meta", dtype=layer.dtype)
+    new = cls(layer.in_features, layer.out_features, layer.scheme, device="meta", dtype=layer.dtype)
     PackedModule._set_weight(new, layer.packed_weight())
     new.bias, new.transposed, new.activations = layer.bias, layer.transposed, layer.activations
     return new.train(layer.training)

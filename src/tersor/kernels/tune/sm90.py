@@ -190,7 +190,7 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 
 def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> tuple[Tile, ...]:
-    """Return the tile shapes for one scale a row (0) or scales in groups, for one kind of activations."""
+    """Return the tile shapes for one scale a row (0) or scales in groups, for one way with activations."""
     fitting = (tile for tile in COSTS if scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups))
     return tuple(tile for tile in fitting if tile.activations is activations)
 
@@ -221,12 +221,12 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
                 yield replace(config(problem, tile, 0, fixed, ctas, chip), few_tokens=0)
             continue
         rest = count % slots
-        plans = [
+        splittings = [
             (0, splits) for splits in range(1, min(_MAX_SPLITS, blocks) + 1) if splits == 1 or count * splits <= slots
         ]
         if count > slots and rest:
-            plans += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
-        for whole, splits in plans:
+            splittings += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
+        for whole, splits in splittings:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
             fits = whole == 0 and _CLUSTER_FILL * chip.sms <= count * splits <= room

@@ -29,14 +29,14 @@ _multiply: dict[type, Multiply] = {PackedWeight: dense.multiply}
 """Type of the weight -> who multiplies with it."""
 
 
-def serve_with(kind: type, multiply: Multiply) -> None:
+def serve_with(weight_class: type, multiply: Multiply) -> None:
     """Let `multiply` serve every call whose weight is of a type.
 
     Raises:
         ValueError: the type has one already.
     """
-    if _multiply.setdefault(kind, multiply) is not multiply:
-        raise ValueError(f"weights of type {kind.__name__} are multiplied by {_multiply[kind]} already")
+    if _multiply.setdefault(weight_class, multiply) is not multiply:
+        raise ValueError(f"weights of type {weight_class.__name__} are multiplied by {_multiply[weight_class]} already")
 
 
 def linear(
@@ -58,7 +58,7 @@ def linear(
         [..., OC] in x's dtype, contiguous.
 
     Raises:
-        InputError: the weight is of no type that an operator multiplies with.
+        InputError: no operator multiplies with weights of this type.
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
     multiply = _multiply.get(type(weight)) or _multiplier(weight)
@@ -82,7 +82,7 @@ def gated_linear(
         [..., F] in x's dtype, contiguous.
 
     Raises:
-        InputError: the weight is of no type that an operator multiplies with.
+        InputError: no operator multiplies with weights of this type.
         ShapeError: sizes, dtypes or devices that do not fit, or a weight that cannot be a gated one.
     """
     multiply = _multiply.get(type(weight)) or _multiplier(weight)
@@ -91,8 +91,8 @@ def gated_linear(
 
 def _multiplier(weight: object) -> Multiply:
     """Return who multiplies with a weight of a derived type, or refuse it."""
-    for kind in type(weight).__mro__:
-        if kind in _multiply:
-            return _multiply[kind]
-    known = ", ".join(kind.__name__ for kind in _multiply)
+    for weight_class in type(weight).__mro__:
+        if weight_class in _multiply:
+            return _multiply[weight_class]
+    known = ", ".join(weight_class.__name__ for weight_class in _multiply)
     raise InputError(f"linear: the weight is a {type(weight).__name__}, expected one of: {known}")
