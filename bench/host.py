@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import report
+import results_file
 import torch
 
 from tersor import formats, ops
@@ -47,7 +47,7 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     gpu = torch.cuda.get_device_name().split()[-1].lower()
-    path = report.write(f"host_{gpu}", {"oc": OC, "ic": IC, "format": arguments.format, "rows": rows})
+    path = results_file.write(f"host_{gpu}", {"oc": OC, "ic": IC, "format": arguments.format, "rows": rows})
     print(f"written to {path}")
 
 

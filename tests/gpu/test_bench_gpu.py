@@ -35,7 +35,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "linear.json"
     rivals = ["cublas", "fp8"] if torch.cuda.get_device_capability() >= (8, 9) else ["cublas"]
-    arguments = ["2048x2048", "--n", "1,8", "--against", ",".join(rivals), "--json", str(path)]
+    arguments = ["2048x2048", "--n", "1,8", "--against", ",".join(rivals), "--output", str(path)]
     assert run(["bench", "linear", *arguments]) == 0
     out = capsys.readouterr().out
     assert "x cuBLAS" in out

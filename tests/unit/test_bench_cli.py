@@ -85,7 +85,7 @@ def test_wrong_usage_is_one_line(
 def test_chips_by_short_names() -> None:
     assert chip_named("h200") is CHIPS["NVIDIA H200"]
     assert chip_named("NVIDIA H100") is CHIPS["NVIDIA H100"]
-    assert chip_named("rtx-4090") is chip_named("RTX 4090") is CHIPS["NVIDIA RTX 4090"]
+    assert chip_named("rtx-4090") is chip_named("RTX 4090") is CHIPS["NVIDIA GeForce RTX 4090"]
 
 
 @pytest.fixture

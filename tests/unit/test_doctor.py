@@ -1,4 +1,4 @@
-"""`tersor doctor`: complete on any machine, right about what is missing, and able to compile ahead."""
+"""`tersor doctor`: complete on any machine, and right about what is missing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from jit_kernels import axpy
-from safetensors.torch import save_file
 
 from tersor import formats, hardware, ops, settings
 from tersor.cli import doctor
 from tersor.cli.main import run
 from tersor.errors import UnsupportedError
-from tersor.kernels.jit import KernelSource, build, nvrtc
-from tersor.ops import Reason, dispatch
+from tersor.kernels.jit import build, nvrtc
+from tersor.ops import Reason, mode
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +28,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(build, "_memory", {})
-    dispatch.forget()
+    mode.forget()
 
 
-def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert run(["doctor", "--json", *arguments]) == 0
+def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert run(["doctor", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -73,7 +71,7 @@ def test_what_is_missing_is_said_and_is_no_failure(
     version = importlib.metadata.version
 
     def installed(package: str) -> str:
-        if package in ("transformers", "cuda-core"):
+        if package in ("transformers", "cuda-bindings"):
             raise importlib.metadata.PackageNotFoundError(package)
         return version(package)
 
@@ -84,7 +82,7 @@ def test_what_is_missing_is_said_and_is_no_failure(
     monkeypatch.setattr(nvrtc, "version", absent)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = report(capsys)
-    assert [found["versions"][name] for name in ("transformers", "cuda-core", "NVRTC")] == [None, None, None]
+    assert [found["versions"][name] for name in ("transformers", "cuda-bindings", "NVRTC")] == [None, None, None]
     assert [line.split(",")[0].split(":")[0] for line in found["advice"]] == [
         "NVRTC is missing",
         "transformers is missing",
@@ -141,95 +139,12 @@ def test_the_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tex
     assert hardware.driver_version() == version
 
 
-QUANTIZATION = {
-    "quant_method": "tersor",
-    "version": 1,
-    "format": "fp6_e3m2",
-    "overrides": {"down_proj": {"format": "int8", "group_size": 64}, "v_proj": {"format": "uint4"}},
-}
-
-
-def write_model(folder: Path, **config: Any) -> str:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
-    save_file({"model.norm.weight": torch.ones(4)}, folder / "model.safetensors")
-    return str(folder)
-
-
-def test_warm_compiles_what_the_model_needs_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, torch.dtype, str]] = []
-
-    def kernels_for(
-        scheme: formats.Scheme, dtype: torch.dtype, chip: Any, activations: str, gated: bool
-    ) -> list[KernelSource]:
-        assert (activations, gated) == ("16bit", False)
-        asked.append((scheme.key(), dtype, chip.name))
-        return [] if scheme.has_zero_point else [axpy(scheme.format.bits), axpy(0)]
-
-    monkeypatch.setattr(ops, "kernels_for", kernels_for)
-    model = write_model(tmp_path / "model", quantization_config=QUANTIZATION, dtype="bfloat16")
-    warm = report(capsys, "--warm", model, "--chip", "NVIDIA H100")["warm"]
-    assert asked == [
-        ("fp6_e3m2:row:float16", torch.bfloat16, "NVIDIA H100"),
-        ("int8:g64:float16", torch.bfloat16, "NVIDIA H100"),
-        ("uint4:row:float16", torch.bfloat16, "NVIDIA H100"),
-    ]
-    assert (warm["kernels"], warm["from_cache"], warm["architectures"]) == (3, 0, ["sm_90a"])
-    found = report(capsys, "--warm", model, "--chip", "NVIDIA H100")
-    assert (found["warm"]["kernels"], found["warm"]["from_cache"], found["cache"]["entries"]) == (3, 3, 3)
-    assert run(["doctor", "--warm", model, "--chip", "NVIDIA H100"]) == 0
-    assert "3 kernels for sm_90a, 3 of them there" in capsys.readouterr().out
-
-
-def test_warm_asks_for_real_kernels_in_both_dtypes_where_the_model_names_neither(tmp_path: Path) -> None:
-    from tersor.hardware import CHIPS
-
-    schemes, dtypes = doctor._needs("m", {"quantization_config": {**QUANTIZATION, "overrides": {}}, "dtype": "float32"})
-    assert dtypes == ["float16", "bfloat16"]
-    names = [source.name for source in doctor._sources(schemes, dtypes, CHIPS["NVIDIA A100"])]
-    assert len(names) >= 4
-    assert any("fp6_e3m2_float16" in name for name in names)
-    assert any("fp6_e3m2_bfloat16" in name for name in names)
-
-
-def test_warm_knows_8_bit_activations_and_joined_layers(tmp_path: Path) -> None:
-    from tersor.hardware import CHIPS
-
-    scheme, chip = formats.get_scheme("fp6_e3m2"), CHIPS["NVIDIA H100"]
-    plain = {source.name for source in doctor._sources([scheme], ["float16"], chip)}
-    joined = {source.name for source in doctor._sources([scheme], ["float16"], chip, fuse=True)}
-    eight = {source.name for source in doctor._sources([scheme], ["float16"], chip, "fp8")}
-    assert plain < joined
-    assert "tersor_quantize_activations_float16" in eight
-    assert all("float8_e4m3fn" in name for name in eight if "linear" in name)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--chip", "NVIDIA H100"], "--chip says what --warm compiles for: add --warm MODEL"),
-        (["--activations", "fp8"], "--activations says what --warm compiles for: add --warm MODEL"),
-        (["--fuse"], "--fuse says what --warm compiles for: add --warm MODEL"),
-        (["--warm", "MODEL", "--chip", "NVIDIA H10"], "unknown chip 'NVIDIA H10', did you mean 'NVIDIA H100'?"),
-        (["--warm", "MODEL"], "torch sees no GPU to compile for: name one with --chip (NVIDIA A100"),
-        (["--warm", "PLAIN"], "is not compressed, so it needs no kernels: run tersor quantize first"),
-        (["--warm", "no/such/folder/anywhere"], "no directory no/such/folder/anywhere"),
-        (["--cheap"], "No such option: --cheap"),
-    ],
-)
-def test_bad_usage_is_one_line_and_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
-) -> None:
-    models = {
-        "MODEL": write_model(tmp_path / "model", quantization_config=QUANTIZATION),
-        "PLAIN": write_model(tmp_path / "plain"),
-    }
-    assert run(["doctor", *(models.get(argument, argument) for argument in arguments)]) == 2
+@pytest.mark.parametrize("argument", ["--warm", "--cheap"])
+def test_an_unknown_option_is_one_line_and_status_2(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", argument]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("tersor: ") and words.lower() in captured.err.lower()
+    assert captured.err.startswith(f"tersor: No such option: {argument}")
 
 
 def test_a_malformed_setting_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

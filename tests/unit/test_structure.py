@@ -21,6 +21,7 @@ ROOMS = (
     "errors",
     "settings",
     "hardware",
+    "plots",
     "formats",
     "compress",
     "layouts",

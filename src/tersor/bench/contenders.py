@@ -34,6 +34,8 @@ CHAINS = {PLAIN: (PLAIN,), PDL: (PDL,), "both": (PDL, PLAIN)}
 
 CUBLAS, FP8, HUMMING = "cublas", "fp8", "humming"
 RIVALS = (CUBLAS, FP8, HUMMING)
+BYTEWISE = ":a8"
+"""Ends the name of a kernel that multiplies with 8-bit activations."""
 _RESTART = 8
 """A chain starts again from the same activations after so many launches, so that rounding does not add up."""
 
@@ -88,19 +90,29 @@ def parse_rivals(text: str | None) -> tuple[str, ...]:
     there = importlib.util.find_spec("humming") is not None
     if text is None:
         return RIVALS if there else (CUBLAS, FP8)
+    names = named_rivals(text)
+    if HUMMING in names and not there:
+        raise UnsupportedError("humming is not installed, so it cannot be timed: pip install humming-kernels")
+    return names
+
+
+def named_rivals(text: str) -> tuple[str, ...]:
+    """Read `cublas,fp8,humming`, or `none`, whether they are installed or not.
+
+    Raises:
+        InputError: an unknown name.
+    """
     names = () if text == "none" else tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in RIVALS:
             raise InputError(f"--against {name!r}{did_you_mean(name, RIVALS)}: use {', '.join(RIVALS)} or none")
-    if HUMMING in names and not there:
-        raise UnsupportedError("humming is not installed, so it cannot be timed: pip install humming-kernels")
     return names
 
 
 def label(scheme: Scheme, activations: Activations | str = Activations.NATIVE) -> str:
     """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`."""
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
-    return f"{name}:a8" if activations == Activations.E4M3 else name
+    return f"{name}{BYTEWISE}" if activations == Activations.E4M3 else name
 
 
 def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
