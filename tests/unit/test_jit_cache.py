@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from jit_kernels import axpy, broken, spilling
+from helpers.jit_kernels import axpy, broken, spilling
 
 from tersor.kernels.jit import CompileError, KernelSource, build, cache, compile_many, nvrtc, obtain
 
@@ -129,7 +129,7 @@ def test_threads_compile_a_kernel_once(compilations: list[str]) -> None:
 WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from jit_kernels import axpy
+from helpers.jit_kernels import axpy
 from tersor.kernels.jit import nvrtc, obtain
 compiled, plain = [], nvrtc.compile_source
 def counted(source, arch):
@@ -147,7 +147,7 @@ print(json.dumps([compiled, sorted(digests.items())]))
 
 
 def test_processes_share_the_cache_and_compile_each_kernel_once(folder: Path) -> None:
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).resolve().parents[1])
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, here, str(i % 2)],

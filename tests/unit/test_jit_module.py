@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from jit_kernels import axpy
+from helpers.jit_kernels import axpy
 
 from tersor.errors import KernelError, UnsupportedError
 from tersor.kernels.jit import Function, get, module, native, nvrtc, tensor_map
