@@ -7,8 +7,9 @@ Specifications per Compute Capability", and the architecture whitepapers. Read b
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tersor.errors import InputError
@@ -84,3 +85,24 @@ def cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@functools.cache
+def of_device(index: int) -> Chip:
+    """Return the facts of a CUDA device, by its index."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    known = next((chip for name, chip in CHIPS.items() if properties.name.startswith(name)), None)
+    if known is None:
+        known = max(
+            (chip for chip in CHIPS.values() if chip.capability <= capability), key=lambda chip: chip.capability
+        )
+    return replace(
+        known,
+        name=properties.name,
+        capability=capability,
+        sms=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )

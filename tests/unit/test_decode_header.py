@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tersor import formats
-from tersor.kernels.dense import _decode_parameters
 from tersor.layouts import decode_groups, tiles
+from tersor.layouts.packing import Packing
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
     header = resources.files("tersor.kernels").joinpath("cuda", "decode.cuh").read_text()
-    names = [name for name in formats.names() if not decode_groups.supported(formats.get(name), target)]
+    names = [name for name in formats.names() if not decode_groups.unsupported_reason(formats.get(name), target)]
     parts = []
     for name in names:
-        parameters = _decode_parameters(formats.get(name), target)
+        parameters = Packing.of(formats.Scheme(formats.get(name)), target).macros()
         defines = "".join(
             f"#undef {key}\n#define {key} {int(value) if isinstance(value, bool) else value}\n"
             for key, value in parameters.items()
@@ -55,7 +55,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         places = torch.arange(16 * 128).view(16, 128)
         for shift in range(0, blocks, max(1, blocks // 16)):
             codes = ((places + shift) % blocks).to(torch.uint8)
-            words = tiles.pack(codes, fmt, target)
+            words = tiles.pack(codes, Packing.of(formats.Scheme(fmt), target))
             quads = 2 * fmt.bits // 4 * 4
             for lane_index in (0, 7, 13, 31):
                 mine = [words[q * 128 + lane_index * 4 : q * 128 + lane_index * 4 + 4] for q in range(quads // 4)]

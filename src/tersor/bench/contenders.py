@@ -18,7 +18,7 @@ from tersor import ops
 from tersor.bench import timing
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError, did_you_mean
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.kernels.tune import LinearConfig
 from tersor.layouts import STREAM, PackedWeight
 from tersor.ops import dispatch
@@ -64,7 +64,7 @@ def contenders(
     dtype: torch.dtype,
     chains: tuple[str, ...],
     rivals: Sequence[str],
-    activations: Sequence[str] = (dispatch.ACTIVATIONS_16BIT,),
+    activations: Sequence[Activations | str] = (Activations.NATIVE,),
 ) -> list[Contender]:
     """Return Tersor in every scheme and kind of activations, then the rivals: cuBLAS in `dtype`, FP8, and humming."""
     both = [(scheme, kind) for kind in activations for scheme in schemes]
@@ -97,10 +97,10 @@ def parse_rivals(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def label(scheme: Scheme, activations: str = dispatch.ACTIVATIONS_16BIT) -> str:
+def label(scheme: Scheme, activations: Activations | str = Activations.NATIVE) -> str:
     """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`."""
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
-    return f"{name}:a8" if activations == dispatch.ACTIVATIONS_FP8 else name
+    return f"{name}:a8" if activations == Activations.E4M3 else name
 
 
 def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
@@ -109,7 +109,7 @@ def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
 
 
 def tersor(
-    scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...], activations: str = dispatch.ACTIVATIONS_16BIT
+    scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...], activations: Activations | str = Activations.NATIVE
 ) -> Contender:
     """Return Tersor's own operator, in the given chains; quantising activations is part of its time."""
 
@@ -126,7 +126,7 @@ def tersor(
 
 
 def packed(
-    scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str = dispatch.ACTIVATIONS_16BIT
+    scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: Activations | str = Activations.NATIVE
 ) -> list[PackedWeight]:
     """Return copies of a random packed weight [oc, ic] on the current GPU, in the layout its kernels read.
 
@@ -166,7 +166,7 @@ def chained(
 
     def call(index: int) -> None:
         source = last[0] if square and index % _RESTART else x
-        with ops.launches(config=config, early=early):
+        with ops.using(config=config, early=early):
             last[0] = ops.linear(source, weights[index])
 
     return [partial(call, index) for index in range(len(weights))]
@@ -208,7 +208,7 @@ def fp8(dtype: torch.dtype) -> Contender:
     return Contender(name=FP8, chains=(PLAIN,), weight_bytes=lambda oc, ic: oc * ic, build=build)
 
 
-def humming(scheme: Scheme, dtype: torch.dtype, activations: str = dispatch.ACTIVATIONS_16BIT) -> Contender:
+def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str = Activations.NATIVE) -> Contender:
     """Return humming-kernels with the same weights and activations, its own tuner choosing."""
 
     def build(oc: int, ic: int) -> Schedule:
@@ -249,7 +249,7 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activa
     layers = []
     for _ in range(timing.copies(packed_bytes(scheme, oc, ic))):
         options: dict[str, Any] = {"weight_config": dict(config), "torch_dtype": dtype}
-        if activations == dispatch.ACTIVATIONS_FP8:
+        if activations == Activations.E4M3:
             options["input_config"] = {"dtype": "float8e4m3"}
         layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
         layer.load_from_unquantized(weight)

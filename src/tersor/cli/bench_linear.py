@@ -44,18 +44,18 @@ def command(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON; - prints it instead.")] = None,
 ) -> None:
     """Time linears by CUDA graphs, or show what would be timed."""
-    from tersor import ops
     from tersor.bench import contenders, linear, report, timing
     from tersor.bench import plot as drawing
     from tersor.bench import shapes as known
     from tersor.evaluate.plot import check_plot
+    from tersor.formats import Activations
 
     tokens = bench.numbers("--n", n)
     if chain not in contenders.CHAINS:
         raise InputError(f"--chain {chain!r}{did_you_mean(chain, contenders.CHAINS)}: use plain, pdl or both")
     kinds = tuple(kind.strip() for kind in activations.split(","))
     for one in kinds:
-        ops.check_activations(one)
+        Activations.of(one)
     wanted = known.resolve(shapes or known.DEFAULT)
     schemes = bench.schemes(format or ["fp6_e3m2"], wanted)
     kind = bench.dtype_named(dtype)
@@ -108,13 +108,11 @@ def show(result: dict[str, Any], json: Path | None) -> None:
 def _chip(name: str | None) -> hardware.Chip:
     import torch
 
-    from tersor.ops import dispatch
-
     if name is not None:
         return hardware.chip_named(name)
     if not hardware.cuda_available():
         raise InputError(f"torch sees no GPU to plan for: name one with --chip ({', '.join(hardware.CHIPS)})")
-    return dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    return hardware.of_device(torch.cuda.current_device())
 
 
 def _dry_run(rows: list[dict[str, Any]], chip: hardware.Chip, json: Path | None) -> None:

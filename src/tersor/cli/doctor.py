@@ -18,7 +18,7 @@ from tersor.version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from tersor.formats import Scheme
+    from tersor.formats import Activations, Scheme
     from tersor.kernels.jit import KernelSource
 
 PACKAGES = (
@@ -53,9 +53,8 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report on this installation and machine."""
-    from tersor import ops
 
-    ops.check_activations(activations)
+    Activations.of(activations)
     for given, option in ((chip is not None, "--chip"), (activations != "16bit", "--activations"), (fuse, "--fuse")):
         if given and warm is None:
             raise InputError(f"{option} says what --warm compiles for: add --warm MODEL")
@@ -150,14 +149,12 @@ def _needs(model: str, config: dict[str, Any]) -> tuple[list[Scheme], list[str]]
 def _chips(name: str | None) -> list[hardware.Chip]:
     import torch
 
-    from tersor.ops import dispatch
-
     if name is not None:
         return [hardware.chip_named(name)]
     if not hardware.cuda_available():
         known = ", ".join(hardware.CHIPS)
         raise InputError(f"torch sees no GPU to compile for: name one with --chip ({known})")
-    return [dispatch.chip(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    return [hardware.of_device(index) for index in range(torch.cuda.device_count())]
 
 
 def _sources(

@@ -33,11 +33,12 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
-    from tersor import evaluate, nn, ops
+    from tersor import evaluate, nn
     from tersor.evaluate import plot as drawing
+    from tersor.formats import Activations
     from tersor.integrations.transformers import load, replace
 
-    ops.check_activations(activations)
+    Activations.of(activations)
 
     target = load.resolve_device(device)
     load.resolve_dtype(dtype, target)

@@ -46,14 +46,15 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
-    from tersor import engine, ops
+    from tersor import engine
+    from tersor.formats import Activations
     from tersor.integrations.transformers import fuse as fusing
     from tersor.integrations.transformers import generate, load, replace
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
         raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
-    ops.check_activations(activations)
+    Activations.of(activations)
     options = engine.Sampling(
         temperature=temperature,
         top_k=top_k,

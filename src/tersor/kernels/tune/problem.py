@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tersor.formats import Activations
+from tersor.layouts.packing import Packing
+
 SM80 = "sm80"
 SM90 = "sm90"
 FEW_TOKENS = 16
@@ -22,7 +25,7 @@ class LinearProblem:
         scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
         scale_bytes: what they take in memory, zero points included.
         aligned: rows of x start on 16 bytes, which a tensor map needs.
-        activation_bits: 16, or 8 for e4m3.
+        activations: what the weight is multiplied with.
         batch_invariant: a row of y must not depend on how many other rows there are.
     """
 
@@ -33,8 +36,31 @@ class LinearProblem:
     scale_groups: int = 0
     scale_bytes: int = 0
     aligned: bool = True
-    activation_bits: int = 16
+    activations: Activations = Activations.NATIVE
     batch_invariant: bool = False
+
+    @staticmethod
+    def of(
+        packing: Packing,
+        shape: tuple[int, int],
+        n: int,
+        *,
+        aligned: bool = True,
+        activations: Activations = Activations.NATIVE,
+        batch_invariant: bool = False,
+    ) -> LinearProblem:
+        """Return the problem that N tokens make with a weight of a packing and a shape, (OC, IC)."""
+        return LinearProblem(
+            oc=shape[0],
+            ic=shape[1],
+            n=n,
+            bits=packing.scheme.format.bits,
+            scale_groups=packing.scales_in_block,
+            scale_bytes=packing.scale_row_bytes,
+            aligned=aligned,
+            activations=activations,
+            batch_invariant=batch_invariant,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +69,7 @@ class LinearConfig:
 
     Attributes:
         schedule: `sm80` or `sm90`.
-        activation_bits: 16, or 8 for e4m3.
+        activations: what the weight is multiplied with.
         n_tile: tokens in a tile.
         row_groups: groups of 64 output rows in a tile.
         channel_groups: warpgroups for each row group; with few tokens all of a CTA take blocks of channels in turn.
@@ -61,7 +87,7 @@ class LinearConfig:
     """
 
     schedule: str
-    activation_bits: int = 16
+    activations: Activations = Activations.NATIVE
     n_tile: int
     row_groups: int = 2
     channel_groups: int = 1
