@@ -97,9 +97,8 @@ class FakeGpu:
     write nothing, so results are zero::
 
         y = ops.linear(x, weight)
-        launch = gpu.launches[-1]
-        assert launch["x"] == x.data_ptr() and launch["y"] == y.data_ptr() and launch.stream == 7
-        assert launch["partial"] in gpu.memory  # split sums take their memory from the driver
+        assert gpu.last["x"] == x.data_ptr() and gpu.last["y"] == y.data_ptr() and gpu.last.stream == 7
+        assert gpu.last["partial"] in gpu.memory  # split sums take their memory from the driver
 
     With the kernels of sm_90 the activations are a map: `launch["x_map"].address`. Other threads have other streams
     (`gpu.stream = 8` holds for the thread that says it), and `with gpu.capturing(1):` puts all under a capture.
@@ -108,6 +107,7 @@ class FakeGpu:
         chips: the devices.
         driver: what cuda-bindings shows of them.
         launches: every launch, in order.
+        asked: names of the kernels that linears of CPU tensors asked for when a call was prepared, in order.
         loaded: names of the kernels that were loaded, in order.
         images: the binaries that were loaded.
         maps: the tensor maps that were encoded, in order.
@@ -124,6 +124,7 @@ class FakeGpu:
         self.chips = [chip if isinstance(chip, Chip) else hardware.CHIPS[chip] for chip in chips]
         self.driver = FakeDriver(self)
         self.launches: list[Launch] = []
+        self.asked: list[str] = []
         self.loaded: list[str] = []
         self.images: list[bytes] = []
         self.maps: list[TensorMap] = []
@@ -145,6 +146,11 @@ class FakeGpu:
         }
 
     @property
+    def last(self) -> Launch:
+        """The latest launch."""
+        return self.launches[-1]
+
+    @property
     def stream(self) -> int:
         """Handle of this thread's current stream; 7 where none was set."""
         handle: int = getattr(self._streams, "handle", 7)
@@ -156,12 +162,17 @@ class FakeGpu:
 
     @contextmanager
     def capturing(self, capture: int) -> Iterator[None]:
-        """Put every stream under a capture with this id."""
-        self.capture = capture
+        """Put every stream under a capture with this id; what torch takes from the graph's memory lies on the CPU."""
+        plain, self.capture = torch.empty, capture
+
+        def empty(*sizes: Any, device: torch.device, **options: Any) -> torch.Tensor:
+            return plain(*sizes, device="cpu" if device.type == "cuda" else device, **options)
+
+        torch.empty = empty
         try:
             yield
         finally:
-            self.capture = None
+            torch.empty, self.capture = plain, None
 
     def chip_of(self, index: int) -> Chip:
         """The chip of a device; CPU tensors, index -1, are on device 0."""
@@ -180,29 +191,27 @@ class FakeGpu:
         monkeypatch.setattr(module, "load_driver", lambda: self.driver)
         monkeypatch.setattr(module, "_functions", {})
         monkeypatch.setattr(native, "function", self._native.__getitem__)
-        for owner, name in ((dispatch, "_device_unsupported_reason"), (dispatch, "_chip"), (tensor_map, "rows")):
+        for owner, name in ((dispatch, "_device_reason"), (hardware, "of_device"), (tensor_map, "rows")):
             kept = getattr(owner, name)  # facts of a device, which go with the fake
             monkeypatch.setattr(owner, name, functools.lru_cache(**kept.cache_parameters())(kept.__wrapped__))
 
     def take_cpu_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Serve linears of CPU tensors as device 0 would; `install` comes first."""
         prepared.forget()
-        decide, first = dispatch.decide, torch.device("cuda", 0)
-
-        def decide_on_first(scheme: Any, layout: Any, shape: Any, n: Any, dtype: Any, device: Any, *rest: Any) -> Any:
-            return decide(scheme, layout, shape, n, dtype, first, *rest)
-
-        monkeypatch.setattr(dispatch, "decide", decide_on_first)
+        reason, first = dispatch._environment_reason, torch.device("cuda", 0)
+        monkeypatch.setattr(dispatch, "_environment_reason", lambda dtype, device: reason(dtype, first))
         monkeypatch.setattr(jit, "get", self.get)
-        for name in ("_streams", "_captures", "_stock"):
-            monkeypatch.setattr(workspace, name, {})
+        monkeypatch.setattr(workspace, "_capture_id", lambda stream: self.capture)
+        for name, value in vars(workspace.Workspace()).items():
+            if isinstance(value, dict | list):
+                monkeypatch.setattr(workspace.SHARED, name, value)
         monkeypatch.setattr(current, "stream", lambda index: self.stream)
         monkeypatch.setattr(current, "capturing", lambda: self.capture is not None)
         monkeypatch.setattr(current, "empty", _zeros)
-        monkeypatch.setattr("cuda.bindings.driver.cuStreamGetCaptureInfo", lambda stream: (0, 1, self.capture))
 
     def get(self, source: KernelSource, index: int) -> jit.Function:
         """Return a kernel that is loaded, but was not compiled: `jit.get` after `take_cpu_tensors`."""
+        self.asked.append(source.name)
         found = self._functions.get((source, index))
         if found is None:
             self.knows(source)
