@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,16 +13,6 @@ from tersor.errors import InputError
 from tersor.layouts import PackedWeight
 from tersor.ops import mode, prepared
 from tersor.ops import multiply as by_type
-
-
-@pytest.fixture(autouse=True)
-def usual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment says nothing, and what a test sets ends with it."""
-    for name in ("TERSOR_KERNEL", "TERSOR_BATCH_INVARIANT"):
-        monkeypatch.delenv(name, raising=False)
-    prepared.forget()
-    yield
-    prepared.forget()
 
 
 def packed(oc: int = 16, ic: int = 64) -> PackedWeight:
