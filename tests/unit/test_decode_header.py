@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("target", list(decode_groups.TARGETS))
 def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
-    header = resources.files("tersor.kernels").joinpath("cuda", "decode.cuh").read_text()
+    header = resources.files("tersor.kernels").joinpath("cuda", "common", "decode.cuh").read_text()
     names = [name for name in formats.names() if not decode_groups.supported(formats.get(name), target)]
     parts = []
     for name in names:

@@ -102,13 +102,15 @@ def test_the_installed_wheel_runs(installed: Path) -> None:
 
 def test_the_installed_wheel_finds_its_headers(installed: Path) -> None:
     code = (
-        "from tersor.kernels.dense import all_sources\n"
-        "source = next(all_sources((9, 0)))\n"
+        "from tersor.formats import get_scheme\n"
+        "from tersor.hardware import chip_named\n"
+        "from tersor.kernels import dense\n"
+        "source = next(dense.sources(get_scheme('fp6_e3m2'), 'float16', chip_named('H200')))\n"
         "print(len(source.text()), *source.files())"
     )
     length, *headers = run_in(installed, sys.executable, "-c", code).split()
     assert int(length) > 100
-    assert {"sm80_linear.cuh", "ptx.cuh"} <= set(headers)
+    assert {"dense/sm80_linear.cuh", "common/ptx.cuh"} <= set(headers)
 
 
 def test_the_version_is_stated_once() -> None:

@@ -9,8 +9,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from tersor.formats import ElementFormat, Scheme, get, get_scheme, names
-from tersor.hardware import CHIPS, Chip
+from tersor.formats import ElementFormat, Scheme
+from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import sm80, sm90
@@ -24,11 +24,6 @@ _QUANTIZE_THREADS = 256
 
 _SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
 """Scale dtype -> SCALE_TYPE of scales.cuh."""
-
-COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
-"""The formats in most use; the others come after them in `compiled_schemes`."""
-_EVERY_TILE = ("fp6_e3m2", "fp5_e2m2", "int4")
-"""Of these the compile tests build every tile: a decode group of 8 registers, one of 16, and integers."""
 
 
 def _decode_parameters(fmt: ElementFormat, target: str, fp8: bool = False) -> dict[str, int | bool | str]:
@@ -59,16 +54,19 @@ def _scale_parameters(scheme: Scheme) -> dict[str, int | bool | str]:
 
 
 @functools.cache
-def sm80_source(scheme: Scheme, target: str, n_tile: int, stages: int, gated: bool = False) -> KernelSource:
-    """Return the mma.sync kernel for one weight type, activation dtype and tile."""
+def sm80_source(
+    scheme: Scheme, target: str, n_tile: int, stages: int, shared_bytes: int, gated: bool = False
+) -> KernelSource:
+    """Return the mma.sync kernel for one weight type, activation dtype and tile; it checks its shared memory."""
     return KernelSource(
         name=f"tersor_linear_sm80_{scheme.format.name}_{target}_n{n_tile}{_suffix(gated)}",
-        header="sm80_linear.cuh",
+        header="dense/sm80_linear.cuh",
         parameters={
             **_decode_parameters(scheme.format, target),
             **_scale_parameters(scheme),
             "N_TILE": n_tile,
             "STAGES": stages,
+            "SHARED_BYTES": shared_bytes,
             "EPILOGUE": int(gated),
         },
         arguments="PPPPPPPPqiiiif",
@@ -81,6 +79,7 @@ def sm90_source(
     target: str,
     tile: sm90.Tile,
     slots: sm90.Slots,
+    shared_bytes: int,
     gated: bool = False,
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
@@ -91,7 +90,7 @@ def sm90_source(
             f"tersor_linear_sm90_{scheme.format.name}_{kind}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gated)}"
         ),
-        header="sm90_linear.cuh",
+        header="dense/sm90_linear.cuh",
         parameters={
             **_decode_parameters(scheme.format, target, tile.fp8),
             **_scale_parameters(scheme),
@@ -108,6 +107,7 @@ def sm90_source(
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": slots.weights,
             "X_SLOTS": slots.x,
+            "SHARED_BYTES": shared_bytes,
             "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
             "EPILOGUE": int(gated),
         },
@@ -123,8 +123,8 @@ def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig, gated: 
     """Return the kernel that a configuration asks for; `gated` as in cuda/gate.cuh."""
     if config.schedule == tune.SM90:
         slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
-        return sm90_source(scheme, target, sm90.tile_of(config), slots, gated, config.few_tokens)
-    return sm80_source(scheme, target, config.n_tile, config.weight_slots, gated)
+        return sm90_source(scheme, target, sm90.tile_of(config), slots, config.shared_bytes, gated, config.few_tokens)
+    return sm80_source(scheme, target, config.n_tile, config.weight_slots, config.shared_bytes, gated)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def quantize_source(target: str) -> KernelSource:
     """Return the kernel that turns 16-bit activations of a dtype into e4m3 with a scale a token."""
     return KernelSource(
         name=f"tersor_quantize_activations_{target}",
-        header="quantize_activations.cuh",
+        header="dense/quantize_activations.cuh",
         parameters={"BF16": target == "bfloat16"},
         arguments="PPPqqii",
     )
@@ -150,7 +150,7 @@ def dequantize_source(scheme: Scheme, target: str) -> KernelSource:
     """Return the kernel that decodes tiles to a dense 16-bit matrix."""
     return KernelSource(
         name=f"tersor_dequantize_{scheme.format.name}_{target}",
-        header="dequantize.cuh",
+        header="dense/dequantize.cuh",
         parameters={**_decode_parameters(scheme.format, target), **_scale_parameters(scheme)},
         arguments="PPPiiif",
     )
@@ -162,7 +162,7 @@ def epilogue_source(scheme: Scheme, target: str, gated: bool = False) -> KernelS
     row_scale = scales.scale_bytes(scheme) // 4 if scheme.group_size is None else 0
     return KernelSource(
         name=f"tersor_epilogue_{target}{_suffix(gated)}",
-        header="epilogue.cuh",
+        header="dense/epilogue.cuh",
         parameters={"BF16": target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
         arguments="PPPPPiiif",
     )
@@ -310,10 +310,12 @@ def sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) -> Ite
     groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
     for tokens in sm80.TILES:
         depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
-        yield sm80_source(scheme, target, tokens, depth, gated)
+        shared = depth * sm80.stage_bytes(tokens, bits, row_bytes)
+        yield sm80_source(scheme, target, tokens, depth, shared, gated)
     if chip.capability == (9, 0):
         for tile in sm90.tiles(groups):
-            yield sm90_source(scheme, target, tile, tile.slots(bits, row_bytes, chip), gated)
+            slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+            yield sm90_source(scheme, target, tile, slots, shared, gated)
     yield dequantize_source(scheme, target)
     yield epilogue_source(scheme, target, gated)
 
@@ -324,52 +326,5 @@ def fp8_sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) ->
     if chip.capability == (9, 0):
         yield quantize_source(target)
         for tile in sm90.tiles(groups, fp8=True):
-            yield sm90_source(scheme, target, tile, tile.slots(bits, row_bytes, chip), gated)
-
-
-def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
-    """Yield what the compile tests build, and whether in every tile or only in those that need the most registers.
-
-    Every format and every kind of scale is among them, not each format with each kind of scale.
-    """
-    for name in COMPILED_FORMATS:
-        for group_size in (None, 128):
-            yield Scheme(get(name), group_size), name in _EVERY_TILE
-    for group_size in (64, 32, 16):
-        yield Scheme(get("fp6_e3m2"), group_size), True
-    yield Scheme(get("uint4"), 128), True
-    for index, name in enumerate(name for name in names() if name not in COMPILED_FORMATS):
-        yield Scheme(get(name)), False
-        yield Scheme(get(name), (128, 64, 32, 16)[index % 4], ("float16", "bfloat16", "float32")[index % 3]), False
-    for name in ("mxfp6_e3m2", "mxfp4_e2m1", "mxint8"):
-        yield get_scheme(name), False
-
-
-def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
-    """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once.
-
-    Schemes that are not built in every tile take float16 and bfloat16 by turns.
-    """
-    seen = set()
-    for chip in CHIPS.values():
-        if chip.capability != capability:
-            continue
-        for index, (scheme, every_tile) in enumerate(compiled_schemes()):
-            fast = sm90.tiles(tiles.scales_in_block(scheme.group_size))
-            widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
-            for target in (
-                decode_groups.PAIR_TARGETS if every_tile else decode_groups.PAIR_TARGETS[(index + index // 2) % 2 :][:1]
-            ):
-                for source in sources(scheme, target, chip):
-                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
-                        seen.add(source)
-                        yield source
-            if (
-                every_tile
-                and not decode_groups.supported(scheme.format, decode_groups.FP8)
-                and (scheme.group_size or 32) % 32 == 0
-            ):
-                for source in fp8_sources(scheme, "float16", chip):
-                    if source not in seen:
-                        seen.add(source)
-                        yield source
+            slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+            yield sm90_source(scheme, target, tile, slots, shared, gated)

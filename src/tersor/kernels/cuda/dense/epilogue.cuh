@@ -3,8 +3,8 @@
 // sums are already scaled, else the distance of the scales, in floats).
 #pragma once
 
-#include "ptx.cuh"
-#include "gate.cuh"
+#include "common/gate.cuh"
+#include "common/ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(
     const float* __restrict__ sums,   // [N, columns]
