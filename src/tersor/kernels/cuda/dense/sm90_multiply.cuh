@@ -12,8 +12,9 @@
 namespace linear {
 
 static_assert(FP8_WEIGHT == 4 || FP8_WEIGHT == 5, "8-bit weights are e4m3 or e5m2, by the bits of their exponents");
-using Multiply = wgmma::Multiply<
-    kFp8 ? (FP8_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3) : (kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16)>;
+constexpr wgmma::Kind kOperand =
+    kFp8 ? (FP8_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3) : (kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16);
+using Multiply = wgmma::Multiply<kOperand>;
 
 // sums += scale * part for one scale group of the block.
 __device__ __forceinline__ void add_scaled(
