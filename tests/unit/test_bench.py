@@ -372,56 +372,6 @@ def test_the_commit_is_that_of_a_checkout_only(tmp_path: Path) -> None:
     assert len(facts["date"]) == 10
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_picture(measured: dict[str, Any], tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
-    from tersor.bench.plot import plot
-
-    other = [{**row, "oc": 4096, "kernel": f"{row['kernel']}:a8"} for row in measured["rows"][:2]]
-    path = tmp_path / f"times{suffix}"
-    plot({**measured, "rows": measured["rows"] + other}, path)
-    assert path.stat().st_size > 5000
-    assert b"commit abc1234, 11 times, sha256 " in path.read_bytes()
-    with pytest.raises(InputError, match="a plot is written as"):
-        plot(measured, tmp_path / "times.txt")
-    with pytest.raises(OutputError, match="cannot be written"):
-        (tmp_path / "folder.png").mkdir()
-        plot(measured, tmp_path / "folder.png")
-
-
-def test_a_picture_is_the_same_file_when_it_is_drawn_again(measured: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from tersor.bench.plot import plot
-
-    for name in ("a.svg", "b.svg"):
-        plot(measured, tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-
-
-def test_a_pictures_description_follows_the_times_and_not_their_order(measured: dict[str, Any]) -> None:
-    from tersor.bench.plot import description
-
-    first = description(measured)
-    assert description({**measured, "rows": measured["rows"][::-1]}) == first
-    changed = [{**measured["rows"][0], "microseconds": 0.01}, *measured["rows"][1:]]
-    assert description({**measured, "rows": changed}) != first
-
-
-def test_kernels_are_named_for_people() -> None:
-    from tersor.bench.plot import kernel_words
-
-    names = ("cublas", "fp8", "fp6_e3m2", "int4:g128:a8", "humming fp6_e3m2", "humming fp6_e3m2:a8")
-    assert [kernel_words(name, "bfloat16") for name in names] == [
-        "cuBLAS BF16",
-        "cuBLAS FP8",
-        "Tersor fp6_e3m2",
-        "Tersor int4:g128, 8-bit activations",
-        "humming fp6_e3m2",
-        "humming fp6_e3m2, 8-bit activations",
-    ]
-    assert kernel_words("cublas", "float16") == "cuBLAS FP16"
-
-
 def test_a_result_is_shown(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from tersor.cli.bench_linear import show
 
