@@ -94,7 +94,7 @@ def test_the_operator_asks_for_the_problem_that_is_measured(
     ic: int, group_size: int | None, own_tables: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tune.LinearProblem] = []
-    monkeypatch.setattr(table, "measured", lambda problem, chip: asked.append(problem))
+    monkeypatch.setattr(choice, "measured", lambda problem, chip: asked.append(problem))
     scheme = formats.get_scheme("fp6_e3m2", group_size)
     encoded = quantize_rtn(torch.randn(264, ic, device="cuda"), scheme)
     weight = PackedWeight.from_encoded(encoded, scheme)

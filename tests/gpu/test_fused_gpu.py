@@ -18,8 +18,8 @@ from tersor.integrations.transformers import fuse, joined, load
 from tersor.integrations.transformers.generate import Generator
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.layouts import PackedWeight, gated, tiles
-from tersor.layouts.packing import Packing
+from tersor.layouts import PackedWeight, gated
+from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -64,7 +64,7 @@ def decision(packed: PackedWeight, n: int, dtype: torch.dtype) -> dispatch.Decis
 
 def compile_for(packed: PackedWeight, counts: tuple[int, ...], dtype: torch.dtype, gated: bool) -> None:
     """Compile side by side what calls with so many tokens would compile one after the other."""
-    target = tiles.LAYOUTS[packed.layout]
+    target = LAYOUTS[packed.layout]
     configs = [decision(packed, n, dtype).config for n in counts]
     sources = {
         family.fused_source(Packing.of(packed.scheme, target), target, config, gated)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from jit_kernels import axpy
+from helpers.jit_kernels import axpy
 from safetensors.torch import save_file
 
 from tersor import formats

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeGpu
 
-from tersor import formats, hardware, ops, settings
+from tersor import formats, hardware, ops
 from tersor.cli import doctor
 from tersor.cli.main import run
 from tersor.errors import UnsupportedError
-from tersor.kernels.jit import build, nvrtc
-from tersor.ops import Reason, mode
+from tersor.kernels.jit import nvrtc
+from tersor.ops import Reason
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, no settings but an empty cache, whatever the machine."""
-    for name in settings.SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(build, "_memory", {})
-    mode.forget()
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, whatever the machine."""
+    FakeGpu().install(monkeypatch)
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -36,13 +31,13 @@ def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], cache_dir: Path) -> None:
     found = report(capsys)
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert found["versions"]["NVRTC"] == "{}.{}".format(*nvrtc.version())
     assert found["gpus"] == []
-    assert found["cache"] == {"directory": str(tmp_path / "cache" / "jit"), "entries": 0, "bytes": 0}
-    assert found["environment"]["TERSOR_CACHE_DIR"] == str(tmp_path / "cache")
+    assert found["cache"] == {"directory": str(cache_dir / "jit"), "entries": 0, "bytes": 0}
+    assert found["environment"]["TERSOR_CACHE_DIR"] == str(cache_dir)
     assert found["environment"]["TERSOR_KERNEL"] is None
     assert found["advice"] == ["torch is built without CUDA: everything runs on the CPU"]
     kernels = found["kernels"]
@@ -90,18 +85,14 @@ def test_what_is_missing_is_said_and_is_no_failure(
     ]
 
 
-def test_a_gpu_is_described(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
-    old = SimpleNamespace(name="NVIDIA T4", major=7, minor=5, multi_processor_count=40)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: (properties, old)[index])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100 * 10**9, 150 * 10**9))
-    monkeypatch.setattr(ops, "explain", lambda *arguments: Reason("reference", "not asked here"))
+def test_gpus_are_described(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    old = replace(hardware.CHIPS["NVIDIA A100"], name="NVIDIA T4", capability=(7, 5), sms=40)
+    FakeGpu("NVIDIA H200", old).install(monkeypatch)
     assert run(["doctor"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "cuda:0 NVIDIA H200, compute capability 9.0, 132 multiprocessors, 100.0 GB of 150.0 GB free" in text
     assert "kernels are built for sm_90a cuda:1 NVIDIA T4" in text and "no kernel can be built for it" in text
+    assert "float16, bfloat16 all fused fused" in text
 
 
 def test_formats_that_fare_alike_share_a_row(
@@ -149,7 +140,6 @@ def test_an_unknown_option_is_one_line_and_status_2(argument: str, capsys: pytes
 
 def test_a_malformed_setting_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERSOR_KERNEL", "fastest")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    FakeGpu("NVIDIA H200").install(monkeypatch)
     assert run(["doctor"]) == 2
     assert "environment variable TERSOR_KERNEL is 'fastest'" in capsys.readouterr().err

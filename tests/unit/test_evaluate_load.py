@@ -6,8 +6,8 @@ import importlib.util
 import json
 
 import pytest
-import tiny_lm
 import torch
+from helpers import tiny_lm
 from safetensors.torch import load_file, save_file
 
 from tersor import evaluate, nn, plots

@@ -5,25 +5,22 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeGpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tersor import formats, hardware, ops
+from tersor import formats, ops
 from tersor.compress import quantize_rtn
-from tersor.hardware import CHIPS
-from tersor.kernels import dense, jit
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
-from tersor.ops import current, dispatch, mode, prepared, workspace
 from tersor.ops import dense as ops_dense
+from tersor.ops import mode, prepared
+from tersor.ops.workspace import SHARED
 
 HALF = torch.float16
 
@@ -34,162 +31,111 @@ def packed(oc: int = 256, ic: int = 1024, layout: str = "tiles_float16") -> Pack
     return PackedWeight.from_encoded(quantize_rtn(values, scheme), scheme).to_layout(layout)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: the stream, every argument of the kernel by its name, and whether weights may come early."""
-
-    stream: int
-    early: bool
-    arguments: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        return self.arguments[name]
-
-
-class Gpu:
-    """Remembers the names of the kernels that were loaded, and what was launched."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.launches: list[Launch] = []
-        self.local = threading.local()
-
-    @property
-    def last(self) -> Launch:
-        """The latest launch."""
-        return self.launches[-1]
-
-    def get(self, source: jit.KernelSource, index: int) -> Any:
-        self.loaded.append(source.name)
-        names = dense.SM90_ARGUMENTS if "sm90" in source.name else dense.SM80_ARGUMENTS
-
-        def launch(
-            grid: Any,
-            block: Any,
-            shared: int,
-            stream: int,
-            args: tuple[Any, ...],
-            early: bool = False,
-            cluster: Any = None,
-        ) -> None:
-            self.launches.append(Launch(stream, early, dict(zip(names, args, strict=True))))
-
-        return SimpleNamespace(launch=launch)
-
-
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """Let tensors of the CPU pass for those of an A100: its schedule needs no tensor map."""
-    fake = Gpu()
-    monkeypatch.setattr(dispatch, "_environment_reason", lambda dtype, device: "")
-    monkeypatch.setattr(dispatch, "_device_reason", lambda index: "")
-    monkeypatch.setattr(dispatch, "_index", lambda device: 0)
-    monkeypatch.setattr(hardware, "of_device", lambda index: CHIPS["NVIDIA A100"])
-    monkeypatch.setattr(jit, "get", fake.get)
-    monkeypatch.setattr(current, "stream", lambda index: getattr(fake.local, "stream", 7))
-    monkeypatch.setattr(current, "capturing", lambda: False)
-    monkeypatch.setattr(
-        current, "empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype).fill_(0)
-    )
-    held = {(-1, s): (1 << 24, 1 << 12, 1000 + s, 2000 + s) for s in (7, 8, 9)}
-    monkeypatch.setattr(workspace.SHARED, "_streams", held)
-    prepared.forget()
-    yield fake
-    prepared.forget()
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """Tensors of the CPU pass for those of an A100, or of the chip a test names: its kernels need no tensor map."""
+    fake = FakeGpu(getattr(request, "param", "NVIDIA A100"))
+    fake.install(monkeypatch)
+    fake.take_cpu_tensors(monkeypatch)
+    return fake
 
 
-def test_a_call_is_prepared_once_for_each_number_of_tokens_and_alignment(gpu: Gpu) -> None:
+on_an_h200 = pytest.mark.parametrize("gpu", ["NVIDIA H200"], indirect=True)
+
+
+def test_a_call_is_prepared_once_for_each_number_of_tokens_and_alignment(gpu: FakeGpu) -> None:
     weight = packed()
     wide = torch.zeros(9, 1032, dtype=HALF)
     for x in (wide[:3, :1024], wide[:, :1024], wide[:9, 1:1025]) * 3:
         assert ops.linear(x, weight).shape == (x.shape[0], 256)
     of = prepared.type_of(weight)
     keys = [(n, HALF, -1, aligned, False, 0) for n, aligned in ((3, True), (9, True), (9, False))]
-    assert list(of._few) == keys and len(gpu.loaded) == 3
-    assert [launch.x for launch in gpu.launches[-3:]] == [wide.data_ptr(), wide.data_ptr(), wide.data_ptr() + 2]
-    assert {launch.x_stride for launch in gpu.launches} == {1032}
+    assert list(of._few) == keys and len(gpu.asked) == 3
+    assert [launch["x"] for launch in gpu.launches[-3:]] == [wide.data_ptr(), wide.data_ptr(), wide.data_ptr() + 2]
+    assert {launch["x_stride"] for launch in gpu.launches} == {1032}
     same = PackedWeight(weight.scheme, weight.shape, weight.data.clone(), weight.scale.clone(), None, weight.layout)
     ops.linear(wide[:, :1024], same)
-    assert prepared.type_of(same) is of and len(gpu.loaded) == 3
+    assert prepared.type_of(same) is of and len(gpu.asked) == 3
     prepared.forget()
     ops.linear(wide[:, :1024], same)
-    assert len(gpu.loaded) == 4
+    assert len(gpu.asked) == 4
 
 
+@on_an_h200
 def test_a_server_that_sees_every_number_of_tokens_keeps_its_decode_steps(
-    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "of_device", lambda index: CHIPS["NVIDIA H200"])
     of, now = prepared.type_of(packed()), mode.current()
 
     def call(n: int) -> prepared.Prepared:
         return of.prepared((n, HALF, -1, True, False, 0), now)
 
     decode = {n: call(n) for n in range(1, 257)}
-    started = len(gpu.loaded)
+    started = len(gpu.asked)
     for n in range(257, 8193):
         call(n)
         call(300)  # in use all the time, so never the least recently used
     assert all(call(n) is found for n, found in decode.items())
     assert len(of._long) == prepared._MOST_LONG
-    assert len(gpu.loaded) - started == 8192 - 256  # 300 was never made again
+    assert len(gpu.asked) - started == 8192 - 256  # 300 was never made again
     assert len({key for key in of._long if key[0] != 300 and key[0] <= 8192 - 256}) == 0
 
 
-def test_every_address_is_read_at_every_call(gpu: Gpu) -> None:
+def test_every_address_is_read_at_every_call(gpu: FakeGpu) -> None:
     weight = packed()
     bias, wide_bias = torch.zeros(256, dtype=HALF), torch.arange(512, dtype=HALF)[::2]
     for x in (torch.zeros(2, 1024, dtype=HALF), torch.zeros(1, 2, 1024, dtype=HALF)):
         y = ops.linear(x, weight, bias)
         expected = {"weight": weight.data, "scale": weight.scale, "x": x, "bias": bias, "y": y}
-        assert {name: gpu.last.arguments[name] for name in expected} == {
+        assert {name: gpu.last[name] for name in expected} == {
             name: tensor.data_ptr() for name, tensor in expected.items()
         }
-        assert (gpu.last.stream, gpu.last.residual, gpu.last.partial, gpu.last.arrived) == (7, 0, 1007, 2007)
+        assert (gpu.last.stream, gpu.last["residual"]) == (7, 0)
+        assert gpu.last["partial"] in gpu.memory and gpu.last["arrived"] > gpu.last["partial"]
         sizes = ("x_stride", "oc", "ic", "n", "x_aligned")
-        assert [gpu.last.arguments[name] for name in sizes] == [1024, 256, 1024, 2, True]
+        assert [gpu.last[name] for name in sizes] == [1024, 256, 1024, 2, True]
         assert y.shape == (*x.shape[:-1], 256) and y.is_contiguous() and y.dtype == HALF
     ops.linear(torch.zeros(2, 1024, dtype=HALF), weight, wide_bias)
-    assert gpu.last.bias not in (0, wide_bias.data_ptr())
+    assert gpu.last["bias"] not in (0, wide_bias.data_ptr())
     ops.linear(torch.zeros(2, 2, 2, 1024, dtype=HALF), weight)
-    assert gpu.last.bias == 0 and gpu.last.n == 8
+    assert gpu.last["bias"] == 0 and gpu.last["n"] == 8
     twice = torch.zeros(1, 1024, dtype=HALF).expand(5, 1024)
     ops.linear(twice, weight)
-    assert gpu.last.x_stride == 1024 and gpu.last.x != twice.data_ptr()
+    assert gpu.last["x_stride"] == 1024 and gpu.last["x"] != twice.data_ptr()
 
 
-def test_residuals_and_gated_calls_reach_the_kernel(gpu: Gpu) -> None:
+def test_residuals_and_gated_calls_reach_the_kernel(gpu: FakeGpu) -> None:
     weight, bias = packed(), torch.zeros(256, dtype=HALF)
     x, residual = torch.zeros(3, 1024, dtype=HALF), torch.zeros(3, 264, dtype=HALF)
     ops.linear(x, weight, bias, residual=residual[:, :256].contiguous())
-    assert gpu.last.residual % 16 == 0 != gpu.last.residual
+    assert gpu.last["residual"] % 16 == 0 != gpu.last["residual"]
     same = torch.zeros(3, 256, dtype=HALF)
     ops.linear(x, weight, bias, residual=same)
-    assert gpu.last.residual == same.data_ptr()
+    assert gpu.last["residual"] == same.data_ptr()
     for odd in (residual[:, :256], torch.zeros(769, dtype=HALF)[1:].view(3, 256)):
         ops.linear(x, weight, bias, residual=odd)
-        assert gpu.last.residual not in (0, odd.data_ptr()) and gpu.last.residual % 16 == 0
+        assert gpu.last["residual"] not in (0, odd.data_ptr()) and gpu.last["residual"] % 16 == 0
     assert ops.gated_linear(x, weight).shape == (3, 128)
-    assert gpu.loaded[0].endswith("_n8") and gpu.loaded[-1].endswith("_n8_gated")
+    assert gpu.asked[0].endswith("_n8") and gpu.asked[-1].endswith("_n8_gated")
     assert list(prepared.type_of(weight)._few) == [(3, HALF, -1, True, gated, 0) for gated in (False, True)]
 
 
-def test_batch_invariant_calls_copy_and_take_turns(gpu: Gpu) -> None:
+def test_batch_invariant_calls_copy_and_take_turns(gpu: FakeGpu) -> None:
     weight, wide = packed(), torch.zeros(200, 1027, dtype=HALF)
     residual = torch.zeros(200, 256, dtype=HALF)
     with ops.using(batch_invariant=True):
         assert ops.linear(wide[:, 1:1025], weight, residual=residual).shape == (200, 256)
-    assert [launch.n for launch in gpu.launches] == [64, 64, 64, 8]
-    address = gpu.launches[0].x
+    assert [launch["n"] for launch in gpu.launches] == [64, 64, 64, 8]
+    address = gpu.launches[0]["x"]
     for turn, launch in enumerate(gpu.launches):
-        assert launch.x == address + turn * 64 * 1024 * 2 and launch.x % 16 == 0
-        assert launch.x_stride == 1024 and launch.x_aligned
-        assert launch.residual == residual.data_ptr() + turn * 64 * 256 * 2
+        assert launch["x"] == address + turn * 64 * 1024 * 2 and launch["x"] % 16 == 0
+        assert launch["x_stride"] == 1024 and launch["x_aligned"]
+        assert launch["residual"] == residual.data_ptr() + turn * 64 * 256 * 2
     ops.linear(wide[:5, 1:1025], weight)
-    assert gpu.last.x == wide.data_ptr() + 2 and not gpu.last.x_aligned
+    assert gpu.last["x"] == wide.data_ptr() + 2 and not gpu.last["x_aligned"]
 
 
-def test_a_layer_follows_its_buffers(gpu: Gpu) -> None:
+def test_a_layer_follows_its_buffers(gpu: FakeGpu) -> None:
     layer = PackedLinear.from_packed(packed(), dtype=HALF)
     x = torch.zeros(2, 1024, dtype=HALF)
     layer(x)
@@ -199,25 +145,27 @@ def test_a_layer_follows_its_buffers(gpu: Gpu) -> None:
         moved = getattr(layer, name).clone()
         setattr(layer, name, moved)
         layer(x)
-        assert gpu.last.arguments[argument] == moved.data_ptr()
+        assert gpu.last[argument] == moved.data_ptr()
         assert layer.packed_weight() is not held
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         other(x)
-        assert gpu.last.weight == other.weight_packed.data_ptr() != layer.weight_packed.data_ptr()
+        assert gpu.last["weight"] == other.weight_packed.data_ptr() != layer.weight_packed.data_ptr()
     layer.bias = torch.nn.Parameter(torch.ones(256, dtype=HALF), requires_grad=False)
     layer(x)
-    assert gpu.last.bias == layer.bias.data_ptr()
+    assert gpu.last["bias"] == layer.bias.data_ptr()
 
 
-def test_split_sums_lie_in_the_workspace_of_the_call(gpu: Gpu) -> None:
-    own = ops.Workspace()
-    own._streams[-1, 7] = (1 << 24, 1 << 12, 5000, 6000)
+def test_split_sums_lie_in_the_workspace_of_the_call(gpu: FakeGpu) -> None:
     weight, x = packed(), torch.zeros(2, 1024, dtype=HALF)
-    with ops.using(workspace=own):
-        ops.linear(x, weight)
-        assert (gpu.last.partial, gpu.last.arrived) == (5000, 6000)
-    ops.linear(x, weight)
-    assert (gpu.last.partial, gpu.last.arrived) == (1007, 2007)
+    places = []
+    for workspace in (ops.Workspace(), SHARED, ops.Workspace()):
+        with ops.using(workspace=workspace):
+            ops.linear(x, weight)
+            places.append((gpu.last["partial"], gpu.last["arrived"]))
+            ops.linear(x, weight)
+            assert (gpu.last["partial"], gpu.last["arrived"]) == places[-1]
+        assert workspace.nbytes == gpu.memory[gpu.last["partial"]][1]
+    assert [partial for partial, _ in places] == list(gpu.memory) and len(set(places)) == 3
 
 
 def test_what_is_noted_on_a_weight_is_not_part_of_it() -> None:
@@ -230,27 +178,25 @@ def test_what_is_noted_on_a_weight_is_not_part_of_it() -> None:
         assert torch.equal(ops.linear(torch.ones(1, 64), other), ops.linear(torch.ones(1, 64), weight))
 
 
-def test_early_fetches_need_a_weight_that_lies_still(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tersor.kernels.jit import tensor_map
-
-    monkeypatch.setattr(tensor_map, "rows", lambda *sizes: sizes)
-    monkeypatch.setattr(hardware, "of_device", lambda index: CHIPS["NVIDIA H200"])
+@on_an_h200
+def test_early_fetches_need_a_weight_that_lies_still(gpu: FakeGpu) -> None:
     weight, x = packed(), torch.zeros(16, 1024, dtype=HALF)
     for written in (None, None, weight.data, None, weight.scale, None):
         if written is not None:
             written.add_(0)
         ops.linear(x, weight)
-        assert gpu.last.x_map[:4] == (x.data_ptr(), 16, 1024, 1024)
-    assert [launch.early for launch in gpu.launches] == [False, True, False, True, False, True]
+        x_map = gpu.last["x_map"]
+        assert (x_map.address, x_map.sizes, x_map.strides) == (x.data_ptr(), (1024, 16), (2048,))
+    assert [launch.programmatic for launch in gpu.launches] == [False, True, False, True, False, True]
 
 
-def test_threads_share_prepared_calls_and_nothing_else(gpu: Gpu) -> None:
+def test_threads_share_prepared_calls_and_nothing_else(gpu: FakeGpu) -> None:
     weight, together, failures = packed(), threading.Barrier(2), []
     xs = {stream: torch.zeros(4, 1024, dtype=HALF) for stream in (8, 9)}
 
     def work(stream: int) -> None:
         try:
-            gpu.local.stream = stream
+            gpu.stream = stream
             together.wait()
             for _ in range(300):
                 ops.linear(xs[stream], weight)
@@ -263,10 +209,10 @@ def test_threads_share_prepared_calls_and_nothing_else(gpu: Gpu) -> None:
     for thread in threads:
         thread.join()
     assert failures == [] and len(gpu.launches) == 600
-    for launch in gpu.launches:
-        stream = launch.stream
-        assert launch.x == xs[stream].data_ptr()
-        assert (launch.partial, launch.arrived) == (1000 + stream, 2000 + stream)
+    assert {(launch.stream, launch["x"]) for launch in gpu.launches} == {(s, x.data_ptr()) for s, x in xs.items()}
+    assert {(launch.stream, launch["partial"]) for launch in gpu.launches} in (
+        set(zip(streams, gpu.memory, strict=True)) for streams in ((8, 9), (9, 8))
+    )
 
 
 class Seen(Exception):

@@ -26,17 +26,6 @@ _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 _QUANTIZE_THREADS = 256
 
-SM80_ARGUMENTS: tuple[str, ...] = (
-    *("weight", "scale", "x", "bias", "residual", "y", "partial", "arrived"),
-    *("x_stride", "oc", "ic", "n", "x_aligned", "factor"),
-)
-SM90_ARGUMENTS: tuple[str, ...] = (
-    *("x_map", "weight", "scale", "bias", "x_scale", "residual", "y", "partial", "arrived"),
-    *("oc", "ic", "n", "whole_tiles", "splits", "x_rows", "factor"),
-)
-"""Names of the kernels' parameters, in order, as sm80_linear.cuh and sm90_linear.cuh spell them: a test compares them,
-since the compiler sees types only."""
-
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
 """The formats in most use; the others come after them in `compiled_schemes`."""
 _EVERY_TILE = ("fp6_e3m2", "fp5_e2m2", "int4")

@@ -22,11 +22,11 @@ class LinearProblem:
     Attributes:
         oc, ic, n: sizes; n is at least 1.
         bits: width of a code.
-        scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
-        scale_bytes: what they take in memory, zero points included.
-        aligned: rows of x start on 16 bytes, which a tensor map needs.
+        scale_groups: scales of one row in a block of 128 input channels; 0 for one scale a row.
+        scale_bytes: bytes that the scales of a row take in such a block, zero points included.
+        aligned: whether rows of x start on 16 bytes, which a tensor map needs.
         activations: what the weight is multiplied with.
-        batch_invariant: a row of y must not depend on how many other rows there are.
+        batch_invariant: whether a row of y must not depend on how many other rows there are.
     """
 
     oc: int
@@ -71,19 +71,21 @@ class LinearConfig:
         schedule: `sm80` or `sm90`.
         activations: what the weight is multiplied with.
         n_tile: tokens in a tile.
-        row_groups: groups of 64 output rows in a tile.
-        channel_groups: warpgroups for each row group; with few tokens all of a CTA take blocks of channels in turn.
+        row_groups: groups of 64 output channels in a tile.
+        channel_groups: warpgroups for each row group; with few tokens all warpgroups of a CTA take blocks of input
+            channels in turn.
         cluster: CTAs that share the activations they fetch.
         resident: CTAs meant to share a multiprocessor, with those of the next launch.
-        weight_slots, x_slots: slots in the rings of shared memory.
-        token_tiles, row_tiles: tiles along tokens and output channels.
-        whole_tiles: tiles that one CTA takes over all channels; the others go to `splits` CTAs each.
-        splits: parts of the channels.
-        gathered: the splits of a tile are a cluster, which adds them in shared memory.
-        gather_room: parts of theirs that have room beside the rings; more come to where those were.
+        weight_slots, x_slots: slots in the rings of shared memory, for weights and for activations.
+        token_tiles, row_tiles: tiles along tokens and along output channels.
+        whole_tiles: tiles that one CTA takes over all input channels; every other tile goes to `splits` CTAs.
+        splits: parts into which the input channels of a split tile are cut.
+        gathered: whether the splits of a tile are one cluster, which adds their sums in shared memory.
+        gather_room: sums of other splits that have room beside the rings while a cluster gathers; further sums come to
+            where the rings were.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
-        few_tokens: 0 where the sm90 schedule must not take mma.sync, in whatever tile (`Tile.few`).
+        few_tokens: tokens up to which the sm90 schedule may take mma.sync; 0 forbids it in whatever tile (`Tile.few`).
     """
 
     schedule: str
