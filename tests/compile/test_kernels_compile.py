@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import catalogue
 import pytest
 
 from tersor.formats import get_scheme
@@ -42,10 +43,10 @@ def check(sources: list[KernelSource], arch: str) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 def test_every_kernel_compiles_without_spills(capability: tuple[int, int]) -> None:
-    sources = list(dense.all_sources(capability))
+    sources = list(catalogue.all_sources(capability))
     headers = Counter(source.header for source in sources)
-    newest = {"sm90_linear.cuh", "quantize_activations.cuh"} if capability == (9, 0) else set()
-    assert set(headers) == {"sm80_linear.cuh", "dequantize.cuh", "epilogue.cuh", *newest}
+    newest = {"dense/sm90_linear.cuh", "dense/quantize_activations.cuh"} if capability == (9, 0) else set()
+    assert set(headers) == {"dense/sm80_linear.cuh", "dense/dequantize.cuh", "dense/epilogue.cuh", *newest}
     start = time.monotonic()
     check(sources, arch_for(capability))
     print(f"{arch_for(capability)}: {len(sources)} kernels in {time.monotonic() - start:.1f} s")

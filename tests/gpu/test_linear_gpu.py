@@ -14,7 +14,6 @@ from tersor.compress import Encoded
 from tersor.hardware import Chip
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.kernels.dense import COMPILED_FORMATS
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, decode_groups
 from tersor.layouts.blocks import BLOCK_IC
@@ -26,11 +25,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
+"""The formats in most use."""
 FULLY = ("fp6_e3m2", "int4")
 """Formats that are multiplied with scales of every group size; test_types_gpu.py has every format."""
 PRODUCTS = [
     (name, group_size)
-    for name in COMPILED_FORMATS
+    for name in FORMATS
     for group_size in ((None, 128, 32, 64, 16, 80, 320) if name in FULLY else (None, 128))
 ]
 SHAPES = ((129, 640), (1, 1280), (400, 1920))
@@ -147,7 +148,7 @@ def served_by(packed: PackedWeight, x: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*COMPILED_FORMATS, "fp4_e3m0", "fp4_e1m2", "fp3_e2m0", "fp8_e4m3"])
+@pytest.mark.parametrize("name", [*FORMATS, "fp4_e3m0", "fp4_e1m2", "fp3_e2m0", "fp8_e4m3"])
 def test_every_code_decodes_exactly(name: str, dtype: torch.dtype, schedule: str) -> None:
     """Columns of the identity pick single weights out of the fused kernel: what it decoded, times the scale."""
     scheme = formats.get_scheme(name, scale_dtype="float32")
@@ -294,7 +295,7 @@ def test_compiled_without_graph_breaks() -> None:
 
 
 def test_layouts_are_undone_exactly_on_the_gpu() -> None:
-    for name in COMPILED_FORMATS:
+    for name in FORMATS:
         weight = random_weight(70, 200, formats.get_scheme(name, 40 if name == "int4" else None))
         for layout in ("tiles_float16", "tiles_bfloat16"):
             back = weight.to_layout(layout).to_layout("stream") if name != "int4" else weight

@@ -1,8 +1,9 @@
-"""The device decoder, compiled as plain C++ and run over all codes."""
+"""Common headers beside their Python: the decoder, run as plain C++ over all codes, and names that both have."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from importlib import resources
@@ -12,17 +13,72 @@ import pytest
 import torch
 
 from tersor import formats
-from tersor.layouts import decode_groups, tiles
-from tersor.layouts.packing import Packing
+from tersor.layouts import decode_groups, gated, tiles
+from tersor.layouts.packing import SCALE_TYPES, Packing
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
+def common(name: str) -> str:
+    """The text of a header."""
+    return resources.files("tersor.kernels").joinpath("cuda", "common", name).read_text()
+
+
+def enumeration(header: str, name: str) -> dict[str, int]:
+    """The names and values of an `enum` of a header; every one has its value written out."""
+    (body,) = re.findall(rf"enum {name} \{{(.*?)\}};", common(header), re.DOTALL)
+    entries = [entry.strip() for entry in re.sub(r"//.*", "", body).split(",") if entry.strip()]
+    return {left: int(right) for left, _, right in (entry.partition(" = ") for entry in entries)}
+
+
+def built(source: str, folder: Path) -> ctypes.CDLL:
+    """Compile C++ to a library and load it."""
+    (folder / "header.cpp").write_text(source)
+    library = folder / "header.so"
+    assert COMPILER is not None
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+    subprocess.run([COMPILER, *options, str(folder / "header.cpp"), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def test_ways_to_finish_have_one_name_and_value_in_both_languages() -> None:
+    finishes = {
+        "k" + "".join(word.capitalize() for word in finish.name.split("_")): finish.value
+        for finish in decode_groups.Finish
+    }
+    assert enumeration("decode.cuh", "Finish") == finishes
+
+
+def test_scale_types_have_one_name_and_value_in_both_languages() -> None:
+    types = {f"k{dtype.capitalize()}": value for dtype, value in SCALE_TYPES.items()}
+    assert enumeration("scales.cuh", "Type") == types
+    assert set(SCALE_TYPES) == set(formats.SCALE_DTYPES)
+
+
+@needs_compiler
+def test_rows_and_channels_of_gated_weights_are_the_same_in_both_languages(tmp_path: Path) -> None:
+    source = (
+        "#include <cmath>\n#include <algorithm>\n#define __device__\n#define __forceinline__ inline\n"
+        f"#define EPILOGUE 1\nusing std::max;\n{common('gate.cuh')}\n"
+        'extern "C" int outputs(int rows) { return gate::outputs(rows); }\n'
+        'extern "C" int row_of(int output) { return gate::row_of(output); }\n'
+    ).replace("#pragma once", "")
+    header = built(source, tmp_path)
+    for channels in (1, 7, 8, 9, 16, 100, 11008):
+        assert header.outputs(gated.gated_rows(channels)) == gated.gated_channels(gated.gated_rows(channels))
+        numbers = torch.arange(channels)
+        rows = gated.interleave(numbers + 1, -numbers - 1).tolist()
+        for channel in (0, channels // 2, channels - 1):
+            row = header.row_of(channel)
+            assert (rows[row], rows[row + gated.HALF]) == (channel + 1, -channel - 1)
+
+
+@needs_compiler
 @pytest.mark.parametrize("target", list(decode_groups.TARGETS))
 def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
-    header = resources.files("tersor.kernels").joinpath("cuda", "decode.cuh").read_text()
+    header = common("decode.cuh")
     names = [name for name in formats.names() if not decode_groups.unsupported_reason(formats.get(name), target)]
     parts = []
     for name in names:
@@ -37,14 +93,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
             f'extern "C" void {name}_extract(u32* registers, const u32* words) '
             f"{{ {name}::decode::extract(registers, words); }}\n"
         )
-    source = tmp_path / "decode.cpp"
-    source.write_text("using u32 = unsigned int;\n" + "".join(parts))
-    library = tmp_path / "decode.so"
-    assert COMPILER is not None
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
-    )
-    loaded = ctypes.CDLL(str(library))
+    loaded = built("using u32 = unsigned int;\n" + "".join(parts), tmp_path)
     together = decode_groups.weights_in_register(target)
     for name in names:
         fmt = formats.get(name)

@@ -73,7 +73,7 @@ def test_a_weight_packed_for_other_activations_than_the_tiles_has_no_kernel() ->
     tile = sm90.tiles(0, Activations.E4M3)[0]
     slots = tile.slots(6, 0, H200)
     with pytest.raises(ValueError, match="packed for float16 activations does not meet"):
-        dense.sm90_source(FP6, "float16", tile, slots)
+        dense.sm90_source(FP6, "float16", tile, slots, tile.shared_bytes(6, 0, H200))
 
 
 @pytest.mark.parametrize("activations", list(Activations))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from importlib import resources
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from tersor.errors import KernelError
-from tersor.kernels.jit import KernelSource
+from tersor.formats import Activations, get_scheme
+from tersor.hardware import CHIPS
+from tersor.kernels import dense, jit
+from tersor.kernels.jit import KernelSource, source
+from tersor.kernels.tune import table
 
+CUDA = Path(jit.__file__).parents[1] / "cuda"
 TEXTS = {
     "main.cuh": '#pragma once\n#include "part/one.cuh"\n  #  include "two.cuh"  // why\nint main_text;\n',
     "part/one.cuh": '#pragma once\n#include "two.cuh"\n',
@@ -40,11 +47,53 @@ def test_includes_are_followed_through_folders_once_each() -> None:
 
 
 def test_every_header_of_the_package_can_be_followed() -> None:
-    folder = resources.files("tersor.kernels").joinpath("cuda")
-    headers = [file.name for file in folder.iterdir() if file.name.endswith(".cuh")]
-    assert headers
+    headers = [str(file.relative_to(CUDA)) for file in CUDA.rglob("*.cuh")]
+    assert {name.split("/")[0] for name in headers} == {"common", "dense"}
     for header in headers:
         assert header in make(header=header).files()
+
+
+@pytest.fixture(name="copied")
+def copied_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of kernels/cuda that sources are read from."""
+    folder = shutil.copytree(CUDA, tmp_path / "cuda")
+    monkeypatch.setattr(source, "_package_header", lambda name, includer: (folder / name).read_text(encoding="utf-8"))
+    return folder
+
+
+def hashed() -> str:
+    """The hash of what is in the folder now."""
+    table.kernels_hash.cache_clear()
+    try:
+        return table.kernels_hash()
+    finally:
+        table.kernels_hash.cache_clear()
+
+
+def test_measured_tables_outlive_a_header_that_no_linear_reaches(copied: Path) -> None:
+    before = hashed()
+    (copied / "attention").mkdir()
+    (copied / "attention" / "decode.cuh").write_text('#pragma once\n#include "common/ptx.cuh"\n')
+    (copied / "common" / "pages.cuh").write_text("#pragma once\n")
+    assert hashed() == before
+
+
+def test_any_header_that_a_linear_reaches_makes_another_hash_of_the_kernels(copied: Path) -> None:
+    chip = CHIPS["NVIDIA H200"]
+    sources = [
+        one
+        for activations in Activations
+        for one in dense.kernels_for(get_scheme("fp6_e3m2"), torch.float16, chip, activations)
+    ]
+    reached = {name for one in sources for name in one.files()}
+    assert {"common/decode.cuh", "common/ring.cuh", "dense/sm90_finish.cuh", "dense/dequantize.cuh"} <= reached
+    before = hashed()
+    for name in sorted(reached):
+        text = (copied / name).read_text()
+        (copied / name).write_text(text + "// changed\n")
+        assert hashed() != before, name
+        (copied / name).write_text(text)
+    assert hashed() == before
 
 
 @pytest.mark.parametrize(

@@ -8,41 +8,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
-from tersor.formats import Activations, Scheme, get, get_scheme, names
-from tersor.hardware import CHIPS, Chip
+from tersor.formats import Activations, Scheme
+from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
+from tersor.kernels.launches import FusedLaunch, QuantizeLaunch
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts import decode_groups
 from tersor.layouts.blocks import ic_blocks, oc_blocks
-from tersor.layouts.packing import Packing, scales_in_block, target_of, unsupported_reason
+from tersor.layouts.packing import Packing, target_of, unsupported_reason
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 _QUANTIZE_THREADS = 256
 
-COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
-"""The formats in most use; the others come after them in `compiled_schemes`."""
-_EVERY_TILE = ("fp6_e3m2", "fp5_e2m2", "int4")
-"""Of these the compile tests build every tile: a decode group of 8 registers, one of 16, and integers."""
-
 
 @functools.cache
-def sm80_source(packing: Packing, n_tile: int, stages: int, gated: bool = False) -> KernelSource:
-    """Return the mma.sync kernel for one packing and tile."""
+def sm80_source(packing: Packing, n_tile: int, stages: int, shared_bytes: int, gated: bool = False) -> KernelSource:
+    """Return the mma.sync kernel for one packing and tile; it checks that it has as much shared memory."""
     return KernelSource(
         name=f"tersor_linear_sm80_{packing.scheme.format.name}_{packing.target}_n{n_tile}{_suffix(gated)}",
-        header="sm80_linear.cuh",
+        header="dense/sm80_linear.cuh",
         parameters={
             **packing.macros(),
             "BF16": packing.target == "bfloat16",
             "N_TILE": n_tile,
             "STAGES": stages,
+            "SHARED_BYTES": shared_bytes,
             "EPILOGUE": int(gated),
         },
         arguments="PPPPPPPPqiiiif",
@@ -55,6 +51,7 @@ def sm90_source(
     result: str,
     tile: sm90.Tile,
     slots: sm90.Slots,
+    shared_bytes: int,
     gated: bool = False,
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
@@ -65,6 +62,7 @@ def sm90_source(
         result: dtype of the result, `float16` or `bfloat16`: also that of the activations where they stay as they come.
         tile: the compiled shape.
         slots: how its shared memory is dealt out.
+        shared_bytes: how much of it there is; the kernel checks that it adds up.
         gated: as in cuda/gate.cuh.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
 
@@ -79,7 +77,7 @@ def sm90_source(
             f"tersor_linear_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gated)}"
         ),
-        header="sm90_linear.cuh",
+        header="dense/sm90_linear.cuh",
         parameters={
             **packing.macros(),
             "BF16": result == "bfloat16",
@@ -94,6 +92,7 @@ def sm90_source(
             "RESIDENT": tile.resident,
             "WEIGHT_SLOTS": slots.weights,
             "X_SLOTS": slots.x,
+            "SHARED_BYTES": shared_bytes,
             "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
             "EPILOGUE": int(gated),
         },
@@ -116,8 +115,8 @@ def fused_source(packing: Packing, result: str, config: tune.LinearConfig, gated
     """
     if config.schedule == tune.SM90:
         slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
-        return sm90_source(packing, result, sm90.tile_of(config), slots, gated, config.few_tokens)
-    return sm80_source(packing, config.n_tile, config.weight_slots, gated)
+        return sm90_source(packing, result, sm90.tile_of(config), slots, config.shared_bytes, gated, config.few_tokens)
+    return sm80_source(packing, config.n_tile, config.weight_slots, config.shared_bytes, gated)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -132,7 +131,7 @@ def quantize_source(target: str) -> KernelSource:
     """Return the kernel that turns 16-bit activations of a dtype into e4m3 with a scale a token."""
     return KernelSource(
         name=f"tersor_quantize_activations_{target}",
-        header="quantize_activations.cuh",
+        header="dense/quantize_activations.cuh",
         parameters={"BF16": target == "bfloat16"},
         arguments="PPPqqii",
     )
@@ -143,7 +142,7 @@ def dequantize_source(packing: Packing) -> KernelSource:
     """Return the kernel that decodes tiles to a dense 16-bit matrix."""
     return KernelSource(
         name=f"tersor_dequantize_{packing.scheme.format.name}_{packing.target}",
-        header="dequantize.cuh",
+        header="dense/dequantize.cuh",
         parameters={**packing.macros(), "BF16": packing.target == "bfloat16"},
         arguments="PPPiiif",
     )
@@ -155,43 +154,10 @@ def epilogue_source(packing: Packing, gated: bool = False) -> KernelSource:
     row_scale = packing.scale_bytes // 4 if packing.scheme.group_size is None else 0
     return KernelSource(
         name=f"tersor_epilogue_{packing.target}{_suffix(gated)}",
-        header="epilogue.cuh",
+        header="dense/epilogue.cuh",
         parameters={"BF16": packing.target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
         arguments="PPPPPiiif",
     )
-
-
-class FusedLaunch(Protocol):
-    """Launches a fused kernel on one prepared problem; what is not there has the address 0."""
-
-    def __call__(
-        self,
-        *,
-        stream: int,
-        weight: int,
-        scale: int,
-        x: int,
-        x_stride: int,
-        x_scale: int,
-        bias: int,
-        residual: int,
-        y: int,
-        partial: int,
-        arrived: int,
-        early: bool,
-    ) -> None:
-        """Launch.
-
-        Args:
-            stream: handle of the stream.
-            weight, scale: addresses of packed codes and scales.
-            x, x_stride: address of the activations, and elements from one token to the next.
-            x_scale: address of float32 scales of quantised activations, one a token.
-            bias, residual, y: addresses, in the dtype of the result.
-            partial, arrived: addresses of split sums (float32) and their counters (uint32, zero).
-            early: whether the sm90 schedule may fetch weights before the kernel ahead has ended: not where that one
-                wrote them.
-        """
 
 
 def prepare_fused(
@@ -262,20 +228,6 @@ def prepare_fused(
         run(grid, block, shared, stream, arguments, early, cluster)
 
     return launch_sm90
-
-
-class QuantizeLaunch(Protocol):
-    """Launches the quantising of activations on one prepared problem."""
-
-    def __call__(self, *, stream: int, x: int, x_stride: int, codes: int) -> int:
-        """Launch, and return the address of the scales.
-
-        Args:
-            stream: handle of the stream.
-            x, x_stride: address of 16-bit activations, and elements from one token to the next.
-            codes: address of n * (codes_stride + 4) bytes: codes [n, codes_stride], then float32 scales [n].
-        """
-        ...
 
 
 def codes_stride(ic: int) -> int:
@@ -351,9 +303,7 @@ def problem_of(
         FormatError: no kernel decodes the scheme.
     """
     chosen = Activations.of(activations)
-    target = target_of(chosen, torch.float16)
-    assert target is not None
-    packing = Packing.of(scheme, target)
+    packing = Packing.beside(chosen, torch.float16, scheme)
     return tune.LinearProblem.of(
         packing, shape, n, aligned=aligned, activations=chosen, batch_invariant=batch_invariant
     )
@@ -392,62 +342,24 @@ def sources(packing: Packing, chip: Chip, gated: bool = False) -> Iterator[Kerne
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     for tokens in sm80.TILES:
         depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
-        yield sm80_source(packing, tokens, depth, gated)
+        yield sm80_source(packing, tokens, depth, depth * sm80.stage_bytes(tokens, bits, row_bytes), gated)
     if chip.capability == (9, 0):
-        for tile in sm90.tiles(packing.scales_in_block):
-            yield sm90_source(packing, packing.target, tile, tile.slots(bits, row_bytes, chip), gated)
+        yield from _sm90_sources(packing, packing.target, Activations.NATIVE, chip, gated)
     yield dequantize_source(packing)
     yield epilogue_source(packing, gated)
 
 
 def quantized_sources(packing: Packing, result: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
     """Yield every kernel that a linear with e4m3 activations and a result of dtype `result` can ask for on a chip."""
-    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     if chip.capability == (9, 0):
         yield quantize_source(result)
-        for tile in sm90.tiles(packing.scales_in_block, Activations.E4M3):
-            yield sm90_source(packing, result, tile, tile.slots(bits, row_bytes, chip), gated)
+        yield from _sm90_sources(packing, result, Activations.E4M3, chip, gated)
 
 
-def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
-    """Yield what the compile tests build, and whether in every tile or only in those that need the most registers.
-
-    Every format and every kind of scale is among them, not each format with each kind of scale.
-    """
-    for name in COMPILED_FORMATS:
-        for group_size in (None, 128):
-            yield Scheme(get(name), group_size), name in _EVERY_TILE
-    for group_size in (64, 32, 16):
-        yield Scheme(get("fp6_e3m2"), group_size), True
-    yield Scheme(get("uint4"), 128), True
-    for index, name in enumerate(name for name in names() if name not in COMPILED_FORMATS):
-        yield Scheme(get(name)), False
-        yield Scheme(get(name), (128, 64, 32, 16)[index % 4], ("float16", "bfloat16", "float32")[index % 3]), False
-    for name in ("mxfp6_e3m2", "mxfp4_e2m1", "mxint8"):
-        yield get_scheme(name), False
-
-
-def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
-    """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once.
-
-    Schemes that are not built in every tile take float16 and bfloat16 by turns.
-    """
-    seen = set()
-    for chip in CHIPS.values():
-        if chip.capability != capability:
-            continue
-        for index, (scheme, every_tile) in enumerate(compiled_schemes()):
-            fast = sm90.tiles(scales_in_block(scheme.group_size))
-            widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
-            for target in (
-                decode_groups.PAIR_TARGETS if every_tile else decode_groups.PAIR_TARGETS[(index + index // 2) % 2 :][:1]
-            ):
-                for source in sources(Packing.of(scheme, target), chip):
-                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
-                        seen.add(source)
-                        yield source
-            if every_tile and not unsupported_reason(scheme, decode_groups.FP8):
-                for source in quantized_sources(Packing.of(scheme, decode_groups.FP8), "float16", chip):
-                    if source not in seen:
-                        seen.add(source)
-                        yield source
+def _sm90_sources(
+    packing: Packing, result: str, activations: Activations, chip: Chip, gated: bool
+) -> Iterator[KernelSource]:
+    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+    for tile in sm90.tiles(packing.scales_in_block, activations):
+        slots, shared_bytes = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+        yield sm90_source(packing, result, tile, slots, shared_bytes, gated)

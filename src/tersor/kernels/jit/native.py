@@ -27,7 +27,6 @@ _MAP_BYTES = 128
 _MAP_ALIGNMENT = 64
 _MAP_SIZES = struct.Struct("@3Q4I")
 """What a map is encoded from: columns and rows, bytes from row to row, box columns and rows, steps."""
-_FLOAT16, _BFLOAT16 = 6, 9
 _NO_INTERLEAVE = 0
 _SWIZZLE_128B = 3
 _PROMOTE_TO_256B = 3

@@ -111,20 +111,7 @@ class KernelSource:
         Raises:
             KernelError: an include that is not a quoted name under `kernels/cuda` (or in `texts`).
         """
-        found: dict[str, str] = {}
-        waiting = [(self.header, f"kernel {self.name}")]
-        while waiting:
-            name, includer = waiting.pop(0)
-            if name in found:
-                continue
-            text = self.texts[name] if name in self.texts else _package_header(name, includer)
-            found[name] = text
-            for match in _INCLUDE.finditer(text):
-                quoted = _QUOTED.fullmatch(match[1])
-                if quoted is None:
-                    raise KernelError(f'{name}: cannot follow #include {match[1]}: expected "name" of kernels/cuda')
-                waiting.append((quoted[1], name))
-        return found
+        return reached(self.header, f"kernel {self.name}", self.texts)
 
     def digest(self) -> str:
         """Return the sha256, in hex, of everything of this source that can change the binary."""
@@ -134,6 +121,33 @@ class KernelSource:
                 encoded = part.encode()
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
         return digest.hexdigest()
+
+
+def reached(header: str, includer: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """Return a header and every header it reaches: `KernelSource.files`, which needs no whole kernel.
+
+    Args:
+        header: file under `kernels/cuda`, or a key of `texts`.
+        includer: who asks for it, in messages.
+        texts: headers that are no files of the package, name to text.
+
+    Raises:
+        KernelError: an include that is not a quoted name under `kernels/cuda` (or in `texts`).
+    """
+    found: dict[str, str] = {}
+    waiting = [(header, includer)]
+    while waiting:
+        name, includer = waiting.pop(0)
+        if name in found:
+            continue
+        text = texts[name] if name in texts else _package_header(name, includer)
+        found[name] = text
+        for match in _INCLUDE.finditer(text):
+            quoted = _QUOTED.fullmatch(match[1])
+            if quoted is None:
+                raise KernelError(f'{name}: cannot follow #include {match[1]}: expected "name" of kernels/cuda')
+            waiting.append((quoted[1], name))
+    return found
 
 
 def _native(letters: str) -> str:

@@ -218,7 +218,9 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         if fixed:
             if tile.channel_groups == 1 and not tile.fast_sums:
                 ctas = min(count * fixed, slots) * tile.cluster
-                yield replace(config(problem, tile, 0, fixed, ctas, chip), few_tokens=0)
+                turning = config(problem, tile, 0, fixed, ctas, chip)
+                unused = tile.exchange_bytes if tile.few else 0  # wgmma hands no sums over
+                yield replace(turning, few_tokens=0, shared_bytes=turning.shared_bytes - unused)
             continue
         rest = count % slots
         splittings = [

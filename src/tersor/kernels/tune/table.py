@@ -1,7 +1,7 @@
 """Measured choices: a table for each chip, which goes before the model.
 
-A table is a JSON file in the cache directory that `tersor bench tune` writes. Its name holds a hash of the kernels'
-source, so that a table measured with other kernels is never met.
+A table is a JSON file in the cache directory that `tersor bench tune` writes. Its name holds a hash of the source of
+the linears' kernels, so that a table measured with other kernels is never met.
 
 A choice holds for problems that are equal in everything but the number of tokens, and for a number of tokens that was
 measured, or that lies between two measured neighbours of equal choice. A choice is everything of a `LinearConfig` but
@@ -18,7 +18,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,17 @@ from tersor import settings
 from tersor.errors import InputError
 from tersor.formats import Activations
 from tersor.hardware import Chip
+from tersor.kernels.jit import source
 from tersor.kernels.tune import schedules
 from tersor.kernels.tune.schedules import LinearConfig, LinearProblem
 
 VERSION = 2
 KIND = "tersor measured choices"
+
+_HEADERS = tuple(
+    f"dense/{name}.cuh" for name in ("sm80_linear", "sm90_linear", "quantize_activations", "dequantize", "epilogue")
+)
+"""The headers that the sources of `kernels/dense.py` begin with."""
 
 _FOLLOWS_FROM_TOKENS = ("token_tiles", "whole_tiles", "ctas")
 _SCALARS: dict[str, tuple[type, ...]] = {
@@ -145,12 +150,14 @@ def capability(chip: Chip) -> str:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Return twelve hex digits that change with the source of the kernels."""
+    """Return twelve hex digits that change with the source of the linears' kernels, and with no other header."""
+    files: dict[str, str] = {}
+    for header in _HEADERS:
+        files |= source.reached(header, "the kernels of linears", {})
     digest = hashlib.sha256()
-    folder = resources.files("tersor.kernels") / "cuda"
-    for header in sorted(folder.iterdir(), key=lambda item: item.name):
-        if header.name.endswith(".cuh"):
-            digest.update(header.name.encode() + b"\n" + header.read_bytes())
+    for name, text in sorted(files.items()):
+        for part in (name.encode(), text.encode()):
+            digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:12]
 
 

@@ -2,10 +2,10 @@
 // threads that keep its rings full. The parameters are those of sm90_linear.cuh.
 #pragma once
 
-#include "ptx.cuh"
-#include "decode.cuh"
-#include "tile.cuh"
-#include "scales.cuh"
+#include "common/ptx.cuh"
+#include "common/ring.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
 
 namespace linear {
 
@@ -53,6 +53,7 @@ constexpr int kWeightsAt = kXSlots * kXSlotBytes;
 constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
 constexpr int kExchangeBytes = kMany ? kRowGroups * kStoreBytes : kFinishers * (kTurns - 1) * kSums * 4;
 constexpr int kPartBytes = kFinishers * kSums * 4;
+constexpr int kSharedBytes = kExchangeAt + kExchangeBytes + GATHER_ROOM * kPartBytes;
 
 // The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
 constexpr int kCopyRegisters = RESIDENT == 1 ? 48 : 40;
@@ -66,49 +67,7 @@ static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma 
 static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) == 0,
               "a slot serves one warpgroup in an item: one that is ahead must not take an old round for its own");
 static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");
-
-// A ring of slots with two mbarriers each. Uses of its slots are numbered; a place is where a use stands, and the
-// parity of a slot's barriers turns over with every round.
-template <int kSlots>
-struct Ring {
-    u32 base, bytes, barriers;
-
-    struct Place {
-        u32 slot, parity;
-
-        __device__ __forceinline__ explicit Place(u32 use) : slot(use % kSlots), parity(use / kSlots % 2) {}
-        __device__ __forceinline__ Place(u32 slot, u32 parity) : slot(slot), parity(parity) {}
-        __device__ __forceinline__ void advance(u32 by = 1) {
-            slot += by;
-            if (slot >= kSlots) {
-                slot -= kSlots;
-                parity ^= 1;
-            }
-        }
-    };
-
-    // `readers` threads tell when they have read a slot: every lane for itself, which takes no longer than one for its
-    // warp, and is an order that racecheck understands.
-    __device__ __forceinline__ void start(int readers) const {
-        for (int slot = 0; slot < kSlots; ++slot) {
-            ptx::barrier_init(barriers + slot * 16, 1);
-            ptx::barrier_init(barriers + slot * 16 + 8, readers);
-        }
-    }
-    __device__ __forceinline__ u32 address(const Place& at) const { return base + at.slot * bytes; }
-    __device__ __forceinline__ u32 filled(const Place& at) const { return barriers + at.slot * 16; }
-    __device__ __forceinline__ u32 emptied(const Place& at) const { return filled(at) + 8; }
-    __device__ __forceinline__ void wait_filled(const Place& at) const { ptx::barrier_wait(filled(at), at.parity); }
-    // A barrier that has not turned over yet counts as one that ended the phase of parity 1.
-    __device__ __forceinline__ void wait_emptied(const Place& at) const {
-        ptx::barrier_wait(emptied(at), at.parity ^ 1);
-    }
-    // This thread has read a slot by loads; they must have ended, or they meet what the slot is filled with next.
-    __device__ __forceinline__ void release(const Place& at) const {
-        ptx::end_reads();
-        ptx::barrier_arrive(emptied(at));
-    }
-};
+static_assert(kSharedBytes == SHARED_BYTES, "tersor/kernels/tune/sm90.py deals out shared memory in another way");
 
 // What the launch asks for, and which part of it an item is.
 struct Work {
@@ -122,10 +81,31 @@ struct Work {
     __device__ __forceinline__ int items() const { return whole_tiles + (tiles() - whole_tiles) * splits; }
 };
 
+// One item: which rows, tokens and blocks of channels a CTA multiplies before it takes the next item.
+//
+// Tiles are numbered by bands of kBand token tiles, in a band first along the tokens of one row tile: what runs at a
+// time shares activations as well as weights. With four row tiles, five token tiles and three of these to a band:
+//
+//                 tokens ->   band 0      |  band 1
+//     row tile 0              0    1    2 |  12   13
+//     row tile 1              3    4    5 |  14   15
+//     row tile 2              6    7    8 |  16   17
+//     row tile 3              9   10   11 |  18   19
+//
+// The first `whole_tiles` tiles are one item each, over all blocks of channels. Of each tile after them the blocks are
+// dealt out to `splits` items, its parts, whose sums are added at the end. With 18 whole tiles and three splits:
+//
+//     item        0   1  ...  17 | 18   19   20 | 21   22   23
+//     tile        0   1  ...  17 |      18      |      19
+//     part        0   0  ...   0 |  0    1    2 |  0    1    2
+//     of blocks   all     ...    |  |----|----|----|  first_block to last_block - 1 of a part
+//
+// CTA i of `gridDim.x` takes items i, i + gridDim.x, i + 2 gridDim.x and so on; with CLUSTER above 1 an item is of a
+// cluster, whose CTAs have row tiles next to each other and the same tokens.
 struct Item {
     int tile, part, parts;          // of the cluster
-    int first_row, first_token;
-    int first_block, last_block;
+    int first_row, first_token;     // of this CTA
+    int first_block, last_block;    // blocks of 128 channels; the last one is not of this item
 
     // A division takes a tenth of a microsecond, which a launch waits for: there are none where nothing is split and all
     // tokens are in one tile.
@@ -144,7 +124,6 @@ struct Item {
         first_token = 0;
         u32 row_tile = tile;
         if (work.token_tiles() > 1) {
-            // Token tiles by bands: what runs at a time shares activations as well as weights.
             const u32 size = kBand * work.row_tiles(), band = row_tile / size, in_band = row_tile - band * size;
             const u32 width = min(kBand, work.token_tiles() - static_cast<int>(band) * kBand);
             row_tile = in_band / width;
@@ -154,8 +133,8 @@ struct Item {
     }
 };
 
-using WeightRing = Ring<kWeightSlots>;
-using XRing = Ring<kXSlots>;
+using WeightRing = ring::Ring<kWeightSlots>;
+using XRing = ring::Ring<kXSlots>;
 
 // Calls run(item) for every item of this CTA.
 template <typename Run>

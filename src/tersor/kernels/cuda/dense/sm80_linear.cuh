@@ -11,14 +11,15 @@
 // last adds the parts in their order, so the result does not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
-// SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
+// SHARED_BYTES (what the launch asks for), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is
+// applied at the end), EPILOGUE (gate.cuh).
 #pragma once
 
-#include "ptx.cuh"
-#include "decode.cuh"
-#include "gate.cuh"
-#include "tile.cuh"
-#include "scales.cuh"
+#include "common/decode.cuh"
+#include "common/gate.cuh"
+#include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
 
 namespace linear {
 
@@ -38,6 +39,7 @@ constexpr int kSumStride = kRows + 4;  // floats
 
 static_assert(kTokens == 8 || kTokens == 16 || kTokens == 32 || kTokens == 64, "N_TILE is 8, 16, 32 or 64");
 static_assert(kStages >= 2, "a ring needs two slots");
+static_assert(kStages * kStageBytes == SHARED_BYTES, "tersor/kernels/tune/sm80.py counts the bytes of a slot otherwise");
 static_assert(kStages * kStageBytes >= kTokens * kSumStride * 4, "the sums are exchanged through the ring");
 
 struct Problem {

@@ -2,13 +2,19 @@
 // the other ring in the tensor cores.
 #pragma once
 
-#include "sm90_pipeline.cuh"
-#include "wgmma.cuh"
+#include "common/decode.cuh"
+#include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
+#include "common/wgmma.cuh"
+#include "dense/sm90_pipeline.cuh"
 
 namespace linear {
 
-using Multiply = wgmma::Multiply<
-    kFp8 ? (FP8_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3) : (kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16)>;
+static_assert(FP8_WEIGHT == 4 || FP8_WEIGHT == 5, "8-bit weights are e4m3 or e5m2, by the bits of their exponents");
+constexpr wgmma::Kind kOperand =
+    kFp8 ? (FP8_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3) : (kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16);
+using Multiply = wgmma::Multiply<kOperand>;
 
 // sums += scale * part for one scale group of the block.
 __device__ __forceinline__ void add_scaled(

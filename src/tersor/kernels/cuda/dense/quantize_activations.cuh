@@ -2,7 +2,7 @@
 // One CTA a token. A token with an infinity or a NaN gets NaNs. Parameters: BF16 (1: bf16 activations, 0: fp16).
 #pragma once
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace quantize {
 

@@ -6,13 +6,16 @@
 // where the table DECODE_TERMS lists a, r, b, s, c, t for each j (b and c are -1 where there is no such term), and word
 // index DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and
 // each yields two registers, P & mask and (P << shift) & mask. With DECODE_RAISED every second register keeps its bits
-// that many places above the mask, which saves moving them down; `finish` divides. tersor/layouts/lanes.py holds the
-// tables, packs so that this comes out right, and says which power of two or offset the floats still carry.
+// that many places above the mask, which saves moving them down; `finish` divides.
+// tersor/layouts/decode_groups.py holds the tables, packs so that this comes out right, and says which power of two or
+// offset the floats still carry.
 //
 // Plain C++ but for `finish`: a CPU test compiles it and runs it over all codes.
 #pragma once
 
-#ifndef __CUDACC__
+#ifdef __CUDACC__
+#include "common/ptx.cuh"
+#else
 #define __device__
 #define __forceinline__ inline
 using u32 = unsigned int;
@@ -71,7 +74,7 @@ __device__ __forceinline__ void extract(u32* registers, const u32* words, u32 ma
 
 #ifdef __CUDACC__
 
-// What turns masked code bits into numbers; the names are those of tersor.layouts.lanes.Finish.
+// What turns masked code bits into numbers; the names are those of tersor.layouts.decode_groups.Finish.
 enum Finish {
     kAsIs = 0,         // the bits are already the float, up to a power of two that the epilogue applies
     kMultiply = 1,     // multiply by 2^(127 - bias): bf16 has no room for the weight's own small exponent
@@ -80,6 +83,8 @@ enum Finish {
     kUint8ToBf16 = 4,  // as before, then subtract the zero point less 128
     kHalve = 5,        // half of a float with fp16's exponents, of which the top one is an ordinary number
 };
+
+static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kHalve, "DECODE_FINISH is a Finish");
 
 // The mask for a loop that calls `extract`. An instruction has room for one constant; where the power of two above an
 // integer's bits is one, ptxas fetches the mask anew each time unless it seems to come from a variable: `count` >= 0.

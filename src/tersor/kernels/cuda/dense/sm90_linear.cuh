@@ -18,13 +18,17 @@
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
 // activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that
-// have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, FEW_TOKENS (up
-// to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is applied at
-// the end), EPILOGUE (gate.cuh).
+// have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES
+// (what the launch asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
+// (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
 #pragma once
 
-#include "sm90_finish.cuh"
-#include "sm90_multiply.cuh"
+#include "common/ptx.cuh"
+#include "common/ring.cuh"
+#include "common/scales.cuh"
+#include "dense/sm90_finish.cuh"
+#include "dense/sm90_multiply.cuh"
+#include "dense/sm90_pipeline.cuh"
 
 #if CLUSTER > 1
 #define TERSOR_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
@@ -76,8 +80,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
-    const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + 16 * kXSlots};
-    const u32 room_barrier = first_barrier + 16 * (kXSlots + kWeightSlots), gather_barrier = room_barrier + 8;
+    const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
+    const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots);
+    const u32 gather_barrier = room_barrier + 8;
 
     // The next kernel had better start after this one's copies have: where few tokens leave it registers, ptxas can put that
     // later without spills.

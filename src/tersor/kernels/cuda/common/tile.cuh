@@ -6,6 +6,9 @@
 // units follow each other along the input channels, then along the rows.
 #pragma once
 
+#include "common/decode.cuh"
+#include "common/ptx.cuh"
+
 namespace tile {
 
 constexpr int kBits = BITS;

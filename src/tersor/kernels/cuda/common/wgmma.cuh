@@ -3,7 +3,7 @@
 // (PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions"). One overload a width: operands cannot be counted.
 #pragma once
 
-#include "ptx.cuh"
+#include "common/ptx.cuh"
 
 namespace wgmma {
 

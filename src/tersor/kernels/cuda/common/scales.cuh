@@ -8,9 +8,13 @@
 // Parameters: SCALE_GROUPS (scales of one row in a block; 0: one scale a row), SCALE_TYPE, ZERO_POINTS.
 #pragma once
 
+#include "common/decode.cuh"
+#include "common/ptx.cuh"
+#include "common/tile.cuh"
+
 namespace scales {
 
-enum Type { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE8m0 = 3 };  // as in tersor/kernels/linear.py
+enum Type { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE8m0 = 3 };  // as in tersor/kernels/dense.py
 
 constexpr int kGroups = SCALE_GROUPS;
 constexpr bool kZeroPoints = ZERO_POINTS;
@@ -20,6 +24,7 @@ constexpr int kZeroOffset = kGroups * tile::kRows * kBytes;
 constexpr int kBlockBytes = kZeroOffset + (kZeroPoints ? kGroups * tile::kRows * 2 : 0);
 constexpr int kRowWords = kZeroPoints ? 2 : 1;  // of one scale a row
 
+static_assert(SCALE_TYPE >= kFloat32 && SCALE_TYPE <= kE8m0, "SCALE_TYPE is a Type");
 static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
 static_assert(kBlockBytes % 16 == 0, "blocks are copied in pieces of 16 bytes");
 

@@ -1,5 +1,5 @@
 // Gated linears: rows of the weight lie in blocks of 16, eight gate rows and then the eight up rows of the same output
-// channels, so that a lane's two rows are the gate and the up of one channel (tersor/layouts/rows.py). The last block
+// channels, so that a lane's two rows are the gate and the up of one channel (tersor/layouts/gated.py). The last block
 // may have fewer up rows; its gate rows are then filled up to eight.
 //
 // Parameter: EPILOGUE (0: y = x @ W^T + bias, 1: y = silu(gate) * up of that).

@@ -3,10 +3,16 @@
 // sums are already scaled, else the distance of the scales, in floats).
 #pragma once
 
-#include "ptx.cuh"
-#include "gate.cuh"
+#include "common/gate.cuh"
+#include "common/ptx.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(
+namespace epilogue {
+
+constexpr int kThreads = 256;  // of a CTA, which makes as many output channels of one token
+
+}  // namespace epilogue
+
+extern "C" __global__ void __launch_bounds__(epilogue::kThreads) TERSOR_ENTRY(
     const float* __restrict__ sums,   // [N, columns]
     const float* __restrict__ scale,  // [OC padded][ROW_SCALE]
     const u16* __restrict__ bias,     // [OC] or null
@@ -16,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(
     int columns,
     int oc,
     float factor) {
-    const int output = blockIdx.x * 256 + threadIdx.x;
+    const int output = blockIdx.x * epilogue::kThreads + threadIdx.x;
     if (output >= gate::outputs(columns)) return;
     const long long token = blockIdx.y;
     const auto value = [&](int column) {

@@ -6,10 +6,10 @@
 // Parameters: BITS and DECODE_* (decode.cuh), BF16, SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh).
 #pragma once
 
-#include "ptx.cuh"
-#include "decode.cuh"
-#include "tile.cuh"
-#include "scales.cuh"
+#include "common/decode.cuh"
+#include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
 
 namespace dequantize {
 

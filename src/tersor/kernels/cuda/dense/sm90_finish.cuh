@@ -1,8 +1,11 @@
 // The end of an item of sm90_linear.cuh: sums of warpgroups and of splits are added, scaled, rounded and stored.
 #pragma once
 
-#include "gate.cuh"
-#include "sm90_pipeline.cuh"
+#include "common/gate.cuh"
+#include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
+#include "dense/sm90_pipeline.cuh"
 
 namespace linear {
 

@@ -1,0 +1,52 @@
+"""Headers stand on their own: what is included before one of them carries no meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tersor.formats import get_scheme
+from tersor.hardware import chip_named
+from tersor.kernels import dense, jit
+from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.layouts.packing import Packing
+
+CUDA = Path(jit.__file__).parents[1] / "cuda"
+ARCH = "compute_90a"
+"""PTX: a header's names and types are checked, and nothing is made into machine code."""
+
+
+def whole(scheme: str = "fp6_e3m2", group_size: int | None = None) -> KernelSource:
+    """A kernel whose parameters are those of every header that defines no kernel itself."""
+    sources = dense.sources(Packing.of(get_scheme(scheme, group_size), "float16"), chip_named("H200"), gated=True)
+    return next(source for source in sources if source.header == "dense/sm90_linear.cuh")
+
+
+def parts() -> list[str]:
+    """The headers that define no kernel."""
+    names = sorted(str(path.relative_to(CUDA)) for path in CUDA.rglob("*.cuh"))
+    return [name for name in names if "TERSOR_ENTRY" not in (CUDA / name).read_text(encoding="utf-8")]
+
+
+def alone(name: str, **changes: str) -> KernelSource:
+    """A kernel that does nothing, of a text that includes one header and nothing else."""
+    text = f'#include "{name}"\nextern "C" __global__ void TERSOR_ENTRY(int* x) {{ *x = 0; }}\n'
+    texts = {"alone.cuh": text, **changes}
+    return KernelSource("tersor_test_alone", "alone.cuh", whole("uint4", 64).parameters, "P", texts=texts)
+
+
+@pytest.mark.parametrize("name", parts())
+def test_a_header_needs_no_other_before_it(name: str) -> None:
+    assert nvrtc.compile_source(alone(name), ARCH).data
+
+
+def test_a_header_that_forgets_an_include_is_noticed() -> None:
+    text = (CUDA / "common" / "scales.cuh").read_text(encoding="utf-8")
+    changed = {"common/scales.cuh": text.replace('#include "common/tile.cuh"\n', "")}
+    with pytest.raises(nvrtc.CompileError, match="tile"):
+        nvrtc.compile_source(alone("common/scales.cuh", **changed), ARCH)
+
+
+def test_every_folder_has_such_headers() -> None:
+    assert {name.split("/")[0] for name in parts()} == {"common", "dense"}

@@ -1,0 +1,155 @@
+"""What Python and the headers both count is counted alike: each fact is asserted where the header is compiled.
+
+What a launch asks of shared memory is asserted by the kernels themselves (SHARED_BYTES), names of enumerations are
+compared by tests/unit/test_decode_header.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tersor.formats import Activations, Scheme, get, get_scheme
+from tersor.hardware import chip_named
+from tersor.kernels import dense, tune
+from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.tune import sm80, sm90
+from tersor.layouts import decode_groups
+from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC
+from tersor.layouts.packing import Packing
+
+H200 = chip_named("H200")
+ARCH = "compute_90a"
+"""PTX: facts are checked, and nothing is made into machine code."""
+EMPTY = 'extern "C" __global__ void TERSOR_ENTRY(int* x) { *x = 0; }'
+
+
+def check(header: str, source: KernelSource, facts: Mapping[str, int | str]) -> None:
+    """Compile a header with a kernel's parameters and assert every C++ expression to have its value.
+
+    Raises:
+        nvrtc.CompileError: one of them has not.
+    """
+    body = "" if header == source.header else EMPTY
+    values = {name: value if isinstance(value, str) else int(value) for name, value in facts.items()}
+    lines = [f'static_assert({name} == {value}, "{name} is not {value}");' for name, value in values.items()]
+    texts = {"facts.cuh": "\n".join([f'#include "{header}"', body, *lines, ""])}
+    arguments = "P" if body else source.arguments
+    nvrtc.compile_source(KernelSource("tersor_test_facts", "facts.cuh", source.parameters, arguments, texts), ARCH)
+
+
+def packing(scheme: Scheme, target: str = "float16") -> Packing:
+    """A scheme in kernel tiles."""
+    return Packing.of(scheme, target)
+
+
+class Launched:
+    """Stands for a loaded kernel: keeps what it is launched with."""
+
+    def launch(self, grid: Any, block: Any, *rest: Any) -> None:
+        self.grid, self.block = grid, block
+
+
+def sm90_sources(scheme: Scheme, chip_name: str = "H200") -> dict[sm90.Tile, KernelSource]:
+    """Every tile of a scheme with its kernel, those for 8-bit activations too."""
+    chip, native, e4m3 = chip_named(chip_name), packing(scheme), packing(scheme, decode_groups.FP8)
+    found = (*dense.sources(native, chip), *dense.quantized_sources(e4m3, "float16", chip))
+    named = {source.name: source for source in found if source.header == "dense/sm90_linear.cuh"}
+    groups = native.scales_in_block
+    every = (*sm90.tiles(groups), *sm90.tiles(groups, Activations.E4M3))
+    assert len(named) == len(every)
+    return dict(zip(every, named.values(), strict=True))
+
+
+def test_a_wrong_fact_does_not_compile() -> None:
+    source = next(dense.sources(packing(get_scheme("fp6_e3m2")), H200))
+    with pytest.raises(nvrtc.CompileError, match="tile::kRows is not 17"):
+        check("common/tile.cuh", source, {"tile::kRows": 17})
+
+
+@pytest.mark.parametrize("bits", [1, 6, 7, 8])
+def test_a_tile_has_the_same_rows_channels_and_bytes(bits: int) -> None:
+    fmt = get(f"uint{bits}")
+    source = next(dense.sources(packing(Scheme(fmt)), H200))
+    facts = {
+        "tile::kRows": BLOCK_OC,
+        "tile::kColumns": BLOCK_IC,
+        "tile::kUnitRows": UNIT_OC,
+        "tile::kBytes": BLOCK_OC * BLOCK_IC * bits // 8,
+        "decode::kWords": decode_groups.decode_group(fmt, "float16").words,
+    }
+    check("common/tile.cuh", source, facts)
+
+
+@pytest.mark.parametrize("group_size", [None, 128, 64, 32, 16])
+@pytest.mark.parametrize("name", ["fp6_e3m2", "uint4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scales_take_the_same_bytes(name: str, group_size: int | None, dtype: str) -> None:
+    scheme = Scheme(get(name), group_size, dtype)
+    facts = (
+        {"scales::kRowWords * 4": packing(scheme).scale_bytes, "scales::kBlockBytes": 0}
+        if group_size is None
+        else {"scales::kBlockBytes": BLOCK_OC * packing(scheme).scale_row_bytes, "scales::kGroups": 128 // group_size}
+    )
+    check("common/scales.cuh", next(dense.sources(packing(scheme), H200)), facts)
+
+
+def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> None:
+    for tile, source in sm90_sources(get_scheme("fp6_e3m2")).items():
+        problem = tune.LinearProblem(oc=4096, ic=4096, n=1000, bits=6)
+        config = sm90.config(problem, tile, 0, 2, 1, H200)
+        facts = {
+            "linear::kRows": tile.rows,
+            "linear::kThreads": tile.threads,
+            "linear::kFew": tile.few,
+            "linear::kTurns": tile.turns,
+            "linear::kSlotsOfBlock": tile.x_slots_of_block,
+            "linear::kTokens / linear::kSlotBoxes": sm90.box_rows(config, problem.n),
+            "linear::kPartBytes": tile.part_bytes,
+            "linear::kSums * linear::kFinishers * 2": dense.parts(config, problem.n)[0] // dense.parts(config, 1)[1],
+        }
+        if tile.e4m3:
+            facts["linear::kSettles"] = not tile.fast_sums
+        check("dense/sm90_multiply.cuh" if tile.e4m3 else "dense/sm90_pipeline.cuh", source, facts)
+
+
+@pytest.mark.parametrize(("name", "operand"), [("fp6_e2m3", "kE4m3"), ("fp6_e3m2", "kE5m2")])
+def test_weights_beside_8_bit_activations_are_of_the_type_that_their_table_makes(name: str, operand: str) -> None:
+    assert f"k{decode_groups.decode_group(get(name), decode_groups.FP8).operand.capitalize()}" == operand
+    source = next(source for tile, source in sm90_sources(get_scheme(name)).items() if tile.e4m3)
+    check("dense/sm90_multiply.cuh", source, {"linear::kOperand": f"wgmma::{operand}"})
+
+
+def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
+    scheme, launched = get_scheme("fp6_e3m2"), Launched()
+    for n, schedule, chip in ((8, tune.SM80, chip_named("A100")), (8, tune.SM90, H200)):
+        config = tune.choose(tune.LinearProblem(oc=4096, ic=4096, n=n, bits=6), chip)
+        assert config.schedule == schedule
+        source = dense.fused_source(packing(scheme), "float16", config)
+        if schedule == tune.SM80:
+            run = dense.prepare_fused(launched, config, bf16=False, oc=4096, ic=4096, n=n, aligned=True, factor=1.0)  # type: ignore[arg-type]
+            places = ("weight", "scale", "x", "x_stride", "x_scale", "bias", "residual", "y", "partial", "arrived")
+            run(stream=0, early=False, **dict.fromkeys(places, 0))
+            assert launched.grid[0] * sm80.ROWS == 4096
+            check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kRows": sm80.ROWS})
+        else:
+            check("dense/sm90_pipeline.cuh", source, {"linear::kThreads": sm90.tile_of(config).threads})
+    dense.prepare_quantize(launched, n=3, ic=100)(stream=0, x=0, x_stride=104, codes=0)  # type: ignore[arg-type]
+    source = dense.quantize_source("float16")
+    check(source.header, source, {"quantize::kThreads": launched.block[0]})
+    dense.launch_dequantize(launched, 0, weight=0, scale=0, scratch=0, first_block=0, oc=64, ic=1000, factor=1.0)  # type: ignore[arg-type]
+    source = dense.dequantize_source(packing(scheme))
+    check(
+        source.header,
+        source,
+        {"32 * dequantize::kWarps": launched.block[0], "8 / dequantize::kWarps": launched.grid[0]},
+    )
+    dense.launch_epilogue(
+        launched, 0, sums=0, scale=0, bias=0, residual=0, y=0, first_oc=0, slice_oc=1024, oc=1024, n=2, factor=1.0
+    )  # type: ignore[arg-type]
+    source = dense.epilogue_source(packing(scheme))
+    check(
+        source.header, source, {"epilogue::kThreads": launched.block[0], "1024 / epilogue::kThreads": launched.grid[0]}
+    )
