@@ -47,7 +47,7 @@ def command(
     target = load.resolve_device(device)
     place = load.locate(_bundled() if model is None else model)
     console.choose_threads(place.weight_bytes, target)
-    console.quiet_transformers()
+    load.quiet()
     tokenizer = load.load_tokenizer(place.directory)
     windows = evaluate.cut_windows(own_text(), tokenizer, window=window, max_tokens=max_tokens)
     base = load.ready_model(place.directory, target)

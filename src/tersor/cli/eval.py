@@ -46,7 +46,7 @@ def command(
         plots.check_plot(plot)
     places = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
     console.choose_threads(max(place.weight_bytes for place in places.values()), target)
-    console.quiet_transformers()
+    load.quiet()
     windows = {
         name: evaluate.cut_windows(content, load.load_tokenizer(place.directory), window=window, max_tokens=max_tokens)
         for name, place in places.items()

@@ -68,7 +68,7 @@ def command(
     target = load.resolve_device(device)
     place = load.locate(model)
     console.choose_threads(place.weight_bytes, target)
-    console.quiet_transformers()
+    load.quiet()
     tokenizer = load.load_tokenizer(place.directory)
     ids = generate.chat_prompt(tokenizer, text) if chat else text
     loaded = load.ready_model(place.directory, target, dtype, activations=activations, fuse=fuse)

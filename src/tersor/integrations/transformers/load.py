@@ -158,6 +158,14 @@ def ready_model(
     return model
 
 
+def quiet() -> None:
+    """Keep transformers' progress bars and warnings off the terminal, for the rest of the process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint.
 
