@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from tersor.checkpoint.modules import Architecture
 from tersor.errors import CheckpointError
@@ -22,6 +19,9 @@ def read_architecture(directory: Path) -> Architecture:
     Raises:
         CheckpointError: transformers does not know the model type, or it is no causal language model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(directory)
@@ -72,6 +72,8 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keep transformers' advice about the config off the terminal while it is only asked for shapes."""
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
