@@ -52,8 +52,8 @@ def read(paths: Iterable[Path], chip: Chip = CHIP) -> Times:
                 if problem not in known:
                     known[problem] = {_key(config): config for config in sm90.candidates(problem, chip)}
                 tile = ("tokens", "row_groups", "channel_groups", "cluster", "resident")
-                plan = ("whole_tiles", "splits", "gathered")
-                config = known[problem].get(tuple(int(line[name]) for name in (*tile, *plan)))
+                splitting = ("whole_tiles", "splits", "gathered")
+                config = known[problem].get(tuple(int(line[name]) for name in (*tile, *splitting)))
                 if config is not None:
                     found[f"{line['format']} {line['activations']}", problem][config].append(
                         float(line["microseconds"])
@@ -161,7 +161,7 @@ def main() -> None:
         found = fit(times, tokens, arguments.seed)
         print()
         for tile, cost in found.items():
-            sizes = astuple(tile) if tile.fp8 else astuple(tile)[:-1]
+            sizes = (*astuple(tile)[:-1], "Activations.E4M3") if tile.e4m3 else astuple(tile)[:-1]
             print(f"    Tile({', '.join(map(str, sizes))}): Cost({', '.join(f'{one:g}' for one in astuple(cost))}),")
         sm90.COSTS.update(found)
         print(f"\n{table(times)}")

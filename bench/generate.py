@@ -17,7 +17,7 @@ import statistics
 import time
 from typing import Any
 
-import report
+import results_file
 import torch
 from torch import nn
 
@@ -85,7 +85,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     if not on_gpu:
         return
-    path = report.write(
+    path = results_file.write(
         arguments.output,
         {
             "geometry": geometry,

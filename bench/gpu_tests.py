@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import report
+import results_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def main() -> None:
         result = summary(junit)
     if result["counts"].keys() <= {"skipped"}:
         raise SystemExit("no test ran: tests/gpu needs a CUDA device")
-    print(f"written to {report.write('gpu_tests', result)}")
+    print(f"written to {results_file.write('gpu_tests', result)}")
     raise SystemExit(status)
 
 

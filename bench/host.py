@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import report
+import results_file
 import torch
 
 from tersor import formats, ops
 from tersor.compress import quantize_rtn
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
-from tersor.ops import prepared
+from tersor.ops import mode, prepared
 
 OC, IC = 256, 512
 CALLS = 200
@@ -47,7 +47,7 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     gpu = torch.cuda.get_device_name().split()[-1].lower()
-    path = report.write(f"host_{gpu}", {"oc": OC, "ic": IC, "format": arguments.format, "rows": rows})
+    path = results_file.write(f"host_{gpu}", {"oc": OC, "ic": IC, "format": arguments.format, "rows": rows})
     print(f"written to {path}")
 
 
@@ -57,7 +57,7 @@ def candidates(weight: PackedWeight, n: int) -> dict[str, Callable[[], object]]:
     y = torch.empty(n, OC, dtype=torch.float16, device="cuda")
     layer = PackedLinear.from_packed(weight, dtype=torch.float16)
     dense = torch.nn.Linear(IC, OC, bias=False, dtype=torch.float16, device="cuda")
-    chosen = prepared.kind_of(weight).plan((n, x.dtype, 0, True, False, False))
+    chosen = prepared.type_of(weight).prepared((n, x.dtype, 0, True, False, 0), mode.current())
     operator = torch.ops.tersor.linear.default
     key = weight.scheme.key()
     found: dict[str, Callable[[], object]] = {
@@ -74,7 +74,20 @@ def candidates(weight: PackedWeight, n: int) -> dict[str, Callable[[], object]]:
         packed, scale, source, target, partial, arrived = (tensor.data_ptr() for tensor in tensors)
 
         def launch_alone(tensors: object = tensors) -> None:  # keeps the memory
-            launch(stream, packed, scale, source, IC, 0, 0, 0, target, partial, arrived, True)
+            launch(
+                stream=stream,
+                weight=packed,
+                scale=scale,
+                x=source,
+                x_stride=IC,
+                x_scale=0,
+                bias=0,
+                residual=0,
+                y=target,
+                partial=partial,
+                arrived=arrived,
+                early=True,
+            )
 
         found = {"launch": launch_alone, **found}
     return found

@@ -1,4 +1,4 @@
-"""Print the README's table of measured times from a results file of `tersor bench linear --json`.
+"""Print the README's table of measured times from a results file of `tersor bench linear --output`.
 
     python bench/readme_table.py [RESULTS.json]
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
+from tersor import hardware
 from tersor.bench import contenders, linear, tune
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import numbers, schemes
 from tersor.errors import InputError, TersorError
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels.tune import SM90, LinearConfig, LinearProblem, seconds, sm90
-from tersor.ops import dispatch
 
 SHAPES = (
     *("llama-2-70b", "llama-3-8b", "2048x2048", "5120x5120", "13824x5120", "5120x27648", "3584x18944", "1024x8192"),
@@ -52,8 +52,8 @@ def plausible(problem: LinearProblem, chip: Chip, within: float) -> list[LinearC
 def row(shape: Shape, scheme: Scheme, activations: str, n: int, config: LinearConfig, microseconds: float) -> list[str]:
     """Return what `bench/costs.py` reads of one time, in the order of COLUMNS."""
     *sizes, _ = astuple(sm90.tile_of(config))
-    plan = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
-    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *plan)]
+    splitting = (config.whole_tiles, config.splits, int(config.gathered), f"{microseconds:.2f}")
+    return [str(value) for value in (shape.oc, shape.ic, contenders.label(scheme), activations, n, *sizes, *splitting)]
 
 
 def sweep(
@@ -65,7 +65,7 @@ def sweep(
     turns: int,
 ) -> Iterator[list[str]]:
     """Time and yield rows, a weight at a time."""
-    chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    chip = hardware.of_device(torch.cuda.current_device())
     prepare, shuffled = tune.on_gpu(torch.float16, chip, activations), random.Random(0)
     for shape in shapes:
         for scheme in formats:
@@ -87,7 +87,7 @@ def tile(text: str) -> sm90.Tile:
     words = text.removesuffix(",fp8").split(",")
     if len(words) != 5 or not all(word.isdecimal() for word in words):
         raise InputError(f"--try {text!r}: expected five numbers such as 8,2,2,1,1, and perhaps fp8")
-    return sm90.Tile(*map(int, words), fp8=text.endswith(",fp8"))
+    return sm90.Tile(*map(int, words), Activations.E4M3 if text.endswith(",fp8") else Activations.NATIVE)
 
 
 def add(new: sm90.Tile) -> None:
@@ -96,7 +96,7 @@ def add(new: sm90.Tile) -> None:
     Raises:
         InputError: the table has no tile of as many tokens, with the same activations.
     """
-    like = [known for known in sm90.COSTS if (known.tokens, known.fp8) == (new.tokens, new.fp8)]
+    like = [known for known in sm90.COSTS if (known.tokens, known.activations) == (new.tokens, new.activations)]
     if not like:
         raise InputError(f"no tile of {new.tokens} tokens to predict {new} by")
     nearest = min(like, key=lambda known: abs(known.rows - new.rows))
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=SHAPES, help="models or OCxIC")
     parser.add_argument("--n", required=True, help="numbers of tokens")
     parser.add_argument("--formats", default="fp6_e3m2", help="formats, separated by commas")
-    parser.add_argument("--activations", default=dispatch.ACTIVATIONS_16BIT, choices=dispatch.ACTIVATIONS)
+    parser.add_argument("--activations", default=Activations.NATIVE, choices=[one.value for one in Activations])
     parser.add_argument("--within", type=float, default=1.4, help="of the least predicted time; default: 1.4")
     parser.add_argument("--turns", type=int, default=2, help="times of each; default: 2")
     parser.add_argument("--try", dest="tiles", action="append", default=[], metavar="TILE", help="a tile to try")

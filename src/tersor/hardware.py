@@ -1,29 +1,52 @@
-"""Chip facts, with their source, for whoever chooses tiles or predicts time.
+"""Chip facts, with their source, for whoever chooses tiles, predicts time or plans over several GPUs.
 
-Multiprocessor counts, shared memory and L2 sizes: NVIDIA CUDA C++ Programming Guide 13.0, table "Technical
-Specifications per Compute Capability", and the architecture whitepapers. Read bandwidth: the datasheet.
+Sources of `CHIPS`, for each fact or chip:
+
+- Compute capability and shared memory of a block: NVIDIA CUDA C++ Programming Guide 13.0, table "Technical
+  Specifications per Compute Capability".
+- A100: datasheet "NVIDIA A100 Tensor Core GPU" (2021), whitepaper "NVIDIA A100 Tensor Core GPU Architecture".
+- H100: datasheets "NVIDIA H100 Tensor Core GPU" (SXM and PCIe) and "NVIDIA H100 NVL", product brief PB-11773-001 (the
+  NVL's 3,938 GB/s), whitepaper "NVIDIA H100 Tensor Core GPU Architecture".
+- H200: datasheet "NVIDIA H200 Tensor Core GPU" (SXM and NVL). L2: what the driver of an H200 reports; H200 NVL and
+  H100 NVL, which have six stacks of memory like it, are given the same.
+- GeForce: appendices of the whitepapers "NVIDIA Ampere GA102 GPU Architecture" and "NVIDIA Ada GPU Architecture". The
+  RTX 3090 Ti is in neither: its peaks are the RTX 3090's a multiprocessor and cycle, with 84 of them at 1.86 GHz.
+
+Datasheets of Hopper print tensor core peaks with sparsity; here stands half of that, the dense peak. What they call GB
+of memory are GiB. They add up both directions of a link; here stands one.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from tersor.errors import InputError
+from tersor.errors import InputError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
-    """What tile choice and cost models need to know of one GPU.
+    """What tile choice, cost models and planners need to know of one GPU.
 
     Attributes:
-        name: marketing name.
+        name: the name that the driver reports, or the words that it starts with.
         capability: compute capability, (major, minor).
         sms: number of multiprocessors.
         shared_bytes: shared memory one block may use, after opting in.
         bandwidth: device memory bandwidth in bytes per second, by the datasheet.
+        memory_bytes: device memory; a driver leaves 1 to 2 % less to use.
+        l2_bytes: L2 cache.
+        fp16_ops: dense tensor core peak for float16 and bfloat16 with sums in float32, in operations per second; a
+            multiplication and an addition are two.
+        fp8_ops: the same for 8-bit floats; 0 where the tensor cores have none.
+        int8_ops: the same for 8-bit integers with sums in int32.
+        nvlink: bytes per second that this GPU can send over all its NVLinks together; 0 where there are none. Cards
+            reach it only through a bridge.
+        pcie: bytes per second that it can send over PCIe.
     """
 
     name: str
@@ -31,27 +54,109 @@ class Chip:
     sms: int
     shared_bytes: int
     bandwidth: float
+    memory_bytes: int
+    l2_bytes: int
+    fp16_ops: float
+    fp8_ops: float
+    int8_ops: float
+    nvlink: float
+    pcie: float
+
+
+def _ampere(name: str, gib: int, bandwidth: float) -> Chip:
+    """One of the A100s, which differ in memory alone."""
+    return Chip(
+        name=name,
+        capability=(8, 0),
+        sms=108,
+        shared_bytes=163 << 10,
+        bandwidth=bandwidth,
+        memory_bytes=gib << 30,
+        l2_bytes=40 << 20,
+        fp16_ops=312e12,
+        fp8_ops=0.0,
+        int8_ops=624e12,
+        nvlink=300e9,
+        pcie=32e9,
+    )
+
+
+def _geforce(
+    name: str,
+    capability: tuple[int, int],
+    sms: int,
+    bandwidth: float,
+    l2_bytes: int,
+    peaks: tuple[float, float, float],
+    nvlink: float,
+) -> Chip:
+    """A GeForce card of 24 GB; peaks are of fp16, fp8 and int8."""
+    return Chip(
+        name=name,
+        capability=capability,
+        sms=sms,
+        shared_bytes=99 << 10,
+        bandwidth=bandwidth,
+        memory_bytes=24 << 30,
+        l2_bytes=l2_bytes,
+        fp16_ops=peaks[0],
+        fp8_ops=peaks[1],
+        int8_ops=peaks[2],
+        nvlink=nvlink,
+        pcie=32e9,
+    )
+
+
+def _hopper(
+    name: str, gib: int, bandwidth: float, fp16_ops: float, nvlink: float, *, sms: int = 132, l2_bytes: int = 60 << 20
+) -> Chip:
+    """One of the H100s or H200s; 8-bit peaks are twice the 16-bit peak."""
+    return Chip(
+        name=name,
+        capability=(9, 0),
+        sms=sms,
+        shared_bytes=227 << 10,
+        bandwidth=bandwidth,
+        memory_bytes=gib << 30,
+        l2_bytes=l2_bytes,
+        fp16_ops=fp16_ops,
+        fp8_ops=2 * fp16_ops,
+        int8_ops=2 * fp16_ops,
+        nvlink=nvlink,
+        pcie=64e9,
+    )
 
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip(name="NVIDIA A100", capability=(8, 0), sms=108, shared_bytes=163 * 1024, bandwidth=2.039e12),
-        Chip(name="NVIDIA RTX 3090", capability=(8, 6), sms=82, shared_bytes=99 * 1024, bandwidth=0.936e12),
-        Chip(name="NVIDIA RTX 4090", capability=(8, 9), sms=128, shared_bytes=99 * 1024, bandwidth=1.008e12),
-        Chip(name="NVIDIA H100", capability=(9, 0), sms=132, shared_bytes=227 * 1024, bandwidth=3.35e12),
-        Chip(name="NVIDIA H200", capability=(9, 0), sms=132, shared_bytes=227 * 1024, bandwidth=4.8e12),
+        _ampere("NVIDIA A100", 80, 2.039e12),
+        _ampere("NVIDIA A100 80GB PCIe", 80, 1.935e12),
+        _ampere("NVIDIA A100-SXM4-40GB", 40, 1.555e12),
+        _ampere("NVIDIA A100-PCIE-40GB", 40, 1.555e12),
+        _geforce("NVIDIA GeForce RTX 3090", (8, 6), 82, 0.936e12, 6 << 20, (71e12, 0.0, 284e12), 56.25e9),
+        _geforce("NVIDIA GeForce RTX 3090 Ti", (8, 6), 84, 1.008e12, 6 << 20, (80e12, 0.0, 320e12), 56.25e9),
+        _geforce("NVIDIA GeForce RTX 4090", (8, 9), 128, 1.008e12, 72 << 20, (165.2e12, 330.3e12, 660.6e12), 0.0),
+        _hopper("NVIDIA H100", 80, 3.35e12, 989.4e12, 450e9, l2_bytes=50 << 20),
+        _hopper("NVIDIA H100 PCIe", 80, 2.0e12, 756.5e12, 300e9, sms=114, l2_bytes=50 << 20),
+        _hopper("NVIDIA H100 NVL", 94, 3.938e12, 835.5e12, 300e9),
+        _hopper("NVIDIA H200", 141, 4.8e12, 989.4e12, 450e9),
+        _hopper("NVIDIA H200 NVL", 141, 4.8e12, 835.5e12, 450e9),
     )
 }
+"""Name -> chip. A name without a variant is the one for SXM sockets; of the A100, the one with 80 GB."""
 
 KERNEL_CAPABILITY = (8, 0)
 """The oldest compute capability the kernels run on: bf16 mma.sync and cp.async appeared with it."""
+
+_MEMORY_TOLERANCE = 0.1
+"""A device has the memory of a known chip if it differs by no more than this share, so that 64 GB are not 80."""
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def chip_named(name: str) -> Chip:
-    """Return the facts of a chip by its name, which may leave out the maker, capitals and blanks (`h200`, `rtx4090`).
+    """Return the facts of a chip by its name, without maker, brand, capitals and blanks too (`h200`, `rtx4090`).
 
     Raises:
         InputError: no chip of that name is known.
@@ -66,7 +171,68 @@ def chip_named(name: str) -> Chip:
 
 
 def _short(name: str) -> str:
-    return re.sub(r"[\s_-]", "", name.lower()).removeprefix("nvidia")
+    return re.sub(r"[\s_-]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
+
+
+@functools.cache
+def of_device(index: int) -> Chip:
+    """Return the facts of the CUDA device of this index.
+
+    Raises:
+        UnsupportedError: it is older than the kernels need.
+    """
+    import torch
+
+    return of_properties(torch.cuda.get_device_properties(index))
+
+
+def of_properties(properties: Any) -> Chip:
+    """Return the facts of a device from what torch says of it.
+
+    The known chip with the longest name that the device's name starts with, and with as much memory, gives bandwidth,
+    peaks and links. Where there is none (a laptop's GPU, a MIG slice, a newer architecture), the newest known chip that
+    is no newer than the device gives the peaks and PCIe; bandwidth is then by the memory's clock and bus width, and no
+    NVLink is assumed. Peaks are in proportion to the multiprocessors there are. All else is as the driver reports it.
+
+    Args:
+        properties: what `torch.cuda.get_device_properties` returns.
+
+    Raises:
+        UnsupportedError: the device is older than the kernels need.
+    """
+    capability = (properties.major, properties.minor)
+    known = _named(properties.name, properties.total_memory)
+    if known is None:
+        near = [chip for chip in CHIPS.values() if chip.capability <= capability]
+        if not near:
+            has, needed = (".".join(map(str, pair)) for pair in (capability, KERNEL_CAPABILITY))
+            raise UnsupportedError(f"{properties.name} has compute capability {has}: kernels need {needed} or newer")
+        known = max(near, key=lambda chip: chip.capability)
+        # Both edges of the clock carry data; a virtual GPU may report no clock.
+        measured = 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
+        known = replace(known, bandwidth=measured or known.bandwidth, nvlink=0.0)
+    share = properties.multi_processor_count / known.sms
+    return replace(
+        known,
+        name=properties.name,
+        capability=capability,
+        sms=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,
+        memory_bytes=properties.total_memory,
+        l2_bytes=properties.L2_cache_size,
+        fp16_ops=known.fp16_ops * share,
+        fp8_ops=known.fp8_ops * share,
+        int8_ops=known.int8_ops * share,
+    )
+
+
+def _named(reported: str, memory_bytes: int) -> Chip | None:
+    """Return the chip that a driver reports by this name, or `None` where none is known by it."""
+    names = [name for name in CHIPS if re.match(re.escape(name) + r"(?![0-9A-Za-z])", reported)]
+    chip = CHIPS[max(names, key=len)] if names else None
+    if chip is None or abs(memory_bytes / chip.memory_bytes - 1) > _MEMORY_TOLERANCE:
+        return None
+    return chip
 
 
 def driver_version() -> str | None:

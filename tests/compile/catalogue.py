@@ -9,7 +9,8 @@ from tersor.hardware import CHIPS
 from tersor.kernels import dense
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import sm80, sm90
-from tersor.layouts import decode_groups, tiles
+from tersor.layouts import decode_groups
+from tersor.layouts.packing import Packing, scales_in_block, unsupported_reason
 
 COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
 """The formats in most use; the others come after them in `compiled_schemes`."""
@@ -45,21 +46,17 @@ def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
         if chip.capability != capability:
             continue
         for index, (scheme, every_tile) in enumerate(compiled_schemes()):
-            fast = sm90.tiles(tiles.scales_in_block(scheme.group_size))
+            fast = sm90.tiles(scales_in_block(scheme.group_size))
             widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
             for target in (
                 decode_groups.PAIR_TARGETS if every_tile else decode_groups.PAIR_TARGETS[(index + index // 2) % 2 :][:1]
             ):
-                for source in dense.sources(scheme, target, chip):
+                for source in dense.sources(Packing.of(scheme, target), chip):
                     if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
                         seen.add(source)
                         yield source
-            if (
-                every_tile
-                and not decode_groups.supported(scheme.format, decode_groups.FP8)
-                and (scheme.group_size or 32) % 32 == 0
-            ):
-                for source in dense.fp8_sources(scheme, "float16", chip):
+            if every_tile and not unsupported_reason(scheme, decode_groups.FP8):
+                for source in dense.quantized_sources(Packing.of(scheme, decode_groups.FP8), "float16", chip):
                     if source not in seen:
                         seen.add(source)
                         yield source

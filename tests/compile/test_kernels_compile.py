@@ -17,7 +17,7 @@ from tersor.formats import get_scheme
 from tersor.hardware import CHIPS
 from tersor.kernels import dense, tune
 from tersor.kernels.jit import KernelSource, arch_for, compile_many
-from tersor.ops import dispatch
+from tersor.layouts.packing import Packing
 
 CAPABILITIES = ((8, 0), (8, 9), (9, 0))
 
@@ -56,7 +56,7 @@ def test_every_kernel_compiles_without_spills(capability: tuple[int, int]) -> No
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 def test_gated_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
     chip = next(chip for chip in CHIPS.values() if chip.capability == capability)
-    sources = list(dense.sources(get_scheme("fp6_e3m2"), "bfloat16", chip, gated=True))
+    sources = list(dense.sources(Packing.of(get_scheme("fp6_e3m2"), "bfloat16"), chip, gated=True))
     assert [source.name for source in sources if not source.name.endswith("_gated")] == [
         "tersor_dequantize_fp6_e3m2_bfloat16"
     ]
@@ -72,8 +72,10 @@ def test_batch_invariant_kernels_compile_without_spills(gated: bool) -> None:
     for group_size in (None, 128):
         scheme = get_scheme("fp6_e3m2", group_size)
         for n in (8, 16):
-            problem = dispatch.problem_of(scheme, (8192, 8192), n, batch_invariant=True)
-            sources[dense.fused_source(scheme, "float16", tune.choose(problem, chip), gated)] = None
+            problem = dense.problem_of(scheme, (8192, 8192), n, batch_invariant=True)
+            sources[dense.fused_source(Packing.of(scheme, "float16"), "float16", tune.choose(problem, chip), gated)] = (
+                None
+            )
     assert [source.parameters["N_TILE"] for source in sources] == [8, 16, 8, 16]
     assert {source.parameters["FEW_TOKENS"] for source in sources} == {0}
     check(list(sources), arch_for(chip.capability))

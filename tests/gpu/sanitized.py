@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
+from tersor.formats import Activations
+from tersor.kernels import dense
 from tersor.kernels.tune import sm80, sm90
-from tersor.layouts import PackedWeight, tiles
+from tersor.layouts import PackedWeight
+from tersor.layouts.packing import scales_in_block
 from tersor.ops import dispatch
 
 
 def main() -> None:
     """Run each configuration once; the sanitizer looks on."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     for group_size in (None, 32):
         run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416, fp8=False)
     if chip.capability == (9, 0):
@@ -24,30 +27,31 @@ def main() -> None:
 
 def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *, fp8: bool) -> None:
     """Run one scheme through every tile, in whole and in parts, with CTAs that take several items."""
-    chip = dispatch.chip(torch.device("cuda", 0))
-    layout = dispatch.FP8_LAYOUT if fp8 else "tiles_float16"
+    chip = hardware.of_device(0)
+    layout = dispatch.E4M3_LAYOUT if fp8 else "tiles_float16"
     weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme).to_layout(layout)
     weight = PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda(), None, layout)
-    groups, bits = tiles.scales_in_block(scheme.group_size), 8 if fp8 else 16
-    shapes = sm90.tiles(groups, fp8) if capability == (9, 0) else ()
+    groups = scales_in_block(scheme.group_size)
+    activations = Activations.E4M3 if fp8 else Activations.NATIVE
+    shapes = sm90.tiles(groups, activations) if capability == (9, 0) else ()
     for tile in shapes:
         n = tile.tokens + 5
-        problem = dispatch.problem_of(scheme, (oc, ic), n, activation_bits=bits)
+        problem = dense.problem_of(scheme, (oc, ic), n, activations=activations)
         x = torch.randn(n, ic, device="cuda").half()
         for splits, ctas in ((1, 2), (2, 3)):
-            with ops.launches(config=sm90.config(problem, tile, 0, splits, ctas * tile.cluster, chip)):
+            with ops.using(config=sm90.config(problem, tile, 0, splits, ctas * tile.cluster, chip)):
                 ops.linear(x, weight)
         if tile.gathered > 1:
-            problem = dispatch.problem_of(scheme, (oc, ic), tile.tokens, activation_bits=bits)
+            problem = dense.problem_of(scheme, (oc, ic), tile.tokens, activations=activations)
             count = -(-oc // tile.rows)
-            with ops.launches(config=sm90.config(problem, tile, 0, 2, 2 * count, chip, True)):
+            with ops.using(config=sm90.config(problem, tile, 0, 2, 2 * count, chip, True)):
                 ops.linear(x[: tile.tokens], weight)
     if not fp8:
         for tokens in sm80.TILES:
-            problem = dispatch.problem_of(scheme, (oc, ic), tokens)
+            problem = dense.problem_of(scheme, (oc, ic), tokens)
             x = torch.randn(tokens, ic, device="cuda").half()
             for config in list(sm80.candidates(problem, chip))[:2]:
-                with ops.launches(config=config):
+                with ops.using(config=config):
                     ops.linear(x, weight)
 
 

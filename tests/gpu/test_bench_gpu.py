@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.bench import linear
 from tersor.bench.shapes import Shape
 from tersor.cli.main import run
@@ -17,7 +17,6 @@ from tersor.compress import quantize_rtn
 from tersor.kernels import tune
 from tersor.kernels.tune import choice, table
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -36,7 +35,7 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "linear.json"
     rivals = ["cublas", "fp8"] if torch.cuda.get_device_capability() >= (8, 9) else ["cublas"]
-    arguments = ["2048x2048", "--n", "1,8", "--against", ",".join(rivals), "--json", str(path)]
+    arguments = ["2048x2048", "--n", "1,8", "--against", ",".join(rivals), "--output", str(path)]
     assert run(["bench", "linear", *arguments]) == 0
     out = capsys.readouterr().out
     assert "x cuBLAS" in out
@@ -70,7 +69,7 @@ def test_a_chain_keeps_the_size_of_its_values() -> None:
 
 
 def test_tune(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[str]) -> None:
-    chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    chip = hardware.of_device(torch.cuda.current_device())
     problems = [linear.problem_of(Shape(2048, 1024), FP6, n) for n in (1, 8)]
     assert choice.measured(problems[0], chip) is None
     assert run(["bench", "tune", "2048x1024", "--n", "1,8", "--json"]) == 0
@@ -95,7 +94,7 @@ def test_the_operator_asks_for_the_problem_that_is_measured(
     ic: int, group_size: int | None, own_tables: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tune.LinearProblem] = []
-    monkeypatch.setattr(table, "measured", lambda problem, chip: asked.append(problem))
+    monkeypatch.setattr(choice, "measured", lambda problem, chip: asked.append(problem))
     scheme = formats.get_scheme("fp6_e3m2", group_size)
     encoded = quantize_rtn(torch.randn(264, ic, device="cuda"), scheme)
     weight = PackedWeight.from_encoded(encoded, scheme)
@@ -106,7 +105,7 @@ def test_the_operator_asks_for_the_problem_that_is_measured(
 
 @pytest.mark.parametrize(("oc", "ic", "n"), [(200, 512, 8), (256, 1000, 33), (384, 512, 100)])
 def test_every_configuration_gives_the_product(oc: int, ic: int, n: int) -> None:
-    chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    chip = hardware.of_device(torch.cuda.current_device())
     torch.manual_seed(0)
     weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), FP6), FP6)
     packed = weight.to_layout(ops.preferred_layout(FP6, torch.float16, weight.data.device))
@@ -119,7 +118,7 @@ def test_every_configuration_gives_the_product(oc: int, ic: int, n: int) -> None
         pytest.skip("no fused kernel takes so many tokens here")
     for config in options:
         for early in (True, False):
-            with ops.launches(config=config, early=early):
+            with ops.using(config=config, early=early):
                 y = ops.linear(x, packed)
             worst = float(((y.double() - exact).abs() / allowed).max())
             assert worst <= 1, f"{config}, early {early}: error is {worst:.2f} of what is allowed"

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
-from tersor import formats, nn, ops
+from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
+from tersor.formats import Activations
 from tersor.integrations.transformers import replace
+from tersor.kernels import dense
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch, reference
+from tersor.ops import dispatch
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -29,7 +31,7 @@ def packed(name: str, group_size: int | None, oc: int, ic: int) -> tuple[PackedW
     torch.manual_seed(oc + ic)
     scheme = formats.get_scheme(name, group_size)
     weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), scheme), scheme)
-    return weight.to_layout(dispatch.FP8_LAYOUT), weight.dequantize(torch.float64)
+    return weight.to_layout(dispatch.E4M3_LAYOUT), weight.dequantize(torch.float64)
 
 
 def check(
@@ -37,7 +39,7 @@ def check(
 ) -> torch.Tensor:
     """Compare with the product of what the reference quantises on a CPU."""
     y = ops.linear(x, weight, bias)
-    codes, scale = reference.quantize_tokens(x.float().cpu())
+    codes, scale = Activations.E4M3.quantize(x.float().cpu())
     quantised = (codes.double() * scale.double()).cuda()
     exact = quantised @ values.T
     allowed = ACCUMULATION * (quantised.abs() @ values.abs().T)
@@ -78,18 +80,18 @@ def test_odd_sizes_and_strides() -> None:
     assert ops.linear(torch.empty(0, 8192, device="cuda").half(), weight).shape == (0, 128)
 
 
-@pytest.mark.parametrize("tile", sm90.tiles(0, fp8=True), ids=str)
+@pytest.mark.parametrize("tile", sm90.tiles(0, Activations.E4M3), ids=str)
 def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile) -> None:
     """A few CTAs that take several items each, split tiles among them."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     oc, ic, n = 700, 1100, 3 * tile.tokens - 5
     weight, values = packed("fp6_e3m2", None, oc, ic)
     scheme = weight.scheme
     x = torch.randn(n, ic, device="cuda").half()
-    problem = dispatch.problem_of(scheme, (oc, ic), n, activation_bits=8)
+    problem = dense.problem_of(scheme, (oc, ic), n, activations=Activations.E4M3)
     for whole, splits, ctas in ((0, 1, 4), (0, 3, 8), (4, 2, 4)):
         config = sm90.config(problem, tile, whole, splits, ctas * tile.cluster, chip)
-        with ops.launches(config=config):
+        with ops.using(config=config):
             first = check(x, weight, values)
             others = [ops.linear(x, weight) for _ in range(REPEATS)]
         different = sum(not torch.equal(first, other) for other in others)

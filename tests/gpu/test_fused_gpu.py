@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import Encoded
 from tersor.convert import quantize
 from tersor.engine import Sampling
@@ -18,7 +18,8 @@ from tersor.integrations.transformers import fuse, joined, load
 from tersor.integrations.transformers.generate import Generator
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.layouts import PackedWeight, gated, tiles
+from tersor.layouts import PackedWeight, gated
+from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -57,17 +58,23 @@ def ready(weight: PackedWeight, dtype: torch.dtype) -> PackedWeight:
 
 def decision(packed: PackedWeight, n: int, dtype: torch.dtype) -> dispatch.Decision:
     aligned = packed.shape[1] % 8 == 0
-    place = torch.device("cuda", 0)
-    invariant = ops.batch_invariant()
-    return dispatch.decide(packed.scheme, packed.layout, packed.shape, n, dtype, place, aligned, invariant)
+    device = torch.device("cuda", 0)
+    return dispatch.decide(packed.scheme, packed.layout, packed.shape, n, dtype, device, aligned)
 
 
 def compile_for(packed: PackedWeight, counts: tuple[int, ...], dtype: torch.dtype, gated: bool) -> None:
     """Compile side by side what calls with so many tokens would compile one after the other."""
-    target = tiles.LAYOUTS[packed.layout]
+    target = LAYOUTS[packed.layout]
     configs = [decision(packed, n, dtype).config for n in counts]
-    sources = {family.fused_source(packed.scheme, target, config, gated) for config in configs if config is not None}
-    sources |= {family.dequantize_source(packed.scheme, target), family.epilogue_source(packed.scheme, target, gated)}
+    sources = {
+        family.fused_source(Packing.of(packed.scheme, target), target, config, gated)
+        for config in configs
+        if config is not None
+    }
+    sources |= {
+        family.dequantize_source(Packing.of(packed.scheme, target)),
+        family.epilogue_source(Packing.of(packed.scheme, target), gated),
+    }
     jit.compile_many(sources, jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 
@@ -88,7 +95,7 @@ def check(y: torch.Tensor, exact: torch.Tensor, sums: torch.Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def usual() -> Iterator[None]:
-    """Leave neither the mode nor a plan behind."""
+    """Leave neither the mode nor a prepared call behind."""
     ops.set_batch_invariant(False)
     yield
     prepared.forget()
@@ -97,9 +104,9 @@ def usual() -> Iterator[None]:
 @pytest.fixture(params=["sm80", "sm90"])
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with the kernels of either generation; those of sm_80 run on a newer GPU, too."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     if request.param == "sm80":
-        monkeypatch.setattr(dispatch, "chip", lambda device: replace(chip, capability=(8, 0)))
+        monkeypatch.setattr(hardware, "of_device", lambda index: replace(chip, capability=(8, 0)))
     elif chip.capability != (9, 0):
         pytest.skip("needs compute capability 9.0")
     prepared.forget()

@@ -169,9 +169,9 @@ def test_graphs_replay_side_by_side(n: int) -> None:
 
 
 def test_the_first_call_of_all_may_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel is loaded, its plan made and its memory taken while a graph is captured."""
+    """Its kernel is loaded, its call prepared and its memory taken while a graph is captured."""
     weight, x = packed(oc=640), tokens(3)
-    monkeypatch.setattr(workspace, "_stock", {})
+    monkeypatch.setattr(workspace.SHARED, "_stock", {})
     prepared.forget()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -179,6 +179,30 @@ def test_the_first_call_of_all_may_be_captured(monkeypatch: pytest.MonkeyPatch) 
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, ops.linear(x, weight))
+
+
+def test_an_owner_gives_the_memory_of_split_sums_back() -> None:
+    """Eagerly and in a graph; the results are those of the memory that the process shares."""
+    weight, x = packed(), tokens(3)
+    expected = ops.linear(x, weight)
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    with ops.Workspace() as own:
+        with ops.using(workspace=own):
+            assert torch.equal(ops.linear(x, weight), expected)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = ops.linear(x, weight)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+        assert own.nbytes >= 8 << 20
+        taken, _ = torch.cuda.mem_get_info()
+        assert taken <= free - own.nbytes + (4 << 20)
+        del graph
+    back, _ = torch.cuda.mem_get_info()
+    assert back - taken >= 8 << 20
+    assert torch.equal(ops.linear(x, weight), expected)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

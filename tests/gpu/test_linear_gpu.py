@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import Encoded
 from tersor.hardware import Chip
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
 from tersor.kernels.tune import sm90
-from tersor.layouts import PackedWeight, decode_groups, tiles
+from tersor.layouts import PackedWeight, decode_groups
+from tersor.layouts.blocks import BLOCK_IC
+from tersor.layouts.packing import LAYOUTS, Packing, scales_in_block
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -47,7 +49,7 @@ REPEATS = 30
 
 def chips() -> dict[str, Chip]:
     """The GPU as if it were of the generation that the sm80 schedule is for, and as it is where it is newer."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     known = {"sm80": replace(chip, capability=(8, 0))}
     if chip.capability == (9, 0):
         known["sm90"] = chip
@@ -56,7 +58,7 @@ def chips() -> dict[str, Chip]:
 
 def problem_of(scheme: formats.Scheme, oc: int, ic: int, n: int) -> tune.LinearProblem:
     """The problem of contiguous activations [n, ic] and a weight [oc, ic]."""
-    return dispatch.problem_of(scheme, (oc, ic), n, aligned=ic % 8 == 0)
+    return family.problem_of(scheme, (oc, ic), n, aligned=ic % 8 == 0)
 
 
 def sources() -> Iterable[jit.KernelSource]:
@@ -68,17 +70,17 @@ def sources() -> Iterable[jit.KernelSource]:
     for name, group_size in PRODUCTS:
         scheme = formats.get_scheme(name, group_size)
         for target in decode_groups.PAIR_TARGETS:
-            yield family.dequantize_source(scheme, target)
+            yield family.dequantize_source(Packing.of(scheme, target))
             for chip in chips().values():
                 for problem in (problem_of(scheme, *shape, n) for shape in SHAPES for n in TOKENS):
                     if tune.fused(problem, chip):
-                        yield family.fused_source(scheme, target, tune.choose(problem, chip))
+                        yield family.fused_source(Packing.of(scheme, target), target, tune.choose(problem, chip))
     for name, group_size, ic, dtype in TILED if "sm90" in chips() else ():
         scheme = formats.get_scheme(name, group_size)
-        target = tiles.LAYOUTS[ops.preferred_layout(scheme, dtype, torch.device("cuda", 0))]
-        for tile in sm90.tiles(tiles.scales_in_block(group_size)):
+        target = LAYOUTS[ops.preferred_layout(scheme, dtype, torch.device("cuda", 0))]
+        for tile in sm90.tiles(scales_in_block(group_size)):
             config = sm90.config(problem_of(scheme, 333, ic, 1), tile, 0, 1, tile.cluster, chips()["sm90"])
-            yield family.fused_source(scheme, target, config)
+            yield family.fused_source(Packing.of(scheme, target), target, config)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,7 +104,7 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Leave no plan behind that a test made."""
+    """Leave no prepared call behind that a test made."""
     yield
     prepared.forget()
 
@@ -113,7 +115,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     chip = chips().get(request.param)
     if chip is None:
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(dispatch, "chip", lambda device: chip)
+    monkeypatch.setattr(hardware, "of_device", lambda index: chip)
     prepared.forget()
     return request.param
 
@@ -176,7 +178,7 @@ def test_products_are_within_tolerance(name: str, group_size: int | None, dtype:
 def forced(problem: tune.LinearProblem, tile: sm90.Tile) -> Iterator[tune.LinearConfig]:
     """Yield configurations with a tile: CTAs of one item or many, whole tiles and split ones, up to a block each."""
     total = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
-    blocks = -(-problem.ic // sm90.COLUMNS)
+    blocks = -(-problem.ic // BLOCK_IC)
     for whole, splits, most in (
         (0, 1, total),
         (0, 1, 1),
@@ -197,7 +199,7 @@ def test_every_tile_in_every_part(name: str, group_size: int | None, ic: int, dt
     tile, scheme = sm90.tiles(0)[index], formats.get_scheme(name, group_size)
     if "sm90" not in chips():
         pytest.skip("needs compute capability 9.0")
-    if tile not in sm90.tiles(tiles.scales_in_block(group_size)):
+    if tile not in sm90.tiles(scales_in_block(group_size)):
         pytest.skip("not a tile for scales in groups")
     weight = random_weight(333, ic, scheme)
     packed = weight.to_layout(ops.preferred_layout(scheme, dtype, weight.data.device))
@@ -206,7 +208,7 @@ def test_every_tile_in_every_part(name: str, group_size: int | None, ic: int, dt
         x = torch.randn(n, ic, dtype=dtype, device="cuda")
         exact, allowed = x.double() @ exact_weight.T, formats.product_tolerance(x.double(), exact_weight, dtype)
         for config in forced(problem_of(scheme, 333, ic, n), tile):
-            with ops.launches(config=config):
+            with ops.using(config=config):
                 first, *others = (ops.linear(x, packed) for _ in range(REPEATS))
             worst = float(((first.double() - exact).abs() / allowed).max())
             assert worst <= 1, (

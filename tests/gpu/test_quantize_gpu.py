@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import checkpoints
 
 from tersor.convert import quantize
 from tersor.formats import Scheme
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-import checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import Encoded
 from tersor.hardware import Chip
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
-from tersor.layouts import PackedWeight, decode_groups, tiles
+from tersor.layouts import PackedWeight, decode_groups
+from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.ops import dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -40,7 +41,7 @@ def schemes(name: str) -> list[formats.Scheme]:
 
 def chips() -> dict[str, Chip]:
     """The GPU as it is, and as if it were of the generation that the sm80 schedule is for."""
-    chip = dispatch.chip(torch.device("cuda", 0))
+    chip = hardware.of_device(0)
     known = {"sm80": replace(chip, capability=(8, 0))}
     if chip.capability == (9, 0):
         known["sm90"] = chip
@@ -55,18 +56,20 @@ def compiled() -> None:
         for target in decode_groups.PAIR_TARGETS:
             for chip in chips().values():
                 for n in TOKENS:
-                    problem = dispatch.problem_of(scheme, (OC, IC), n)
+                    problem = family.problem_of(scheme, (OC, IC), n)
                     if tune.fused(problem, chip):
-                        sources[family.fused_source(scheme, target, tune.choose(problem, chip))] = None
-            sources[family.dequantize_source(scheme, target)] = None
-            sources[family.epilogue_source(scheme, target)] = None
-    chip = dispatch.chip(torch.device("cuda", 0))
+                        sources[family.fused_source(Packing.of(scheme, target), target, tune.choose(problem, chip))] = (
+                            None
+                        )
+            sources[family.dequantize_source(Packing.of(scheme, target))] = None
+            sources[family.epilogue_source(Packing.of(scheme, target))] = None
+    chip = hardware.of_device(0)
     jit.compile_many(list(sources), jit.arch_for(chip.capability), os.cpu_count())
 
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Leave no plan behind that a test made as if the GPU were another."""
+    """Leave no prepared call behind that a test made as if the GPU were another."""
     prepared.forget()
     yield
     prepared.forget()
@@ -106,18 +109,18 @@ def test_dequantize_is_exact_for_every_code(name: str, dtype: torch.dtype) -> No
     for scheme in schemes(name):
         weight, values = random_weight(scheme)
         layout = ops.preferred_layout(scheme, dtype, device)
-        target = tiles.LAYOUTS[layout]
+        target = LAYOUTS[layout]
         packed = weight.to_layout(layout)
         exponent = decode_groups.decode_group(scheme.format, target).exponent
         scratch = torch.full((OC, IC), float("nan"), dtype=dtype, device=device)
         family.launch_dequantize(
-            jit.get(family.dequantize_source(scheme, target), device),
+            jit.get(family.dequantize_source(Packing.of(scheme, target)), device),
             torch.cuda.current_stream(device).cuda_stream,
             weight=packed.data.data_ptr(),
             scale=packed.scale.data_ptr(),
             scratch=scratch.data_ptr(),
-            first_row_block=0,
-            rows=OC,
+            first_block=0,
+            oc=OC,
             ic=IC,
             factor=math.ldexp(1.0, exponent),
         )
@@ -135,7 +138,7 @@ def test_products_of_every_type(name: str, dtype: torch.dtype, schedule: str, mo
     chip = chips().get(schedule)
     if chip is None:
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(dispatch, "chip", lambda device: chip)
+    monkeypatch.setattr(hardware, "of_device", lambda index: chip)
     generator = torch.Generator(device="cuda").manual_seed(3)
     for scheme in schemes(name):
         weight, _ = random_weight(scheme)

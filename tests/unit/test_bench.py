@@ -22,7 +22,7 @@ from tersor.compress import quantize_rtn
 from tersor.errors import FormatError, InputError, OutputError, UnsupportedError
 from tersor.formats import get_scheme
 from tersor.layouts import PackedWeight
-from tersor.ops import measuring
+from tersor.ops import mode
 
 ROOT = Path(__file__).resolve().parents[2]
 FP6 = get_scheme("fp6_e3m2")
@@ -146,7 +146,7 @@ def test_a_chain_hands_outputs_on_where_sizes_allow(oc: int, ic: int, monkeypatc
 
     def spy(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         y = real(x, weight)
-        seen.append((x, measuring.current().early))
+        seen.append((x, mode.current().early))
         outputs.append(y)
         return y
 
@@ -156,7 +156,7 @@ def test_a_chain_hands_outputs_on_where_sizes_allow(oc: int, ic: int, monkeypatc
         for call in contenders.chained(weights, x, early=False):
             call()
     assert [early for _, early in seen] == [False] * 20
-    assert measuring.current().early
+    assert mode.current().early
     for index, (source, _) in enumerate(seen):
         handed_on = oc == ic and index % 10 % 8
         assert source is (outputs[index - 1] if handed_on else x), index

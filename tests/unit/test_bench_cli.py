@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import ops
+from tersor import hardware, ops
 from tersor.bench import contenders, timing
 from tersor.bench.contenders import Calls
 from tersor.cli import bench as cli
 from tersor.cli.main import run
+from tersor.formats import Activations
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import jit, tune
 from tersor.kernels.tune import choice, table
-from tersor.ops import dispatch
+from tersor.layouts.packing import target_of
 
 
 def test_dry_run_on_a_named_chip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +85,7 @@ def test_wrong_usage_is_one_line(
 def test_chips_by_short_names() -> None:
     assert chip_named("h200") is CHIPS["NVIDIA H200"]
     assert chip_named("NVIDIA H100") is CHIPS["NVIDIA H100"]
-    assert chip_named("rtx-4090") is chip_named("RTX 4090") is CHIPS["NVIDIA RTX 4090"]
+    assert chip_named("rtx-4090") is chip_named("RTX 4090") is CHIPS["NVIDIA GeForce RTX 4090"]
 
 
 @pytest.fixture
@@ -101,9 +102,11 @@ def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(cli, "need_gpu", lambda instead: None)
     monkeypatch.setattr(contenders, "random", lambda rows, columns, dtype: torch.randn(rows, columns, dtype=dtype))
     monkeypatch.setattr(
-        ops, "preferred_layout", lambda scheme, dtype, device, activations: f"tiles_{dispatch.target_name(dtype)}"
+        ops,
+        "preferred_layout",
+        lambda scheme, dtype, device, activations: f"tiles_{target_of(Activations.NATIVE, dtype)}",
     )
-    monkeypatch.setattr(dispatch, "chip", lambda device: CHIPS["NVIDIA H200"])
+    monkeypatch.setattr(hardware, "of_device", lambda index: CHIPS["NVIDIA H200"])
     monkeypatch.setattr(jit, "compile_many", lambda sources, arch: [])
     monkeypatch.setattr(timing, "copies", lambda nbytes: 3)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)

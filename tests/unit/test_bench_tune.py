@@ -156,7 +156,7 @@ def entry(part: str, **values: Any) -> list[Any]:
     ("values", "words"),
     [
         ({"kind": "something else"}, "it does not say kind"),
-        ({"version": 2}, "version 2, this Tersor reads version 1"),
+        ({"version": 3}, "version 3, this Tersor reads version 2"),
         ({"extra": 1}, "keys ['extra'] are unknown or missing"),
         ({"choices": 3}, "TypeError"),
         ({"choices": [{"problem": {}}]}, "choice 0: expected problem, config and microseconds"),

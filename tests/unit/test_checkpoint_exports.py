@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-import checkpoints
 import pytest
 import torch
+from helpers import checkpoints
 
 from tersor.convert import quantize
 from tersor.errors import FormatError

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-import tiny_lm
+from helpers import tiny_lm
 
 from tersor.cli.main import run
 

@@ -12,7 +12,7 @@ import pytest
 from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
 from tersor.errors import InputError
-from tersor.formats import get_scheme
+from tersor.formats import Activations, get_scheme
 from tersor.hardware import CHIPS
 from tersor.kernels.tune import seconds, sm90
 
@@ -91,7 +91,7 @@ def test_a_configuration_that_is_no_candidate_is_left_out(
 
 def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "COSTS", dict(sm90.COSTS))
-    assert sweep.tile("64,2,1,2,1,fp8") == sm90.Tile(64, 2, 1, 2, 1, True)
+    assert sweep.tile("64,2,1,2,1,fp8") == sm90.Tile(64, 2, 1, 2, 1, Activations.E4M3)
     new = sweep.tile("64,2,1,2,1")
     sweep.add(new)
     assert sm90.COSTS[new] == sm90.COSTS[sm90.Tile(64, 2, 1, 1, 1)]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tersor import formats
-from tersor.kernels.dense import _SCALE_TYPES, _decode_parameters
 from tersor.layouts import decode_groups, gated, tiles
+from tersor.layouts.packing import SCALE_TYPES, Packing
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -51,9 +51,9 @@ def test_ways_to_finish_have_one_name_and_value_in_both_languages() -> None:
 
 
 def test_scale_types_have_one_name_and_value_in_both_languages() -> None:
-    types = {f"k{dtype.capitalize()}": value for dtype, value in _SCALE_TYPES.items()}
+    types = {f"k{dtype.capitalize()}": value for dtype, value in SCALE_TYPES.items()}
     assert enumeration("scales.cuh", "Type") == types
-    assert set(_SCALE_TYPES) == set(formats.SCALE_DTYPES)
+    assert set(SCALE_TYPES) == set(formats.SCALE_DTYPES)
 
 
 @needs_compiler
@@ -79,10 +79,10 @@ def test_rows_and_channels_of_gated_weights_are_the_same_in_both_languages(tmp_p
 def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
     header = common("decode.cuh")
-    names = [name for name in formats.names() if not decode_groups.supported(formats.get(name), target)]
+    names = [name for name in formats.names() if not decode_groups.unsupported_reason(formats.get(name), target)]
     parts = []
     for name in names:
-        parameters = _decode_parameters(formats.get(name), target)
+        parameters = Packing.of(formats.Scheme(formats.get(name)), target).macros()
         defines = "".join(
             f"#undef {key}\n#define {key} {int(value) if isinstance(value, bool) else value}\n"
             for key, value in parameters.items()
@@ -104,7 +104,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         places = torch.arange(16 * 128).view(16, 128)
         for shift in range(0, blocks, max(1, blocks // 16)):
             codes = ((places + shift) % blocks).to(torch.uint8)
-            words = tiles.pack(codes, fmt, target)
+            words = tiles.pack(codes, Packing.of(formats.Scheme(fmt), target))
             quads = 2 * fmt.bits // 4 * 4
             for lane_index in (0, 7, 13, 31):
                 mine = [words[q * 128 + lane_index * 4 : q * 128 + lane_index * 4 + 4] for q in range(quads // 4)]

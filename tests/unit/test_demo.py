@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny_lm
+from helpers import tiny_lm
 
 from tersor.cli import demo
 from tersor.cli.main import run

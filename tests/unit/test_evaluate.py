@@ -8,8 +8,8 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
-import tiny_lm
 import torch
+from helpers import tiny_lm
 
 from tersor.errors import InputError, TersorError
 from tersor.evaluate import Quality, cut_windows, evaluate

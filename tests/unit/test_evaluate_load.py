@@ -6,11 +6,12 @@ import importlib.util
 import json
 
 import pytest
-import tiny_lm
 import torch
+from helpers import tiny_lm
 from safetensors.torch import load_file, save_file
 
-from tersor import evaluate, nn
+from tersor import evaluate, nn, plots
+from tersor.cli import console
 from tersor.errors import CheckpointError, InputError, UnsupportedError
 from tersor.evaluate import plot
 from tersor.integrations.transformers import load
@@ -161,7 +162,7 @@ def test_the_picture_is_written(compared, tmp_path):
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install tersor\[plot\]"):
-        plot.check_plot(tmp_path / "out.png")
+        plots.check_plot(tmp_path / "out.png")
 
 
 @pytest.mark.parametrize(
@@ -169,15 +170,47 @@ def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch
 )
 def test_pictures_that_cannot_be_written(name, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        plot.check_plot(tmp_path / name)
+        plots.check_plot(tmp_path / name)
 
 
-def test_a_small_model_runs_on_one_thread(monkeypatch):
+def test_a_small_model_runs_on_one_thread_by_decision_of_a_verb(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     cpu = torch.device("cpu")
-    load.choose_threads(1 << 30, cpu)
-    load.choose_threads(1 << 20, torch.device("cuda"))
+    console.choose_threads(1 << 30, cpu)
+    console.choose_threads(1 << 20, torch.device("cuda"))
     assert chosen == []
-    load.choose_threads(1 << 20, cpu)
+    console.choose_threads(1 << 20, cpu)
     assert chosen == [1]
+
+
+def test_a_ready_model_is_joined_and_multiplies_with_what_was_asked_for(tmp_path):
+    from tersor.convert import quantize
+    from tersor.formats import Activations
+
+    quantize(tiny_lm.TINY, tmp_path / "packed", format="fp6_e3m2")
+    model = load.ready_model(tmp_path / "packed", "cpu", activations="fp8", fuse=True)
+    layers = [module for module in model.modules() if isinstance(module, nn.PackedLinear)]
+    assert layers and {layer.activations for layer in layers} == {Activations.E4M3}
+    assert any(type(module).__name__ == "GatedMLP" for module in model.modules())
+    assert not any(type(module).__name__ == "GatedMLP" for module in load.ready_model(tmp_path / "packed").modules())
+
+
+def test_a_model_that_cannot_be_made_ready_says_why():
+    with pytest.raises(InputError, match="has no packed layers that can be joined") as caught:
+        load.ready_model(tiny_lm.TINY, "cpu", fuse=True)
+    assert str(tiny_lm.TINY) in one_line(caught)
+    with pytest.raises(InputError, match="did you mean 'fp8'"):
+        load.ready_model("not looked for", "cpu", activations="fp9")
+
+
+def test_library_code_leaves_the_threads_of_the_process_alone(monkeypatch):
+    """Loading, evaluating and generating are called from other programs, too."""
+    from tersor.integrations.transformers.generate import stream
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("torch's threads were set"))
+    model = load.ready_model(tiny_lm.TINY, "cpu")
+    tokenizer = load.load_tokenizer(tiny_lm.TINY)
+    windows = evaluate.cut_windows("def square(x):\n    return x * x\n" * 20, tokenizer, window=16, max_tokens=32)
+    assert evaluate.evaluate(model, windows).windows == 2
+    assert "".join(stream(model, tokenizer, "def f", max_new_tokens=2))

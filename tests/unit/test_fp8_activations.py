@@ -10,14 +10,15 @@ import torch
 from tersor import nn, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError
-from tersor.formats import get_scheme
+from tersor.formats import Activations, get_scheme
 from tersor.hardware import CHIPS
 from tersor.integrations.transformers import fuse, replace
 from tersor.kernels import dense as family
 from tersor.kernels import tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import STREAM, PackedWeight
-from tersor.ops import dispatch, reference
+from tersor.layouts.packing import Packing
+from tersor.ops import dispatch
 
 H200 = CHIPS["NVIDIA H200"]
 
@@ -30,7 +31,7 @@ def packed(name: str, oc: int = 24, ic: int = 96, group_size: int | None = None)
 def test_a_token_is_scaled_to_the_largest_code() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 64) * torch.tensor([[1e-6], [1.0], [300.0], [0.0], [1e30]])
-    codes, scale = reference.quantize_tokens(x)
+    codes, scale = Activations.E4M3.quantize(x)
     assert codes.dtype == torch.float8_e4m3fn
     assert codes.float().abs().amax(dim=1).tolist() == [448.0, 448.0, 448.0, 0.0, 448.0]
     decoded = codes.float() * scale
@@ -42,7 +43,7 @@ def test_a_token_is_scaled_to_the_largest_code() -> None:
 def test_what_is_not_finite_stays_so_in_its_token_only(bad: float) -> None:
     x = torch.ones(2, 96)
     x[0, 7] = bad
-    y = ops.linear(x, packed("fp6_e3m2").to_layout(dispatch.FP8_LAYOUT))
+    y = ops.linear(x, packed("fp6_e3m2").to_layout(dispatch.E4M3_LAYOUT))
     assert y[0].isnan().all()
     assert y[1].isfinite().all()
 
@@ -52,9 +53,9 @@ def test_the_layout_says_that_activations_are_quantised(name: str, group_size: i
     torch.manual_seed(1)
     weight = packed(name, group_size=group_size)
     x, bias = torch.randn(7, 96), torch.randn(24)
-    codes, scale = reference.quantize_tokens(x)
+    codes, scale = Activations.E4M3.quantize(x)
     expected = (codes.double() * scale.double()) @ weight.dequantize(torch.float64).T + bias.double()
-    y = ops.linear(x, weight.to_layout(dispatch.FP8_LAYOUT), bias)
+    y = ops.linear(x, weight.to_layout(dispatch.E4M3_LAYOUT), bias)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(y, ops.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
@@ -68,7 +69,7 @@ def test_linears_of_a_model_are_switched_and_back() -> None:
     quantised = model(x)
     assert not torch.equal(before, quantised)
     torch.testing.assert_close(before, quantised, rtol=0.1, atol=1.5)  # of sums of about 10
-    assert model[0].layout == dispatch.FP8_LAYOUT
+    assert model[0].layout == dispatch.E4M3_LAYOUT
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     replace.multiply_with(model, "16bit")
     assert torch.equal(model(x), before)
@@ -116,12 +117,13 @@ def test_joined_layers_quantise_their_activations_as_well() -> None:
 
 
 def test_choices_and_sources() -> None:
-    names = {source.name for source in family.fp8_sources(get_scheme("fp6_e3m2"), "float16", H200)}
+    packing = Packing.of(get_scheme("fp6_e3m2"), "float8_e4m3fn")
+    names = {source.name for source in family.quantized_sources(packing, "float16", H200)}
     for n in (1, 16, 17, 64, 65, 300, 5000):
-        problem = tune.LinearProblem(oc=4096, ic=4096, n=n, bits=6, activation_bits=8)
+        problem = tune.LinearProblem(oc=4096, ic=4096, n=n, bits=6, activations=Activations.E4M3)
         config = tune.choose(problem, H200)
         assert config.schedule == tune.SM90
-        assert config.activation_bits == 8
+        assert config.activations is Activations.E4M3
         assert sm90.box_rows(config, n) <= n
-        assert family.fused_source(get_scheme("fp6_e3m2"), "float16", config).name in names
-    assert not list(family.fp8_sources(get_scheme("fp6_e3m2"), "float16", CHIPS["NVIDIA A100"]))
+        assert family.fused_source(packing, "float16", config).name in names
+    assert not list(family.quantized_sources(packing, "float16", CHIPS["NVIDIA A100"]))

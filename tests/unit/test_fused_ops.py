@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, ShapeError
 from tersor.hardware import CHIPS, Chip
@@ -16,7 +16,7 @@ from tersor.kernels import dense as family
 from tersor.kernels import tune
 from tersor.kernels.tune import choice, sm90
 from tersor.layouts import PackedWeight, gated
-from tersor.ops import dispatch, invariance, prepared, reference
+from tersor.ops import dispatch, mode, prepared, reference
 
 SCHEMES = (("fp6_e3m2", None), ("int4", 32), ("uint4", 32), ("mxfp6_e2m3", None))
 TOKENS = (1, 7, 16, 17, 64, 65, 129, 1000, 5000)
@@ -183,7 +183,7 @@ def test_the_mode_is_read_once_and_can_be_set(monkeypatch: pytest.MonkeyPatch) -
     assert ops.batch_invariant()
     monkeypatch.setenv("TERSOR_BATCH_INVARIANT", "yes")
     assert ops.batch_invariant()
-    invariance.forget()
+    mode.forget()
     with pytest.raises(InputError, match="TERSOR_BATCH_INVARIANT is 'yes': expected 0 or 1"):
         ops.batch_invariant()
     ops.set_batch_invariant(False)
@@ -223,12 +223,13 @@ def test_invariant_choices_sum_in_one_order(name: str, oc: int, ic: int, groups:
 
 
 def test_invariant_decisions_take_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
+    monkeypatch.setattr(dispatch, "_device_reason", lambda index: "")
     gpu, scheme = torch.device("cuda", 0), formats.get_scheme("fp6_e3m2")
 
     def decide(chip: Chip, shape: tuple[int, int], n: int) -> dispatch.Decision:
-        monkeypatch.setattr(dispatch, "chip", lambda device: chip)
-        return dispatch.decide(scheme, "tiles_float16", shape, n, torch.float16, gpu, False, True)
+        monkeypatch.setattr(hardware, "of_device", lambda index: chip)
+        with ops.using(batch_invariant=True):
+            return dispatch.decide(scheme, "tiles_float16", shape, n, torch.float16, gpu, False)
 
     few, many = (decide(CHIPS["NVIDIA A100"], (256, 1024), n) for n in (64, 200))
     assert (few.kernel, few.tokens, many.kernel, many.tokens) == ("fused", 0, "fused", 64)

@@ -6,8 +6,8 @@ import copy
 import inspect
 
 import pytest
-import tiny_lm
 import torch
+from helpers import tiny_lm
 
 from tersor.engine import Sampling
 from tersor.errors import InputError, UnsupportedError

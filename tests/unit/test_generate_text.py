@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny_lm
+from helpers import tiny_lm
 
 from tersor.engine.text import Detokenizer, StopFilter
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-import checkpoints
 import pytest
+from helpers import checkpoints
 from safetensors.torch import save_file
 
 from tersor.checkpoint.inspect import inspect

@@ -10,19 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from jit_kernels import axpy, broken, spilling
+from helpers.jit_kernels import axpy, broken, spilling
 
 from tersor.kernels.jit import CompileError, KernelSource, build, cache, compile_many, nvrtc, obtain
 
 ARCH = "sm_80"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give every test an empty cache, on disk and in memory."""
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "_memory", {})
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -43,20 +35,20 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_memory", {})
 
 
-def only_entry(folder: Path) -> Path:
-    (path,) = folder.glob("jit/*/*.kernel")
+def only_entry(cache_dir: Path) -> Path:
+    (path,) = cache_dir.glob("jit/*/*.kernel")
     return path
 
 
 def test_memory_first_then_disk_then_compiler(
-    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+    cache_dir: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = obtain(axpy(), ARCH)
     assert obtain(axpy(), ARCH) is first
     forget(monkeypatch)
     assert obtain(axpy(), ARCH) == first
     assert compilations == ["tersor_test_axpy"]
-    assert only_entry(folder).name == f"{cache.key(axpy(), ARCH)}.kernel"
+    assert only_entry(cache_dir).name == f"{cache.key(axpy(), ARCH)}.kernel"
 
 
 def test_another_arch_parameter_or_compiler_is_another_entry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,9 +86,11 @@ def damaged(blob: bytes) -> dict[str, bytes]:
     }
 
 
-def test_a_damaged_entry_is_built_again(folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_entry_is_built_again(
+    cache_dir: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = obtain(axpy(), ARCH)
-    path = only_entry(folder)
+    path = only_entry(cache_dir)
     blob = path.read_bytes()
     for number, (what, content) in enumerate(damaged(blob).items(), start=2):
         path.write_bytes(content)
@@ -129,7 +123,7 @@ def test_threads_compile_a_kernel_once(compilations: list[str]) -> None:
 WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from jit_kernels import axpy
+from helpers.jit_kernels import axpy
 from tersor.kernels.jit import nvrtc, obtain
 compiled, plain = [], nvrtc.compile_source
 def counted(source, arch):
@@ -146,15 +140,15 @@ print(json.dumps([compiled, sorted(digests.items())]))
 """
 
 
-def test_processes_share_the_cache_and_compile_each_kernel_once(folder: Path) -> None:
-    here = str(Path(__file__).parent)
+def test_processes_share_the_cache_and_compile_each_kernel_once(cache_dir: Path) -> None:
+    here = str(Path(__file__).resolve().parents[1])
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, here, str(i % 2)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TERSOR_CACHE_DIR": str(folder)},
+            env={**os.environ, "TERSOR_CACHE_DIR": str(cache_dir)},
         )
         for i in range(4)
     ]
@@ -172,7 +166,7 @@ def test_processes_share_the_cache_and_compile_each_kernel_once(folder: Path) ->
     compiled = [offset for names, _ in outputs for offset in names]
     assert sorted(compiled) == [0, 1, 2, 3]
     assert all(digests == outputs[0][1] for _, digests in outputs)
-    assert cache.size()[0] == 4 and not list(folder.glob("jit/*/*.tmp"))
+    assert cache.size()[0] == 4 and not list(cache_dir.glob("jit/*/*.tmp"))
 
 
 def test_a_lock_that_is_never_released_only_delays(compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,14 +187,14 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert cache.size() == (0, 0) and cache.clear() == 0
 
 
-def test_size_and_clear(folder: Path) -> None:
+def test_size_and_clear(cache_dir: Path) -> None:
     assert cache.size() == (0, 0) and cache.clear() == 0
     compile_many([axpy(), axpy(1)], ARCH)
-    (folder / "jit" / "00").mkdir(exist_ok=True)
-    (folder / "jit" / "00" / "left.tmp").write_bytes(b"x")
-    assert cache.size() == (2, sum(path.stat().st_size for path in folder.glob("jit/*/*.kernel")))
+    (cache_dir / "jit" / "00").mkdir(exist_ok=True)
+    (cache_dir / "jit" / "00" / "left.tmp").write_bytes(b"x")
+    assert cache.size() == (2, sum(path.stat().st_size for path in cache_dir.glob("jit/*/*.kernel")))
     assert cache.clear() == 2
-    assert not list(folder.glob("jit/*/*.kernel")) and not list(folder.glob("jit/*/*.tmp"))
+    assert not list(cache_dir.glob("jit/*/*.kernel")) and not list(cache_dir.glob("jit/*/*.tmp"))
 
 
 def test_many_kernels_in_order_with_repeats_and_a_report_of_each(compilations: list[str]) -> None:

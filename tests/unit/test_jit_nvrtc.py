@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jit_kernels import axpy, broken, spilling, two_entries
+from helpers.jit_kernels import axpy, broken, spilling, two_entries
 
 from tersor.errors import KernelError, UnsupportedError
 from tersor.kernels.jit import CompileError, arch_for, nvrtc, report

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tersor.errors import KernelError
-from tersor.formats import get_scheme
+from tersor.formats import Activations, get_scheme
 from tersor.hardware import CHIPS
 from tersor.kernels import dense, jit
 from tersor.kernels.jit import KernelSource, source
@@ -78,9 +79,8 @@ def test_measured_tables_outlive_a_header_that_no_linear_reaches(copied: Path) -
 
 
 def test_any_header_that_a_linear_reaches_makes_another_hash_of_the_kernels(copied: Path) -> None:
-    chip = CHIPS["NVIDIA H200"]
-    scheme = get_scheme("fp6_e3m2")
-    sources = [*dense.sources(scheme, "float16", chip), *dense.fp8_sources(scheme, "float16", chip)]
+    chip, scheme = CHIPS["NVIDIA H200"], get_scheme("fp6_e3m2")
+    sources = [one for way in Activations for one in dense.kernels_for(scheme, torch.float16, chip, way)]
     reached = {name for one in sources for name in one.files()}
     assert {"common/decode.cuh", "common/ring.cuh", "dense/sm90_finish.cuh", "dense/dequantize.cuh"} <= reached
     before = hashed()

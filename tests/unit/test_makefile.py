@@ -98,8 +98,9 @@ def test_another_interpreter_is_used_as_it_is(tree: Path) -> None:
         (
             "bench",
             "-m tersor bench linear llama-2-70b llama-3-8b --n 1,16,32,64,128,256,1024,4096 --activations 16bit,fp8 "
-            "--json bench/results/linear_h200.json",
+            "--output bench/results/linear_h200.json",
         ),
+        ("bench", "-m tersor bench linear --from bench/results/linear_h200.json 8192x8192 57344x8192"),
         ("demo", "-m tersor demo"),
     ):
         steps = make(tree, "-n", target, "PYTHON=python3").stdout

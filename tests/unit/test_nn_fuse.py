@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import packed_models as models
 import pytest
 import torch
+from helpers import packed_models as models
 from transformers import AutoModelForCausalLM
 
 from tersor import formats, ops

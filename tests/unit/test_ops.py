@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS
@@ -86,7 +86,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = formats.get_scheme("fp6_e3m2")
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert "CUDA device" in ops.explain(scheme, 8, 64, 1, torch.float16, "cpu").why
-    monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
+    monkeypatch.setattr(dispatch, "_device_reason", lambda index: "")
     half = torch.float16
     shape = (128, 64)
     for chip, n, aligned, kernel, why in (
@@ -95,7 +95,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA H200", 65, True, "fused", "rows start on 16 bytes; sm90"),
         ("NVIDIA H200", 65, False, "dequantize + cuBLAS", "rows do not start on 16 bytes"),
     ):
-        monkeypatch.setattr(dispatch, "chip", lambda device, chip=chip: CHIPS[chip])
+        monkeypatch.setattr(hardware, "of_device", lambda index, chip=chip: CHIPS[chip])
         decision = dispatch.decide(scheme, "tiles_float16", shape, n, half, gpu, aligned)
         assert decision.kernel == kernel and why in decision.why
         assert (decision.config is not None) == (kernel == "fused")
@@ -117,7 +117,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_environment_is_read_once_until_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme, gpu = formats.get_scheme("fp6_e3m2"), torch.device("cuda", 0)
-    monkeypatch.setattr(dispatch, "_device_obstacle", lambda index: "")
+    monkeypatch.setattr(dispatch, "_device_reason", lambda index: "")
     prepared.forget()
     assert ops.preferred_layout(scheme, torch.float16, gpu) == "tiles_float16"
     monkeypatch.setenv("TERSOR_KERNEL", "reference")
@@ -154,27 +154,27 @@ def test_kernels_for_a_model() -> None:
 
 
 def test_weights_just_written_are_not_fetched_early() -> None:
-    from tersor.ops.linear import _settled
+    from tersor.ops.settled import settled
 
     data, scale = torch.zeros(4, dtype=torch.int32), torch.ones(4)
-    assert [_settled(data, scale) for _ in range(3)] == [False, True, True]
+    assert [settled(data, scale) for _ in range(3)] == [False, True, True]
     for written in (data, scale):
         written.add_(1)
-        assert [_settled(data, scale) for _ in range(2)] == [False, True]
-    assert not _settled(data.clone(), scale)
-    assert not _settled(data, scale.clone())
-    assert [_settled(data, scale) for _ in range(2)] == [False, True]
+        assert [settled(data, scale) for _ in range(2)] == [False, True]
+    assert not settled(data.clone(), scale)
+    assert not settled(data, scale.clone())
+    assert [settled(data, scale) for _ in range(2)] == [False, True]
     with torch.inference_mode():
         fixed = torch.zeros(4, dtype=torch.int32)
-    assert [_settled(fixed, scale) for _ in range(2)] == [False, True]
+    assert [settled(fixed, scale) for _ in range(2)] == [False, True]
 
 
 def test_what_is_remembered_of_a_weight_dies_with_it() -> None:
-    from tersor.ops.linear import _settled, _used
+    from tersor.ops.settled import _used, settled
 
     before = set(_used)
     data, scale = torch.zeros(4, dtype=torch.int32), torch.ones(4)
-    _settled(data, scale)
+    settled(data, scale)
     assert set(_used) - before == {id(data)}
     del data
     assert set(_used) == before

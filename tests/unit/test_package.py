@@ -92,6 +92,20 @@ def test_metadata_says_licence_python_and_extras(wheel: Path) -> None:
     assert "tersor = tersor.cli.main:main" in scripts
 
 
+def test_the_extra_for_gpus_asks_for_what_compiles_kernels_and_no_more(wheel: Path) -> None:
+    """cuda-bindings finds NVRTC in nvidia-cuda-nvrtc; a kernel is launched through the driver, which comes with it."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"tersor-{tersor.__version__}.dist-info/METADATA").decode()
+    cuda = set(re.findall(r"^Requires-Dist: ([\w-]+).*extra == 'cuda'$", text, re.MULTILINE))
+    imported = {
+        match[1]
+        for path in PACKAGE.rglob("*.py")
+        for match in re.finditer(r"^\s*(?:from|import) (cuda\.\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert imported == {"cuda.bindings"}
+    assert cuda == {"cuda-bindings", "nvidia-cuda-nvrtc"}
+
+
 def test_the_installed_wheel_runs(installed: Path) -> None:
     where = run_in(installed, sys.executable, "-c", "import tersor; print(tersor.__file__)")
     assert Path(where.strip()) == installed / "tersor" / "__init__.py"
@@ -102,10 +116,8 @@ def test_the_installed_wheel_runs(installed: Path) -> None:
 
 def test_the_installed_wheel_finds_its_headers(installed: Path) -> None:
     code = (
-        "from tersor.formats import get_scheme\n"
-        "from tersor.hardware import chip_named\n"
-        "from tersor.kernels import dense\n"
-        "source = next(dense.sources(get_scheme('fp6_e3m2'), 'float16', chip_named('H200')))\n"
+        "from tersor.kernels.jit import KernelSource\n"
+        "source = KernelSource('probe', 'dense/sm80_linear.cuh', {}, 'P')\n"
         "print(len(source.text()), *source.files())"
     )
     length, *headers = run_in(installed, sys.executable, "-c", code).split()

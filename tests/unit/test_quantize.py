@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import checkpoints
 import pytest
 import torch
+from helpers import checkpoints
 
 import tersor
 from tersor.checkpoint import QuantizationConfig

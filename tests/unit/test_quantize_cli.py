@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-import checkpoints
 import pytest
+from helpers import checkpoints
 
 from tersor.cli import main
 from tersor.cli.layers import collapse

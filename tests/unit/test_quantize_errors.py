@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 
-import checkpoints
 import pytest
 import torch
+from helpers import checkpoints
 from safetensors.torch import save_file
 
 from tersor.convert import job, quantize

@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 
-import checkpoints
 import pytest
+from helpers import checkpoints
 
 from tersor.checkpoint import writer
 from tersor.convert import quantize
@@ -80,20 +80,66 @@ def test_twice_interrupted(model, whole, tmp_path):
     assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
 
 
-def test_a_killed_process(model, whole, tmp_path):
-    program = f"""
-import os, signal
+LARGE = 256 << 20
+"""Bytes of a tensor that would show in the memory of a process that holds all of it."""
+
+PROGRAM = """
+import os, resource, signal
 from tersor.convert import quantize
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize({large!r}, None, dry_run=True)
+before = peak()
+quantize({large!r}, {large!r} + "-out")
+print((peak() - before) * 1024, flush=True)
 def progress(done, total, name):
     if done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
-quantize({str(model)!r}, {str(tmp_path / "out")!r}, progress=progress, **{OPTIONS!r})
+quantize({model!r}, {output!r}, progress=progress, **{options!r})
 """
-    status = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode
-    assert status == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    quantize(model, tmp_path / "out", **OPTIONS, resume=True)
-    assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint with one tensor of `LARGE` bytes, a hole in a sparse file."""
+    folder, columns = tmp_path_factory.mktemp("large") / "model", 4096
+    rows = LARGE // 2 // columns
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": columns}
+    config |= {
+        "intermediate_size": rows,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, LARGE]}
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": entry}).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + LARGE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(model, large, tmp_path_factory):
+    """A process of its own that compresses `large`, then is killed amid `model`: its bytes of growth, the output."""
+    output = tmp_path_factory.mktemp("killed") / "out"
+    program = PROGRAM.format(large=str(large), model=str(model), output=str(output), options=OPTIONS)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return int(done.stdout), output
+
+
+def test_a_killed_process(model, whole, killed):
+    _, output = killed
+    assert not output.exists()
+    quantize(model, output, **OPTIONS, resume=True)
+    assert checkpoints.bytes_of(output) == whole[1]
+
+
+def test_memory_does_not_grow_with_the_tensors(killed):
+    grown, _ = killed
+    assert grown < LARGE // 2
 
 
 def test_resume_without_anything_to_resume(model, whole, tmp_path):
@@ -204,34 +250,3 @@ def test_an_output_that_cannot_be_made(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*file/out.partial"):
         quantize(model, tmp_path / "file" / "out", **OPTIONS)
-
-
-def test_memory_does_not_grow_with_the_tensors(tmp_path):
-    """A 256 MB tensor, a hole in a sparse file, passes through far less memory than it takes itself."""
-    rows, columns = 32768, 4096
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": columns}
-    config |= {
-        "intermediate_size": rows,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    }
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
-    size = rows * columns * 2
-    entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, size]}
-    header = json.dumps({"model.layers.0.mlp.up_proj.weight": entry}).encode()
-    with open(tmp_path / "model/model.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
-    program = f"""
-import resource
-from tersor.convert import quantize
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-quantize({str(tmp_path / "model")!r}, None, dry_run=True)
-before = peak()
-quantize({str(tmp_path / "model")!r}, {str(tmp_path / "out")!r})
-print(peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=True)
-    assert int(done.stdout) * 1024 < size // 2

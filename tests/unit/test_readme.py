@@ -19,6 +19,8 @@ from tersor.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT_CHARACTERS = 4000
+"""Of the text that commands evaluate models on: some windows, not all."""
 MARKER = re.compile(r"<!-- (bench/results/\S+\.json) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -38,8 +40,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory to work in that looks like a checkout, with its own kernel cache; a hub that holds the tiny model."""
     import huggingface_hub
 
-    for name in ("examples", "docs", "src", "README.md"):
+    for name in ("examples", "src", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "formats.md").write_text(text[:TEXT_CHARACTERS], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(

@@ -6,9 +6,9 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-import packed_models as models
 import pytest
 import torch
+from helpers import packed_models as models
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 

@@ -6,9 +6,9 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import packed_models as models
 import pytest
 import torch
+from helpers import packed_models as models
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING

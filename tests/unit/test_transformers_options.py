@@ -7,9 +7,9 @@ import io
 import json
 import pickle
 
-import packed_models as models
 import pytest
 import torch
+from helpers import packed_models as models
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tersor import formats
+from tersor.formats import Activations
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import dense as family
 from tersor.kernels.tune import (
@@ -23,7 +24,7 @@ from tersor.kernels.tune import (
     sm80,
     sm90,
 )
-from tersor.ops import dispatch
+from tersor.layouts.packing import Packing
 
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
@@ -42,7 +43,7 @@ def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], aligned: bool = True) -> LinearProblem:
     """The problem of a weight [oc, ic] and n tokens."""
-    return dispatch.problem_of(scheme, (oc, ic), n, aligned=aligned)
+    return family.problem_of(scheme, (oc, ic), n, aligned=aligned)
 
 
 TOKENS = (1, 16, 64, 128, 256, 1024, 4096)
@@ -165,7 +166,9 @@ def test_scales_in_groups_keep_two_sets_of_sums() -> None:
     grouped, by_rows = set(sm90.tiles(1)), set(sm90.tiles(0))
     assert {tile.tokens for tile in grouped} == {8, 16, 32, 64, 128}
     assert grouped < by_rows
-    assert set(sm90.tiles(1, fp8=True)) == {tile for tile in sm90.tiles(0, fp8=True) if not tile.fast_sums}
+    assert set(sm90.tiles(1, Activations.E4M3)) == {
+        tile for tile in sm90.tiles(0, Activations.E4M3) if not tile.fast_sums
+    }
     for tile in by_rows:  # what sm90_pipeline.cuh gives a thread that multiplies, less two sets of sums
         threads = 128 * (tile.row_groups * tile.channel_groups + 1)
         evenly = 65536 // (tile.resident * threads) // 8 * 8
@@ -186,7 +189,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert depth >= 2
             assert resident * (used + 1024) <= chip.shared_bytes + 1024
             assert used >= tokens * 132 * 4
-        bytewise = sm90.tiles(groups, fp8=True) if groups <= 4 else ()
+        bytewise = sm90.tiles(groups, Activations.E4M3) if groups <= 4 else ()
         for tile in (*sm90.tiles(groups), *bytewise) if chip.capability == (9, 0) else ():
             weight_slots, x_slots, gather_room = tile.slots(bits, scale_bytes, chip)
             used = tile.shared_bytes(bits, scale_bytes, chip)
@@ -206,7 +209,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert least <= weight_slots <= 16
             assert least * tile.x_slots_of_block <= x_slots <= 16
             # two barriers of 8 bytes a slot, two more, a flag, and the scales of 8-bit activations
-            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.fp8 * tile.tokens <= tile.static_bytes
+            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.e4m3 * tile.tokens <= tile.static_bytes
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0
             assert tile.threads <= 1024
 
@@ -236,7 +239,7 @@ def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
 @pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
 def test_what_holds_for_any_problem(chip: Chip, scheme: formats.Scheme) -> None:
-    warmed = set(family.sources(scheme, "float16", chip))
+    warmed = set(family.sources(Packing.of(scheme, "float16"), chip))
     for ic in (1, 128, 136, 1000, 4096, 28672):
         for oc in (1, 64, 200, 5000, 57344):
             for n in (1, 9, 20, 64, 65, 100, 129, 500, 5000):
@@ -250,15 +253,15 @@ def test_what_holds_for_any_problem(chip: Chip, scheme: formats.Scheme) -> None:
                     if options:
                         choice = predict(problem, chip)
                         assert choice in options
-                        assert family.fused_source(scheme, "float16", choice) in warmed
+                        assert family.fused_source(Packing.of(scheme, "float16"), "float16", choice) in warmed
 
 
 def test_every_candidate_has_a_kernel_that_is_warmed() -> None:
     for scheme in SCHEMES:
-        warmed = set(family.sources(scheme, "bfloat16", H200))
+        warmed = set(family.sources(Packing.of(scheme, "bfloat16"), H200))
         for n in (1, 16, 32, 64, 100, 300):
             for config in candidates(problem_of(3000, 4096, n, scheme), H200):
-                assert family.fused_source(scheme, "bfloat16", config) in warmed
+                assert family.fused_source(Packing.of(scheme, "bfloat16"), "bfloat16", config) in warmed
 
 
 def test_one_multiprocessor_takes_no_more_than_its_share_of_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:

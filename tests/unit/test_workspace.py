@@ -27,32 +27,40 @@ def reserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]
 
     monkeypatch.setattr(memory, "reserve", reserve)
     monkeypatch.setattr(current, "capturing", lambda: False)
-    for name in ("_streams", "_captures", "_stock"):
-        monkeypatch.setattr(workspace, name, {})
     yield taken
 
 
-def test_each_stream_of_each_device_keeps_its_own(reserved: list[tuple[int, int]]) -> None:
-    first = workspace.split_sums(0, 5, 1000, 10)
-    assert first == workspace.split_sums(0, 5, 10, 1000) and first[2] is None
+@pytest.fixture
+def own() -> workspace.Workspace:
+    """A workspace that holds nothing yet."""
+    return workspace.Workspace()
+
+
+def test_each_stream_of_each_device_keeps_its_own(reserved: list[tuple[int, int]], own: workspace.Workspace) -> None:
+    first = own.split_sums(0, 5, 1000, 10)
+    assert first == own.split_sums(0, 5, 10, 1000) and first[2] is None
     assert reserved == [(4 * 1024 + (8 << 20), 0)]
     parts, counters, _ = first
     assert parts % 256 == 0 and counters == parts + (8 << 20)
-    others = [workspace.split_sums(index, stream, 1000, 10) for index, stream in ((0, 6), (1, 5))]
+    others = [own.split_sums(index, stream, 1000, 10) for index, stream in ((0, 6), (1, 5))]
     assert len({first[0], others[0][0], others[1][0]}) == 3
     assert [index for _, index in reserved] == [0, 0, 1]
 
 
-def test_it_grows_by_doubling_so_that_what_is_left_behind_stays_small(reserved: list[tuple[int, int]]) -> None:
+def test_it_grows_by_doubling_so_that_what_is_left_behind_stays_small(
+    reserved: list[tuple[int, int]], own: workspace.Workspace
+) -> None:
     floats = (8 << 20) // 4
     for more in (0, 1, 2, 3, floats, 2 * floats):
-        workspace.split_sums(0, 5, floats + more, 1)
+        own.split_sums(0, 5, floats + more, 1)
     assert [size for size, _ in reserved] == [4 * 1024 + (8 << 20), 4 * 2048 + (16 << 20), 4 * 4096 + (32 << 20)]
-    workspace.split_sums(0, 5, 1, 5000)
-    assert workspace._streams[0, 5][1] >= 5000
+    own.split_sums(0, 5, 1, 5000)
+    assert own._streams[0, 5][1] >= 5000
 
 
-def test_each_graph_has_counters_of_its_own(reserved: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_graph_has_counters_of_its_own(
+    reserved: list[tuple[int, int]], own: workspace.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     capture = 1
     plain = torch.empty
     monkeypatch.setattr(current, "capturing", lambda: True)
@@ -61,7 +69,7 @@ def test_each_graph_has_counters_of_its_own(reserved: list[tuple[int, int]], mon
     seen = []
     for capture in (1, 2, 3):  # noqa: B007
         for counters in (10, 1024, 1025):
-            parts, address, keep = workspace.split_sums(0, 5, 64, counters)
+            parts, address, keep = own.split_sums(0, 5, 64, counters)
             assert keep is not None and keep.numel() == 64 and keep.data_ptr() == parts
             seen.append((address, counters))
     assert reserved == [(4 << 16, 0)]
@@ -69,17 +77,17 @@ def test_each_graph_has_counters_of_its_own(reserved: list[tuple[int, int]], mon
         assert graph[0][0] == graph[1][0] != graph[2][0]
     starts = sorted({address: max(n for a, n in seen if a == address) for address, _ in seen}.items())
     assert all(address + 4 * n <= after for (address, n), (after, _) in itertools.pairwise(starts))
-    workspace.split_sums(0, 6, 64, 1 << 17)
+    own.split_sums(0, 6, 64, 1 << 17)
     assert reserved[1:] == [(4 << 17, 0)]
 
 
-def test_threads_that_need_more_at_once_take_it_once(reserved: list[tuple[int, int]]) -> None:
+def test_threads_that_need_more_at_once_take_it_once(reserved: list[tuple[int, int]], own: workspace.Workspace) -> None:
     together = threading.Barrier(4)
     results: list[Any] = []
 
     def work() -> None:
         together.wait()
-        results.append(workspace.split_sums(0, 5, 100, 100))
+        results.append(own.split_sums(0, 5, 100, 100))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -89,14 +97,39 @@ def test_threads_that_need_more_at_once_take_it_once(reserved: list[tuple[int, i
     assert len(reserved) == 1 and len(set(results)) == 1
 
 
+def test_an_owner_gives_everything_back(
+    reserved: list[tuple[int, int]], own: workspace.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(memory, "release", lambda address, index: events.append(("release", index, address)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: events.append(("wait", index, 0)))
+    with own:
+        for index, stream in ((0, 5), (0, 6), (1, 5)):
+            own.split_sums(index, stream, 1000, 10)
+        assert own.nbytes == sum(nbytes for nbytes, _ in reserved) > 3 * (8 << 20)
+    assert sorted(events[:2]) == [("wait", 0, 0), ("wait", 1, 0)]
+    assert events[2:] == [("release", 0, 1 << 40), ("release", 0, 2 << 40), ("release", 1, 3 << 40)]
+    assert own.nbytes == 0
+    own.close()
+    assert len(events) == 5
+    with pytest.raises(KernelError, match="workspace that is closed"):
+        own.split_sums(0, 5, 1000, 10)
+
+
+def test_the_workspace_that_a_process_shares_is_never_closed() -> None:
+    with pytest.raises(ValueError, match="never closed"):
+        workspace.SHARED.close()
+
+
 class Driver:
-    """What `reserve` asks of the driver."""
+    """What `reserve` and `release` ask of the driver."""
 
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
 
     def __init__(self, status: int) -> None:
         self.status = status
+        self.status_of_free = 0
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -104,6 +137,7 @@ class Driver:
             "cuDeviceGet": (0, "device"),
             "cuDevicePrimaryCtxRetain": (0, "context"),
             "cuMemAlloc": (self.status, 4096),
+            "cuMemFree": (self.status_of_free,),
             "cuStreamCreate": (0, "stream"),
             "cuThreadExchangeStreamCaptureMode": (0, "before"),
             "cuGetErrorName": (0, b"CUDA_ERROR_OUT_OF_MEMORY"),
@@ -131,3 +165,17 @@ def test_memory_is_zeroed_on_a_stream_of_its_own(status: int, monkeypatch: pytes
         assert names.index("cuMemsetD8Async") < names.index("cuStreamSynchronize") < names.index("cuStreamDestroy")
     assert driver.calls[0] == ("cuThreadExchangeStreamCaptureMode", "relaxed")
     assert driver.calls[-2:] == [("cuCtxPopCurrent",), ("cuThreadExchangeStreamCaptureMode", "before")]
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_memory_is_given_back_in_its_own_context(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(0)
+    driver.status_of_free = status
+    monkeypatch.setattr(module, "load_driver", lambda: driver)
+    if status:
+        with pytest.raises(KernelError, match="cuda:3 does not take back the memory of split sums: CUDA_ERROR"):
+            memory.release(4096, 3)
+    else:
+        memory.release(4096, 3)
+    names = [name for name, *_ in driver.calls]
+    assert names.index("cuCtxPushCurrent") < names.index("cuMemFree") < names.index("cuCtxPopCurrent")

@@ -18,7 +18,7 @@ from tersor import ops
 from tersor.bench import timing
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError, did_you_mean
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.kernels.tune import LinearConfig
 from tersor.layouts import STREAM, PackedWeight
 from tersor.ops import dispatch
@@ -34,6 +34,8 @@ CHAINS = {PLAIN: (PLAIN,), PDL: (PDL,), "both": (PDL, PLAIN)}
 
 CUBLAS, FP8, HUMMING = "cublas", "fp8", "humming"
 RIVALS = (CUBLAS, FP8, HUMMING)
+BYTEWISE = ":a8"
+"""Ends the name of a kernel that multiplies with 8-bit activations."""
 _RESTART = 8
 """A chain starts again from the same activations after so many launches, so that rounding does not add up."""
 
@@ -64,7 +66,7 @@ def contenders(
     dtype: torch.dtype,
     chains: tuple[str, ...],
     rivals: Sequence[str],
-    activations: Sequence[str] = (dispatch.ACTIVATIONS_16BIT,),
+    activations: Sequence[Activations | str] = (Activations.NATIVE,),
 ) -> list[Contender]:
     """Return Tersor in every scheme and kind of activations, then the rivals: cuBLAS in `dtype`, FP8, and humming."""
     both = [(scheme, kind) for kind in activations for scheme in schemes]
@@ -88,19 +90,29 @@ def parse_rivals(text: str | None) -> tuple[str, ...]:
     there = importlib.util.find_spec("humming") is not None
     if text is None:
         return RIVALS if there else (CUBLAS, FP8)
-    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in RIVALS:
-            raise InputError(f"--against {name!r}{did_you_mean(name, RIVALS)}: use {', '.join(RIVALS)} or none")
+    names = named_rivals(text)
     if HUMMING in names and not there:
         raise UnsupportedError("humming is not installed, so it cannot be timed: pip install humming-kernels")
     return names
 
 
-def label(scheme: Scheme, activations: str = dispatch.ACTIVATIONS_16BIT) -> str:
+def named_rivals(text: str) -> tuple[str, ...]:
+    """Read `cublas,fp8,humming`, or `none`, whether they are installed or not.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    names = () if text == "none" else tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in RIVALS:
+            raise InputError(f"--against {name!r}{did_you_mean(name, RIVALS)}: use {', '.join(RIVALS)} or none")
+    return names
+
+
+def label(scheme: Scheme, activations: Activations | str = Activations.NATIVE) -> str:
     """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`."""
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
-    return f"{name}:a8" if activations == dispatch.ACTIVATIONS_FP8 else name
+    return f"{name}{BYTEWISE}" if activations == Activations.E4M3 else name
 
 
 def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
@@ -109,7 +121,7 @@ def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
 
 
 def tersor(
-    scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...], activations: str = dispatch.ACTIVATIONS_16BIT
+    scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...], activations: Activations | str = Activations.NATIVE
 ) -> Contender:
     """Return Tersor's own operator, in the given chains; quantising activations is part of its time."""
 
@@ -126,7 +138,7 @@ def tersor(
 
 
 def packed(
-    scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str = dispatch.ACTIVATIONS_16BIT
+    scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: Activations | str = Activations.NATIVE
 ) -> list[PackedWeight]:
     """Return copies of a random packed weight [oc, ic] on the current GPU, in the layout its kernels read.
 
@@ -166,7 +178,7 @@ def chained(
 
     def call(index: int) -> None:
         source = last[0] if square and index % _RESTART else x
-        with ops.launches(config=config, early=early):
+        with ops.using(config=config, early=early):
             last[0] = ops.linear(source, weights[index])
 
     return [partial(call, index) for index in range(len(weights))]
@@ -208,7 +220,7 @@ def fp8(dtype: torch.dtype) -> Contender:
     return Contender(name=FP8, chains=(PLAIN,), weight_bytes=lambda oc, ic: oc * ic, build=build)
 
 
-def humming(scheme: Scheme, dtype: torch.dtype, activations: str = dispatch.ACTIVATIONS_16BIT) -> Contender:
+def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str = Activations.NATIVE) -> Contender:
     """Return humming-kernels with the same weights and activations, its own tuner choosing."""
 
     def build(oc: int, ic: int) -> Schedule:
@@ -249,7 +261,7 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activa
     layers = []
     for _ in range(timing.copies(packed_bytes(scheme, oc, ic))):
         options: dict[str, Any] = {"weight_config": dict(config), "torch_dtype": dtype}
-        if activations == dispatch.ACTIVATIONS_FP8:
+        if activations == Activations.E4M3:
             options["input_config"] = {"dtype": "float8e4m3"}
         layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
         layer.load_from_unquantized(weight)

@@ -12,11 +12,10 @@ from tersor import ops
 from tersor.bench import report
 from tersor.bench.contenders import CUBLAS, FP8, HUMMING, PDL, Calls, Contender, UnfitError, label, packed_bytes
 from tersor.bench.shapes import Shape
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
-from tersor.kernels import tune
+from tersor.kernels import dense, tune
 from tersor.kernels.tune import choice
-from tersor.ops import dispatch
 
 KIND = "tersor bench linear"
 VERSION = 1
@@ -193,7 +192,7 @@ def forecast(
     tokens: Sequence[int],
     schemes: Sequence[Scheme],
     chip: Chip,
-    activations: Sequence[str] = (dispatch.ACTIVATIONS_16BIT,),
+    activations: Sequence[Activations | str] = (Activations.NATIVE,),
 ) -> list[dict[str, Any]]:
     """Return what Tersor would run on a chip: bytes, roofline by its datasheet, configuration, predicted time.
 
@@ -223,12 +222,12 @@ def forecast(
 
 
 def problem_of(
-    shape: Shape, scheme: Scheme, n: int, activations: str = dispatch.ACTIVATIONS_16BIT
+    shape: Shape, scheme: Scheme, n: int, activations: Activations | str = Activations.NATIVE
 ) -> tune.LinearProblem:
     """Return the problem that contiguous activations [n, IC] make with a weight."""
-    fp8 = activations == dispatch.ACTIVATIONS_FP8
-    aligned, bits = fp8 or shape.ic % 8 == 0, 8 if fp8 else 16
-    return dispatch.problem_of(scheme, (shape.oc, shape.ic), n, aligned=aligned, activation_bits=bits)
+    chosen = Activations.of(activations)
+    aligned = chosen is not Activations.NATIVE or shape.ic % 8 == 0
+    return dense.problem_of(scheme, (shape.oc, shape.ic), n, aligned=aligned, activations=chosen)
 
 
 def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) -> dict[str, Any]:

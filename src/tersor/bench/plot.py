@@ -2,90 +2,147 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from tersor.bench.contenders import PDL
+from tersor import plots
+from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL
 from tersor.bench.linear import roof
-from tersor.errors import OutputError
-from tersor.evaluate.plot import check_plot
 
 _ACROSS = 4
 """Panels beside each other."""
+_GREY = "0.35"
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:
     """Write a picture: microseconds over tokens for every contender, both axes logarithmic.
 
-    The dashed line of a contender's colour is its roofline: the bytes of its weight over the read bandwidth measured
-    in the same run. Contenders that read as much share the line of the first.
+    A colour is a program and a format; products of 8-bit activations are dashed, with hollow marks. A dotted line of a
+    colour is its roofline: the bytes of its weight over the read bandwidth measured in the same run. Formats of equal
+    bytes share the line of the first.
 
     Args:
-        result: what `bench.linear.result` returned.
-        path: a .png, .pdf or .svg file.
+        result: what `bench.linear.result` or `bench.saved.narrowed` returned.
+        path: a .png, .pdf or .svg file; its metadata hold `description(result)`.
 
     Raises:
-        InputError, UnsupportedError: as `tersor.evaluate.plot.check_plot`.
+        InputError, UnsupportedError: as `tersor.plots.check_plot`.
         OutputError: the file cannot be written.
     """
-    check_plot(path)
+    plots.check_plot(path)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     rows = result["rows"]
     shapes = list(dict.fromkeys((row["oc"], row["ic"]) for row in rows))
-    lines = list(dict.fromkeys((row["kernel"], row["chain"]) for row in rows))
-    kernels = list(dict.fromkeys(kernel for kernel, _ in lines))
     across = min(_ACROSS, len(shapes))
     down = -(-len(shapes) // across)
-    figure = Figure(figsize=(3.8 * across + 2.2, 3.4 * down + 0.4), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for panel in panels[len(shapes) :]:
-        panel.set_axis_off()
-    for panel, (oc, ic) in zip(panels[: len(shapes)], shapes, strict=True):
-        roofs: dict[float, str] = {}
-        here = [row for row in rows if (row["oc"], row["ic"]) == (oc, ic)]
-        for kernel, chain in lines:
-            mine = sorted((row for row in here if (row["kernel"], row["chain"]) == (kernel, chain)), key=_tokens)
-            if not mine:
-                continue
-            colour = f"C{kernels.index(kernel) % 10}"
-            panel.plot(
-                [row["n"] for row in mine],
-                [row["microseconds"] for row in mine],
-                color=colour,
-                marker="o" if chain == PDL else "x",
-                markersize=4,
-                linewidth=1.2,
-                label=f"{kernel}, pdl" if chain == PDL else kernel,
-            )
-            roofs.setdefault(roof(mine[0], result["read_bandwidth"]), colour)
-        for height, colour in roofs.items():
-            panel.axhline(height, color=colour, linestyle="--", linewidth=0.8, zorder=0)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(sorted({row["n"] for row in here}))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        panel.yaxis.set_minor_formatter("{x:g}")
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.tick_params(labelsize=8, which="both")
-        panel.set_title(f"{oc} x {ic}", fontsize=10)
-        panel.set_xlabel("tokens")
-        panel.set_ylabel("microseconds")
-        panel.grid(alpha=0.25, which="both")
+    figure = Figure(figsize=(max(4.2 * across, 8.4), 3.5 * down + 1.2), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
     known: dict[str, Any] = {}
-    for panel in panels[: len(shapes)]:
+    for panel, shape in zip(panels, shapes, strict=False):
+        _panel(panel, result, shape)
         handles, labels = panel.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(known.values()), list(known), loc="outside right center", frameon=False)
-    gpu = result["environment"].get("gpu", "")
-    figure.suptitle(f"A linear on {gpu}, {result['dtype']}; dashed: reading the weight once", fontsize=11)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    for panel in panels[len(shapes) :]:
+        panel.set_axis_off()
+    figure.legend(
+        list(known.values()),
+        list(known),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        handlelength=3.5,
+    )
+    gpu = result["environment"].get("gpu", "no GPU")
+    title = f"One linear layer on one {gpu}, {result['dtype']}: time by number of tokens, less is better"
+    figure.suptitle(title, fontsize=12)
+    plots.save(figure, path, description(result))
+
+
+def description(result: dict[str, Any]) -> str:
+    """Return what a picture says of the times that it shows: the commit they are of, and a hash of the rows drawn."""
+    drawn = sorted(
+        (row["oc"], row["ic"], row["n"], row["kernel"], row["chain"], row["microseconds"]) for row in result["rows"]
+    )
+    digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+    return f"commit {result['environment']['commit']}, {len(drawn)} times, sha256 {digest}"
+
+
+def kernel_words(kernel: str, dtype: str) -> str:
+    """Name a kernel of a results file for people: `cublas` is `cuBLAS FP16`, `fp6_e3m2:a8` Tersor's with 8 bits.
+
+    Args:
+        kernel: as rows name it.
+        dtype: of the activations in that file, `float16` or `bfloat16`.
+    """
+    if kernel == CUBLAS:
+        return f"cuBLAS {dtype.replace('bfloat', 'BF').replace('float', 'FP')}"
+    if kernel == FP8:
+        return "cuBLAS FP8"
+    name = kernel.removesuffix(BYTEWISE)
+    words = name if name.startswith(f"{HUMMING} ") else f"Tersor {name}"
+    return words if name == kernel else f"{words}, 8-bit activations"
+
+
+def _panel(panel: Any, result: dict[str, Any], shape: tuple[int, int]) -> None:
+    """Draw the times of one weight."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    rows = result["rows"]
+    lines = list(dict.fromkeys((row["kernel"], row["chain"]) for row in rows))
+    chains = {kernel: {chain for other, chain in lines if other == kernel} for kernel, _ in lines}
+    colours = _colours([kernel for kernel, _ in lines])
+    here = [row for row in rows if (row["oc"], row["ic"]) == shape]
+    roofs: dict[float, str] = {}
+    for kernel, chain in lines:
+        mine = sorted((row for row in here if (row["kernel"], row["chain"]) == (kernel, chain)), key=_tokens)
+        if not mine:
+            continue
+        bytewise = kernel == FP8 or kernel.endswith(BYTEWISE)
+        second = chain != PDL and len(chains[kernel]) > 1
+        colour = colours[_family(kernel)]
+        panel.plot(
+            [row["n"] for row in mine],
+            [row["microseconds"] for row in mine],
+            color=colour,
+            linestyle="--" if bytewise else "-",
+            linewidth=0.8 if second else 1.6,
+            marker="x" if second else "o",
+            markerfacecolor="white" if bytewise else colour,
+            markersize=4,
+            zorder=2 if kernel in (CUBLAS, FP8) or kernel.startswith(HUMMING) else 3,
+            label=kernel_words(kernel, result["dtype"]) + (", plain launches" if second else ""),
+        )
+        roofs.setdefault(roof(mine[0], result["read_bandwidth"]), colour)
+    for height, colour in roofs.items():
+        panel.axhline(height, color=colour, linestyle=":", linewidth=1, zorder=1)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(sorted({row["n"] for row in here}))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    panel.yaxis.set_minor_formatter("{x:g}")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.tick_params(labelsize=8, which="both")
+    panel.set_title(f"weight of {shape[0]} x {shape[1]}; dotted: reading it once", fontsize=10)
+    panel.set_xlabel("tokens")
+    panel.set_ylabel("microseconds")
+    panel.grid(alpha=0.25, which="both")
+
+
+def _family(kernel: str) -> str:
+    """Return what kernels of one colour have in common: a program and the format of its weights; cuBLAS has one."""
+    return CUBLAS if kernel in (CUBLAS, FP8) else kernel.removesuffix(BYTEWISE)
+
+
+def _colours(kernels: list[str]) -> dict[str, str]:
+    """Give every family a colour: grey for cuBLAS, the others by turns."""
+    families = [family for family in dict.fromkeys(map(_family, kernels)) if family != CUBLAS]
+    return {CUBLAS: _GREY, **{family: f"C{index % 10}" for index, family in enumerate(families)}}
 
 
 def _tokens(row: dict[str, Any]) -> int:

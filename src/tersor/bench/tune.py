@@ -14,11 +14,10 @@ from tersor.bench import contenders, report, timing
 from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
 from tersor.errors import InputError
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.kernels import dense, tune
 from tersor.kernels.tune import LinearConfig, LinearProblem, table
 from tersor.kernels.tune.table import Choice, Table
-from tersor.ops import dispatch
 
 if TYPE_CHECKING:
     from tersor.hardware import Chip
@@ -103,7 +102,7 @@ def measure(
 
 
 def on_gpu(
-    dtype: torch.dtype, chip: Chip, activations: str = dispatch.ACTIVATIONS_16BIT
+    dtype: torch.dtype, chip: Chip, activations: Activations | str = Activations.NATIVE
 ) -> Callable[[Shape, Scheme], Callable[[LinearProblem, LinearConfig], float]]:
     """Return what times configurations on the current GPU, in chains with programmatic dependent launch.
 

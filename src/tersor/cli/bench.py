@@ -12,7 +12,7 @@ from tersor.errors import InputError, UnsupportedError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from tersor.formats import Scheme
+    from tersor.formats import Activations, Scheme
 
 VERBS: dict[str, tuple[str, str]] = {
     "linear": ("tersor.cli.bench_linear", "Time packed linears against their rivals and the memory."),
@@ -51,6 +51,17 @@ def schemes(names: Sequence[str], shapes: Sequence[Any]) -> list[Scheme]:
         for shape in shapes:
             scheme.groups(shape.ic)
     return found
+
+
+def activations(text: str) -> tuple[Activations, ...]:
+    """Read `16bit`, `fp8`, or `16bit,fp8`: what weights are multiplied with.
+
+    Raises:
+        InputError: no such activations.
+    """
+    from tersor.formats import Activations
+
+    return tuple(dict.fromkeys(Activations.of(name.strip()) for name in text.split(",")))
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -9,123 +9,163 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tersor import hardware
-from tersor.cli import bench, console
+from tersor.cli import bench, chips, console
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from tersor.bench.linear import Row, Skipped
 
 TOKENS = "1,2,4,8,16,32,64,128,256,1024"
+FORMATS = ("fp6_e3m2",)
+ACTIVATIONS = "16bit"
+CHAIN = "both"
+DTYPE = "float16"
 
 
 def command(
     shapes: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL|OCxIC", help=bench.SHAPES_HELP, show_default=False)
     ] = None,
-    n: Annotated[str, typer.Option("--n", help="Numbers of tokens.")] = TOKENS,
+    n: Annotated[str | None, typer.Option("--n", help=f"Numbers of tokens; default: {TOKENS}.")] = None,
     format: Annotated[
-        list[str] | None, typer.Option("--format", help="Format of the weights, FORMAT[:gN]; repeatable.")
+        list[str] | None,
+        typer.Option("--format", help=f"Format of the weights, FORMAT[:gN]; repeatable; default: {FORMATS[0]}."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the activations: float16 or bfloat16.")] = "float16",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of the activations: float16 or bfloat16; default: {DTYPE}.")
+    ] = None,
     activations: Annotated[
-        str, typer.Option(help="What weights are multiplied with: 16bit, fp8, or 16bit,fp8.")
-    ] = "16bit",
+        str | None,
+        typer.Option(help=f"What weights are multiplied with: 16bit, fp8, or 16bit,fp8; default: {ACTIVATIONS}."),
+    ] = None,
     chain: Annotated[
-        str, typer.Option(help="Launches with programmatic dependence (pdl), without (plain), or both.")
-    ] = "both",
+        str | None,
+        typer.Option(help=f"Launches with programmatic dependence (pdl), without (plain), or both; default: {CHAIN}."),
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="Rivals: cublas, fp8, humming, or none; default: those installed.")
     ] = None,
+    taken: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote; options narrow it."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time over tokens (.png, .pdf, .svg).")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, rooflines and configurations; nothing is timed.")
     ] = False,
     chip: Annotated[str | None, typer.Option(help="GPU of a dry run, such as h200; default: the one here.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON; - prints it instead.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time linears by CUDA graphs, or show what would be timed."""
-    from tersor import ops
+    """Time linears by CUDA graphs, or show what would be timed, or what was."""
+    from tersor import plots
     from tersor.bench import contenders, linear, report, timing
     from tersor.bench import plot as drawing
     from tersor.bench import shapes as known
-    from tersor.evaluate.plot import check_plot
 
-    tokens = bench.numbers("--n", n)
-    if chain not in contenders.CHAINS:
-        raise InputError(f"--chain {chain!r}{did_you_mean(chain, contenders.CHAINS)}: use plain, pdl or both")
-    kinds = tuple(kind.strip() for kind in activations.split(","))
-    for one in kinds:
-        ops.check_activations(one)
-    wanted = known.resolve(shapes or known.DEFAULT)
-    schemes = bench.schemes(format or ["fp6_e3m2"], wanted)
-    kind = bench.dtype_named(dtype)
     if chip is not None and not dry_run:
         raise InputError("--chip names the GPU of a dry run: add --dry-run")
     if plot is not None and dry_run:
         raise InputError("a dry run has no times to draw: leave out --plot or --dry-run")
+    if taken is not None and (dry_run or dtype is not None):
+        raise InputError("--from shows times that were taken: leave out --dry-run and --dtype")
+    tokens = bench.numbers("--n", n or TOKENS)
+    chosen_chain = chain or CHAIN
+    if chosen_chain not in contenders.CHAINS:
+        raise InputError(f"--chain {chain!r}{did_you_mean(chosen_chain, contenders.CHAINS)}: use plain, pdl or both")
+    multiplied = bench.activations(activations or ACTIVATIONS)
+    wanted = known.resolve(shapes or known.DEFAULT)
+    schemes = bench.schemes(format or FORMATS, wanted)
+    kernel_dtype = bench.dtype_named(dtype or DTYPE)
     if plot is not None:
-        check_plot(plot)
-    if json is not None:
-        bench.check_folder("--json", json)
+        plots.check_plot(plot)
+    if output is not None:
+        bench.check_folder("--output", output)
     if dry_run:
-        place = _chip(chip)
-        _dry_run(linear.forecast(wanted, tokens, schemes, place, kinds), place, json)
+        (gpu, *_) = chips.wanted(chip, "to plan for")
+        _show_forecast(linear.forecast(wanted, tokens, schemes, gpu, multiplied), gpu, output, json)
         return
-    rivals = contenders.parse_rivals(against)
-    bench.need_gpu("--dry-run shows what would be timed")
-    runners = contenders.contenders(schemes, kind, contenders.CHAINS[chain], rivals, kinds)
-    bandwidth = timing.read_bandwidth()
-    found: list[Row | Skipped] = []
-    result = linear.result(found, dtype=dtype, read_bandwidth=bandwidth)
-    with console.progress("timing") as move:
-        for of_shape in linear.measure(wanted, tokens, runners, timing.graph_microseconds, move):
-            found += of_shape
-            result = linear.result(found, dtype=dtype, read_bandwidth=bandwidth)
-            if json is not None and str(json) != "-":
-                report.write(json, report.text(result))
-    show(result, json)
+    if taken is not None:
+        result = _narrowed(taken, shapes, n, format, activations, chosen_chain, against)
+        if output is not None:
+            report.write(output, report.text(result))
+    else:
+        rivals = contenders.parse_rivals(against)
+        bench.need_gpu("--dry-run shows what would be timed, --from what was")
+        runners = contenders.contenders(schemes, kernel_dtype, contenders.CHAINS[chosen_chain], rivals, multiplied)
+        bandwidth = timing.read_bandwidth()
+        found: list[Row | Skipped] = []
+        result = linear.result(found, dtype=dtype or DTYPE, read_bandwidth=bandwidth)
+        with console.progress("timing") as move:
+            for of_shape in linear.measure(wanted, tokens, runners, timing.graph_microseconds, move):
+                found += of_shape
+                result = linear.result(found, dtype=dtype or DTYPE, read_bandwidth=bandwidth)
+                if output is not None:
+                    report.write(output, report.text(result))
     if plot is not None:
         drawing.plot(result, plot)
+    show(result, json)
+    _say_written(json, output, plot)
 
 
-def show(result: dict[str, Any], json: Path | None) -> None:
+def show(result: dict[str, Any], json: bool) -> None:
     """Print a result: as JSON where that is asked for, else as a table; who was skipped goes to stderr."""
     from tersor.bench import linear
 
     for row in result["skipped"]:
         tokens = "" if row["n"] is None else f", {row['n']} tokens"
         print(f"{row['kernel']} is not timed at {row['oc']}x{row['ic']}{tokens}: {row['why']}", file=sys.stderr)
-    if str(json) == "-":
+    if json:
         console.print_json(result)
         return
     gpu = result["environment"].get("gpu", "no GPU")
     print(f"{gpu}, {result['dtype']} activations; a large read reaches {result['read_bandwidth'] / 1e12:.2f} TB/s")
     console.print_table(*linear.columns(result))
-    if json is not None:
-        print(f"written to {json}")
 
 
-def _chip(name: str | None) -> hardware.Chip:
-    import torch
+def _narrowed(
+    taken: Path,
+    shapes: list[str] | None,
+    n: str | None,
+    format: list[str] | None,
+    activations: str | None,
+    chain: str,
+    against: str | None,
+) -> dict[str, Any]:
+    """Return the times of a results file that the options ask for; an option that was not given asks for all."""
+    from tersor.bench import contenders, saved
+    from tersor.bench import shapes as known
 
-    from tersor.ops import dispatch
+    result = saved.read(taken)
+    wanted = None if not shapes else known.resolve(shapes)
+    schemes = None if not format else bench.schemes(format, wanted or ())
+    return saved.narrowed(
+        result,
+        shapes=None if wanted is None else {(shape.oc, shape.ic) for shape in wanted},
+        tokens=None if n is None else bench.numbers("--n", n),
+        formats=None if schemes is None else {contenders.label(scheme) for scheme in schemes},
+        activations=None if activations is None else bench.activations(activations),
+        chains=contenders.CHAINS[chain],
+        rivals=None if against is None else contenders.named_rivals(against),
+    )
 
-    if name is not None:
-        return hardware.chip_named(name)
-    if not hardware.cuda_available():
-        raise InputError(f"torch sees no GPU to plan for: name one with --chip ({', '.join(hardware.CHIPS)})")
-    return dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
 
-
-def _dry_run(rows: list[dict[str, Any]], chip: hardware.Chip, json: Path | None) -> None:
+def _show_forecast(rows: list[dict[str, Any]], chip: hardware.Chip, output: Path | None, json: bool) -> None:
     from tersor.bench import linear, report
 
     result = {"chip": chip.name, "bandwidth": chip.bandwidth, "rows": rows}
-    if str(json) == "-":
+    if output is not None:
+        report.write(output, report.text(result))
+    if json:
         console.print_json(result)
-        return
-    print(f"{chip.name}, {chip.bandwidth / 1e12:.2f} TB/s by its datasheet; nothing is timed")
-    console.print_table(*linear.forecast_columns(rows))
-    if json is not None:
-        report.write(json, report.text(result))
-        print(f"written to {json}")
+    else:
+        print(f"{chip.name}, {chip.bandwidth / 1e12:.2f} TB/s by its datasheet; nothing is timed")
+        console.print_table(*linear.forecast_columns(rows))
+    _say_written(json, output)
+
+
+def _say_written(json: bool, *paths: Path | None) -> None:
+    """Name the files that were written, on stdout unless JSON stands there."""
+    for path in paths:
+        if path is not None:
+            print(f"written to {path}", file=sys.stderr if json else sys.stdout)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tersor import hardware
 from tersor.cli import bench, console
 from tersor.errors import InputError
 
@@ -31,7 +32,6 @@ def command(
     from tersor.bench import report, tune
     from tersor.bench import shapes as known
     from tersor.kernels.tune import choice, table
-    from tersor.ops import dispatch
 
     tokens = list(tune.tokens_with_edges()) if n is None else bench.numbers("--n", n)
     wanted = known.resolve(shapes or known.DEFAULT)
@@ -40,7 +40,7 @@ def command(
     if output is not None:
         bench.check_folder("--output", output)
     bench.need_gpu("run it on the machine whose GPU the table is for")
-    chip = dispatch.chip(torch.device("cuda", torch.cuda.current_device()))
+    chip = hardware.of_device(torch.cuda.current_device())
     path = table.user_path(chip) if output is None else output
     tune.merged(path, chip, [])  # a file that is no table is refused before the measuring
     found = tune.problems(wanted, tokens, schemes, chip)

@@ -1,15 +1,39 @@
-"""What the verbs that run models print alike: progress on stderr, tables and JSON on stdout."""
+"""What the verbs do alike: progress on stderr, tables and JSON on stdout, and the threads that a model runs on."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
 
 PLAIN_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
+
+SMALL_BYTES = 32 << 20
+"""Weight files below this size make a small model, see `choose_threads`."""
+
+
+def choose_threads(weight_bytes: int, device: torch.device) -> None:
+    """Run a small model on one CPU thread, for the rest of the process.
+
+    Its operations take microseconds: a second thread gains little where a core is free and costs a factor of ten
+    where cores are shared, since every operation waits for both. Only a verb may decide this: to a program that uses
+    Tersor as a library, its threads belong.
+
+    Args:
+        weight_bytes: size of the model's weight files.
+        device: where it runs.
+    """
+    if device.type == "cpu" and weight_bytes < SMALL_BYTES:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def quiet_transformers() -> None:
@@ -33,21 +57,55 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under their columns, the first column to the left, the others to the right."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, words: bool = False
+) -> None:
+    """Print rows under their columns, the first column to the left, the others to the right.
+
+    Args:
+        columns, rows: plain text.
+        title: a line above them.
+        words: whether cells are words, not numbers: every column to the left then.
+    """
     from rich import box
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    screen = _screen()
+    if title is not None:
+        screen.print(f"[bold]{escape(title)}[/bold]")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=words, collapse_padding=not words)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if index and not words else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*map(escape, row))
+    screen.print(table)
+
+
+def print_section(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """Print a title and, indented under it, lines of a name and what is said of it; all of it plain text."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    screen = _screen()
+    screen.print(f"[bold]{escape(title)}[/bold]")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(min_width=18, no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in lines:
+        grid.add_row(f"  {escape(name)}", escape(value))
+    screen.print(grid)
+    screen.print()
+
+
+def _screen() -> Console:
+    """Return stdout as rich sees it: as wide as the terminal, or `PLAIN_WIDTH` where it goes elsewhere."""
+    from rich.console import Console
+
+    screen = Console(file=sys.stdout, highlight=False)
+    if not screen.is_terminal:
+        screen.width = PLAIN_WIDTH
+    return screen
 
 
 def print_json(value: Any) -> None:

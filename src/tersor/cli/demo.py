@@ -46,11 +46,11 @@ def command(
     )
     target = load.resolve_device(device)
     place = load.locate(_bundled() if model is None else model)
-    load.choose_threads(place.weight_bytes, target)
+    console.choose_threads(place.weight_bytes, target)
     console.quiet_transformers()
     tokenizer = load.load_tokenizer(place.directory)
     windows = evaluate.cut_windows(own_text(), tokenizer, window=window, max_tokens=max_tokens)
-    base = load.load_model(place.directory, target)
+    base = load.ready_model(place.directory, target)
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tersor-demo-")))
@@ -58,7 +58,7 @@ def command(
             where, subject = place, base
             if format_name is not None:
                 where = load.locate(_compress(quantize, place.directory, folder, format_name))
-                subject = load.load_model(where.directory, target)
+                subject = load.ready_model(where.directory, target)
             with console.progress(format_name or "original") as move:
                 quality = evaluate.evaluate(subject, windows, reference=base, progress=move)
             generator = generate.Generator(subject, tokenizer)

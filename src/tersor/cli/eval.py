@@ -33,19 +33,19 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
-    from tersor import evaluate, nn, ops
+    from tersor import evaluate, nn, plots
     from tersor.evaluate import plot as drawing
-    from tersor.integrations.transformers import load, replace
+    from tersor.formats import Activations
+    from tersor.integrations.transformers import load
 
-    ops.check_activations(activations)
-
+    Activations.of(activations)
     target = load.resolve_device(device)
     load.resolve_dtype(dtype, target)
     content = evaluate.read_text(text)
     if plot is not None:
-        drawing.check_plot(plot)
+        plots.check_plot(plot)
     places = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
-    load.choose_threads(max(place.weight_bytes for place in places.values()), target)
+    console.choose_threads(max(place.weight_bytes for place in places.values()), target)
     console.quiet_transformers()
     windows = {
         name: evaluate.cut_windows(content, load.load_tokenizer(place.directory), window=window, max_tokens=max_tokens)
@@ -59,14 +59,13 @@ def command(
                     f"{name} and the reference {reference} split the text into different tokens: "
                     "compare models of one tokenizer"
                 )
-        base = load.load_model(places[reference].directory, target, dtype)
+        base = load.ready_model(places[reference].directory, target, dtype)
     results: list[dict[str, Any]] = []
     points: list[drawing.Point] = []
     for name in models:
-        model = base if name == reference else load.load_model(places[name].directory, target, dtype)
-        assert model is not None
-        if name != reference:
-            replace.multiply_with(model, activations)
+        model = base
+        if model is None or name != reference:
+            model = load.ready_model(places[name].directory, target, dtype, activations=activations)
         with console.progress(_label(name)) as move:
             quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
         bits = nn.bits_per_weight(model) or places[name].plain_bits

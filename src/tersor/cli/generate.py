@@ -19,8 +19,7 @@ GRAPHS = {"auto": None, "on": True, "off": False}
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
-    words: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; - reads standard input.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt; - reads standard input.")] = None,
+    prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 0 samples; 0 is greedy.")] = None,
@@ -46,14 +45,14 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
-    from tersor import engine, ops
-    from tersor.integrations.transformers import fuse as fusing
-    from tersor.integrations.transformers import generate, load, replace
+    from tersor import engine
+    from tersor.formats import Activations
+    from tersor.integrations.transformers import generate, load
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
         raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
-    ops.check_activations(activations)
+    Activations.of(activations)
     options = engine.Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -65,18 +64,14 @@ def command(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    text = _prompt(words, prompt)
+    text = _read() if prompt == "-" else prompt
     target = load.resolve_device(device)
     place = load.locate(model)
-    directory = place.directory
-    load.choose_threads(place.weight_bytes, target)
+    console.choose_threads(place.weight_bytes, target)
     console.quiet_transformers()
-    tokenizer = load.load_tokenizer(directory)
+    tokenizer = load.load_tokenizer(place.directory)
     ids = generate.chat_prompt(tokenizer, text) if chat else text
-    loaded = load.load_model(directory, target, dtype)
-    if fuse and not fusing.fuse(loaded):
-        raise InputError(f"--fuse: {model} has no packed layers that can be joined: leave it out")
-    replace.multiply_with(loaded, activations)
+    loaded = load.ready_model(place.directory, target, dtype, activations=activations, fuse=fuse)
     stream = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
     if json:
         produced = "".join(stream)
@@ -115,14 +110,8 @@ def summary(numbers: Statistics, device_type: str) -> str:
     return "; ".join(parts)
 
 
-def _prompt(words: str | None, option: str | None) -> str:
-    if (words is None) == (option is None):
-        problem = "no prompt" if words is None else "two prompts"
-        raise InputError(f"{problem}: give --prompt TEXT, or --prompt - to read standard input")
-    text = option if words is None else words
-    assert text is not None
-    if text != "-":
-        return text
+def _read() -> str:
+    """Return what standard input holds, as text."""
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.errors import InputError, OutputError, UnsupportedError
+from tersor import plots
 from tersor.evaluate.quality import Quality
-
-SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +26,6 @@ class Point:
     quality: Quality
 
 
-def check_plot(path: str | Path) -> None:
-    """Say before a long measurement that the picture could not be drawn after it.
-
-    Raises:
-        InputError: a file type that cannot be written, or a folder that does not exist.
-        UnsupportedError: matplotlib is not installed.
-    """
-    file = Path(path)
-    if file.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{file}: a plot is written as one of {', '.join(SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise InputError(f"{file}: the folder {file.parent} does not exist")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedError("a plot needs matplotlib, which is not installed: pip install tersor[plot]")
-
-
 def plot(points: Sequence[Point], path: str | Path) -> None:
     """Write a picture: size in MB against perplexity and, where a reference was given, KL divergence.
 
@@ -52,10 +33,10 @@ def plot(points: Sequence[Point], path: str | Path) -> None:
     the same windows. The dashed line is the reference. The KL axis is logarithmic, without divergences of 0.
 
     Raises:
-        InputError, UnsupportedError: as `check_plot`.
+        InputError, UnsupportedError: as `tersor.plots.check_plot`.
         OutputError: the file cannot be written.
     """
-    check_plot(path)
+    plots.check_plot(path)
     from matplotlib.figure import Figure
 
     compared = [point for point in points if point.quality.kl is not None]
@@ -74,10 +55,7 @@ def plot(points: Sequence[Point], path: str | Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     quality = points[0].quality
     figure.suptitle(f"Size against quality, {quality.windows} windows of {quality.window} tokens", fontsize=11)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    plots.save(figure, path)
 
 
 def _perplexity(quality: Quality) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """What does this bit pattern mean? Element formats, scales, exact encode and decode, tolerances."""
 
+from tersor.formats.activations import Activations
 from tersor.formats.element import ElementFormat, get, names
 from tersor.formats.scheme import (
     SCALE_DTYPES,
@@ -13,6 +14,7 @@ from tersor.formats.tolerance import product_tolerance
 
 __all__ = [
     "SCALE_DTYPES",
+    "Activations",
     "ElementFormat",
     "Scheme",
     "get",

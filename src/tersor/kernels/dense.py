@@ -1,69 +1,49 @@
-"""The linear family: sm90_linear.cuh and sm80_linear.cuh (fused), dequantize.cuh and epilogue.cuh (around cuBLAS).
+"""The dense family: sm90_linear.cuh and sm80_linear.cuh (fused), dequantize.cuh and epilogue.cuh (around cuBLAS).
 
-Takes addresses and sizes, knows nothing of tensors; `ops` checks that a call is legal.
+A kernel's source, its launch prepared for a problem, then the launch. The family takes addresses and sizes and knows
+nothing of tensors; `ops` checks that a call is legal.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterator
+from typing import Protocol
 
-from tersor.formats import ElementFormat, Scheme
+import torch
+
+from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
-from tersor.layouts import decode_groups, scales, tiles
+from tersor.layouts import decode_groups
+from tersor.layouts.blocks import ic_blocks, oc_blocks
+from tersor.layouts.packing import Packing, target_of, unsupported_reason
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
-
 _QUANTIZE_THREADS = 256
-
-_SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "e8m0": 3}
-"""Scale dtype -> SCALE_TYPE of scales.cuh."""
-
-
-def _decode_parameters(fmt: ElementFormat, target: str, fp8: bool = False) -> dict[str, int | bool | str]:
-    """Parameters of decode.cuh; `target` is the dtype of the result, and of the activations unless they are 8-bit."""
-    group = decode_groups.decode_group(fmt, decode_groups.FP8 if fp8 else target)
-    return {
-        "BITS": fmt.bits,
-        "BF16": target == "bfloat16",
-        "DECODE_WORDS": group.words,
-        "DECODE_REGISTERS": group.registers,
-        "DECODE_MASK": f"{group.mask}u",
-        "DECODE_SHIFT": group.shift,
-        "DECODE_RAISED": group.raised,
-        "DECODE_TERMS": ", ".join(str(number) for row in group.terms for number in row),
-        "DECODE_FINISH": int(group.finish),
-        "DECODE_CONSTANT": f"{group.constant}u",
-    }
-
-
-def _scale_parameters(scheme: Scheme) -> dict[str, int | bool | str]:
-    """One scale a row is float32 in tiles, whatever it was stored in."""
-    groups = tiles.scales_in_block(scheme.group_size)
-    return {
-        "SCALE_GROUPS": groups,
-        "SCALE_TYPE": _SCALE_TYPES[scheme.scale_dtype] if groups else 0,
-        "ZERO_POINTS": scheme.has_zero_point,
-    }
 
 
 @functools.cache
-def sm80_source(
-    scheme: Scheme, target: str, n_tile: int, stages: int, shared_bytes: int, gated: bool = False
-) -> KernelSource:
-    """Return the mma.sync kernel for one weight type, activation dtype and tile; it checks its shared memory."""
+def sm80_source(packing: Packing, n_tile: int, stages: int, shared_bytes: int, gated: bool = False) -> KernelSource:
+    """Return the mma.sync kernel for one packing and tile.
+
+    Args:
+        packing: of the weight, for activations as they come.
+        n_tile: tokens in a tile.
+        stages: slots in the ring.
+        shared_bytes: dynamic shared memory of the launch, which the kernel compares with its own count.
+        gated: as in cuda/common/gate.cuh.
+    """
     return KernelSource(
-        name=f"tersor_linear_sm80_{scheme.format.name}_{target}_n{n_tile}{_suffix(gated)}",
+        name=f"tersor_linear_sm80_{packing.scheme.format.name}_{packing.target}_n{n_tile}{_suffix(gated)}",
         header="dense/sm80_linear.cuh",
         parameters={
-            **_decode_parameters(scheme.format, target),
-            **_scale_parameters(scheme),
+            **packing.macros(),
+            "BF16": packing.target == "bfloat16",
             "N_TILE": n_tile,
             "STAGES": stages,
             "SHARED_BYTES": shared_bytes,
@@ -75,29 +55,42 @@ def sm80_source(
 
 @functools.cache
 def sm90_source(
-    scheme: Scheme,
-    target: str,
+    packing: Packing,
+    result: str,
     tile: sm90.Tile,
     slots: sm90.Slots,
     shared_bytes: int,
     gated: bool = False,
     few_tokens: int = FEW_TOKENS,
 ) -> KernelSource:
-    """Return the wgmma kernel for one weight type, dtype of the result and tile; few tokens take mma.sync."""
-    kind = f"{decode_groups.FP8}_{target}" if tile.fp8 else target
+    """Return the wgmma kernel for one packing, dtype of the result and tile; few tokens take mma.sync.
+
+    Args:
+        packing: of the weight, for the activations of the tile.
+        result: dtype of the result, `float16` or `bfloat16`: also that of the activations where they stay as they come.
+        tile: the compiled shape.
+        slots: how its shared memory is dealt out.
+        shared_bytes: dynamic shared memory of the launch, which the kernel compares with its own count.
+        gated: as in cuda/common/gate.cuh.
+        few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
+
+    Raises:
+        ValueError: the packing is for other activations than the tile.
+    """
+    if tile.e4m3 != (packing.target == decode_groups.FP8):
+        raise ValueError(f"a weight packed for {packing.target} activations does not meet those of {tile}")
+    dtypes = f"{packing.target}_{result}" if tile.e4m3 else result
     return KernelSource(
         name=(
-            f"tersor_linear_sm90_{scheme.format.name}_{kind}_{tile.rows}x{tile.tokens}"
+            f"tersor_linear_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gated)}"
         ),
         header="dense/sm90_linear.cuh",
         parameters={
-            **_decode_parameters(scheme.format, target, tile.fp8),
-            **_scale_parameters(scheme),
-            "FP8": tile.fp8,
-            "FP8_WEIGHT": 5
-            if tile.fp8 and decode_groups.decode_group(scheme.format, decode_groups.FP8).operand == "e5m2"
-            else 4,
+            **packing.macros(),
+            "BF16": result == "bfloat16",
+            "FP8": tile.e4m3,
+            "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
             "N_TILE": tile.tokens,
             "ROW_GROUPS": tile.row_groups,
             "K_GROUPS": tile.channel_groups,
@@ -119,12 +112,20 @@ def _suffix(gated: bool) -> str:
     return "_gated" if gated else ""
 
 
-def fused_source(scheme: Scheme, target: str, config: tune.LinearConfig, gated: bool = False) -> KernelSource:
-    """Return the kernel that a configuration asks for; `gated` as in cuda/gate.cuh."""
+def fused_source(packing: Packing, result: str, config: tune.LinearConfig, gated: bool = False) -> KernelSource:
+    """Return the kernel that a configuration asks for.
+
+    Args:
+        packing: of the weight, for the configuration's activations.
+        result: dtype of the result, `float16` or `bfloat16`.
+        config: how the kernel runs.
+        gated: as in cuda/common/gate.cuh.
+    """
     if config.schedule == tune.SM90:
         slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
-        return sm90_source(scheme, target, sm90.tile_of(config), slots, config.shared_bytes, gated, config.few_tokens)
-    return sm80_source(scheme, target, config.n_tile, config.weight_slots, config.shared_bytes, gated)
+        tile, shared = sm90.tile_of(config), config.shared_bytes
+        return sm90_source(packing, result, tile, slots, shared, gated, config.few_tokens)
+    return sm80_source(packing, config.n_tile, config.weight_slots, config.shared_bytes, gated)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -146,31 +147,59 @@ def quantize_source(target: str) -> KernelSource:
 
 
 @functools.cache
-def dequantize_source(scheme: Scheme, target: str) -> KernelSource:
+def dequantize_source(packing: Packing) -> KernelSource:
     """Return the kernel that decodes tiles to a dense 16-bit matrix."""
     return KernelSource(
-        name=f"tersor_dequantize_{scheme.format.name}_{target}",
+        name=f"tersor_dequantize_{packing.scheme.format.name}_{packing.target}",
         header="dense/dequantize.cuh",
-        parameters={**_decode_parameters(scheme.format, target), **_scale_parameters(scheme)},
+        parameters={**packing.macros(), "BF16": packing.target == "bfloat16"},
         arguments="PPPiiif",
     )
 
 
 @functools.cache
-def epilogue_source(scheme: Scheme, target: str, gated: bool = False) -> KernelSource:
+def epilogue_source(packing: Packing, gated: bool = False) -> KernelSource:
     """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
-    row_scale = scales.scale_bytes(scheme) // 4 if scheme.group_size is None else 0
+    row_scale = packing.scale_bytes // 4 if packing.scheme.group_size is None else 0
     return KernelSource(
-        name=f"tersor_epilogue_{target}{_suffix(gated)}",
+        name=f"tersor_epilogue_{packing.target}{_suffix(gated)}",
         header="dense/epilogue.cuh",
-        parameters={"BF16": target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
+        parameters={"BF16": packing.target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
         arguments="PPPPPiiif",
     )
 
 
-FusedLaunch: TypeAlias = Callable[[int, int, int, int, int, int, int, int, int, int, int, bool], None]
-"""Takes stream, weight, scale, x, elements between rows of x, scales of x, bias, residual, y, partial, arrived, early:
-see `prepare_fused`."""
+class FusedLaunch(Protocol):
+    """Launches a fused kernel on one prepared problem; what is not there has the address 0."""
+
+    def __call__(
+        self,
+        *,
+        stream: int,
+        weight: int,
+        scale: int,
+        x: int,
+        x_stride: int,
+        x_scale: int,
+        bias: int,
+        residual: int,
+        y: int,
+        partial: int,
+        arrived: int,
+        early: bool,
+    ) -> None:
+        """Launch.
+
+        Args:
+            stream: handle of the stream.
+            weight, scale: addresses of packed codes and scales.
+            x, x_stride: address of the activations, and elements from one token to the next.
+            x_scale: address of float32 scales of quantised activations, one a token.
+            bias, residual, y: addresses, in the dtype of the result.
+            partial, arrived: addresses of split sums (float32) and their counters (uint32, zero).
+            early: whether the sm90 schedule may fetch weights before the kernel ahead has ended: not where that one
+                wrote them.
+        """
 
 
 def prepare_fused(
@@ -184,20 +213,17 @@ def prepare_fused(
     aligned: bool,
     factor: float,
 ) -> FusedLaunch:
-    """Return what launches a fused kernel on one problem: all that stays the same from call to call is settled.
-
-    What is returned takes the handle of a stream and device addresses (0 for none), in the order of `FusedLaunch`.
-    `early` lets the sm90 schedule fetch weights before the kernel ahead has ended: not where that one wrote them.
-    """
+    """Return what launches a fused kernel on one problem: all that stays the same from call to call is settled."""
     shared, run = config.shared_bytes, function.launch
     grid, block = (config.row_tiles, config.splits, 1), (_SM80_THREADS, 1, 1)
 
     def launch_sm80(
+        *,
         stream: int,
         weight: int,
         scale: int,
         x: int,
-        stride: int,
+        x_stride: int,
         x_scale: int,
         bias: int,
         residual: int,
@@ -206,7 +232,7 @@ def prepare_fused(
         arrived: int,
         early: bool,
     ) -> None:
-        arguments = (weight, scale, x, bias, residual, y, partial, arrived, stride, oc, ic, n, aligned, factor)
+        arguments = (weight, scale, x, bias, residual, y, partial, arrived, x_stride, oc, ic, n, aligned, factor)
         run(grid, block, shared, stream, arguments)
 
     if config.schedule != tune.SM90:
@@ -214,16 +240,18 @@ def prepare_fused(
 
     grid, block = (config.ctas, 1, 1), (sm90.tile_of(config).threads, 1, 1)
     rows_of_x, box = tensor_map.rows, sm90.box_rows(config, n)
-    kind = tensor_map.BYTE if config.activation_bits == 8 else tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    native = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    element = native if config.activations is Activations.NATIVE else tensor_map.BYTE
     whole_tiles, splits = config.whole_tiles, config.splits
     cluster = (splits, 1, 1) if config.gathered else None
 
     def launch_sm90(
+        *,
         stream: int,
         weight: int,
         scale: int,
         x: int,
-        stride: int,
+        x_stride: int,
         x_scale: int,
         bias: int,
         residual: int,
@@ -232,15 +260,30 @@ def prepare_fused(
         arrived: int,
         early: bool,
     ) -> None:
-        x_map = rows_of_x(x, n, ic, stride, kind, box)
-        places = (x_map, weight, scale, bias, x_scale, residual, y, partial, arrived)
-        run(grid, block, shared, stream, (*places, oc, ic, n, whole_tiles, splits, box, factor), early, cluster)
+        x_map = rows_of_x(x, n, ic, x_stride, element, box)
+        # fmt: off
+        arguments = (
+            x_map, weight, scale, bias, x_scale, residual, y, partial, arrived,
+            oc, ic, n, whole_tiles, splits, box, factor,
+        )  # one tuple without parts: every step here counts
+        # fmt: on
+        run(grid, block, shared, stream, arguments, early, cluster)
 
     return launch_sm90
 
 
-QuantizeLaunch: TypeAlias = Callable[[int, int, int, int], int]
-"""Takes stream, x, elements between rows of x and where codes and scales go: see `prepare_quantize`."""
+class QuantizeLaunch(Protocol):
+    """Launches the quantising of activations on one prepared problem."""
+
+    def __call__(self, *, stream: int, x: int, x_stride: int, codes: int) -> int:
+        """Launch, and return the address of the scales.
+
+        Args:
+            stream: handle of the stream.
+            x, x_stride: address of 16-bit activations, and elements from one token to the next.
+            codes: address of n * (codes_stride + 4) bytes: codes [n, codes_stride], then float32 scales [n].
+        """
+        ...
 
 
 def codes_stride(ic: int) -> int:
@@ -249,18 +292,14 @@ def codes_stride(ic: int) -> int:
 
 
 def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
-    """Return what launches the quantising of activations [n, ic] to e4m3.
-
-    What is returned takes the handle of a stream, the address and stride of x and the address of n * (codes_stride +
-    4) bytes: codes [n, codes_stride], then float32 scales [n], whose address it returns.
-    """
+    """Return what launches the quantising of activations [n, ic] to e4m3."""
     grid, block, row = (n, 1, 1), (_QUANTIZE_THREADS, 1, 1), codes_stride(ic)
     run = function.launch
 
-    def launch(stream: int, x: int, stride: int, codes: int) -> int:
+    def launch(*, stream: int, x: int, x_stride: int, codes: int) -> int:
         scales_at = codes + n * row
-        aligned = not (x % 16 or stride % 8)
-        run(grid, block, 0, stream, (x, codes, scales_at, stride, row, ic, aligned), True)
+        aligned = not (x % 16 or x_stride % 8)
+        run(grid, block, 0, stream, (x, codes, scales_at, x_stride, row, ic, aligned), True)
         return scales_at
 
     return launch
@@ -273,14 +312,14 @@ def launch_dequantize(
     weight: int,
     scale: int,
     scratch: int,
-    first_row_block: int,
-    rows: int,
+    first_block: int,
+    oc: int,
     ic: int,
     factor: float,
 ) -> None:
-    """Launch the decode of `rows` rows, from a row block on, into dense scratch memory."""
-    grid = (-(-tiles.column_blocks(ic) // _DEQUANTIZE_WARPS), tiles.row_blocks(rows), 1)
-    arguments = (weight, scale, scratch, first_row_block, rows, ic, factor)
+    """Launch the decode of `oc` output channels, from a block of 16 on, into dense scratch memory [oc, ic]."""
+    grid = (-(-ic_blocks(ic) // _DEQUANTIZE_WARPS), oc_blocks(oc), 1)
+    arguments = (weight, scale, scratch, first_block, oc, ic, factor)
     function.launch(grid, (32 * _DEQUANTIZE_WARPS, 1, 1), 0, stream, arguments)
 
 
@@ -293,38 +332,89 @@ def launch_epilogue(
     bias: int,
     residual: int,
     y: int,
-    first: int,
-    columns: int,
+    first_oc: int,
+    slice_oc: int,
     oc: int,
     n: int,
     factor: float,
 ) -> None:
-    """Launch what makes y [n, oc], or [n, outputs] where gated, of float32 sums [n, columns] of rows first.. ."""
-    grid = (-(-columns // 256), n, 1)
-    arguments = (sums, scale, bias, residual, y, first, columns, oc, factor)
+    """Launch what makes y [n, oc], or [n, outputs] where gated, of float32 sums [n, slice_oc] from `first_oc` on."""
+    grid = (-(-slice_oc // 256), n, 1)
+    arguments = (sums, scale, bias, residual, y, first_oc, slice_oc, oc, factor)
     function.launch(grid, (256, 1, 1), 0, stream, arguments)
 
 
-def sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
-    """Yield every kernel that a linear of this scheme and dtype can ask for on a chip, in its usual mode."""
-    groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
+def problem_of(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    n: int,
+    *,
+    aligned: bool = True,
+    activations: Activations | str = Activations.NATIVE,
+    batch_invariant: bool = False,
+) -> tune.LinearProblem:
+    """Return the problem that N tokens of 16-bit activations make with a weight of a scheme and a shape, (OC, IC).
+
+    Raises:
+        FormatError: no kernel decodes the scheme.
+    """
+    chosen = Activations.of(activations)
+    target = target_of(chosen, torch.float16)
+    assert target is not None
+    packing = Packing.of(scheme, target)
+    return tune.LinearProblem.of(
+        packing, shape, n, aligned=aligned, activations=chosen, batch_invariant=batch_invariant
+    )
+
+
+def kernels_for(
+    scheme: Scheme,
+    dtype: torch.dtype,
+    chip: Chip,
+    activations: Activations | str = Activations.NATIVE,
+    gated: bool = False,
+) -> list[KernelSource]:
+    """Return the kernels that linears of a scheme can ask for on a chip; none where they cannot run.
+
+    Those of the batch-invariant mode are not among them.
+
+    Args:
+        scheme: of the weight.
+        dtype: of the activations as they come, and of the result.
+        chip: the GPU.
+        activations: what the weight is multiplied with.
+        gated: as in cuda/common/gate.cuh.
+    """
+    chosen = Activations.of(activations)
+    result, target = target_of(Activations.NATIVE, dtype), target_of(chosen, dtype)
+    if result is None or target is None or unsupported_reason(scheme, target):
+        return []
+    packing = Packing.of(scheme, target)
+    if chosen is Activations.NATIVE:
+        return list(sources(packing, chip, gated))
+    return list(quantized_sources(packing, result, chip, gated))
+
+
+def sources(packing: Packing, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
+    """Yield every kernel that a linear with activations as they come can ask for on a chip, in its usual mode."""
+    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     for tokens in sm80.TILES:
         depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
         shared = depth * sm80.stage_bytes(tokens, bits, row_bytes)
-        yield sm80_source(scheme, target, tokens, depth, shared, gated)
+        yield sm80_source(packing, tokens, depth, shared, gated)
     if chip.capability == (9, 0):
-        for tile in sm90.tiles(groups):
+        for tile in sm90.tiles(packing.scales_in_block):
             slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-            yield sm90_source(scheme, target, tile, slots, shared, gated)
-    yield dequantize_source(scheme, target)
-    yield epilogue_source(scheme, target, gated)
+            yield sm90_source(packing, packing.target, tile, slots, shared, gated)
+    yield dequantize_source(packing)
+    yield epilogue_source(packing, gated)
 
 
-def fp8_sources(scheme: Scheme, target: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
-    """Yield every kernel that a linear with 8-bit activations can ask for on a chip; `target` is of the result."""
-    groups, bits, row_bytes = tiles.scales_in_block(scheme.group_size), scheme.format.bits, scales.row_bytes(scheme)
+def quantized_sources(packing: Packing, result: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
+    """Yield every kernel that a linear with e4m3 activations and a result of dtype `result` can ask for on a chip."""
+    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     if chip.capability == (9, 0):
-        yield quantize_source(target)
-        for tile in sm90.tiles(groups, fp8=True):
+        yield quantize_source(result)
+        for tile in sm90.tiles(packing.scales_in_block, Activations.E4M3):
             slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-            yield sm90_source(scheme, target, tile, slots, shared, gated)
+            yield sm90_source(packing, result, tile, slots, shared, gated)

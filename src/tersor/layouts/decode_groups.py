@@ -98,7 +98,7 @@ class DecodeGroup:
         return [(index, turn) for index in range(self.words)] if word == self.words else [(word, turn)]
 
 
-def supported(fmt: ElementFormat, target: str) -> str:
+def unsupported_reason(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
     if _width(target) == 8:
         if fmt.kind != "float":
@@ -114,7 +114,7 @@ def supported(fmt: ElementFormat, target: str) -> str:
 
 @functools.cache
 def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
-    """Return the decode group of `fmt` for activations of dtype `target`; `supported` must say yes."""
+    """Return the decode group of `fmt` for activations of dtype `target`; `unsupported_reason` must be empty."""
     operand = _operand(fmt, target)
     if operand is None:
         raise ValueError(f"{fmt.name} is not decoded to {target}")

@@ -10,23 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import SCALE_DTYPES, Scheme, scale_values, store_scales
-from tersor.layouts import decode_groups, tiles
+from tersor.formats import SCALE_DTYPES, scale_values, store_scales
+from tersor.layouts import decode_groups
+from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC, ic_blocks, oc_blocks
+from tersor.layouts.packing import Packing, scales_in_block
 
 
-def scale_bytes(scheme: Scheme) -> int:
-    """Return the bytes that one scale takes in tiles, with its zero point."""
-    if scheme.group_size is None:
-        return 8 if scheme.has_zero_point else 4
-    return SCALE_DTYPES[scheme.scale_dtype].itemsize + (2 if scheme.has_zero_point else 0)
-
-
-def row_bytes(scheme: Scheme) -> int:
-    """Return the bytes that the scales of one row take in a block; 0 for one scale a row, which lies elsewhere."""
-    return tiles.scales_in_block(scheme.group_size) * scale_bytes(scheme)
-
-
-def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, ic: int, target: str) -> torch.Tensor:
+def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, packing: Packing, ic: int) -> torch.Tensor:
     """Return scales and zero points as kernels read them.
 
     Args:
@@ -42,7 +32,9 @@ def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, i
     Raises:
         FormatError: a zero point that the target's 16-bit floats cannot apply exactly.
     """
-    constants = None if zero_point is None else decode_groups.zero_constants(zero_point, scheme.format, target)
+    scheme, constants = packing.scheme, None
+    if zero_point is not None:
+        constants = decode_groups.zero_constants(zero_point, scheme.format, packing.target)
     if scheme.group_size is None:
         rows = _pad_rows(scale_values(scale, scheme))
         if constants is None:
@@ -55,48 +47,46 @@ def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme, i
     return torch.cat(parts, dim=1).reshape(-1)
 
 
-def unpack(
-    packed: torch.Tensor, scheme: Scheme, shape: tuple[int, int], target: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def unpack(packed: torch.Tensor, packing: Packing, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Undo `pack`, exactly: return the scales [OC, G] in the scheme's dtype and the zero points, uint8 [OC, G]."""
-    oc, _ = shape
+    oc, scheme = shape[0], packing.scheme
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     constants = None
     if scheme.group_size is None:
-        rows = packed.view(-1, scale_bytes(scheme))[:oc]
+        rows = packed.view(-1, packing.scale_bytes)[:oc]
         scale = store_scales(rows[:, :4].contiguous().view(torch.float32), scheme)
         if scheme.has_zero_point:
             constants = rows[:, 4:6].contiguous().view(torch.int16)
     else:
-        block = tiles.ROWS * tiles.scales_in_block(scheme.group_size)
-        blocks = packed.view(-1, block * scale_bytes(scheme))
+        block = BLOCK_OC * packing.scales_in_block
+        blocks = packed.view(-1, block * packing.scale_bytes)
         scale = _from_blocks(blocks[:, : block * dtype.itemsize], dtype, scheme.group_size, shape)
         if scheme.has_zero_point:
             constants = _from_blocks(blocks[:, block * dtype.itemsize :], torch.int16, scheme.group_size, shape)
-    return scale, None if constants is None else decode_groups.zero_points(constants, scheme.format, target)
+    return scale, None if constants is None else decode_groups.zero_points(constants, scheme.format, packing.target)
 
 
 def _pad_rows(values: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % tiles.UNIT_ROWS)).contiguous()
+    return torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % UNIT_OC)).contiguous()
 
 
 def _blocks(values: torch.Tensor, group_size: int, ic: int) -> torch.Tensor:
     """Return [OC, G] values as the bytes of each block, [blocks, S * 16 * bytes of a value]."""
-    in_block = tiles.scales_in_block(group_size)
-    piece = tiles.COLUMNS // in_block
-    across = tiles.column_blocks(ic)
+    in_block = scales_in_block(group_size)
+    piece = BLOCK_IC // in_block
+    across = ic_blocks(ic)
     pieces = _pad_rows(values).repeat_interleave(group_size // piece, dim=1)
     pieces = torch.nn.functional.pad(pieces, (0, across * in_block - pieces.shape[1]))
-    axes = pieces.view(-1, tiles.UNIT_ROWS // tiles.ROWS, tiles.ROWS, across, in_block)
+    axes = pieces.view(-1, UNIT_OC // BLOCK_OC, BLOCK_OC, across, in_block)
     ordered = axes.permute(0, 3, 1, 4, 2).contiguous()
-    return ordered.view(-1, in_block * tiles.ROWS).view(torch.uint8)
+    return ordered.view(-1, in_block * BLOCK_OC).view(torch.uint8)
 
 
 def _from_blocks(blocks: torch.Tensor, dtype: torch.dtype, group_size: int, shape: tuple[int, int]) -> torch.Tensor:
     oc, ic = shape
-    in_block = tiles.scales_in_block(group_size)
-    piece = tiles.COLUMNS // in_block
+    in_block = scales_in_block(group_size)
+    piece = BLOCK_IC // in_block
     values = blocks.contiguous().view(dtype)
-    axes = values.view(-1, tiles.column_blocks(ic), tiles.UNIT_ROWS // tiles.ROWS, in_block, tiles.ROWS)
-    pieces = axes.permute(0, 2, 4, 1, 3).reshape(tiles.row_blocks(oc) * tiles.ROWS, -1)[:oc, : ic // piece]
+    axes = values.view(-1, ic_blocks(ic), UNIT_OC // BLOCK_OC, in_block, BLOCK_OC)
+    pieces = axes.permute(0, 2, 4, 1, 3).reshape(oc_blocks(oc) * BLOCK_OC, -1)[:oc, : ic // piece]
     return pieces[:, :: group_size // piece].contiguous()

@@ -38,8 +38,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     for step in range(3):
         width = bits << step
         spread = 8 << step
-        low = _lanes((1 << width) - 1, 2 * spread)
-        octets = (octets & low) | ((octets >> (spread - width)) & _lanes(((1 << width) - 1) << width, 2 * spread))
+        low = _repeat((1 << width) - 1, 2 * spread)
+        octets = (octets & low) | ((octets >> (spread - width)) & _repeat(((1 << width) - 1) << width, 2 * spread))
     squeezed = octets.view(torch.uint8).view(*octets.shape, 8)[..., :bits]
     return squeezed.contiguous().view(*codes.shape[:-1], -1).view(torch.int32)
 
@@ -64,14 +64,14 @@ def unpack(stream: torch.Tensor, bits: int, ic: int) -> torch.Tensor:
     for step in (2, 1, 0):
         width = bits << step
         spread = 8 << step
-        low = _lanes((1 << width) - 1, 2 * spread)
-        octets = (octets & low) | ((octets << (spread - width)) & _lanes(((1 << width) - 1) << spread, 2 * spread))
+        low = _repeat((1 << width) - 1, 2 * spread)
+        octets = (octets & low) | ((octets << (spread - width)) & _repeat(((1 << width) - 1) << spread, 2 * spread))
     return octets.view(torch.uint8)[..., :ic]
 
 
-def _lanes(pattern: int, lane_bits: int) -> int:
-    """Repeat a bit pattern in every lane of a 64-bit word, as the signed integer torch wants."""
+def _repeat(pattern: int, every: int) -> int:
+    """Repeat a bit pattern at every so many bits of a 64-bit word, as the signed integer torch wants."""
     word = 0
-    for shift in range(0, 64, lane_bits):
+    for shift in range(0, 64, every):
         word |= pattern << shift
     return word - (1 << 64) if word >> 63 else word

@@ -12,9 +12,10 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme, scale_values
 from tersor.layouts import scales, stream, tiles
 from tersor.layouts.gated import gated_channels, interleave, separate
+from tersor.layouts.packing import LAYOUTS, Packing
 
 STREAM = "stream"
-"""The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.tiles`."""
+"""The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.packing`."""
 
 
 class _Noted:
@@ -103,6 +104,11 @@ class PackedWeight(_Noted):
         tensors = (self.data, self.scale, self.zero_point)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    @property
+    def packing(self) -> Packing:
+        """What the scheme means in the kernel layout that the weight lies in; there is none in the stored stream."""
+        return Packing.of(self.scheme, LAYOUTS[self.layout])
+
     def to_layout(self, layout: str) -> PackedWeight:
         """Return the same weight in another layout; exact, and undone by going back.
 
@@ -115,9 +121,9 @@ class PackedWeight(_Noted):
         scale, zero_point = self.stored_scales()
         if layout == STREAM:
             return PackedWeight(self.scheme, self.shape, stream.pack(codes, fmt.bits), scale, zero_point)
-        target = tiles.LAYOUTS[layout]
-        data = tiles.pack(codes, fmt, target)
-        scale = scales.pack(scale, zero_point, self.scheme, self.shape[1], target)
+        packing = Packing.of(self.scheme, LAYOUTS[layout])
+        data = tiles.pack(codes, packing)
+        scale = scales.pack(scale, zero_point, packing, self.shape[1])
         return PackedWeight(self.scheme, self.shape, data, scale, None, layout)
 
     def codes(self) -> torch.Tensor:
@@ -125,13 +131,13 @@ class PackedWeight(_Noted):
         fmt = self.scheme.format
         if self.layout == STREAM:
             return stream.unpack(self.data, fmt.bits, self.shape[1])
-        return tiles.unpack(self.data, fmt, tiles.LAYOUTS[self.layout], self.shape)
+        return tiles.unpack(self.data, self.packing, self.shape)
 
     def stored_scales(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the scales as they are stored, [OC, G] in the scheme's scale dtype, and the zero points, if any."""
         if self.layout == STREAM:
             return self.scale, self.zero_point
-        return scales.unpack(self.scale, self.scheme, self.shape, tiles.LAYOUTS[self.layout])
+        return scales.unpack(self.scale, self.packing, self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decoded weight [OC, IC], computed in float32 and rounded once to `dtype`."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
 from tersor.nn.packed import PackedModule
 
@@ -20,7 +20,7 @@ class PackedLinear(PackedModule):
     Attributes:
         in_features, out_features: IC and OC.
         transposed: whether the module it replaced kept its weight as [IC, OC] (GPT-2's Conv1D).
-        activations: `16bit`, or `fp8`: quantised to e4m3 by the operator; set by `multiply_with`.
+        activations: what the weight is multiplied with; set by `multiply_with`.
         bias: [OC] or `None`.
     """
 
@@ -52,7 +52,7 @@ class PackedLinear(PackedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = False
-        self.activations = "16bit"
+        self.activations = Activations.NATIVE
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
         else:
@@ -91,7 +91,7 @@ class PackedLinear(PackedModule):
             bias = self.bias
         return ops.linear(x, weight, bias)
 
-    def multiply_with(self, activations: str) -> None:
+    def multiply_with(self, activations: Activations | str) -> None:
         """Choose what the weight is multiplied with from now on.
 
         Args:
@@ -100,11 +100,11 @@ class PackedLinear(PackedModule):
                 their sums are added see docs/formats.md, "Kernel tiles".
 
         Raises:
-            InputError: no such kind of activations.
+            InputError: no such activations.
             UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
         """
         ops.preferred_layout(self.scheme, self.dtype, self.weight_packed.device, activations)
-        self.activations = activations
+        self.activations = Activations.of(activations)
         self._ready_for = None
 
     def prepare(self, dtype: torch.dtype) -> None:

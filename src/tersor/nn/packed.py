@@ -162,8 +162,8 @@ class PackedModule(nn.Module):
         for name, (shape, dtype) in tensors.items():
             given = state_dict.get(prefix + name)
             if given is not None and (given.dtype != dtype or tuple(given.shape) != shape):
-                kind = f"{given.dtype} {list(given.shape)}"
-                error_msgs.append(f"{prefix}{name} is {kind}; {self.scheme.key()} stores {dtype} {list(shape)}")
+                found = f"{given.dtype} {list(given.shape)}"
+                error_msgs.append(f"{prefix}{name} is {found}; {self.scheme.key()} stores {dtype} {list(shape)}")
                 return
         if self.layout != STREAM:
             for name, (shape, dtype) in tensors.items():

@@ -1,21 +1,24 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
-from tersor.ops.dispatch import Reason, check_activations, explain, kernels_for, preferred_layout
+from tersor.kernels.dense import kernels_for
+from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
-from tersor.ops.invariance import batch_invariant, set_batch_invariant
-from tersor.ops.linear import gated_linear, linear
-from tersor.ops.measuring import launches
+from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
+from tersor.ops.multiply import gated_linear, linear, serve_with
+from tersor.ops.workspace import Workspace
 
 __all__ = [
+    "Mode",
     "Reason",
+    "Workspace",
     "batch_invariant",
-    "check_activations",
     "embedding",
     "explain",
     "gated_linear",
     "kernels_for",
-    "launches",
     "linear",
     "preferred_layout",
+    "serve_with",
     "set_batch_invariant",
+    "using",
 ]

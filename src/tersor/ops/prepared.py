@@ -1,42 +1,46 @@
-"""What stays the same from call to call: a weight's kind, and for each number of tokens a plan that is ready to run.
+"""What stays the same from call to call: a weight's type, and for each number of tokens a call that is ready to run.
 
 Neither knows an address, so nothing has to be undone when a tensor moves; both are safe in any number of threads.
 """
 
 from __future__ import annotations
 
-import math
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from tersor.errors import ShapeError
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.kernels import tune
-from tersor.layouts import STREAM, PackedWeight, decode_groups, stream, tiles
-from tersor.ops import dispatch, invariance, measuring
+from tersor.layouts import STREAM, PackedWeight, stream
+from tersor.layouts.packing import LAYOUTS, Packing, target_of
+from tersor.ops import dispatch, mode
 
 if TYPE_CHECKING:
     from tersor.kernels.dense import FusedLaunch, QuantizeLaunch
 
-_MOST_PLANS = 256
-"""Plans that a kind keeps: beyond that it starts anew."""
+FEW_TOKENS = 256
+"""Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
+_MOST_LONG = 256
+"""Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
-Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, bool]
+Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, int]
 """Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, whether the
-linear is gated, whether it is batch-invariant."""
+linear is gated, `Mode.key`."""
 
 
-class Plan:
-    """How calls of one kind, dtype, device and number of tokens are served.
+class Prepared:
+    """How calls of one weight type, dtype, device and number of tokens are served.
 
     Attributes:
-        decision: who serves them.
-        launch: of a fused kernel, else `None`.
-        quantize: of the kernel that makes activations 8-bit before that, else `None`.
-        codes_stride: bytes from one token's 8-bit activations to the next; zero without `quantize`.
-        floats, counters: what its splits exchange; zero without splits.
-        tokens: that one call takes, where it takes several calls; else 0.
+        decision: who serves the calls.
+        launch: launches the fused kernel; `None` where another serves.
+        quantize: launches the kernel that quantises activations before that; `None` where they stay as they come.
+        codes_stride: bytes from one token's quantised activations to the next; zero without `quantize`.
+        floats, counters: float32 sums and counters that the kernel's splits exchange; zero without splits.
+        tokens: most tokens of one launch, where a call takes several launches; else 0.
     """
 
     __slots__ = ("codes_stride", "counters", "decision", "floats", "launch", "quantize", "tokens")
@@ -49,30 +53,34 @@ class Plan:
         self.tokens = decision.tokens
 
 
-class Kind:
-    """What weights have in common that are multiplied in the same way.
+class WeightType:
+    """What dense packed weights have in common that are multiplied in the same way.
 
     Attributes:
         scheme, oc, ic, layout: as in `PackedWeight`.
-        words: int32 elements of the packed weight.
+        packing: the scheme in kernel tiles; `None` in the stored stream.
+        words: int32 elements of the packed codes.
         factor: what decoded sums are multiplied by in a kernel layout, beside the scales.
-        plans: those made so far.
     """
 
-    __slots__ = ("factor", "ic", "layout", "oc", "plans", "scheme", "words")
+    __slots__ = ("_few", "_guard", "_long", "factor", "ic", "layout", "oc", "packing", "scheme", "words")
 
     def __init__(self, scheme: Scheme, oc: int, ic: int, layout: str) -> None:
         self.scheme = scheme
         self.oc = oc
         self.ic = ic
         self.layout = layout
+        self.packing: Packing | None = None
         if layout == STREAM:
             self.words = oc * stream.row_words(ic, scheme.format.bits)
             self.factor = 1.0
         else:
-            self.words = tiles.row_blocks(oc) * tiles.column_blocks(ic) * 64 * scheme.format.bits
-            self.factor = math.ldexp(1.0, decode_groups.decode_group(scheme.format, tiles.LAYOUTS[layout]).exponent)
-        self.plans: dict[Key, Plan] = {}
+            self.packing = Packing.of(scheme, LAYOUTS[layout])
+            self.words = self.packing.words((oc, ic))
+            self.factor = self.packing.factor
+        self._few: dict[Key, Prepared] = {}
+        self._long: OrderedDict[Key, Prepared] = OrderedDict()
+        self._guard = threading.Lock()
 
     def check(self, data: torch.Tensor) -> None:
         """Raise ShapeError where packed codes are not those of such a weight."""
@@ -82,93 +90,104 @@ class Kind:
                 f"words for [{self.oc}, {self.ic}] in {self.scheme.name} ({self.layout})"
             )
 
-    def plan(self, key: Key) -> Plan:
-        """Return the plan for a key, made at its first use; compiles and loads the kernel it needs."""
-        if measuring.current().config is not None:
-            return self._make(*key)  # a measurement's plan is not kept
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self._make(*key)
-            if len(self.plans) >= _MOST_PLANS:
-                self.plans.clear()
-            self.plans[key] = plan
-        return plan
+    def prepared(self, key: Key, now: mode.Mode) -> Prepared:
+        """Return the prepared call for a key, made at its first use; compiles and loads the kernel it needs."""
+        if now.config is not None:
+            return self._make(key, now.config)  # a measurement's is not kept
+        found = self._few.get(key)
+        return self._find(key) if found is None else found
 
-    def _make(self, n: int, dtype: torch.dtype, index: int, aligned: bool, gated: bool, invariant: bool) -> Plan:
+    def _find(self, key: Key) -> Prepared:
+        if key[0] <= FEW_TOKENS:
+            return self._few.setdefault(key, self._make(key))
+        with self._guard:
+            found = self._long.get(key)
+            if found is not None:
+                self._long.move_to_end(key)
+                return found
+        made = self._make(key)
+        with self._guard:
+            self._long[key] = made
+            if len(self._long) > _MOST_LONG:
+                self._long.popitem(last=False)
+        return made
+
+    def forget(self) -> None:
+        """Drop every prepared call."""
+        with self._guard:
+            self._few.clear()
+            self._long.clear()
+
+    def _make(self, key: Key, wanted: tune.LinearConfig | None = None) -> Prepared:
+        n, dtype, index, aligned, gated, _ = key  # the mode is the current one
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
-        plan = Plan(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned, invariant))
-        config = plan.decision.config
-        if config is not None and not plan.tokens:
-            config = measuring.current().config or config
-            plan.launch = self._fused(config, n, index, dtype, aligned, gated)
-            if config.activation_bits == 8:
-                plan.quantize, plan.codes_stride = self._quantize(n, index, dtype)
-            if config.splits > 1 and not config.gathered:
-                from tersor.kernels import dense as family
+        found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
+        config = found.decision.config
+        if config is not None and not found.tokens:
+            config = wanted or config
+            self._add_launches(found, config, n, index, dtype, aligned, gated)
+        return found
 
-                plan.floats, plan.counters = family.parts(config, n)
-        return plan
+    def _add_launches(
+        self,
+        found: Prepared,
+        config: tune.LinearConfig,
+        n: int,
+        index: int,
+        dtype: torch.dtype,
+        aligned: bool,
+        gated: bool,
+    ) -> None:
+        from tersor.kernels import dense, jit
 
-    def _quantize(self, n: int, index: int, dtype: torch.dtype) -> tuple[QuantizeLaunch, int]:
-        from tersor.kernels import dense as family
-        from tersor.kernels import jit
-
-        target = dispatch.target_name(dtype)
-        assert target is not None
-        function = jit.get(family.quantize_source(target), index)
-        return family.prepare_quantize(function, n=n, ic=self.ic), family.codes_stride(self.ic)
-
-    def _fused(
-        self, config: tune.LinearConfig, n: int, index: int, dtype: torch.dtype, aligned: bool, gated: bool
-    ) -> FusedLaunch:
-        from tersor.kernels import dense as family
-        from tersor.kernels import jit
-
-        target = dispatch.target_name(dtype)
-        assert target is not None
-        function = jit.get(family.fused_source(self.scheme, target, config, gated), index)
-        return family.prepare_fused(
-            function,
+        result = target_of(Activations.NATIVE, dtype)
+        assert self.packing is not None and result is not None
+        found.launch = dense.prepare_fused(
+            jit.get(dense.fused_source(self.packing, result, config, gated), index),
             config,
-            bf16=target == "bfloat16",
+            bf16=result == "bfloat16",
             oc=self.oc,
             ic=self.ic,
             n=n,
             aligned=aligned,
             factor=self.factor,
         )
+        if config.activations is not Activations.NATIVE:
+            found.quantize = dense.prepare_quantize(jit.get(dense.quantize_source(result), index), n=n, ic=self.ic)
+            found.codes_stride = dense.codes_stride(self.ic)
+        if config.splits > 1 and not config.gathered:
+            found.floats, found.counters = dense.parts(config, n)
 
 
-_kinds: dict[tuple[str, int, int, str], Kind] = {}
+_types: dict[tuple[str, int, int, str], WeightType] = {}
 
 
-def kind(scheme: str, oc: int, ic: int, layout: str) -> Kind:
-    """Return the one kind of these weights; `scheme` is `Scheme.key()`."""
+def weight_type(scheme: str, oc: int, ic: int, layout: str) -> WeightType:
+    """Return the one type of these weights; `scheme` is `Scheme.key()`."""
     key = (scheme, oc, ic, layout)
-    found = _kinds.get(key)
+    found = _types.get(key)
     if found is None:
-        found = _kinds.setdefault(key, Kind(Scheme.from_key(scheme), oc, ic, layout))
+        found = _types.setdefault(key, WeightType(Scheme.from_key(scheme), oc, ic, layout))
     return found
 
 
-def kind_of(weight: PackedWeight) -> Kind:
-    """Return a weight's kind, which the weight keeps.
+def type_of(weight: PackedWeight) -> WeightType:
+    """Return a weight's type, which the weight keeps.
 
     Raises:
         ShapeError: its packed codes are not as many as its shape asks for.
     """
-    found: Kind | None = getattr(weight, "note", None)
+    found: WeightType | None = getattr(weight, "note", None)
     if found is None:
-        found = kind(weight.scheme.key(), *weight.shape, weight.layout)
+        found = weight_type(weight.scheme.key(), *weight.shape, weight.layout)
         found.check(weight.data)
         object.__setattr__(weight, "note", found)  # not part of the frozen value
     return found
 
 
 def forget() -> None:
-    """Drop every plan and read the environment anew: for who changes it, or a chooser, while it runs."""
-    dispatch.forget()
-    invariance.forget()
-    for found in list(_kinds.values()):
-        found.plans.clear()
+    """Drop every prepared call and read the environment anew: for who changes it, or a chooser, while it runs."""
+    mode.forget()
+    for found in list(_types.values()):
+        found.forget()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import Scheme
-from tersor.layouts import STREAM, PackedWeight, decode_groups, stream, tiles
-from tersor.layouts import gated as gating
+from tersor.formats import Activations, Scheme
+from tersor.layouts import STREAM, PackedWeight, decode_groups, stream
+from tersor.layouts.gated import HALF, gated_channels
+from tersor.layouts.packing import LAYOUTS
 from tersor.layouts.weight import decode
 from tersor.ops import tensors
 
@@ -41,11 +42,11 @@ def linear(
     """
     oc, ic = weight.shape
     wide, token_scale = x.to(torch.float32), None
-    if tiles.LAYOUTS.get(weight.layout) == decode_groups.FP8:
-        codes, token_scale = quantize_tokens(wide)
+    if LAYOUTS.get(weight.layout) == decode_groups.FP8:
+        codes, token_scale = Activations.E4M3.quantize(wide)
         wide = codes.to(torch.float32)
-    output = x.new_empty(x.shape[0], gating.gated_channels(oc) if gated else oc)
-    unit = 2 * gating.HALF if gated else 1
+    output = x.new_empty(x.shape[0], gated_channels(oc) if gated else oc)
+    unit = 2 * HALF if gated else 1
     rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1) // unit) * unit
     packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
     start = 0
@@ -65,21 +66,6 @@ def linear(
         output[:, start:end] = part
         start = end
     return output
-
-
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise activations to e4m3 with a scale for each token, largest magnitude / 448.
-
-    Args:
-        x: [N, IC], float32.
-
-    Returns:
-        Codes, float8_e4m3fn [N, IC], and scales, float32 [N, 1]. A token with an infinity or a NaN gets NaNs.
-    """
-    largest = torch.full_like(x[:, :1], 448.0)  # a tensor: dividing by a number multiplies with its reciprocal on a GPU
-    magnitude = x.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=1, keepdim=True)
-    factor = torch.where(magnitude > 0, largest / magnitude, 0.0)
-    return (x * factor).to(torch.float8_e4m3fn), magnitude / largest
 
 
 def _decode_rows(weight: PackedWeight, scheme: Scheme, first: int, last: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tersor.ops import current
 def empty_result(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, oc: int
 ) -> torch.Tensor:
-    """Return what remains where x or the weight has no elements: the reference's result for sums of zero."""
+    """Return the result where x or the weight has no elements: that of the reference for sums of zero."""
     y = x.new_zeros(*x.shape[:-1], oc, dtype=torch.float32)
     if bias is not None:
         y = y + bias
@@ -36,7 +36,7 @@ def output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tens
 
 
 def rows_of(x: torch.Tensor, ic: int) -> torch.Tensor:
-    """Return x as [N, IC] with channels side by side and rows apart, copied only where it lies otherwise."""
+    """Return x as [N, IC], contiguous along IC and without overlapping rows; copied only where it lies otherwise."""
     tokens = x.reshape(-1, ic)
     return tokens if tokens.stride(1) == 1 and tokens.stride(0) >= ic else tokens.contiguous()
 
@@ -49,7 +49,7 @@ def aligned_rows(x: torch.Tensor, ic: int) -> torch.Tensor:
 
 
 def contiguous(residual: torch.Tensor) -> torch.Tensor:
-    """Return residuals side by side from 16 bytes on, as kernels read them; copied only where they lie otherwise."""
+    """Return a contiguous residual that starts on 16 bytes, as kernels read it; copied only where it lies otherwise."""
     if residual.is_contiguous() and residual.data_ptr() % 16 == 0:
         return residual
     return residual.clone(memory_format=torch.contiguous_format)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import inspect
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tersor import ops
 from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
 from tersor.integrations.transformers.sampler import Sampler
@@ -35,6 +37,7 @@ class Decoder:
         graph: the captured step, once there is one.
         eager_reason: why steps are launched one kernel at a time, when they are.
         capture_seconds: what warming up and capturing took in this stream.
+        workspace: device memory of split products, given back when the decoder goes, and the graph with it.
     """
 
     def __init__(self, model: PreTrainedModel, options: Sampling, length: int, use_graph: bool | None = None) -> None:
@@ -52,6 +55,8 @@ class Decoder:
         self.model = model
         self.device = model.device
         self.sampler = Sampler(options, self.device)
+        self.workspace = ops.Workspace()
+        weakref.finalize(self, self.workspace.close).atexit = False  # a process that ends frees everything anyway
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capture_seconds = 0.0
         self.insist = bool(use_graph)
@@ -121,7 +126,8 @@ class Decoder:
         self._draw(self._logits(self.token))
 
     def _logits(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self.cache}, **options)
+        with ops.using(workspace=self.workspace):
+            output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self.cache}, **options)
         logits: torch.Tensor = output.logits
         return logits
 

@@ -32,11 +32,13 @@ def fuse(model: nn.Module) -> list[str]:
     """
     fused = []
     for name, module in list(model.named_modules()):
-        kind = type(module).__name__
-        if kind in ATTENTIONS and _fits(layers := _children(module, "q_proj", "k_proj", "v_proj")):
+        class_name = type(module).__name__
+        if class_name in ATTENTIONS and _fits(layers := _children(module, "q_proj", "k_proj", "v_proj")):
             _join(module, ("q_proj", "k_proj", "v_proj"), layers, gated=False)
             fused.append(name)
-        elif kind in MLPS and _is_plain_silu(module) and _fits(layers := _children(module, "gate_proj", "up_proj")):
+        elif (
+            class_name in MLPS and _is_plain_silu(module) and _fits(layers := _children(module, "gate_proj", "up_proj"))
+        ):
             if layers[0].bias is not None or layers[0].out_features != layers[1].out_features:
                 continue
             _join(module, ("gate_proj", "up_proj"), layers, gated=True)
@@ -67,11 +69,11 @@ def _fits(layers: Sequence[Any]) -> bool:
     """Tell whether layers can be joined; subclasses of `PackedLinear` have a meaning of their own."""
     if any(type(layer) is not PackedLinear or _hooked(layer) for layer in layers):
         return False
-    kinds = {
+    shared = {
         (layer.scheme, layer.in_features, layer.dtype, layer.weight_packed.device, layer.bias is None)
         for layer in layers
     }
-    return len(kinds) == 1
+    return len(shared) == 1
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.layouts import STREAM, PackedWeight, tiles
+from tersor.formats import Activations
+from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts.blocks import UNIT_OC
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 
@@ -63,8 +65,8 @@ class Join:
 
     def _prepare(self, dtype: torch.dtype) -> PackedWeight | None:
         device = self.parts[0].weight_packed.device
-        kinds = {(part.weight_packed.device, part.dtype, part.activations) for part in self.parts}
-        if len(kinds) > 1 or device.type == "meta":
+        settings = {(part.weight_packed.device, part.dtype, part.activations) for part in self.parts}
+        if len(settings) > 1 or device.type == "meta":
             return None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return self.weight if self._biases and self._has_biases() else None
@@ -133,7 +135,7 @@ class Join:
         sizes = [part.out_features for part in self.parts]
         first = sum(sizes[:index])
         last = first + sizes[index]
-        unit = 1 if weight.layout == STREAM else tiles.UNIT_ROWS
+        unit = 1 if weight.layout == STREAM else UNIT_OC
         if first % unit or last % unit:
             biases: list[torch.Tensor] = [part.bias for part in self.parts if part.bias is not None]
             return ops.linear(x, weight, torch.cat(biases) if biases else None)[..., first:last]
@@ -196,7 +198,7 @@ class PackedPart(PackedLinear):
         join, index = self._place
         return join.multiply(index, x)
 
-    def multiply_with(self, activations: str) -> None:
+    def multiply_with(self, activations: Activations | str) -> None:
         """Choose what the weight is multiplied with: the layers join again when all of them are told the same."""
         self.join.dissolve()
         super().multiply_with(activations)
@@ -214,9 +216,9 @@ class PackedPart(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _moved(layer: PackedLinear, kind: type[Any]) -> Any:
+def _moved(layer: PackedLinear, cls: type[Any]) -> Any:
     """Return a layer of another class with the weight, bias and flags of this one."""
-    new = kind(layer.in_features, layer.out_features, layer.scheme, device="meta", dtype=layer.dtype)
+    new = cls(layer.in_features, layer.out_features, layer.scheme, device="meta", dtype=layer.dtype)
     PackedModule._set_weight(new, layer.packed_weight())
     new.bias, new.transposed, new.activations = layer.bias, layer.transposed, layer.activations
     return new.train(layer.training)

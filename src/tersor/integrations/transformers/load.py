@@ -11,7 +11,10 @@ import torch
 from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.source import open_source
 from tersor.errors import CheckpointError, InputError, TersorError, did_you_mean
+from tersor.formats import Activations
 from tersor.hardware import cuda_available
+from tersor.integrations.transformers import fuse as fusing
+from tersor.integrations.transformers import replace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,9 +25,6 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-SMALL_BYTES = 32 << 20
-"""Weight files below this size make a small model, see `choose_threads`."""
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -96,16 +96,6 @@ def locate(path: str | Path) -> Found:
         return Found(source.directory, sum(file.path.stat().st_size for file in source.files), bits)
 
 
-def choose_threads(weight_bytes: int, device: torch.device) -> None:
-    """Run a small model on one CPU thread, for the rest of the process.
-
-    Its operations take microseconds: a second thread gains little where a core is free and costs a factor of ten
-    where cores are shared, since every operation waits for both.
-    """
-    if device.type == "cpu" and weight_bytes < SMALL_BYTES:
-        torch.set_num_threads(1)
-
-
 def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str = "auto") -> PreTrainedModel:
     """Load a causal language model for inference.
 
@@ -138,6 +128,34 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
             f"{path}: the checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}"
         )
     return model.eval()
+
+
+def ready_model(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    *,
+    activations: Activations | str = Activations.NATIVE,
+    fuse: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model and set how its packed layers run.
+
+    Args:
+        path, device, dtype: as for `load_model`.
+        activations: what its packed linears multiply with; other layers are left as they are.
+        fuse: whether packed layers that read the same activations are joined (`fuse.fuse`), which changes rounding.
+
+    Raises:
+        InputError: as for `load_model`; no such activations; nothing to join.
+        UnsupportedError: a layer whose weight cannot be multiplied with such activations.
+        TersorError: the model does not fit in the device's memory.
+    """
+    chosen = Activations.of(activations)
+    model = load_model(path, device, dtype)
+    if fuse and not fusing.fuse(model):
+        raise InputError(f"{path} has no packed layers that can be joined: load it without fusing")
+    replace.multiply_with(model, chosen)
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tersor import ops
 from tersor.errors import UnsupportedError
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.integrations.transformers.architecture import packable_embedding
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.fuse import unfuse
@@ -130,11 +130,11 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
     return new
 
 
-def multiply_with(model: nn.Module, activations: str) -> None:
+def multiply_with(model: nn.Module, activations: Activations | str) -> None:
     """Choose what every packed linear of a model is multiplied with: `16bit` or `fp8` (`PackedLinear.multiply_with`).
 
     Raises:
-        InputError: no such kind of activations.
+        InputError: no such activations.
         UnsupportedError: a linear's weights cannot be multiplied with 8-bit activations; the message names it, and
             no linear has changed.
     """

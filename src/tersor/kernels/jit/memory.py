@@ -5,6 +5,8 @@ A block of torch's would lie in whatever pool is in use at the first call, such 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tersor.errors import KernelError
@@ -12,7 +14,7 @@ from tersor.kernels.jit import module
 
 
 def reserve(nbytes: int, index: int) -> int:
-    """Return the address of zeroed device memory that is never freed; may be called while a graph is captured.
+    """Return the address of zeroed device memory that stays until `release`; may be called while a graph is captured.
 
     Args:
         nbytes: at least 1.
@@ -22,23 +24,39 @@ def reserve(nbytes: int, index: int) -> int:
         KernelError: the device has no such memory left.
         UnsupportedError: cuda-bindings is missing.
     """
+    with _device(index, f"gives no {nbytes} bytes for the sums of split products") as (driver, call):
+        address = call(driver.cuMemAlloc, nbytes)
+        stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        call(driver.cuMemsetD8Async, address, 0, nbytes, stream)
+        call(driver.cuStreamSynchronize, stream)
+        call(driver.cuStreamDestroy, stream)
+    return int(address)
+
+
+def release(address: int, index: int) -> None:
+    """Give memory from `reserve` back; nothing may use it any more.
+
+    Raises:
+        KernelError: the driver does not take it back.
+    """
+    with _device(index, "does not take back the memory of split sums") as (driver, call):
+        call(driver.cuMemFree, address)
+
+
+@contextlib.contextmanager
+def _device(index: int, problem: str) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Make a device's context current; yield the driver and what calls it. A failure's message holds `problem`."""
     driver = module.load_driver()
 
     def call(function: Any, *arguments: Any) -> Any:
         status, *values = function(*arguments)
         if int(status):
-            what = module.describe(driver, status)
-            raise KernelError(f"cuda:{index} gives no {nbytes} bytes for the sums of split products: {what}")
+            raise KernelError(f"cuda:{index} {problem}: {module.describe(driver, status)}")
         return values[0] if values else None
 
     with module.capture_relaxed(driver):
         call(driver.cuCtxPushCurrent, call(driver.cuDevicePrimaryCtxRetain, call(driver.cuDeviceGet, index)))
         try:
-            address = call(driver.cuMemAlloc, nbytes)
-            stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-            call(driver.cuMemsetD8Async, address, 0, nbytes, stream)
-            call(driver.cuStreamSynchronize, stream)
-            call(driver.cuStreamDestroy, stream)
+            yield driver, call
         finally:
             call(driver.cuCtxPopCurrent)
-    return int(address)

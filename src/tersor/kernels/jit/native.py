@@ -123,19 +123,19 @@ class _MapMemory(threading.local):
 _maps = _MapMemory()
 
 
-def encode_rows(address: int, rows: int, columns: int, stride: int, kind: int, box_rows: int) -> tuple[int, bytes]:
+def encode_rows(address: int, rows: int, columns: int, stride: int, element: int, box_rows: int) -> tuple[int, bytes]:
     """Return the driver's status and the map for `tensor_map.rows`.
 
     Raises:
         UnsupportedError: the driver's library is missing or too old.
     """
     buffer, place = _maps.buffer, _maps.map
-    width = 1 if kind == 0 else 2
+    width = 1 if element == 0 else 2
     _MAP_SIZES.pack_into(buffer, _maps.sizes, columns, rows, stride * width, 128 // width, box_rows, 1, 1)
     sizes = _maps.start + _maps.sizes
     status = function("cuTensorMapEncodeTiled")(
         _maps.start + place,
-        kind,
+        element,
         2,
         address,
         sizes,

@@ -15,20 +15,20 @@ BYTE, FLOAT16, BFLOAT16 = 0, 6, 9
 
 
 @functools.lru_cache(maxsize=4096)
-def rows(address: int, rows: int, columns: int, stride: int, kind: int, box_rows: int) -> bytes:
+def rows(address: int, rows: int, columns: int, stride: int, element: int, box_rows: int) -> bytes:
     """Return the map of a matrix, read in boxes of `box_rows` x 128 bytes under a 128-byte swizzle.
 
     Args:
         address: device address of the first element, a multiple of 16.
         rows, columns: sizes; what a box covers beyond them is zero.
         stride: elements from one row to the next, whole multiples of 16 bytes.
-        kind: type of the elements.
+        element: type of the elements.
         box_rows: rows of a box, at most 256.
 
     Raises:
         KernelError: the driver refuses the sizes.
     """
-    status, encoded = native.encode_rows(address, rows, columns, stride, kind, box_rows)
+    status, encoded = native.encode_rows(address, rows, columns, stride, element, box_rows)
     if status:
         raise KernelError(
             f"no tensor map for [{rows}, {columns}] with {stride} elements a row at {address:#x}: CUDA error {status}"

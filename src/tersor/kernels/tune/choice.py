@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from tersor.hardware import Chip
 from tersor.kernels.tune import schedules, table
 from tersor.kernels.tune.problem import LinearConfig, LinearProblem
 from tersor.kernels.tune.table import Table
 
+_FEW_TOKENS = 256
+_STEP = 128
+"""Beyond `_FEW_TOKENS` tokens the predicted configuration follows from the tiles of so many tokens that they fill: all
+tiles that are candidates there are as wide, or twice as wide (a test compares every number of tokens)."""
 
-@functools.lru_cache(maxsize=4096)
+
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     """Choose the fused kernel's configuration: measured where a table knows, by predicted time elsewhere.
 
@@ -20,7 +25,16 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
         InputError: a table of this chip cannot be used; the message names the file.
     """
     found = None if problem.batch_invariant else measured(problem, chip)
-    return schedules.predict(problem, chip) if found is None else found
+    if found is not None:
+        return found
+    if problem.n > _FEW_TOKENS:
+        problem = replace(problem, n=-(-problem.n // _STEP) * _STEP)
+    return _predicted(problem, chip)
+
+
+@functools.lru_cache(maxsize=16384)
+def _predicted(problem: LinearProblem, chip: Chip) -> LinearConfig:
+    return schedules.predict(problem, chip)
 
 
 def measured(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
@@ -29,6 +43,11 @@ def measured(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
     Raises:
         InputError: the table of this chip cannot be used; the message names the file.
     """
+    return None if users_table(chip) is None else _looked_up(problem, chip)
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_up(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
     known = users_table(chip)
     return None if known is None else known.lookup(problem, chip)
 
@@ -47,4 +66,5 @@ def users_table(chip: Chip) -> Table | None:
 def forget() -> None:
     """Forget what was read and chosen, so that the next call sees the file as it is now."""
     users_table.cache_clear()
-    choose.cache_clear()
+    _predicted.cache_clear()
+    _looked_up.cache_clear()

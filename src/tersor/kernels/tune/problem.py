@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tersor.formats import Activations
+from tersor.layouts.packing import Packing
+
 SM80 = "sm80"
 SM90 = "sm90"
 FEW_TOKENS = 16
@@ -19,11 +22,11 @@ class LinearProblem:
     Attributes:
         oc, ic, n: sizes; n is at least 1.
         bits: width of a code.
-        scale_groups: scales of one row in a block of 128 channels; 0 for one scale a row.
-        scale_bytes: what they take in memory, zero points included.
-        aligned: rows of x start on 16 bytes, which a tensor map needs.
-        activation_bits: 16, or 8 for e4m3.
-        batch_invariant: a row of y must not depend on how many other rows there are.
+        scale_groups: scales of one row in a block of 128 input channels; 0 for one scale a row.
+        scale_bytes: bytes that the scales of a row take in such a block, zero points included.
+        aligned: whether rows of x start on 16 bytes, which a tensor map needs.
+        activations: what the weight is multiplied with.
+        batch_invariant: whether a row of y must not depend on how many other rows there are.
     """
 
     oc: int
@@ -33,8 +36,31 @@ class LinearProblem:
     scale_groups: int = 0
     scale_bytes: int = 0
     aligned: bool = True
-    activation_bits: int = 16
+    activations: Activations = Activations.NATIVE
     batch_invariant: bool = False
+
+    @staticmethod
+    def of(
+        packing: Packing,
+        shape: tuple[int, int],
+        n: int,
+        *,
+        aligned: bool = True,
+        activations: Activations = Activations.NATIVE,
+        batch_invariant: bool = False,
+    ) -> LinearProblem:
+        """Return the problem that N tokens make with a weight of a packing and a shape, (OC, IC)."""
+        return LinearProblem(
+            oc=shape[0],
+            ic=shape[1],
+            n=n,
+            bits=packing.scheme.format.bits,
+            scale_groups=packing.scales_in_block,
+            scale_bytes=packing.scale_row_bytes,
+            aligned=aligned,
+            activations=activations,
+            batch_invariant=batch_invariant,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,25 +69,27 @@ class LinearConfig:
 
     Attributes:
         schedule: `sm80` or `sm90`.
-        activation_bits: 16, or 8 for e4m3.
+        activations: what the weight is multiplied with.
         n_tile: tokens in a tile.
-        row_groups: groups of 64 output rows in a tile.
-        channel_groups: warpgroups for each row group; with few tokens all of a CTA take blocks of channels in turn.
+        row_groups: groups of 64 output channels in a tile.
+        channel_groups: warpgroups for each row group; with few tokens all warpgroups of a CTA take blocks of input
+            channels in turn.
         cluster: CTAs that share the activations they fetch.
         resident: CTAs meant to share a multiprocessor, with those of the next launch.
-        weight_slots, x_slots: slots in the rings of shared memory.
-        token_tiles, row_tiles: tiles along tokens and output channels.
-        whole_tiles: tiles that one CTA takes over all channels; the others go to `splits` CTAs each.
-        splits: parts of the channels.
-        gathered: the splits of a tile are a cluster, which adds them in shared memory.
-        gather_room: parts of theirs that have room beside the rings; more come to where those were.
+        weight_slots, x_slots: slots in the rings of shared memory, for weights and for activations.
+        token_tiles, row_tiles: tiles along tokens and along output channels.
+        whole_tiles: tiles that one CTA takes over all input channels; every other tile goes to `splits` CTAs.
+        splits: parts into which the input channels of a split tile are cut.
+        gathered: whether the splits of a tile are one cluster, which adds their sums in shared memory.
+        gather_room: sums of other splits that have room beside the rings while a cluster gathers; further sums come to
+            where the rings were.
         ctas: CTAs launched.
         shared_bytes: dynamic shared memory of a CTA.
-        few_tokens: 0 where the sm90 schedule must not take mma.sync, in whatever tile (`Tile.few`).
+        few_tokens: tokens up to which the sm90 schedule may take mma.sync; 0 forbids it in whatever tile (`Tile.few`).
     """
 
     schedule: str
-    activation_bits: int = 16
+    activations: Activations = Activations.NATIVE
     n_tile: int
     row_groups: int = 2
     channel_groups: int = 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import INVARIANT_TOKENS, SM80, LinearConfig, LinearProblem
+from tersor.layouts.blocks import BLOCK_IC
 
 TOKENS = 64
 """The most tokens that the schedule takes; above, weights are decoded once and cuBLAS multiplies."""
@@ -14,7 +16,6 @@ TILES = (8, 16, 32, 64)
 """Token tiles."""
 ROWS = 128
 """Output rows of a CTA: 8 warps of 16."""
-_COLUMNS = 128
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -35,7 +36,7 @@ _BUSY = (0.18e-6, 0.022e-6)
 
 def stage_bytes(tile: int, bits: int, scale_bytes: int) -> int:
     """Return the bytes of a slot: a block with its scales for each of 8 warps, and padded rows of activations."""
-    return 8 * (256 * bits + scale_bytes * 16) + tile * (_COLUMNS + 8) * 2
+    return 8 * (256 * bits + scale_bytes * 16) + tile * (BLOCK_IC + 8) * 2
 
 
 def stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int]:
@@ -57,12 +58,12 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
 
     A batch-invariant problem has one number of splits whatever n; the tile does not change a token's sums.
     """
-    if problem.n > TOKENS or problem.activation_bits != 16:
+    if problem.n > TOKENS or problem.activations is not Activations.NATIVE:
         return
     tile = next(tile for tile in TILES if problem.n <= tile)
     depth, resident = stages(tile, problem.bits, problem.scale_bytes, chip)
     row_tiles = -(-problem.oc // ROWS)
-    choices = range(1, min(_MAX_SPLITS, -(-problem.ic // _COLUMNS)) + 1)
+    choices = range(1, min(_MAX_SPLITS, -(-problem.ic // BLOCK_IC)) + 1)
     if problem.batch_invariant:
         usual = replace(problem, n=INVARIANT_TOKENS, batch_invariant=False)
         best = min(candidates(usual, chip), key=lambda config: seconds(usual, config, chip)).splits
@@ -89,10 +90,10 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     a full multiprocessor, and the blocks of one CTA after the other at their latency. Each wave adds a ramp, and the
     last of several a tail.
     """
-    block_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes) + problem.n * _COLUMNS * 2
+    block_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes) + problem.n * BLOCK_IC * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
     latency, busy = (constant + slope * config.n_tile for constant, slope in (_LATENCY, _BUSY))
-    blocks = -(-problem.ic // _COLUMNS)
+    blocks = -(-problem.ic // BLOCK_IC)
     length = -(-blocks // config.splits)
     blocks_of_sm = -(-config.ctas // chip.sms) * length
     waves = -(-config.ctas // (chip.sms * config.resident))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import FEW_TOKENS, INVARIANT_TOKENS, SM90, LinearConfig, LinearProblem
+from tersor.layouts.blocks import BLOCK_IC
 
-COLUMNS = 128
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -52,8 +53,12 @@ class Tile:
     channel_groups: int
     cluster: int
     resident: int
-    fp8: bool = False
-    """Activations of 8 bits."""
+    activations: Activations = Activations.NATIVE
+
+    @property
+    def e4m3(self) -> bool:
+        """Whether activations are quantised to e4m3, so that the tensor cores multiply bytes."""
+        return self.activations is Activations.E4M3
 
     @property
     def rows(self) -> int:
@@ -63,7 +68,7 @@ class Tile:
     @property
     def few(self) -> bool:
         """Whether mma.sync multiplies (`multiply_few`), unless batch invariance forbids it."""
-        return (self.tokens <= FEW_TOKENS or self.channel_groups > 1) and not self.fp8
+        return (self.tokens <= FEW_TOKENS or self.channel_groups > 1) and not self.e4m3
 
     @property
     def turns(self) -> int:
@@ -78,12 +83,12 @@ class Tile:
     @property
     def static_bytes(self) -> int:
         """The bytes of barriers, and of the scales of 8-bit activations, up to the alignment of the rings."""
-        return 2048 if self.fp8 and self.tokens > 128 else 1024
+        return 2048 if self.e4m3 and self.tokens > 128 else 1024
 
     @property
     def fast_sums(self) -> bool:
         """Whether 8-bit products are all added by the tensor cores, with about 14 bits (`multiply_bytes`)."""
-        return self.fp8 and self.tokens > 128
+        return self.e4m3 and self.tokens > 128
 
     def weight_slot_bytes(self, bits: int, scale_bytes: int) -> int:
         """Return the bytes of a slot of packed weights and their scales."""
@@ -92,12 +97,12 @@ class Tile:
     @property
     def x_slots_of_block(self) -> int:
         """Slots that the activations of one block of 128 channels take."""
-        return 1 if self.tokens < 128 or self.fp8 else 2
+        return 1 if self.tokens < 128 or self.e4m3 else 2
 
     @property
     def x_slot_bytes(self) -> int:
         """The bytes of a slot of activations."""
-        return self.tokens * (128 if self.fp8 else 256) // self.x_slots_of_block
+        return self.tokens * (128 if self.e4m3 else 256) // self.x_slots_of_block
 
     @property
     def exchange_bytes(self) -> int:
@@ -152,7 +157,7 @@ def config(
     slots = tile.slots(problem.bits, problem.scale_bytes, chip)
     return LinearConfig(
         schedule=SM90,
-        activation_bits=8 if tile.fp8 else 16,
+        activations=tile.activations,
         n_tile=tile.tokens,
         row_groups=tile.row_groups,
         channel_groups=tile.channel_groups,
@@ -173,21 +178,21 @@ def config(
 
 def tile_of(config: LinearConfig) -> Tile:
     """Return the tile shape of a configuration."""
-    fp8 = config.activation_bits == 8
-    return Tile(config.n_tile, config.row_groups, config.channel_groups, config.cluster, config.resident, fp8)
+    sizes = (config.n_tile, config.row_groups, config.channel_groups, config.cluster, config.resident)
+    return Tile(*sizes, config.activations)
 
 
 def box_rows(config: LinearConfig, n: int) -> int:
     """Return how many tokens one copy of activations brings: a CTA's share of the tile, no more than there are."""
     tile = tile_of(config)
-    pieces = (1 if tile.fp8 else 2) // tile.x_slots_of_block
+    pieces = (1 if tile.e4m3 else 2) // tile.x_slots_of_block
     return min(n, config.n_tile // max(1, config.cluster // pieces))
 
 
-def tiles(scale_groups: int, fp8: bool = False) -> tuple[Tile, ...]:
-    """Return the tile shapes for one scale a row (0) or scales in groups, with 16-bit or 8-bit activations."""
+def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> tuple[Tile, ...]:
+    """Return the tile shapes for one scale a row (0) or scales in groups, for one way with activations."""
     fitting = (tile for tile in COSTS if scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups))
-    return tuple(tile for tile in fitting if tile.fp8 == fp8)
+    return tuple(tile for tile in fitting if tile.activations is activations)
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -200,11 +205,11 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
     """
     if chip.capability != (9, 0) or not problem.aligned:
         return
-    available = tiles(problem.scale_groups, problem.activation_bits == 8)
+    available = tiles(problem.scale_groups, problem.activations)
     fixed = invariant_splits(problem, chip) if problem.batch_invariant else 0
     widest = max(tile.tokens for tile in available)
     holding = min((tile.tokens for tile in available if problem.n <= tile.tokens), default=widest)
-    blocks = -(-problem.ic // COLUMNS)
+    blocks = -(-problem.ic // BLOCK_IC)
     for tile in available:
         if tile.tokens != holding and min(tile.tokens, holding) < min(128, widest):
             continue
@@ -218,12 +223,12 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
                 yield replace(turning, few_tokens=0, shared_bytes=turning.shared_bytes - unused)
             continue
         rest = count % slots
-        plans = [
+        splittings = [
             (0, splits) for splits in range(1, min(_MAX_SPLITS, blocks) + 1) if splits == 1 or count * splits <= slots
         ]
         if count > slots and rest:
-            plans += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
-        for whole, splits in plans:
+            splittings += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
+        for whole, splits in splittings:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
             fits = whole == 0 and _CLUSTER_FILL * chip.sms <= count * splits <= room
@@ -247,12 +252,12 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     """
     tile = tile_of(config)
     cost = COSTS[tile]
-    blocks = -(-problem.ic // COLUMNS)
+    blocks = -(-problem.ic // BLOCK_IC)
     multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
     shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
     tokens = min(tile.tokens, problem.n)
     block_bytes = (
-        tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tokens * COLUMNS * problem.activation_bits / 32
+        tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tokens * BLOCK_IC * problem.activations.bits / 32
     )
     total, waves = cost.start, 0
     for items, length in ((config.whole_tiles, blocks), (shares, -(-blocks // config.splits))):
@@ -322,15 +327,15 @@ COSTS = {
     Tile(128, 2, 1, 1, 1): Cost(0.5, 0.76, 0, 2.47, 2.03, 0.328, 0.3, 0.83),
     Tile(128, 3, 1, 1, 1): Cost(0.5, 1.13, 0, 2.36, 1.2, 0.311, 0.3, 0.83),
     Tile(256, 2, 1, 2, 1): Cost(0.689, 1.47, 0, 2.74, 2, 0.414, 0.3, 0.83),
-    Tile(16, 1, 1, 1, 2, True): Cost(3.12, 0.0819, 0.159, 1.24, 1.16, 0.723, 0.154, 0.102),
-    Tile(16, 2, 1, 1, 1, True): Cost(1.43, 0.279, 0, 0.436, 1.54, 1.1, 0.225, 0.928),
-    Tile(32, 1, 1, 1, 2, True): Cost(3.83, 0.137, 0.114, 1.05, 0.457, 0.655, 0.254, 0.119),
-    Tile(32, 2, 1, 1, 1, True): Cost(1.61, 0.258, 0, 0.0132, 1.38, 0.833, 0.369, 0.84),
-    Tile(64, 1, 1, 1, 2, True): Cost(2.52, 0.14, 0.167, 0.0792, 1.93, 0.442, 0.378, 0.921),
-    Tile(64, 2, 1, 1, 1, True): Cost(3.17, 0.303, 0, 0.0149, 0.749, 0.613, 0.423, 0.905),
-    Tile(128, 1, 1, 1, 2, True): Cost(4.62, 0.229, 0.141, 0.239, 1.97, 0.417, 0.3, 0.83),
-    Tile(128, 2, 1, 1, 1, True): Cost(4.64, 0.456, 0, 2.65, 2.05, 0.354, 0.3, 0.83),
-    Tile(256, 2, 1, 1, 1, True): Cost(5.3, 0.818, 0, 5.64, 15.8, 0.0982, 0.3, 0.83),
+    Tile(16, 1, 1, 1, 2, Activations.E4M3): Cost(3.12, 0.0819, 0.159, 1.24, 1.16, 0.723, 0.154, 0.102),
+    Tile(16, 2, 1, 1, 1, Activations.E4M3): Cost(1.43, 0.279, 0, 0.436, 1.54, 1.1, 0.225, 0.928),
+    Tile(32, 1, 1, 1, 2, Activations.E4M3): Cost(3.83, 0.137, 0.114, 1.05, 0.457, 0.655, 0.254, 0.119),
+    Tile(32, 2, 1, 1, 1, Activations.E4M3): Cost(1.61, 0.258, 0, 0.0132, 1.38, 0.833, 0.369, 0.84),
+    Tile(64, 1, 1, 1, 2, Activations.E4M3): Cost(2.52, 0.14, 0.167, 0.0792, 1.93, 0.442, 0.378, 0.921),
+    Tile(64, 2, 1, 1, 1, Activations.E4M3): Cost(3.17, 0.303, 0, 0.0149, 0.749, 0.613, 0.423, 0.905),
+    Tile(128, 1, 1, 1, 2, Activations.E4M3): Cost(4.62, 0.229, 0.141, 0.239, 1.97, 0.417, 0.3, 0.83),
+    Tile(128, 2, 1, 1, 1, Activations.E4M3): Cost(4.64, 0.456, 0, 2.65, 2.05, 0.354, 0.3, 0.83),
+    Tile(256, 2, 1, 1, 1, Activations.E4M3): Cost(5.3, 0.818, 0, 5.64, 15.8, 0.0982, 0.3, 0.83),
 }
 
 _MOST_SCALE_GROUPS = {
@@ -338,7 +343,7 @@ _MOST_SCALE_GROUPS = {
     Tile(32, 1, 4, 1, 1): 2,
     Tile(128, 3, 1, 1, 1): 0,
     Tile(256, 2, 1, 2, 1): 0,
-    Tile(256, 2, 1, 1, 1, True): 0,
+    Tile(256, 2, 1, 1, 1, Activations.E4M3): 0,
 }
 """How many scales of a row in a block the registers of a tile have room for, where not for all: those with none hold no
 second set of sums."""

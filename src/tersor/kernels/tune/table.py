@@ -23,12 +23,13 @@ from typing import Any
 
 from tersor import settings
 from tersor.errors import InputError
+from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.jit import source
 from tersor.kernels.tune import schedules
 from tersor.kernels.tune.schedules import LinearConfig, LinearProblem
 
-VERSION = 1
+VERSION = 2
 KIND = "tersor measured choices"
 
 _HEADERS = tuple(
@@ -37,7 +38,13 @@ _HEADERS = tuple(
 """The headers that the sources of `kernels/dense.py` begin with."""
 
 _FOLLOWS_FROM_TOKENS = ("token_tiles", "whole_tiles", "ctas")
-_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str": (str,), "float": (int, float)}
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "float": (int, float),
+    "Activations": (str,),
+}
 _KEYS = {"kind", "version", "chip", "capability", "kernels", "environment", "choices"}
 _REMEDY = "measure again with 'tersor bench tune', or remove the file"
 
@@ -197,15 +204,17 @@ def _parse(content: Any, path: Path) -> Table:
         problem = _dataclass(LinearProblem, entry["problem"], f"{where}, problem")
         config = _dataclass(LinearConfig, entry["config"], f"{where}, config")
         choices.append(Choice(problem=problem, config=config, microseconds=entry["microseconds"]))
-    chip, kind, kernels = (content[key] for key in ("chip", "capability", "kernels"))
-    if not all(isinstance(text, str) for text in (chip, kind, kernels)) or not isinstance(content["environment"], dict):
+    chip, measured_on, kernels = (content[key] for key in ("chip", "capability", "kernels"))
+    if not all(isinstance(text, str) for text in (chip, measured_on, kernels)) or not isinstance(
+        content["environment"], dict
+    ):
         raise ValueError("chip, capability and kernels are texts, environment is an object")
-    return Table(path, chip, kind, kernels, content["environment"], choices)
+    return Table(path, chip, measured_on, kernels, content["environment"], choices)
 
 
-def _dataclass(kind: type[Any], values: Any, where: str) -> Any:
+def _dataclass(cls: type[Any], values: Any, where: str) -> Any:
     """Make a dataclass of scalars from a JSON object that has exactly its fields."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(values, dict) or set(values) != set(fields):
         wrong = sorted(set(values) ^ set(fields)) if isinstance(values, dict) else values
         raise ValueError(f"{where}: fields {wrong} are unknown or missing")
@@ -213,7 +222,9 @@ def _dataclass(kind: type[Any], values: Any, where: str) -> Any:
         expected = _SCALARS[str(fields[name].type)]
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise ValueError(f"{where}: {name} is {value!r}, expected {fields[name].type}")
-    return kind(**values)
+    if "activations" in values:
+        values = {**values, "activations": Activations.of(values["activations"])}
+    return cls(**values)
 
 
 def _same_choice(config: LinearConfig, options: Iterable[LinearConfig]) -> LinearConfig | None:

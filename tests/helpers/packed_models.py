@@ -6,10 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-import checkpoints
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import checkpoints
 from tersor.checkpoint import QuantizationConfig
 from tersor.convert import quantize
 from tersor.layouts import PackedWeight

@@ -1,4 +1,4 @@
-"""Results as JSON files beside this one."""
+"""Where measurements are kept: JSON files in `results`, beside this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small kernels for the tests of the JIT; the tests of several folders share them."""
+"""Small kernels for the tests of the JIT, with a GPU and without."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from tersor.kernels.jit import KernelSource
 _AXPY = """
 #pragma once
 #include "twice.cuh"
-extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(const float* x, float* y, long long n,
-                                                                   float a) {
+extern "C" __global__ void __launch_bounds__(256) TERSOR_ENTRY(const float* x, float* y, long long n, float a) {
     extern __shared__ float ring[];
     __shared__ float seen[64];
     const long long i = blockIdx.x * 256ll + threadIdx.x;
-    ring[threadIdx.x] = i < n ? x[i] : 0.0f;
-    if (threadIdx.x < 64) seen[threadIdx.x] = ring[threadIdx.x];
+    ring[SLOT + threadIdx.x] = i < n ? x[i] : 0.0f;
+    if (threadIdx.x < 64) seen[threadIdx.x] = ring[SLOT + threadIdx.x];
     __syncthreads();
-    if (i < n) y[i] = twice(ring[threadIdx.x]) * a + OFFSET + seen[threadIdx.x % 64] * 0.0f;
+    if (i < n) y[i] = twice(ring[SLOT + threadIdx.x]) * a + OFFSET + seen[threadIdx.x % 64] * 0.0f;
 }
 """
 
@@ -39,11 +38,14 @@ extern "C" __global__ void another(float* x) { x[0] = 2.0f; }
 """
 
 
-def axpy(offset: int = 0, name: str = "tersor_test_axpy", arguments: str = "PPqf") -> KernelSource:
-    """y = 2 * a * x + offset for n floats; a block has 256 threads, 1024 bytes of dynamic shared memory."""
+def axpy(offset: int = 0, name: str = "tersor_test_axpy", arguments: str = "PPqf", slot: int = 0) -> KernelSource:
+    """y = 2 * a * x + offset for n floats; arguments are x, y, n, a.
+
+    A block has 256 threads, 256 bytes of static shared memory, and 1024 of dynamic from float `slot` on.
+    """
     twice = "#pragma once\n__device__ __forceinline__ float twice(float v) { return 2.0f * v; }\n"
     texts = {"axpy.cuh": _AXPY, "twice.cuh": twice}
-    return KernelSource(name, "axpy.cuh", {"OFFSET": offset}, arguments, texts=texts)
+    return KernelSource(name, "axpy.cuh", {"OFFSET": offset, "SLOT": slot}, arguments, texts=texts)
 
 
 def spilling() -> KernelSource:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def save(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    """Write a random model of an architecture with `save_pretrained` and return its directory.
+    """Write a random model of an architecture, as `save_pretrained` does, and return its directory.
+
+    It is made once a process; every call writes files of its own, so a test may change them.
 
     Args:
         name: a key of `CONFIGS`.
@@ -71,13 +75,30 @@ def save(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **chan
         dtype: of every weight.
         changes: to the config; `max_shard_size` goes to `save_pretrained`.
     """
+    return write(_saved(name, dtype, tuple(sorted(changes.items()))), directory)
+
+
+@functools.cache
+def _saved(name: str, dtype: torch.dtype, changes: tuple[tuple[str, Any], ...]) -> dict[str, bytes]:
+    """Return the files of a checkpoint, name to content."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sharding = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
-    config = AutoConfig.for_model(name, **{**_SMALL, **CONFIGS[name], **changes})
+    settings = dict(changes)
+    sharding = {"max_shard_size": settings.pop("max_shard_size")} if "max_shard_size" in settings else {}
+    config = AutoConfig.for_model(name, **{**_SMALL, **CONFIGS[name], **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(directory, **sharding)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **sharding)
+        return bytes_of(Path(folder))
+
+
+def write(files: dict[str, bytes], directory: Path) -> Path:
+    """Write files below a directory, which is made, and return it: the way back from `bytes_of`."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return directory
 
 

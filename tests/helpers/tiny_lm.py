@@ -6,18 +6,22 @@ import functools
 import shutil
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from tersor.integrations.transformers import load
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 
 
 @functools.cache
-def model():
+def model() -> PreTrainedModel:
+    """Return the model on the CPU; a test must not change it."""
     return load.load_model(TINY, "cpu")
 
 
 @functools.cache
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Return its tokenizer."""
     return load.load_tokenizer(TINY)
 
 

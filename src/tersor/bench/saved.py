@@ -1,0 +1,83 @@
+"""Which times were taken before? A results file of `tersor bench linear`, read and narrowed to what is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, RIVALS
+from tersor.bench.linear import KIND, VERSION
+from tersor.errors import InputError
+from tersor.formats import Activations
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read what `tersor bench linear --output` wrote.
+
+    Raises:
+        InputError: no such file, or no results of this version.
+    """
+    file = Path(path)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such results file: tersor bench linear --output writes one") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
+    about = (found.get("kind"), found.get("version")) if isinstance(found, dict) else (None, None)
+    if about != (KIND, VERSION):
+        raise InputError(f"{file}: holds no times of tersor bench linear, version {VERSION}")
+    return found
+
+
+def narrowed(
+    result: dict[str, Any],
+    *,
+    shapes: Collection[tuple[int, int]] | None = None,
+    tokens: Collection[int] | None = None,
+    formats: Collection[str] | None = None,
+    activations: Collection[Activations] | None = None,
+    chains: Collection[str] | None = None,
+    rivals: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Return a result with the rows that are asked for; `None` asks for all.
+
+    Args:
+        result: what `read` returned.
+        shapes: (OC, IC).
+        tokens: numbers of tokens.
+        formats: of the weights of Tersor and humming, as `contenders.label` names them (`int4:g128`).
+        activations: what Tersor and humming multiply them with.
+        chains: in which Tersor was timed (`contenders.CHAINS`); rivals have one.
+        rivals: of `contenders.RIVALS`.
+
+    Raises:
+        InputError: no row is left.
+    """
+
+    def stays(row: dict[str, Any]) -> bool:
+        program, _, humming_kernel = row["kernel"].partition(" ")
+        rival = program in RIVALS
+        if rivals is not None and rival and program not in rivals:
+            return False
+        if chains is not None and not rival and row["chain"] not in chains:
+            return False
+        if program in (CUBLAS, FP8):
+            return True
+        kernel = humming_kernel or program
+        multiplied = Activations.E4M3 if kernel.endswith(BYTEWISE) else Activations.NATIVE
+        known = formats is None or kernel.removesuffix(BYTEWISE) in formats
+        return known and (activations is None or multiplied in activations)
+
+    rows = [
+        row
+        for row in result["rows"]
+        if (shapes is None or (row["oc"], row["ic"]) in shapes)
+        and (tokens is None or row["n"] in tokens)
+        and stays(row)
+    ]
+    if not rows:
+        raise InputError("the results file has no such times: ask for fewer things, or for others")
+    return {**result, "rows": rows}

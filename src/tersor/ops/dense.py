@@ -1,0 +1,104 @@
+"""The torch operator `tersor::linear` of dense packed weights, plain or gated, and its meta twin."""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.layouts import PackedWeight
+from tersor.layouts.gated import gated_channels
+from tersor.ops import prepared, serve
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_library = torch.library.Library("tersor", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, int oc, int ic, "
+    "str layout, Tensor? residual=None, bool gated=False) -> Tensor"
+)
+
+
+def multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
+) -> torch.Tensor:
+    """Serve a call of `ops.linear` or `ops.gated_linear`, through torch's dispatcher where anyone looks."""
+    data, scale, zero_point = weight.data, weight.scale, weight.zero_point
+    if (
+        torch.compiler.is_compiling()
+        or _must_dispatch(x, bias)
+        or (residual is not None and _must_dispatch(residual, None))
+    ):
+        oc, ic = weight.shape
+        key, layout = weight.scheme.key(), weight.layout
+        return _operator(x, data, scale, zero_point, bias, key, oc, ic, layout, residual, gated)
+    return serve.linear(x, data, scale, zero_point, bias, prepared.type_of(weight), residual, gated)
+
+
+def _must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Tell whether someone has to see the operator: a mode, a transform, a trace, a profiler, autograd or a subclass.
+
+    Where nobody does, the dispatcher would only cost time.
+    """
+    if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu) or x.is_neg():
+        return True
+    if bias is not None and (type(bias) not in _PLAIN or bias.is_neg() or (bias.requires_grad and _grad_enabled())):
+        return True
+    return (
+        _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transform() is not None
+        or _trace() is not None
+        or _profiled()
+        or (x.requires_grad and _grad_enabled())
+    )
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
+_grad_enabled = torch.is_grad_enabled
+
+
+def _call(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    oc: int,
+    ic: int,
+    layout: str,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    of = prepared.weight_type(scheme, oc, ic, layout)
+    of.check(data)
+    return serve.linear(x, data, scale, zero_point, bias, of, residual, gated)
+
+
+def _meta(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    oc: int,
+    ic: int,
+    layout: str,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    of = prepared.weight_type(scheme, oc, ic, layout)
+    of.check(data)
+    outputs = gated_channels(oc) if gated else oc
+    serve.check(x, x.shape, data, bias, of, residual, outputs)
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+_library.impl("linear", _call, "CPU")
+_library.impl("linear", _call, "CUDA")
+torch.library.register_fake("tersor::linear", _meta, lib=_library)
+_operator = torch.ops.tersor.linear.default

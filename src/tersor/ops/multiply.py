@@ -1,0 +1,98 @@
+"""Multiply with a packed weight of any type: `linear`, and `gated_linear` for gate and up at once.
+
+The type of the weight says which operator multiplies: `PackedWeight` has `tersor::linear` (`ops.dense`). Another type
+of weight (mixed, sparse) comes with an operator of its own and is entered here with `serve_with`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from tersor.errors import InputError
+from tersor.layouts import PackedWeight
+from tersor.ops import dense
+
+
+class Multiply(Protocol):
+    """Multiplies with weights of one type."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
+    ) -> torch.Tensor:
+        """Return what `linear` returns or, where `gated`, what `gated_linear` does."""
+        ...
+
+
+_multiply: dict[type, Multiply] = {PackedWeight: dense.multiply}
+"""Type of the weight -> who multiplies with it."""
+
+
+def serve_with(weight_class: type, multiply: Multiply) -> None:
+    """Let `multiply` serve every call whose weight is of a type.
+
+    Raises:
+        ValueError: the type has one already.
+    """
+    if _multiply.setdefault(weight_class, multiply) is not multiply:
+        raise ValueError(f"weights of type {weight_class.__name__} are multiplied by {_multiply[weight_class]} already")
+
+
+def linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply activations with a packed weight: y = x @ W^T + bias + residual.
+
+    Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
+    the decoded weight, rounded once (one exception: scales in groups where `explain` says `dequantize + cuBLAS`: there
+    scaled weights are rounded to x's dtype first). Inference only: no gradient flows through it.
+
+    Args:
+        x: [..., IC], float16, bfloat16 or float32, any strides.
+        weight: packed weight [OC, IC] on x's device, in any layout.
+        bias: [OC] in x's dtype, or `None`.
+        residual: [..., OC] in x's dtype, any strides, or `None`; added in float32 before the one rounding.
+
+    Returns:
+        [..., OC] in x's dtype, contiguous.
+
+    Raises:
+        InputError: no operator multiplies with weights of this type.
+        ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
+    """
+    multiply = _multiply.get(type(weight)) or _multiplier(weight)
+    return multiply(x, weight, bias, residual, False)
+
+
+def gated_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply with gate and up at once: y = silu(x @ G^T + bias_G) * (x @ U^T + bias_U) + residual.
+
+    Everything but the sums' order is float32 arithmetic, rounded once; otherwise as `linear`.
+
+    Args:
+        x: [..., IC], float16, bfloat16 or float32, any strides.
+        weight: `PackedWeight.gate_up(gate, up)` of two weights [F, IC], on x's device, in any layout.
+        bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.gated.interleave`), or `None`.
+        residual: [..., F] in x's dtype, any strides, or `None`.
+
+    Returns:
+        [..., F] in x's dtype, contiguous.
+
+    Raises:
+        InputError: no operator multiplies with weights of this type.
+        ShapeError: sizes, dtypes or devices that do not fit, or a weight that cannot be a gated one.
+    """
+    multiply = _multiply.get(type(weight)) or _multiplier(weight)
+    return multiply(x, weight, bias, residual, True)
+
+
+def _multiplier(weight: object) -> Multiply:
+    """Return who multiplies with a weight of a derived type, or refuse it."""
+    for weight_class in type(weight).__mro__:
+        if weight_class in _multiply:
+            return _multiply[weight_class]
+    known = ", ".join(weight_class.__name__ for weight_class in _multiply)
+    raise InputError(f"linear: the weight is a {type(weight).__name__}, expected one of: {known}")

@@ -1,0 +1,156 @@
+"""Serve one call of a dense packed linear; on the way to a fused kernel every line counts in microseconds."""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.errors import ShapeError
+from tersor.layouts import PackedWeight
+from tersor.layouts.gated import gated_channels
+from tersor.ops import current, dispatch, mode, reference, tensors
+from tersor.ops.prepared import WeightType
+from tersor.ops.settled import settled
+
+_ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check(
+    x: torch.Tensor,
+    shape: torch.Size,
+    data: torch.Tensor,
+    bias: torch.Tensor | None,
+    of: WeightType,
+    residual: torch.Tensor | None,
+    outputs: int,
+) -> None:
+    """Raise ShapeError where the tensors of a call do not fit each other; the message names both sides."""
+    dtype = x.dtype
+    if not shape or shape[-1] != of.ic:
+        raise ShapeError(f"linear: x has shape {list(shape)}, expected [..., {of.ic}] for a weight [{of.oc}, {of.ic}]")
+    if dtype not in _ACTIVATION_DTYPES:
+        raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16 or float32")
+    if data.device != x.device:
+        raise ShapeError(f"linear: x is on {x.device}, the weight on {data.device}")
+    if bias is not None and (bias.shape != (of.oc,) or bias.dtype != dtype or bias.device != x.device):
+        raise ShapeError(
+            f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}, expected [{of.oc}] {dtype} on "
+            f"{x.device}"
+        )
+    if residual is not None:
+        expected = (*shape[:-1], outputs)
+        if residual.shape != expected or residual.dtype != dtype or residual.device != x.device:
+            raise ShapeError(
+                f"linear: residual is {list(residual.shape)} {residual.dtype} on {residual.device}, expected "
+                f"{list(expected)} {dtype} on {x.device}"
+            )
+
+
+def linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    of: WeightType,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
+    """Check a call and serve it.
+
+    Args:
+        x: [..., IC], any strides.
+        data, scale, zero_point: those of a `PackedWeight`.
+        bias: [OC] or `None`.
+        of: the type of the weight.
+        residual: [..., outputs] or `None`.
+        gated: whether the result is silu(gate) * up.
+
+    Returns:
+        [..., outputs] in x's dtype, contiguous; outputs are OC, or half as many channels where gated.
+    """
+    shape, oc, ic = x.shape, of.oc, of.ic
+    outputs = gated_channels(oc) if gated else oc
+    check(x, shape, data, bias, of, residual, outputs)
+    size = x.numel()
+    if size == 0 or oc == 0:
+        return tensors.empty_result(x, bias, residual, gated, oc)
+    index = x.get_device()
+    if index >= 0 and current.device() != index:
+        with torch.cuda.device(index):
+            return linear(x, data, scale, zero_point, bias, of, residual, gated)
+    now = mode.current()
+    n, stride = size // ic, ic
+    if not x.is_contiguous():
+        x = tensors.rows_of(x, ic)
+        stride = x.stride(0)
+    address = x.data_ptr()
+    aligned = not (address % 16 or stride % 8)
+    if now.batch_invariant and not aligned:
+        x = tensors.aligned_rows(x, ic)
+        stride, address, aligned = x.stride(0), x.data_ptr(), True
+    chosen = of.prepared((n, x.dtype, index, aligned, gated, now.key), now)
+    launch = chosen.launch
+    if residual is not None:
+        residual = tensors.contiguous(residual)
+    if launch is None:
+        x = x.reshape(-1, ic)
+        added = None if residual is None else residual.view(-1, outputs)
+        if chosen.tokens:
+            y = _in_turns(x, data, scale, zero_point, bias, of, added, gated, chosen.tokens)
+        elif chosen.decision.kernel == dispatch.DEQUANTIZE:
+            from tersor.ops import dequantized
+
+            y = dequantized.linear(x, data, scale, bias, of, added, gated)
+        else:
+            weight = PackedWeight(of.scheme, (oc, ic), data, scale, zero_point, of.layout)
+            y = reference.linear(x, weight, bias, added, gated, now.batch_invariant)
+        return y.view(*shape[:-1], outputs)
+    y = tensors.output(shape, n, outputs, x.dtype)
+    stream = current.stream(index)
+    partial = arrived = bias_address = residual_address = x_scale = 0
+    if chosen.quantize is not None:
+        row = chosen.codes_stride
+        codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
+        x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
+        address, stride = codes.data_ptr(), row
+    if chosen.floats:
+        partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
+    if bias is not None:
+        bias = bias if bias.is_contiguous() else bias.contiguous()
+        bias_address = bias.data_ptr()
+    if residual is not None:
+        residual_address = residual.data_ptr()
+    launch(
+        stream=stream,
+        weight=data.data_ptr(),
+        scale=scale.data_ptr(),
+        x=address,
+        x_stride=stride,
+        x_scale=x_scale,
+        bias=bias_address,
+        residual=residual_address,
+        y=y.data_ptr(),
+        partial=partial,
+        arrived=arrived,
+        early=settled(data, scale) and now.early,
+    )
+    return y
+
+
+def _in_turns(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    of: WeightType,
+    residual: torch.Tensor | None,
+    gated: bool,
+    tokens: int,
+) -> torch.Tensor:
+    """Return the result [N, outputs] of several calls, each of at most `tokens` tokens."""
+    parts = []
+    for first in range(0, x.shape[0], tokens):
+        added = None if residual is None else residual[first : first + tokens]
+        parts.append(linear(x[first : first + tokens], data, scale, zero_point, bias, of, added, gated))
+    return torch.cat(parts)

@@ -1,0 +1,39 @@
+"""What every test starts from: nothing that an earlier one set, and a cache of its own where it asks for one."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_numbers = itertools.count()
+
+
+def forget() -> None:
+    """Drop what Tersor keeps of the environment, of its mode and of measured choices, as far as it is imported."""
+    for name in ("tersor.ops.prepared", "tersor.kernels.tune.choice"):
+        if name in sys.modules:
+            sys.modules[name].forget()
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Leave nothing to the next test: prepared launches, the mode of linears, choices read from a file."""
+    yield
+    forget()
+
+
+@pytest.fixture
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep kernels and choices in a directory of the test's own, which is not made yet; none is in memory."""
+    from tersor.kernels.jit import build
+
+    folder = tmp_path_factory.getbasetemp() / f"cache{next(_numbers)}"
+    with pytest.MonkeyPatch.context() as patch:  # of its own, so that a test may undo what it patched itself
+        patch.setenv("TERSOR_CACHE_DIR", str(folder))
+        patch.setattr(build, "_memory", {})
+        forget()
+        yield folder

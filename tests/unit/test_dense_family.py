@@ -1,0 +1,89 @@
+"""The dense family of kernels: what Python passes is what the headers take."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.fakes import argument_names
+
+from tersor import formats
+from tersor.formats import Activations
+from tersor.hardware import CHIPS
+from tersor.kernels import dense, tune
+from tersor.kernels.jit import KernelSource
+from tersor.kernels.tune import sm90
+from tersor.layouts.packing import Packing
+
+H200 = CHIPS["NVIDIA H200"]
+FP6 = Packing.of(formats.get_scheme("fp6_e3m2"), "float16")
+
+
+def sources() -> dict[str, KernelSource]:
+    """One kernel of each schedule."""
+    problem = dense.problem_of(FP6.scheme, (4096, 4096), 8)
+    return {
+        "sm80": dense.fused_source(FP6, "float16", tune.choose(problem, CHIPS["NVIDIA A100"])),
+        "sm90": dense.fused_source(FP6, "float16", tune.choose(problem, H200)),
+    }
+
+
+@pytest.mark.parametrize("schedule", ["sm80", "sm90"])
+def test_a_launch_puts_every_named_argument_where_the_header_has_it(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every argument has a value of its own, so two that change places are seen."""
+    from types import SimpleNamespace
+
+    from tersor.kernels.jit import tensor_map
+
+    launched: list[tuple[object, ...]] = []
+    monkeypatch.setattr(tensor_map, "rows", lambda x, n, ic, x_stride, element, box: ("map", x, n, ic, x_stride, box))
+    chip = H200 if schedule == "sm90" else CHIPS["NVIDIA A100"]
+    config = tune.choose(dense.problem_of(FP6.scheme, (4096, 2048), 8), chip)
+    function = SimpleNamespace(launch=lambda grid, block, shared, stream, args, *more: launched.append((stream, args)))
+    launch = dense.prepare_fused(
+        function,  # type: ignore[arg-type]
+        config,
+        bf16=False,
+        oc=4096,
+        ic=2048,
+        n=8,
+        aligned=True,
+        factor=0.5,
+    )
+    given = dict(
+        zip(("weight", "scale", "x", "x_stride", "x_scale", "bias", "residual", "y"), range(10, 18), strict=True)
+    )
+    launch(stream=3, **given, partial=20, arrived=21, early=True)
+    ((stream, args),) = launched
+    assert stream == 3
+    found = dict(zip(argument_names(sources()[schedule]), args, strict=True))  # type: ignore[arg-type]
+    fixed = {"oc": 4096, "ic": 2048, "n": 8, "factor": 0.5, "partial": 20, "arrived": 21}
+    if schedule == "sm90":
+        x_rows = sm90.box_rows(config, 8)
+        fixed |= {"x_map": ("map", 12, 8, 2048, 13, x_rows), "x_rows": x_rows}
+        fixed |= {"whole_tiles": config.whole_tiles, "splits": config.splits}
+        taken = ("weight", "scale", "bias", "x_scale", "residual", "y")
+    else:
+        fixed |= {"x_aligned": True}
+        taken = ("weight", "scale", "x", "x_stride", "bias", "residual", "y")
+    assert found == {**fixed, **{name: given[name] for name in taken}}
+
+
+def test_a_weight_packed_for_other_activations_than_the_tiles_has_no_kernel() -> None:
+    tile = sm90.tiles(0, Activations.E4M3)[0]
+    slots = tile.slots(6, 0, H200)
+    with pytest.raises(ValueError, match="packed for float16 activations does not meet"):
+        dense.sm90_source(FP6, "float16", tile, slots, tile.shared_bytes(6, 0, H200))
+
+
+@pytest.mark.parametrize("activations", list(Activations))
+@pytest.mark.parametrize("group_size", [None, 128, 32])
+def test_beyond_a_decode_batch_a_choice_depends_on_the_tiles_that_tokens_fill(
+    activations: Activations, group_size: int | None
+) -> None:
+    """So a server that sees every number of tokens chooses once for each 128 of them."""
+    scheme = formats.get_scheme("fp6_e3m2", group_size)
+    for shape in ((4096, 4096), (10240, 8192), (100, 1000)):
+        for n in (*range(257, 1300, 37), 511, 512, 513, 4095, 4096, 4097, 8191):
+            problem = dense.problem_of(scheme, shape, n, activations=activations)
+            assert tune.choose(problem, H200) == tune.predict(problem, H200)
