@@ -7,16 +7,17 @@ compared by tests/unit/test_decode_header.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
 from tersor.kernels import dense, tune
-from tersor.kernels.jit import Function, KernelSource, nvrtc
+from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.tune import sm80, sm90
-from tersor.layouts import blocks, decode_groups
+from tersor.layouts import decode_groups
+from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC
 from tersor.layouts.packing import Packing
 
 H200 = chip_named("H200")
@@ -39,6 +40,11 @@ def check(header: str, source: KernelSource, facts: Mapping[str, int | str]) -> 
     nvrtc.compile_source(KernelSource("tersor_test_facts", "facts.cuh", source.parameters, arguments, texts), ARCH)
 
 
+def packing(scheme: Scheme, target: str = "float16") -> Packing:
+    """A scheme in kernel tiles."""
+    return Packing.of(scheme, target)
+
+
 class Launched:
     """Stands for a loaded kernel: keeps what it is launched with."""
 
@@ -46,20 +52,19 @@ class Launched:
         self.grid, self.block = grid, block
 
 
-def fused(scheme: Scheme, tile: sm90.Tile) -> KernelSource:
-    """The kernel of one tile of the sm90 schedule on an H200."""
-    packing = Packing.of(scheme, decode_groups.FP8 if tile.e4m3 else "float16")
-    size = (scheme.format.bits, packing.scale_row_bytes, H200)
-    return dense.sm90_source(packing, "float16", tile, tile.slots(*size), tile.shared_bytes(*size))
-
-
-def first(scheme: Scheme) -> KernelSource:
-    """A kernel with the parameters of a scheme."""
-    return next(dense.sources(Packing.of(scheme, "float16"), H200))
+def sm90_sources(scheme: Scheme, chip_name: str = "H200") -> dict[sm90.Tile, KernelSource]:
+    """Every tile of a scheme with its kernel, those for 8-bit activations too."""
+    chip, native, e4m3 = chip_named(chip_name), packing(scheme), packing(scheme, decode_groups.FP8)
+    found = (*dense.sources(native, chip), *dense.quantized_sources(e4m3, "float16", chip))
+    named = {source.name: source for source in found if source.header == "dense/sm90_linear.cuh"}
+    groups = native.scales_in_block
+    every = (*sm90.tiles(groups), *sm90.tiles(groups, Activations.E4M3))
+    assert len(named) == len(every)
+    return dict(zip(every, named.values(), strict=True))
 
 
 def test_a_wrong_fact_does_not_compile() -> None:
-    source = first(get_scheme("fp6_e3m2"))
+    source = next(dense.sources(packing(get_scheme("fp6_e3m2")), H200))
     with pytest.raises(nvrtc.CompileError, match="tile::kRows is not 17"):
         check("common/tile.cuh", source, {"tile::kRows": 17})
 
@@ -67,13 +72,12 @@ def test_a_wrong_fact_does_not_compile() -> None:
 @pytest.mark.parametrize("bits", [1, 6, 7, 8])
 def test_a_tile_has_the_same_rows_channels_and_bytes(bits: int) -> None:
     fmt = get(f"uint{bits}")
-    source = first(Scheme(fmt))
+    source = next(dense.sources(packing(Scheme(fmt)), H200))
     facts = {
-        "tile::kRows": blocks.BLOCK_OC,
-        "tile::kColumns": blocks.BLOCK_IC,
-        "tile::kUnitRows": blocks.UNIT_OC,
-        "tile::kUnitBlocks": blocks.UNIT_BLOCKS,
-        "tile::kBytes": blocks.BLOCK_OC * blocks.BLOCK_IC * bits // 8,
+        "tile::kRows": BLOCK_OC,
+        "tile::kColumns": BLOCK_IC,
+        "tile::kUnitRows": UNIT_OC,
+        "tile::kBytes": BLOCK_OC * BLOCK_IC * bits // 8,
         "decode::kWords": decode_groups.decode_group(fmt, "float16").words,
     }
     check("common/tile.cuh", source, facts)
@@ -84,18 +88,16 @@ def test_a_tile_has_the_same_rows_channels_and_bytes(bits: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scales_take_the_same_bytes(name: str, group_size: int | None, dtype: str) -> None:
     scheme = Scheme(get(name), group_size, dtype)
-    packing = Packing.of(scheme, "float16")
-    facts = {
-        "scales::kBlockBytes": blocks.BLOCK_OC * packing.scale_row_bytes,
-        "scales::kGroups": packing.scales_in_block,
-    }
-    if group_size is None:
-        facts["scales::kRowWords * 4"] = packing.scale_bytes
-    check("common/scales.cuh", first(scheme), facts)
+    facts = (
+        {"scales::kRowWords * 4": packing(scheme).scale_bytes, "scales::kBlockBytes": 0}
+        if group_size is None
+        else {"scales::kBlockBytes": BLOCK_OC * packing(scheme).scale_row_bytes, "scales::kGroups": 128 // group_size}
+    )
+    check("common/scales.cuh", next(dense.sources(packing(scheme), H200)), facts)
 
 
 def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> None:
-    for tile in (*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3)):
+    for tile, source in sm90_sources(get_scheme("fp6_e3m2")).items():
         problem = tune.LinearProblem(oc=4096, ic=4096, n=1000, bits=6)
         config = sm90.config(problem, tile, 0, 2, 1, H200)
         facts = {
@@ -110,42 +112,44 @@ def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> N
         }
         if tile.e4m3:
             facts["linear::kSettles"] = not tile.fast_sums
-        header = "dense/sm90_multiply.cuh" if tile.e4m3 else "dense/sm90_pipeline.cuh"
-        check(header, fused(get_scheme("fp6_e3m2"), tile), facts)
+        check("dense/sm90_multiply.cuh" if tile.e4m3 else "dense/sm90_pipeline.cuh", source, facts)
 
 
 @pytest.mark.parametrize(("name", "operand"), [("fp6_e2m3", "kE4m3"), ("fp6_e3m2", "kE5m2")])
 def test_weights_beside_8_bit_activations_are_of_the_type_that_their_table_makes(name: str, operand: str) -> None:
     assert f"k{decode_groups.decode_group(get(name), decode_groups.FP8).operand.capitalize()}" == operand
-    source = fused(get_scheme(name), sm90.tiles(0, Activations.E4M3)[0])
+    source = next(source for tile, source in sm90_sources(get_scheme(name)).items() if tile.e4m3)
     check("dense/sm90_multiply.cuh", source, {"linear::kOperand": f"wgmma::{operand}"})
 
 
 def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
-    packing = Packing.of(get_scheme("fp6_e3m2"), "float16")
-    launched = Launched()
-    function = cast(Function, launched)
-
-    config = tune.choose(tune.LinearProblem(oc=4096, ic=4096, n=8, bits=6), chip_named("A100"))
-    fused_launch = dense.prepare_fused(function, config, bf16=False, oc=4096, ic=4096, n=8, aligned=True, factor=1.0)
-    addresses = ("weight", "scale", "x", "x_stride", "x_scale", "bias", "residual", "y", "partial", "arrived")
-    fused_launch(stream=0, early=False, **dict.fromkeys(addresses, 0))
-    assert launched.grid[0] * sm80.ROWS == 4096
-    source = dense.fused_source(packing, "float16", config)
-    check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kRows": sm80.ROWS})
-
-    dense.prepare_quantize(function, n=3, ic=100)(stream=0, x=0, x_stride=104, codes=0)
+    scheme, launched = get_scheme("fp6_e3m2"), Launched()
+    for n, schedule, chip in ((8, tune.SM80, chip_named("A100")), (8, tune.SM90, H200)):
+        config = tune.choose(tune.LinearProblem(oc=4096, ic=4096, n=n, bits=6), chip)
+        assert config.schedule == schedule
+        source = dense.fused_source(packing(scheme), "float16", config)
+        if schedule == tune.SM80:
+            run = dense.prepare_fused(launched, config, bf16=False, oc=4096, ic=4096, n=n, aligned=True, factor=1.0)  # type: ignore[arg-type]
+            places = ("weight", "scale", "x", "x_stride", "x_scale", "bias", "residual", "y", "partial", "arrived")
+            run(stream=0, early=False, **dict.fromkeys(places, 0))
+            assert launched.grid[0] * sm80.ROWS == 4096
+            check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kRows": sm80.ROWS})
+        else:
+            check("dense/sm90_pipeline.cuh", source, {"linear::kThreads": sm90.tile_of(config).threads})
+    dense.prepare_quantize(launched, n=3, ic=100)(stream=0, x=0, x_stride=104, codes=0)  # type: ignore[arg-type]
     source = dense.quantize_source("float16")
     check(source.header, source, {"quantize::kThreads": launched.block[0]})
-
-    dense.launch_dequantize(function, 0, weight=0, scale=0, scratch=0, first_block=0, oc=64, ic=1024, factor=1.0)
-    source = dense.dequantize_source(packing)
-    blocks_of_cta = 8 // launched.grid[0]
-    check(source.header, source, {"dequantize::kWarps": blocks_of_cta, "dequantize::kWarps * 32": launched.block[0]})
-
-    dense.launch_epilogue(
-        function, 0, sums=0, scale=0, bias=0, residual=0, y=0, first_oc=0, slice_oc=1024, oc=1024, n=2, factor=1.0
+    dense.launch_dequantize(launched, 0, weight=0, scale=0, scratch=0, first_block=0, oc=64, ic=1000, factor=1.0)  # type: ignore[arg-type]
+    source = dense.dequantize_source(packing(scheme))
+    check(
+        source.header,
+        source,
+        {"32 * dequantize::kWarps": launched.block[0], "8 / dequantize::kWarps": launched.grid[0]},
     )
-    source = dense.epilogue_source(packing)
-    outputs_of_cta = 1024 // launched.grid[0]
-    check(source.header, source, {"epilogue::kThreads": outputs_of_cta, "1 * epilogue::kThreads": launched.block[0]})
+    dense.launch_epilogue(
+        launched, 0, sums=0, scale=0, bias=0, residual=0, y=0, first_oc=0, slice_oc=1024, oc=1024, n=2, factor=1.0
+    )  # type: ignore[arg-type]
+    source = dense.epilogue_source(packing(scheme))
+    check(
+        source.header, source, {"epilogue::kThreads": launched.block[0], "1024 / epilogue::kThreads": launched.grid[0]}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 from pathlib import Path
@@ -14,9 +15,14 @@ from tersor.cli import main
 from tersor.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+DOCUMENTS = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 NARROW = 6
 """Floats of at most this many bits have their magnitudes listed."""
+
+
+def shown_name(path: Path) -> str:
+    """Return what a document is called in the name of a test."""
+    return path.relative_to(ROOT).as_posix()
 
 
 def read(name: str) -> str:
@@ -36,7 +42,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=shown_name)
 def test_links_resolve(document: Path) -> None:
     wrong = []
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8"))):
@@ -49,7 +55,7 @@ def test_links_resolve(document: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=shown_name)
 def test_lines_are_short_and_plain(document: Path) -> None:
     for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
         assert line.isascii(), f"line {number}"
@@ -57,7 +63,7 @@ def test_lines_are_short_and_plain(document: Path) -> None:
         assert len(line) <= 125 or line.startswith("|"), f"line {number} has {len(line)} characters"
 
 
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.parent != ROOT], ids=shown_name)
 def test_examples_give_what_they_show(document: Path) -> None:
     text = re.sub(r"^```.*$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
     test = doctest.DocTestParser().get_doctest(text, {}, document.name, str(document), 0)
@@ -160,13 +166,32 @@ def test_settings_are_those_of_the_code() -> None:
             assert default == f"`{str(setting.default).replace(home, '~')}`"
 
 
-def test_structure_names_every_room_and_verb_documents_exist() -> None:
+def test_structure_names_every_room_in_the_order_of_imports() -> None:
     text = read("docs/structure.md")
-    package = ROOT / "src" / "tersor"
-    rooms = {path.name + ("/" if path.is_dir() else "") for path in package.iterdir()}
-    rooms -= {"__init__.py", "__main__.py", "__pycache__/", "py.typed", "version.py"}
     table = text[text.index("## Rooms") :]
-    assert {name for name in rooms if f"`{name}`" not in table} == set()
+    shown = re.findall(r"^\| \[?`(\w+)(?:/|\.py)`", table, re.MULTILINE)
+    tree = ast.parse(read("tests/unit/test_structure.py"))
+    named = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    rooms = ast.literal_eval(named["ROOMS"])
+    assert shown == [room for room in rooms if room != "version"]
+
+
+def test_every_verb_is_in_the_readme() -> None:
     readme = read("README.md")
     for verb in main.VERBS:
         assert f"tersor {verb}" in readme, verb
+
+
+def test_the_log_lists_every_round_newest_first() -> None:
+    rounds = sorted((path.name for path in (ROOT / "docs" / "log").glob("[0-9]*.md")), reverse=True)
+    titles = [read(f"docs/log/{name}").splitlines()[0] for name in rounds]
+    listed = re.findall(r"^\| \[(.+)\]\((.+)\) \|", read("docs/log/README.md"), re.MULTILINE)
+    assert listed == [(title.removeprefix("# "), name) for title, name in zip(titles, rounds, strict=True)]
+
+
+def test_adding_says_how_to_add_each_thing_and_names_tests_that_exist() -> None:
+    text = read("docs/adding.md")
+    things = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert things == ["A format", "A kernel", "A kind of weight", "A recipe", "A verb", "A room", "Always"]
+    named = set(re.findall(r"tests/\w+/test_\w+\.py", text))
+    assert named and all((ROOT / name).is_file() for name in named), named

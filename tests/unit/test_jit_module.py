@@ -93,8 +93,8 @@ def test_memory_lies_as_cuda_bindings_lays_it() -> None:
     attributes = ctypes.c_void_p.from_buffer_copy(theirs, 40).value
     assert ctypes.string_at(memory.clustered, 144) == ctypes.string_at(attributes, 144)
     kinds = cuda.CUtensorMapDataType
-    assert native._FLOAT16 == kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    assert native._BFLOAT16 == kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    assert tensor_map.FLOAT16 == kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    assert tensor_map.BFLOAT16 == kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     assert native._NO_INTERLEAVE == cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
     assert native._SWIZZLE_128B == cuda.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
     assert native._PROMOTE_TO_256B == cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B

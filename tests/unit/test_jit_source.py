@@ -79,8 +79,12 @@ def test_measured_tables_outlive_a_header_that_no_linear_reaches(copied: Path) -
 
 
 def test_any_header_that_a_linear_reaches_makes_another_hash_of_the_kernels(copied: Path) -> None:
-    chip, scheme = CHIPS["NVIDIA H200"], get_scheme("fp6_e3m2")
-    sources = [one for way in Activations for one in dense.kernels_for(scheme, torch.float16, chip, way)]
+    chip = CHIPS["NVIDIA H200"]
+    sources = [
+        one
+        for activations in Activations
+        for one in dense.kernels_for(get_scheme("fp6_e3m2"), torch.float16, chip, activations)
+    ]
     reached = {name for one in sources for name in one.files()}
     assert {"common/decode.cuh", "common/ring.cuh", "dense/sm90_finish.cuh", "dense/dequantize.cuh"} <= reached
     before = hashed()

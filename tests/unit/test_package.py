@@ -116,8 +116,11 @@ def test_the_installed_wheel_runs(installed: Path) -> None:
 
 def test_the_installed_wheel_finds_its_headers(installed: Path) -> None:
     code = (
-        "from tersor.kernels.jit import KernelSource\n"
-        "source = KernelSource('probe', 'dense/sm80_linear.cuh', {}, 'P')\n"
+        "import torch\n"
+        "from tersor import ops\n"
+        "from tersor.formats import get_scheme\n"
+        "from tersor.hardware import chip_named\n"
+        "source = ops.kernels_for(get_scheme('fp6_e3m2'), torch.float16, chip_named('H200'))[0]\n"
         "print(len(source.text()), *source.files())"
     )
     length, *headers = run_in(installed, sys.executable, "-c", code).split()

@@ -40,7 +40,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory to work in that looks like a checkout, with its own kernel cache; a hub that holds the tiny model."""
     import huggingface_hub
 
-    for name in ("examples", "src", "README.md"):
+    for name in ("bench", "examples", "src", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     (tmp_path / "docs").mkdir()
@@ -81,7 +81,7 @@ def test_tersor_commands_run(
 
 def measures(words: list[str]) -> bool:
     """Tell whether a command times kernels, for which it takes a GPU, and minutes there."""
-    return "bench" in words and "--dry-run" not in words
+    return "bench" in words and not {"--dry-run", "--from"} & set(words)
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if measures(words)], ids=" ".join)
@@ -120,6 +120,37 @@ def test_make_targets_and_extras_exist() -> None:
             match = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
             assert match, words
             assert match[1] is None or match[1] in extras
+
+
+def test_the_first_screen_has_three_lines_the_picture_and_two_commands() -> None:
+    screen = README.splitlines()[:22]
+    text = "\n".join(screen)
+    assert len([line for line in screen[1 : screen.index("", 2)] if line]) == 3
+    assert text.index("![") < text.index("make demo") < text.index("make test")
+    assert README.index("| weight |") > README.index("## Measured") > README.index("## Install")
+
+
+def described(picture: Path) -> str:
+    """Return what an SVG's metadata say of the times that it shows."""
+    found = re.search(r"<dc:description>(.*?)</dc:description>", picture.read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
+def test_the_picture_shows_the_results_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Makefile's command draws it; drawn again, it says the same of the same times."""
+    pytest.importorskip("matplotlib")
+    (name,) = re.findall(r"!\[[^]]+\]\((\S+)\)", README)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    variables = dict(re.findall(r"^(\w+) := (.*)$", makefile, re.MULTILINE))
+    (line,) = re.findall(rf"-m tersor (.*--plot {re.escape(name)})$", makefile, re.MULTILINE)
+    words = shlex.split(re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], line))
+    assert MARKER.findall(README)[0][0] in words, "picture and table are of one file"
+    monkeypatch.chdir(ROOT)
+    again = tmp_path / "again.svg"
+    assert main.run([*words[:-1], str(again)]) == 0
+    assert described(ROOT / name) == described(again), f"draw it again: tersor {shlex.join(words)}"
+    assert (ROOT / name).stat().st_size < 150_000
 
 
 @pytest.fixture(scope="module")

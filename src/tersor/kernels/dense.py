@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
@@ -16,6 +15,7 @@ from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
+from tersor.kernels.launches import FusedLaunch, QuantizeLaunch
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts import decode_groups
@@ -29,15 +29,7 @@ _QUANTIZE_THREADS = 256
 
 @functools.cache
 def sm80_source(packing: Packing, n_tile: int, stages: int, shared_bytes: int, gated: bool = False) -> KernelSource:
-    """Return the mma.sync kernel for one packing and tile.
-
-    Args:
-        packing: of the weight, for activations as they come.
-        n_tile: tokens in a tile.
-        stages: slots in the ring.
-        shared_bytes: dynamic shared memory of the launch, which the kernel compares with its own count.
-        gated: as in cuda/common/gate.cuh.
-    """
+    """Return the mma.sync kernel for one packing and tile; it checks that it has as much shared memory."""
     return KernelSource(
         name=f"tersor_linear_sm80_{packing.scheme.format.name}_{packing.target}_n{n_tile}{_suffix(gated)}",
         header="dense/sm80_linear.cuh",
@@ -70,7 +62,7 @@ def sm90_source(
         result: dtype of the result, `float16` or `bfloat16`: also that of the activations where they stay as they come.
         tile: the compiled shape.
         slots: how its shared memory is dealt out.
-        shared_bytes: dynamic shared memory of the launch, which the kernel compares with its own count.
+        shared_bytes: how much of it there is; the kernel checks that it adds up.
         gated: as in cuda/common/gate.cuh.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
 
@@ -123,8 +115,7 @@ def fused_source(packing: Packing, result: str, config: tune.LinearConfig, gated
     """
     if config.schedule == tune.SM90:
         slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
-        tile, shared = sm90.tile_of(config), config.shared_bytes
-        return sm90_source(packing, result, tile, slots, shared, gated, config.few_tokens)
+        return sm90_source(packing, result, sm90.tile_of(config), slots, config.shared_bytes, gated, config.few_tokens)
     return sm80_source(packing, config.n_tile, config.weight_slots, config.shared_bytes, gated)
 
 
@@ -167,39 +158,6 @@ def epilogue_source(packing: Packing, gated: bool = False) -> KernelSource:
         parameters={"BF16": packing.target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
         arguments="PPPPPiiif",
     )
-
-
-class FusedLaunch(Protocol):
-    """Launches a fused kernel on one prepared problem; what is not there has the address 0."""
-
-    def __call__(
-        self,
-        *,
-        stream: int,
-        weight: int,
-        scale: int,
-        x: int,
-        x_stride: int,
-        x_scale: int,
-        bias: int,
-        residual: int,
-        y: int,
-        partial: int,
-        arrived: int,
-        early: bool,
-    ) -> None:
-        """Launch.
-
-        Args:
-            stream: handle of the stream.
-            weight, scale: addresses of packed codes and scales.
-            x, x_stride: address of the activations, and elements from one token to the next.
-            x_scale: address of float32 scales of quantised activations, one a token.
-            bias, residual, y: addresses, in the dtype of the result.
-            partial, arrived: addresses of split sums (float32) and their counters (uint32, zero).
-            early: whether the sm90 schedule may fetch weights before the kernel ahead has ended: not where that one
-                wrote them.
-        """
 
 
 def prepare_fused(
@@ -270,20 +228,6 @@ def prepare_fused(
         run(grid, block, shared, stream, arguments, early, cluster)
 
     return launch_sm90
-
-
-class QuantizeLaunch(Protocol):
-    """Launches the quantising of activations on one prepared problem."""
-
-    def __call__(self, *, stream: int, x: int, x_stride: int, codes: int) -> int:
-        """Launch, and return the address of the scales.
-
-        Args:
-            stream: handle of the stream.
-            x, x_stride: address of 16-bit activations, and elements from one token to the next.
-            codes: address of n * (codes_stride + 4) bytes: codes [n, codes_stride], then float32 scales [n].
-        """
-        ...
 
 
 def codes_stride(ic: int) -> int:
@@ -359,9 +303,7 @@ def problem_of(
         FormatError: no kernel decodes the scheme.
     """
     chosen = Activations.of(activations)
-    target = target_of(chosen, torch.float16)
-    assert target is not None
-    packing = Packing.of(scheme, target)
+    packing = Packing.beside(chosen, torch.float16, scheme)
     return tune.LinearProblem.of(
         packing, shape, n, aligned=aligned, activations=chosen, batch_invariant=batch_invariant
     )
@@ -400,21 +342,24 @@ def sources(packing: Packing, chip: Chip, gated: bool = False) -> Iterator[Kerne
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     for tokens in sm80.TILES:
         depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
-        shared = depth * sm80.stage_bytes(tokens, bits, row_bytes)
-        yield sm80_source(packing, tokens, depth, shared, gated)
+        yield sm80_source(packing, tokens, depth, depth * sm80.stage_bytes(tokens, bits, row_bytes), gated)
     if chip.capability == (9, 0):
-        for tile in sm90.tiles(packing.scales_in_block):
-            slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-            yield sm90_source(packing, packing.target, tile, slots, shared, gated)
+        yield from _sm90_sources(packing, packing.target, Activations.NATIVE, chip, gated)
     yield dequantize_source(packing)
     yield epilogue_source(packing, gated)
 
 
 def quantized_sources(packing: Packing, result: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
     """Yield every kernel that a linear with e4m3 activations and a result of dtype `result` can ask for on a chip."""
-    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     if chip.capability == (9, 0):
         yield quantize_source(result)
-        for tile in sm90.tiles(packing.scales_in_block, Activations.E4M3):
-            slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-            yield sm90_source(packing, result, tile, slots, shared, gated)
+        yield from _sm90_sources(packing, result, Activations.E4M3, chip, gated)
+
+
+def _sm90_sources(
+    packing: Packing, result: str, activations: Activations, chip: Chip, gated: bool
+) -> Iterator[KernelSource]:
+    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+    for tile in sm90.tiles(packing.scales_in_block, activations):
+        slots, shared_bytes = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+        yield sm90_source(packing, result, tile, slots, shared_bytes, gated)

@@ -68,6 +68,18 @@ class Packing:
         factor = math.ldexp(1.0, group.exponent)
         return Packing(scheme, target, group, in_block, scale_bytes, in_block * scale_bytes, factor)
 
+    @staticmethod
+    def beside(activations: Activations, dtype: torch.dtype, scheme: Scheme) -> Packing:
+        """Return the packing of a scheme for activations that come in `dtype`.
+
+        Raises:
+            FormatError: no kernel takes that dtype, or decodes the scheme for it.
+        """
+        target = target_of(activations, dtype)
+        if target is None:
+            raise FormatError(f"kernels take float16 and bfloat16 activations, not {dtype}")
+        return Packing.of(scheme, target)
+
     @property
     def layout(self) -> str:
         """The name of the layout: `tiles_float16` and the like."""

@@ -20,7 +20,7 @@ _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
 
-# Measured on an H200 with 6-bit weights (docs/log.md); other chips differ in bandwidth and multiprocessors, which the
+# Measured on an H200 with 6-bit weights (docs/log); other chips differ in bandwidth and multiprocessors, which the
 # model takes from `Chip`. Times in seconds.
 _ACHIEVED = 0.88
 """Share of the datasheet's bandwidth that a stream of reads reaches."""
