@@ -1,62 +1,245 @@
-"""Which kernels do the compile tests build?"""
+"""Which kernels do the compile tests build? Few enough to be built in a minute or two, so chosen by pairs.
+
+Every format with every tile, kind of scale and dtype would be some ten thousand kernels. What made ptxas spill, or take
+products one after the other, was always two traits that met: a tile and a decode group, many scales and few tokens, and
+so on. So the traits of `pairs` meet two by two, each pair in some kernel, and the kernels in which a fault was found
+once are all there (`FAULTS`). tests/compile/test_kernels_compile.py reads the pairs back from the kernels' macros.
+
+On sm_86, sm_89 and sm_90 the kernels of sm_80 have rings of other depths: of those that differ every tenth is built.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from tersor.formats import Scheme, get, get_scheme, names
-from tersor.hardware import CHIPS
+from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
+from tersor.hardware import CHIPS, Chip
 from tersor.kernels import dense
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import sm80, sm90
+from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts import decode_groups
-from tersor.layouts.packing import Packing, scales_in_block, unsupported_reason
+from tersor.layouts.packing import Packing, unsupported_reason
 
-COMPILED_FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp5_e3m1", "fp4_e2m1", "int4", "int8")
-"""The formats in most use; the others come after them in `compiled_schemes`."""
-_EVERY_TILE = ("fp6_e3m2", "fp5_e2m2", "int4")
-"""Of these the compile tests build every tile: a decode group of 8 registers, one of 16, and integers."""
+CHIP_OF = {chip.capability: chip for chip in CHIPS.values()}
+"""Compute capability -> a chip: rings are as deep as its shared memory allows."""
+GROUP_SIZES = (None, 128, 64, 32, 16)
+_SHARE = 10
+"""Of the kernels of sm_80 that differ on sm_86 and sm_89 only by the depth of their ring, every so many-th is built."""
 
 
-def compiled_schemes() -> Iterator[tuple[Scheme, bool]]:
-    """Yield what the compile tests build, and whether in every tile or only in those that need the most registers.
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """A fused kernel, by what can make ptxas fail.
 
-    Every format and every kind of scale is among them, not each format with each kind of scale.
+    Attributes:
+        tile: the compiled shape: a tile of the sm90 schedule, or the tokens of one of the sm80 schedule.
+        format: name of the element format.
+        dtype: of the result, `float16` or `bfloat16`.
+        group_size, scale_dtype: of the scales.
+        gated: whether it ends with silu(gate) * up.
+        few_tokens: 0 for the batch-invariant mode, in which wgmma multiplies few tokens, too.
     """
-    for name in COMPILED_FORMATS:
-        for group_size in (None, 128):
-            yield Scheme(get(name), group_size), name in _EVERY_TILE
-    for group_size in (64, 32, 16):
-        yield Scheme(get("fp6_e3m2"), group_size), True
-    yield Scheme(get("uint4"), 128), True
-    for index, name in enumerate(name for name in names() if name not in COMPILED_FORMATS):
-        yield Scheme(get(name)), False
-        yield Scheme(get(name), (128, 64, 32, 16)[index % 4], ("float16", "bfloat16", "float32")[index % 3]), False
-    for name in ("mxfp6_e3m2", "mxfp4_e2m1", "mxint8"):
-        yield get_scheme(name), False
+
+    tile: sm90.Tile | int
+    format: str
+    dtype: str = "float16"
+    group_size: int | None = None
+    scale_dtype: str = "float16"
+    gated: bool = False
+    few_tokens: int = FEW_TOKENS
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the weight's codes and scales mean."""
+        return Scheme(get(self.format), self.group_size, self.scale_dtype)
+
+    @property
+    def target(self) -> str:
+        """What codes are decoded to."""
+        return decode_groups.FP8 if isinstance(self.tile, sm90.Tile) and self.tile.e4m3 else self.dtype
+
+    def exists(self) -> bool:
+        """Whether an operator can ask for such a kernel."""
+        scheme = self.scheme
+        if unsupported_reason(scheme, self.target) or (scheme.has_zero_point and self.scale_dtype == "e8m0"):
+            return False
+        if isinstance(self.tile, int):
+            return True
+        return self.tile in sm90.tiles(Packing.of(scheme, self.target).scales_in_block, self.tile.activations)
+
+    def source(self, chip: Chip) -> KernelSource:
+        """Return the kernel, with the rings that it has on a chip."""
+        packing, tile = Packing.of(self.scheme, self.target), self.tile
+        bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+        if isinstance(tile, int):
+            depth, _ = sm80.stages(tile, bits, row_bytes, chip)
+            shared = depth * sm80.stage_bytes(tile, bits, row_bytes)
+            return dense.sm80_source(packing, tile, depth, shared, self.gated)
+        slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+        if not self.few_tokens and tile.few:
+            shared -= tile.exchange_bytes
+        return dense.sm90_source(packing, self.dtype, tile, slots, shared, self.gated, self.few_tokens)
 
 
-def all_sources(capability: tuple[int, int]) -> Iterator[KernelSource]:
-    """Yield the kernel configurations of `compiled_schemes` for the chips of one compute capability, each once.
+Pair: TypeAlias = tuple[object, object]
 
-    Schemes that are not built in every tile take float16 and bfloat16 by turns.
-    """
-    seen = set()
-    for chip in CHIPS.values():
-        if chip.capability != capability:
-            continue
-        for index, (scheme, every_tile) in enumerate(compiled_schemes()):
-            fast = sm90.tiles(scales_in_block(scheme.group_size))
-            widest = (None, max(sm80.TILES), max(tile.tokens for tile in fast))
-            for target in (
-                decode_groups.PAIR_TARGETS if every_tile else decode_groups.PAIR_TARGETS[(index + index // 2) % 2 :][:1]
-            ):
-                for source in dense.sources(Packing.of(scheme, target), chip):
-                    if source not in seen and (every_tile or source.parameters.get("N_TILE") in widest):
-                        seen.add(source)
-                        yield source
-            if every_tile and not unsupported_reason(scheme, decode_groups.FP8):
-                for source in dense.quantized_sources(Packing.of(scheme, decode_groups.FP8), "float16", chip):
-                    if source not in seen:
-                        seen.add(source)
-                        yield source
+
+def pairs(kernel: Traits) -> frozenset[Pair]:
+    """Return the pairs of traits that meet in a kernel, of those that have to meet in some kernel."""
+    tile, scheme = kernel.tile, kernel.scheme
+    group = decode_groups.decode_group(scheme.format, kernel.target)
+    with_tile: list[object] = [
+        kernel.dtype,
+        ("group size", kernel.group_size),
+        ("registers", group.registers),
+        ("width", "light" if scheme.format.bits < 5 else "middle" if scheme.format.bits < 7 else "heavy"),
+        ("zero points", scheme.has_zero_point),
+        ("gated", kernel.gated),
+    ]
+    if kernel.group_size is not None:
+        with_tile.append(("scale dtype", kernel.scale_dtype))
+    decode = (kernel.target, group.registers, group.finish.name)
+    return frozenset(
+        [
+            *((tile, trait) for trait in with_tile),
+            (_tokens(tile), decode),
+            (decode, ("group size", kernel.group_size)),
+            (kernel.format, kernel.target),
+        ]
+    )
+
+
+def _tokens(tile: sm90.Tile | int) -> object:
+    """What stands for all tiles of as many tokens with the same activations."""
+    return ("tokens", tile) if isinstance(tile, int) else ("tokens", tile.tokens, tile.activations)
+
+
+FAULTS: dict[str, tuple[Traits, ...]] = {
+    "the next kernel told late to start: spills, one tile of 192 rows and fp5": (
+        Traits(sm90.Tile(128, 3, 1, 1, 1), "fp6_e3m2"),
+        Traits(sm90.Tile(32, 2, 1, 1, 1), "fp5_e2m2"),
+        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", "bfloat16"),
+    ),
+    "scales in groups of 32 and 64 and few tokens: no registers for fragments read once": (
+        Traits(sm90.Tile(8, 3, 1, 1, 1), "fp6_e3m2", "float16", 32),
+        Traits(sm90.Tile(16, 2, 2, 1, 1), "fp6_e3m2", "bfloat16", 64),
+    ),
+    "scales in groups of 16 and 16 tokens: all scales of a block loaded at once": (
+        Traits(sm90.Tile(16, 3, 1, 1, 1), "fp6_e3m2", "float16", 16),
+        Traits(sm90.Tile(16, 1, 4, 1, 1), "fp6_e3m2", "bfloat16", 16),
+    ),
+    "scales in groups of 64: one decode group at a time, else a register spills": (
+        Traits(sm90.Tile(64, 3, 1, 1, 1), "fp6_e3m2", "float16", 64),
+        Traits(sm90.Tile(128, 2, 1, 1, 1), "fp6_e3m2", "bfloat16", 64),
+    ),
+    "scales in groups at 64 tokens and two CTAs a multiprocessor: a block decoded ahead, 72 bytes spilled": (
+        Traits(sm90.Tile(64, 1, 1, 1, 2), "fp6_e2m3", "float16", 128),
+        Traits(sm90.Tile(128, 1, 1, 1, 2), "fp6_e2m3", "bfloat16", 128),
+    ),
+    "zero points with scales in groups": (
+        Traits(sm90.Tile(128, 2, 1, 1, 1), "uint4", "float16", 128),
+        Traits(sm90.Tile(8, 2, 1, 1, 2), "uint4", "bfloat16", 128),
+        Traits(sm90.Tile(64, 2, 1, 1, 1), "uint8", "bfloat16", 32),
+    ),
+    "decode groups of 16 registers from 128 tokens on: products one after the other (C7513)": (
+        Traits(sm90.Tile(256, 2, 1, 2, 1), "fp7_e3m3"),
+        Traits(sm90.Tile(256, 2, 1, 2, 1), "fp5_e2m2", "bfloat16"),
+        Traits(sm90.Tile(128, 3, 1, 1, 1), "int3"),
+        Traits(sm90.Tile(128, 2, 1, 1, 1), "fp7_e2m4", "bfloat16", 128),
+    ),
+    "codes of 8 bits at 64 tokens, two CTAs of 384 threads: spills": (
+        Traits(sm90.Tile(64, 1, 1, 1, 2), "int8"),
+        Traits(sm90.Tile(64, 1, 1, 1, 2), "fp8_e5m2"),
+        Traits(sm90.Tile(64, 1, 1, 1, 2), "fp8_e4m3", "bfloat16"),
+    ),
+    "8-bit activations, the widest tile: two decode buffers and an odd block more spilled for fp4": (
+        Traits(sm90.Tile(256, 2, 1, 1, 1, Activations.E4M3), "fp4_e2m1"),
+        Traits(sm90.Tile(256, 2, 1, 1, 1, Activations.E4M3), "fp6_e3m2", "bfloat16"),
+    ),
+    "8-bit activations with scales in groups: sums set to zero made products wait for each other (C7515)": (
+        Traits(sm90.Tile(128, 2, 1, 1, 1, Activations.E4M3), "fp6_e3m2", "float16", 128),
+        Traits(sm90.Tile(128, 1, 1, 1, 2, Activations.E4M3), "fp5_e2m2", "float16", 32),
+    ),
+    "registers not given from warps that copy to those that multiply: products one after the other (C7512)": (
+        Traits(sm90.Tile(128, 2, 1, 1, 1), "fp6_e3m2", "bfloat16"),
+        Traits(sm90.Tile(256, 2, 1, 2, 1), "fp6_e3m2"),
+    ),
+    "many scales and many tokens in the sm80 schedule: loads taken ahead": (
+        Traits(64, "fp6_e3m2", "float16", 16),
+        Traits(64, "fp5_e2m2", "bfloat16", 32),
+        Traits(32, "int4", "float16", 16),
+    ),
+    "batch-invariant: few tokens through wgmma": tuple(
+        Traits(sm90.Tile(tokens, 2, 1, 1, 2), "fp6_e3m2", "float16", group_size, gated=gated, few_tokens=0)
+        for tokens, group_size, gated in ((8, None, False), (8, 128, True), (16, None, True), (16, 128, False))
+    ),
+}
+"""What went wrong once (docs/log) -> the kernels that showed it, or would."""
+
+
+def candidates(tile: sm90.Tile | int) -> Iterator[Traits]:
+    """Yield kernels of a tile in their usual mode: formats, dtypes and group sizes all, the other traits by turns."""
+    dtypes, scale_dtypes = decode_groups.PAIR_TARGETS, tuple(SCALE_DTYPES)
+    for (i, name), (j, dtype), (k, size) in itertools.product(
+        *map(list, map(enumerate, (names(), dtypes, GROUP_SIZES)))
+    ):
+        scale_dtype = scale_dtypes[(i + j + k) % len(scale_dtypes)] if size else "float16"
+        kernel = Traits(tile, name, dtype, size, scale_dtype, gated=(i + 2 * j + k) % 3 == 0)
+        if kernel.exists():
+            yield kernel
+
+
+@functools.cache
+def fused() -> tuple[Traits, ...]:
+    """Return the kernels in which all pairs meet: those with a fault, then one at a time what has most new pairs."""
+    chosen = list(itertools.chain.from_iterable(FAULTS.values()))
+    met = set[Pair]().union(*map(pairs, chosen))
+    tiles = (*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3), *sm80.TILES)
+    options = {tile: {kernel: pairs(kernel) for kernel in candidates(tile)} for tile in tiles}
+
+    def choose(tile: sm90.Tile | int, wanted: set[Pair]) -> None:
+        while missing := wanted - met:
+            best = max(options[tile].items(), key=lambda item: (len(item[1] & missing), len(item[1] - met)))
+            chosen.append(best[0])
+            met.update(best[1])
+
+    for tile, kernels in options.items():
+        choose(tile, {pair for found in kernels.values() for pair in found if pair[0] in (tile, _tokens(tile))})
+    for tile, kernels in options.items():  # pairs that are of no tile
+        choose(tile, set[Pair]().union(*kernels.values()))
+    return tuple(dict.fromkeys(chosen))
+
+
+def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
+    """Return the kernels that are built for a compute capability, each once."""
+    chip = CHIP_OF[capability]
+    few = [kernel for kernel in fused() if isinstance(kernel.tile, int)]
+    if capability == (8, 0):
+        found = [kernel.source(chip) for kernel in few]
+    else:
+        usual = CHIP_OF[8, 0]
+        found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
+    if capability == (9, 0):
+        found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
+        found += [dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
+    turn = {(8, 0): 1, (9, 0): 2}.get(capability, _SHARE)
+    return list(dict.fromkeys((*found, *_dequantizing()[::turn], *_epilogues()[::turn])))
+
+
+def _dequantizing() -> list[KernelSource]:
+    """Return kernels that decode for cuBLAS: every format in every dtype, with scales of all group sizes by turns."""
+    sizes = itertools.cycle(GROUP_SIZES)
+    schemes = ((Scheme(get(name), next(sizes)), dtype) for name in names() for dtype in decode_groups.PAIR_TARGETS)
+    return [dense.dequantize_source(Packing.of(*pair)) for pair in schemes if not unsupported_reason(*pair)]
+
+
+def _epilogues() -> list[KernelSource]:
+    """Return all kernels that end a product of cuBLAS."""
+    kinds = itertools.product((("fp6_e3m2", None), ("uint4", None), ("fp6_e3m2", 128)), decode_groups.PAIR_TARGETS)
+    packings = [Packing.of(Scheme(get(name), size), dtype) for (name, size), dtype in kinds]
+    return [dense.epilogue_source(packing, gated) for packing in packings for gated in (False, True)]

@@ -1,4 +1,4 @@
-"""Every kernel that the operators can ask for compiles for every architecture, and keeps to its registers.
+"""Kernels of every kind compile for every architecture, and keep to their registers.
 
 NVRTC needs no GPU; where it is not installed these tests fail, since nothing else holds the kernels on such a machine.
 Binaries are kept under pytest's cache by a hash of all that can change them, so a second run compiles what changed.
@@ -6,76 +6,169 @@ Binaries are kept under pytest's cache by a hash of all that can change them, so
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-import catalogue
 import pytest
+from compile import catalogue
 
-from tersor.formats import get_scheme
+from tersor.formats import SCALE_DTYPES, Activations, names
 from tersor.hardware import CHIPS
 from tersor.kernels import dense, tune
-from tersor.kernels.jit import KernelSource, arch_for, compile_many
-from tersor.layouts.packing import Packing
+from tersor.kernels.jit import arch_for, compile_many
+from tersor.kernels.tune import sm80, sm90
+from tersor.layouts import decode_groups
+from tersor.layouts.packing import SCALE_TYPES, Packing, scales_in_block
 
-CAPABILITIES = ((8, 0), (8, 9), (9, 0))
+CAPABILITIES = tuple(sorted(catalogue.CHIP_OF))
+
+MOST_KERNELS = 360
+"""Kernels that a fresh clone may have to compile, at some 0.4 CPU seconds each."""
+MOST_SECONDS = {(8, 0): 70.0, (8, 6): 15.0, (8, 9): 15.0, (9, 0): 200.0}
+"""CPU seconds that the kernels of each compute capability may take: 300 in all, twice what they take undisturbed."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = request.config.cache.mkdir("kernels")
     monkeypatch.setenv("TERSOR_CACHE_DIR", str(folder))
     return folder
 
 
-def check(sources: list[KernelSource], arch: str) -> None:
-    """Compile, and refuse spills, local memory and warnings."""
-    offenders = []
-    for source, binary in zip(sources, compile_many(sources, arch), strict=True):
-        used = binary.resources
-        assert used is not None and used.registers > 0
-        if not used.fits_registers or used.warnings:
-            offenders.append(f"{source.name} {dict(source.parameters)}: {used}")
-    assert not offenders, "\n".join(offenders)
+def macros(capability: tuple[int, int], header: str) -> list[dict[str, int]]:
+    """The integer parameters of the kernels of a capability that begin with one header."""
+    return [
+        {key: int(value) for key, value in source.parameters.items() if isinstance(value, int)}
+        for source in catalogue.all_sources(capability)
+        if source.header == f"dense/{header}.cuh"
+    ]
+
+
+def met(kernels: Iterable[dict[str, int]], *keys: str) -> set[tuple[int, ...]]:
+    """Which values of some parameters meet in a kernel."""
+    return {tuple(kernel[key] for key in keys) for kernel in kernels}
+
+
+def of_tile(tile: sm90.Tile) -> dict[str, int]:
+    """The parameters that tell a tile from others."""
+    return {
+        "N_TILE": tile.tokens,
+        "ROW_GROUPS": tile.row_groups,
+        "K_GROUPS": tile.channel_groups,
+        "CLUSTER": tile.cluster,
+        "RESIDENT": tile.resident,
+        "FP8": int(tile.e4m3),
+    }
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
-def test_every_kernel_compiles_without_spills(capability: tuple[int, int]) -> None:
-    sources = list(catalogue.all_sources(capability))
-    headers = Counter(source.header for source in sources)
-    newest = {"dense/sm90_linear.cuh", "dense/quantize_activations.cuh"} if capability == (9, 0) else set()
-    assert set(headers) == {"dense/sm80_linear.cuh", "dense/dequantize.cuh", "dense/epilogue.cuh", *newest}
-    start = time.monotonic()
-    check(sources, arch_for(capability))
-    print(f"{arch_for(capability)}: {len(sources)} kernels in {time.monotonic() - start:.1f} s")
+def test_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
+    """No spill, no local memory, no warning, and shared memory as large as the chip has."""
+    sources, chip, arch = catalogue.all_sources(capability), catalogue.CHIP_OF[capability], arch_for(capability)
+    start = time.process_time()
+    binaries = compile_many(sources, arch)
+    seconds = time.process_time() - start
+    offenders = []
+    for source, binary in zip(sources, binaries, strict=True):
+        used, parameters = binary.resources, source.parameters
+        assert used is not None and used.registers > 0
+        if not used.fits_registers or used.warnings:
+            offenders.append(f"{source.name} {dict(parameters)}: {used}")
+        shared = used.static_shared_bytes + int(parameters.get("SHARED_BYTES", 0)) + 1024  # kept by the driver
+        if shared * int(parameters.get("RESIDENT", 1)) > chip.shared_bytes + 1024:
+            offenders.append(f"{source.name} {dict(parameters)}: {shared} bytes of shared memory")
+    assert not offenders, "\n".join(offenders)
+    print(f"{arch}: {len(sources)} kernels in {seconds:.1f} CPU seconds")
+    assert seconds <= MOST_SECONDS[capability], f"{len(sources)} kernels took {seconds:.0f} CPU seconds to compile"
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
-def test_gated_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
-    chip = next(chip for chip in CHIPS.values() if chip.capability == capability)
-    sources = list(dense.sources(Packing.of(get_scheme("fp6_e3m2"), "bfloat16"), chip, gated=True))
-    assert [source.name for source in sources if not source.name.endswith("_gated")] == [
-        "tersor_dequantize_fp6_e3m2_bfloat16"
-    ]
-    check(sources, arch_for(capability))
+def test_a_fresh_clone_compiles_few_kernels() -> None:
+    assert sum(len(catalogue.all_sources(capability)) for capability in CAPABILITIES) <= MOST_KERNELS
+    assert sum(MOST_SECONDS.values()) <= 300
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("gated", [False, True])
-def test_batch_invariant_kernels_compile_without_spills(gated: bool) -> None:
-    """Few tokens through wgmma; what the mode takes for more tokens is compiled above."""
-    chip = CHIPS["NVIDIA H200"]
-    sources = {}
-    for group_size in (None, 128):
-        scheme = get_scheme("fp6_e3m2", group_size)
-        for n in (8, 16):
-            problem = dense.problem_of(scheme, (8192, 8192), n, batch_invariant=True)
-            sources[dense.fused_source(Packing.of(scheme, "float16"), "float16", tune.choose(problem, chip), gated)] = (
-                None
-            )
-    assert [source.parameters["N_TILE"] for source in sources] == [8, 16, 8, 16]
-    assert {source.parameters["FEW_TOKENS"] for source in sources} == {0}
-    check(list(sources), arch_for(chip.capability))
+def test_chips_of_one_capability_have_the_kernels_that_are_built_for_it() -> None:
+    assert {(chip.capability, chip.shared_bytes) for chip in CHIPS.values()} == {
+        (capability, chip.shared_bytes) for capability, chip in catalogue.CHIP_OF.items()
+    }
+
+
+def test_kernels_that_had_a_fault_are_built() -> None:
+    for kernel in itertools.chain.from_iterable(catalogue.FAULTS.values()):
+        assert kernel.exists(), kernel
+        capability = (8, 0) if isinstance(kernel.tile, int) else (9, 0)
+        assert kernel.source(catalogue.CHIP_OF[capability]) in catalogue.all_sources(capability), kernel
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3)],
+    ids=lambda tile: f"{tile.rows}x{tile.tokens}k{tile.channel_groups}r{tile.resident}{tile.activations}",
+)
+def test_every_tile_of_the_sm90_schedule_meets_every_kind_of_scale_dtype_and_decode_group(tile: sm90.Tile) -> None:
+    fixed = of_tile(tile)
+    kernels = [one for one in macros((9, 0), "sm90_linear") if fixed.items() <= one.items()]
+    groups = {count for count in (0, 1, 2, 4, 8) if tile in sm90.tiles(count, tile.activations)}
+    groups -= {8} if tile.e4m3 else set()
+    assert met(kernels, "SCALE_GROUPS") == {(count,) for count in groups}
+    assert met(kernels, "BF16") == met(kernels, "EPILOGUE") == {(0,), (1,)}
+    assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.e4m3 else {(0,), (1,)})
+    assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.e4m3 else {(8,), (16,)})
+    if max(groups) > 0:
+        scaled = [kernel for kernel in kernels if kernel["SCALE_GROUPS"]]
+        assert met(scaled, "SCALE_TYPE") == {(SCALE_TYPES[name],) for name in SCALE_DTYPES}
+    bits = {kernel["BITS"] for kernel in kernels}
+    assert min(bits) < 5 and bits & {5, 6} and max(bits) > 6
+
+
+@pytest.mark.parametrize("tokens", sm80.TILES)
+def test_every_tile_of_the_sm80_schedule_meets_every_kind_of_scale_and_decode_group(tokens: int) -> None:
+    kernels = [one for one in macros((8, 0), "sm80_linear") if one["N_TILE"] == tokens]
+    assert met(kernels, "SCALE_GROUPS") == {(0,), (1,), (2,), (4,), (8,)}
+    assert met(kernels, "BF16") == met(kernels, "EPILOGUE") == met(kernels, "ZERO_POINTS") == {(0,), (1,)}
+    assert met([kernel for kernel in kernels if kernel["SCALE_GROUPS"]], "SCALE_TYPE") == {(0,), (1,), (2,), (3,)}
+    assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
+
+
+DECODERS = {
+    (int(target == "bfloat16"), group.registers, int(group.finish))
+    for target, name in itertools.product(decode_groups.PAIR_TARGETS, names())
+    if not decode_groups.unsupported_reason(catalogue.get(name), target)
+    for group in [decode_groups.decode_group(catalogue.get(name), target)]
+}
+"""Every way to decode to 16-bit floats: of bfloat16, registers of a decode group, how bits become numbers."""
+
+
+@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in sm90.tiles(0)}))
+def test_every_decoder_meets_every_number_of_tokens(tokens: int) -> None:
+    kernels = [one for one in macros((9, 0), "sm90_linear") if one["N_TILE"] == tokens and not one["FP8"]]
+    assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
+
+
+def test_every_format_is_decoded_beside_every_kind_of_activations() -> None:
+    built = {source.name for capability in CAPABILITIES for source in catalogue.all_sources(capability)}
+    for name, target in itertools.product(names(), decode_groups.TARGETS):
+        if decode_groups.unsupported_reason(catalogue.get(name), target):
+            continue
+        assert any(f"linear_sm90_{name}_{target}" in one or f"linear_sm80_{name}_{target}" in one for one in built), (
+            name
+        )
+        assert target == decode_groups.FP8 or f"tersor_dequantize_{name}_{target}" in built
+
+
+def test_batch_invariant_kernels_are_those_that_the_mode_asks_for() -> None:
+    """Few tokens through wgmma; what the mode takes for more tokens is built in the usual mode, too."""
+    chip, asked = catalogue.CHIP_OF[9, 0], set()
+    for (group_size, gated), n in itertools.product(((None, False), (128, True), (None, True), (128, False)), (8, 16)):
+        scheme = catalogue.Scheme(catalogue.get("fp6_e3m2"), group_size)
+        problem = dense.problem_of(scheme, (8192, 8192), n, batch_invariant=True)
+        packing = Packing.of(scheme, "float16")
+        asked.add(dense.fused_source(packing, "float16", tune.choose(problem, chip), gated))
+    built = {source for source in catalogue.all_sources((9, 0)) if source.parameters.get("FEW_TOKENS") == 0}
+    assert {source.parameters["N_TILE"] for source in built & asked} == {8, 16}
+    assert {source.parameters["SCALE_GROUPS"] for source in built & asked} == {0, scales_in_block(128)}
+    assert {source.parameters["EPILOGUE"] for source in built & asked} == {0, 1}

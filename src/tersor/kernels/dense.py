@@ -63,7 +63,7 @@ def sm90_source(
         tile: the compiled shape.
         slots: how its shared memory is dealt out.
         shared_bytes: how much of it there is; the kernel checks that it adds up.
-        gated: as in cuda/gate.cuh.
+        gated: as in cuda/common/gate.cuh.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
 
     Raises:
@@ -111,7 +111,7 @@ def fused_source(packing: Packing, result: str, config: tune.LinearConfig, gated
         packing: of the weight, for the configuration's activations.
         result: dtype of the result, `float16` or `bfloat16`.
         config: how the kernel runs.
-        gated: as in cuda/gate.cuh.
+        gated: as in cuda/common/gate.cuh.
     """
     if config.schedule == tune.SM90:
         slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
@@ -325,7 +325,7 @@ def kernels_for(
         dtype: of the activations as they come, and of the result.
         chip: the GPU.
         activations: what the weight is multiplied with.
-        gated: as in cuda/gate.cuh.
+        gated: as in cuda/common/gate.cuh.
     """
     chosen = Activations.of(activations)
     result, target = target_of(Activations.NATIVE, dtype), target_of(chosen, dtype)

@@ -19,6 +19,8 @@ ROWS = 128
 _MAX_SPLITS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
+_STATIC_SHARED = 128
+"""Shared memory of a CTA beside the ring, up to the ring's alignment, in bytes: the kernel has a flag there."""
 
 # Measured on an H200 with 6-bit weights (docs/log); other chips differ in bandwidth and multiprocessors, which the
 # model takes from `Chip`. Times in seconds.
@@ -48,7 +50,7 @@ def stages(tile: int, bits: int, scale_bytes: int, chip: Chip) -> tuple[int, int
     slot = stage_bytes(tile, bits, scale_bytes)
     for depth, least in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1)):
         resident = (chip.shared_bytes + _RESERVED_SHARED) // (depth * slot + _RESERVED_SHARED)
-        if resident >= least:
+        if resident >= least and depth * slot + _STATIC_SHARED <= chip.shared_bytes:
             return depth, min(resident, 4)
     raise ValueError(f"{chip.name} has too little shared memory for {bits}-bit weights and {tile} tokens")
 
