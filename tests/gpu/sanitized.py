@@ -26,7 +26,7 @@ def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *
     """Run one scheme through every tile, in whole and in parts, with CTAs that take several items."""
     chip = dispatch.chip(torch.device("cuda", 0))
     layout = dispatch.FP8_LAYOUT if fp8 else "tiles_float16"
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme).to_layout(layout)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme)).to_layout(layout)
     weight = PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda(), None, layout)
     groups, bits = tiles.scales_in_block(scheme.group_size), 8 if fp8 else 16
     shapes = sm90.tiles(groups, fp8) if capability == (9, 0) else ()

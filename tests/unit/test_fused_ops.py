@@ -37,7 +37,7 @@ def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def packed(name: str, oc: int, ic: int, group: int | None = None, seed: int = 0) -> PackedWeight:
     scheme = formats.get_scheme(name, group)
     weight = torch.randn(oc, ic, generator=torch.Generator().manual_seed(seed))
-    return PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(weight, scheme))
 
 
 def same(one: PackedWeight, other: PackedWeight) -> bool:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import Scheme
+from tersor.formats import Scheme, dequantize
 from tersor.layouts import STREAM, PackedWeight, decode_groups, stream, tiles
 from tersor.layouts import gated as gating
-from tersor.layouts.weight import decode
 from tersor.ops import tensors
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -85,4 +84,4 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _decode_rows(weight: PackedWeight, scheme: Scheme, first: int, last: int) -> torch.Tensor:
     codes = stream.unpack(weight.data[first:last], scheme.format.bits, weight.shape[1])
     zero_point = weight.zero_point[first:last] if weight.zero_point is not None else None
-    return decode(codes, weight.scale[first:last], zero_point, scheme)
+    return dequantize(codes, weight.scale[first:last], zero_point, scheme)
