@@ -70,7 +70,7 @@ def test_without_a_reference_there_is_no_comparison(text, capsys):
 
 
 def test_bad_input_is_one_line(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     model = str(tiny_lm.TINY)

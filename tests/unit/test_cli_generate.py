@@ -68,7 +68,7 @@ def test_joined_layers_give_the_same_text(tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     assert "no prompt" in refused([MODEL], capsys)
     assert "two prompts" in refused([MODEL, "a", "--prompt", "b"], capsys)
     assert "no chat template" in refused([MODEL, "a", "--chat"], capsys)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tersor import ops
+from tersor.checkpoint.names import stored_tensors
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError, ShapeError
 from tersor.formats import get_scheme
@@ -29,7 +30,7 @@ IDS = torch.tensor([[3, 0, 23], [3, 7, 11]])
 
 def weight_of(scheme, rows=24, columns=64, seed=0):
     torch.manual_seed(seed)
-    return PackedWeight.from_encoded(quantize_rtn(torch.randn(rows, columns), scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(torch.randn(rows, columns), scheme))
 
 
 def make(scheme=SCHEMES[0], rows=24, columns=64, dtype=torch.float32, **options):
@@ -106,7 +107,7 @@ def test_the_head_multiplies_with_the_weight_of_the_embedding(scheme):
     x = torch.randn(3, 64)
     expected = torch.nn.functional.linear(x.double(), model["embedding"].weight.double())
     torch.testing.assert_close(model["head"](x).double(), expected, rtol=1e-5, atol=1e-5)
-    stored = PackedLinear.stored_tensors(64, 24, scheme)
+    stored = stored_tensors(scheme, 24, 64)
     assert set(model.state_dict()) == {f"embedding.{name}" for name in stored}
     assert shared(model)
 
