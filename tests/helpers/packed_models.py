@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from helpers import checkpoints
 from tersor.checkpoint import QuantizationConfig
+from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT
 from tersor.convert import quantize
 from tersor.layouts import PackedWeight
 
-SUFFIX = ".weight_packed"
+SUFFIX = f".{PACKED}"
 
 
 def plain(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -66,8 +67,8 @@ def decoded(source: Path, packed: Path, directory: Path) -> Path:
                 scheme,
                 (oc, ic),
                 stored[stem + SUFFIX],
-                stored[f"{stem}.weight_scale"],
-                stored.get(f"{stem}.weight_zero_point"),
+                stored[f"{stem}.{SCALE}"],
+                stored.get(f"{stem}.{ZERO_POINT}"),
             ).dequantize()
             assert not torch.equal(weight.T if transposed else weight, tensor)
             result[key] = (weight.T if transposed else weight).contiguous().to(tensor.dtype)

@@ -73,7 +73,7 @@ def test_without_a_reference_there_is_no_comparison(text: str, capsys: pytest.Ca
 def test_bad_input_is_one_line(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     model = str(tiny_lm.TINY)

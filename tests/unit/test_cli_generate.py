@@ -73,7 +73,7 @@ def test_joined_layers_give_the_same_text(tmp_path: Path, capsys: pytest.Capture
 def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     assert "Missing option '--prompt'" in refused([MODEL], capsys)
     assert "unexpected extra argument" in refused([MODEL, "a", "--prompt", "b"], capsys)
     assert "no chat template" in refused([MODEL, "--prompt", "a", "--chat"], capsys)

@@ -65,7 +65,7 @@ def test_own_text_is_the_documentation_and_then_the_sources() -> None:
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     assert run(["demo", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""

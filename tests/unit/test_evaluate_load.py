@@ -13,7 +13,7 @@ import torch
 from helpers import tiny_lm
 from safetensors.torch import load_file, save_file
 
-from tersor import evaluate, nn, plots
+from tersor import evaluate, hardware, nn, plots
 from tersor.cli import console
 from tersor.errors import CheckpointError, InputError, TersorError, UnsupportedError
 from tersor.evaluate import plot
@@ -115,11 +115,11 @@ def test_a_tokenizer_that_is_not_json(tmp_path: Path) -> None:
     [("gpu", "unknown device 'gpu'"), ("meta", "unknown device"), ("cuda", "sees no CUDA GPU"), ("cuda:1", "CUDA")],
 )
 def test_devices_that_are_not_there(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     with pytest.raises(InputError) as caught:
         load.load_model(tiny_lm.TINY, device)
     assert message in one_line(caught)
-    assert load.resolve_device() == torch.device("cpu")
+    assert hardware.resolve_device() == torch.device("cpu")
 
 
 def test_an_unknown_dtype_names_the_nearest() -> None:

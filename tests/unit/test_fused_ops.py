@@ -22,7 +22,7 @@ TOKENS = (1, 7, 16, 17, 64, 65, 129, 1000, 5000)
 def packed(name: str, oc: int, ic: int, group: int | None = None, seed: int = 0) -> PackedWeight:
     scheme = formats.get_scheme(name, group)
     weight = torch.randn(oc, ic, generator=torch.Generator().manual_seed(seed))
-    return PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(weight, scheme))
 
 
 def same(one: PackedWeight, other: PackedWeight) -> bool:

@@ -18,7 +18,7 @@ from tersor.ops import multiply as by_type
 def packed(oc: int = 16, ic: int = 64) -> PackedWeight:
     scheme = formats.get_scheme("fp6_e3m2")
     weight = torch.randn(oc, ic, generator=torch.Generator().manual_seed(3))
-    return PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(weight, scheme))
 
 
 def test_the_environment_is_read_once_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tersor import ops
+from tersor.checkpoint.names import stored_tensors
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError, ShapeError
 from tersor.formats import Scheme, get_scheme
@@ -31,7 +32,7 @@ IDS = torch.tensor([[3, 0, 23], [3, 7, 11]])
 
 def weight_of(scheme: Scheme, rows: int = 24, columns: int = 64, seed: int = 0) -> PackedWeight:
     torch.manual_seed(seed)
-    return PackedWeight.from_encoded(quantize_rtn(torch.randn(rows, columns), scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(torch.randn(rows, columns), scheme))
 
 
 def make(
@@ -110,7 +111,7 @@ def test_the_head_multiplies_with_the_weight_of_the_embedding(scheme: Scheme) ->
     x = torch.randn(3, 64)
     expected = torch.nn.functional.linear(x.double(), model["embedding"].weight.double())
     torch.testing.assert_close(model["head"](x).double(), expected, rtol=1e-5, atol=1e-5)
-    stored = PackedLinear.stored_tensors(64, 24, scheme)
+    stored = stored_tensors(scheme, 24, 64)
     assert set(model.state_dict()) == {f"embedding.{name}" for name in stored}
     assert shared(model)
 

@@ -217,7 +217,7 @@ class LlamaAttention(torch.nn.Module):
         for name, size in zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True):
             encoded = quantize_rtn(torch.randn(size, 96, generator=generator), scheme)
             offsets = torch.randn(size, generator=generator) if bias else None
-            setattr(self, name, PackedLinear.from_packed(PackedWeight.from_encoded(encoded, scheme), offsets))
+            setattr(self, name, PackedLinear.from_packed(PackedWeight.from_encoded(encoded), offsets))
 
 
 @pytest.mark.parametrize("layout", ["stream", "tiles_float16"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tersor import ops
+from tersor.checkpoint.names import TensorForm, stored_tensors
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError, ShapeError
 from tersor.formats import Activations, Scheme, get_scheme
@@ -31,7 +32,7 @@ def make(
     scheme: Scheme = SCHEMES[0], oc: int = 24, ic: int = 64, bias: bool = True, dtype: torch.dtype = torch.float32
 ) -> PackedLinear:
     torch.manual_seed(oc * ic)
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme))
     return PackedLinear.from_packed(weight, torch.randn(oc, dtype=dtype) if bias else None, dtype)
 
 
@@ -51,10 +52,10 @@ def test_forward_is_the_product_with_the_decoded_weight(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
 def test_buffers_have_the_stored_shapes_and_dtypes(scheme: Scheme) -> None:
     layer = make(scheme)
-    expected = PackedLinear.stored_tensors(64, 24, scheme)
+    expected = stored_tensors(scheme, 24, 64)
     state = layer.state_dict()
     assert set(state) == {*expected, "bias"}
-    assert {name: (tuple(state[name].shape), state[name].dtype) for name in expected} == expected
+    assert {name: TensorForm(tuple(state[name].shape), state[name].dtype) for name in expected} == expected
     assert layer.weight_packed.shape == (24, 2 * scheme.format.bits)
     assert ("weight_zero_point" in expected) == (scheme.format.kind == "uint")
 
@@ -164,7 +165,7 @@ def test_copies_are_exact_and_independent(layout: str) -> None:
 
 def test_wrapping_a_packed_weight_takes_no_copy() -> None:
     scheme = SCHEMES[0]
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(8, 32), scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(8, 32), scheme))
     layer = PackedLinear.from_packed(weight)
     assert layer.weight_packed is weight.data
     assert layer.packed_weight().data is weight.data

@@ -20,6 +20,7 @@ ROOMS = (
     "version",
     "errors",
     "settings",
+    "files",
     "hardware",
     "plots",
     "formats",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.errors import CheckpointError
 
 
@@ -29,18 +29,18 @@ def read_architecture(directory: Path) -> Architecture:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
-    linears: dict[str, tuple[tuple[int, int], bool]] = {}
-    embeddings: dict[str, tuple[tuple[int, int], str]] = {}
+    linears: dict[str, Linear] = {}
+    embeddings: dict[str, Embedding] = {}
     names = []
     for name, module in model.named_modules():
         names.append(name)
         if isinstance(module, torch.nn.Linear):
-            linears[name] = ((module.out_features, module.in_features), False)
+            linears[name] = Linear((module.out_features, module.in_features))
         elif isinstance(module, Conv1D):
-            linears[name] = ((module.nf, module.nx), True)
+            linears[name] = Linear((module.nf, module.nx), transposed=True)
         elif isinstance(module, torch.nn.Embedding):
-            kind = "" if packable_embedding(module) else type(module).__name__
-            embeddings[name] = ((module.num_embeddings, module.embedding_dim), kind)
+            unpackable = "" if packable_embedding(module) else type(module).__name__
+            embeddings[name] = Embedding((module.num_embeddings, module.embedding_dim), unpackable)
     output = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is output), "")
     return Architecture(
