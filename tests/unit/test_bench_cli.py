@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fakes import FakeGpu
+from helpers.usage import refused_in_one_line
 
 from tersor import ops
 from tersor.bench import contenders, timing
@@ -84,12 +85,7 @@ def test_wrong_usage_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(["bench", "linear", *arguments]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
+    refused_in_one_line(["bench", "linear", *arguments], status, words, monkeypatch, capsys)
 
 
 def test_chips_by_short_names() -> None:

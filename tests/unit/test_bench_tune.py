@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers.usage import refused_in_one_line
 
 from tersor.bench import tune as measuring
 from tersor.bench.shapes import Shape
-from tersor.cli.main import run
 from tersor.errors import InputError
 from tersor.formats import Scheme, get_scheme
 from tersor.hardware import CHIPS
@@ -280,9 +279,4 @@ def test_wrong_usage_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(["bench", "tune", *arguments]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
+    refused_in_one_line(["bench", "tune", *arguments], status, words, monkeypatch, capsys)
