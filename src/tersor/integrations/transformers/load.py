@@ -82,18 +82,18 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
         InputError: no such directory, not a model, broken files, missing tensors, or no such device.
         TersorError: the model does not fit in the device's memory.
     """
-    target = device if isinstance(device, torch.device) else resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, target)
+    torch_device = device if isinstance(device, torch.device) else resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
     directory = locate(path).directory
     from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, output_loading_info=True)
-        model, info = loaded[0].to(target), loaded[1]
+        model, info = loaded[0].to(torch_device), loaded[1]
     except TersorError:
         raise
     except torch.OutOfMemoryError:
-        raise TersorError(f"{path}: the model does not fit in the memory of {target}") from None
+        raise TersorError(f"{path}: the model does not fit in the memory of {torch_device}") from None
     except Exception as error:  # transformers raises a dozen types for a checkpoint it cannot read
         raise CheckpointError(f"{path}: cannot be loaded as a language model: {_one_line(error)}") from error
     missing = sorted(info["missing_keys"])
