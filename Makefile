@@ -36,9 +36,10 @@ help:
 demo: $(READY)
 	$(PYTHON) -m tersor demo
 
-# A test process computes on one core, since there are JOBS of them.
+# A test process computes on one core, since there are JOBS of them. They take modules in a row, so what the tests of a
+# module share is made once.
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n $(JOBS) tests/unit tests/golden tests/compile
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n $(JOBS) --dist worksteal tests/unit tests/golden tests/compile
 
 lint: $(READY_DEV)
 	$(PYTHON) -m ruff check .

@@ -113,7 +113,7 @@ def build(geometry: dict[str, int], scheme: Scheme | None, device: str, dtype: t
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             encoded = quantize_rtn(module.weight.detach(), scheme)
-            packed = PackedLinear.from_packed(PackedWeight.from_encoded(encoded, scheme), dtype=dtype)
+            packed = PackedLinear.from_packed(PackedWeight.from_encoded(encoded), dtype=dtype)
             model.model.set_submodule(name, packed)
     return model
 

@@ -37,7 +37,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
     scheme = formats.get_scheme(arguments.format)
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(OC, IC, device="cuda"), scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(OC, IC, device="cuda"), scheme))
     weight = weight.to_layout(ops.preferred_layout(scheme, torch.float16, torch.device("cuda", 0)))
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():

@@ -23,9 +23,12 @@ import functools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tersor.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,3 +253,27 @@ def cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the torch device that a user means: `cpu`, `cuda`, `cuda:N`, or `auto`, a GPU where there is one.
+
+    Raises:
+        InputError: not a device, or CUDA asked for where there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if cuda_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not cuda_available():
+            raise InputError(f"device {name!r}: torch {torch.__version__} sees no CUDA GPU here: use cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs here")
+    return device

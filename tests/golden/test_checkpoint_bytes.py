@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ CONFIG = {
 UP = "model.layers.0.mlp.up_proj"
 
 
-def make(tmp_path, row, second=(0.0,)):
+def make(tmp_path: Path, row: Sequence[float], second: Sequence[float] = (0.0,)) -> Path:
     """Write a model whose up_proj has the given first and second rows, zeros elsewhere, and return its directory."""
     model = tmp_path / "model"
     model.mkdir()
@@ -46,7 +48,7 @@ def make(tmp_path, row, second=(0.0,)):
     return model
 
 
-def stored(directory, name):
+def stored(directory: Path, name: str) -> tuple[str, tuple[int, ...], bytes]:
     """Return dtype, shape and bytes of a tensor."""
     with SafetensorsFile(directory / "model.safetensors") as file:
         spec = file.tensors[name]
@@ -55,7 +57,7 @@ def stored(directory, name):
         return spec.dtype, spec.shape, bytes(content)
 
 
-def test_a_whole_file(tmp_path):
+def test_a_whole_file(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a", [TensorSpec("s", "F16", (1, 1)), TensorSpec("w", "I32", (1, 1))])
     writer.write("s", 0, memoryview(b"\x00\x3c"))
     writer.write("w", 0, memoryview(b"\x01\x02\x03\x04"))
@@ -79,7 +81,7 @@ FP6_BYTES = bytes([0b11_011111, 0b1100_1111, 0b000001_00, 0b01_101000, 0b0000_01
 
 
 @pytest.mark.parametrize("export", ["tersor", "humming"])
-def test_fp6_e3m2_with_a_scale_a_row(tmp_path, export):
+def test_fp6_e3m2_with_a_scale_a_row(tmp_path: Path, export: str) -> None:
     model = make(tmp_path, FP6_ROW, second=[-56.0, 1.0])
     quantize(model, tmp_path / "out", format="fp6_e3m2", scale_dtype="bfloat16", export=export)
     name = f"{UP}.weight_packed" if export == "tersor" else f"{UP}.weight"
@@ -102,7 +104,7 @@ def test_fp6_e3m2_with_a_scale_a_row(tmp_path, export):
         ("quark", "weight", "U8", "U8"),
     ],
 )
-def test_mxfp6_e3m2(tmp_path, export, packed, dtype, scale):
+def test_mxfp6_e3m2(tmp_path: Path, export: str, packed: str, dtype: str, scale: str) -> None:
     """Largest magnitude 28 needs 2^0, 56 needs 2^1; the biased exponents are 127 and 128, that of zeros 0."""
     model = make(tmp_path, FP6_ROW, second=[-56.0, 1.0])
     quantize(model, tmp_path / "out", format="mxfp6_e3m2", export=export)
@@ -112,7 +114,7 @@ def test_mxfp6_e3m2(tmp_path, export, packed, dtype, scale):
     assert stored(tmp_path / "out", f"{UP}.weight_scale") == (scale, (32, 1), bytes([127, 128]) + bytes(30))
 
 
-def test_mxfp6_e2m3_for_compressed_tensors(tmp_path):
+def test_mxfp6_e2m3_for_compressed_tensors(tmp_path: Path) -> None:
     """Bias 1: 7.5 = 0 11 111, -1 = 1 01 000, 0.125 = 0 00 001, 3.25 = 1.625 * 2 = 0 10 101."""
     quantize(
         make(tmp_path, [7.5, -1.0, 0.125, 3.25]), tmp_path / "out", format="mxfp6_e2m3", export="compressed-tensors"
@@ -147,7 +149,7 @@ def test_mxfp6_e2m3_for_compressed_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("export", ["tersor", "compressed-tensors", "humming"])
-def test_int3(tmp_path, export):
+def test_int3(tmp_path: Path, export: str) -> None:
     """Offset binary, code = value + 4: 3, -3, 0, 1, -1, 2, -2, 0 is 7 1 4 5 3 6 2 4; zeros are 4."""
     model = make(tmp_path, [3.0, -3.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.0])
     quantize(model, tmp_path / "out", format="int3", scale_dtype="bfloat16", export=export)
@@ -163,7 +165,7 @@ def test_int3(tmp_path, export):
         assert stored(tmp_path / "out", f"{UP}.weight_shape") == expected
 
 
-def test_uint4_with_a_zero_point(tmp_path):
+def test_uint4_with_a_zero_point(tmp_path: Path) -> None:
     """From -5 to 10 is 15 steps of 1, so the zero point is 5: -5, 10, 0, 3 is 0 15 5 8."""
     quantize(make(tmp_path, [-5.0, 10.0, 0.0, 3.0]), tmp_path / "out", format="uint4")
     assert stored(tmp_path / "out", f"{UP}.weight_packed")[2][:16] == bytes([0xF0, 0x85]) + bytes([0x55] * 14)
@@ -171,7 +173,7 @@ def test_uint4_with_a_zero_point(tmp_path):
     assert stored(tmp_path / "out", f"{UP}.weight_zero_point") == ("U8", (32, 1), bytes([5]) + bytes(31))
 
 
-def test_fp5_in_groups(tmp_path):
+def test_fp5_in_groups(tmp_path: Path) -> None:
     """fp5_e2m2, bias 1: 7 = 0 11 11, -1.25 = 1 01 01, 0.25 = 0 00 01; groups of 16 with scales 1, 0.5."""
     row = [7.0, -1.25, 0.25] + [0.0] * 13 + [-3.5, 0.625]
     quantize(make(tmp_path, row), tmp_path / "out", format="fp5_e2m2", group_size=16, scale_dtype="float32")

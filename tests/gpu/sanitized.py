@@ -29,7 +29,7 @@ def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *
     """Run one scheme through every tile, in whole and in parts, with CTAs that take several items."""
     chip = hardware.of_device(0)
     layout = dispatch.E4M3_LAYOUT if fp8 else "tiles_float16"
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme).to_layout(layout)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme)).to_layout(layout)
     weight = PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda(), None, layout)
     groups = scales_in_block(scheme.group_size)
     activations = Activations.E4M3 if fp8 else Activations.NATIVE

@@ -97,7 +97,7 @@ def test_the_operator_asks_for_the_problem_that_is_measured(
     monkeypatch.setattr(choice, "measured", lambda problem, chip: asked.append(problem))
     scheme = formats.get_scheme("fp6_e3m2", group_size)
     encoded = quantize_rtn(torch.randn(264, ic, device="cuda"), scheme)
-    weight = PackedWeight.from_encoded(encoded, scheme)
+    weight = PackedWeight.from_encoded(encoded)
     packed = weight.to_layout(ops.preferred_layout(scheme, torch.float16, weight.data.device))
     ops.linear(torch.randn(7, ic, dtype=torch.float16, device="cuda"), packed)
     assert asked == [linear.problem_of(Shape(264, ic), scheme, 7)]
@@ -107,7 +107,7 @@ def test_the_operator_asks_for_the_problem_that_is_measured(
 def test_every_configuration_gives_the_product(oc: int, ic: int, n: int) -> None:
     chip = hardware.of_device(torch.cuda.current_device())
     torch.manual_seed(0)
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), FP6), FP6)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), FP6))
     packed = weight.to_layout(ops.preferred_layout(FP6, torch.float16, weight.data.device))
     x = torch.randn(n, ic, dtype=torch.float16, device="cuda")
     exact_weight = weight.dequantize().double()

@@ -30,7 +30,7 @@ def packed(name: str, group_size: int | None, oc: int, ic: int) -> tuple[PackedW
     """A random weight in the layout for 8-bit activations, and its values."""
     torch.manual_seed(oc + ic)
     scheme = formats.get_scheme(name, group_size)
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda"), scheme))
     return weight.to_layout(dispatch.E4M3_LAYOUT), weight.dequantize(torch.float64)
 
 

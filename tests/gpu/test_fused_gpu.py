@@ -39,8 +39,8 @@ def random_weight(oc: int, ic: int, name: str, group: int | None, seed: int) -> 
     wanted = (torch.rand(size, generator=generator) + 0.5) / (scheme.format.max * ic**0.5)
     zero_point = torch.randint(0, 1 << scheme.format.bits, size, dtype=torch.uint8, generator=generator)
     scale = formats.store_scales(wanted, scheme)
-    encoded = Encoded(codes, scale, zero_point if scheme.has_zero_point else None, 0.0, 0.0)
-    weight = PackedWeight.from_encoded(encoded, scheme)
+    encoded = Encoded(scheme, codes, scale, zero_point if scheme.has_zero_point else None, 0.0, 0.0)
+    weight = PackedWeight.from_encoded(encoded)
     zeros = None if weight.zero_point is None else weight.zero_point.cuda()
     return PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda(), zeros)
 
@@ -167,8 +167,8 @@ def test_a_gate_far_from_zero_and_not_a_number(dtype: torch.dtype, schedule: str
     """silu of -1000 is 0, of 1000 it is 1000; NaN and infinity reach the tokens that hold them and no others."""
     scheme = formats.get_scheme("int8", scale_dtype="float32")
     codes = torch.full((16, 128), 129, dtype=torch.uint8)  # every weight is 1
-    encoded = Encoded(codes, torch.ones(16, 1), None, 0.0, 0.0)
-    one = PackedWeight.from_encoded(encoded, scheme)
+    encoded = Encoded(scheme, codes, torch.ones(16, 1), None, 0.0, 0.0)
+    one = PackedWeight.from_encoded(encoded)
     one = PackedWeight(scheme, one.shape, one.data.cuda(), one.scale.cuda())
     packed = ready(PackedWeight.gate_up(one, one), dtype)
     for n in (4, 200):

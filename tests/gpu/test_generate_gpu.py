@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tersor import evaluate
 from tersor.convert import quantize
 from tersor.engine import Sampling
 from tersor.integrations.transformers import decode, load
-from tersor.integrations.transformers.generate import Generator
+from tersor.integrations.transformers.generate import Generator, TextStream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,7 +31,7 @@ SAMPLED = Sampling(
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "fp6_e3m2", "int4"])
-def loaded(request, tmp_path_factory):
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The tiny model as it is, and compressed, on the GPU with its tokenizer."""
     path = TINY
     if request.param != "bfloat16":
@@ -39,14 +40,14 @@ def loaded(request, tmp_path_factory):
     return load.load_model(path, "cuda"), load.load_tokenizer(TINY)
 
 
-def run(generator, options, prompt=PROMPT):
+def run(generator: Generator, options: Sampling, prompt: str = PROMPT) -> tuple[str, TextStream]:
     stream = generator.stream(prompt, options)
     text = "".join(stream)
     return text, stream
 
 
 @pytest.mark.parametrize("options", [Sampling(max_new_tokens=64, ignore_eos=True), SAMPLED], ids=["greedy", "sampled"])
-def test_a_graph_gives_the_text_of_eager_steps(loaded, options):
+def test_a_graph_gives_the_text_of_eager_steps(loaded: Any, options: Sampling) -> None:
     eager_text, eager = run(Generator(*loaded, cuda_graph=False), options)
     text, graph = run(Generator(*loaded, cuda_graph=True), options)
     assert graph.statistics.cuda_graph and not eager.statistics.cuda_graph
@@ -57,7 +58,7 @@ def test_a_graph_gives_the_text_of_eager_steps(loaded, options):
         print(f"{name}: {numbers.tokens_per_second:.0f} tokens/s, captured in {numbers.capture_seconds:.2f} s")
 
 
-def test_a_graph_is_captured_once_and_serves_other_prompts(loaded):
+def test_a_graph_is_captured_once_and_serves_other_prompts(loaded: Any) -> None:
     options = Sampling(max_new_tokens=32, ignore_eos=True)
     generator = Generator(*loaded, cuda_graph=True)
     run(generator, options)
@@ -69,7 +70,7 @@ def test_a_graph_is_captured_once_and_serves_other_prompts(loaded):
     assert generator._decoder.graph is captured
 
 
-def test_a_longer_stream_gets_a_longer_cache(loaded):
+def test_a_longer_stream_gets_a_longer_cache(loaded: Any) -> None:
     generator = Generator(*loaded, cuda_graph=True)
     run(generator, Sampling(max_new_tokens=8))
     assert generator._decoder.length == decode.ROUND
@@ -79,7 +80,7 @@ def test_a_longer_stream_gets_a_longer_cache(loaded):
     assert text == run(Generator(*loaded, cuda_graph=False), options)[0]
 
 
-def test_the_first_tokens_are_those_of_transformers(loaded):
+def test_the_first_tokens_are_those_of_transformers(loaded: Any) -> None:
     model, tokenizer = loaded
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids.cuda()
     expected = model.generate(ids, do_sample=False, max_new_tokens=4, pad_token_id=0)[0, ids.shape[1] :].tolist()
@@ -87,7 +88,7 @@ def test_the_first_tokens_are_those_of_transformers(loaded):
     assert run(Generator(*loaded), Sampling(max_new_tokens=4, ignore_eos=True))[1].tokens == expected
 
 
-def test_a_seed_repeats_a_text_and_another_does_not(loaded):
+def test_a_seed_repeats_a_text_and_another_does_not(loaded: Any) -> None:
     generator = Generator(*loaded, cuda_graph=True)
     texts = [run(generator, SAMPLED)[0] for _ in range(2)]
     assert texts[0] == texts[1]
@@ -95,7 +96,7 @@ def test_a_seed_repeats_a_text_and_another_does_not(loaded):
     assert run(Generator(*loaded, cuda_graph=True), other)[0] != texts[0]
 
 
-def test_stop_texts_and_the_end_of_the_text(loaded):
+def test_stop_texts_and_the_end_of_the_text(loaded: Any) -> None:
     options = Sampling(max_new_tokens=64, ignore_eos=True)
     whole = run(Generator(*loaded), options)[0]
     stop = whole[20:26]
@@ -103,7 +104,7 @@ def test_stop_texts_and_the_end_of_the_text(loaded):
     assert text == whole[: whole.index(stop)] and stream.statistics.finish_reason == "stop"
 
 
-def test_a_sliding_window_model_runs_as_a_graph():
+def test_a_sliding_window_model_runs_as_a_graph() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -126,10 +127,10 @@ def test_a_sliding_window_model_runs_as_a_graph():
     assert stream.statistics.cuda_graph
 
 
-def test_a_model_that_synchronises_says_so_and_runs_eagerly(loaded):
+def test_a_model_that_synchronises_says_so_and_runs_eagerly(loaded: Any) -> None:
     model, tokenizer = loaded
 
-    def look(module, arguments, output):
+    def look(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> None:
         float(output.sum())  # forbidden while a graph is captured
 
     handle = model.get_submodule("model.layers.0").mlp.register_forward_hook(look)
@@ -142,7 +143,7 @@ def test_a_model_that_synchronises_says_so_and_runs_eagerly(loaded):
     assert text == run(Generator(model, tokenizer, cuda_graph=False), Sampling(max_new_tokens=16, ignore_eos=True))[0]
 
 
-def test_evaluation_on_the_gpu_agrees_with_the_cpu():
+def test_evaluation_on_the_gpu_agrees_with_the_cpu() -> None:
     text = "def square(x):\n    return x * x\n\n\nclass Point:\n    def __init__(self, x):\n        self.x = x\n" * 40
     windows = evaluate.cut_windows(text, load.load_tokenizer(TINY), window=128, max_tokens=512)
     cpu = evaluate.evaluate(load.load_model(TINY, "cpu"), windows)

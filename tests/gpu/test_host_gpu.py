@@ -28,7 +28,7 @@ def packed(oc: int = 256, ic: int = 4096, device: str = "cuda:0") -> PackedWeigh
     """A random weight in the layout of its kernel: with so few rows its channels are split."""
     scheme = formats.get_scheme("fp6_e3m2")
     values = torch.randn(oc, ic, generator=torch.Generator().manual_seed(oc))
-    weight = PackedWeight.from_encoded(quantize_rtn(values, scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(values, scheme))
     weight = PackedWeight(scheme, weight.shape, weight.data.to(device), weight.scale.to(device))
     return weight.to_layout(ops.preferred_layout(scheme, HALF, torch.device(device)))
 

@@ -43,10 +43,8 @@ def launch_axpy(function: Function, x: torch.Tensor, y: torch.Tensor, a: float, 
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_cache(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start every test with nothing compiled and nothing loaded."""
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "_memory", {})
     monkeypatch.setattr(module, "_functions", {})
 
 

@@ -97,8 +97,8 @@ def random_weight(oc: int, ic: int, scheme: formats.Scheme, seed: int = 0, all_c
     if all_codes:
         codes.view(-1)[: 1 << scheme.format.bits] = torch.arange(1 << scheme.format.bits, dtype=torch.uint8)
     wanted = torch.rand(oc, scheme.groups(ic), generator=generator) * 0.02 + 1e-3
-    encoded = Encoded(codes, formats.store_scales(wanted, scheme), None, 0.0, 0.0)
-    weight = PackedWeight.from_encoded(encoded, scheme)
+    encoded = Encoded(scheme, codes, formats.store_scales(wanted, scheme), None, 0.0, 0.0)
+    weight = PackedWeight.from_encoded(encoded)
     return PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ OPTIONS = (
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options["format"])
-def test_the_bytes_are_those_of_the_cpu(tmp_path, name, options):
+def test_the_bytes_are_those_of_the_cpu(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     wide = {"n_embd": 512, "n_inner": 1408} if name == "gpt2" else {"hidden_size": 512, "intermediate_size": 1408}
     source = checkpoints.save(name, tmp_path / "model", **wide)
     on_gpu = quantize(source, tmp_path / "cuda", device="cuda", **options)
@@ -51,7 +53,7 @@ def test_the_bytes_are_those_of_the_cpu(tmp_path, name, options):
     ],
     ids=lambda options: options["format"],
 )
-def test_humming_decodes_its_export_to_our_values(tmp_path, options):
+def test_humming_decodes_its_export_to_our_values(tmp_path: Path, options: dict[str, Any]) -> None:
     pytest.importorskip("humming")
     from humming.schema import BaseInputSchema, BaseWeightSchema
 

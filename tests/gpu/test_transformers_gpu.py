@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,27 +15,27 @@ TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 PROMPT = list(range(100, 117))
 
 
-def layers(model):
+def layers(model: Any) -> dict[str, Any]:
     from tersor.nn import PackedLinear
 
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def tensors(directory):
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
-def same(a, b):
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
 
 
-def close(a, b, tolerance=0.05):
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 0.05) -> bool:
     return float((a.float().cpu() - b.float().cpu()).abs().max()) < tolerance * float(b.abs().max())
 
 
-def load(directory, **options):
+def load(directory: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     import tersor  # noqa: F401
@@ -43,7 +44,7 @@ def load(directory, **options):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tersor import quantize
 
     packed = tmp_path_factory.mktemp("tiny") / "packed"
@@ -52,12 +53,14 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def ids():
+def ids() -> torch.Tensor:
     return torch.tensor([PROMPT], device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_weights_lie_in_kernel_layouts_and_are_saved_as_the_stream(tiny, dtype, tmp_path, ids):
+def test_weights_lie_in_kernel_layouts_and_are_saved_as_the_stream(
+    tiny: Path, dtype: torch.dtype, tmp_path: Path, ids: torch.Tensor
+) -> None:
     model = load(tiny, dtype=dtype, device_map="cuda")
     wanted = "tiles_" + str(dtype).removeprefix("torch.")
     assert {layer.layout for layer in layers(model).values()} == {wanted}
@@ -79,7 +82,7 @@ def test_weights_lie_in_kernel_layouts_and_are_saved_as_the_stream(tiny, dtype, 
     assert {layer.layout for layer in layers(model).values()} == {wanted}
 
 
-def test_a_model_moves_to_the_gpu_and_back(tiny, ids):
+def test_a_model_moves_to_the_gpu_and_back(tiny: Path, ids: torch.Tensor) -> None:
     model = load(tiny, dtype=torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -100,7 +103,7 @@ def test_a_model_moves_to_the_gpu_and_back(tiny, ids):
     )
 
 
-def test_compressing_while_loading_on_the_gpu_gives_the_same_bytes(tiny):
+def test_compressing_while_loading_on_the_gpu_gives_the_same_bytes(tiny: Path) -> None:
     import tersor
 
     config = tersor.TersorConfig(overrides={"down_proj": "int4:g128", "k_proj": "fp5_e2m2:g64:bfloat16"})
@@ -110,7 +113,7 @@ def test_compressing_while_loading_on_the_gpu_gives_the_same_bytes(tiny):
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 200])
-def test_a_graph_replays_a_forward(tiny, tokens):
+def test_a_graph_replays_a_forward(tiny: Path, tokens: int) -> None:
     model = load(tiny, dtype=torch.float16, device_map="cuda")
     ids = torch.randint(0, 8000, (1, tokens), device="cuda")
     with torch.no_grad():
@@ -127,7 +130,7 @@ def test_a_graph_replays_a_forward(tiny, tokens):
         torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
 
 
-def test_a_layer_compiles_in_one_graph(tiny, ids):
+def test_a_layer_compiles_in_one_graph(tiny: Path, ids: torch.Tensor) -> None:
     model = load(tiny, dtype=torch.float16, device_map="cuda")
     mlp = model.model.layers[0].mlp
     x = torch.randn(5, 256, dtype=torch.float16, device="cuda")
@@ -135,7 +138,7 @@ def test_a_layer_compiles_in_one_graph(tiny, ids):
         torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), mlp(x), rtol=1e-2, atol=1e-2)
 
 
-def test_copies_on_the_gpu(tiny, ids):
+def test_copies_on_the_gpu(tiny: Path, ids: torch.Tensor) -> None:
     model = load(tiny, dtype=torch.float16, device_map="cuda")
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -146,14 +149,14 @@ def test_copies_on_the_gpu(tiny, ids):
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-def test_generate_with_a_static_cache(tiny, ids):
+def test_generate_with_a_static_cache(tiny: Path, ids: torch.Tensor) -> None:
     model = load(tiny, dtype=torch.float16, device_map="cuda")
     options = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True}
     dynamic = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), dynamic)
 
 
-def test_experts(tmp_path, ids):
+def test_experts(tmp_path: Path, ids: torch.Tensor) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import tersor
@@ -180,7 +183,7 @@ def test_experts(tmp_path, ids):
     assert same(tensors(tmp_path / "again"), tensors(tmp_path / "packed"))
 
 
-def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path):
+def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import tersor

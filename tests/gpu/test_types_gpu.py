@@ -89,7 +89,7 @@ def random_weight(scheme: formats.Scheme) -> tuple[PackedWeight, torch.Tensor]:
         values -= zero_point.repeat_interleave(IC // groups, dim=1)
     wanted = (torch.rand(OC, groups, generator=generator) + 0.05) / fmt.max
     weight = PackedWeight.from_encoded(
-        Encoded(codes, formats.store_scales(wanted, scheme), zero_point, 0.0, 0.0), scheme
+        Encoded(scheme, codes, formats.store_scales(wanted, scheme), zero_point, 0.0, 0.0)
     )
     on_gpu = PackedWeight(
         scheme,
@@ -175,7 +175,7 @@ def test_odd_sizes_with_zero_points(name: str, group_size: int | None, dtype: to
         groups = scheme.groups(ic)
         zero_point = torch.randint(0, 1 << scheme.format.bits, (oc, groups), dtype=torch.uint8, generator=generator)
         scale = formats.store_scales(torch.rand(oc, groups, generator=generator) * 0.02 + 1e-3, scheme)
-        stored = PackedWeight.from_encoded(Encoded(codes, scale, zero_point, 0.0, 0.0), scheme)
+        stored = PackedWeight.from_encoded(Encoded(scheme, codes, scale, zero_point, 0.0, 0.0))
         weight = PackedWeight(scheme, (oc, ic), stored.data.cuda(), scale.cuda(), zero_point.cuda())
         packed = weight.to_layout(ops.preferred_layout(scheme, dtype, weight.data.device))
         back = packed.to_layout("stream")

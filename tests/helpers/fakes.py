@@ -7,7 +7,7 @@ import functools
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -163,16 +163,15 @@ class FakeGpu:
     @contextmanager
     def capturing(self, capture: int) -> Iterator[None]:
         """Put every stream under a capture with this id; what torch takes from the graph's memory lies on the CPU."""
-        plain, self.capture = torch.empty, capture
+        plain = torch.empty
 
         def empty(*sizes: Any, device: torch.device, **options: Any) -> torch.Tensor:
             return plain(*sizes, device="cpu" if device.type == "cuda" else device, **options)
 
-        torch.empty = empty
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            patch.setattr(self, "capture", capture)
             yield
-        finally:
-            torch.empty, self.capture = plain, None
 
     def chip_of(self, index: int) -> Chip:
         """The chip of a device; CPU tensors, index -1, are on device 0."""
@@ -309,13 +308,14 @@ class FakeGpu:
         assert rank == 2 and place % 64 == 0
         if not address:
             return Status.CUDA_ERROR_INVALID_VALUE
-        read: Iterable[Any] = (
-            struct.unpack(letters, ctypes.string_at(start, struct.calcsize(letters)))
-            for start, letters in ((sizes, "<2Q"), (strides, "<Q"), (box, "<2I"), (steps, "<2I"))
-        )
+
+        def read(start: int, letters: str) -> Any:
+            return struct.unpack(letters, ctypes.string_at(start, struct.calcsize(letters)))
+
+        ends = read(sizes, "<2Q"), read(strides, "<Q")
         ctypes.memset(place, 0, 128)
         ctypes.memmove(place, struct.pack("<Q", len(self.maps)), 8)
-        self.maps.append(TensorMap(element, address, *read, tuple(modes)))
+        self.maps.append(TensorMap(element, address, *ends, read(box, "<2I"), read(steps, "<2I"), tuple(modes)))
         return Status.CUDA_SUCCESS
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import checkpoints
 from tersor.checkpoint import QuantizationConfig
+from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT
 from tersor.convert import quantize
 from tersor.layouts import PackedWeight
 
-SUFFIX = ".weight_packed"
+SUFFIX = f".{PACKED}"
 
 
-def plain(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes) -> Path:
+def plain(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a tiny model whose biases and norms are random as well, and whose weights have outliers."""
     checkpoints.save(name, directory, dtype, **changes)
     generator = torch.Generator().manual_seed(1)
@@ -60,13 +62,13 @@ def decoded(source: Path, packed: Path, directory: Path) -> Path:
             scheme = said.resolve(stem)
             assert scheme is not None
             transposed = stored[stem + SUFFIX].shape[0] != tensor.shape[0] or ".c_" in stem
-            shape = tensor.T.shape if transposed else tensor.shape
+            oc, ic = tensor.T.shape if transposed else tensor.shape
             weight = PackedWeight(
                 scheme,
-                tuple(shape),
+                (oc, ic),
                 stored[stem + SUFFIX],
-                stored[f"{stem}.weight_scale"],
-                stored.get(f"{stem}.weight_zero_point"),
+                stored[f"{stem}.{SCALE}"],
+                stored.get(f"{stem}.{ZERO_POINT}"),
             ).dequantize()
             assert not torch.equal(weight.T if transposed else weight, tensor)
             result[key] = (weight.T if transposed else weight).contiguous().to(tensor.dtype)
@@ -76,7 +78,7 @@ def decoded(source: Path, packed: Path, directory: Path) -> Path:
     return directory
 
 
-def compressed(source: Path, directory: Path, **options) -> Path:
+def compressed(source: Path, directory: Path, **options: Any) -> Path:
     """Compress a checkpoint with the `quantize` verb's function."""
     quantize(source, directory, **options)
     return directory

@@ -139,7 +139,7 @@ def test_another_packages_error_is_a_reason() -> None:
 
 @pytest.mark.parametrize(("oc", "ic"), [(32, 32), (48, 32)])
 def test_a_chain_hands_outputs_on_where_sizes_allow(oc: int, ic: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = [PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), FP6), FP6) for _ in range(10)]
+    weights = [PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), FP6)) for _ in range(10)]
     x = torch.randn(2, ic)
     seen: list[tuple[torch.Tensor, bool]] = []
     real = ops.linear

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeGpu
+from helpers.usage import refused_in_one_line
 
-from tersor import hardware, ops
+from tersor import ops
 from tersor.bench import contenders, timing
 from tersor.bench.contenders import Calls
-from tersor.cli import bench as cli
 from tersor.cli.main import run
 from tersor.formats import Activations
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import jit, tune
-from tersor.kernels.tune import choice, table
+from tersor.kernels.tune import table
 from tersor.layouts.packing import target_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "linear_h200.json"
@@ -85,12 +85,7 @@ def test_wrong_usage_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(["bench", "linear", *arguments]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
+    refused_in_one_line(["bench", "linear", *arguments], status, words, monkeypatch, capsys)
 
 
 def test_chips_by_short_names() -> None:
@@ -100,7 +95,7 @@ def test_chips_by_short_names() -> None:
 
 
 @pytest.fixture
-def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU in the place of an H200: the reference multiplies, and a clock on the wall measures."""
 
     def microseconds(calls: Calls, replays: int = 9) -> float:
@@ -109,23 +104,17 @@ def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
             call()
         return (time.perf_counter() - start) / len(calls) * 1e6
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(cli, "need_gpu", lambda instead: None)
+    FakeGpu("NVIDIA H200").install(monkeypatch)
     monkeypatch.setattr(contenders, "random", lambda rows, columns, dtype: torch.randn(rows, columns, dtype=dtype))
     monkeypatch.setattr(
         ops,
         "preferred_layout",
         lambda scheme, dtype, device, activations: f"tiles_{target_of(Activations.NATIVE, dtype)}",
     )
-    monkeypatch.setattr(hardware, "of_device", lambda index: CHIPS["NVIDIA H200"])
     monkeypatch.setattr(jit, "compile_many", lambda sources, arch: [])
     monkeypatch.setattr(timing, "copies", lambda nbytes: 3)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "graph_microseconds", microseconds)
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    choice.forget()
-    yield
-    choice.forget()
 
 
 def test_linear_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

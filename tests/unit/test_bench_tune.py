@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers.usage import refused_in_one_line
 
 from tersor.bench import tune as measuring
 from tersor.bench.shapes import Shape
-from tersor.cli.main import run
 from tersor.errors import InputError
 from tersor.formats import Scheme, get_scheme
 from tersor.hardware import CHIPS
@@ -25,15 +24,6 @@ H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
 PROBLEM = LinearProblem(oc=2048, ic=8192, n=16, bits=6)
 FP6 = get_scheme("fp6_e3m2")
-
-
-@pytest.fixture(autouse=True)
-def empty_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache directory without tables."""
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    choice.forget()
-    yield
-    choice.forget()
 
 
 def config(problem: LinearProblem, splits: int, schedule: str = "sm90", tile: int | None = None) -> LinearConfig:
@@ -94,10 +84,10 @@ def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [json.loads(line.strip(" ,"))["problem"]["n"] for line in lines] == [8, 16, 64]
 
 
-def test_the_file_is_named_for_chip_and_kernels(tmp_path: Path) -> None:
+def test_the_file_is_named_for_chip_and_kernels(cache_dir: Path) -> None:
     assert table.slug(H200) == "nvidia_h200_sm90"
     assert table.slug(replace(H200, name="NVIDIA H100 80GB HBM3")) == "nvidia_h100_80gb_hbm3_sm90"
-    assert table.user_path(H200) == tmp_path / "cache" / "tune" / f"nvidia_h200_sm90-{table.kernels_hash()}.json"
+    assert table.user_path(H200) == cache_dir / "tune" / f"nvidia_h200_sm90-{table.kernels_hash()}.json"
     assert len(table.kernels_hash()) == 12
 
 
@@ -289,9 +279,4 @@ def test_wrong_usage_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(["bench", "tune", *arguments]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert words in captured.err
-    assert captured.err.count("\n") == 1
+    refused_in_one_line(["bench", "tune", *arguments], status, words, monkeypatch, capsys)

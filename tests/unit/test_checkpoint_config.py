@@ -15,7 +15,7 @@ FP6, INT8, MX = get_scheme("fp6_e3m2"), get_scheme("int8", 64), get_scheme("mxfp
 PLAIN = {"quant_method": "tersor", "version": 1, "format": "fp6_e3m2"}
 
 
-def test_the_first_override_decides_and_ignore_wins():
+def test_the_first_override_decides_and_ignore_wins() -> None:
     config = QuantizationConfig(
         FP6, (Override("down_proj", INT8), Override(r"layers\.1\.", MX)), ("lm_head", r"\.0\..*up")
     )
@@ -27,7 +27,7 @@ def test_the_first_override_decides_and_ignore_wins():
 
 
 @pytest.mark.parametrize("patterns", [("a", "b"), ("b", "a"), ("b", "(?i)A", r"c\.d")])
-def test_what_is_written_is_read_even_with_sorted_keys(patterns):
+def test_what_is_written_is_read_even_with_sorted_keys(patterns: tuple[str, ...]) -> None:
     overrides = tuple(Override(pattern, scheme) for pattern, scheme in zip(patterns, (INT8, MX, FP6), strict=False))
     config = QuantizationConfig(FP6, overrides, ("lm_head",), {"tersor": "1"})
     read = QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True)))
@@ -36,7 +36,7 @@ def test_what_is_written_is_read_even_with_sorted_keys(patterns):
         assert read.resolve(name) == config.resolve(name)
 
 
-def test_defaults():
+def test_defaults() -> None:
     config = QuantizationConfig.from_dict(PLAIN)
     assert config == QuantizationConfig(FP6)
     assert config.to_dict()["group_size"] is None and config.to_dict()["scale_dtype"] == "float16"
@@ -61,7 +61,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_malformed_configs_are_one_line(case):
+def test_malformed_configs_are_one_line(case: str) -> None:
     raw, message = BROKEN[case]
     with pytest.raises((CheckpointError, FormatError, InputError), match=message) as caught:
         QuantizationConfig.from_dict(raw)
@@ -80,7 +80,7 @@ def test_malformed_configs_are_one_line(case):
         ("(?=a)b=fp6", ("(?=a)b", "fp6_e3m2:g128:bfloat16")),
     ],
 )
-def test_overrides_take_what_they_do_not_name_from_the_rest(text, expected):
+def test_overrides_take_what_they_do_not_name_from_the_rest(text: str, expected: tuple[str, str]) -> None:
     override = parse_override(text, 128, "bfloat16")
     assert (override.pattern, override.scheme.key()) == expected
 
@@ -96,6 +96,6 @@ def test_overrides_take_what_they_do_not_name_from_the_rest(text, expected):
         ("down=int8:x64", "unknown scale dtype 'x64'"),
     ],
 )
-def test_malformed_overrides(text, message):
+def test_malformed_overrides(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_override(text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +17,18 @@ from tersor.formats import Scheme
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("llama", tmp_path_factory.mktemp("llama") / "model", intermediate_size=160)
 
 
 @pytest.fixture(scope="module")
-def moe(tmp_path_factory):
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("mixtral", tmp_path_factory.mktemp("moe") / "model")
 
 
-def both(source, tmp_path, export, **options):
+def both(
+    source: Path, tmp_path: Path, export: str, **options: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, tuple[Scheme, torch.Tensor]]]:
     """Return the export's tensors and config, and module -> (scheme, float32 weight) of Tersor's own checkpoint."""
     quantize(source, tmp_path / "export", export=export, **options)
     report = quantize(source, tmp_path / "own", **{"scale_dtype": "bfloat16", **options})
@@ -51,7 +55,7 @@ CT_OPTIONS = {
 
 
 @pytest.mark.parametrize("case", CT_OPTIONS)
-def test_compressed_tensors_reads_the_same_values(llama, tmp_path, case):
+def test_compressed_tensors_reads_the_same_values(llama: Path, tmp_path: Path, case: str) -> None:
     """The library's own decompression of every layer, with the scheme it parses from config.json."""
     pytest.importorskip("compressed_tensors", minversion="0.20")
     from compressed_tensors.compressors.base import BaseCompressor
@@ -76,7 +80,7 @@ def test_compressed_tensors_reads_the_same_values(llama, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["int5 in float32 groups", "mxfp6", "mixed"])
-def test_transformers_loads_the_compressed_tensors_export(llama, tmp_path, case):
+def test_transformers_loads_the_compressed_tensors_export(llama: Path, tmp_path: Path, case: str) -> None:
     pytest.importorskip("compressed_tensors", minversion="0.20")
     pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM
@@ -90,7 +94,7 @@ def test_transformers_loads_the_compressed_tensors_export(llama, tmp_path, case)
         assert torch.equal(model.get_submodule(stem).weight.float(), wanted.bfloat16().float()), stem
 
 
-def test_compressed_tensors_rows_end_with_the_last_word(tmp_path):
+def test_compressed_tensors_rows_end_with_the_last_word(tmp_path: Path) -> None:
     source = checkpoints.save("llama", tmp_path / "model", hidden_size=72, num_attention_heads=2, intermediate_size=100)
     tensors, _, expected = both(source, tmp_path, "compressed-tensors", format="int3")
     stem = "model.layers.0.mlp.down_proj"
@@ -108,7 +112,7 @@ def test_compressed_tensors_rows_end_with_the_last_word(tmp_path):
 # humming
 
 
-def humming_scheme(config, prefix):
+def humming_scheme(config: dict[str, Any], prefix: str) -> dict[str, Any] | None:
     """The layer's configuration as vLLM's reader finds it, `None` where the layer is left alone."""
     if any(name in prefix for name in config["ignore"]) or "lm_head" in prefix:
         return None
@@ -127,7 +131,9 @@ def humming_scheme(config, prefix):
         ({"format": "mxfp4_e2m1", "scale_dtype": None}, "float4e2m1", torch.float8_e8m0fnu),
     ],
 )
-def test_humming_names_shapes_and_values(llama, tmp_path, options, dtype, scale):
+def test_humming_names_shapes_and_values(
+    llama: Path, tmp_path: Path, options: dict[str, Any], dtype: str, scale: torch.dtype
+) -> None:
     tensors, config, expected = both(llama, tmp_path, "humming", **options)
     assert config["quant_method"] == "humming" and config["b_dtype"] == dtype
     assert config["weight_scale_group_size"] == (options.get("group_size") or (32 if dtype == "float4e2m1" else 0))
@@ -144,7 +150,7 @@ def test_humming_names_shapes_and_values(llama, tmp_path, options, dtype, scale)
         assert torch.equal(values, wanted)
 
 
-def test_humming_finds_layers_by_the_names_servers_give(moe, tmp_path):
+def test_humming_finds_layers_by_the_names_servers_give(moe: Path, tmp_path: Path) -> None:
     _, config, _ = both(
         moe,
         tmp_path,
@@ -175,7 +181,7 @@ def test_humming_finds_layers_by_the_names_servers_give(moe, tmp_path):
 @pytest.mark.parametrize(
     ("format", "dtype"), [("mxfp6_e3m2", "fp6_e3m2"), ("mxfp6_e2m3", "fp6_e2m3"), ("mxfp4_e2m1", "fp4")]
 )
-def test_quark_names_shapes_and_values(llama, tmp_path, format, dtype):
+def test_quark_names_shapes_and_values(llama: Path, tmp_path: Path, format: str, dtype: str) -> None:
     tensors, config, expected = both(llama, tmp_path, "quark", format=format, ignore=["o_proj"], scale_dtype=None)
     weight = config["global_quant_config"]["weight"]
     assert (weight["dtype"], weight["qscheme"], weight["group_size"], weight["scale_format"]) == (
@@ -197,7 +203,7 @@ def test_quark_names_shapes_and_values(llama, tmp_path, format, dtype):
         assert torch.equal(scheme.format.values()[codes] * scale, wanted)
 
 
-def test_quark_layers_of_another_format(llama, tmp_path):
+def test_quark_layers_of_another_format(llama: Path, tmp_path: Path) -> None:
     _, config, _ = both(
         llama, tmp_path, "quark", format="mxfp6_e3m2", overrides=["down_proj=mxfp4_e2m1"], scale_dtype=None
     )
@@ -243,13 +249,15 @@ def test_quark_layers_of_another_format(llama, tmp_path):
         ("quark", {"format": "mxfp6_e3m2", "ignore": ["k_proj"]}, "as one layer, so they need one scheme"),
     ],
 )
-def test_what_an_export_cannot_say_is_refused(llama, tmp_path, export, options, message):
+def test_what_an_export_cannot_say_is_refused(
+    llama: Path, tmp_path: Path, export: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(FormatError, match=message) as caught:
         quantize(llama, tmp_path / "out", export=export, **options)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-def test_transposed_layers_are_not_exported(tmp_path):
+def test_transposed_layers_are_not_exported(tmp_path: Path) -> None:
     source = checkpoints.save("gpt2", tmp_path / "model")
     with pytest.raises(FormatError, match="transposed layers of GPT2LMHeadModel"):
         quantize(source, tmp_path / "out", format="int4", export="compressed-tensors")

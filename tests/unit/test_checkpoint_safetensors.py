@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tersor.checkpoint.header import TensorSpec, lay_out
-from tersor.checkpoint.reader import DTYPE_NAMES, SafetensorsFile
+from tersor.checkpoint.names import TORCH_DTYPES
+from tersor.checkpoint.reader import SafetensorsFile
 from tersor.checkpoint.writer import ShardWriter, shard_names, split_into_shards
 from tersor.errors import CheckpointError, OutputError
 
 
-def write_raw(path, header, data=b"", length=None):
+def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+def entry(dtype: str = "F32", shape: Sequence[float] = (2,), offsets: Sequence[int] = (0, 8)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
@@ -48,7 +52,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_headers_are_one_line(tmp_path, case):
+def test_broken_headers_are_one_line(tmp_path: Path, case: str) -> None:
     header, data, message = BROKEN[case]
     path = write_raw(tmp_path / "model.safetensors", header, data)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -68,21 +72,22 @@ def test_broken_headers_are_one_line(tmp_path, case):
         (struct.pack("<Q", 100) + b"{}", "truncated inside its header"),
     ],
 )
-def test_files_that_are_not_safetensors(tmp_path, content, message):
+def test_files_that_are_not_safetensors(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         SafetensorsFile(path)
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot open .*No such file"):
         SafetensorsFile(tmp_path / "absent")
 
 
-def test_reads_what_the_library_wrote(tmp_path):
+def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    tensors = {str(dtype): torch.randint(0, 2, (5, 3)).to(dtype) for dtype in DTYPE_NAMES if dtype != torch.complex64}
+    dtypes = [dtype for dtype in TORCH_DTYPES.values() if dtype != torch.complex64]
+    tensors = {str(dtype): torch.randint(0, 2, (5, 3)).to(dtype) for dtype in dtypes}
     tensors["scalar"] = torch.tensor(2.5)
     tensors["empty"] = torch.empty(0, 4)
     save_file(tensors, tmp_path / "a.safetensors", {"who": "me"})
@@ -100,7 +105,7 @@ def test_reads_what_the_library_wrote(tmp_path):
             file.read("absent")
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(64)}, path)
     with SafetensorsFile(path) as file:
@@ -112,7 +117,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 SPECS = [TensorSpec("b", "U8", (3,)), TensorSpec("a", "I32", (2, 2)), TensorSpec("c", "BF16", (5,))]
 
 
-def fill(writer, order):
+def fill(writer: ShardWriter, order: str) -> None:
     contents = {"a": bytes(range(16)), "b": b"xyz", "c": bytes(range(10))}
     for name in order:
         half = len(contents[name]) // 2
@@ -120,7 +125,7 @@ def fill(writer, order):
         writer.write(name, 0, memoryview(contents[name])[:half])
 
 
-def test_writes_what_the_library_reads_whatever_the_order(tmp_path):
+def test_writes_what_the_library_reads_whatever_the_order(tmp_path: Path) -> None:
     for number, order in enumerate(("abc", "cba")):
         writer = ShardWriter(tmp_path / f"{number}.safetensors", SPECS)
         fill(writer, order)
@@ -136,24 +141,24 @@ def test_writes_what_the_library_reads_whatever_the_order(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_every_tensor_is_aligned_to_its_element(tmp_path):
+def test_every_tensor_is_aligned_to_its_element(tmp_path: Path) -> None:
     places = {spec.name: spec.offset for spec in lay_out(SPECS)}
     assert places == {"a": 0, "c": 16, "b": 26}
 
 
-def test_an_aborted_file_leaves_nothing(tmp_path):
+def test_an_aborted_file_leaves_nothing(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a.safetensors", SPECS)
     fill(writer, "ab")
     writer.abort()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*No such file"):
         ShardWriter(tmp_path / "absent" / "a.safetensors", SPECS)
 
 
-def test_shards_fill_in_order_and_groups_stay_together():
+def test_shards_fill_in_order_and_groups_stay_together() -> None:
     groups = [
         [TensorSpec(f"{index}.{part}", "U8", (size,)) for part in "ab"] for index, size in enumerate((4, 4, 9, 1))
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeGpu
 from helpers.jit_kernels import axpy
 from safetensors.torch import save_file
 
@@ -16,7 +17,7 @@ from tersor.cli.main import run
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations
 from tersor.hardware import CHIPS
-from tersor.kernels.jit import KernelSource, build
+from tersor.kernels.jit import KernelSource
 from tersor.ops import warm
 
 QUANTIZATION = {
@@ -29,11 +30,9 @@ CACHED = ("--chip", "NVIDIA H100", "--json")
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, and an empty kernel cache."""
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(build, "_memory", {})
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, whatever the machine."""
+    FakeGpu().install(monkeypatch)
 
 
 def write_model(folder: Path, **config: Any) -> str:

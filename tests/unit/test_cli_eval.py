@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from helpers import tiny_lm
@@ -14,14 +15,14 @@ SHORT = ["--window", "64", "--max-tokens", "256", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("def square(x):\n    return x * x\n\n" * 60, encoding="utf-8")
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
+def packed(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tersor.convert import quantize
 
     output = tmp_path_factory.mktemp("packed") / "int4"
@@ -29,7 +30,7 @@ def packed(tmp_path_factory):
     return str(output)
 
 
-def refused(arguments, capsys) -> str:
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command line that must fail with status 2 and one line, and return the line."""
     assert run(arguments) == 2
     captured = capsys.readouterr()
@@ -37,7 +38,7 @@ def refused(arguments, capsys) -> str:
     return captured.err
 
 
-def test_json_of_two_models_against_a_reference(text, packed, capsys):
+def test_json_of_two_models_against_a_reference(text: str, packed: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["eval", str(tiny_lm.TINY), packed, "--text", text, "--reference", str(tiny_lm.TINY), *SHORT]
     assert run([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -50,7 +51,7 @@ def test_json_of_two_models_against_a_reference(text, packed, capsys):
     assert compressed["weight_bytes"] < original["weight_bytes"]
 
 
-def test_a_table_and_a_picture(text, packed, tmp_path, capsys):
+def test_a_table_and_a_picture(text: str, packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "out.png"
     arguments = ["eval", packed, "--text", text, "--reference", str(tiny_lm.TINY), *SHORT]
     pytest.importorskip("matplotlib")
@@ -61,7 +62,7 @@ def test_a_table_and_a_picture(text, packed, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_reference_there_is_no_comparison(text, capsys):
+def test_without_a_reference_there_is_no_comparison(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", str(tiny_lm.TINY), "--text", text, *SHORT]) == 0
     out = capsys.readouterr().out
     assert "perplexity" in out and "KL" not in out
@@ -69,8 +70,10 @@ def test_without_a_reference_there_is_no_comparison(text, capsys):
     assert "kl" not in json.loads(capsys.readouterr().out)["models"][0]
 
 
-def test_bad_input_is_one_line(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+def test_bad_input_is_one_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     model = str(tiny_lm.TINY)
@@ -89,7 +92,7 @@ def test_bad_input_is_one_line(text, tmp_path, monkeypatch, capsys):
     assert "--window" in refused(["eval", model, "--text", text, "--window", "x"], capsys)
 
 
-def test_a_reference_with_another_tokenizer(text, tmp_path, capsys):
+def test_a_reference_with_another_tokenizer(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny_lm.copy(tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:500]

@@ -6,7 +6,10 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 from helpers import tiny_lm
 
 from tersor.cli.main import run
@@ -16,11 +19,11 @@ MODEL = str(tiny_lm.TINY)
 PROMPT = "def read_file(path):\n"
 
 
-def expected(**options) -> str:
+def expected(**options: Any) -> str:
     return "".join(stream(tiny_lm.model(), tiny_lm.tokenizer(), PROMPT, **options))
 
 
-def refused(arguments, capsys) -> str:
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command line that must fail with status 2 and one line, and return the line."""
     assert run(["generate", *arguments]) == 2
     captured = capsys.readouterr()
@@ -28,7 +31,7 @@ def refused(arguments, capsys) -> str:
     return captured.err
 
 
-def test_text_to_stdout_and_statistics_to_stderr(capsys):
+def test_text_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", MODEL, "--prompt", PROMPT, "-n", "8", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     assert captured.out == expected(max_new_tokens=8) + "\n"
@@ -36,13 +39,13 @@ def test_text_to_stdout_and_statistics_to_stderr(capsys):
     assert "8 prompt tokens in" in captured.err and "8 new tokens at" in captured.err
 
 
-def test_the_prompt_from_standard_input(monkeypatch, capsys):
+def test_the_prompt_from_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode()), encoding="ascii"))
     assert run(["generate", MODEL, "--prompt", "-", "-n", "8", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == expected(max_new_tokens=8) + "\n"
 
 
-def test_json_and_sampling_options(capsys):
+def test_json_and_sampling_options(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--seed", "3"]
     words += ["--repetition-penalty", "1.1", "--stop", "zzzz", "--stop", "yyyy", "--ignore-eos", "--json"]
     assert run(["generate", MODEL, "--prompt", PROMPT, "-n", "8", "--device", "cpu", *words]) == 0
@@ -53,7 +56,7 @@ def test_json_and_sampling_options(capsys):
     assert result["finish_reason"] == "length" and result["cuda_graph"] is False
 
 
-def test_joined_layers_give_the_same_text(tmp_path, capsys):
+def test_joined_layers_give_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = str(tmp_path / "packed")
     assert run(["quantize", MODEL, "-o", packed, "--format", "fp6_e3m2"]) == 0
     texts = []
@@ -67,8 +70,10 @@ def test_joined_layers_give_the_same_text(tmp_path, capsys):
     )
 
 
-def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+def test_bad_input_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     assert "Missing option '--prompt'" in refused([MODEL], capsys)
     assert "unexpected extra argument" in refused([MODEL, "a", "--prompt", "b"], capsys)
     assert "no chat template" in refused([MODEL, "--prompt", "a", "--chat"], capsys)
@@ -82,24 +87,26 @@ def test_bad_input_is_one_line(monkeypatch, tmp_path, capsys):
     assert "'model'" in refused([], capsys)
 
 
-def test_a_prompt_that_is_not_utf_8(monkeypatch, capsys):
+def test_a_prompt_that_is_not_utf_8(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     assert "not UTF-8 text: byte 0xe9 at 3" in refused([MODEL, "--prompt", "-"], capsys)
 
 
-def test_a_cuda_graph_asked_for_on_a_cpu_is_a_failure(capsys):
+def test_a_cuda_graph_asked_for_on_a_cpu_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", MODEL, "--prompt", "a", "--device", "cpu", "--cuda-graph", "on"]) == 1
     assert "no CUDA graph for this model: the model is on cpu" in capsys.readouterr().err
 
 
-def test_a_reader_that_goes_away_is_no_error(monkeypatch, capsys):
+def test_a_reader_that_goes_away_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The end of a pipe is closed after the first piece; what Python does at exit is in test_cli_main.py."""
     read, write = os.pipe()
 
     class Output(io.TextIOWrapper):
         pieces = 0
 
-        def write(self, text):
+        def write(self, text: str) -> int:
             self.pieces += 1
             if self.pieces == 2:
                 os.close(read)

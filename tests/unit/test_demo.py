@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import tiny_lm
@@ -13,11 +14,11 @@ from tersor.cli.main import run
 SMALL = ["--window", "64", "--max-tokens", "128", "-n", "3", "--device", "cpu"]
 
 
-def test_the_bundled_model_is_found_in_a_checkout():
+def test_the_bundled_model_is_found_in_a_checkout() -> None:
     assert demo.MODEL == tiny_lm.TINY and demo.MODEL.is_dir()
 
 
-def test_every_format_has_a_row_and_a_text(tmp_path, capsys):
+def test_every_format_has_a_row_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "kept"
     output.mkdir()
     formats = ["--format", "fp6_e3m2", "--format", "int4"]
@@ -33,7 +34,7 @@ def test_every_format_has_a_row_and_a_text(tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["fp6_e3m2", "int4"]
 
 
-def test_the_table_fits_a_terminal(capsys):
+def test_the_table_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", *SMALL, "--format", "fp6_e2m3"]) == 0
     out = capsys.readouterr().out
     table = out[: out.index("---")]
@@ -43,7 +44,7 @@ def test_the_table_fits_a_terminal(capsys):
     assert "--- fp6_e2m3 continues" in out
 
 
-def test_own_text_is_the_documentation_and_then_the_sources():
+def test_own_text_is_the_documentation_and_then_the_sources() -> None:
     text = demo.own_text()
     assert text == demo.own_text()
     readme = (demo.CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -61,14 +62,18 @@ def test_own_text_is_the_documentation_and_then_the_sources():
         (["--fast"], "--fast"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     assert run(["demo", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_without_a_checkout_it_asks_for_a_model(monkeypatch, tmp_path, capsys):
+def test_without_a_checkout_it_asks_for_a_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(demo, "MODEL", tmp_path / "no")
     assert run(["demo", "--device", "cpu"]) == 2
     assert "examples/tiny-lm" in capsys.readouterr().err

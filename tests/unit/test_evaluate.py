@@ -6,6 +6,7 @@ import math
 import statistics
 import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ TEXT = "def square(x):\n    return x * x\n\n\nclass Point:\n    def __init__(sel
 class Bigram:
     """A model whose next-token logits are a row of a table."""
 
-    def __init__(self, table, positions=1024):
+    def __init__(self, table: Any, positions: int = 1024) -> None:
         self.table = torch.as_tensor(table, dtype=torch.float32)
         text_config = SimpleNamespace(vocab_size=self.table.shape[1], max_position_embeddings=positions)
         self.config = SimpleNamespace(get_text_config=lambda: text_config)
@@ -28,7 +29,7 @@ class Bigram:
         self.alive = []
         self.most_alive = 0
 
-    def __call__(self, input_ids, use_cache):
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         assert not use_cache
         logits = self.table[input_ids]
         self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(logits)]
@@ -36,12 +37,12 @@ class Bigram:
         return SimpleNamespace(logits=logits)
 
 
-def constant(*probabilities):
+def constant(*probabilities: float) -> Bigram:
     """The same distribution after every token."""
     return Bigram(torch.tensor(probabilities).log().expand(len(probabilities), -1))
 
 
-def test_perplexity_is_that_of_a_plain_computation():
+def test_perplexity_is_that_of_a_plain_computation() -> None:
     windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=64, max_tokens=300)
     assert windows.shape == (4, 64)
     quality = evaluate(tiny_lm.model(), windows)
@@ -58,7 +59,7 @@ def test_perplexity_is_that_of_a_plain_computation():
     assert quality.perplexity_error == pytest.approx(error, rel=1e-4)
 
 
-def test_a_model_does_not_diverge_from_itself():
+def test_a_model_does_not_diverge_from_itself() -> None:
     windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=32, max_tokens=96)
     quality = evaluate(tiny_lm.model(), windows, reference=tiny_lm.model())
     assert (quality.kl, quality.kl_reverse, quality.top1_agreement) == (0.0, 0.0, 1.0)
@@ -67,7 +68,7 @@ def test_a_model_does_not_diverge_from_itself():
     assert evaluate(tiny_lm.model(), windows).perplexity == quality.perplexity
 
 
-def test_divergence_of_two_known_distributions():
+def test_divergence_of_two_known_distributions() -> None:
     model, reference = constant(0.5, 0.25, 0.25), constant(0.25, 0.25, 0.5)
     windows = torch.tensor([[0, 0, 2], [1, 2, 2]])
     quality = evaluate(model, windows, reference=reference)
@@ -89,7 +90,7 @@ def test_divergence_of_two_known_distributions():
     assert quality.kl_error == pytest.approx(0.0, abs=1e-9)
 
 
-def test_divergence_is_not_symmetric_and_counts_every_row():
+def test_divergence_is_not_symmetric_and_counts_every_row() -> None:
     model, reference = constant(0.7, 0.2, 0.1), constant(0.1, 0.8, 0.1)
     quality = evaluate(model, torch.zeros(2, 300, dtype=torch.int64), reference=reference)
     forward = sum(q * math.log(q / p) for p, q in ((0.7, 0.1), (0.2, 0.8), (0.1, 0.1)))
@@ -99,7 +100,7 @@ def test_divergence_is_not_symmetric_and_counts_every_row():
     assert quality.tokens == 598
 
 
-def test_agreement_and_its_error():
+def test_agreement_and_its_error() -> None:
     table = torch.zeros(2, 2)
     table[0, 0] = table[1, 1] = 1.0
     other = torch.zeros(2, 2)
@@ -111,14 +112,14 @@ def test_agreement_and_its_error():
     assert quality.top1_agreement_error == pytest.approx(statistics.stdev(fractions) / math.sqrt(3))
 
 
-def test_one_window_has_no_standard_error():
+def test_one_window_has_no_standard_error() -> None:
     quality = evaluate(constant(0.5, 0.5), torch.tensor([[0, 1, 1]]), reference=constant(0.5, 0.5))
     assert quality.perplexity == pytest.approx(2.0)
     assert quality.perplexity_error is None and quality.kl_error is None
     assert "perplexity_error" not in quality.to_dict() and quality.to_dict()["kl"] == 0.0
 
 
-def test_to_dict_leaves_out_what_was_not_measured():
+def test_to_dict_leaves_out_what_was_not_measured() -> None:
     quality = Quality(windows=2, window=3, tokens=4, perplexity=1.5, perplexity_error=0.25)
     assert quality.to_dict() == {
         "windows": 2,
@@ -129,19 +130,19 @@ def test_to_dict_leaves_out_what_was_not_measured():
     }
 
 
-def test_at_most_one_window_of_logits_is_alive():
+def test_at_most_one_window_of_logits_is_alive() -> None:
     model = constant(0.5, 0.5)
     evaluate(model, torch.zeros(6, 8, dtype=torch.int64))
     assert model.most_alive == 1
 
 
-def test_progress_counts_windows():
+def test_progress_counts_windows() -> None:
     seen = []
     evaluate(constant(0.5, 0.5), torch.zeros(3, 4, dtype=torch.int64), progress=lambda *done: seen.append(done))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_windows_do_not_overlap_and_the_last_part_is_dropped():
+def test_windows_do_not_overlap_and_the_last_part_is_dropped() -> None:
     ids = tiny_lm.tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
     windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=100)
     assert windows.dtype == torch.int64
@@ -157,7 +158,7 @@ def test_windows_do_not_overlap_and_the_last_part_is_dropped():
         (TEXT, {"window": 64, "max_tokens": 63}, "max_tokens is 63, less than one window of 64"),
     ],
 )
-def test_text_and_window_that_do_not_fit(text, options, message):
+def test_text_and_window_that_do_not_fit(text: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         cut_windows(text, tiny_lm.tokenizer(), **options)
 
@@ -170,12 +171,14 @@ def test_text_and_window_that_do_not_fit(text, options, message):
         (Bigram(torch.zeros(2, 2), positions=3), None, [[0, 1, 0, 1]], "4 tokens exceeds the model's 3 positions"),
     ],
 )
-def test_models_that_do_not_fit_the_text(model, reference, windows, message):
+def test_models_that_do_not_fit_the_text(
+    model: Any, reference: Bigram | None, windows: list[list[int]], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         evaluate(model, torch.tensor(windows), reference=reference)
 
 
-def test_logits_that_are_not_finite_are_not_averaged():
+def test_logits_that_are_not_finite_are_not_averaged() -> None:
     with pytest.raises(TersorError, match="window 1 gives logits that are not finite") as caught:
         table = torch.zeros(3, 3)
         table[2] = math.nan
@@ -186,10 +189,10 @@ def test_logits_that_are_not_finite_are_not_averaged():
 class Starving(Bigram):
     """A model for which there is too little GPU memory."""
 
-    def __call__(self, input_ids, use_cache):
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
 
-def test_too_little_gpu_memory_is_one_line():
+def test_too_little_gpu_memory_is_one_line() -> None:
     with pytest.raises(TersorError, match="GPU memory ran out in a window of 4 tokens: use a smaller one"):
         evaluate(Starving(torch.zeros(2, 2)), torch.zeros(1, 4, dtype=torch.int64))

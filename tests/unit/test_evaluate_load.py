@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_lm
 from safetensors.torch import load_file, save_file
 
-from tersor import evaluate, nn, plots
+from tersor import evaluate, hardware, nn, plots
 from tersor.cli import console
-from tersor.errors import CheckpointError, InputError, UnsupportedError
+from tersor.errors import CheckpointError, InputError, TersorError, UnsupportedError
 from tersor.evaluate import plot
 from tersor.integrations.transformers import load
 
 
-def one_line(caught) -> str:
+def one_line(caught: pytest.ExceptionInfo[TersorError]) -> str:
     message = str(caught.value)
     assert "\n" not in message and caught.value.exit_status == 2
     return message
 
 
-def test_a_model_on_a_cpu_is_float32_unless_asked():
+def test_a_model_on_a_cpu_is_float32_unless_asked() -> None:
     assert tiny_lm.model().dtype == torch.float32 and not tiny_lm.model().training
     assert load.load_model(tiny_lm.TINY, "cpu", "bfloat16").dtype == torch.bfloat16
 
 
-def test_size_and_bits_of_the_checkpoint():
+def test_size_and_bits_of_the_checkpoint() -> None:
     place = load.locate(tiny_lm.TINY)
     assert place.weight_bytes == (tiny_lm.TINY / "model.safetensors").stat().st_size
     assert place.plain_bits == 16.0
     assert nn.bits_per_weight(tiny_lm.model()) is None
 
 
-def test_bits_of_a_compressed_model_count_its_scales():
+def test_bits_of_a_compressed_model_count_its_scales() -> None:
     from tersor.formats import get_scheme
     from tersor.nn import PackedLinear
 
@@ -45,7 +48,7 @@ def test_bits_of_a_compressed_model_count_its_scales():
 
 
 @pytest.mark.parametrize("load", [load.load_model, load.load_tokenizer])
-def test_directories_that_are_no_model(load, tmp_path):
+def test_directories_that_are_no_model(load: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     for path, words in (
@@ -58,13 +61,13 @@ def test_directories_that_are_no_model(load, tmp_path):
         assert words in one_line(caught) and str(path) in one_line(caught)
 
 
-def test_a_directory_without_weights(tmp_path):
+def test_a_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load.load_model(tiny_lm.copy(tmp_path / "bare", "config.json", "tokenizer.json"), "cpu")
     assert "no weights" in one_line(caught)
 
 
-def test_truncated_weights(tmp_path):
+def test_truncated_weights(tmp_path: Path) -> None:
     broken = tiny_lm.copy(tmp_path / "broken")
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[:-1000])
@@ -73,7 +76,7 @@ def test_truncated_weights(tmp_path):
     assert "model.safetensors" in one_line(caught)
 
 
-def test_a_tensor_that_is_not_there_is_not_made_up(tmp_path):
+def test_a_tensor_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
     short = tiny_lm.copy(tmp_path / "short")
     tensors = load_file(short / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -83,7 +86,7 @@ def test_a_tensor_that_is_not_there_is_not_made_up(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight" in one_line(caught)
 
 
-def test_an_architecture_that_does_not_exist(tmp_path):
+def test_an_architecture_that_does_not_exist(tmp_path: Path) -> None:
     strange = tiny_lm.copy(tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps({**config, "model_type": "no-such-thing"}))
@@ -92,14 +95,14 @@ def test_an_architecture_that_does_not_exist(tmp_path):
     assert "cannot be loaded as a language model" in one_line(caught)
 
 
-def test_a_checkpoint_without_a_tokenizer(tmp_path):
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
     bare = tiny_lm.copy(tmp_path / "bare", "config.json", "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         load.load_tokenizer(bare)
     assert "no tokenizer" in one_line(caught)
 
 
-def test_a_tokenizer_that_is_not_json(tmp_path):
+def test_a_tokenizer_that_is_not_json(tmp_path: Path) -> None:
     broken = tiny_lm.copy(tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError) as caught:
@@ -111,20 +114,20 @@ def test_a_tokenizer_that_is_not_json(tmp_path):
     ("device", "message"),
     [("gpu", "unknown device 'gpu'"), ("meta", "unknown device"), ("cuda", "sees no CUDA GPU"), ("cuda:1", "CUDA")],
 )
-def test_devices_that_are_not_there(device, message, monkeypatch):
-    monkeypatch.setattr("tersor.integrations.transformers.load.cuda_available", lambda: False)
+def test_devices_that_are_not_there(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tersor.hardware.cuda_available", lambda: False)
     with pytest.raises(InputError) as caught:
         load.load_model(tiny_lm.TINY, device)
     assert message in one_line(caught)
-    assert load.resolve_device() == torch.device("cpu")
+    assert hardware.resolve_device() == torch.device("cpu")
 
 
-def test_an_unknown_dtype_names_the_nearest():
+def test_an_unknown_dtype_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'bfloat16'"):
         load.load_model(tiny_lm.TINY, "cpu", "bfloat")
 
 
-def test_texts_that_cannot_be_measured_on(tmp_path):
+def test_texts_that_cannot_be_measured_on(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
@@ -146,7 +149,7 @@ def quality(perplexity: float, kl: float | None) -> evaluate.Quality:
 
 
 @pytest.mark.parametrize("compared", [False, True])
-def test_the_picture_is_written(compared, tmp_path):
+def test_the_picture_is_written(compared: bool, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     points = [
         plot.Point(label=name, size=size, quality=quality(perplexity, kl if compared else None))
@@ -159,7 +162,7 @@ def test_the_picture_is_written(compared, tmp_path):
     assert "perplexity" in (tmp_path / "out.svg").read_text() or "<svg" in (tmp_path / "out.svg").read_text()
 
 
-def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+def test_a_picture_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install tersor\[plot\]"):
         plots.check_plot(tmp_path / "out.png")
@@ -168,12 +171,12 @@ def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "message"), [("out.jpeg", "written as one of .png"), ("no/out.png", "does not exist")]
 )
-def test_pictures_that_cannot_be_written(name, message, tmp_path):
+def test_pictures_that_cannot_be_written(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         plots.check_plot(tmp_path / name)
 
 
-def test_a_small_model_runs_on_one_thread_by_decision_of_a_verb(monkeypatch):
+def test_a_small_model_runs_on_one_thread_by_decision_of_a_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     cpu = torch.device("cpu")
@@ -184,7 +187,7 @@ def test_a_small_model_runs_on_one_thread_by_decision_of_a_verb(monkeypatch):
     assert chosen == [1]
 
 
-def test_a_ready_model_is_joined_and_multiplies_with_what_was_asked_for(tmp_path):
+def test_a_ready_model_is_joined_and_multiplies_with_what_was_asked_for(tmp_path: Path) -> None:
     from tersor.convert import quantize
     from tersor.formats import Activations
 
@@ -196,7 +199,7 @@ def test_a_ready_model_is_joined_and_multiplies_with_what_was_asked_for(tmp_path
     assert not any(type(module).__name__ == "GatedMLP" for module in load.ready_model(tmp_path / "packed").modules())
 
 
-def test_a_model_that_cannot_be_made_ready_says_why():
+def test_a_model_that_cannot_be_made_ready_says_why() -> None:
     with pytest.raises(InputError, match="has no packed layers that can be joined") as caught:
         load.ready_model(tiny_lm.TINY, "cpu", fuse=True)
     assert str(tiny_lm.TINY) in one_line(caught)
@@ -204,7 +207,7 @@ def test_a_model_that_cannot_be_made_ready_says_why():
         load.ready_model("not looked for", "cpu", activations="fp9")
 
 
-def test_library_code_leaves_the_threads_of_the_process_alone(monkeypatch):
+def test_library_code_leaves_the_threads_of_the_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading, evaluating and generating are called from other programs, too."""
     from tersor.integrations.transformers.generate import stream
 

@@ -25,7 +25,7 @@ H200 = CHIPS["NVIDIA H200"]
 
 def packed(name: str, oc: int = 24, ic: int = 96, group_size: int | None = None) -> PackedWeight:
     scheme = get_scheme(name, group_size)
-    return PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme))
 
 
 def test_a_token_is_scaled_to_the_largest_code() -> None:
@@ -102,7 +102,7 @@ def test_joined_layers_quantise_their_activations_as_well() -> None:
         if isinstance(module, torch.nn.Linear):
             encoded = quantize_rtn(module.weight.detach(), scheme)
             model.model.set_submodule(
-                name, nn.PackedLinear.from_packed(PackedWeight.from_encoded(encoded, scheme), dtype=torch.float32)
+                name, nn.PackedLinear.from_packed(PackedWeight.from_encoded(encoded), dtype=torch.float32)
             )
     ids = torch.arange(10)[None]
     with torch.no_grad():

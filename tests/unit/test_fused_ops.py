@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,30 +11,18 @@ from tersor.errors import InputError, ShapeError
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import dense as family
 from tersor.kernels import tune
-from tersor.kernels.tune import choice, sm90
+from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, gated
-from tersor.ops import dispatch, mode, prepared, reference
+from tersor.ops import dispatch, mode, reference
 
 SCHEMES = (("fp6_e3m2", None), ("int4", 32), ("uint4", 32), ("mxfp6_e2m3", None))
 TOKENS = (1, 7, 16, 17, 64, 65, 129, 1000, 5000)
 
 
-@pytest.fixture(autouse=True)
-def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No measured choices, and the mode that is set in a test ends with it."""
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("TERSOR_BATCH_INVARIANT", raising=False)
-    choice.forget()
-    prepared.forget()
-    yield
-    choice.forget()
-    prepared.forget()
-
-
 def packed(name: str, oc: int, ic: int, group: int | None = None, seed: int = 0) -> PackedWeight:
     scheme = formats.get_scheme(name, group)
     weight = torch.randn(oc, ic, generator=torch.Generator().manual_seed(seed))
-    return PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(weight, scheme))
 
 
 def same(one: PackedWeight, other: PackedWeight) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tersor.integrations.transformers.generate import Generator, chat_prompt, st
 PROMPT = "def read_file(path):\n"
 
 
-def generator(**config) -> Generator:
+def generator(**config: Any) -> Generator:
     """The tiny model with another generation config; weights are shared."""
     model = copy.copy(tiny_lm.model())
     model.generation_config = copy.deepcopy(model.generation_config)
@@ -25,7 +26,7 @@ def generator(**config) -> Generator:
     return Generator(model, tiny_lm.tokenizer())
 
 
-def reference(prompt: str, **options) -> list[int]:
+def reference(prompt: str, **options: Any) -> list[int]:
     """New tokens by transformers' own generate."""
     inputs = tiny_lm.tokenizer()(prompt, return_tensors="pt")
     output = tiny_lm.model().generate(**inputs, do_sample=False, pad_token_id=0, **options)
@@ -33,7 +34,7 @@ def reference(prompt: str, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "The first step is", "import os\nimport"])
-def test_greedy_is_what_transformers_generates(prompt):
+def test_greedy_is_what_transformers_generates(prompt: str) -> None:
     mine = generator().stream(prompt, Sampling(max_new_tokens=24))
     text = "".join(mine)
     assert mine.tokens == reference(prompt, max_new_tokens=24)
@@ -41,15 +42,15 @@ def test_greedy_is_what_transformers_generates(prompt):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_the_cache_goes_by_the_name_that_the_model_has_for_it(name):
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(name: str) -> None:
     mine, original, given = generator(), tiny_lm.model().forward, set()
     real = "cache" if "cache" in inspect.signature(original).parameters else "past_key_values"
 
-    def with_cache(input_ids, cache=None, **options):
+    def with_cache(input_ids: torch.Tensor, cache: Any = None, **options: Any) -> Any:
         given.add(type(cache).__name__)
         return original(input_ids=input_ids, **{real: cache}, **options)
 
-    def with_past_key_values(input_ids, past_key_values=None, **options):
+    def with_past_key_values(input_ids: torch.Tensor, past_key_values: Any = None, **options: Any) -> Any:
         return with_cache(input_ids, past_key_values, **options)
 
     mine.model.forward = with_cache if name == "cache" else with_past_key_values
@@ -59,7 +60,7 @@ def test_the_cache_goes_by_the_name_that_the_model_has_for_it(name):
     assert given == {"DynamicCache"}
 
 
-def test_repetition_penalty_is_that_of_transformers():
+def test_repetition_penalty_is_that_of_transformers() -> None:
     mine = generator().stream(PROMPT, Sampling(max_new_tokens=24, repetition_penalty=1.3))
     list(mine)
     assert mine.tokens == reference(PROMPT, max_new_tokens=24, repetition_penalty=1.3)
@@ -67,7 +68,7 @@ def test_repetition_penalty_is_that_of_transformers():
 
 
 @pytest.mark.parametrize("penalty", [None, 1.3])
-def test_a_static_cache_gives_the_same_tokens(penalty, monkeypatch):
+def test_a_static_cache_gives_the_same_tokens(penalty: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Sampling(max_new_tokens=24, repetition_penalty=penalty)
     expected = generator().stream(PROMPT, options)
     list(expected)
@@ -81,7 +82,7 @@ def test_a_static_cache_gives_the_same_tokens(penalty, monkeypatch):
     assert static._decoder.length == 128
 
 
-def test_a_sliding_window_in_a_static_cache_is_a_mask(monkeypatch):
+def test_a_sliding_window_in_a_static_cache_is_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -109,7 +110,7 @@ def test_a_sliding_window_in_a_static_cache_is_a_mask(monkeypatch):
     assert len(set(mine.tokens)) > 5
 
 
-def test_a_step_leaves_no_trace_once_its_state_is_put_back(monkeypatch):
+def test_a_step_leaves_no_trace_once_its_state_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a capture relies on: warm-up steps change only the tensors that are restored."""
     monkeypatch.setattr(decode, "_wants_static", lambda device: True)
     options = Sampling(repetition_penalty=1.2, max_new_tokens=4).resolved(tiny_lm.model().generation_config)
@@ -129,12 +130,12 @@ def test_a_step_leaves_no_trace_once_its_state_is_put_back(monkeypatch):
     assert decoder.cache.get_seq_length() == 6 and int(decoder.position) == 7
 
 
-def test_a_cuda_graph_insisted_on_without_a_gpu():
+def test_a_cuda_graph_insisted_on_without_a_gpu() -> None:
     with pytest.raises(UnsupportedError, match="no CUDA graph for this model: the model is on cpu"):
         list(Generator(tiny_lm.model(), tiny_lm.tokenizer(), cuda_graph=True).stream(PROMPT))
 
 
-def test_a_seed_repeats_a_text_and_another_does_not():
+def test_a_seed_repeats_a_text_and_another_does_not() -> None:
     texts = [
         "".join(stream(tiny_lm.model(), tiny_lm.tokenizer(), PROMPT, temperature=1.0, seed=seed, max_new_tokens=16))
         for seed in (7, 7, 8)
@@ -145,13 +146,13 @@ def test_a_seed_repeats_a_text_and_another_does_not():
     assert [("".join(one.stream(PROMPT, options))) for _ in range(2)] == texts[:2]
 
 
-def test_without_a_seed_texts_differ():
+def test_without_a_seed_texts_differ() -> None:
     one = generator()
     options = Sampling(temperature=1.5, max_new_tokens=16)
     assert len({"".join(one.stream(PROMPT, options)) for _ in range(3)}) > 1
 
 
-def test_a_stop_text_ends_the_stream_and_is_not_in_it():
+def test_a_stop_text_ends_the_stream_and_is_not_in_it() -> None:
     whole = "".join(generator().stream(PROMPT, Sampling(max_new_tokens=24)))
     stop = whole[17:23]  # begins and ends inside tokens
     mine = generator().stream(PROMPT, Sampling(max_new_tokens=24, stop=(stop,)))
@@ -160,7 +161,7 @@ def test_a_stop_text_ends_the_stream_and_is_not_in_it():
     assert mine.statistics.finish_reason == "stop" and mine.statistics.new_tokens < 24
 
 
-def test_the_end_of_sequence_token_ends_the_stream_unless_ignored():
+def test_the_end_of_sequence_token_ends_the_stream_unless_ignored() -> None:
     tokens = reference(PROMPT, max_new_tokens=12)
     eos = tokens[5]
     first = tokens.index(eos)
@@ -173,7 +174,7 @@ def test_the_end_of_sequence_token_ends_the_stream_unless_ignored():
     assert ignored.tokens == tokens and ignored.statistics.finish_reason == "length"
 
 
-def test_statistics_add_up():
+def test_statistics_add_up() -> None:
     mine = generator().stream(PROMPT, Sampling(max_new_tokens=5))
     list(mine)
     numbers = mine.statistics
@@ -185,19 +186,19 @@ def test_statistics_add_up():
     assert numbers.to_dict()["finish_reason"] == "length"
 
 
-def test_one_token_has_no_rate():
+def test_one_token_has_no_rate() -> None:
     mine = generator().stream(PROMPT, Sampling(max_new_tokens=1))
     list(mine)
     assert mine.statistics.tokens_per_second is None and mine.statistics.new_tokens == 1
 
 
-def test_text_comes_piece_by_piece():
+def test_text_comes_piece_by_piece() -> None:
     mine = generator().stream(PROMPT, Sampling(max_new_tokens=12))
     next(mine)
     assert len(mine.tokens) < 12
 
 
-def test_the_context_ends_before_the_tokens_asked_for():
+def test_the_context_ends_before_the_tokens_asked_for() -> None:
     mine = generator().stream([5] * 2046, Sampling(max_new_tokens=50, ignore_eos=True))
     list(mine)
     assert len(mine.tokens) == 2 and mine.statistics.finish_reason == "context"
@@ -207,12 +208,12 @@ def test_the_context_ends_before_the_tokens_asked_for():
     ("prompt", "message"),
     [([5] * 2048, "2048 tokens, the model 2048 positions"), ([5, 8192], "token 8192, the model has 8192")],
 )
-def test_prompts_that_do_not_fit(prompt, message):
+def test_prompts_that_do_not_fit(prompt: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         generator().stream(prompt)
 
 
-def test_an_empty_prompt_begins_at_the_beginning():
+def test_an_empty_prompt_begins_at_the_beginning() -> None:
     mine = generator().stream("", Sampling(max_new_tokens=2))
     list(mine)
     assert mine.statistics.prompt_tokens == 1
@@ -222,7 +223,7 @@ def test_an_empty_prompt_begins_at_the_beginning():
         Generator(tiny_lm.model(), nameless).stream("")
 
 
-def test_chat_needs_a_template():
+def test_chat_needs_a_template() -> None:
     with pytest.raises(InputError, match="no chat template"):
         chat_prompt(tiny_lm.tokenizer(), "Hello")
     talking = copy.copy(tiny_lm.tokenizer())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from helpers import tiny_lm
 
@@ -17,7 +19,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_characters_of_several_bytes_are_not_broken(text):
+def test_characters_of_several_bytes_are_not_broken(text: str) -> None:
     ids = tiny_lm.tokenizer()(text)["input_ids"]
     detokenizer = Detokenizer(tiny_lm.tokenizer())
     pieces = [detokenizer.push(token) for token in ids]
@@ -26,7 +28,7 @@ def test_characters_of_several_bytes_are_not_broken(text):
     assert detokenizer.flush() == ""
 
 
-def test_a_character_takes_several_tokens_here():
+def test_a_character_takes_several_tokens_here() -> None:
     ids = tiny_lm.tokenizer()("\U0001f680")["input_ids"]
     assert len(ids) > 1
     detokenizer = Detokenizer(tiny_lm.tokenizer())
@@ -34,7 +36,7 @@ def test_a_character_takes_several_tokens_here():
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_special_tokens_are_not_text():
+def test_special_tokens_are_not_text() -> None:
     detokenizer = Detokenizer(tiny_lm.tokenizer())
     ids = tiny_lm.tokenizer()("one two")["input_ids"]
     assert "".join(detokenizer.push(token) for token in [ids[0], 0, *ids[1:]]) == "one two"
@@ -43,47 +45,47 @@ def test_special_tokens_are_not_text():
 class Words:
     """A tokenizer that writes a space before every word but the first."""
 
-    def decode(self, ids, **options):
+    def decode(self, ids: list[int], **options: Any) -> str:
         return " ".join(("zero", "one", "two")[token] for token in ids)
 
 
-def test_the_first_piece_keeps_the_space_after_the_prompt():
+def test_the_first_piece_keeps_the_space_after_the_prompt() -> None:
     detokenizer = Detokenizer(Words(), [0])
     assert [detokenizer.push(1), detokenizer.push(2)] == [" one", " two"]
     assert Detokenizer(Words()).push(1) == "one"
 
 
-def run(stops, *pieces):
+def run(stops: tuple[str, ...], *pieces: str) -> tuple[list[str], StopFilter]:
     stop_filter = StopFilter(stops)
     shown = [stop_filter.push(piece) for piece in pieces]
     return shown, stop_filter
 
 
-def test_what_may_begin_a_stop_text_is_held_back():
+def test_what_may_begin_a_stop_text_is_held_back() -> None:
     shown, stop_filter = run(("END",), "one E", "N", "T two")
     assert shown == ["one ", "", "ENT two"] and not stop_filter.found
 
 
-def test_a_stop_text_across_pieces():
+def test_a_stop_text_across_pieces() -> None:
     shown, stop_filter = run(("END",), "one E", "N", "D two")
     assert shown == ["one ", "", ""] and stop_filter.found and stop_filter.flush() == ""
 
 
-def test_the_earliest_of_several_stop_texts():
+def test_the_earliest_of_several_stop_texts() -> None:
     shown, stop_filter = run(("two", "one"), "zero one two")
     assert shown == ["zero "] and stop_filter.found
 
 
-def test_held_text_comes_out_at_the_end():
+def test_held_text_comes_out_at_the_end() -> None:
     shown, stop_filter = run(("\n\n",), "a\n")
     assert shown == ["a"] and stop_filter.flush() == "\n"
 
 
-def test_a_stop_text_that_overlaps_itself():
+def test_a_stop_text_that_overlaps_itself() -> None:
     shown, stop_filter = run(("aab",), "a", "a", "a", "b", "c")
     assert "".join(shown) == "a" and stop_filter.found
 
 
-def test_without_stop_texts_everything_passes():
+def test_without_stop_texts_everything_passes() -> None:
     shown, stop_filter = run((), "a", "b")
     assert shown == ["a", "b"] and stop_filter.flush() == ""

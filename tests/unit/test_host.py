@@ -28,7 +28,7 @@ HALF = torch.float16
 def packed(oc: int = 256, ic: int = 1024, layout: str = "tiles_float16") -> PackedWeight:
     scheme = formats.get_scheme("fp6_e3m2")
     values = torch.randn(oc, ic, generator=torch.Generator().manual_seed(oc))
-    return PackedWeight.from_encoded(quantize_rtn(values, scheme), scheme).to_layout(layout)
+    return PackedWeight.from_encoded(quantize_rtn(values, scheme)).to_layout(layout)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import checkpoints
@@ -15,24 +17,24 @@ from tersor.integrations.transformers.architecture import read_architecture
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("llama", tmp_path_factory.mktemp("llama") / "model", hidden_size=72, intermediate_size=100)
 
 
 @pytest.fixture
-def packed(llama, tmp_path):
+def packed(llama: Path, tmp_path: Path) -> Path:
     quantize(llama, tmp_path / "out", overrides=["down_proj=uint4:g20"])
     return tmp_path / "out"
 
 
-def set_quantization(directory, **changes):
+def set_quantization(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"].update(changes)
     path.write_text(json.dumps(config))
 
 
-def test_an_uncompressed_checkpoint(llama):
+def test_an_uncompressed_checkpoint(llama: Path) -> None:
     found = inspect(llama, read_architecture)
     tensors = checkpoints.weights(llama)
     assert (found.model, found.architecture, found.method) == ("model", "LlamaForCausalLM", None)
@@ -43,7 +45,7 @@ def test_an_uncompressed_checkpoint(llama):
     assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
 
 
-def test_a_compressed_checkpoint(llama, packed):
+def test_a_compressed_checkpoint(llama: Path, packed: Path) -> None:
     report = quantize(llama, None, overrides=["down_proj=uint4:g20"], dry_run=True)
     rows = {row.name: row for row in report.rows}
     found = inspect(packed, read_architecture)
@@ -59,7 +61,7 @@ def test_a_compressed_checkpoint(llama, packed):
     assert json.loads(json.dumps(found.to_dict()))["bytes"] == found.nbytes
 
 
-def test_experts_and_transposed_layers(tmp_path):
+def test_experts_and_transposed_layers(tmp_path: Path) -> None:
     for name in ("gpt2", "mixtral"):
         source = checkpoints.save(name, tmp_path / name)
         report = quantize(source, tmp_path / f"{name}-out")
@@ -69,7 +71,7 @@ def test_experts_and_transposed_layers(tmp_path):
             assert found[row.name].shape == shape and found[row.name].nbytes == row.bytes_after
 
 
-def test_another_method_is_shown_as_it_is(packed):
+def test_another_method_is_shown_as_it_is(packed: Path) -> None:
     set_quantization(packed, quant_method="awq")
     found = inspect(packed, read_architecture)
     assert found.method == "awq"
@@ -86,13 +88,13 @@ def test_another_method_is_shown_as_it_is(packed):
         ({"overrides": {}}, "has dtype I32 and shape"),
     ],
 )
-def test_configs_that_contradict_the_tensors(packed, changes, message):
+def test_configs_that_contradict_the_tensors(packed: Path, changes: dict[str, Any], message: str) -> None:
     set_quantization(packed, **changes)
     with pytest.raises(InputError, match=message):
         inspect(packed, read_architecture)
 
 
-def test_a_scale_that_is_missing(packed):
+def test_a_scale_that_is_missing(packed: Path) -> None:
     tensors = checkpoints.weights(packed)
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})

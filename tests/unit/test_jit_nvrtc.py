@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_the_installed_compiler_knows_the_architectures_of_the_project() -> None
 
 
 @pytest.fixture
-def forgotten() -> None:
+def forgotten() -> Iterator[None]:
     """Make NVRTC be looked for again, before and after the test."""
     nvrtc._bindings.cache_clear()
     nvrtc.version.cache_clear()

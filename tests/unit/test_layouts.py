@@ -147,7 +147,7 @@ def test_zero_points_change_layout_and_back(name: str, group: int | None) -> Non
     scheme = formats.get_scheme(name, group, "bfloat16")
     weight = torch.randn(37, 3 * (group or 100), generator=torch.Generator().manual_seed(2))
     weight += torch.linspace(-2, 2, 37)[:, None]
-    packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme))
     assert packed.zero_point is not None
     assert len(packed.zero_point.unique()) > 1
     for target in decode_groups.PAIR_TARGETS:
@@ -210,7 +210,7 @@ def test_where_scales_and_zero_points_lie() -> None:
 def test_packed_weight_changes_layout_and_back(group: int | None, scale_dtype: str) -> None:
     scheme = formats.get_scheme("fp6_e3m2", group, scale_dtype)
     weight = torch.randn(37, 3 * (group or 100), generator=torch.Generator().manual_seed(1))
-    packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme))
     tiled = packed.to_layout("tiles_float16")
     assert tiled.to_layout("tiles_bfloat16").layout == "tiles_bfloat16"
     back = tiled.to_layout("tiles_bfloat16").to_layout("stream")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,20 +15,10 @@ from tersor.ops import mode, prepared
 from tersor.ops import multiply as by_type
 
 
-@pytest.fixture(autouse=True)
-def usual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment says nothing, and what a test sets ends with it."""
-    for name in ("TERSOR_KERNEL", "TERSOR_BATCH_INVARIANT"):
-        monkeypatch.delenv(name, raising=False)
-    prepared.forget()
-    yield
-    prepared.forget()
-
-
 def packed(oc: int = 16, ic: int = 64) -> PackedWeight:
     scheme = formats.get_scheme("fp6_e3m2")
     weight = torch.randn(oc, ic, generator=torch.Generator().manual_seed(3))
-    return PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(weight, scheme))
 
 
 def test_the_environment_is_read_once_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_logits_and_state_dict_are_those_of_the_parts(fused: Any, reference: Any
         assert close(logits(fused), expected)
         assert models.same(fused.state_dict(), before) and list(fused.state_dict()) == list(before)
     assert len(joins(fused)) == 2 * fused.config.num_hidden_layers
-    assert all(join.weight is not None and not join._held for join in joins(fused))
+    assert all(join.weight is not None and not hasattr(join._shares, "round") for join in joins(fused))
     layer = fused.model.layers[0]
     assert isinstance(layer.mlp, GatedMLP)
     for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
@@ -217,7 +217,7 @@ class LlamaAttention(torch.nn.Module):
         for name, size in zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True):
             encoded = quantize_rtn(torch.randn(size, 96, generator=generator), scheme)
             offsets = torch.randn(size, generator=generator) if bias else None
-            setattr(self, name, PackedLinear.from_packed(PackedWeight.from_encoded(encoded, scheme), offsets))
+            setattr(self, name, PackedLinear.from_packed(PackedWeight.from_encoded(encoded), offsets))
 
 
 @pytest.mark.parametrize("layout", ["stream", "tiles_float16"])

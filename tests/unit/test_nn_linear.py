@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from tersor import ops
+from tersor.checkpoint.names import TensorForm, stored_tensors
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError, ShapeError
-from tersor.formats import get_scheme
+from tersor.formats import Activations, Scheme, get_scheme
 from tersor.layouts import STREAM, PackedWeight
 from tersor.nn import PackedLinear
 
@@ -26,9 +28,11 @@ SCHEMES = [
 TILES = "tiles_float16"
 
 
-def make(scheme=SCHEMES[0], oc=24, ic=64, bias=True, dtype=torch.float32):
+def make(
+    scheme: Scheme = SCHEMES[0], oc: int = 24, ic: int = 64, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> PackedLinear:
     torch.manual_seed(oc * ic)
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme))
     return PackedLinear.from_packed(weight, torch.randn(oc, dtype=dtype) if bias else None, dtype)
 
 
@@ -37,7 +41,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
-def test_forward_is_the_product_with_the_decoded_weight(scheme):
+def test_forward_is_the_product_with_the_decoded_weight(scheme: Scheme) -> None:
     layer = make(scheme)
     x = torch.randn(3, 5, 64)
     expected = torch.nn.functional.linear(x.double(), layer.packed_weight().dequantize().double(), layer.bias.double())
@@ -46,12 +50,12 @@ def test_forward_is_the_product_with_the_decoded_weight(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
-def test_buffers_have_the_stored_shapes_and_dtypes(scheme):
+def test_buffers_have_the_stored_shapes_and_dtypes(scheme: Scheme) -> None:
     layer = make(scheme)
-    expected = PackedLinear.stored_tensors(64, 24, scheme)
+    expected = stored_tensors(scheme, 24, 64)
     state = layer.state_dict()
     assert set(state) == {*expected, "bias"}
-    assert {name: (tuple(state[name].shape), state[name].dtype) for name in expected} == expected
+    assert {name: TensorForm(tuple(state[name].shape), state[name].dtype) for name in expected} == expected
     assert layer.weight_packed.shape == (24, 2 * scheme.format.bits)
     assert ("weight_zero_point" in expected) == (scheme.format.kind == "uint")
 
@@ -61,7 +65,9 @@ def test_buffers_have_the_stored_shapes_and_dtypes(scheme):
     [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.type(torch.float16), lambda m: m.double()],
 )
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.key())
-def test_casting_leaves_codes_and_scales_alone(scheme, cast):
+def test_casting_leaves_codes_and_scales_alone(
+    scheme: Scheme, cast: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
     layer = make(scheme)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items() if name != "bias"}
     cast(layer)
@@ -75,14 +81,14 @@ def test_casting_leaves_codes_and_scales_alone(scheme, cast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_forward_after_a_cast_keeps_the_activation_dtype(dtype):
+def test_forward_after_a_cast_keeps_the_activation_dtype(dtype: torch.dtype) -> None:
     layer = make().to(dtype)
     x = torch.randn(2, 64, dtype=dtype)
     wide = torch.nn.functional.linear(x.float(), layer.packed_weight().dequantize(), layer.bias.float())
     assert torch.equal(layer(x), wide.to(dtype))
 
 
-def test_the_device_changes_in_both_directions():
+def test_the_device_changes_in_both_directions() -> None:
     layer = make()
     before = copy.deepcopy(layer.state_dict())
     layer.to("meta")
@@ -94,7 +100,7 @@ def test_the_device_changes_in_both_directions():
 @pytest.mark.parametrize(
     "scheme", [SCHEMES[0], get_scheme("uint4", 32), get_scheme("uint8")], ids=lambda scheme: scheme.key()
 )
-def test_the_state_dict_shows_the_stream_whatever_the_layout(scheme):
+def test_the_state_dict_shows_the_stream_whatever_the_layout(scheme: Scheme) -> None:
     layer = make(scheme, oc=70, ic=96)
     before = copy.deepcopy(layer.state_dict())
     decoded = layer.weight
@@ -115,11 +121,11 @@ def test_the_state_dict_shows_the_stream_whatever_the_layout(scheme):
     assert same(before, layer.state_dict())
 
 
-def test_prepare_follows_what_dispatch_prefers(monkeypatch):
+def test_prepare_follows_what_dispatch_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(oc=70, ic=100)
     asked = []
 
-    def preferred(scheme, dtype, device, activations):
+    def preferred(scheme: Scheme, dtype: torch.dtype, device: torch.device, activations: Activations | str) -> str:
         asked.append((scheme, dtype, device))
         return TILES
 
@@ -136,7 +142,7 @@ def test_prepare_follows_what_dispatch_prefers(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [STREAM, TILES])
-def test_copies_are_exact_and_independent(layout):
+def test_copies_are_exact_and_independent(layout: str) -> None:
     layer = make(oc=70, ic=100)
     layer._set_weight(layer.packed_weight().to_layout(layout))
     x = torch.randn(2, 100)
@@ -157,16 +163,16 @@ def test_copies_are_exact_and_independent(layout):
         assert layer.weight_scale.abs().sum() > 0
 
 
-def test_wrapping_a_packed_weight_takes_no_copy():
+def test_wrapping_a_packed_weight_takes_no_copy() -> None:
     scheme = SCHEMES[0]
-    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(8, 32), scheme), scheme)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(8, 32), scheme))
     layer = PackedLinear.from_packed(weight)
     assert layer.weight_packed is weight.data
     assert layer.packed_weight().data is weight.data
     assert not list(layer.parameters())
 
 
-def test_a_state_dict_of_another_scheme_is_refused():
+def test_a_state_dict_of_another_scheme_is_refused() -> None:
     layer, other = make(get_scheme("fp6_e3m2")), make(get_scheme("fp5_e2m2"))
     with pytest.raises(RuntimeError, match=r"weight_packed is torch.int32 \[24, 10\]; fp6_e3m2:row:float16 stores"):
         layer.load_state_dict(other.state_dict())
@@ -179,14 +185,14 @@ def test_a_state_dict_of_another_scheme_is_refused():
         layer.load_state_dict(state)
 
 
-def test_bad_shapes_are_named():
+def test_bad_shapes_are_named() -> None:
     with pytest.raises(FormatError, match="group size 48 does not divide the 64 input channels"):
         PackedLinear(64, 8, get_scheme("int4", 48))
     with pytest.raises(ShapeError, match="expected"):
         make()(torch.randn(2, 65))
 
 
-def test_repr_says_shape_scheme_and_layout():
+def test_repr_says_shape_scheme_and_layout() -> None:
     layer = make(get_scheme("fp6_e3m2"))
     assert "in_features=64, out_features=24, bias=True, scheme=fp6_e3m2:row:float16" in repr(layer)
     assert "bits_per_weight=6.250" in repr(layer)
@@ -195,7 +201,7 @@ def test_repr_says_shape_scheme_and_layout():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_compiles_in_one_graph(bias):
+def test_compiles_in_one_graph(bias: bool) -> None:
     layer = make(get_scheme("fp6_e3m2"), bias=bias)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for n in (1, 3, 7):
@@ -203,12 +209,12 @@ def test_compiles_in_one_graph(bias):
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_two_layers_compile_in_one_graph():
+def test_two_layers_compile_in_one_graph() -> None:
     model = torch.nn.Sequential(make(), torch.nn.SiLU(), make(SCHEMES[3], oc=16, ic=24))
     x = torch.randn(4, 64)
     expected = model(x)
     assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-def test_a_layer_with_a_zero_size_batch():
+def test_a_layer_with_a_zero_size_batch() -> None:
     assert make()(torch.empty(0, 64)).shape == (0, 24)

@@ -16,7 +16,7 @@ from tersor.ops import dispatch, prepared, reference
 def packed(name: str, oc: int, ic: int, group: int | None = None) -> PackedWeight:
     scheme = formats.get_scheme(name, group)
     weight = torch.randn(oc, ic, generator=torch.Generator().manual_seed(oc))
-    return PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme)
+    return PackedWeight.from_encoded(quantize_rtn(weight, scheme))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +17,16 @@ from tersor.formats import Scheme
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")
-def moe(tmp_path_factory):
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("qwen2_moe", tmp_path_factory.mktemp("moe") / "model")
 
 
-def config_of(directory):
+def config_of(directory: Path) -> QuantizationConfig:
     return QuantizationConfig.from_dict(json.loads((directory / "config.json").read_text())["quantization_config"])
 
 
@@ -39,7 +41,7 @@ def config_of(directory):
         ({"format": "fp8_e4m3"}, "fp8_e4m3:row:float16"),
     ],
 )
-def test_schemes(llama, tmp_path, options, key):
+def test_schemes(llama: Path, tmp_path: Path, options: dict[str, Any], key: str) -> None:
     report = tersor.quantize(llama, tmp_path / "out", **options)
     assert {row.scheme for row in report.compressed} == {key}
     scheme = Scheme.from_key(key)
@@ -54,7 +56,7 @@ def test_schemes(llama, tmp_path, options, key):
     assert report.bytes_after == sum(tensor.nbytes for tensor in after.values())
 
 
-def test_config_json(llama, tmp_path):
+def test_config_json(llama: Path, tmp_path: Path) -> None:
     quantize(llama, tmp_path / "out", format="int4", group_size=32, overrides={"down_proj": "int8"}, ignore=["k_proj"])
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written.pop("quantization_config") == {
@@ -70,7 +72,7 @@ def test_config_json(llama, tmp_path):
     assert written == json.loads((llama / "config.json").read_text())
 
 
-def test_overrides_and_ignore(llama, tmp_path):
+def test_overrides_and_ignore(llama: Path, tmp_path: Path) -> None:
     report = quantize(
         llama,
         tmp_path / "out",
@@ -94,7 +96,7 @@ def test_overrides_and_ignore(llama, tmp_path):
             assert (found.key() if found else None) == scheme
 
 
-def test_a_wide_override_does_not_ask_for_the_head_or_routers(moe, tmp_path):
+def test_a_wide_override_does_not_ask_for_the_head_or_routers(moe: Path, tmp_path: Path) -> None:
     report = quantize(moe, tmp_path / "out", overrides=[".*=int8"])
     skipped = {row.name: row.note for row in report.rows if row.note in ("router", "output head")}
     assert len(skipped) == 5
@@ -104,7 +106,7 @@ def test_a_wide_override_does_not_ask_for_the_head_or_routers(moe, tmp_path):
     assert config.resolve("model.layers.0.mlp.shared_expert.gate_proj").key() == "int8:row:float16"
 
 
-def test_one_router_asked_for_leaves_the_other_alone(moe, tmp_path):
+def test_one_router_asked_for_leaves_the_other_alone(moe: Path, tmp_path: Path) -> None:
     report = quantize(moe, tmp_path / "out", overrides=[r"layers\.0\.mlp\.shared_expert_gate=int8"])
     schemes = {row.name: row.scheme for row in report.rows}
     assert schemes["model.layers.0.mlp.shared_expert_gate.weight"] == "int8:row:float16"
@@ -114,7 +116,7 @@ def test_one_router_asked_for_leaves_the_other_alone(moe, tmp_path):
     assert config.resolve("model.layers.1.mlp.shared_expert_gate") is None
 
 
-def test_shards_and_index(llama, tmp_path):
+def test_shards_and_index(llama: Path, tmp_path: Path) -> None:
     whole = quantize(llama, tmp_path / "one")
     report = quantize(llama, tmp_path / "many", shard_size=10_000)
     assert whole.files == ("model.safetensors",)
@@ -130,7 +132,7 @@ def test_shards_and_index(llama, tmp_path):
         assert index["weight_map"][f"{stem}.weight_packed"] == index["weight_map"][f"{stem}.weight_scale"]
 
 
-def test_a_sharded_source_gives_the_same(llama, tmp_path):
+def test_a_sharded_source_gives_the_same(llama: Path, tmp_path: Path) -> None:
     sharded = checkpoints.save("llama", tmp_path / "model", max_shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 3
     quantize(sharded, tmp_path / "a")
@@ -140,7 +142,7 @@ def test_a_sharded_source_gives_the_same(llama, tmp_path):
     assert not (tmp_path / "a/model.safetensors.index.json").exists()
 
 
-def test_companions_come_along_and_nothing_else(llama, tmp_path):
+def test_companions_come_along_and_nothing_else(llama: Path, tmp_path: Path) -> None:
     source = tmp_path / "model"
     source.mkdir()
     for path in llama.iterdir():
@@ -183,7 +185,7 @@ def test_companions_come_along_and_nothing_else(llama, tmp_path):
     assert written["README.md"].startswith(b"---\nlibrary_name: transformers\ntags:\n- tersor\n- fp6_e3m2\n---\n")
 
 
-def test_a_dry_run_writes_nothing_and_says_the_same(llama, tmp_path):
+def test_a_dry_run_writes_nothing_and_says_the_same(llama: Path, tmp_path: Path) -> None:
     planned = quantize(llama, tmp_path / "out", format="int5", dry_run=True)
     assert list(tmp_path.iterdir()) == [] and planned.output is None and planned.worst is None
     done = quantize(llama, tmp_path / "out", format="int5")
@@ -192,7 +194,7 @@ def test_a_dry_run_writes_nothing_and_says_the_same(llama, tmp_path):
     assert planned.files == done.files and planned.bytes_after == done.bytes_after
 
 
-def test_progress_ends_at_the_whole(llama, tmp_path):
+def test_progress_ends_at_the_whole(llama: Path, tmp_path: Path) -> None:
     calls = []
     report = quantize(llama, tmp_path / "out", progress=lambda *call: calls.append(call))
     assert calls[0] == (0, report.bytes_before, "")
@@ -201,13 +203,13 @@ def test_progress_ends_at_the_whole(llama, tmp_path):
     assert report.bytes_read == report.bytes_before
 
 
-def test_torch_threads_are_given_back(llama, tmp_path):
+def test_torch_threads_are_given_back(llama: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     quantize(llama, tmp_path / "out")
     assert torch.get_num_threads() == before
 
 
-def test_rows_and_blocks_do_not_matter(llama, tmp_path, monkeypatch):
+def test_rows_and_blocks_do_not_matter(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.convert import pipeline
 
     quantize(llama, tmp_path / "a", format="uint4", group_size=32)
@@ -218,7 +220,7 @@ def test_rows_and_blocks_do_not_matter(llama, tmp_path, monkeypatch):
     assert checkpoints.bytes_of(tmp_path / "a") == checkpoints.bytes_of(tmp_path / "b")
 
 
-def test_input_channels_that_are_no_multiple_of_32(tmp_path):
+def test_input_channels_that_are_no_multiple_of_32(tmp_path: Path) -> None:
     source = checkpoints.save("llama", tmp_path / "model", hidden_size=72, intermediate_size=100, num_attention_heads=2)
     report = quantize(source, tmp_path / "out", format="fp5_e2m2")
     before, after = checkpoints.weights(source), checkpoints.weights(tmp_path / "out")
@@ -228,7 +230,7 @@ def test_input_channels_that_are_no_multiple_of_32(tmp_path):
         assert float((read - weight).norm() / weight.norm()) == pytest.approx(row.relative_error, rel=1e-4)
 
 
-def test_a_hub_id_is_downloaded(llama, tmp_path, monkeypatch):
+def test_a_hub_id_is_downloaded(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     asked = []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 LLAMA = (*ATTENTION, *GATED)
 
 
-def experts(parent, names):
+def experts(parent: str, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{parent}.experts.{index}.{name}" for index in range(4) for name in names)
 
 
@@ -61,7 +64,7 @@ LINEARS = {
 }
 
 
-def expected(name):
+def expected(name: str) -> set[str]:
     """The compressed weights of a two-layer model."""
     if name.startswith("deepseek"):
         attention, dense, sparse = DEEPSEEK
@@ -72,7 +75,7 @@ def expected(name):
 
 
 @pytest.mark.parametrize("name", checkpoints.CONFIGS)
-def test_linears_are_compressed_and_nothing_else(name, tmp_path):
+def test_linears_are_compressed_and_nothing_else(name: str, tmp_path: Path) -> None:
     source = checkpoints.save(name, tmp_path / "model")
     report = quantize(source, tmp_path / "out", format="fp6_e3m2")
     assert {row.name for row in report.compressed} == expected(name)
@@ -114,7 +117,7 @@ def test_linears_are_compressed_and_nothing_else(name, tmp_path):
         ("deepseek_v3", {"model.layers.1.mlp.gate.weight": "router"}),
     ],
 )
-def test_what_is_left_alone_is_said(name, notes, tmp_path):
+def test_what_is_left_alone_is_said(name: str, notes: dict[str, Any], tmp_path: Path) -> None:
     rows = {row.name: row for row in quantize(checkpoints.save(name, tmp_path / "model"), None, dry_run=True).rows}
     assert {tensor: rows[tensor].note for tensor in notes} == notes
 
@@ -122,7 +125,7 @@ def test_what_is_left_alone_is_said(name, notes, tmp_path):
 @pytest.mark.parametrize(
     ("name", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("llama", "model."), ("qwen3_moe", "model.")]
 )
-def test_names_of_the_base_model_are_understood(name, prefix, tmp_path):
+def test_names_of_the_base_model_are_understood(name: str, prefix: str, tmp_path: Path) -> None:
     """Checkpoints of the model without its head lack the first part of every name; patterns see it all the same."""
     source = checkpoints.save(name, tmp_path / "model")
     bare = {tensor.removeprefix(prefix): value for tensor, value in checkpoints.weights(source).items()}
@@ -134,7 +137,7 @@ def test_names_of_the_base_model_are_understood(name, prefix, tmp_path):
     assert f"{report.compressed[0].name.removesuffix('.weight')}.weight_packed" in checkpoints.weights(tmp_path / "out")
 
 
-def test_experts_that_are_stored_fused_stay_and_are_said(tmp_path):
+def test_experts_that_are_stored_fused_stay_and_are_said(tmp_path: Path) -> None:
     source = checkpoints.save("qwen3_moe", tmp_path / "model")
     tensors = {tensor: value for tensor, value in checkpoints.weights(source).items() if ".mlp.experts." not in tensor}
     for layer in range(2):
@@ -147,7 +150,7 @@ def test_experts_that_are_stored_fused_stay_and_are_said(tmp_path):
     assert len(report.compressed) == 8
 
 
-def test_layers_beyond_the_model_stay(tmp_path):
+def test_layers_beyond_the_model_stay(tmp_path: Path) -> None:
     """DeepSeek-V3 checkpoints hold a layer for speculation that the model does not have."""
     source = checkpoints.save("deepseek_v3", tmp_path / "model")
     tensors = checkpoints.weights(source)
@@ -160,7 +163,7 @@ def test_layers_beyond_the_model_stay(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_other_dtypes_of_weights(dtype, tmp_path):
+def test_other_dtypes_of_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     source = checkpoints.save("llama", tmp_path / "model", num_hidden_layers=1)
     tensors = {name: value.to(dtype) for name, value in checkpoints.weights(source).items()}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})

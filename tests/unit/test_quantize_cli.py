@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import checkpoints
@@ -16,15 +19,15 @@ from tersor.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(checkpoints.save("mixtral", tmp_path_factory.mktemp("mixtral") / "model"))
 
 
 @pytest.fixture
-def tersor(capsys):
+def tersor(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command line; return its status, stdout and stderr."""
 
-    def run(*words):
+    def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
         status = main.run([str(word) for word in words])
         return status, *capsys.readouterr()
@@ -32,12 +35,14 @@ def tersor(capsys):
     return run
 
 
-def lines_of(text):
+def lines_of(text: str) -> list[list[str]]:
     """The words of every line that has any."""
     return [line.split() for line in text.splitlines() if line.strip()]
 
 
-def test_quantize_prints_a_table_of_formats(tersor, model, tmp_path):
+def test_quantize_prints_a_table_of_formats(
+    tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path
+) -> None:
     status, out, err = tersor("quantize", model, "-o", tmp_path / "out", "--override", r"\.w2$=int8:g32")
     assert status == 0 and err == ""
     table = {line[0]: line for line in lines_of(out)}
@@ -49,7 +54,9 @@ def test_quantize_prints_a_table_of_formats(tersor, model, tmp_path):
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_quantize_prints_json_and_nothing_else(tersor, model, tmp_path):
+def test_quantize_prints_json_and_nothing_else(
+    tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path
+) -> None:
     status, out, err = tersor(
         "quantize", model, "-o", tmp_path / "out", "--format", "int4", "--group-size", "32", "--json"
     )
@@ -61,7 +68,9 @@ def test_quantize_prints_json_and_nothing_else(tersor, model, tmp_path):
     assert 0 < report["worst_relative_error"] < 0.3
 
 
-def test_a_dry_run_prints_layers_that_are_alike_in_one_line(tersor, model, tmp_path):
+def test_a_dry_run_prints_layers_that_are_alike_in_one_line(
+    tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path
+) -> None:
     status, out, err = tersor("quantize", model, "--dry-run", "--ignore", r"layers\.1\..*k_proj")
     assert status == 0 and err == ""
     table = {line[0]: line for line in lines_of(out)}
@@ -74,7 +83,7 @@ def test_a_dry_run_prints_layers_that_are_alike_in_one_line(tersor, model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect(tersor, model, tmp_path):
+def test_inspect(tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path) -> None:
     tersor("quantize", model, "-o", tmp_path / "out")
     status, out, err = tersor("inspect", tmp_path / "out")
     assert status == 0 and err == ""
@@ -102,15 +111,19 @@ def test_inspect(tersor, model, tmp_path):
         (["inspect", "/absent"], "no directory /absent"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(tersor, model, tmp_path, words, message):
+def test_mistakes_are_one_line_and_status_2(
+    tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path, words: list[str], message: str
+) -> None:
     words = [{"MODEL": model, "OUT": tmp_path / "out"}.get(word, word) for word in words]
     status, out, err = tersor(*words)
     assert status == 2 and out == ""
     assert message in err and err.startswith("tersor: ") and err.count("\n") == 1
 
 
-def test_an_interruption_says_how_to_continue(tersor, model, tmp_path, monkeypatch):
-    def interrupted(*_):
+def test_an_interruption_says_how_to_continue(
+    tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job.Pipeline, "run", interrupted)
@@ -121,7 +134,9 @@ def test_an_interruption_says_how_to_continue(tersor, model, tmp_path, monkeypat
     assert tersor("quantize", model, "-o", tmp_path / "out", "--resume")[0] == 0
 
 
-def test_a_person_sees_progress_on_stderr(tersor, model, tmp_path, monkeypatch):
+def test_a_person_sees_progress_on_stderr(
+    tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -133,17 +148,17 @@ def test_a_person_sees_progress_on_stderr(tersor, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("500M", 5 * 10**8), ("1.5kB", 1500), (" 7 ", 7), ("2 TB", 2 * 10**12)]
 )
-def test_sizes(text, size):
+def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "5GiB", "-1", "0", "x", "0.4"])
-def test_sizes_that_are_none(text):
+def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="is not a number of bytes"):
         parse_size(text)
 
 
-def test_rows_collapse_only_when_they_are_alike():
+def test_rows_collapse_only_when_they_are_alike() -> None:
     rows = [(f"a.{i}.b.{j}.w", "k", (i, j)) for i in (0, 1, 3) for j in (0, 1)]
     assert collapse(rows) == [("a.0-1,3.b.0-1.w", [(i, j) for i in (0, 1, 3) for j in (0, 1)])]
     assert [name for name, _ in collapse(rows[:-1])] == [

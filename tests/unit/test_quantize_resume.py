@@ -10,24 +10,27 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import checkpoints
 
 from tersor.checkpoint import writer
-from tersor.convert import quantize
+from tersor.convert import Report, quantize
 from tersor.errors import InputError, OutputError
 
-OPTIONS = {"format": "int4", "group_size": 32, "shard_size": 12_000}
+OPTIONS: dict[str, Any] = {"format": "int4", "group_size": 32, "shard_size": 12_000}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str, bytes]]:
     """What an uninterrupted run writes."""
     output = tmp_path_factory.mktemp("whole") / "out"
     return quantize(model, output, **OPTIONS), checkpoints.bytes_of(output)
@@ -37,22 +40,24 @@ class Stopped(Exception):
     pass
 
 
-def stop_after(share):
-    def progress(done, total, name):
+def stop_after(share: float) -> Callable[[int, int, str], None]:
+    def progress(done: int, total: int, name: str) -> None:
         if done > share * total:
             raise Stopped
 
     return progress
 
 
-def interrupt(model, output, share=0.5):
+def interrupt(model: Path, output: Path, share: float = 0.5) -> None:
     with pytest.raises(Stopped):
         quantize(model, output, **OPTIONS, progress=stop_after(share))
     assert not output.exists()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.999])
-def test_the_result_is_the_same_after_any_interruption(model, whole, tmp_path, share):
+def test_the_result_is_the_same_after_any_interruption(
+    model: Any, whole: tuple[Report, dict[str, bytes]], tmp_path: Path, share: float
+) -> None:
     output = tmp_path / "out"
     interrupt(model, output, share)
     assert (tmp_path / "out.partial").is_dir()
@@ -62,7 +67,7 @@ def test_the_result_is_the_same_after_any_interruption(model, whole, tmp_path, s
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_finished_shards_are_not_read_again(model, whole, tmp_path):
+def test_finished_shards_are_not_read_again(model: Any, whole: tuple[Report, dict[str, bytes]], tmp_path: Path) -> None:
     interrupt(model, tmp_path / "out", 0.8)
     finished = sorted(path.name for path in (tmp_path / "out.partial").glob("*.safetensors"))
     assert finished and finished[0] == whole[0].files[0]
@@ -72,7 +77,7 @@ def test_finished_shards_are_not_read_again(model, whole, tmp_path):
     assert calls[0][0] == report.bytes_before - report.bytes_read
 
 
-def test_twice_interrupted(model, whole, tmp_path):
+def test_twice_interrupted(model: Any, whole: tuple[Report, dict[str, bytes]], tmp_path: Path) -> None:
     interrupt(model, tmp_path / "out", 0.3)
     with pytest.raises(Stopped):
         quantize(model, tmp_path / "out", **OPTIONS, resume=True, progress=stop_after(0.7))
@@ -99,7 +104,7 @@ quantize({model!r}, {output!r}, progress=progress, **{options!r})
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory):
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with one tensor of `LARGE` bytes, a hole in a sparse file."""
     folder, columns = tmp_path_factory.mktemp("large") / "model", 4096
     rows = LARGE // 2 // columns
@@ -121,7 +126,7 @@ def large(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(model, large, tmp_path_factory):
+def killed(model: Any, large: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A process of its own that compresses `large`, then is killed amid `model`: its bytes of growth, the output."""
     output = tmp_path_factory.mktemp("killed") / "out"
     program = PROGRAM.format(large=str(large), model=str(model), output=str(output), options=OPTIONS)
@@ -130,24 +135,24 @@ def killed(model, large, tmp_path_factory):
     return int(done.stdout), output
 
 
-def test_a_killed_process(model, whole, killed):
+def test_a_killed_process(model: Any, whole: tuple[Report, dict[str, bytes]], killed: tuple[int, Path]) -> None:
     _, output = killed
     assert not output.exists()
     quantize(model, output, **OPTIONS, resume=True)
     assert checkpoints.bytes_of(output) == whole[1]
 
 
-def test_memory_does_not_grow_with_the_tensors(killed):
+def test_memory_does_not_grow_with_the_tensors(killed: tuple[int, Path]) -> None:
     grown, _ = killed
     assert grown < LARGE // 2
 
 
-def test_resume_without_anything_to_resume(model, whole, tmp_path):
+def test_resume_without_anything_to_resume(model: Any, whole: tuple[Report, dict[str, bytes]], tmp_path: Path) -> None:
     quantize(model, tmp_path / "out", **OPTIONS, resume=True)
     assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
 
 
-def test_partial_work_is_not_taken_up_unasked(model, tmp_path):
+def test_partial_work_is_not_taken_up_unasked(model: Any, tmp_path: Path) -> None:
     interrupt(model, tmp_path / "out")
     with pytest.raises(InputError, match=r"out.partial is left from an interrupted run: add --resume"):
         quantize(model, tmp_path / "out", **OPTIONS)
@@ -166,7 +171,7 @@ def test_partial_work_is_not_taken_up_unasked(model, tmp_path):
         ),
     ],
 )
-def test_other_options_are_refused(model, tmp_path, options, message):
+def test_other_options_are_refused(model: Any, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     interrupt(model, tmp_path / "out")
     before = checkpoints.bytes_of(tmp_path / "out.partial")
     with pytest.raises(InputError, match=message):
@@ -174,7 +179,7 @@ def test_other_options_are_refused(model, tmp_path, options, message):
     assert checkpoints.bytes_of(tmp_path / "out.partial") == before
 
 
-def test_another_source_is_refused(model, tmp_path):
+def test_another_source_is_refused(model: Any, tmp_path: Path) -> None:
     source = shutil.copytree(model, tmp_path / "model")
     interrupt(source, tmp_path / "out")
     os.utime(source / "model.safetensors", ns=(1, 1))
@@ -182,7 +187,7 @@ def test_another_source_is_refused(model, tmp_path):
         quantize(source, tmp_path / "out", **OPTIONS, resume=True)
 
 
-def test_partial_work_that_was_tampered_with(model, tmp_path):
+def test_partial_work_that_was_tampered_with(model: Any, tmp_path: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     interrupt(model, output, 0.8)
     first = sorted(partial.glob("*.safetensors"))[0]
@@ -204,7 +209,7 @@ def test_partial_work_that_was_tampered_with(model, tmp_path):
         quantize(model, output, **OPTIONS, resume=True)
 
 
-def test_two_processes_at_once(model, tmp_path):
+def test_two_processes_at_once(model: Any, tmp_path: Path) -> None:
     interrupt(model, tmp_path / "out")
     descriptor = os.open(tmp_path / "out.partial", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -214,11 +219,13 @@ def test_two_processes_at_once(model, tmp_path):
     quantize(model, tmp_path / "out", **OPTIONS, resume=True)
 
 
-def test_a_disk_that_fills_up(model, whole, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up(
+    model: Any, whole: tuple[Report, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room = 30_000
     write = os.pwrite
 
-    def pwrite(descriptor, data, position):
+    def pwrite(descriptor: int, data: Any, position: int) -> int:
         nonlocal room
         if room <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -237,7 +244,7 @@ def test_a_disk_that_fills_up(model, whole, tmp_path, monkeypatch):
     assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
 
 
-def test_a_disk_that_is_too_small_from_the_start(model, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_from_the_start(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.convert import job
 
     usage = shutil.disk_usage(tmp_path)
@@ -246,7 +253,7 @@ def test_a_disk_that_is_too_small_from_the_start(model, tmp_path, monkeypatch):
         quantize(model, tmp_path / "out", **OPTIONS)
 
 
-def test_an_output_that_cannot_be_made(model, tmp_path):
+def test_an_output_that_cannot_be_made(model: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*file/out.partial"):
         quantize(model, tmp_path / "file" / "out", **OPTIONS)

@@ -37,7 +37,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory to work in that looks like a checkout, with its own kernel cache; a hub that holds the tiny model."""
+    """A directory to work in that looks like a checkout; a hub that holds the tiny model."""
     import huggingface_hub
 
     for name in ("bench", "examples", "src", "README.md"):
@@ -46,7 +46,6 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "formats.md").write_text(text[:TEXT_CHARACTERS], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda *args, **options: str(ROOT / "examples" / "tiny-lm")
     )

@@ -37,7 +37,7 @@ def test_every_weight_gets_its_nearest_value(name: str, group: int, scale_dtype:
     grid = (scheme.format.values().double() - offset[..., None]) * scale.double()[..., None]
     grouped = weight.double().view(7, groups, -1)
     nearest = (grouped[..., None] - grid[:, :, None, :]).abs().amin(dim=3)
-    decoded = PackedWeight.from_encoded(encoded, scheme).dequantize().double().view(7, groups, -1)
+    decoded = PackedWeight.from_encoded(encoded).dequantize().double().view(7, groups, -1)
     assert torch.allclose((decoded - grouped).abs(), nearest, rtol=0, atol=2e-5 * float(scale.max()))
     error = float(((decoded - grouped) ** 2).sum())
     assert encoded.squared_error == pytest.approx(error, rel=1e-3)
@@ -59,7 +59,7 @@ def test_rows_of_zeros_decode_to_zero(name: str) -> None:
     encoded = quantize_rtn(weight, scheme)
     if scheme.scale_dtype == "float16":
         assert float(encoded.scale[0, 0]) == 0
-    assert torch.equal(PackedWeight.from_encoded(encoded, scheme).dequantize()[0], weight[0])
+    assert torch.equal(PackedWeight.from_encoded(encoded).dequantize()[0], weight[0])
 
 
 def test_rows_do_not_influence_each_other() -> None:
@@ -75,7 +75,7 @@ def test_rows_do_not_influence_each_other() -> None:
 def test_tiny_rows_survive_float16_scales() -> None:
     weight = torch.full((1, 32), 1e-7)
     scheme = formats.get_scheme("fp6_e3m2")
-    decoded = PackedWeight.from_encoded(quantize_rtn(weight, scheme), scheme).dequantize()
+    decoded = PackedWeight.from_encoded(quantize_rtn(weight, scheme)).dequantize()
     assert torch.allclose(decoded, weight, rtol=0.1)
 
 

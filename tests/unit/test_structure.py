@@ -20,6 +20,7 @@ ROOMS = (
     "version",
     "errors",
     "settings",
+    "files",
     "hardware",
     "plots",
     "formats",
@@ -122,6 +123,28 @@ def test_tile_choice_and_formats_know_neither_compiler_nor_device() -> None:
             }
             assert not roots & {"cuda", "transformers", "triton"}, path
             assert "torch.cuda" not in path.read_text(), path
+
+
+def test_all_that_knows_transformers_is_behind_one_door() -> None:
+    """Types may be named anywhere, under TYPE_CHECKING; the import hook knows a module by its name alone."""
+    door = PACKAGE / "integrations" / "transformers"
+    wrong = []
+    for path in modules():
+        if door in path.parents:
+            continue
+        tree = parse(path)
+        types = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if node not in types and any(name.split(".")[0] == "transformers" for name in names):
+                wrong.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
+    assert not wrong
 
 
 def test_headers_include_only_each_other() -> None:

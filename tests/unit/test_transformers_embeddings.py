@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory):
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name, is_tied, changes, overrides = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     options = {"format": "fp5_e2m2", "overrides": overrides}
@@ -50,20 +51,20 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(case):
+def loaded(case: Case) -> Any:
     return AutoModelForCausalLM.from_pretrained(case.packed)
 
 
-def logits(model):
+def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(models.token_ids()).logits
 
 
-def same_storage(head, embedding):
+def same_storage(head: Any, embedding: Any) -> bool:
     return head.weight_packed.data_ptr() == embedding.weight_packed.data_ptr()
 
 
-def test_the_embedding_is_packed_and_a_tied_head_shares_it(case, loaded):
+def test_the_embedding_is_packed_and_a_tied_head_shares_it(case: Case, loaded: Any) -> None:
     embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     assert isinstance(embedding, PackedEmbedding)
     assert isinstance(head, TiedLinear) == case.tied
@@ -79,14 +80,14 @@ def test_the_embedding_is_packed_and_a_tied_head_shares_it(case, loaded):
     assert not any(tensor.device.type == "meta" for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
-def test_logits_are_those_of_the_decoded_weights(case, loaded):
+def test_logits_are_those_of_the_decoded_weights(case: Case, loaded: Any) -> None:
     reference = AutoModelForCausalLM.from_pretrained(models.decoded(case.plain, case.packed, case.folder / "decoded"))
     got, expected, before = (logits(m) for m in (loaded, reference, AutoModelForCausalLM.from_pretrained(case.plain)))
     assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
     assert float((got - before).abs().max()) > 1e-3 * float(expected.abs().max())
 
 
-def test_compressing_while_loading_gives_the_same_model(case, loaded):
+def test_compressing_while_loading_gives_the_same_model(case: Case, loaded: Any) -> None:
     config = tersor.TersorConfig(**case.options)
     model = AutoModelForCausalLM.from_pretrained(case.plain, quantization_config=config, dtype=torch.float32)
     assert models.same(model.state_dict(), loaded.state_dict())
@@ -96,7 +97,7 @@ def test_compressing_while_loading_gives_the_same_model(case, loaded):
     assert models.same(models.tensors(case.folder / "while_loading"), models.tensors(case.packed))
 
 
-def test_save_pretrained_writes_the_same_checkpoint(case, loaded):
+def test_save_pretrained_writes_the_same_checkpoint(case: Case, loaded: Any) -> None:
     loaded.save_pretrained(case.folder / "again")
     assert models.same(models.tensors(case.folder / "again"), models.tensors(case.packed))
     assert models.config(case.folder / "again") == models.config(case.packed)
@@ -105,7 +106,7 @@ def test_save_pretrained_writes_the_same_checkpoint(case, loaded):
     assert torch.equal(logits(again), logits(loaded))
 
 
-def test_dequantize_gives_the_plain_architecture_back(case, loaded):
+def test_dequantize_gives_the_plain_architecture_back(case: Case, loaded: Any) -> None:
     model = copy.deepcopy(loaded)
     expected = logits(model)
     if case.tied:
@@ -122,7 +123,7 @@ def test_dequantize_gives_the_plain_architecture_back(case, loaded):
     assert {name: tensor.shape for name, tensor in unpacked.items()} == {n: t.shape for n, t in plain.items()}
 
 
-def test_generates_and_casts(case, loaded):
+def test_generates_and_casts(case: Case, loaded: Any) -> None:
     tokens = loaded.generate(models.token_ids(1, 5), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert tokens.shape == (1, 8)
     model = copy.deepcopy(loaded).to(torch.bfloat16)
@@ -133,7 +134,7 @@ def test_generates_and_casts(case, loaded):
     )
 
 
-def test_inspect_the_table_and_the_mean_show_it(case, loaded):
+def test_inspect_the_table_and_the_mean_show_it(case: Case, loaded: Any) -> None:
     rows = {row.name: row for row in quantize(case.plain, None, dry_run=True, **case.options).compressed}
     items = {item.name: item for item in inspect(case.packed, read_architecture).items if item.compressed}
     assert {name: (row.shape, row.scheme, row.bytes_after) for name, row in rows.items() if "embed" in name} == {
@@ -145,13 +146,13 @@ def test_inspect_the_table_and_the_mean_show_it(case, loaded):
     assert bits_per_weight(loaded) == pytest.approx(bits)
 
 
-def test_without_an_override_embeddings_stay(case, tmp_path):
+def test_without_an_override_embeddings_stay(case: Case, tmp_path: Path) -> None:
     rows = quantize(case.plain, None, dry_run=True, overrides={".": "int8"}).rows
     notes = {row.note for row in rows if row.scheme is None and len(row.shape) == 2}
     assert notes <= {"embedding", "output head"} and "embedding" in notes
 
 
-def test_a_head_stored_though_the_config_ties_it_stays_its_own(tmp_path):
+def test_a_head_stored_though_the_config_ties_it_stays_its_own(tmp_path: Path) -> None:
     plain = models.plain("llama", tmp_path / "plain", tie_word_embeddings=True)
     tensors = models.tensors(plain)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
@@ -167,7 +168,7 @@ def test_a_head_stored_though_the_config_ties_it_stays_its_own(tmp_path):
         assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
 
 
-def test_the_base_model_alone_and_a_head_in_kernel_layout(tmp_path):
+def test_the_base_model_alone_and_a_head_in_kernel_layout(tmp_path: Path) -> None:
     plain = models.plain("llama", tmp_path / "plain", tie_word_embeddings=True)
     packed = models.compressed(plain, tmp_path / "packed", overrides={"embed_tokens": "fp6_e3m2"})
     whole, base = AutoModelForCausalLM.from_pretrained(packed), AutoModel.from_pretrained(packed)
@@ -180,7 +181,7 @@ def test_the_base_model_alone_and_a_head_in_kernel_layout(tmp_path):
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
 
 
-def test_a_model_compiles_in_one_graph(tmp_path):
+def test_a_model_compiles_in_one_graph(tmp_path: Path) -> None:
     plain = models.plain("llama", tmp_path / "plain", num_hidden_layers=1, tie_word_embeddings=True)
     packed = models.compressed(plain, tmp_path / "packed", overrides={"embed_tokens": "fp6_e3m2"})
     model = AutoModelForCausalLM.from_pretrained(packed)
@@ -190,7 +191,7 @@ def test_a_model_compiles_in_one_graph(tmp_path):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
-def test_only_the_embedding(tmp_path):
+def test_only_the_embedding(tmp_path: Path) -> None:
     plain = models.plain("gpt2", tmp_path / "plain")
     packed = models.compressed(plain, tmp_path / "packed", ignore=["h\\."], overrides={"wte": "fp6"})
     model = AutoModelForCausalLM.from_pretrained(packed)
@@ -225,7 +226,9 @@ def test_only_the_embedding(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_is_one_line(tmp_path, name, changes, options, message):
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path, name: str, changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     plain = models.plain(name, tmp_path / "plain", torch.bfloat16, **changes)
     with pytest.raises(InputError, match=message) as caught:
         quantize(plain, tmp_path / "out", **options)
@@ -233,7 +236,7 @@ def test_what_cannot_be_is_one_line(tmp_path, name, changes, options, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
 
 
-def test_an_embedding_of_another_shape(tmp_path):
+def test_an_embedding_of_another_shape(tmp_path: Path) -> None:
     plain = models.plain("llama", tmp_path / "plain")
     tensors = models.tensors(plain)
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:90].clone()

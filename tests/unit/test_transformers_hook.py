@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,7 @@ assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["tersor"] is tersor.TersorConfig
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory):
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stand_ins")
     for name, source in STAND_INS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ def stand_ins(tmp_path_factory):
     return folder
 
 
-def run(script: str, stand_ins=None) -> str:
+def run(script: str, stand_ins: Path | None = None) -> str:
     text = textwrap.dedent(script) + KNOWN
     if stand_ins is not None:
         text = f"import sys; sys.path.insert(0, {str(stand_ins)!r}); import stand_in\n{text}"
@@ -79,7 +80,7 @@ def run(script: str, stand_ins=None) -> str:
     return done.stdout
 
 
-def test_import_is_quick_and_light_and_transformers_knows(stand_ins):
+def test_import_is_quick_and_light_and_transformers_knows(stand_ins: Path) -> None:
     script = """
     import sys, time
     start = time.perf_counter()
@@ -91,7 +92,7 @@ def test_import_is_quick_and_light_and_transformers_knows(stand_ins):
     assert min(float(run(script, stand_ins)) for _ in range(3)) < 0.15
 
 
-def test_with_the_real_transformers():
+def test_with_the_real_transformers() -> None:
     run(
         """
         import tersor
@@ -115,11 +116,11 @@ def test_with_the_real_transformers():
         "from tersor.integrations.transformers import TersorConfig; import tersor",
     ],
 )
-def test_every_order(stand_ins, order):
+def test_every_order(stand_ins: Path, order: str) -> None:
     run(order, stand_ins)
 
 
-def test_twice_reloaded_and_removed(stand_ins):
+def test_twice_reloaded_and_removed(stand_ins: Path) -> None:
     run(
         """
         import importlib, sys
@@ -144,7 +145,7 @@ def test_twice_reloaded_and_removed(stand_ins):
     )
 
 
-def test_many_threads(stand_ins):
+def test_many_threads(stand_ins: Path) -> None:
     script = """
     import threading
     import tersor
@@ -172,7 +173,7 @@ def test_many_threads(stand_ins):
         run(script, stand_ins)
 
 
-def test_another_hook_on_the_same_module_lives_beside_ours(stand_ins):
+def test_another_hook_on_the_same_module_lives_beside_ours(stand_ins: Path) -> None:
     run(
         """
         import importlib.abc, importlib.util, sys
@@ -201,7 +202,7 @@ def test_another_hook_on_the_same_module_lives_beside_ours(stand_ins):
     )
 
 
-def test_a_failure_of_ours_leaves_transformers_usable(stand_ins):
+def test_a_failure_of_ours_leaves_transformers_usable(stand_ins: Path) -> None:
     run(
         """
         import sys, warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory):
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     options = dict(CASES[request.param])
     changes = {"tie_word_embeddings": True} if options.pop("tie_word_embeddings", False) else {}
@@ -50,11 +51,11 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(case):
+def loaded(case: Case) -> Any:
     return AutoModelForCausalLM.from_pretrained(case.packed)
 
 
-def test_the_model_holds_only_packed_weights(case, loaded):
+def test_the_model_holds_only_packed_weights(case: Case, loaded: Any) -> None:
     stems = {key.removesuffix(models.SUFFIX) for key in models.tensors(case.packed) if key.endswith(models.SUFFIX)}
     layers = {name: module for name, module in loaded.named_modules() if isinstance(module, PackedLinear)}
     assert len(layers) == len(stems) > 0
@@ -68,7 +69,7 @@ def test_the_model_holds_only_packed_weights(case, loaded):
     assert not any(tensor.device.type == "meta" for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
-def test_logits_are_those_of_the_decoded_weights(case, loaded):
+def test_logits_are_those_of_the_decoded_weights(case: Case, loaded: Any) -> None:
     reference = AutoModelForCausalLM.from_pretrained(models.decoded(case.plain, case.packed, case.folder / "decoded"))
     original = AutoModelForCausalLM.from_pretrained(case.plain)
     ids = models.token_ids()
@@ -79,7 +80,7 @@ def test_logits_are_those_of_the_decoded_weights(case, loaded):
     assert float((got - before).abs().max()) > 1e-3 * float(expected.abs().max())
 
 
-def test_compressing_while_loading_gives_the_same_model(case, loaded):
+def test_compressing_while_loading_gives_the_same_model(case: Case, loaded: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         case.plain, quantization_config=tersor.TersorConfig(**case.options), dtype=torch.float32
     )
@@ -93,13 +94,13 @@ def test_compressing_while_loading_gives_the_same_model(case, loaded):
     assert models.same(models.tensors(case.folder / "while_loading"), models.tensors(case.packed))
 
 
-def test_save_pretrained_writes_the_same_checkpoint(case, loaded):
+def test_save_pretrained_writes_the_same_checkpoint(case: Case, loaded: Any) -> None:
     loaded.save_pretrained(case.folder / "again")
     assert models.same(models.tensors(case.folder / "again"), models.tensors(case.packed))
     assert models.config(case.folder / "again") == models.config(case.packed)
 
 
-def test_dequantize_gives_the_plain_architecture_back(case, loaded):
+def test_dequantize_gives_the_plain_architecture_back(case: Case, loaded: Any) -> None:
     model = copy.deepcopy(loaded)
     ids = models.token_ids()
     with torch.no_grad():
@@ -114,7 +115,7 @@ def test_dequantize_gives_the_plain_architecture_back(case, loaded):
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
 
 
-def test_generates(case, loaded):
+def test_generates(case: Case, loaded: Any) -> None:
     ids = models.token_ids(1, 5)
     tokens = loaded.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape == (1, 9)

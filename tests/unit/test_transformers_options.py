@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +21,20 @@ from tersor.nn import PackedLinear
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("llama")
     plain = models.plain("llama", folder / "plain", torch.bfloat16)
     return plain, models.compressed(plain, folder / "packed", format="fp6_e3m2")
 
 
 @pytest.fixture(scope="module")
-def mixtral(tmp_path_factory):
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("mixtral")
     plain = models.plain("mixtral", folder / "plain", torch.bfloat16)
     return plain, models.compressed(plain, folder / "packed", format="fp6_e3m2")
 
 
-def packed_tensors(model) -> dict[str, torch.Tensor]:
+def packed_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if ".weight_" in name}
 
 
@@ -47,7 +49,7 @@ def packed_tensors(model) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_the_dtype_asked_for_is_that_of_everything_plain(name, dtype, tmp_path):
+def test_the_dtype_asked_for_is_that_of_everything_plain(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     plain = models.plain(name, tmp_path / "plain", torch.bfloat16)
     packed = models.compressed(plain, tmp_path / "packed", format="fp6_e3m2")
     stored = {key: tensor for key, tensor in models.tensors(packed).items() if ".weight_" in key}
@@ -66,7 +68,7 @@ def test_the_dtype_asked_for_is_that_of_everything_plain(name, dtype, tmp_path):
     assert all(torch.equal(stored[key], value) for key, value in packed_tensors(loaded).items() if key in stored)
 
 
-def test_without_a_dtype_the_checkpoint_decides(llama, tmp_path):
+def test_without_a_dtype_the_checkpoint_decides(llama: tuple[Path, Path], tmp_path: Path) -> None:
     plain, packed = llama
     assert AutoModelForCausalLM.from_pretrained(packed).dtype == torch.bfloat16
     stated = json.loads((plain / "config.json").read_text())
@@ -84,7 +86,7 @@ def test_without_a_dtype_the_checkpoint_decides(llama, tmp_path):
     "device_map", ["cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize("while_loading", [False, True])
-def test_device_map(llama, device_map, while_loading):
+def test_device_map(llama: tuple[Path, Path], device_map: dict[str, Any] | str, while_loading: bool) -> None:
     plain, packed = llama
     options = {"quantization_config": tersor.TersorConfig()} if while_loading else {}
     model = AutoModelForCausalLM.from_pretrained(plain if while_loading else packed, device_map=device_map, **options)
@@ -96,7 +98,7 @@ def test_device_map(llama, device_map, while_loading):
     assert float((got - wanted).abs().max()) <= 0.02 * float(wanted.abs().max())
 
 
-def test_a_device_map_is_made_from_compressed_sizes(llama):
+def test_a_device_map_is_made_from_compressed_sizes(llama: tuple[Path, Path]) -> None:
     from accelerate.utils import compute_module_sizes
 
     plain, packed = llama
@@ -109,12 +111,12 @@ def test_a_device_map_is_made_from_compressed_sizes(llama):
     assert compute_module_sizes(loaded)["model.layers.0.mlp.up_proj"] == 96 * (64 * 6 // 8 + 2)
 
 
-def test_disk_offload_is_refused(llama):
+def test_disk_offload_is_refused(llama: tuple[Path, Path]) -> None:
     with pytest.raises(tersor.errors.UnsupportedError, match="cannot be offloaded to disk"):
         AutoModelForCausalLM.from_pretrained(llama[1], device_map={"model": "cpu", "lm_head": "disk"})
 
 
-def test_ignore_and_overrides_reach_the_modules(llama, tmp_path):
+def test_ignore_and_overrides_reach_the_modules(llama: tuple[Path, Path], tmp_path: Path) -> None:
     plain, _ = llama
     overrides = {r"layers\.0\.mlp\.down_proj": "int8:g32", "down_proj": "int4", r"^lm_head": "fp8_e4m3"}
     options = {"format": "fp5_e2m2", "ignore": [r"layers\.1\.self_attn"], "overrides": overrides}
@@ -138,7 +140,7 @@ def test_ignore_and_overrides_reach_the_modules(llama, tmp_path):
     assert again.model.layers[0].mlp.down_proj.scheme.key() == "int8:g32:float16"
 
 
-def test_an_output_head_of_its_own_is_packed_though_the_config_ties_it(tmp_path):
+def test_an_output_head_of_its_own_is_packed_though_the_config_ties_it(tmp_path: Path) -> None:
     plain = models.plain("llama", tmp_path / "plain", tie_word_embeddings=False)
     said = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
@@ -156,7 +158,7 @@ def test_an_output_head_of_its_own_is_packed_though_the_config_ties_it(tmp_path)
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
 
 
-def test_an_override_may_be_a_mapping():
+def test_an_override_may_be_a_mapping() -> None:
     text = tersor.TersorConfig("fp5", overrides={"a": "int8:g32:bfloat16", "b": "int4"}, group_size=64)
     mapping = tersor.TersorConfig(
         "fp5_e2m2",
@@ -174,7 +176,7 @@ def test_an_override_may_be_a_mapping():
     )
 
 
-def test_experts_may_differ_and_be_left_alone(mixtral, tmp_path):
+def test_experts_may_differ_and_be_left_alone(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
     plain, _ = mixtral
     options = {
         "format": "fp6_e3m2",
@@ -205,7 +207,7 @@ def test_experts_may_differ_and_be_left_alone(mixtral, tmp_path):
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
 
 
-def test_experts_left_alone_altogether_stay_fused(mixtral, tmp_path):
+def test_experts_left_alone_altogether_stay_fused(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
     packed = models.compressed(mixtral[0], tmp_path / "packed", ignore=["experts"])
     loaded = AutoModelForCausalLM.from_pretrained(packed)
     assert not any(isinstance(module, PackedExperts) for module in loaded.modules())
@@ -214,7 +216,7 @@ def test_experts_left_alone_altogether_stay_fused(mixtral, tmp_path):
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
 
 
-def test_experts_without_a_token_do_nothing(mixtral):
+def test_experts_without_a_token_do_nothing(mixtral: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(mixtral[1], dtype=torch.float32)
     experts = model.model.layers[0].mlp.experts
     x = torch.randn(3, 64)
@@ -230,7 +232,7 @@ def test_experts_without_a_token_do_nothing(mixtral):
     assert "num_experts=4" in repr(experts)
 
 
-def test_sharded_checkpoints(tmp_path):
+def test_sharded_checkpoints(tmp_path: Path) -> None:
     plain = models.plain("qwen3_moe", tmp_path / "plain", torch.bfloat16, max_shard_size="40KB")
     packed = models.compressed(plain, tmp_path / "packed", shard_size=30_000)
     assert len(list(plain.glob("*.safetensors"))) > 2 and len(list(packed.glob("*.safetensors"))) > 2
@@ -242,7 +244,7 @@ def test_sharded_checkpoints(tmp_path):
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
 
 
-def test_names_without_the_base_model_prefix(tmp_path):
+def test_names_without_the_base_model_prefix(tmp_path: Path) -> None:
     # The GPT-2 of the Hub calls its tensors h.0.attn.c_attn.weight, without "transformer.".
     plain = models.plain("gpt2", tmp_path / "plain")
     renamed = {name.removeprefix("transformer."): tensor for name, tensor in models.tensors(plain).items()}
@@ -262,7 +264,7 @@ def test_names_without_the_base_model_prefix(tmp_path):
     assert models.same(again.state_dict(), loaded.state_dict())
 
 
-def test_the_base_model_alone(llama):
+def test_the_base_model_alone(llama: tuple[Path, Path]) -> None:
     base = AutoModel.from_pretrained(llama[1])
     whole = AutoModelForCausalLM.from_pretrained(llama[1])
     with torch.no_grad():
@@ -270,7 +272,7 @@ def test_the_base_model_alone(llama):
         assert torch.equal(base(models.token_ids()).last_hidden_state, expected)
 
 
-def test_another_head_on_a_compressed_base(llama):
+def test_another_head_on_a_compressed_base(llama: tuple[Path, Path]) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(llama[1], num_labels=3)
     assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
     assert isinstance(model.score, torch.nn.Linear)
@@ -278,7 +280,7 @@ def test_another_head_on_a_compressed_base(llama):
         assert model(models.token_ids()).logits.shape == (2, 3)
 
 
-def test_models_can_be_copied_pickled_and_cast(llama):
+def test_models_can_be_copied_pickled_and_cast(llama: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama[1])
     file = io.BytesIO()
     torch.save(model, file)
@@ -294,7 +296,7 @@ def test_models_can_be_copied_pickled_and_cast(llama):
         assert wide(ids).logits.dtype == torch.float32
 
 
-def test_a_state_dict_travels_between_models(llama):
+def test_a_state_dict_travels_between_models(llama: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama[1])
     other = AutoModelForCausalLM.from_pretrained(llama[1])
     for module in other.modules():
@@ -305,7 +307,7 @@ def test_a_state_dict_travels_between_models(llama):
     assert models.same(model.state_dict(), other.state_dict())
 
 
-def test_save_pretrained_takes_the_stream_from_kernel_layouts(llama, tmp_path):
+def test_save_pretrained_takes_the_stream_from_kernel_layouts(llama: tuple[Path, Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama[1])
     layer = model.model.layers[0].mlp.up_proj
     layer._set_weight(layer.packed_weight().to_layout("tiles_bfloat16"))
@@ -315,7 +317,7 @@ def test_save_pretrained_takes_the_stream_from_kernel_layouts(llama, tmp_path):
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(llama[1]))
 
 
-def test_a_model_compiles_in_one_graph(tmp_path):
+def test_a_model_compiles_in_one_graph(tmp_path: Path) -> None:
     plain = models.plain("llama", tmp_path / "plain", num_hidden_layers=1)
     model = AutoModelForCausalLM.from_pretrained(models.compressed(plain, tmp_path / "packed"))
     assert model.hf_quantizer.is_compileable
@@ -325,7 +327,7 @@ def test_a_model_compiles_in_one_graph(tmp_path):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
-def test_what_transformers_asks_of_a_quantizer(llama, mixtral):
+def test_what_transformers_asks_of_a_quantizer(llama: tuple[Path, Path], mixtral: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama[1])
     assert model.is_quantized and model.quantization_method == "tersor"
     assert model.hf_quantizer.is_serializable() and not model.hf_quantizer.is_trainable

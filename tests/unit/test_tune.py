@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +14,6 @@ from tersor.kernels.tune import (
     LinearConfig,
     LinearProblem,
     candidates,
-    choice,
     choose,
     fused,
     predict,
@@ -30,15 +27,6 @@ H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
 ALL_CHIPS = list(CHIPS.values())
 SCHEMES = [formats.get_scheme(name, group) for name, group in (("fp6_e3m2", None), ("int3", 16), ("uint8", 128))]
-
-
-@pytest.fixture(autouse=True)
-def only_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No measured choices."""
-    monkeypatch.setenv("TERSOR_CACHE_DIR", str(tmp_path))
-    choice.forget()
-    yield
-    choice.forget()
 
 
 def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], aligned: bool = True) -> LinearProblem:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.fakes import FakeGpu
 
 from tersor.errors import KernelError
 from tersor.kernels.jit import memory, module
-from tersor.ops import current, workspace
+from tersor.ops import workspace
 
 
 @pytest.fixture
-def reserved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Replace device memory by ever higher addresses, and remember (bytes, device)."""
-    taken: list[tuple[int, int]] = []
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """Two devices whose memory lies at ever higher addresses."""
+    fake = FakeGpu("NVIDIA H200", "NVIDIA H200")
+    fake.install(monkeypatch)
+    fake.take_cpu_tensors(monkeypatch)
+    return fake
 
-    def reserve(nbytes: int, index: int) -> int:
-        taken.append((nbytes, index))
-        return len(taken) << 40
 
-    monkeypatch.setattr(memory, "reserve", reserve)
-    monkeypatch.setattr(current, "capturing", lambda: False)
-    yield taken
+def reserved(gpu: FakeGpu) -> list[tuple[int, int]]:
+    """What was taken, in order: (bytes, device)."""
+    return [(nbytes, device) for device, nbytes in gpu.memory.values()]
 
 
 @pytest.fixture
@@ -36,52 +36,47 @@ def own() -> workspace.Workspace:
     return workspace.Workspace()
 
 
-def test_each_stream_of_each_device_keeps_its_own(reserved: list[tuple[int, int]], own: workspace.Workspace) -> None:
+def test_each_stream_of_each_device_keeps_its_own(gpu: FakeGpu, own: workspace.Workspace) -> None:
     first = own.split_sums(0, 5, 1000, 10)
     assert first == own.split_sums(0, 5, 10, 1000) and first[2] is None
-    assert reserved == [(4 * 1024 + (8 << 20), 0)]
+    assert reserved(gpu) == [(4 * 1024 + (8 << 20), 0)]
     parts, counters, _ = first
     assert parts % 256 == 0 and counters == parts + (8 << 20)
     others = [own.split_sums(index, stream, 1000, 10) for index, stream in ((0, 6), (1, 5))]
     assert len({first[0], others[0][0], others[1][0]}) == 3
-    assert [index for _, index in reserved] == [0, 0, 1]
+    assert [index for _, index in reserved(gpu)] == [0, 0, 1]
 
 
-def test_it_grows_by_doubling_so_that_what_is_left_behind_stays_small(
-    reserved: list[tuple[int, int]], own: workspace.Workspace
-) -> None:
+def test_it_grows_by_doubling_so_that_what_is_left_behind_stays_small(gpu: FakeGpu, own: workspace.Workspace) -> None:
     floats = (8 << 20) // 4
     for more in (0, 1, 2, 3, floats, 2 * floats):
         own.split_sums(0, 5, floats + more, 1)
-    assert [size for size, _ in reserved] == [4 * 1024 + (8 << 20), 4 * 2048 + (16 << 20), 4 * 4096 + (32 << 20)]
+    assert [size for size, _ in reserved(gpu)] == [4 * 1024 + (8 << 20), 4 * 2048 + (16 << 20), 4 * 4096 + (32 << 20)]
     own.split_sums(0, 5, 1, 5000)
     assert own._streams[0, 5][1] >= 5000
 
 
 def test_each_graph_has_counters_of_its_own(
-    reserved: list[tuple[int, int]], own: workspace.Workspace, monkeypatch: pytest.MonkeyPatch
+    gpu: FakeGpu, own: workspace.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture = 1
-    plain = torch.empty
-    monkeypatch.setattr(current, "capturing", lambda: True)
-    monkeypatch.setattr(workspace, "_capture_id", lambda stream: capture)
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: plain(size, dtype=dtype))
     seen = []
-    for capture in (1, 2, 3):  # noqa: B007
+    for capture in (1, 2, 3):
         for counters in (10, 1024, 1025):
-            parts, address, keep = own.split_sums(0, 5, 64, counters)
+            with gpu.capturing(capture):
+                parts, address, keep = own.split_sums(0, 5, 64, counters)
             assert keep is not None and keep.numel() == 64 and keep.data_ptr() == parts
             seen.append((address, counters))
-    assert reserved == [(4 << 16, 0)]
+    assert reserved(gpu) == [(4 << 16, 0)]
     for graph in (seen[:3], seen[3:6], seen[6:]):
         assert graph[0][0] == graph[1][0] != graph[2][0]
     starts = sorted({address: max(n for a, n in seen if a == address) for address, _ in seen}.items())
     assert all(address + 4 * n <= after for (address, n), (after, _) in itertools.pairwise(starts))
-    own.split_sums(0, 6, 64, 1 << 17)
-    assert reserved[1:] == [(4 << 17, 0)]
+    with gpu.capturing(3):
+        own.split_sums(0, 6, 64, 1 << 17)
+    assert reserved(gpu)[1:] == [(4 << 17, 0)]
 
 
-def test_threads_that_need_more_at_once_take_it_once(reserved: list[tuple[int, int]], own: workspace.Workspace) -> None:
+def test_threads_that_need_more_at_once_take_it_once(gpu: FakeGpu, own: workspace.Workspace) -> None:
     together = threading.Barrier(4)
     results: list[Any] = []
 
@@ -94,11 +89,11 @@ def test_threads_that_need_more_at_once_take_it_once(reserved: list[tuple[int, i
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(reserved) == 1 and len(set(results)) == 1
+    assert len(reserved(gpu)) == 1 and len(set(results)) == 1
 
 
 def test_an_owner_gives_everything_back(
-    reserved: list[tuple[int, int]], own: workspace.Workspace, monkeypatch: pytest.MonkeyPatch
+    gpu: FakeGpu, own: workspace.Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, int, int]] = []
     monkeypatch.setattr(memory, "release", lambda address, index: events.append(("release", index, address)))
@@ -106,7 +101,7 @@ def test_an_owner_gives_everything_back(
     with own:
         for index, stream in ((0, 5), (0, 6), (1, 5)):
             own.split_sums(index, stream, 1000, 10)
-        assert own.nbytes == sum(nbytes for nbytes, _ in reserved) > 3 * (8 << 20)
+        assert own.nbytes == sum(nbytes for nbytes, _ in reserved(gpu)) > 3 * (8 << 20)
     assert sorted(events[:2]) == [("wait", 0, 0), ("wait", 1, 0)]
     assert events[2:] == [("release", 0, 1 << 40), ("release", 0, 2 << 40), ("release", 1, 3 << 40)]
     assert own.nbytes == 0

@@ -153,7 +153,7 @@ def packed(
     if layout == STREAM:
         raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.unsupported_reason(scheme, dtype, device)}")
     encoded = quantize_rtn(random(oc, ic, dtype) * ic**-0.5, scheme)
-    weight = PackedWeight.from_encoded(encoded, scheme).to_layout(layout)
+    weight = PackedWeight.from_encoded(encoded).to_layout(layout)
     return [
         replace(weight, data=weight.data.clone(), scale=weight.scale.clone())
         for _ in range(timing.copies(weight.nbytes))

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from tersor import hardware
+from tersor import files, hardware
 from tersor.errors import OutputError
 from tersor.version import __version__
 
@@ -58,11 +58,9 @@ def write(path: Path, content: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
+        files.write_whole(path, content.encode())
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tersor.checkpoint.names import MERGED
 from tersor.errors import InputError, did_you_mean
 
 
@@ -84,7 +85,6 @@ DEFAULT = ("llama-2-70b", "llama-3-8b")
 """What is measured where nothing is named."""
 
 _SIZES = re.compile(r"([0-9]+)x([0-9]+)")
-_JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def resolve(words: Iterable[str]) -> list[Shape]:
@@ -128,7 +128,7 @@ def _shapes(word: str) -> list[Shape]:
 
     read_config(folder)
     architecture = read_architecture(folder)
-    linears = {name: shape for name, (shape, _) in architecture.linears.items() if name != architecture.head}
+    linears = {name: linear.shape for name, linear in architecture.linears.items() if name != architecture.head}
     return [Shape(oc, ic, f"{folder.resolve().name} {name}") for name, (oc, ic) in joined(linears)]
 
 
@@ -147,7 +147,7 @@ def joined(linears: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[int,
         parent, _, leaf = module.rpartition(".")
         parents.setdefault(parent, {})[leaf] = shape
     for leaves in parents.values():
-        for name, parts in _JOINED.items():
+        for name, parts in MERGED.items():
             if all(part in leaves for part in parts) and len({leaves[part][1] for part in parts}) == 1:
                 shapes = [leaves.pop(part) for part in parts]
                 found[name, (sum(oc for oc, _ in shapes), shapes[0][1])] = None

@@ -23,11 +23,11 @@ class Step:
     """One tensor of the source and what is written for it.
 
     Attributes:
-        source: where it is read.
-        layer: the linear layer, or the embedding asked for, that it is the weight of, or `None`.
-        scheme: what it is compressed to, or `None`: copied byte by byte.
-        stored: the tensors a compressed weight becomes.
-        note: why it is copied, where that is worth a word.
+        source: the tensor and the file it is read from.
+        layer: the linear layer, or the embedding asked for, whose weight the tensor is, or `None`.
+        scheme: the scheme that the weight is compressed to, or `None`: the tensor is copied byte by byte.
+        stored: the tensors that a compressed weight becomes.
+        note: why the tensor is copied, where that is worth a word.
     """
 
     source: StoredTensor
@@ -38,12 +38,12 @@ class Step:
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors written for it."""
+        """The tensors that are written for the source's."""
         return self.stored.specs if self.stored else (self.source.spec,)
 
     @property
     def output_bytes(self) -> int:
-        """Bytes written for it."""
+        """Bytes of the tensors that are written."""
         return sum(spec.nbytes for spec in self.outputs)
 
 
@@ -52,8 +52,8 @@ class Conversion:
     """Everything that will be written.
 
     Attributes:
-        config: which module is stored how; what a loader asks.
-        steps: one a tensor of the source, in the order of the bytes on disk.
+        config: which module is stored how, as a loader will read it.
+        steps: one step for each tensor of the source, in the order of the bytes on disk.
         shards: for each output file its name and the indices of its steps.
         head: module name of the output head, or an empty string.
     """
@@ -93,8 +93,8 @@ def make_conversion(
     """Decide what becomes of every tensor of a checkpoint.
 
     Raises:
-        InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export
-            cannot say, or nothing to compress.
+        InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export cannot say,
+            or nothing to compress.
     """
     pairs = [(tensor, architecture.linear_of(tensor.spec, str(tensor.file.path))) for tensor in source.tensors.values()]
     _check_patterns(architecture, [layer for _, layer in pairs if layer is not None], ignore, overrides)
@@ -159,7 +159,7 @@ def _check_patterns(
         if found:
             leaf = found[0].module.rpartition(".")[2]
             name = found[0].module
-            why = f"finds only {name} ({found[0].skipped}), left alone unless the pattern says {leaf!r}"
+            why = f"finds only {name} ({_reason(found[0])}), left alone unless the pattern says {leaf!r}"
         elif architecture.head and re.search(pattern, architecture.head):
             why = f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
         elif embeddings:
@@ -200,8 +200,13 @@ def _note(
     if layer is None:
         return architecture.describe(spec)
     if layer.module in skipped:
-        return layer.skipped
+        return _reason(layer)
     return f"ignored by {next(pattern for pattern in ignore if re.search(pattern, layer.module))!r}"
+
+
+def _reason(layer: LinearLayer) -> str:
+    """Return why a layer is left alone unless it is asked for, in words, or an empty string."""
+    return "" if layer.skipped is None else layer.skipped.value
 
 
 def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:
@@ -225,15 +230,16 @@ def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> N
 
 
 def _check_embedding(tensor: StoredTensor, layer: LinearLayer, architecture: Architecture) -> None:
-    shape, kind = architecture.embeddings[layer.module]
-    if kind:
+    embedding = architecture.embeddings[layer.module]
+    if embedding.unpackable:
         raise InputError(
-            f"{layer.module} ({kind}) computes more than a packed embedding can: leave it out of the overrides"
+            f"{layer.module} ({embedding.unpackable}) computes more than a packed embedding can: leave it out of the "
+            "overrides"
         )
-    if layer.shape != shape:
+    if layer.shape != embedding.shape:
         raise CheckpointError(
             f"{tensor.file.path}: tensor {tensor.spec.name!r} has shape {list(layer.shape)}, and "
-            f"{architecture.name} with this config.json wants {list(shape)}"
+            f"{architecture.name} with this config.json wants {list(embedding.shape)}"
         )
 
 

@@ -1,26 +1,24 @@
 """What do other engines call the same stream? Names, shapes and metadata of four checkpoint formats.
 
-The bytes of codes and scales are the same in all of them; an export changes what they are called, how they
-are viewed and what config.json says. Sources: humming-kernels 0.1.19 (schema/humming.py, pack_weight.cuh),
-compressed-tensors 0.20.0 (pack_quantized, mxfp4, mxfp6) and the Quark reader of vLLM 0.33.
+The bytes of codes and scales are the same in all of them; an export changes what they are called, how they are viewed
+and what config.json says. Sources: humming-kernels 0.1.19 (schema/humming.py, pack_weight.cuh), compressed-tensors
+0.20.0 (pack_quantized, mxfp4, mxfp6) and the Quark reader of vLLM 0.33.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer
+from tersor.checkpoint.names import MERGED, PACKED, SCALE, stored_tensors
 from tersor.errors import FormatError, did_you_mean
 from tersor.formats import Scheme, get_scheme
-from tersor.layouts import stream
 
-_SCALE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "e8m0": "U8"}
-_FUSED_BY_READERS = (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj")))
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\..*")
 
 Layers = Sequence[tuple[LinearLayer, "Scheme | None"]]
@@ -29,30 +27,21 @@ Layers = Sequence[tuple[LinearLayer, "Scheme | None"]]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The tensors a compressed weight [OC, IC] becomes.
+    """The tensors that a compressed weight [OC, IC] becomes.
 
     Attributes:
-        packed: the codes; a row holds the first bytes of the row's stream.
-        scale: [OC, G].
-        zero_point: [OC, G] for `uint` formats.
+        tensors: Tersor's own name of each tensor (`checkpoint.names`) -> the tensor that is written for it; a row of it
+            holds the first bytes of a row of ours.
         constants: further tensors with their bytes.
     """
 
-    packed: TensorSpec
-    scale: TensorSpec
-    zero_point: TensorSpec | None = None
+    tensors: Mapping[str, TensorSpec]
     constants: tuple[tuple[TensorSpec, bytes], ...] = ()
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """All of them."""
-        optional = (self.zero_point,) if self.zero_point else ()
-        return (self.packed, self.scale, *optional, *(spec for spec, _ in self.constants))
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of codes in a row."""
-        return self.packed.nbytes // self.packed.shape[0]
+        """All tensors that are written."""
+        return (*self.tensors.values(), *(spec for spec, _ in self.constants))
 
 
 class Export:
@@ -76,14 +65,7 @@ class Export:
         Raises:
             FormatError: the format cannot say this scheme.
         """
-        oc, ic = layer.shape
-        scales = (oc, scheme.groups(ic))
-        words = stream.row_words(ic, scheme.format.bits)
-        return Stored(
-            packed=TensorSpec(f"{layer.stem}.weight_packed", "I32", (oc, words)),
-            scale=TensorSpec(f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], scales),
-            zero_point=(TensorSpec(f"{layer.stem}.weight_zero_point", "U8", scales) if scheme.has_zero_point else None),
-        )
+        return Stored(_own(layer, scheme))
 
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         """Check what only the whole model shows.
@@ -131,18 +113,17 @@ class HummingExport(_Foreign):
     )
 
     def store(self, layer: LinearLayer, scheme: Scheme) -> Stored:
-        oc, ic = layer.shape
         fmt, size = scheme.format, scheme.group_size
         elements = fmt.kind == "int" or (fmt.kind == "float" and fmt.exponent_bits <= 5 and fmt.bits < 8)
         groups = size is None or (size >= 16 and size & (size - 1) == 0)
         scales = size == 32 if scheme.scale_dtype == "e8m0" else scheme.scale_dtype == self.model_dtype
-        if not (elements and groups and scales and ic % 32 == 0):
+        if not (elements and groups and scales and layer.shape[1] % 32 == 0):
             raise self.refuse(scheme, layer)
-        dtype = "F8_E8M0" if scheme.scale_dtype == "e8m0" else _SCALE_NAMES[scheme.scale_dtype]
-        return Stored(
-            packed=TensorSpec(f"{layer.stem}.weight", "I32", (oc, stream.row_words(ic, fmt.bits))),
-            scale=TensorSpec(f"{layer.stem}.weight_scale", dtype, (oc, scheme.groups(ic))),
-        )
+        own = _own(layer, scheme)
+        own[PACKED] = replace(own[PACKED], name=f"{layer.stem}.weight")
+        if scheme.scale_dtype == "e8m0":
+            own[SCALE] = replace(own[SCALE], dtype="F8_E8M0")
+        return Stored(own)
 
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         super().check_model(architecture, layers)
@@ -182,15 +163,15 @@ class CompressedTensorsExport(_Foreign):
         oc, ic = layer.shape
         if _ct_format(scheme) is None:
             raise self.refuse(scheme, layer)
-        scale = TensorSpec(f"{layer.stem}.weight_scale", _SCALE_NAMES[scheme.scale_dtype], (oc, scheme.groups(ic)))
-        name = f"{layer.stem}.weight_packed"
+        own = _own(layer, scheme)
         if scheme.is_mx:
-            return Stored(TensorSpec(name, "U8", (oc, ic * scheme.format.bits // 8)), scale)
+            own[PACKED] = replace(own[PACKED], dtype="U8", shape=(oc, ic * scheme.format.bits // 8))
+            return Stored(own)
         # Its rows end with the last word that holds a bit; ours are padded to 32 elements.
-        words = -(-ic * scheme.format.bits // 32)
+        own[PACKED] = replace(own[PACKED], shape=(oc, -(-ic * scheme.format.bits // 32)))
         shape = TensorSpec(f"{layer.stem}.weight_shape", "I64", (2,))
         content = b"".join(size.to_bytes(8, "little") for size in (oc, ic))
-        return Stored(TensorSpec(name, "I32", (oc, words)), scale, None, ((shape, content),))
+        return Stored(own, ((shape, content),))
 
     def quantization_config(self, config: QuantizationConfig, layers: Layers, head: str) -> dict[str, Any]:
         members: dict[Scheme, list[str]] = {}
@@ -227,10 +208,9 @@ class QuarkExport(_Foreign):
         oc, ic = layer.shape
         if not scheme.is_mx or scheme.format.name not in ("fp6_e3m2", "fp6_e2m3", "fp4_e2m1"):
             raise self.refuse(scheme, layer)
-        return Stored(
-            packed=TensorSpec(f"{layer.stem}.weight", "U8", (oc, ic * scheme.format.bits // 8)),
-            scale=TensorSpec(f"{layer.stem}.weight_scale", "U8", (oc, scheme.groups(ic))),
-        )
+        own = _own(layer, scheme)
+        own[PACKED] = TensorSpec(f"{layer.stem}.weight", "U8", (oc, ic * scheme.format.bits // 8))
+        return Stored(own)
 
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         super().check_model(architecture, layers)
@@ -273,6 +253,14 @@ def get_export(name: str, model_dtype: str = "") -> Export:
     return _EXPORTS[name](model_dtype)
 
 
+def _own(layer: LinearLayer, scheme: Scheme) -> dict[str, TensorSpec]:
+    """Return Tersor's own name -> the tensor of a compressed layer as Tersor's own checkpoint stores it."""
+    return {
+        name: TensorSpec(f"{layer.stem}.{name}", form.safetensors_dtype, form.shape)
+        for name, form in stored_tensors(scheme, *layer.shape).items()
+    }
+
+
 def _words(scheme: Scheme) -> str:
     group = "one scale a row" if scheme.group_size is None else f"groups of {scheme.group_size}"
     return scheme.name if scheme.is_mx else f"{scheme.name} with {group} in {scheme.scale_dtype}"
@@ -285,8 +273,7 @@ def _left_alone(layers: Layers, head: str) -> list[str]:
 
 
 def _served(export: str, layers: Layers) -> dict[str, Scheme | None]:
-    """Return the schemes of the layers by the names servers give them, which fuse q, k, v; gate, up; and
-    experts.
+    """Return the schemes of the layers by the names that servers give them: q, k, v become one, gate and up, experts.
 
     Raises:
         FormatError: layers that are served as one have different schemes.
@@ -309,7 +296,7 @@ def _served_names(module: str) -> Iterable[str]:
     if experts:
         return [module, experts[1]]
     parent, _, leaf = module.rpartition(".")
-    return [module, *(f"{parent}.{fused}" for fused, parts in _FUSED_BY_READERS if leaf in parts)]
+    return [module, *(f"{parent}.{merged}" for merged, parts in MERGED.items() if leaf in parts)]
 
 
 def _humming_scheme(scheme: Scheme) -> dict[str, Any]:

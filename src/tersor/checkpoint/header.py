@@ -1,9 +1,7 @@
 """What does the header of a safetensors file say? Parsed with every check the format asks for, and written.
 
-The format: 8 bytes little-endian header length, that many bytes of JSON (tensor name -> dtype, shape,
-    data_offsets,
-relative to the end of the header), then the tensors without gaps
-(https://github.com/huggingface/safetensors).
+The format: 8 bytes little-endian header length, that many bytes of JSON (tensor name -> dtype, shape, data_offsets
+relative to the end of the header), then the tensors without gaps (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ class TensorSpec:
     """A tensor in a safetensors file.
 
     Attributes:
-        name: its name.
+        name: what the file calls the tensor.
         dtype: a key of `DTYPE_BITS`.
-        shape: its axes.
-        offset: first byte in the file's data section; meaningful once the file is laid out.
+        shape: sizes of the tensor's axes.
+        offset: the tensor's first byte in the file's data section; meaningful once the file is laid out.
     """
 
     name: str
@@ -56,7 +54,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file."""
+        """Bytes that the tensor takes in the file."""
         return self.numel * DTYPE_BITS[self.dtype] // 8
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,9 @@ from typing import Any, TypeAlias
 from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig
 from tersor.checkpoint.header import DTYPE_BITS
 from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.names import Storage, stored_weights
 from tersor.checkpoint.source import Source, open_source, quantization_of
 from tersor.errors import CheckpointError
-from tersor.formats import Scheme
-from tersor.layouts import stream
-
-_PACKED, _SCALE, _ZERO_POINT = ".weight_packed", ".weight_scale", ".weight_zero_point"
-_ROW_ELEMENTS = 32
 
 ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
 
@@ -28,12 +25,12 @@ class Item:
     """A tensor, or a compressed weight with its scales.
 
     Attributes:
-        name: of the tensor; of a compressed weight what it was called before.
-        shape: of the tensor; of a compressed weight (OC, IC).
+        name: the tensor's name; that of a compressed weight is what it was called before.
+        shape: the tensor's shape; that of a compressed weight is (OC, IC).
         format: key of the scheme, or the safetensors dtype.
         bits_per_weight: bits stored for each element, scales counted.
         nbytes: bytes on disk.
-        compressed: whether it is a compressed weight.
+        compressed: whether the item is a compressed weight.
     """
 
     name: str
@@ -46,10 +43,7 @@ class Item:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +51,12 @@ class Inspection:
     """What a checkpoint holds.
 
     Attributes:
-        model: its name.
-        architecture: the class config.json names, or an empty string.
-        method: `quant_method` of its quantization_config, or `None`.
-        provenance: what Tersor wrote about how it was made.
-        items: in the order of the bytes on disk.
-        files: names of its safetensors files.
+        model: name of the checkpoint: a Hub id, or the directory's name.
+        architecture: the class that config.json names, or an empty string.
+        method: `quant_method` of the quantization_config, or `None`.
+        provenance: what Tersor wrote about how the checkpoint was made.
+        items: tensors and compressed weights, in the order of the bytes on disk.
+        files: names of the safetensors files.
     """
 
     model: str
@@ -149,40 +143,44 @@ def _plain_items(source: Source) -> Iterator[Item]:
 
 
 def _packed_items(source: Source, config: QuantizationConfig, architecture: Architecture) -> Iterator[Item]:
-    stems = [name.removesuffix(_PACKED) for name in source.tensors if name.endswith(_PACKED)]
-    companions = {stem + suffix for stem in stems for suffix in (_SCALE, _ZERO_POINT)}
+    weights = stored_weights(source.tensors)
+    parts = {f"{stem}.{name}": stem for stem, storage in weights.items() for name in storage.names}
     for item in _plain_items(source):
-        if item.name.endswith(_PACKED):
-            yield _compressed(source, item.name.removesuffix(_PACKED), config, architecture)
-        elif item.name not in companions:
+        stem = parts.get(item.name)
+        if stem is None:
             yield item
+        elif item.name == f"{stem}.{weights[stem].marker}":
+            yield _compressed(source, stem, weights[stem], config, architecture)
 
 
-def _compressed(source: Source, stem: str, config: QuantizationConfig, architecture: Architecture) -> Item:
+def _compressed(
+    source: Source, stem: str, storage: Storage, config: QuantizationConfig, architecture: Architecture
+) -> Item:
     module = architecture.module_of(stem)
     scheme = config.resolve(module)
     if scheme is None:
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
-    suffixes = (_PACKED, _SCALE, _ZERO_POINT) if scheme.has_zero_point else (_PACKED, _SCALE)
-    missing = [stem + suffix for suffix in suffixes if stem + suffix not in source.tensors]
+    marker = source.tensors[f"{stem}.{storage.marker}"].spec
+    names = [f"{stem}.{name}" for name in storage.names_of(scheme)]
+    missing = [name for name in names if name not in source.tensors]
     if missing:
-        raise CheckpointError(f"{source.directory}: {missing[0]} is missing beside {stem}{_PACKED}")
-    packed = source.tensors[stem + _PACKED].spec
-    oc, words = packed.shape if len(packed.shape) == 2 else (0, 0)
-    ic = _input_channels(architecture, module, words, scheme)
-    if packed.dtype != "I32" or words != stream.row_words(ic, scheme.format.bits):
+        raise CheckpointError(f"{source.directory}: {missing[0]} is missing beside {marker.name}")
+    oc, largest = storage.largest_weight(scheme, marker.shape)
+    ic = _input_channels(architecture, module, largest)
+    form = storage.marker_form(scheme, oc, ic)
+    if marker.dtype != form.safetensors_dtype or marker.shape != form.shape:
         raise CheckpointError(
-            f"{source.directory}: {packed.name} has dtype {packed.dtype} and shape {list(packed.shape)}, which is "
+            f"{source.directory}: {marker.name} has dtype {marker.dtype} and shape {list(marker.shape)}, which is "
             f"not {scheme.key()} for {ic} input channels"
         )
-    nbytes = sum(source.tensors[stem + suffix].spec.nbytes for suffix in suffixes)
+    nbytes = sum(source.tensors[name].spec.nbytes for name in names)
     return Item(f"{stem}.weight", (oc, ic), scheme.key(), 8 * nbytes / max(1, oc * ic), nbytes, True)
 
 
-def _input_channels(architecture: Architecture, module: str, words: int, scheme: Scheme) -> int:
-    """Return IC: what the architecture says, or all that fit in a row (for experts, which it keeps fused)."""
+def _input_channels(architecture: Architecture, module: str, largest: int) -> int:
+    """Return IC: what the architecture says, or the largest there may be (for experts, which it keeps fused)."""
     if module in architecture.linears:
-        return architecture.linears[module][0][1]
+        return architecture.linears[module].shape[1]
     if module in architecture.embeddings:
-        return architecture.embeddings[module][0][1]
-    return words // scheme.format.bits * _ROW_ELEMENTS
+        return architecture.embeddings[module].shape[1]
+    return largest

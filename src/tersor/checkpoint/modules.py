@@ -5,6 +5,7 @@ The architecture is built without memory and asked.
 
 from __future__ import annotations
 
+import enum
 import re
 from dataclasses import dataclass
 
@@ -12,10 +13,43 @@ from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
-_EMBEDDING = "embedding"
 _HEAD_NAMES = ("lm_head", "embed_out")
 _EXPERT = re.compile(r"(?P<layer>.*\.\d+)\.[^.]+\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
+
+
+class Skipped(enum.Enum):
+    """Why a layer is left alone unless an override asks for it; the value is the word that users read."""
+
+    HEAD = "output head"
+    ROUTER = "router"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of a model.
+
+    Attributes:
+        shape: (OC, IC).
+        transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D).
+    """
+
+    shape: tuple[int, int]
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """An embedding of a model.
+
+    Attributes:
+        shape: (rows, columns).
+        unpackable: name of its class where that computes more than a packed embedding can, else an empty string.
+    """
+
+    shape: tuple[int, int]
+    unpackable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,24 +57,23 @@ class LinearLayer:
     """A linear layer of the model, or an embedding, as the checkpoint stores it.
 
     Attributes:
-        module: its name in the model, which patterns are matched with.
+        module: the layer's name in the model, which patterns are matched with.
         stem: the start of its tensors' names in the checkpoint: the weight is `stem + '.weight'`.
         shape: (OC, IC).
-        transposed: stored as [IC, OC] (GPT-2's Conv1D).
-        skipped: why it is left alone unless it is asked for (`output head`, `router`, `embedding`), or an empty
-            string.
+        transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D).
+        skipped: why the layer is left alone unless it is asked for; `None` where it is not.
     """
 
     module: str
     stem: str
     shape: tuple[int, int]
     transposed: bool = False
-    skipped: str = ""
+    skipped: Skipped | None = None
 
     @property
     def embedding(self) -> bool:
         """Whether rows are looked up instead of multiplied."""
-        return self.skipped == _EMBEDDING
+        return self.skipped is Skipped.EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +82,8 @@ class Architecture:
 
     Attributes:
         name: class of the model.
-        linears: module name -> ((OC, IC), transposed).
-        embeddings: module name -> ((rows, columns), class name where it computes more than a packed one can, or an
-            empty string).
+        linears: module name -> linear layer.
+        embeddings: module name -> embedding.
         modules: every module name.
         base_prefix: the prefix that tells `model.layers.0` from `layers.0`.
         head: name of the output head, or an empty string.
@@ -59,8 +91,8 @@ class Architecture:
     """
 
     name: str
-    linears: dict[str, tuple[tuple[int, int], bool]]
-    embeddings: dict[str, tuple[tuple[int, int], str]]
+    linears: dict[str, Linear]
+    embeddings: dict[str, Embedding]
     modules: frozenset[str]
     base_prefix: str
     head: str
@@ -69,7 +101,7 @@ class Architecture:
     @property
     def transposes(self) -> bool:
         """Whether some layer stores its weight as [IC, OC]."""
-        return any(transposed for _, transposed in self.linears.values())
+        return any(linear.transposed for linear in self.linears.values())
 
     def module_of(self, stem: str) -> str:
         """Return the module a stored name stands for: with or without the base model's prefix."""
@@ -95,27 +127,27 @@ class Architecture:
             return None
         module = self.module_of(stem)
         if module in self.linears:
-            shape, transposed = self.linears[module]
-            stored = shape[::-1] if transposed else shape
+            linear = self.linears[module]
+            stored = linear.shape[::-1] if linear.transposed else linear.shape
             if spec.shape != stored:
                 raise CheckpointError(
                     f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this "
                     f"config.json wants {list(stored)}"
                 )
-            return LinearLayer(module, stem, shape, transposed, self.skipped(module))
+            return LinearLayer(module, stem, linear.shape, linear.transposed, self.skipped(module))
         if module in self.embeddings and len(spec.shape) == 2:
-            return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]), skipped=_EMBEDDING)
+            return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]), skipped=Skipped.EMBEDDING)
         match = _EXPERT.fullmatch(module)
         if match and match["layer"] in self.modules and len(spec.shape) == 2:
             return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]))
         return None
 
-    def skipped(self, module: str) -> str:
-        """Say why a linear layer is left alone unless it is asked for, or return an empty string."""
+    def skipped(self, module: str) -> Skipped | None:
+        """Say why a linear layer is left alone unless it is asked for; `None` where it is not."""
         leaf = module.rpartition(".")[2]
         if module == self.head or leaf in _HEAD_NAMES:
-            return "output head"
-        return "router" if leaf in _ROUTER_NAMES else ""
+            return Skipped.HEAD
+        return Skipped.ROUTER if leaf in _ROUTER_NAMES else None
 
     def describe(self, spec: TensorSpec) -> str:
         """Say what a tensor is that is no linear weight, where that is worth a word."""
@@ -123,11 +155,11 @@ class Architecture:
         module = self.module_of(stem)
         leaf = stem.rpartition(".")[2]
         if module in self.embeddings:
-            return _EMBEDDING
+            return Skipped.EMBEDDING.value
         if stem in _HEAD_NAMES:
-            return "output head"
+            return Skipped.HEAD.value
         if leaf in _ROUTER_NAMES and len(spec.shape) == 2:
-            return "router"
+            return Skipped.ROUTER.value
         if len(spec.shape) == 3 and _FUSED_EXPERTS.fullmatch(spec.name):
             return "fused experts"
         return "" if len(spec.shape) < 2 else "not a linear layer"

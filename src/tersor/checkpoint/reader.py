@@ -10,31 +10,8 @@ from types import TracebackType
 import torch
 
 from tersor.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorSpec, parse
+from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.errors import CheckpointError
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-"""safetensors dtype name -> torch dtype, where torch has one."""
-
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-"""The way back."""
 
 _LENGTH_BYTES = 8
 
@@ -43,11 +20,11 @@ class SafetensorsFile:
     """An open safetensors file. Reads are positioned, so several threads may read at once.
 
     Attributes:
-        path: where it is.
-        tensors: what is in it, in the order of the bytes.
-        metadata: the free text in its header.
+        path: where the file is.
+        tensors: the tensors in it by name, in the order of their bytes.
+        metadata: the free text in the header.
         header_digest: SHA-256 of the header, which names every tensor and its place.
-        nbytes: size of the file.
+        nbytes: bytes of the whole file.
     """
 
     def __init__(self, path: Path) -> None:

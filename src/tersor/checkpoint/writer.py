@@ -1,7 +1,7 @@
 """How does a shard come to disk? The header first, rows into their places, then one rename.
 
-Shapes are known before the first weight is read, so the header is written first and every tensor's bytes can
-arrive in any order and from several threads. The same tensors give the same bytes.
+Shapes are known before the first weight is read, so the header is written first and every tensor's bytes can arrive in
+any order and from several threads. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tersor import files
 from tersor.checkpoint.header import TensorSpec, build, lay_out
 from tersor.errors import OutputError
 
@@ -28,28 +29,14 @@ def output_error(error: OSError, path: Path) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}")
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file durably: under a temporary name, synced, then renamed.
+    """Write a small file of an output whole or not at all.
 
     Raises:
         OutputError: the disk is full or does not let us write.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.write_whole(path, content)
     except OSError as error:
         raise output_error(error, path) from None
 
@@ -58,7 +45,7 @@ class ShardWriter:
     """One safetensors file being written under a temporary name.
 
     Attributes:
-        path: its final name; it exists after `finish` and not before.
+        path: the file's final name, which exists after `finish` and not before.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
@@ -68,7 +55,7 @@ class ShardWriter:
             OutputError: the disk is full or does not let us write.
         """
         self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = path.with_name(path.name + files.SUFFIX)
         placed = lay_out(specs)
         self._places = {spec.name: spec for spec in placed}
         header = build(placed, _METADATA)
@@ -113,8 +100,7 @@ class ShardWriter:
             os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
-            os.replace(self._temporary, self.path)
-            sync_directory(self.path.parent)
+            files.rename(self._temporary, self.path)
         except OSError as error:
             raise output_error(error, self.path) from None
 
@@ -127,8 +113,7 @@ class ShardWriter:
 
 
 def split_into_shards(groups: Sequence[Sequence[TensorSpec]], shard_bytes: int) -> list[list[int]]:
-    """Share groups of tensors out to files, in order, each file at most `shard_bytes` unless one group is
-    larger.
+    """Share groups of tensors out to files, in order, each at most `shard_bytes` unless a single group is larger.
 
     Args:
         groups: tensors that stay together (a weight and its scales).

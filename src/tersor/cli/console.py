@@ -36,14 +36,6 @@ def choose_threads(weight_bytes: int, device: torch.device) -> None:
         torch.set_num_threads(1)
 
 
-def quiet_transformers() -> None:
-    """Keep transformers' progress bars and warnings out of a verb's output."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the time left on a terminal, through stderr, and yield what moves it: (done, in all)."""

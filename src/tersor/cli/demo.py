@@ -44,21 +44,21 @@ def command(
     options = engine.Sampling(
         temperature=0.0, repetition_penalty=PENALTY, max_new_tokens=max_new_tokens, ignore_eos=True
     )
-    target = load.resolve_device(device)
-    place = load.locate(_bundled() if model is None else model)
-    console.choose_threads(place.weight_bytes, target)
-    console.quiet_transformers()
-    tokenizer = load.load_tokenizer(place.directory)
+    torch_device = load.resolve_device(device)
+    found = load.locate(_bundled() if model is None else model)
+    console.choose_threads(found.weight_bytes, torch_device)
+    load.quiet()
+    tokenizer = load.load_tokenizer(found.directory)
     windows = evaluate.cut_windows(own_text(), tokenizer, window=window, max_tokens=max_tokens)
-    base = load.ready_model(place.directory, target)
+    base = load.ready_model(found.directory, torch_device)
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tersor-demo-")))
         for format_name in (None, *chosen):
-            where, subject = place, base
+            where, subject = found, base
             if format_name is not None:
-                where = load.locate(_compress(quantize, place.directory, folder, format_name))
-                subject = load.ready_model(where.directory, target)
+                where = load.locate(_compress(quantize, found.directory, folder, format_name))
+                subject = load.ready_model(where.directory, torch_device)
             with console.progress(format_name or "original") as move:
                 quality = evaluate.evaluate(subject, windows, reference=base, progress=move)
             generator = generate.Generator(subject, tokenizer)
@@ -76,9 +76,11 @@ def command(
                 }
             )
     if json:
-        console.print_json({"model": str(place.directory), "device": str(target), "prompt": prompt, "formats": results})
+        console.print_json(
+            {"model": str(found.directory), "device": str(torch_device), "prompt": prompt, "formats": results}
+        )
         return
-    _print(results, prompt, f"{place.directory.name} on {target}")
+    _print(results, prompt, f"{found.directory.name} on {torch_device}")
     if output is not None:
         print(f"The compressed models are in {output}.")
 

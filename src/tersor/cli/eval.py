@@ -39,17 +39,17 @@ def command(
     from tersor.integrations.transformers import load
 
     Activations.of(activations)
-    target = load.resolve_device(device)
-    load.resolve_dtype(dtype, target)
+    torch_device = load.resolve_device(device)
+    load.resolve_dtype(dtype, torch_device)
     content = evaluate.read_text(text)
     if plot is not None:
         plots.check_plot(plot)
-    places = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
-    console.choose_threads(max(place.weight_bytes for place in places.values()), target)
-    console.quiet_transformers()
+    found_by_name = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
+    console.choose_threads(max(found.weight_bytes for found in found_by_name.values()), torch_device)
+    load.quiet()
     windows = {
-        name: evaluate.cut_windows(content, load.load_tokenizer(place.directory), window=window, max_tokens=max_tokens)
-        for name, place in places.items()
+        name: evaluate.cut_windows(content, load.load_tokenizer(found.directory), window=window, max_tokens=max_tokens)
+        for name, found in found_by_name.items()
     }
     base = None
     if reference is not None:
@@ -59,17 +59,17 @@ def command(
                     f"{name} and the reference {reference} split the text into different tokens: "
                     "compare models of one tokenizer"
                 )
-        base = load.ready_model(places[reference].directory, target, dtype)
+        base = load.ready_model(found_by_name[reference].directory, torch_device, dtype)
     results: list[dict[str, Any]] = []
     points: list[drawing.Point] = []
     for name in models:
         model = base
         if model is None or name != reference:
-            model = load.ready_model(places[name].directory, target, dtype, activations=activations)
+            model = load.ready_model(found_by_name[name].directory, torch_device, dtype, activations=activations)
         with console.progress(_label(name)) as move:
             quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
-        bits = nn.bits_per_weight(model) or places[name].plain_bits
-        size = places[name].weight_bytes
+        bits = nn.bits_per_weight(model) or found_by_name[name].plain_bits
+        size = found_by_name[name].weight_bytes
         results.append({"model": name, "weight_bytes": size, "bits_per_weight": bits, **quality.to_dict()})
         points.append(drawing.Point(label=_label(name), size=size, quality=quality))
         del model
@@ -77,7 +77,7 @@ def command(
     if plot is not None:
         drawing.plot(points, plot)
     if json:
-        console.print_json({"text": str(text), "reference": reference, "device": str(target), "models": results})
+        console.print_json({"text": str(text), "reference": reference, "device": str(torch_device), "models": results})
         return
     rows = [
         row(_label(result["model"]), result["weight_bytes"], result["bits_per_weight"], point.quality)

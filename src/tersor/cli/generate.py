@@ -65,20 +65,20 @@ def command(
         ignore_eos=ignore_eos,
     )
     text = _read() if prompt == "-" else prompt
-    target = load.resolve_device(device)
-    place = load.locate(model)
-    console.choose_threads(place.weight_bytes, target)
-    console.quiet_transformers()
-    tokenizer = load.load_tokenizer(place.directory)
+    torch_device = load.resolve_device(device)
+    found = load.locate(model)
+    console.choose_threads(found.weight_bytes, torch_device)
+    load.quiet()
+    tokenizer = load.load_tokenizer(found.directory)
     ids = generate.chat_prompt(tokenizer, text) if chat else text
-    loaded = load.ready_model(place.directory, target, dtype, activations=activations, fuse=fuse)
+    loaded = load.ready_model(found.directory, torch_device, dtype, activations=activations, fuse=fuse)
     stream = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
     if json:
         produced = "".join(stream)
         fields = {
             "text": produced,
             "tokens": stream.tokens,
-            "device": str(target),
+            "device": str(torch_device),
             **stream.statistics.to_dict(),
         }
         console.print_json({"model": model, "prompt": text, **fields})
@@ -92,7 +92,7 @@ def command(
         # The reader has seen enough; what Python flushes at exit must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    print(summary(stream.statistics, target.type), file=sys.stderr)
+    print(summary(stream.statistics, torch_device.type), file=sys.stderr)
 
 
 def summary(numbers: Statistics, device_type: str) -> str:

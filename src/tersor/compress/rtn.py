@@ -6,31 +6,10 @@ then every weight goes to the nearest code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from tersor.errors import NonFiniteError
-from tersor.formats import Scheme, scale_values, store_scales
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A weight as codes and scales.
-
-    Attributes:
-        codes: uint8 [OC, IC].
-        scale: [OC, G] in the scheme's scale dtype.
-        zero_point: uint8 [OC, G] for `uint` formats, else `None`.
-        squared_error: sum of (w - decoded w)^2.
-        squared_norm: sum of w^2.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None
-    squared_error: float
-    squared_norm: float
+from tersor.formats import Encoded, Scheme, scale_values, store_scales
 
 
 def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
@@ -75,6 +54,7 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         rounded = rounded.sub_(zero_point.unsqueeze(2))
     error = rounded.mul_(scale_values(scale, scheme).unsqueeze(2)).sub_(grouped)
     return Encoded(
+        scheme=scheme,
         codes=codes.view(oc, ic),
         scale=scale,
         zero_point=zero_point,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ import torch
 from tersor.checkpoint.config import check_pattern, parse_override
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
+from tersor.checkpoint.header import WEIGHT_DTYPES
+from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
 from tersor.checkpoint.writer import output_error, write_file
+from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
-from tersor.errors import InputError, OutputError, did_you_mean
-from tersor.formats import Scheme, get_scheme
-from tersor.hardware import cuda_available
+from tersor.errors import InputError, OutputError
+from tersor.formats import Scheme, dtype_name, get_scheme
+from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
 
-ALGORITHMS = ("rtn",)
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SPARE_BYTES = 64 << 20
-_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def quantize(
@@ -39,7 +40,7 @@ def quantize(
     format: str = "fp6_e3m2",
     group_size: int | None = None,
     scale_dtype: str | None = None,
-    algorithm: str = "rtn",
+    algorithm: str = DEFAULT_RECIPE,
     ignore: Sequence[str] = (),
     overrides: Mapping[str, str] | Sequence[str] = (),
     dry_run: bool = False,
@@ -51,25 +52,22 @@ def quantize(
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor.
 
-    Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output
-        directory
+    Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output directory
     appears under its name when it is complete; until then the work is in `<output>.partial`.
 
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded.
-        output: the directory to make; it must not exist. `None` only for a dry run.
+        output: the directory to make, which must not exist; `None` only for a dry run.
         format: element format of the weights, such as `fp6_e3m2`, `int4` or `mxfp6_e2m3`.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
-        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's
-            dtype.
-        algorithm: `rtn`, round to nearest.
+        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
+        algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest.
         ignore: regular expressions of modules to leave alone; found anywhere in the module's name.
-        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found
-            decides. The output head, embeddings and routers are left alone unless a pattern spells their
-            name.
+        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found decides. The
+            output head, embeddings and routers are left alone unless a pattern spells their name.
         dry_run: only report what would be done.
-        resume: continue the work an interrupted run left in `<output>.partial`.
-        device: where weights are encoded: `cpu`, `cuda` or `cuda:N`.
+        resume: continue the work that an interrupted run left in `<output>.partial`.
+        device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         progress: called with bytes done, bytes in all, and a tensor's name.
@@ -83,8 +81,8 @@ def quantize(
     """
     started = time.monotonic()
     get_export(export)
-    _check_choice(algorithm, ALGORITHMS, "algorithm")
-    where = _device(device)
+    get_recipe(algorithm)
+    where = resolve_device(device)
     if not shard_size >= 1:
         raise InputError(f"shard size {shard_size} is not a positive number of bytes")
     get_scheme(format, group_size, scale_dtype)
@@ -126,7 +124,7 @@ def quantize(
         }
         work = Workplace(destination, identity, resume)
         try:
-            return _write(source, conversion, work, target, scheme, destination, where, progress, started)
+            return _write(source, conversion, work, target, scheme, algorithm, destination, where, progress, started)
         finally:
             work.close()
 
@@ -137,6 +135,7 @@ def _write(
     work: Workplace,
     target: Export,
     scheme: Scheme,
+    recipe: str,
     destination: Path,
     device: torch.device,
     progress: Progress | None,
@@ -146,11 +145,11 @@ def _write(
     first = len(work.rows)
     try:
         _check_space(conversion, work)
-        pipeline = Pipeline(conversion, work.directory, device, progress)
+        pipeline = Pipeline(conversion, recipe, work.directory, device, progress)
         streaming = time.monotonic()
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
         stream_seconds = time.monotonic() - streaming
-        _write_companions(source, conversion, target, work.directory)
+        _write_companions(source, conversion, target, recipe, work.directory)
         work.publish()
     except InputError:
         # The input is at fault, so there is nothing to continue.
@@ -172,7 +171,7 @@ def _write(
     )
 
 
-def _write_companions(source: Source, conversion: Conversion, target: Export, directory: Path) -> None:
+def _write_companions(source: Source, conversion: Conversion, target: Export, recipe: str, directory: Path) -> None:
     """Write config.json, the index and the model card, and copy the tokenizer and its like."""
     config = dict(source.config)
     if not _stated_dtype(config):
@@ -192,7 +191,7 @@ def _write_companions(source: Source, conversion: Conversion, target: Export, di
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_file(directory / INDEX_NAME, _json(index))
-    write_file(directory / "README.md", _model_card(source, conversion, target).encode())
+    write_file(directory / "README.md", _model_card(source, conversion, target, recipe).encode())
     for path in source.companions():
         try:
             (directory / path).parent.mkdir(exist_ok=True)
@@ -201,7 +200,7 @@ def _write_companions(source: Source, conversion: Conversion, target: Export, di
             raise output_error(error, directory / path) from None
 
 
-def _model_card(source: Source, conversion: Conversion, target: Export) -> str:
+def _model_card(source: Source, conversion: Conversion, target: Export, recipe: str) -> str:
     scheme = conversion.config.scheme
     base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
     front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
@@ -212,8 +211,8 @@ def _model_card(source: Source, conversion: Conversion, target: Export) -> str:
     body = [
         f"# {source.label} in {scheme.name}",
         "",
-        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, rounded to "
-        f"nearest by Tersor {__version__}.",
+        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
+        f"{get_recipe(recipe).summary} by Tersor {__version__}.",
         use,
     ]
     return "\n".join([*front, "", *body, ""])
@@ -221,27 +220,6 @@ def _model_card(source: Source, conversion: Conversion, target: Export) -> str:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _check_choice(value: str, choices: Iterable[str], what: str) -> None:
-    choices = tuple(choices)
-    if value not in choices:
-        raise InputError(f"unknown {what} {value!r}{did_you_mean(value, choices)} (known: {', '.join(choices)})")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}: use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not cuda_available():
-            raise InputError(f"device {name!r} asked for, but torch sees no CUDA device here: use --device cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _destination(output: str | os.PathLike[str] | None, dry_run: bool) -> Path | None:
@@ -294,8 +272,8 @@ def _model_dtype(source: Source) -> str:
     stated = _stated_dtype(source.config)
     if stated:
         return stated
-    first = next(iter(source.tensors.values()))
-    return _DTYPE_NAMES.get(first.spec.dtype, first.spec.dtype)
+    first = next(iter(source.tensors.values())).spec.dtype
+    return dtype_name(TORCH_DTYPES[first]) if first in WEIGHT_DTYPES else first
 
 
 def _override_texts(overrides: Mapping[str, str] | Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """How do weights flow from the input shards to the output? Read, encoded and written in blocks of rows.
 
-Every worker thread reads a block, encodes it and writes the result to its place. There are more threads than
-may encode at the same time, so the disk is busy while the processors are. Bytes do not depend on timing:
-every block has its place in the file from the start.
+Every worker thread reads a block, encodes it and writes the result to its place. There are more threads than may encode
+at the same time, so the disk is busy while the processors are. Bytes do not depend on timing: every block has its place
+in the file from the start.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
-from tersor.checkpoint.reader import TORCH_DTYPES, element_bytes
+from tersor.checkpoint.names import TORCH_DTYPES
+from tersor.checkpoint.pack import Packed, pack
+from tersor.checkpoint.reader import element_bytes
 from tersor.checkpoint.writer import ShardWriter
-from tersor.compress import Encoded, quantize_rtn
+from tersor.compress import get_recipe
+from tersor.compress.workers import worker_pool
 from tersor.convert.report import Row
 from tersor.errors import FormatError, NonFiniteError
-from tersor.formats import Scheme
-from tersor.layouts import stream
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
@@ -64,20 +65,22 @@ def row_of(step: Step, relative_error: float | None = None) -> Row:
 
 
 class Pipeline:
-    """Writes the shards of a plan into a directory."""
+    """Writes the shards of a conversion into a directory."""
 
     def __init__(
-        self, conversion: Conversion, directory: Path, device: torch.device, progress: Progress | None
+        self, conversion: Conversion, recipe: str, directory: Path, device: torch.device, progress: Progress | None
     ) -> None:
         """Prepare to write; nothing is opened yet.
 
         Args:
-            plan: what to write.
-            directory: where.
+            conversion: what to write.
+            recipe: how codes are chosen, a key of `compress.RECIPES`.
+            directory: where the shards are written.
             device: where weights are encoded.
-            progress: told after every block.
+            progress: called after every block.
         """
         self._conversion = conversion
+        self._recipe = recipe
         self._directory = directory
         self._device = device
         self._progress = progress
@@ -92,18 +95,17 @@ class Pipeline:
         """Write the shards from number `first_shard` on.
 
         Args:
-            first_shard: shards before it are there already.
-            on_shard: called when a shard has its final name, with its number and its rows; from another
-                thread, in order.
+            first_shard: number of the first shard that is not there yet.
+            on_shard: called when a shard has its final name, with its number and its rows; from another thread, in
+                order.
 
         Raises:
             NonFiniteError: a weight holds a NaN or an infinity.
             CheckpointError: the source cannot be read.
             OutputError: the output cannot be written.
         """
-        threads_before = torch.get_num_threads()
         writers: list[ShardWriter] = []
-        pool = ThreadPoolExecutor(self._threads, "tersor-block", initializer=torch.set_num_threads, initargs=(1,))
+        pool = worker_pool(self._threads, "tersor-block")
         closer = ThreadPoolExecutor(1, "tersor-shard")
         try:
             self._run(first_shard, on_shard, pool, closer, writers)
@@ -112,7 +114,6 @@ class Pipeline:
             closer.shutdown(cancel_futures=True)
             for writer in writers:
                 writer.abort()
-            torch.set_num_threads(threads_before)
 
     def _run(
         self,
@@ -168,8 +169,9 @@ class Pipeline:
             return
         oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
-        # A transposed weight is one block: its rows are spread over the whole tensor.
-        rows = oc if step.layer.transposed else max(1, elements // ic)
+        # The rows of a transposed weight are spread over the whole tensor.
+        whole = step.layer.transposed or get_recipe(self._recipe).all_rows
+        rows = oc if whole else max(1, elements // ic)
         for start in range(0, oc, rows):
             yield _Block(index, start, min(start + rows, oc))
 
@@ -196,15 +198,14 @@ class Pipeline:
         weight = self._read(step, block)
         with self._may_encode:
             try:
-                encoded = self._encode(weight, step)
+                packed = self._pack(weight, step, block)
             except NonFiniteError as error:
-                row, column = error.index[0] + block.start, error.index[1]
-                index = (column, row) if step.layer.transposed else (row, column)
+                index = error.index[::-1] if step.layer.transposed else error.index
                 raise NonFiniteError(index, error.value, _where(step)) from None
             except FormatError as error:
                 raise FormatError(f"{_where(step)}: {error}") from None
-        self._store(writer, step, block, encoded)
-        return encoded.squared_error, encoded.squared_norm
+        self._store(writer, step, block, packed)
+        return packed.squared_error, packed.squared_norm
 
     def _read(self, step: Step, block: _Block) -> torch.Tensor:
         """Return rows of a weight as [rows, IC], on the CPU."""
@@ -219,32 +220,24 @@ class Pipeline:
         step.source.file.read_into(spec, block.start * row_bytes, flat.numpy().data)
         return flat.view(TORCH_DTYPES[spec.dtype]).view(block.stop - block.start, spec.shape[1])
 
-    def _encode(self, weight: torch.Tensor, step: Step) -> _EncodedRows:
-        """Encode [rows, IC] and return everything on the CPU."""
-        assert step.scheme is not None and step.stored is not None
-        if self._device.type == "cuda":
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
-                return _encode_rows(weight.to(self._device, non_blocking=True), step.scheme, step.stored.row_bytes)
-        rows, ic = weight.shape
-        height = max(1, self._pass_elements // ic)
-        parts = []
-        for start in range(0, rows, height):
-            try:
-                part = weight[start : start + height]
-                parts.append(_encode_rows(part, step.scheme, step.stored.row_bytes))
-            except NonFiniteError as error:
-                raise NonFiniteError((error.index[0] + start, error.index[1]), error.value) from None
-        return _join(parts)
+    def _pack(self, weight: torch.Tensor, step: Step, block: _Block) -> Packed:
+        """Encode and pack a block's rows [rows, IC] on the pipeline's device."""
+        assert step.scheme is not None
+        if self._device.type == "cpu":
+            elements = self._pass_elements
+            return pack(weight, step.scheme, self._recipe, first_row=block.start, block_elements=elements)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
+            moved = weight.to(self._device, non_blocking=True)
+            packed = pack(moved, step.scheme, self._recipe, first_row=block.start, block_elements=moved.numel())
+            tensors = {name: tensor.cpu() for name, tensor in packed.tensors.items()}
+        return replace(packed, tensors=tensors)
 
-    def _store(self, writer: ShardWriter, step: Step, block: _Block, encoded: _EncodedRows) -> None:
+    def _store(self, writer: ShardWriter, step: Step, block: _Block, packed: Packed) -> None:
         assert step.stored is not None
-        pairs = [(step.stored.packed, encoded.packed), (step.stored.scale, encoded.scale)]
-        if step.stored.zero_point is not None and encoded.zero_point is not None:
-            pairs.append((step.stored.zero_point, encoded.zero_point))
-        for spec, data in pairs:
+        for name, spec in step.stored.tensors.items():
             row_bytes = spec.nbytes // spec.shape[0]
-            content = data.reshape(-1).view(torch.uint8).numpy()
-            writer.write(spec.name, block.start * row_bytes, content.data)
+            rows = packed.tensors[name].view(torch.uint8)[:, :row_bytes].contiguous()
+            writer.write(spec.name, block.start * row_bytes, rows.numpy().data)
 
     def _buffer(self, nbytes: int) -> torch.Tensor:
         """Return this thread's input buffer, uint8 [nbytes]; pinned when weights go to a GPU."""
@@ -260,44 +253,6 @@ class Pipeline:
             held = torch.cuda.Stream(self._device)
             self._local.stream = held
         return held
-
-
-@dataclass(frozen=True, slots=True)
-class _EncodedRows:
-    """Rows of a weight as they are written: uint8 [rows, bytes], scales and zero points [rows, G]."""
-
-    packed: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None
-    squared_error: float
-    squared_norm: float
-
-
-def _encode_rows(weight: torch.Tensor, scheme: Scheme, row_bytes: int) -> _EncodedRows:
-    if weight.dtype == torch.float64:
-        weight = weight.float()
-    encoded: Encoded = quantize_rtn(weight, scheme)
-    packed = stream.pack(encoded.codes, scheme.format.bits).view(torch.uint8)[:, :row_bytes]
-    return _EncodedRows(
-        packed=packed.contiguous().cpu(),
-        scale=encoded.scale.cpu(),
-        zero_point=None if encoded.zero_point is None else encoded.zero_point.cpu(),
-        squared_error=encoded.squared_error,
-        squared_norm=encoded.squared_norm,
-    )
-
-
-def _join(parts: list[_EncodedRows]) -> _EncodedRows:
-    if len(parts) == 1:
-        return parts[0]
-    zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-    return _EncodedRows(
-        packed=torch.cat([part.packed for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        zero_point=torch.cat(zero_points) if zero_points else None,
-        squared_error=math.fsum(part.squared_error for part in parts),
-        squared_norm=math.fsum(part.squared_norm for part in parts),
-    )
 
 
 def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]) -> None:

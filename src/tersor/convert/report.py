@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,14 @@ class Row:
     """One tensor of the source.
 
     Attributes:
-        name: its name in the source.
-        shape: its shape there.
-        dtype: its safetensors dtype there.
-        scheme: key of the scheme it was compressed to, such as `fp6_e3m2:row:float16`, or `None`.
+        name: the tensor's name in the source.
+        shape: the tensor's shape in the source.
+        dtype: the tensor's safetensors dtype in the source.
+        scheme: key of the scheme that it was compressed to, such as `fp6_e3m2:row:float16`, or `None`.
         bits_per_weight: bits stored for each element, scales counted.
         bytes_before, bytes_after: sizes on disk.
-        relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was
-            compressed (yet).
-        note: why it was left alone, where that is worth a word.
+        relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was compressed (yet).
+        note: why the tensor was left alone, where that is worth a word.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Row:
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Row:
-        """Return the row `dataclasses.asdict` and JSON made `raw` of."""
+        """Return the row that `raw` is: `dataclasses.asdict` of one, through JSON."""
         return Row(**{**raw, "shape": tuple(raw["shape"])})
 
 
@@ -48,10 +48,10 @@ class Report:
         source, output: the model and the directory written; output is `None` for a dry run.
         scheme: key of the scheme asked for.
         export: the checkpoint format.
-        rows: one a tensor.
-        files: safetensors files written.
+        rows: one row for each tensor.
+        files: names of the safetensors files written.
         seconds: time taken by this run.
-        stream_seconds: the part of it in which weights were read, encoded and written.
+        stream_seconds: the part of `seconds` in which weights were read, encoded and written.
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
     """
 
@@ -116,12 +116,5 @@ class Report:
 
 def mean_bits(rows: Sequence[Row]) -> float:
     """Return the mean bits stored for an element over all rows, 0 where there is none."""
-    elements = sum(_elements(row) for row in rows)
-    return sum(row.bits_per_weight * _elements(row) for row in rows) / elements if elements else 0.0
-
-
-def _elements(row: Row) -> int:
-    count = 1
-    for size in row.shape:
-        count *= size
-    return count
+    elements = sum(math.prod(row.shape) for row in rows)
+    return sum(row.bits_per_weight * math.prod(row.shape) for row in rows) / elements if elements else 0.0

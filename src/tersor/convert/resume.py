@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tersor import files
 from tersor.checkpoint.writer import output_error, write_file
 from tersor.convert.report import Row
 from tersor.errors import InputError
@@ -34,13 +36,13 @@ class Workplace:
         """Create the directory, or take up the one an interrupted run left.
 
         Args:
-            output: the final name.
+            output: the output's final name.
             identity: what the result depends on: options and source, as JSON values.
             resume: whether an existing directory may be taken up.
 
         Raises:
-            InputError: there is one and `resume` is false, or it belongs to other options or another source,
-                or another process is at it.
+            InputError: the directory exists and `resume` is false, or it belongs to other options or another source, or
+                another process is writing it.
             OutputError: the disk does not let us write.
         """
         self.directory = partial_directory(output)
@@ -61,6 +63,7 @@ class Workplace:
             self._lock()
             if (self.directory / STATE_NAME).exists():
                 self._load()
+                files.remove_leftovers(self.directory)
             elif exists and any(self.directory.iterdir()):
                 raise InputError(f"{self.directory} has no {STATE_NAME}, so it cannot be continued: remove it")
             else:
@@ -89,22 +92,22 @@ class Workplace:
             if not file.is_file() or file.stat().st_size != size:
                 raise InputError(f"{file} is not as it was finished: remove {self.directory} and start again")
 
-    def _save(self, files: list[str] | None = None) -> None:
+    def _save(self, names: Sequence[str] = ()) -> None:
         shards = [
             {
                 "file": name,
                 "bytes": (self.directory / name).stat().st_size,
                 "rows": [dataclasses.asdict(row) for row in rows],
             }
-            for name, rows in zip(files or [], self.rows, strict=True)
+            for name, rows in zip(names, self.rows, strict=True)
         ]
         content = json.dumps({"identity": self._identity, "shards": shards}, indent=1)
         write_file(self.directory / STATE_NAME, content.encode())
 
-    def finished(self, rows: list[Row], files: list[str]) -> None:
-        """Record one more finished shard; `files` are the names of all finished ones."""
+    def finished(self, rows: list[Row], names: list[str]) -> None:
+        """Record one more finished shard; `names` are the files of all finished ones."""
         self.rows.append(rows)
-        self._save(files)
+        self._save(names)
 
     def publish(self) -> None:
         """Give the directory its final name.
@@ -115,12 +118,7 @@ class Workplace:
         try:
             (self.directory / STATE_NAME).unlink()
             os.fsync(self._fd)
-            os.rename(self.directory, self._output)
-            parent = os.open(self._output.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(parent)
-            finally:
-                os.close(parent)
+            files.rename(self.directory, self._output)
         except OSError as error:
             raise output_error(error, self._output) from None
 
@@ -129,7 +127,7 @@ class Workplace:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Let go of the lock; idempotent."""
+        """Release the lock; idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,7 +1,9 @@
 """What does this bit pattern mean? Element formats, scales, exact encode and decode, tolerances."""
 
 from tersor.formats.activations import Activations
+from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype
 from tersor.formats.element import ElementFormat, get, names
+from tersor.formats.encoded import Encoded, dequantize
 from tersor.formats.scheme import (
     SCALE_DTYPES,
     Scheme,
@@ -13,10 +15,15 @@ from tersor.formats.scheme import (
 from tersor.formats.tolerance import product_tolerance
 
 __all__ = [
+    "FLOAT_DTYPES",
     "SCALE_DTYPES",
     "Activations",
     "ElementFormat",
+    "Encoded",
     "Scheme",
+    "dequantize",
+    "dtype_name",
+    "float_dtype",
     "get",
     "get_scheme",
     "names",

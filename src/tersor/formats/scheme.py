@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from tersor.errors import FormatError, did_you_mean
+from tersor.formats.dtypes import FLOAT_DTYPES
 from tersor.formats.element import ElementFormat, get, names
 
-SCALE_DTYPES: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "e8m0": torch.uint8,
-}
+SCALE_DTYPES: dict[str, torch.dtype] = {**FLOAT_DTYPES, "e8m0": torch.uint8}
 """Scale dtype name -> dtype it is stored in. An `e8m0` byte b means 2^(b-127) (OCP Microscaling v1.0, section 5.4)."""
 
 _E8M0_BIAS = 127
@@ -23,6 +19,9 @@ _E8M0_SMALLEST = 0x00400000
 """The bits of float32 2^-127, a subnormal; every larger power of two is its exponent field alone."""
 
 _MX_GROUP = 32
+
+ROW_ELEMENTS = 32
+"""A stored row is padded to a multiple of this many elements, so that it ends with a 32-bit word in every format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Scheme:
     def bits_per_weight(self, ic: int) -> float:
         """Return stored bits for each weight of a row of `ic` elements, scales and padding counted."""
         scale_bits = SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (8 if self.has_zero_point else 0)
-        padded = -(-ic // 32) * 32
+        padded = -(-ic // ROW_ELEMENTS) * ROW_ELEMENTS
         return (padded * self.format.bits + self.groups(ic) * scale_bits) / ic
 
     def key(self) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 
-_ROW_ELEMENTS = 32
+from tersor.formats.scheme import ROW_ELEMENTS
 
 
 def row_words(ic: int, bits: int) -> int:
     """Return how many int32 words a row of `ic` elements of `bits` bits takes."""
-    return -(-ic // _ROW_ELEMENTS) * bits
+    return -(-ic // ROW_ELEMENTS) * bits
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -28,7 +28,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         int32 [..., row_words(IC, bits)] on the same device.
     """
     ic = codes.shape[-1]
-    padding = -ic % _ROW_ELEMENTS
+    padding = -ic % ROW_ELEMENTS
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
     if bits == 8:

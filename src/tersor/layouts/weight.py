@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tersor.compress import Encoded
 from tersor.errors import ShapeError
-from tersor.formats import Scheme, scale_values
+from tersor.formats import Encoded, Scheme, dequantize
 from tersor.layouts import scales, stream, tiles
 from tersor.layouts.gated import gated_channels, interleave, separate
 from tersor.layouts.packing import LAYOUTS, Packing
@@ -45,11 +44,11 @@ class PackedWeight(_Noted):
     layout: str = STREAM
 
     @staticmethod
-    def from_encoded(encoded: Encoded, scheme: Scheme) -> PackedWeight:
-        """Pack codes into the stored stream."""
+    def from_encoded(encoded: Encoded) -> PackedWeight:
+        """Pack codes [OC, IC] into the stored stream; scales and zero points are shared, not copied."""
         oc, ic = encoded.codes.shape
-        packed = stream.pack(encoded.codes, scheme.format.bits)
-        return PackedWeight(scheme, (oc, ic), packed, encoded.scale, encoded.zero_point)
+        packed = stream.pack(encoded.codes, encoded.scheme.format.bits)
+        return PackedWeight(encoded.scheme, (oc, ic), packed, encoded.scale, encoded.zero_point)
 
     @staticmethod
     def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
@@ -141,7 +140,7 @@ class PackedWeight(_Noted):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decoded weight [OC, IC], computed in float32 and rounded once to `dtype`."""
-        return decode(self.codes(), *self.stored_scales(), self.scheme).to(dtype)
+        return dequantize(self.codes(), *self.stored_scales(), self.scheme).to(dtype)
 
 
 def _joined(weights: Sequence[PackedWeight], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> PackedWeight:
@@ -168,22 +167,3 @@ def _split(weight: PackedWeight, split: Callable[[torch.Tensor], Sequence[torch.
         shape = (data.shape[0], weight.shape[1])
         parts.append(PackedWeight(weight.scheme, shape, data.clone(), scale.clone(), zero_point))
     return parts
-
-
-def decode(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme) -> torch.Tensor:
-    """Return float32 weights: scale * (decode(code) - zero point).
-
-    Args:
-        codes: uint8 [rows, IC].
-        scale: [rows, G] in the scheme's scale dtype.
-        zero_point: uint8 [rows, G] or `None`.
-        scheme: what they mean.
-
-    Returns:
-        float32 [rows, IC].
-    """
-    gated, ic = codes.shape
-    values = scheme.format.decode(codes).view(gated, scheme.groups(ic), -1)
-    if zero_point is not None:
-        values.sub_(zero_point.unsqueeze(2))
-    return values.mul_(scale_values(scale, scheme).unsqueeze(2)).view(gated, ic)

@@ -8,12 +8,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from tersor.formats import SCALE_DTYPES, Scheme
+from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, TensorForm, stored_tensors
+from tersor.formats import Scheme
 from tersor.layouts import STREAM, PackedWeight
-from tersor.layouts.stream import row_words
-
-PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
-"""Names of the tensors that stand for one weight, on disk and in a state dict."""
 
 _Self = TypeVar("_Self", bound="PackedModule")
 
@@ -63,32 +60,15 @@ class PackedModule(nn.Module):
         self.layout = STREAM
         self._ready_for: torch.dtype | None = None
         self._held: PackedWeight | None = None
-        for name, (size, tensor_dtype) in self.own_tensors().items():
-            tensor = torch.empty(size, dtype=tensor_dtype, device=device)
+        for name, form in self.own_tensors().items():
+            tensor = torch.empty(form.shape, dtype=form.dtype, device=device)
             self.register_buffer(name, tensor, persistent=self.in_state_dict)
         if not scheme.has_zero_point:
             self.register_buffer(ZERO_POINT, None)
 
-    @staticmethod
-    def stored_tensors(ic: int, oc: int, scheme: Scheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Return name -> (shape, dtype) of the tensors that stand for a weight [oc, ic] on disk.
-
-        Raises:
-            FormatError: the group size does not divide `ic`.
-        """
-        groups = (oc, scheme.groups(ic))
-        tensors: dict[str, tuple[tuple[int, int], torch.dtype]] = {
-            PACKED: ((oc, row_words(ic, scheme.format.bits)), torch.int32),
-            SCALE: (groups, SCALE_DTYPES[scheme.scale_dtype]),
-        }
-        if scheme.has_zero_point:
-            tensors[ZERO_POINT] = (groups, torch.uint8)
-        return tensors
-
-    def own_tensors(self) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Return name -> (shape, dtype) of the tensors that stand for this module's weight on disk."""
-        oc, ic = self.shape
-        return self.stored_tensors(ic, oc, self.scheme)
+    def own_tensors(self) -> dict[str, TensorForm]:
+        """Return name -> shape and dtype of the tensors that stand for this module's weight on disk."""
+        return stored_tensors(self.scheme, *self.shape)
 
     def packed_weight(self) -> PackedWeight:
         """Return the weight, sharing memory with the module's buffers: the same object until one of them changes."""
@@ -159,15 +139,16 @@ class PackedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         tensors = self.own_tensors()
-        for name, (shape, dtype) in tensors.items():
+        for name, form in tensors.items():
             given = state_dict.get(prefix + name)
-            if given is not None and (given.dtype != dtype or tuple(given.shape) != shape):
+            if given is not None and (given.dtype != form.dtype or tuple(given.shape) != form.shape):
                 found = f"{given.dtype} {list(given.shape)}"
-                error_msgs.append(f"{prefix}{name} is {found}; {self.scheme.key()} stores {dtype} {list(shape)}")
+                wanted = f"{form.dtype} {list(form.shape)}"
+                error_msgs.append(f"{prefix}{name} is {found}; {self.scheme.key()} stores {wanted}")
                 return
         if self.layout != STREAM:
-            for name, (shape, dtype) in tensors.items():
-                setattr(self, name, torch.empty(shape, dtype=dtype, device=self.weight_packed.device))
+            for name, form in tensors.items():
+                setattr(self, name, torch.empty(form.shape, dtype=form.dtype, device=self.weight_packed.device))
             self.layout = STREAM
         self._ready_for = None
         super()._load_from_state_dict(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tersor.layouts import PackedWeight
-from tersor.layouts.gated import gated_channels
 from tersor.ops import prepared, serve
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -60,45 +61,30 @@ _profiled = torch.autograd._profiler_enabled
 _grad_enabled = torch.is_grad_enabled
 
 
-def _call(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scheme: str,
-    oc: int,
-    ic: int,
-    layout: str,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
-    of = prepared.weight_type(scheme, oc, ic, layout)
-    of.check(data)
-    return serve.linear(x, data, scale, zero_point, bias, of, residual, gated)
+def _operator_of(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return an implementation of the operator: `run` gets the weight's type in place of what the schema says of it."""
+
+    def implementation(
+        x: torch.Tensor,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scheme: str,
+        oc: int,
+        ic: int,
+        layout: str,
+        residual: torch.Tensor | None = None,
+        gated: bool = False,
+    ) -> torch.Tensor:
+        of = prepared.weight_type(scheme, oc, ic, layout)
+        of.check(data)
+        return run(x, data, scale, zero_point, bias, of, residual, gated)
+
+    return implementation
 
 
-def _meta(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scheme: str,
-    oc: int,
-    ic: int,
-    layout: str,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
-    of = prepared.weight_type(scheme, oc, ic, layout)
-    of.check(data)
-    outputs = gated_channels(oc) if gated else oc
-    serve.check(x, x.shape, data, bias, of, residual, outputs)
-    return x.new_empty(*x.shape[:-1], outputs)
-
-
-_library.impl("linear", _call, "CPU")
-_library.impl("linear", _call, "CUDA")
-torch.library.register_fake("tersor::linear", _meta, lib=_library)
+for _device in ("CPU", "CUDA"):
+    _library.impl("linear", _operator_of(serve.linear), _device)
+torch.library.register_fake("tersor::linear", _operator_of(serve.shape_only), lib=_library)
 _operator = torch.ops.tersor.linear.default

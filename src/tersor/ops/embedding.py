@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from tersor.errors import ShapeError
-from tersor.formats import Scheme
+from tersor.formats import Scheme, dequantize
 from tersor.layouts import STREAM, PackedWeight, stream
-from tersor.layouts.weight import decode
 from tersor.ops.reference import BLOCK_ELEMENTS
 
 _library = torch.library.Library("tersor", "FRAGMENT")
@@ -73,7 +72,7 @@ def _serve(
         block = chosen[first : first + rows]
         codes = stream.unpack(data.index_select(0, block), meaning.format.bits, ic)
         zeros = None if zero_point is None else zero_point.index_select(0, block)
-        result[first : first + rows] = decode(codes, scale.index_select(0, block), zeros, meaning)
+        result[first : first + rows] = dequantize(codes, scale.index_select(0, block), zeros, meaning)
     return result.view(*ids.shape, ic)
 
 

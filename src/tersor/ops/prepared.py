@@ -19,7 +19,7 @@ from tersor.layouts.packing import LAYOUTS, Packing, target_of
 from tersor.ops import dispatch, mode
 
 if TYPE_CHECKING:
-    from tersor.kernels.launches import FusedLaunch, QuantizeLaunch
+    from tersor.kernels.dense import FusedLaunch, QuantizeLaunch
 
 FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import Activations, Scheme
+from tersor.formats import Activations, Scheme, dequantize
 from tersor.layouts import STREAM, PackedWeight, decode_groups, stream
 from tersor.layouts.gated import HALF, gated_channels
 from tersor.layouts.packing import LAYOUTS
-from tersor.layouts.weight import decode
 from tersor.ops import tensors
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -71,4 +70,4 @@ def linear(
 def _decode_rows(weight: PackedWeight, scheme: Scheme, first: int, last: int) -> torch.Tensor:
     codes = stream.unpack(weight.data[first:last], scheme.format.bits, weight.shape[1])
     zero_point = weight.zero_point[first:last] if weight.zero_point is not None else None
-    return decode(codes, weight.scale[first:last], zero_point, scheme)
+    return dequantize(codes, weight.scale[first:last], zero_point, scheme)

@@ -52,8 +52,8 @@ def linear(
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
     of: WeightType,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
+    residual: torch.Tensor | None,
+    gated: bool,
 ) -> torch.Tensor:
     """Check a call and serve it.
 
@@ -135,6 +135,22 @@ def linear(
         early=settled(data, scale) and now.early,
     )
     return y
+
+
+def shape_only(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    of: WeightType,
+    residual: torch.Tensor | None,
+    gated: bool,
+) -> torch.Tensor:
+    """Check a call and return an uninitialised result, as `linear` would make one: for tensors without memory."""
+    outputs = gated_channels(of.oc) if gated else of.oc
+    check(x, x.shape, data, bias, of, residual, outputs)
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 def _in_turns(

@@ -12,6 +12,19 @@ decode.py         one stream's prefill and decode step; sampler.py draws its tok
 generate.py       text as it becomes decodable
 """
 
-from tersor.integrations.transformers.quantizer import NAME, TersorConfig, TersorHfQuantizer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tersor.integrations.transformers.quantizer import NAME, TersorConfig, TersorHfQuantizer
 
 __all__ = ["NAME", "TersorConfig", "TersorHfQuantizer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the quantizer, and all of transformers with it, when one of its names is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.quantizer"), name)

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
-from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.errors import CheckpointError
 
 
@@ -22,6 +19,9 @@ def read_architecture(directory: Path) -> Architecture:
     Raises:
         CheckpointError: transformers does not know the model type, or it is no causal language model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(directory)
@@ -29,18 +29,18 @@ def read_architecture(directory: Path) -> Architecture:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
-    linears: dict[str, tuple[tuple[int, int], bool]] = {}
-    embeddings: dict[str, tuple[tuple[int, int], str]] = {}
+    linears: dict[str, Linear] = {}
+    embeddings: dict[str, Embedding] = {}
     names = []
     for name, module in model.named_modules():
         names.append(name)
         if isinstance(module, torch.nn.Linear):
-            linears[name] = ((module.out_features, module.in_features), False)
+            linears[name] = Linear((module.out_features, module.in_features))
         elif isinstance(module, Conv1D):
-            linears[name] = ((module.nf, module.nx), True)
+            linears[name] = Linear((module.nf, module.nx), transposed=True)
         elif isinstance(module, torch.nn.Embedding):
-            kind = "" if packable_embedding(module) else type(module).__name__
-            embeddings[name] = ((module.num_embeddings, module.embedding_dim), kind)
+            unpackable = "" if packable_embedding(module) else type(module).__name__
+            embeddings[name] = Embedding((module.num_embeddings, module.embedding_dim), unpackable)
     output = model.get_output_embeddings()
     head = next((name for name, module in model.named_modules() if module is output), "")
     return Architecture(
@@ -72,6 +72,8 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keep transformers' advice about the config off the terminal while it is only asked for shapes."""
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

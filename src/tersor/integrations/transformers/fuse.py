@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tersor.checkpoint.names import MERGED
 from tersor.integrations.transformers.joined import GatedMLP, Join, PackedPart
 from tersor.nn.linear import PackedLinear
 
@@ -15,6 +16,7 @@ ATTENTIONS = frozenset(f"{family}Attention" for family in _FAMILIES)
 """Classes of transformers whose forward gives one tensor to q_proj, k_proj and v_proj, one after the other."""
 MLPS = frozenset(f"{family}MLP" for family in _FAMILIES)
 """Classes of transformers that compute down_proj(act_fn(gate_proj(x)) * up_proj(x)) and nothing else."""
+_QKV, _GATE_UP = MERGED["qkv_proj"], MERGED["gate_up_proj"]
 _SILU = ("SiLU", "SiLUActivation")
 
 
@@ -33,15 +35,13 @@ def fuse(model: nn.Module) -> list[str]:
     fused = []
     for name, module in list(model.named_modules()):
         class_name = type(module).__name__
-        if class_name in ATTENTIONS and _fits(layers := _children(module, "q_proj", "k_proj", "v_proj")):
-            _join(module, ("q_proj", "k_proj", "v_proj"), layers, gated=False)
+        if class_name in ATTENTIONS and _fits(layers := _children(module, *_QKV)):
+            _join(module, _QKV, layers, gated=False)
             fused.append(name)
-        elif (
-            class_name in MLPS and _is_plain_silu(module) and _fits(layers := _children(module, "gate_proj", "up_proj"))
-        ):
+        elif class_name in MLPS and _is_plain_silu(module) and _fits(layers := _children(module, *_GATE_UP)):
             if layers[0].bias is not None or layers[0].out_features != layers[1].out_features:
                 continue
-            _join(module, ("gate_proj", "up_proj"), layers, gated=True)
+            _join(module, _GATE_UP, layers, gated=True)
             model.set_submodule(name, GatedMLP(module))
             fused.append(name)
     return fused

@@ -43,7 +43,7 @@ class Join:
         self.bias: torch.Tensor | None = None
         self._ready_for: torch.dtype | None = None
         self._biases: tuple[nn.Parameter | None, ...] = ()
-        self._held: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
+        self._shares = threading.local()
 
     def ready(self, dtype: torch.dtype) -> PackedWeight | None:
         """Return the joined weight in the layout for activations of `dtype`, joining the layers if they are apart.
@@ -106,29 +106,30 @@ class Join:
                 for part, weight in zip(self.parts, self.apart(), strict=True):
                     part._set_weight(weight)
             self.weight, self.bias, self._ready_for, self._biases = None, None, None, ()
-            self._held.clear()
+            self._shares = threading.local()
 
     def multiply(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Return what layer `index` makes of x.
 
         The first layer that is asked multiplies for all of them; the others take their share if they are given the
-        same tensor next, in the same thread. Its content must not change in between.
+        same tensor next, in the same thread, and nobody has written it in between. What is left of a round goes with
+        its thread. A module that has queries, keys and values as one layer from the start needs none of this.
         """
         part, weight = self.parts[index], self.ready(x.dtype)
         if weight is None or self.gated:
             return ops.linear(x, part.packed_weight(), part.bias)
         if torch.compiler.is_compiling():
             return self._alone(index, x, weight)
-        thread = threading.get_ident()
-        held = self._held.get(thread)
-        if held is not None and held[0] is x and index in held[1]:
-            y = held[1].pop(index)
-            if not held[1]:
-                del self._held[thread]
+        version = None if x.is_inference() else x._version
+        held: tuple[torch.Tensor, int | None, dict[int, torch.Tensor]] | None = getattr(self._shares, "round", None)
+        if held is not None and held[0] is x and held[1] == version and index in held[2]:
+            y = held[2].pop(index)
+            if not held[2]:
+                del self._shares.round
             return y
-        shares = ops.linear(x, weight, self.bias).split([part.out_features for part in self.parts], dim=-1)
-        self._held[thread] = (x, {other: share for other, share in enumerate(shares) if other != index})
-        return shares[index]
+        results = ops.linear(x, weight, self.bias).split([part.out_features for part in self.parts], dim=-1)
+        self._shares.round = (x, version, {other: y for other, y in enumerate(results) if other != index})
+        return results[index]
 
     def _alone(self, index: int, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         """Multiply with one layer's rows of the joined weight: traces keep no tensor from one layer to the next."""
@@ -151,7 +152,11 @@ class Join:
         return ops.linear(x, own, self.parts[index].bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_shares"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shares = threading.local()
 
 
 class PackedPart(PackedLinear):

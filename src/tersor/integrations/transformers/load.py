@@ -10,58 +10,32 @@ import torch
 
 from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.source import open_source
-from tersor.errors import CheckpointError, InputError, TersorError, did_you_mean
-from tersor.formats import Activations
-from tersor.hardware import cuda_available
+from tersor.errors import CheckpointError, InputError, TersorError
+from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
+from tersor.hardware import resolve_device
 from tersor.integrations.transformers import fuse as fusing
 from tersor.integrations.transformers import replace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
-
-def resolve_device(name: str = "auto") -> torch.device:
-    """Return the torch device `name` means; `auto` is the GPU when there is one.
-
-    Raises:
-        InputError: not a device, or CUDA asked for where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if cuda_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not cuda_available():
-            raise InputError(f"device {name!r}: torch {torch.__version__} sees no CUDA GPU here: use cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA GPUs here")
-    return device
+DTYPES = ("auto", *FLOAT_DTYPES)
+"""What `--dtype` takes."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     """Return the dtype of activations that `name` means.
 
-    `auto` is the checkpoint's own dtype on a GPU and float32 on a CPU, where 16-bit products are both slower
-    and less exact.
+    `auto` is the checkpoint's own dtype on a GPU and float32 on a CPU, where 16-bit products are both slower and less
+    exact.
 
     Raises:
         InputError: not a dtype.
     """
-    if name not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise InputError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}: use one of {known}")
-    return DTYPES[name] or (torch.float32 if device.type == "cpu" else "auto")
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return float_dtype(name, DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +43,8 @@ class Found:
     """A checkpoint that is there.
 
     Attributes:
-        directory: where it is.
-        weight_bytes: size of its weight files.
+        directory: where the checkpoint is.
+        weight_bytes: bytes of its weight files.
         plain_bits: mean bits of a weight among those stored as floating point, embeddings included.
     """
 
@@ -108,18 +82,18 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
         InputError: no such directory, not a model, broken files, missing tensors, or no such device.
         TersorError: the model does not fit in the device's memory.
     """
-    target = device if isinstance(device, torch.device) else resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, target)
+    torch_device = device if isinstance(device, torch.device) else resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
     directory = locate(path).directory
     from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, output_loading_info=True)
-        model, info = loaded[0].to(target), loaded[1]
+        model, info = loaded[0].to(torch_device), loaded[1]
     except TersorError:
         raise
     except torch.OutOfMemoryError:
-        raise TersorError(f"{path}: the model does not fit in the memory of {target}") from None
+        raise TersorError(f"{path}: the model does not fit in the memory of {torch_device}") from None
     except Exception as error:  # transformers raises a dozen types for a checkpoint it cannot read
         raise CheckpointError(f"{path}: cannot be loaded as a language model: {_one_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -156,6 +130,14 @@ def ready_model(
         raise InputError(f"{path} has no packed layers that can be joined: load it without fusing")
     replace.multiply_with(model, chosen)
     return model
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and warnings off the terminal, for the rest of the process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,17 @@ from torch import nn
 from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.conversion import make_conversion
 from tersor.checkpoint.exports import get_export
-from tersor.checkpoint.reader import TORCH_DTYPES
+from tersor.checkpoint.names import DENSE, TORCH_DTYPES, Storage, stored_weights
 from tersor.checkpoint.source import Source
-from tersor.compress import quantize_rtn
-from tersor.errors import CheckpointError, NonFiniteError, UnsupportedError
-from tersor.formats import SCALE_DTYPES, Scheme
+from tersor.compress import DEFAULT_RECIPE
+from tersor.errors import CheckpointError, UnsupportedError
+from tersor.formats import Scheme
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.integrations.transformers.placement import Place, Placement
 from tersor.integrations.transformers.replace import packable, swap_packed, swap_tied
-from tersor.layouts import stream
-from tersor.nn.packed import PACKED, SCALE, ZERO_POINT, PackedModule
+from tersor.nn.packed import PackedModule
 from tersor.version import __version__
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Elements encoded at once: on a CPU what the passes over a block touch stays in its cache."""
-_MAX_THREADS = 32
-_PACKED_SUFFIX = f".{PACKED}"
 _WEIGHT = ".weight"
 
 
@@ -65,9 +59,9 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
         UnsupportedError: a layer that cannot run packed.
     """
     architecture = read_architecture(source.directory)
-    stems = [name.removesuffix(_PACKED_SUFFIX) for name in source.tensors if name.endswith(_PACKED_SUFFIX)]
+    stems = stored_weights(source.tensors)
     if not stems:
-        raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *{_PACKED_SUFFIX}")
+        raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
     schemes = {}
     for stem in stems:
         scheme = config.resolve(architecture.module_of(stem))
@@ -81,7 +75,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     for place in places:
         layer = swap_packed(model, place.module, schemes[place.stem])
         mark_initialized(layer)
-        _check_stored(source, place, layer)
+        _check_stored(source, place, stems[place.stem], layer)
         expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in layer.own_tensors()})
     placement.refresh(expected)
     _check_complete(placement, source)
@@ -112,7 +106,7 @@ def decide_compression(
         overrides=config.overrides,
         export=get_export("tersor"),
         shard_bytes=1,
-        provenance={"tersor": __version__, "algorithm": "rtn", "source": source.label},
+        provenance={"tersor": __version__, "algorithm": DEFAULT_RECIPE, "source": source.label},
     )
     chosen = {step.layer.stem: step for step in conversion.steps if step.layer is not None and step.scheme is not None}
     placement = Placement(model)
@@ -139,53 +133,6 @@ def tie_heads(model: Any, heads: Mapping[str, str]) -> None:
         model.get_submodule(head).tie(model.get_submodule(embedding))
 
 
-def compress(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """Round a weight to nearest and pack it, a block of rows at a time.
-
-    Args:
-        weight: [OC, IC] on any device.
-        scheme: element format and scales.
-
-    Returns:
-        `weight_packed`, `weight_scale` and, for `uint` formats, `weight_zero_point`, on the same device.
-
-    Raises:
-        NonFiniteError: a NaN or an infinity, with its index in `weight`.
-        FormatError: a scale that its dtype cannot hold.
-    """
-    oc, ic = weight.shape
-    groups, device = (oc, scheme.groups(ic)), weight.device
-    packed = torch.empty(oc, stream.row_words(ic, scheme.format.bits), dtype=torch.int32, device=device)
-    result = {PACKED: packed, SCALE: torch.empty(groups, dtype=SCALE_DTYPES[scheme.scale_dtype], device=device)}
-    if scheme.has_zero_point:
-        result[ZERO_POINT] = torch.empty(groups, dtype=torch.uint8, device=device)
-    rows = max(1, _BLOCK_ELEMENTS.get(device.type, 1 << 17) // ic)
-
-    def encode(start: int) -> None:
-        block = weight[start : start + rows].contiguous()
-        try:
-            encoded = quantize_rtn(block.float() if block.dtype == torch.float64 else block, scheme)
-        except NonFiniteError as error:
-            raise NonFiniteError((error.index[0] + start, error.index[1]), error.value) from None
-        packed[start : start + rows] = stream.pack(encoded.codes, scheme.format.bits)
-        result[SCALE][start : start + rows] = encoded.scale
-        if encoded.zero_point is not None:
-            result[ZERO_POINT][start : start + rows] = encoded.zero_point
-
-    if device.type != "cpu":
-        for start in range(0, oc, rows):
-            encode(start)
-        return result
-    # Blocks side by side, each on one thread: faster than each on all threads, and steady on a busy machine.
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(min(before, _MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(encode, range(0, oc, rows)))
-    finally:
-        torch.set_num_threads(before)
-    return result
-
-
 def mark_initialized(module: Any) -> None:
     """Keep transformers from filling a module with random numbers."""
     module._is_hf_initialized = True
@@ -202,12 +149,12 @@ def check_loaded(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule) or not module.in_state_dict:
             continue
-        for key, (shape, dtype) in module.own_tensors().items():
+        for key, form in module.own_tensors().items():
             tensor = getattr(module, key)
-            if tensor.device.type == "meta" or tuple(tensor.shape) != shape:
+            if tensor.device.type == "meta" or tuple(tensor.shape) != form.shape:
                 raise CheckpointError(f"{name}.{key} was not loaded: the checkpoint lacks it")
-            if tensor.dtype != dtype:
-                setattr(module, key, tensor.to(dtype))
+            if tensor.dtype != form.dtype:
+                setattr(module, key, tensor.to(form.dtype))
 
 
 def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -269,22 +216,23 @@ def _find_ties(model: Any, source: Source, placement: Placement, schemes: Mappin
     return heads
 
 
-def _check_stored(source: Source, place: Place, layer: PackedModule) -> None:
-    tensors = layer.own_tensors()
-    for name, (shape, dtype) in tensors.items():
+def _check_stored(source: Source, place: Place, storage: Storage, layer: PackedModule) -> None:
+    forms = layer.own_tensors()
+    for name, form in forms.items():
         tensor = source.tensors.get(f"{place.stem}.{name}")
         if tensor is None:
             raise CheckpointError(
-                f"{source.directory}: {place.stem}.{name} is missing, and {place.stem}.{PACKED} is there"
+                f"{source.directory}: {place.stem}.{name} is missing, and {place.stem}.{storage.marker} is there"
             )
         spec = tensor.spec
-        if spec.shape != shape or TORCH_DTYPES.get(spec.dtype) != dtype:
+        if spec.shape != form.shape or TORCH_DTYPES.get(spec.dtype) != form.dtype:
             raise CheckpointError(
                 f"{tensor.file.path}: {spec.name} is {spec.dtype} {list(spec.shape)}; {layer.scheme.key()} of a layer "
-                f"{list(layer.shape)} is {dtype} {list(shape)}"
+                f"{list(layer.shape)} is {form.dtype} {list(form.shape)}"
             )
-    if f"{place.stem}.{ZERO_POINT}" in source.tensors and ZERO_POINT not in tensors:
-        raise CheckpointError(f"{source.directory}: {place.stem} has zero points, which {layer.scheme.key()} has not")
+    extra = [name for name in storage.names if name not in forms and f"{place.stem}.{name}" in source.tensors]
+    if extra:
+        raise CheckpointError(f"{source.directory}: {place.stem} has a {extra[0]}, which {layer.scheme.key()} has not")
 
 
 def _check_complete(placement: Placement, source: Source) -> None:

@@ -240,7 +240,8 @@ class _Compress(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        from tersor.integrations.transformers.packing import compress, mark_initialized
+        from tersor.checkpoint.pack import pack
+        from tersor.integrations.transformers.packing import mark_initialized
         from tersor.integrations.transformers.replace import swap_packed
         from tersor.nn.linear import PackedLinear
 
@@ -256,8 +257,8 @@ class _Compress(ConversionOps):
         # transformers would bury an exception from here in a report of several pages, so failures wait.
         failure: TersorError
         try:
-            packed = compress(weight.T if transposed else weight, scheme)
-            return {f"{name}.{key}": tensor for key, tensor in packed.items()}
+            packed = pack(weight.T if transposed else weight, scheme)
+            return {f"{name}.{key}": tensor for key, tensor in packed.tensors.items()}
         except NonFiniteError as error:
             index = error.index[::-1] if transposed else error.index
             failure = NonFiniteError(index, error.value, f"tensor {full_layer_name!r}")
@@ -274,9 +275,7 @@ def _packed_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    from tersor.nn.packed import PACKED, SCALE
-
-    for name in (prefix + PACKED, prefix + SCALE):
+    for name in (prefix + own for own in module.own_tensors()):
         state_dict[name] = state_dict[name].cpu()
 
 

@@ -13,13 +13,12 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from tersor import settings
+from tersor import files, settings
 from tersor.kernels.jit import nvrtc
 from tersor.kernels.jit.source import KernelSource
 
@@ -67,17 +66,7 @@ def store(entry_key: str, binary: nvrtc.Binary) -> None:
     path = _path(entry_key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(blob)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        files.write_whole(path, blob)
     except OSError as error:
         warnings.warn(
             f"the kernel cache {path.parent} cannot be written ({error.strerror}), kernels are compiled "
@@ -126,7 +115,7 @@ def size() -> tuple[int, int]:
 def clear() -> int:
     """Remove every entry and what a killed process left behind; return the number of entries removed."""
     removed = 0
-    for path in [*directory().glob("*/*.kernel"), *directory().glob("*/*.tmp")]:
+    for path in [*directory().glob("*/*.kernel"), *directory().glob(f"*/*{files.SUFFIX}")]:
         with contextlib.suppress(OSError):
             path.unlink()
             removed += path.suffix == ".kernel"

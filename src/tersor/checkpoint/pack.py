@@ -1,0 +1,70 @@
+"""From a plain weight to the tensors that a checkpoint stores of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tersor.checkpoint.names import DENSE, Storage, stored_tensors
+from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
+from tersor.formats import Encoded, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows of a compressed weight as they are stored.
+
+    Attributes:
+        tensors: name -> tensor, as `checkpoint.names.stored_tensors` describes them.
+        squared_error: sum over all weights w of (w - dequantised w)^2.
+        squared_norm: sum over all weights w of w^2.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    squared_error: float
+    squared_norm: float
+
+
+def pack(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    recipe: str = DEFAULT_RECIPE,
+    statistics: Statistics | None = None,
+    *,
+    first_row: int = 0,
+    block_elements: int | None = None,
+    storage: Storage = DENSE,
+) -> Packed:
+    """Encode a weight, or some of its rows, and pack every block while its codes are in the cache.
+
+    Memory beyond weight and result is that of one block a thread.
+
+    Args:
+        weight: [rows, IC], any float dtype, any device.
+        scheme: element format and scales.
+        recipe, statistics, first_row, block_elements: as `compress.encode_blocks` takes them.
+        storage: how the weight is stored.
+
+    Returns:
+        The tensors of these rows, on the weight's device.
+
+    Raises:
+        InputError: no such recipe, or statistics that it needs are not there.
+        NonFiniteError: a NaN or an infinity, with its index in the whole weight.
+        FormatError: the group size does not divide IC, or a scale does not fit its dtype.
+    """
+    count, ic = weight.shape
+    tensors = {
+        name: torch.empty(form.shape, dtype=form.dtype, device=weight.device)
+        for name, form in stored_tensors(scheme, count, ic, storage).items()
+    }
+
+    def take(start: int, block: Encoded) -> None:
+        for name, rows in storage.pack(block).items():
+            tensors[name][start : start + len(rows)] = rows
+
+    error, norm = encode_blocks(
+        weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
+    )
+    return Packed(tensors, error, norm)

@@ -1,0 +1,55 @@
+"""A weight as codes and scales, before anything is packed, and what numbers they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tersor.formats.scheme import Scheme, scale_values
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A weight [OC, IC] as codes and scales.
+
+    Attributes:
+        scheme: what codes and scales mean.
+        codes: uint8 [OC, IC].
+        scale: [OC, G] in the scheme's scale dtype.
+        zero_point: uint8 [OC, G] for `uint` formats, else `None`.
+        squared_error: sum over all weights w of (w - dequantised w)^2.
+        squared_norm: sum over all weights w of w^2.
+    """
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    squared_error: float
+    squared_norm: float
+
+    def dequantize(self) -> torch.Tensor:
+        """Return the weights that codes and scales stand for, float32 [OC, IC]."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.scheme)
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """Return float32 weights: scale * (decode(code) - zero point).
+
+    Args:
+        codes: uint8 [rows, IC].
+        scale: [rows, G] in the scheme's scale dtype.
+        zero_point: uint8 [rows, G], or `None` where the format has none.
+        scheme: what codes and scales mean.
+
+    Returns:
+        float32 [rows, IC].
+    """
+    rows, ic = codes.shape
+    values = scheme.format.decode(codes).view(rows, scheme.groups(ic), -1)
+    if zero_point is not None:
+        values.sub_(zero_point.unsqueeze(2))
+    return values.mul_(scale_values(scale, scheme).unsqueeze(2)).view(rows, ic)
