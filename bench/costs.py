@@ -1,22 +1,24 @@
 """How much does the chooser lose, by times that `bench/sweep.py` took, and which costs would make it lose less?
 
     python bench/costs.py SWEEP.csv [SWEEP.csv ...]
-    python bench/costs.py SWEEP.csv --fit 8,16
+    python bench/costs.py SWEEP.csv --fit 8,16 --write src/tersor/kernels/tune/costs/h200.json
+    python bench/costs.py SWEEP.csv --chip "NVIDIA H100" --fit 8,16,32,64,128,256 --write .../costs/h100.json
 
-The loss of a problem is the time of the configuration that the costs of kernels/tune/sm90.py choose among those that
-were timed, over the least time. `--fit` prints new costs of the tiles of so many tokens; it takes minutes and needs
-SciPy.
+The loss of a problem is the time of the configuration that the chip's costs (kernels/tune/costs) choose among those
+that were timed, over the least time. `--fit` finds new costs of the tiles of so many tokens, which takes minutes and
+needs SciPy; `--write` puts them into a file of costs, with those of all other tiles as they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,8 +26,8 @@ from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
 from tersor.cli.bench import numbers, schemes
 from tersor.errors import InputError
-from tersor.hardware import CHIPS, Chip
-from tersor.kernels.tune import LinearConfig, LinearProblem, seconds, sm90
+from tersor.hardware import CHIPS, Chip, chip_named
+from tersor.kernels.tune import LinearConfig, LinearProblem, cost, seconds, sm90
 
 CHIP = CHIPS["NVIDIA H200"]
 Times: TypeAlias = dict[tuple[str, LinearProblem], dict[LinearConfig, float]]
@@ -73,11 +75,11 @@ def loss(problem: LinearProblem, timed: Mapping[LinearConfig, float], chip: Chip
     return timed[min(timed, key=lambda config: seconds(problem, config, chip))] / min(timed.values())
 
 
-def table(times: Times) -> str:
+def table(times: Times, chip: Chip = CHIP) -> str:
     """Return the mean and the worst loss for each format, kind of activations and number of tokens."""
     groups = defaultdict(list)
     for (name, problem), timed in times.items():
-        groups[name, problem.n].append((loss(problem, timed), f"{problem.oc}x{problem.ic}"))
+        groups[name, problem.n].append((loss(problem, timed, chip), f"{problem.oc}x{problem.ic}"))
     lines = ["format               N  problems  mean loss  worst"]
     for (name, n), losses in sorted(groups.items()):
         mean, (worst, shape) = statistics.mean(one for one, _ in losses), max(losses)
@@ -104,8 +106,10 @@ def soft_loss(times: Times, chip: Chip = CHIP) -> float:
     return lost / len(times) + FIDELITY * error / count
 
 
-def fit(times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 150) -> dict[sm90.Tile, sm90.Cost]:
-    """Return costs of the tiles of so many tokens that make `soft_loss` small; the table is left as it was.
+def fit(
+    times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 150, chip: Chip = CHIP
+) -> dict[sm90.Tile, cost.Cost]:
+    """Return costs of the tiles of so many tokens that make `soft_loss` small; the chip's are left as they were.
 
     Differential evolution (Storn and Price, 1997) from the present costs. A CTA that has its multiprocessor to itself
     anyway has no `lonely`.
@@ -113,20 +117,21 @@ def fit(times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 1
     from scipy.optimize import differential_evolution
 
     used = {sm90.tile_of(config) for timed in times.values() for config in timed}
-    tiles = [tile for tile in sm90.COSTS if tile.tokens in tokens and tile in used]
+    present = cost.of(chip.name)
+    tiles = [tile for tile in present if tile.tokens in tokens and tile in used]
     relevant = {key: timed for key, timed in times.items() if any(sm90.tile_of(config) in tiles for config in timed)}
-    before = dict(sm90.COSTS)
+    before = dict(present)
 
-    def costs(values: Sequence[float]) -> dict[sm90.Tile, sm90.Cost]:
+    def costs(values: Sequence[float]) -> dict[sm90.Tile, cost.Cost]:
         found = {}
         for index, tile in enumerate(tiles):
             start, block, lonely, *rest = values[len(BOUNDS) * index :][: len(BOUNDS)]
-            found[tile] = sm90.Cost(start, block * before[tile].block, lonely * (tile.resident > 1), *rest)
+            found[tile] = cost.Cost(start, block * before[tile].block, lonely * (tile.resident > 1), *rest)
         return found
 
     def goal(values: Sequence[float]) -> float:
-        sm90.COSTS.update(costs(values))
-        return soft_loss(relevant)
+        present.update(costs(values))
+        return soft_loss(relevant, chip)
 
     now, bounds = [], []
     for tile in tiles:
@@ -137,11 +142,23 @@ def fit(times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 1
     try:
         found = differential_evolution(goal, bounds, x0=now, maxiter=generations, popsize=5, seed=seed, polish=False)
     finally:
-        sm90.COSTS.update(before)
+        present.update(before)
     return {
-        tile: sm90.Cost(*(max(0.0, float(f"{one:.3g}")) for one in astuple(cost)))
-        for tile, cost in costs(found.x).items()
+        tile: cost.Cost(*(max(0.0, float(f"{one:.3g}")) for one in astuple(fitted)))
+        for tile, fitted in costs(found.x).items()
     }
+
+
+def text(chip: Chip, costs: Mapping[sm90.Tile, cost.Cost], fitted_to: str) -> str:
+    """Return the file of a chip's costs, a tile a line, as `kernels/tune/cost.py` reads it."""
+    head = {"kind": cost.KIND, "version": cost.VERSION, "chip": chip.name, "unit": cost.UNIT, "fitted_to": fitted_to}
+    tiles = [json.dumps({"tile": asdict(tile), "cost": _short(asdict(one))}) for tile, one in costs.items()]
+    return json.dumps(head, indent=1)[:-2] + ',\n "tiles": [\n  ' + ",\n  ".join(tiles) + "\n ]\n}\n"
+
+
+def _short(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Write whole numbers without a point."""
+    return {name: int(value) if value == int(value) else value for name, value in numbers.items()}
 
 
 def main() -> None:
@@ -149,22 +166,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.csv")
     parser.add_argument("--fit", metavar="TOKENS", help="tokens of the tiles whose costs are fitted")
+    parser.add_argument("--write", type=Path, metavar="FILE.json", help="file of costs that takes the fitted ones")
+    parser.add_argument("--chip", default=CHIP.name, help=f"chip that was swept; default: {CHIP.name}")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        tokens = numbers("--fit", arguments.fit) if arguments.fit else []
+        tokens, chip = numbers("--fit", arguments.fit) if arguments.fit else [], chip_named(arguments.chip)
     except InputError as error:
         parser.error(str(error))
-    times = read(arguments.sweeps)
-    print(table(times))
+    if arguments.write and not tokens:
+        parser.error("--write needs --fit")
+    times = read(arguments.sweeps, chip)
+    print(table(times, chip))
     if tokens:
-        found = fit(times, tokens, arguments.seed)
-        print()
-        for tile, cost in found.items():
-            sizes = (*astuple(tile)[:-1], "Activations.E4M3") if tile.e4m3 else astuple(tile)[:-1]
-            print(f"    Tile({', '.join(map(str, sizes))}): Cost({', '.join(f'{one:g}' for one in astuple(cost))}),")
-        sm90.COSTS.update(found)
-        print(f"\n{table(times)}")
+        present = cost.of(chip.name)
+        present.update(fit(times, tokens, arguments.seed, chip=chip))
+        print(f"\n{table(times, chip)}")
+        if arguments.write:
+            launches = f"{sum(map(len, times.values()))} launches of {', '.join(sorted({name for name, _ in times}))}"
+            arguments.write.write_text(text(chip, present, launches), encoding="utf-8")
 
 
 if __name__ == "__main__":

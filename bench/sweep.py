@@ -27,7 +27,7 @@ from tersor.cli.bench import numbers, schemes
 from tersor.errors import InputError, TersorError
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
-from tersor.kernels.tune import SM90, LinearConfig, LinearProblem, seconds, sm90
+from tersor.kernels.tune import SM90, LinearConfig, LinearProblem, cost, seconds, sm90
 
 SHAPES = (
     *("llama-2-70b", "llama-3-8b", "2048x2048", "5120x5120", "13824x5120", "5120x27648", "3584x18944", "1024x8192"),
@@ -96,11 +96,12 @@ def add(new: sm90.Tile) -> None:
     Raises:
         InputError: the table has no tile of as many tokens, with the same activations.
     """
-    like = [known for known in sm90.COSTS if (known.tokens, known.activations) == (new.tokens, new.activations)]
+    costs = cost.of(cost.DEFAULT)
+    like = [known for known in costs if (known.tokens, known.activations) == (new.tokens, new.activations)]
     if not like:
         raise InputError(f"no tile of {new.tokens} tokens to predict {new} by")
     nearest = min(like, key=lambda known: abs(known.rows - new.rows))
-    sm90.COSTS.setdefault(new, sm90.COSTS[nearest])
+    costs.setdefault(new, costs[nearest])
 
 
 def main() -> None:

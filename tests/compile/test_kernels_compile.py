@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from compile import catalogue
 
-from tersor.formats import SCALE_DTYPES, Activations, names
+from tersor.formats import Activations, names
 from tersor.hardware import CHIPS
 from tersor.kernels import dense, tune
 from tersor.kernels.jit import arch_for, compile_many
@@ -24,10 +24,11 @@ from tersor.layouts.packing import SCALE_TYPES, Packing, scales_in_block
 
 CAPABILITIES = tuple(sorted(catalogue.CHIP_OF))
 
-MOST_KERNELS = 360
-"""Kernels that a fresh clone may have to compile, at some 0.4 CPU seconds each."""
-MOST_SECONDS = {(8, 0): 70.0, (8, 6): 15.0, (8, 9): 15.0, (9, 0): 200.0}
-"""CPU seconds that the kernels of each compute capability may take: 300 in all, twice what they take undisturbed."""
+MOST_KERNELS = 280
+"""Kernels that a fresh clone may have to compile, on average 0.4 CPU seconds each: some 110 in all."""
+MOST_SECONDS = 300.0
+"""CPU seconds that those of one architecture may take; sm_90's take a third on a core of their own, and more beside a
+busy neighbour."""
 
 
 @pytest.fixture
@@ -63,6 +64,12 @@ def of_tile(tile: sm90.Tile) -> dict[str, int]:
     }
 
 
+def grouped(tile: sm90.Tile) -> set[int]:
+    """How many scales of a row in a block a tile can have."""
+    counts = (0, 1, 2, 4) if tile.e4m3 else (0, 1, 2, 4, 8)
+    return {count for count in counts if tile in sm90.tiles(count, tile.activations)}
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
@@ -83,12 +90,11 @@ def test_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
             offenders.append(f"{source.name} {dict(parameters)}: {shared} bytes of shared memory")
     assert not offenders, "\n".join(offenders)
     print(f"{arch}: {len(sources)} kernels in {seconds:.1f} CPU seconds")
-    assert seconds <= MOST_SECONDS[capability], f"{len(sources)} kernels took {seconds:.0f} CPU seconds to compile"
+    assert seconds <= MOST_SECONDS, f"{len(sources)} kernels took {seconds:.0f} CPU seconds to compile"
 
 
 def test_a_fresh_clone_compiles_few_kernels() -> None:
     assert sum(len(catalogue.all_sources(capability)) for capability in CAPABILITIES) <= MOST_KERNELS
-    assert sum(MOST_SECONDS.values()) <= 300
 
 
 def test_chips_of_one_capability_have_the_kernels_that_are_built_for_it() -> None:
@@ -109,29 +115,27 @@ def test_kernels_that_had_a_fault_are_built() -> None:
     [*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3)],
     ids=lambda tile: f"{tile.rows}x{tile.tokens}k{tile.channel_groups}r{tile.resident}{tile.activations}",
 )
-def test_every_tile_of_the_sm90_schedule_meets_every_kind_of_scale_dtype_and_decode_group(tile: sm90.Tile) -> None:
+def test_every_tile_of_the_sm90_schedule_meets_every_group_size_dtype_and_size_of_decode_group(tile: sm90.Tile) -> None:
     fixed = of_tile(tile)
     kernels = [one for one in macros((9, 0), "sm90_linear") if fixed.items() <= one.items()]
-    groups = {count for count in (0, 1, 2, 4, 8) if tile in sm90.tiles(count, tile.activations)}
-    groups -= {8} if tile.e4m3 else set()
-    assert met(kernels, "SCALE_GROUPS") == {(count,) for count in groups}
+    if not tile.e4m3 or tile.tokens >= 128:
+        assert met(kernels, "SCALE_GROUPS") == {(count,) for count in grouped(tile)}
     assert met(kernels, "BF16") == met(kernels, "EPILOGUE") == {(0,), (1,)}
     assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.e4m3 else {(0,), (1,)})
     assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.e4m3 else {(8,), (16,)})
-    if max(groups) > 0:
-        scaled = [kernel for kernel in kernels if kernel["SCALE_GROUPS"]]
-        assert met(scaled, "SCALE_TYPE") == {(SCALE_TYPES[name],) for name in SCALE_DTYPES}
     bits = {kernel["BITS"] for kernel in kernels}
     assert min(bits) < 5 and bits & {5, 6} and max(bits) > 6
 
 
 @pytest.mark.parametrize("tokens", sm80.TILES)
-def test_every_tile_of_the_sm80_schedule_meets_every_kind_of_scale_and_decode_group(tokens: int) -> None:
+def test_every_tile_of_the_sm80_schedule_meets_every_kind_of_scale_and_size_of_decode_group(tokens: int) -> None:
     kernels = [one for one in macros((8, 0), "sm80_linear") if one["N_TILE"] == tokens]
     assert met(kernels, "SCALE_GROUPS") == {(0,), (1,), (2,), (4,), (8,)}
     assert met(kernels, "BF16") == met(kernels, "EPILOGUE") == met(kernels, "ZERO_POINTS") == {(0,), (1,)}
+    assert met(kernels, "DECODE_REGISTERS") == {(8,), (16,)}
     assert met([kernel for kernel in kernels if kernel["SCALE_GROUPS"]], "SCALE_TYPE") == {(0,), (1,), (2,), (3,)}
-    assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
+    if tokens == max(sm80.TILES):
+        assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
 
 
 DECODERS = {
@@ -143,10 +147,19 @@ DECODERS = {
 """Every way to decode to 16-bit floats: of bfloat16, registers of a decode group, how bits become numbers."""
 
 
-@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in sm90.tiles(0)}))
-def test_every_decoder_meets_every_number_of_tokens(tokens: int) -> None:
+@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in sm90.tiles(0, Activations.E4M3)}))
+def test_8_bit_activations_of_every_number_of_tokens_meet_every_group_size(tokens: int) -> None:
+    kernels = [one for one in macros((9, 0), "sm90_linear") if one["N_TILE"] == tokens and one["FP8"]]
+    tiles = [tile for tile in sm90.tiles(0, Activations.E4M3) if tile.tokens == tokens]
+    assert met(kernels, "SCALE_GROUPS") == {(count,) for tile in tiles for count in grouped(tile)}
+
+
+@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in sm90.tiles(1)}))
+def test_every_decoder_and_scale_dtype_meets_every_number_of_tokens(tokens: int) -> None:
     kernels = [one for one in macros((9, 0), "sm90_linear") if one["N_TILE"] == tokens and not one["FP8"]]
     assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
+    scaled = [kernel for kernel in kernels if kernel["SCALE_GROUPS"]]
+    assert met(scaled, "SCALE_TYPE") == {(value,) for value in SCALE_TYPES.values()}
 
 
 def test_every_format_is_decoded_beside_every_kind_of_activations() -> None:

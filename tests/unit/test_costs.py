@@ -1,11 +1,15 @@
-"""bench/sweep.py and bench/costs.py: what the one writes the other reads, and a fit makes the chooser lose less."""
+"""bench/sweep.py, bench/costs.py and the files of costs: what one writes another reads, and a fit loses less."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -14,7 +18,7 @@ from tersor.bench.shapes import Shape
 from tersor.errors import InputError
 from tersor.formats import Activations, get_scheme
 from tersor.hardware import CHIPS
-from tersor.kernels.tune import seconds, sm90
+from tersor.kernels.tune import cost, seconds, sm90
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 H200 = CHIPS["NVIDIA H200"]
@@ -82,19 +86,21 @@ def test_a_configuration_that_is_no_candidate_is_left_out(
 ) -> None:
     path = written(sweep, tmp_path / "one.csv", 1.0)
     before = sum(map(len, costs.read([path]).values()))
-    tiles = {tile: cost for tile, cost in sm90.COSTS.items() if (tile.tokens, tile.row_groups) != (8, 3)}
-    monkeypatch.setattr(sm90, "COSTS", tiles)
+    for tile in list(cost.of(H200.name)):
+        if (tile.tokens, tile.row_groups) == (8, 3):
+            monkeypatch.delitem(cost.of(H200.name), tile)
     times = costs.read([path])
     assert 0 < sum(map(len, times.values())) < before
     assert {config.row_groups for timed in times.values() for config in timed} == {1, 2}
 
 
 def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sm90, "COSTS", dict(sm90.COSTS))
+    present = dict(cost.of(H200.name))
+    monkeypatch.setattr(cost, "of", lambda chip: present)
     assert sweep.tile("64,2,1,2,1,fp8") == sm90.Tile(64, 2, 1, 2, 1, Activations.E4M3)
     new = sweep.tile("64,2,1,2,1")
     sweep.add(new)
-    assert sm90.COSTS[new] == sm90.COSTS[sm90.Tile(64, 2, 1, 1, 1)]
+    assert present[new] == present[sm90.Tile(64, 2, 1, 1, 1)]
     found = sweep.plausible(problem_of(SHAPES[1], FP6, 64), H200, 2.0)
     assert {config.cluster for config in found} == {1, 2}
     assert {config.row_tiles % config.cluster for config in found} == {0}
@@ -106,13 +112,105 @@ def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_fit_follows_the_times(sweep: ModuleType, costs: ModuleType, tmp_path: Path) -> None:
-    before = dict(sm90.COSTS)
+    before = dict(cost.of(H200.name))
     times = costs.read([written(sweep, tmp_path / "one.csv", 0.5)])
     wrong = costs.soft_loss(times)
     found = costs.fit(times, [8], generations=12)
-    assert before == sm90.COSTS
+    assert before == cost.of(H200.name)
     assert {(tile.tokens, tile.row_groups) for tile in found} == {(8, 1), (8, 2), (8, 3)}
     assert found[sm90.Tile(8, 3, 1, 1, 1)].lonely == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sm90, "COSTS", {**before, **found})
+        patch.setattr(cost, "of", lambda chip: {**before, **found})
         assert costs.soft_loss(times) < 0.8 * wrong
+
+
+def test_a_fit_is_written_as_the_package_reads_it(costs: ModuleType) -> None:
+    shipped = (Path(cost.__file__).parent / "costs" / "h200.json").read_text(encoding="utf-8")
+    chip, found = cost.parse(shipped, "h200.json")
+    assert (chip, found) == (H200.name, cost.of(H200.name))
+    fitted_to = json.loads(shipped)["fitted_to"]
+    assert costs.text(H200, found, fitted_to) == shipped
+    tile = sm90.Tile(128, 2, 1, 1, 1, Activations.E4M3)
+    changed = {**found, tile: replace(found[tile], start=1.25)}
+    assert cost.parse(costs.text(H200, changed, "12 launches"), "new.json") == (H200.name, changed)
+
+
+def test_the_command_fits_and_writes_a_file_of_costs(
+    sweep: ModuleType,
+    costs: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, before = written(sweep, tmp_path / "one.csv", 0.5), dict(cost.of(H200.name))
+    better = {tile: replace(one, start=0.9) for tile, one in before.items() if tile.tokens == 8}
+    monkeypatch.setattr(costs, "fit", lambda times, tokens, seed, chip: better)
+    monkeypatch.setattr("sys.argv", ["costs.py", str(path), "--fit", "8", "--write", str(tmp_path / "h200.json")])
+    try:
+        costs.main()
+        written_costs = cost.parse((tmp_path / "h200.json").read_text(), "h200.json")
+        assert written_costs == (H200.name, {**before, **better})
+    finally:
+        cost.of(H200.name).update(before)
+    assert "fp6_e3m2 16bit" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["costs.py", str(path), "--write", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit):
+        costs.main()
+    assert "--write needs --fit" in capsys.readouterr().err
+
+
+def test_a_chip_without_a_file_has_the_costs_of_an_h200() -> None:
+    assert cost.of("NVIDIA H100") is cost.of(H200.name)
+    assert cost.of("NVIDIA H20") is cost.of(H200.name)
+
+
+def test_a_chip_has_the_costs_of_its_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, costs: ModuleType
+) -> None:
+    slow = {tile: replace(one, start=99.0) for tile, one in cost.of(H200.name).items()}
+    h100, folder = CHIPS["NVIDIA H100"], tmp_path / "costs"
+    folder.mkdir()
+    (folder / "h200.json").write_text(costs.text(H200, cost.of(H200.name), ""))
+    (folder / "h100.json").write_text(costs.text(h100, slow, ""))
+    (folder / "h100_nvl.json").write_text(costs.text(h100, slow, ""))
+    (folder / "h100_pcie.json").write_text(costs.text(CHIPS["NVIDIA H100 PCIe"], dict(list(slow.items())[1:]), ""))
+    monkeypatch.setattr(cost.resources, "files", lambda package: tmp_path)
+    cost.of.cache_clear()
+    try:
+        assert {one.start for one in cost.of(h100.name).values()} == {99.0}
+        problem = problem_of(SHAPES[0], FP6, 8)
+        config = next(iter(sm90.candidates(problem, H200)))
+        assert seconds(problem, config, h100) > 90e-6 > seconds(problem, config, H200)
+        with pytest.raises(InputError, match=r"costs/h100_nvl.json is for NVIDIA H100, not for NVIDIA H100 NVL"):
+            cost.of("NVIDIA H100 NVL")
+        with pytest.raises(InputError, match="costs of NVIDIA H100 PCIe are of other tiles"):
+            cost.of("NVIDIA H100 PCIe")
+    finally:
+        cost.of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file.pop("unit"), "expected an object with chip, fitted_to, kind, tiles, unit, version"),
+        (lambda file: file.update(version=2), "version 1, in microseconds"),
+        (lambda file: file.update(unit="seconds"), "version 1, in microseconds"),
+        (lambda file: file.update(chip=7), "chip is a text, tiles is a list"),
+        (lambda file: file["tiles"].append(file["tiles"][3]), "is there twice"),
+        (lambda file: file["tiles"][1].pop("cost"), "entry 1: expected tile and cost"),
+        (lambda file: file["tiles"][1]["cost"].pop("gather"), "entry 1: fields ['gather'] are unknown or missing"),
+        (lambda file: file["tiles"][1]["tile"].update(rows=64), "entry 1: fields ['rows'] are unknown or missing"),
+        (lambda file: file["tiles"][1]["cost"].update(block=-0.1), "entry 1: block is -0.1"),
+        (lambda file: file["tiles"][1]["cost"].update(block=True), "entry 1: block is True"),
+        (lambda file: file["tiles"][1]["tile"].update(tokens=8.0), "entry 1: tokens is 8.0"),
+        (lambda file: file["tiles"][1]["tile"].update(activations="int4"), "'int4' is not a valid Activations"),
+        (lambda file: file["tiles"][1].update(tile=[8, 1, 2]), "entry 1: tile and cost are objects"),
+    ],
+)
+def test_a_file_of_costs_that_makes_no_sense_is_an_error(change: Callable[[Any], object], words: str) -> None:
+    file = json.loads((Path(cost.__file__).parent / "costs" / "h200.json").read_text(encoding="utf-8"))
+    change(file)
+    with pytest.raises(InputError) as error:
+        cost.parse(json.dumps(file), "mine.json")
+    assert str(error.value).startswith("mine.json holds no costs of tiles (")
+    assert words in str(error.value)

@@ -15,6 +15,7 @@ from tersor.kernels.tune import (
     LinearProblem,
     candidates,
     choose,
+    cost,
     fused,
     predict,
     seconds,
@@ -256,11 +257,12 @@ def test_every_candidate_has_a_kernel_that_is_warmed() -> None:
 def test_one_multiprocessor_takes_no_more_than_its_share_of_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 132; where one has two CTAs the others wait for it, though together they could read faster."""
     tile, times = sm90.Tile(8, 2, 1, 1, 2), []
-    monkeypatch.setitem(sm90.COSTS, tile, replace(sm90.COSTS[tile], block=0.0, lonely=0.0))
+    costs = cost.of(H200.name)
+    monkeypatch.setitem(costs, tile, replace(costs[tile], block=0.0, lonely=0.0))
     for ctas in (66, 132, 133, 264):
         problem = problem_of(tile.rows * ctas, 8192, 1, SCHEMES[2])
         config = sm90.config(problem, tile, 0, 1, ctas, H200)
-        times.append(seconds(problem, config, H200) * 1e6 - sm90.COSTS[tile].start)
+        times.append(seconds(problem, config, H200) * 1e6 - costs[tile].start)
     assert [time / times[-1] for time in times] == pytest.approx([0.5 / 1.4, 0.5, 1 / 1.4, 1])
 
 

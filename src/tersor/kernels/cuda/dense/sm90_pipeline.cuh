@@ -67,7 +67,7 @@ static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma 
 static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) == 0,
               "a slot serves one warpgroup in an item: one that is ahead must not take an old round for its own");
 static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");
-static_assert(kSharedBytes == SHARED_BYTES, "tersor/kernels/tune/sm90.py deals out shared memory in another way");
+static_assert(kSharedBytes == SHARED_BYTES, "tersor/kernels/tune/tile.py deals out shared memory otherwise");
 
 // What the launch asks for, and which part of it an item is.
 struct Work {
