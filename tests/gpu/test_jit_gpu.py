@@ -247,7 +247,7 @@ def test_a_cached_kernel_is_ready_in_milliseconds(
 
     capability = torch.cuda.get_device_capability(0)
     arch = arch_for(capability)
-    sources = dense.sources(get_scheme("fp6_e3m2"), "float16", chip_named("H200"))
+    sources = dense.kernels_for(get_scheme("fp6_e3m2"), torch.float16, chip_named("H200"))
     source = max(sources, key=lambda source: int(source.parameters.get("N_TILE", 0)))
     start = time.perf_counter()
     obtain(source, arch)
