@@ -32,7 +32,7 @@ from tersor.errors import FormatError
 from tersor.layouts import decode_groups
 from tersor.layouts.decode_groups import DecodeGroup, Finish
 
-HOT, COLD = 1.5, 0.15
+HOT, COLD = 0.4, 0.15
 """Temperatures at the start and at the end of an annealing, in instructions."""
 MOST_TERMS = 3
 LONG_ROW = 4

@@ -14,7 +14,7 @@
 
 namespace scales {
 
-enum Type { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE8m0 = 3 };  // as in tersor/kernels/dense.py
+enum Type { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE8m0 = 3 };  // as in tersor/layouts/packing.py
 
 constexpr int kGroups = SCALE_GROUPS;
 constexpr bool kZeroPoints = ZERO_POINTS;

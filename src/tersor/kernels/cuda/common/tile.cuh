@@ -1,4 +1,4 @@
-// Where a lane finds its weights: the geometry of the packed tiles, the same as in tersor/layouts/tiles.py.
+// Where a lane finds its weights: the geometry of the packed tiles, as in tersor/layouts/blocks.py and tiles.py.
 //
 // A block is 16 output rows by 128 input channels and belongs to one warp. Lane l holds, for each of the block's
 // eight k16 steps, the four registers of the A fragment of mma.m16n8k16, 64 weights in 2 * BITS words. Words are
