@@ -30,8 +30,8 @@ class QuantizationConfig:
     """Which module is stored how.
 
     Attributes:
-        scheme: of every linear module that nothing else speaks of.
-        overrides: the first whose pattern `re.search` finds in the module name decides.
+        scheme: the scheme of every linear module that neither an override nor `ignore` names.
+        overrides: schemes for other modules; the first whose pattern `re.search` finds in the module name decides.
         ignore: patterns of modules left as they are; they win over overrides.
         provenance: who made the checkpoint, from what, how: free text values.
     """
@@ -66,8 +66,7 @@ class QuantizationConfig:
         """Parse the value of `quantization_config`.
 
         Raises:
-            CheckpointError: another method, a newer version, unknown or missing keys, values of the wrong
-                type.
+            CheckpointError: another method, a newer version, unknown or missing keys, values of the wrong type.
             FormatError: unknown formats.
         """
         where = "quantization_config"
@@ -110,9 +109,9 @@ class QuantizationConfig:
 def _in_sorted_order(overrides: Sequence[Override]) -> list[tuple[str, Scheme]]:
     """Return patterns and schemes such that sorting the patterns keeps their order.
 
-    transformers sorts the keys of config.json when it saves a model, and the first override that is found
-    decides. Patterns that sorting would reorder get a numbered comment, `(?#0)`, which no name has to match;
-    flags in front, `(?i)`, have to stand in front, so they become a group.
+    transformers sorts the keys of config.json when it saves a model, and the first override that is found decides.
+    Patterns that sorting would reorder get a numbered comment, `(?#0)`, which no name has to match; flags, `(?i)`, have
+    to stand in front, so they become a group.
     """
     patterns = [override.pattern for override in overrides]
     if patterns != sorted(patterns):
@@ -147,8 +146,7 @@ def parse_override(text: str, group_size: int | None = None, scale_dtype: str | 
 
     Args:
         text: what the user wrote.
-        group_size, scale_dtype: used where the text names none and the format does not fix them (`mx...`
-            does).
+        group_size, scale_dtype: used where the text names none and the format does not fix them (`mx...` does).
 
     Raises:
         InputError: no `=`, a broken pattern, or an unknown format.

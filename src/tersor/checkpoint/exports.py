@@ -48,9 +48,9 @@ class Export:
     """Tersor's own checkpoint; the others override what differs.
 
     Attributes:
-        name: what users call it.
+        name: what users call the format.
         model_dtype: dtype of the model's activations, such as `bfloat16`; an empty string where it is not known.
-        default_scale_dtype: scale dtype used when none is asked for; `None` is that of the format.
+        default_scale_dtype: scale dtype used when none is asked for; `None` means the one `get_scheme` takes.
     """
 
     name = "tersor"

@@ -81,7 +81,7 @@ class Architecture:
     """What a config.json builds.
 
     Attributes:
-        name: class of the model.
+        name: name of the model's class.
         linears: module name -> linear layer.
         embeddings: module name -> embedding.
         modules: every module name.

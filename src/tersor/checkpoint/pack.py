@@ -61,7 +61,11 @@ def pack(
     }
 
     def take(start: int, block: Encoded) -> None:
-        for name, rows in storage.pack(block).items():
+        packed = storage.pack(block)
+        if len(block.codes) == count:
+            tensors.update(packed)
+            return
+        for name, rows in packed.items():
             tensors[name][start : start + len(rows)] = rows
 
     error, norm = encode_blocks(

@@ -48,12 +48,12 @@ class Source:
     """An open checkpoint directory.
 
     Attributes:
-        directory: where it is.
-        label: what it is called: the Hub id, or the directory's name.
+        directory: where the checkpoint is.
+        label: what the checkpoint is called: the Hub id, or the directory's name.
         from_hub: whether `label` is a Hub id.
-        config: config.json.
-        files: its safetensors files, in order of name.
-        tensors: every tensor, in the order of the bytes on disk.
+        config: content of config.json.
+        files: the safetensors files, in order of name.
+        tensors: every tensor by name, in the order of the bytes on disk.
     """
 
     def __init__(self, directory: Path, label: str, from_hub: bool = False) -> None:
@@ -109,11 +109,10 @@ class Source:
 
 
 def open_source(model: str | os.PathLike[str]) -> Source:
-    """Open a checkpoint: a directory, or a Hub id that is downloaded (safetensors, json and tokenizer files
-    only).
+    """Open a checkpoint: a directory, or a Hub id of which safetensors, json and tokenizer files are downloaded.
 
     Raises:
-        CheckpointError: neither, or not a whole checkpoint.
+        CheckpointError: neither a directory nor a Hub id, or not a whole checkpoint.
     """
     text = os.fspath(model)
     directory = Path(text).expanduser()

@@ -43,7 +43,7 @@ class Placement:
 
     Attributes:
         dropped: identities of the converters that must not act, because the experts they merge are split.
-        dtypes: of the model's tensors, experts split, before any layer is replaced.
+        dtypes: name -> dtype of the model's tensors, experts split, before any layer is replaced.
     """
 
     def __init__(self, model: Any) -> None:

@@ -40,8 +40,8 @@ class TersorConfig(QuantizationConfigMixin):
             format: such as `fp6_e3m2`, `int4` or `mxfp6_e3m2`.
             group_size: consecutive input channels that share a scale; `None` is one scale a row.
             scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
-            ignore: patterns of modules left as they are; output heads, embeddings and routers are
-                left anyway, unless an override spells their name.
+            ignore: patterns of modules left as they are; output heads, embeddings and routers are left anyway, unless
+                an override spells their name.
             overrides: pattern -> `"int8"`, `"int8:g64:bfloat16"`, or a mapping with format, group_size, scale_dtype.
 
         Raises:

@@ -3,8 +3,8 @@
     TERSOR_CACHE_DIR/jit/<two hex digits>/<sha256>.kernel        a binary, its checksum and its log
     TERSOR_CACHE_DIR/jit/<two hex digits>/lock                   held while one of that folder is compiled
 
-Processes share it: an entry appears whole (temporary file, fsync, rename) or not at all. One that does not
-match its checksum is built again. Removing any file at any time is safe.
+Processes share the cache: an entry appears whole or not at all (`tersor.files`). An entry that does not match its
+checksum is built again. Removing any file at any time is safe.
 """
 
 from __future__ import annotations
