@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoints
 import pytest
 import torch
+from helpers import checkpoints
 
 from tersor import formats
 from tersor.checkpoint.exports import get_export

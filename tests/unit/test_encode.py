@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny_lm
 import torch
+from helpers import tiny_lm
 
 from tersor import formats
 from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT
