@@ -114,7 +114,7 @@ def test_a_wrong_dtype(broken):
 
 def test_zero_points_that_the_scheme_does_not_have(broken):
     directory = broken(configure=lambda config: config.update(format="int4"))
-    refused(directory, CheckpointError, "has zero points, which int4:g32:float16 has not")
+    refused(directory, CheckpointError, "has a weight_zero_point, which int4:g32:float16 has not")
 
 
 def test_a_packed_weight_that_the_config_ignores(broken):
