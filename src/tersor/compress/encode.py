@@ -135,9 +135,8 @@ def encode_blocks(
     if missing:
         raise InputError(f"algorithm {recipe!r} needs statistics of the layer, and there are no {', '.join(missing)}")
     count, ic = weight.shape
-    height = max(1, (block_elements or BLOCK_ELEMENTS[weight.device.type]) // max(ic, 1))
-    if chosen.all_rows:
-        height = max(1, count)
+    elements = block_elements or BLOCK_ELEMENTS.get(weight.device.type, BLOCK_ELEMENTS["cpu"])
+    height = max(1, count if chosen.all_rows else elements // max(ic, 1))
 
     def encode_block(start: int) -> tuple[float, float]:
         block = weight[start : start + height].contiguous()
