@@ -95,9 +95,9 @@ def quantize(
         if destination is not None:
             _check_apart(source, destination)
         _check_uncompressed(source)
-        target = get_export(export, _model_dtype(source))
+        chosen_export = get_export(export, _model_dtype(source))
         if scale_dtype is None and not get_scheme(format).is_mx:
-            scale_dtype = target.default_scale_dtype
+            scale_dtype = chosen_export.default_scale_dtype
         scheme = get_scheme(format, group_size, scale_dtype)
         conversion = make_conversion(
             source,
@@ -105,7 +105,7 @@ def quantize(
             scheme=scheme,
             ignore=patterns,
             overrides=[parse_override(text, group_size, scale_dtype) for text in texts],
-            export=target,
+            export=chosen_export,
             shard_bytes=int(shard_size),
             provenance={"tersor": __version__, "algorithm": algorithm, "source": source.label},
         )
@@ -124,7 +124,9 @@ def quantize(
         }
         work = Workplace(destination, identity, resume)
         try:
-            return _write(source, conversion, work, target, scheme, algorithm, destination, where, progress, started)
+            return _write(
+                source, conversion, work, chosen_export, scheme, algorithm, destination, where, progress, started
+            )
         finally:
             work.close()
 
@@ -133,7 +135,7 @@ def _write(
     source: Source,
     conversion: Conversion,
     work: Workplace,
-    target: Export,
+    chosen_export: Export,
     scheme: Scheme,
     recipe: str,
     destination: Path,
@@ -149,7 +151,7 @@ def _write(
         streaming = time.monotonic()
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
         stream_seconds = time.monotonic() - streaming
-        _write_companions(source, conversion, target, recipe, work.directory)
+        _write_companions(source, conversion, chosen_export, recipe, work.directory)
         work.publish()
     except InputError:
         # The input is at fault, so there is nothing to continue.
@@ -162,7 +164,7 @@ def _write(
         source=source.label,
         output=str(destination),
         scheme=scheme.key(),
-        export=target.name,
+        export=chosen_export.name,
         rows=tuple(done[step.source.spec.name] for step in conversion.steps),
         files=tuple(names),
         seconds=time.monotonic() - started,
@@ -171,13 +173,17 @@ def _write(
     )
 
 
-def _write_companions(source: Source, conversion: Conversion, target: Export, recipe: str, directory: Path) -> None:
+def _write_companions(
+    source: Source, conversion: Conversion, chosen_export: Export, recipe: str, directory: Path
+) -> None:
     """Write config.json, the index and the model card, and copy the tokenizer and its like."""
     config = dict(source.config)
     if not _stated_dtype(config):
         # A reader that infers the dtype from the first float tensor could take a scale for a weight.
         config["dtype"] = _model_dtype(source)
-    config["quantization_config"] = target.quantization_config(conversion.config, conversion.layers, conversion.head)
+    config["quantization_config"] = chosen_export.quantization_config(
+        conversion.config, conversion.layers, conversion.head
+    )
     write_file(directory / CONFIG_NAME, _json(config))
     if len(conversion.shards) > 1:
         weight_map = {
@@ -191,7 +197,7 @@ def _write_companions(source: Source, conversion: Conversion, target: Export, re
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_file(directory / INDEX_NAME, _json(index))
-    write_file(directory / "README.md", _model_card(source, conversion, target, recipe).encode())
+    write_file(directory / "README.md", _model_card(source, conversion, chosen_export, recipe).encode())
     for path in source.companions():
         try:
             (directory / path).parent.mkdir(exist_ok=True)
@@ -200,13 +206,13 @@ def _write_companions(source: Source, conversion: Conversion, target: Export, re
             raise output_error(error, directory / path) from None
 
 
-def _model_card(source: Source, conversion: Conversion, target: Export, recipe: str) -> str:
+def _model_card(source: Source, conversion: Conversion, chosen_export: Export, recipe: str) -> str:
     scheme = conversion.config.scheme
     base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
     front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
     use = "Load it with `import tersor` and then `AutoModelForCausalLM.from_pretrained`."
-    if target.name != "tersor":
-        use = f"The metadata is that of {target.name}; load it with an engine that reads it."
+    if chosen_export.name != "tersor":
+        use = f"The metadata is that of {chosen_export.name}; load it with an engine that reads it."
     group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
     body = [
         f"# {source.label} in {scheme.name}",

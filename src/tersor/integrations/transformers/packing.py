@@ -73,7 +73,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     heads = _find_ties(model, source, placement, {place.module: schemes[place.stem] for place in places})
     expected = {}
     for place in places:
-        layer = swap_packed(model, place.module, schemes[place.stem])
+        layer = swap_packed(model, place.module, schemes[place.stem], storage=stems[place.stem])
         mark_initialized(layer)
         _check_stored(source, place, stems[place.stem], layer)
         expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in layer.own_tensors()})

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tersor import ops
+from tersor.checkpoint.names import DENSE, Storage
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Scheme
 from tersor.integrations.transformers.architecture import packable_embedding
@@ -19,6 +20,9 @@ from tersor.nn.packed import PackedModule
 
 _SAME_AS_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
+
+LINEARS: dict[str, type[PackedLinear]] = {DENSE.name: PackedLinear}
+"""Name of a way to store a weight (`checkpoint.names`) -> the layer that holds a weight stored so."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -43,7 +47,9 @@ def packable(module: nn.Module) -> bool:
     return packable_embedding(module) if isinstance(module, nn.Embedding) else linear_shape(module) is not None
 
 
-def swap_packed(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedModule:
+def swap_packed(
+    model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None, storage: Storage = DENSE
+) -> PackedModule:
     """Replace a linear layer or an embedding of a model by a packed one on the same device.
 
     Args:
@@ -51,6 +57,7 @@ def swap_packed(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
         name: the module's name in the model.
         scheme: of the packed module.
         dtype: of activations; that of the old weight when `None`.
+        storage: how the weight of a linear layer is stored, which decides the class of the packed one.
 
     Raises:
         UnsupportedError: the module is neither, or computes more than a packed one can.
@@ -58,7 +65,7 @@ def swap_packed(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
     """
     old = model.get_submodule(name)
     if not isinstance(old, nn.Embedding):
-        return swap_linear(model, name, scheme, dtype)
+        return swap_linear(model, name, scheme, dtype, storage)
     if not packable_embedding(old):
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
     scale = getattr(old, "scalar_embed_scale", None)
@@ -103,7 +110,9 @@ def swap_tied(model: nn.Module, name: str, embedding: str, scheme: Scheme) -> Ti
     return new
 
 
-def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedLinear:
+def swap_linear(
+    model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None, storage: Storage = DENSE
+) -> PackedLinear:
     """Replace a linear layer of a model by a packed one on the same device, which keeps the bias.
 
     Args:
@@ -111,6 +120,7 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
         name: the layer's name in the model.
         scheme: of the packed layer.
         dtype: of activations; that of the old weight when `None`.
+        storage: how the weight is stored.
 
     Raises:
         UnsupportedError: the module is not a linear layer.
@@ -122,7 +132,7 @@ def swap_linear(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype 
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     oc, ic = shape
-    new = PackedLinear(ic, oc, scheme, device=weight.device, dtype=dtype or weight.dtype)
+    new = LINEARS[storage.name](ic, oc, scheme, device=weight.device, dtype=dtype or weight.dtype)
     new.bias = getattr(old, "bias", None)
     new.transposed = is_conv1d(old)
     new.train(old.training)
