@@ -146,6 +146,22 @@ def _numbers(row: Sequence[tuple[int, int]]) -> list[int]:
     return [32 * word + turn for word, turn in row]
 
 
+def _add(pivots: dict[int, tuple[int, int]], value: int, own: int) -> bool:
+    """Reduce a vector by the pivots and keep what is left as one more; tell whether anything was left.
+
+    Vectors are bits of a number. A pivot stands under its highest bit, with the bits of the vectors that it is a sum
+    of: `own` for this one.
+    """
+    while value:
+        top = value.bit_length() - 1
+        if top not in pivots:
+            pivots[top] = (value, own)
+            return True
+        value ^= pivots[top][0]
+        own ^= pivots[top][1]
+    return False
+
+
 class _Search:
     """One table under change, with the inverse of its matrix. A term is a number: 32 * word + rotation."""
 
@@ -173,15 +189,7 @@ class _Search:
         self.rows = rows
         pivots: dict[int, tuple[int, int]] = {}
         for index, vector in enumerate(vector for row in rows for vector in self.vectors(row)):
-            value, own = vector, 1 << index
-            while value:
-                top = value.bit_length() - 1
-                if top not in pivots:
-                    pivots[top] = (value, own)
-                    break
-                value ^= pivots[top][0]
-                own ^= pivots[top][1]
-            else:
+            if not _add(pivots, vector, 1 << index):
                 return False
         if len(pivots) != self.bits:
             return False
@@ -237,15 +245,7 @@ class _Search:
             for term in new:
                 for unit in self.units[term][place]:
                     total ^= self.inverse[unit]
-            value, own = total >> low & field, 1 << place
-            while value:
-                top = value.bit_length() - 1
-                if top not in pivots:
-                    pivots[top] = (value, own)
-                    break
-                value ^= pivots[top][0]
-                own ^= pivots[top][1]
-            else:
+            if not _add(pivots, total >> low & field, 1 << place):
                 return False
             sums.append(total & ~(field << low))
         # What stands for each old row of the matrix: new ones of this table row, and with them rows of others.

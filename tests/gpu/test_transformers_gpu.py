@@ -112,19 +112,25 @@ def test_compressing_while_loading_on_the_gpu_gives_the_same_bytes(tiny: Path) -
     assert {layer.layout for layer in layers(model).values()} == {"tiles_bfloat16"}
 
 
+def captured(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """Capture a forward, after two that warm it up on another stream; return the graph and where its logits come."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model(ids, use_cache=False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(ids, use_cache=False).logits
+    return graph, logits
+
+
 @pytest.mark.parametrize("tokens", [1, 17, 200])
 def test_a_graph_replays_a_forward(tiny: Path, tokens: int) -> None:
     model = load(tiny, dtype=torch.float16, device_map="cuda")
     ids = torch.randint(0, 8000, (1, tokens), device="cuda")
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                model(ids, use_cache=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = model(ids, use_cache=False).logits
+        graph, logits = captured(model, ids)
         ids.copy_(torch.randint(0, 8000, (1, tokens), device="cuda"))
         graph.replay()
         torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
@@ -208,14 +214,7 @@ def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path: Path) -> None:
     assert torch.equal(embedding.weight, head.weight)
     ids = torch.tensor([PROMPT], device="cuda")
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                model(ids, use_cache=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = model(ids, use_cache=False).logits
+        graph, logits = captured(model, ids)
         ids.copy_(ids.flip(1))
         graph.replay()
         torch.testing.assert_close(logits, model(ids, use_cache=False).logits)

@@ -1,6 +1,6 @@
 """Which stored tensor is the weight of a linear layer, or of an embedding?
 
-The architecture is built without memory and asked.
+What layers a model has, an `Architecture` says; `tersor.integrations.transformers.architecture` builds one and asks it.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ def command(
     from tersor import engine, evaluate, nn
     from tersor.convert import quantize
     from tersor.formats import get_scheme
+    from tersor.hardware import resolve_device
     from tersor.integrations.transformers import generate, load
 
     chosen = tuple(formats or FORMATS)
@@ -44,7 +45,7 @@ def command(
     options = engine.Sampling(
         temperature=0.0, repetition_penalty=PENALTY, max_new_tokens=max_new_tokens, ignore_eos=True
     )
-    torch_device = load.resolve_device(device)
+    torch_device = resolve_device(device)
     found = load.locate(_bundled() if model is None else model)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()

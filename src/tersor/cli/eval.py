@@ -36,10 +36,11 @@ def command(
     from tersor import evaluate, nn, plots
     from tersor.evaluate import plot as drawing
     from tersor.formats import Activations
+    from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
 
     Activations.of(activations)
-    torch_device = load.resolve_device(device)
+    torch_device = resolve_device(device)
     load.resolve_dtype(dtype, torch_device)
     content = evaluate.read_text(text)
     if plot is not None:

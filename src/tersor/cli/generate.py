@@ -47,6 +47,7 @@ def command(
     """Continue one prompt."""
     from tersor import engine
     from tersor.formats import Activations
+    from tersor.hardware import resolve_device
     from tersor.integrations.transformers import generate, load
 
     if cuda_graph not in GRAPHS:
@@ -65,7 +66,7 @@ def command(
         ignore_eos=ignore_eos,
     )
     text = _read() if prompt == "-" else prompt
-    torch_device = load.resolve_device(device)
+    torch_device = resolve_device(device)
     found = load.locate(model)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()

@@ -54,7 +54,7 @@ def command(
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
-    device: Annotated[str, typer.Option(help="Where weights are encoded: cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where weights are encoded: auto, cpu, cuda or cuda:N.")] = "cpu",
     shard_size: Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,

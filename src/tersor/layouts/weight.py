@@ -77,7 +77,7 @@ class PackedWeight(_Noted):
             gate, up: [F, IC] on one device, in any layout.
 
         Returns:
-            [rows.gated_rows(F), IC] in the stored stream, 2 F rows where F is a multiple of 8; `split_gate_up` undoes
+            [gated.gated_rows(F), IC] in the stored stream, 2 F rows where F is a multiple of 8; `split_gate_up` undoes
             it.
 
         Raises:
