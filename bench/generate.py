@@ -24,7 +24,7 @@ from torch import nn
 from tersor.bench import timing
 from tersor.compress import quantize_rtn
 from tersor.engine import Sampling
-from tersor.formats import Scheme, get_scheme
+from tersor.formats import Scheme, dtype_name, get_scheme
 from tersor.integrations.transformers.decode import Decoder
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
@@ -74,7 +74,7 @@ def main() -> None:
         model = build(geometry, scheme, arguments.device, dtype)
         for use_graph in (True, False) if on_gpu else (False,):
             row = measure(model, arguments.prompt_tokens, arguments.steps if use_graph else 16, use_graph)
-            row = {"weights": str(dtype).removeprefix("torch.") if scheme is None else scheme.key(), **row}
+            row = {"weights": dtype_name(dtype) if scheme is None else scheme.key(), **row}
             if bandwidth is not None:
                 row["roof_ms"] = round(row["read_bytes"] / bandwidth * 1e3, 3)
             rows.append(row)
