@@ -22,7 +22,7 @@ GPU := $(shell { test -e /dev/nvidia0 || nvidia-smi -L; } >/dev/null 2>&1 && ech
 TORCH := torch==2.13.0
 TORCH_CPU := $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
 
-.PHONY: help demo test lint gpu-test bench clean
+.PHONY: help demo test rules lint gpu-test bench clean
 
 help:
 	@echo 'make demo      compress the bundled model to five formats, compare them, continue a prompt with each'
@@ -37,13 +37,16 @@ demo: $(READY)
 	$(PYTHON) -m tersor demo
 
 # A test process computes on one core, since there are JOBS of them. They take modules in a row, so what the tests of a
-# module share is made once.
-test: lint
+# module share is made once. The type check is one of the tests (tests/unit/test_types.py): it keeps one core busy for
+# half a minute, which the others use.
+test: rules
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n $(JOBS) --dist worksteal tests/unit tests/golden tests/compile
 
-lint: $(READY_DEV)
+rules: $(READY_DEV)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+lint: rules
 	$(PYTHON) -m mypy
 
 gpu-test: $(READY_DEV)
