@@ -20,7 +20,6 @@ def read_architecture(directory: Path) -> Architecture:
         CheckpointError: transformers does not know the model type, or it is no causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     with _quiet_transformers():
         try:
@@ -29,6 +28,13 @@ def read_architecture(directory: Path) -> Architecture:
                 model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
+    return architecture_of(model)
+
+
+def architecture_of(model: Any) -> Architecture:
+    """List the layers of a model of transformers, whatever device it is on."""
+    from transformers.pytorch_utils import Conv1D
+
     linears: dict[str, Linear] = {}
     embeddings: dict[str, Embedding] = {}
     names = []
@@ -50,7 +56,7 @@ def read_architecture(directory: Path) -> Architecture:
         modules=frozenset(names),
         base_prefix=model.base_model_prefix,
         head=head,
-        tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
     )
 
 
