@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tersor.checkpoint.config import Override, QuantizationConfig
 from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
-from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped
+from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
@@ -100,7 +101,7 @@ def make_conversion(
             or nothing to compress.
     """
     _check_complete(source, architecture)
-    tensors = _taken_apart(source, architecture)
+    tensors = _taken_apart(source, architecture, ignore, overrides)
     targets = architecture.find(tensor.spec.name for tensor in tensors)
     pairs = [
         (tensor, architecture.layer_of(tensor.spec, targets[tensor.spec.name], str(tensor.file.path)))
@@ -132,9 +133,9 @@ def make_conversion(
         _check_names(stored.specs, source, tensor)
         steps.append(Step(tensor, layer, chosen, stored, linear=linear))
     if not any(step.scheme for step in steps):
-        raise InputError(
-            f"{source.directory}: no linear layer is left to compress ({len(layers)} found, all left alone)"
-        )
+        reasons = Counter(step.note for step in steps if step.linear)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the model has none"
+        raise InputError(f"{source.directory}: no linear layer is left to compress ({why})")
     shards = split_into_shards([step.outputs for step in steps], shard_bytes)
     named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
     conversion = Conversion(config, tuple(steps), tuple(named), architecture.head)
@@ -152,18 +153,25 @@ def _check_complete(source: Source, architecture: Architecture) -> None:
         )
 
 
-def _taken_apart(source: Source, architecture: Architecture) -> list[StoredTensor]:
-    """Return the tensors of a checkpoint, those in parts that become the weights of several layers."""
+def _taken_apart(
+    source: Source, architecture: Architecture, ignore: Sequence[str], overrides: Sequence[Override]
+) -> list[StoredTensor]:
+    """Return the tensors of a checkpoint, in parts where they become the weights of several layers to compress."""
     targets = architecture.find(source.tensors)
     tensors = []
     for name, tensor in source.tensors.items():
-        parts = architecture.parts_of(tensor.spec, targets[name])
-        first = 0
-        for part, rows in parts:
-            tensors.append(tensor.part(part, first, rows))
+        parts, first = [], 0
+        for part, rows in architecture.parts_of(tensor.spec, targets[name]):
+            parts.append(tensor.part(part, first, rows))
             first += rows
-        if not parts:
-            tensors.append(tensor)
+        layers = [architecture.layer_of(part.spec, Target(part.spec.name, part.spec.name), "") for part in parts]
+        wanted = [
+            layer is not None
+            and not any(re.search(pattern, layer.module) for pattern in ignore)
+            and (not layer.skipped or _asked(layer, overrides))
+            for layer in layers
+        ]
+        tensors += parts if any(wanted) else [tensor]
     return tensors
 
 

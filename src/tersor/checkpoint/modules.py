@@ -159,10 +159,12 @@ class Architecture:
 
     def parts_of(self, spec: TensorSpec, target: Target) -> list[tuple[str, int]]:
         """Return name and rows of the layers' weights that a stored matrix is taken apart into while it is loaded."""
+        if len(spec.shape) != 2 or not target.parts:
+            return []
         linears = [self.linears.get(part.removesuffix(_WEIGHT)) for part in target.parts]
-        rows = [linear.shape[0] for linear in linears if linear is not None and linear.shape[1:] == spec.shape[1:]]
+        rows = [linear.shape[0] for linear in linears if linear is not None and linear.shape[1] == spec.shape[1]]
         whole = len(rows) == len(target.parts) and sum(rows) == spec.shape[0]
-        return list(zip(target.parts, rows, strict=True)) if whole and len(spec.shape) == 2 else []
+        return list(zip(target.parts, rows, strict=True)) if whole else []
 
     def layer_of(self, spec: TensorSpec, target: Target, path: str) -> LinearLayer | None:
         """Return the linear layer or embedding whose weight a stored tensor is, or `None`.
@@ -175,10 +177,12 @@ class Architecture:
         Raises:
             CheckpointError: the tensor's shape is not the linear layer's.
         """
-        if not (spec.name.endswith(_WEIGHT) and target.name.endswith(_WEIGHT) and target.known):
-            return None
+        matrix = (spec.shape[0], spec.shape[1]) if len(spec.shape) == 2 else None
         stem, module = spec.name.removesuffix(_WEIGHT), target.name.removesuffix(_WEIGHT)
-        matrix = (spec.shape[0], spec.shape[-1]) if len(spec.shape) == 2 else None
+        if not target.parameter.endswith(_WEIGHT) and not target.experts:
+            return None
+        if not target.conversion and not spec.name.endswith(_WEIGHT):
+            return None
         if target.experts in self.experts and matrix:
             inside = f"{self.base}." if self.base and module.startswith(f"{self.base}.") else ""
             served = inside + stem.removeprefix(inside)
@@ -219,7 +223,9 @@ class Architecture:
 
     def is_linear(self, layer: LinearLayer | None, target: Target) -> bool:
         """Whether a stored tensor is the weight of a linear layer, or of the experts of a layer."""
-        return not layer.embedding if layer is not None else target.parameter.rpartition(".")[0] in self.experts
+        if layer is not None:
+            return not layer.embedding
+        return bool(target.experts) or target.parameter.rpartition(".")[0] in self.experts
 
     def describe(self, spec: TensorSpec, target: Target) -> str:
         """Say what a tensor is that is no linear weight, where that is worth a word."""
@@ -233,7 +239,7 @@ class Architecture:
             return Skipped.ROUTER.value
         if not target.known:
             return "not in the model that config.json describes"
-        if target.parameter.rpartition(".")[0] in self.experts and len(spec.shape) > 1:
+        if self.is_linear(None, target) and len(spec.shape) > 1:
             changed = f", which transformers changes while loading ({target.conversion})" if target.conversion else ""
             return f"fused experts{changed}"
         return "" if len(spec.shape) < 2 else "not a linear layer"

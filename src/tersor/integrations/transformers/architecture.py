@@ -86,7 +86,7 @@ def architecture_of(model: Any) -> Architecture:
         elif hasattr(module, "num_experts") and hasattr(module, "down_proj"):
             experts[name] = _experts_obstacle(module)
     output = model.get_output_embeddings()
-    modules = {name: module for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     base = model.base_model_prefix
     names = Names(model)
     return Architecture(
@@ -114,8 +114,13 @@ def _towers(model: Any) -> dict[str, str]:
     inner = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     if all(_modalities(module) == {"text"} for module in inner.values()):
         return {}
-    ours = _text_configs(model.config)
-    speaks = {name: _reads_text(module) and (not ours or module.config in ours) for name, module in inner.items()}
+    whole = model.config
+    ours = _text_configs(whole)
+    # Without a config of text in its own, a model is one piece (Whisper), but for parts with configs of their own.
+    speaks = {
+        name: _reads_text(module) and module.config in ours if ours else _reads_text(module) or module.config is whole
+        for name, module in inner.items()
+    }
     outside: dict[str, str] = {}
     inside = 0
     for name, module in model.named_modules():

@@ -15,6 +15,7 @@ from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import fuse as fusing
 from tersor.integrations.transformers import replace
+from tersor.integrations.transformers.architecture import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,10 +86,11 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     torch_device = device if isinstance(device, torch.device) else resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     directory = locate(path).directory
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, output_loading_info=True)
+        build = _causal_class(path, AutoConfig.from_pretrained(directory))
+        loaded: Any = build.from_pretrained(directory, dtype=torch_dtype, output_loading_info=True)
         model, info = loaded[0].to(torch_device), loaded[1]
     except TersorError:
         raise
@@ -102,6 +104,17 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
             f"{path}: the checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}"
         )
     return model.eval()
+
+
+def _causal_class(path: str | Path, config: Any) -> Any:
+    """Return the class that config.json describes, where it is one that continues a text."""
+    build = model_class(config)
+    if config.is_encoder_decoder or not build.can_generate():
+        raise CheckpointError(
+            f"{path}: a {build.__name__} does not continue a text, which evaluating and generating need: use it "
+            "through transformers"
+        )
+    return build
 
 
 def ready_model(
