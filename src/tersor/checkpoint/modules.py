@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
 
-_ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HEAD_NAMES = ("lm_head", "embed_out")
 _EXPERT = re.compile(r"(?P<layer>.*\.\d+)\.[^.]+\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
@@ -147,7 +147,7 @@ class Architecture:
         leaf = module.rpartition(".")[2]
         if module == self.head or leaf in _HEAD_NAMES:
             return Skipped.HEAD
-        return Skipped.ROUTER if leaf in _ROUTER_NAMES else None
+        return Skipped.ROUTER if leaf in ROUTER_NAMES else None
 
     def describe(self, spec: TensorSpec) -> str:
         """Say what a tensor is that is no linear weight, where that is worth a word."""
@@ -158,7 +158,7 @@ class Architecture:
             return Skipped.EMBEDDING.value
         if stem in _HEAD_NAMES:
             return Skipped.HEAD.value
-        if leaf in _ROUTER_NAMES and len(spec.shape) == 2:
+        if leaf in ROUTER_NAMES and len(spec.shape) == 2:
             return Skipped.ROUTER.value
         if len(spec.shape) == 3 and _FUSED_EXPERTS.fullmatch(spec.name):
             return "fused experts"
