@@ -19,11 +19,13 @@ class Packed:
         tensors: name -> tensor, as `checkpoint.names.stored_tensors` describes them.
         squared_error: sum over all weights w of (w - dequantised w)^2.
         squared_norm: sum over all weights w of w^2.
+        underflowed: numbers, in the whole weight, of the rows whose scales underflow (`Encoded.underflowed`).
     """
 
     tensors: dict[str, torch.Tensor]
     squared_error: float
     squared_norm: float
+    underflowed: tuple[int, ...] = ()
 
 
 def pack(
@@ -52,7 +54,8 @@ def pack(
     Raises:
         InputError: no such recipe, or statistics that it needs are not there.
         NonFiniteError: a NaN or an infinity, with its index in the whole weight.
-        FormatError: the group size does not divide IC, or a scale does not fit its dtype.
+        FormatError: the group size does not divide IC.
+        ScaleError: a scale does not fit its dtype; it names the row in the whole weight.
     """
     count, ic = weight.shape
     tensors = {
@@ -60,7 +63,10 @@ def pack(
         for name, form in stored_tensors(scheme, count, ic, storage).items()
     }
 
+    underflowed: list[int] = []
+
     def take(start: int, block: Encoded) -> None:
+        underflowed.extend(first_row + start + row for row in block.underflowed)
         packed = storage.pack(block)
         if len(block.codes) == count:
             tensors.update(packed)
@@ -71,4 +77,4 @@ def pack(
     error, norm = encode_blocks(
         weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
     )
-    return Packed(tensors, error, norm)
+    return Packed(tensors, error, norm, tuple(sorted(underflowed)))

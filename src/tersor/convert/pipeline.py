@@ -27,6 +27,7 @@ from tersor.compress import get_recipe
 from tersor.compress.workers import worker_pool
 from tersor.convert.report import Row
 from tersor.errors import FormatError, NonFiniteError
+from tersor.formats import Scheme
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
@@ -39,6 +40,7 @@ _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 24
 _COPY_BYTES = 1 << 23
 _MAX_ENCODERS = 16
+_SHOWN_ROWS = 3
 _WAITING = 2
 """Threads beyond the encoders, which read ahead or write."""
 
@@ -88,8 +90,10 @@ class Pipeline:
         self._threads = encoders + _WAITING
         self._pass_elements = _CACHE_ELEMENTS if encoders <= 2 else _CROWD_ELEMENTS
         self._may_encode = threading.Semaphore(encoders)
+        self._recording = threading.Lock()
         self._local = threading.local()
         self._sums: dict[int, tuple[float, float]] = {}
+        self._underflowed: dict[int, list[int]] = {}
 
     def run(self, first_shard: int, on_shard: Callable[[int, list[Row]], None]) -> None:
         """Write the shards from number `first_shard` on.
@@ -184,7 +188,9 @@ class Pipeline:
         error, norm = self._sums.pop(index, (0.0, 0.0))
         if step.scheme is None:
             return row_of(step)
-        return row_of(step, math.sqrt(error / norm) if norm else 0.0)
+        row = row_of(step, math.sqrt(error / norm) if norm else 0.0)
+        rows = sorted(self._underflowed.pop(index, ()))
+        return replace(row, warning=_underflow_words(rows, step.scheme)) if rows else row
 
     def _work(self, writer: ShardWriter, block: _Block) -> tuple[float, float]:
         """Read, encode and write one block; return the squared error and the squared norm."""
@@ -204,6 +210,9 @@ class Pipeline:
                 raise NonFiniteError(index, error.value, _where(step)) from None
             except FormatError as error:
                 raise FormatError(f"{_where(step)}: {error}") from None
+        if packed.underflowed:
+            with self._recording:
+                self._underflowed.setdefault(block.step, []).extend(packed.underflowed)
         self._store(writer, step, block, packed)
         return packed.squared_error, packed.squared_norm
 
@@ -258,6 +267,18 @@ class Pipeline:
 def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]) -> None:
     writer.finish()
     on_shard(number, rows)
+
+
+def _underflow_words(rows: list[int], scheme: Scheme) -> str:
+    """Say which rows have scales that underflow, and what helps."""
+    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"
+    way_out = f"use --scale-dtype {wider}" if scheme.scale_dtype in ("float16", "e8m0") else "leave the tensor alone"
+    return (
+        f"row{'s' if len(rows) > 1 else ''} {shown}{more}: weights too small for {scheme.scale_dtype} scales became "
+        f"zero or far off: {way_out}"
+    )
 
 
 def _where(step: Step) -> str:
