@@ -78,7 +78,7 @@ def test_layers_of_different_modules_may_differ(export: str) -> None:
 @pytest.mark.parametrize("export", EXPORTS)
 def test_a_head_that_is_tied_is_not_exported_compressed(export: str) -> None:
     head = [(LinearLayer("lm_head", "lm_head", (96, 64), skipped=Skipped.HEAD), get_scheme(EXPORTS[export]))]
-    with pytest.raises(FormatError, match="readers tie lm_head to the embedding.*leave lm_head out of the overrides"):
+    with pytest.raises(FormatError, match=r"readers tie lm_head to the embedding.*leave lm_head out of the overrides"):
         get_export(export, "bfloat16").check_model(architecture("lm_head", tied=True), head)
 
 
@@ -100,7 +100,7 @@ def test_transposed_layers_are_named(export: str, tmp_path: Path) -> None:
 
 def test_a_float32_model_is_not_exported_for_humming(tmp_path: Path) -> None:
     source = checkpoints.save("llama", tmp_path / "model", dtype=torch.float32)
-    with pytest.raises(FormatError, match="humming readers run float16 and bfloat16 models, .* float32"):
+    with pytest.raises(FormatError, match=r"humming readers run float16 and bfloat16 models, .* float32"):
         quantize(source, tmp_path / "out", format="int4", scale_dtype="e8m0", group_size=32, export="humming")
 
 
@@ -110,7 +110,7 @@ def test_layers_that_humming_readers_rename_need_one_scheme() -> None:
         (LinearLayer(name, name, (64, 64)), get_scheme(scheme, None, "bfloat16"))
         for name, scheme in zip(names, ("int4", "int8"), strict=True)
     ]
-    with pytest.raises(FormatError, match="by other names, .* leave the overrides out"):
+    with pytest.raises(FormatError, match=r"by other names, .* leave the overrides out"):
         get_export("humming", "bfloat16").check_model(architecture(*names), found)
 
 

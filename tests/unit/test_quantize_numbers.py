@@ -68,3 +68,19 @@ def test_the_error_of_a_layer_does_not_depend_on_its_magnitude(
 def test_a_tensor_of_zeros_has_no_error_and_no_warning(tmp_path: Path) -> None:
     report = quantize(changed(tmp_path / "model", torch.zeros_like), tmp_path / "out")
     assert next(row for row in report.rows if row.name == DOWN).relative_error == 0 and not report.warnings
+
+
+def test_infinities_of_a_config_are_json_and_mean_the_same(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    source = checkpoints.save("llama", tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["limits"] = [0.0, float("inf"), {"low": float("-inf"), "none": float("nan")}]
+    (source / "config.json").write_text(json.dumps(config))
+    for export in ("tersor", "compressed-tensors"):
+        quantize(source, tmp_path / export, format="int4", export=export)
+        written = (tmp_path / export / "config.json").read_text()
+        json.loads(written, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        read = AutoConfig.from_pretrained(tmp_path / export).limits
+        assert read[:2] == [0.0, float("inf")] and read[2]["low"] == float("-inf")
+        assert read[2]["none"] != read[2]["none"]

@@ -156,7 +156,7 @@ def test_the_largest_weight_of_a_dtype_decodes_within_it(name: str, dtype: torch
     weight = torch.full((1, 32), torch.finfo(dtype).max, dtype=dtype)
     scheme = formats.get_scheme(name, None, scale_dtype)
     if scale_dtype == "float16" and dtype != torch.float16:
-        with pytest.raises(ScaleError, match="in row 0 is beyond float16's largest.*use bfloat16 or float32 scales"):
+        with pytest.raises(ScaleError, match=r"in row 0 is beyond float16's largest.*use bfloat16 or float32 scales"):
             quantize_rtn(weight, scheme)
         return
     decoded = quantize_rtn(weight, scheme).dequantize()

@@ -152,17 +152,16 @@ def store_scales(wanted: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         power = exponent - (mantissa == 0.5).to(exponent.dtype)
         power = torch.where(wanted > 0, power, -_E8M0_BIAS)
         if int(power.max()) > _E8M0_BIAS:
-            raise ScaleError(
-                _row(wanted), f"a scale of {float(wanted.max()):.3g} in row {{row}} is beyond e8m0's largest, 2^127"
-            )
+            largest = float(wanted.max())
+            raise ScaleError(_row(wanted), f"a scale of {largest:.3g} in row {{row}} is beyond e8m0's largest, 2^127")
         return (power.clamp_min(-_E8M0_BIAS) + _E8M0_BIAS).to(torch.uint8)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     info = torch.finfo(dtype)
     if wanted.numel() and float(wanted.max()) > info.max:
         raise ScaleError(
             _row(wanted),
-            f"a scale of {float(wanted.max()):.3g} in row {{row}} is beyond {scheme.scale_dtype}'s largest, {info.max:g}: "
-            "use bfloat16 or float32 scales (--scale-dtype)",
+            f"a scale of {float(wanted.max()):.3g} in row {{row}} is beyond {scheme.scale_dtype}'s largest, "
+            f"{info.max:g}: use bfloat16 or float32 scales (--scale-dtype)",
         )
     stored = wanted.to(dtype)
     vanished = (stored == 0) & (wanted > 0)
