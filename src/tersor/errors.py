@@ -22,18 +22,6 @@ class FormatError(InputError):
     """A numeric format or scheme that does not exist or does not fit the tensor."""
 
 
-class ScaleError(FormatError):
-    """Weights that a scale of the chosen dtype cannot stand for; `row` is their row in the tensor handed in.
-
-    `reason` says what is wrong, with `{row}` where the row's number belongs.
-    """
-
-    def __init__(self, row: int, reason: str) -> None:
-        self.row = row
-        self.reason = reason
-        super().__init__(reason.format(row=row))
-
-
 class CheckpointError(InputError):
     """A checkpoint that cannot be read: missing, truncated, or not what it says it is."""
 

@@ -17,8 +17,8 @@ from tersor.checkpoint.pack import pack
 from tersor.compress import RECIPES, Recipe, Statistics, encode, encode_blocks, get_recipe, quantize_rtn
 from tersor.compress.workers import worker_pool
 from tersor.convert import quantize
-from tersor.errors import InputError, NonFiniteError, ScaleError
-from tersor.formats import Encoded, Scheme
+from tersor.errors import InputError, NonFiniteError
+from tersor.formats import Encoded, ScaleError, Scheme
 from tersor.layouts import PackedWeight
 
 UINT = formats.get_scheme("uint4", 16)

@@ -98,6 +98,13 @@ def test_transposed_layers_are_named(export: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_layers_whose_names_begin_alike_need_one_scheme_for_quark() -> None:
+    found = layers(mlp__fc=get_scheme("mxfp4_e2m1"), mlp__fc_out=get_scheme("mxfp6_e2m3"))
+    with pytest.raises(FormatError, match=r"quark readers take model.layers.0.mlp.fc for model.layers.0.mlp.fc_out"):
+        get_export("quark", "bfloat16").check_model(architecture(), found)
+    get_export("compressed-tensors", "bfloat16").check_model(architecture(), found)
+
+
 def test_a_float32_model_is_not_exported_for_humming(tmp_path: Path) -> None:
     source = checkpoints.save("llama", tmp_path / "model", dtype=torch.float32)
     with pytest.raises(FormatError, match=r"humming readers run float16 and bfloat16 models, .* float32"):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tersor.cli.main import app
 from tersor.convert import quantize
+from tersor.integrations.transformers import TersorConfig
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -36,12 +37,20 @@ def test_rows_that_vanish_are_warned_about_by_number_and_tensor(tmp_path: Path) 
     report = quantize(source, tmp_path / "out")
     (line,) = report.warnings
     assert line.startswith(f"{DOWN}: rows 3, 7, 9 and 2 more: weights too small for float16 scales ")
-    assert line.endswith("use --scale-dtype bfloat16") and "\n" not in line
+    assert line.endswith("use bfloat16 scales (--scale-dtype)") and "\n" not in line
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["warnings"] == [line]
     assert quantize(source, tmp_path / "wide", scale_dtype="bfloat16").warnings == ()
     result = CliRunner().invoke(app, ["quantize", str(source), "-o", str(tmp_path / "again"), "--json"])
     assert result.exit_code == 0 and f"warning: {line}" in result.stderr
     assert json.loads(result.stdout)["warnings"] == [line]
+
+
+def test_compression_while_loading_warns_too(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = changed(tmp_path / "model", lambda weight: weight * 1e-12)
+    with pytest.warns(UserWarning, match=rf"tensor '{DOWN}': rows 0, 1, 2 and 61 more: .* use bfloat16 scales"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=TersorConfig(format="int4"))
 
 
 def test_a_resumed_run_keeps_its_warnings(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from tersor import formats
 from tersor.compress import quantize_rtn
-from tersor.errors import FormatError, NonFiniteError, ScaleError
+from tersor.errors import FormatError, NonFiniteError
+from tersor.formats import ScaleError
 from tersor.layouts import PackedWeight
 
 CASES = [
@@ -164,12 +165,13 @@ def test_the_largest_weight_of_a_dtype_decodes_within_it(name: str, dtype: torch
     assert torch.allclose(decoded.double(), weight.double(), rtol=0.01)
 
 
-def test_a_block_that_decodes_beyond_float32_is_refused_by_row() -> None:
-    weight = torch.ones(3, 32)
-    weight[2, 4] = 3e38
-    with pytest.raises(ScaleError, match=r"weights of 3e\+38 in row 2 decode beyond float32") as caught:
-        quantize_rtn(weight, formats.get_scheme("mxfp4_e2m1"))
-    assert caught.value.row == 2
+def test_a_block_that_decodes_beyond_its_own_dtype_is_refused_by_row() -> None:
+    for value, dtype in ((3e38, "float32"), (65504, "float16")):
+        weight = torch.ones(3, 32, dtype=getattr(torch, dtype))
+        weight[2, 4] = value
+        with pytest.raises(ScaleError, match=rf"weights of .* in row 2 decode beyond {dtype}'s largest") as caught:
+            quantize_rtn(weight, formats.get_scheme("mxfp4_e2m1"))
+        assert caught.value.row == 2
 
 
 @pytest.mark.parametrize("name", ["fp6_e3m2", "int4", "mxfp4_e2m1"])

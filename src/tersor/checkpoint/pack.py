@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from tersor.checkpoint.names import DENSE, Storage, stored_tensors
 from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
 from tersor.formats import Encoded, Scheme
+
+_SHOWN_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +81,17 @@ def pack(
         weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
     )
     return Packed(tensors, error, norm, tuple(sorted(underflowed)))
+
+
+def underflow_words(rows: Sequence[int], scheme: Scheme) -> str:
+    """Say which rows have scales that underflow, and what helps."""
+    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"
+    way_out = (
+        f"use {wider} scales (--scale-dtype)" if scheme.scale_dtype in ("float16", "e8m0") else "leave the tensor alone"
+    )
+    return (
+        f"row{'s' if len(rows) > 1 else ''} {shown}{more}: weights too small for {scheme.scale_dtype} scales became "
+        f"zero or far off: {way_out}"
+    )

@@ -14,8 +14,8 @@ import torch
 
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.workers import worker_pool
-from tersor.errors import InputError, NonFiniteError, ScaleError, did_you_mean
-from tersor.formats import SCALE_DTYPES, Encoded, Scheme
+from tersor.errors import InputError, NonFiniteError, did_you_mean
+from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme
 
 Statistics: TypeAlias = Mapping[str, torch.Tensor]
 """What calibration has summed up for one layer, by name, such as the Hessian [IC, IC] of its inputs."""

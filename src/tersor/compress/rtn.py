@@ -6,12 +6,10 @@ then every weight goes to the nearest code.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from tersor.errors import NonFiniteError, ScaleError
-from tersor.formats import SCALE_DTYPES, Encoded, Scheme, scale_values, store_scales
+from tersor.errors import NonFiniteError
+from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme, dtype_name, scale_values, store_scales
 
 _PLAIN_SUMS = (1e-20, 1e30)
 """Sums of squares in float32 between these are right: what underflows in a square is far below the sum."""
@@ -35,7 +33,7 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
     Raises:
         NonFiniteError: the weight holds a NaN or an infinity, with its index.
         FormatError: the group size does not divide IC.
-        ScaleError: a scale does not fit its dtype, or weights decode beyond float32's largest number.
+        ScaleError: a scale does not fit its dtype, or weights decode beyond their own dtype's largest number.
     """
     oc, ic = weight.shape
     groups = scheme.groups(ic)
@@ -65,21 +63,15 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
     codes, rounded = fmt.round(scaled)
     if zero_point is not None:
         rounded = rounded.sub_(zero_point.unsqueeze(2))
-    error = rounded.mul_(scale_values(scale, scheme).unsqueeze(2)).sub_(grouped)
-    squared_error = _squared_sum(error)
-    if not math.isfinite(squared_error):
-        row = int((~torch.isfinite(error)).flatten(1).any(dim=1).nonzero()[0])
-        raise ScaleError(
-            row,
-            f"weights of {float(extent[row].max()):.3g} in row {{row}} decode beyond float32's largest number in "
-            f"{scheme.name}: use another format for this tensor, or leave it alone",
-        )
+    decoded = rounded.mul_(scale_values(scale, scheme).unsqueeze(2))
+    _check_decoded(decoded, extent, scheme, weight.dtype)
+    error = decoded.sub_(grouped)
     return Encoded(
         scheme=scheme,
         codes=codes.view(oc, ic),
         scale=scale,
         zero_point=zero_point,
-        squared_error=squared_error,
+        squared_error=_squared_sum(error),
         squared_norm=_squared_sum(grouped),
         underflowed=_underflowed(extent, wanted, scale, scheme),
     )
@@ -113,6 +105,20 @@ def _within(scale: torch.Tensor, scheme: Scheme, limit: float) -> torch.Tensor:
     if not bool(beyond.any()):
         return scale
     return torch.where(beyond, torch.nextafter(scale, torch.zeros_like(scale)), scale)
+
+
+def _check_decoded(decoded: torch.Tensor, extent: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Raise where rounding up took a weight [OC, G, group] beyond the largest number of the dtype it came in."""
+    if float(extent.max()) <= torch.finfo(dtype).max / 2:
+        return
+    finite = decoded.to(dtype).isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ScaleError(
+            row,
+            f"weights of {float(extent[row].max()):.3g} in row {{row}} decode beyond {dtype_name(dtype)}'s largest "
+            f"number in {scheme.name}: use another format for this tensor, or leave it alone",
+        )
 
 
 def _underflowed(extent: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> tuple[int, ...]:

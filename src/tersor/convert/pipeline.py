@@ -20,14 +20,13 @@ import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.names import TORCH_DTYPES
-from tersor.checkpoint.pack import Packed, pack
+from tersor.checkpoint.pack import Packed, pack, underflow_words
 from tersor.checkpoint.reader import element_bytes
 from tersor.checkpoint.writer import ShardWriter
 from tersor.compress import get_recipe
 from tersor.compress.workers import worker_pool
 from tersor.convert.report import Row
 from tersor.errors import FormatError, NonFiniteError
-from tersor.formats import Scheme
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
@@ -40,7 +39,6 @@ _CPU_BLOCK_ELEMENTS = 1 << 22
 _CUDA_BLOCK_ELEMENTS = 1 << 24
 _COPY_BYTES = 1 << 23
 _MAX_ENCODERS = 16
-_SHOWN_ROWS = 3
 _WAITING = 2
 """Threads beyond the encoders, which read ahead or write."""
 
@@ -190,7 +188,7 @@ class Pipeline:
             return row_of(step)
         row = row_of(step, math.sqrt(error / norm) if norm else 0.0)
         rows = sorted(self._underflowed.pop(index, ()))
-        return replace(row, warning=_underflow_words(rows, step.scheme)) if rows else row
+        return replace(row, warning=underflow_words(rows, step.scheme)) if rows else row
 
     def _work(self, writer: ShardWriter, block: _Block) -> tuple[float, float]:
         """Read, encode and write one block; return the squared error and the squared norm."""
@@ -267,18 +265,6 @@ class Pipeline:
 def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]) -> None:
     writer.finish()
     on_shard(number, rows)
-
-
-def _underflow_words(rows: list[int], scheme: Scheme) -> str:
-    """Say which rows have scales that underflow, and what helps."""
-    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
-    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
-    wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"
-    way_out = f"use --scale-dtype {wider}" if scheme.scale_dtype in ("float16", "e8m0") else "leave the tensor alone"
-    return (
-        f"row{'s' if len(rows) > 1 else ''} {shown}{more}: weights too small for {scheme.scale_dtype} scales became "
-        f"zero or far off: {way_out}"
-    )
 
 
 def _where(step: Step) -> str:

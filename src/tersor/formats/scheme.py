@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tersor.errors import FormatError, ScaleError, did_you_mean
+from tersor.errors import FormatError, did_you_mean
 from tersor.formats.dtypes import FLOAT_DTYPES
 from tersor.formats.element import ElementFormat, get, names
 
@@ -22,6 +22,18 @@ _MX_GROUP = 32
 
 ROW_ELEMENTS = 32
 """A stored row is padded to a multiple of this many elements, so that it ends with a 32-bit word in every format."""
+
+
+class ScaleError(FormatError):
+    """Weights that a scale of the chosen dtype cannot stand for; `row` is their row in the tensor handed in.
+
+    `reason` says what is wrong, with `{row}` where the row's number belongs.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        self.row = row
+        self.reason = reason
+        super().__init__(reason.format(row=row))
 
 
 @dataclass(frozen=True, slots=True)

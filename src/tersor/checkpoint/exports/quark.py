@@ -1,4 +1,4 @@
-"""`quant_method: quark`: three Microscaling formats, read by vLLM and by transformers with amd-quark."""
+"""`quant_method: quark`: three Microscaling formats, read by vLLM."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.exports.base import ForeignExport, Layers, Stored, default_scheme, own_tensors
 from tersor.checkpoint.header import TensorSpec
-from tersor.checkpoint.modules import LinearLayer
+from tersor.checkpoint.modules import Architecture, LinearLayer
 from tersor.checkpoint.names import PACKED
+from tersor.errors import FormatError
 from tersor.formats import Scheme
 
 
@@ -25,6 +26,22 @@ class QuarkExport(ForeignExport):
         own = own_tensors(layer, scheme)
         own[PACKED] = TensorSpec(f"{layer.stem}.weight", "U8", (oc, ic * scheme.format.bits // 8))
         return Stored(own)
+
+    def check_model(self, architecture: Architecture, layers: Layers) -> None:
+        super().check_model(architecture, layers)
+        # Readers take a layer for one that is named apart where its name is a part of that name, too.
+        schemes = {layer.module: scheme for layer, scheme in layers if scheme is not None}
+        names = sorted(schemes)
+        for index, name in enumerate(names):
+            following = index + 1
+            while following < len(names) and names[following].startswith(name):
+                other = names[following]
+                if schemes[other] != schemes[name]:
+                    raise FormatError(
+                        f"quark readers take {name} for {other}, whose name begins with it, so they need one scheme: "
+                        "make the override find both"
+                    )
+                following += 1
 
     def quantization_config(self, config: QuantizationConfig, layers: Layers, head: str) -> dict[str, Any]:
         schemes = {layer.module: scheme for layer, scheme in layers if scheme is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -240,7 +241,7 @@ class _Compress(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        from tersor.checkpoint.pack import pack
+        from tersor.checkpoint.pack import pack, underflow_words
         from tersor.integrations.transformers.packing import mark_initialized
         from tersor.integrations.transformers.replace import swap_packed
         from tersor.nn.linear import PackedLinear
@@ -258,6 +259,10 @@ class _Compress(ConversionOps):
         failure: TersorError
         try:
             packed = pack(weight.T if transposed else weight, scheme)
+            if packed.underflowed:
+                warnings.warn(
+                    f"tensor {full_layer_name!r}: {underflow_words(packed.underflowed, scheme)}", stacklevel=2
+                )
             return {f"{name}.{key}": tensor for key, tensor in packed.tensors.items()}
         except NonFiniteError as error:
             index = error.index[::-1] if transposed else error.index
