@@ -96,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if os.environ.get(_CHILD):
         formats = arguments.formats.split(",")
-        print(json.dumps(measured(arguments.shapes, formats, arguments.n, arguments.activations)))
+        print(json.dumps(measured(arguments.shapes, formats, arguments.n, arguments.activations), allow_nan=False))
         return
     trees = [tree.resolve() for tree in (arguments.before, arguments.after)]
     for tree in trees:

@@ -152,8 +152,10 @@ def fit(
 def text(chip: Chip, costs: Mapping[sm90.Tile, cost.Cost], fitted_to: str) -> str:
     """Return the file of a chip's costs, a tile a line, as `kernels/tune/cost.py` reads it."""
     head = {"kind": cost.KIND, "version": cost.VERSION, "chip": chip.name, "unit": cost.UNIT, "fitted_to": fitted_to}
-    tiles = [json.dumps({"tile": asdict(tile), "cost": _short(asdict(one))}) for tile, one in costs.items()]
-    return json.dumps(head, indent=1)[:-2] + ',\n "tiles": [\n  ' + ",\n  ".join(tiles) + "\n ]\n}\n"
+    tiles = [
+        json.dumps({"tile": asdict(tile), "cost": _short(asdict(one))}, allow_nan=False) for tile, one in costs.items()
+    ]
+    return json.dumps(head, indent=1, allow_nan=False)[:-2] + ',\n "tiles": [\n  ' + ",\n  ".join(tiles) + "\n ]\n}\n"
 
 
 def _short(numbers: Mapping[str, float]) -> dict[str, float]:

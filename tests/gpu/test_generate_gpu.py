@@ -11,6 +11,7 @@ import torch
 from tersor import evaluate
 from tersor.convert import quantize
 from tersor.engine import Sampling
+from tersor.errors import TersorError
 from tersor.integrations.transformers import decode, load
 from tersor.integrations.transformers.generate import Generator, TextStream
 
@@ -151,3 +152,17 @@ def test_evaluation_on_the_gpu_agrees_with_the_cpu() -> None:
     quality = evaluate.evaluate(gpu, windows, reference=load.load_model(TINY, "cpu"))
     assert quality.perplexity == pytest.approx(cpu.perplexity, rel=1e-3)
     assert quality.kl < 1e-5 and quality.top1_agreement > 0.99
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_logits_that_are_not_finite_end_a_stream(cuda_graph: bool, temperature: float) -> None:
+    """The weight goes bad between two replays; the token of the step that reads it is not given out."""
+    model, tokenizer = load.load_model(TINY, "cuda"), load.load_tokenizer(TINY)
+    options = Sampling(max_new_tokens=32, ignore_eos=True, temperature=temperature, seed=1)
+    stream = Generator(model, tokenizer, cuda_graph=cuda_graph).stream(PROMPT, options)
+    with pytest.raises(TersorError, match=r"^new token \d+ cannot be drawn: .* first in model\.norm"):
+        for _ in stream:
+            if len(stream.tokens) >= 4:
+                model.model.norm.weight.data.fill_(float("nan"))
+    assert 4 <= len(stream.tokens) < 32 and all(0 <= token < len(tokenizer) for token in stream.tokens)

@@ -18,7 +18,7 @@ from tersor.compress import RECIPES, Recipe, Statistics, encode, encode_blocks, 
 from tersor.compress.workers import worker_pool
 from tersor.convert import quantize
 from tersor.errors import InputError, NonFiniteError
-from tersor.formats import Encoded, Scheme
+from tersor.formats import Encoded, ScaleError, Scheme
 from tersor.layouts import PackedWeight
 
 UINT = formats.get_scheme("uint4", 16)
@@ -193,3 +193,27 @@ def test_workers_compute_on_one_thread_each() -> None:
 
         assert list(pool.map(count, range(2))) == [1, 1]
         assert torch.get_num_threads() == 3
+
+
+def test_rows_that_underflow_are_named_by_their_place_in_the_whole_weight() -> None:
+    small = weight()
+    small[5], small[30] = 1e-9, -1e-12
+    assert encode(small, FP6).underflowed == (5, 30)
+    packed = pack(small, FP6, first_row=1000, block_elements=4 * 48)
+    assert packed.underflowed == (1005, 1030)
+
+
+def test_a_float64_row_that_float32_cannot_hold_is_named() -> None:
+    wide = weight().double()
+    wide[7] = 1e-200
+    assert encode(wide, formats.get_scheme("fp6_e3m2", None, "float32")).underflowed == (7,)
+    wide[9, 3] = -1e200
+    with pytest.raises(NonFiniteError, match=r"holds -1e\+200 at \[9, 3\]"):
+        encode(wide, FP6)
+
+
+def test_a_scale_too_large_is_named_by_its_row_in_the_whole_weight() -> None:
+    large = weight()
+    large[33, 2] = 1e20
+    with pytest.raises(ScaleError, match="in row 133 is beyond float16's largest"):
+        encode_blocks(large, FP6, lambda start, block: None, first_row=100, block_elements=48)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import weakref
@@ -196,3 +197,42 @@ class Starving(Bigram):
 def test_too_little_gpu_memory_is_one_line() -> None:
     with pytest.raises(TersorError, match="GPU memory ran out in a window of 4 tokens: use a smaller one"):
         evaluate(Starving(torch.zeros(2, 2)), torch.zeros(1, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told_with_window_token_and_layer(bad: float) -> None:
+    model = copy.deepcopy(tiny_lm.model())
+    windows = cut_windows(TEXT, tiny_lm.tokenizer(), window=32, max_tokens=96)
+    model.model.layers[-1].mlp.down_proj.register_forward_hook(lambda m, a, y: y.index_fill(1, torch.tensor([5]), bad))
+    with pytest.raises(
+        TersorError, match=r"^window 0 .*, from token 6 on, first in model\.layers\.\d+\.mlp\.down"
+    ) as caught:
+        evaluate(model, windows)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+    with pytest.raises(TersorError, match=r"^reference window 0 gives logits that are not finite"):
+        evaluate(tiny_lm.model(), windows, reference=model)
+
+
+def test_tokens_that_both_models_exclude_count_nothing() -> None:
+    table = torch.tensor([[0.0, 1.0, -math.inf], [0.5, 0.0, -math.inf], [0.0, 0.0, 0.0]])
+    windows = torch.tensor([[0, 1, 0, 1]])
+    quality = evaluate(Bigram(table), windows, reference=Bigram(table + torch.tensor([0.0, 0.1, 0.0])))
+    plain = evaluate(Bigram(table[:2, :2]), windows, reference=Bigram(table[:2, :2] + torch.tensor([0.0, 0.1])))
+    assert quality.kl == pytest.approx(plain.kl, rel=1e-6) and quality.kl_reverse == pytest.approx(plain.kl_reverse)
+
+
+def test_an_infinite_divergence_or_perplexity_is_one_line() -> None:
+    whole, part = torch.zeros(3, 3), torch.zeros(3, 3)
+    part[:, 2] = -math.inf
+    with pytest.raises(TersorError, match="window 0: the KL divergence is infinite"):
+        evaluate(Bigram(part), torch.tensor([[0, 1, 0]]), reference=Bigram(whole))
+    with pytest.raises(TersorError, match="window 0 holds a token of probability zero"):
+        evaluate(Bigram(part), torch.tensor([[0, 2, 0]]))
+
+
+def test_a_loss_too_large_for_a_perplexity_is_one_line() -> None:
+    table = torch.tensor([[0.0, -1000.0], [-1000.0, 0.0]])
+    with pytest.raises(TersorError, match="the loss is 1000 nats a token, too large for a perplexity"):
+        evaluate(Bigram(table), torch.tensor([[0, 1, 0]]))
+    with pytest.raises(TersorError, match="the reference's loss is 1000 nats"):
+        evaluate(Bigram(torch.zeros(2, 2)), torch.tensor([[0, 1, 0]]), reference=Bigram(table))

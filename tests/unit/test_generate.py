@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers import tiny_lm
 
 from tersor.engine import Sampling
-from tersor.errors import InputError, UnsupportedError
+from tersor.errors import InputError, TersorError, UnsupportedError
 from tersor.integrations.transformers import decode
 from tersor.integrations.transformers.generate import Generator, chat_prompt, stream
 
@@ -229,3 +230,44 @@ def test_chat_needs_a_template() -> None:
     talking = copy.copy(tiny_lm.tokenizer())
     talking.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     assert talking.decode(chat_prompt(talking, "Hello")) == "user: Hello\nassistant:"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_not_finite_end_a_stream_before_their_token(bad: float, temperature: float) -> None:
+    """The line says which token and in which layer first; nothing is drawn from them."""
+    model = copy.deepcopy(tiny_lm.model())
+    length = len(tiny_lm.tokenizer()(PROMPT)["input_ids"])
+    calls = []
+
+    def spoil(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(output.shape[1])
+        return output * bad if len(calls) >= 4 or output.shape[1] > length else output
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(spoil)
+    found = Generator(model, tiny_lm.tokenizer()).stream(
+        PROMPT, Sampling(max_new_tokens=9, temperature=temperature, seed=3)
+    )
+    with pytest.raises(
+        TersorError, match=r"^new token 4 .* not finite, first in model\.layers\.1\.mlp\.down_p"
+    ) as caught:
+        list(found)
+    assert len(found.tokens) == 3 and min(found.tokens) >= 0
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value)
+
+
+def test_a_prompt_whose_logits_are_not_finite_gives_no_token() -> None:
+    model = copy.deepcopy(tiny_lm.model())
+    model.model.norm.weight.data.fill_(math.nan)
+    found = Generator(model, tiny_lm.tokenizer()).stream(PROMPT, Sampling(max_new_tokens=3))
+    with pytest.raises(TersorError, match=r"new token 1 cannot be drawn: .* first in model\.norm"):
+        list(found)
+    assert found.tokens == []
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 1e-300])
+def test_a_tiny_temperature_draws_the_most_probable_token(temperature: float) -> None:
+    options = Sampling(temperature=temperature, max_new_tokens=6, seed=1)
+    found = generator().stream(PROMPT, options)
+    list(found)
+    assert found.tokens == reference(PROMPT, max_new_tokens=6)

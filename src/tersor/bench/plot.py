@@ -67,7 +67,7 @@ def description(result: dict[str, Any]) -> str:
     drawn = sorted(
         (row["oc"], row["ic"], row["n"], row["kernel"], row["chain"], row["microseconds"]) for row in result["rows"]
     )
-    digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(drawn, allow_nan=False).encode()).hexdigest()[:16]
     return f"commit {result['environment']['commit']}, {len(drawn)} times, sha256 {digest}"
 
 

@@ -156,6 +156,6 @@ def build(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     for spec in specs:
         offsets = [spec.offset, spec.offset + spec.nbytes]
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

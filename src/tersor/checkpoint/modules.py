@@ -13,7 +13,7 @@ from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
 
 _WEIGHT = ".weight"
-_ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
+ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HEAD_NAMES = ("lm_head", "embed_out")
 
 
@@ -219,7 +219,7 @@ class Architecture:
             return Skipped.HEAD
         if tower:
             return Skipped.TOWER
-        return Skipped.ROUTER if leaf in _ROUTER_NAMES else None
+        return Skipped.ROUTER if leaf in ROUTER_NAMES else None
 
     def is_linear(self, spec: TensorSpec, layer: LinearLayer | None, target: Target) -> bool:
         """Whether a stored tensor is the weight of a linear layer, or of the experts of a layer."""
@@ -237,7 +237,7 @@ class Architecture:
             return Skipped.EMBEDDING.value
         if leaf in _HEAD_NAMES:
             return Skipped.HEAD.value
-        if leaf in _ROUTER_NAMES and len(spec.shape) == 2:
+        if leaf in ROUTER_NAMES and len(spec.shape) == 2:
             return Skipped.ROUTER.value
         if not target.known:
             return "not in the model that config.json describes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from tersor.checkpoint.names import DENSE, Storage, stored_tensors
 from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
 from tersor.formats import Encoded, Scheme
+
+_SHOWN_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +22,13 @@ class Packed:
         tensors: name -> tensor, as `checkpoint.names.stored_tensors` describes them.
         squared_error: sum over all weights w of (w - dequantised w)^2.
         squared_norm: sum over all weights w of w^2.
+        underflowed: numbers, in the whole weight, of the rows whose scales underflow (`Encoded.underflowed`).
     """
 
     tensors: dict[str, torch.Tensor]
     squared_error: float
     squared_norm: float
+    underflowed: tuple[int, ...] = ()
 
 
 def pack(
@@ -52,7 +57,8 @@ def pack(
     Raises:
         InputError: no such recipe, or statistics that it needs are not there.
         NonFiniteError: a NaN or an infinity, with its index in the whole weight.
-        FormatError: the group size does not divide IC, or a scale does not fit its dtype.
+        FormatError: the group size does not divide IC.
+        ScaleError: a scale does not fit its dtype; it names the row in the whole weight.
     """
     count, ic = weight.shape
     tensors = {
@@ -60,7 +66,10 @@ def pack(
         for name, form in stored_tensors(scheme, count, ic, storage).items()
     }
 
+    underflowed: list[int] = []
+
     def take(start: int, block: Encoded) -> None:
+        underflowed.extend(first_row + start + row for row in block.underflowed)
         packed = storage.pack(block)
         if len(block.codes) == count:
             tensors.update(packed)
@@ -71,4 +80,18 @@ def pack(
     error, norm = encode_blocks(
         weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
     )
-    return Packed(tensors, error, norm)
+    return Packed(tensors, error, norm, tuple(sorted(underflowed)))
+
+
+def underflow_words(rows: Sequence[int], scheme: Scheme) -> str:
+    """Say which rows have scales that underflow, and what helps."""
+    shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"
+    way_out = (
+        f"use {wider} scales (--scale-dtype)" if scheme.scale_dtype in ("float16", "e8m0") else "leave the tensor alone"
+    )
+    return (
+        f"row{'s' if len(rows) > 1 else ''} {shown}{more}: weights too small for {scheme.scale_dtype} scales became "
+        f"zero or far off: {way_out}"
+    )

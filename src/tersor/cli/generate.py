@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tersor.cli import console
-from tersor.errors import InputError, did_you_mean
+from tersor.errors import InputError, TersorError, did_you_mean
 
 if TYPE_CHECKING:
     from tersor.integrations.transformers.generate import Statistics
@@ -89,6 +89,10 @@ def command(
             sys.stdout.write(piece)
             sys.stdout.flush()
         print(flush=True)
+    except TersorError:
+        if stream.tokens:
+            print(flush=True)  # the error begins on a line of its own
+        raise
     except BrokenPipeError:
         # The reader has seen enough; what Python flushes at exit must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -89,6 +89,8 @@ def command(
         if partial is not None and partial.exists():
             print(f"{partial} keeps what is finished: add --resume to continue", file=sys.stderr)
         raise
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if json:
         console.print_json(report.to_dict())
     elif dry_run:

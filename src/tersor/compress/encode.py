@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.workers import worker_pool
 from tersor.errors import InputError, NonFiniteError, did_you_mean
-from tersor.formats import SCALE_DTYPES, Encoded, Scheme
+from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme
 
 Statistics: TypeAlias = Mapping[str, torch.Tensor]
 """What calibration has summed up for one layer, by name, such as the Hessian [IC, IC] of its inputs."""
@@ -79,7 +79,8 @@ def encode(
     Raises:
         InputError: no such recipe, or statistics that it needs are not there.
         NonFiniteError: the weight holds a NaN or an infinity, with its index.
-        FormatError: the group size does not divide IC, or a scale does not fit its dtype.
+        FormatError: the group size does not divide IC.
+        ScaleError: a scale does not fit its dtype; it names the row.
     """
     oc, ic = weight.shape
     groups, device = (oc, scheme.groups(ic)), weight.device
@@ -87,14 +88,17 @@ def encode(
     scale = torch.empty(groups, dtype=SCALE_DTYPES[scheme.scale_dtype], device=device)
     zero_point = torch.empty(groups, dtype=torch.uint8, device=device) if scheme.has_zero_point else None
 
+    underflowed: list[int] = []
+
     def take(start: int, block: Encoded) -> None:
         rows = slice(start, start + len(block.codes))
+        underflowed.extend(start + row for row in block.underflowed)
         codes[rows], scale[rows] = block.codes, block.scale
         if zero_point is not None and block.zero_point is not None:
             zero_point[rows] = block.zero_point
 
     error, norm = encode_blocks(weight, scheme, take, recipe, statistics)
-    return Encoded(scheme, codes, scale, zero_point, error, norm)
+    return Encoded(scheme, codes, scale, zero_point, error, norm, tuple(sorted(underflowed)))
 
 
 def encode_blocks(
@@ -128,7 +132,8 @@ def encode_blocks(
     Raises:
         InputError: no such recipe, or statistics that it needs are not there.
         NonFiniteError: a NaN or an infinity, with its index in the whole weight.
-        FormatError: the group size does not divide IC, or a scale does not fit its dtype.
+        FormatError: the group size does not divide IC.
+        ScaleError: a scale does not fit its dtype; it names the row.
     """
     chosen, known = get_recipe(recipe), statistics or {}
     missing = [name for name in chosen.needs if name not in known]
@@ -141,10 +146,16 @@ def encode_blocks(
     def encode_block(start: int) -> tuple[float, float]:
         block = weight[start : start + height].contiguous()
         try:
-            encoded = chosen.quantize(block.float() if block.dtype == torch.float64 else block, scheme, known)
+            narrow = _narrow(block) if block.dtype == torch.float64 else block
+            encoded = chosen.quantize(narrow, scheme, known)
         except NonFiniteError as error:
             row, column = error.index
             raise NonFiniteError((row + start + first_row, column), error.value) from None
+        except ScaleError as error:
+            raise ScaleError(error.row + start + first_row, error.reason) from None
+        if narrow is not block:
+            lost = ((block != 0).any(dim=1) & ~(narrow != 0).any(dim=1)).nonzero().flatten().tolist()
+            encoded = replace(encoded, underflowed=tuple(sorted({*encoded.underflowed, *lost})))
         take(start, encoded)
         return encoded.squared_error, encoded.squared_norm
 
@@ -156,3 +167,17 @@ def encode_blocks(
     else:
         sums = [encode_block(start) for start in starts]
     return math.fsum(error for error, _ in sums), math.fsum(norm for _, norm in sums)
+
+
+def _narrow(block: torch.Tensor) -> torch.Tensor:
+    """Return float64 rows as float32, in which codes and scales are chosen.
+
+    Raises:
+        NonFiniteError: a weight is beyond float32's largest number, with its index and value.
+    """
+    narrow = block.float()
+    beyond = torch.isinf(narrow) & torch.isfinite(block)
+    if bool(beyond.any()):
+        row, column = (int(axis) for axis in beyond.nonzero()[0])
+        raise NonFiniteError((row, column), float(block[row, column]))
+    return narrow

@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 
 from tersor.errors import NonFiniteError
-from tersor.formats import Encoded, Scheme, scale_values, store_scales
+from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme, dtype_name, scale_values, store_scales
+
+_PLAIN_SUMS = (1e-20, 1e30)
+"""Sums of squares in float32 between these are right: what underflows in a square is far below the sum."""
+_FAR_OFF = 1 / 16
+"""A scale that differs more than this, relative to the one wanted, costs more than the format's own rounding."""
 
 
 def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
@@ -27,7 +32,8 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
 
     Raises:
         NonFiniteError: the weight holds a NaN or an infinity, with its index.
-        FormatError: the group size does not divide IC, or a scale does not fit its dtype.
+        FormatError: the group size does not divide IC.
+        ScaleError: a scale does not fit its dtype, or weights decode beyond their own dtype's largest number.
     """
     oc, ic = weight.shape
     groups = scheme.groups(ic)
@@ -38,13 +44,18 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         low = grouped.amin(dim=2).clamp_max_(0)
         high = grouped.amax(dim=2).clamp_min_(0)
         _check_finite(weight, low + high)
-        scale = store_scales(_share(high - low, fmt.max), scheme)
+        extent = high - low
+        wanted = _share(extent, fmt.max)
+        if bool(torch.isinf(wanted).any()):
+            wanted = _share(high, fmt.max) - _share(low, fmt.max)
+        scale = store_scales(wanted, scheme)
         divisor = _divisor(scale, scheme)
         zero_point = (-low / divisor).round_().clamp_(0, fmt.max).to(torch.uint8)
     else:
-        amax = grouped.abs().amax(dim=2)
-        _check_finite(weight, amax)
-        scale = store_scales(_share(amax, fmt.max), scheme)
+        extent = grouped.abs().amax(dim=2)
+        _check_finite(weight, extent)
+        wanted = _share(extent, fmt.max)
+        scale = _within(store_scales(wanted, scheme), scheme, torch.finfo(weight.dtype).max)
         divisor = _divisor(scale, scheme)
     scaled = grouped / divisor.unsqueeze(2)
     if zero_point is not None:
@@ -52,7 +63,9 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
     codes, rounded = fmt.round(scaled)
     if zero_point is not None:
         rounded = rounded.sub_(zero_point.unsqueeze(2))
-    error = rounded.mul_(scale_values(scale, scheme).unsqueeze(2)).sub_(grouped)
+    decoded = rounded.mul_(scale_values(scale, scheme).unsqueeze(2))
+    _check_decoded(decoded, extent, scheme, weight.dtype)
+    error = decoded.sub_(grouped)
     return Encoded(
         scheme=scheme,
         codes=codes.view(oc, ic),
@@ -60,6 +73,7 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         zero_point=zero_point,
         squared_error=_squared_sum(error),
         squared_norm=_squared_sum(grouped),
+        underflowed=_underflowed(extent, wanted, scale, scheme),
     )
 
 
@@ -83,6 +97,50 @@ def _check_finite(weight: torch.Tensor, extremes: torch.Tensor) -> None:
     raise NonFiniteError(index, float(weight[index]))
 
 
+def _within(scale: torch.Tensor, scheme: Scheme, limit: float) -> torch.Tensor:
+    """Return scales one step smaller where rounding up took the largest code beyond the weights' own dtype."""
+    if scheme.scale_dtype == "e8m0":
+        return scale
+    beyond = scale.double() * scheme.format.max > limit
+    if not bool(beyond.any()):
+        return scale
+    return torch.where(beyond, torch.nextafter(scale, torch.zeros_like(scale)), scale)
+
+
+def _check_decoded(decoded: torch.Tensor, extent: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Raise where rounding up took a weight [OC, G, group] beyond the largest number of the dtype it came in."""
+    if float(extent.max()) <= torch.finfo(dtype).max / 2:
+        return
+    finite = decoded.to(dtype).isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ScaleError(
+            row,
+            f"weights of {float(extent[row].max()):.3g} in row {{row}} decode beyond {dtype_name(dtype)}'s largest "
+            f"number in {scheme.name}: use another format for this tensor, or leave it alone",
+        )
+
+
+def _underflowed(extent: torch.Tensor, wanted: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> tuple[int, ...]:
+    """Return the rows that have weights and a stored scale far from the one they need."""
+    if scheme.scale_dtype == "e8m0":
+        tiny = 2.0**-127
+    else:
+        tiny = torch.finfo(SCALE_DTYPES[scheme.scale_dtype]).smallest_normal
+    small = (wanted < tiny) & (extent > 0)
+    if not bool(small.any()):
+        return ()
+    exact = extent.double() / scheme.format.max
+    ratio = scale_values(scale, scheme).double() / exact
+    # The next power of two is up to twice what is wanted, by rule.
+    far = ratio > 2 if scheme.scale_dtype == "e8m0" else (ratio - 1).abs() > _FAR_OFF
+    return tuple((small & far).any(dim=1).nonzero().flatten().tolist())
+
+
 def _squared_sum(x: torch.Tensor) -> float:
     flat = x.reshape(-1)
-    return float(torch.dot(flat, flat))
+    total = float(torch.dot(flat, flat))
+    if _PLAIN_SUMS[0] < total < _PLAIN_SUMS[1]:
+        return total
+    wide = flat.double()
+    return float(torch.dot(wide, wide))

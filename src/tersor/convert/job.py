@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -225,7 +226,16 @@ def _model_card(source: Source, conversion: Conversion, chosen_export: Export, r
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_tagged(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _tagged(value: Any) -> Any:
+    """Return a JSON value in which NaN and infinities are objects, as transformers writes and reads them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]}
+    if isinstance(value, dict):
+        return {key: _tagged(item) for key, item in value.items()}
+    return [_tagged(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _destination(output: str | os.PathLike[str] | None, dry_run: bool) -> Path | None:

@@ -20,7 +20,7 @@ import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.names import TORCH_DTYPES
-from tersor.checkpoint.pack import Packed, pack
+from tersor.checkpoint.pack import Packed, pack, underflow_words
 from tersor.checkpoint.reader import element_bytes
 from tersor.checkpoint.writer import ShardWriter
 from tersor.compress import get_recipe
@@ -88,8 +88,10 @@ class Pipeline:
         self._threads = encoders + _WAITING
         self._pass_elements = _CACHE_ELEMENTS if encoders <= 2 else _CROWD_ELEMENTS
         self._may_encode = threading.Semaphore(encoders)
+        self._recording = threading.Lock()
         self._local = threading.local()
         self._sums: dict[int, tuple[float, float]] = {}
+        self._underflowed: dict[int, list[int]] = {}
 
     def run(self, first_shard: int, on_shard: Callable[[int, list[Row]], None]) -> None:
         """Write the shards from number `first_shard` on.
@@ -184,7 +186,9 @@ class Pipeline:
         error, norm = self._sums.pop(index, (0.0, 0.0))
         if step.scheme is None:
             return row_of(step)
-        return row_of(step, math.sqrt(error / norm) if norm else 0.0)
+        row = row_of(step, math.sqrt(error / norm) if norm else 0.0)
+        rows = sorted(self._underflowed.pop(index, ()))
+        return replace(row, warning=underflow_words(rows, step.scheme)) if rows else row
 
     def _work(self, writer: ShardWriter, block: _Block) -> tuple[float, float]:
         """Read, encode and write one block; return the squared error and the squared norm."""
@@ -204,6 +208,9 @@ class Pipeline:
                 raise NonFiniteError(index, error.value, _where(step)) from None
             except FormatError as error:
                 raise FormatError(f"{_where(step)}: {error}") from None
+        if packed.underflowed:
+            with self._recording:
+                self._underflowed.setdefault(block.step, []).extend(packed.underflowed)
         self._store(writer, step, block, packed)
         return packed.squared_error, packed.squared_norm
 

@@ -23,6 +23,7 @@ class Row:
         relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was compressed (yet).
         note: why the tensor was left alone, where that is worth a word.
         linear: whether the tensor is the weight of a linear layer, or of the experts of a layer.
+        warning: what came out badly though it was compressed, and what helps.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     relative_error: float | None = None
     note: str = ""
     linear: bool = False
+    warning: str = ""
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Row:
@@ -130,6 +132,11 @@ class Report:
         measured = [row for row in self.rows if row.relative_error is not None]
         return max(measured, key=lambda row: row.relative_error or 0.0, default=None)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One line for every tensor that came out badly, with its name."""
+        return tuple(f"{row.name}: {row.warning}" for row in self.rows if row.warning)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         worst = self.worst
@@ -147,6 +154,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "worst_relative_error": worst.relative_error if worst else None,
             "worst_tensor": worst.name if worst else None,
+            "warnings": list(self.warnings),
             "files": list(self.files),
             "seconds": self.seconds,
             "stream_seconds": self.stream_seconds,

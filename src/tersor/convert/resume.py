@@ -48,7 +48,7 @@ class Workplace:
         self.directory = partial_directory(output)
         self.rows: list[list[Row]] = []
         self._output = output
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(json.dumps(identity, allow_nan=False))
         exists = self.directory.exists()
         if exists and not resume:
             raise InputError(
@@ -101,7 +101,7 @@ class Workplace:
             }
             for name, rows in zip(names, self.rows, strict=True)
         ]
-        content = json.dumps({"identity": self._identity, "shards": shards}, indent=1)
+        content = json.dumps({"identity": self._identity, "shards": shards}, indent=1, allow_nan=False)
         write_file(self.directory / STATE_NAME, content.encode())
 
     def finished(self, rows: list[Row], names: list[str]) -> None:

@@ -19,9 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor.errors import InputError, TersorError
+from tersor.integrations.transformers.finite import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_LARGEST_LOSS = 500.0
+"""Nats a token; exp of it, times any error, is still far from the largest float."""
 
 ROWS = 128
 """Rows of logits that are turned into float32 log-probabilities at a time."""
@@ -85,7 +89,8 @@ def evaluate(
     Raises:
         InputError: a token that a model has no row for, a window longer than a model's positions, or a
             reference with another vocabulary.
-        TersorError: logits that are not finite, or too little GPU memory for a window.
+        TersorError: logits that are not finite, a perplexity or divergence that is infinite, or too little GPU memory
+            for a window.
     """
     models = {"model": model} if reference is None else {"model": model, "reference": reference}
     for role, part in models.items():
@@ -129,7 +134,32 @@ def _measure(
     """Means over the window `tokens`; its logits live no longer than this call."""
     logits = _logits(model, tokens)
     other = None if reference is None else logits if reference is model else _logits(reference, tokens)
-    return _window_means(logits, other, tokens[1:], index)
+    means = _window_means(logits, other, tokens[1:])
+    if not all(math.isfinite(mean) for mean in means):
+        if math.isfinite(means[0]) and reference is not None and other is not None:
+            raise _failure(reference, "reference ", other, tokens, index, means[1])
+        raise _failure(model, "", logits, tokens, index, means[0])
+    return means
+
+
+def _failure(
+    model: PreTrainedModel, role: str, logits: torch.Tensor, tokens: torch.Tensor, index: int, nll: float
+) -> TersorError:
+    """Say where a window went wrong: at which token, and in which layer first."""
+    finite = logits.amax(dim=-1).isfinite()
+    if not bool(finite.all()):
+        token = int((~finite).nonzero()[0]) + 1
+        watched = isinstance(model, torch.nn.Module)
+        where = first_not_finite(model, tokens.unsqueeze(0).to(model.device)) if watched else ""
+        return TersorError(
+            f"{role}window {index} gives logits that are not finite, from token {token} on{where}: try bfloat16 or "
+            "float32"
+        )
+    if math.isfinite(nll):
+        return TersorError(
+            f"window {index}: the KL divergence is infinite, since one model excludes tokens that the other does not"
+        )
+    return TersorError(f"{role}window {index} holds a token of probability zero, so the perplexity is infinite")
 
 
 def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -138,9 +168,7 @@ def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return output.logits[0, :-1]
 
 
-def _window_means(
-    logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor, index: int
-) -> list[float]:
+def _window_means(logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor) -> list[float]:
     """Means over one window: [nll] or [nll, reference nll, kl, reverse kl, agreement]."""
     sums = torch.zeros(1 if reference is None else 5, dtype=torch.float64, device=logits.device)
     targets = targets.to(logits.device).unsqueeze(1)
@@ -152,12 +180,12 @@ def _window_means(
             log_q = reference[rows].to(logits.device).float().log_softmax(dim=-1)
             sums[1] -= log_q.gather(1, targets[rows]).sum()
             gap = log_q - log_p
-            sums[2] += (log_q.exp() * gap).sum()
-            sums[3] -= (log_p.exp() * gap).sum()
+            # Tokens that a model excludes (minus infinity) make 0 * infinity, which counts 0; NaN shows in the sums
+            # above.
+            sums[2] += (log_q.exp() * gap).nansum()
+            sums[3] -= (log_p.exp() * gap).nansum()
             sums[4] += (log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum()
-    means = (sums / len(logits)).tolist()
-    if not all(math.isfinite(mean) for mean in means):
-        raise TersorError(f"window {index} gives logits that are not finite: try bfloat16 or float32")
+    means: list[float] = (sums / len(logits)).tolist()
     return means
 
 
@@ -165,18 +193,29 @@ def _summary(means: torch.Tensor, window: int) -> Quality:
     """Turn the means of the windows, float64 [windows, 1 or 5], into a `Quality`."""
     count = len(means)
     nll, nll_error = _mean(means[:, 0])
-    fields: dict[str, Any] = {"perplexity": math.exp(nll)}
+    fields: dict[str, Any] = {"perplexity": _exp(nll, "loss")}
     fields["perplexity_error"] = _times(nll_error, fields["perplexity"])
     if means.shape[1] > 1:
         other, other_error = _mean(means[:, 1])
         gap, gap_error = _mean(means[:, 0] - means[:, 1])
-        fields["reference_perplexity"] = math.exp(other)
-        fields["reference_perplexity_error"] = _times(other_error, math.exp(other))
-        fields["perplexity_ratio"] = math.exp(gap)
-        fields["perplexity_ratio_error"] = _times(gap_error, math.exp(gap))
+        fields["reference_perplexity"] = _exp(other, "reference's loss")
+        fields["reference_perplexity_error"] = _times(other_error, fields["reference_perplexity"])
+        fields["perplexity_ratio"] = _exp(gap, "loss beyond the reference's")
+        fields["perplexity_ratio_error"] = _times(gap_error, fields["perplexity_ratio"])
         for column, name in enumerate(("kl", "kl_reverse", "top1_agreement"), start=2):
             fields[name], fields[f"{name}_error"] = _mean(means[:, column])
     return Quality(windows=count, window=window, tokens=count * (window - 1), **fields)
+
+
+def _exp(loss: float, what: str) -> float:
+    """Return exp of a loss.
+
+    Raises:
+        TersorError: it is so large that it, or its error, is beyond a float.
+    """
+    if loss > _LARGEST_LOSS:
+        raise TersorError(f"the {what} is {loss:.4g} nats a token, too large for a perplexity: the model is broken")
+    return math.exp(loss)
 
 
 def _mean(values: torch.Tensor) -> tuple[float, float | None]:

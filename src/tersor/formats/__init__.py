@@ -6,6 +6,7 @@ from tersor.formats.element import ElementFormat, get, names
 from tersor.formats.encoded import Encoded, dequantize
 from tersor.formats.scheme import (
     SCALE_DTYPES,
+    ScaleError,
     Scheme,
     get_scheme,
     scale_values,
@@ -20,6 +21,7 @@ __all__ = [
     "Activations",
     "ElementFormat",
     "Encoded",
+    "ScaleError",
     "Scheme",
     "dequantize",
     "dtype_name",

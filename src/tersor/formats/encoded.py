@@ -20,6 +20,8 @@ class Encoded:
         zero_point: uint8 [OC, G] for `uint` formats, else `None`.
         squared_error: sum over all weights w of (w - dequantised w)^2.
         squared_norm: sum over all weights w of w^2.
+        underflowed: rows with weights so small that no scale of the dtype is near the one they need, so that they
+            decode to zero or to values far off.
     """
 
     scheme: Scheme
@@ -28,6 +30,7 @@ class Encoded:
     zero_point: torch.Tensor | None
     squared_error: float
     squared_norm: float
+    underflowed: tuple[int, ...] = ()
 
     def dequantize(self) -> torch.Tensor:
         """Return the weights that codes and scales stand for, float32 [OC, IC]."""

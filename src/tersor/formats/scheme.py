@@ -24,6 +24,18 @@ ROW_ELEMENTS = 32
 """A stored row is padded to a multiple of this many elements, so that it ends with a 32-bit word in every format."""
 
 
+class ScaleError(FormatError):
+    """Weights that a scale of the chosen dtype cannot stand for; `row` is their row in the tensor handed in.
+
+    `reason` says what is wrong, with `{row}` where the row's number belongs.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        self.row = row
+        self.reason = reason
+        super().__init__(reason.format(row=row))
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """An element format with its scales: weight[oc, ic] = scale[oc, ic // group_size] * decode(code[oc, ic]).
@@ -145,22 +157,28 @@ def store_scales(wanted: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         [OC, G] in `SCALE_DTYPES[scheme.scale_dtype]`.
 
     Raises:
-        FormatError: a scale is beyond the dtype's maximum.
+        ScaleError: a scale is beyond the dtype's maximum; it names the row.
     """
     if scheme.scale_dtype == "e8m0":
         mantissa, exponent = torch.frexp(wanted)
         power = exponent - (mantissa == 0.5).to(exponent.dtype)
         power = torch.where(wanted > 0, power, -_E8M0_BIAS)
         if int(power.max()) > _E8M0_BIAS:
-            raise FormatError(f"a scale of {float(wanted.max()):.3g} is beyond e8m0's largest, 2^127")
+            largest = float(wanted.max())
+            raise ScaleError(_row(wanted), f"a scale of {largest:.3g} in row {{row}} is beyond e8m0's largest, 2^127")
         return (power.clamp_min(-_E8M0_BIAS) + _E8M0_BIAS).to(torch.uint8)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     info = torch.finfo(dtype)
     if wanted.numel() and float(wanted.max()) > info.max:
-        raise FormatError(
-            f"a scale of {float(wanted.max()):.3g} is beyond {scheme.scale_dtype}'s largest, {info.max:g}: "
-            "use bfloat16 or float32 scales"
+        raise ScaleError(
+            _row(wanted),
+            f"a scale of {float(wanted.max()):.3g} in row {{row}} is beyond {scheme.scale_dtype}'s largest, "
+            f"{info.max:g}: use bfloat16 or float32 scales (--scale-dtype)",
         )
     stored = wanted.to(dtype)
     vanished = (stored == 0) & (wanted > 0)
     return torch.where(vanished, torch.full_like(stored, info.smallest_normal * info.eps), stored)
+
+
+def _row(wanted: torch.Tensor) -> int:
+    return int(wanted.amax(dim=1).argmax())

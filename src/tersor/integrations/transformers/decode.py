@@ -18,13 +18,15 @@ import torch
 from tersor import ops
 from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
-from tersor.integrations.transformers.sampler import Sampler
+from tersor.integrations.transformers.sampler import Sampler, usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WARM_UP = 2
 """Eager steps before a capture: they compile kernels and let libraries allocate what a capture must not."""
+NO_TOKEN = -1
+"""What the host gets for a token that cannot be drawn, because its logits are not finite."""
 ROUND = 128
 """A static cache's length is rounded up to a multiple of this, so that a graph serves other prompts too."""
 
@@ -68,6 +70,7 @@ class Decoder:
         if self.insist and self.eager_reason is not None:
             raise UnsupportedError(f"no CUDA graph for this model: {self.eager_reason}")
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.drawn = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
         parameters = inspect.signature(model.forward).parameters
@@ -105,18 +108,18 @@ class Decoder:
 
     @torch.inference_mode()
     def publish(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Begin to copy the last token to the host; steps may be launched before `fetch` waits for it."""
+        """Begin to copy the last token, or `NO_TOKEN`, to the host; `fetch` waits for it, steps need not."""
         if self.device.type != "cuda":
-            return self.token.clone(), None
+            return self.drawn.clone(), None
         slot = torch.empty(1, 1, dtype=torch.int64, pin_memory=True)
-        slot.copy_(self.token, non_blocking=True)
+        slot.copy_(self.drawn, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return slot, event
 
     @staticmethod
     def fetch(published: tuple[torch.Tensor, torch.cuda.Event | None]) -> int:
-        """Return the token that `publish` began to copy."""
+        """Return the token that `publish` began to copy; `NO_TOKEN` where its logits were not finite."""
         slot, event = published
         if event is not None:
             event.synchronize()
@@ -134,6 +137,8 @@ class Decoder:
     def _draw(self, logits: torch.Tensor) -> None:
         token = self.sampler(self.history, logits[:, -1])
         self.token.copy_(token.view(1, 1))
+        # The model goes on with a token it has, in steps that are under way before the host knows.
+        self.drawn.copy_(token.masked_fill(~usable(logits[:, -1]), NO_TOKEN).view(1, 1))
         self.history.index_copy_(1, self.position, self.token)
         self.position.add_(1)
 

@@ -13,7 +13,8 @@ import torch
 from tersor.engine.sampling import Sampling
 from tersor.engine.text import Detokenizer, StopFilter
 from tersor.errors import InputError, TersorError
-from tersor.integrations.transformers.decode import Decoder
+from tersor.integrations.transformers.decode import NO_TOKEN, Decoder
+from tersor.integrations.transformers.finite import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +93,7 @@ class Generator:
             InputError: an empty prompt where the tokenizer has no beginning-of-sequence token, a prompt that
                 leaves no room in the model's context, or a token the model does not have.
             UnsupportedError: a CUDA graph was insisted on and is not possible.
+            TersorError: while streaming, logits that are not finite, or too little GPU memory.
         """
         ids = self._encode(prompt)
         chosen = (options or Sampling()).resolved(self.model.generation_config)
@@ -169,7 +171,7 @@ class Generator:
             raise TersorError(message) from None
         ahead = 1 if decoder.device.type == "cuda" else 0
         under_way = deque([decoder.publish()])
-        decoder.fetch(under_way[0])
+        self._check(decoder.fetch(under_way[0]), ids, stream)
         decoding = time.perf_counter()
         numbers.prefill_seconds = decoding - started
         launched = 1
@@ -179,6 +181,7 @@ class Generator:
                 under_way.append(decoder.publish())
                 launched += 1
             token = decoder.fetch(under_way.popleft())
+            self._check(token, ids, stream)
             numbers.new_tokens = drawn
             numbers.capture_seconds = decoder.capture_seconds
             numbers.cuda_graph, numbers.eager_reason = decoder.graph is not None, decoder.eager_reason
@@ -186,6 +189,17 @@ class Generator:
                 numbers.decode_seconds = time.perf_counter() - decoding - decoder.capture_seconds
                 numbers.tokens_per_second = (drawn - 1) / numbers.decode_seconds
             yield token
+
+    def _check(self, token: int, ids: list[int], stream: TextStream) -> None:
+        """Raise where a token could not be drawn, with its number and the first layer that went wrong."""
+        if token != NO_TOKEN:
+            return
+        seen = torch.tensor([[*ids, *stream.tokens]], dtype=torch.int64, device=self.model.device)
+        number = len(stream.tokens) + 1
+        raise TersorError(
+            f"new token {number} cannot be drawn: its logits are not finite{first_not_finite(self.model, seen)}: try "
+            "bfloat16 or float32"
+        )
 
 
 def stream(

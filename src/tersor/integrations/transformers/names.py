@@ -22,7 +22,6 @@ from transformers.core_model_loading import (
 
 from tersor.checkpoint.modules import Target
 
-
 _FOR_TRAINING = (r"\bmasked_spec_embed$",)
 """Parameters that only training reads, which released checkpoints lack."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -253,7 +254,7 @@ class _Compress(ConversionOps):
 
     def _convert(self, full_layer_name: str, value: Any, model: Any, missing_keys: set[str] | None) -> dict[str, Any]:
         """Pack one layer; return the tensors that it stores, by name."""
-        from tersor.checkpoint.pack import pack
+        from tersor.checkpoint.pack import pack, underflow_words
         from tersor.integrations.transformers.packing import mark_initialized
         from tersor.integrations.transformers.replace import swap_packed
         from tersor.nn.linear import PackedLinear
@@ -270,6 +271,10 @@ class _Compress(ConversionOps):
         failure: TersorError
         try:
             packed = pack(weight.T if transposed else weight, scheme)
+            if packed.underflowed:
+                warnings.warn(
+                    f"tensor {full_layer_name!r}: {underflow_words(packed.underflowed, scheme)}", stacklevel=2
+                )
             return {f"{name}.{key}": tensor for key, tensor in packed.tensors.items()}
         except NonFiniteError as error:
             index = error.index[::-1] if transposed else error.index

@@ -6,6 +6,11 @@ import torch
 
 from tersor.engine.sampling import Sampling
 
+_LOW_TEMPERATURE = 1e-3
+"""Below this, logits are brought to at most 0 first, so that their quotients do not overflow."""
+_LEAST_TEMPERATURE = 1e-30
+"""A smaller number is 0 in float32 or nearly so; any two logits differ by far more."""
+
 
 class Sampler:
     """Draws tokens from logits by resolved options, on the device, without a synchronisation.
@@ -24,8 +29,11 @@ class Sampler:
         if not options.temperature:
             return
         self.generator = torch.Generator(device)
+        if options.temperature < _LOW_TEMPERATURE:
+            self.processors.append(_below_zero)
         if options.temperature != 1.0:
-            self.processors.append(logits_process.TemperatureLogitsWarper(options.temperature))
+            temperature = max(options.temperature, _LEAST_TEMPERATURE)
+            self.processors.append(logits_process.TemperatureLogitsWarper(temperature))
         if options.top_k:
             self.processors.append(logits_process.TopKLogitsWarper(options.top_k))
         if options.top_p is not None and options.top_p != 1.0:
@@ -42,7 +50,7 @@ class Sampler:
                 self.generator.manual_seed(seed)
 
     def __call__(self, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the next token, int64 [1].
+        """Return the next token, int64 [1], some token where logits are not finite: `usable` tells.
 
         Args:
             history: int64 [1, tokens]: tokens seen; any of them may be repeated.
@@ -56,3 +64,15 @@ class Sampler:
         probabilities = scores.softmax(dim=-1)
         noise = torch.empty_like(probabilities).exponential_(generator=self.generator)
         return (probabilities / noise).argmax(dim=-1)
+
+
+def usable(logits: torch.Tensor) -> torch.Tensor:
+    """Tell, on the device, whether a token can be drawn from logits [1, vocabulary]: bool [1].
+
+    Not where one is NaN or infinity, nor where every one is minus infinity; some may be.
+    """
+    return logits.amax(dim=-1).isfinite()
+
+
+def _below_zero(history: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores - scores.amax(dim=-1, keepdim=True)

@@ -60,7 +60,7 @@ def load(entry_key: str) -> nvrtc.Binary | None:
 
 def store(entry_key: str, binary: nvrtc.Binary) -> None:
     """Publish an entry; a cache that cannot be written is a warning, since the kernel itself is there."""
-    header = json.dumps({"name": binary.name, "arch": binary.arch, "log": binary.log}).encode()
+    header = json.dumps({"name": binary.name, "arch": binary.arch, "log": binary.log}, allow_nan=False).encode()
     body = len(header).to_bytes(_LENGTH_BYTES, "little") + header + binary.data
     blob = _MAGIC + hashlib.sha256(body).digest() + body
     path = _path(entry_key)

@@ -47,6 +47,7 @@ _SCALARS: dict[str, tuple[type, ...]] = {
 }
 _KEYS = {"kind", "version", "chip", "capability", "kernels", "environment", "choices"}
 _REMEDY = "measure again with 'tersor bench tune', or remove the file"
+_json = functools.partial(json.dumps, allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +129,8 @@ class Table:
             "kernels": self.kernels,
             "environment": self.environment,
         }
-        lines = [json.dumps(dataclasses.asdict(self.choices[key])) for key in sorted(self.choices, key=_order)]
-        return json.dumps(head, indent=1)[:-2] + ',\n "choices": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        lines = [_json(dataclasses.asdict(self.choices[key])) for key in sorted(self.choices, key=_order)]
+        return _json(head, indent=1)[:-2] + ',\n "choices": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def user_path(chip: Chip) -> Path:
