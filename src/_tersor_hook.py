@@ -96,12 +96,12 @@ def _enter_or_warn(module: "ModuleType | None") -> None:
     if module is None:
         return
     try:
-        from tersor import settings
+        from tersor.settings import get
 
-        settings.get(SETTING)  # a malformed value is said here: nothing can be raised when Python starts
+        get(SETTING)  # a malformed value is said here: nothing can be raised when Python starts
         _enter(module)
     except Exception as error:  # transformers must stay usable without us
-        if isinstance(error, ModuleNotFoundError) and error.name in ("tersor", "tersor.integrations"):
+        if isinstance(error, ModuleNotFoundError) and error.name in ("tersor", "tersor.settings"):
             return  # Tersor was removed, and this file forgotten.
         import warnings
 
@@ -113,7 +113,7 @@ def _enter_or_warn(module: "ModuleType | None") -> None:
 
 
 def _enter(module: "ModuleType | None") -> None:
-    if not hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+    if module is None or not hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         return
     import importlib
 

@@ -49,6 +49,7 @@ def quantize(
     export: str = "tersor",
     shard_size: float = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor.
 
@@ -71,6 +72,7 @@ def quantize(
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         progress: called with bytes done, bytes in all, and a tensor's name.
+        trust_remote_code: whether Python code that comes with the model is run, to know its layers.
 
     Returns:
         What was done, tensor by tensor.
@@ -101,7 +103,7 @@ def quantize(
         scheme = get_scheme(format, group_size, scale_dtype)
         conversion = make_conversion(
             source,
-            read_architecture(source.directory),
+            read_architecture(source.directory, trust_remote_code=trust_remote_code),
             scheme=scheme,
             ignore=patterns,
             overrides=[parse_override(text, group_size, scale_dtype) for text in texts],

@@ -11,21 +11,29 @@ import torch
 
 from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.errors import CheckpointError
+from tersor.integrations.transformers import foreign
 
 
-def read_architecture(directory: Path) -> Architecture:
+def read_architecture(directory: Path, *, trust_remote_code: bool = False) -> Architecture:
     """Build the model of a config.json on the meta device and list its layers.
 
+    Args:
+        directory: where config.json is.
+        trust_remote_code: whether Python code that comes with the model is run.
+
     Raises:
-        CheckpointError: transformers does not know the model type, or it is no causal language model.
+        CheckpointError: transformers does not know the model type, or it is no causal language model, or it needs code
+            that is not trusted.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _quiet_transformers():
+    with _quiet_transformers(), foreign.unasked():
         try:
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+                model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation="eager", trust_remote_code=trust_remote_code
+                )
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
     return architecture_of(model)
@@ -69,9 +77,9 @@ def packable_embedding(module: Any) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    if foreign.is_refusal(error):
+        return f"the model {foreign.REFUSAL}"
     text = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
-    if "trust_remote_code" in str(error) or "custom code" in str(error):
-        return "the model needs Python code of its own (auto_map in config.json), which is not run"
     return f"transformers cannot build this model: {text}"
 
 
