@@ -125,10 +125,9 @@ MODEL_ONLY = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
         {"model_type": "vit", "auto_map": MODEL_ONLY},
         {"model_type": "mine", "auto_map": {**own_code.AUTO_MAP, "AutoConfig": "someone/else--files.MineConfig"}},
         {
-            "model_type": "llava",
-            "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 1},
-            "text_config": {"model_type": "vit", "auto_map": {"AutoModel": "modeling_mine.MineForCausalLM"}},
-            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "fuyu",
+            "text_config": {"model_type": "pix2struct_text_model", "auto_map": {"AutoModel": "modeling_mine.Mine"}},
+            "architectures": ["FuyuForCausalLM"],
         },
     ],
     ids=["trust in config.json", "no model type", "a class for another task", "code elsewhere", "a part of the model"],
