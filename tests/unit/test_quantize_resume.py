@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from helpers import checkpoints
 
 from tersor.checkpoint import writer
@@ -92,9 +94,10 @@ PROGRAM = """
 import os, resource, signal
 from tersor.convert import quantize
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-quantize({large!r}, None, dry_run=True)
+large = dict(model={large!r}, overrides=["score=fp6_e3m2"])
+quantize(**large, output=None, dry_run=True)
 before = peak()
-quantize({large!r}, {large!r} + "-out")
+quantize(**large, output={large!r} + "-out")
 print((peak() - before) * 1024, flush=True)
 def progress(done, total, name):
     if done > total / 2:
@@ -105,23 +108,28 @@ quantize({model!r}, {output!r}, progress=progress, **{options!r})
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with one tensor of `LARGE` bytes, a hole in a sparse file."""
-    folder, columns = tmp_path_factory.mktemp("large") / "model", 4096
-    rows = LARGE // 2 // columns
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": columns}
-    config |= {
-        "intermediate_size": rows,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, LARGE]}
-    header = json.dumps({"model.layers.0.mlp.up_proj.weight": entry}).encode()
+    """A checkpoint with one tensor of `LARGE` bytes, in a hole of a sparse file."""
+    folder, columns = tmp_path_factory.mktemp("large") / "model", 1024
+    config = transformers.LlamaConfig(
+        architectures=["LlamaForSequenceClassification"],
+        vocab_size=8,
+        hidden_size=columns,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_labels=LARGE // 2 // columns,
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.LlamaForSequenceClassification(config)
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + LARGE)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
     return folder
 
 

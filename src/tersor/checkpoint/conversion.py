@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tersor.checkpoint.config import Override, QuantizationConfig
 from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
-from tersor.checkpoint.modules import Architecture, LinearLayer
+from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
@@ -28,6 +29,7 @@ class Step:
         scheme: the scheme that the weight is compressed to, or `None`: the tensor is copied byte by byte.
         stored: the tensors that a compressed weight becomes.
         note: why the tensor is copied, where that is worth a word.
+        linear: whether the tensor is the weight of a linear layer, or of several.
     """
 
     source: StoredTensor
@@ -35,6 +37,7 @@ class Step:
     scheme: Scheme | None
     stored: Stored | None
     note: str = ""
+    linear: bool = False
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -93,39 +96,46 @@ def make_conversion(
     """Decide what becomes of every tensor of a checkpoint.
 
     Raises:
+        CheckpointError: the checkpoint lacks tensors that the model needs, or has them in another shape.
         InputError: a pattern that finds nothing, a group size that does not divide, a scheme the export cannot say,
             or nothing to compress.
     """
-    pairs = [(tensor, architecture.linear_of(tensor.spec, str(tensor.file.path))) for tensor in source.tensors.values()]
+    _check_complete(source, architecture)
+    tensors = _taken_apart(source, architecture, ignore, overrides)
+    targets = architecture.find(tensor.spec.name for tensor in tensors)
+    pairs = [
+        (tensor, architecture.layer_of(tensor.spec, targets[tensor.spec.name], str(tensor.file.path)))
+        for tensor in tensors
+    ]
     _check_patterns(architecture, [layer for _, layer in pairs if layer is not None], ignore, overrides)
     pairs = [
         (tensor, None if layer is not None and layer.embedding and not _asked(layer, overrides) else layer)
         for tensor, layer in pairs
     ]
     layers = [layer for _, layer in pairs if layer is not None]
-    skipped = {layer.module for layer in layers if layer.skipped and not _asked(layer, overrides)}
+    skipped = {layer.module for layer in layers if layer.obstacle or (layer.skipped and not _asked(layer, overrides))}
     config = QuantizationConfig(
-        scheme,
-        tuple(overrides),
-        (*ignore, *_skipped_patterns(architecture, layers, skipped, overrides)),
-        provenance,
+        scheme, tuple(overrides), (*ignore, *_skipped_patterns(architecture, layers, skipped)), provenance
     )
     steps = []
     for tensor, layer in pairs:
         chosen = config.resolve(layer.module) if layer is not None else None
+        target = targets[tensor.spec.name]
+        linear = architecture.is_linear(layer, target)
         if layer is None or chosen is None:
-            steps.append(Step(tensor, layer, None, None, _note(tensor.spec, layer, architecture, skipped, ignore)))
+            note = _note(layer, skipped, ignore) if layer is not None else architecture.describe(tensor.spec, target)
+            steps.append(Step(tensor, layer, None, None, note, linear))
             continue
         if layer.embedding:
             _check_embedding(tensor, layer, architecture)
         _check_weight(tensor, layer, chosen)
         stored = export.store(layer, chosen)
         _check_names(stored.specs, source, tensor)
-        steps.append(Step(tensor, layer, chosen, stored))
+        steps.append(Step(tensor, layer, chosen, stored, linear=linear))
     if not any(step.scheme for step in steps):
-        raise InputError(
-            f"{source.directory}: no linear layer is left to compress ({len(layers)} found, all left alone)"
-        )
+        reasons = Counter(step.note for step in steps if step.linear)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the model has none"
+        raise InputError(f"{source.directory}: no linear layer is left to compress ({why})")
     shards = split_into_shards([step.outputs for step in steps], shard_bytes)
     named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
     conversion = Conversion(config, tuple(steps), tuple(named), architecture.head)
@@ -133,10 +143,41 @@ def make_conversion(
     return conversion
 
 
+def _check_complete(source: Source, architecture: Architecture) -> None:
+    missing = architecture.missing(source.tensors)
+    if missing:
+        shown = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"{source.directory} lacks {len(missing)} tensor{'s' * (len(missing) > 1)} that {architecture.name} needs "
+            f"({shown}): the files are not complete, or config.json describes another model"
+        )
+
+
+def _taken_apart(
+    source: Source, architecture: Architecture, ignore: Sequence[str], overrides: Sequence[Override]
+) -> list[StoredTensor]:
+    """Return the tensors of a checkpoint, in parts where they become the weights of several layers to compress."""
+    targets = architecture.find(source.tensors)
+    tensors = []
+    for name, tensor in source.tensors.items():
+        parts, first = [], 0
+        for part, rows in architecture.parts_of(tensor.spec, targets[name]):
+            parts.append(tensor.part(part, first, rows))
+            first += rows
+        layers = [architecture.layer_of(part.spec, Target(part.spec.name, part.spec.name), "") for part in parts]
+        wanted = [
+            layer is not None
+            and not any(re.search(pattern, layer.module) for pattern in ignore)
+            and (not layer.skipped or _asked(layer, overrides))
+            for layer in layers
+        ]
+        tensors += parts if any(wanted) else [tensor]
+    return tensors
+
+
 def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:
-    """Tell whether an override names a layer that is otherwise left alone: by the last part of its name."""
-    leaf = layer.module.rpartition(".")[2]
-    return any(leaf in override.pattern and re.search(override.pattern, layer.module) for override in overrides)
+    """Tell whether an override names a layer that is otherwise left alone: spells the word for it."""
+    return any(layer.word in override.pattern and re.search(override.pattern, layer.module) for override in overrides)
 
 
 def _check_patterns(
@@ -153,13 +194,14 @@ def _check_patterns(
     for override in overrides:
         pattern = override.pattern
         found = [layer for layer in layers if re.search(pattern, layer.module)]
-        if any(not layer.skipped or _asked(layer, [override]) for layer in found):
+        if any(not layer.obstacle and (not layer.skipped or _asked(layer, [override])) for layer in found):
             continue
         embeddings = sorted(name for name in architecture.embeddings if re.search(pattern, name))
-        if found:
-            leaf = found[0].module.rpartition(".")[2]
-            name = found[0].module
-            why = f"finds only {name} ({_reason(found[0])}), left alone unless the pattern says {leaf!r}"
+        if found and found[0].obstacle:
+            why = f"finds only {found[0].module}, which cannot be compressed: {found[0].obstacle}"
+        elif found:
+            name, word = found[0].module, found[0].word
+            why = f"finds only {name} ({_reason(found[0])}), left alone unless the pattern says {word!r}"
         elif architecture.head and re.search(pattern, architecture.head):
             why = f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
         elif embeddings:
@@ -169,20 +211,20 @@ def _check_patterns(
         raise InputError(f"override {pattern!r} {why}")
 
 
-def _skipped_patterns(
-    architecture: Architecture, layers: Sequence[LinearLayer], skipped: set[str], overrides: Sequence[Override]
-) -> list[str]:
+def _skipped_patterns(architecture: Architecture, layers: Sequence[LinearLayer], skipped: set[str]) -> list[str]:
     """Return the patterns that keep a loader from packing the layers left alone here.
 
-    A short pattern (`lm_head`, `\\.gate$`) where it finds nothing that is compressed, else the exact names.
+    A short pattern (`lm_head`, `\\.gate$`, `^model\\.vision_tower\\.`) where it finds nothing that is compressed, else
+    the exact names.
     """
     stored = {layer.module for layer in layers}
     absent = {name for name in architecture.linears if name not in stored and architecture.skipped(name)}
     compressed = [layer.module for layer in layers if layer.module not in skipped]
+    members: dict[str, list[str]] = {}
+    for name in sorted(skipped | absent):
+        members.setdefault(_short_pattern(architecture, name), []).append(name)
     patterns = []
-    for leaf in sorted({name.rpartition(".")[2] for name in skipped | absent}):
-        names = sorted(name for name in skipped | absent if name.rpartition(".")[2] == leaf)
-        short = leaf if names == [architecture.head] else rf"\.{leaf}$"
+    for short, names in sorted(members.items()):
         if any(re.search(short, name) for name in compressed):
             patterns += [rf"(^|\.){re.escape(name)}$" for name in names]
         else:
@@ -190,15 +232,18 @@ def _skipped_patterns(
     return patterns
 
 
-def _note(
-    spec: TensorSpec,
-    layer: LinearLayer | None,
-    architecture: Architecture,
-    skipped: set[str],
-    ignore: Sequence[str],
-) -> str:
-    if layer is None:
-        return architecture.describe(spec)
+def _short_pattern(architecture: Architecture, module: str) -> str:
+    """Return a pattern for layers that are left alone for the reason for which one is."""
+    linear, leaf = architecture.linears.get(module), re.escape(module.rpartition(".")[2])
+    if module == architecture.head and "." not in module:
+        return leaf
+    if linear is not None and linear.tower:
+        return rf"^{re.escape(linear.tower)}\."
+    inside = r"\.experts\.\d+" if re.search(r"\.experts\.\d+\.", module) else ""
+    return rf"{inside}\.{leaf}$" if "." in module else rf"^{leaf}$"
+
+
+def _note(layer: LinearLayer, skipped: set[str], ignore: Sequence[str]) -> str:
     if layer.module in skipped:
         return _reason(layer)
     return f"ignored by {next(pattern for pattern in ignore if re.search(pattern, layer.module))!r}"
@@ -206,6 +251,8 @@ def _note(
 
 def _reason(layer: LinearLayer) -> str:
     """Return why a layer is left alone unless it is asked for, in words, or an empty string."""
+    if layer.obstacle and layer.skipped is not Skipped.TOWER:
+        return layer.obstacle
     return "" if layer.skipped is None else layer.skipped.value
 
 

@@ -90,10 +90,10 @@ class _Foreign(Export):
         self.default_scale_dtype = model_dtype if model_dtype in ("float16", "bfloat16") else None
 
     def refuse(self, scheme: Scheme, layer: LinearLayer) -> FormatError:
-        return FormatError(f"{self.name} cannot say {_words(scheme)} ({layer.module}); it can say {self.can}")
+        return FormatError(f"{self.name} cannot say {_words(scheme)} ({layer.served}); it can say {self.can}")
 
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
-        packed = next((layer.module for layer, scheme in layers if layer.embedding and scheme is not None), None)
+        packed = next((layer.served for layer, scheme in layers if layer.embedding and scheme is not None), None)
         if packed is not None:
             raise FormatError(f"{self.name} readers do not decode embeddings: leave {packed} out of the overrides")
         if architecture.transposes:
@@ -128,8 +128,8 @@ class HummingExport(_Foreign):
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         super().check_model(architecture, layers)
         for layer, scheme in layers:
-            if scheme is not None and "lm_head" in layer.module:
-                raise FormatError(f"humming readers never compress {layer.module}: leave it alone for this export")
+            if scheme is not None and "lm_head" in layer.served:
+                raise FormatError(f"humming readers never compress {layer.served}: leave it alone for this export")
         _served(self.name, layers)
 
     def quantization_config(self, config: QuantizationConfig, layers: Layers, head: str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class CompressedTensorsExport(_Foreign):
         members: dict[Scheme, list[str]] = {}
         for layer, scheme in layers:
             if scheme is not None:
-                members.setdefault(scheme, []).append(layer.module)
+                members.setdefault(scheme, []).append(layer.served)
         groups = {}
         for index, (scheme, names) in enumerate(members.items()):
             targets = ["Linear"] if scheme == config.scheme else sorted(names)
@@ -217,7 +217,7 @@ class QuarkExport(_Foreign):
         _served(self.name, layers)
 
     def quantization_config(self, config: QuantizationConfig, layers: Layers, head: str) -> dict[str, Any]:
-        others = [(layer.module, scheme) for layer, scheme in layers if scheme not in (None, config.scheme)]
+        others = [(layer.served, scheme) for layer, scheme in layers if scheme not in (None, config.scheme)]
         return {
             "quant_method": "quark",
             "quant_mode": "eager_mode",
@@ -267,8 +267,8 @@ def _words(scheme: Scheme) -> str:
 
 
 def _left_alone(layers: Layers, head: str) -> list[str]:
-    names = {layer.module for layer, scheme in layers if scheme is None}
-    compressed = {layer.module for layer, scheme in layers if scheme is not None}
+    names = {layer.served for layer, scheme in layers if scheme is None}
+    compressed = {layer.served for layer, scheme in layers if scheme is not None}
     return sorted(names | ({head} if head and head not in compressed else set()))
 
 
@@ -281,13 +281,13 @@ def _served(export: str, layers: Layers) -> dict[str, Scheme | None]:
     served: dict[str, Scheme | None] = {}
     first: dict[str, str] = {}
     for layer, scheme in layers:
-        for name in _served_names(layer.module):
+        for name in _served_names(layer.served):
             if served.setdefault(name, scheme) != scheme:
                 raise FormatError(
-                    f"{export} readers serve {first[name]} and {layer.module} as one layer, so they need one "
+                    f"{export} readers serve {first[name]} and {layer.served} as one layer, so they need one "
                     "scheme: make the override or ignore pattern find both"
                 )
-            first.setdefault(name, layer.module)
+            first.setdefault(name, layer.served)
     return served
 
 

@@ -144,19 +144,19 @@ def _plain_items(source: Source) -> Iterator[Item]:
 
 def _packed_items(source: Source, config: QuantizationConfig, architecture: Architecture) -> Iterator[Item]:
     weights = stored_weights(source.tensors)
+    modules = architecture.modules_of(weights)
     parts = {f"{stem}.{name}": stem for stem, storage in weights.items() for name in storage.names}
     for item in _plain_items(source):
         stem = parts.get(item.name)
         if stem is None:
             yield item
         elif item.name == f"{stem}.{weights[stem].marker}":
-            yield _compressed(source, stem, weights[stem], config, architecture)
+            yield _compressed(source, stem, modules[stem], weights[stem], config, architecture)
 
 
 def _compressed(
-    source: Source, stem: str, storage: Storage, config: QuantizationConfig, architecture: Architecture
+    source: Source, stem: str, module: str, storage: Storage, config: QuantizationConfig, architecture: Architecture
 ) -> Item:
-    module = architecture.module_of(stem)
     scheme = config.resolve(module)
     if scheme is None:
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")

@@ -6,16 +6,15 @@ What layers a model has, an `Architecture` says; `tersor.integrations.transforme
 from __future__ import annotations
 
 import enum
-import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
 
+_WEIGHT = ".weight"
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _HEAD_NAMES = ("lm_head", "embed_out")
-_EXPERT = re.compile(r"(?P<layer>.*\.\d+)\.[^.]+\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
-_FUSED_EXPERTS = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 
 
 class Skipped(enum.Enum):
@@ -24,6 +23,7 @@ class Skipped(enum.Enum):
     HEAD = "output head"
     ROUTER = "router"
     EMBEDDING = "embedding"
+    TOWER = "outside the language model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,14 @@ class Linear:
     Attributes:
         shape: (OC, IC).
         transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D).
+        tower: name of the part outside the language model that it is in (a vision tower, a projector), else empty.
+        unpackable: name of its class where that computes more than a packed linear can, else an empty string.
     """
 
     shape: tuple[int, int]
     transposed: bool = False
+    tower: str = ""
+    unpackable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,28 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """Where a stored tensor goes in a model.
+
+    Attributes:
+        name: the tensor's name among the model's modules, which patterns are matched with; for a weight of one expert
+            the name that it has where experts are kept apart.
+        parameter: name of the parameter that it becomes, or a part of.
+        conversion: names of the operations that change it while it is loaded, such as `Chunk`, else an empty string.
+        experts: name of the module that holds the experts, where it is a weight of one of them.
+        known: whether the model has such a parameter.
+        parts: where rows of it become the weights of several layers, one after the other, their names.
+    """
+
+    name: str
+    parameter: str
+    conversion: str = ""
+    experts: str = ""
+    known: bool = True
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LinearLayer:
     """A linear layer of the model, or an embedding, as the checkpoint stores it.
 
@@ -62,6 +88,9 @@ class LinearLayer:
         shape: (OC, IC).
         transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D).
         skipped: why the layer is left alone unless it is asked for; `None` where it is not.
+        tower: name of the part outside the language model that the layer is in, else an empty string.
+        obstacle: why the layer cannot be compressed, else an empty string.
+        served: the name by which other engines know the layer: that of its expert as it is stored, else `module`.
     """
 
     module: str
@@ -69,11 +98,24 @@ class LinearLayer:
     shape: tuple[int, int]
     transposed: bool = False
     skipped: Skipped | None = None
+    tower: str = ""
+    obstacle: str = ""
+    served: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.served:
+            object.__setattr__(self, "served", self.module)
 
     @property
     def embedding(self) -> bool:
         """Whether rows are looked up instead of multiplied."""
         return self.skipped is Skipped.EMBEDDING
+
+    @property
+    def word(self) -> str:
+        """What a pattern has to spell to ask for a layer that is otherwise left alone."""
+        name = self.tower if self.skipped is Skipped.TOWER else self.module
+        return name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,48 +126,74 @@ class Architecture:
         name: name of the model's class.
         linears: module name -> linear layer.
         embeddings: module name -> embedding.
+        experts: name of a module that holds the fused experts of a layer -> why they cannot be packed, or an empty
+            string.
         modules: every module name.
-        base_prefix: the prefix that tells `model.layers.0` from `layers.0`.
         head: name of the output head, or an empty string.
         tied: whether the output head shares the embedding's weight.
+        base: name of the module inside of which the model is but for its heads, or an empty string.
+        find: stored tensor names -> where each goes in the model.
+        missing: stored tensor names -> parameters of the model that none of them becomes.
     """
 
     name: str
     linears: dict[str, Linear]
     embeddings: dict[str, Embedding]
+    experts: dict[str, str]
     modules: frozenset[str]
-    base_prefix: str
     head: str
     tied: bool
+    base: str
+    find: Callable[[Iterable[str]], Mapping[str, Target]]
+    missing: Callable[[Iterable[str]], list[str]]
 
     @property
     def transposes(self) -> bool:
         """Whether some layer stores its weight as [IC, OC]."""
         return any(linear.transposed for linear in self.linears.values())
 
-    def module_of(self, stem: str) -> str:
-        """Return the module a stored name stands for: with or without the base model's prefix."""
-        prefix = self.base_prefix + "."
-        for candidate in (stem, prefix + stem, stem.removeprefix(prefix)):
-            if candidate in self.modules:
-                return candidate
-        if stem in _HEAD_NAMES and self.head:
-            return self.head
-        match = _EXPERT.fullmatch(stem)
-        if match and match["layer"] not in self.modules and prefix + match["layer"] in self.modules:
-            return prefix + stem
-        return stem
+    def modules_of(self, stems: Iterable[str]) -> dict[str, str]:
+        """Return for stems of stored weights the modules that they stand for, named as patterns find them."""
+        targets = self.find([stem + _WEIGHT for stem in stems])
+        return {name.removesuffix(_WEIGHT): target.name.removesuffix(_WEIGHT) for name, target in targets.items()}
 
-    def linear_of(self, spec: TensorSpec, path: str) -> LinearLayer | None:
+    def parts_of(self, spec: TensorSpec, target: Target) -> list[tuple[str, int]]:
+        """Return name and rows of the layers' weights that a stored matrix is taken apart into while it is loaded."""
+        if len(spec.shape) != 2 or not target.parts:
+            return []
+        linears = [self.linears.get(part.removesuffix(_WEIGHT)) for part in target.parts]
+        rows = [linear.shape[0] for linear in linears if linear is not None and linear.shape[1] == spec.shape[1]]
+        whole = len(rows) == len(target.parts) and sum(rows) == spec.shape[0]
+        return list(zip(target.parts, rows, strict=True)) if whole else []
+
+    def layer_of(self, spec: TensorSpec, target: Target, path: str) -> LinearLayer | None:
         """Return the linear layer or embedding whose weight a stored tensor is, or `None`.
+
+        Args:
+            spec: the tensor.
+            target: where it goes, as `find` says.
+            path: the file that holds it.
 
         Raises:
             CheckpointError: the tensor's shape is not the linear layer's.
         """
-        stem = spec.name.removesuffix(".weight")
-        if stem == spec.name:
+        matrix = (spec.shape[0], spec.shape[1]) if len(spec.shape) == 2 else None
+        stem, module = spec.name.removesuffix(_WEIGHT), target.name.removesuffix(_WEIGHT)
+        if not target.parameter.endswith(_WEIGHT) and not target.experts:
             return None
-        module = self.module_of(stem)
+        if not target.conversion and not spec.name.endswith(_WEIGHT):
+            return None
+        if target.experts in self.experts and matrix:
+            inside = f"{self.base}." if self.base and module.startswith(f"{self.base}.") else ""
+            served = inside + stem.removeprefix(inside)
+            return LinearLayer(module, stem, matrix, obstacle=self.experts[target.experts], served=served)
+        if target.conversion:
+            parameter = target.parameter.removesuffix(_WEIGHT)
+            linear = self.linears.get(parameter)
+            if linear is None or matrix is None:
+                return None
+            obstacle = f"transformers changes it while loading ({target.conversion})"
+            return LinearLayer(parameter, stem, matrix, False, self.skipped(parameter), linear.tower, obstacle)
         if module in self.linears:
             linear = self.linears[module]
             stored = linear.shape[::-1] if linear.transposed else linear.shape
@@ -134,12 +202,11 @@ class Architecture:
                     f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this "
                     f"config.json wants {list(stored)}"
                 )
-            return LinearLayer(module, stem, linear.shape, linear.transposed, self.skipped(module))
-        if module in self.embeddings and len(spec.shape) == 2:
-            return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]), skipped=Skipped.EMBEDDING)
-        match = _EXPERT.fullmatch(module)
-        if match and match["layer"] in self.modules and len(spec.shape) == 2:
-            return LinearLayer(module, stem, (spec.shape[0], spec.shape[1]))
+            obstacle = f"a {linear.unpackable}, which computes more than a linear layer" if linear.unpackable else ""
+            skipped = self.skipped(module)
+            return LinearLayer(module, stem, linear.shape, linear.transposed, skipped, linear.tower, obstacle)
+        if module in self.embeddings and matrix:
+            return LinearLayer(module, stem, matrix, skipped=Skipped.EMBEDDING)
         return None
 
     def skipped(self, module: str) -> Skipped | None:
@@ -147,19 +214,32 @@ class Architecture:
         leaf = module.rpartition(".")[2]
         if module == self.head or leaf in _HEAD_NAMES:
             return Skipped.HEAD
+        tower = self.linears[module].tower if module in self.linears else ""
+        if self.base and not module.startswith(self.base + ".") and tower in ("", module):
+            return Skipped.HEAD
+        if tower:
+            return Skipped.TOWER
         return Skipped.ROUTER if leaf in _ROUTER_NAMES else None
 
-    def describe(self, spec: TensorSpec) -> str:
+    def is_linear(self, layer: LinearLayer | None, target: Target) -> bool:
+        """Whether a stored tensor is the weight of a linear layer, or of the experts of a layer."""
+        if layer is not None:
+            return not layer.embedding
+        return bool(target.experts) or target.parameter.rpartition(".")[0] in self.experts
+
+    def describe(self, spec: TensorSpec, target: Target) -> str:
         """Say what a tensor is that is no linear weight, where that is worth a word."""
-        stem = spec.name.removesuffix(".weight")
-        module = self.module_of(stem)
-        leaf = stem.rpartition(".")[2]
+        module = target.name.removesuffix(_WEIGHT)
+        leaf = module.rpartition(".")[2]
         if module in self.embeddings:
             return Skipped.EMBEDDING.value
-        if stem in _HEAD_NAMES:
+        if leaf in _HEAD_NAMES:
             return Skipped.HEAD.value
         if leaf in _ROUTER_NAMES and len(spec.shape) == 2:
             return Skipped.ROUTER.value
-        if len(spec.shape) == 3 and _FUSED_EXPERTS.fullmatch(spec.name):
-            return "fused experts"
+        if not target.known:
+            return "not in the model that config.json describes"
+        if self.is_linear(None, target) and len(spec.shape) > 1:
+            changed = f", which transformers changes while loading ({target.conversion})" if target.conversion else ""
+            return f"fused experts{changed}"
         return "" if len(spec.shape) < 2 else "not a linear layer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,12 @@ class StoredTensor:
 
     file: SafetensorsFile
     spec: TensorSpec
+
+    def part(self, name: str, first: int, rows: int) -> StoredTensor:
+        """Return rows `first` to `first + rows` of the tensor as one of its own, called `name`."""
+        spec = self.spec
+        offset = spec.offset + first * (spec.nbytes // spec.shape[0])
+        return StoredTensor(self.file, replace(spec, name=name, shape=(rows, *spec.shape[1:]), offset=offset))
 
 
 class Source:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tersor.convert.report import Report, Row
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
+_MOST = 0.5
+"""Share of the linear weights below which a summary begins with a warning."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -147,6 +149,7 @@ def _progress(label: str) -> Iterator[Progress | None]:
 
 def _print_dry_run(report: Report) -> None:
     """Print a line for every kind of tensor: what would become of it."""
+    _warn(report)
     named = ((row.name, (row.shape, row.scheme, row.note, row.bytes_after), row) for row in report.rows)
     lines = []
     for name, rows in collapse(named):
@@ -166,10 +169,13 @@ def _print_dry_run(report: Report) -> None:
     print(f"{report.source}: what would be written, in {_files(report)}")
     console.print_table(["tensor", "count", "shape", "becomes", "bits/weight", "before", "after"], lines)
     print(_totals(report))
+    if report.left:
+        print(_left(report))
 
 
 def _print_report(report: Report) -> None:
     """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
+    _warn(report)
     groups: dict[str | None, list[Row]] = {}
     for row in report.rows:
         groups.setdefault(row.scheme, []).append(row)
@@ -193,8 +199,33 @@ def _print_report(report: Report) -> None:
         lines,
     )
     print(_totals(report))
+    if report.left:
+        print(_left(report))
     rate = report.bytes_read / 1e6 / report.stream_seconds if report.stream_seconds else 0.0
     print(f"{report.output}: {_files(report)} written in {report.seconds:.1f} s, weights at {rate:.0f} MB/s")
+
+
+def _warn(report: Report) -> None:
+    """Say first where most of a model is not what was asked for."""
+    if report.linear_share < _MOST:
+        print(
+            f"warning: only {100 * report.linear_share:.0f} % of the linear weights {_became(report)} compressed; what "
+            "was left alone, and why, stands below"
+        )
+
+
+def _became(report: Report) -> str:
+    return "would be" if report.output is None else "were"
+
+
+def _left(report: Report) -> str:
+    """Return a line for every reason for which tensors stayed as they are."""
+    lines = [
+        f"  {console.size(left.nbytes)} in {left.tensors} tensor{'s' * (left.tensors > 1)}: {left.reason}, such as "
+        f"{left.example.removesuffix('.weight')}"
+        for left in report.left
+    ]
+    return "\n".join(["left as they are:", *lines])
 
 
 def _totals(report: Report) -> str:

@@ -61,7 +61,7 @@ def row_of(step: Step, relative_error: float | None = None) -> Row:
     else:
         bits = 8 * after / spec.numel if spec.numel else 0.0
     key = step.scheme.key() if step.scheme is not None else None
-    return Row(spec.name, spec.shape, spec.dtype, key, bits, spec.nbytes, after, relative_error, step.note)
+    return Row(spec.name, spec.shape, spec.dtype, key, bits, spec.nbytes, after, relative_error, step.note, step.linear)
 
 
 class Pipeline:

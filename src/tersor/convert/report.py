@@ -22,6 +22,7 @@ class Row:
         bytes_before, bytes_after: sizes on disk.
         relative_error: Frobenius norm of the error over that of the weight; `None` where nothing was compressed (yet).
         note: why the tensor was left alone, where that is worth a word.
+        linear: whether the tensor is the weight of a linear layer, or of the experts of a layer.
     """
 
     name: str
@@ -33,11 +34,29 @@ class Row:
     bytes_after: int
     relative_error: float | None = None
     note: str = ""
+    linear: bool = False
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Row:
         """Return the row that `raw` is: `dataclasses.asdict` of one, through JSON."""
         return Row(**{**raw, "shape": tuple(raw["shape"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Tensors that were left as they are for one reason.
+
+    Attributes:
+        reason: in words.
+        tensors: how many.
+        nbytes: their bytes.
+        example: name of one of them.
+    """
+
+    reason: str
+    tensors: int
+    nbytes: int
+    example: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +90,26 @@ class Report:
         return tuple(row for row in self.rows if row.scheme is not None)
 
     @property
+    def linear_share(self) -> float:
+        """The share of the elements of linear weights that was compressed; 1 where there are none."""
+        sizes = [(math.prod(row.shape), row.scheme is not None) for row in self.rows if row.linear]
+        total = sum(size for size, _ in sizes)
+        return sum(size for size, done in sizes if done) / total if total else 1.0
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """What was left as it is, by reason, the most bytes first."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.scheme is None:
+                rows.setdefault(row.note or "norms, biases and the like", []).append(row)
+        found = [
+            Left(reason, len(members), sum(row.bytes_after for row in members), members[0].name)
+            for reason, members in rows.items()
+        ]
+        return tuple(sorted(found, key=lambda left: -left.nbytes))
+
+    @property
     def bits_per_weight(self) -> float:
         """Mean bits stored for an element of the compressed tensors, scales counted."""
         return mean_bits(self.compressed)
@@ -101,6 +140,8 @@ class Report:
             "export": self.export,
             "tensors": len(self.rows),
             "compressed": len(self.compressed),
+            "linear_share": self.linear_share,
+            "left": [dataclasses.asdict(left) for left in self.left],
             "bits_per_weight": self.bits_per_weight,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tersor.checkpoint.modules import Architecture, Embedding, Linear
-from tersor.errors import CheckpointError
+from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers import foreign
+
+_SAME_AS_LINEAR = ("FalconLinear",)
+"""Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
+_READ_BY_OTHERS = ("NonDynamicallyQuantizableLinear",)
+"""Subclasses of `nn.Linear` whose weight is multiplied by the module that holds them."""
 
 
 def read_architecture(directory: Path, *, trust_remote_code: bool = False) -> Architecture:
@@ -22,50 +28,173 @@ def read_architecture(directory: Path, *, trust_remote_code: bool = False) -> Ar
         trust_remote_code: whether Python code that comes with the model is run.
 
     Raises:
-        CheckpointError: transformers does not know the model type, or it is no causal language model, or it needs code
+        CheckpointError: transformers does not know the model type, or cannot build the model, or needs code for it
             that is not trusted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _quiet_transformers(), foreign.unasked():
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            build = model_class(config, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation="eager", trust_remote_code=trust_remote_code
-                )
+                model = build._from_config(config, attn_implementation="eager")
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
     return architecture_of(model)
 
 
+def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return the class that a config describes: the one that it names, else one of transformers for its model type.
+
+    Args:
+        config: as transformers read it.
+        trust_remote_code: whether the class that `auto_map` names goes before those of transformers.
+
+    Raises:
+        CheckpointError: transformers has no model for such a config, or needs code for it that is not trusted.
+    """
+    import transformers
+
+    own = foreign.classes(config)
+    if trust_remote_code and own:
+        return foreign.load_class(config, own)
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            wanted = getattr(found, "config_class", None)
+            if wanted is None or isinstance(config, wanted):
+                return found
+    for auto in (getattr(transformers, name) for name in own or foreign.AUTO_CLASSES):
+        if type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            return found[0] if isinstance(found, list | tuple) else found
+    if own:
+        raise CheckpointError(f"{config.name_or_path}: the model {foreign.REFUSAL}")
+    raise CheckpointError(f"transformers has no model for the config of a {config.model_type!r}")
+
+
 def architecture_of(model: Any) -> Architecture:
     """List the layers of a model of transformers, whatever device it is on."""
-    from transformers.pytorch_utils import Conv1D
+    from tersor.integrations.transformers.names import Names
 
     linears: dict[str, Linear] = {}
     embeddings: dict[str, Embedding] = {}
-    names = []
+    experts: dict[str, str] = {}
+    towers = _towers(model)
     for name, module in model.named_modules():
-        names.append(name)
-        if isinstance(module, torch.nn.Linear):
-            linears[name] = Linear((module.out_features, module.in_features))
-        elif isinstance(module, Conv1D):
-            linears[name] = Linear((module.nf, module.nx), transposed=True)
-        elif isinstance(module, torch.nn.Embedding):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            shape = linear_shape(module)
+            unpackable = type(module).__name__ if shape is None else ""
+            plain = shape or (int(module.out_features), int(module.in_features))
+            linears[name] = Linear(plain, is_conv1d(module), towers.get(name, ""), unpackable)
+        elif isinstance(module, nn.Embedding):
             unpackable = "" if packable_embedding(module) else type(module).__name__
             embeddings[name] = Embedding((module.num_embeddings, module.embedding_dim), unpackable)
+        elif hasattr(module, "num_experts") and hasattr(module, "down_proj"):
+            experts[name] = _experts_obstacle(module)
     output = model.get_output_embeddings()
-    head = next((name for name, module in model.named_modules() if module is output), "")
+    modules = dict(model.named_modules())
+    base = model.base_model_prefix
+    names = Names(model)
     return Architecture(
         name=type(model).__name__,
         linears=linears,
         embeddings=embeddings,
-        modules=frozenset(names),
-        base_prefix=model.base_model_prefix,
-        head=head,
+        experts=experts,
+        modules=frozenset(modules),
+        head=next((name for name, module in modules.items() if output is not None and module is output), ""),
         tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        base=base if isinstance(modules.get(base), nn.Module) and base else "",
+        find=names.find,
+        missing=names.missing,
     )
+
+
+def _towers(model: Any) -> dict[str, str]:
+    """Return for each linear layer outside the language model the part that it is in: a tower, or a projector.
+
+    A model of several modalities holds a model of text, whose config is a part of its own: all that is not in there is
+    outside. A model that reads no text has no outside.
+    """
+    from transformers import PreTrainedModel
+
+    inner = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    if all(_modalities(module) == {"text"} for module in inner.values()):
+        return {}
+    whole = model.config
+    ours = _text_configs(whole)
+    # Without a config of text in its own, a model is one piece (Whisper), but for parts with configs of their own.
+    speaks = {
+        name: _reads_text(module) and module.config in ours if ours else _reads_text(module) or module.config is whole
+        for name, module in inner.items()
+    }
+    outside: dict[str, str] = {}
+    inside = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        around = [part for part in inner if not part or name.startswith(part + ".")]
+        if speaks[max(around, key=len)]:
+            inside += 1
+            continue
+        # The largest part around the layer that holds no model of text, which may be a layer of a larger one.
+        parts = [part for part in around if not any(speaks[other] for other in inner if _within(other, part))]
+        frame = max((part for part in around if part not in parts), key=len, default="")
+        below = name.removeprefix(f"{frame}." if frame else "").partition(".")[0]
+        outside[name] = min(parts, key=len) if parts else f"{frame}.{below}".removeprefix(".")
+    return outside if inside else {}
+
+
+def _within(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(part + ".")
+
+
+def _text_configs(config: Any) -> list[Any]:
+    """Return the configs of text inside another; none where it is one itself."""
+    found = []
+    for which in ({}, {"decoder": True}, {"encoder": True}):
+        with contextlib.suppress(ValueError):  # several of them
+            part = config.get_text_config(**which)
+            if part is not config:
+                found.append(part.get_text_config())
+            elif not which:
+                return []
+    return found
+
+
+def _reads_text(module: Any) -> bool:
+    """Whether a model is one of text: it reads text, and its config is no frame around that of another."""
+    try:
+        own = module.config.get_text_config() is module.config
+    except ValueError:
+        own = False
+    return own and "text" in _modalities(module)
+
+
+def _modalities(module: Any) -> set[str]:
+    found = module.input_modalities
+    return {found} if isinstance(found, str) else set(found)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's Conv1D: a linear layer that keeps its weight as [IC, OC]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (OC, IC) of a linear layer that a `PackedLinear` can stand for, `None` for any other module."""
+    if is_conv1d(module):
+        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    name = type(module).__name__
+    plain = type(module).forward is nn.Linear.forward and name not in _READ_BY_OTHERS
+    if isinstance(module, nn.Linear) and (plain or name in _SAME_AS_LINEAR):
+        return module.out_features, module.in_features
+    return None
 
 
 def packable_embedding(module: Any) -> bool:
@@ -73,7 +202,17 @@ def packable_embedding(module: Any) -> bool:
     if module.max_norm is not None:
         return False
     scaled = type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "scalar_embed_scale")
-    return scaled or type(module).forward is torch.nn.Embedding.forward
+    return scaled or type(module).forward is nn.Embedding.forward
+
+
+def _experts_obstacle(module: nn.Module) -> str:
+    from tersor.integrations.transformers.experts import check_experts
+
+    try:
+        check_experts(module)
+    except UnsupportedError as error:
+        return str(error).partition(": ignore")[0]
+    return ""
 
 
 def _reason(error: Exception) -> str:

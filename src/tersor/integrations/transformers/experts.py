@@ -42,15 +42,10 @@ class PackedExperts(nn.Module):
             UnsupportedError: the module computes something else than gate, up and down.
         """
         super().__init__()
-        self.fused_name = fused_input_name(experts)
+        self.fused_name = check_experts(experts)
         fused: torch.Tensor = getattr(experts, self.fused_name)
         down: torch.Tensor = experts.down_proj
         self.num_experts, width, hidden = fused.shape
-        if width % len(input_names) or tuple(down.shape) != (self.num_experts, hidden, width // len(input_names)):
-            raise UnsupportedError(
-                f"{type(experts).__name__} with {self.fused_name} {list(fused.shape)} and down_proj {list(down.shape)} "
-                "is not a layer of gated experts: ignore its experts"
-            )
         self.input_names = tuple(input_names)
         self.output_name = output_name
         inner = width // len(input_names)
@@ -111,7 +106,7 @@ class PackedExperts(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
-def fused_input_name(experts: Any) -> str:
+def check_experts(experts: Any) -> str:
     """Return the name of the fused input weight of a module of experts as transformers writes them.
 
     Raises:
@@ -122,7 +117,17 @@ def fused_input_name(experts: Any) -> str:
     if odd or not hasattr(experts, "_apply_gate") or not hasattr(experts, "act_fn"):
         what = ", ".join(f"{key}={getattr(experts, key)}" for key in odd) or "not in transformers' form"
         raise UnsupportedError(f"experts of {name} cannot run packed ({what}): ignore them")
-    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    gated = getattr(experts, "has_gate", True)
+    fused = "gate_up_proj" if gated else "up_proj"
+    inputs, outputs = getattr(experts, fused, None), experts.down_proj
+    shapes = [list(getattr(tensor, "shape", ())) for tensor in (inputs, outputs)]
+    count, width, hidden = shapes[0] if len(shapes[0]) == 3 else (0, 1, 0)
+    if not count or (gated and width % 2) or shapes[1] != [count, hidden, width // 2 if gated else width]:
+        raise UnsupportedError(
+            f"{name} with {fused} {shapes[0]} and down_proj {shapes[1]} is not a layer of gated experts: ignore its "
+            "experts"
+        )
+    return fused
 
 
 def _linear(inputs: int, outputs: int, like: torch.Tensor) -> nn.Linear:

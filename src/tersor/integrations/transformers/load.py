@@ -15,6 +15,7 @@ from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import foreign, replace
 from tersor.integrations.transformers import fuse as fusing
+from tersor.integrations.transformers.architecture import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,11 +94,12 @@ def load_model(
     torch_device = device if isinstance(device, torch.device) else resolve_device(device)
     torch_dtype = resolve_dtype(dtype, torch_device)
     directory = locate(path).directory
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with foreign.unasked():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            loaded: Any = _causal_class(path, config, trust_remote_code).from_pretrained(
                 directory,
                 dtype=torch_dtype,
                 output_loading_info=True,
@@ -119,6 +121,17 @@ def load_model(
             f"{path}: the checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]!r}"
         )
     return model.eval()
+
+
+def _causal_class(path: str | Path, config: Any, trust_remote_code: bool) -> Any:
+    """Return the class that config.json describes, where it is one that continues a text."""
+    build = model_class(config, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder or not build.can_generate():
+        raise CheckpointError(
+            f"{path}: a {build.__name__} does not continue a text, which evaluating and generating need: use it "
+            "through transformers"
+        )
+    return build
 
 
 def ready_model(

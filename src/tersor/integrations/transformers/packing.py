@@ -64,8 +64,8 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     if not stems:
         raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
     schemes = {}
-    for stem in stems:
-        scheme = config.resolve(architecture.module_of(stem))
+    for stem, module in architecture.modules_of(stems).items():
+        scheme = config.resolve(module)
         if scheme is None:
             raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
         schemes[stem] = scheme

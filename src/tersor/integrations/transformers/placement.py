@@ -1,9 +1,7 @@
 """Which layer of a transformers model does a stored weight belong to? Names as transformers itself would map them.
 
-A checkpoint's names pass through transformers' renamings (`block_sparse_moe` becomes `mlp`), may gain or lose the base
-model's prefix, and, for fused experts, through converters that merge the experts of a layer. A packed weight is placed
-where the plain one would go; experts that hold packed weights are split up again (`tersor.nn.PackedExperts`), and their
-converters are dropped.
+A packed weight is placed where the plain one would go (`names`); experts that hold packed weights are split up again
+(`PackedExperts`), and their converters are dropped.
 """
 
 from __future__ import annotations
@@ -15,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter
 
 from tersor.errors import CheckpointError, UnsupportedError
-from tersor.integrations.transformers.experts import PackedExperts, fused_input_name
-from tersor.integrations.transformers.replace import is_conv1d
+from tersor.integrations.transformers.architecture import is_conv1d
+from tersor.integrations.transformers.experts import PackedExperts, check_experts
+from tersor.integrations.transformers.names import Names, merges_experts
 
 _WEIGHT = ".weight"
 
@@ -49,12 +47,9 @@ class Placement:
     def __init__(self, model: Any) -> None:
         """Take the model as transformers built it, on the meta device, before any layer is replaced."""
         self._model = model
-        mapping = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._names = Names(model)
         self.dropped: set[tuple[str, ...]] = set()
         self.dtypes: dict[str, torch.dtype] = {}
-        self._refresh()
 
     def place(self, stems: Iterable[str]) -> list[Place]:
         """Find the linear layer or embedding of every stored weight, splitting fused experts where they hold one.
@@ -67,7 +62,7 @@ class Placement:
         """
         stems = list(stems)
         self._split_experts(stems)
-        self.dtypes = {name: tensor.dtype for name, tensor in self._state.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._names.state.items()}
         places = []
         for stem in stems:
             key, pattern = self.rename(stem + _WEIGHT)
@@ -77,7 +72,7 @@ class Placement:
                     f"transformers converts {stem}.weight into {key} while loading, which packed weights cannot go "
                     "through: compress the model with that layer ignored"
                 )
-            if key in self._state and key != module:
+            if key in self._names.state and key != module:
                 places.append(Place(stem, module))
             elif not self._ignored(key):
                 raise CheckpointError(
@@ -88,11 +83,7 @@ class Placement:
 
     def rename(self, key: str) -> tuple[str, str | None]:
         """Return the name a checkpoint tensor has in the model, and the pattern of the converter it passes, if any."""
-        prefix = self._model.base_model_prefix
-        renamed, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
-        if renamed not in self._state and key in self._state:
-            renamed, pattern = rename_source_key(key, [], [], prefix, self._state)
-        return renamed, pattern
+        return self._names.rename(key)
 
     def refresh(self, expected: Mapping[str, str]) -> None:
         """Look at the model again after layers were replaced, and check that names still lead where they should.
@@ -103,7 +94,7 @@ class Placement:
         Raises:
             UnsupportedError: transformers would load a tensor elsewhere.
         """
-        self._refresh()
+        self._names.refresh()
         for key, wanted in expected.items():
             found, _ = self.rename(key)
             if found != wanted:
@@ -114,13 +105,7 @@ class Placement:
 
     def missing_linears(self, names: Iterable[str]) -> list[str]:
         """Return the linear layers of the base model whose weight is not among the checkpoint's tensor `names`."""
-        provided = set()
-        for name in names:
-            key, pattern = self.rename(name)
-            provided.add(key)
-            if pattern is not None:
-                targets = next(c.target_patterns for c in self._converters if pattern in c.source_patterns)
-                provided.update(key.replace(targets[0], target) for target in targets[1:])
+        provided, starts = self._names.provided(names)
         prefix = self._model.base_model_prefix
         inside = f"{prefix}." if prefix and hasattr(self._model, prefix) else ""
         tied = set(getattr(self._model, "all_tied_weights_keys", {}))
@@ -133,19 +118,19 @@ class Placement:
         return [
             key
             for key in expected
-            if key not in provided and key not in tied and not any(re.search(pattern, key) for pattern in excused)
+            if key not in provided
+            and not key.startswith(starts)
+            and key not in tied
+            and not any(re.search(pattern, key) for pattern in excused)
         ]
-
-    def _refresh(self) -> None:
-        self._state: dict[str, Any] = self._model.state_dict()
 
     def _ignored(self, key: str) -> bool:
         return any(re.search(pattern, key) for pattern in self._model._keys_to_ignore_on_load_unexpected or ())
 
     def _split_experts(self, stems: Iterable[str]) -> None:
         merging = {}
-        for converter in self._converters:
-            if any(isinstance(operation, MergeModulelist) for operation in converter.operations):
+        for converter in self._names.converters:
+            if merges_experts(converter):
                 merging.update(dict.fromkeys(converter.source_patterns, converter))
         used = []
         for stem in stems:
@@ -166,7 +151,7 @@ class Placement:
             }
             if not any(converter in used for converter in into.values()):
                 continue
-            fused = fused_input_name(module)
+            fused = check_experts(module)
             if fused not in into or "down_proj" not in into:
                 raise UnsupportedError(
                     f"transformers merges the experts of {name} in a way not known: ignore its experts"
@@ -176,8 +161,10 @@ class Placement:
             split.template._is_hf_initialized = True
             self._model.set_submodule(name, split)
             self.dropped.update(identity(converter) for converter in into.values())
-        self._converters = [converter for converter in self._converters if identity(converter) not in self.dropped]
-        self._refresh()
+        self._names.converters = [
+            converter for converter in self._names.converters if identity(converter) not in self.dropped
+        ]
+        self._names.refresh()
 
 
 def identity(converter: WeightConverter) -> tuple[str, ...]:

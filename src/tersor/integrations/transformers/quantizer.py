@@ -240,12 +240,23 @@ class _Compress(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if len(input_dict) == 1:
+            return self._convert(full_layer_name, *input_dict.values(), model, missing_keys)
+        found: dict[str, Any] = {}
+        for parameter, value in input_dict.items():  # a fused weight that a converter has taken apart
+            if parameter.removesuffix(".weight") in self._quantizer._schemes:
+                found |= self._convert(parameter, value, model, missing_keys)
+            else:
+                found[parameter] = value
+        return found
+
+    def _convert(self, full_layer_name: str, value: Any, model: Any, missing_keys: set[str] | None) -> dict[str, Any]:
+        """Pack one layer; return the tensors that it stores, by name."""
         from tersor.checkpoint.pack import pack
         from tersor.integrations.transformers.packing import mark_initialized
         from tersor.integrations.transformers.replace import swap_packed
         from tersor.nn.linear import PackedLinear
 
-        (value,) = input_dict.values()
         weight: torch.Tensor = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
         scheme = self._quantizer._schemes[name]

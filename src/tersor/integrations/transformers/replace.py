@@ -11,35 +11,15 @@ from tersor import ops
 from tersor.checkpoint.names import DENSE, Storage
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Scheme
-from tersor.integrations.transformers.architecture import packable_embedding
+from tersor.integrations.transformers.architecture import is_conv1d, linear_shape, packable_embedding
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.fuse import unfuse
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 
-_SAME_AS_LINEAR = ("FalconLinear",)
-"""Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
-
 LINEARS: dict[str, type[PackedLinear]] = {DENSE.name: PackedLinear}
 """Name of a way to store a weight (`checkpoint.names`) -> the layer that holds a weight stored so."""
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is GPT-2's Conv1D: a linear layer that keeps its weight as [IC, OC]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (OC, IC) of a linear layer that a `PackedLinear` can stand for, `None` for any other module."""
-    if is_conv1d(module):
-        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
-    plain = type(module).forward is nn.Linear.forward or type(module).__name__ in _SAME_AS_LINEAR
-    if isinstance(module, nn.Linear) and plain:
-        return module.out_features, module.in_features
-    return None
 
 
 def packable(module: nn.Module) -> bool:
