@@ -1,4 +1,4 @@
-"""Models that are no plain causal ones: encoders, rerankers, encoder-decoders, models of images, of sound, fused weights.
+"""Models that are no plain causal ones: encoders, rerankers, encoder-decoders, models of images and sound.
 
 Each is written by transformers under the names that released checkpoints have, compressed, and loaded in its own class.
 """

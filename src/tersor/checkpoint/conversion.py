@@ -121,7 +121,7 @@ def make_conversion(
     for tensor, layer in pairs:
         chosen = config.resolve(layer.module) if layer is not None else None
         target = targets[tensor.spec.name]
-        linear = architecture.is_linear(layer, target)
+        linear = architecture.is_linear(tensor.spec, layer, target)
         if layer is None or chosen is None:
             note = _note(layer, skipped, ignore) if layer is not None else architecture.describe(tensor.spec, target)
             steps.append(Step(tensor, layer, None, None, note, linear))
@@ -238,7 +238,7 @@ def _short_pattern(architecture: Architecture, module: str) -> str:
     if module == architecture.head and "." not in module:
         return leaf
     if linear is not None and linear.tower:
-        return rf"^{re.escape(linear.tower)}\."
+        return rf"^{re.escape(linear.tower)}(\.|$)"
     inside = r"\.experts\.\d+" if re.search(r"\.experts\.\d+\.", module) else ""
     return rf"{inside}\.{leaf}$" if "." in module else rf"^{leaf}$"
 

@@ -221,11 +221,13 @@ class Architecture:
             return Skipped.TOWER
         return Skipped.ROUTER if leaf in _ROUTER_NAMES else None
 
-    def is_linear(self, layer: LinearLayer | None, target: Target) -> bool:
+    def is_linear(self, spec: TensorSpec, layer: LinearLayer | None, target: Target) -> bool:
         """Whether a stored tensor is the weight of a linear layer, or of the experts of a layer."""
         if layer is not None:
             return not layer.embedding
-        return bool(target.experts) or target.parameter.rpartition(".")[0] in self.experts
+        module, _, leaf = target.parameter.rpartition(".")
+        matrices = len(spec.shape) > 1 and not leaf.endswith("bias")
+        return matrices and (bool(target.experts) or module in self.experts)
 
     def describe(self, spec: TensorSpec, target: Target) -> str:
         """Say what a tensor is that is no linear weight, where that is worth a word."""
@@ -239,7 +241,7 @@ class Architecture:
             return Skipped.ROUTER.value
         if not target.known:
             return "not in the model that config.json describes"
-        if self.is_linear(None, target) and len(spec.shape) > 1:
+        if self.is_linear(spec, None, target):
             changed = f", which transformers changes while loading ({target.conversion})" if target.conversion else ""
             return f"fused experts{changed}"
         return "" if len(spec.shape) < 2 else "not a linear layer"

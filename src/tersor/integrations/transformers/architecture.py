@@ -122,7 +122,7 @@ def _towers(model: Any) -> dict[str, str]:
     from transformers import PreTrainedModel
 
     inner = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    if all(_modalities(module) == {"text"} for module in inner.values()):
+    if "text" not in _modalities(model) or all(_modalities(module) == {"text"} for module in inner.values()):
         return {}
     whole = model.config
     ours = _text_configs(whole)
@@ -154,15 +154,14 @@ def _within(name: str, part: str) -> bool:
 
 def _text_configs(config: Any) -> list[Any]:
     """Return the configs of text inside another; none where it is one itself."""
-    found = []
-    for which in ({}, {"decoder": True}, {"encoder": True}):
-        with contextlib.suppress(ValueError):  # several of them
-            part = config.get_text_config(**which)
-            if part is not config:
-                found.append(part.get_text_config())
-            elif not which:
-                return []
-    return found
+    try:
+        main = config.get_text_config()
+    except ValueError:  # several of them
+        main = None
+    if main is config:
+        return []
+    sides = [getattr(config, name, None) for name in ("encoder", "decoder", "text_encoder")]
+    return [part.get_text_config() for part in (main, *sides) if hasattr(part, "get_text_config")]
 
 
 def _reads_text(module: Any) -> bool:

@@ -23,6 +23,10 @@ from transformers.core_model_loading import (
 from tersor.checkpoint.modules import Target
 
 
+_FOR_TRAINING = (r"\bmasked_spec_embed$",)
+"""Parameters that only training reads, which released checkpoints lack."""
+
+
 class Names:
     """The mapping from a checkpoint's tensor names to those of one model.
 
@@ -99,7 +103,7 @@ class Names:
         """Return the parameters of the model that no tensor of a checkpoint becomes, and that share no other's."""
         names, starts = self.provided(keys)
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
-        excused = self._model._keys_to_ignore_on_load_missing or ()
+        excused = (*(self._model._keys_to_ignore_on_load_missing or ()), *_FOR_TRAINING)
         found = []
         for name, _ in self._model.named_parameters(remove_duplicate=False):
             there = name in names or name.startswith(starts)

@@ -241,7 +241,8 @@ class _Compress(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         if len(input_dict) == 1:
-            return self._convert(full_layer_name, *input_dict.values(), model, missing_keys)
+            (value,) = input_dict.values()
+            return self._convert(full_layer_name, value, model, missing_keys)
         found: dict[str, Any] = {}
         for parameter, value in input_dict.items():  # a fused weight that a converter has taken apart
             if parameter.removesuffix(".weight") in self._quantizer._schemes:
