@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 SETTING = "TERSOR_HOOK"
 """The environment variable that keeps `start` from doing anything; see `settings.SETTINGS`."""
 
+started = False
+"""Whether `start` has put the hook in place in this process, as it does wherever Tersor is installed."""
+
 _TARGET = "transformers.quantizers.auto"
 _OURS = "tersor.integrations.transformers.quantizer"
 
 
 def start() -> None:
     """Do what `register` does at the start of Python: unless it is switched off, and whatever state Tersor is in."""
+    global started
     if os.environ.get(SETTING) != "0":
+        started = True
         _install()
         _enter_or_warn(sys.modules.get(_TARGET))
 

@@ -124,6 +124,12 @@ def test_a_variable_switches_the_hook_off(installed: Environment) -> None:
     assert installed.run(KNOWN, TERSOR_HOOK="").stdout == "['tersor']\n"
 
 
+def test_a_process_knows_whether_the_hook_is_in_place(installed: Environment) -> None:
+    code = "import _tersor_hook, tersor; print(_tersor_hook.started)"
+    assert installed.run(code).stdout == "True\n"
+    assert installed.run(code, TERSOR_HOOK="0").stdout == "False\n"
+
+
 def test_a_malformed_variable_is_said_when_transformers_comes(installed: Environment) -> None:
     assert installed.run("pass", TERSOR_HOOK="no").stderr == ""
     assert "TERSOR_HOOK is 'no': expected 0 or 1" in installed.run(KNOWN, TERSOR_HOOK="no").stderr
