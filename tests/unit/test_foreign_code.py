@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import own_code
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tersor
 from tersor.cli.main import run
@@ -203,6 +204,53 @@ def test_from_pretrained_follows_what_its_user_says(packed: Path, tmp_path: Path
     )
     assert type(on_the_fly.model.layers[0].mlp.down_proj).__name__ == "PackedLinear"
     own_code.ran(tmp_path / "plain").unlink()
+
+
+def test_a_class_that_the_program_registered_goes_before_the_code(
+    answer: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OursConfig(LlamaConfig):
+        model_type = "mine"
+
+    class OursForCausalLM(LlamaForCausalLM):
+        config_class = OursConfig
+
+    for mapping in (CONFIG_MAPPING, AutoModelForCausalLM._model_mapping):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    AutoConfig.register("mine", OursConfig)
+    AutoModelForCausalLM.register(OursConfig, OursForCausalLM)
+    model = own_code.make(tmp_path / "model")
+    for trusted in (False, True):
+        assert read_architecture(model, trust_remote_code=trusted).name == "OursForCausalLM"
+    assert type(load.load_model(model, "cpu")) is OursForCausalLM
+    assert not own_code.ran(model).exists()
+    assert answer.read() == "y\n" * 8
+
+
+class Bomb:
+    """An object whose pickle makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = own_code.make(tmp_path / "model", config={})
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "tokenizer.pkl", "model.pt"):
+        torch.save({"lm_head.weight": Bomb(tmp_path / "unpickled")}, model / name)
+    for verb in ("dry run", "inspect", "eval", "generate", "quantize"):
+        assert run([*words_of(verb, model, tmp_path), *([TRUST] if verb != "eval" else [])]) == 0
+    own_code.edit(model / "config.json", {"transformers_weights": "pytorch_model.bin"})
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    for verb in ("eval", "generate"):
+        assert run(words_of(verb, model, tmp_path)) == 2
+    (model / "model.safetensors").unlink()
+    for verb in ("dry run", "inspect", "eval", "generate"):
+        assert run([*words_of(verb, model, tmp_path)]) == 2
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_a_question_may_be_asked_again_afterwards(tmp_path: Path) -> None:
