@@ -66,6 +66,13 @@ SETTINGS: dict[str, Setting] = {
             meaning="Set to 1 to make a token's result independent of how many other tokens a call has.",
         ),
         Setting(
+            name="TERSOR_HOOK",
+            default="1",
+            parse=_one_of("0", "1"),
+            expects="0 or 1",
+            meaning="Set to 0 to keep transformers from knowing Tersor in programs that do not import it.",
+        ),
+        Setting(
             name="TERSOR_JIT_JOBS",
             default=min(8, os.cpu_count() or 1),
             parse=_positive_int,

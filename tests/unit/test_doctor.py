@@ -143,3 +143,13 @@ def test_a_malformed_setting_is_named(capsys: pytest.CaptureFixture[str], monkey
     FakeGpu("NVIDIA H200").install(monkeypatch)
     assert run(["doctor"]) == 2
     assert "environment variable TERSOR_KERNEL is 'fastest'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_it_says_whether_programs_that_do_not_import_tersor_load_checkpoints(
+    started: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("_tersor_hook.started", started)
+    assert doctor.examine()["hook"] is started
+    assert run(["doctor"]) == 0
+    assert ("as random weights" in capsys.readouterr().out) is not started

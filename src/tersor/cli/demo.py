@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tersor.cli import console
+from tersor.cli import console, options
 from tersor.errors import InputError
 
 FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp4_e2m1", "int4")
@@ -30,6 +30,7 @@ def command(
     window: Annotated[int, typer.Option(help="Tokens in a window of the evaluation.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens of Tersor's own text to evaluate on.")] = 16384,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compress, evaluate and generate, format by format."""
@@ -42,28 +43,28 @@ def command(
     chosen = tuple(formats or FORMATS)
     for name in chosen:
         get_scheme(name)
-    options = engine.Sampling(
+    sampling = engine.Sampling(
         temperature=0.0, repetition_penalty=PENALTY, max_new_tokens=max_new_tokens, ignore_eos=True
     )
     torch_device = resolve_device(device)
     found = load.locate(_bundled() if model is None else model)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
-    tokenizer = load.load_tokenizer(found.directory)
+    tokenizer = load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code)
     windows = evaluate.cut_windows(own_text(), tokenizer, window=window, max_tokens=max_tokens)
-    base = load.ready_model(found.directory, torch_device)
+    base = load.ready_model(found.directory, torch_device, trust_remote_code=trust_remote_code)
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tersor-demo-")))
         for format_name in (None, *chosen):
             where, subject = found, base
             if format_name is not None:
-                where = load.locate(_compress(quantize, found.directory, folder, format_name))
-                subject = load.ready_model(where.directory, torch_device)
+                where = load.locate(_compress(quantize, found.directory, folder, format_name, trust_remote_code))
+                subject = load.ready_model(where.directory, torch_device, trust_remote_code=trust_remote_code)
             with console.progress(format_name or "original") as move:
                 quality = evaluate.evaluate(subject, windows, reference=base, progress=move)
             generator = generate.Generator(subject, tokenizer)
-            stream = generator.stream(prompt, options)
+            stream = generator.stream(prompt, sampling)
             text = "".join(stream)
             bits = nn.bits_per_weight(subject) or where.plain_bits
             results.append(
@@ -104,10 +105,16 @@ def _bundled() -> Path:
     return MODEL
 
 
-def _compress(quantize: Any, source: Path, folder: Path, name: str) -> Path:
+def _compress(quantize: Any, source: Path, folder: Path, name: str, trust_remote_code: bool) -> Path:
     """Compress `source` and show how far it is."""
     with console.progress(f"compressing to {name}") as move:
-        quantize(source, folder / name, format=name, progress=lambda done, total, _: move(done, total))
+        quantize(
+            source,
+            folder / name,
+            format=name,
+            progress=lambda done, total, _: move(done, total),
+            trust_remote_code=trust_remote_code,
+        )
     return folder / name
 
 

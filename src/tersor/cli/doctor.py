@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import _tersor_hook
 from tersor import hardware, settings
 from tersor.cli import console
 from tersor.errors import UnsupportedError
@@ -29,6 +30,10 @@ TOKENS = (1, 1024)
 """A decode step and a prompt: the two regimes of a linear."""
 
 _CHANNELS = 4096
+_HOOK = {
+    True: "in place: every program here loads compressed checkpoints",
+    False: "not in place: a program that does not import tersor loads a compressed checkpoint as random weights",
+}
 
 
 def command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -49,6 +54,7 @@ def examine() -> dict[str, Any]:
     entries, nbytes = cache.size()
     found["cache"] = {"directory": str(cache.directory()), "entries": entries, "bytes": nbytes}
     found["environment"] = {name: os.environ.get(name) for name in settings.SETTINGS}
+    found["hook"] = _tersor_hook.started
     found["advice"] = advice
     return found
 
@@ -155,6 +161,7 @@ def _print(found: dict[str, Any]) -> None:
     for name, setting in settings.SETTINGS.items():
         value = found["environment"][name]
         lines.append((name, f"{setting.default} (not set)" if value is None else value))
+    lines.append(("import hook", _HOOK[found["hook"]]))
     console.print_section("Environment", lines)
     if found["advice"]:
         console.print_section("Advice", [("-", line) for line in found["advice"]])

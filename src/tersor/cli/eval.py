@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import console
+from tersor.cli import console, options
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def command(
         str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")
     ] = "16bit",
     plot: Annotated[Path | None, typer.Option(help="Draw size against quality (.png, .pdf, .svg).")] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
@@ -49,7 +50,12 @@ def command(
     console.choose_threads(max(found.weight_bytes for found in found_by_name.values()), torch_device)
     load.quiet()
     windows = {
-        name: evaluate.cut_windows(content, load.load_tokenizer(found.directory), window=window, max_tokens=max_tokens)
+        name: evaluate.cut_windows(
+            content,
+            load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code),
+            window=window,
+            max_tokens=max_tokens,
+        )
         for name, found in found_by_name.items()
     }
     base = None
@@ -60,13 +66,21 @@ def command(
                     f"{name} and the reference {reference} split the text into different tokens: "
                     "compare models of one tokenizer"
                 )
-        base = load.ready_model(found_by_name[reference].directory, torch_device, dtype)
+        base = load.ready_model(
+            found_by_name[reference].directory, torch_device, dtype, trust_remote_code=trust_remote_code
+        )
     results: list[dict[str, Any]] = []
     points: list[drawing.Point] = []
     for name in models:
         model = base
         if model is None or name != reference:
-            model = load.ready_model(found_by_name[name].directory, torch_device, dtype, activations=activations)
+            model = load.ready_model(
+                found_by_name[name].directory,
+                torch_device,
+                dtype,
+                activations=activations,
+                trust_remote_code=trust_remote_code,
+            )
         with console.progress(_label(name)) as move:
             quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
         bits = nn.bits_per_weight(model) or found_by_name[name].plain_bits

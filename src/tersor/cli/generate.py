@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersor.cli import console
+from tersor.cli import console, options
 from tersor.errors import InputError, TersorError, did_you_mean
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def command(
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Join packed layers that read the same activations; changes rounding.")
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt."""
@@ -54,7 +55,7 @@ def command(
         near = did_you_mean(cuda_graph, GRAPHS)
         raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
     Activations.of(activations)
-    options = engine.Sampling(
+    sampling = engine.Sampling(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -70,10 +71,17 @@ def command(
     found = load.locate(model)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
-    tokenizer = load.load_tokenizer(found.directory)
+    tokenizer = load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code)
     ids = generate.chat_prompt(tokenizer, text) if chat else text
-    loaded = load.ready_model(found.directory, torch_device, dtype, activations=activations, fuse=fuse)
-    stream = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, options)
+    loaded = load.ready_model(
+        found.directory,
+        torch_device,
+        dtype,
+        activations=activations,
+        fuse=fuse,
+        trust_remote_code=trust_remote_code,
+    )
+    stream = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, sampling)
     if json:
         produced = "".join(stream)
         fields = {

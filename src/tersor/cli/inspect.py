@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersor.cli import console
+from tersor.cli import console, options
 from tersor.cli.layers import collapse, scheme_words, shape_words
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ def command(
         bool,
         typer.Option("--full", help="A line for every tensor; layers that are alike share one otherwise."),
     ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a tensor at a time.")] = False,
 ) -> None:
     """Read the headers, then print format, bits and size of every layer."""
     from tersor.checkpoint.inspect import inspect
     from tersor.integrations.transformers.architecture import read_architecture
 
-    found = inspect(model, read_architecture)
+    found = inspect(model, partial(read_architecture, trust_remote_code=trust_remote_code))
     if json:
         console.print_json(found.to_dict())
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersor.cli import console
+from tersor.cli import console, options
 from tersor.cli.layers import collapse, scheme_words, shape_words
 from tersor.errors import InputError
 
@@ -60,6 +60,7 @@ def command(
     shard_size: Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compress, then print what became of the tensors."""
@@ -83,6 +84,7 @@ def command(
                 export=export,
                 shard_size=parse_size(shard_size),
                 progress=progress,
+                trust_remote_code=trust_remote_code,
             )
     except KeyboardInterrupt:
         partial = partial_directory(Path(output)) if output is not None else None

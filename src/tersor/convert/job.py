@@ -21,6 +21,7 @@ from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
 from tersor.checkpoint.writer import output_error, write_file
 from tersor.compress import DEFAULT_RECIPE, get_recipe
+from tersor.convert.card import model_card
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
@@ -50,6 +51,7 @@ def quantize(
     export: str = "tersor",
     shard_size: float = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor.
 
@@ -72,6 +74,7 @@ def quantize(
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         progress: called with bytes done, bytes in all, and a tensor's name.
+        trust_remote_code: whether Python code that comes with the model is run, to know its layers.
 
     Returns:
         What was done, tensor by tensor.
@@ -102,7 +105,7 @@ def quantize(
         scheme = get_scheme(format, group_size, scale_dtype)
         conversion = make_conversion(
             source,
-            read_architecture(source.directory),
+            read_architecture(source.directory, trust_remote_code=trust_remote_code),
             scheme=scheme,
             ignore=patterns,
             overrides=[parse_override(text, group_size, scale_dtype) for text in texts],
@@ -198,31 +201,13 @@ def _write_companions(
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_file(directory / INDEX_NAME, _json(index))
-    write_file(directory / "README.md", _model_card(source, conversion, chosen_export, recipe).encode())
+    write_file(directory / "README.md", model_card(source, conversion, chosen_export, recipe).encode())
     for path in source.companions():
         try:
             (directory / path).parent.mkdir(exist_ok=True)
             write_file(directory / path, (source.directory / path).read_bytes())
         except OSError as error:
             raise output_error(error, directory / path) from None
-
-
-def _model_card(source: Source, conversion: Conversion, chosen_export: Export, recipe: str) -> str:
-    scheme = conversion.config.scheme
-    base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
-    front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
-    use = "Load it with `import tersor` and then `AutoModelForCausalLM.from_pretrained`."
-    if chosen_export.name != "tersor":
-        use = f"The metadata is that of {chosen_export.name}; load it with an engine that reads it."
-    group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
-    body = [
-        f"# {source.label} in {scheme.name}",
-        "",
-        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
-        f"{get_recipe(recipe).summary} by Tersor {__version__}.",
-        use,
-    ]
-    return "\n".join([*front, "", *body, ""])
 
 
 def _json(value: Any) -> bytes:

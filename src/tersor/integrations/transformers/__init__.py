@@ -7,6 +7,7 @@ placement.py      which layer does a stored weight belong to?
 replace.py        packed layers into a model, and out of it
 fuse.py           layers that read the same activations become one: joined.py holds them
 experts.py        the experts of a layer, each packed
+foreign.py        code that comes with a model: run, or not
 load.py           a checkpoint ready to run, with one line for everything that can be wrong with it
 decode.py         one stream's prefill and decode step; sampler.py draws its tokens
 generate.py       text as it becomes decodable

@@ -12,6 +12,7 @@ from torch import nn
 
 from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.errors import CheckpointError, UnsupportedError
+from tersor.integrations.transformers import foreign
 
 _SAME_AS_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
@@ -19,18 +20,23 @@ _READ_BY_OTHERS = ("NonDynamicallyQuantizableLinear",)
 """Subclasses of `nn.Linear` whose weight is multiplied by the module that holds them."""
 
 
-def read_architecture(directory: Path) -> Architecture:
+def read_architecture(directory: Path, *, trust_remote_code: bool = False) -> Architecture:
     """Build the model of a config.json on the meta device and list its layers.
 
+    Args:
+        directory: where config.json is.
+        trust_remote_code: whether Python code that comes with the model is run.
+
     Raises:
-        CheckpointError: transformers does not know the model type, or cannot build the model.
+        CheckpointError: transformers does not know the model type, or cannot build the model, or needs code for it
+            that is not trusted.
     """
     from transformers import AutoConfig
 
-    with _quiet_transformers():
+    with _quiet_transformers(), foreign.unasked():
         try:
-            config = AutoConfig.from_pretrained(directory)
-            build = model_class(config)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            build = model_class(config, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
                 model = build._from_config(config, attn_implementation="eager")
         except CheckpointError:
@@ -40,29 +46,33 @@ def read_architecture(directory: Path) -> Architecture:
     return architecture_of(model)
 
 
-def model_class(config: Any) -> Any:
-    """Return the class of transformers that a config describes: the one that it names, else one of its model type.
+def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """Return the class that a config describes: the one that it names, else one of transformers for its model type.
+
+    Args:
+        config: as transformers read it.
+        trust_remote_code: whether the class that `auto_map` names goes before those of transformers.
 
     Raises:
-        CheckpointError: transformers has no model for such a config.
+        CheckpointError: transformers has no model for such a config, or needs code for it that is not trusted.
     """
     import transformers
 
+    own = foreign.classes(config)
+    if trust_remote_code and own:
+        return foreign.load_class(config, own)
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             wanted = getattr(found, "config_class", None)
             if wanted is None or isinstance(config, wanted):
                 return found
-    for auto in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForImageTextToText,
-        transformers.AutoModelForSeq2SeqLM,
-        transformers.AutoModel,
-    ):
+    for auto in (getattr(transformers, name) for name in own or foreign.AUTO_CLASSES):
         if type(config) in auto._model_mapping:
             found = auto._model_mapping[type(config)]
             return found[0] if isinstance(found, list | tuple) else found
+    if own:
+        raise CheckpointError(f"{config.name_or_path}: the model {foreign.REFUSAL}")
     raise CheckpointError(f"transformers has no model for the config of a {config.model_type!r}")
 
 
@@ -205,9 +215,9 @@ def _experts_obstacle(module: nn.Module) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if foreign.is_refusal(error):
+        return f"the model {foreign.REFUSAL}"
     text = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
-    if "trust_remote_code" in str(error) or "custom code" in str(error):
-        return "the model needs Python code of its own (auto_map in config.json), which is not run"
     return f"transformers cannot build this model: {text}"
 
 

@@ -13,8 +13,8 @@ from tersor.checkpoint.source import open_source
 from tersor.errors import CheckpointError, InputError, TersorError
 from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
 from tersor.hardware import resolve_device
+from tersor.integrations.transformers import foreign, replace
 from tersor.integrations.transformers import fuse as fusing
-from tersor.integrations.transformers import replace
 from tersor.integrations.transformers.architecture import model_class
 
 if TYPE_CHECKING:
@@ -71,16 +71,24 @@ def locate(path: str | Path) -> Found:
         return Found(source.directory, sum(file.path.stat().st_size for file in source.files), bits)
 
 
-def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str = "auto") -> PreTrainedModel:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Load a causal language model for inference.
 
     Args:
         path: a checkpoint directory or a hub id.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         dtype: `auto`, `float32`, `float16` or `bfloat16`; see `resolve_dtype`.
+        trust_remote_code: whether Python code that comes with the model is run.
 
     Raises:
-        InputError: no such directory, not a model, broken files, missing tensors, or no such device.
+        InputError: no such directory, not a model, broken files, missing tensors, no such device, or code that is not
+            trusted.
         TersorError: the model does not fit in the device's memory.
     """
     torch_device = device if isinstance(device, torch.device) else resolve_device(device)
@@ -89,14 +97,23 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     from transformers import AutoConfig
 
     try:
-        build = _causal_class(path, AutoConfig.from_pretrained(directory))
-        loaded: Any = build.from_pretrained(directory, dtype=torch_dtype, output_loading_info=True)
+        with foreign.unasked():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            loaded: Any = _causal_class(path, config, trust_remote_code).from_pretrained(
+                directory,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            )
         model, info = loaded[0].to(torch_device), loaded[1]
     except TersorError:
         raise
     except torch.OutOfMemoryError:
         raise TersorError(f"{path}: the model does not fit in the memory of {torch_device}") from None
     except Exception as error:  # transformers raises a dozen types for a checkpoint it cannot read
+        if foreign.is_refusal(error):
+            raise CheckpointError(f"{path}: the model {foreign.REFUSAL}") from None
         raise CheckpointError(f"{path}: cannot be loaded as a language model: {_one_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -106,9 +123,9 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     return model.eval()
 
 
-def _causal_class(path: str | Path, config: Any) -> Any:
+def _causal_class(path: str | Path, config: Any, trust_remote_code: bool) -> Any:
     """Return the class that config.json describes, where it is one that continues a text."""
-    build = model_class(config)
+    build = model_class(config, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder or not build.can_generate():
         raise CheckpointError(
             f"{path}: a {build.__name__} does not continue a text, which evaluating and generating need: use it "
@@ -124,11 +141,12 @@ def ready_model(
     *,
     activations: Activations | str = Activations.NATIVE,
     fuse: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model and set how its packed layers run.
 
     Args:
-        path, device, dtype: as for `load_model`.
+        path, device, dtype, trust_remote_code: as for `load_model`.
         activations: what its packed linears multiply with; other layers are left as they are.
         fuse: whether packed layers that read the same activations are joined (`fuse.fuse`), which changes rounding.
 
@@ -138,7 +156,7 @@ def ready_model(
         TersorError: the model does not fit in the device's memory.
     """
     chosen = Activations.of(activations)
-    model = load_model(path, device, dtype)
+    model = load_model(path, device, dtype, trust_remote_code=trust_remote_code)
     if fuse and not fusing.fuse(model):
         raise InputError(f"{path} has no packed layers that can be joined: load it without fusing")
     replace.multiply_with(model, chosen)
@@ -153,11 +171,15 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint.
 
+    Args:
+        path: a checkpoint directory or a hub id.
+        trust_remote_code: whether Python code that comes with the tokenizer is run.
+
     Raises:
-        InputError: no such directory, or no tokenizer in it.
+        InputError: no such directory, no tokenizer in it, or one that needs code that is not trusted.
     """
     directory = locate(path).directory
     from transformers import AutoTokenizer
@@ -165,8 +187,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not any(True for part in ("*token*", "*vocab*", "*.tiktoken") for _ in directory.glob(part)):
         raise CheckpointError(f"{path}: has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        with foreign.unasked():
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # likewise
+        if foreign.is_refusal(error):
+            raise CheckpointError(f"{path}: the tokenizer {foreign.REFUSAL}") from None
         raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {_one_line(error)}") from error
 
 

@@ -19,6 +19,7 @@ from tersor.compress import DEFAULT_RECIPE
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import Scheme
 from tersor.integrations.transformers.architecture import read_architecture
+from tersor.integrations.transformers.foreign import is_foreign
 from tersor.integrations.transformers.placement import Place, Placement
 from tersor.integrations.transformers.replace import packable, swap_packed, swap_tied
 from tersor.nn.packed import PackedModule
@@ -58,7 +59,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
         CheckpointError: tensors missing, of another shape or dtype, belonging to nothing, or contradicting `config`.
         UnsupportedError: a layer that cannot run packed.
     """
-    architecture = read_architecture(source.directory)
+    architecture = read_architecture(source.directory, trust_remote_code=is_foreign(model))
     stems = stored_weights(source.tensors)
     if not stems:
         raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
@@ -100,7 +101,7 @@ def decide_compression(
     """
     conversion = make_conversion(
         source,
-        read_architecture(source.directory),
+        read_architecture(source.directory, trust_remote_code=is_foreign(model)),
         scheme=config.scheme,
         ignore=config.ignore,
         overrides=config.overrides,

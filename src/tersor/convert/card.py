@@ -1,0 +1,76 @@
+"""What does the model card say? What a checkpoint holds, what loads it, and what happens elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tersor.checkpoint.conversion import Conversion
+from tersor.checkpoint.exports import Export
+from tersor.checkpoint.source import Source
+from tersor.compress import get_recipe
+from tersor.version import __version__
+
+_LOADING = """
+## Load it
+
+Tersor {version} or newer must be installed where the model is loaded: `pip install .` in its checkout, or
+`pip install '.[cuda]'` for an NVIDIA GPU to compute from the compressed weights. Then transformers loads it like any
+other model, and so do programs that load through transformers (`lm_eval --model hf`, `transformers serve`, pipelines):
+
+```python
+from transformers import {name}
+
+model = {name}.from_pretrained("path/to/this/directory"{trust})
+```
+
+Write `import tersor` before that where the environment variable TERSOR_HOOK is 0, or where Tersor is not installed but
+found through PYTHONPATH.
+
+**Without Tersor the model is noise.** transformers then warns of an unknown quantization type, leaves the compressed
+weights aside, and goes on with random numbers in their place: what such a model writes or scores means nothing.
+"""
+
+
+def model_card(source: Source, conversion: Conversion, export: Export, recipe: str) -> str:
+    """Return README.md of a compressed checkpoint: metadata that the Hub reads, and text.
+
+    Args:
+        source: what was compressed.
+        conversion: what became of it.
+        export: whose names and metadata the checkpoint has.
+        recipe: how codes were chosen, a key of `compress.RECIPES`.
+    """
+    scheme = conversion.config.scheme
+    base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
+    front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
+    group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
+    body = [
+        f"# {source.label} in {scheme.name}",
+        "",
+        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
+        f"{get_recipe(recipe).summary} by Tersor {__version__}.",
+        *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
+    ]
+    return "\n".join([*front, "", *body, ""])
+
+
+def _elsewhere(export: Export) -> str:
+    return f"The metadata is that of {export.name}; load it with an engine that reads it."
+
+
+def _use(source: Source) -> list[str]:
+    name = _class_name(source.config)
+    trust = ", trust_remote_code=True" if source.config.get("auto_map") else ""
+    loading = _LOADING.format(version=__version__, name=name, trust=trust)
+    return ["", *loading.strip().splitlines()]
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    """Return the class of transformers to load a model with: an automatic one, or that which config.json names."""
+    stated = config.get("architectures")
+    name = str(stated[0]) if isinstance(stated, list) and stated else ""
+    own = config.get("auto_map")
+    if isinstance(own, dict):
+        tasks = [task for task, reference in own.items() if str(reference).endswith(f".{name}")]
+        return tasks[0] if tasks else "AutoModelForCausalLM"
+    return name if name and not name.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModelForCausalLM"
