@@ -123,6 +123,20 @@ class SafetensorsFile:
             self.read_into(spec, start, flat.numpy().data)
         return result
 
+    def read_columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read columns `first` to `last` (exclusive) of a 2-D tensor, and no others, into memory of their own.
+
+        Raises:
+            CheckpointError: the disk does not give them.
+        """
+        spec = self.tensors[name]
+        result = torch.empty((spec.shape[0], last - first), dtype=TORCH_DTYPES[spec.dtype])
+        rows = result.view(torch.uint8).numpy().data
+        size = element_bytes(spec.dtype)
+        for row in range(spec.shape[0]):
+            self.read_into(spec, (row * spec.shape[1] + first) * size, rows[row])
+        return result
+
     def _read_bytes(self, start: int, count: int) -> bytes:
         try:
             return os.pread(self._fd, count, start)

@@ -11,6 +11,7 @@ from tersor.cli import chips, console
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Compressed checkpoint directory or hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     chip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
@@ -25,7 +26,7 @@ def command(
     chosen = Activations.of(activations)
     for_chips = chips.wanted(chip, "to compile for")
     with console.progress("compiling kernels") as move:
-        compiled = warm.compile_ahead(model, for_chips, activations=chosen, fuse=fuse, progress=move)
+        compiled = warm.compile_ahead(model, for_chips, activations=chosen, fuse=fuse, revision=revision, progress=move)
     if json:
         console.print_json(compiled.to_dict())
         return

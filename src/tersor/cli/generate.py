@@ -19,6 +19,7 @@ GRAPHS = {"auto": None, "on": True, "off": False}
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")] = None,
@@ -67,7 +68,7 @@ def command(
     )
     text = _read() if prompt == "-" else prompt
     torch_device = resolve_device(device)
-    found = load.locate(model)
+    found = load.locate(model, revision)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
     tokenizer = load.load_tokenizer(found.directory)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     full: Annotated[
         bool,
         typer.Option("--full", help="A line for every tensor; layers that are alike share one otherwise."),
@@ -25,7 +26,7 @@ def command(
     from tersor.checkpoint.inspect import inspect
     from tersor.integrations.transformers.architecture import read_architecture
 
-    found = inspect(model, read_architecture)
+    found = inspect(model, read_architecture, revision)
     if json:
         console.print_json(found.to_dict())
         return

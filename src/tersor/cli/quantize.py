@@ -25,6 +25,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
     ] = None,
@@ -80,6 +81,7 @@ def command(
                 device=device,
                 export=export,
                 shard_size=parse_size(shard_size),
+                revision=revision,
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -161,6 +163,7 @@ def _print_dry_run(report: Report) -> None:
                 console.size(sum(row.bytes_after for row in rows)),
             ]
         )
+    _print_method(report)
     print(f"{report.source}: what would be written, in {_files(report)}")
     console.print_table(["tensor", "count", "shape", "becomes", "bits/weight", "before", "after"], lines)
     print(_totals(report))
@@ -168,6 +171,7 @@ def _print_dry_run(report: Report) -> None:
 
 def _print_report(report: Report) -> None:
     """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
+    _print_method(report)
     groups: dict[str | None, list[Row]] = {}
     for row in report.rows:
         groups.setdefault(row.scheme, []).append(row)
@@ -193,6 +197,15 @@ def _print_report(report: Report) -> None:
     print(_totals(report))
     rate = report.bytes_read / 1e6 / report.stream_seconds if report.stream_seconds else 0.0
     print(f"{report.output}: {_files(report)} written in {report.seconds:.1f} s, weights at {rate:.0f} MB/s")
+
+
+def _print_method(report: Report) -> None:
+    """Print what a compressed source is decoded from: its errors come on top of those of the table."""
+    if report.source_method:
+        print(
+            f"{report.source} is compressed by {report.source_method} already: decoded on the way, errors are against "
+            "the decoded weights"
+        )
 
 
 def _totals(report: Report) -> str:

@@ -1,0 +1,159 @@
+"""By which method is a checkpoint compressed, and is it one that is read? The table of methods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tersor.checkpoint.header import WEIGHT_DTYPES
+from tersor.checkpoint.released import compressed_tensors as ct
+from tersor.checkpoint.released.bitsandbytes import bitsandbytes
+from tersor.checkpoint.released.integers import awq, gptq
+from tersor.checkpoint.released.mxfp4 import mxfp4
+from tersor.checkpoint.released.parts import Assembly
+from tersor.checkpoint.released.scaled import fp8, modelopt, quark
+from tersor.checkpoint.source import Source, StoredTensor, quantization_of, stated_dtype
+from tersor.errors import InputError
+
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_UNNAMED = "a method it does not name"
+_COMPANIONS = (
+    r".*[._](weight_scale|weight_scale_inv|weight_scale_2|weight_packed|weight_shape|weight_global_scale|"
+    r"weight_zero_point|weight_g_idx|qweight|qzeros|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map)"
+    r"|.*\.scales|.*\.quant_state\..*"
+)
+"""Names of tensors that mean nothing without the weight that they belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A checkpoint that was compressed by another method, seen as the plain one that it stands for.
+
+    Attributes:
+        method: what config.json calls the method, with its format where that says more.
+        settings: what config.json, or a file beside it, says of the compression.
+        tensors: the plain tensors by name; those that are stored compressed are `DecodedTensor`.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+def _gptq_unreadable(settings: Mapping[str, Any]) -> str:
+    form = settings.get("checkpoint_format") or "gptq"
+    if settings.get("is_marlin_format"):
+        return "marlin"
+    return "" if form in ("gptq", "gptq_v2") else str(form)
+
+
+def _awq_unreadable(settings: Mapping[str, Any]) -> str:
+    bits = settings.get("bits", settings.get("w_bit", 4))
+    version = str(settings.get("version") or "gemm").lower()
+    return f"{bits} bits" if bits != 4 else "" if version == "gemm" else version
+
+
+def _auto_round_unreadable(settings: Mapping[str, Any]) -> str:
+    packing = str(settings.get("packing_format", "auto_round:auto_gptq"))
+    return "" if packing.endswith(("gptq", "awq")) else packing
+
+
+def _auto_round(assembly: Assembly) -> None:
+    packing = str(assembly.settings.get("packing_format", ""))
+    (awq if packing.endswith("awq") else gptq)(assembly)
+
+
+def _all_read(settings: Mapping[str, Any]) -> str:
+    return ""
+
+
+_METHODS: dict[str, tuple[Callable[[Assembly], None], Callable[[Mapping[str, Any]], str]]] = {
+    "fp8": (fp8, _all_read),
+    "fbgemm_fp8": (fp8, _all_read),
+    "mxfp8": (fp8, _all_read),
+    "mxfp4": (mxfp4, _all_read),
+    "compressed-tensors": (ct.compressed_tensors, ct.unreadable),
+    "gptq": (gptq, _gptq_unreadable),
+    "awq": (awq, _awq_unreadable),
+    "auto-round": (_auto_round, _auto_round_unreadable),
+    "bitsandbytes": (bitsandbytes, _all_read),
+    "modelopt": (modelopt, _all_read),
+    "quark": (quark, _all_read),
+}
+"""Method -> what reads it, and what says in words why a configuration of it is not read."""
+
+
+def compression_of(source: Source) -> dict[str, Any] | None:
+    """Return how the weights of a checkpoint are compressed, or `None`: by config.json, or by a file beside it.
+
+    AutoGPTQ and AutoAWQ once wrote their settings to files of their own, ModelOpt still does.
+    """
+    return quantization_of(source.config) or settings_beside(source.directory)
+
+
+def settings_beside(directory: Path) -> dict[str, Any] | None:
+    """Return the settings of a compression that a file beside config.json holds, or `None`."""
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "")):
+        try:
+            found = json.loads((directory / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict):
+            inner = found.get("quantization")
+            if method:
+                return {"quant_method": method, **found}
+            if isinstance(inner, dict) and inner.get("quant_algo"):
+                return {"quant_method": "modelopt", **inner}
+    return None
+
+
+def method_name(settings: Mapping[str, Any]) -> str:
+    """Return what to call a method: its name, and the format in brackets where there are several."""
+    name = str(settings.get("quant_method") or _UNNAMED)
+    if name == "bitsandbytes":
+        detail: Any = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else "int8"
+    else:
+        detail = next((settings[key] for key in ("format", "quant_algo", "checkpoint_format") if settings.get(key)), "")
+    return f"{name} ({detail})" if detail and detail != name else name
+
+
+def read_released(source: Source) -> Released | None:
+    """See a compressed checkpoint as a plain one; no weight is read yet.
+
+    Returns:
+        The plain tensors, or `None` where nothing says that the checkpoint is compressed.
+
+    Raises:
+        InputError: a method that is not read, or a configuration of it; the message names it.
+        CheckpointError: a tensor that a weight needs is missing or has the wrong dtype or shape.
+    """
+    settings = compression_of(source)
+    if settings is None:
+        return None
+    method = str(settings.get("quant_method") or "")
+    if not method and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"
+        settings = {"quant_method": method, **settings}
+    reader, unreadable = _METHODS.get(method, (None, _all_read))
+    words = method_name(settings)
+    why = unreadable(settings)
+    if reader is None or why:
+        raise InputError(
+            f"{source.directory} is already compressed by {words}{f' ({why})' if why and why not in words else ''}: "
+            "start from the uncompressed model"
+        )
+    assembly = Assembly(source.tensors, settings, _dtype_of(source))
+    reader(assembly)
+    tensors = assembly.finish(_COMPANIONS)
+    return Released(words, settings, tensors)
+
+
+def _dtype_of(source: Source) -> str:
+    """Return the safetensors dtype of a model: the stated one, else that of its first plain tensor."""
+    stated = _DTYPES.get(stated_dtype(source.config) or "")
+    plain = (item.spec for item in source.tensors.values() if item.spec.dtype in WEIGHT_DTYPES)
+    named = (spec.dtype for spec in plain if not spec.name.endswith(("scale", "scales", "scale_inv", "SCB", "absmax")))
+    return stated or next(named, "BF16")
