@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or hub ids.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.")],
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the models, all of them hub ids; not of --reference.")
     ] = None,
-    text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.")],
     reference: Annotated[str | None, typer.Option(help="Model to compare with, of the same vocabulary.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,

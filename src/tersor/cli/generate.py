@@ -19,8 +19,8 @@ GRAPHS = {"auto": None, "on": True, "off": False}
 
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 0 samples; 0 is greedy.")] = None,

@@ -1,4 +1,4 @@
-"""Which checkpoints that others compressed are read, and how? Weights are decoded in blocks of rows, as they are needed.
+"""Which checkpoints that others compressed are read, and how? Weights are decoded in blocks of rows.
 
 `methods` holds the table of methods and says what a checkpoint is compressed by; a module for each family of methods
 finds the tensors of a weight, checks them and says how rows are decoded.
