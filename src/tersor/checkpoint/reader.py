@@ -131,10 +131,11 @@ class SafetensorsFile:
         """
         spec = self.tensors[name]
         result = torch.empty((spec.shape[0], last - first), dtype=TORCH_DTYPES[spec.dtype])
-        rows = result.view(torch.uint8).numpy().data
         size = element_bytes(spec.dtype)
+        rows, count = result.view(torch.uint8).reshape(-1).numpy().data, (last - first) * size
         for row in range(spec.shape[0]):
-            self.read_into(spec, (row * spec.shape[1] + first) * size, rows[row])
+            start = (row * spec.shape[1] + first) * size
+            self.read_into(spec, start, rows[row * count : (row + 1) * count])
         return result
 
     def _read_bytes(self, start: int, count: int) -> bytes:

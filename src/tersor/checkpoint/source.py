@@ -132,8 +132,8 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None) -> S
     directory = Path(text).expanduser()
     if revision is not None and directory.exists():
         raise InputError(
-            f"revision {revision!r} is for a hub id, and {text} is a path here: leave the revision out, or check it out "
-            "there"
+            f"revision {revision!r} is for a hub id, and {text} is a path here: leave the revision out, or check it "
+            "out there"
         )
     if directory.is_dir():
         return Source(directory, directory.resolve().name)

@@ -291,8 +291,8 @@ def _check_growth(source: Source, conversion: Conversion, released: Released) ->
     first = grown[0].source.spec
     raise InputError(
         f"{source.directory} is already compressed by {released.method}, and {len(grown)} of its tensors, such as "
-        f"{first.name!r}, cannot be compressed again: decoded, {before / 1e9:.2f} GB would become {after / 1e9:.2f} GB; "
-        f"keep the model as it is, or ignore them by name to have them decoded to {first.dtype}"
+        f"{first.name!r}, cannot be compressed again: decoded, {before / 1e9:.2f} GB would become {after / 1e9:.2f} "
+        f"GB; keep the model as it is, or ignore them by name to have them decoded to {first.dtype}"
     )
 
 

@@ -99,11 +99,7 @@ def _state(tensor: StoredTensor) -> Mapping[str, Any]:
     """
     try:
         state = json.loads(bytes(read(tensor).view(torch.uint8).tolist()).decode())
-        sizes = [
-            *state["shape"],
-            state["blocksize"],
-            *([state["nested_blocksize"]] if "nested_blocksize" in state else []),
-        ]
+        sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
         whole = all(type(size) is int and size > 0 for size in sizes)
         if not whole or ("nested_blocksize" in state and not isinstance(state.get("nested_offset"), float)):
             raise ValueError("sizes are not whole numbers, or nested_offset is missing")

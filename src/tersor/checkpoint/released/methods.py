@@ -114,7 +114,8 @@ def method_name(settings: Mapping[str, Any]) -> str:
     """Return what to call a method: its name, and the format in brackets where there are several."""
     name = str(settings.get("quant_method") or _UNNAMED)
     if name == "bitsandbytes":
-        detail: Any = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else "int8"
+        detail: Any = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else ""
+        detail = "int8" if settings.get("load_in_8bit") else detail
     else:
         detail = next((settings[key] for key in ("format", "quant_algo", "checkpoint_format") if settings.get(key)), "")
     return f"{name} ({detail})" if detail and detail != name else name

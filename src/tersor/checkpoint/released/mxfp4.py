@@ -17,7 +17,7 @@ def mxfp4(assembly: Assembly) -> None:
         scales = assembly.part(f"{name}_scales", blocks, ("U8", "F8_E8M0"))
         assembly.find(f"{name}_blocks", ("U8",))
         check_rank(blocks, 4)
-        experts, oc, groups, width = blocks.spec.shape
+        experts, oc, groups, _ = blocks.spec.shape
         check_shape(blocks, (experts, oc, groups, _BLOCK // 2))
         check_shape(scales, (experts, oc, groups))
         _put(assembly, name, blocks, scales)

@@ -166,8 +166,8 @@ def check_shape(tensor: StoredTensor, *shapes: tuple[int, ...]) -> None:
     if tensor.spec.shape not in shapes:
         wanted = " or ".join(dict.fromkeys(str(list(shape)) for shape in shapes))
         raise CheckpointError(
-            f"{tensor.file.path}: tensor {tensor.spec.name!r} has shape {list(tensor.spec.shape)}, and its weight wants "
-            f"{wanted}"
+            f"{tensor.file.path}: tensor {tensor.spec.name!r} has shape {list(tensor.spec.shape)}, and its weight "
+            f"wants {wanted}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which scale does a weight have where? One for a tensor, a row, a group or a block, told by the shape of the scales."""
+"""Which scale does a weight have where? Told by the shape of the scales: one for a tensor, row, group or block."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""Weights as other engines store them, made by straightforward code that shares nothing with what reads them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from helpers import checkpoints
+
+Stored = tuple[dict[str, torch.Tensor], torch.Tensor]
+"""The tensors that stand for `<stem>.weight`, by what follows the stem, and the float32 weight that they mean."""
+
+Compress = Callable[[torch.Tensor, np.random.Generator], Stored]
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def save(directory: Path, settings: dict[str, Any], compress: Compress, linears: str = "proj") -> tuple[Path, Path]:
+    """Write a tiny model compressed, and the plain one that it means, and return both directories.
+
+    Args:
+        directory: where to.
+        settings: the `quantization_config`.
+        compress: makes the stored tensors of a weight.
+        linears: what the name of a weight that is compressed holds.
+    """
+    plain, packed = directory / "plain" / "model", directory / "packed" / "model"
+    source = checkpoints.save("llama", plain)
+    shutil.copytree(source, packed)
+    random = np.random.default_rng(0)
+    means, stored = {}, {}
+    for name, tensor in checkpoints.weights(source).items():
+        means[name] = stored[name] = tensor
+        if linears in name:
+            stem = name.removesuffix(".weight")
+            del stored[name]
+            tensors, means[name] = compress(tensor.float(), random)
+            stored |= {stem + key: value.contiguous() for key, value in tensors.items()}
+    save_file(means, plain / "model.safetensors", {"format": "pt"})
+    save_file(stored, packed / "model.safetensors", {"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return packed, plain
+
+
+def words_of(fields: np.ndarray, bits: int) -> torch.Tensor:
+    """Pack the last axis of unsigned numbers into 32-bit words, bit by bit, the lowest first."""
+    digits = (fields[..., None] >> np.arange(bits)) & 1
+    flat = digits.reshape(*fields.shape[:-1], -1).astype(np.uint8)
+    padding = -flat.shape[-1] % 32
+    flat = np.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
+    return torch.from_numpy(np.packbits(flat, axis=-1, bitorder="little")).view(torch.int32)
+
+
+def fp8_blocks(height: int, width: int, dtype: torch.dtype = torch.float32) -> Compress:
+    """float8 with a scale for each block, as DeepSeek and Qwen release."""
+
+    def compress(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+        oc, ic = weight.shape
+        scales = torch.zeros(-(-oc // height), -(-ic // width), dtype=dtype)
+        codes, means = torch.zeros(oc, ic, dtype=torch.float8_e4m3fn), torch.zeros(oc, ic)
+        for row in range(scales.shape[0]):
+            for column in range(scales.shape[1]):
+                block = (slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width))
+                scales[row, column] = (weight[block].abs().max() / 448).to(dtype)
+                codes[block] = (weight[block] / scales[row, column].float()).to(torch.float8_e4m3fn)
+                means[block] = codes[block].float() * scales[row, column].float()
+        return {".weight": codes, ".weight_scale_inv": scales, ".input_scale": torch.ones(1)}, means
+
+    return compress
+
+
+def fp8_scaled(shape: str, key: str) -> Compress:
+    """float8 with one scale, or one a row."""
+
+    def compress(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+        scale = weight.abs().max() / 448 if shape == "tensor" else weight.abs().amax(1, keepdim=True) / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        return {".weight": codes, key: scale.reshape(-1) if shape == "flat" else scale}, codes.float() * scale
+
+    return compress
+
+
+def gptq(bits: int, size: int, *, version: int = 1, shuffled: bool = False) -> Compress:
+    """GPTQ: words of input channels, zero points less one in version 1; `shuffled` gives channels groups at random."""
+
+    def compress(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+        oc, ic = weight.shape
+        size_ = size if size > 0 else ic
+        groups = np.arange(ic) // size_
+        if shuffled:
+            random.shuffle(groups)
+        codes = random.integers(0, 1 << bits, (oc, ic))
+        zeros = random.integers(1, 1 << bits, (ic // size_, oc))
+        scales = torch.from_numpy(random.uniform(0.01, 0.1, (ic // size_, oc))).half()
+        tensors = {
+            ".qweight": words_of(codes, bits).T,
+            ".qzeros": words_of(zeros - (2 - version), bits),
+            ".scales": scales,
+            ".g_idx": torch.from_numpy(groups.astype(np.int32)),
+        }
+        means = torch.from_numpy(codes - zeros[groups].T).float() * scales.float()[groups].T
+        return tensors, means
+
+    return compress
+
+
+def awq(size: int) -> Compress:
+    """AWQ, gemm: eight output channels in a word, 0 2 4 6 1 3 5 7 from the low end."""
+
+    def pack(fields: np.ndarray) -> torch.Tensor:
+        eights = fields.reshape(len(fields), -1, 8)
+        word = np.zeros(eights.shape[:2], dtype=np.uint32)
+        for place, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            word |= eights[:, :, column].astype(np.uint32) << np.uint32(4 * place)
+        return torch.from_numpy(word.view(np.int32))
+
+    def compress(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+        oc, ic = weight.shape
+        codes = random.integers(0, 16, (ic, oc))
+        zeros = random.integers(0, 16, (ic // size, oc))
+        scales = torch.from_numpy(random.uniform(0.01, 0.1, (ic // size, oc))).half()
+        groups = np.arange(ic) // size
+        means = torch.from_numpy(codes - zeros[groups]).float() * scales.float()[groups]
+        return {".qweight": pack(codes), ".qzeros": pack(zeros), ".scales": scales}, means.T
+
+    return compress
+
+
+def bitsandbytes(kind: str, *, nested: bool = False, storage: torch.dtype = torch.uint8, size: int = 64) -> Compress:
+    """bitsandbytes in 4 bits: the first of two weights in the high half of a byte, scales of flat blocks."""
+
+    def compress(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+        oc, ic = weight.shape
+        table = torch.linspace(-1, 1, 16) ** 3
+        codes = random.integers(0, 16, oc * ic)
+        blocks = -(-oc * ic // size)
+        state = {"quant_type": kind, "blocksize": size, "dtype": "bfloat16", "shape": [oc, ic]}
+        packed = torch.from_numpy((codes[::2] << 4 | codes[1::2]).astype(np.uint8))
+        tensors = {".weight": packed.view(storage).reshape(-1, 1), ".weight.quant_map": table}
+        if nested:
+            outer = torch.from_numpy(random.uniform(0.5, 1, -(-blocks // 256))).float()
+            inner = torch.from_numpy(random.integers(0, 256, blocks).astype(np.uint8))
+            inner_table = torch.linspace(-0.1, 0.1, 256)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.125}
+            tensors |= {
+                ".weight.absmax": inner,
+                ".weight.nested_absmax": outer,
+                ".weight.nested_quant_map": inner_table,
+            }
+            absmax = inner_table[inner.long()] * outer.repeat_interleave(256)[:blocks] + 0.125
+        else:
+            absmax = torch.from_numpy(random.uniform(0.1, 1, blocks)).float()
+            tensors[".weight.absmax"] = absmax
+        text = json.dumps(state).encode()
+        tensors[f".weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(text), dtype=torch.uint8)
+        means = table[torch.from_numpy(codes)] * absmax.repeat_interleave(size)[: oc * ic]
+        return tensors, means.view(oc, ic)
+
+    return compress
+
+
+def llm_int8(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+    """bitsandbytes in 8 bits: a largest value a row."""
+    largest = weight.abs().amax(1)
+    codes = torch.round(weight / largest[:, None] * 127).to(torch.int8)
+    state = torch.zeros((), dtype=torch.uint8)
+    tensors = {".weight": codes, ".SCB": largest, ".weight_format": state}
+    return tensors, codes.float() * largest[:, None] / 127
+
+
+def nvfp4(weight: torch.Tensor, random: np.random.Generator) -> Stored:
+    """ModelOpt's NVFP4: scales of 16 in float8, times one number."""
+    oc, ic = weight.shape
+    codes = random.integers(0, 16, (oc, ic))
+    scales = torch.from_numpy(random.uniform(0.5, 400, (oc, ic // 16))).to(torch.float8_e4m3fn)
+    second = torch.tensor(0.0003)
+    packed = torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
+    means = FP4[torch.from_numpy(codes)] * (scales.float() * second).repeat_interleave(16, 1)
+    tensors = {".weight": packed, ".weight_scale": scales, ".weight_scale_2": second, ".input_scale": torch.ones(())}
+    return tensors, means
