@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import checkpoints
+from tersor.checkpoint.released import DecodedTensor, read_released
+from tersor.checkpoint.source import open_source
 
 Stored = tuple[dict[str, torch.Tensor], torch.Tensor]
 """The tensors that stand for `<stem>.weight`, by what follows the stem, and the float32 weight that they mean."""
@@ -41,7 +43,8 @@ def save(directory: Path, settings: dict[str, Any], compress: Compress, linears:
         if linears in name:
             stem = name.removesuffix(".weight")
             del stored[name]
-            tensors, means[name] = compress(tensor.float(), random)
+            tensors, mean = compress(tensor.float(), random)
+            means[name] = mean.contiguous()
             stored |= {stem + key: value.contiguous() for key, value in tensors.items()}
     save_file(means, plain / "model.safetensors", {"format": "pt"})
     save_file(stored, packed / "model.safetensors", {"format": "pt"})
@@ -186,3 +189,63 @@ def nvfp4(weight: torch.Tensor, random: np.random.Generator) -> Stored:
     means = FP4[torch.from_numpy(codes)] * (scales.float() * second).repeat_interleave(16, 1)
     tensors = {".weight": packed, ".weight_scale": scales, ".weight_scale_2": second, ".input_scale": torch.ones(())}
     return tensors, means
+
+
+CASES: dict[str, tuple[dict[str, Any], Compress]] = {
+    "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [48, 40]}, fp8_blocks(48, 40)),
+    "fp8 bfloat16": (
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        fp8_blocks(32, 32, torch.bfloat16),
+    ),
+    "fp8 tensor": ({"quant_method": "fp8"}, fp8_scaled("tensor", ".weight_scale_inv")),
+    "fp8 qscale": ({"quant_method": "fp8"}, fp8_scaled("tensor", ".qscale_weight")),
+    "fp8 rows": ({"quant_method": "fbgemm_fp8"}, fp8_scaled("rows", ".weight_scale")),
+    "fp8 flat rows": ({"quant_method": "quark"}, fp8_scaled("flat", ".weight_scale")),
+    "gptq 2": ({"quant_method": "gptq", "bits": 2, "group_size": 32}, gptq(2, 32)),
+    "gptq 3": ({"quant_method": "gptq", "bits": 3, "group_size": 32}, gptq(3, 32)),
+    "gptq 4": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, gptq(4, 16, shuffled=True)),
+    "gptq 8": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, gptq(8, -1)),
+    "gptq_v2": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"},
+        gptq(4, 32, version=2),
+    ),
+    "auto-round": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_gptq"},
+        gptq(4, 32),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq(32)),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, bitsandbytes("nf4")),
+    "nf4 nested": ({"quant_method": "bitsandbytes"}, bitsandbytes("nf4", nested=True)),
+    "fp4 in bfloat16": (
+        {"quant_method": "bitsandbytes"},
+        bitsandbytes("fp4", storage=torch.bfloat16, size=128),
+    ),
+    "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, llm_int8),
+    "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4),
+}
+
+
+def decoded(directory: Path, block: int = 7) -> dict[str, torch.Tensor]:
+    """Every compressed weight of a directory as float32, read in blocks of rows."""
+    with open_source(directory) as source:
+        found = read_released(source)
+        assert found is not None
+        return {
+            name: torch.cat(
+                [
+                    tensor.read_rows(row, min(row + block, tensor.spec.shape[0]))
+                    for row in range(0, tensor.spec.shape[0], block)
+                ]
+            )
+            for name, tensor in found.tensors.items()
+            if isinstance(tensor, DecodedTensor)
+        }
+
+
+def same(directory: Path, other: Path) -> None:
+    """Both directories hold the same tensors, byte for byte."""
+    ours, theirs = checkpoints.weights(directory), checkpoints.weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor, theirs[name]), name

@@ -4,88 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import checkpoints, released
 from safetensors.torch import save_file
 
-from tersor.checkpoint.released import DecodedTensor, read_released
+from tersor.checkpoint.released import read_released
 from tersor.checkpoint.source import open_source
 from tersor.convert import quantize
 
-CASES: dict[str, tuple[dict[str, Any], released.Compress]] = {
-    "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [48, 40]}, released.fp8_blocks(48, 40)),
-    "fp8 bfloat16": (
-        {"quant_method": "fp8", "weight_block_size": [32, 32]},
-        released.fp8_blocks(32, 32, torch.bfloat16),
-    ),
-    "fp8 tensor": ({"quant_method": "fp8"}, released.fp8_scaled("tensor", ".weight_scale_inv")),
-    "fp8 qscale": ({"quant_method": "fp8"}, released.fp8_scaled("tensor", ".qscale_weight")),
-    "fp8 rows": ({"quant_method": "fbgemm_fp8"}, released.fp8_scaled("rows", ".weight_scale")),
-    "fp8 flat rows": ({"quant_method": "quark"}, released.fp8_scaled("flat", ".weight_scale")),
-    "gptq 2": ({"quant_method": "gptq", "bits": 2, "group_size": 32}, released.gptq(2, 32)),
-    "gptq 3": ({"quant_method": "gptq", "bits": 3, "group_size": 32}, released.gptq(3, 32)),
-    "gptq 4": ({"quant_method": "gptq", "bits": 4, "group_size": 16}, released.gptq(4, 16, shuffled=True)),
-    "gptq 8": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, released.gptq(8, -1)),
-    "gptq_v2": (
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"},
-        released.gptq(4, 32, version=2),
-    ),
-    "auto-round": (
-        {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_gptq"},
-        released.gptq(4, 32),
-    ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, released.awq(32)),
-    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, released.bitsandbytes("nf4")),
-    "nf4 nested": ({"quant_method": "bitsandbytes"}, released.bitsandbytes("nf4", nested=True)),
-    "fp4 in bfloat16": (
-        {"quant_method": "bitsandbytes"},
-        released.bitsandbytes("fp4", storage=torch.bfloat16, size=128),
-    ),
-    "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, released.llm_int8),
-    "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, released.nvfp4),
-}
 
-
-def decoded(directory: Path, block: int = 7) -> dict[str, torch.Tensor]:
-    """Every compressed weight of a directory as float32, read in blocks of rows."""
-    with open_source(directory) as source:
-        found = read_released(source)
-        assert found is not None
-        return {
-            name: torch.cat(
-                [
-                    tensor.read_rows(row, min(row + block, tensor.spec.shape[0]))
-                    for row in range(0, tensor.spec.shape[0], block)
-                ]
-            )
-            for name, tensor in found.tensors.items()
-            if isinstance(tensor, DecodedTensor)
-        }
-
-
-def same(directory: Path, other: Path) -> None:
-    """Both directories hold the same tensors, byte for byte."""
-    ours, theirs = checkpoints.weights(directory), checkpoints.weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype
-        assert torch.equal(tensor, theirs[name]), name
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", released.CASES)
 def test_a_released_checkpoint_is_decoded_and_compressed_like_the_plain_one(case: str, tmp_path: Path) -> None:
-    settings, compress = CASES[case]
+    settings, compress = released.CASES[case]
     packed, plain = released.save(tmp_path, settings, compress)
-    found, expected = decoded(packed), checkpoints.weights(plain)
+    found, expected = released.decoded(packed), checkpoints.weights(plain)
     assert len(found) == 14
     for name, weight in found.items():
         assert torch.equal(weight, expected[name]), name
     report = quantize(packed, tmp_path / "out")
     quantize(plain, tmp_path / "expected")
-    same(tmp_path / "out", tmp_path / "expected")
+    released.same(tmp_path / "out", tmp_path / "expected")
     assert report.source_method.startswith(settings["quant_method"])
     assert report.bytes_before == sum(
         tensor.nbytes for name, tensor in checkpoints.weights(packed).items() if not name.endswith("input_scale")
@@ -97,7 +37,7 @@ def test_a_released_checkpoint_is_decoded_and_compressed_like_the_plain_one(case
 
 
 def test_layers_left_alone_are_written_in_the_models_dtype(tmp_path: Path) -> None:
-    packed, plain = released.save(tmp_path, *CASES["fp8 blocks"])
+    packed, plain = released.save(tmp_path, *released.CASES["fp8 blocks"])
     quantize(packed, tmp_path / "out", ignore=["down_proj"])
     name = "model.layers.1.mlp.down_proj.weight"
     written = checkpoints.weights(tmp_path / "out")[name]
@@ -106,22 +46,22 @@ def test_layers_left_alone_are_written_in_the_models_dtype(tmp_path: Path) -> No
 
 
 def test_experts_of_three_axes_are_decoded_each_with_its_own_scales(tmp_path: Path) -> None:
-    packed, _ = released.save(tmp_path, *CASES["fp8 blocks"])
+    packed, _ = released.save(tmp_path, *released.CASES["fp8 blocks"])
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(3, 40, 64, generator=generator).to(torch.float8_e4m3fn)
     blocks, each = torch.rand(3, 1, 2, generator=generator), torch.rand(3, generator=generator)
-    extra = {"a.experts.up": codes, "a.experts.up_scale_inv": blocks, "a.experts.down": codes}
+    extra = {"a.experts.up": codes, "a.experts.up_scale_inv": blocks, "a.experts.down": codes.clone()}
     extra["a.experts.down_scale"] = each
     path = packed / "model.safetensors"
     save_file({**checkpoints.load(path), **extra}, path, {"format": "pt"})
-    found = decoded(packed, 2)
+    found = released.decoded(packed, 2)
     grid = blocks.repeat_interleave(48, 1)[:, :40].repeat_interleave(40, 2)[:, :, :64]
     assert torch.equal(found["a.experts.up"], codes.float() * grid)
     assert torch.equal(found["a.experts.down"], codes.float() * each[:, None, None])
 
 
 def test_experts_in_four_bits_among_fp8_have_a_scale_for_each_32(tmp_path: Path) -> None:
-    packed, _ = released.save(tmp_path, *CASES["fp8 blocks"])
+    packed, _ = released.save(tmp_path, *released.CASES["fp8 blocks"])
     codes = torch.arange(16 * 32, dtype=torch.int32).remainder(256).to(torch.uint8).view(16, 32)
     scales = torch.full((16, 2), 126, dtype=torch.uint8)
     scales[3, 1] = 130
@@ -130,7 +70,7 @@ def test_experts_in_four_bits_among_fp8_have_a_scale_for_each_32(tmp_path: Path)
     save_file({**checkpoints.load(path), **extra}, path, {"format": "pt"})
     expected = torch.stack([released.FP4[codes.long() % 16], released.FP4[codes.long() // 16]], -1).view(16, 64) / 2
     expected[3, 32:] *= 16
-    assert torch.equal(decoded(packed)["a.w1.weight"], expected)
+    assert torch.equal(released.decoded(packed)["a.w1.weight"], expected)
 
 
 def test_a_plain_checkpoint_is_none_that_others_compressed(tmp_path: Path) -> None:
@@ -139,7 +79,7 @@ def test_a_plain_checkpoint_is_none_that_others_compressed(tmp_path: Path) -> No
 
 
 def test_a_compressed_checkpoint_is_taken_up_where_an_interrupted_run_left_it(tmp_path: Path) -> None:
-    packed, plain = released.save(tmp_path, *CASES["gptq 4"])
+    packed, plain = released.save(tmp_path, *released.CASES["gptq 4"])
 
     def stop(done: int, total: int, name: str) -> None:
         assert 0 <= done <= total
@@ -150,11 +90,11 @@ def test_a_compressed_checkpoint_is_taken_up_where_an_interrupted_run_left_it(tm
         quantize(packed, tmp_path / "out", shard_size=30_000, progress=stop)
     quantize(packed, tmp_path / "out", shard_size=30_000, resume=True)
     quantize(plain, tmp_path / "expected")
-    same(tmp_path / "out", tmp_path / "expected")
+    released.same(tmp_path / "out", tmp_path / "expected")
 
 
 def test_a_dry_run_reads_no_weight_and_names_the_method(tmp_path: Path) -> None:
-    packed, _ = released.save(tmp_path, *CASES["nf4 nested"])
+    packed, _ = released.save(tmp_path, *released.CASES["nf4 nested"])
     report = quantize(packed, None, dry_run=True)
     assert report.source_method == "bitsandbytes"
     assert report.to_dict()["source_method"] == "bitsandbytes"

@@ -168,10 +168,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the `quantization_config` of a config.json, also that of a text sub-config, or `None`."""
     for holder in (config, config.get("text_config")):
-        for key in QUANTIZATION_KEYS if isinstance(holder, dict) else ():
-            found = holder.get(key)
-            if found:
-                return found if isinstance(found, dict) else {"quant_method": found}
+        if not isinstance(holder, dict):
+            continue
+        found = next((holder[key] for key in QUANTIZATION_KEYS if holder.get(key)), None)
+        if found is not None:
+            return found if isinstance(found, dict) else {"quant_method": found}
     return None
 
 

@@ -66,7 +66,8 @@ def grid_of(scales: StoredTensor, weight: tuple[int, ...], blocks: Sequence[tupl
     shape = scales.spec.shape
     if scales.spec.numel == 1:
         return Grid(scales, (1, 1, 1), (oc, ic), (oc, ic))
-    if experts > 1 or len(weight) == 3:
+    inner: tuple[int, ...]
+    if len(weight) == 3:
         if shape in ((experts,), (experts, 1), (experts, 1, 1)):
             return Grid(scales, (experts, 1, 1), (oc, ic), (oc, ic))
         if shape == (experts, oc):
