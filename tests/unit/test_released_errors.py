@@ -13,6 +13,7 @@ from helpers import checkpoints, released
 from safetensors.torch import save_file
 
 from tersor.checkpoint.source import without_quantization
+from tersor.cli.main import run
 from tersor.convert import quantize
 from tersor.errors import InputError
 
@@ -154,6 +155,8 @@ def test_a_method_that_is_not_read_is_named(method: str, tmp_path: Path) -> None
             },
             r"compressed-tensors \(dense\) \(sparse-24-bitmask\)",
         ),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"modelopt \(W4A8_AWQ\): start"),
+        ({"quant_method": "awq", "version": "gemm"}, "awq: start .*no tensor is stored as that method stores one"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:exllamav3"}, "auto-round"),
     ],
 )
@@ -243,3 +246,34 @@ def test_a_revision_is_the_one_that_the_hub_is_asked_for(tmp_path: Path, monkeyp
         "'org/name' at revision 'nowhere' is not .*: Revision Not Found",
         revision="nowhere",
     )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "MODEL", "--dry-run"],
+        ["inspect", "MODEL"],
+        ["generate", "MODEL", "--prompt", "x"],
+        ["eval", "MODEL", "--text", "TEXT"],
+        ["compile", "MODEL", "--chip", "h200"],
+        ["demo", "--model", "MODEL"],
+    ],
+)
+def test_every_verb_that_takes_a_model_takes_a_revision(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoints.save("llama", tmp_path / "model")
+    text = tmp_path / "text"
+    text.write_text("some words")
+    places = {"MODEL": str(model), "TEXT": str(text)}
+    assert run([*(places.get(item, item) for item in arguments), "--revision", "v1"]) == 2
+    assert "revision 'v1' is for a hub id" in capsys.readouterr().err
+
+
+def test_the_verb_says_what_a_compressed_source_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed, _ = released.save(tmp_path, *released.CASES["gptq_v2"])
+    for options in (["--dry-run"], ["-o", str(tmp_path / "out")]):
+        assert run(["quantize", str(packed), *options]) == 0
+        assert capsys.readouterr().out.startswith("model is compressed by gptq (gptq_v2) already: decoded on the way")
+    assert run(["inspect", str(packed)]) == 0
+    assert "gptq" in capsys.readouterr().out

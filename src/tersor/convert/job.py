@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def quantize(
             },
         )
         if released is not None:
-            _check_growth(source, conversion, released)
+            _check_growth(source, conversion, released, patterns)
         source_method = released.method if released is not None else ""
         if dry_run or destination is None:
             rows = tuple(row_of(step) for step in conversion.steps)
@@ -275,24 +276,28 @@ def _check_apart(source: Source, destination: Path) -> None:
         raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
 
 
-def _check_growth(source: Source, conversion: Conversion, released: Released) -> None:
-    """Refuse to write more than there was because weights that stay uncompressed were compressed in the source."""
-    ignored = [step for step in conversion.steps if step.note.startswith("ignored by ")]
+def _check_growth(source: Source, conversion: Conversion, released: Released, ignore: Sequence[str]) -> None:
+    """Refuse to write more than there was because weights that stay uncompressed were compressed in the source.
+
+    Those whose name an `ignore` pattern of the user finds are asked for as they are, decoded.
+    """
     grown = [
         step
         for step in conversion.steps
-        if step.scheme is None and step not in ignored and step.output_bytes > step.source.nbytes
+        if step.scheme is None
+        and step.output_bytes > step.source.nbytes
+        and not any(re.search(pattern, step.source.spec.name) for pattern in ignore)
     ]
     before = sum(step.source.nbytes for step in conversion.steps)
     after = conversion.output_bytes
     growth = sum(step.output_bytes - step.source.nbytes for step in grown)
     if after <= before or after - growth > before:
         return
-    first = grown[0].source.spec
+    first = max(grown, key=lambda step: step.output_bytes - step.source.nbytes).source.spec
     raise InputError(
         f"{source.directory} is already compressed by {released.method}, and {len(grown)} of its tensors, such as "
         f"{first.name!r}, cannot be compressed again: decoded, {before / 1e9:.2f} GB would become {after / 1e9:.2f} "
-        f"GB; keep the model as it is, or ignore them by name to have them decoded to {first.dtype}"
+        f"GB; keep the model as it is, or ignore them by name (--ignore) to have them decoded to {first.dtype}"
     )
 
 

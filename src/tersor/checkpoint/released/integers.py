@@ -14,8 +14,6 @@ from tersor.errors import CheckpointError
 _WORD = 32
 _GPTQ_BITS = (2, 3, 4, 8)
 _AWQ_BITS = 4
-_AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which of the eight fields of a word holds column 0, 1, ... of the eight that it stands for."""
 _FLOATS = ("F16", "BF16", "F32")
 
 
@@ -63,14 +61,34 @@ def _put_gptq(
     def decode(first: int, last: int) -> torch.Tensor:
         columns = weight.file.read_columns(weight.spec.name, first, last)
         codes = codes_of(columns.T, bits, ic)
-        zero = codes_of(read(zeros), bits, oc)[:, first:last].T
+        zero = codes_of(read(zeros), bits, oc)[:, first:last]
         if lifted:
             zero = (zero + 1) & ((1 << bits) - 1)
-        groups = torch.arange(ic) // size if index is None else _groups(index, scales.spec.shape[0])
-        scale = scales.file.read_columns(scales.spec.name, first, last).float().T
-        return (codes.float() - zero.float()[:, groups]) * scale[:, groups]
+        scale = scales.file.read_columns(scales.spec.name, first, last)
+        return _weight(codes, zero, scale, size, None if index is None else _groups(index, len(scale)))
 
     assembly.put(f"{stem}.weight", shape, parts, decode)
+
+
+def _weight(
+    codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, size: int, groups: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the float32 weight [rows, IC].
+
+    Args:
+        codes: uint8 [rows, IC].
+        zero: uint8 [groups, rows].
+        scale: [groups, rows].
+        size: input channels that share a scale.
+        groups: int64 [IC], the group of each channel; `None` where they follow each other.
+    """
+    zero, scale = zero.T.float(), scale.T.float()
+    in_order = torch.arange(codes.shape[1]) // size
+    if codes.shape[1] % size == 0 and (groups is None or torch.equal(groups, in_order)):
+        plain = codes.float().view(len(codes), -1, size)
+        return plain.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).view(codes.shape)
+    groups = in_order if groups is None else groups
+    return (codes.float() - zero[:, groups]) * scale[:, groups]
 
 
 def _groups(index: StoredTensor, count: int) -> torch.Tensor:
@@ -114,15 +132,14 @@ def _put_awq(
         inside = slice(first - start * per_word, last - start * per_word)
 
         def fields(part: StoredTensor) -> torch.Tensor:
+            # A word holds columns 0 2 4 6 in its low half and 1 3 5 7 in its high one.
             packed = part.file.read_columns(part.spec.name, start, stop)
             codes = codes_of(packed, _AWQ_BITS, packed.shape[1] * per_word)
-            ordered = codes.view(len(packed), -1, per_word)[..., list(_AWQ_COLUMNS)]
-            return ordered.reshape(len(packed), -1)[:, inside].T.float()
+            halves = codes.view(len(packed), -1, 2, per_word // 2)
+            return halves.transpose(2, 3).reshape(len(packed), -1)[:, inside]
 
-        scale = scales.file.read_columns(scales.spec.name, first, last).float().T
-        zero = fields(zeros)
-        groups = torch.arange(shape[1]) // size
-        return (fields(weight) - zero[:, groups]) * scale[:, groups]
+        scale = scales.file.read_columns(scales.spec.name, first, last)
+        return _weight(fields(weight).T.contiguous(), fields(zeros), scale, size)
 
     assembly.put(f"{stem}.weight", shape, parts, decode)
 

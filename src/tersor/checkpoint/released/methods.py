@@ -13,8 +13,8 @@ from tersor.checkpoint.released import compressed_tensors as ct
 from tersor.checkpoint.released.bitsandbytes import bitsandbytes
 from tersor.checkpoint.released.integers import awq, gptq
 from tersor.checkpoint.released.mxfp4 import mxfp4
-from tersor.checkpoint.released.parts import Assembly
-from tersor.checkpoint.released.scaled import fp8, modelopt, quark
+from tersor.checkpoint.released.parts import Assembly, DecodedTensor
+from tersor.checkpoint.released.scaled import MODELOPT_ALGORITHMS, fp8, modelopt, quark
 from tersor.checkpoint.source import Source, StoredTensor, quantization_of, stated_dtype
 from tersor.errors import InputError
 
@@ -22,7 +22,8 @@ _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _UNNAMED = "a method it does not name"
 _COMPANIONS = (
     r".*[._](weight_scale|weight_scale_inv|weight_scale_2|weight_packed|weight_shape|weight_global_scale|"
-    r"weight_zero_point|weight_g_idx|qweight|qzeros|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map)"
+    r"weight_zero_point|weight_g_idx|qweight|qzeros|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map|"
+    r"pre_quant_scale)"
     r"|.*\.scales|.*\.quant_state\..*"
 )
 """Names of tensors that mean nothing without the weight that they belong to."""
@@ -48,6 +49,11 @@ def _gptq_unreadable(settings: Mapping[str, Any]) -> str:
     if settings.get("is_marlin_format"):
         return "marlin"
     return "" if form in ("gptq", "gptq_v2") else str(form)
+
+
+def _modelopt_unreadable(settings: Mapping[str, Any]) -> str:
+    algorithm = settings.get("quant_algo")
+    return "" if algorithm in (None, *MODELOPT_ALGORITHMS) else str(algorithm)
 
 
 def _awq_unreadable(settings: Mapping[str, Any]) -> str:
@@ -80,7 +86,7 @@ _METHODS: dict[str, tuple[Callable[[Assembly], None], Callable[[Mapping[str, Any
     "awq": (awq, _awq_unreadable),
     "auto-round": (_auto_round, _auto_round_unreadable),
     "bitsandbytes": (bitsandbytes, _all_read),
-    "modelopt": (modelopt, _all_read),
+    "modelopt": (modelopt, _modelopt_unreadable),
     "quark": (quark, _all_read),
 }
 """Method -> what reads it, and what says in words why a configuration of it is not read."""
@@ -149,6 +155,12 @@ def read_released(source: Source) -> Released | None:
     assembly = Assembly(source.tensors, settings, _dtype_of(source))
     reader(assembly)
     tensors = assembly.finish(_COMPANIONS)
+    plain = not any(isinstance(tensor, DecodedTensor) for tensor in tensors.values())
+    if plain and settings.get("format") != "dense":
+        raise InputError(
+            f"{source.directory} is already compressed by {words}: start from the uncompressed model (config.json says "
+            "so, and no tensor is stored as that method stores one)"
+        )
     return Released(words, settings, tensors)
 
 
