@@ -24,23 +24,23 @@ Compress = Callable[[torch.Tensor, np.random.Generator], Stored]
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-def save(directory: Path, settings: dict[str, Any], compress: Compress, linears: str = "proj") -> tuple[Path, Path]:
+def save(directory: Path, settings: dict[str, Any], compress: Compress, model: str = "llama") -> tuple[Path, Path]:
     """Write a tiny model compressed, and the plain one that it means, and return both directories.
 
     Args:
         directory: where to.
         settings: the `quantization_config`.
         compress: makes the stored tensors of a weight.
-        linears: what the name of a weight that is compressed holds.
+        model: a key of `checkpoints.CONFIGS`; every weight with `proj` in its name is compressed.
     """
     plain, packed = directory / "plain" / "model", directory / "packed" / "model"
-    source = checkpoints.save("llama", plain)
+    source = checkpoints.save(model, plain)
     shutil.copytree(source, packed)
     random = np.random.default_rng(0)
     means, stored = {}, {}
     for name, tensor in checkpoints.weights(source).items():
         means[name] = stored[name] = tensor
-        if linears in name:
+        if "proj" in name:
             stem = name.removesuffix(".weight")
             del stored[name]
             tensors, mean = compress(tensor.float(), random)

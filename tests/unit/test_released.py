@@ -10,7 +10,9 @@ import torch
 from helpers import checkpoints, released
 from safetensors.torch import save_file
 
-from tersor.checkpoint.released import read_released
+from tersor.checkpoint.header import TensorSpec
+from tersor.checkpoint.reader import SafetensorsFile
+from tersor.checkpoint.released import DecodedTensor, read_released
 from tersor.checkpoint.source import open_source
 from tersor.convert import quantize
 
@@ -34,6 +36,38 @@ def test_a_released_checkpoint_is_decoded_and_compressed_like_the_plain_one(case
     assert ours["quantization_config"]["provenance"].pop("source_method") == report.source_method
     assert ours == theirs
     assert report.source_method in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("model", ["deepseek_v3", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one_are_compressed_like_plain_ones(model: str, tmp_path: Path) -> None:
+    packed, plain = released.save(tmp_path, *released.CASES["fp8 blocks"], model)
+    report = quantize(packed, tmp_path / "out")
+    quantize(plain, tmp_path / "expected")
+    released.same(tmp_path / "out", tmp_path / "expected")
+    assert any(".experts.3." in row.name for row in report.compressed)
+
+
+@pytest.mark.parametrize("case", ["fp8 blocks", "gptq 4", "awq", "nf4", "nvfp4"])
+def test_of_a_weight_only_the_rows_that_are_wanted_are_read(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = released.save(tmp_path, *released.CASES[case])
+    count = 0
+    read_into = SafetensorsFile.read_into
+
+    def counted(file: SafetensorsFile, spec: TensorSpec, start: int, buffer: memoryview) -> None:
+        nonlocal count
+        count += buffer.nbytes
+        read_into(file, spec, start, buffer)
+
+    with open_source(packed) as source:
+        found = read_released(source)
+        assert found is not None
+        tensor = found.tensors["model.layers.0.mlp.up_proj.weight"]
+        assert isinstance(tensor, DecodedTensor)
+        monkeypatch.setattr(SafetensorsFile, "read_into", counted)
+        assert tensor.read_rows(8, 16).shape == (8, 64)
+    assert 0 < count < tensor.nbytes / 3
 
 
 def test_layers_left_alone_are_written_in_the_models_dtype(tmp_path: Path) -> None:

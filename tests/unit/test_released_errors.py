@@ -145,6 +145,7 @@ def test_a_method_that_is_not_read_is_named(method: str, tmp_path: Path) -> None
     ("settings", "words"),
     [
         ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, r"awq \(gemv_fast\)"),
+        ({"quant_method": "gptq", "format": "bitblas"}, r"gptq \(bitblas\)"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, r"gptq \(marlin\)"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"compressed-tensors \(marlin-24\)"),
         (

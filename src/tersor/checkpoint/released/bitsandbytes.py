@@ -101,7 +101,7 @@ def _state(tensor: StoredTensor) -> Mapping[str, Any]:
         state = json.loads(bytes(read(tensor).view(torch.uint8).tolist()).decode())
         sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
         whole = all(type(size) is int and size > 0 for size in sizes)
-        if not whole or ("nested_blocksize" in state and not isinstance(state.get("nested_offset"), float)):
+        if not whole or ("nested_blocksize" in state and not isinstance(state.get("nested_offset"), (int, float))):
             raise ValueError("sizes are not whole numbers, or nested_offset is missing")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{tensor.file.path}: {tensor.spec.name!r} cannot be understood: {error}") from None

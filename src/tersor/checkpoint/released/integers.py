@@ -5,6 +5,9 @@ Both store a weight as [IC, OC]: words run down a column in GPTQ and along a row
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from tersor.checkpoint.released.parts import Assembly, check_rank, check_shape, codes_of, read
@@ -17,9 +20,14 @@ _AWQ_BITS = 4
 _FLOATS = ("F16", "BF16", "F32")
 
 
+def gptq_format(settings: Mapping[str, Any]) -> str:
+    """Return what the settings of GPTQ say of how it is stored: `gptq`, `gptq_v2`, or one that is not read."""
+    return str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
+
+
 def gptq(assembly: Assembly) -> None:
     """Read GPTQ: bits of each layer are told by its shapes, zero points are one too low unless it is gptq_v2."""
-    lifted = assembly.settings.get("checkpoint_format") != "gptq_v2"
+    lifted = gptq_format(assembly.settings) != "gptq_v2"
     for stem, weight in list(assembly.ending(".qweight")):
         assembly.find(f"{stem}.qweight", ("I32",))
         check_rank(weight, 2)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.released import compressed_tensors as ct
 from tersor.checkpoint.released.bitsandbytes import bitsandbytes
-from tersor.checkpoint.released.integers import awq, gptq
+from tersor.checkpoint.released.integers import awq, gptq, gptq_format
 from tersor.checkpoint.released.mxfp4 import mxfp4
 from tersor.checkpoint.released.parts import Assembly, DecodedTensor
 from tersor.checkpoint.released.scaled import MODELOPT_ALGORITHMS, fp8, modelopt, quark
@@ -45,10 +44,10 @@ class Released:
 
 
 def _gptq_unreadable(settings: Mapping[str, Any]) -> str:
-    form = settings.get("checkpoint_format") or "gptq"
+    form = gptq_format(settings)
     if settings.get("is_marlin_format"):
         return "marlin"
-    return "" if form in ("gptq", "gptq_v2") else str(form)
+    return "" if form in ("gptq", "gptq_v2") else form
 
 
 def _modelopt_unreadable(settings: Mapping[str, Any]) -> str:
@@ -58,7 +57,7 @@ def _modelopt_unreadable(settings: Mapping[str, Any]) -> str:
 
 def _awq_unreadable(settings: Mapping[str, Any]) -> str:
     bits = settings.get("bits", settings.get("w_bit", 4))
-    version = str(settings.get("version") or "gemm").lower()
+    version = str(settings.get("version") or settings.get("checkpoint_format") or "gemm").lower()
     return f"{bits} bits" if bits != 4 else "" if version == "gemm" else version
 
 
@@ -123,8 +122,9 @@ def method_name(settings: Mapping[str, Any]) -> str:
         detail: Any = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else ""
         detail = "int8" if settings.get("load_in_8bit") else detail
     else:
-        detail = next((settings[key] for key in ("format", "quant_algo", "checkpoint_format") if settings.get(key)), "")
-    return f"{name} ({detail})" if detail and detail != name else name
+        keys = ("format", "quant_algo", "checkpoint_format", *(["version"] if name == "awq" else []))
+        detail = next((settings[key] for key in keys if settings.get(key)), "")
+    return f"{name} ({detail})" if detail and detail not in (name, "gemm", "GEMM") else name
 
 
 def read_released(source: Source) -> Released | None:
@@ -165,8 +165,9 @@ def read_released(source: Source) -> Released | None:
 
 
 def _dtype_of(source: Source) -> str:
-    """Return the safetensors dtype of a model: the stated one, else that of its first plain tensor."""
+    """Return the safetensors dtype of a model: the stated one, else that of its plain weights."""
     stated = _DTYPES.get(stated_dtype(source.config) or "")
-    plain = (item.spec for item in source.tensors.values() if item.spec.dtype in WEIGHT_DTYPES)
-    named = (spec.dtype for spec in plain if not spec.name.endswith(("scale", "scales", "scale_inv", "SCB", "absmax")))
-    return stated or next(named, "BF16")
+    if stated:
+        return stated
+    plain = {item.spec.dtype for name, item in source.tensors.items() if name.endswith((".weight", ".bias"))}
+    return next((dtype for dtype in ("BF16", "F16", "F32") if dtype in plain), "BF16")

@@ -21,7 +21,9 @@ from tersor.errors import CheckpointError
 from tersor.formats.element import get
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-NOT_WEIGHTS = r".*[._](input_scale|input_scale_inv|activation_scale|qscale_act|output_scale|k_scale|v_scale|q_scale)"
+NOT_WEIGHTS = (
+    r".*[._](input_scale|input_scale_inv|activation_scale|qscale_act|output_scale|kv_scale|k_scale|v_scale|q_scale)"
+)
 """Scales of activations and of a cache, fixed at calibration: compressed weights have no use for them."""
 MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
 """What ModelOpt calls the formats that are read."""
