@@ -189,6 +189,23 @@ def test_an_old_gptq_folder_is_known_by_its_own_file(tmp_path: Path) -> None:
     refused(packed, tmp_path / "again", "holds GPTQ weights as gptq_model-4bit-128g.safetensors, an old name: rename")
 
 
+def test_a_file_of_settings_that_was_left_beside_plain_weights_means_nothing(tmp_path: Path) -> None:
+    model = checkpoints.save("llama", tmp_path / "model")
+    (model / "quantize_config.json").write_text('{"bits": 4}')
+    assert quantize(model, tmp_path / "out").source_method == ""
+    assert not (tmp_path / "out/quantize_config.json").exists()
+
+
+@pytest.mark.parametrize(("case", "part"), [("gptq 4", "q"), ("nf4", "weight.absmax"), ("fp8 blocks", "weight_scale")])
+def test_compressed_weights_of_which_no_file_says_the_method_are_refused(case: str, part: str, tmp_path: Path) -> None:
+    packed, _ = released.save(tmp_path, *released.CASES[case])
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    refused(packed, tmp_path / "out", rf"tensor 'model.*\.{part}.* is part of a compressed weight, and no file of ")
+
+
 @pytest.mark.parametrize(
     ("case", "name", "settings", "method"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from tersor.checkpoint.released.mxfp4 import mxfp4
 from tersor.checkpoint.released.parts import Assembly, DecodedTensor
 from tersor.checkpoint.released.scaled import MODELOPT_ALGORITHMS, fp8, modelopt, quark
 from tersor.checkpoint.source import Source, StoredTensor, quantization_of, stated_dtype
-from tersor.errors import InputError
+from tersor.errors import CheckpointError, InputError
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _UNNAMED = "a method it does not name"
@@ -26,6 +27,9 @@ _COMPANIONS = (
     r"|.*\.scales|.*\.quant_state\..*"
 )
 """Names of tensors that mean nothing without the weight that they belong to."""
+
+_UNMISTAKABLE = r".*\.(qweight|qzeros|weight_packed|weight_scale_inv|absmax|quant_state\..*)"
+"""Names of tensors that no plain model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,10 @@ def compression_of(source: Source) -> dict[str, Any] | None:
 
     AutoGPTQ and AutoAWQ once wrote their settings to files of their own, ModelOpt still does.
     """
-    return quantization_of(source.config) or settings_beside(source.directory)
+    stated = quantization_of(source.config)
+    if stated is None and any(name.endswith((".qweight", ".weight_scale")) for name in source.tensors):
+        return settings_beside(source.directory)
+    return stated
 
 
 def settings_beside(directory: Path) -> dict[str, Any] | None:
@@ -139,6 +146,7 @@ def read_released(source: Source) -> Released | None:
     """
     settings = compression_of(source)
     if settings is None:
+        _check_plain(source)
         return None
     method = str(settings.get("quant_method") or "")
     if not method and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
@@ -162,6 +170,16 @@ def read_released(source: Source) -> Released | None:
             "so, and no tensor is stored as that method stores one)"
         )
     return Released(words, settings, tensors)
+
+
+def _check_plain(source: Source) -> None:
+    matches = re.compile(_UNMISTAKABLE).fullmatch
+    for name, tensor in source.tensors.items():
+        if matches(name):
+            raise CheckpointError(
+                f"{tensor.file.path}: tensor {name!r} is part of a compressed weight, and no file of "
+                f"{source.directory} says by which method: put the quantization_config back into config.json"
+            )
 
 
 def _dtype_of(source: Source) -> str:
