@@ -133,3 +133,18 @@ def test_a_dry_run_reads_no_weight_and_names_the_method(tmp_path: Path) -> None:
     assert report.source_method == "bitsandbytes"
     assert report.to_dict()["source_method"] == "bitsandbytes"
     assert len(report.compressed) == 14
+
+
+def test_scales_may_be_in_another_file_than_their_weight(tmp_path: Path) -> None:
+    packed, plain = released.save(tmp_path, *released.CASES["fp8 blocks"])
+    tensors = checkpoints.weights(packed)
+    (packed / "model.safetensors").unlink()
+    scales = {name: tensor for name, tensor in tensors.items() if "scale" in name}
+    files = {"b.safetensors": scales, "a.safetensors": {name: tensors[name] for name in tensors.keys() - scales.keys()}}
+    for name, part in files.items():
+        save_file(part, packed / name, {"format": "pt"})
+    weight_map = {tensor: name for name, part in files.items() for tensor in part}
+    (packed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    quantize(packed, tmp_path / "out")
+    quantize(plain, tmp_path / "expected")
+    released.same(tmp_path / "out", tmp_path / "expected")

@@ -137,7 +137,8 @@ METHODS = (
 def test_a_method_that_is_not_read_is_named(method: str, tmp_path: Path) -> None:
     model = checkpoints.save("llama", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    settings = {"quant_method": method, "format": "fp6_e3m2"}
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     refused(model, tmp_path / "out", f"is already compressed by {method}: start from the uncompressed model")
 
 

@@ -210,10 +210,10 @@ def _print_method(report: Report) -> None:
 
 def _totals(report: Report) -> str:
     ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
+    times = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     return (
         f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} bits a "
-        f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {ratio:.2f} times "
-        "smaller"
+        f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {times}"
     )
 
 

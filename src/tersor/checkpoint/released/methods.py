@@ -153,7 +153,7 @@ def read_released(source: Source) -> Released | None:
         method = "bitsandbytes"
         settings = {"quant_method": method, **settings}
     reader, unreadable = _METHODS.get(method, (None, _all_read))
-    words = method_name(settings)
+    words = method_name(settings) if reader is not None else method or _UNNAMED
     why = unreadable(settings)
     if reader is None or why:
         raise InputError(
