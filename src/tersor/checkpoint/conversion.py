@@ -73,7 +73,7 @@ class Conversion:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes that will be read."""
+        """Bytes of the source's tensors, those that are stored compressed as what they are decoded to."""
         return sum(step.source.spec.nbytes for step in self.steps)
 
     @property

@@ -14,7 +14,8 @@ from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig
 from tersor.checkpoint.header import DTYPE_BITS
 from tersor.checkpoint.modules import Architecture
 from tersor.checkpoint.names import Storage, stored_weights
-from tersor.checkpoint.source import Source, open_source, quantization_of
+from tersor.checkpoint.released import compression_of
+from tersor.checkpoint.source import Source, open_source
 from tersor.errors import CheckpointError
 
 ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
@@ -104,20 +105,23 @@ class Inspection:
         }
 
 
-def inspect(model: str | os.PathLike[str], read_architecture: ReadArchitecture) -> Inspection:
+def inspect(
+    model: str | os.PathLike[str], read_architecture: ReadArchitecture, revision: str | None = None
+) -> Inspection:
     """List what a checkpoint directory (or Hub id) holds.
 
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded.
         read_architecture: builds the model of a directory's config.json and lists its layers; asked only where weights
             are packed.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         CheckpointError: not a whole checkpoint, or one whose tensors and quantization_config disagree.
         InputError: a quantization_config of a newer version, or one that is malformed.
     """
-    with open_source(model) as source:
-        raw = quantization_of(source.config)
+    with open_source(model, revision) as source:
+        raw = compression_of(source)
         method = str(raw.get("quant_method")) if raw is not None else None
         config = QuantizationConfig.from_dict(raw) if method == QUANT_METHOD else None
         items = (

@@ -123,6 +123,21 @@ class SafetensorsFile:
             self.read_into(spec, start, flat.numpy().data)
         return result
 
+    def read_columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read columns `first` to `last` (exclusive) of a 2-D tensor, and no others, into memory of their own.
+
+        Raises:
+            CheckpointError: the disk does not give them.
+        """
+        spec = self.tensors[name]
+        result = torch.empty((spec.shape[0], last - first), dtype=TORCH_DTYPES[spec.dtype])
+        size = element_bytes(spec.dtype)
+        rows, count = result.view(torch.uint8).reshape(-1).numpy().data, (last - first) * size
+        for row in range(spec.shape[0]):
+            start = (row * spec.shape[1] + first) * size
+            self.read_into(spec, start, rows[row * count : (row + 1) * count])
+        return result
+
     def _read_bytes(self, start: int, count: int) -> bytes:
         try:
             return os.pread(self._fd, count, start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,16 +13,19 @@ from typing import Any
 
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.reader import SafetensorsFile
-from tersor.errors import CheckpointError
+from tersor.errors import CheckpointError, InputError
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Keys of a config.json that say how its weights are compressed; the second is an older compressed-tensors'."""
 _COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 _COMPANION_STEMS = ("license", "licence", "notice", "use_policy")
 _COMPANION_FOLDERS = ("additional_chat_templates",)
 _NOT_COMPANIONS = re.compile(
-    r"config\.json|.*\.(safetensors|bin|h5|msgpack|pt)\.index\.json|README\.md|tersor-state\.json"
+    r"config\.json|quantize_config\.json|quant_config\.json|hf_quant_config\.json|"
+    r".*\.(safetensors|bin|h5|msgpack|pt)\.index\.json|README\.md|tersor-state\.json"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = [
@@ -48,6 +52,11 @@ class StoredTensor:
         spec = self.spec
         offset = spec.offset + first * (spec.nbytes // spec.shape[0])
         return StoredTensor(self.file, replace(spec, name=name, shape=(rows, *spec.shape[1:]), offset=offset))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes on disk."""
+        return self.spec.nbytes
 
 
 class Source:
@@ -114,21 +123,31 @@ class Source:
         return result
 
 
-def open_source(model: str | os.PathLike[str]) -> Source:
+def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
     """Open a checkpoint: a directory, or a Hub id of which safetensors, json and tokenizer files are downloaded.
+
+    Args:
+        model: the directory or Hub id.
+        revision: branch, tag or commit of a Hub id; `None` is its main branch.
 
     Raises:
         CheckpointError: neither a directory nor a Hub id, or not a whole checkpoint.
+        InputError: a revision of a directory.
     """
     text = os.fspath(model)
     directory = Path(text).expanduser()
+    if revision is not None and directory.exists():
+        raise InputError(
+            f"revision {revision!r} is for a hub id, and {text} is a path here: leave the revision out, or check it "
+            "out there"
+        )
     if directory.is_dir():
         return Source(directory, directory.resolve().name)
     if directory.exists():
         raise CheckpointError(f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights")
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"no directory {text}")
-    return Source(_download(text), text, from_hub=True)
+    return Source(_download(text, revision), text, from_hub=True)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -155,10 +174,31 @@ def read_config(directory: Path) -> dict[str, Any]:
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the `quantization_config` of a config.json, also that of a text sub-config, or `None`."""
     for holder in (config, config.get("text_config")):
-        if isinstance(holder, dict) and holder.get("quantization_config"):
-            found = holder["quantization_config"]
+        if not isinstance(holder, dict):
+            continue
+        found = next((holder[key] for key in QUANTIZATION_KEYS if holder.get(key)), None)
+        if found is not None:
             return found if isinstance(found, dict) else {"quant_method": found}
     return None
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the dtype that a config.json, or its text sub-config, says the model has, such as `bfloat16`."""
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict):
+            found = holder.get("dtype") or holder.get("torch_dtype")
+            if isinstance(found, str):
+                return found
+    return None
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that says nothing of compression any more, nor does any of its sub-configs."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION_KEYS
+    }
 
 
 def _read_json(path: Path) -> Any:
@@ -203,6 +243,8 @@ def _no_weights(directory: Path) -> str:
             "with transformers and save_pretrained it to get safetensors"
         )
     others = [name for name in files if name.endswith((".safetensors", ".gguf"))]
+    if "quantize_config.json" in files and len(others) == 1 and others[0].endswith(".safetensors"):
+        return f"{directory} holds GPTQ weights as {others[0]}, an old name: rename that file to {SINGLE_NAME}"
     found = f" (it holds {', '.join(others[:3])})" if others else ""
     return f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{found}"
 
@@ -231,13 +273,16 @@ def _is_companion(name: str) -> bool:
     return name.endswith(_COMPANION_SUFFIXES) or name.lower().startswith(_COMPANION_STEMS)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
+        )
     except Exception as error:
+        at = f" at revision {revision!r}" if revision is not None else ""
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise CheckpointError(
-            f"{hub_id!r} is not a directory here, and the Hugging Face Hub did not give it: {reason.strip()}"
+            f"{hub_id!r}{at} is not a directory here, and the Hugging Face Hub did not give it: {reason.strip()}"
         ) from None

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli import chips, console
+from tersor.cli import chips, console, options
 
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Compressed checkpoint directory or hub id.")],
+    revision: options.Revision = None,
     chip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
@@ -28,7 +29,7 @@ def command(
     chosen = Activations.of(activations)
     for_chips = chips.wanted(chip, "to compile for")
     with console.progress("compiling kernels") as move:
-        compiled = warm.compile_ahead(model, for_chips, activations=chosen, fuse=fuse, progress=move)
+        compiled = warm.compile_ahead(model, for_chips, activations=chosen, fuse=fuse, revision=revision, progress=move)
     if json:
         console.print_json(compiled.to_dict())
         return

@@ -23,6 +23,7 @@ MODEL = CHECKOUT / "examples" / "tiny-lm"
 
 def command(
     model: Annotated[str | None, typer.Option(help="Another model than the bundled one.")] = None,
+    revision: options.Revision = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the compressed models here.")] = None,
     formats: Annotated[list[str] | None, typer.Option("--format", help="A format to show; repeatable.")] = None,
     prompt: Annotated[str, typer.Option(help="What to continue.")] = PROMPT,
@@ -47,7 +48,7 @@ def command(
         temperature=0.0, repetition_penalty=PENALTY, max_new_tokens=max_new_tokens, ignore_eos=True
     )
     torch_device = resolve_device(device)
-    found = load.locate(_bundled() if model is None else model)
+    found = load.locate(_bundled() if model is None else model, revision)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
     tokenizer = load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 def command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or hub ids.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the models, all of them hub ids; not of --reference.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with, of the same vocabulary.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,
@@ -46,7 +49,9 @@ def command(
     content = evaluate.read_text(text)
     if plot is not None:
         plots.check_plot(plot)
-    found_by_name = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
+    found_by_name = {name: load.locate(name, revision) for name in models}
+    if reference is not None and reference not in found_by_name:
+        found_by_name[reference] = load.locate(reference)
     console.choose_threads(max(found.weight_bytes for found in found_by_name.values()), torch_device)
     load.quiet()
     windows = {

@@ -20,6 +20,7 @@ GRAPHS = {"auto": None, "on": True, "off": False}
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
+    revision: options.Revision = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Above 0 samples; 0 is greedy.")] = None,
@@ -68,7 +69,7 @@ def command(
     )
     text = _read() if prompt == "-" else prompt
     torch_device = resolve_device(device)
-    found = load.locate(model)
+    found = load.locate(model, revision)
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
     tokenizer = load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    revision: options.Revision = None,
     full: Annotated[
         bool,
         typer.Option("--full", help="A line for every tensor; layers that are alike share one otherwise."),
@@ -27,7 +28,7 @@ def command(
     from tersor.checkpoint.inspect import inspect
     from tersor.integrations.transformers.architecture import read_architecture
 
-    found = inspect(model, partial(read_architecture, trust_remote_code=trust_remote_code))
+    found = inspect(model, partial(read_architecture, trust_remote_code=trust_remote_code), revision)
     if json:
         console.print_json(found.to_dict())
         return

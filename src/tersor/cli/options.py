@@ -9,3 +9,5 @@ import typer
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as if it were yours.")
 ]
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]

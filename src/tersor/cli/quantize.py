@@ -27,6 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    revision: options.Revision = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
     ] = None,
@@ -83,6 +84,7 @@ def command(
                 device=device,
                 export=export,
                 shard_size=parse_size(shard_size),
+                revision=revision,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
             )
@@ -168,6 +170,7 @@ def _print_dry_run(report: Report) -> None:
                 console.size(sum(row.bytes_after for row in rows)),
             ]
         )
+    _print_method(report)
     print(f"{report.source}: what would be written, in {_files(report)}")
     console.print_table(["tensor", "count", "shape", "becomes", "bits/weight", "before", "after"], lines)
     print(_totals(report))
@@ -178,6 +181,7 @@ def _print_dry_run(report: Report) -> None:
 def _print_report(report: Report) -> None:
     """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
     _warn(report)
+    _print_method(report)
     groups: dict[str | None, list[Row]] = {}
     for row in report.rows:
         groups.setdefault(row.scheme, []).append(row)
@@ -230,12 +234,21 @@ def _left(report: Report) -> str:
     return "\n".join(["left as they are:", *lines])
 
 
+def _print_method(report: Report) -> None:
+    """Print what a compressed source is decoded from: its errors come on top of those of the table."""
+    if report.source_method:
+        print(
+            f"{report.source} is compressed by {report.source_method} already: decoded on the way, errors are against "
+            "the decoded weights"
+        )
+
+
 def _totals(report: Report) -> str:
     ratio = report.bytes_before / report.bytes_after if report.bytes_after else 1.0
+    times = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     return (
         f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} bits a "
-        f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {ratio:.2f} times "
-        "smaller"
+        f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {times}"
     )
 
 

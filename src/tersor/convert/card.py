@@ -49,9 +49,17 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         "",
         f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
         f"{get_recipe(recipe).summary} by Tersor {__version__}.",
+        *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
     return "\n".join([*front, "", *body, ""])
+
+
+def _before(conversion: Conversion) -> list[str]:
+    method = conversion.config.provenance.get("source_method")
+    if not method:
+        return []
+    return [f"Its weights were compressed by {method} before: Tersor decoded them, and compressed the result."]
 
 
 def _elsewhere(export: Export) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,15 @@ from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.names import TORCH_DTYPES
-from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
+from tersor.checkpoint.released import Released, read_released
+from tersor.checkpoint.source import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    Source,
+    open_source,
+    stated_dtype,
+    without_quantization,
+)
 from tersor.checkpoint.writer import output_error, write_file
 from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.card import model_card
@@ -50,10 +59,13 @@ def quantize(
     device: str = "cpu",
     export: str = "tersor",
     shard_size: float = DEFAULT_SHARD_BYTES,
+    revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor.
+
+    A checkpoint that another method compressed (`checkpoint.released`) is decoded block by block on the way.
 
     Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output directory
     appears under its name when it is complete; until then the work is in `<output>.partial`.
@@ -73,6 +85,7 @@ def quantize(
         device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
+        revision: branch, tag or commit of a Hub id.
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
 
@@ -95,10 +108,12 @@ def quantize(
     texts = _override_texts(overrides)
     for text in texts:
         parse_override(text, group_size, scale_dtype)
-    with open_source(model) as source:
+    with open_source(model, revision) as source:
         if destination is not None:
             _check_apart(source, destination)
-        _check_uncompressed(source)
+        released = read_released(source)
+        if released is not None:
+            source.tensors = released.tensors
         chosen_export = get_export(export, _model_dtype(source))
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
@@ -111,12 +126,22 @@ def quantize(
             overrides=[parse_override(text, group_size, scale_dtype) for text in texts],
             export=chosen_export,
             shard_bytes=int(shard_size),
-            provenance={"tersor": __version__, "algorithm": algorithm, "source": source.label},
+            provenance={
+                "tersor": __version__,
+                "algorithm": algorithm,
+                "source": source.label,
+                **({"source_revision": revision} if revision is not None else {}),
+                **({"source_method": released.method} if released is not None else {}),
+            },
         )
+        if released is not None:
+            _check_growth(source, conversion, released, patterns)
+        source_method = released.method if released is not None else ""
         if dry_run or destination is None:
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
-            return Report(source.label, None, scheme.key(), export, rows, files, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
         identity = {
             "tersor": __version__,
             "model": source.label,
@@ -124,6 +149,7 @@ def quantize(
             "shard size": int(shard_size),
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
+            "source's compression": dict(released.settings) if released is not None else None,
             "weights": source.fingerprint(),
         }
         work = Workplace(destination, identity, resume)
@@ -163,7 +189,7 @@ def _write(
         raise
     done = {row.name: row for rows in work.rows for row in rows}
     skipped = {index for _, indices in conversion.shards[:first] for index in indices}
-    read = [step.source.spec.nbytes for index, step in enumerate(conversion.steps) if index not in skipped]
+    read = [step.source.nbytes for index, step in enumerate(conversion.steps) if index not in skipped]
     return Report(
         source=source.label,
         output=str(destination),
@@ -174,6 +200,7 @@ def _write(
         seconds=time.monotonic() - started,
         stream_seconds=stream_seconds,
         bytes_read=sum(read),
+        source_method=conversion.config.provenance.get("source_method", ""),
     )
 
 
@@ -181,8 +208,8 @@ def _write_companions(
     source: Source, conversion: Conversion, chosen_export: Export, recipe: str, directory: Path
 ) -> None:
     """Write config.json, the index and the model card, and copy the tokenizer and its like."""
-    config = dict(source.config)
-    if not _stated_dtype(config):
+    config = without_quantization(source.config)
+    if not stated_dtype(config):
         # A reader that infers the dtype from the first float tensor could take a scale for a weight.
         config["dtype"] = _model_dtype(source)
     config["quantization_config"] = chosen_export.quantization_config(
@@ -241,11 +268,29 @@ def _check_apart(source: Source, destination: Path) -> None:
         raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
 
 
-def _check_uncompressed(source: Source) -> None:
-    found = quantization_of(source.config)
-    if found is not None:
-        method = found.get("quant_method", "a method it does not name")
-        raise InputError(f"{source.directory} is already compressed by {method}: start from the uncompressed model")
+def _check_growth(source: Source, conversion: Conversion, released: Released, ignore: Sequence[str]) -> None:
+    """Refuse to write more than there was because weights that stay uncompressed were compressed in the source.
+
+    Those whose name an `ignore` pattern of the user finds are asked for as they are, decoded.
+    """
+    grown = [
+        step
+        for step in conversion.steps
+        if step.scheme is None
+        and step.output_bytes > step.source.nbytes
+        and not any(re.search(pattern, step.source.spec.name) for pattern in ignore)
+    ]
+    before = sum(step.source.nbytes for step in conversion.steps)
+    after = conversion.output_bytes
+    growth = sum(step.output_bytes - step.source.nbytes for step in grown)
+    if after <= before or after - growth > before:
+        return
+    first = max(grown, key=lambda step: step.output_bytes - step.source.nbytes).source.spec
+    raise InputError(
+        f"{source.directory} is already compressed by {released.method}, and {len(grown)} of its tensors, such as "
+        f"{first.name!r}, cannot be compressed again: decoded, {before / 1e9:.2f} GB would become {after / 1e9:.2f} "
+        f"GB; keep the model as it is, or ignore them by name (--ignore) to have them decoded to {first.dtype}"
+    )
 
 
 def _check_space(conversion: Conversion, work: Workplace) -> None:
@@ -260,17 +305,8 @@ def _check_space(conversion: Conversion, work: Workplace) -> None:
         )
 
 
-def _stated_dtype(config: Mapping[str, Any]) -> str | None:
-    for holder in (config, config.get("text_config")):
-        if isinstance(holder, dict):
-            found = holder.get("dtype") or holder.get("torch_dtype")
-            if isinstance(found, str):
-                return found
-    return None
-
-
 def _model_dtype(source: Source) -> str:
-    stated = _stated_dtype(source.config)
+    stated = stated_dtype(source.config)
     if stated:
         return stated
     first = next(iter(source.tensors.values())).spec.dtype

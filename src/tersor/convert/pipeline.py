@@ -22,6 +22,7 @@ from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.pack import Packed, pack, underflow_words
 from tersor.checkpoint.reader import element_bytes
+from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.writer import ShardWriter
 from tersor.compress import get_recipe
 from tersor.compress.workers import worker_pool
@@ -61,7 +62,8 @@ def row_of(step: Step, relative_error: float | None = None) -> Row:
     else:
         bits = 8 * after / spec.numel if spec.numel else 0.0
     key = step.scheme.key() if step.scheme is not None else None
-    return Row(spec.name, spec.shape, spec.dtype, key, bits, spec.nbytes, after, relative_error, step.note, step.linear)
+    before = step.source.nbytes
+    return Row(spec.name, spec.shape, spec.dtype, key, bits, before, after, relative_error, step.note, step.linear)
 
 
 class Pipeline:
@@ -166,8 +168,12 @@ class Pipeline:
     def _blocks(self, index: int) -> Iterator[_Block]:
         step = self._conversion.steps[index]
         if step.layer is None or step.scheme is None:
-            for start in range(0, step.source.spec.nbytes, _COPY_BYTES):
-                yield _Block(index, start, min(start + _COPY_BYTES, step.source.spec.nbytes))
+            size = _COPY_BYTES
+            if isinstance(step.source, DecodedTensor):
+                row_bytes = _row_bytes(step)
+                size = max(1, size // row_bytes) * row_bytes
+            for start in range(0, step.source.spec.nbytes, size):
+                yield _Block(index, start, min(start + size, step.source.spec.nbytes))
             return
         oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
@@ -194,10 +200,7 @@ class Pipeline:
         """Read, encode and write one block; return the squared error and the squared norm."""
         step = self._conversion.steps[block.step]
         if step.layer is None or step.scheme is None:
-            buffer = self._buffer(block.stop - block.start)
-            view = buffer.numpy().data
-            step.source.file.read_into(step.source.spec, block.start, view)
-            writer.write(step.source.spec.name, block.start, view)
+            writer.write(step.source.spec.name, block.start, self._copy(step, block))
             return 0.0, 0.0
         weight = self._read(step, block)
         with self._may_encode:
@@ -214,11 +217,26 @@ class Pipeline:
         self._store(writer, step, block, packed)
         return packed.squared_error, packed.squared_norm
 
+    def _copy(self, step: Step, block: _Block) -> memoryview:
+        """Return bytes of a tensor that stays as it is; what is stored compressed is decoded to the model's dtype."""
+        source, spec = step.source, step.source.spec
+        if isinstance(source, DecodedTensor):
+            row_bytes = _row_bytes(step)
+            rows = source.read_rows(block.start // row_bytes, block.stop // row_bytes)
+            return rows.to(TORCH_DTYPES[spec.dtype]).view(torch.uint8).reshape(-1).numpy().data
+        view: memoryview = self._buffer(block.stop - block.start).numpy().data
+        source.file.read_into(spec, block.start, view)
+        return view
+
     def _read(self, step: Step, block: _Block) -> torch.Tensor:
         """Return rows of a weight as [rows, IC], on the CPU."""
         assert step.layer is not None
         spec = step.source.spec
-        row_bytes = spec.nbytes // spec.shape[0]
+        if isinstance(step.source, DecodedTensor):
+            if step.layer.transposed:
+                return step.source.read_rows(0, spec.shape[0]).T.contiguous()
+            return step.source.read_rows(block.start, block.stop)
+        row_bytes = _row_bytes(step)
         if step.layer.transposed:
             flat = self._buffer(spec.nbytes)
             step.source.file.read_into(spec, 0, flat.numpy().data)
@@ -269,6 +287,11 @@ def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable
 
 def _where(step: Step) -> str:
     return f"{step.source.file.path}: tensor {step.source.spec.name!r}"
+
+
+def _row_bytes(step: Step) -> int:
+    """Return the bytes of a row of the source's first axis, decoded."""
+    return step.source.spec.nbytes // step.source.spec.shape[0]
 
 
 def _input_bytes(step: Step, block: _Block) -> int:

@@ -16,7 +16,7 @@ class Row:
     Attributes:
         name: the tensor's name in the source.
         shape: the tensor's shape in the source.
-        dtype: the tensor's safetensors dtype in the source.
+        dtype: the tensor's safetensors dtype in the source; that of a compressed source's weight is the model's.
         scheme: key of the scheme that it was compressed to, such as `fp6_e3m2:row:float16`, or `None`.
         bits_per_weight: bits stored for each element, scales counted.
         bytes_before, bytes_after: sizes on disk.
@@ -74,6 +74,7 @@ class Report:
         seconds: time taken by this run.
         stream_seconds: the part of `seconds` in which weights were read, encoded and written.
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
+        source_method: what the source was compressed by, such as `fp8`, and decoded from; empty for a plain one.
     """
 
     source: str
@@ -85,6 +86,7 @@ class Report:
     seconds: float = 0.0
     stream_seconds: float = 0.0
     bytes_read: int = 0
+    source_method: str = ""
 
     @property
     def compressed(self) -> tuple[Row, ...]:
@@ -142,6 +144,7 @@ class Report:
         worst = self.worst
         return {
             "source": self.source,
+            "source_method": self.source_method or None,
             "output": self.output,
             "scheme": self.scheme,
             "export": self.export,

@@ -59,6 +59,7 @@ def compile_ahead(
     *,
     activations: Activations | str = Activations.NATIVE,
     fuse: bool = False,
+    revision: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compiled:
     """Compile every kernel that a compressed model can ask for on some chips; needs NVRTC, but no GPU.
@@ -68,6 +69,7 @@ def compile_ahead(
         chips: what to compile for.
         activations: what its weights will be multiplied with.
         fuse: whether its layers will be joined (`tersor generate --fuse`), too.
+        revision: branch, tag or commit of a hub id.
         progress: told (kernels done, in all) at the start and after every kernel.
 
     Raises:
@@ -76,7 +78,7 @@ def compile_ahead(
         UnsupportedError: NVRTC is not installed, or weights or chip do not take such activations.
     """
     chosen = Activations.of(activations)
-    with open_source(model) as source:
+    with open_source(model, revision) as source:
         schemes, dtypes = needs(model, source.config)
     for scheme in schemes:
         preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)

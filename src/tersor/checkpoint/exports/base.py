@@ -150,10 +150,9 @@ def _left_alone(architecture: Architecture, layers: Layers) -> list[str]:
     Routers and fused experts are parameters of modules of transformers' own, yet linear layers elsewhere, and stand
     there under the checkpoint's names, where these differ.
     """
-    compressed = {
-        name for layer, scheme in layers if scheme is not None for name in (layer.module, layer.served, layer.stem)
-    }
-    names = {name for layer, scheme in layers if scheme is None for name in (layer.module, layer.served, layer.stem)}
+    compressed, names = set[str](), set[str]()
+    for layer, scheme in layers:
+        (names if scheme is None else compressed).update((layer.module, layer.served, layer.stem))
     names |= set(architecture.linears)
     if architecture.head:
         names.add(architecture.head)

@@ -54,16 +54,17 @@ class Found:
     plain_bits: float
 
 
-def locate(path: str | Path) -> Found:
+def locate(path: str | Path, revision: str | None = None) -> Found:
     """Check that `path` is a whole checkpoint and say where and how large it is.
 
     Args:
         path: a checkpoint directory, or a hub id, which is downloaded.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
         InputError: neither, or not a whole checkpoint; the message says which file lacks what.
     """
-    with open_source(path) as source:
+    with open_source(path, revision) as source:
         specs = [item.spec for item in source.tensors.values()]
         plain = [spec for spec in specs if spec.dtype in WEIGHT_DTYPES and len(spec.shape) > 1]
         count = sum(spec.numel for spec in plain)
