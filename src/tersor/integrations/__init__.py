@@ -1,4 +1,4 @@
-"""What do others call it? Registration with transformers, without importing it."""
+"""What do others call it? Registration with transformers and peft, without importing them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 _TARGET = "transformers.quantizers.auto"
 _OURS = "tersor.integrations.transformers.quantizer"
+_PEFT = "peft.tuners.lora.model"
 
 
 def register() -> None:
@@ -23,10 +24,12 @@ def register() -> None:
     module = sys.modules.get(_TARGET)
     if module is not None and hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
         _enter(module)
+    if hasattr(sys.modules.get(_PEFT), "LoraModel"):
+        _enter_peft(sys.modules[_PEFT])
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, by asking the other finders, and lets its loader say when it has been executed."""
+    """Finds two modules, by asking the other finders, and lets its loader say when it has been executed."""
 
     serves_tersor = True
 
@@ -36,7 +39,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TARGET or getattr(self._asking, "now", False):
+        if fullname not in (_TARGET, _PEFT) or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
         try:
@@ -74,12 +77,11 @@ class _Loader(importlib.abc.Loader):
         module.__loader__ = self._loader
         self._loader.exec_module(module)
         try:
-            _enter(module)
-        except Exception as error:  # transformers must stay usable without us
+            _ENTER[module.__name__](module)
+        except Exception as error:  # others must stay usable without us
+            package, lost = module.__name__.partition(".")[0], _LOST[module.__name__]
             warnings.warn(
-                f"tersor could not register with transformers, so tersor checkpoints will not load: {error!r}",
-                RuntimeWarning,
-                stacklevel=2,
+                f"tersor could not register with {package}, so {lost}: {error!r}", RuntimeWarning, stacklevel=2
             )
 
 
@@ -91,3 +93,11 @@ def _enter(module: ModuleType) -> None:
         module.register_quantization_config(ours.NAME)(ours.TersorConfig)
     if ours.NAME not in module.AUTO_QUANTIZER_MAPPING:
         module.register_quantizer(ours.NAME)(ours.TersorHfQuantizer)
+
+
+def _enter_peft(module: ModuleType) -> None:
+    importlib.import_module("tersor.integrations.peft").register()
+
+
+_ENTER = {_TARGET: _enter, _PEFT: _enter_peft}
+_LOST = {_TARGET: "tersor checkpoints will not load", _PEFT: "LoRA will not take packed layers"}

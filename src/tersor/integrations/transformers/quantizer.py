@@ -214,8 +214,8 @@ class TersorHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether packed layers have gradients: they have none."""
-        return False
+        """Whether adapters can be trained on top: packed layers pass gradients on, and keep their own weight."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

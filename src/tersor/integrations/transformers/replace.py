@@ -176,6 +176,14 @@ def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, _plain(module, dtype, None if source is None else shared[source]))
 
 
+def plain_module(module: PackedModule, dtype: torch.dtype) -> nn.Module:
+    """Return what a packed linear or embedding stands for, decoded to `dtype`; an output head gets its own weight."""
+    if isinstance(module, PackedEmbedding):
+        return _plain_embedding(module, dtype)
+    assert isinstance(module, PackedLinear)
+    return _plain(module, dtype, None)
+
+
 def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embedding:
     scale: dict[str, Any] = {} if module.embed_scale is None else {"embed_scale": module.embed_scale}
     with torch.device("meta"):
