@@ -195,8 +195,13 @@ def _keeping_tie(unload: Any) -> Any:
             if _tied(self.model):
                 warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             model = unload(self, *args, **kwargs)
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if tied and _tied(model):
             config.tie_word_embeddings = tied  # type: ignore[union-attr]
+        elif isinstance(head, TiedLinear):
+            # The embedding was merged with its adapter and is plain now; the head keeps what both had.
+            own = PackedLinear.from_packed(head.packed_weight(), head.bias, head.dtype)
+            model.set_output_embeddings(own.train(head.training))
         return model
 
     return wrapped

@@ -80,7 +80,7 @@ def _slices(
     """
     assert of.packing is not None
     oc, ic = of.oc, of.ic
-    decode = jit.get(dense.dequantize_source(of.packing), data.device)
+    decode = jit.get(dense.dequantize_source(of.packing), data.get_device())
     stream = current.stream(data.get_device())
     height = max(1, _SCRATCH_BYTES // (2 * ic) // UNIT_OC) * UNIT_OC
     scratch = torch.empty(min(height, oc), ic, dtype=dtype, device=data.device)

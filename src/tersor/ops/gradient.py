@@ -7,7 +7,8 @@ backwards, follow from two rules: the operator's derivative is `linear_input_gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class _Linear(_SingleLevelFunction):
         # Only silu's derivative depends on what came in: a plain linear keeps no activations.
         _save(ctx, data, scale, zero_point, *((x, bias) if gated else ()))
         ctx.of, ctx.gated = (scheme, oc, ic, layout), gated
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below():
             return _linear()(x, data, scale, zero_point, bias, scheme, oc, ic, layout, residual, gated)
 
     @staticmethod
@@ -143,7 +144,7 @@ class _InputGrad(_SingleLevelFunction):
     ) -> torch.Tensor:
         _save(ctx, data, scale, zero_point)
         ctx.of = of
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below():
             return _input_grad()(grad, data, scale, zero_point, *of)
 
     @staticmethod
@@ -153,6 +154,13 @@ class _InputGrad(_SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, grad: torch.Tensor, *rest: Any) -> torch.Tensor:
         return _input_grad()(grad, *ctx.saved_tensors, *ctx.of)
+
+
+@contextmanager
+def _below() -> Iterator[None]:
+    """Call an operator below this level of autograd; further levels of torch.func must find gradients switched on."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        yield
 
 
 def _save(ctx: Any, *tensors_: torch.Tensor | None) -> None:
