@@ -95,7 +95,10 @@ def test_transforms_of_torch_func_see_the_layer() -> None:
 
 def test_a_compiled_model_has_the_gradients_of_the_eager_one() -> None:
     model = torch.nn.Sequential(
-        torch.nn.Linear(8, 96), PackedLinear.from_packed(packed(), torch.ones(70)), torch.nn.SiLU(), torch.nn.Linear(70, 2)
+        torch.nn.Linear(8, 96),
+        PackedLinear.from_packed(packed(), torch.ones(70)),
+        torch.nn.SiLU(),
+        torch.nn.Linear(70, 2),
     )
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     x = torch.randn(5, 8)

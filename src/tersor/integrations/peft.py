@@ -11,17 +11,15 @@ import sys
 import warnings
 from typing import Any
 
-import torch
 from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tersor.errors import UnsupportedError
 from tersor.integrations.transformers.joined import PackedPart
-from tersor.integrations.transformers.replace import plain_module
+from tersor.integrations.transformers.replace import is_conv1d, plain_module, turned
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
@@ -50,8 +48,8 @@ class _OverPacked:
         chosen = kwargs.get("init_lora_weights", getattr(config, "init_lora_weights", True))
         if isinstance(chosen, str) and chosen.lower().startswith(_REWRITES):
             raise UnsupportedError(
-                f"init_lora_weights={chosen!r} starts from a base weight that can be written or trained, and this one is "
-                "packed: use True or 'gaussian'"
+                f"init_lora_weights={chosen!r} starts from a base weight that can be written or trained, and this one "
+                "is packed: use True or 'gaussian'"
             )
         if getattr(config, "kasa_config", None) is not None:
             raise UnsupportedError("KaSA rewrites the base weight, which is packed: leave kasa_config out")
@@ -72,15 +70,15 @@ class _OverPacked:
         if isinstance(base, PackedModule):
             self._packed, self.base_layer = (base,), plain_module(base, base.dtype)
         # A Conv1D keeps [IC, OC]; deltas are [OC, IC], like the packed weight.
-        if isinstance(self.base_layer, Conv1D):
-            self.base_layer = _turned(self.base_layer)
+        if is_conv1d(self.base_layer):
+            self.base_layer = turned(self.base_layer)
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
         finally:
             if not self.merged_adapters:
                 self._put_back()
             elif getattr(self._packed[0], "transposed", False):
-                self.base_layer = _turned(self.base_layer)
+                self.base_layer = turned(self.base_layer)
 
     def unmerge(self) -> None:
         """Put the packed layer back, exactly as it was."""
@@ -115,20 +113,9 @@ class PackedLoraEmbedding(_OverPacked, Embedding):
 def _features(module: Any) -> tuple[int, int]:
     if isinstance(module, PackedEmbedding | nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if isinstance(module, Conv1D):
+    if is_conv1d(module):
         return int(module.nx), int(module.nf)
     return module.in_features, module.out_features
-
-
-def _turned(layer: nn.Module) -> nn.Module:
-    """Return a Conv1D as a linear layer, or a linear layer as a Conv1D."""
-    weight: Any = layer.weight
-    rows, columns = weight.shape
-    with torch.device("meta"):
-        new: nn.Module = nn.Linear(rows, columns) if isinstance(layer, Conv1D) else Conv1D(rows, columns)
-    new.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=False)
-    new.bias = layer.bias if layer.bias is not None else None
-    return new.train(layer.training)
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -138,18 +125,22 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 """Packed layer -> the LoRA layer over it."""
 
 
+_INCLUDES = "_maybe_include_all_linear_layers"
+"""What peft calls the function that spells `all-linear` out."""
+
+
 def register() -> None:
-    """Let peft wrap packed layers, count them among `all-linear`, and know when packed embeddings are tied. Idempotent."""
+    """Let peft wrap packed layers, count them among `all-linear`, and see packed embeddings tied. Idempotent."""
     if getattr(LoraModel, "_serves_tersor", False):
         return
     LoraModel._serves_tersor = True
     LoraModel._create_new_module = staticmethod(_telling(LoraModel._create_new_module))
     LoraModel._unload_and_optionally_merge = _keeping_tie(LoraModel._unload_and_optionally_merge)
-    original = tuners_utils._maybe_include_all_linear_layers
+    original: Any = getattr(tuners_utils, _INCLUDES)
     counted = _counting(original)
     for name, module in list(sys.modules.items()):
-        if name.startswith("peft.") and getattr(module, original.__name__, None) is original:
-            setattr(module, original.__name__, counted)
+        if name.startswith("peft.") and getattr(module, _INCLUDES, None) is original:
+            setattr(module, _INCLUDES, counted)
 
 
 def _telling(create: Any) -> Any:
@@ -165,7 +156,7 @@ def _telling(create: Any) -> Any:
 
 def _counting(include: Any) -> Any:
     @functools.wraps(include)
-    def wrapped(peft_config: Any, model: nn.Module) -> Any:
+    def wrapped(peft_config: Any, model: Any) -> Any:
         asked = getattr(peft_config, "target_modules", None)
         config = include(peft_config, model)
         if not isinstance(asked, str) or config.target_modules is asked or not isinstance(config.target_modules, set):
@@ -199,9 +190,8 @@ def _keeping_tie(unload: Any) -> Any:
         if tied and _tied(model):
             config.tie_word_embeddings = tied  # type: ignore[union-attr]
         elif isinstance(head, TiedLinear):
-            # The embedding was merged with its adapter and is plain now; the head keeps what both had.
-            own = PackedLinear.from_packed(head.packed_weight(), head.bias, head.dtype)
-            model.set_output_embeddings(own.train(head.training))
+            # The embedding was merged with its adapter and is plain now; the head keeps what both had, decoded, too.
+            model.set_output_embeddings(plain_module(head, head.dtype))
         return model
 
     return wrapped

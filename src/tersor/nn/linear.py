@@ -10,7 +10,6 @@ from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
 from tersor.nn.packed import PackedModule
 
-
 _autocast = torch._C._is_any_autocast_enabled
 
 
@@ -92,7 +91,7 @@ class PackedLinear(PackedModule):
             self.prepare(dtype)
             weight = self._current()
         try:
-            bias = self._parameters["bias"]  # the attribute costs a microsecond
+            bias: torch.Tensor | None = self._parameters["bias"]  # the attribute costs a microsecond
         except KeyError:  # a parametrization has taken it
             bias = self.bias
         if bias is not None and bias.dtype is not dtype:

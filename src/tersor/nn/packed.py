@@ -114,8 +114,8 @@ class PackedModule(nn.Module):
         """
         if name == "weight":
             raise UnsupportedError(
-                f"the weight of a {type(self).__name__} is packed and cannot be set: put a plain layer in its place, or "
-                "train an adapter"
+                f"the weight of a {type(self).__name__} is packed and cannot be set: put a plain layer in its place, "
+                "or train an adapter"
             )
         super().register_parameter(name, param)
 

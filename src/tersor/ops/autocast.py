@@ -19,7 +19,7 @@ _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.Dis
 
 
 def activation_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which activations meet a weight: autocast's where that is on for their device, else their own.
+    """Return the dtype in which activations meet a weight: autocast's where it is on for their device, else their own.
 
     Args:
         x: activations; float64 stays, as everywhere under autocast.

@@ -79,9 +79,7 @@ def _shape_only(
     return grad.new_empty(*grad.shape[:-1], ic)
 
 
-def _checked(
-    grad: torch.Tensor, data: torch.Tensor, scheme: str, oc: int, ic: int, layout: str
-) -> prepared.WeightType:
+def _checked(grad: torch.Tensor, data: torch.Tensor, scheme: str, oc: int, ic: int, layout: str) -> prepared.WeightType:
     of = prepared.weight_type(scheme, oc, ic, layout)
     of.check(data)
     if grad.dim() == 0 or grad.shape[-1] != oc:

@@ -57,7 +57,8 @@ class Join:
         """Return the joined weight in the layout for activations of `dtype`, joining the layers if they are apart.
 
         Returns `None` where they have to stay apart: on several devices or the meta device, where they are multiplied
-        in several ways, after `keep_apart`, and where they are apart while a CUDA graph is captured or a graph is traced.
+        in several ways, after `keep_apart`, and where they are apart while a CUDA graph is captured or a graph is
+        traced.
         """
         if torch.compiler.is_compiling():
             return self.weight
@@ -151,9 +152,7 @@ class Join:
         unit = 1 if weight.layout == STREAM else UNIT_OC
         if first % unit or last % unit:
             biases: list[torch.Tensor] = [part.bias for part in self.parts if part.bias is not None]
-            return ops.linear(x, weight, cast_bias(torch.cat(biases), dtype) if biases else None)[
-                ..., first:last
-            ]
+            return ops.linear(x, weight, cast_bias(torch.cat(biases), dtype) if biases else None)[..., first:last]
 
         return ops.linear(x, weight.rows(first, last), cast_bias(self.parts[index].bias, dtype))
 

@@ -59,8 +59,8 @@ class Placement:
     def place(self, stems: Iterable[str]) -> list[Place]:
         """Find the linear layer or embedding of every stored weight, splitting fused experts where they hold one.
 
-        Weights that transformers ignores (`_keys_to_ignore_on_load_unexpected`) are left out, and so are those of layers
-        that the model has not (`num_hidden_layers=2`), of which transformers itself tells.
+        Weights that transformers ignores (`_keys_to_ignore_on_load_unexpected`) are left out, and so are those of
+        layers that the model has not (`num_hidden_layers=2`), of which transformers itself tells.
 
         Raises:
             CheckpointError: the model has not one of the layers.

@@ -58,7 +58,9 @@ def _counting(count: Any) -> Any:
 
 def _decoding(resize: Any) -> Any:
     @functools.wraps(resize)
-    def wrapped(self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **rest: Any) -> Any:
+    def wrapped(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **rest: Any
+    ) -> Any:
         embedding = self.get_input_embeddings()
         held = getattr(embedding, "num_embeddings", None)
         wanted = held if new_num_tokens is None else new_num_tokens
