@@ -1,4 +1,4 @@
-"""Who tells transformers of Tersor, and when? An import hook that imports nothing before transformers needs it.
+"""Who tells transformers and peft of Tersor, and when? An import hook that imports nothing before they need it.
 
 The line of `tersor.pth` imports this module whenever Python starts, so that a checkpoint loads in programs that do not
 know Tersor; `import tersor` does, too. That line runs in every program of the environment: so this module is beside the
@@ -22,7 +22,8 @@ SETTING = "TERSOR_HOOK"
 started = False
 """Whether `start` has put the hook in place in this process, as it does wherever Tersor is installed."""
 
-_TARGET = "transformers.quantizers.auto"
+_QUANTIZERS = "transformers.quantizers.auto"
+_LORA = "peft.tuners.lora.model"
 _OURS = "tersor.integrations.transformers.quantizer"
 
 
@@ -32,13 +33,16 @@ def start() -> None:
     if os.environ.get(SETTING) != "0":
         started = True
         _install()
-        _enter_or_warn(sys.modules.get(_TARGET))
+        for name in _ENTER:
+            _enter_or_warn(sys.modules.get(name))
 
 
 def register() -> None:
-    """Make transformers know `quant_method: tersor`: now if it is loaded, else at the moment it is. Idempotent."""
+    """Make transformers know `quant_method: tersor`, and peft packed layers: now, or when they are loaded. Idempotent."""
     _install()
-    _enter(sys.modules.get(_TARGET))
+    for name, enter in _ENTER.items():
+        if name in sys.modules:
+            enter(sys.modules[name])
 
 
 def _install() -> None:
@@ -47,7 +51,7 @@ def _install() -> None:
 
 
 class _Finder:
-    """Finds one module, by asking the other finders, and lets its loader say when it has been executed."""
+    """Finds the modules of `_ENTER`, by asking the other finders, and lets its loader say when it has been executed."""
 
     serves_tersor = True
 
@@ -57,7 +61,7 @@ class _Finder:
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if fullname != _TARGET or get_ident() in self._asking:
+        if fullname not in _ENTER or get_ident() in self._asking:
             return None
         self._asking.add(get_ident())
         try:
@@ -104,22 +108,22 @@ def _enter_or_warn(module: "ModuleType | None") -> None:
         from tersor.settings import get
 
         get(SETTING)  # a malformed value is said here: nothing can be raised when Python starts
-        _enter(module)
-    except Exception as error:  # transformers must stay usable without us
+        _ENTER[module.__name__](module)
+    except Exception as error:  # others must stay usable without us
         if isinstance(error, ModuleNotFoundError) and error.name in ("tersor", "tersor.settings"):
             return  # Tersor was removed, and this file forgotten.
         import warnings
 
         warnings.warn(
-            f"tersor could not register with transformers, so tersor checkpoints will not load: {error!r}",
+            f"tersor could not register with {module.__name__.partition('.')[0]}, so {_LOST[module.__name__]}: {error!r}",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
-def _enter(module: "ModuleType | None") -> None:
-    if module is None or not hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        return
+def _enter_quantizer(module: "ModuleType") -> None:
+    if not hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        return  # It is being imported right now.
     import importlib
 
     ours: Any = sys.modules.get(_OURS) or importlib.import_module(_OURS)
@@ -129,3 +133,17 @@ def _enter(module: "ModuleType | None") -> None:
         module.register_quantization_config(ours.NAME)(ours.TersorConfig)
     if ours.NAME not in module.AUTO_QUANTIZER_MAPPING:
         module.register_quantizer(ours.NAME)(ours.TersorHfQuantizer)
+
+
+def _enter_lora(module: "ModuleType") -> None:
+    if not hasattr(module, "LoraModel"):
+        return  # It is being imported right now.
+    import importlib
+
+    importlib.import_module("tersor.integrations.peft").register()
+
+
+_ENTER = {_QUANTIZERS: _enter_quantizer, _LORA: _enter_lora}
+"""Module of another library -> what makes Tersor known there."""
+_LOST = {_QUANTIZERS: "tersor checkpoints will not load", _LORA: "LoRA will not take packed layers"}
+"""The same modules -> what does not work without."""

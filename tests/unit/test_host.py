@@ -255,13 +255,16 @@ def test_nobody_looks_so_the_dispatcher_is_not_asked(spy: None) -> None:
         ops.linear(x.clone().requires_grad_(), weight, bias)
     with torch.inference_mode():
         ops.linear(torch.ones(2, 64), weight, bias)
-    with torch.autocast("cpu"):
-        ops.linear(torch.nn.Parameter(x, requires_grad=False), weight)
+    ops.linear(torch.nn.Parameter(x, requires_grad=False), weight)
 
 
 def test_who_looks_sees_the_operator(spy: None) -> None:
     weight, x, bias = packed(24, 64, "stream"), torch.ones(2, 64), torch.ones(24)
-    for looker in (Dispatch(), Overrides(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")):
+    lookers = (
+        *(Dispatch(), Overrides(), FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")),
+        *(torch.autocast("cpu"), torch.autograd.forward_ad.dual_level()),
+    )
+    for looker in lookers:
         with looker, pytest.raises(Seen):
             ops.linear(x, weight)
     with torch.profiler.profile(), pytest.raises(Seen):

@@ -95,12 +95,14 @@ def test_missing_plain_weights_are_an_error_while_loading_too(llama: tuple[Path,
     refused(tmp_path / "plain", CheckpointError, f"{LAYER}.weight", quantization_config=tersor.TersorConfig())
 
 
-def test_a_packed_weight_of_no_layer(broken: Callable[..., Path]) -> None:
+def test_packed_weights_that_all_belong_to_no_layer(broken: Callable[..., Path]) -> None:
     def add(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.startswith(LAYER)]:
-            tensors[name.replace("layers.1", "layers.7")] = tensors[name].clone()
+        for name in [name for name in tensors if ".weight_" in name]:
+            tensors[name.replace("layers.", "layers.7")] = tensors.pop(name)
 
-    refused(broken(add), CheckpointError, "model.layers.7.mlp.down_proj", "belongs to no layer of LlamaForCausalLM")
+    refused(
+        broken(add), CheckpointError, "model.layers.7", "belongs to no layer of LlamaForCausalLM, nor does any other"
+    )
 
 
 @pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_zero_point"])

@@ -1,4 +1,4 @@
-"""What do others call it? Registration with transformers, without importing it."""
+"""What do others call it? Registration with transformers and peft, without importing them."""
 
 from __future__ import annotations
 

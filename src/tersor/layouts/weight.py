@@ -10,6 +10,7 @@ import torch
 from tersor.errors import ShapeError
 from tersor.formats import Encoded, Scheme, dequantize
 from tersor.layouts import scales, stream, tiles
+from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import gated_channels, interleave, separate
 from tersor.layouts.packing import LAYOUTS, Packing
 
@@ -68,6 +69,25 @@ class PackedWeight(_Noted):
     def split(self, sizes: Sequence[int]) -> list[PackedWeight]:
         """Undo `stack`: return weights of so many rows each, in the stored stream."""
         return _split(self, lambda tensor: tensor.split(list(sizes)))
+
+    def rows(self, first: int, last: int) -> PackedWeight:
+        """Return rows first .. last - 1 as a weight that shares memory with this one, in the same layout.
+
+        Raises:
+            ShapeError: in a kernel layout, where it does not start and end with a unit of rows (or the last row).
+        """
+        unit = 1 if self.layout == STREAM else UNIT_OC
+        if first % unit or (last % unit and last != self.shape[0]):
+            raise ShapeError(f"rows {first} to {last} of a weight in {self.layout} are not whole units of {unit}")
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            if unit == 1:
+                return tensor[first:last]
+            return tensor.view(-(-self.shape[0] // unit), -1)[first // unit : -(-last // unit)].reshape(-1)
+
+        zero_point = None if self.zero_point is None else part(self.zero_point)
+        shape = (last - first, self.shape[1])
+        return PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout)
 
     @staticmethod
     def gate_up(gate: PackedWeight, up: PackedWeight) -> PackedWeight:

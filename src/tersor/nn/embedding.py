@@ -25,7 +25,13 @@ class PackedEmbedding(PackedModule):
         padding_idx: kept for code that asks; its row is looked up like any other.
         embed_scale: what rows are multiplied by, rounded to `dtype` (Gemma), or `None`.
         plain_class: the class of the embedding it stands for.
+        max_norm, norm_type, scale_grad_by_freq, sparse: an `nn.Embedding`'s, at their defaults, for code that asks.
     """
+
+    max_norm: float | None = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
 
     def __init__(
         self,

@@ -10,6 +10,8 @@ from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
 from tersor.nn.packed import PackedModule
 
+_autocast = torch._C._is_any_autocast_enabled
+
 
 class PackedLinear(PackedModule):
     """y[..., OC] = x[..., IC] @ W[OC, IC]^T + bias, with W packed.
@@ -77,18 +79,23 @@ class PackedLinear(PackedModule):
             x: [..., IC].
 
         Returns:
-            [..., OC] in x's dtype.
+            [..., OC] in x's dtype, or that of torch.autocast; a bias of another dtype is cast.
         """
+        dtype = x.dtype
+        if _autocast():
+            dtype = ops.activation_dtype(x)
         if torch.compiler.is_compiling():
-            return ops.linear(x, self.packed_weight(), self.bias)
+            return ops.linear(x, self.packed_weight(), cast_bias(self.bias, dtype))
         weight = self._current()
-        if self._ready_for is not x.dtype:
-            self.prepare(x.dtype)
+        if self._ready_for is not dtype:
+            self.prepare(dtype)
             weight = self._current()
         try:
-            bias = self._parameters["bias"]  # the attribute costs a microsecond
+            bias: torch.Tensor | None = self._parameters["bias"]  # the attribute costs a microsecond
         except KeyError:  # a parametrization has taken it
             bias = self.bias
+        if bias is not None and bias.dtype is not dtype:
+            bias = cast_bias(bias, dtype)
         return ops.linear(x, weight, bias)
 
     def multiply_with(self, activations: Activations | str) -> None:
@@ -137,3 +144,8 @@ class PackedLinear(PackedModule):
         if self.layout != STREAM:
             words.append(f"layout={self.layout}")
         return ", ".join(words)
+
+
+def cast_bias(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return a bias in the dtype of the activations it is added to."""
+    return bias.to(dtype) if bias is not None and dtype.is_floating_point else bias

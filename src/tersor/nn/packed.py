@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, TensorForm, stored_tensors
+from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.layouts import STREAM, PackedWeight
 
@@ -96,6 +97,27 @@ class PackedModule(nn.Module):
     def weight(self) -> torch.Tensor:
         """The decoded weight [OC, IC] in `dtype`, made anew on every access: for code that looks at weights."""
         return self.packed_weight().dequantize(self.dtype)
+
+    def reset_parameters(self) -> None:
+        """Refuse: a packed weight comes from a checkpoint or a plain layer.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(f"{type(self).__name__}: packed weights are not initialised: load or quantize them")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as `nn.Module` does.
+
+        Raises:
+            UnsupportedError: it is named `weight`, which is decoded from packed codes.
+        """
+        if name == "weight":
+            raise UnsupportedError(
+                f"the weight of a {type(self).__name__} is packed and cannot be set: put a plain layer in its place, "
+                "or train an adapter"
+            )
+        super().register_parameter(name, param)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Get ready for activations of `dtype` on the module's device: nothing to do for a weight in the stream."""

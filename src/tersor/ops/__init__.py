@@ -1,8 +1,10 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
 from tersor.kernels.dense import kernels_for
+from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
+from tersor.ops.gradient import wanted as gradient_wanted
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.workspace import Workspace
@@ -11,10 +13,12 @@ __all__ = [
     "Mode",
     "Reason",
     "Workspace",
+    "activation_dtype",
     "batch_invariant",
     "embedding",
     "explain",
     "gated_linear",
+    "gradient_wanted",
     "kernels_for",
     "linear",
     "preferred_layout",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from tersor.layouts import PackedWeight
-from tersor.ops import prepared, serve
+from tersor.ops import autocast, gradient, prepared, serve
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -35,7 +36,7 @@ def multiply(
 
 
 def _must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Tell whether someone has to see the operator: a mode, a transform, a trace, a profiler, autograd or a subclass.
+    """Tell whether someone has to see the operator: a mode, a transform, a trace, autograd, autocast or a subclass.
 
     Where nobody does, the dispatcher would only cost time.
     """
@@ -49,6 +50,8 @@ def _must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
         or _transform() is not None
         or _trace() is not None
         or _profiled()
+        or _autocast()
+        or forward_ad._current_level >= 0
         or (x.requires_grad and _grad_enabled())
     )
 
@@ -57,6 +60,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _trace = torch._C._get_tracing_state
+_autocast = autocast.enabled
 _profiled = torch.autograd._profiler_enabled
 _grad_enabled = torch.is_grad_enabled
 
@@ -84,7 +88,9 @@ def _operator_of(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return implementation
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("linear", _operator_of(serve.linear), _device)
-torch.library.register_fake("tersor::linear", _operator_of(serve.shape_only), lib=_library)
 _operator = torch.ops.tersor.linear.default
+for _device in autocast.DEVICES:
+    _library.impl("linear", _operator_of(serve.linear), _device)
+    _library.impl("linear", autocast.casting(_operator), f"Autocast{_device}")
+_library.impl("linear", gradient.differentiable_linear(), "Autograd")
+torch.library.register_fake("tersor::linear", _operator_of(serve.shape_only), lib=_library)

@@ -7,6 +7,7 @@ import torch
 from tersor.errors import ShapeError
 from tersor.formats import Scheme, dequantize
 from tersor.layouts import STREAM, PackedWeight, stream
+from tersor.ops import autocast
 from tersor.ops.reference import BLOCK_ELEMENTS
 
 _library = torch.library.Library("tersor", "FRAGMENT")
@@ -90,6 +91,6 @@ def _meta(
     return torch.empty(*ids.shape, ic, dtype=dtype, device=data.device)
 
 
-_library.impl("embedding", _serve, "CPU")
-_library.impl("embedding", _serve, "CUDA")
+for _device in autocast.DEVICES:
+    _library.impl("embedding", _serve, _device)
 torch.library.register_fake("tersor::embedding", _meta, lib=_library)

@@ -46,10 +46,11 @@ def linear(
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
     the decoded weight, rounded once (one exception: scales in groups where `explain` says `dequantize + cuBLAS`: there
-    scaled weights are rounded to x's dtype first). Inference only: no gradient flows through it.
+    scaled weights are rounded to x's dtype first). x, bias and residual have gradients (`ops.gradient`). Under
+    torch.autocast they are cast as `torch.nn.functional.linear` casts them.
 
     Args:
-        x: [..., IC], float16, bfloat16 or float32, any strides.
+        x: [..., IC], float16, bfloat16, float32 or float64 (whose sums are float64), any strides.
         weight: packed weight [OC, IC] on x's device, in any layout.
         bias: [OC] in x's dtype, or `None`.
         residual: [..., OC] in x's dtype, any strides, or `None`; added in float32 before the one rounding.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import Activations, Scheme, dequantize
-from tersor.layouts import STREAM, PackedWeight, decode_groups, stream
+from tersor.formats import Activations
+from tersor.layouts import STREAM, PackedWeight, decode_groups
+from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import HALF, gated_channels
 from tersor.layouts.packing import LAYOUTS
 from tersor.ops import tensors
@@ -26,7 +27,7 @@ def linear(
     gated: bool = False,
     one_by_one: bool = False,
 ) -> torch.Tensor:
-    """Return x @ W^T + bias + residual, accumulated in float32 and rounded once to x's dtype.
+    """Return x @ W^T + bias + residual, accumulated in float32 (float64 for such x) and rounded once to x's dtype.
 
     Args:
         x: [N, IC], any float dtype; first quantised to e4m3 where the weight lies in the layout for such activations.
@@ -40,9 +41,9 @@ def linear(
         [N, OC] in x's dtype, or [N, F] where gated.
     """
     oc, ic = weight.shape
-    wide, token_scale = x.to(torch.float32), None
+    wide, token_scale = x.to(torch.promote_types(x.dtype, torch.float32)), None
     if LAYOUTS.get(weight.layout) == decode_groups.FP8:
-        codes, token_scale = Activations.E4M3.quantize(wide)
+        codes, token_scale = Activations.E4M3.quantize(wide.to(torch.float32))
         wide = codes.to(torch.float32)
     output = x.new_empty(x.shape[0], gated_channels(oc) if gated else oc)
     unit = 2 * HALF if gated else 1
@@ -51,7 +52,7 @@ def linear(
     start = 0
     for first in range(0, oc, rows):
         last = min(first + rows, oc)
-        block = _decode_rows(packed, packed.scheme, first, last)
+        block = packed.rows(first, last).dequantize(wide.dtype)
         part = torch.stack([block @ token.clone() for token in wide]) if one_by_one else wide @ block.T
         if token_scale is not None:
             part.mul_(token_scale)
@@ -67,7 +68,22 @@ def linear(
     return output
 
 
-def _decode_rows(weight: PackedWeight, scheme: Scheme, first: int, last: int) -> torch.Tensor:
-    codes = stream.unpack(weight.data[first:last], scheme.format.bits, weight.shape[1])
-    zero_point = weight.zero_point[first:last] if weight.zero_point is not None else None
-    return dequantize(codes, weight.scale[first:last], zero_point, scheme)
+def input_grad(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Return grad @ W, the gradient of activations, accumulated and rounded as in `linear`.
+
+    Args:
+        grad: [N, OC], any float dtype.
+        weight: packed weight [OC, IC] in any layout.
+
+    Returns:
+        [N, IC] in grad's dtype.
+    """
+    oc, ic = weight.shape
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    total = wide.new_zeros(grad.shape[0], ic)
+    unit = 1 if weight.layout == STREAM else UNIT_OC
+    rows = max(1, BLOCK_ELEMENTS.get(grad.device.type, 1 << 18) // max(ic, 1) // unit) * unit
+    for first in range(0, oc, rows):
+        last = min(first + rows, oc)
+        total.addmm_(wide[:, first:last], weight.rows(first, last).dequantize(wide.dtype))
+    return total.to(grad.dtype)

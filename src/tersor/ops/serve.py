@@ -28,7 +28,7 @@ def check(
     if not shape or shape[-1] != of.ic:
         raise ShapeError(f"linear: x has shape {list(shape)}, expected [..., {of.ic}] for a weight [{of.oc}, {of.ic}]")
     if dtype not in _ACTIVATION_DTYPES:
-        raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16 or float32")
+        raise ShapeError(f"linear: x is {dtype}, expected float16, bfloat16, float32 or float64")
     if data.device != x.device:
         raise ShapeError(f"linear: x is on {x.device}, the weight on {data.device}")
     if bias is not None and (bias.shape != (of.oc,) or bias.dtype != dtype or bias.device != x.device):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,13 +17,15 @@ from tersor import ops
 from tersor.formats import Activations
 from tersor.layouts import STREAM, PackedWeight
 from tersor.layouts.blocks import UNIT_OC
-from tersor.nn.linear import PackedLinear
+from tersor.nn.linear import PackedLinear, cast_bias
 from tersor.nn.packed import PackedModule
 
 JOINED = "joined"
 """The layout of a layer whose codes and scales a join holds."""
 
 _guard = threading.RLock()
+_Round: TypeAlias = tuple[torch.Tensor, tuple[int | None, torch.dtype], dict[int, torch.Tensor]]
+"""Activations, their version and dtype in the product, and the results that no layer has taken yet, by index."""
 
 
 class Join:
@@ -43,13 +45,20 @@ class Join:
         self.bias: torch.Tensor | None = None
         self._ready_for: torch.dtype | None = None
         self._biases: tuple[nn.Parameter | None, ...] = ()
+        self._kept_apart = False
         self._shares = threading.local()
+
+    def keep_apart(self) -> None:
+        """Give every layer its own tensors back, and never join them again."""
+        self._kept_apart = True
+        self.dissolve()
 
     def ready(self, dtype: torch.dtype) -> PackedWeight | None:
         """Return the joined weight in the layout for activations of `dtype`, joining the layers if they are apart.
 
         Returns `None` where they have to stay apart: on several devices or the meta device, where they are multiplied
-        in several ways, and where they are apart while a CUDA graph is captured or a graph is traced.
+        in several ways, after `keep_apart`, and where they are apart while a CUDA graph is captured or a graph is
+        traced.
         """
         if torch.compiler.is_compiling():
             return self.weight
@@ -66,7 +75,7 @@ class Join:
     def _prepare(self, dtype: torch.dtype) -> PackedWeight | None:
         device = self.parts[0].weight_packed.device
         settings = {(part.weight_packed.device, part.dtype, part.activations) for part in self.parts}
-        if len(settings) > 1 or device.type == "meta":
+        if self._kept_apart or len(settings) > 1 or device.type == "meta":
             return None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return self.weight if self._biases and self._has_biases() else None
@@ -90,7 +99,8 @@ class Join:
         self.bias = torch.cat([bias.detach() for bias in given]) if given else None
         if self.bias is not None:
             for part, bias in zip(self.parts, self.bias.split([part.out_features for part in self.parts]), strict=True):
-                part.bias = nn.Parameter(bias, requires_grad=False)
+                if part.bias is not None:
+                    part.bias.data = bias  # the parameter stays: an optimizer may have it
 
     def apart(self) -> Sequence[PackedWeight]:
         """Return the weights of the layers in the stored stream, made anew from the joined one."""
@@ -115,41 +125,36 @@ class Join:
         same tensor next, in the same thread, and nobody has written it in between. What is left of a round goes with
         its thread. A module that has queries, keys and values as one layer from the start needs none of this.
         """
-        part, weight = self.parts[index], self.ready(x.dtype)
+        part, dtype = self.parts[index], ops.activation_dtype(x)
+        weight = self.ready(dtype)
         if weight is None or self.gated:
-            return ops.linear(x, part.packed_weight(), part.bias)
-        if torch.compiler.is_compiling():
+            return ops.linear(x, part.packed_weight(), cast_bias(part.bias, dtype))
+        if torch.compiler.is_compiling() or ops.gradient_wanted(x, *(part.bias for part in self.parts)):
             return self._alone(index, x, weight)
         version = None if x.is_inference() else x._version
-        held: tuple[torch.Tensor, int | None, dict[int, torch.Tensor]] | None = getattr(self._shares, "round", None)
-        if held is not None and held[0] is x and held[1] == version and index in held[2]:
+        held: _Round | None = getattr(self._shares, "round", None)
+        if held is not None and held[0] is x and held[1] == (version, dtype) and index in held[2]:
             y = held[2].pop(index)
             if not held[2]:
                 del self._shares.round
             return y
-        results = ops.linear(x, weight, self.bias).split([part.out_features for part in self.parts], dim=-1)
-        self._shares.round = (x, version, {other: y for other, y in enumerate(results) if other != index})
+        sizes = [part.out_features for part in self.parts]
+        results = ops.linear(x, weight, cast_bias(self.bias, dtype)).split(sizes, dim=-1)
+        self._shares.round = (x, (version, dtype), {other: y for other, y in enumerate(results) if other != index})
         return results[index]
 
     def _alone(self, index: int, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """Multiply with one layer's rows of the joined weight: traces keep no tensor from one layer to the next."""
+        """Multiply with one layer's rows of the joined weight: no trace or gradient goes from one layer to the next."""
+        dtype = ops.activation_dtype(x)
         sizes = [part.out_features for part in self.parts]
         first = sum(sizes[:index])
         last = first + sizes[index]
         unit = 1 if weight.layout == STREAM else UNIT_OC
         if first % unit or last % unit:
             biases: list[torch.Tensor] = [part.bias for part in self.parts if part.bias is not None]
-            return ops.linear(x, weight, torch.cat(biases) if biases else None)[..., first:last]
+            return ops.linear(x, weight, cast_bias(torch.cat(biases), dtype) if biases else None)[..., first:last]
 
-        def rows(tensor: torch.Tensor) -> torch.Tensor:
-            if unit == 1:
-                return tensor[first:last]
-            return tensor.view(-(-weight.shape[0] // unit), -1)[first // unit : last // unit].reshape(-1)
-
-        zero_point = None if weight.zero_point is None else rows(weight.zero_point)
-        shape = (sizes[index], weight.shape[1])
-        own = PackedWeight(weight.scheme, shape, rows(weight.data), rows(weight.scale), zero_point, weight.layout)
-        return ops.linear(x, own, self.parts[index].bias)
+        return ops.linear(x, weight.rows(first, last), cast_bias(self.parts[index].bias, dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shares"}
@@ -258,10 +263,17 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return down(silu(gate(x)) * up(x)) of x [..., IC]."""
-        weight = self.gate_proj.join.ready(x.dtype)
+        weight = self._joined(x)
         if weight is None:
             hidden = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
         else:
             hidden = ops.gated_linear(x, weight)
         down: torch.Tensor = self.down_proj(hidden)  # type: ignore[operator]
         return down
+
+    def _joined(self, x: torch.Tensor) -> PackedWeight | None:
+        """Return the weight of gate and up for x, or `None` where they are apart or an adapter stands before one."""
+        gate, up = self.gate_proj, self.up_proj
+        if isinstance(gate, PackedPart) and isinstance(up, PackedPart):
+            return gate.join.ready(ops.activation_dtype(x))
+        return None

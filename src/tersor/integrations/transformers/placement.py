@@ -54,16 +54,18 @@ class Placement:
     def place(self, stems: Iterable[str]) -> list[Place]:
         """Find the linear layer or embedding of every stored weight, splitting fused experts where they hold one.
 
-        Weights that transformers ignores (`_keys_to_ignore_on_load_unexpected`) are left out.
+        Weights that transformers ignores (`_keys_to_ignore_on_load_unexpected`) are left out, and so are those of
+        layers that the model has not (`num_hidden_layers=2`), of which transformers itself tells.
 
         Raises:
-            CheckpointError: the model has no such layer.
+            CheckpointError: the model has not one of the layers.
             UnsupportedError: the layer is there and cannot run packed.
         """
         stems = list(stems)
         self._split_experts(stems)
         self.dtypes = {name: tensor.dtype for name, tensor in self._names.state.items()}
-        places = []
+        places: list[Place] = []
+        lost: list[str] = []
         for stem in stems:
             key, pattern = self.rename(stem + _WEIGHT)
             module = key.removesuffix(_WEIGHT)
@@ -75,10 +77,12 @@ class Placement:
             if key in self._names.state and key != module:
                 places.append(Place(stem, module))
             elif not self._ignored(key):
-                raise CheckpointError(
-                    f"the checkpoint's {stem}.weight belongs to no layer of {type(self._model).__name__}: config.json "
-                    "does not describe this checkpoint"
-                )
+                lost.append(stem)
+        if lost and not places:
+            raise CheckpointError(
+                f"the checkpoint's {lost[0]}.weight belongs to no layer of {type(self._model).__name__}, nor does any "
+                "other: config.json does not describe this checkpoint"
+            )
         return places
 
     def rename(self, key: str) -> tuple[str, str | None]:

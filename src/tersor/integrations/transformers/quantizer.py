@@ -126,8 +126,10 @@ class TersorHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        from tersor.integrations.transformers import whole_model
         from tersor.integrations.transformers.packing import decide_compression, open_checkpoint, pack_checkpoint
 
+        whole_model.register()
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedError("packed layers cannot be sharded by transformers yet: use device_map")
         if not checkpoint_files:
@@ -215,8 +217,8 @@ class TersorHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether packed layers have gradients: they have none."""
-        return False
+        """Whether adapters can be trained on top: packed layers pass gradients on, and keep their own weight."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -156,6 +156,27 @@ def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, _plain(module, dtype, None if source is None else shared[source]))
 
 
+def turned(layer: nn.Module) -> nn.Module:
+    """Return a Conv1D as a linear layer, or a linear layer as a Conv1D; the bias is shared."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight: Any = layer.weight
+    with torch.device("meta"):
+        new: nn.Module = (nn.Linear if is_conv1d(layer) else Conv1D)(*weight.shape)
+    new.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=False)
+    bias: Any = layer.bias
+    new.bias = bias
+    return new.train(layer.training)
+
+
+def plain_module(module: PackedModule, dtype: torch.dtype) -> nn.Module:
+    """Return what a packed linear or embedding stands for, decoded to `dtype`; an output head gets its own weight."""
+    if isinstance(module, PackedEmbedding):
+        return _plain_embedding(module, dtype)
+    assert isinstance(module, PackedLinear)
+    return _plain(module, dtype, None)
+
+
 def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embedding:
     scale: dict[str, Any] = {} if module.embed_scale is None else {"embed_scale": module.embed_scale}
     with torch.device("meta"):
