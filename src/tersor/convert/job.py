@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.config import check_pattern, parse_override
+from tersor.checkpoint.config import parse_ignore, parse_overrides
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.header import WEIGHT_DTYPES
@@ -42,7 +43,7 @@ def quantize(
     scale_dtype: str | None = None,
     algorithm: str = DEFAULT_RECIPE,
     ignore: Sequence[str] = (),
-    overrides: Mapping[str, str] | Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] = (),
     dry_run: bool = False,
     resume: bool = False,
     device: str = "cpu",
@@ -63,8 +64,9 @@ def quantize(
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest.
         ignore: regular expressions of modules to leave alone; found anywhere in the module's name.
-        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found decides. The
-            output head, embeddings and routers are left alone unless a pattern spells their name.
+        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two (or of a pattern to a mapping with
+            `format`, `group_size`, `scale_dtype`); the first that is found decides. The output head, embeddings and
+            routers are left alone unless a pattern spells their name.
         dry_run: only report what would be done.
         resume: continue the work that an interrupted run left in `<output>.partial`.
         device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`.
@@ -83,14 +85,11 @@ def quantize(
     get_export(export)
     get_recipe(algorithm)
     where = resolve_device(device)
-    if not shard_size >= 1:
-        raise InputError(f"shard size {shard_size} is not a positive number of bytes")
+    shard_bytes = _shard_bytes(shard_size)
     get_scheme(format, group_size, scale_dtype)
     destination = _destination(output, dry_run)
-    patterns = [check_pattern(pattern, "ignore") for pattern in ignore]
-    texts = _override_texts(overrides)
-    for text in texts:
-        parse_override(text, group_size, scale_dtype)
+    patterns = parse_ignore(ignore)
+    parse_overrides(overrides, group_size, scale_dtype)
     with open_source(model) as source:
         if destination is not None:
             _check_apart(source, destination)
@@ -104,9 +103,9 @@ def quantize(
             read_architecture(source.directory),
             scheme=scheme,
             ignore=patterns,
-            overrides=[parse_override(text, group_size, scale_dtype) for text in texts],
+            overrides=parse_overrides(overrides, group_size, scale_dtype),
             export=chosen_export,
-            shard_bytes=int(shard_size),
+            shard_bytes=shard_bytes,
             provenance={"tersor": __version__, "algorithm": algorithm, "source": source.label},
         )
         if dry_run or destination is None:
@@ -117,7 +116,7 @@ def quantize(
             "tersor": __version__,
             "model": source.label,
             "export": export,
-            "shard size": int(shard_size),
+            "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
             "weights": source.fingerprint(),
@@ -282,9 +281,7 @@ def _model_dtype(source: Source) -> str:
     return dtype_name(TORCH_DTYPES[first]) if first in WEIGHT_DTYPES else first
 
 
-def _override_texts(overrides: Mapping[str, str] | Sequence[str]) -> list[str]:
-    if isinstance(overrides, str):
-        raise InputError(f"overrides is the text {overrides!r}: give a list of REGEX=FORMAT or a mapping")
-    if isinstance(overrides, Mapping):
-        return [f"{pattern}={value}" for pattern, value in overrides.items()]
-    return list(overrides)
+def _shard_bytes(shard_size: Any) -> int:
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int | float) or not 1 <= shard_size < math.inf:
+        raise InputError(f"shard size {shard_size!r} is not a positive number of bytes, such as 5e9")
+    return int(shard_size)

@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_scheme, scheme_to_dict
+from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_overrides, scheme_to_dict
 from tersor.errors import FormatError, NonFiniteError, TersorError, UnsupportedError
 from tersor.formats import Scheme
 from tersor.integrations import register
@@ -49,10 +49,8 @@ class TersorConfig(QuantizationConfigMixin):
         """
         self.quant_method = NAME  # type: ignore[assignment]  # the base class lists its own methods
         stated = {
-            pattern: scheme_to_dict(parse_scheme(entry, group_size, scale_dtype, f"override {pattern!r}"))
-            if isinstance(entry, str)
-            else entry
-            for pattern, entry in (overrides or {}).items()
+            override.pattern: scheme_to_dict(override.scheme)
+            for override in parse_overrides(overrides or {}, group_size, scale_dtype)
         }
         self.parsed = QuantizationConfig.from_dict(
             {
