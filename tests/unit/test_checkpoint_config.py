@@ -146,7 +146,7 @@ def test_overrides_are_the_same_as_texts_and_as_mappings() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 64.0, "64", True, False, float("nan")])
 def test_a_group_size_that_is_none_says_what_to_write(size: object) -> None:
-    with pytest.raises(FormatError, match="is not a positive whole number .* for one scale a row leave it out"):
+    with pytest.raises(FormatError, match=r"is not a positive whole number .* for one scale a row leave it out"):
         get_scheme("int8", size)  # type: ignore[arg-type]
 
 
