@@ -9,10 +9,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import nn
 
+from tersor import files
 from tersor.checkpoint.config import parse_ignore, parse_overrides
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
@@ -21,10 +23,11 @@ from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, quantization_of
 from tersor.checkpoint.writer import output_error, write_file
 from tersor.compress import DEFAULT_RECIPE, get_recipe
+from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
-from tersor.errors import InputError, OutputError
+from tersor.errors import CheckpointError, InputError, OutputError
 from tersor.formats import Scheme, dtype_name, get_scheme
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
@@ -32,11 +35,49 @@ from tersor.version import __version__
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SPARE_BYTES = 64 << 20
+_COPY_BYTES = 1 << 23
+
+
+@overload
+def quantize(
+    model: nn.Module,
+    output: None = None,
+    *,
+    format: str = ...,
+    group_size: int | None = ...,
+    scale_dtype: str | None = ...,
+    algorithm: str = ...,
+    ignore: Sequence[str] = ...,
+    overrides: Mapping[str, Any] | Sequence[str] = ...,
+    dry_run: bool = ...,
+    device: str | None = ...,
+    progress: Progress | None = ...,
+) -> Report: ...
+
+
+@overload
+def quantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = ...,
+    *,
+    format: str = ...,
+    group_size: int | None = ...,
+    scale_dtype: str | None = ...,
+    algorithm: str = ...,
+    ignore: Sequence[str] = ...,
+    overrides: Mapping[str, Any] | Sequence[str] = ...,
+    dry_run: bool = ...,
+    resume: bool = ...,
+    device: str | None = ...,
+    export: str = ...,
+    shard_size: float = ...,
+    progress: Progress | None = ...,
+) -> Report: ...
 
 
 def quantize(
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None,
+    model: nn.Module | str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     format: str = "fp6_e3m2",
     group_size: int | None = None,
@@ -46,19 +87,21 @@ def quantize(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     dry_run: bool = False,
     resume: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     export: str = "tersor",
     shard_size: float = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Report:
-    """Compress the linear weights of a checkpoint, tensor by tensor.
+    """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
+
+    A module in memory (any `nn.Module`; `convert.module`) takes neither output nor `resume`, `export`, `shard_size`.
 
     Memory does not grow with the model: weights are read, encoded and written in blocks of rows. The output directory
     appears under its name when it is complete; until then the work is in `<output>.partial`.
 
     Args:
-        model: a checkpoint directory, or a Hub id that is downloaded.
-        output: the directory to make, which must not exist; `None` only for a dry run.
+        model: a checkpoint directory, or a Hub id that is downloaded; or a module.
+        output: the directory to make, which must not exist; `None` only for a dry run or a module.
         format: element format of the weights, such as `fp6_e3m2`, `int4` or `mxfp6_e2m3`.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
@@ -69,7 +112,8 @@ def quantize(
             routers are left alone unless a pattern spells their name.
         dry_run: only report what would be done.
         resume: continue the work that an interrupted run left in `<output>.partial`.
-        device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`.
+        device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`; `None` is the CPU, or where a module's
+            weights are.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         progress: called with bytes done, bytes in all, and a tensor's name.
@@ -82,9 +126,23 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
+    if isinstance(model, nn.Module):
+        _check_in_place(output, resume, export, shard_size)
+        return quantize_module(
+            model,
+            format=format,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            algorithm=algorithm,
+            ignore=ignore,
+            overrides=overrides,
+            dry_run=dry_run,
+            device=device,
+            progress=progress,
+        )
     get_export(export)
     get_recipe(algorithm)
-    where = resolve_device(device)
+    where = resolve_device(device or "cpu")
     shard_bytes = _shard_bytes(shard_size)
     get_scheme(format, group_size, scale_dtype)
     destination = _destination(output, dry_run)
@@ -145,12 +203,13 @@ def _write(
     names = [name for name, _ in conversion.shards]
     first = len(work.rows)
     try:
+        companions = source.companions()
         _check_space(conversion, work)
         pipeline = Pipeline(conversion, recipe, work.directory, device, progress)
         streaming = time.monotonic()
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
         stream_seconds = time.monotonic() - streaming
-        _write_companions(source, conversion, chosen_export, recipe, work.directory)
+        _write_companions(source, conversion, chosen_export, recipe, companions, work.directory)
         work.publish()
     except InputError:
         # The input is at fault, so there is nothing to continue.
@@ -173,7 +232,12 @@ def _write(
 
 
 def _write_companions(
-    source: Source, conversion: Conversion, chosen_export: Export, recipe: str, directory: Path
+    source: Source,
+    conversion: Conversion,
+    chosen_export: Export,
+    recipe: str,
+    companions: Sequence[Path],
+    directory: Path,
 ) -> None:
     """Write config.json, the index and the model card, and copy the tokenizer and its like."""
     config = dict(source.config)
@@ -197,12 +261,27 @@ def _write_companions(
         }
         write_file(directory / INDEX_NAME, _json(index))
     write_file(directory / "README.md", _model_card(source, conversion, chosen_export, recipe).encode())
-    for path in source.companions():
+    for path in companions:
+        _copy(source.directory / path, directory / path)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file of the source, whatever its size.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OutputError: the disk is full or does not let us write.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    with file:
         try:
-            (directory / path).parent.mkdir(exist_ok=True)
-            write_file(directory / path, (source.directory / path).read_bytes())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(target, iter(lambda: file.read(_COPY_BYTES), b""))
         except OSError as error:
-            raise output_error(error, directory / path) from None
+            raise output_error(error, target) from None
 
 
 def _model_card(source: Source, conversion: Conversion, chosen_export: Export, recipe: str) -> str:
@@ -232,15 +311,21 @@ def _destination(output: str | os.PathLike[str] | None, dry_run: bool) -> Path |
         if not dry_run:
             raise InputError("no output directory given: name one, or make it a dry run")
         return None
-    path = Path(os.path.abspath(Path(output).expanduser()))
-    if path.exists() or path.is_symlink():
+    if not isinstance(output, str | os.PathLike):
+        raise InputError(f"output is {output!r}: give the name of a directory to make")
+    try:
+        path = Path(os.path.abspath(files.user_path(output)))
+        there = bool(files.mode_of(path)) or path.is_symlink()
+    except OSError as error:
+        raise output_error(error, Path(output)) from None
+    if there:
         raise InputError(f"output {path} exists: choose another name, or remove it")
     return path
 
 
 def _check_apart(source: Source, destination: Path) -> None:
-    inside = source.directory.resolve()
-    real = destination.parent.resolve() / destination.name
+    inside = Path(os.path.realpath(source.directory))
+    real = Path(os.path.realpath(destination.parent)) / destination.name
     if real == inside or inside in real.parents:
         raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
 
@@ -256,7 +341,10 @@ def _check_space(conversion: Conversion, work: Workplace) -> None:
     first = len(work.rows)
     steps = [conversion.steps[index] for _, indices in conversion.shards[first:] for index in indices]
     needed = sum(step.output_bytes for step in steps) + _SPARE_BYTES
-    free = shutil.disk_usage(work.directory).free
+    try:
+        free = shutil.disk_usage(work.directory).free
+    except OSError as error:
+        raise output_error(error, work.directory) from None
     if needed > free:
         raise OutputError(
             f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: free "
@@ -279,6 +367,15 @@ def _model_dtype(source: Source) -> str:
         return stated
     first = next(iter(source.tensors.values())).spec.dtype
     return dtype_name(TORCH_DTYPES[first]) if first in WEIGHT_DTYPES else first
+
+
+def _check_in_place(output: Any, resume: bool, export: str, shard_size: float) -> None:
+    if output is not None:
+        raise InputError(
+            f"a module is compressed in place, and output {output!r} is given: leave it out and call save_pretrained"
+        )
+    if resume or export != "tersor" or shard_size != DEFAULT_SHARD_BYTES:
+        raise InputError("resume, export and shard_size are for a checkpoint on disk: a module is compressed in place")
 
 
 def _shard_bytes(shard_size: Any) -> int:

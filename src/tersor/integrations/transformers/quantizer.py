@@ -114,6 +114,10 @@ class TersorHfQuantizer(HfQuantizer):
         self._dropped_converters: list[Any] = []
         self._failure: TersorError | None = None
 
+    def restored_heads(self, heads: Mapping[str, str]) -> None:
+        """Take note of the output heads that share a packed embedding, so that decoding the model ties them again."""
+        self._heads = dict(heads)
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work: parts of the model on disk."""
         device_map = kwargs.get("device_map")
