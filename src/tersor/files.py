@@ -23,8 +23,8 @@ def user_path(text: str | os.PathLike[str]) -> Path:
     """Return a path as a user wrote it, `~` expanded.
 
     Raises:
-        OSError: no file system takes it (empty, a NUL, a character that cannot be in a name), or it begins with the home
-            of a user who is not there.
+        OSError: no file system takes it (empty, a NUL, a character that cannot be in a name), or it begins with the
+            home of a user who is not there.
     """
     name = os.fspath(text)
     if not name:

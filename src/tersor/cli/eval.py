@@ -45,7 +45,7 @@ def command(
     content = evaluate.read_text(text)
     if plot is not None:
         plots.check_plot(plot)
-    found_by_name = {name: load.locate(name) for name in [*models, *([reference] if reference else [])]}
+    found_by_name = {name: load.locate(name) for name in [*models, *([] if reference is None else [reference])]}
     console.choose_threads(max(found.weight_bytes for found in found_by_name.values()), torch_device)
     load.quiet()
     windows = {

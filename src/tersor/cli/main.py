@@ -129,4 +129,4 @@ def run(arguments: list[str]) -> int:
 
 def _one_line(text: str) -> str:
     """Return a message on one line, whatever the names in it hold."""
-    return "\\n".join(text.splitlines())
+    return "\\n".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()

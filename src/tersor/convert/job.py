@@ -273,7 +273,7 @@ def _copy(path: Path, target: Path) -> None:
         OutputError: the disk is full or does not let us write.
     """
     try:
-        file = open(path, "rb")
+        file = path.open("rb")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     with file:

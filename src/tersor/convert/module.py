@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -201,12 +202,10 @@ def _check(model: nn.Module, step: Step) -> None:
     if weight.device.type == "meta":
         raise ShapeError(f"{name} is on the meta device, not loaded or offloaded: load the model into memory first")
     low, high = (float(value) for value in weight.aminmax())
-    if not low - high == low - high or abs(low - high) == float("inf"):
-        bad = (~torch.isfinite(weight)).nonzero()
-        if len(bad):
-            row, column = (int(axis) for axis in bad[0])
-            index = (column, row) if step.layer is not None and step.layer.transposed else (row, column)
-            raise NonFiniteError(index, float(weight[row, column]), f"{name!r}")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        row, column = (int(axis) for axis in (~torch.isfinite(weight)).nonzero()[0])
+        index = (column, row) if step.layer is not None and step.layer.transposed else (row, column)
+        raise NonFiniteError(index, float(weight[row, column]), f"{name!r}")
     extent = max(high, 0.0) - min(low, 0.0) if step.scheme.has_zero_point else max(abs(low), abs(high))
     try:
         store_scales(torch.tensor([[extent / step.scheme.format.max]]), step.scheme)
