@@ -271,7 +271,7 @@ def test_an_output_that_cannot_get_its_name_is_kept_for_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(OutputError, match="cannot write .*out: Permission denied"):
+        with pytest.raises(OutputError, match=r"cannot write .*out: Permission denied"):
             quantize(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = quantize(model, tmp_path / "out", resume=True)

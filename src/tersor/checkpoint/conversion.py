@@ -183,7 +183,7 @@ def _skipped_patterns(
     for leaf in sorted({name.rpartition(".")[2] for name in skipped | absent}):
         names = sorted(name for name in skipped | absent if name.rpartition(".")[2] == leaf)
         short = leaf if names == [architecture.head] else rf"\.{leaf}$"
-        if any(re.search(short, name) for name in compressed):
+        if any(re.search(short, name) for name in compressed) or not all(re.search(short, name) for name in names):
             patterns += [rf"(^|\.){re.escape(name)}$" for name in names]
         else:
             patterns.append(short)
