@@ -166,6 +166,7 @@ def quantize(
             shard_bytes=shard_bytes,
             provenance={"tersor": __version__, "algorithm": algorithm, "source": source.label},
         )
+        companions = source.companions()
         if dry_run or destination is None:
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
@@ -182,7 +183,17 @@ def quantize(
         work = Workplace(destination, identity, resume)
         try:
             return _write(
-                source, conversion, work, chosen_export, scheme, algorithm, destination, where, progress, started
+                source,
+                conversion,
+                companions,
+                work,
+                chosen_export,
+                scheme,
+                algorithm,
+                destination,
+                where,
+                progress,
+                started,
             )
         finally:
             work.close()
@@ -191,6 +202,7 @@ def quantize(
 def _write(
     source: Source,
     conversion: Conversion,
+    companions: Sequence[Path],
     work: Workplace,
     chosen_export: Export,
     scheme: Scheme,
@@ -203,7 +215,6 @@ def _write(
     names = [name for name, _ in conversion.shards]
     first = len(work.rows)
     try:
-        companions = source.companions()
         _check_space(conversion, work)
         pipeline = Pipeline(conversion, recipe, work.directory, device, progress)
         streaming = time.monotonic()
