@@ -38,7 +38,7 @@ def start() -> None:
 
 
 def register() -> None:
-    """Make transformers know `quant_method: tersor`, and peft packed layers: now, or when they are loaded. Idempotent."""
+    """Make transformers know `quant_method: tersor`, and peft packed layers: now or once loaded. Idempotent."""
     _install()
     for name, enter in _ENTER.items():
         if name in sys.modules:
@@ -114,11 +114,9 @@ def _enter_or_warn(module: "ModuleType | None") -> None:
             return  # Tersor was removed, and this file forgotten.
         import warnings
 
-        warnings.warn(
-            f"tersor could not register with {module.__name__.partition('.')[0]}, so {_LOST[module.__name__]}: {error!r}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        package, lost = module.__name__.partition(".")[0], _LOST[module.__name__]
+        message = f"tersor could not register with {package}, so {lost}: {error!r}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _enter_quantizer(module: "ModuleType") -> None:

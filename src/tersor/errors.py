@@ -53,5 +53,6 @@ class NonFiniteError(InputError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `", did you mean 'x'?"` for the nearest of `choices`, or an empty string."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+    lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
+    return f", did you mean {lower[near[0]]!r}?" if near else ""

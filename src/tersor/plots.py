@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tersor import files
 from tersor.errors import InputError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -31,8 +32,11 @@ def check_plot(path: str | Path) -> None:
     file = Path(path)
     if file.suffix.lower() not in SUFFIXES:
         raise InputError(f"{file}: a plot is written as one of {', '.join(SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise InputError(f"{file}: the folder {file.parent} does not exist")
+    try:
+        if not files.check_target(files.user_path(path)):
+            raise InputError(f"{file}: the folder {file.parent} does not exist")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written: {error.strerror}") from None
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("a plot needs matplotlib, which is not installed: pip install tersor[plot]")
 
@@ -54,6 +58,6 @@ def save(figure: Figure, path: str | Path, description: str = "") -> None:
     try:
         # An SVG names its parts by random numbers unless it is told not to.
         with matplotlib.rc_context({"svg.hashsalt": "tersor"}):
-            figure.savefig(path, dpi=150, metadata={key: description, **rest})
+            figure.savefig(files.user_path(path), dpi=150, metadata={key: description, **rest})
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

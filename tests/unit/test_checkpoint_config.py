@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tersor.checkpoint import Override, QuantizationConfig
-from tersor.checkpoint.config import parse_override
+from tersor.checkpoint.config import parse_override, parse_overrides
 from tersor.errors import CheckpointError, FormatError, InputError
 from tersor.formats import get_scheme
 
@@ -94,8 +94,62 @@ def test_overrides_take_what_they_do_not_name_from_the_rest(text: str, expected:
         ("[=int8", "not a regular expression"),
         ("down=int9", "override 'down=int9': unknown format 'int9'"),
         ("down=int8:x64", "unknown scale dtype 'x64'"),
+        ("down=int8:64", "64 is no scale dtype: a group size is written g64"),
+        ("down=int8:g64:g32:row", "g64 and g32 and row both say who shares a scale: keep one of them"),
+        ("down=int8:row:row", "row and row both say who shares a scale"),
+        ("down=int8:g64:row", "g64 and row both say"),
+        ("down=int8:float16:g64:bfloat16", "float16 and bfloat16 both say the scales' dtype"),
+        ("down=int8:", "nothing stands after a colon"),
+        ("down=int8::row", "nothing stands after a colon"),
+        ("down=:g64", "unknown format ''"),
+        ("down=int8:g0", "group size 0 is not a positive .* or write row in an override"),
+        ("down=int8:g-1", "group size -1 is not a positive .* or write row in an override"),
+        ("down=mxfp4_e2m1:row", "mxfp4_e2m1 has groups of 32, not one scale a row"),
+        ("down=mxfp4_e2m1:g64", "has groups of 32 with e8m0 scales"),
+        ("down=mxfp9", "unknown format 'mxfp9', did you mean 'mx"),
+        ("down=FP6_E3M3", "unknown format 'FP6_E3M3', did you mean 'fp"),
     ],
 )
 def test_malformed_overrides(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_override(text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["down=int8", "up=int4", "down=int4"], r"'down' stands there twice \(int8:row:float16 and int4:row:float16\)"),
+        (["down=int8", "down=int8"], "'down' stands there twice"),
+        ({"down": None}, "override 'down' is None: give a format"),
+        ({"down": 8}, "override 'down' is 8: give a format"),
+        ({"down": {"format": "int8", "bits": 8}}, "override 'down': unknown key 'bits'"),
+        ({"down": {"format": "int8", "group_size": True}}, "group_size is True, not a whole number"),
+        ({"": "int8"}, "an empty pattern finds every module"),
+        ({3: "int8"}, "3 is not a pattern"),
+        ([("down", "int8")], r"is not REGEX=FORMAT"),
+        (7, "overrides is 7: give a list"),
+        (["a{99999999999999999999}=int8"], "is not a regular expression"),
+    ],
+)
+def test_overrides_that_contradict_or_are_none_are_one_line(overrides: object, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parse_overrides(overrides)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_the_same_as_texts_and_as_mappings() -> None:
+    texts = parse_overrides(["down=int8:g64", "up=int4:row"], 32, "bfloat16")
+    assert texts == parse_overrides({"down": "int8:g64", "up": "int4:row"}, 32, "bfloat16")
+    full = {"format": "int8", "group_size": 64, "scale_dtype": "bfloat16"}
+    assert texts[:1] == parse_overrides({"down": full})
+
+
+@pytest.mark.parametrize("size", [0, -1, 64.0, "64", True, False, float("nan")])
+def test_a_group_size_that_is_none_says_what_to_write(size: object) -> None:
+    with pytest.raises(FormatError, match=r"is not a positive whole number .* for one scale a row leave it out"):
+        get_scheme("int8", size)  # type: ignore[arg-type]
+
+
+def test_a_scheme_in_place_of_a_format_says_where_the_rest_goes() -> None:
+    with pytest.raises(FormatError, match="give 'int8', and group size and scale dtype apart"):
+        get_scheme("int8:g64")

@@ -237,7 +237,7 @@ def test_a_hub_id_is_downloaded(llama: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(llama))
     report = quantize("someone/some-model", tmp_path / "out")
     assert report.source == "someone/some-model" and asked[0][0] == "someone/some-model"
-    assert not any("bin" in pattern for pattern in asked[0][1]["allow_patterns"])
+    assert "[!0-9]*.bin" in asked[0][1]["ignore_patterns"]
     card = (tmp_path / "out/README.md").read_text()
     assert "base_model: someone/some-model\nbase_model_relation: quantized\n" in card
     assert config_of(tmp_path / "out").provenance["source"] == "someone/some-model"

@@ -260,5 +260,24 @@ def test_a_disk_that_is_too_small_from_the_start(model: Any, tmp_path: Path, mon
 
 def test_an_output_that_cannot_be_made(model: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write .*file/out.partial"):
+    with pytest.raises(OutputError, match=r"cannot write .*file/out"):
         quantize(model, tmp_path / "file" / "out", **OPTIONS)
+
+
+def test_an_output_that_cannot_get_its_name_is_kept_for_resume(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def refuse(before: Any, after: Any) -> None:
+        if Path(after).name == "out":
+            raise OSError(errno.EACCES, "Permission denied")
+        real(before, after)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(OutputError, match=r"cannot write .*out: Permission denied"):
+            quantize(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = quantize(model, tmp_path / "out", resume=True)
+    assert report.bytes_read == 0 and (tmp_path / "out/config.json").is_file()

@@ -200,12 +200,14 @@ def test_every_public_thing_has_a_docstring() -> None:
 def undocumented(node: ast.stmt) -> Iterator[tuple[int, str]]:
     """Yield (line, name) of public functions, classes and methods without a docstring.
 
-    A method without one is fine in a private class or where the class has a base: it may be described there.
+    A method without one is fine in a private class or where the class has a base: it may be described there. So is an
+    overload, which the function itself describes.
     """
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     if not isinstance(node, kinds) or node.name.startswith("_"):
         return
-    if ast.get_docstring(node) is None:
+    overload = any(isinstance(mark, ast.Name) and mark.id == "overload" for mark in node.decorator_list)
+    if ast.get_docstring(node) is None and not overload:
         yield node.lineno, node.name
     if isinstance(node, ast.ClassDef) and not node.bases:
         for inner in node.body:

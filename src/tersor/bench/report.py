@@ -59,8 +59,9 @@ def write(path: Path, content: str) -> None:
         OutputError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, content.encode())
+        target = files.user_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(target, content.encode())
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 

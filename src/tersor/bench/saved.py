@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from tersor import files
 from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, RIVALS
 from tersor.bench.linear import KIND, VERSION
 from tersor.errors import InputError
@@ -21,10 +22,12 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(files.user_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: no such results file: tersor bench linear --output writes one") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     about = (found.get("kind"), found.get("version")) if isinstance(found, dict) else (None, None)
     if about != (KIND, VERSION):

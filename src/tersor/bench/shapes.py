@@ -7,10 +7,11 @@ named models are those of the config.json that their makers publish.
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from tersor import files
 from tersor.checkpoint.names import MERGED
 from tersor.errors import InputError, did_you_mean
 
@@ -117,8 +118,12 @@ def _shapes(word: str, trust_remote_code: bool) -> list[Shape]:
     if word.lower() in MODELS:
         linears = MODELS[word.lower()].linears()
         return [Shape(oc, ic, f"{word.lower()} {name}") for name, (oc, ic) in linears.items()]
-    folder = Path(word)
-    if not folder.is_dir():
+    try:
+        folder = files.user_path(word)
+        mode = files.mode_of(folder)
+    except OSError as error:
+        raise InputError(f"cannot read {word}: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
         near = did_you_mean(word.lower(), MODELS)
         raise InputError(
             f"no shapes for {word!r}{near}: give OCxIC such as 8192x28672, a folder with a config.json, or one of "

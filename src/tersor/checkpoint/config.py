@@ -15,6 +15,7 @@ VERSION = 1
 _REQUIRED = ("quant_method", "version", "format")
 _KEYS = (*_REQUIRED, "group_size", "scale_dtype", "overrides", "ignore", "provenance")
 _SCHEME_KEYS = ("format", "group_size", "scale_dtype")
+_GROUP = re.compile(r"g-?[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +133,64 @@ def check_pattern(pattern: Any, where: str) -> str:
     Raises:
         InputError: it is not; the message says where it stands and what is wrong with it.
     """
-    if not isinstance(pattern, str) or not pattern:
+    if not isinstance(pattern, str):
         raise InputError(f"{where}: {pattern!r} is not a pattern")
+    if not pattern:
+        raise InputError(f"{where}: an empty pattern finds every module: name some, or write '.' where all are meant")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
     return pattern
+
+
+def parse_ignore(ignore: Sequence[str]) -> list[str]:
+    """Return patterns of modules to leave alone, each once.
+
+    Raises:
+        InputError: no list, or a pattern that is none.
+    """
+    if isinstance(ignore, str) or not isinstance(ignore, Iterable):
+        raise InputError(f"ignore is {ignore!r}: give a list of patterns")
+    return list(dict.fromkeys(check_pattern(pattern, "ignore") for pattern in ignore))
+
+
+def parse_overrides(
+    overrides: Mapping[str, Any] | Sequence[str], group_size: int | None = None, scale_dtype: str | None = None
+) -> list[Override]:
+    """Parse what a user gives as overrides, in order.
+
+    Args:
+        overrides: `REGEX=FORMAT` texts, or a mapping of a pattern to `FORMAT[:gN|:row][:SCALE_DTYPE]` or to a mapping
+            with `format` and, where wanted, `group_size` and `scale_dtype`.
+        group_size, scale_dtype: used where a text names none.
+
+    Raises:
+        InputError: neither, a broken pattern, one that stands there twice, or an unknown format.
+    """
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        raise InputError(f"overrides is {overrides!r}: give a list of REGEX=FORMAT or a mapping")
+    if isinstance(overrides, Mapping):
+        parsed = [_mapped_override(pattern, entry, group_size, scale_dtype) for pattern, entry in overrides.items()]
+    else:
+        parsed = [parse_override(text, group_size, scale_dtype) for text in overrides]
+    first: dict[str, Override] = {}
+    for override in parsed:
+        if override.pattern in first:
+            schemes = f"{first[override.pattern].scheme.key()} and {override.scheme.key()}"
+            raise InputError(f"override {override.pattern!r} stands there twice ({schemes}): keep one of them")
+        first[override.pattern] = override
+    return parsed
+
+
+def _mapped_override(pattern: Any, entry: Any, group_size: int | None, scale_dtype: str | None) -> Override:
+    where = f"override {pattern!r}"
+    check_pattern(pattern, "override")
+    if isinstance(entry, Mapping):
+        return Override(pattern, _scheme(entry, where))
+    if not isinstance(entry, str):
+        raise InputError(f"{where} is {entry!r}: give a format such as 'int8:g64', or put the pattern into ignore")
+    return Override(pattern, parse_scheme(entry, group_size, scale_dtype, where))
 
 
 def parse_override(text: str, group_size: int | None = None, scale_dtype: str | None = None) -> Override:
@@ -151,7 +203,7 @@ def parse_override(text: str, group_size: int | None = None, scale_dtype: str | 
     Raises:
         InputError: no `=`, a broken pattern, or an unknown format.
     """
-    pattern, separator, value = text.rpartition("=")
+    pattern, separator, value = text.rpartition("=") if isinstance(text, str) else ("", "", "")
     if not separator or not pattern or not value:
         raise InputError(f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'")
     return Override(
@@ -160,17 +212,30 @@ def parse_override(text: str, group_size: int | None = None, scale_dtype: str | 
 
 
 def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Scheme:
-    """Parse `FORMAT[:gN|:row][:SCALE_DTYPE]`; what it does not name comes from the arguments."""
+    """Parse `FORMAT[:gN|:row][:SCALE_DTYPE]`; what it does not name comes from the arguments.
+
+    Raises:
+        FormatError: an unknown format, a part that is none, or two that say the same thing.
+    """
     name, *details = text.split(":")
-    if name.startswith("mx"):
+    mx = name.startswith("mx")
+    if mx:
         group_size, scale_dtype = None, None
-    for detail in details:
-        if detail == "row":
-            group_size = None
-        elif re.fullmatch(r"g\d+", detail):
-            group_size = int(detail[1:])
-        else:
-            scale_dtype = detail
+    groups = [detail for detail in details if detail == "row" or _GROUP.fullmatch(detail)]
+    scales = [detail for detail in details if detail not in groups]
+    for parts, what in ((groups, "who shares a scale"), (scales, "the scales' dtype")):
+        if len(parts) > 1:
+            raise FormatError(f"{where}: {' and '.join(parts)} both say {what}: keep one of them")
+    if "" in details:
+        raise FormatError(f"{where}: nothing stands after a colon: write FORMAT, FORMAT:g64 or FORMAT:row:bfloat16")
+    if groups == ["row"] and mx:
+        raise FormatError(f"{where}: {name} has groups of 32, not one scale a row: leave out row, or use {name[2:]}")
+    if groups:
+        group_size = None if groups[0] == "row" else int(groups[0][1:])
+    if scales:
+        scale_dtype = scales[0]
+        if scale_dtype.isdecimal():
+            raise FormatError(f"{where}: {scale_dtype} is no scale dtype: a group size is written g{scale_dtype}")
     try:
         return get_scheme(name, group_size, scale_dtype)
     except FormatError as error:

@@ -225,7 +225,8 @@ def _skipped_patterns(architecture: Architecture, layers: Sequence[LinearLayer],
         members.setdefault(_short_pattern(architecture, name), []).append(name)
     patterns = []
     for short, names in sorted(members.items()):
-        if any(re.search(short, name) for name in compressed):
+        everywhere = all(re.search(short, name) for name in names)
+        if not everywhere or any(re.search(short, name) for name in compressed):
             patterns += [rf"(^|\.){re.escape(name)}$" for name in names]
         else:
             patterns.append(short)

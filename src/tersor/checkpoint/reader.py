@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
 
@@ -35,7 +36,8 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe would keep us waiting for somebody who writes.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from None
         try:
@@ -45,7 +47,10 @@ class SafetensorsFile:
             raise
 
     def _read_header(self) -> None:
-        self.nbytes = os.fstat(self._fd).st_size
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{self.path} is no regular file: put the file itself there")
+        self.nbytes = found.st_size
         start = self._read_bytes(0, min(_LENGTH_BYTES, self.nbytes))
         if start[:7] == b"version":
             raise CheckpointError(

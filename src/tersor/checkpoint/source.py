@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tersor import files
+from tersor.checkpoint.companions import HUB_IGNORE, companions
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.errors import CheckpointError, InputError
@@ -20,24 +24,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Keys of a config.json that say how its weights are compressed; the second is an older compressed-tensors'."""
-_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
-_COMPANION_STEMS = ("license", "licence", "notice", "use_policy")
-_COMPANION_FOLDERS = ("additional_chat_templates",)
-_NOT_COMPANIONS = re.compile(
-    r"config\.json|quantize_config\.json|quant_config\.json|hf_quant_config\.json|"
-    r".*\.(safetensors|bin|h5|msgpack|pt)\.index\.json|README\.md|tersor-state\.json"
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    *(f"*{suffix}" for suffix in _COMPANION_SUFFIXES),
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
-_HUB_DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
-"""The same weights again, for other programs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +68,8 @@ class Source:
         self.label = label
         self.from_hub = from_hub
         self.config = read_config(directory)
-        weight_map = _weight_map(directory)
+        with _reading(directory):
+            weight_map = _weight_map(directory)
         names = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
         self.files: list[SafetensorsFile] = []
         try:
@@ -113,18 +101,16 @@ class Source:
         return [[file.path.name, stat.st_size, stat.st_mtime_ns, file.header_digest] for file, stat in stats]
 
     def companions(self) -> list[Path]:
-        """Return the files that come along, relative to the directory: tokenizer, templates, code."""
-        result = []
-        for path in sorted(self.directory.iterdir()):
-            if path.is_file() and _is_companion(path.name):
-                result.append(Path(path.name))
-            elif path.is_dir() and path.name in _COMPANION_FOLDERS:
-                result += [Path(path.name, item.name) for item in sorted(path.iterdir()) if item.is_file()]
-        return result
+        """Return the files that come along, relative to the directory: tokenizer, templates, code.
+
+        Raises:
+            CheckpointError: one of them cannot be read.
+        """
+        return companions(self.directory, (CONFIG_NAME, *(file.path.name for file in self.files)))
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None) -> Source:
-    """Open a checkpoint: a directory, or a Hub id of which safetensors, json and tokenizer files are downloaded.
+    """Open a checkpoint: a directory, or a Hub id of which everything is downloaded that belongs to it.
 
     Args:
         model: the directory or Hub id.
@@ -134,16 +120,20 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None) -> S
         CheckpointError: neither a directory nor a Hub id, or not a whole checkpoint.
         InputError: a revision of a directory.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"{type(model).__name__} is no model: give a directory or a Hub id")
     text = os.fspath(model)
-    directory = Path(text).expanduser()
-    if revision is not None and directory.exists():
-        raise InputError(
-            f"revision {revision!r} is for a hub id, and {text} is a path here: leave the revision out, or check it "
-            "out there"
-        )
-    if directory.is_dir():
-        return Source(directory, directory.resolve().name)
-    if directory.exists():
+    with _reading(text):
+        directory = files.user_path(text)
+        mode = files.mode_of(directory)
+        if mode and revision is not None:
+            raise InputError(
+                f"revision {revision!r} is for a hub id, and {text} is a path here: leave the revision out, or check "
+                "it out there"
+            )
+        if stat.S_ISDIR(mode):
+            return Source(directory, _printable(Path(os.path.realpath(directory)).name))
+    if mode:
         raise CheckpointError(f"{text} is a file: give the directory that holds {CONFIG_NAME} and the weights")
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"no directory {text}")
@@ -156,19 +146,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or empty directory, no config.json, not JSON.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"no directory {directory}")
     path = directory / CONFIG_NAME
-    if not path.is_file():
+    with _reading(directory):
+        if not stat.S_ISDIR(files.mode_of(directory)):
+            raise CheckpointError(f"no directory {directory}")
+        if files.mode_of(path):
+            config = _read_json(path)
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{path} is a JSON {type(config).__name__}, not an object")
+            return config
         present = sorted(item.name for item in directory.iterdir())
-        if not present:
-            raise CheckpointError(f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files")
-        shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
-        raise CheckpointError(f"{directory} is not a model: it has no {CONFIG_NAME} (it holds {shown})")
-    config = _read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is a JSON {type(config).__name__}, not an object")
-    return config
+    if not present:
+        raise CheckpointError(f"{directory} is empty: give a directory with {CONFIG_NAME} and safetensors files")
+    shown = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "")
+    if CONFIG_NAME in present:
+        raise CheckpointError(f"{path} is a link to nothing: download the file again")
+    raise CheckpointError(f"{directory} is not a model: it has no {CONFIG_NAME} (it holds {shown})")
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -201,8 +194,24 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Say in one line which path of a checkpoint the operating system does not give, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
+
+
+def _printable(name: str) -> str:
+    """Return a file's name with the bytes that are no text spelled out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _read_json(path: Path) -> Any:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is no regular file: put the file itself there")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
@@ -212,10 +221,10 @@ def _read_json(path: Path) -> Any:
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """Return tensor -> file of a sharded checkpoint, `None` for a single file."""
-    if (directory / SINGLE_NAME).exists():
+    if files.mode_of(directory / SINGLE_NAME):
         return None
     path = directory / INDEX_NAME
-    if not path.exists():
+    if not files.mode_of(path):
         raise CheckpointError(_no_weights(directory))
     index = _read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -232,9 +241,9 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _no_weights(directory: Path) -> str:
-    files = sorted(item.name for item in directory.iterdir() if item.is_file())
-    pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    adapters = [name for name in files if name.startswith("adapter_model")]
+    names = sorted(item.name for item in directory.iterdir() if item.is_file())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    adapters = [name for name in names if name.startswith("adapter_model")]
     if adapters:
         return f"{directory} holds an adapter ({adapters[0]}), not a model: merge it into its base model first"
     if pickled:
@@ -242,16 +251,16 @@ def _no_weights(directory: Path) -> str:
             f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: load it "
             "with transformers and save_pretrained it to get safetensors"
         )
-    others = [name for name in files if name.endswith((".safetensors", ".gguf"))]
-    if "quantize_config.json" in files and len(others) == 1 and others[0].endswith(".safetensors"):
+    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    if "quantize_config.json" in names and len(others) == 1 and others[0].endswith(".safetensors"):
         return f"{directory} holds GPTQ weights as {others[0]}, an old name: rename that file to {SINGLE_NAME}"
     found = f" (it holds {', '.join(others[:3])})" if others else ""
     return f"{directory} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there{found}"
 
 
-def _collect(files: list[SafetensorsFile], weight_map: dict[str, str] | None) -> dict[str, StoredTensor]:
+def _collect(shards: list[SafetensorsFile], weight_map: dict[str, str] | None) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in shards:
         for name, spec in file.tensors.items():
             home = weight_map.get(name, file.path.name) if weight_map else file.path.name
             if home == file.path.name and name not in tensors:
@@ -267,19 +276,11 @@ def _collect(files: list[SafetensorsFile], weight_map: dict[str, str] | None) ->
     return tensors
 
 
-def _is_companion(name: str) -> bool:
-    if _NOT_COMPANIONS.fullmatch(name) or name.startswith("."):
-        return False
-    return name.endswith(_COMPANION_SUFFIXES) or name.lower().startswith(_COMPANION_STEMS)
-
-
 def _download(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES)
-        )
+        return Path(snapshot_download(hub_id, revision=revision, ignore_patterns=HUB_IGNORE))
     except Exception as error:
         at = f" at revision {revision!r}" if revision is not None else ""
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tersor import hardware
-from tersor.errors import InputError, UnsupportedError, did_you_mean
+from tersor import files, hardware
+from tersor.errors import InputError, OutputError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,10 @@ def check_folder(option: str, path: Path) -> None:
 
     Raises:
         InputError: the folder does not exist.
+        OutputError: the file cannot be written there.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    try:
+        if not files.check_target(files.user_path(path)):
+            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    except OSError as error:
+        raise OutputError(f"{option} {path}: cannot be written: {error.strerror}") from None

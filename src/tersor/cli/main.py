@@ -7,6 +7,7 @@ A reader that stops early (`tersor inspect MODEL | head`) ends the command quiet
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -82,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the words after `tersor`; `None` takes the process's own.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
     raise SystemExit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -92,13 +95,17 @@ def run(arguments: list[str]) -> int:
         status = command.main(args=arguments, prog_name="tersor", standalone_mode=False)
         sys.stdout.flush()
     except TersorError as error:
-        print(f"tersor: {error}", file=sys.stderr)
+        print(f"tersor: {_one_line(str(error))}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BrokenPipeError:
         # What Python flushes at exit must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"tersor: {_one_line(where + (error.strerror or str(error)))}", file=sys.stderr)
         return 1
     except Exception as error:
         # typer carries its own copy of click in some versions, so usage errors are known by their shape.
@@ -118,3 +125,8 @@ def run(arguments: list[str]) -> int:
     if status == INTERRUPTED:
         print("tersor: interrupted", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _one_line(text: str) -> str:
+    """Return a message on one line, whatever the names in it hold."""
+    return "\\n".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()

@@ -110,10 +110,10 @@ def parse_size(text: str) -> int:
         InputError: it is no size.
     """
     match = _SIZE.fullmatch(text.strip())
-    count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if count < 1:
+    count = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 1 <= count < float("inf"):
         raise InputError(f"size {text!r} is not a number of bytes such as 5GB or 500MB")
-    return count
+    return int(count)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -10,32 +9,29 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import nn
 
-from tersor.checkpoint.config import check_pattern, parse_override
+from tersor import files
+from tersor.checkpoint.config import parse_ignore, parse_overrides
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
-from tersor.checkpoint.header import WEIGHT_DTYPES
-from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.released import Released, read_released
 from tersor.checkpoint.source import (
-    CONFIG_NAME,
-    INDEX_NAME,
     Source,
     open_source,
-    stated_dtype,
-    without_quantization,
 )
-from tersor.checkpoint.writer import output_error, write_file
+from tersor.checkpoint.writer import output_error
 from tersor.compress import DEFAULT_RECIPE, get_recipe
-from tersor.convert.card import model_card
+from tersor.convert.beside import model_dtype, write_beside
+from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
 from tersor.errors import InputError, OutputError
-from tersor.formats import Scheme, dtype_name, get_scheme
+from tersor.formats import Scheme, get_scheme
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
@@ -44,26 +40,67 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _SPARE_BYTES = 64 << 20
 
 
+@overload
+def quantize(
+    model: nn.Module,
+    output: None = None,
+    *,
+    format: str = ...,
+    group_size: int | None = ...,
+    scale_dtype: str | None = ...,
+    algorithm: str = ...,
+    ignore: Sequence[str] = ...,
+    overrides: Mapping[str, Any] | Sequence[str] = ...,
+    dry_run: bool = ...,
+    device: str | None = ...,
+    progress: Progress | None = ...,
+) -> Report: ...
+
+
+@overload
 def quantize(
     model: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str] | None = ...,
+    *,
+    format: str = ...,
+    group_size: int | None = ...,
+    scale_dtype: str | None = ...,
+    algorithm: str = ...,
+    ignore: Sequence[str] = ...,
+    overrides: Mapping[str, Any] | Sequence[str] = ...,
+    dry_run: bool = ...,
+    resume: bool = ...,
+    device: str | None = ...,
+    export: str = ...,
+    shard_size: float = ...,
+    revision: str | None = ...,
+    progress: Progress | None = ...,
+    trust_remote_code: bool = ...,
+) -> Report: ...
+
+
+def quantize(
+    model: nn.Module | str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     format: str = "fp6_e3m2",
     group_size: int | None = None,
     scale_dtype: str | None = None,
     algorithm: str = DEFAULT_RECIPE,
     ignore: Sequence[str] = (),
-    overrides: Mapping[str, str] | Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] = (),
     dry_run: bool = False,
     resume: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     export: str = "tersor",
     shard_size: float = DEFAULT_SHARD_BYTES,
     revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
-    """Compress the linear weights of a checkpoint, tensor by tensor.
+    """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
+
+    A module in memory (any `nn.Module`; `convert.module`) takes neither output nor `resume`, `export`, `shard_size`.
 
     A checkpoint that another method compressed (`checkpoint.released`) is decoded block by block on the way.
 
@@ -71,18 +108,20 @@ def quantize(
     appears under its name when it is complete; until then the work is in `<output>.partial`.
 
     Args:
-        model: a checkpoint directory, or a Hub id that is downloaded.
-        output: the directory to make, which must not exist; `None` only for a dry run.
+        model: a checkpoint directory, or a Hub id that is downloaded; or a module.
+        output: the directory to make, which must not exist; `None` only for a dry run or a module.
         format: element format of the weights, such as `fp6_e3m2`, `int4` or `mxfp6_e2m3`.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest.
         ignore: regular expressions of modules to leave alone; found anywhere in the module's name.
-        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two; the first that is found decides. The
-            output head, embeddings and routers are left alone unless a pattern spells their name.
+        overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two (or of a pattern to a mapping with
+            `format`, `group_size`, `scale_dtype`); the first that is found decides. The output head, embeddings and
+            routers are left alone unless a pattern spells their name.
         dry_run: only report what would be done.
         resume: continue the work that an interrupted run left in `<output>.partial`.
-        device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`.
+        device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`; `None` is the CPU, or where a module's
+            weights are.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         revision: branch, tag or commit of a Hub id.
@@ -97,24 +136,35 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
+    if isinstance(model, nn.Module):
+        _check_in_place(output, resume, export, shard_size)
+        return quantize_module(
+            model,
+            format=format,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            algorithm=algorithm,
+            ignore=ignore,
+            overrides=overrides,
+            dry_run=dry_run,
+            device=device,
+            progress=progress,
+        )
     get_export(export)
     get_recipe(algorithm)
-    where = resolve_device(device)
-    if not shard_size >= 1:
-        raise InputError(f"shard size {shard_size} is not a positive number of bytes")
+    where = resolve_device(device or "cpu")
+    shard_bytes = _shard_bytes(shard_size)
     get_scheme(format, group_size, scale_dtype)
     destination = _destination(output, dry_run)
-    patterns = [check_pattern(pattern, "ignore") for pattern in ignore]
-    texts = _override_texts(overrides)
-    for text in texts:
-        parse_override(text, group_size, scale_dtype)
+    patterns = parse_ignore(ignore)
+    parse_overrides(overrides, group_size, scale_dtype)
     with open_source(model, revision) as source:
         if destination is not None:
             _check_apart(source, destination)
         released = read_released(source)
         if released is not None:
             source.tensors = released.tensors
-        chosen_export = get_export(export, _model_dtype(source))
+        chosen_export = get_export(export, model_dtype(source))
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
         scheme = get_scheme(format, group_size, scale_dtype)
@@ -123,9 +173,9 @@ def quantize(
             read_architecture(source.directory, trust_remote_code=trust_remote_code),
             scheme=scheme,
             ignore=patterns,
-            overrides=[parse_override(text, group_size, scale_dtype) for text in texts],
+            overrides=parse_overrides(overrides, group_size, scale_dtype),
             export=chosen_export,
-            shard_bytes=int(shard_size),
+            shard_bytes=shard_bytes,
             provenance={
                 "tersor": __version__,
                 "algorithm": algorithm,
@@ -137,6 +187,7 @@ def quantize(
         if released is not None:
             _check_growth(source, conversion, released, patterns)
         source_method = released.method if released is not None else ""
+        companions = source.companions()
         if dry_run or destination is None:
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
@@ -146,7 +197,7 @@ def quantize(
             "tersor": __version__,
             "model": source.label,
             "export": export,
-            "shard size": int(shard_size),
+            "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
             "source's compression": dict(released.settings) if released is not None else None,
@@ -155,7 +206,17 @@ def quantize(
         work = Workplace(destination, identity, resume)
         try:
             return _write(
-                source, conversion, work, chosen_export, scheme, algorithm, destination, where, progress, started
+                source,
+                conversion,
+                companions,
+                work,
+                chosen_export,
+                scheme,
+                algorithm,
+                destination,
+                where,
+                progress,
+                started,
             )
         finally:
             work.close()
@@ -164,6 +225,7 @@ def quantize(
 def _write(
     source: Source,
     conversion: Conversion,
+    companions: Sequence[Path],
     work: Workplace,
     chosen_export: Export,
     scheme: Scheme,
@@ -181,7 +243,7 @@ def _write(
         streaming = time.monotonic()
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
         stream_seconds = time.monotonic() - streaming
-        _write_companions(source, conversion, chosen_export, recipe, work.directory)
+        write_beside(source, conversion, chosen_export, recipe, companions, work.directory)
         work.publish()
     except InputError:
         # The input is at fault, so there is nothing to continue.
@@ -204,66 +266,26 @@ def _write(
     )
 
 
-def _write_companions(
-    source: Source, conversion: Conversion, chosen_export: Export, recipe: str, directory: Path
-) -> None:
-    """Write config.json, the index and the model card, and copy the tokenizer and its like."""
-    config = without_quantization(source.config)
-    if not stated_dtype(config):
-        # A reader that infers the dtype from the first float tensor could take a scale for a weight.
-        config["dtype"] = _model_dtype(source)
-    config["quantization_config"] = chosen_export.quantization_config(
-        conversion.config, conversion.layers, conversion.head
-    )
-    write_file(directory / CONFIG_NAME, _json(config))
-    if len(conversion.shards) > 1:
-        weight_map = {
-            spec.name: name
-            for name, indices in conversion.shards
-            for index in indices
-            for spec in conversion.steps[index].outputs
-        }
-        index = {
-            "metadata": {"total_size": conversion.output_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_file(directory / INDEX_NAME, _json(index))
-    write_file(directory / "README.md", model_card(source, conversion, chosen_export, recipe).encode())
-    for path in source.companions():
-        try:
-            (directory / path).parent.mkdir(exist_ok=True)
-            write_file(directory / path, (source.directory / path).read_bytes())
-        except OSError as error:
-            raise output_error(error, directory / path) from None
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(_tagged(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _tagged(value: Any) -> Any:
-    """Return a JSON value in which NaN and infinities are objects, as transformers writes and reads them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]}
-    if isinstance(value, dict):
-        return {key: _tagged(item) for key, item in value.items()}
-    return [_tagged(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _destination(output: str | os.PathLike[str] | None, dry_run: bool) -> Path | None:
     if output is None:
         if not dry_run:
             raise InputError("no output directory given: name one, or make it a dry run")
         return None
-    path = Path(os.path.abspath(Path(output).expanduser()))
-    if path.exists() or path.is_symlink():
+    if not isinstance(output, str | os.PathLike):
+        raise InputError(f"output is {output!r}: give the name of a directory to make")
+    try:
+        path = Path(os.path.abspath(files.user_path(output)))
+        there = bool(files.mode_of(path)) or path.is_symlink()
+    except OSError as error:
+        raise output_error(error, Path(output)) from None
+    if there:
         raise InputError(f"output {path} exists: choose another name, or remove it")
     return path
 
 
 def _check_apart(source: Source, destination: Path) -> None:
-    inside = source.directory.resolve()
-    real = destination.parent.resolve() / destination.name
+    inside = Path(os.path.realpath(source.directory))
+    real = Path(os.path.realpath(destination.parent)) / destination.name
     if real == inside or inside in real.parents:
         raise InputError(f"output {destination} lies in the model's own directory {source.directory}: choose another")
 
@@ -297,7 +319,10 @@ def _check_space(conversion: Conversion, work: Workplace) -> None:
     first = len(work.rows)
     steps = [conversion.steps[index] for _, indices in conversion.shards[first:] for index in indices]
     needed = sum(step.output_bytes for step in steps) + _SPARE_BYTES
-    free = shutil.disk_usage(work.directory).free
+    try:
+        free = shutil.disk_usage(work.directory).free
+    except OSError as error:
+        raise output_error(error, work.directory) from None
     if needed > free:
         raise OutputError(
             f"{work.directory} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB free: free "
@@ -305,17 +330,16 @@ def _check_space(conversion: Conversion, work: Workplace) -> None:
         )
 
 
-def _model_dtype(source: Source) -> str:
-    stated = stated_dtype(source.config)
-    if stated:
-        return stated
-    first = next(iter(source.tensors.values())).spec.dtype
-    return dtype_name(TORCH_DTYPES[first]) if first in WEIGHT_DTYPES else first
+def _check_in_place(output: Any, resume: bool, export: str, shard_size: float) -> None:
+    if output is not None:
+        raise InputError(
+            f"a module is compressed in place, and output {output!r} is given: leave it out and call save_pretrained"
+        )
+    if resume or export != "tersor" or shard_size != DEFAULT_SHARD_BYTES:
+        raise InputError("resume, export and shard_size are for a checkpoint on disk: a module is compressed in place")
 
 
-def _override_texts(overrides: Mapping[str, str] | Sequence[str]) -> list[str]:
-    if isinstance(overrides, str):
-        raise InputError(f"overrides is the text {overrides!r}: give a list of REGEX=FORMAT or a mapping")
-    if isinstance(overrides, Mapping):
-        return [f"{pattern}={value}" for pattern, value in overrides.items()]
-    return list(overrides)
+def _shard_bytes(shard_size: Any) -> int:
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int | float) or not 1 <= shard_size < math.inf:
+        raise InputError(f"shard size {shard_size!r} is not a positive number of bytes, such as 5e9")
+    return int(shard_size)

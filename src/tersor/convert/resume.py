@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -49,7 +50,10 @@ class Workplace:
         self.rows: list[list[Row]] = []
         self._output = output
         self._identity = json.loads(json.dumps(identity, allow_nan=False))
-        exists = self.directory.exists()
+        try:
+            exists = bool(files.mode_of(self.directory))
+        except OSError as error:
+            raise output_error(error, self.directory) from None
         if exists and not resume:
             raise InputError(
                 f"{self.directory} is left from an interrupted run: add --resume to continue it, or remove it"
@@ -68,6 +72,9 @@ class Workplace:
                 raise InputError(f"{self.directory} has no {STATE_NAME}, so it cannot be continued: remove it")
             else:
                 self._save()
+        except OSError as error:
+            self.close()
+            raise output_error(error, self.directory) from None
         except BaseException:
             self.close()
             raise
@@ -115,11 +122,17 @@ class Workplace:
         Raises:
             OutputError: the disk does not let us.
         """
+        record = self.directory / STATE_NAME
+        content = b""
         try:
-            (self.directory / STATE_NAME).unlink()
+            content = record.read_bytes()
+            record.unlink()
             os.fsync(self._fd)
             files.rename(self.directory, self._output)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                if content:
+                    files.write_whole(record, content)  # so that --resume finds it
             raise output_error(error, self._output) from None
 
     def discard(self) -> None:

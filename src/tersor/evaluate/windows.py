@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tersor import files
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ def read_text(path: str | Path) -> str:
     Raises:
         InputError: missing, a directory, empty, or not UTF-8.
     """
-    file = Path(path)
     try:
+        file = files.user_path(path)
         data = file.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{file}: no such text file") from None
+        raise InputError(f"{path}: no such text file") from None
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -109,18 +111,30 @@ def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None
     Raises:
         FormatError: unknown names, or options that contradict an `mx` format.
     """
+    if not isinstance(name, str):
+        raise FormatError(f"format {name!r} is not a name such as 'fp6_e3m2'")
+    if ":" in name:
+        bare = name.partition(":")[0]
+        raise FormatError(
+            f"format {name!r} says more than a format: give {bare!r}, and group size and scale dtype apart"
+        )
     if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
-        near = did_you_mean(scale_dtype, SCALE_DTYPES)
+        near = did_you_mean(str(scale_dtype), SCALE_DTYPES)
         raise FormatError(f"unknown scale dtype {scale_dtype!r}{near} (known: {', '.join(SCALE_DTYPES)})")
-    if group_size is not None and group_size < 1:
-        raise FormatError(f"group size {group_size} is not a positive number of elements")
+    group_size = _checked_group_size(group_size)
     if name.startswith("mx"):
         if group_size not in (None, _MX_GROUP) or scale_dtype not in (None, "e8m0"):
             raise FormatError(
                 f"{name} has groups of {_MX_GROUP} with e8m0 scales, not group size {group_size} with "
                 f"{scale_dtype or 'e8m0'} scales: use {name[2:]} for other scales"
             )
-        element = get(name[2:])
+        try:
+            element = get(name[2:])
+        except FormatError:
+            known = ", ".join(scheme_names())
+            raise FormatError(
+                f"unknown format {name!r}{did_you_mean(name, scheme_names())} (formats: {known})"
+            ) from None
         if element.kind == "uint":
             raise FormatError(f"unknown format {name!r}: a Microscaling block has no zero point")
         return Scheme(element, _MX_GROUP, "e8m0")
@@ -128,6 +142,26 @@ def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None
     if element.kind == "uint" and scale_dtype == "e8m0":
         raise FormatError(f"{name} has a zero point, which e8m0 scales do not take: use int{element.bits}")
     return Scheme(element, group_size, scale_dtype or "float16")
+
+
+def _checked_group_size(group_size: Any) -> int | None:
+    """Return a group size as an `int`; `None` is one scale a row.
+
+    Raises:
+        FormatError: not a positive whole number; the message says what stands for one scale a row.
+    """
+    if group_size is None:
+        return None
+    try:
+        size = 0 if isinstance(group_size, bool) else operator.index(group_size)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise FormatError(
+            f"group size {group_size!r} is not a positive whole number of input channels: for one scale a row leave "
+            "it out, or write row in an override"
+        )
+    return size
 
 
 def scheme_names() -> tuple[str, ...]:

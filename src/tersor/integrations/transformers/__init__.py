@@ -4,6 +4,7 @@ architecture.py   which layers does the model of a config.json have?
 quantizer.py      what `from_pretrained` and `save_pretrained` ask
 packing.py        between a checkpoint on disk and a model on the meta device
 placement.py      which layer does a stored weight belong to?
+live.py           a model in memory, compressed in place
 replace.py        packed layers into a model, and out of it
 fuse.py           layers that read the same activations become one: joined.py holds them
 experts.py        the experts of a layer, each packed

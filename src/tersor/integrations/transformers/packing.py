@@ -71,7 +71,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
         schemes[stem] = scheme
     placement = Placement(model)
     places = placement.place(stems)
-    heads = _find_ties(model, source, placement, {place.module: schemes[place.stem] for place in places})
+    heads = find_ties(model, source, placement, {place.module: schemes[place.stem] for place in places})
     expected = {}
     for place in places:
         layer = swap_packed(model, place.module, schemes[place.stem], storage=stems[place.stem])
@@ -122,7 +122,7 @@ def decide_compression(
         module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         if step.scheme is not None:
             schemes[place.module] = step.scheme
-    heads = _find_ties(model, source, placement, schemes)
+    heads = find_ties(model, source, placement, schemes)
     placement.refresh({f"{place.stem}.weight": f"{place.module}.weight" for place in places})
     _check_complete(placement, source)
     return conversion.config, placement, schemes, heads
@@ -174,7 +174,7 @@ def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
             parameter.data = parameter.data.to(wanted)
 
 
-def _find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+def find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping[str, Scheme]) -> dict[str, str]:
     """Take packed modules out of what transformers ties, and put packed heads where a packed embedding is shared.
 
     A head with a weight of its own in the checkpoint keeps it, whatever config.json says.

@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_scheme, scheme_to_dict
+from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_overrides, scheme_to_dict
 from tersor.errors import FormatError, NonFiniteError, TersorError, UnsupportedError
 from tersor.formats import Scheme
 from tersor.integrations import register
@@ -50,10 +50,8 @@ class TersorConfig(QuantizationConfigMixin):
         """
         self.quant_method = NAME  # type: ignore[assignment]  # the base class lists its own methods
         stated = {
-            pattern: scheme_to_dict(parse_scheme(entry, group_size, scale_dtype, f"override {pattern!r}"))
-            if isinstance(entry, str)
-            else entry
-            for pattern, entry in (overrides or {}).items()
+            override.pattern: scheme_to_dict(override.scheme)
+            for override in parse_overrides(overrides or {}, group_size, scale_dtype)
         }
         self.parsed = QuantizationConfig.from_dict(
             {
@@ -116,6 +114,10 @@ class TersorHfQuantizer(HfQuantizer):
         self._dropped: set[tuple[str, ...]] = set()
         self._dropped_converters: list[Any] = []
         self._failure: TersorError | None = None
+
+    def restored_heads(self, heads: Mapping[str, str]) -> None:
+        """Take note of the output heads that share a packed embedding, so that decoding the model ties them again."""
+        self._heads = dict(heads)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work: parts of the model on disk."""

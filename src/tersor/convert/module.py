@@ -1,0 +1,245 @@
+"""Compress a model that is in memory, in place: every linear layer becomes a packed one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.checkpoint.config import parse_ignore, parse_overrides
+from tersor.checkpoint.conversion import Conversion, Step, make_conversion
+from tersor.checkpoint.exports import get_export
+from tersor.checkpoint.header import TensorSpec
+from tersor.checkpoint.modules import Architecture, Embedding, Linear
+from tersor.checkpoint.names import TORCH_DTYPES
+from tersor.checkpoint.pack import pack
+from tersor.compress import DEFAULT_RECIPE, get_recipe
+from tersor.convert.pipeline import Progress, row_of
+from tersor.convert.report import Report, Row
+from tersor.errors import FormatError, InputError, NonFiniteError, ShapeError
+from tersor.formats import get_scheme, store_scales
+from tersor.hardware import resolve_device
+from tersor.integrations.transformers import live
+from tersor.nn import PackedModule
+from tersor.version import __version__
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Stands for the file of a tensor that is in memory."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldTensor:
+    """A tensor in memory, described as one of a checkpoint."""
+
+    file: _Held
+    spec: TensorSpec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in memory."""
+        return self.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model in memory, described as a checkpoint is: `directory` is what messages call it."""
+
+    directory: Path
+    tensors: dict[str, _HeldTensor]
+
+
+def quantize_module(
+    model: nn.Module,
+    *,
+    format: str = "fp6_e3m2",
+    group_size: int | None = None,
+    scale_dtype: str | None = None,
+    algorithm: str = DEFAULT_RECIPE,
+    ignore: Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    dry_run: bool = False,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress the linear layers of a model in place, one after the other; each old weight is freed.
+
+    Everything is checked before the first layer changes. A model of transformers can be saved afterwards:
+    `save_pretrained` writes a Tersor checkpoint.
+
+    Args:
+        model: any module that holds linear layers, on any device but meta.
+        format, group_size, scale_dtype, algorithm, ignore, overrides: as for `tersor.quantize` of a checkpoint.
+        dry_run: only report what would be done.
+        device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`; `None` is where each weight is.
+        progress: called with bytes done, bytes in all, and a tensor's name.
+
+    Returns:
+        What was done, tensor by tensor, under the names of the model's state dict.
+
+    Raises:
+        InputError: bad options, weights that are not there or not finite, or a model that is compressed already; the
+            model is then unchanged.
+    """
+    started = time.monotonic()
+    get_recipe(algorithm)
+    scheme = get_scheme(format, group_size, scale_dtype)
+    patterns, chosen = parse_ignore(ignore), parse_overrides(overrides, group_size, scale_dtype)
+    where = None if device is None else resolve_device(device)
+    name = type(model).__name__
+    if live.linear_shape(model) is not None:
+        raise InputError(f"{name} is a layer itself, which cannot be replaced in place: give the module that holds it")
+    live.check_plain(model)
+    architecture, kept = _architecture(model)
+    source = _describe(model, name)
+    conversion = make_conversion(
+        source,  # type: ignore[arg-type]  # what is asked of a source, it has
+        architecture,
+        scheme=scheme,
+        ignore=patterns,
+        overrides=chosen,
+        export=get_export("tersor"),
+        shard_bytes=1 << 62,
+        provenance={"tersor": __version__, "algorithm": algorithm, "source": live.label(model)},
+    )
+    schemes = {step.layer.module: step.scheme for step in conversion.steps if step.layer and step.scheme}
+    for step in conversion.steps:
+        _check(model, step)
+    rows = {step.source.spec.name: _row(step, kept) for step in conversion.steps}
+    if not dry_run:
+        heads = live.find_ties(model, source, schemes)
+        for step_name, row in _replace(model, conversion, algorithm, where, progress).items():
+            rows[step_name] = row
+        live.finish(model, conversion.config, heads)
+    return Report(name, None, scheme.key(), "tersor", tuple(rows.values()), seconds=time.monotonic() - started)
+
+
+def _architecture(model: nn.Module) -> tuple[Architecture, dict[str, str]]:
+    """Return the model's layers that can be replaced, and why others cannot: module name -> words."""
+    found = live.architecture(model)
+    kept: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
+    linears: dict[str, Linear] = {}
+    embeddings: dict[str, Embedding] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            kept[name] = "packed already"
+            continue
+        if name not in found.linears and name not in found.embeddings:
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            kept[name] = "parametrized"
+        elif adapted and name.startswith(adapted):
+            kept[name] = "part of an adapter"
+        elif name in found.linears and not live.packable(module):
+            kept[name] = f"a {type(module).__name__}, which computes more than a linear layer"
+        elif id(weight) in owners and name != found.head:
+            kept[name] = kept[owners[id(weight)]] = "shares its weight"
+        owners.setdefault(id(weight), name)
+        if name in kept:
+            continue
+        if name in found.linears:
+            linears[name] = found.linears[name]
+        else:
+            embeddings[name] = found.embeddings[name]
+    linears = {name: linear for name, linear in linears.items() if name not in kept}
+    embeddings = {name: embedding for name, embedding in embeddings.items() if name not in kept}
+    return replace(found, linears=linears, embeddings=embeddings), kept
+
+
+def _describe(model: nn.Module, name: str) -> _Model:
+    """Describe every tensor of a model's state dict, each under its first name."""
+    tensors: dict[str, _HeldTensor] = {}
+    seen: set[int] = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in seen or tensor.dtype not in _NAMES:
+            continue
+        seen.add(id(tensor))
+        tensors[key] = _HeldTensor(_Held(Path(name)), TensorSpec(key, _NAMES[tensor.dtype], tuple(tensor.shape)))
+    return _Model(Path(name), tensors)
+
+
+def _row(step: Step, kept: Mapping[str, str]) -> Row:
+    row = row_of(step)
+    name = step.source.spec.name
+    owner, _, own = name.rpartition(".")
+    why = next((kept[module] for module in (owner, owner.partition(".parametrizations")[0]) if module in kept), "")
+    if not why or own.startswith("bias"):
+        return row
+    return replace(row, scheme=None, note=why)
+
+
+def _weight(model: nn.Module, step: Step) -> torch.Tensor:
+    """Return a layer's weight as [OC, IC]."""
+    assert step.layer is not None
+    weight: torch.Tensor = model.get_submodule(step.layer.module).weight.detach()  # type: ignore[operator,union-attr]
+    return weight.T if step.layer.transposed else weight
+
+
+def _check(model: nn.Module, step: Step) -> None:
+    """Check that a weight is there, finite, and within the reach of its scales.
+
+    Raises:
+        ShapeError: it is on the meta device: not loaded, or offloaded.
+        NonFiniteError: it holds a NaN or an infinity.
+        FormatError: a scale does not fit its dtype.
+    """
+    if step.scheme is None:
+        return
+    name, weight = step.source.spec.name, _weight(model, step)
+    if weight.device.type == "meta":
+        raise ShapeError(f"{name} is on the meta device, not loaded or offloaded: load the model into memory first")
+    low, high = (float(value) for value in weight.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        row, column = (int(axis) for axis in (~torch.isfinite(weight)).nonzero()[0])
+        index = (column, row) if step.layer is not None and step.layer.transposed else (row, column)
+        raise NonFiniteError(index, float(weight[row, column]), f"{name!r}")
+    extent = max(high, 0.0) - min(low, 0.0) if step.scheme.has_zero_point else max(abs(low), abs(high))
+    try:
+        store_scales(torch.tensor([[extent / step.scheme.format.max]]), step.scheme)
+    except FormatError as error:
+        raise FormatError(f"{name!r}: {error}") from None
+
+
+def _replace(
+    model: nn.Module, conversion: Conversion, recipe: str, device: torch.device | None, progress: Progress | None
+) -> dict[str, Row]:
+    """Put a packed layer in place of every layer with a scheme; return the rows of the report by tensor."""
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    steps = [step for step in conversion.steps if step.scheme is not None]
+    total, done = sum(step.source.spec.nbytes for step in steps), 0
+    rows = {}
+    for step in steps:
+        assert step.layer is not None and step.scheme is not None
+        name, scheme = step.layer.module, step.scheme
+        weight = _weight(model, step)
+        home = weight.device
+        packed = pack(weight if device is None else weight.to(device), scheme, recipe)
+        del weight
+        tensors = {key: tensor.to(home) for key, tensor in packed.tensors.items()}
+        old = model.get_submodule(name)
+        new = live.replace(model, name, scheme, tensors)
+        for other in aliases[id(old)]:
+            model.set_submodule(other, new)
+        norm = packed.squared_norm
+        rows[step.source.spec.name] = row_of(step, (packed.squared_error / norm) ** 0.5 if norm else 0.0)
+        done += step.source.spec.nbytes
+        if progress is not None:
+            progress(done, total, step.source.spec.name)
+    return rows
