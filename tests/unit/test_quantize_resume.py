@@ -92,6 +92,7 @@ LARGE = 256 << 20
 
 PROGRAM = """
 import os, resource, signal
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # a block a thread: memory follows the cores, too
 from tersor.convert import quantize
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 large = dict(model={large!r}, overrides=["score=fp6_e3m2"])

@@ -112,6 +112,9 @@ def run(arguments: list[str]) -> int:
         message = getattr(error, "format_message", None)
         if type(error).__name__ == "Abort":
             status = INTERRUPTED
+        elif message is None and str(error).endswith(("null byte", "surrogates not allowed")):
+            print(f"tersor: a path holds a character that no path can have: {_one_line(str(error))}", file=sys.stderr)
+            return 2  # typer sees to it in newer versions
         elif message is None:
             raise
         else:
