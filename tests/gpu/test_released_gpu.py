@@ -1,4 +1,4 @@
-"""Checkpoints that others compressed, compressed again on a GPU: the same bytes as on a CPU, and the model runs there."""
+"""Checkpoints that others compressed, compressed again on a GPU: to the bytes of the CPU, and run there."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ def test_the_model_computes_there_what_the_cpu_computes(case: str, tmp_path: Pat
         there = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16).cuda()
         found = there(ids.cuda()).logits.float().cpu()
     assert sum(isinstance(module, PackedLinear) for module in there.modules()) == 14
-    assert float((found - wanted).abs().max()) <= 2e-2 * float(wanted.abs().max())
+    assert float((found - wanted).norm()) <= 2e-2 * float(wanted.norm())  # of float16's rounding, layer after layer
