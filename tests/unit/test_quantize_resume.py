@@ -87,7 +87,7 @@ def test_twice_interrupted(model: Any, whole: tuple[Report, dict[str, bytes]], t
     assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
 
 
-LARGE = 256 << 20
+LARGE = 160 << 20
 """Bytes of a tensor that would show in the memory of a process that holds all of it."""
 
 PROGRAM = """
