@@ -21,7 +21,7 @@ _SHARE = 8
 
 
 def known() -> dict[str, int]:
-    """Return key -> bytes of static shared memory of the kernels in the file; none where another compiler built them."""
+    """Return key -> static shared bytes of the kernels in the file; none where another compiler built them."""
     identity, *lines = FILE.read_text().splitlines()
     if identity != nvrtc.identity():
         return {}
