@@ -155,3 +155,16 @@ def test_hooks_of_a_layer_move_to_the_packed_one() -> None:
     tersor.quantize(model)
     assert model(torch.randn(2, 64)).shape == (2, 32)
     assert seen == [0] and isinstance(model[2]._hf_hook, AlignDevicesHook)
+
+
+def test_where_most_of_a_model_is_left_alone_it_is_warned_about() -> None:
+    layers = nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 8)
+    with pytest.warns(
+        UserWarning, match=r"only 3 % of the linear weights were compressed.*ignored by .* \(0\.weight\)"
+    ):
+        tersor.quantize(nn.Sequential(*layers), ignore=["^[01]$"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_most_of_it_is_compressed_nothing_is_warned_about() -> None:
+    assert tersor.quantize(mlp()).linear_share == 1

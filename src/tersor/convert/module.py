@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,15 @@ def quantize_module(
         for step_name, row in _replace(model, conversion, algorithm, where, progress).items():
             rows[step_name] = row
         live.finish(model, conversion.config, heads)
-    return Report(name, None, scheme.key(), "tersor", tuple(rows.values()), seconds=time.monotonic() - started)
+    report = Report(name, None, scheme.key(), "tersor", tuple(rows.values()), seconds=time.monotonic() - started)
+    if report.linear_share < 0.5:
+        left = report.left[0]
+        warnings.warn(
+            f"{name}: only {100 * report.linear_share:.0f} % of the linear weights were compressed; most of what was left: "
+            f"{left.reason} ({left.example})",
+            stacklevel=3,
+        )
+    return report
 
 
 def _architecture(model: nn.Module) -> tuple[Architecture, dict[str, str]]:
