@@ -128,8 +128,8 @@ def quantize_module(
     if report.linear_share < 0.5:
         left = report.left[0]
         warnings.warn(
-            f"{name}: only {100 * report.linear_share:.0f} % of the linear weights were compressed; most of what was left: "
-            f"{left.reason} ({left.example})",
+            f"{name}: only {100 * report.linear_share:.0f} % of the linear weights were compressed; most of what was "
+            f"left: {left.reason} ({left.example})",
             stacklevel=3,
         )
     return report
