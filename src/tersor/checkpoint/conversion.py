@@ -101,12 +101,11 @@ def make_conversion(
             or nothing to compress.
     """
     _check_complete(source, architecture)
-    tensors = _taken_apart(source, architecture, ignore, overrides)
-    targets = architecture.find(tensor.spec.name for tensor in tensors)
-    pairs = [
-        (tensor, architecture.layer_of(tensor.spec, targets[tensor.spec.name], str(tensor.file.path)))
-        for tensor in tensors
-    ]
+    targets: dict[str, Target] = {}
+    pairs = []
+    for tensor, target in _taken_apart(source, architecture, ignore, overrides):
+        targets[tensor.spec.name] = target
+        pairs.append((tensor, architecture.layer_of(tensor.spec, target, str(tensor.file.path))))
     _check_patterns(architecture, [layer for _, layer in pairs if layer is not None], ignore, overrides)
     pairs = [
         (tensor, None if layer is not None and layer.embedding and not _asked(layer, overrides) else layer)
@@ -155,24 +154,24 @@ def _check_complete(source: Source, architecture: Architecture) -> None:
 
 def _taken_apart(
     source: Source, architecture: Architecture, ignore: Sequence[str], overrides: Sequence[Override]
-) -> list[StoredTensor]:
-    """Return the tensors of a checkpoint, in parts where they become the weights of several layers to compress."""
+) -> list[tuple[StoredTensor, Target]]:
+    """Return the tensors of a checkpoint and where each goes, in parts where they become several layers' weights."""
     targets = architecture.find(source.tensors)
-    tensors = []
+    found = []
     for name, tensor in source.tensors.items():
         parts, first = [], 0
         for part, rows in architecture.parts_of(tensor.spec, targets[name]):
-            parts.append(tensor.part(part, first, rows))
+            parts.append((tensor.part(part, first, rows), Target(part, part)))
             first += rows
-        layers = [architecture.layer_of(part.spec, Target(part.spec.name, part.spec.name), "") for part in parts]
+        layers = [architecture.layer_of(part.spec, target, "") for part, target in parts]
         wanted = [
             layer is not None
             and not any(re.search(pattern, layer.module) for pattern in ignore)
             and (not layer.skipped or _asked(layer, overrides))
             for layer in layers
         ]
-        tensors += parts if any(wanted) else [tensor]
-    return tensors
+        found += parts if any(wanted) else [(tensor, targets[name])]
+    return found
 
 
 def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:

@@ -147,11 +147,6 @@ class Architecture:
     find: Callable[[Iterable[str]], Mapping[str, Target]]
     missing: Callable[[Iterable[str]], list[str]]
 
-    @property
-    def transposes(self) -> bool:
-        """Whether some layer stores its weight as [IC, OC]."""
-        return any(linear.transposed for linear in self.linears.values())
-
     def modules_of(self, stems: Iterable[str]) -> dict[str, str]:
         """Return for stems of stored weights the modules that they stand for, named as patterns find them."""
         targets = self.find([stem + _WEIGHT for stem in stems])

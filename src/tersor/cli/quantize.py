@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from tersor.convert.report import Report, Row
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
-_MOST = 0.5
-"""Share of the linear weights below which a summary begins with a warning."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -213,7 +211,7 @@ def _print_report(report: Report) -> None:
 
 def _warn(report: Report) -> None:
     """Say first where most of a model is not what was asked for."""
-    if report.linear_share < _MOST:
+    if report.mostly_left:
         print(
             f"warning: only {100 * report.linear_share:.0f} % of the linear weights {_became(report)} compressed; what "
             "was left alone, and why, stands below"

@@ -125,7 +125,7 @@ def quantize_module(
             rows[step_name] = row
         live.finish(model, conversion.config, heads)
     report = Report(name, None, scheme.key(), "tersor", tuple(rows.values()), seconds=time.monotonic() - started)
-    if report.linear_share < 0.5:
+    if report.mostly_left:
         left = report.left[0]
         warnings.warn(
             f"{name}: only {100 * report.linear_share:.0f} % of the linear weights were compressed; most of what was "

@@ -101,6 +101,11 @@ class Report:
         return sum(size for size, done in sizes if done) / total if total else 1.0
 
     @property
+    def mostly_left(self) -> bool:
+        """Whether less than half of the linear weights was compressed: a user has to hear of it."""
+        return self.linear_share < 0.5
+
+    @property
     def left(self) -> tuple[Left, ...]:
         """What was left as it is, by reason, the most bytes first."""
         rows: dict[str, list[Row]] = {}
