@@ -1,5 +1,6 @@
-"""Where does the code sit in memory? The stored stream, kernel tiles, and a packed weight in either."""
+"""Where does the code sit in memory? The stored stream, kernel tiles, and packed weights in either."""
 
+from tersor.layouts.stacked import StackedWeight
 from tersor.layouts.weight import STREAM, PackedWeight
 
-__all__ = ["STREAM", "PackedWeight"]
+__all__ = ["STREAM", "PackedWeight", "StackedWeight"]

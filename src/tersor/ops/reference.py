@@ -13,7 +13,7 @@ from tersor.layouts import STREAM, PackedWeight, decode_groups
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import HALF, gated_channels
 from tersor.layouts.packing import LAYOUTS
-from tersor.ops import tensors
+from tersor.ops.gates import Gate
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Decoded weights at a time: on a CPU about what its cache holds."""
@@ -26,6 +26,7 @@ def linear(
     residual: torch.Tensor | None = None,
     gated: bool = False,
     one_by_one: bool = False,
+    gate: Gate = Gate.SILU,
 ) -> torch.Tensor:
     """Return x @ W^T + bias + residual, accumulated in float32 (float64 for such x) and rounded once to x's dtype.
 
@@ -34,8 +35,9 @@ def linear(
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
         residual: as the result, or `None`.
-        gated: the weight is `PackedWeight.gate_up`, and of x @ W^T + bias the result has silu(gate) * up.
+        gated: the weight is `PackedWeight.gate_up`, and of x @ W^T + bias the result has gate times up.
         one_by_one: multiply each token on its own: a library's product may sum differently for other numbers of tokens.
+        gate: how gate and up become one, where gated.
 
     Returns:
         [N, OC] in x's dtype, or [N, F] where gated.
@@ -59,7 +61,7 @@ def linear(
         if bias is not None:
             part.add_(bias[first:last])
         if gated:
-            part = tensors.gate_times_up(part)
+            part = gate.of_rows(part)
         end = start + part.shape[1]
         if residual is not None:
             part += residual[:, start:end]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tersor.layouts.gated import separate
 from tersor.ops import current
+from tersor.ops.gates import Gate
 
 
 def empty_result(
@@ -16,14 +16,8 @@ def empty_result(
     if bias is not None:
         y = y + bias
     if gated:
-        y = gate_times_up(y)
+        y = Gate.SILU.of_rows(y)
     return (y if residual is None else y + residual).to(x.dtype)
-
-
-def gate_times_up(sums: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, [..., F], of what a gated weight gives for each of its rows, [..., rows]."""
-    gate, up = (half.movedim(0, -1) for half in separate(sums.movedim(-1, 0)))
-    return torch.nn.functional.silu(gate) * up
 
 
 def output(shape: torch.Size, n: int, oc: int, dtype: torch.dtype) -> torch.Tensor:

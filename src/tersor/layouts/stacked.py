@@ -1,0 +1,151 @@
+"""The weights of a layer's experts as one: E matrices of one scheme and shape, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tersor.errors import ShapeError
+from tersor.formats import Scheme
+from tersor.layouts.packing import LAYOUTS, Packing
+from tersor.layouts.weight import STREAM, PackedWeight
+
+
+class _Noted:
+    """Room for what `ops` remembers of a weight: no part of its value, neither copied nor stored with it."""
+
+    __slots__ = ("note",)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedWeight(_Noted):
+    """E weights [OC, IC] as packed codes and scales, those of the experts of one layer.
+
+    In a kernel layout the tiles of every expert start with a unit of rows, so that each is a `PackedWeight` of its own.
+
+    Attributes:
+        scheme: what codes and scales mean.
+        shape: (E, OC, IC).
+        data: int32; [E, OC, words] in the stored stream, [E, words of an expert's tiles] in a kernel layout.
+        scale: [E, OC, G] in the scheme's scale dtype; in a kernel layout uint8 [E, bytes], zero points included.
+        zero_point: uint8 [E, OC, G] for `uint` formats in the stored stream, else `None`.
+        layout: `stream`, or the name of a kernel layout.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int, int]
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    layout: str = STREAM
+
+    @staticmethod
+    def stack(weights: Sequence[PackedWeight]) -> StackedWeight:
+        """Put weights of one scheme, shape, layout and device one behind the other; `expert` undoes it.
+
+        Raises:
+            ShapeError: there are none, or they differ.
+        """
+        if not weights:
+            raise ShapeError("a layer of experts has at least one expert")
+        first = weights[0]
+        for weight in weights:
+            if (weight.scheme, weight.shape, weight.layout) != (first.scheme, first.shape, first.layout):
+                raise ShapeError(
+                    f"experts of one layer must be of one kind: {first.scheme.key()} {list(first.shape)} in "
+                    f"{first.layout} and {weight.scheme.key()} {list(weight.shape)} in {weight.layout}"
+                )
+        zero_points = [weight.zero_point for weight in weights if weight.zero_point is not None]
+        return StackedWeight(
+            first.scheme,
+            (len(weights), *first.shape),
+            torch.stack([weight.data for weight in weights]),
+            torch.stack([weight.scale for weight in weights]),
+            torch.stack(zero_points) if zero_points else None,
+            first.layout,
+        )
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.shape[0]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(OC, IC) of each expert."""
+        return self.shape[1:]
+
+    def expert(self, index: int) -> PackedWeight:
+        """Return the weight [OC, IC] of an expert, sharing memory with this one, in the same layout."""
+        zero_point = None if self.zero_point is None else self.zero_point[index]
+        return PackedWeight(self.scheme, self.matrix, self.data[index], self.scale[index], zero_point, self.layout)
+
+    @staticmethod
+    def gate_up(gate: StackedWeight, up: StackedWeight) -> StackedWeight:
+        """Interleave gate and up, [E, F, IC] each, inside of every expert, as `PackedWeight.gate_up` does.
+
+        Returns:
+            [E, gated.gated_rows(F), IC] in the stored stream; `split_gate_up` undoes it.
+
+        Raises:
+            ShapeError: schemes or shapes differ.
+        """
+        if gate.experts != up.experts:
+            raise ShapeError(f"gate has {gate.experts} experts, up {up.experts}")
+        pairs = zip(range(gate.experts), range(up.experts), strict=True)
+        return StackedWeight.stack([PackedWeight.gate_up(gate.expert(i), up.expert(j)) for i, j in pairs])
+
+    def split_gate_up(self) -> tuple[StackedWeight, StackedWeight]:
+        """Undo `gate_up`: return gate and up, [E, F, IC] each, in the stored stream.
+
+        Raises:
+            ShapeError: the weights have not the rows of gated ones.
+        """
+        halves = [self.expert(index).split_gate_up() for index in range(self.experts)]
+        return StackedWeight.stack([gate for gate, _ in halves]), StackedWeight.stack([up for _, up in halves])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points in memory."""
+        tensors = (self.data, self.scale, self.zero_point)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def packing(self) -> Packing:
+        """What the scheme means in the kernel layout that the weights lie in; there is none in the stored stream."""
+        return Packing.of(self.scheme, LAYOUTS[self.layout])
+
+    def to_layout(self, layout: str) -> StackedWeight:
+        """Return the same weights in another layout, an expert at a time; exact, and undone by going back.
+
+        Raises:
+            FormatError: a zero point that kernels for the layout's dtype cannot apply exactly.
+        """
+        if layout == self.layout:
+            return self
+        return self._of_experts(lambda weight: weight.to_layout(layout))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the decoded weights [E, OC, IC], computed in float32 and rounded once to `dtype`."""
+        result = torch.empty(self.shape, dtype=dtype, device=self.data.device)
+        for index in range(self.experts):
+            result[index] = self.expert(index).dequantize(dtype)
+        return result
+
+    def _of_experts(self, change: Callable[[PackedWeight], PackedWeight]) -> StackedWeight:
+        """Return the weights, each changed; what one expert becomes is put in place before the next is made."""
+        first = change(self.expert(0))
+        made = [
+            None if tensor is None else tensor.new_empty(self.experts, *tensor.shape)
+            for tensor in (first.data, first.scale, first.zero_point)
+        ]
+        for index in range(self.experts):
+            new = change(self.expert(index)) if index else first
+            for whole, part in zip(made, (new.data, new.scale, new.zero_point), strict=True):
+                if whole is not None and part is not None:
+                    whole[index] = part
+        data, scale, zero_point = made
+        assert data is not None and scale is not None
+        return StackedWeight(first.scheme, (self.experts, *first.shape), data, scale, zero_point, first.layout)
