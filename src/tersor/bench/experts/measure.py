@@ -21,12 +21,12 @@ from tersor.formats import Activations
 KIND = "tersor bench experts"
 VERSION = 1
 METHOD = (
-    "microseconds a call from the router's logits to the output, median of 9 replays, after 20 ms of replays, of a CUDA "
-    "graph that walks over copies of the layer, each call routed by logits of its own, 0.7 GB of weights or more in "
-    "all, so that none stays in L2; the first time taken after weights were made is thrown away; random weights, "
-    "activations and logits; hit: experts that the tokens of a call were routed to, mean of the calls, and their bytes; "
-    "a call's output is compared with the layer in float32 before it is timed; Tersor is launched with programmatic "
-    "dependence; the faster of a rival's ways counts"
+    "microseconds a call from the router's logits to the output, median of 9 replays, after 20 ms of replays, of a "
+    "CUDA graph that walks over copies of the layer, each call routed by logits of its own, 0.7 GB of weights or more "
+    "in all, so that none stays in L2; the first time taken after weights were made is thrown away; random weights, "
+    "activations and logits; hit: experts that the tokens of a call were routed to, mean of the calls, and their "
+    "bytes; a call's output is compared with the layer in float32 before it is timed; Tersor is launched with "
+    "programmatic dependence; torch has bfloat16; the faster of a rival's ways counts"
 )
 
 _READ = 700 << 20
@@ -263,9 +263,7 @@ def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, n, hit in dict.fromkeys((row["name"], row["n"], row["experts_hit"]) for row in rows):
         for kernel in dict.fromkeys(kernels or ["-"]):
             time = fastest(rows, name, n, kernel)
-            theirs = [
-                fastest(rows, name, n, TORCH if rival == TORCH else f"{HUMMING} {kernel}") for rival in rivals
-            ]
+            theirs = [fastest(rows, name, n, TORCH if rival == TORCH else f"{HUMMING} {kernel}") for rival in rivals]
             same = [row for row in rows if (row["name"], row["n"], row["kernel"]) == (name, n, kernel)]
             nbytes = same[0]["hit_bytes"] if same else None
             roof = None if nbytes is None else nbytes / result["read_bandwidth"] * 1e6
@@ -315,7 +313,9 @@ def narrowed(
     """
 
     def stays(row: dict[str, Any]) -> bool:
-        if names is not None and row["name"] not in names or tokens is not None and row["n"] not in tokens:
+        if names is not None and row["name"] not in names:
+            return False
+        if tokens is not None and row["n"] not in tokens:
             return False
         program, _, of_humming = row["kernel"].partition(" ")
         if rivals is not None and _is_rival(row["kernel"]) and program not in rivals:
