@@ -15,7 +15,7 @@ from helpers.usage import refused_in_one_line
 from tersor import hardware, ops
 from tersor.bench import timing
 from tersor.bench.contenders import Calls
-from tersor.bench.experts import geometry, measure
+from tersor.bench.experts import geometry, measure, rivals
 from tersor.bench.experts.layer import route
 from tersor.cli.main import run
 from tersor.formats import Activations
@@ -71,6 +71,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(geometry, "MODELS", small)
     monkeypatch.setattr(measure, "_READ", 1)
+    monkeypatch.setattr(rivals, "compiled", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(
         measure, "random_layer", lambda shape, dtype, device, seed: real_layer(shape, dtype, torch.device("cpu"), seed)
     )
@@ -100,7 +102,7 @@ def test_experts_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: py
     assert captured.out.endswith(f"written to {path}\n") and captured.err == ""
     taken = json.loads(path.read_text())
     assert (taken["kind"], taken["seed"], taken["skipped"]) == (measure.KIND, 5, [])
-    assert len(taken["rows"]) == 2 * 2 * (2 + 3)
+    assert len(taken["rows"]) == 2 * 2 * (2 + 4)
     assert all(row["microseconds"] > 0 and row["hit_bytes"] > 0 for row in taken["rows"])
     assert shown(capsys, path) == taken["rows"]
     assert {row["kernel"] for row in shown(capsys, path, "--format", "int4:g16", "--against", "none")} == {"int4:g16"}

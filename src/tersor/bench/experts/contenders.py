@@ -151,20 +151,24 @@ def pack(layer: Layer, scheme: Scheme, activations: Activations | str = Activati
 
 
 def torch_itself() -> Contender:
-    """Return torch's operators in bfloat16: grouped products, and for few tokens batched ones."""
+    """Return torch's operators in bfloat16: grouped products, or batched ones for few tokens, compiled or not."""
     dtype = torch.bfloat16
 
     def build(layer: Layer, copies: int) -> dict[str, list[Forward]]:
+        torch.compiler.reset()  # what was compiled for other layers counts against a limit
         first = layer.to(dtype)
         layers = [first, *(first.copy() for _ in range(copies - 1))]
-        ways: dict[str, list[Forward]] = {
-            f"grouped_mm, {how}": [
-                partial(rivals.sorted_forward, each, rivals.grouped_mm(each), together) for each in layers
-            ]
-            for how, together in rivals.TOGETHER.items()
-        }
-        ways["batched_mm"] = [partial(rivals.batched_forward, each) for each in layers]
-        return _guarded(ways)
+        eager = rivals.Around.eager()
+        fused = rivals.compiled(rivals.batched_forward, coordinate_descent_tuning=True)
+        grouped = [partial(rivals.sorted_forward, each, rivals.grouped_mm(each), eager) for each in layers]
+        return _guarded(
+            {
+                "grouped_mm": grouped,
+                "grouped_mm, compiled": _of_each(rivals.compiled(rivals.grouped_forward), layers),
+                "batched_mm": _of_each(_few(rivals.batched_forward), layers),
+                "batched_mm, compiled": _of_each(_few(fused), layers),
+            }
+        )
 
     return Contender(
         name=TORCH,
@@ -178,12 +182,14 @@ def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str =
     """Return the grouped products of humming-kernels, with torch's operators around them."""
 
     def build(layer: Layer, copies: int) -> dict[str, list[Forward]]:
+        torch.compiler.reset()
         first = layer.to(dtype)
         made = [foreign(partial(rivals.humming, first, scheme, activations)) for _ in range(copies)]
+        arounds = {"grouped": rivals.Around.eager(), "grouped, compiled around": rivals.Around.compiled()}
         return _guarded(
             {
-                f"grouped, {how}": [partial(rivals.sorted_forward, first, products, together) for products in made]
-                for how, together in rivals.TOGETHER.items()
+                way: [partial(rivals.sorted_forward, first, products, around) for products in made]
+                for way, around in arounds.items()
             }
         )
 
@@ -195,6 +201,20 @@ def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str =
         scheme=scheme,
         activations=activations,
     )
+
+
+def _of_each(run: Callable[..., torch.Tensor], layers: Sequence[Layer]) -> list[Forward]:
+    return [partial(run, layer) for layer in layers]
+
+
+def _few(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Refuse a way that copies weights for more tokens than there is memory for."""
+
+    def refusing(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        rivals.check_gathered(layer, len(x))
+        return run(layer, x, logits)
+
+    return refusing
 
 
 def _guarded(ways: dict[str, list[Forward]]) -> dict[str, list[Forward]]:

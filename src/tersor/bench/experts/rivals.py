@@ -1,8 +1,8 @@
 """What does a layer of experts take without Tersor? torch's grouped and batched products, and humming's kernels.
 
 Each is a function of x [T, H] and the router's logits [T, E] that launches everything between them and the output
-[T, H], reads nothing back to the host, and so can be captured in a CUDA graph. Tokens are routed, sorted by expert and
-put together again by torch's operators, in fewer launches than transformers takes (`integrations/moe.py`).
+[T, H], reads nothing back to the host, and so can be captured in a CUDA graph. What surrounds the products runs by
+torch's operators, in fewer launches than transformers takes (`integrations/moe.py`), or compiled by torch.compile.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import torch
 from torch.nn import functional
 
 from tersor.bench.contenders import UnfitError
+from tersor.bench.experts.geometry import Geometry
 from tersor.bench.experts.layer import Layer, route
 from tersor.formats import Activations, Scheme
 
 Product: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [P, IC] sorted by expert, their experts int64 [P], where those of each start int32 [E + 1]) -> [P, OC]."""
-Together: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(outputs of pairs [P, H] sorted by expert, order int64 [P], weights float32 [T, K]) -> [T, H]."""
-
 GATHERED = 8 << 30
 """The most bytes of weights that `batched_forward` copies in front of a product."""
 _GROUPED = '{"gemm_type": "grouped_contiguous"}'
@@ -51,68 +49,133 @@ class Products:
         return Products(product(layer.gate_up, layer.gate_up_bias), product(layer.down, layer.down_bias), numbers)
 
 
-def scatter_sum(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weight the outputs of pairs, put them where their tokens are, and add."""
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return a function compiled as a whole by torch.compile, for any number of tokens.
+
+    Args:
+        function: of tensors and values that hold tensors.
+        options: of torch's inductor.
+    """
+    return torch.compile(function, fullgraph=True, options=options or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What runs around the products of a layer.
+
+    Attributes:
+        before: as `before`.
+        between: as `between`.
+        after: as `scattered` or `gathered`.
+    """
+
+    before: Callable[..., Any]
+    between: Callable[..., Any]
+    after: Callable[..., Any]
+
+    @staticmethod
+    def eager() -> Around:
+        """Return torch's operators, one after the other."""
+        return Around(before, between, scattered)
+
+    @staticmethod
+    def compiled() -> Around:
+        """Return the three, each compiled."""
+        return Around(compiled(before), compiled(between), compiled(gathered))
+
+
+def before(
+    layer: Layer, numbers: torch.Tensor, x: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Route tokens and sort their pairs by expert.
+
+    Args:
+        layer: sizes, and the bias of the choice.
+        numbers: as in `Products`.
+        x: [T, H].
+        logits: float32 [T, E].
+
+    Returns:
+        rows of x [P, H], their experts int64 [P], where those of each start int32 [E + 1], the pair at each place int64
+        [P], and the weights of pairs float32 [T, K].
+    """
+    index, weights = route(layer.geometry, logits, layer.choice_bias)
+    experts, order = index.view(-1).sort()
+    starts = torch.searchsorted(experts, numbers, out_int32=True)
+    return x[order // layer.geometry.top_k], experts, starts, order, weights
+
+
+def between(geometry: Geometry, both: torch.Tensor) -> torch.Tensor:
+    """Return gate and up [P, 2 F] as one [P, F]."""
+    return geometry.gate.combine(*both.chunk(2, dim=-1))
+
+
+def scattered(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weight the outputs of pairs [P, H], put them where their tokens are, and add: [T, H]."""
     outputs.mul_(weights.view(-1)[order, None])
     pairs = torch.empty_like(outputs)
     pairs[order] = outputs
     return pairs.view(*weights.shape, -1).sum(dim=1)
 
 
-def embedding_bag(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Gather, weight and add by one operator, which wants to know where each pair went."""
+def gathered(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Do the same from the tokens' side, which a compiler makes one loop of."""
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    return functional.embedding_bag(
-        place.view(weights.shape), outputs, mode="sum", per_sample_weights=weights.to(outputs.dtype)
-    )
-
-
-TOGETHER: dict[str, Together] = {"scatter and sum": scatter_sum, "embedding_bag": embedding_bag}
-"""Ways from the outputs of pairs to those of tokens; which is the faster depends on the number of tokens."""
+    return (outputs[place].view(*weights.shape, -1) * weights[..., None]).sum(dim=1).to(outputs.dtype)
 
 
 def sorted_forward(
-    layer: Layer, products: Products, together: Together, x: torch.Tensor, logits: torch.Tensor
+    layer: Layer, products: Products, around: Around, x: torch.Tensor, logits: torch.Tensor
 ) -> torch.Tensor:
     """Run a layer whose products take rows sorted by expert.
 
     Args:
         layer: sizes, and the bias of the choice.
         products: of gate and up, and of down.
-        together: one of `TOGETHER`.
+        around: what runs beside them.
         x: [T, H].
         logits: float32 [T, E].
     """
-    index, weights = route(layer.geometry, logits, layer.choice_bias)
-    experts, order = index.view(-1).sort()
-    starts = torch.searchsorted(experts, products.numbers, out_int32=True)
-    both = products.gate_up(x[order // layer.geometry.top_k], experts, starts)
-    outputs = products.down(layer.geometry.gate.combine(*both.chunk(2, dim=-1)), experts, starts)
-    return together(outputs, order, weights)
+    rows, experts, starts, order, weights = around.before(layer, products.numbers, x, logits)
+    both = products.gate_up(rows, experts, starts)
+    outputs = products.down(around.between(layer.geometry, both), experts, starts)
+    return around.after(outputs, order, weights)
+
+
+def grouped_forward(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Run a bfloat16 layer by `grouped_mm`, written to be compiled as a whole."""
+    return sorted_forward(layer, grouped_mm(layer), Around(before, between, gathered), x, logits)
+
+
+def check_gathered(layer: Layer, n: int) -> None:
+    """Refuse `batched_forward` for so many tokens that copies of weights would fill the memory.
+
+    Raises:
+        UnfitError: there are so many.
+    """
+    nbytes = n * layer.geometry.top_k * layer.gate_up[0].nbytes
+    if nbytes > GATHERED:
+        raise UnfitError(f"it would copy {nbytes / 1e9:.0f} GB of weights")
 
 
 def batched_forward(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Run a layer by `torch.bmm` over a copy of the weights for every pair: for few tokens alone.
+    """Run a layer by `torch.bmm` over the weights of every pair, for few tokens.
 
-    Raises:
-        UnfitError: the copies are too large.
+    They are copied for it; compiled with `coordinate_descent_tuning`, which makes such products sums, they are read in
+    place, as gpt-fast (github.com/meta-pytorch/gpt-fast) runs Mixtral.
     """
     geometry = layer.geometry
-    pairs = len(x) * geometry.top_k
-    if pairs * layer.gate_up[0].nbytes > GATHERED:
-        raise UnfitError(f"it would copy {pairs * layer.gate_up[0].nbytes / 1e9:.0f} GB of weights")
     index, weights = route(geometry, logits, layer.choice_bias)
     experts = index.view(-1)
-    rows = x[:, None].expand(-1, geometry.top_k, -1).reshape(pairs, -1, 1)
+    rows = x[:, None].expand(-1, geometry.top_k, -1).reshape(-1, geometry.hidden, 1)
     both = torch.bmm(layer.gate_up[experts], rows).squeeze(-1)
     if layer.gate_up_bias is not None:
-        both += layer.gate_up_bias[experts]
-    inner = geometry.gate.combine(*both.chunk(2, dim=-1))
-    outputs = torch.bmm(layer.down[experts], inner.unsqueeze(-1)).squeeze(-1)
+        both = both + layer.gate_up_bias[experts]
+    outputs = torch.bmm(layer.down[experts], between(geometry, both).unsqueeze(-1)).squeeze(-1)
     if layer.down_bias is not None:
-        outputs += layer.down_bias[experts]
-    return outputs.mul_(weights.view(-1, 1)).view(*index.shape, -1).sum(dim=1)
+        outputs = outputs + layer.down_bias[experts]
+    return (outputs.view(*index.shape, -1) * weights[..., None]).sum(dim=1).to(x.dtype)
 
 
 def grouped_mm(layer: Layer) -> Products:
