@@ -160,7 +160,9 @@ def torch_itself() -> Contender:
         layers = [first, *(first.copy() for _ in range(copies - 1))]
         eager = rivals.Around.eager()
         fused = rivals.compiled(rivals.batched_forward, coordinate_descent_tuning=True)
-        grouped = [partial(rivals.sorted_forward, each, rivals.grouped_mm(each), eager) for each in layers]
+        grouped: list[Forward] = [
+            partial(rivals.sorted_forward, each, rivals.grouped_mm(each), eager) for each in layers
+        ]
         return _guarded(
             {
                 "grouped_mm": grouped,
