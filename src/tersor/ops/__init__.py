@@ -4,7 +4,7 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
-from tersor.ops.experts import experts
+from tersor.ops.mixture import experts
 from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
