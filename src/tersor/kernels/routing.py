@@ -122,9 +122,7 @@ def _sorting_warps(experts: int, pairs: int) -> int:
     return 1 if pairs <= _WARP_PAIRS else -(-(experts + 1) // 32)
 
 
-def prepare_route(
-    function: Function, choice: Choice, *, tokens: int, block_tokens: int, scale: float
-) -> RouteLaunch:
+def prepare_route(function: Function, choice: Choice, *, tokens: int, block_tokens: int, scale: float) -> RouteLaunch:
     """Return what launches the choice of experts for `tokens` tokens.
 
     Args:
@@ -209,9 +207,7 @@ def prepare_tables(function: Function, *, experts: int, pairs: int, block_tokens
     return launch
 
 
-def prepare_combine(
-    function: Function, *, tokens: int, top_k: int, channels: int, aligned: bool
-) -> CombineLaunch:
+def prepare_combine(function: Function, *, tokens: int, top_k: int, channels: int, aligned: bool) -> CombineLaunch:
     """Return what launches the sum over the experts of `tokens` tokens, at least one.
 
     Args:
