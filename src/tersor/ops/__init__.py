@@ -9,6 +9,7 @@ from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
+from tersor.ops.routing import route
 from tersor.ops.workspace import Workspace
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "kernels_for",
     "linear",
     "preferred_layout",
+    "route",
     "serve_with",
     "set_batch_invariant",
     "using",
