@@ -167,16 +167,8 @@ def test_humming_is_given_sorted_rows_and_where_experts_start(name: str, monkeyp
             measure.check(forward(x, logits), expected(layer, x, logits), 0.02)
 
 
-def fake_route(logits: torch.Tensor, top_k: int, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Route by torch's operators as `ops.route` would be asked to."""
-    bias = how.pop("bias")
-    index, weights = route(Geometry(name="", experts=0, hidden=0, ffn=0, top_k=top_k, **how), logits, bias)
-    return index.int(), weights
-
-
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "deepseek-v3"])
 def test_tersor_packs_and_runs_the_same_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "route", fake_route, raising=False)
     monkeypatch.setattr(
         ops, "preferred_layout", lambda scheme, dtype, device, kind: f"tiles_{target_of(Activations.of(kind), dtype)}"
     )

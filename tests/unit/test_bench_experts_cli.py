@@ -16,7 +16,6 @@ from tersor import hardware, ops
 from tersor.bench import timing
 from tersor.bench.contenders import Calls
 from tersor.bench.experts import geometry, measure, rivals
-from tersor.bench.experts.layer import route
 from tersor.cli.main import run
 from tersor.formats import Activations
 from tersor.layouts.packing import target_of
@@ -62,9 +61,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
         return (time.perf_counter() - start) / len(calls) * 1e6
 
-    def routed(logits: torch.Tensor, top_k: int, *, bias: Any, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return route(geometry.Geometry(name="", experts=0, hidden=0, ffn=0, top_k=top_k, **how), logits, bias)
-
     small = {
         name: replace(whole, experts=min(whole.experts, 32), top_k=2, hidden=64, ffn=32)
         for name, whole in geometry.MODELS.items()
@@ -80,7 +76,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "graph_microseconds", microseconds)
-    monkeypatch.setattr(ops, "route", routed, raising=False)
     monkeypatch.setattr(
         ops, "preferred_layout", lambda scheme, dtype, device, kind: f"tiles_{target_of(Activations.of(kind), dtype)}"
     )

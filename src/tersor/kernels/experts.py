@@ -21,9 +21,7 @@ _GATHER_THREADS = 256
 
 
 @functools.cache
-def source(
-    packing: Packing, result: str, config: tune.ExpertsConfig, gate: int, tables_ready: bool
-) -> KernelSource:
+def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int, tables_ready: bool) -> KernelSource:
     """Return the kernel for one packing, dtype of the result and configuration.
 
     Args:

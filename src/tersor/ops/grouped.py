@@ -233,9 +233,7 @@ def _quantized(
     row = product.codes_stride
     codes = current.empty((pairs, row + 4), (row + 4, 1), torch.uint8)
     held.append(codes)
-    scale = product.quantize(
-        stream=stream, x=x, x_stride=stride, codes=codes.data_ptr(), order=order, top_k=top_k
-    )
+    scale = product.quantize(stream=stream, x=x, x_stride=stride, codes=codes.data_ptr(), order=order, top_k=top_k)
     return codes.data_ptr(), row, scale
 
 
