@@ -99,8 +99,12 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_way_of_torch_computes_the_layer(name: str) -> None:
     layer = small_layer(name)
-    ways = contenders.torch_itself().build(layer, 2)
-    assert list(ways) == ["grouped_mm", "grouped_mm, compiled", "batched_mm", "batched_mm, compiled"]
+    ways = {
+        (program, way): copies
+        for program in ("torch", "compiled")
+        for way, copies in contenders.torch_itself(program).build(layer, 2).items()
+    }
+    assert [way for _, way in ways] == ["grouped_mm", "batched_mm"] * 2
     for n in (1, 9):
         x, logits = given(layer, n)
         for way, copies in ways.items():
@@ -114,10 +118,11 @@ def test_every_way_of_torch_computes_the_layer(name: str) -> None:
 def test_batched_products_take_no_more_tokens_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = small_layer("olmoe")
     monkeypatch.setattr(rivals, "GATHERED", 8 * 4 * layer.gate_up[0].nbytes)
-    (batched, *_) = contenders.torch_itself().build(layer, 2)["batched_mm"]
-    batched(*given(layer, 8))
-    with pytest.raises(UnfitError, match="it would copy 0 GB of weights"):
-        batched(*given(layer, 9))
+    for program in ("torch", "compiled"):
+        (batched, *_) = contenders.torch_itself(program).build(layer, 2)["batched_mm"]
+        batched(*given(layer, 8))
+        with pytest.raises(UnfitError, match="it would copy 0 GB of weights"):
+            batched(*given(layer, 9))
 
 
 class HummingLayer:
@@ -309,15 +314,17 @@ def test_the_table_has_the_faster_of_a_rivals_ways() -> None:
         row("fp6_e3m2", "", 12.5),
         row("torch", "grouped_mm", 60.0),
         row("torch", "batched_mm", 50.0),
+        row("compiled", "batched_mm", 30.0),
         row("humming fp6_e3m2", "grouped", 25.0),
         row("torch", "grouped_mm", 70.0, n=8),
     ]
     headings, cells = measure.columns({**RESULT, "rows": rows, "skipped": []})
     assert headings[5:8] == ["roofline us", "Tersor us", "of roofline"]
-    assert headings[8:] == ["torch us", "humming us", "x torch", "x humming"]
+    assert headings[8:] == ["torch us", "compiled us", "humming us", "x torch", "x compiled", "x humming"]
+    theirs = ["50.0", "30.0", "25.0", "4.00", "2.40", "2.00"]
     assert cells == [
-        ["olmoe", "1", "fp6_e3m2", "8.0", "40.0", "10.0", "12.5", "80 %", "50.0", "25.0", "4.00", "2.00"],
-        ["olmoe", "8", "fp6_e3m2", "8.0", "-", "-", "-", "-", "70.0", "-", "-", "-"],
+        ["olmoe", "1", "fp6_e3m2", "8.0", "40.0", "10.0", "12.5", "80 %", *theirs],
+        ["olmoe", "8", "fp6_e3m2", "8.0", "-", "-", "-", "-", "70.0", *["-"] * 5],
     ]
     alone = measure.columns({**RESULT, "rows": rows[:1], "skipped": []})
     assert alone[0][-1] == "of roofline"

@@ -31,7 +31,7 @@ from tersor.layouts.packing import target_of
         (["gpt-oss-20b", "--format", "int4:g128"], 2, "group size 128 does not divide the 2880"),
         (["--activations", "fp7"], 2, "did you mean 'fp8'?"),
         (["--dtype", "float32"], 2, "use float16 or bfloat16"),
-        (["--against", "cublas"], 2, "use torch, humming or none"),
+        (["--against", "cublas"], 2, "use torch, compiled, humming or none"),
         (["--seed", "-1"], 2, "--seed"),
         (["--output", "no/such/folder/x.json"], 2, "the folder no/such/folder does not exist"),
         (["--from", "x.json", "--seed", "0"], 2, "--from shows times that were taken: leave out --dtype and --seed"),
@@ -90,7 +90,9 @@ def shown(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> li
 def test_experts_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, part = tmp_path / "r.json", tmp_path / "part.json"
     arguments = ["olmoe", "gpt-oss-20b", "--tokens", "1,8", "--format", "fp6_e3m2", "--format", "int4:g16"]
-    assert run(["bench", "experts", *arguments, "--against", "torch", "--seed", "5", "--output", str(path)]) == 0
+    assert (
+        run(["bench", "experts", *arguments, "--against", "torch,compiled", "--seed", "5", "--output", str(path)]) == 0
+    )
     captured = capsys.readouterr()
     assert "bfloat16 activations; a large read reaches 4.00 TB/s" in captured.out
     assert "x torch" in captured.out and "humming" not in captured.out
@@ -101,7 +103,7 @@ def test_experts_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: py
     assert all(row["microseconds"] > 0 and row["hit_bytes"] > 0 for row in taken["rows"])
     assert shown(capsys, path) == taken["rows"]
     assert {row["kernel"] for row in shown(capsys, path, "--format", "int4:g16", "--against", "none")} == {"int4:g16"}
-    assert {row["kernel"] for row in shown(capsys, path, "--activations", "fp8")} == {"torch"}
+    assert {row["kernel"] for row in shown(capsys, path, "--activations", "fp8")} == {"torch", "compiled"}
     assert run(["bench", "experts", "olmoe", "--tokens", "8", "--from", str(path), "--output", str(part)]) == 0
     assert capsys.readouterr().out.endswith(f"written to {part}\n")
     narrowed = json.loads(part.read_text())

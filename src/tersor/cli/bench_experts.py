@@ -38,7 +38,8 @@ def command(
         typer.Option(help=f"What weights are multiplied with: 16bit, fp8, or 16bit,fp8; default: {ACTIVATIONS}."),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Rivals: torch, humming, or none; default: those installed.")
+        str | None,
+        typer.Option(help="Rivals: torch, compiled (by torch.compile), humming, or none; default: all there are."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights, activations and routing; default: 0.")] = None,
     taken: Annotated[

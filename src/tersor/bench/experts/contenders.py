@@ -22,8 +22,8 @@ from tersor.layouts.gated import interleave
 Forward: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x [T, H], logits float32 [T, E]) -> [T, H], all of it on the device."""
 
-TORCH = "torch"
-RIVALS = (TORCH, HUMMING)
+TORCH, COMPILED = "torch", "compiled"
+RIVALS = (TORCH, COMPILED, HUMMING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,10 @@ def contenders(
     rivals: Sequence[str],
     activations: Sequence[Activations | str] = (Activations.NATIVE,),
 ) -> list[Contender]:
-    """Return Tersor in every scheme and kind of activations, then the rivals: torch in bfloat16, and humming."""
+    """Return Tersor in every scheme and kind of activations, then the rivals."""
     both = [(scheme, kind) for kind in activations for scheme in schemes]
     found = [tersor(scheme, dtype, kind) for scheme, kind in both]
-    if TORCH in rivals:
-        found.append(torch_itself())
+    found += [torch_itself(name) for name in (TORCH, COMPILED) if name in rivals]
     if HUMMING in rivals:
         found += [humming(scheme, dtype, kind) for scheme, kind in both]
     return found
@@ -150,30 +149,29 @@ def pack(layer: Layer, scheme: Scheme, activations: Activations | str = Activati
     return Packed(layer, StackedWeight.stack(gate_up), StackedWeight.stack(down), bias)
 
 
-def torch_itself() -> Contender:
-    """Return torch's operators in bfloat16: grouped products, or batched ones for few tokens, compiled or not."""
+def torch_itself(name: str = TORCH) -> Contender:
+    """Return torch's operators in bfloat16: grouped products, and for few tokens batched ones.
+
+    Args:
+        name: `torch` for one operator after the other, `compiled` for what torch.compile makes of them.
+    """
     dtype = torch.bfloat16
 
     def build(layer: Layer, copies: int) -> dict[str, list[Forward]]:
-        torch.compiler.reset()  # what was compiled for other layers counts against a limit
         first = layer.to(dtype)
         layers = [first, *(first.copy() for _ in range(copies - 1))]
-        eager = rivals.Around.eager()
-        fused = rivals.compiled(rivals.batched_forward, coordinate_descent_tuning=True)
-        grouped: list[Forward] = [
-            partial(rivals.sorted_forward, each, rivals.grouped_mm(each), eager) for each in layers
-        ]
-        return _guarded(
-            {
-                "grouped_mm": grouped,
-                "grouped_mm, compiled": _of_each(rivals.compiled(rivals.grouped_forward), layers),
-                "batched_mm": _of_each(_few(rivals.batched_forward), layers),
-                "batched_mm, compiled": _of_each(_few(fused), layers),
-            }
-        )
+        if name == COMPILED:
+            torch.compiler.reset()  # what was compiled for other layers counts against a limit
+            grouped = _of_each(rivals.compiled(rivals.grouped_forward), layers)
+            batched = rivals.compiled(rivals.batched_forward, coordinate_descent_tuning=True)
+        else:
+            around = rivals.Around.eager()
+            grouped = [partial(rivals.sorted_forward, each, rivals.grouped_mm(each), around) for each in layers]
+            batched = rivals.batched_forward
+        return _guarded({"grouped_mm": grouped, "batched_mm": _of_each(_few(batched), layers)})
 
     return Contender(
-        name=TORCH,
+        name=name,
         dtype=dtype,
         expert_bytes=lambda geometry: geometry.parameters * dtype.itemsize,
         build=build,

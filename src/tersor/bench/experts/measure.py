@@ -11,7 +11,7 @@ import torch
 
 from tersor.bench import report
 from tersor.bench.contenders import BYTEWISE, HUMMING, Calls, UnfitError, foreign
-from tersor.bench.experts.contenders import TORCH, Contender
+from tersor.bench.experts.contenders import RIVALS, Contender
 from tersor.bench.experts.geometry import Geometry
 from tersor.bench.experts.layer import Layer, expected, random_layer, route
 from tersor.compress import quantize_rtn
@@ -26,7 +26,8 @@ METHOD = (
     "in all, so that none stays in L2; the first time taken after weights were made is thrown away; random weights, "
     "activations and logits; hit: experts that the tokens of a call were routed to, mean of the calls, and their "
     "bytes; a call's output is compared with the layer in float32 before it is timed; Tersor is launched with "
-    "programmatic dependence; torch has bfloat16; the faster of a rival's ways counts"
+    "programmatic dependence; torch has bfloat16, compiled is the same by torch.compile; the faster of a rival's ways "
+    "counts"
 )
 
 _READ = 700 << 20
@@ -46,7 +47,7 @@ class Row:
     Attributes:
         name: of the geometry.
         n: tokens.
-        kernel: the contender: a format, `torch`, or `humming` and a format.
+        kernel: the contender: a format, `torch`, `compiled`, or `humming` and a format.
         way: how it was run, where a contender has several ways, or an empty string.
         experts_hit: experts that tokens were routed to, mean of the calls.
         hit_bytes: bytes of their weights.
@@ -242,7 +243,7 @@ def result(found: Sequence[Row | Skipped], *, dtype: str, seed: int, read_bandwi
 
 
 def _is_rival(kernel: str) -> bool:
-    return kernel.partition(" ")[0] in (TORCH, HUMMING)
+    return kernel.partition(" ")[0] in RIVALS
 
 
 def fastest(rows: Sequence[dict[str, Any]], name: str, n: int, kernel: str) -> float | None:
@@ -257,13 +258,13 @@ def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     The roofline is the time in which the packed weights of the experts hit could be read once.
     """
     rows = result["rows"]
-    rivals = [name for name in (TORCH, HUMMING) if any(row["kernel"].partition(" ")[0] == name for row in rows)]
+    rivals = [name for name in RIVALS if any(row["kernel"].partition(" ")[0] == name for row in rows)]
     kernels = [row["kernel"] for row in (*rows, *result["skipped"]) if not _is_rival(row["kernel"])]
     cells = []
     for name, n, hit in dict.fromkeys((row["name"], row["n"], row["experts_hit"]) for row in rows):
         for kernel in dict.fromkeys(kernels or ["-"]):
             time = fastest(rows, name, n, kernel)
-            theirs = [fastest(rows, name, n, TORCH if rival == TORCH else f"{HUMMING} {kernel}") for rival in rivals]
+            theirs = [fastest(rows, name, n, f"{HUMMING} {kernel}" if rival == HUMMING else rival) for rival in rivals]
             same = [row for row in rows if (row["name"], row["n"], row["kernel"]) == (name, n, kernel)]
             nbytes = same[0]["hit_bytes"] if same else None
             roof = None if nbytes is None else nbytes / result["read_bandwidth"] * 1e6
@@ -306,7 +307,7 @@ def narrowed(
         tokens: numbers of tokens.
         formats: of the weights of Tersor and humming, as `contenders.label` names them (`int4:g128`).
         activations: what Tersor and humming multiply them with.
-        rivals: `torch`, `humming`.
+        rivals: of `contenders.RIVALS`.
 
     Raises:
         InputError: no row is left.
@@ -320,7 +321,7 @@ def narrowed(
         program, _, of_humming = row["kernel"].partition(" ")
         if rivals is not None and _is_rival(row["kernel"]) and program not in rivals:
             return False
-        if program == TORCH:
+        if program in RIVALS and program != HUMMING:
             return True
         kernel = of_humming or program
         multiplied = Activations.E4M3 if kernel.endswith(BYTEWISE) else Activations.NATIVE
