@@ -96,7 +96,7 @@ class Tile:
     @property
     def exchange_bytes(self) -> int:
         """The bytes in which warpgroups hand their sums over, or many tokens' results are turned."""
-        if self.tokens >= 128:
+        if self.tokens > 64:
             return 8192 * self.row_groups
         return 128 * self.row_groups * (self.turns - 1) * self.tokens * 2
 
