@@ -86,7 +86,7 @@ class Tile:
     @property
     def x_slots_of_block(self) -> int:
         """Slots that the activations of one block of 128 channels take."""
-        return 1 if self.tokens < 128 or self.e4m3 else 2
+        return 1 if self.tokens <= 64 or self.e4m3 else 2
 
     @property
     def x_slot_bytes(self) -> int:

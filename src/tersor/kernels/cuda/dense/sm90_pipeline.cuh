@@ -38,7 +38,7 @@ constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
 constexpr int kPieces = kFp8 ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
 constexpr int kPieceChannels = tile::kColumns / kPieces;
 constexpr int kXPiece = kTokens * 128;
-constexpr int kSlotPieces = kTokens < 128 ? kPieces : 1;     // a slot has a whole block while that is small
+constexpr int kSlotPieces = kTokens <= 64 ? kPieces : 1;     // a slot has a whole block while that is small
 constexpr int kSlotsOfBlock = kPieces / kSlotPieces;
 constexpr int kSlotBoxes = kCluster > kSlotPieces ? kCluster / kSlotPieces : 1;  // of each piece
 constexpr int kXSlotBytes = kSlotPieces * kXPiece;
