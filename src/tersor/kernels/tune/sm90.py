@@ -33,10 +33,10 @@ _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
 _GATHER_KILOBYTE = 0.028
 """Microseconds for each 1024 bytes of the parts of a sum that a cluster gathers."""
-_NARROW, _MOST_NARROW = 128, 4
-"""Tiles of fewer tokens than the first hold all tokens, or there are up to so many of them along the tokens, of at least
-`_LEAST` each: a weight is decoded once for each."""
 _LEAST = 64
+"""Tokens take several tiles only of so many each: a weight is decoded once for each of them."""
+_NARROW, _MOST_NARROW = 128, 4
+"""And of fewer tokens than the first they take no more than so many."""
 MANY_TOKENS, WIDE_STEP = 2048, 64
 """Beyond so many tokens a tile's are a multiple of the second: to fit the count more closely saves less than 3 %."""
 _MAX_SPLITS = 16
@@ -94,8 +94,12 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, for one way with activations."""
-    fitting = (tile for tile in cost.of(cost.DEFAULT) if scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups))
-    return tuple(tile for tile in fitting if tile.activations is activations)
+    of_kind = (tile for tile in cost.of(cost.DEFAULT) if tile.activations is activations)
+    if scale_groups == 0:
+        return tuple(of_kind)
+    return tuple(
+        tile for tile in of_kind if tile.grouped and scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups)
+    )
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
@@ -140,7 +144,8 @@ def fitting(available: Sequence[Tile], n: int) -> list[Tile]:
     None is wider than the narrowest that holds all tokens, and of tiles that differ in nothing but their tokens those
     are left out that make no fewer token tiles than a narrower one.
     """
-    holding = min((tile.tokens for tile in available if n <= tile.tokens), default=max(tile.tokens for tile in available))
+    widest = max(tile.tokens for tile in available)
+    holding = min((tile.tokens for tile in available if n <= tile.tokens), default=widest)
     found: dict[tuple[Tile, int], Tile] = {}
     for tile in sorted(available, key=lambda tile: tile.tokens):
         count = -(-n // tile.tokens)
@@ -203,9 +208,5 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
 _MOST_SCALE_GROUPS = {
     Tile(16, 2, 1, 1, 2): 1,
     Tile(32, 1, 4, 1, 1): 2,
-    Tile(128, 3, 1, 1, 1): 0,
-    Tile(256, 2, 1, 2, 1): 0,
-    Tile(256, 2, 1, 1, 1, Activations.E4M3): 0,
 }
-"""How many scales of a row in a block the registers of a tile have room for, where not for all: those with none hold no
-second set of sums."""
+"""How many scales of a row in a block the registers of a tile have room for, where not for all."""

@@ -70,6 +70,18 @@ class Tile:
         return 128 * (self.row_groups * self.channel_groups + 1)
 
     @property
+    def registers(self) -> int:
+        """What the kernel gives a thread that multiplies: an even share, and what those that copy can spare."""
+        evenly = 65536 // (self.resident * self.threads) // 8 * 8
+        copying = 128 * (48 if self.resident == 1 else 40)
+        return min(240, (evenly * self.threads - copying) // (self.threads - 128) // 8 * 8)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether registers hold a second set of sums, which scales in groups need."""
+        return self.tokens <= 128 and self.registers - self.tokens >= 64
+
+    @property
     def static_bytes(self) -> int:
         """The bytes of barriers, and of the scales of 8-bit activations, up to the alignment of the rings."""
         return 2048 if self.e4m3 and self.tokens > 128 else 1024
