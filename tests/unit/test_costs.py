@@ -172,6 +172,21 @@ def test_a_fit_follows_the_times(sweep: ModuleType, costs: ModuleType, tmp_path:
         assert costs.soft_loss(times) < 0.8 * wrong
 
 
+def test_tiles_that_could_go_are_named_the_least_missed_first(costs: ModuleType) -> None:
+    problem = problem_of(SHAPES[1], FP6, 200)
+    by_tile = {sm90.tile_of(config): config for config in sm90.candidates(problem, H200)}
+    (best, near, far), tiles = list(by_tile.values())[:3], list(by_tile)[:3]
+    times = {("fp6", problem): {best: 10.0, near: 10.1, far: 12.0}}
+    assert costs.dispensable(times, 0.02) == {tiles[2]: (0.0, 0.0), tiles[1]: (0.0, 0.0)}
+    other = problem_of(SHAPES[0], FP6, 200)
+    times["fp6", other] = {best: 10.1, near: 10.0}
+    assert costs.dispensable(times, 0.02) == {
+        tiles[2]: (0.0, 0.0),
+        tiles[0]: (pytest.approx(0.005), pytest.approx(0.01)),
+    }
+    assert costs.dispensable(times, 0.001) == {tiles[2]: (0.0, 0.0)}
+
+
 def test_a_fit_is_written_as_the_package_reads_it(costs: ModuleType) -> None:
     shipped = (Path(cost.__file__).parent / "costs" / "h200.json").read_text(encoding="utf-8")
     chip, found = cost.parse(shipped, "h200.json")
