@@ -64,7 +64,7 @@ def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int,
             "GATHERS_TOKENS": config.gathers and gate > 0,
             "TABLES_READY": tables_ready,
         },
-        arguments="TPPPPPPPPPiiiiif",
+        arguments="TPPPPPPPPPiiiiiif",
     )
 
 
@@ -88,6 +88,7 @@ def prepare(
     tokens: int,
     top_k: int,
     gathers: bool,
+    most_blocks: int,
     factor: float,
 ) -> ExpertsLaunch:
     """Return what launches the product of all experts, [E, oc, ic], on one problem.
@@ -99,6 +100,7 @@ def prepare(
         oc, ic: rows and input channels of an expert.
         tokens, top_k: T and K.
         gathers: whether activations are those of tokens, [T, ic], and not of pairs in their order, [T * K, ic].
+        most_blocks: as many as the routing tables have room for.
         factor: what decoded sums are multiplied by, beside the scales.
     """
     tile, pairs = config.tile, tokens * top_k
@@ -142,7 +144,7 @@ def prepare(
         arguments = (
             maps_rows(x, rows, ic, x_stride, element, box),
             weight, scale, bias, x_scale, order, blocks, y, partial, arrived,
-            oc, ic, top_k, box, most_splits, factor,
+            oc, ic, top_k, box, most_blocks, most_splits, factor,
         )
         # fmt: on
         run(grid, block, shared, stream, arguments, early, None)

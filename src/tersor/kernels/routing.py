@@ -19,12 +19,12 @@ MOST_GROUPS = 32
 INPUTS = {"float16": 0, "bfloat16": 1, "float32": 2, "int32": 3, "int64": 4}
 """Dtypes of what the route kernel reads, logits or an index -> `INPUT` of route.cuh."""
 
-_WARPS = 32
-"""Most warps of a CTA that routes."""
-_FEW_TOKENS = 64
-"""Tokens up to which one CTA does all."""
-_WARP_PAIRS = 32
+FEW_TOKENS = 64
+"""Tokens up to which one CTA does all; of more, CTAs count who has arrived."""
+WARP_PAIRS = 32
 """Pairs up to which one warp sorts."""
+_WARPS = 32
+"""Most warps of a CTA that sorts."""
 _CHOICE_WARPS = 4
 """Warps of a CTA where no pairs are sorted."""
 _COMBINE_THREADS = 64
@@ -119,7 +119,7 @@ CombineLaunch: TypeAlias = Callable[..., None]
 
 def _sorting_warps(experts: int, pairs: int) -> int:
     """Return the least warps of a CTA that sorts: a thread for every expert and one for none, or one warp."""
-    return 1 if pairs <= _WARP_PAIRS else -(-(experts + 1) // 32)
+    return 1 if pairs <= WARP_PAIRS else -(-(experts + 1) // 32)
 
 
 def prepare_route(function: Function, choice: Choice, *, tokens: int, block_tokens: int, scale: float) -> RouteLaunch:
@@ -136,9 +136,9 @@ def prepare_route(function: Function, choice: Choice, *, tokens: int, block_toke
     if not block_tokens:
         warps = min(tokens, _CHOICE_WARPS)
         ctas, counters = -(-tokens // warps), 0
-    elif tokens <= _FEW_TOKENS:
+    elif tokens <= FEW_TOKENS:
         ctas, warps = 1, max(min(tokens, _WARPS), _sorting_warps(choice.experts, pairs))
-        counters = 0 if pairs <= _WARP_PAIRS else warps * (choice.experts + 1)
+        counters = 0 if pairs <= WARP_PAIRS else warps * (choice.experts + 1)
     else:
         ctas, warps, counters = -(-tokens // _WARPS), _WARPS, _WARPS * (choice.experts + 1)
     grid, block, shared, run = (ctas, 1, 1), (32 * warps, 1, 1), 4 * counters, function.launch
@@ -165,7 +165,8 @@ def prepare_route(function: Function, choice: Choice, *, tokens: int, block_toke
             bias: address of float32 [experts].
             index, weights: addresses of int32 and float32 [tokens, top_k].
             order, position, blocks: addresses of the tables, blocks on 16 bytes; 0 where no pairs are sorted.
-            arrived: address of one uint32, zero, which is zero again when the kernel has ended.
+            arrived: address of one uint32, zero, which is zero again when the kernel has ended; 0 where no pairs are
+                sorted, or those of at most FEW_TOKENS tokens.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
         """
         # fmt: off
@@ -187,7 +188,7 @@ def prepare_tables(function: Function, *, experts: int, pairs: int, block_tokens
         pairs: tokens times experts of a token.
         block_tokens: most tokens of a block of one expert.
     """
-    few = pairs <= _WARP_PAIRS
+    few = pairs <= WARP_PAIRS
     warps = 1 if few else max(_sorting_warps(experts, pairs), min(-(-pairs // 32), _WARPS))
     grid, block = (1, 1, 1), (32 * warps, 1, 1)
     shared, run = 0 if few else 4 * warps * (experts + 1), function.launch

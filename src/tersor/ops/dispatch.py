@@ -94,6 +94,17 @@ def _device_reason(index: int) -> str:
     return ""
 
 
+def kernel_chip(device: torch.device) -> hardware.Chip | None:
+    """Return the GPU whose kernels serve tensors on a device; `None` where the reference serves all of them.
+
+    Args:
+        device: of the tensors.
+    """
+    if _environment_reason(torch.float16, device) or _device_reason(_index(device)):
+        return None
+    return hardware.of_device(_index(device))
+
+
 def preferred_layout(
     scheme: Scheme,
     dtype: torch.dtype,

@@ -6,7 +6,6 @@ with other tokens that go to other experts.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tersor.ops import current, mode, tensors
 from tersor.ops.dispatch import E4M3_LAYOUT, unsupported_reason
 from tersor.ops.gates import Gate
 from tersor.ops.settled import settled
+from tersor.ops.tables import Tables, most_blocks
 
 if TYPE_CHECKING:
     from tersor.kernels.dense import QuantizeLaunch
@@ -32,21 +32,6 @@ if TYPE_CHECKING:
 _MOST_PREPARED = 512
 _ALIGNED = 8
 """Elements of 16 bits in the 16 bytes on which the copy engine wants rows to start."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """Where the pairs of tokens and experts stand, on the device; all int32.
-
-    Attributes:
-        order: [P], the pair (token * K + rank) at each place, sorted by expert.
-        position: [P], the place of each pair.
-        blocks: [most blocks + 1, 4], the table of experts/sm90_work.cuh.
-    """
-
-    order: torch.Tensor
-    position: torch.Tensor
-    blocks: torch.Tensor
 
 
 def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> str:
@@ -166,6 +151,7 @@ def _make(
             tokens=tokens,
             top_k=top_k,
             gathers=config.gathers and epilogue > 0,
+            most_blocks=most_blocks(tokens * top_k, weight.experts, config.tile.tokens),
             factor=weight.packing.factor,
         )
         products.append(_Product(config, launch, quantize, dense.codes_stride(ic)))
@@ -205,7 +191,8 @@ def products(
     stream = current.stream(index)
     if x.stride(1) != 1 or x.stride(0) % _ALIGNED or x.stride(0) < hidden or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, hidden)
-    order, address, stride, x_scale = tables.order.data_ptr(), x.data_ptr(), x.stride(0), 0
+    order, _, blocks = tables.addresses
+    address, stride, x_scale = x.data_ptr(), x.stride(0), 0
     held = [x]
     if chosen.up.quantize is not None:
         address, stride, x_scale = _quantized(chosen.up, stream, address, stride, pairs, held, order, top_k)
@@ -216,12 +203,12 @@ def products(
         held.append(ordered)
     inner_channels = gated_channels(gate_up.shape[1])
     inner = current.empty((pairs, inner_channels), (inner_channels, 1), x.dtype)
-    _launch(chosen.up, gate_up, gate_up_bias, stream, index, address, stride, x_scale, tables, inner)
+    _launch(chosen.up, gate_up, gate_up_bias, stream, index, address, stride, x_scale, order, blocks, inner)
     address, stride, x_scale = inner.data_ptr(), inner_channels, 0
     if chosen.down.quantize is not None:
         address, stride, x_scale = _quantized(chosen.down, stream, address, stride, pairs, held, 0, 1)
     y = current.empty((pairs, hidden), (hidden, 1), x.dtype)
-    _launch(chosen.down, down, down_bias, stream, index, address, stride, x_scale, tables, y)
+    _launch(chosen.down, down, down_bias, stream, index, address, stride, x_scale, order, blocks, y)
     return y
 
 
@@ -246,7 +233,8 @@ def _launch(
     x: int,
     x_stride: int,
     x_scale: int,
-    tables: Tables,
+    order: int,
+    blocks: int,
     y: torch.Tensor,
 ) -> None:
     now, config = mode.current(), product.config
@@ -263,16 +251,10 @@ def _launch(
         x=x,
         x_stride=x_stride,
         x_scale=x_scale,
-        order=tables.order.data_ptr(),
-        blocks=tables.blocks.data_ptr(),
+        order=order,
+        blocks=blocks,
         y=y.data_ptr(),
         partial=partial,
         arrived=arrived,
         early=settled(weight.data, weight.scale) and now.early,
     )
-
-
-@functools.cache
-def most_blocks(pairs: int, experts: int, block_tokens: int) -> int:
-    """Return how many blocks of tokens there are at the most."""
-    return pairs // block_tokens + min(experts, pairs)

@@ -6,6 +6,9 @@ meta twins. Where autograd looks, the reference serves, whose gradients it knows
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from tersor.ops import autocast, routing_reference, serve_routing
@@ -257,7 +260,7 @@ def _combine_experts_shape(
     return y.new_empty(weights.shape[0], y.shape[1])
 
 
-_OPERATORS = {
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "route": (_route, _route_shapes),
     "route_tables": (_route_tables, _route_tables_shapes),
     "expert_tables": (_expert_tables, _expert_tables_shape),

@@ -6,11 +6,10 @@ import functools
 
 import torch
 
-from tersor import hardware
 from tersor.errors import ShapeError
 from tersor.kernels import jit, routing
 from tersor.kernels.routing import Choice
-from tersor.ops import current, mode, routing_reference
+from tersor.ops import current, dispatch, mode, routing_reference
 from tersor.ops.tables import Tables, elements
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -106,14 +105,6 @@ def check_combine(y: torch.Tensor, weights: torch.Tensor, memory: torch.Tensor, 
         )
 
 
-def _early(index: int, now: mode.Mode) -> bool | None:
-    """Return whether kernels on a CUDA device may start early there; `None` where the reference serves."""
-    if index < 0 or now.reference:
-        return None
-    capability = hardware.of_device(index).capability
-    return (now.early and capability >= (9, 0)) if capability >= (8, 0) else None
-
-
 def route(
     logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice, scale: float, block_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -129,19 +120,19 @@ def route(
     Returns:
         Index, weights, and the memory of the tables or `None`.
     """
-    index, now = logits.get_device(), mode.current()
-    tokens, top_k = logits.shape[0], choice.top_k
-    early = _early(index, now)
-    if early is None or not tokens or not choice.fits():
+    chip, tokens, top_k = dispatch.kernel_chip(logits.device), logits.shape[0], choice.top_k
+    if chip is None or not tokens or not choice.fits():
         chosen, weights = routing_reference.route(logits, bias, choice, scale)
         return chosen, weights, routing_reference.tables(chosen, choice.experts, block_tokens) if block_tokens else None
-    if current.device() != index:
+    index = logits.get_device()
+    if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return route(logits, bias, choice, scale, block_tokens)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
+    now = mode.current()
     function = jit.get(routing.route_source(choice, _DTYPES[logits.dtype]), index)
     launch = _route_launch(function, choice, tokens=tokens, block_tokens=block_tokens, scale=float(scale))
     chosen = current.empty((tokens, top_k), (top_k, 1), torch.int32)
@@ -152,7 +143,8 @@ def route(
         size = elements(tokens * top_k, choice.experts, block_tokens)
         memory = current.empty((size,), (1,), torch.int32)
         addresses = Tables(memory, tokens * top_k, choice.experts, block_tokens).addresses
-        arrived = now.workspace.split_sums(index, stream, 0, 1)[1]
+        if tokens > routing.FEW_TOKENS:
+            arrived = now.workspace.split_sums(index, stream, 0, 1)[1]
     order, position, blocks = addresses
     launch(
         stream=stream,
@@ -165,18 +157,18 @@ def route(
         position=position,
         blocks=blocks,
         arrived=arrived,
-        early=early,
+        early=now.early and chip.capability >= (9, 0),
     )
     return chosen, weights, memory
 
 
 def tables(index: torch.Tensor, experts: int, block_tokens: int) -> torch.Tensor:
     """Return the memory of the `Tables` of an index [T, K], checked."""
-    device, pairs = index.get_device(), index.numel()
-    early = _early(device, mode.current())
-    if early is None or not pairs or experts > routing.MOST_EXPERTS:
+    chip, pairs = dispatch.kernel_chip(index.device), index.numel()
+    if chip is None or not pairs or experts > routing.MOST_EXPERTS:
         return routing_reference.tables(index, experts, block_tokens)
-    if current.device() != device:
+    device = index.get_device()
+    if device >= 0 and current.device() != device:
         with torch.cuda.device(device):
             return tables(index, experts, block_tokens)
     index = index.contiguous()
@@ -190,19 +182,18 @@ def tables(index: torch.Tensor, experts: int, block_tokens: int) -> torch.Tensor
         order=order,
         position=position,
         blocks=blocks,
-        early=early,
+        early=mode.current().early and chip.capability >= (9, 0),
     )
     return memory
 
 
 def combine(y: torch.Tensor, weights: torch.Tensor, sorted_by: Tables, addend: torch.Tensor | None) -> torch.Tensor:
     """Return [T, H], what `routing.combine` says, of tensors that are checked."""
-    device = y.get_device()
-    early = _early(device, mode.current())
-    (tokens, top_k), channels = weights.shape, y.shape[1]
-    if early is None or y.dtype == torch.float32 or not tokens or not top_k or not channels:
+    chip, (tokens, top_k), channels = dispatch.kernel_chip(y.device), weights.shape, y.shape[1]
+    if chip is None or y.dtype == torch.float32 or not tokens or not top_k or not channels:
         return routing_reference.combine(y, weights, sorted_by, addend)
-    if current.device() != device:
+    device = y.get_device()
+    if device >= 0 and current.device() != device:
         with torch.cuda.device(device):
             return combine(y, weights, sorted_by, addend)
     y, weights = y.contiguous(), weights.to(torch.float32).contiguous()
@@ -223,6 +214,6 @@ def combine(y: torch.Tensor, weights: torch.Tensor, sorted_by: Tables, addend: t
         blocks=blocks,
         addend=0 if addend is None else places[2],
         out=places[1],
-        early=early,
+        early=mode.current().early and chip.capability >= (9, 0),
     )
     return out

@@ -87,22 +87,18 @@ def forward(packed: Packed, x: torch.Tensor, logits: torch.Tensor) -> torch.Tens
     """Run a layer by Tersor's operators: what is timed."""
     geometry = packed.layer.geometry
     with ops.using(early=True):
-        index, weights = ops.route(
+        return ops.routed_experts(
+            x,
             logits,
+            packed.gate_up,
+            packed.down,
             geometry.top_k,
             scoring=geometry.scoring,
             normalize=geometry.normalize,
-            bias=packed.layer.choice_bias,
+            choice_bias=packed.layer.choice_bias,
             groups=geometry.groups,
             top_groups=geometry.top_groups,
             scale=geometry.scale,
-        )
-        return ops.experts(
-            x,
-            packed.gate_up,
-            packed.down,
-            index,
-            weights,
             gate_up_bias=packed.gate_up_bias,
             down_bias=packed.layer.down_bias,
             gate=geometry.gate,

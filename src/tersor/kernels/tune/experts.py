@@ -1,4 +1,4 @@
-"""Which tile for the experts of a layer? How many tokens each expert gets only the device knows, so what is expected."""
+"""Which tile for the experts of a layer? How many tokens each gets only the device knows: so by what is expected."""
 
 from __future__ import annotations
 

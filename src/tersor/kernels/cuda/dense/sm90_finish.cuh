@@ -273,12 +273,13 @@ __device__ __forceinline__ void store_many(
     const auto place = [&](int token, int at_piece) { return token * 128 + (at_piece ^ token % 8) * 16; };
 #pragma unroll
     for (int first = 0; first < kTokens; first += kStoreTokens) {
+        const int count = min(kStoreTokens, kTokens - first);
         ptx::sync_one_of<kGroupBarriers, 128>(group);  // the pieces before have been read
         if (residual != nullptr) {
 #pragma unroll
-            for (int i = 0; i < kStoreTokens; i += kPassTokens) {
+            for (int i = 0; i < count; i += kPassTokens) {
                 const int token = i + pass_token, y_token = item.first_token + first + token;
-                if (y_token >= item.end_token || channels <= 0) continue;
+                if (token >= count || y_token >= item.end_token || channels <= 0) continue;
                 const u16* source = residual + static_cast<long long>(y_token) * outputs + channel;
                 char* target = tokens + place(token, piece);
                 if (outputs % 8 == 0) {
@@ -290,12 +291,13 @@ __device__ __forceinline__ void store_many(
             ptx::sync_one_of<kGroupBarriers, 128>(group);
         }
 #pragma unroll
-        for (int i = 0; i < kStoreTokens; i += kTurnTokens) {
+        for (int i = 0; i < count; i += kTurnTokens) {
             const u32 own = shared + place(i + own_token, own_piece);
             u32 parts[4] = {};
             if (residual != nullptr) ptx::load_matrices_turned(parts, own);
 #pragma unroll
             for (int eight = 0; eight < kTurnTokens / 8; ++eight) {
+                if (i + 8 * eight >= count) continue;
                 const int at = (first + i) / 8 + eight;
                 const TokenScales token_scales(of_tokens, at);
 #pragma unroll
@@ -309,9 +311,9 @@ __device__ __forceinline__ void store_many(
         }
         ptx::sync_one_of<kGroupBarriers, 128>(group);
 #pragma unroll
-        for (int i = 0; i < kStoreTokens; i += kPassTokens) {
+        for (int i = 0; i < count; i += kPassTokens) {
             const int token = i + pass_token, y_token = item.first_token + first + token;
-            if (y_token >= item.end_token || channels <= 0) continue;
+            if (token >= count || y_token >= item.end_token || channels <= 0) continue;
             const char* source = tokens + place(token, piece);
             u16* target = y + static_cast<long long>(y_token) * outputs + channel;
             if (outputs % 8 == 0) {

@@ -38,12 +38,12 @@ constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
 constexpr int kPieces = kFp8 ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
 constexpr int kPieceChannels = tile::kColumns / kPieces;
 constexpr int kXPiece = kTokens * 128;
-constexpr int kSlotPieces = kTokens < 128 ? kPieces : 1;     // a slot has a whole block while that is small
+constexpr int kSlotPieces = kTokens <= 64 ? kPieces : 1;     // a slot has a whole block while that is small
 constexpr int kSlotsOfBlock = kPieces / kSlotPieces;
 constexpr int kSlotBoxes = kCluster > kSlotPieces ? kCluster / kSlotPieces : 1;  // of each piece
 constexpr int kXSlotBytes = kSlotPieces * kXPiece;
 
-constexpr bool kMany = kTokens >= 128;               // results are turned in shared memory
+constexpr bool kMany = kTokens > 64;                 // results are turned in shared memory
 constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
@@ -63,7 +63,7 @@ constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
 
 enum Barrier { kAllBarrier, kPartsReady, kPartsRead, kFinishersBarrier, kGroupBarriers };  // the last: one a row group
 
-static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma has");
+static_assert((kTokens == 8 || kTokens % 16 == 0) && kTokens <= 256, "N_TILE is a width of wgmma.cuh");
 static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) == 0,
               "a slot serves one warpgroup in an item: one that is ahead must not take an old round for its own");
 static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");

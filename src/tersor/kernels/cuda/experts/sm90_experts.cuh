@@ -68,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     int ic,
     int top_k,
     int x_rows,                                       // rows of a box, at most as many as x has
+    int most_blocks,                                  // that the table has room for
     int most_splits,
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
@@ -79,12 +80,14 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
     const Shared shared{slots, token_scales, base, 0, 0};
+    Work work(oc, ic, table, most_blocks);
 
     // The next kernel may rely on the tables before this one has ended, so it is let go only once they are known here.
     const auto meet = [&] {
         ptx::sync_threads<kAllBarrier, kThreads>();
         if constexpr (!TABLES_READY) ptx::wait_for_earlier_kernels();
         ptx::launch_dependents();
+        work.read(most_splits);
     };
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
@@ -96,7 +99,6 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         }
         __syncwarp();
         meet();
-        const Work work(oc, ic, table, most_splits);
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, 0, weight);
             if (warp == 1) {
@@ -111,7 +113,6 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     } else {
         meet();
         ptx::take_registers<kComputeRegisters>();
-        const Work work(oc, ic, table, most_splits);
         const int padded = (oc + tile::kUnitRows - 1) / tile::kUnitRows * tile::kUnitRows;
         u32 use = 0;
         for_items(work, 0, [&](const Item& item) {

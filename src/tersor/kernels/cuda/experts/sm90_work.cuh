@@ -19,25 +19,32 @@ struct Work {
     const int4* table;
     int whole_tiles, splits;
     u32 row_tiles, tiles;
+    u32 first_entry;   // of the table, and what it says: that of this CTA's first item, unless that is of a split tile
+    int4 first;
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int items() const { return whole_tiles + (tiles - whole_tiles) * splits; }
 
+    // Before the tables are there.
+    __device__ __forceinline__ Work(int oc, int ic, const int4* table, int most_blocks)
+        : oc(oc), ic(ic), table(table), splits(1), row_tiles((oc + kRows - 1) / kRows) {
+        first_entry = min(blockIdx.x / row_tiles, static_cast<u32>(most_blocks - 1));
+    }
+
     // Reads how many tiles there are, and settles how those beyond whole waves of CTAs are split: so that the last wave
     // is short, where an exchange of sums costs less than that gains.
-    __device__ __forceinline__ Work(int oc, int ic, const int4* table, u32 most_splits)
-        : oc(oc), ic(ic), table(table), splits(1) {
-        row_tiles = (oc + kRows - 1) / kRows;
-        tiles = row_tiles * static_cast<u32>(__ldcg(reinterpret_cast<const int*>(table)));
-        const u32 slots = gridDim.x, rest = tiles % slots;
+    __device__ __forceinline__ void read(u32 most_splits) {
+        const int count = __ldcg(reinterpret_cast<const int*>(table));
+        first = __ldcg(table + 1 + first_entry);  // not after the count, but beside it
+        tiles = row_tiles * static_cast<u32>(count);
         whole_tiles = tiles;
+        const u32 slots = gridDim.x, rest = tiles % slots;
         if (rest == 0 || most_splits < 2) return;
-        const float count = rest, across = 1.0f / slots, length = blocks();
+        const float across = static_cast<float>(rest) / slots, length = blocks();
         float least = length;
 #pragma unroll 1
         for (u32 parts = 2; parts <= most_splits; ++parts) {
-            // Up to a quarter of a wave too many would be a wave of its own: waves are counted, not CTAs.
-            const float waves = ceilf(count * parts * across - 1e-3f);
+            const float waves = ceilf(parts * across - 1e-3f);
             const float time = waves * ceilf(length / parts) + kExchangeBlocks + parts * kPartBlocks;
             if (time < least) {
                 least = time;
@@ -51,7 +58,8 @@ struct Work {
         Item item;
         item.take(index, whole_tiles, splits, blocks());
         const u32 tile = item.tile;
-        const int4 entry = __ldcg(table + 1 + tile / row_tiles);
+        const u32 at_entry = tile / row_tiles;
+        const int4 entry = at_entry == first_entry ? first : __ldcg(table + 1 + at_entry);
         const int start = entry.z, end = entry.w;
         const TileAt at(tile - entry.y * row_tiles, row_tiles, (end - start + kTokens - 1) / kTokens);
         item.first_row = at.row_tile * kRows;

@@ -1,6 +1,6 @@
 // Pairs of tokens and experts sorted by expert: a stable counting sort, by one warp or by one CTA. An expert that is not
-// among the kExperts stands for none: its pairs come last and are in no block. `Tables` in ops/tables.py says what
-// order, position and blocks hold.
+// among the kExperts stands for none: its pairs come last and are in no block. ops/tables.py says what order, position
+// and blocks hold.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ void of_warp(
         before += there == expert && other < lane;
     }
     const bool leads = chosen && before == 0;
-    const int own = leads ? (same + block_tokens - 1) / block_tokens : 0;
+    const int own = !leads ? 0 : same > block_tokens ? (same + block_tokens - 1) / block_tokens : 1;
     int first = 0, all = 0;
     for (int other = 0; other < pairs; ++other) {
         const int there = __shfl_sync(~0u, expert, other);
