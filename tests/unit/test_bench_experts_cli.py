@@ -116,8 +116,8 @@ def test_experts_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: py
 def test_who_computes_something_else_is_not_timed(
     pretended_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = ops.route
-    monkeypatch.setattr(ops, "route", lambda logits, *rest, **how: real(-logits, *rest, **how))
+    real = ops.routed_experts
+    monkeypatch.setattr(ops, "routed_experts", lambda x, logits, *rest, **how: real(x, -logits, *rest, **how))
     assert run(["bench", "experts", "olmoe", "--tokens", "8", "--against", "torch"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("fp6_e3m2 is not timed at olmoe, 8 tokens: its output is off by 1.")
