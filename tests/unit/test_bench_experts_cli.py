@@ -19,6 +19,7 @@ from tersor.bench.experts import geometry, measure, rivals
 from tersor.cli.main import run
 from tersor.formats import Activations
 from tersor.layouts.packing import target_of
+from tersor.ops import grouped
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "graph_microseconds", microseconds)
+    monkeypatch.setattr(grouped, "obstacle", lambda x, gate_up, down: "")
     monkeypatch.setattr(
         ops, "preferred_layout", lambda scheme, dtype, device, kind: f"tiles_{target_of(Activations.of(kind), dtype)}"
     )

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from tersor import ops
-from tersor.bench.contenders import HUMMING, foreign, kernel_layout, label
+from tersor.bench.contenders import HUMMING, UnfitError, foreign, kernel_layout, label
 from tersor.bench.experts import rivals
 from tersor.bench.experts.geometry import Geometry
 from tersor.bench.experts.layer import Layer
@@ -18,6 +18,7 @@ from tersor.compress import quantize_rtn
 from tersor.formats import Activations, Scheme
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.gated import interleave
+from tersor.ops import grouped
 
 Forward: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x [T, H], logits float32 [T, E]) -> [T, H], all of it on the device."""
@@ -126,7 +127,7 @@ def pack(layer: Layer, scheme: Scheme, activations: Activations | str = Activati
     """Quantise a layer, and put it in the layout that kernels read, an expert at a time.
 
     Raises:
-        UnfitError: no kernel serves the scheme.
+        UnfitError: no kernel serves the scheme, or all experts at once on this GPU.
     """
     layout = kernel_layout(scheme, layer.down.dtype, layer.down.device, activations)
 
@@ -142,7 +143,11 @@ def pack(layer: Layer, scheme: Scheme, activations: Activations | str = Activati
     if bias is not None:
         gate, up = bias.T.chunk(2)
         bias = interleave(gate, up).T.contiguous()
-    return Packed(layer, StackedWeight.stack(gate_up), StackedWeight.stack(down), bias)
+    made = Packed(layer, StackedWeight.stack(gate_up), StackedWeight.stack(down), bias)
+    why = grouped.obstacle(layer.down, made.gate_up, made.down)
+    if why:
+        raise UnfitError(f"no kernel takes all experts at once: {why}")
+    return made
 
 
 def torch_itself(name: str = TORCH) -> Contender:
@@ -158,13 +163,13 @@ def torch_itself(name: str = TORCH) -> Contender:
         layers = [first, *(first.copy() for _ in range(copies - 1))]
         if name == COMPILED:
             torch.compiler.reset()  # what was compiled for other layers counts against a limit
-            grouped = _of_each(rivals.compiled(rivals.grouped_forward), layers)
+            sorted_first = _of_each(rivals.compiled(rivals.grouped_forward), layers)
             batched = rivals.compiled(rivals.batched_forward, coordinate_descent_tuning=True)
         else:
             around = rivals.Around.eager()
-            grouped = [partial(rivals.sorted_forward, each, rivals.grouped_mm(each), around) for each in layers]
+            sorted_first = [partial(rivals.sorted_forward, each, rivals.grouped_mm(each), around) for each in layers]
             batched = rivals.batched_forward
-        return _guarded({"grouped_mm": grouped, "batched_mm": _of_each(_few(batched), layers)})
+        return _guarded({"grouped_mm": sorted_first, "batched_mm": _of_each(_few(batched), layers)})
 
     return Contender(
         name=name,
