@@ -255,6 +255,7 @@ def _routing() -> list[KernelSource]:
         (routing.Choice(**most, biased=True, sigmoid=True, groups=32, top_groups=8), "float32"),
         (routing.Choice(**most), "bfloat16"),
         (routing.Choice(**most, normalize=False), "float16"),
+        (routing.Choice(experts=320, top_k=16, sigmoid=True, groups=32, top_groups=8), "float16"),  # 48 registers, once
         (routing.Choice(**deepseek, sigmoid=True, biased=True), "float32"),
         (routing.Choice(**deepseek, normalize=False), "float16"),
         (routing.Choice(experts=128, top_k=8), "bfloat16"),

@@ -199,7 +199,7 @@ __device__ __forceinline__ int given_expert(const Given* index) {
 
 }  // namespace route
 
-extern "C" __global__ void __launch_bounds__(route::kMostThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(route::kMostThreads, 1) TERSOR_ENTRY(
     const route::Given* __restrict__ given,  // logits [tokens, EXPERTS], or an index [tokens]
     const float* __restrict__ bias,          // [EXPERTS], or nothing
     int* index,                              // [tokens, TOP_K]
