@@ -2,11 +2,13 @@
 
     python bench/costs.py SWEEP.csv [SWEEP.csv ...]
     python bench/costs.py SWEEP.csv --fit 8,16 --write src/tersor/kernels/tune/costs/h200.json
+    python bench/costs.py SWEEP.csv --spare 0.02
     python bench/costs.py SWEEP.csv --chip "NVIDIA H100" --fit 8,16,32,64,128,256 --write .../costs/h100.json
 
 The loss of a problem is the time of the configuration that the chip's costs (kernels/tune/costs) choose among those
-that were timed, over the least time. `--fit` finds new costs of the tiles of so many tokens, which takes minutes and
-needs SciPy; `--write` puts them into a file of costs, with those of all other tiles as they were.
+that were timed, over the least time. `--spare` names tiles that could go without any problem taking longer by more
+than so much. `--fit` finds new costs of the tiles of so many tokens, which takes minutes and needs SciPy; `--write`
+puts them into a file of costs, with those of all other tiles as they were.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ SOFTNESS = 0.02
 """Configurations predicted within about so much of the best count as chosen, in part: the loss stays smooth."""
 FIDELITY = 0.25
 """Weight of the mean error of predicted times beside the mean loss."""
+STEEPNESS = 5.0
+"""What a loss of 1 costs beside itself; one of 0.1 costs a tenth of that."""
 BOUNDS = ((0.3, 2.5), (0.75, 1.25), (0.0, 0.2), (0.0, 4.0), (0.2, 2.5), (0.0, 1.3), (0.02, 0.5), (0.1, 1.0))
 """Of each field of `Cost`, wider where it lies outside now; `block` is in units of what it is now."""
 
@@ -87,32 +91,101 @@ def table(times: Times, chip: Chip = CHIP) -> str:
     return "\n".join(lines)
 
 
-def soft_loss(times: Times, chip: Chip = CHIP) -> float:
-    """Return the mean loss of a choice that is undecided between nearly equal predictions, plus a share of their error.
+def dispensable(times: Times, most: float) -> dict[sm90.Tile, tuple[float, float]]:
+    """Return tiles that could go, all of them together, with no problem's least time rising by more than `most`.
 
-    It changes with every cost, where the loss itself is a step function.
+    The least missed goes first.
+
+    Returns:
+        Tile -> by how much the least time rises without it and those before it, on average over all problems and in
+        the worst one.
     """
-    lost = error = 0.0
-    count = 0
-    for (_, problem), timed in times.items():
-        predicted = [math.log(seconds(problem, config, chip) * 1e6) for config in timed]
-        measured = list(timed.values())
-        least = min(predicted)
-        weights = [math.exp((least - one) / SOFTNESS) for one in predicted]
-        chosen = sum(weight * one for weight, one in zip(weights, measured, strict=True)) / sum(weights)
-        lost += chosen / min(measured) - 1
-        error += sum(abs(one - math.log(time)) for one, time in zip(predicted, measured, strict=True))
-        count += len(measured)
-    return lost / len(times) + FIDELITY * error / count
+    cells = [
+        {tile: min(time for config, time in timed.items() if sm90.tile_of(config) == tile) for tile in tiles}
+        for timed in times.values()
+        for tiles in [{sm90.tile_of(config) for config in timed}]
+    ]
+    gone: dict[sm90.Tile, tuple[float, float]] = {}
+
+    def rises(tile: sm90.Tile) -> tuple[float, float]:
+        kept = [
+            min((time for one, time in cell.items() if one != tile and one not in gone), default=math.inf)
+            / min(cell.values())
+            - 1
+            for cell in cells
+        ]
+        return statistics.mean(kept), max(kept)
+
+    left = {tile for cell in cells for tile in cell}
+    while left:
+        tile, (mean, worst) = min(((tile, rises(tile)) for tile in left), key=lambda one: (one[1], str(one[0])))
+        left.remove(tile)
+        if worst <= most:
+            gone[tile] = mean, worst
+    return gone
+
+
+class Soft:
+    """The mean loss of a choice that is undecided between nearly equal predictions, plus a share of their error.
+
+    It changes with every cost, where the loss itself is a step function. The costs that `cost.of` has at the time are
+    what `predict` goes by; predictions of one tile are made anew without those of others.
+    """
+
+    def __init__(self, times: Times, chip: Chip = CHIP) -> None:
+        import numpy as np
+
+        self.chip = chip
+        self.launches = [(problem, config) for (_, problem), timed in times.items() for config in timed]
+        self.of_tile: dict[sm90.Tile, list[int]] = defaultdict(list)
+        for index, (_, config) in enumerate(self.launches):
+            self.of_tile[sm90.tile_of(config)].append(index)
+        counts = np.array([len(timed) for timed in times.values()])
+        self.cell = np.repeat(np.arange(len(counts)), counts)
+        self.starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
+        self.measured = np.array([time for timed in times.values() for time in timed.values()])
+        self.least = np.minimum.reduceat(self.measured, self.starts)
+        self.predicted = np.zeros(len(self.launches))
+        for tile in self.of_tile:
+            self.predict(tile)
+
+    def predict(self, tile: sm90.Tile) -> None:
+        """Predict all launches of a tile anew."""
+        for index in self.of_tile[tile]:
+            self.predicted[index] = math.log(seconds(*self.launches[index], self.chip) * 1e6)
+
+    def error(self, tile: sm90.Tile) -> float:
+        """Return the mean error of a tile's predictions, of their logarithms."""
+        import numpy as np
+
+        own = self.of_tile[tile]
+        return float(np.abs(self.predicted[own] - np.log(self.measured[own])).mean())
+
+    def loss(self) -> float:
+        """Return the loss; a great one counts more than several that add up to it."""
+        import numpy as np
+
+        near = np.minimum.reduceat(self.predicted, self.starts)
+        weights = np.exp((near[self.cell] - self.predicted) / SOFTNESS)
+        chosen = np.add.reduceat(weights * self.measured, self.starts) / np.add.reduceat(weights, self.starts)
+        lost = chosen / self.least - 1
+        error = np.abs(self.predicted - np.log(self.measured)).mean()
+        return float((lost + STEEPNESS * lost**2).mean() + FIDELITY * error)
+
+
+def soft_loss(times: Times, chip: Chip = CHIP) -> float:
+    """Return `Soft.loss` with the present costs."""
+    return Soft(times, chip).loss()
 
 
 def fit(
-    times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 150, chip: Chip = CHIP
+    times: Times, tokens: Sequence[int], seed: int = 0, generations: int = 40, chip: Chip = CHIP, rounds: int = 3
 ) -> dict[sm90.Tile, cost.Cost]:
     """Return costs of the tiles of so many tokens that make `soft_loss` small; the chip's are left as they were.
 
-    Differential evolution (Storn and Price, 1997) from the present costs. A CTA that has its multiprocessor to itself
-    anyway has no `lonely`.
+    Differential evolution (Storn and Price, 1997) from the present costs, a tile at a time: first predictions of each
+    come near its times, then in `rounds` over all tiles the loss becomes small. A CTA that has its multiprocessor to
+    itself anyway has no `lonely`.
     """
     from scipy.optimize import differential_evolution
 
@@ -120,33 +193,33 @@ def fit(
     present = cost.of(chip.name)
     tiles = [tile for tile in present if tile.tokens in tokens and tile in used]
     relevant = {key: timed for key, timed in times.items() if any(sm90.tile_of(config) in tiles for config in timed)}
-    before = dict(present)
-
-    def costs(values: Sequence[float]) -> dict[sm90.Tile, cost.Cost]:
-        found = {}
-        for index, tile in enumerate(tiles):
-            start, block, lonely, *rest = values[len(BOUNDS) * index :][: len(BOUNDS)]
-            found[tile] = cost.Cost(start, block * before[tile].block, lonely * (tile.resident > 1), *rest)
-        return found
-
-    def goal(values: Sequence[float]) -> float:
-        present.update(costs(values))
-        return soft_loss(relevant, chip)
-
-    now, bounds = [], []
-    for tile in tiles:
-        start, _, *rest = astuple(before[tile])
-        for one, (low, high) in zip((start, 1.0, *rest), BOUNDS, strict=True):
-            now.append(one)
-            bounds.append((min(low, one) - 1e-6, max(high, 1.2 * one)))
+    before, soft = dict(present), Soft(relevant, chip)
     try:
-        found = differential_evolution(goal, bounds, x0=now, maxiter=generations, popsize=5, seed=seed, polish=False)
+        for turn in range(rounds + 1):
+            for tile in tiles:
+                now = present[tile]
+
+                def costs(values: Sequence[float], tile: sm90.Tile = tile) -> cost.Cost:
+                    start, block, lonely, *rest = values
+                    return cost.Cost(start, block * before[tile].block, lonely * (tile.resident > 1), *rest)
+
+                def goal(values: Sequence[float], tile: sm90.Tile = tile, turn: int = turn) -> float:
+                    present[tile] = costs(values)
+                    soft.predict(tile)
+                    return soft.loss() if turn else soft.error(tile)
+
+                start, block, *rest = astuple(now)
+                x0 = (start, block / before[tile].block, *rest)
+                bounds = [
+                    (min(low, one) - 1e-6, max(high, 1.2 * one)) for one, (low, high) in zip(x0, BOUNDS, strict=True)
+                ]
+                found = differential_evolution(
+                    goal, bounds, x0=x0, maxiter=generations, popsize=5, seed=seed, polish=False, tol=1e-4
+                )
+                goal(found.x)
+        return {tile: cost.Cost(*(max(0.0, float(f"{one:.3g}")) for one in astuple(present[tile]))) for tile in tiles}
     finally:
         present.update(before)
-    return {
-        tile: cost.Cost(*(max(0.0, float(f"{one:.3g}")) for one in astuple(fitted)))
-        for tile, fitted in costs(found.x).items()
-    }
 
 
 def text(chip: Chip, costs: Mapping[sm90.Tile, cost.Cost], fitted_to: str) -> str:
@@ -167,6 +240,7 @@ def main() -> None:
     """Print what the present costs lose, and with `--fit` better ones and what those lose."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP.csv")
+    parser.add_argument("--spare", type=float, metavar="SHARE", help="name tiles whose loss costs no more anywhere")
     parser.add_argument("--fit", metavar="TOKENS", help="tokens of the tiles whose costs are fitted")
     parser.add_argument("--write", type=Path, metavar="FILE.json", help="file of costs that takes the fitted ones")
     parser.add_argument("--chip", default=CHIP.name, help=f"chip that was swept; default: {CHIP.name}")
@@ -180,6 +254,9 @@ def main() -> None:
         parser.error("--write needs --fit")
     times = read(arguments.sweeps, chip)
     print(table(times, chip))
+    if arguments.spare is not None:
+        for tile, (mean, worst) in dispensable(times, arguments.spare).items():
+            print(f"without {tile}: {mean:.2%} on average, {worst:.1%} in the worst problem")
     if tokens:
         present = cost.of(chip.name)
         present.update(fit(times, tokens, arguments.seed, chip=chip))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
@@ -93,6 +93,7 @@ Pair: TypeAlias = tuple[object, object]
 def pairs(kernel: Traits) -> frozenset[Pair]:
     """Return the pairs of traits that meet in a kernel, of those that have to meet in some kernel."""
     tile, scheme = kernel.tile, kernel.scheme
+    like = alike(tile)
     group = decode_groups.decode_group(scheme.format, kernel.target)
     decode = (kernel.target, group.registers, group.finish.name)
     sizes = ("group size", kernel.group_size)
@@ -103,7 +104,7 @@ def pairs(kernel: Traits) -> frozenset[Pair]:
         ("zero points", scheme.has_zero_point),
         ("gated", kernel.gated),
     )
-    found: set[Pair] = {(tile, trait) for trait in with_tile}
+    found: set[Pair] = {(like, trait) for trait in with_tile} | {(tile, "some kernel")}
     found |= {(decode, sizes), (kernel.format, kernel.target)}
     if kernel.group_size is not None:
         found.add((_tokens(tile), ("scale dtype", kernel.scale_dtype)))
@@ -112,15 +113,26 @@ def pairs(kernel: Traits) -> frozenset[Pair]:
         if tile == max(sm80.TILES):
             found.add((_tokens(tile), decode))
     else:  # nor had narrow ones for bytes; the widest take ten times as long as others, and have what FAULTS names
-        found.add((_tokens(tile) if tile.e4m3 and tile.tokens < 128 else tile, sizes))
-        if tile.tokens < 256:
+        narrow = tile.e4m3 and width(tile) < 128
+        found.add((_tokens(tile) if narrow else like, sizes))
+        if width(tile) < 256:
             found.add((_tokens(tile), decode))
     return frozenset(found)
 
 
+def width(tile: sm90.Tile) -> int:
+    """Return a tile's tokens, up to a power of two."""
+    return 1 << (tile.tokens - 1).bit_length()
+
+
+def alike(tile: sm90.Tile | int) -> sm90.Tile | int:
+    """Return what stands for all tiles that differ in tokens alone, between the same two powers of two."""
+    return tile if isinstance(tile, int) else replace(tile, tokens=width(tile))
+
+
 def _tokens(tile: sm90.Tile | int) -> object:
-    """What stands for all tiles of as many tokens with the same activations."""
-    return ("tokens", tile) if isinstance(tile, int) else ("tokens", tile.tokens, tile.activations)
+    """What stands for all tiles of about as many tokens with the same activations."""
+    return ("tokens", tile) if isinstance(tile, int) else ("tokens", width(tile), tile.activations)
 
 
 FAULTS: dict[str, tuple[Traits, ...]] = {
@@ -216,7 +228,8 @@ def fused() -> tuple[Traits, ...]:
             met.update(best[1])
 
     for tile, kernels in options.items():
-        choose(tile, {pair for found in kernels.values() for pair in found if pair[0] in (tile, _tokens(tile))})
+        own = (tile, alike(tile), _tokens(tile))
+        choose(tile, {pair for found in kernels.values() for pair in found if pair[0] in own})
     for tile, kernels in options.items():  # pairs that are of no tile
         choose(tile, set[Pair]().union(*kernels.values()))
     return tuple(dict.fromkeys(chosen))

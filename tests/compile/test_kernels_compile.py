@@ -141,16 +141,24 @@ def test_kernels_that_had_a_fault_are_built() -> None:
         assert kernel.source(catalogue.CHIP_OF[capability]) in catalogue.all_sources(capability), kernel
 
 
+TILES = [*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3)]
+
+
 @pytest.mark.parametrize(
     "tile",
-    [*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3)],
+    dict.fromkeys(map(catalogue.alike, TILES)),
     ids=lambda tile: f"{tile.rows}x{tile.tokens}k{tile.channel_groups}r{tile.resident}{tile.activations}",
 )
-def test_every_tile_of_the_sm90_schedule_meets_every_group_size_dtype_and_size_of_decode_group(tile: sm90.Tile) -> None:
-    fixed = of_tile(tile)
-    kernels = [one for one in macros((9, 0), "sm90_linear") if fixed.items() <= one.items()]
+def test_tiles_of_the_sm90_schedule_meet_every_group_size_dtype_and_size_of_decode_group(tile: sm90.Tile) -> None:
+    """Those that differ in tokens alone, up to a power of two, meet them together, and every tile meets something."""
+    like = [one for one in TILES if catalogue.alike(one) == tile]
+    of_each = [
+        [kernel for kernel in macros((9, 0), "sm90_linear") if of_tile(one).items() <= kernel.items()] for one in like
+    ]
+    assert all(of_each)
+    kernels = list(itertools.chain.from_iterable(of_each))
     if not tile.e4m3 or tile.tokens >= 128:
-        assert met(kernels, "SCALE_GROUPS") == {(count,) for count in grouped(tile)}
+        assert met(kernels, "SCALE_GROUPS") == {(count,) for one in like for count in grouped(one)}
     assert met(kernels, "BF16") == met(kernels, "EPILOGUE") == {(0,), (1,)}
     assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.e4m3 else {(0,), (1,)})
     assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.e4m3 else {(8,), (16,)})
@@ -178,16 +186,21 @@ DECODERS = {
 """Every way to decode to 16-bit floats: of bfloat16, registers of a decode group, how bits become numbers."""
 
 
-@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in sm90.tiles(0, Activations.E4M3)}))
+def of_width(tokens: int, fp8: bool) -> list[dict[str, int]]:
+    """The kernels with as many tokens in a tile, up to a power of two."""
+    kernels = [one for one in macros((9, 0), "sm90_linear") if one["FP8"] == fp8]
+    return [one for one in kernels if tokens // 2 < one["N_TILE"] <= tokens]
+
+
+@pytest.mark.parametrize("tokens", sorted({catalogue.width(tile) for tile in sm90.tiles(0, Activations.E4M3)}))
 def test_8_bit_activations_of_every_number_of_tokens_meet_every_group_size(tokens: int) -> None:
-    kernels = [one for one in macros((9, 0), "sm90_linear") if one["N_TILE"] == tokens and one["FP8"]]
-    tiles = [tile for tile in sm90.tiles(0, Activations.E4M3) if tile.tokens == tokens]
-    assert met(kernels, "SCALE_GROUPS") == {(count,) for tile in tiles for count in grouped(tile)}
+    tiles = [tile for tile in sm90.tiles(0, Activations.E4M3) if catalogue.width(tile) == tokens]
+    assert met(of_width(tokens, True), "SCALE_GROUPS") == {(count,) for tile in tiles for count in grouped(tile)}
 
 
-@pytest.mark.parametrize("tokens", sorted({tile.tokens for tile in sm90.tiles(1)}))
+@pytest.mark.parametrize("tokens", sorted({catalogue.width(tile) for tile in sm90.tiles(1)}))
 def test_every_decoder_and_scale_dtype_meets_every_number_of_tokens(tokens: int) -> None:
-    kernels = [one for one in macros((9, 0), "sm90_linear") if one["N_TILE"] == tokens and not one["FP8"]]
+    kernels = of_width(tokens, False)
     assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
     scaled = [kernel for kernel in kernels if kernel["SCALE_GROUPS"]]
     assert met(scaled, "SCALE_TYPE") == {(value,) for value in SCALE_TYPES.values()}

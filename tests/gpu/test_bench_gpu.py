@@ -53,6 +53,23 @@ def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[
     assert nbytes == {2048 * 2048 * 6 // 8 + 2048 * 2}
 
 
+def test_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "experts.json"
+    arguments = ["olmoe", "--tokens", "1,64", "--against", "torch", "--output", str(path)]
+    assert run(["bench", "experts", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "x torch" in out
+    result = json.loads(path.read_text())
+    assert result["skipped"] == []
+    ways = {"grouped_mm", "grouped_mm, compiled", "batched_mm", "batched_mm, compiled"}
+    for n in (1, 64):
+        rows = [row for row in result["rows"] if row["n"] == n]
+        assert {row["way"] for row in rows if row["kernel"] == "torch"} == ways
+        (ours,) = [row for row in rows if row["kernel"] == "fp6_e3m2"]
+        assert 0.5 * ours["hit_bytes"] / result["read_bandwidth"] < ours["microseconds"] * 1e-6 < 1e-3
+    assert {row["experts_hit"] for row in result["rows"] if row["n"] == 1} == {8}
+
+
 def test_a_chain_keeps_the_size_of_its_values() -> None:
     from tersor.bench import contenders
 

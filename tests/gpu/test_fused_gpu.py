@@ -18,6 +18,7 @@ from tersor.integrations.transformers import fuse, joined, load
 from tersor.integrations.transformers.generate import Generator
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
+from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, gated
 from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.ops import dispatch, prepared
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 DTYPES = (torch.float16, torch.bfloat16)
 SCHEMES = (("fp6_e3m2", None), ("fp6_e2m3", 128), ("uint4", 64))
-TOKENS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 129, 300)
-INVARIANT_TOKENS = (1, 7, 16, 17, 64, 65, 129, 1000)
+TOKENS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 90, 129, 200, 300)
+INVARIANT_TOKENS = (1, 7, 16, 17, 40, 64, 65, 90, 129, 200, 1000)
 
 
 def random_weight(oc: int, ic: int, name: str, group: int | None, seed: int) -> PackedWeight:
@@ -160,6 +161,37 @@ def test_gated_linears(channels: int, ic: int, name: str, group: int | None, dty
         residual = tokens(n, channels, dtype, seed=n + 1)
         y = ops.gated_linear(x, packed, bias, residual=residual)
         check(y, exact + residual.double(), error + 2.0**-23 * residual.double().abs())
+
+
+@pytest.mark.parametrize("gated_rows", [False, True])
+@pytest.mark.parametrize("channels", [208, 129])
+def test_tiles_of_every_width_end_the_same_sums_alike(channels: int, gated_rows: bool) -> None:
+    """Residuals, gates and rounding do not depend on how many tokens a tile has: equal bit for bit."""
+    chip, dtype = hardware.of_device(0), torch.float16
+    if chip.capability != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    gate, up = (random_weight(channels, 1152, "fp6_e3m2", None, seed) for seed in (6, 7))
+    packed = ready(PackedWeight.gate_up(gate, up) if gated_rows else gate, dtype)
+    call = ops.gated_linear if gated_rows else ops.linear
+    n = 250  # of every width there is a tile that is not full
+    problem = family.problem_of(packed.scheme, packed.shape, n)
+    tiles = [tile for tile in sm90.tiles(0) if not tile.few]
+    configs = [sm90.config(problem, tile, 0, 1, 2 * tile.cluster, chip) for tile in tiles]
+    packing = Packing.of(packed.scheme, LAYOUTS[packed.layout])
+    sources = {family.fused_source(packing, "float16", config, gated_rows) for config in configs}
+    jit.compile_many(sources, jit.arch_for(chip.capability), os.cpu_count())
+    x, bias = tokens(n, 1152, dtype, seed=8), tokens(1, packed.shape[0], dtype, seed=9)[0]
+    residual = tokens(n, channels, dtype, seed=10)
+    found = []
+    for config in configs:
+        with ops.using(config=config):
+            found.append((call(x, packed, bias), call(x, packed, bias, residual=residual)))
+    different = [
+        str(tile)
+        for tile, pair in zip(tiles, found, strict=True)
+        if not all(torch.equal(one, other) for one, other in zip(pair, found[0], strict=True))
+    ]
+    assert not different, different
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -134,7 +134,7 @@ def test_another_packages_error_is_a_reason() -> None:
         raise RuntimeError("no\nkernel")
 
     with pytest.raises(UnfitError, match="RuntimeError: no kernel"):
-        contenders._foreign(broken)
+        contenders.foreign(broken)
 
 
 @pytest.mark.parametrize(("oc", "ic"), [(32, 32), (48, 32)])

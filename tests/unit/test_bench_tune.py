@@ -106,16 +106,16 @@ def test_what_was_measured_goes_before_the_model() -> None:
 
 def test_between_measured_neighbours_of_equal_choice() -> None:
     few, many = chosen(at(9), 7), chosen(at(14), 7)
-    far = [chosen(at(n), 3, tile=128) for n in (100, 250)]
+    far = [chosen(at(n), 2, tile=256) for n in (400, 700)]
     assert far[0].config.ctas != far[1].config.ctas  # they follow from the tokens
     place([few, many, chosen(at(16), 5), *far], table.user_path(H200))
     assert [tune.choose(at(n), H200).splits for n in (9, 10, 13, 14, 16)] == [7, 7, 7, 7, 5]
     assert tune.choose(at(15), H200) == tune.predict(at(15), H200)  # its neighbours differ
     assert tune.choose(at(8), H200) == tune.predict(at(8), H200)
-    assert tune.choose(at(251), H200) == tune.predict(at(251), H200)
-    between = tune.choose(at(200), H200)
-    assert (between.n_tile, between.splits, between.token_tiles) == (128, 3, 2)
-    assert between in tune.candidates(at(200), H200)
+    assert tune.choose(at(701), H200) == tune.predict(at(701), H200)
+    between = tune.choose(at(600), H200)
+    assert (between.n_tile, between.splits, between.token_tiles) == (256, 2, 3)
+    assert between in tune.candidates(at(600), H200)
 
 
 def test_files_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_every_candidate_is_timed_and_the_table_holds_the_best(tmp_path: Path) -
 def test_default_tokens_leave_no_gap() -> None:
     tokens = measuring.tokens_with_edges()
     assert list(tokens) == sorted(set(tokens))
-    for tile in (8, 16, 32, 64, 128, 256):
+    for tile in (8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256):
         assert {tile, tile + 1} <= set(tokens)
 
 

@@ -48,7 +48,9 @@ def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str])
         assert summary.split(".")[0][:40] in text
 
 
-@pytest.mark.parametrize("verb", [*(verb for verb in VERBS if verb != "bench"), "bench linear", "bench tune"])
+@pytest.mark.parametrize(
+    "verb", [*(verb for verb in VERBS if verb != "bench"), "bench linear", "bench experts", "bench tune"]
+)
 def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*verb.split(), "--help") == 0
     text = capsys.readouterr().out
@@ -67,7 +69,7 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("inspect", "one", "two"), ("two",)),
         (("generate",), ("tersor generate --help",)),
         (("bench",), ("Missing command", "tersor bench --help")),
-        (("bench", "lineer"), ("did you mean 'linear'?", "verbs: linear, tune", "tersor bench --help")),
+        (("bench", "lineer"), ("did you mean 'linear'?", "verbs: linear, experts, tune", "tersor bench --help")),
         (("bench", "linear", "--chian", "pdl"), ("--chian", "tersor bench linear --help")),
         (("eval", "model"), ("--text",)),
     ],

@@ -111,6 +111,54 @@ def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
         sweep.add(sm90.Tile(24, 2, 1, 1, 1))
 
 
+def test_a_sweep_times_the_best_of_every_tile_first_and_what_is_near_the_best_again(sweep: ModuleType) -> None:
+    arguments, cells = sweep.parsed(["out.csv", "8192x8192", "1280x8192", "--n", "40,200", "--turns", "2"])
+    assert len(cells) == 8 and {cell.activations for cell in cells} == set(Activations)
+    wanted = {cell: sweep.ranked(sweep.plausible(cell.problem, H200, 1.6))[: arguments.most] for cell in cells}
+    for configs in wanted.values():
+        tiles = [sm90.tile_of(config) for config in configs]
+        assert len(set(tiles[: len(set(tiles))])) == len(set(tiles)), "no tile twice before each was there once"
+    assert {source.header for source in sweep.sources(wanted)} == {
+        "dense/sm90_linear.cuh",
+        "dense/quantize_activations.cuh",
+    }
+
+    def timed(cell: Any, config: Any) -> float:
+        return seconds(cell.problem, config, H200) * 1e6
+
+    jobs = sum(map(len, wanted.values()))
+    all_of_it = list(sweep.sweep(wanted, timed, lambda: True, 2))
+    assert len({(cell, config) for cell, config, _ in all_of_it[:jobs]}) == jobs
+    assert {cell for cell, _, _ in all_of_it[: len(cells) * sweep.ROUND]} == set(cells)
+    least = {cell: min(timed(cell, config) for config in configs) for cell, configs in wanted.items()}
+    assert all_of_it[jobs:], "something is timed again"
+    assert all(microseconds <= sweep.NEAR * least[cell] for cell, _, microseconds in all_of_it[jobs:])
+    left = iter([True] * 5 + [False])
+    assert list(sweep.sweep(wanted, timed, lambda: next(left), 2)) == all_of_it[:5]
+
+
+def test_a_configuration_that_fails_is_named_and_the_sweep_goes_on(sweep: ModuleType) -> None:
+    _, (cell,) = sweep.parsed(["out.csv", "8192x8192", "--n", "200", "--activations", "16bit"])
+    configs = sweep.plausible(cell.problem, H200, 1.6)
+    said: list[str] = []
+
+    def timed(cell: Any, config: Any) -> float:
+        if config == configs[1]:
+            raise RuntimeError("launch\nfailed")
+        return 5.0
+
+    checked = sweep.guarded(timed, said.append, lambda: None)
+    found = list(sweep.sweep({cell: configs}, checked, lambda: True, 1))
+    assert {config for _, config, _ in found} == set(configs) - {configs[1]}
+    assert said == [f"failed: 8192x8192 N=200 16bit, {configs[1]}: launch failed"]
+
+    def dead() -> None:
+        raise RuntimeError("illegal address")
+
+    with pytest.raises(RuntimeError, match="illegal address"):
+        list(sweep.sweep({cell: configs}, sweep.guarded(timed, said.append, dead), lambda: True, 1))
+
+
 def test_a_fit_follows_the_times(sweep: ModuleType, costs: ModuleType, tmp_path: Path) -> None:
     before = dict(cost.of(H200.name))
     times = costs.read([written(sweep, tmp_path / "one.csv", 0.5)])
@@ -122,6 +170,21 @@ def test_a_fit_follows_the_times(sweep: ModuleType, costs: ModuleType, tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "of", lambda chip: {**before, **found})
         assert costs.soft_loss(times) < 0.8 * wrong
+
+
+def test_tiles_that_could_go_are_named_the_least_missed_first(costs: ModuleType) -> None:
+    problem = problem_of(SHAPES[1], FP6, 200)
+    by_tile = {sm90.tile_of(config): config for config in sm90.candidates(problem, H200)}
+    (best, near, far), tiles = list(by_tile.values())[:3], list(by_tile)[:3]
+    times = {("fp6", problem): {best: 10.0, near: 10.1, far: 12.0}}
+    assert costs.dispensable(times, 0.02) == {tiles[2]: (0.0, 0.0), tiles[1]: (0.0, 0.0)}
+    other = problem_of(SHAPES[0], FP6, 200)
+    times["fp6", other] = {best: 10.1, near: 10.0}
+    assert costs.dispensable(times, 0.02) == {
+        tiles[2]: (0.0, 0.0),
+        tiles[0]: (pytest.approx(0.005), pytest.approx(0.01)),
+    }
+    assert costs.dispensable(times, 0.001) == {tiles[2]: (0.0, 0.0)}
 
 
 def test_a_fit_is_written_as_the_package_reads_it(costs: ModuleType) -> None:

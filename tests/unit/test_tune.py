@@ -125,16 +125,62 @@ def test_choices_on_an_h200(oc: int, ic: int) -> None:
         assert config.row_tiles == -(-oc // width) * config.cluster
 
 
-@pytest.mark.parametrize(("n", "n_tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
+@pytest.mark.parametrize(
+    ("n", "n_tile"),
+    [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 48), (48, 48), (49, 64), (64, 64)],
+)
 def test_the_smallest_tile_that_holds_the_tokens(n: int, n_tile: int) -> None:
-    for chip in (H200, A100):
-        assert choose(problem_of(8192, 8192, n), chip).n_tile == n_tile
-        assert {config.n_tile for config in candidates(problem_of(8192, 8192, n), chip)} == {n_tile}
+    assert choose(problem_of(8192, 8192, n), H200).n_tile == n_tile
+    assert {config.n_tile for config in sm90.candidates(problem_of(8192, 8192, n), H200)} == {n_tile}
 
 
-def test_more_tokens_are_offered_both_of_the_widest_tiles() -> None:
-    for n in (65, 128, 129, 5000):
-        assert {config.n_tile for config in candidates(problem_of(8192, 8192, n), H200)} == {128, 256}
+@pytest.mark.parametrize("n", (1, 8, 9, 16, 17, 32, 33, 64))
+def test_the_smallest_tile_of_the_sm80_schedule(n: int) -> None:
+    n_tile = max(8, 1 << (n - 1).bit_length())
+    assert choose(problem_of(8192, 8192, n), A100).n_tile == n_tile
+    assert {config.n_tile for config in candidates(problem_of(8192, 8192, n), A100)} == {n_tile}
+
+
+@pytest.mark.parametrize(
+    ("n", "widths"),
+    [
+        (65, {64, 80}),
+        (129, {64, 80, 144}),
+        (200, {64, 80, 112, 208}),
+        (333, {96, 112, 176, 256}),
+        (5000, {128, 192, 256}),
+    ],
+)
+def test_tiles_fit_the_tokens(n: int, widths: set[int]) -> None:
+    """As many tiles as could make sense, each the narrowest that so many hold all tokens with."""
+    assert {config.n_tile for config in candidates(problem_of(8192, 8192, n), H200)} == widths
+
+
+@pytest.mark.parametrize("activations", list(Activations))
+@pytest.mark.parametrize("groups", [0, 1, 4])
+def test_every_number_of_tokens_has_tiles_and_few_of_them(groups: int, activations: Activations) -> None:
+    available = sm90.tiles(groups, activations)
+    holding = sorted({tile.tokens for tile in available})
+    for n in range(1, 4097):
+        found = sm90.fitting(available, n)
+        assert 1 <= len(found) <= 20
+        assert len(set(found)) == len(found)
+        narrowest = next((tokens for tokens in holding if n <= tokens), holding[-1])
+        assert max(tile.tokens for tile in found) <= narrowest
+        assert n > sm90.MANY_TOKENS or min(-(-n // tile.tokens) for tile in found) == -(-n // narrowest)
+        for tile in found:
+            assert tile.tokens >= min(64, narrowest)
+            assert n <= sm90.MANY_TOKENS or tile.tokens % sm90.WIDE_STEP == 0
+
+
+def test_a_step_of_tokens_shares_its_choice_and_fills_the_same_tiles() -> None:
+    problem, chosen = problem_of(8192, 8192, 1), set()
+    for n in range(1, 4097):
+        config = choose(replace(problem, n=n), H200)
+        assert config.token_tiles == -(-n // config.n_tile), n
+        assert n <= sm90.MANY_TOKENS or config == choose(replace(problem, n=-(-n // 64) * 64), H200)
+        chosen.add(config)
+    assert len(chosen) < 100
 
 
 def test_who_is_fused() -> None:
@@ -150,20 +196,18 @@ def test_who_is_fused() -> None:
 def test_scales_in_groups_keep_two_sets_of_sums() -> None:
     scheme = formats.get_scheme("fp6_e3m2", 128)
     for n in (65, 1000, 8192):
-        config = choose(problem_of(8192, 8192, n, scheme), H200)
-        assert (config.n_tile, config.token_tiles) == (128, -(-n // 128))
-    grouped, by_rows = set(sm90.tiles(1)), set(sm90.tiles(0))
-    assert {tile.tokens for tile in grouped} == {8, 16, 32, 64, 128}
-    assert grouped < by_rows
-    assert set(sm90.tiles(1, Activations.E4M3)) == {
-        tile for tile in sm90.tiles(0, Activations.E4M3) if not tile.fast_sums
-    }
-    for tile in by_rows:  # what sm90_pipeline.cuh gives a thread that multiplies, less two sets of sums
-        threads = 128 * (tile.row_groups * tile.channel_groups + 1)
-        evenly = 65536 // (tile.resident * threads) // 8 * 8
-        copying = 128 * (48 if tile.resident == 1 else 40)
-        registers = min(240, (evenly * threads - copying) // (threads - 128) // 8 * 8)
-        assert (registers - tile.tokens >= 64) == (tile in grouped), tile
+        assert choose(problem_of(8192, 8192, n, scheme), H200).n_tile <= 128
+    for activations in Activations:
+        grouped, by_rows = set(sm90.tiles(1, activations)), set(sm90.tiles(0, activations))
+        assert max(tile.tokens for tile in grouped) == 128
+        assert grouped < by_rows
+        assert not any(tile.fast_sums for tile in grouped)
+        for tile in by_rows:  # registers that are left beside two sets of sums
+            assert (tile.tokens <= 128 and tile.registers - tile.tokens >= 64) == (tile in grouped), tile
+    registers = {tile: tile.registers for tile in sm90.tiles(0)}
+    assert registers[sm90.Tile(256, 2, 1, 2, 1)] == 224
+    assert registers[sm90.Tile(128, 3, 1, 1, 1)] == 152
+    assert registers[sm90.Tile(64, 1, 1, 1, 2)] == 216
 
 
 @pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)

@@ -80,8 +80,8 @@ def contenders(
     return found
 
 
-def parse_rivals(text: str | None) -> tuple[str, ...]:
-    """Read `cublas,fp8,humming`, or `none`; `None` is every rival that is installed.
+def parse_rivals(text: str | None, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
+    """Read names of rivals such as `cublas,fp8,humming`, or `none`; `None` is every rival that is installed.
 
     Raises:
         InputError: an unknown name.
@@ -89,23 +89,23 @@ def parse_rivals(text: str | None) -> tuple[str, ...]:
     """
     there = importlib.util.find_spec("humming") is not None
     if text is None:
-        return RIVALS if there else (CUBLAS, FP8)
-    names = named_rivals(text)
+        return tuple(name for name in known if there or name != HUMMING)
+    names = named_rivals(text, known)
     if HUMMING in names and not there:
         raise UnsupportedError("humming is not installed, so it cannot be timed: pip install humming-kernels")
     return names
 
 
-def named_rivals(text: str) -> tuple[str, ...]:
-    """Read `cublas,fp8,humming`, or `none`, whether they are installed or not.
+def named_rivals(text: str, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
+    """Read names of rivals, or `none`, whether they are installed or not.
 
     Raises:
         InputError: an unknown name.
     """
     names = () if text == "none" else tuple(name.strip() for name in text.split(","))
     for name in names:
-        if name not in RIVALS:
-            raise InputError(f"--against {name!r}{did_you_mean(name, RIVALS)}: use {', '.join(RIVALS)} or none")
+        if name not in known:
+            raise InputError(f"--against {name!r}{did_you_mean(name, known)}: use {', '.join(known)} or none")
     return names
 
 
@@ -145,19 +145,30 @@ def packed(
     Raises:
         UnfitError: no kernel serves the scheme.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    try:
-        layout = ops.preferred_layout(scheme, dtype, device, activations)
-    except UnsupportedError as error:
-        raise UnfitError(str(error)) from None
-    if layout == STREAM:
-        raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.unsupported_reason(scheme, dtype, device)}")
+    layout = kernel_layout(scheme, dtype, torch.device("cuda", torch.cuda.current_device()), activations)
     encoded = quantize_rtn(random(oc, ic, dtype) * ic**-0.5, scheme)
     weight = PackedWeight.from_encoded(encoded).to_layout(layout)
     return [
         replace(weight, data=weight.data.clone(), scale=weight.scale.clone())
         for _ in range(timing.copies(weight.nbytes))
     ]
+
+
+def kernel_layout(
+    scheme: Scheme, dtype: torch.dtype, device: torch.device, activations: Activations | str = Activations.NATIVE
+) -> str:
+    """Return the layout that kernels read a weight in.
+
+    Raises:
+        UnfitError: no kernel serves the scheme.
+    """
+    try:
+        layout = ops.preferred_layout(scheme, dtype, device, activations)
+    except UnsupportedError as error:
+        raise UnfitError(str(error)) from None
+    if layout == STREAM:
+        raise UnfitError(f"no kernel serves {label(scheme)}: {dispatch.unsupported_reason(scheme, dtype, device)}")
+    return layout
 
 
 def chained(
@@ -224,11 +235,11 @@ def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str =
     """Return humming-kernels with the same weights and activations, its own tuner choosing."""
 
     def build(oc: int, ic: int) -> Schedule:
-        layers = _foreign(lambda: _humming_layers(scheme, oc, ic, dtype, activations))
+        layers = foreign(lambda: _humming_layers(scheme, oc, ic, dtype, activations))
 
         def schedule(n: int, chain: str) -> Calls:
             x = random(n, ic, dtype)
-            return [partial(_foreign, partial(layer, x)) for layer in layers]
+            return [partial(foreign, partial(layer, x)) for layer in layers]
 
         return schedule
 
@@ -240,10 +251,12 @@ def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str =
     )
 
 
-def _foreign(call: Callable[[], Any]) -> Any:
+def foreign(call: Callable[[], Any]) -> Any:
     """Run another package's code; whatever it raises becomes the reason why it is not timed."""
     try:
         return call()
+    except UnfitError:
+        raise
     except Exception as error:
         raise UnfitError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 

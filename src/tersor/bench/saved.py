@@ -1,4 +1,4 @@
-"""Which times were taken before? A results file of `tersor bench linear`, read and narrowed to what is asked for."""
+"""Which times were taken before? A results file of a verb of `tersor bench`, read and narrowed to what is asked for."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from tersor.errors import InputError
 from tersor.formats import Activations
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Read what `tersor bench linear --output` wrote.
+def read(path: str | Path, kind: str = KIND, version: int = VERSION) -> dict[str, Any]:
+    """Read what a verb wrote with --output.
+
+    Args:
+        path: the file.
+        kind, version: of its results; the kind is the verb, such as `tersor bench linear`.
 
     Raises:
         InputError: no such file, or no results of this version.
@@ -24,14 +28,14 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(files.user_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file}: no such results file: tersor bench linear --output writes one") from None
+        raise InputError(f"{file}: no such results file: {kind} --output writes one") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     about = (found.get("kind"), found.get("version")) if isinstance(found, dict) else (None, None)
-    if about != (KIND, VERSION):
-        raise InputError(f"{file}: holds no times of tersor bench linear, version {VERSION}")
+    if about != (kind, version):
+        raise InputError(f"{file}: holds no times of {kind}, version {version}")
     return found
 
 

@@ -31,8 +31,12 @@ MOST_PARTS = 256 << 20
 
 
 def tokens_with_edges() -> tuple[int, ...]:
-    """Return numbers of tokens that leave no gap: both ends of every range in which the tile stays the same."""
-    return (1, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 1024, 2048, 4096)
+    """Return numbers of tokens that leave few gaps: both ends of ranges in which the tile stays the same.
+
+    Between measured numbers that disagree the model decides (`table.Table.lookup`).
+    """
+    edges = (8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+    return (1, 4, 5, *sorted({n for edge in edges for n in (edge, edge + 1)}), 384, 512, 1024, 2048, 4096)
 
 
 def pick(times: Mapping[LinearConfig, float], preferred: LinearConfig) -> LinearConfig:

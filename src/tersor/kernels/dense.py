@@ -133,7 +133,7 @@ def quantize_source(target: str) -> KernelSource:
         name=f"tersor_quantize_activations_{target}",
         header="dense/quantize_activations.cuh",
         parameters={"BF16": target == "bfloat16"},
-        arguments="PPPqqii",
+        arguments="PPPPqqiii",
     )
 
 
@@ -248,17 +248,19 @@ def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
     grid, block, row = (n, 1, 1), (_QUANTIZE_THREADS, 1, 1), codes_stride(ic)
     run = function.launch
 
-    def launch(*, stream: int, x: int, x_stride: int, codes: int) -> int:
+    def launch(*, stream: int, x: int, x_stride: int, codes: int, order: int = 0, top_k: int = 1) -> int:
         """Launch, and return the address of the scales.
 
         Args:
             stream: handle of the stream.
             x, x_stride: address of 16-bit activations, and elements from one token to the next.
             codes: address of n * (codes_stride + 4) bytes: codes [n, codes_stride], then float32 scales [n].
+            order: address of n numbers: row i of the codes is that of token order[i] / top_k; 0 for token i.
+            top_k: what those numbers are divided by.
         """
         scales_at = codes + n * row
         aligned = not (x % 16 or x_stride % 8)
-        run(grid, block, 0, stream, (x, codes, scales_at, x_stride, row, ic, aligned), True)
+        run(grid, block, 0, stream, (x, order, codes, scales_at, x_stride, row, ic, aligned, top_k), True)
         return scales_at
 
     return launch

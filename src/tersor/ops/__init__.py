@@ -4,9 +4,9 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
-from tersor.ops.experts import experts
 from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
+from tersor.ops.mixture import experts, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.routing import route
@@ -28,6 +28,7 @@ __all__ = [
     "linear",
     "preferred_layout",
     "route",
+    "routed_experts",
     "serve_with",
     "set_batch_invariant",
     "using",

@@ -26,8 +26,8 @@ def multiply(
     data, scale, zero_point = weight.data, weight.scale, weight.zero_point
     if (
         torch.compiler.is_compiling()
-        or _must_dispatch(x, bias)
-        or (residual is not None and _must_dispatch(residual, None))
+        or must_dispatch(x, bias)
+        or (residual is not None and must_dispatch(residual, None))
     ):
         oc, ic = weight.shape
         key, layout = weight.scheme.key(), weight.layout
@@ -35,7 +35,7 @@ def multiply(
     return serve.linear(x, data, scale, zero_point, bias, prepared.type_of(weight), residual, gated)
 
 
-def _must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Tell whether someone has to see the operator: a mode, a transform, a trace, autograd, autocast or a subclass.
 
     Where nobody does, the dispatcher would only cost time.

@@ -6,14 +6,14 @@ import functools
 from dataclasses import replace
 
 from tersor.hardware import Chip
-from tersor.kernels.tune import schedules, table
+from tersor.kernels.tune import schedules, sm90, table
 from tersor.kernels.tune.problem import LinearConfig, LinearProblem
 from tersor.kernels.tune.table import Table
 
-_FEW_TOKENS = 256
-_STEP = 128
-"""Beyond `_FEW_TOKENS` tokens the predicted configuration follows from the tiles of so many tokens that they fill: all
-tiles that are candidates there are as wide, or twice as wide (a test compares every number of tokens)."""
+_FEW_TOKENS = 64
+_STEP = 16
+"""Beyond `_FEW_TOKENS` tokens the predicted configuration is that of the next multiple of so many, or of
+`sm90.WIDE_STEP` beyond `sm90.MANY_TOKENS`: as many fill the same tiles, whose tokens are such multiples."""
 
 
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
@@ -28,7 +28,8 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     if found is not None:
         return found
     if problem.n > _FEW_TOKENS:
-        problem = replace(problem, n=-(-problem.n // _STEP) * _STEP)
+        step = sm90.WIDE_STEP if problem.n > sm90.MANY_TOKENS else _STEP
+        problem = replace(problem, n=-(-problem.n // step) * step)
     return _predicted(problem, chip)
 
 

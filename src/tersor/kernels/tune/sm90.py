@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tersor.formats import Activations
@@ -12,7 +12,20 @@ from tersor.kernels.tune.problem import INVARIANT_TOKENS, SM90, LinearConfig, Li
 from tersor.kernels.tune.tile import Slots, Tile
 from tersor.layouts.blocks import BLOCK_IC
 
-__all__ = ["Slots", "Tile", "box_rows", "candidates", "config", "invariant_splits", "seconds", "tile_of", "tiles"]
+__all__ = [
+    "MANY_TOKENS",
+    "WIDE_STEP",
+    "Slots",
+    "Tile",
+    "box_rows",
+    "candidates",
+    "config",
+    "fitting",
+    "invariant_splits",
+    "seconds",
+    "tile_of",
+    "tiles",
+]
 
 _CLUSTER_ROOM = 0.75
 """Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
@@ -20,6 +33,12 @@ _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
 _GATHER_KILOBYTE = 0.028
 """Microseconds for each 1024 bytes of the parts of a sum that a cluster gathers."""
+_LEAST = 64
+"""Tokens take several tiles only of so many each: a weight is decoded once for each of them."""
+_NARROW, _MOST_NARROW = 128, 4
+"""And of fewer tokens than the first they take no more than so many."""
+MANY_TOKENS, WIDE_STEP = 2048, 64
+"""Beyond so many tokens a tile's are a multiple of the second: to fit the count more closely saves less than 3 %."""
 _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 0.9
@@ -75,15 +94,19 @@ def box_rows(config: LinearConfig, n: int) -> int:
 
 def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, for one way with activations."""
-    fitting = (tile for tile in cost.of(cost.DEFAULT) if scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups))
-    return tuple(tile for tile in fitting if tile.activations is activations)
+    of_kind = (tile for tile in cost.of(cost.DEFAULT) if tile.activations is activations)
+    if scale_groups == 0:
+        return tuple(of_kind)
+    return tuple(
+        tile for tile in of_kind if tile.grouped and scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups)
+    )
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
     """Yield the configurations worth a prediction; none where the schedule cannot run.
 
-    Token tiles are the narrowest that hold all tokens, or any of the two widest. Where tiles do not fill one wave of
-    CTAs all are split, where they fill more than one those of the last wave are.
+    Tiles are those of `fitting`. Where they do not fill one wave of CTAs all are split, where they fill more than one
+    those of the last wave are.
 
     A batch-invariant problem has wgmma, one channel group and the same splits of all tiles, whatever n.
     """
@@ -91,12 +114,8 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         return
     available = tiles(problem.scale_groups, problem.activations)
     fixed = invariant_splits(problem, chip) if problem.batch_invariant else 0
-    widest = max(tile.tokens for tile in available)
-    holding = min((tile.tokens for tile in available if problem.n <= tile.tokens), default=widest)
     blocks = -(-problem.ic // BLOCK_IC)
-    for tile in available:
-        if tile.tokens != holding and min(tile.tokens, holding) < min(128, widest):
-            continue
+    for tile in fitting(available, problem.n):
         slots = chip.sms * tile.resident // tile.cluster
         count = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
         if fixed:
@@ -117,6 +136,27 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
             fits = whole == 0 and _CLUSTER_FILL * chip.sms <= count * splits <= room
             yield config(problem, tile, whole, splits, ctas, chip, fits and 1 < splits <= tile.gathered)
+
+
+def fitting(available: Sequence[Tile], n: int) -> list[Tile]:
+    """Return the tiles that are worth a prediction for n tokens, one at least.
+
+    None is wider than the narrowest that holds all tokens, and of tiles that differ in nothing but their tokens those
+    are left out that make no fewer token tiles than a narrower one.
+    """
+    widest = max(tile.tokens for tile in available)
+    holding = min((tile.tokens for tile in available if n <= tile.tokens), default=widest)
+    found: dict[tuple[Tile, int], Tile] = {}
+    for tile in sorted(available, key=lambda tile: tile.tokens):
+        count = -(-n // tile.tokens)
+        if tile.tokens > holding or tile.tokens < min(holding, _LEAST):
+            continue
+        if tile.tokens < min(holding, _NARROW) and count > _MOST_NARROW:
+            continue
+        if n > MANY_TOKENS and tile.tokens % WIDE_STEP:
+            continue
+        found.setdefault((replace(tile, tokens=0), count), tile)
+    return list(found.values())
 
 
 def invariant_splits(problem: LinearProblem, chip: Chip) -> int:
@@ -168,9 +208,5 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
 _MOST_SCALE_GROUPS = {
     Tile(16, 2, 1, 1, 2): 1,
     Tile(32, 1, 4, 1, 1): 2,
-    Tile(128, 3, 1, 1, 1): 0,
-    Tile(256, 2, 1, 2, 1): 0,
-    Tile(256, 2, 1, 1, 1, Activations.E4M3): 0,
 }
-"""How many scales of a row in a block the registers of a tile have room for, where not for all: those with none hold no
-second set of sums."""
+"""How many scales of a row in a block the registers of a tile have room for, where not for all."""

@@ -70,6 +70,18 @@ class Tile:
         return 128 * (self.row_groups * self.channel_groups + 1)
 
     @property
+    def registers(self) -> int:
+        """What the kernel gives a thread that multiplies: an even share, and what those that copy can spare."""
+        evenly = 65536 // (self.resident * self.threads) // 8 * 8
+        copying = 128 * (48 if self.resident == 1 else 40)
+        return min(240, (evenly * self.threads - copying) // (self.threads - 128) // 8 * 8)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether registers hold a second set of sums, which scales in groups need."""
+        return self.tokens <= 128 and self.registers - self.tokens >= 64
+
+    @property
     def static_bytes(self) -> int:
         """The bytes of barriers, and of the scales of 8-bit activations, up to the alignment of the rings."""
         return 2048 if self.e4m3 and self.tokens > 128 else 1024
@@ -86,7 +98,7 @@ class Tile:
     @property
     def x_slots_of_block(self) -> int:
         """Slots that the activations of one block of 128 channels take."""
-        return 1 if self.tokens < 128 or self.e4m3 else 2
+        return 1 if self.tokens <= 64 or self.e4m3 else 2
 
     @property
     def x_slot_bytes(self) -> int:
@@ -96,7 +108,7 @@ class Tile:
     @property
     def exchange_bytes(self) -> int:
         """The bytes in which warpgroups hand their sums over, or many tokens' results are turned."""
-        if self.tokens >= 128:
+        if self.tokens > 64:
             return 8192 * self.row_groups
         return 128 * self.row_groups * (self.turns - 1) * self.tokens * 2
 

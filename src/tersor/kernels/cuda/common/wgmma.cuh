@@ -1,6 +1,7 @@
 // Warpgroup matrix multiply, sm_90a: D[64, N] += A[64, 16] * B[16, N] in float32 with A in registers (the fragment of
 // mma.m16n8k16 for each warp's 16 rows) and B in shared memory, rows of 64 channels under a 128-byte swizzle
-// (PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions"). One overload a width: operands cannot be counted.
+// (PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions"). One overload a width: operands cannot be counted,
+// so lists of them grow by eight sums, which are 16 columns.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -34,106 +35,75 @@ enum Kind { kFloat16, kBfloat16, kE4m3, kE5m2 };  // the 8-bit ones are those of
 template <Kind kKind>
 struct Multiply;
 
-#define TERSOR_MULTIPLY(KIND, K, TYPES, TURN)                                                                         \
-template <>                                                                                                           \
-struct Multiply<KIND> {                                                                                               \
-    static __device__ __forceinline__ void run(float (&d)[4], const u32* a, u64 b, int accumulate) {                  \
-        asm volatile(                                                                                                 \
-            "{ .reg .pred p; setp.ne.b32 p, %9, 0; wgmma.mma_async.sync.aligned.m64n8k" K ".f32." TYPES " {"          \
-            "%0, %1, %2, %3"                                                                                          \
-            "}, {%4, %5, %6, %7}, %8, p, 1, 1" TURN "; }"                                                             \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                   \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void run(float (&d)[8], const u32* a, u64 b, int accumulate) {                  \
-        asm volatile(                                                                                                 \
-            "{ .reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k" K ".f32." TYPES " {"        \
-            "%0, %1, %2, %3, %4, %5, %6, %7"                                                                          \
-            "}, {%8, %9, %10, %11}, %12, p, 1, 1" TURN "; }"                                                          \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),                     \
-              "+f"(d[7])                                                                                              \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                   \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void run(float (&d)[16], const u32* a, u64 b, int accumulate) {                 \
-        asm volatile(                                                                                                 \
-            "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k" K ".f32." TYPES " {"        \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                    \
-            "}, {%16, %17, %18, %19}, %20, p, 1, 1" TURN "; }"                                                        \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),                     \
-              "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),                 \
-              "+f"(d[14]), "+f"(d[15])                                                                                \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                   \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void run(float (&d)[32], const u32* a, u64 b, int accumulate) {                 \
-        asm volatile(                                                                                                 \
-            "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k" K ".f32." TYPES " {"        \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "                        \
-            "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                                    \
-            "}, {%32, %33, %34, %35}, %36, p, 1, 1" TURN "; }"                                                        \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),                     \
-              "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),                 \
-              "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                           \
-              "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),                           \
-              "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                            \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                   \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void run(float (&d)[64], const u32* a, u64 b, int accumulate) {                 \
-        asm volatile(                                                                                                 \
-            "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k" K ".f32." TYPES " {"       \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "                        \
-            "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "                        \
-            "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "                        \
-            "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                    \
-            "}, {%64, %65, %66, %67}, %68, p, 1, 1" TURN "; }"                                                        \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),                     \
-              "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),                 \
-              "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                           \
-              "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),                           \
-              "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),                           \
-              "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]),                           \
-              "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),                           \
-              "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),                           \
-              "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),                           \
-              "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]),                           \
-              "+f"(d[62]), "+f"(d[63])                                                                                \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                   \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void run(float (&d)[128], const u32* a, u64 b, int accumulate) {                \
-        asm volatile(                                                                                                 \
-            "{ .reg .pred p; setp.ne.b32 p, %133, 0; wgmma.mma_async.sync.aligned.m64n256k" K ".f32." TYPES " {"      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "                        \
-            "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "                        \
-            "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "                        \
-            "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "                        \
-            "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "                        \
-            "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "                        \
-            "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                      \
-            "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "                    \
-            "%126, %127"                                                                                              \
-            "}, {%128, %129, %130, %131}, %132, p, 1, 1" TURN "; }"                                                   \
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),                     \
-              "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),                 \
-              "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),                           \
-              "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),                           \
-              "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),                           \
-              "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]),                           \
-              "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),                           \
-              "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),                           \
-              "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),                           \
-              "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]),                           \
-              "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]),                           \
-              "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]),                           \
-              "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),                           \
-              "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]),                           \
-              "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]),                           \
-              "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]),                           \
-              "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),                       \
-              "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),                     \
-              "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),                     \
-              "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),                     \
-              "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])                      \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                   \
-    }                                                                                                                 \
+// Names of the first so many sums, %0 on, in the text of an instruction.
+#define TERSOR_NAMES_4 "%0, %1, %2, %3"
+#define TERSOR_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TERSOR_NAMES_16 TERSOR_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TERSOR_NAMES_24 TERSOR_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TERSOR_NAMES_32 TERSOR_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define TERSOR_NAMES_40 TERSOR_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define TERSOR_NAMES_48 TERSOR_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define TERSOR_NAMES_56 TERSOR_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define TERSOR_NAMES_64 TERSOR_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define TERSOR_NAMES_72 TERSOR_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define TERSOR_NAMES_80 TERSOR_NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define TERSOR_NAMES_88 TERSOR_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define TERSOR_NAMES_96 TERSOR_NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define TERSOR_NAMES_104 TERSOR_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define TERSOR_NAMES_112 TERSOR_NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define TERSOR_NAMES_120 TERSOR_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define TERSOR_NAMES_128 TERSOR_NAMES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
+
+// The sums themselves.
+#define TERSOR_SUMS_AT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define TERSOR_SUMS_4 TERSOR_SUMS_AT(0)
+#define TERSOR_SUMS_8 TERSOR_SUMS_AT(0), TERSOR_SUMS_AT(4)
+#define TERSOR_SUMS_16 TERSOR_SUMS_8, TERSOR_SUMS_AT(8), TERSOR_SUMS_AT(12)
+#define TERSOR_SUMS_24 TERSOR_SUMS_16, TERSOR_SUMS_AT(16), TERSOR_SUMS_AT(20)
+#define TERSOR_SUMS_32 TERSOR_SUMS_24, TERSOR_SUMS_AT(24), TERSOR_SUMS_AT(28)
+#define TERSOR_SUMS_40 TERSOR_SUMS_32, TERSOR_SUMS_AT(32), TERSOR_SUMS_AT(36)
+#define TERSOR_SUMS_48 TERSOR_SUMS_40, TERSOR_SUMS_AT(40), TERSOR_SUMS_AT(44)
+#define TERSOR_SUMS_56 TERSOR_SUMS_48, TERSOR_SUMS_AT(48), TERSOR_SUMS_AT(52)
+#define TERSOR_SUMS_64 TERSOR_SUMS_56, TERSOR_SUMS_AT(56), TERSOR_SUMS_AT(60)
+#define TERSOR_SUMS_72 TERSOR_SUMS_64, TERSOR_SUMS_AT(64), TERSOR_SUMS_AT(68)
+#define TERSOR_SUMS_80 TERSOR_SUMS_72, TERSOR_SUMS_AT(72), TERSOR_SUMS_AT(76)
+#define TERSOR_SUMS_88 TERSOR_SUMS_80, TERSOR_SUMS_AT(80), TERSOR_SUMS_AT(84)
+#define TERSOR_SUMS_96 TERSOR_SUMS_88, TERSOR_SUMS_AT(88), TERSOR_SUMS_AT(92)
+#define TERSOR_SUMS_104 TERSOR_SUMS_96, TERSOR_SUMS_AT(96), TERSOR_SUMS_AT(100)
+#define TERSOR_SUMS_112 TERSOR_SUMS_104, TERSOR_SUMS_AT(104), TERSOR_SUMS_AT(108)
+#define TERSOR_SUMS_120 TERSOR_SUMS_112, TERSOR_SUMS_AT(112), TERSOR_SUMS_AT(116)
+#define TERSOR_SUMS_128 TERSOR_SUMS_120, TERSOR_SUMS_AT(120), TERSOR_SUMS_AT(124)
+
+// The overload of one width: COLUMNS, SUMS (half as many) and the names of the operands behind the sums.
+#define TERSOR_RUN(K, TYPES, TURN, COLUMNS, SUMS, A, B, ADDS)                                                        \
+    static __device__ __forceinline__ void run(float (&d)[SUMS], const u32* a, u64 b, int accumulate) {              \
+        asm volatile(                                                                                                \
+            "{ .reg .pred p; setp.ne.b32 p, " ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k" K ".f32."   \
+            TYPES " {" TERSOR_NAMES_##SUMS "}, {" A "}, " B ", p, 1, 1" TURN "; }"                                   \
+            : TERSOR_SUMS_##SUMS                                                                                     \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                  \
+    }
+
+#define TERSOR_MULTIPLY(KIND, K, TYPES, TURN)                                                                        \
+template <>                                                                                                          \
+struct Multiply<KIND> {                                                                                              \
+    TERSOR_RUN(K, TYPES, TURN, 8, 4, "%4, %5, %6, %7", "%8", "%9")                                                   \
+    TERSOR_RUN(K, TYPES, TURN, 16, 8, "%8, %9, %10, %11", "%12", "%13")                                              \
+    TERSOR_RUN(K, TYPES, TURN, 32, 16, "%16, %17, %18, %19", "%20", "%21")                                           \
+    TERSOR_RUN(K, TYPES, TURN, 48, 24, "%24, %25, %26, %27", "%28", "%29")                                           \
+    TERSOR_RUN(K, TYPES, TURN, 64, 32, "%32, %33, %34, %35", "%36", "%37")                                           \
+    TERSOR_RUN(K, TYPES, TURN, 80, 40, "%40, %41, %42, %43", "%44", "%45")                                           \
+    TERSOR_RUN(K, TYPES, TURN, 96, 48, "%48, %49, %50, %51", "%52", "%53")                                           \
+    TERSOR_RUN(K, TYPES, TURN, 112, 56, "%56, %57, %58, %59", "%60", "%61")                                          \
+    TERSOR_RUN(K, TYPES, TURN, 128, 64, "%64, %65, %66, %67", "%68", "%69")                                          \
+    TERSOR_RUN(K, TYPES, TURN, 144, 72, "%72, %73, %74, %75", "%76", "%77")                                          \
+    TERSOR_RUN(K, TYPES, TURN, 160, 80, "%80, %81, %82, %83", "%84", "%85")                                          \
+    TERSOR_RUN(K, TYPES, TURN, 176, 88, "%88, %89, %90, %91", "%92", "%93")                                          \
+    TERSOR_RUN(K, TYPES, TURN, 192, 96, "%96, %97, %98, %99", "%100", "%101")                                        \
+    TERSOR_RUN(K, TYPES, TURN, 208, 104, "%104, %105, %106, %107", "%108", "%109")                                   \
+    TERSOR_RUN(K, TYPES, TURN, 224, 112, "%112, %113, %114, %115", "%116", "%117")                                   \
+    TERSOR_RUN(K, TYPES, TURN, 240, 120, "%120, %121, %122, %123", "%124", "%125")                                   \
+    TERSOR_RUN(K, TYPES, TURN, 256, 128, "%128, %129, %130, %131", "%132", "%133")                                   \
 };
 
 TERSOR_MULTIPLY(kFloat16, "16", "f16.f16", ", 0")
@@ -141,5 +111,6 @@ TERSOR_MULTIPLY(kBfloat16, "16", "bf16.bf16", ", 0")
 TERSOR_MULTIPLY(kE4m3, "32", "e4m3.e4m3", "")
 TERSOR_MULTIPLY(kE5m2, "32", "e5m2.e4m3", "")
 #undef TERSOR_MULTIPLY
+#undef TERSOR_RUN
 
 }  // namespace wgmma

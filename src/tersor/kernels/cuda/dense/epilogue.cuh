@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(epilogue::kThreads) TERSOR_ENTRY(
     };
     const int column = gate::row_of(output);
     float result = value(column);
-    if constexpr (gate::kGated) result = gate::silu_times(result, value(column + 8));
+    if constexpr (gate::kGated) result = gate::combine(result, value(column + 8));
     const long long at = token * gate::outputs(oc) + gate::outputs(first) + output;
     if (residual != nullptr) result = __fadd_rn(result, ptx::widen<BF16>(residual[at]));
     y[at] = ptx::narrow<BF16>(result);

@@ -1,5 +1,5 @@
 // Activations as e4m3 with a scale for each token: scale = largest magnitude / 448, code = round(x * 448 / largest).
-// One CTA a token. A token with an infinity or a NaN gets NaNs. Parameters: BF16 (1: bf16 activations, 0: fp16).
+// One CTA a row of codes. A token with an infinity or a NaN gets NaNs. Parameters: BF16 (1: bf16 activations, 0: fp16).
 #pragma once
 
 #include "common/ptx.cuh"
@@ -50,19 +50,21 @@ __device__ __forceinline__ uint2 encode(const Piece& piece, float factor) {
 }  // namespace quantize
 
 extern "C" __global__ void __launch_bounds__(quantize::kThreads) TERSOR_ENTRY(
-    const u16* __restrict__ x,    // [N, IC]
+    const u16* __restrict__ x,    // [tokens, IC]
+    const int* order,             // [N] or null: row i is that of token order[i] / top_k, or of token i
     unsigned char* codes,         // [N, codes_stride], the last bytes of a row are padding
     float* scales,                // [N]
     long long stride,
     long long codes_stride,       // a multiple of 16, at least IC
     int ic,
-    int aligned) {                // whether rows of x start on 16 bytes
+    int aligned,                  // whether rows of x start on 16 bytes
+    int top_k) {
     using namespace quantize;
     __shared__ float of_warp[kThreads / 32];
     ptx::launch_dependents();
     ptx::wait_for_earlier_kernels();
     const long long token = blockIdx.x;
-    const u16* row = x + token * stride;
+    const u16* row = x + (order == nullptr ? token : __ldcg(order + token) / top_k) * stride;
     Piece kept[kKept];
     float magnitude = 0.0f;
 #pragma unroll

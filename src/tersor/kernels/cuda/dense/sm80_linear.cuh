@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, 1) TERSOR_ENTRY(
         if (output >= outputs) continue;
         const long long at = static_cast<long long>(token) * outputs + output;
         float result = value(token, row);
-        if constexpr (gate::kGated) result = gate::silu_times(result, value(token, row + 8));
+        if constexpr (gate::kGated) result = gate::combine(result, value(token, row + 8));
         if (residual != nullptr) result = __fadd_rn(result, ptx::widen<kBf16>(residual[at]));
         y[at] = ptx::narrow<kBf16>(result);
     }

@@ -79,6 +79,7 @@ __device__ __forceinline__ bool gather_splits(
 }
 
 // Hands this CTA's sums over through memory; returns true in the one CTA that then holds the sum of all splits.
+template <typename Work>
 __device__ __forceinline__ bool add_splits(
     float (&sums)[kSums], const Work& work, const Item& item, int rank, float* partial, u32* arrived) {
     __shared__ bool is_last;
@@ -129,10 +130,10 @@ struct TileScales {
     float own = 0.0f;  // of token threadIdx.x of the tile
     float* shared;     // [kTokens], of all, once they are shared
 
-    __device__ __forceinline__ TileScales(float* shared, const float* x_scale, int first_token, int n) : shared(shared) {
+    __device__ __forceinline__ TileScales(float* shared, const float* x_scale, const Item& item) : shared(shared) {
         static_assert(!kFp8 || kTokens <= kFinishers, "a thread has one token");
-        const int token = first_token + threadIdx.x;
-        if (kFp8 && threadIdx.x < kTokens && token < n) own = __ldcg(x_scale + token);
+        const int token = item.first_token + threadIdx.x;
+        if (kFp8 && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
     }
     __device__ __forceinline__ void share() const {
         if constexpr (kFp8) {
@@ -156,24 +157,24 @@ struct TokenScales {
     }
 };
 
-// The scales and biases of this lane's two rows of a tile.
+// The scales and biases of this lane's two rows of a tile, of those of one matrix.
 struct RowTerms {
     float scale[2], bias[2];
-    int first_row;
+    int first_row, rows;
 
-    __device__ __forceinline__ RowTerms(const Work& work, const Item& item, const float* scales, float factor)
-        : first_row(item.first_row + threadIdx.x % kFinishers / 32 * tile::kRows) {
+    __device__ __forceinline__ RowTerms(int rows, const Item& item, const float* scales, float factor)
+        : first_row(item.first_row + threadIdx.x % kFinishers / 32 * tile::kRows), rows(rows) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
-            scale[half] = kGroups > 0 ? factor : (row < work.oc ? scales::of_row(scales, row) * factor : 0.0f);
+            scale[half] = kGroups > 0 ? factor : (row < rows ? scales::of_row(scales, row) * factor : 0.0f);
         }
     }
-    __device__ __forceinline__ void add_bias(const Work& work, const u16* biases) {
+    __device__ __forceinline__ void add_bias(const u16* biases) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
-            bias[half] = biases != nullptr && row < work.oc ? ptx::widen<kBf16>(biases[row]) : 0.0f;
+            bias[half] = biases != nullptr && row < rows ? ptx::widen<kBf16>(biases[row]) : 0.0f;
         }
     }
     // Of this lane's row `half`, token 2 (lane % 4) + `odd` of the `tokens`-th group of eight.
@@ -186,7 +187,7 @@ struct RowTerms {
     __device__ __forceinline__ float output(
         const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
         const float only = value(sums, tokens, half, odd, token_scales);
-        if constexpr (gate::kGated) return gate::silu_times(only, value(sums, tokens, 1, odd, token_scales));
+        if constexpr (gate::kGated) return gate::combine(only, value(sums, tokens, 1, odd, token_scales));
         return only;
     }
     // Both tokens, with a pair of residuals added.
@@ -202,9 +203,9 @@ struct RowTerms {
 
 // Rounds and stores few tokens: fragments are turned so that stores run along the rows.
 __device__ __forceinline__ void store_few(
-    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const TileScales& of_tokens,
+    const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens,
     const u16* residual, u16* y) {
-    const int lane = threadIdx.x % 32, outputs = gate::outputs(work.oc);
+    const int lane = threadIdx.x % 32, outputs = gate::outputs(terms.rows);
     // Channels 2 (lane % 4) and the next, token lane / 4 of the first group of eight.
     const int first_channel = gate::outputs(terms.first_row) + lane % 4 * 2, first_token = item.first_token + lane / 4;
     const long long first = static_cast<long long>(first_token) * outputs + first_channel;
@@ -215,7 +216,7 @@ __device__ __forceinline__ void store_few(
 #pragma unroll
             for (int half = 0; half < kHalves; ++half) {
                 const int channel = first_channel + 8 * half;
-                if (first_token + i * 8 >= work.n || channel >= outputs) continue;
+                if (first_token + i * 8 >= item.end_token || channel >= outputs) continue;
                 const u16* source = residual + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
                 if (outputs % 2 == 0) {
                     added[i][half] = __ldcg(reinterpret_cast<const u32*>(source));
@@ -238,7 +239,7 @@ __device__ __forceinline__ void store_few(
         for (int half = 0; half < kHalves; ++half) {
             const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, added[i][half]));
             const int channel = first_channel + 8 * half;
-            if (first_token + i * 8 >= work.n || channel >= outputs) continue;
+            if (first_token + i * 8 >= item.end_token || channel >= outputs) continue;
             u16* target = y + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
             if (outputs % 2 == 0) {
                 *reinterpret_cast<u32*>(target) = turned;
@@ -254,7 +255,7 @@ __device__ __forceinline__ void store_few(
 // writes 16 bytes and a warp's fill whole lines. A token's channels are pieces of 16 bytes, swizzled by the token.
 // Residuals come the same way, and each warp then puts its results where its residuals were.
 __device__ __forceinline__ void store_many(
-    const float (&sums)[kSums], const Work& work, const Item& item, const RowTerms& terms, const TileScales& of_tokens,
+    const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens,
     const u16* residual, u16* y, char* turned) {
     constexpr int kPieces = 4 * kHalves;           // of a token
     constexpr int kPassTokens = 128 / kPieces;     // that a warpgroup copies at a time
@@ -262,7 +263,7 @@ __device__ __forceinline__ void store_many(
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     char* tokens = turned + group * kStoreBytes;
     const u32 shared = ptx::shared_address(tokens);
-    const int outputs = gate::outputs(work.oc);
+    const int outputs = gate::outputs(terms.rows);
     // Of the matrices, first by tokens and then by channels, this lane addresses row lane % 8 of matrix lane / 8.
     const int own_token = lane / 8 / kHalves * 8 + lane % 8, own_piece = kHalves * warp + lane / 8 % kHalves;
     // What this lane copies between shared memory and matrices [N, outputs].
@@ -272,12 +273,13 @@ __device__ __forceinline__ void store_many(
     const auto place = [&](int token, int at_piece) { return token * 128 + (at_piece ^ token % 8) * 16; };
 #pragma unroll
     for (int first = 0; first < kTokens; first += kStoreTokens) {
+        const int count = min(kStoreTokens, kTokens - first);
         ptx::sync_one_of<kGroupBarriers, 128>(group);  // the pieces before have been read
         if (residual != nullptr) {
 #pragma unroll
-            for (int i = 0; i < kStoreTokens; i += kPassTokens) {
+            for (int i = 0; i < count; i += kPassTokens) {
                 const int token = i + pass_token, y_token = item.first_token + first + token;
-                if (y_token >= work.n || channels <= 0) continue;
+                if (token >= count || y_token >= item.end_token || channels <= 0) continue;
                 const u16* source = residual + static_cast<long long>(y_token) * outputs + channel;
                 char* target = tokens + place(token, piece);
                 if (outputs % 8 == 0) {
@@ -289,12 +291,13 @@ __device__ __forceinline__ void store_many(
             ptx::sync_one_of<kGroupBarriers, 128>(group);
         }
 #pragma unroll
-        for (int i = 0; i < kStoreTokens; i += kTurnTokens) {
+        for (int i = 0; i < count; i += kTurnTokens) {
             const u32 own = shared + place(i + own_token, own_piece);
             u32 parts[4] = {};
             if (residual != nullptr) ptx::load_matrices_turned(parts, own);
 #pragma unroll
             for (int eight = 0; eight < kTurnTokens / 8; ++eight) {
+                if (i + 8 * eight >= count) continue;
                 const int at = (first + i) / 8 + eight;
                 const TokenScales token_scales(of_tokens, at);
 #pragma unroll
@@ -308,9 +311,9 @@ __device__ __forceinline__ void store_many(
         }
         ptx::sync_one_of<kGroupBarriers, 128>(group);
 #pragma unroll
-        for (int i = 0; i < kStoreTokens; i += kPassTokens) {
+        for (int i = 0; i < count; i += kPassTokens) {
             const int token = i + pass_token, y_token = item.first_token + first + token;
-            if (y_token >= work.n || channels <= 0) continue;
+            if (token >= count || y_token >= item.end_token || channels <= 0) continue;
             const char* source = tokens + place(token, piece);
             u16* target = y + static_cast<long long>(y_token) * outputs + channel;
             if (outputs % 8 == 0) {

@@ -26,9 +26,9 @@
 #include "common/ptx.cuh"
 #include "common/ring.cuh"
 #include "common/scales.cuh"
-#include "dense/sm90_finish.cuh"
-#include "dense/sm90_multiply.cuh"
+#include "dense/sm90_item.cuh"
 #include "dense/sm90_pipeline.cuh"
+#include "dense/sm90_work.cuh"
 
 #if CLUSTER > 1
 #define TERSOR_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
@@ -82,7 +82,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
     const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots);
-    const u32 gather_barrier = room_barrier + 8;
+    const Shared shared{slots, token_scales, base, room_barrier, room_barrier + 8};
 
     // The next kernel had better start after this one's copies have: where few tokens leave it registers, ptxas can put that
     // later without spills.
@@ -100,10 +100,10 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
         } else {
             if (warp == 1 && ptx::elect()) {
                 xs.start(kReaders * kCluster);
-                ptx::barrier_init(room_barrier, kFinishers);
-                ptx::barrier_init(gather_barrier, 1);
+                ptx::barrier_init(shared.room_barrier, kFinishers);
+                ptx::barrier_init(shared.gather_barrier, 1);
                 ptx::barrier_init_fence();
-                if (gathered) ptx::barrier_expect(gather_barrier, (splits - 1) * kPartBytes);
+                if (gathered) ptx::barrier_expect(shared.gather_barrier, (splits - 1) * kPartBytes);
             }
             __syncwarp();
             meet<true>(gathered);
@@ -118,41 +118,12 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
         meet<true>(gathered);
         if constexpr (kFew) ptx::launch_dependents();
         ptx::take_registers<kComputeRegisters>();
+        const float* row_scales = reinterpret_cast<const float*>(scale);
+        const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor};
         u32 use = 0;
         for_items(work, rank, [&](const Item& item) {
-            float sums[kSums];
-            const int count = item.last_block - item.first_block;
-            const float* row_scales = reinterpret_cast<const float*>(scale);
-            RowTerms terms(work, item, row_scales, factor);
-            bool holds_all = true;
-            if constexpr (kFp8 && kGroups > 0) {
-                multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
-            } else if constexpr (kFp8) {
-                multiply_bytes(sums, weights, xs, slots, use, count);
-            } else if constexpr (kFew) {
-                float turns[kRowGroups][kSums];
-                multiply_few(turns, weights, xs, slots, use, count, row_scales, item.first_row, oc);
-                holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
-            } else {
-                const int row = terms.first_row + threadIdx.x % 32 / 4;
-                multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(row_scales, row, oc));
-            }
-            const TileScales of_tokens(token_scales, x_scale, item.first_token, n);
-            if (holds_all && gathered) {
-                holds_all = gather_splits(sums, item, base, slots, room_barrier, gather_barrier);
-            } else if (holds_all && item.parts > 1) {
-                holds_all = add_splits(sums, work, item, rank, partial, arrived);
-            }
-            if (holds_all) {
-                terms.add_bias(work, bias);
-                of_tokens.share();
-                if constexpr (kMany) {
-                    store_many(sums, work, item, terms, of_tokens, residual, y, slots + kExchangeAt);
-                } else {
-                    store_few(sums, work, item, terms, of_tokens, residual, y);
-                }
-            }
-            use += count;
+            run_item(work, item, rank, weights, xs, shared, of, use, gathered);
+            use += item.last_block - item.first_block;
         });
     }
     if constexpr (kCluster > 1) ptx::sync_cluster();  // no CTA ends while another may write to it

@@ -142,8 +142,8 @@ __device__ __forceinline__ void multiply_few(
 
 // Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums
 // of a few blocks, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
-// The widest tile has registers for one set of sums only: all blocks of an item meet in the tensor cores, which is what
-// others call fast accumulation.
+// Tiles of more than 128 tokens have registers for one set of sums only: all blocks of an item meet in the tensor cores,
+// which is what others call fast accumulation.
 constexpr int kByteSteps = 4;  // of 32 channels in a block
 constexpr int kSettled = 4;    // blocks whose products meet in the tensor cores' sums
 constexpr bool kSettles = kTokens <= 128;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32
     }
 }
 
-// One scale a row. A block is decoded while the products of the block before are under way or, in the widest tile,
+// One scale a row. A block is decoded while the products of the block before are under way or, with one set of sums,
 // those of the other warpgroup.
 __device__ __forceinline__ void multiply_bytes(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {

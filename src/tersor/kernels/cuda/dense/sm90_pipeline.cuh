@@ -1,5 +1,5 @@
-// What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, which items a CTA takes, and the
-// threads that keep its rings full. The parameters are those of sm90_linear.cuh.
+// What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, and the threads that keep its rings
+// full. The parameters are those of sm90_linear.cuh.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -38,12 +38,12 @@ constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
 constexpr int kPieces = kFp8 ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
 constexpr int kPieceChannels = tile::kColumns / kPieces;
 constexpr int kXPiece = kTokens * 128;
-constexpr int kSlotPieces = kTokens < 128 ? kPieces : 1;     // a slot has a whole block while that is small
+constexpr int kSlotPieces = kTokens <= 64 ? kPieces : 1;     // a slot has a whole block while that is small
 constexpr int kSlotsOfBlock = kPieces / kSlotPieces;
 constexpr int kSlotBoxes = kCluster > kSlotPieces ? kCluster / kSlotPieces : 1;  // of each piece
 constexpr int kXSlotBytes = kSlotPieces * kXPiece;
 
-constexpr bool kMany = kTokens >= 128;               // results are turned in shared memory
+constexpr bool kMany = kTokens > 64;                 // results are turned in shared memory
 constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
@@ -63,54 +63,26 @@ constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
 
 enum Barrier { kAllBarrier, kPartsReady, kPartsRead, kFinishersBarrier, kGroupBarriers };  // the last: one a row group
 
-static_assert(kTokens % 8 == 0 && kTokens <= 256, "N_TILE is a width that wgmma has");
+static_assert((kTokens == 8 || kTokens % 16 == 0) && kTokens <= 256, "N_TILE is a width of wgmma.cuh");
 static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) == 0,
               "a slot serves one warpgroup in an item: one that is ahead must not take an old round for its own");
 static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");
 static_assert(kSharedBytes == SHARED_BYTES, "tersor/kernels/tune/tile.py deals out shared memory otherwise");
 
-// What the launch asks for, and which part of it an item is.
-struct Work {
-    int oc, ic, n;
-    int whole_tiles, splits;  // tiles before `whole_tiles` are one item each, the others `splits`
-
-    __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
-    __device__ __forceinline__ int token_tiles() const { return (n + kTokens - 1) / kTokens; }
-    __device__ __forceinline__ int row_tiles() const { return (oc + kCluster * kRows - 1) / (kCluster * kRows); }
-    __device__ __forceinline__ int tiles() const { return token_tiles() * row_tiles(); }  // of a cluster
-    __device__ __forceinline__ int items() const { return whole_tiles + (tiles() - whole_tiles) * splits; }
-};
-
-// One item: which rows, tokens and blocks of channels a CTA multiplies before it takes the next item.
-//
-// Tiles are numbered by bands of kBand token tiles, in a band first along the tokens of one row tile: what runs at a
-// time shares activations as well as weights. With four row tiles, five token tiles and three of these to a band:
-//
-//                 tokens ->   band 0      |  band 1
-//     row tile 0              0    1    2 |  12   13
-//     row tile 1              3    4    5 |  14   15
-//     row tile 2              6    7    8 |  16   17
-//     row tile 3              9   10   11 |  18   19
-//
-// The first `whole_tiles` tiles are one item each, over all blocks of channels. Of each tile after them the blocks are
-// dealt out to `splits` items, its parts, whose sums are added at the end. With 18 whole tiles and three splits:
-//
-//     item        0   1  ...  17 | 18   19   20 | 21   22   23
-//     tile        0   1  ...  17 |      18      |      19
-//     part        0   0  ...   0 |  0    1    2 |  0    1    2
-//     of blocks   all     ...    |  |----|----|----|  first_block to last_block - 1 of a part
-//
-// CTA i of `gridDim.x` takes items i, i + gridDim.x, i + 2 gridDim.x and so on; with CLUSTER above 1 an item is of a
-// cluster, whose CTAs have row tiles next to each other and the same tokens.
+// One item: which rows, tokens and blocks of channels a CTA multiplies before it takes the next item. CTA i of
+// `gridDim.x` takes items i, i + gridDim.x, i + 2 gridDim.x and so on; with CLUSTER above 1 an item is of a cluster, whose
+// CTAs have row tiles next to each other and the same tokens. Which items there are says the Work of a family: it has
+// `oc` and `ic` of a matrix, `whole_tiles`, blocks(), items() and item(index, rank).
 struct Item {
     int tile, part, parts;          // of the cluster
-    int first_row, first_token;     // of this CTA
-    int first_block, last_block;    // blocks of 128 channels; the last one is not of this item
+    int first_row;                  // of this CTA, in its matrix
+    int first_token, end_token;     // of this CTA; the last one is not of this item
+    int first_block, last_block;    // blocks of 128 channels, likewise
+    int matrix;                     // of several that lie behind each other, which one is multiplied
 
-    // A division takes a tenth of a microsecond, which a launch waits for: there are none where nothing is split and all
-    // tokens are in one tile.
-    __device__ __forceinline__ Item(const Work& work, u32 index, int rank) {
-        const u32 whole = work.whole_tiles, splits = work.splits, blocks = work.blocks();
+    // Tiles before `whole` are one item each, over all blocks; of the others the blocks are dealt out to `splits` items.
+    // A division takes a tenth of a microsecond, which a launch waits for: there is none where nothing is split.
+    __device__ __forceinline__ void take(u32 index, u32 whole, u32 splits, u32 blocks) {
         tile = index, part = 0, parts = 1;
         first_block = 0, last_block = blocks;
         if (index >= whole && splits > 1) {
@@ -121,15 +93,28 @@ struct Item {
             first_block = part * least + min(static_cast<u32>(part), more);
             last_block = first_block + least + (part < more);
         }
-        first_token = 0;
-        u32 row_tile = tile;
-        if (work.token_tiles() > 1) {
-            const u32 size = kBand * work.row_tiles(), band = row_tile / size, in_band = row_tile - band * size;
-            const u32 width = min(kBand, work.token_tiles() - static_cast<int>(band) * kBand);
+    }
+};
+
+// Where a tile stands among `row_tiles` times `token_tiles` tiles, which are numbered by bands of kBand token tiles, in a
+// band first along the tokens of one row tile: what runs at a time shares activations as well as weights. With four row
+// tiles, five token tiles and three of these to a band:
+//
+//                 tokens ->   band 0      |  band 1
+//     row tile 0              0    1    2 |  12   13
+//     row tile 1              3    4    5 |  14   15
+//     row tile 2              6    7    8 |  16   17
+//     row tile 3              9   10   11 |  18   19
+struct TileAt {
+    u32 row_tile, token_tile;
+
+    __device__ __forceinline__ TileAt(u32 tile, u32 row_tiles, u32 token_tiles) : row_tile(tile), token_tile(0) {
+        if (token_tiles > 1) {
+            const u32 size = kBand * row_tiles, band = tile / size, in_band = tile - band * size;
+            const u32 width = min(static_cast<u32>(kBand), token_tiles - band * kBand);
             row_tile = in_band / width;
-            first_token = (band * kBand + in_band - row_tile * width) * kTokens;
+            token_tile = band * kBand + in_band - row_tile * width;
         }
-        first_row = (row_tile * kCluster + rank) * kRows;
     }
 };
 
@@ -137,17 +122,17 @@ using WeightRing = ring::Ring<kWeightSlots>;
 using XRing = ring::Ring<kXSlots>;
 
 // Calls run(item) for every item of this CTA.
-template <typename Run>
+template <typename Work, typename Run>
 __device__ __forceinline__ void for_items(const Work& work, int rank, const Run& run) {
 #pragma unroll 1
     for (int index = blockIdx.x / kCluster; index < work.items(); index += gridDim.x / kCluster) {
-        run(Item(work, index, rank));
+        run(work.item(index, rank));
     }
 }
 
 // A thread that copies codes or, in groups, scales of weights: two of them keep one ring full, since one alone is too
 // slow for its many small copies. Bytes of scales may arrive before they are announced with the codes.
-template <bool kCodes>
+template <bool kCodes, typename Work>
 __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work& work, int rank, const char* source) {
     constexpr int kBytes = kCodes ? tile::kUnitBytes : kScaleBytes;
     constexpr int kOffset = kCodes ? 0 : kRowGroups * tile::kUnitBytes;
@@ -158,7 +143,8 @@ __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work&
     for_items(work, rank, [&](const Item& item) {
         const int row_unit = item.first_row / tile::kUnitRows;
         const int units = max(0, min(kRowGroups, row_units - row_unit));
-        const char* from = source + row_unit * stride + static_cast<long long>(item.first_block) * kBytes;
+        const char* from = source + (static_cast<long long>(item.matrix) * row_units + row_unit) * stride +
+                           static_cast<long long>(item.first_block) * kBytes;
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, from += kBytes, at.advance()) {
             ring.wait_emptied(at);
@@ -174,6 +160,7 @@ __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work&
 }
 
 // The thread that copies activations: `x_rows` rows in a box of the tensor map.
+template <typename Work>
 __device__ __forceinline__ void copy_activations(
     const XRing& ring, const Work& work, int rank, const TensorMap& x_map, int x_rows) {
     ptx::prefetch_map(&x_map);

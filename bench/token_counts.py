@@ -1,0 +1,254 @@
+"""Does the time of a linear fit the number of tokens? Every multiple of 8 up to 512 and random numbers up to 4096.
+
+    python bench/token_counts.py --seconds 480
+    python bench/token_counts.py --seconds 120 --step 32 --random 8 12288x4096 --against cublas
+
+Tersor with 16-bit and with 8-bit activations is timed beside its rivals in one run, and compared with these targets:
+
+    rising   no number of tokens takes more than 1.03 times as long as any larger one
+    cublas   16-bit and 8-bit activations take at most as long as cuBLAS in 16 bits
+    humming  and at most as long as humming with the same activations
+    fp8      8-bit activations take at most 1.15 times as long as torch._scaled_mm, whose input is quantised, from 64
+             tokens and 50 million weights on
+
+Every shape has an equal share of the time. Its numbers of tokens come in an order that leaves an even grid wherever it
+is cut off, and cells that miss a target are timed again in what is left of the share: the lesser time counts. What was
+measured is printed, then the misses, worst first. Half of the shapes were never swept (bench/sweep.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from tersor.bench import contenders, report, timing
+from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL, Contender, Schedule, UnfitError
+from tersor.bench.shapes import Shape, resolve
+from tersor.cli.bench import activations, numbers, schemes
+from tersor.errors import TersorError
+
+KNOWN = ("10240x8192", "8192x8192", "57344x8192", "8192x28672", "6144x4096", "4096x4096", "28672x4096", "4096x14336")
+"""Of the README's table of measured times."""
+NEW = (
+    *("7168x7168", "12288x4096", "4096x11008", "4608x9216", "3072x8192", "16384x3072", "2048x16384", "1536x12288"),
+    *("18432x7168", "25600x5120"),
+)
+GRID, FURTHEST = 512, 4096
+AGAIN = 0.8
+"""Of a shape's share of the time, what the first times may take."""
+LEAST_WEIGHTS = 16_000_000
+
+Times: TypeAlias = dict[tuple[Shape, int], dict[str, float]]
+"""(weight, tokens) -> kernel -> microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How one cell stands to a target.
+
+    Attributes:
+        target: `rising`, `cublas`, `humming` or `fp8`.
+        shape, n, kernel: whose time.
+        against: the larger number of tokens for `rising`, else the rival.
+        ratio, limit: of the times, and what it may be.
+    """
+
+    target: str
+    shape: Shape
+    n: int
+    kernel: str
+    against: str
+    ratio: float
+    limit: float
+
+    @property
+    def excess(self) -> float:
+        """By how many times the limit is missed; up to 1 it is kept."""
+        return self.ratio / self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.target:8} {self.ratio:5.2f} (may be {self.limit:.2f})  {self.shape} N={self.n} "
+            f"{self.kernel} against {self.against}"
+        )
+
+
+def refined(step: int, more: int, seed: int = 0) -> list[int]:
+    """Return the multiples of `step` up to GRID and `more` random numbers up to FURTHEST, the coarsest grid first."""
+    grid = sorted(range(step, GRID + 1, step), key=lambda n: (-(n & -n), n))
+    drawn = random.Random(seed).sample(range(1, FURTHEST + 1), more)
+    places = [((i + 0.5) / len(numbers), n) for numbers in (grid, drawn) for i, n in enumerate(numbers)]
+    return list(dict.fromkeys(n for _, n in sorted(places)))
+
+
+def ratios(times: Times) -> list[Ratio]:
+    """Return how every cell of Tersor stands to every target that it was measured for."""
+    found = []
+    by_kernel: dict[tuple[Shape, str], dict[int, float]] = defaultdict(dict)
+    for (shape, n), of_cell in times.items():
+        for kernel, microseconds in of_cell.items():
+            if kernel in (CUBLAS, FP8) or kernel.startswith(HUMMING) or shape.oc * shape.ic < LEAST_WEIGHTS:
+                continue
+            by_kernel[shape, kernel][n] = microseconds
+            rivals = [(CUBLAS, CUBLAS, 1.0), (HUMMING, f"{HUMMING} {kernel}", 1.0)]
+            if kernel.endswith(BYTEWISE) and n >= 64 and shape.oc * shape.ic >= 50_000_000:
+                rivals.append((FP8, FP8, 1.15))
+            for target, rival, limit in rivals:
+                if rival in of_cell:
+                    found.append(Ratio(target, shape, n, kernel, rival, microseconds / of_cell[rival], limit))
+    for (shape, kernel), of_n in by_kernel.items():
+        least, place = float("inf"), 0
+        for n in sorted(of_n, reverse=True):
+            if place:
+                found.append(Ratio("rising", shape, n, kernel, f"N={place}", of_n[n] / least, 1.03))
+            if of_n[n] < least:
+                least, place = of_n[n], n
+    return found
+
+
+def missed(found: Iterable[Ratio]) -> list[Ratio]:
+    """Return those that miss their target, the worst first."""
+    return sorted((one for one in found if one.excess > 1), key=lambda one: -one.excess)
+
+
+def concerned(misses: Iterable[Ratio]) -> list[int]:
+    """Return the numbers of tokens whose times make these misses, each once."""
+    counts: list[int] = []
+    for one in misses:
+        counts += [one.n] + ([int(one.against.removeprefix("N="))] if one.target == "rising" else [])
+    return list(dict.fromkeys(counts))
+
+
+def measure(
+    shape: Shape,
+    tokens: Sequence[int],
+    rivals: Sequence[Contender],
+    microseconds: Callable[[contenders.Calls], float],
+    spent: Callable[[], float],
+    say: Callable[[str], None] = print,
+) -> Times:
+    """Time one shape: all contenders at each number of tokens, then once more where a target is missed.
+
+    Args:
+        shape: the weight.
+        tokens: numbers of tokens, the most wanted first.
+        rivals: who is timed, Tersor among them.
+        microseconds: times a graph of calls.
+        spent: the share of the time of this shape that is over: at `AGAIN` no new number is begun, at 1 none at all.
+        say: told who does not take the shape or a number of tokens.
+    """
+    built: dict[str, Schedule] = {}
+    for one in rivals:
+        try:
+            built[one.name] = one.build(shape.oc, shape.ic)
+        except UnfitError as error:
+            say(f"{shape}: {one.name} is not timed: {error}")
+    times: Times = {}
+
+    def cell(n: int) -> None:
+        of_cell = times.setdefault((shape, n), {})
+        chains = {one.name: one.chains[0] for one in rivals}
+        for name, schedule in list(built.items()):
+            try:
+                took = microseconds(schedule(n, chains[name]))
+            except UnfitError as error:
+                say(f"{shape} N={n}: {name} is not timed: {error}")
+                continue
+            of_cell[name] = min(took, of_cell.get(name, took))
+
+    if tokens:
+        cell(tokens[0])  # clocks fell while weights were made
+        times.clear()
+    for n in tokens:
+        if spent() >= AGAIN:
+            break
+        cell(n)
+    for n in concerned(missed(ratios(times))):
+        if spent() >= 1:
+            break
+        cell(n)
+    return times
+
+
+def summary(times: Times, wanted: Mapping[Shape, Sequence[int]]) -> str:
+    """Return what was measured, how every target fares, and the misses."""
+    lines = []
+    for shape, tokens in wanted.items():
+        done = sorted(n for at, n in times if at == shape)
+        some = f": {','.join(map(str, done))}" if 0 < len(done) < len(tokens) else ""
+        lines.append(f"{shape}: {len(done)} of {len(tokens)} numbers of tokens measured{some}")
+    found = ratios(times)
+    for target in ("rising", CUBLAS, HUMMING, FP8):
+        for kernel in dict.fromkeys(one.kernel for one in found):
+            own = [one for one in found if (one.target, one.kernel) == (target, kernel)]
+            if own:
+                mean = statistics.geometric_mean(one.ratio for one in own)
+                lines.append(
+                    f"{target:8} {kernel}: {len(missed(own))} of {len(own)} cells miss {own[0].limit:.2f}; "
+                    f"ratio {mean:.3f} on average, worst {max(one.ratio for one in own):.2f}"
+                )
+    return "\n".join([*lines, *map(str, missed(found))])
+
+
+def result(times: Times) -> dict[str, Any]:
+    """Return what is written as JSON."""
+    rows = [
+        {"oc": shape.oc, "ic": shape.ic, "n": n, "kernel": kernel, "microseconds": round(microseconds, 2)}
+        for (shape, n), of_cell in times.items()
+        for kernel, microseconds in of_cell.items()
+    ]
+    misses = [{"target": one.target, "cell": str(one), "ratio": round(one.ratio, 3)} for one in missed(ratios(times))]
+    return {"kind": "tersor token counts", "environment": report.environment(), "rows": rows, "misses": misses}
+
+
+def main() -> None:
+    """Time the shapes, print how the targets fare, write the times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=[*NEW, *KNOWN], help="models or OCxIC")
+    parser.add_argument("--seconds", type=float, required=True, help="for all shapes together")
+    parser.add_argument("--step", type=int, default=8, help=f"of the numbers up to {GRID}; default: 8")
+    parser.add_argument("--random", type=int, default=40, help=f"numbers up to {FURTHEST}; default: 40")
+    parser.add_argument("--n", help="these numbers of tokens instead")
+    parser.add_argument("--format", default="fp6_e3m2", help="default: fp6_e3m2")
+    parser.add_argument("--activations", default="16bit,fp8", help="16bit, fp8, or both; default: both")
+    parser.add_argument("--against", help="cublas, fp8, humming or none; default: all that are installed")
+    parser.add_argument("--output", type=Path, help="JSON file of the times", metavar="FILE.json")
+    arguments = parser.parse_intermixed_args()
+    try:
+        shapes = resolve(arguments.shapes)
+        formats, kinds = schemes([arguments.format], shapes), activations(arguments.activations)
+        against = contenders.parse_rivals(arguments.against)
+        tokens = numbers("--n", arguments.n) if arguments.n else refined(arguments.step, arguments.random)
+    except TersorError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("timing needs a CUDA device")
+    rivals = contenders.contenders(formats, torch.float16, (PDL,), against, kinds)
+    start, times = time.monotonic(), Times()
+    for index, shape in enumerate(shapes):
+        began = time.monotonic()
+        share = (arguments.seconds - (began - start)) / (len(shapes) - index)
+        times |= measure(
+            shape,
+            tokens,
+            rivals,
+            timing.graph_microseconds,
+            lambda began=began, share=share: (time.monotonic() - began) / max(share, 1e-9),  # type: ignore[misc]
+        )
+        torch.cuda.empty_cache()
+        if arguments.output:
+            report.write(arguments.output, report.text(result(times)))
+    print(summary(times, dict.fromkeys(shapes, tokens)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+// What the multiplying warpgroups do with one item, for any kernel on the rings of sm90_pipeline.cuh: products, sums of
+// warpgroups and of splits, scales and the rounded result. The parameters are those of sm90_linear.cuh.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "dense/sm90_finish.cuh"
+#include "dense/sm90_multiply.cuh"
+#include "dense/sm90_pipeline.cuh"
+
+namespace linear {
+
+// What an item reads beside weights and activations, of the matrix that it is of, and where its results go.
+struct Operands {
+    const float* row_scales;  // by rows, where there is one scale a row
+    const u16* bias;          // [oc] or null
+    const float* x_scale;     // [n] for 8-bit activations, else null
+    const u16* residual;      // as y, added to it, or null
+    u16* y;                   // [n, oc], or half as many channels where gated
+    float* partial;           // sums of split items
+    u32* arrived;             // a counter for each split tile
+    float factor;             // the power of two that the decoded weights still lack
+};
+
+// Where the CTA's shared memory is.
+struct Shared {
+    char* slots;
+    float* token_scales;  // [kTokens] for 8-bit activations
+    u32 base;             // address of the slots
+    u32 room_barrier, gather_barrier;
+};
+
+// `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
+template <typename Work>
+__device__ __forceinline__ void run_item(
+    const Work& work, const Item& item, int rank, const WeightRing& weights, const XRing& xs, const Shared& shared,
+    const Operands& of, u32 use, bool gathered) {
+    float sums[kSums];
+    char* slots = shared.slots;
+    const int count = item.last_block - item.first_block;
+    RowTerms terms(work.oc, item, of.row_scales, of.factor);
+    bool holds_all = true;
+    if constexpr (kFp8 && kGroups > 0) {
+        multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
+    } else if constexpr (kFp8) {
+        multiply_bytes(sums, weights, xs, slots, use, count);
+    } else if constexpr (kFew) {
+        float turns[kRowGroups][kSums];
+        multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc);
+        holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
+    } else {
+        const int row = terms.first_row + threadIdx.x % 32 / 4;
+        multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(of.row_scales, row, work.oc));
+    }
+    const TileScales of_tokens(shared.token_scales, of.x_scale, item);
+    if (holds_all && gathered) {
+        holds_all = gather_splits(sums, item, shared.base, slots, shared.room_barrier, shared.gather_barrier);
+    } else if (holds_all && item.parts > 1) {
+        holds_all = add_splits(sums, work, item, rank, of.partial, of.arrived);
+    }
+    if (!holds_all) return;
+    terms.add_bias(of.bias);
+    of_tokens.share();
+    if constexpr (kMany) {
+        store_many(sums, item, terms, of_tokens, of.residual, of.y, slots + kExchangeAt);
+    } else {
+        store_few(sums, item, terms, of_tokens, of.residual, of.y);
+    }
+}
+
+}  // namespace linear

@@ -1,0 +1,77 @@
+// What a launch of sm90_experts.cuh asks for: every expert's matrix with the tokens that were routed to it. How many
+// those are only the device knows; the tables that say it are made by route.cuh.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/tile.cuh"
+#include "dense/sm90_pipeline.cuh"
+
+namespace linear {
+
+// Pairs of a token and an expert stand sorted by the expert. Those of one expert are a segment, which is cut into blocks
+// of kTokens; blocks are numbered through all segments. Entry 0 of the table holds the number of blocks, entry 1 + b of
+// each block: its expert, the first block of the segment, and where the segment starts and ends. With N_TILE 8:
+//
+//     pairs of expert 2:   0 ... 10      block 0: 2, 0,  0, 11      block 1: 2, 0, 0, 11
+//     pairs of expert 5:  11 ... 13      block 2: 5, 2, 11, 14
+struct Work {
+    int oc, ic;        // of one expert
+    const int4* table;
+    int whole_tiles, splits;
+    u32 row_tiles, tiles;
+    u32 first_entry;   // of the table, and what it says: that of this CTA's first item, unless that is of a split tile
+    int4 first;
+
+    __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
+    __device__ __forceinline__ int items() const { return whole_tiles + (tiles - whole_tiles) * splits; }
+
+    // Before the tables are there.
+    __device__ __forceinline__ Work(int oc, int ic, const int4* table, int most_blocks)
+        : oc(oc), ic(ic), table(table), splits(1), row_tiles((oc + kRows - 1) / kRows) {
+        first_entry = min(blockIdx.x / row_tiles, static_cast<u32>(most_blocks - 1));
+    }
+
+    // Reads how many tiles there are, and settles how those beyond whole waves of CTAs are split: so that the last wave
+    // is short, where an exchange of sums costs less than that gains.
+    __device__ __forceinline__ void read(u32 most_splits) {
+        const int count = __ldcg(reinterpret_cast<const int*>(table));
+        first = __ldcg(table + 1 + first_entry);  // not after the count, but beside it
+        tiles = row_tiles * static_cast<u32>(count);
+        whole_tiles = tiles;
+        const u32 slots = gridDim.x, rest = tiles % slots;
+        if (rest == 0 || most_splits < 2) return;
+        const float across = static_cast<float>(rest) / slots, length = blocks();
+        float least = length;
+#pragma unroll 1
+        for (u32 parts = 2; parts <= most_splits; ++parts) {
+            const float waves = ceilf(parts * across - 1e-3f);
+            const float time = waves * ceilf(length / parts) + kExchangeBlocks + parts * kPartBlocks;
+            if (time < least) {
+                least = time;
+                splits = parts;
+            }
+        }
+        if (splits > 1) whole_tiles = tiles - rest;
+    }
+
+    __device__ __forceinline__ Item item(u32 index, int) const {
+        Item item;
+        item.take(index, whole_tiles, splits, blocks());
+        const u32 tile = item.tile;
+        const u32 at_entry = tile / row_tiles;
+        const int4 entry = at_entry == first_entry ? first : __ldcg(table + 1 + at_entry);
+        const int start = entry.z, end = entry.w;
+        const TileAt at(tile - entry.y * row_tiles, row_tiles, (end - start + kTokens - 1) / kTokens);
+        item.first_row = at.row_tile * kRows;
+        item.first_token = start + at.token_tile * kTokens;
+        item.end_token = min(end, item.first_token + kTokens);
+        item.matrix = entry.x;
+        return item;
+    }
+
+private:
+    // What an exchange of split sums takes, and each part of it, in the time of a block.
+    static constexpr float kExchangeBlocks = 3.0f, kPartBlocks = 0.5f;
+};
+
+}  // namespace linear

@@ -1,0 +1,187 @@
+"""The experts' family: sm90_experts.cuh, the product of all experts of a layer, and gather.cuh, which may go before it.
+
+As in `kernels.dense` a kernel's source, its launch prepared for a problem, then the launch; routing tables and the sum
+over a token's experts are those of `kernels.routing`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from tersor.formats import Activations
+from tersor.hardware import Chip
+from tersor.kernels.jit import Function, KernelSource, tensor_map
+from tersor.kernels.tune import experts as tune
+from tersor.layouts import decode_groups
+from tersor.layouts.packing import Packing
+
+_GATHER_THREADS = 256
+
+
+@functools.cache
+def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int, tables_ready: bool) -> KernelSource:
+    """Return the kernel for one packing, dtype of the result and configuration.
+
+    Args:
+        packing: of the weights, for the configuration's activations.
+        result: dtype of the result, `float16` or `bfloat16`.
+        config: how the kernel runs.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+        tables_ready: whether the routing tables were there before the kernel ahead started.
+
+    Raises:
+        ValueError: the packing is for other activations than the tile.
+    """
+    tile, slots = config.tile, config.slots
+    if tile.e4m3 != (packing.target == decode_groups.FP8):
+        raise ValueError(f"weights packed for {packing.target} activations do not meet those of {tile}")
+    dtypes = f"{packing.target}_{result}" if tile.e4m3 else result
+    return KernelSource(
+        name=(
+            f"tersor_experts_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
+            f"_k{tile.channel_groups}r{tile.resident}_g{gate}"
+        ),
+        header="experts/sm90_experts.cuh",
+        parameters={
+            **packing.macros(),
+            "BF16": result == "bfloat16",
+            "FP8": tile.e4m3,
+            "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
+            "N_TILE": tile.tokens,
+            "ROW_GROUPS": tile.row_groups,
+            "K_GROUPS": tile.channel_groups,
+            "CLUSTER": 1,
+            "GATHERS": 1,
+            "GATHER_ROOM": 0,
+            "RESIDENT": tile.resident,
+            "WEIGHT_SLOTS": slots.weights,
+            "X_SLOTS": slots.x,
+            "SHARED_BYTES": config.shared_bytes,
+            "FEW_TOKENS": tile.tokens if tile.few and config.few_tokens else 0,
+            "EPILOGUE": gate,
+            "GATHERS_TOKENS": config.gathers and gate > 0,
+            "TABLES_READY": tables_ready,
+        },
+        arguments="TPPPPPPPPPiiiiiif",
+    )
+
+
+@functools.cache
+def gather_source() -> KernelSource:
+    """Return the kernel that puts activations into the order of the pairs."""
+    return KernelSource(name="tersor_gather", header="experts/gather.cuh", parameters={}, arguments="PPPqqii")
+
+
+ExpertsLaunch: TypeAlias = Callable[..., None]
+"""Launches the product on one prepared problem; takes keywords alone, those of `launch` in `prepare`."""
+
+
+def prepare(
+    function: Function,
+    config: tune.ExpertsConfig,
+    *,
+    bf16: bool,
+    oc: int,
+    ic: int,
+    tokens: int,
+    top_k: int,
+    gathers: bool,
+    most_blocks: int,
+    factor: float,
+) -> ExpertsLaunch:
+    """Return what launches the product of all experts, [E, oc, ic], on one problem.
+
+    Args:
+        function: the loaded kernel.
+        config: how it runs.
+        bf16: whether 16-bit activations and results are bfloat16.
+        oc, ic: rows and input channels of an expert.
+        tokens, top_k: T and K.
+        gathers: whether activations are those of tokens, [T, ic], and not of pairs in their order, [T * K, ic].
+        most_blocks: as many as the routing tables have room for.
+        factor: what decoded sums are multiplied by, beside the scales.
+    """
+    tile, pairs = config.tile, tokens * top_k
+    grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
+    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    element = element if config.tile.activations is Activations.NATIVE else tensor_map.BYTE
+    rows = tokens if gathers else pairs
+    box = 1 if gathers else min(pairs, tile.tokens)
+    run, most_splits, maps_rows = function.launch, config.most_splits, tensor_map.rows
+
+    def launch(
+        *,
+        stream: int,
+        weight: int,
+        scale: int,
+        bias: int,
+        x: int,
+        x_stride: int,
+        x_scale: int,
+        order: int,
+        blocks: int,
+        y: int,
+        partial: int,
+        arrived: int,
+        early: bool,
+    ) -> None:
+        """Launch; what is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            weight, scale: addresses of packed codes and scales of all experts.
+            bias: address of [E, oc] in the dtype of the result.
+            x, x_stride: address of the activations, and elements from one row to the next.
+            x_scale: address of the float32 scales of quantised activations, one a pair.
+            order, blocks: addresses of the routing tables.
+            y: address of [pairs, outputs] in the dtype of the result.
+            partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
+            early: whether the launch may start before the kernel ahead has ended: not where that one wrote weights.
+        """
+        # fmt: off
+        arguments = (
+            maps_rows(x, rows, ic, x_stride, element, box),
+            weight, scale, bias, x_scale, order, blocks, y, partial, arrived,
+            oc, ic, top_k, box, most_blocks, most_splits, factor,
+        )
+        # fmt: on
+        run(grid, block, shared, stream, arguments, early, None)
+
+    return launch
+
+
+GatherLaunch: TypeAlias = Callable[..., None]
+"""Launches the gathering of activations on one prepared problem: `launch` in `prepare_gather`."""
+
+
+def prepare_gather(function: Function, *, pairs: int, ic: int, top_k: int) -> GatherLaunch:
+    """Return what launches the gathering of activations: y[p] = x[order[p] / top_k], rows of whole 16 bytes."""
+    grid, block, run = (pairs, 1, 1), (_GATHER_THREADS, 1, 1), function.launch
+    stride = -(-ic // 8) * 8
+
+    def launch(*, stream: int, x: int, x_stride: int, order: int, y: int) -> None:
+        """Launch.
+
+        Args:
+            stream: handle of the stream.
+            x, x_stride: address of 16-bit activations [T, ic], and elements from one token to the next.
+            order: address of the pair at each place.
+            y: address of [pairs, ic rounded up to 8].
+        """
+        run(grid, block, 0, stream, (x, order, y, x_stride, stride, ic, top_k), True)
+
+    return launch
+
+
+def sources(packing: Packing, result: str, chip: Chip, gate: int) -> Iterator[KernelSource]:
+    """Yield every kernel that experts with weights of a packing can ask for on a chip, in its usual mode."""
+    if chip.capability != (9, 0):
+        return
+    activations = Activations.E4M3 if packing.target == decode_groups.FP8 else Activations.NATIVE
+    problem = tune.ExpertsProblem.of(packing, (1, 128, 128), 1, 1, activations)
+    for tile in tune.tiles(problem):
+        chosen = tune.config(problem, tile, chip)
+        yield source(packing, result, chosen, gate, False)
+        yield source(packing, result, chosen, 0, activations is Activations.NATIVE)

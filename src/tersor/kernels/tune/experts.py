@@ -1,0 +1,197 @@
+"""Which tile for the experts of a layer? How many tokens each gets only the device knows: so by what is expected."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from tersor.formats import Activations
+from tersor.hardware import Chip
+from tersor.kernels.tune import cost, sm90
+from tersor.kernels.tune.tile import Slots, Tile
+from tersor.layouts.blocks import BLOCK_IC
+from tersor.layouts.packing import Packing
+
+GATHERED_TOKENS = 16
+"""Up to so many tokens in a tile the kernel fetches those of each expert by itself; for more they are put in order
+first."""
+_MOST_SPLITS = 4
+_WIDE = 64
+"""Tiles of more tokens are split in two at the most, since their sums are many."""
+_ACHIEVED = 0.9
+"""Of the datasheet's bandwidth."""
+_LONG = 256
+"""Beyond so many tokens an expert, blocks are counted by the mean alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsProblem:
+    """The product of the experts of a layer with the tokens routed to them: y[P, OC] = x @ W_e^T.
+
+    Attributes:
+        experts, oc, ic: sizes of the weight.
+        tokens, top_k: T, and how many experts each token has.
+        bits: width of a code.
+        scale_groups, scale_bytes: as in `LinearProblem`.
+        activations: what the weight is multiplied with.
+        batch_invariant: whether a token's result must not depend on the others.
+    """
+
+    experts: int
+    oc: int
+    ic: int
+    tokens: int
+    top_k: int
+    bits: int
+    scale_groups: int = 0
+    scale_bytes: int = 0
+    activations: Activations = Activations.NATIVE
+    batch_invariant: bool = False
+
+    @staticmethod
+    def of(
+        packing: Packing,
+        shape: tuple[int, int, int],
+        tokens: int,
+        top_k: int,
+        activations: Activations = Activations.NATIVE,
+        batch_invariant: bool = False,
+    ) -> ExpertsProblem:
+        """Return the problem that tokens make with weights of a packing and a shape, (E, OC, IC)."""
+        return ExpertsProblem(
+            experts=shape[0],
+            oc=shape[1],
+            ic=shape[2],
+            tokens=tokens,
+            top_k=top_k,
+            bits=packing.scheme.format.bits,
+            scale_groups=packing.scales_in_block,
+            scale_bytes=packing.scale_row_bytes,
+            activations=activations,
+            batch_invariant=batch_invariant,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """How the kernel runs a problem.
+
+    Attributes:
+        tile: the compiled shape.
+        slots: how its shared memory is dealt out.
+        shared_bytes: dynamic shared memory of a CTA.
+        ctas: CTAs launched, as many as fit on the chip: what they do is settled there.
+        most_splits: parts into which the input channels of a tile of the last wave may be cut.
+        few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
+    """
+
+    tile: Tile
+    slots: Slots
+    shared_bytes: int
+    ctas: int
+    most_splits: int
+    few_tokens: int
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the kernel fetches the tokens of each expert by itself."""
+        return self.tile.few and self.few_tokens > 0 and self.tile.tokens <= GATHERED_TOKENS
+
+    @property
+    def counters(self) -> int:
+        """Tiles that may be split: those of less than a wave."""
+        return self.ctas if self.most_splits > 1 else 0
+
+    @property
+    def floats(self) -> int:
+        """Float32 sums that splits exchange."""
+        return self.counters * self.most_splits * self.tile.rows * self.tile.tokens
+
+
+def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
+    """Return the configuration of one tile shape."""
+    slots = tile.slots(problem.bits, problem.scale_bytes, chip)._replace(gather_room=0)
+    rings = slots.weights * tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + slots.x * tile.x_slot_bytes
+    blocks = -(-problem.ic // BLOCK_IC)
+    unused = tile.exchange_bytes if problem.batch_invariant and tile.few else 0  # wgmma hands no sums over
+    return ExpertsConfig(
+        tile=tile,
+        slots=slots,
+        shared_bytes=rings + tile.exchange_bytes - unused,
+        ctas=chip.sms * tile.resident,
+        most_splits=1 if problem.batch_invariant else min(2 if tile.tokens > _WIDE else _MOST_SPLITS, blocks),
+        few_tokens=0 if problem.batch_invariant else tile.tokens,
+    )
+
+
+def tiles(problem: ExpertsProblem) -> tuple[Tile, ...]:
+    """Return the tile shapes that can run a problem."""
+    available = sm90.tiles(problem.scale_groups, problem.activations)
+    if problem.batch_invariant:
+        return tuple(tile for tile in available if tile.channel_groups == 1 and not tile.fast_sums and _alone(tile))
+    return tuple(tile for tile in available if _alone(tile))
+
+
+def _alone(tile: Tile) -> bool:
+    """Whether a tile's CTAs share nothing: which of them would be a cluster is not known before the tokens are."""
+    return tile.cluster == 1
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[ExpertsConfig, ExpertsConfig]:
+    """Return the configurations of two products of the same tokens, which share the routing tables.
+
+    Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time.
+    """
+    best: dict[int, list[Tile]] = {}
+    for problem in (up, down):
+        for width in {tile.tokens for tile in tiles(problem)}:
+            fitting = [tile for tile in tiles(problem) if tile.tokens == width]
+            best.setdefault(width, []).append(min(fitting, key=lambda tile: seconds(problem, tile, chip)))
+    pairs = [pair for pair in best.values() if len(pair) == 2]
+    chosen = min(pairs, key=lambda pair: seconds(up, pair[0], chip) + seconds(down, pair[1], chip))
+    return config(up, chosen[0], chip), config(down, chosen[1], chip)
+
+
+def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip) -> float:
+    """Predict the time of a launch whose tokens go to experts at random, in seconds.
+
+    As `sm90.seconds`, with as many tiles as are expected; those of further tokens of an expert find its weights in L2.
+    """
+    costs = cost.of(chip.name)[tile]
+    hit, blocks_hit = expected_blocks(problem.tokens, problem.top_k / problem.experts, tile.tokens)
+    row_tiles = -(-problem.oc // tile.rows)
+    blocks = -(-problem.ic // BLOCK_IC)
+    weight_bytes = tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
+    slots = chip.sms * tile.resident
+    items = problem.experts * blocks_hit * row_tiles
+    waves = items / slots
+    full = max(1.0, waves)
+    block = tile.resident * costs.block if waves > 0.5 else costs.block + costs.lonely
+    compute = (full + 0.25 * (full > 1)) * blocks * block
+    memory = problem.experts * hit * row_tiles * blocks * weight_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
+    return (costs.start + max(compute, memory) + (full - 1) * costs.item) * 1e-6
+
+
+@functools.lru_cache(maxsize=65536)
+def expected_blocks(tokens: int, share: float, width: int) -> tuple[float, float]:
+    """Return how likely an expert gets a token at all, and how many blocks of `width` tokens it is expected to have.
+
+    Args:
+        tokens: T.
+        share: how likely a token goes to the expert.
+        width: tokens in a block.
+    """
+    if share >= 1:
+        return 1.0, float(-(-tokens // width))
+    none = (1 - share) ** tokens
+    mean = tokens * share
+    if mean > _LONG:
+        return 1 - none, mean / width + 0.5
+    expected, chance = 0.0, none
+    last = min(tokens, math.ceil(mean + 8 * math.sqrt(mean) + 8))
+    for count in range(1, last + 1):
+        chance *= (tokens - count + 1) / count * share / (1 - share)
+        expected += chance * -(-count // width)
+    return 1 - none, expected

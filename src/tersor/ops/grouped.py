@@ -1,0 +1,260 @@
+"""Serve the experts of a layer by kernels: the routed tokens of all experts in one product, then the other, then a sum.
+
+No count of tokens is read by the host and every grid is fixed, so a call can be captured in a CUDA graph and replayed
+with other tokens that go to other experts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tersor import hardware
+from tersor.formats import Activations
+from tersor.kernels.tune import experts as tune
+from tersor.layouts import StackedWeight
+from tersor.layouts.gated import gated_channels
+from tersor.layouts.packing import target_of
+from tersor.ops import current, mode, tensors
+from tersor.ops.dispatch import E4M3_LAYOUT, unsupported_reason
+from tersor.ops.gates import Gate
+from tersor.ops.settled import settled
+from tersor.ops.tables import Tables, most_blocks
+
+if TYPE_CHECKING:
+    from tersor.kernels.dense import QuantizeLaunch
+    from tersor.kernels.experts import ExpertsLaunch, GatherLaunch
+
+_MOST_PREPARED = 512
+_ALIGNED = 8
+"""Elements of 16 bits in the 16 bytes on which the copy engine wants rows to start."""
+
+
+def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> str:
+    """Return why no kernel takes all experts of a call at once, or an empty string."""
+    why = unsupported_reason(gate_up.scheme, x.dtype, x.device) or unsupported_reason(down.scheme, x.dtype, x.device)
+    if why:
+        return why
+    capability = hardware.of_device(x.get_device()).capability
+    if capability != (9, 0):
+        return "the product of all experts at once needs compute capability 9.0, this is {}.{}".format(*capability)
+    wanted = (E4M3_LAYOUT, f"tiles_{target_of(Activations.NATIVE, x.dtype)}")
+    for name, weight in (("gate and up", gate_up), ("down", down)):
+        if weight.layout not in wanted:
+            return f"{name} lie in {weight.layout}, {x.dtype} activations need {wanted[1]}"
+    hidden, inner = gate_up.shape[2], down.shape[2]
+    if hidden % _ALIGNED or inner % _ALIGNED:
+        return f"rows of {hidden} and {inner} channels do not start on 16 bytes"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """One of the two products, ready to be launched."""
+
+    config: tune.ExpertsConfig
+    launch: ExpertsLaunch
+    quantize: QuantizeLaunch | None
+    codes_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """How calls of one kind of experts, dtype, device and number of tokens are served.
+
+    Attributes:
+        block_tokens: tokens of a block of the routing tables.
+        up, down: the products.
+        gather: launches what puts tokens in order; `None` where the first product fetches or quantises them.
+    """
+
+    block_tokens: int
+    up: _Product
+    down: _Product
+    gather: GatherLaunch | None
+
+
+_prepared: OrderedDict[Any, Prepared] = OrderedDict()
+_guard = threading.Lock()
+
+
+def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate) -> Prepared:
+    """Return what serves a call for which there is no `obstacle`, made at its first use."""
+    now = mode.current()
+    key = (
+        *(gate_up.scheme, gate_up.shape, gate_up.layout, down.scheme, down.shape, down.layout),
+        *(x.shape[0], top_k, x.dtype, x.get_device(), gate, now.key),
+    )
+    with _guard:
+        found = _prepared.get(key)
+        if found is not None:
+            _prepared.move_to_end(key)
+            return found
+    made = _make(x, gate_up, down, top_k, gate, now.batch_invariant)
+    with _guard:
+        _prepared[key] = made
+        if len(_prepared) > _MOST_PREPARED:
+            _prepared.popitem(last=False)
+    return made
+
+
+def forget() -> None:
+    """Drop every prepared call."""
+    with _guard:
+        _prepared.clear()
+
+
+def configs(
+    gate_up: StackedWeight, down: StackedWeight, tokens: int, top_k: int, batch_invariant: bool, chip: hardware.Chip
+) -> tuple[tune.ExpertsConfig, tune.ExpertsConfig]:
+    """Choose how both products run: in blocks of as many tokens, of the least predicted time together."""
+    problems = [
+        tune.ExpertsProblem.of(weight.packing, weight.shape, tokens, top_k, activations_of(weight), batch_invariant)
+        for weight in (gate_up, down)
+    ]
+    return tune.choose_pair(problems[0], problems[1], chip)
+
+
+def activations_of(weight: StackedWeight) -> Activations:
+    """Return what weights in a kernel layout are multiplied with."""
+    return Activations.E4M3 if weight.layout == E4M3_LAYOUT else Activations.NATIVE
+
+
+def _make(
+    x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate, batch_invariant: bool
+) -> Prepared:
+    from tersor.kernels import dense, experts, jit
+
+    index, tokens = x.get_device(), x.shape[0]
+    chip, result = hardware.of_device(index), target_of(Activations.NATIVE, x.dtype)
+    assert result is not None
+    pair = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
+    products = []
+    for weight, config, epilogue in ((gate_up, pair[0], int(gate)), (down, pair[1], 0)):
+        oc, ic = weight.matrix
+        native = config.tile.activations is Activations.NATIVE
+        quantize = None
+        if not native:
+            function = jit.get(dense.quantize_source(result), index)
+            quantize = dense.prepare_quantize(function, n=tokens * top_k, ic=ic)
+        ready = not epilogue and native and pair[0].tile.activations is Activations.NATIVE
+        launch = experts.prepare(
+            jit.get(experts.source(weight.packing, result, config, epilogue, ready), index),
+            config,
+            bf16=result == "bfloat16",
+            oc=oc,
+            ic=ic,
+            tokens=tokens,
+            top_k=top_k,
+            gathers=config.gathers and epilogue > 0,
+            most_blocks=most_blocks(tokens * top_k, weight.experts, config.tile.tokens),
+            factor=weight.packing.factor,
+        )
+        products.append(_Product(config, launch, quantize, dense.codes_stride(ic)))
+    up, down_product = products
+    gather = None
+    if up.quantize is None and not up.config.gathers:
+        function = jit.get(experts.gather_source(), index)
+        gather = experts.prepare_gather(function, pairs=tokens * top_k, ic=gate_up.shape[2], top_k=top_k)
+    return Prepared(up.config.tile.tokens, up, down_product, gather)
+
+
+def products(
+    x: torch.Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    tables: Tables,
+    top_k: int,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    chosen: Prepared,
+) -> torch.Tensor:
+    """Run every pair through its expert.
+
+    Args:
+        x: [T, H], on the current device.
+        gate_up, down: as in `ops.experts`, in the layouts that `chosen` was made for.
+        tables: of the pairs, with blocks of `chosen.block_tokens`.
+        top_k: K.
+        gate_up_bias, down_bias: as in `ops.experts`.
+        chosen: what serves such calls.
+
+    Returns:
+        [P, H] in x's dtype: the outputs of the experts in the order of the places; that of a pair without an expert is
+        undefined.
+    """
+    index, pairs, hidden = x.get_device(), x.shape[0] * top_k, gate_up.shape[2]
+    stream = current.stream(index)
+    if x.stride(1) != 1 or x.stride(0) % _ALIGNED or x.stride(0) < hidden or x.data_ptr() % 16:
+        x = tensors.aligned_rows(x, hidden)
+    order, _, blocks = tables.addresses
+    address, stride, x_scale = x.data_ptr(), x.stride(0), 0
+    held = [x]
+    if chosen.up.quantize is not None:
+        address, stride, x_scale = _quantized(chosen.up, stream, address, stride, pairs, held, order, top_k)
+    elif chosen.gather is not None:
+        ordered = current.empty((pairs, hidden), (hidden, 1), x.dtype)
+        chosen.gather(stream=stream, x=address, x_stride=stride, order=order, y=ordered.data_ptr())
+        address, stride = ordered.data_ptr(), hidden
+        held.append(ordered)
+    inner_channels = gated_channels(gate_up.shape[1])
+    inner = current.empty((pairs, inner_channels), (inner_channels, 1), x.dtype)
+    _launch(chosen.up, gate_up, gate_up_bias, stream, index, address, stride, x_scale, order, blocks, inner)
+    address, stride, x_scale = inner.data_ptr(), inner_channels, 0
+    if chosen.down.quantize is not None:
+        address, stride, x_scale = _quantized(chosen.down, stream, address, stride, pairs, held, 0, 1)
+    y = current.empty((pairs, hidden), (hidden, 1), x.dtype)
+    _launch(chosen.down, down, down_bias, stream, index, address, stride, x_scale, order, blocks, y)
+    return y
+
+
+def _quantized(
+    product: _Product, stream: int, x: int, stride: int, pairs: int, held: list[torch.Tensor], order: int, top_k: int
+) -> tuple[int, int, int]:
+    """Launch the quantising of a product's activations; return address, stride and the address of the scales."""
+    assert product.quantize is not None
+    row = product.codes_stride
+    codes = current.empty((pairs, row + 4), (row + 4, 1), torch.uint8)
+    held.append(codes)
+    scale = product.quantize(stream=stream, x=x, x_stride=stride, codes=codes.data_ptr(), order=order, top_k=top_k)
+    return codes.data_ptr(), row, scale
+
+
+def _launch(
+    product: _Product,
+    weight: StackedWeight,
+    bias: torch.Tensor | None,
+    stream: int,
+    index: int,
+    x: int,
+    x_stride: int,
+    x_scale: int,
+    order: int,
+    blocks: int,
+    y: torch.Tensor,
+) -> None:
+    now, config = mode.current(), product.config
+    partial = arrived = 0
+    if config.floats:
+        partial, arrived, _parts = now.workspace.split_sums(index, stream, config.floats, config.counters)
+    if bias is not None:
+        bias = bias.contiguous()
+    product.launch(
+        stream=stream,
+        weight=weight.data.data_ptr(),
+        scale=weight.scale.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        x=x,
+        x_stride=x_stride,
+        x_scale=x_scale,
+        order=order,
+        blocks=blocks,
+        y=y.data_ptr(),
+        partial=partial,
+        arrived=arrived,
+        early=settled(weight.data, weight.scale) and now.early,
+    )

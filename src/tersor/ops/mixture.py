@@ -1,0 +1,295 @@
+"""The experts of a layer: every token through those that its router chose, their outputs weighted and added.
+
+`experts` takes what was chosen, `routed_experts` a router's logits. Both are served by kernels that take all experts at
+once (`ops.grouped`) where there are such, else an expert at a time.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypedDict
+
+import torch
+
+from tersor.errors import ShapeError
+from tersor.formats import Scheme
+from tersor.layouts import StackedWeight
+from tersor.layouts.gated import gated_channels
+from tersor.ops import autocast, current, dense, gradient, grouped, multiply, reference, routing
+from tersor.ops.gates import Gate
+
+_ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+_library = torch.library.Library("tersor", "FRAGMENT")
+_WEIGHT = "Tensor {0}_data, Tensor {0}_scale, Tensor? {0}_zero_point, str {0}_scheme, int[] {0}_shape, str {0}_layout"
+_library.define(
+    f"experts(Tensor x, Tensor index, Tensor weights, {_WEIGHT.format('gate_up')}, {_WEIGHT.format('down')}, "
+    "Tensor? gate_up_bias, Tensor? down_bias, Tensor? addend, int gate) -> Tensor"
+)
+
+
+def experts(
+    x: torch.Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
+    gate: Gate = Gate.SILU,
+) -> torch.Tensor:
+    """Run every token through its experts: y[t] = sum over k of weights[t, k] * D_e(gate(GU_e(x[t]))), e = index[t, k].
+
+    GU_e(x) is x @ W^T + bias of expert e's gate and up, interleaved, D_e that of its down projection. Sums are float32;
+    what passes from one to the other, and kernels' D_e, are rounded to x's dtype. x, weights, biases and addend have
+    gradients.
+
+    Args:
+        x: [T, H], float16, bfloat16, float32 or float64.
+        gate_up: [E, gated_rows(F), H], as `StackedWeight.gate_up` makes it, on x's device, in any layout.
+        down: [E, H, F], likewise.
+        index: [T, K] int32 or int64, the experts of each token; a number that is no expert contributes nothing.
+        weights: [T, K], any float dtype, what the outputs of the experts are multiplied by.
+        gate_up_bias: [E, gated_rows(F)] in x's dtype, interleaved likewise (`layouts.gated.interleave`), or `None`.
+        down_bias: [E, H] in x's dtype, or `None`.
+        addend: [T, H] in x's dtype, such as the output of a shared expert, added before the last rounding, or `None`.
+        gate: how gate and up become one.
+
+    Returns:
+        [T, H] in x's dtype.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
+    """
+    x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
+    _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
+    tensors = [tensor for tensor in (x, weights, gate_up_bias, down_bias, addend) if tensor is not None]
+    if any(gradient.wanted(tensor) for tensor in tensors):
+        return _one_by_one(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
+    if torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors):
+        parts = (*_described(gate_up), *_described(down))
+        return _operator(x, index, weights, *parts, gate_up_bias, down_bias, addend, int(gate))
+    return _serve(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
+
+
+def routed_experts(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    normalize: bool = True,
+    choice_bias: torch.Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
+    gate: Gate = Gate.SILU,
+) -> torch.Tensor:
+    """Run every token through the experts that a router's logits choose: `route`, then `experts`, in as few launches.
+
+    Args:
+        x, gate_up, down, gate_up_bias, down_bias, addend, gate: as in `experts`.
+        logits, top_k, scoring, normalize, groups, top_groups, scale: as in `route`.
+        choice_bias: the `bias` of `route`.
+
+    Returns:
+        [T, H] in x's dtype.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices that do not fit.
+    """
+    x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
+    options = _Choice(scoring=scoring, normalize=normalize, bias=choice_bias)
+    options |= _Choice(groups=groups, top_groups=top_groups, scale=scale)
+    tensors = [tensor for tensor in (x, logits, gate_up_bias, down_bias, addend) if tensor is not None]
+    looked_at = torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors)
+    if looked_at or not x.numel() or not x.is_cuda or grouped.obstacle(x, gate_up, down):
+        index, weights = routing.route(logits, top_k, **options)
+        return experts(
+            *(x, gate_up, down, index, weights),
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            addend=addend,
+            gate=gate,
+        )
+    with _on_device(x):
+        chosen = grouped.prepared(x, gate_up, down, top_k, gate)
+        index, weights, tables = routing.route_tables(logits, top_k, chosen.block_tokens, **options)
+        _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
+        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
+        return routing.combine(y, weights, tables, addend)
+
+
+class _Choice(TypedDict, total=False):
+    """How `route` chooses."""
+
+    scoring: str
+    normalize: bool
+    bias: torch.Tensor | None
+    groups: int
+    top_groups: int
+    scale: float
+
+
+def _cast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return activations, and what is added to them, in the dtype that torch.autocast asks for."""
+    if not autocast.enabled():
+        return (x, *others)
+    dtype = autocast.activation_dtype(x)
+    return (x.to(dtype), *(None if other is None else other.to(dtype) for other in others))
+
+
+def _on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's device the current one."""
+    index = x.get_device()
+    return nullcontext() if current.device() == index else torch.cuda.device(index)
+
+
+def _serve(
+    x: torch.Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    gate: Gate,
+) -> torch.Tensor:
+    """Serve a checked call at which nobody looks."""
+    if not x.is_cuda or not index.numel() or grouped.obstacle(x, gate_up, down):
+        return _one_by_one(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
+    top_k = index.shape[1]
+    with _on_device(x):
+        chosen = grouped.prepared(x, gate_up, down, top_k, gate)
+        tables = routing.tables(index, gate_up.experts, chosen.block_tokens)
+        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
+        return routing.combine(y, weights, tables, addend)
+
+
+def _one_by_one(
+    x: torch.Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    gate: Gate,
+) -> torch.Tensor:
+    """Serve a call an expert at a time, by the operators of single weights: on a CPU this is the definition.
+
+    The host learns which tokens an expert gets, so this cannot be captured in a CUDA graph.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.zeros(*index.shape, x.shape[1], dtype=wide, device=x.device)
+    for expert in range(gate_up.experts):
+        tokens, ranks = (index == expert).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        bias = None if gate_up_bias is None else gate_up_bias[expert]
+        inner = _inner(x[tokens], gate_up, expert, bias, gate)
+        outer = multiply.linear(inner if x.is_cuda else inner.to(wide), down.expert(expert)).to(wide)
+        if down_bias is not None:
+            outer = outer + down_bias[expert].to(wide)
+        pairs = pairs.index_put((tokens, ranks), outer)
+    total = (pairs * weights.to(wide).unsqueeze(-1)).sum(1)
+    return (total if addend is None else total + addend).to(x.dtype)
+
+
+def _inner(x: torch.Tensor, gate_up: StackedWeight, expert: int, bias: torch.Tensor | None, gate: Gate) -> torch.Tensor:
+    """Return gate and up of an expert as one, [N, F] in x's dtype."""
+    weight = gate_up.expert(expert)
+    if gate is Gate.SILU:
+        return multiply.gated_linear(x, weight, bias)
+    if gradient.wanted(x) or x.is_cuda:
+        return gate.of_rows(multiply.linear(x, weight, bias))
+    return reference.linear(x, weight, bias, gated=True, gate=gate)
+
+
+def _check(
+    x: torch.Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
+) -> None:
+    """Raise ShapeError where the tensors of a call do not fit each other."""
+    count, rows, hidden = gate_up.shape
+    inner = gated_channels(rows)
+    if down.shape != (count, hidden, inner):
+        raise ShapeError(
+            f"experts: gate and up are {list(gate_up.shape)}, so down is [{count}, {hidden}, {inner}], and it is "
+            f"{list(down.shape)}"
+        )
+    if x.dim() != 2 or x.shape[1] != hidden or x.dtype not in _ACTIVATION_DTYPES:
+        raise ShapeError(
+            f"experts: x is {list(x.shape)} {x.dtype}, expected [T, {hidden}] of float16, bfloat16, float32 or float64"
+        )
+    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype not in _INDEX_DTYPES:
+        raise ShapeError(f"experts: index is {list(index.shape)} {index.dtype}, expected [{x.shape[0]}, K] of int32")
+    if weights.shape != index.shape or not weights.is_floating_point():
+        raise ShapeError(
+            f"experts: weights are {list(weights.shape)} {weights.dtype}, expected floats {list(index.shape)} as index"
+        )
+    beside = (
+        ("gate_up_bias", gate_up_bias, (count, rows)),
+        ("down_bias", down_bias, (count, hidden)),
+        ("addend", addend, tuple(x.shape)),
+    )
+    for name, tensor, shape in beside:
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != x.dtype):
+            raise ShapeError(
+                f"experts: {name} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {x.dtype}"
+            )
+    for other in (gate_up.data, down.data, index, weights, gate_up_bias, down_bias, addend):
+        if other is not None and other.device != x.device:
+            raise ShapeError(f"experts: x is on {x.device}, a tensor beside it on {other.device}")
+
+
+def _described(
+    weight: StackedWeight,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str, tuple[int, int, int], str]:
+    return weight.data, weight.scale, weight.zero_point, weight.scheme.key(), weight.shape, weight.layout
+
+
+def _weight(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    scheme: str,
+    shape: list[int],
+    layout: str,
+) -> StackedWeight:
+    experts, oc, ic = shape
+    return StackedWeight(Scheme.from_key(scheme), (experts, oc, ic), data, scale, zero_point, layout)
+
+
+def _served(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: object) -> torch.Tensor:
+    gate_up, down = _weight(*rest[:6]), _weight(*rest[6:12])  # type: ignore[arg-type]
+    gate_up_bias, down_bias, addend, gate = rest[12:]
+    _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)  # type: ignore[arg-type]
+    return _serve(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, Gate(gate))  # type: ignore[arg-type]
+
+
+def _shape_only(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: object) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_operator = torch.ops.tersor.experts.default
+for _device in autocast.DEVICES:
+    _library.impl("experts", _served, _device)
+    _library.impl("experts", autocast.ignoring(_operator), f"Autocast{_device}")
+torch.library.register_fake("tersor::experts", _shape_only, lib=_library)

@@ -1,0 +1,100 @@
+"""bench/token_counts.py: which numbers of tokens are timed, and which times miss a target."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tersor.bench.contenders import PDL, Contender, UnfitError
+from tersor.bench.shapes import Shape
+
+SHAPE, LARGE, SMALL = Shape(5120, 5120), Shape(8192, 8192), Shape(2048, 2048)
+
+
+@pytest.fixture(name="counts")
+def counts_script() -> Iterator[ModuleType]:
+    path = Path(__file__).resolve().parents[2] / "bench" / "token_counts.py"
+    spec = importlib.util.spec_from_file_location("token_counts", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["token_counts"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["token_counts"]
+
+
+def test_wherever_a_run_is_cut_off_its_grid_is_even(counts: ModuleType) -> None:
+    order = counts.refined(8, 40)
+    assert set(range(8, 513, 8)) <= set(order)
+    assert len(order) == len(set(order)) and 100 <= len(order) <= 104 and max(order) <= 4096
+    grid = [n for n in order if n <= 512 and n % 8 == 0]
+    for count in (8, 16, 32):
+        some = sorted(n for n in grid[: count + 4] if n % (512 // count) == 0)
+        assert some == list(range(512 // count, 513, 512 // count))
+    assert len({n for n in order[:26] if n not in grid}) >= 8, "random numbers come in between"
+    assert counts.refined(64, 0) == [512, 256, 128, 384, 64, 192, 320, 448]
+
+
+def test_every_target_is_missed_where_it_should_be(counts: ModuleType) -> None:
+    times = {
+        (SHAPE, 64): {"fp6": 10.0, "cublas": 10.0, "humming fp6": 11.0, "fp6:a8": 9.0, "fp8": 5.0},
+        (SHAPE, 72): {"fp6": 9.8, "cublas": 9.0, "humming fp6": 9.9},
+        (SHAPE, 80): {"fp6": 9.6, "cublas": 12.0, "humming fp6": 9.0},
+        (LARGE, 56): {"fp6:a8": 9.0, "fp8": 5.0},
+        (LARGE, 64): {"fp6:a8": 6.0, "fp8": 5.0, "humming fp6:a8": 5.0, "humming fp6": 1.0},
+        (SMALL, 64): {"fp6": 99.0, "cublas": 1.0},
+    }
+    found = [(one.target, one.shape, one.n, one.against) for one in counts.missed(counts.ratios(times))]
+    assert found == [
+        ("rising", LARGE, 56, "N=64"),
+        ("humming", LARGE, 64, "humming fp6:a8"),
+        ("cublas", SHAPE, 72, "cublas"),
+        ("humming", SHAPE, 80, "humming fp6"),
+        ("fp8", LARGE, 64, "fp8"),
+        ("rising", SHAPE, 64, "N=80"),
+    ]
+    lines = counts.summary(times, {SHAPE: (64, 72, 80, 88), SMALL: (64,)}).splitlines()
+    assert lines[:2] == [
+        "5120x5120: 3 of 4 numbers of tokens measured: 64,72,80",
+        "2048x2048: 1 of 1 numbers of tokens measured",
+    ]
+    assert "cublas   fp6: 1 of 3 cells miss 1.00; ratio 0.955 on average, worst 1.09" in lines
+    assert lines[-6].startswith("rising    1.50 (may be 1.03)  8192x8192 N=56 fp6:a8 against N=64")
+    assert [row["n"] for row in counts.result(times)["rows"][:5]] == [64] * 5
+
+
+def test_a_shape_is_measured_within_its_share_and_misses_again(counts: ModuleType) -> None:
+    timed: list[tuple[str, int]] = []
+    said: list[str] = []
+
+    def contender(name: str) -> Contender:
+        def build(oc: int, ic: int) -> object:
+            if name == "humming fp6":
+                raise UnfitError("not for this shape")
+            return lambda n, chain: [(name, n)]
+
+        return Contender(name=name, chains=(PDL,), weight_bytes=lambda oc, ic: 1, build=build)  # type: ignore[arg-type]
+
+    def microseconds(calls: list[tuple[str, int]]) -> float:
+        (job,) = calls
+        timed.append(job)
+        if job == ("fp6", 16):
+            return 20.0 - timed.count(job)  # slower than cuBLAS, and less so the second time
+        if job == ("cublas", 24):
+            raise UnfitError("no such product")
+        return {"fp6": 5.0, "cublas": 10.0}[job[0]] + job[1] / 100
+
+    rivals = [contender(name) for name in ("fp6", "cublas", "humming fp6")]
+    found = counts.measure(SHAPE, [8, 16, 24], rivals, microseconds, lambda: 0.0, said.append)
+    assert found[SHAPE, 16] == {"fp6": 18.0, "cublas": 10.16}
+    assert found[SHAPE, 24] == {"fp6": 5.24}
+    assert [n for name, n in timed if name == "fp6"] == [8, 8, 16, 24, 16, 24]
+    assert said[0] == "5120x5120: humming fp6 is not timed: not for this shape"
+    assert said[1] == "5120x5120 N=24: cublas is not timed: no such product"
+    spent = iter([0.1, 0.85, 1.0])
+    assert set(counts.measure(SHAPE, [16, 8], rivals, microseconds, lambda: next(spent), said.append)) == {(SHAPE, 16)}
