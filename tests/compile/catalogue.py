@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import dense
+from tersor.kernels import dense, routing
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
@@ -248,7 +248,8 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
         found += [dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
-    return list(dict.fromkeys((*found, *_dequantizing()[first::turn], *_epilogues()[first::turn])))
+    around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
+    return list(dict.fromkeys((*found, *around)))
 
 
 def _dequantizing() -> list[KernelSource]:
@@ -256,6 +257,26 @@ def _dequantizing() -> list[KernelSource]:
     sizes = itertools.cycle(GROUP_SIZES)
     schemes = ((Scheme(get(name), next(sizes)), dtype) for name in names() for dtype in decode_groups.PAIR_TARGETS)
     return [dense.dequantize_source(Packing.of(*pair)) for pair in schemes if not unsupported_reason(*pair)]
+
+
+def _routing() -> list[KernelSource]:
+    """Return kernels around products of experts: the most registers, every kind of score and choice, every dtype."""
+    most = {"experts": routing.MOST_EXPERTS, "top_k": routing.MOST_TOP_K}
+    deepseek = {"experts": 256, "top_k": 8, "groups": 8, "top_groups": 4}
+    choices = [
+        (routing.Choice(**most, biased=True), "float32"),
+        (routing.Choice(**most, biased=True, sigmoid=True, groups=32, top_groups=8), "float32"),
+        (routing.Choice(**most), "bfloat16"),
+        (routing.Choice(**most, normalize=False), "float16"),
+        (routing.Choice(experts=320, top_k=16, sigmoid=True, groups=32, top_groups=8), "float16"),  # 48 registers, once
+        (routing.Choice(**deepseek, sigmoid=True, biased=True), "float32"),
+        (routing.Choice(**deepseek, normalize=False), "float16"),
+        (routing.Choice(experts=128, top_k=8), "bfloat16"),
+        (routing.Choice(experts=1, top_k=1, sigmoid=True, normalize=False), "bfloat16"),
+    ]
+    tables = [routing.tables_source(routing.MOST_EXPERTS, index) for index in ("int32", "int64")]
+    combining = [routing.combine_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
+    return [*(routing.route_source(*one) for one in choices), *tables, *combining]
 
 
 def _epilogues() -> list[KernelSource]:

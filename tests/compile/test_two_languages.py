@@ -13,7 +13,7 @@ import pytest
 
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import dense, tune
+from tersor.kernels import dense, routing, tune
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.tune import sm80, sm90
 from tersor.layouts import decode_groups
@@ -49,7 +49,7 @@ class Launched:
     """Stands for a loaded kernel: keeps what it is launched with."""
 
     def launch(self, grid: Any, block: Any, *rest: Any) -> None:
-        self.grid, self.block = grid, block
+        self.grid, self.block, self.shared = grid, block, rest[0]
 
 
 def sm90_sources(scheme: Scheme, chip_name: str = "H200") -> dict[sm90.Tile, KernelSource]:
@@ -153,3 +153,41 @@ def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
     check(
         source.header, source, {"epilogue::kThreads": launched.block[0], "1024 / epilogue::kThreads": launched.grid[0]}
     )
+
+
+def routed(experts: int, tokens: int) -> Launched:
+    """How `tokens` tokens of which each gets one of so many experts are routed."""
+    launched, choice = Launched(), routing.Choice(experts=experts, top_k=1)
+    places = ("logits", "bias", "index", "weights", "order", "position", "blocks", "arrived")
+    launch = routing.prepare_route(launched, choice, tokens=tokens, block_tokens=8, scale=1.0)  # type: ignore[arg-type]
+    launch(stream=0, stride=experts, early=False, **dict.fromkeys(places, 0))
+    return launched
+
+
+def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_do() -> None:
+    for experts in (256, routing.MOST_EXPERTS):
+        source = routing.route_source(routing.Choice(experts=experts, top_k=1), "float32")
+        many = routed(experts, 10000).block[0]
+        check(source.header, source, {"route::kMostThreads": many, f"route::kMostThreads > {experts}": True})
+    few, pairs = routing.FEW_TOKENS, routing.WARP_PAIRS
+    assert [routed(256, n).grid[0] for n in (few, few + 1)] == [1, 3]
+    assert [routed(256, n).shared > 0 for n in (pairs, pairs + 1)] == [False, True]
+    facts = {"route::kFewTokens": few, "tables::kWarpPairs": pairs}
+    inputs = ("kFloat16", "kBfloat16", "kFloat32", "kInt32", "kInt64")
+    facts |= {f"route::{name}": number for name, number in zip(inputs, routing.INPUTS.values(), strict=True)}
+    most = routing.Choice(
+        experts=routing.MOST_EXPERTS, top_k=routing.MOST_TOP_K, groups=routing.MOST_GROUPS, top_groups=2
+    )
+    source = routing.route_source(most, "float32")
+    check(source.header, source, facts)
+
+    launched = Launched()
+    launch = routing.prepare_tables(launched, experts=routing.MOST_EXPERTS, pairs=33, block_tokens=8)  # type: ignore[arg-type]
+    launch(stream=0, index=0, order=0, position=0, blocks=0, early=False)
+    threads = launched.block[0]
+    assert threads > routing.MOST_EXPERTS and launched.shared == threads // 8 * (routing.MOST_EXPERTS + 1)
+    launched, source = Launched(), routing.combine_source("float16")
+    launch = routing.prepare_combine(launched, tokens=3, top_k=2, channels=4096, aligned=True)  # type: ignore[arg-type]
+    launch(stream=0, y=0, weights=0, position=0, blocks=0, addend=0, out=0, early=False)
+    facts = {"combine::kThreads": launched.block[0], "4096 / combine::kThreads / combine::kChannels": launched.grid[1]}
+    check(source.header, source, facts)

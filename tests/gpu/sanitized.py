@@ -11,7 +11,7 @@ from tersor.kernels import dense
 from tersor.kernels.tune import sm80, sm90
 from tersor.layouts import PackedWeight
 from tersor.layouts.packing import scales_in_block
-from tersor.ops import dispatch
+from tersor.ops import dispatch, routing
 
 
 def main() -> None:
@@ -21,8 +21,18 @@ def main() -> None:
         run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416, fp8=False)
     if chip.capability == (9, 0):
         run(formats.get_scheme("fp6_e3m2"), chip.capability, 200, 416, fp8=True)
+    for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
+        route(tokens)
     torch.cuda.synchronize()
     print("done")
+
+
+def route(tokens: int) -> None:
+    """Choose experts, sort pairs, theirs and those of an index with none among them, and add up."""
+    index, weights, tables = routing.route_tables(torch.randn(tokens, 60, device="cuda"), 6, 8)
+    for found in (tables, routing.tables(index - 5, 60, 8)):
+        for channels in (520, 37):
+            routing.combine(torch.randn(6 * tokens, channels, device="cuda").half(), weights, found)
 
 
 def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *, fp8: bool) -> None:

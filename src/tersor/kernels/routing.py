@@ -24,7 +24,9 @@ FEW_TOKENS = 64
 WARP_PAIRS = 32
 """Pairs up to which one warp sorts."""
 _WARPS = 32
-"""Most warps of a CTA that sorts."""
+"""Most warps of a CTA."""
+_WIDE, _WIDE_WARPS = 256, 20
+"""Of more experts than these a CTA that chooses has at most so many warps."""
 _CHOICE_WARPS = 4
 """Warps of a CTA where no pairs are sorted."""
 _COMBINE_THREADS = 64
@@ -132,15 +134,15 @@ def prepare_route(function: Function, choice: Choice, *, tokens: int, block_toke
         block_tokens: most tokens of a block of one expert; 0 where no pairs are sorted.
         scale: what weights are multiplied by at last.
     """
-    pairs = tokens * choice.top_k
+    pairs, most = tokens * choice.top_k, _WARPS if choice.experts <= _WIDE else _WIDE_WARPS
     if not block_tokens:
         warps = min(tokens, _CHOICE_WARPS)
         ctas, counters = -(-tokens // warps), 0
     elif tokens <= FEW_TOKENS:
-        ctas, warps = 1, max(min(tokens, _WARPS), _sorting_warps(choice.experts, pairs))
+        ctas, warps = 1, max(min(tokens, most), _sorting_warps(choice.experts, pairs))
         counters = 0 if pairs <= WARP_PAIRS else warps * (choice.experts + 1)
     else:
-        ctas, warps, counters = -(-tokens // _WARPS), _WARPS, _WARPS * (choice.experts + 1)
+        ctas, warps, counters = -(-tokens // most), most, most * (choice.experts + 1)
     grid, block, shared, run = (ctas, 1, 1), (32 * warps, 1, 1), 4 * counters, function.launch
 
     def launch(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tersor.ops import autocast, routing_reference, serve_routing
+from tersor.ops import autocast, dense, routing_reference, serve_routing
 from tersor.ops.tables import Tables, elements
 
 _library = torch.library.Library("tersor", "FRAGMENT")
@@ -22,6 +22,8 @@ _library.define("expert_tables(Tensor index, int experts, int block_tokens) -> T
 _library.define(
     "combine_experts(Tensor y, Tensor weights, Tensor tables, int experts, int block_tokens, Tensor? addend) -> Tensor"
 )
+
+_operators = torch.ops.tersor
 
 
 def route(
@@ -60,7 +62,8 @@ def route(
     if _differentiable(logits):
         choice = _checked(logits, bias, top_k, scoring, normalize, groups, top_groups)
         return routing_reference.route(logits, bias, choice, scale)
-    return torch.ops.tersor.route(logits, top_k, scoring, normalize, bias, groups, top_groups, scale)
+    serve = _operators.route if _looked_at(logits, bias) else _route
+    return serve(logits, top_k, scoring, normalize, bias, groups, top_groups, scale)
 
 
 def route_tables(
@@ -96,9 +99,8 @@ def route_tables(
             scale=scale,
         )
         return index, weights, tables(index, logits.shape[1], block_tokens)
-    index, weights, memory = torch.ops.tersor.route_tables(
-        logits, top_k, scoring, normalize, bias, groups, top_groups, scale, block_tokens
-    )
+    serve = _operators.route_tables if _looked_at(logits, bias) else _route_tables
+    index, weights, memory = serve(logits, top_k, scoring, normalize, bias, groups, top_groups, scale, block_tokens)
     return index, weights, Tables(memory, index.numel(), logits.shape[1], block_tokens)
 
 
@@ -113,7 +115,8 @@ def tables(index: torch.Tensor, experts: int, block_tokens: int) -> Tables:
     Raises:
         ShapeError: shapes, dtypes or numbers that do not fit.
     """
-    memory = torch.ops.tersor.expert_tables(index, experts, block_tokens)
+    serve = _operators.expert_tables if _looked_at(index) else _expert_tables
+    memory = serve(index, experts, block_tokens)
     return Tables(memory, index.numel(), experts, block_tokens)
 
 
@@ -138,8 +141,14 @@ def combine(
     if any(one is not None and _differentiable(one) for one in (y, weights, addend)):
         serve_routing.check_combine(y, weights, sorted_by.memory, addend)
         return routing_reference.combine(y, weights, sorted_by, addend)
-    return torch.ops.tersor.combine_experts(
-        y, weights, sorted_by.memory, sorted_by.experts, sorted_by.block_tokens, addend
+    serve = _operators.combine_experts if _looked_at(y, weights, sorted_by.memory, addend) else _combine_experts
+    return serve(y, weights, sorted_by.memory, sorted_by.experts, sorted_by.block_tokens, addend)
+
+
+def _looked_at(*tensors: torch.Tensor | None) -> bool:
+    """Tell whether someone has to see the operators; where nobody does, the dispatcher would only cost time."""
+    return torch.compiler.is_compiling() or any(
+        tensor is not None and dense.must_dispatch(tensor, None) for tensor in tensors
     )
 
 

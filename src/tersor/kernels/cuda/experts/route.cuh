@@ -32,8 +32,8 @@ struct Element<kInt64> {
 };
 using Given = Element<INPUT>::Type;
 
-constexpr int kMostThreads = 1024;
 constexpr bool kRouted = INPUT < kInt32;
+constexpr int kMostThreads = kRouted && EXPERTS > 256 ? 640 : 1024;  // fewer have registers for more logits
 constexpr int kFewTokens = 64;  // tokens that one CTA takes alone, with room for their experts in shared memory
 constexpr int kOfLane = (EXPERTS + 31) / 32;
 constexpr int kInGroup = EXPERTS / GROUPS;
@@ -199,7 +199,7 @@ __device__ __forceinline__ int given_expert(const Given* index) {
 
 }  // namespace route
 
-extern "C" __global__ void __launch_bounds__(route::kMostThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(route::kMostThreads, 1) TERSOR_ENTRY(
     const route::Given* __restrict__ given,  // logits [tokens, EXPERTS], or an index [tokens]
     const float* __restrict__ bias,          // [EXPERTS], or nothing
     int* index,                              // [tokens, TOP_K]

@@ -8,7 +8,7 @@
 namespace tables {
 
 constexpr int kWarpPairs = 32;  // pairs that one warp sorts alone
-constexpr int kAhead = 4;       // loads that a warp of a CTA has under way
+constexpr int kAhead = 8;       // loads that a warp of a CTA has under way
 
 // Up to 32 pairs, which one warp sorts without a barrier: lane p has the expert of pair p.
 template <int kExperts>
@@ -53,13 +53,20 @@ __device__ __forceinline__ void of_block(
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int range = (pairs + warps * 32 - 1) / (warps * 32) * 32;
     const int begin = warp * range, end = min(begin + range, pairs);
+    const int used = (pairs + range - 1) / range;  // warps that have pairs
     u32* own_counts = counts + warp * kBuckets;
-    for (int i = threadIdx.x; i < warps * kBuckets; i += blockDim.x) counts[i] = 0;
+    for (int i = threadIdx.x; i < used * kBuckets; i += blockDim.x) counts[i] = 0;
     __syncthreads();
-    for (int pair = begin + lane; pair < end; pair += 32 * kAhead) {
-        int experts[kAhead];
+    const auto load = [&](int base, int (&experts)[kAhead]) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) experts[i] = pair + 32 * i < end ? expert_of(pair + 32 * i) : kBuckets;
+        for (int i = 0; i < kAhead; ++i) {
+            const int pair = base + 32 * i + lane;
+            experts[i] = pair < end ? expert_of(pair) : kBuckets;
+        }
+    };
+    for (int base = begin; base < end; base += 32 * kAhead) {
+        int experts[kAhead];
+        load(base, experts);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             if (experts[i] < kBuckets) atomicAdd(own_counts + experts[i], 1u);
@@ -72,7 +79,7 @@ __device__ __forceinline__ void of_block(
     int total = 0;
     if (bucket < kBuckets) {
 #pragma unroll 8
-        for (int other = 0; other < warps; ++other) {
+        for (int other = 0; other < used; ++other) {
             const int there = counts[other * kBuckets + bucket];
             counts[other * kBuckets + bucket] = total;
             total += there;
@@ -109,13 +116,10 @@ __device__ __forceinline__ void of_block(
     }
     for (int base = begin; base < end; base += 32 * kAhead) {
         int experts[kAhead];
+        load(base, experts);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            const int pair = base + 32 * i + lane;
-            experts[i] = pair < end ? expert_of(pair) : kBuckets;
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
+            if (base + 32 * i >= end) break;
             const int pair = base + 32 * i + lane;
             const u32 peers = __match_any_sync(~0u, experts[i]);
             const u32 below = peers & ((1u << lane) - 1);
