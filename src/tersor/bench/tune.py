@@ -73,7 +73,7 @@ def problems(
 
 
 def worth_measuring(problem: LinearProblem, chip: Chip) -> list[LinearConfig]:
-    """Return the `LIKELY` candidates of a problem, the model's choice among them, without those of too large split sums.
+    """Return the `LIKELY` candidates of a problem and the model's choice, without those of too large split sums.
 
     Of another schedule than the model's choice all are likely: it does not compare schedules.
     """
