@@ -169,6 +169,11 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
         Traits(sm90.Tile(128, 3, 1, 1, 1), "int3"),
         Traits(sm90.Tile(128, 2, 1, 1, 1), "fp7_e2m4", "bfloat16", 128),
     ),
+    "whole blocks of activations in a slot, 80 or 96 tokens, 192 rows: a register or three spilled": (
+        Traits(sm90.Tile(80, 3, 1, 1, 1), "fp5_e2m2", "bfloat16"),
+        Traits(sm90.Tile(96, 3, 1, 1, 1), "int3", gated=True),
+        Traits(sm90.Tile(96, 3, 1, 1, 1), "fp7_e3m3"),
+    ),
     "codes of 8 bits at 64 tokens, two CTAs of 384 threads: spills": (
         Traits(sm90.Tile(64, 1, 1, 1, 2), "int8"),
         Traits(sm90.Tile(64, 1, 1, 1, 2), "fp8_e5m2"),

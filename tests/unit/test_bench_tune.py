@@ -193,8 +193,13 @@ def test_the_fastest_is_picked_but_noise_does_not_count() -> None:
     assert measuring.pick({slow: 9.0, fast: 5.0, model: 5.04}, model) == model
 
 
-def test_split_sums_beyond_reason_are_not_measured() -> None:
-    assert measuring.worth_measuring(at(16), H200) == list(tune.candidates(at(16), H200))
+def test_split_sums_and_predictions_beyond_reason_are_not_measured() -> None:
+    least = tune.seconds(at(16), tune.predict(at(16), H200), H200)
+    assert measuring.worth_measuring(at(16), H200) == [
+        option
+        for option in tune.candidates(at(16), H200)
+        if option.schedule == "sm80" or tune.seconds(at(16), option, H200) <= 2 * least
+    ]
     vocabulary = replace(at(64), oc=128256)
     many = measuring.worth_measuring(vocabulary, H200)
     assert {option.splits for option in many if option.schedule == "sm80"} == set(range(1, 9))
@@ -230,8 +235,8 @@ def test_every_candidate_is_timed_and_the_table_holds_the_best(tmp_path: Path) -
     choices = measuring.measure(wanted, H200, time, lambda done, total: steps.append((done, total)))
     assert weights == [Shape(512, 512), Shape(256, 512)]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert timed[: len(timed) // 4] == [
-        (choices[0].problem, option) for option in tune.candidates(choices[0].problem, H200)
+    assert timed == [
+        (chosen.problem, option) for chosen in choices for option in measuring.worth_measuring(chosen.problem, H200)
     ]
     assert {(one.config.schedule, one.config.splits, one.microseconds) for one in choices} == {("sm90", 2, 5.0)}
     path = table.user_path(H200)

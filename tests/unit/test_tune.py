@@ -35,13 +35,14 @@ def problem_of(oc: int, ic: int, n: int, scheme: formats.Scheme = SCHEMES[0], al
     return family.problem_of(scheme, (oc, ic), n, aligned=aligned)
 
 
-TOKENS = (1, 16, 64, 128, 256, 1024, 4096)
+TOKENS = (1, 16, 64, 128, 200, 256, 1024, 4096)
 ON_AN_H200 = {
     (10240, 8192): (
         (8, 3, 1, 1, 1, 0, 2, 108),
         (16, 3, 1, 1, 1, 0, 2, 108),
         (64, 3, 1, 1, 1, 0, 2, 108),
         (128, 3, 1, 1, 1, 0, 2, 108),
+        (112, 3, 1, 1, 1, 0, 1, 108),
         (128, 2, 1, 1, 1, 132, 4, 132),
         (128, 2, 1, 1, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
@@ -51,6 +52,7 @@ ON_AN_H200 = {
         (16, 2, 2, 1, 1, 0, 2, 128),
         (64, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
+        (208, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 1, 128),
         (256, 2, 1, 2, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
@@ -60,8 +62,9 @@ ON_AN_H200 = {
         (16, 3, 1, 1, 1, 264, 3, 132),
         (64, 3, 1, 1, 1, 264, 3, 132),
         (128, 3, 1, 1, 1, 264, 3, 132),
+        (208, 2, 1, 1, 1, 396, 2, 132),
         (256, 2, 1, 2, 1, 198, 2, 132),
-        (256, 2, 1, 2, 1, 0, 1, 132),
+        (208, 2, 1, 1, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 3564, 3, 132),
     ),
     (8192, 28672): (
@@ -69,7 +72,8 @@ ON_AN_H200 = {
         (16, 2, 2, 1, 1, 0, 2, 128),
         (64, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
-        (128, 2, 1, 1, 1, 0, 1, 128),
+        (208, 2, 1, 1, 1, 0, 2, 128),
+        (256, 2, 1, 1, 1, 0, 2, 128),
         (256, 2, 1, 2, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
@@ -77,7 +81,8 @@ ON_AN_H200 = {
         (8, 1, 2, 1, 2, 0, 2, 192),
         (16, 2, 2, 1, 1, 0, 2, 96),
         (64, 1, 1, 1, 2, 0, 2, 192),
-        (128, 1, 1, 1, 2, 0, 2, 192),
+        (64, 3, 1, 1, 1, 0, 2, 128),
+        (112, 3, 1, 1, 1, 0, 2, 128),
         (128, 3, 1, 1, 1, 0, 2, 128),
         (128, 3, 1, 1, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
@@ -86,7 +91,8 @@ ON_AN_H200 = {
         (8, 1, 4, 1, 1, 0, 2, 128),
         (16, 1, 4, 1, 1, 0, 2, 128),
         (64, 1, 1, 1, 2, 0, 3, 192),
-        (128, 1, 1, 1, 2, 0, 3, 192),
+        (64, 2, 1, 1, 1, 0, 2, 128),
+        (112, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
         (256, 2, 1, 2, 1, 0, 1, 128),
         (256, 2, 1, 2, 1, 0, 1, 132),
@@ -96,6 +102,7 @@ ON_AN_H200 = {
         (16, 2, 1, 1, 2, 0, 1, 224),
         (64, 2, 1, 1, 1, 0, 1, 132),
         (128, 2, 1, 1, 1, 0, 1, 132),
+        (208, 2, 1, 1, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 1782, 4, 132),
@@ -104,7 +111,8 @@ ON_AN_H200 = {
         (8, 1, 4, 1, 1, 0, 2, 128),
         (16, 1, 4, 1, 1, 0, 2, 128),
         (64, 1, 1, 1, 2, 0, 3, 192),
-        (128, 2, 1, 1, 1, 0, 4, 128),
+        (64, 2, 1, 1, 1, 0, 2, 128),
+        (112, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
         (256, 2, 1, 2, 1, 0, 1, 128),
         (256, 2, 1, 2, 1, 0, 1, 132),
@@ -146,7 +154,7 @@ def test_the_smallest_tile_of_the_sm80_schedule(n: int) -> None:
     [
         (65, {64, 80}),
         (129, {64, 80, 144}),
-        (200, {64, 80, 112, 208}),
+        (200, {64, 80, 112, 208, 256}),
         (333, {96, 112, 176, 256}),
         (5000, {128, 192, 256}),
     ],
@@ -166,11 +174,21 @@ def test_every_number_of_tokens_has_tiles_and_few_of_them(groups: int, activatio
         assert 1 <= len(found) <= 20
         assert len(set(found)) == len(found)
         narrowest = next((tokens for tokens in holding if n <= tokens), holding[-1])
-        assert max(tile.tokens for tile in found) <= narrowest
+        assert max(tile.tokens for tile in found) <= 1.25 * narrowest
         assert n > sm90.MANY_TOKENS or min(-(-n // tile.tokens) for tile in found) == -(-n // narrowest)
         for tile in found:
             assert tile.tokens >= min(64, narrowest)
             assert n <= sm90.MANY_TOKENS or tile.tokens % sm90.WIDE_STEP == 0
+
+
+@pytest.mark.parametrize("activations", list(Activations))
+def test_every_number_of_tokens_has_a_batch_invariant_configuration(activations: Activations) -> None:
+    problem = family.problem_of(SCHEMES[0], (2560, 4096), 1, activations=activations, batch_invariant=True)
+    found = [set(sm90.candidates(replace(problem, n=n), H200)) for n in (*range(1, 321, 8), 500, 1000, 2049, 5000)]
+    assert all(found)
+    configs = set[LinearConfig]().union(*found)
+    assert not any(sm90.tile_of(config).fast_sums for config in configs)
+    assert len({config.splits for config in configs}) == len({config.few_tokens for config in configs}) == 1
 
 
 def test_a_step_of_tokens_shares_its_choice_and_fills_the_same_tiles() -> None:

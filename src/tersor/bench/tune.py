@@ -26,6 +26,9 @@ REPLAYS = 5
 MARGIN = 0.01
 """The model's own choice stands where nothing is faster by more than this share, which two runs differ by anyway."""
 
+LIKELY = 2.0
+"""A configuration is not measured that is predicted to take longer than so many times the least."""
+
 MOST_PARTS = 256 << 20
 """Bytes of split sums above which a configuration is not measured: to read them takes longer than splits could save."""
 
@@ -70,12 +73,20 @@ def problems(
 
 
 def worth_measuring(problem: LinearProblem, chip: Chip) -> list[LinearConfig]:
-    """Return the candidates of a problem, the model's choice among them, without those of too large split sums."""
+    """Return the `LIKELY` candidates of a problem and the model's choice, without those of too large split sums.
+
+    Of another schedule than the model's choice all are likely: it does not compare schedules.
+    """
     predicted = tune.predict(problem, chip)
+    most = LIKELY * tune.seconds(problem, predicted, chip)
     return [
         config
         for config in tune.candidates(problem, chip)
-        if config == predicted or 4 * dense.parts(config, problem.n)[0] <= MOST_PARTS
+        if config == predicted
+        or (
+            4 * dense.parts(config, problem.n)[0] <= MOST_PARTS
+            and (config.schedule != predicted.schedule or tune.seconds(problem, config, chip) <= most)
+        )
     ]
 
 

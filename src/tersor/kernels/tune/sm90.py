@@ -37,6 +37,7 @@ _LEAST = 64
 """Tokens take several tiles only of so many each: a weight is decoded once for each of them."""
 _NARROW, _MOST_NARROW = 128, 4
 """And of fewer tokens than the first they take no more than so many."""
+_WIDER = 1.25
 MANY_TOKENS, WIDE_STEP = 2048, 64
 """Beyond so many tokens a tile's are a multiple of the second: to fit the count more closely saves less than 3 %."""
 _MAX_SPLITS = 16
@@ -141,15 +142,15 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
 def fitting(available: Sequence[Tile], n: int) -> list[Tile]:
     """Return the tiles that are worth a prediction for n tokens, one at least.
 
-    None is wider than the narrowest that holds all tokens, and of tiles that differ in nothing but their tokens those
-    are left out that make no fewer token tiles than a narrower one.
+    None is wider than `_WIDER` times the narrowest that holds all tokens, and of tiles that differ in nothing but their
+    tokens those are left out that make no fewer token tiles than a narrower one.
     """
     widest = max(tile.tokens for tile in available)
     holding = min((tile.tokens for tile in available if n <= tile.tokens), default=widest)
     found: dict[tuple[Tile, int], Tile] = {}
     for tile in sorted(available, key=lambda tile: tile.tokens):
         count = -(-n // tile.tokens)
-        if tile.tokens > holding or tile.tokens < min(holding, _LEAST):
+        if tile.tokens > _WIDER * holding or tile.tokens < min(holding, _LEAST):
             continue
         if tile.tokens < min(holding, _NARROW) and count > _MOST_NARROW:
             continue

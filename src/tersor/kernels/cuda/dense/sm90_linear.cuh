@@ -16,7 +16,7 @@
 // not depend on who was first.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
-// activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (8 to 256), ROW_GROUPS,
+// activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (wgmma.cuh), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that
 // have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES
 // (what the launch asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
