@@ -107,7 +107,7 @@ def combine_source(target: str) -> KernelSource:
         name=f"tersor_combine_experts_{target}",
         header="experts/combine.cuh",
         parameters={"BF16": target == "bfloat16"},
-        arguments="PPPPPPiii",
+        arguments="PPPPPPiiii",
     )
 
 
@@ -222,7 +222,16 @@ def prepare_combine(function: Function, *, tokens: int, top_k: int, channels: in
     block, run = (_COMBINE_THREADS, 1, 1), function.launch
 
     def launch(
-        *, stream: int, y: int, weights: int, position: int, blocks: int, addend: int, out: int, early: bool
+        *,
+        stream: int,
+        y: int,
+        weights: int,
+        position: int,
+        blocks: int,
+        addend: int,
+        out: int,
+        ready: bool,
+        early: bool,
     ) -> None:
         """Launch; an addend that is not there has the address 0.
 
@@ -232,9 +241,10 @@ def prepare_combine(function: Function, *, tokens: int, top_k: int, channels: in
             weights: address of float32 [tokens, top_k].
             position, blocks: addresses of the tables.
             addend, out: addresses of [tokens, channels].
+            ready: whether weights and tables were there before the kernel ahead started.
             early: as in `prepare_route`.
         """
-        arguments = (y, weights, position, blocks, addend, out, top_k, channels, aligned)
+        arguments = (y, weights, position, blocks, addend, out, top_k, channels, aligned, ready)
         run(grid, block, 0, stream, arguments, early)
 
     return launch

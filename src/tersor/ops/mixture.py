@@ -15,7 +15,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
-from tersor.ops import autocast, current, dense, gradient, grouped, multiply, reference, routing
+from tersor.ops import autocast, current, dense, gradient, grouped, multiply, reference, routing, serve_routing
 from tersor.ops.gates import Gate
 
 _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -125,7 +125,7 @@ def routed_experts(
         index, weights, tables = routing.route_tables(logits, top_k, chosen.block_tokens, **options)
         _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
         y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
-        return routing.combine(y, weights, tables, addend)
+        return serve_routing.combine(y, weights, tables, addend, ready=True)
 
 
 class _Choice(TypedDict, total=False):
@@ -168,11 +168,12 @@ def _serve(
     if not x.is_cuda or not index.numel() or grouped.obstacle(x, gate_up, down):
         return _one_by_one(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
     top_k = index.shape[1]
+    weights = weights.to(torch.float32).contiguous()  # ahead of all launches, which follow each other closely
     with _on_device(x):
         chosen = grouped.prepared(x, gate_up, down, top_k, gate)
         tables = routing.tables(index, gate_up.experts, chosen.block_tokens)
         y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
-        return routing.combine(y, weights, tables, addend)
+        return serve_routing.combine(y, weights, tables, addend, ready=True)
 
 
 def _one_by_one(

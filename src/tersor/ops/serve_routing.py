@@ -187,15 +187,22 @@ def tables(index: torch.Tensor, experts: int, block_tokens: int) -> torch.Tensor
     return memory
 
 
-def combine(y: torch.Tensor, weights: torch.Tensor, sorted_by: Tables, addend: torch.Tensor | None) -> torch.Tensor:
-    """Return [T, H], what `routing.combine` says, of tensors that are checked."""
+def combine(
+    y: torch.Tensor, weights: torch.Tensor, sorted_by: Tables, addend: torch.Tensor | None, ready: bool = False
+) -> torch.Tensor:
+    """Return [T, H], what `routing.combine` says, of tensors that are checked.
+
+    Args:
+        y, weights, sorted_by, addend: as there.
+        ready: whether weights and tables were there before the kernel that makes y started.
+    """
     chip, (tokens, top_k), channels = dispatch.kernel_chip(y.device), weights.shape, y.shape[1]
     if chip is None or y.dtype == torch.float32 or not tokens or not top_k or not channels:
         return routing_reference.combine(y, weights, sorted_by, addend)
     device = y.get_device()
     if device >= 0 and current.device() != device:
         with torch.cuda.device(device):
-            return combine(y, weights, sorted_by, addend)
+            return combine(y, weights, sorted_by, addend, ready)
     y, weights = y.contiguous(), weights.to(torch.float32).contiguous()
     out = current.empty((tokens, channels), (channels, 1), y.dtype)
     places = [y.data_ptr(), out.data_ptr()]
@@ -214,6 +221,7 @@ def combine(y: torch.Tensor, weights: torch.Tensor, sorted_by: Tables, addend: t
         blocks=blocks,
         addend=0 if addend is None else places[2],
         out=places[1],
+        ready=ready,
         early=mode.current().early and chip.capability >= (9, 0),
     )
     return out

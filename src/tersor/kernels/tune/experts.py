@@ -21,6 +21,10 @@ _WIDE = 64
 """Tiles of more tokens are split in two at the most, since their sums are many."""
 _ACHIEVED = 0.9
 """Of the datasheet's bandwidth."""
+_ORDERING = 2.0
+"""Microseconds that it takes to put activations in order, where the kernel does not gather them."""
+_LAST_WAVE = 0.25
+"""Of a wave of CTAs, how much more than its share the last one takes on average."""
 _LONG = 256
 """Beyond so many tokens an expert, blocks are counted by the mean alone."""
 
@@ -157,21 +161,25 @@ def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[E
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip) -> float:
     """Predict the time of a launch whose tokens go to experts at random, in seconds.
 
-    As `sm90.seconds`, with as many tiles as are expected; those of further tokens of an expert find its weights in L2.
+    As `sm90.seconds`, with as many tiles as are expected: weights of experts that get tokens come from memory once,
+    those of further tokens of an expert, and all activations, from L2, where a byte counts half.
     """
     costs = cost.of(chip.name)[tile]
     hit, blocks_hit = expected_blocks(problem.tokens, problem.top_k / problem.experts, tile.tokens)
-    row_tiles = -(-problem.oc // tile.rows)
-    blocks = -(-problem.ic // BLOCK_IC)
+    row_tiles, blocks = -(-problem.oc // tile.rows), -(-problem.ic // BLOCK_IC)
     weight_bytes = tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
-    slots = chip.sms * tile.resident
+    gathers = config(problem, tile, chip).gathers
+    of_tile = problem.tokens * problem.top_k / (problem.experts * blocks_hit) if gathers else tile.tokens
+    x_bytes = of_tile * BLOCK_IC * problem.activations.bits / 8
     items = problem.experts * blocks_hit * row_tiles
-    waves = items / slots
-    full = max(1.0, waves)
-    block = tile.resident * costs.block if waves > 0.5 else costs.block + costs.lonely
-    compute = (full + 0.25 * (full > 1)) * blocks * block
-    memory = problem.experts * hit * row_tiles * blocks * weight_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
-    return (costs.start + max(compute, memory) + (full - 1) * costs.item) * 1e-6
+    waves = items / (chip.sms * tile.resident)
+    length = waves + _LAST_WAVE if waves > 1 else 1.0
+    block = costs.block + costs.lonely if waves * tile.resident < 1 else tile.resident * costs.block
+    read = problem.experts * hit * row_tiles * weight_bytes
+    read += (items * (weight_bytes + x_bytes) - read) / 2
+    memory = read * blocks / (chip.bandwidth * _ACHIEVED) * 1e6
+    start = costs.start + (0 if gathers else _ORDERING)
+    return (start + max(length * blocks * block, memory) + max(0.0, waves - 1) * costs.item) * 1e-6
 
 
 @functools.lru_cache(maxsize=65536)

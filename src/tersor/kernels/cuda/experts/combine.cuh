@@ -29,22 +29,30 @@ __device__ __forceinline__ Piece load(const u16* row, int first, int channels) {
     return piece;
 }
 
+// `ready`: places and weights were there before the kernel ahead started, and are read while that one still runs.
 template <bool kAligned>
 __device__ __forceinline__ void row_of(
-    const u16* y, const float* weights, const int* position, int with_expert, const u16* addend, u16* out, int first,
-    int top_k, int channels) {
-    Piece added = {};
-    if (addend != nullptr) added = load<kAligned>(addend, first, channels);
-    float sums[kChannels] = {};
-    for (int base = 0; base < top_k; base += kAhead) {
-        Piece pieces[kAhead];
-        float factors[kAhead];
-        int rows[kAhead];
+    const u16* y, const float* weights, const int* position, const int4* blocks, const u16* addend, u16* out, int first,
+    int top_k, int channels, bool ready) {
+    Piece pieces[kAhead];
+    float factors[kAhead];
+    int rows[kAhead], with_expert;
+    const auto find = [&](int base) {
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             rows[k] = base + k < top_k ? __ldcg(position + base + k) : with_expert;
             factors[k] = base + k < top_k ? __ldcg(weights + base + k) : 0.0f;
         }
+    };
+    if (!ready) launch::wait_for_earlier();
+    with_expert = __ldcg(&blocks->y);
+    find(0);
+    if (ready) launch::wait_for_earlier();
+    Piece added = {};
+    if (addend != nullptr) added = load<kAligned>(addend, first, channels);
+    float sums[kChannels] = {};
+    for (int base = 0; base < top_k; base += kAhead) {
+        if (base > 0) find(base);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             if (rows[k] < with_expert) {
@@ -85,21 +93,20 @@ extern "C" __global__ void __launch_bounds__(combine::kThreads) TERSOR_ENTRY(
     u16* out,                            // [tokens, channels]
     int top_k,
     int channels,
-    int aligned) {                       // whether rows of y, addend and out start on 16 bytes
+    int aligned,                         // whether rows of y, addend and out start on 16 bytes
+    int ready) {                         // as in row_of
     using namespace combine;
     launch::start_next();
     const int first = (blockIdx.y * kThreads + threadIdx.x) * kChannels;
     if (first >= channels) return;
-    launch::wait_for_earlier();
     const long long token = blockIdx.x;
-    const int with_expert = __ldcg(&blocks->y);
     const u16* added = addend == nullptr ? nullptr : addend + token * channels;
     weights += token * top_k;
     position += token * top_k;
     out += token * channels;
     if (aligned) {
-        row_of<true>(y, weights, position, with_expert, added, out, first, top_k, channels);
+        row_of<true>(y, weights, position, blocks, added, out, first, top_k, channels, ready);
     } else {
-        row_of<false>(y, weights, position, with_expert, added, out, first, top_k, channels);
+        row_of<false>(y, weights, position, blocks, added, out, first, top_k, channels, ready);
     }
 }
