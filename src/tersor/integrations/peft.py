@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from tersor.errors import UnsupportedError
+from tersor.integrations.transformers.experts import ExpertPart
 from tersor.integrations.transformers.joined import PackedPart
 from tersor.integrations.transformers.replace import is_conv1d, plain_module, turned
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
@@ -98,6 +99,8 @@ class PackedLoraLinear(_OverPacked, Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(base_layer, PackedPart) and base_layer.join.gated:
             base_layer.join.keep_apart()  # gate and up as one product have no place for an adapter
+        elif isinstance(base_layer, ExpertPart):
+            base_layer.experts.keep_apart()  # nor has a layer of experts
         super().__init__(base_layer, adapter_name, *args, **kwargs)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:

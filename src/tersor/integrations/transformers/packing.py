@@ -19,6 +19,7 @@ from tersor.compress import DEFAULT_RECIPE
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import Scheme
 from tersor.integrations.transformers.architecture import read_architecture
+from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.foreign import is_foreign
 from tersor.integrations.transformers.placement import Place, Placement
 from tersor.integrations.transformers.replace import packable, swap_packed, swap_tied
@@ -156,6 +157,13 @@ def check_loaded(model: nn.Module) -> None:
                 raise CheckpointError(f"{name}.{key} was not loaded: the checkpoint lacks it")
             if tensor.dtype != form.dtype:
                 setattr(module, key, tensor.to(form.dtype))
+
+
+def join_experts(model: nn.Module) -> None:
+    """Let the experts of every layer run as one operator where they can, once they are loaded."""
+    for module in list(model.modules()):
+        if isinstance(module, PackedExperts):
+            module.join()
 
 
 def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

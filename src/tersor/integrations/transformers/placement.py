@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers.architecture import is_conv1d
 from tersor.integrations.transformers.experts import PackedExperts, check_experts
+from tersor.integrations.transformers.experts_form import is_experts
 from tersor.integrations.transformers.names import Names, merges_experts
 
 _WEIGHT = ".weight"
@@ -145,7 +146,7 @@ class Placement:
             return
         # A converter acts on every layer, so all experts it may merge are split, also where none is packed.
         for name, module in list(self._model.named_modules()):
-            if not hasattr(module, "down_proj") or not hasattr(module, "num_experts"):
+            if not is_experts(module):
                 continue
             into = {
                 attribute: converter
@@ -155,7 +156,7 @@ class Placement:
             }
             if not any(converter in used for converter in into.values()):
                 continue
-            fused = check_experts(module)
+            fused = check_experts(module).fused
             if fused not in into or "down_proj" not in into:
                 raise UnsupportedError(
                     f"transformers merges the experts of {name} in a way not known: ignore its experts"

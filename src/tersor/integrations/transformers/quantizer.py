@@ -174,13 +174,14 @@ class TersorHfQuantizer(HfQuantizer):
         return _Compress(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tersor.integrations.transformers.packing import check_loaded, restore_dtypes, tie_heads
+        from tersor.integrations.transformers.packing import check_loaded, join_experts, restore_dtypes, tie_heads
 
         if self._failure is not None:
             raise self._failure
         check_loaded(model)
         tie_heads(model, self._heads)
         restore_dtypes(model, self._dtypes)
+        join_experts(model)
         for module in _packed_layers(model).values():
             module.prepare(module.dtype)
         return model

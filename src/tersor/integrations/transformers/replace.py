@@ -143,7 +143,7 @@ def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
     unfuse(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):
-            model.set_submodule(name, _fused(module, dtype))
+            model.set_submodule(name, module.plain(dtype))
     shared: dict[PackedModule, torch.Tensor] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedEmbedding):
@@ -186,13 +186,6 @@ def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embeddin
         plain.embed_scale = torch.tensor(module.embed_scale, device=weight.device)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     return plain.train(module.training)
-
-
-def _fused(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
-    experts: nn.Module = module.template
-    for name, weight in module.fused_weights(dtype).items():
-        setattr(experts, name, nn.Parameter(weight, requires_grad=False))
-    return experts
 
 
 def _plain(module: PackedLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:
