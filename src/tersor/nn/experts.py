@@ -6,7 +6,6 @@ import enum
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from tersor import ops
 from tersor.errors import UnsupportedError

@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer where a checkpoint stores a tensor of each: linear layers that may be packed.
+"""The experts of a mixture-of-experts layer, with a tensor of each in the checkpoint: linear layers that may be packed.
 
 transformers merges the per-expert tensors of a checkpoint into two; packed ones stay apart by name, as every expert may
 have a scheme of its own. Where all of a layer have one scheme, their codes lie in two stacks and run as one operator.

@@ -1,8 +1,8 @@
 """What do the experts of a layer compute, and how does transformers keep their weights? Asked of the module itself.
 
-transformers 5 keeps the experts of a layer as two tensors of three axes: `gate_up_proj` [E, 2*I, H] (`up_proj` [E, I, H]
-where there is no gate) and `down_proj` [E, H, I]; some models turn the last two axes, take gate and up in turn, or add
-biases. Llama 4 runs every expert on every token, with the router's scores multiplied into the tokens.
+transformers 5 keeps the experts of a layer as two tensors of three axes: `gate_up_proj` [E, 2*I, H], or `up_proj`
+[E, I, H] where there is no gate, and `down_proj` [E, H, I]. Some models turn the last two axes, take gate and up in
+turn, or add biases. Llama 4 runs every expert on every token, with the router's scores multiplied into the tokens.
 """
 
 from __future__ import annotations

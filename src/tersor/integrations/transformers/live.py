@@ -69,7 +69,7 @@ def architecture(model: nn.Module) -> Architecture:
             embeddings[name] = Embedding((module.num_embeddings, module.embedding_dim), unpackable)
     names = frozenset(name for name, _ in model.named_modules())
     name = type(model).__name__
-    return Architecture(name, linears, embeddings, {}, names, "", False, "", _as_it_is, _nothing)
+    return Architecture(name, linears, embeddings, {}, {}, names, "", False, "", _as_it_is, _nothing)
 
 
 def _as_it_is(names: Iterable[str]) -> dict[str, Target]:

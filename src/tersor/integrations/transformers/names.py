@@ -43,6 +43,10 @@ class Names:
         self.state: dict[str, Any] = {}
         self.refresh()
 
+    def add(self, renaming: WeightRenaming) -> None:
+        """Take a renaming that comes after transformers' own."""
+        self._renamings.append(renaming)
+
     def refresh(self) -> None:
         """Look at the model's tensors again after layers were replaced."""
         self.state = self._model.state_dict()

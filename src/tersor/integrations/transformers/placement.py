@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers.architecture import is_conv1d
@@ -30,11 +30,21 @@ class Place:
 
     Attributes:
         stem: start of its tensors' names in the checkpoint.
-        module: name of the linear layer or embedding in the model.
+        module: name of the linear layer or embedding in the model, or of the parameter that holds a weight of each of a
+            layer's experts.
+        weight: the name that the weight had in the checkpoint.
+        stacked: whether it is such a parameter.
     """
 
     stem: str
     module: str
+    weight: str
+    stacked: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that the weight is, uncompressed."""
+        return self.module if self.stacked else self.module + _WEIGHT
 
 
 class Placement:
@@ -42,6 +52,8 @@ class Placement:
 
     Attributes:
         dropped: identities of the converters that must not act, because the experts they merge are split.
+        renamings: what the tensors of compressed fused experts need beyond transformers' own renamings, which may know
+            the whole name of the weight only.
         dtypes: name -> dtype of the model's tensors, experts split, before any layer is replaced.
     """
 
@@ -50,7 +62,9 @@ class Placement:
         self._model = model
         self._names = Names(model)
         self.dropped: set[tuple[str, ...]] = set()
+        self.renamings: list[WeightRenaming] = []
         self.dtypes: dict[str, torch.dtype] = {}
+        self._stacks: set[str] = set()
 
     def place(self, stems: Iterable[str]) -> list[Place]:
         """Find the linear layer or embedding of every stored weight, splitting fused experts where they hold one.
@@ -64,19 +78,30 @@ class Placement:
         """
         stems = list(stems)
         self._split_experts(stems)
+        self._stacks = {
+            f"{name}.{own}"
+            for name, module in self._model.named_modules()
+            if is_experts(module)
+            for own in ("gate_up_proj", "up_proj", "down_proj")
+            if own in module._parameters
+        }
         self.dtypes = {name: tensor.dtype for name, tensor in self._names.state.items()}
         places: list[Place] = []
         lost: list[str] = []
         for stem in stems:
             key, pattern = self.rename(stem + _WEIGHT)
             module = key.removesuffix(_WEIGHT)
+            fused = next((name for name in (stem + _WEIGHT, stem) if self.rename(name)[0] in self._stacks), "")
+            if fused:
+                places.append(Place(stem, self.rename(fused)[0], fused, stacked=True))
+                continue
             if pattern is not None:
                 raise UnsupportedError(
                     f"transformers converts {stem}.weight into {key} while loading, which packed weights cannot go "
                     "through: compress the model with that layer ignored"
                 )
             if key in self._names.state and key != module:
-                places.append(Place(stem, module))
+                places.append(Place(stem, module, stem + _WEIGHT))
             elif not self._ignored(key):
                 lost.append(stem)
         if lost and not places:
@@ -89,6 +114,26 @@ class Placement:
     def rename(self, key: str) -> tuple[str, str | None]:
         """Return the name a checkpoint tensor has in the model, and the pattern of the converter it passes, if any."""
         return self._names.rename(key)
+
+    def rename_stacked(self, place: Place, names: Iterable[str]) -> None:
+        """Let the tensors of compressed fused experts go where they belong, where transformers' renamings do not.
+
+        Args:
+            place: of the weight.
+            names: of its tensors.
+        """
+        prefix = f"{self._model.base_model_prefix}."
+        for name in names:
+            found = self.rename(f"{place.stem}.{name}")[0].removeprefix(prefix).split(".")
+            wanted = f"{place.module}.{name}".removeprefix(prefix).split(".")
+            if found != wanted:
+                shared = next(index for index, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
+                # From the layer's number on, so that no layer beside the experts is meant.
+                first = max((index + 1 for index, part in enumerate(found[:shared]) if part.isdecimal()), default=0)
+                source, target = (".".join(["", *parts[first:]]) for parts in (found, wanted))
+                renaming = WeightRenaming(re.escape(source), target)
+                self.renamings.append(renaming)
+                self._names.add(renaming)
 
     def refresh(self, expected: Mapping[str, str]) -> None:
         """Look at the model again after layers were replaced, and check that names still lead where they should.
