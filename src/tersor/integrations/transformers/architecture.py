@@ -97,7 +97,7 @@ def architecture_of(model: Any) -> Architecture:
             embeddings[name] = Embedding((module.num_embeddings, module.embedding_dim), unpackable)
         elif is_experts(module):
             experts[name] = _experts_obstacle(module)
-            stacks.update(_stacks(name, module, towers.get(name, "")))
+            stacks.update(stacks_of(name, module, towers.get(name, "")))
     output = model.get_output_embeddings()
     modules = dict(model.named_modules())
     base = model.base_model_prefix
@@ -218,7 +218,7 @@ def _experts_obstacle(module: nn.Module) -> str:
     return ""
 
 
-def _stacks(name: str, module: nn.Module, tower: str) -> dict[str, Linear]:
+def stacks_of(name: str, module: nn.Module, tower: str = "") -> dict[str, Linear]:
     """Return the parameters that hold the weights of all experts of a layer, where they can run packed."""
     try:
         form = experts_form(module)

@@ -44,7 +44,7 @@ class PackedExperts(nn.Module):
     down: PackedStack | None
 
     def __init__(self, experts: Any, input_names: Sequence[str], output_name: str) -> None:
-        """Split a module of fused experts into plain linear layers of the same shapes, uninitialised.
+        """Split a module of fused experts into plain linear layers of the same shapes, on the meta device.
 
         Args:
             experts: as transformers writes them (`experts_form`), without biases; its weights are taken out.
@@ -62,8 +62,8 @@ class PackedExperts(nn.Module):
         self.input_names = tuple(input_names)
         self.output_name = output_name
         for index in range(self.num_experts):
-            layers = {name: _linear(hidden, inner, fused) for name in self.input_names}
-            layers[output_name] = _linear(inner, hidden, down)
+            layers = {name: _linear(hidden, inner, fused.dtype) for name in self.input_names}
+            layers[output_name] = _linear(inner, hidden, down.dtype)
             self.add_module(str(index), nn.ModuleDict(layers))
         setattr(experts, self.form.fused, None)
         experts.down_proj = None
@@ -298,5 +298,5 @@ def check_experts(experts: Any) -> ExpertsForm:
     return form
 
 
-def _linear(inputs: int, outputs: int, like: torch.Tensor) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)
+def _linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)

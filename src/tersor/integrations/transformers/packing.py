@@ -24,6 +24,7 @@ from tersor.integrations.transformers.foreign import is_foreign
 from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.integrations.transformers.placement import Place, Placement
 from tersor.integrations.transformers.replace import fused_experts, packable, swap_packed, swap_stack, swap_tied
+from tersor.nn.experts import PackedStack
 from tersor.nn.packed import PackedModule
 from tersor.version import __version__
 
@@ -169,10 +170,13 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def join_experts(model: nn.Module) -> bool:
-    """Let the experts of every layer run as one operator where they can, once they are loaded; tell if any are there."""
+    """Let the experts of every layer run as one operator where they can, once they are loaded; tell if any are."""
     found = [module for module in model.modules() if isinstance(module, FusedExperts | PackedExperts)]
     for module in found:
         module.join()
+        for stack in module.children():
+            if isinstance(stack, PackedStack) and stack.in_state_dict:
+                stack.prepare(stack.dtype)
     return bool(found)
 
 

@@ -193,21 +193,16 @@ class Placement:
         for name, module in list(self._model.named_modules()):
             if not is_experts(module):
                 continue
-            into = {
-                attribute: converter
-                for converter in merging.values()
-                for attribute in ("gate_up_proj", "up_proj", "down_proj")
-                if _merges_into(converter, name, attribute)
-            }
+            into = _merged_into(list(merging.values()), name)
             if not any(converter in used for converter in into.values()):
                 continue
-            fused = check_experts(module).fused
-            if fused not in into or "down_proj" not in into:
+            check_experts(module)
+            layers = expert_layers(list(merging.values()), name, module)
+            if layers is None:
                 raise UnsupportedError(
                     f"transformers merges the experts of {name} in a way not known: ignore its experts"
                 )
-            inputs = [_child(pattern) for pattern in into[fused].source_patterns]
-            split = PackedExperts(module, inputs, _child(into["down_proj"].source_patterns[0]))
+            split = PackedExperts(module, *layers)
             split.template._is_hf_initialized = True
             self._model.set_submodule(name, split)
             self.dropped.update(identity(converter) for converter in into.values())
@@ -220,6 +215,40 @@ class Placement:
 def identity(converter: WeightConverter) -> tuple[str, ...]:
     """Return what tells a model's converters apart, also in another copy of them."""
     return (converter.scope_prefix or "", *converter.source_patterns, "->", *converter.target_patterns)
+
+
+def expert_layers(converters: Iterable[WeightConverter], name: str, module: Any) -> tuple[tuple[str, ...], str] | None:
+    """Return what a checkpoint calls the layers of an expert: those that read the hidden state, and down.
+
+    Args:
+        converters: those that merge experts.
+        name: of the module that holds the fused experts.
+        module: that module.
+
+    Returns:
+        `None` where the converters do not merge both weights of this module.
+
+    Raises:
+        UnsupportedError: the module cannot be split (`check_experts`).
+    """
+    into = _merged_into(converters, name)
+    if not into:
+        return None
+    fused = check_experts(module).fused
+    if fused not in into or "down_proj" not in into:
+        return None
+    inputs = tuple(_child(pattern) for pattern in into[fused].source_patterns)
+    return inputs, _child(into["down_proj"].source_patterns[0])
+
+
+def _merged_into(converters: Iterable[WeightConverter], name: str) -> dict[str, WeightConverter]:
+    """Return the weights of the fused experts called so -> what merges them."""
+    return {
+        attribute: converter
+        for converter in converters
+        for attribute in ("gate_up_proj", "up_proj", "down_proj")
+        if _merges_into(converter, name, attribute)
+    }
 
 
 def _child(pattern: str) -> str:

@@ -117,9 +117,14 @@ class TersorHfQuantizer(HfQuantizer):
         self._has_experts = False
         self._failure: TersorError | None = None
 
-    def restored_heads(self, heads: Mapping[str, str]) -> None:
-        """Take note of the output heads that share a packed embedding, so that decoding the model ties them again."""
-        self._heads = dict(heads)
+    def restored(self, heads: Mapping[str, str], has_experts: bool) -> None:
+        """Take note of a model that was packed in memory.
+
+        Args:
+            heads: output heads that share a packed embedding, which decoding the model ties again.
+            has_experts: whether there are packed experts.
+        """
+        self._heads, self._has_experts = dict(heads), has_experts
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work: parts of the model on disk."""
@@ -214,7 +219,9 @@ class TersorHfQuantizer(HfQuantizer):
         if self._heads:
             del model._tied_weights_keys  # the class's own again
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        model._weight_conversions = [*self._dropped_converters, *(getattr(model, "_weight_conversions", None) or ())]
+        kept = getattr(model, "_weight_conversions", None)
+        if kept is not None:  # else those of its class
+            model._weight_conversions = [*self._dropped_converters, *kept]
         return model
 
     def is_serializable(self) -> bool:
