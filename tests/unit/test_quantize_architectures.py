@@ -60,7 +60,10 @@ LINEARS = {
             *(name.replace("mlp", "mlp.shared_expert") for name in GATED),
         ),
     ),
-    "qwen3_moe": ("model.layers.{}.", (*ATTENTION, *experts("mlp", ("gate_proj", "up_proj", "down_proj")))),
+    **dict.fromkeys(
+        ("qwen3_moe", "olmoe"),
+        ("model.layers.{}.", (*ATTENTION, *experts("mlp", ("gate_proj", "up_proj", "down_proj")))),
+    ),
 }
 
 

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import packed_models as models
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import tersor
+from tersor.checkpoint.inspect import inspect
+from tersor.errors import CheckpointError, FormatError, NonFiniteError
+from tersor.integrations.transformers.architecture import read_architecture
 from tersor.integrations.transformers.fused_experts import FusedExperts
-from tersor.nn import PackedStack, bits_per_weight
+from tersor.nn import PackedStack
 
 CASES = {
     "gpt_oss": {"format": "fp4_e2m1", "group_size": 4, "overrides": {"down_proj": "int8"}},
@@ -82,3 +86,55 @@ def test_dequantize_gives_the_plain_architecture_back(case: Case, loaded: Any) -
     model.save_pretrained(case.folder / "unpacked")
     unpacked, plain = models.tensors(case.folder / "unpacked"), models.tensors(case.plain)
     assert {name: tensor.shape for name, tensor in unpacked.items()} == {n: t.shape for n, t in plain.items()}
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("gpt_oss", r"layers\.0.*gate_up"), ("granitemoe", r"experts\.down")])
+def test_one_of_the_two_weights_may_stay_as_it_is(name: str, pattern: str, tmp_path: Path) -> None:
+    plain = models.plain(name, tmp_path / "plain")
+    packed = models.compressed(plain, tmp_path / "packed", ignore=[pattern])
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert sum(isinstance(module, PackedStack) for module in model.modules()) == (3 if name == "gpt_oss" else 2)
+    reference = AutoModelForCausalLM.from_pretrained(models.decoded(plain, packed, tmp_path / "decoded"))
+    with torch.no_grad():
+        got, expected = (each(models.token_ids()).logits for each in (model, reference))
+    assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+def test_broken_and_missing_weights_of_fused_experts_are_named(tmp_path: Path) -> None:
+    plain = models.plain("gpt_oss", tmp_path / "plain")
+    packed, name = models.compressed(plain, tmp_path / "packed"), "model.layers.1.mlp.experts.down_proj"
+    tensors = models.tensors(packed)
+    del tensors[f"{name}.weight_scale"]
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight_scale is missing"):
+        AutoModelForCausalLM.from_pretrained(packed)
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight_scale is missing"):
+        inspect(packed, read_architecture)
+    tensors = models.tensors(plain)
+    tensors[name][2, 5, 7] = float("nan")
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    for broken in (plain, AutoModelForCausalLM.from_pretrained(plain)):
+        with pytest.raises(NonFiniteError, match=rf"{name}' holds nan at \[2, 5, 7\]"):
+            tersor.quantize(broken, **({"output": tmp_path / "out"} if broken is plain else {}))
+    with pytest.raises(NonFiniteError, match=r"holds nan at \[2, 5, 7\]"):
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=tersor.TersorConfig())
+
+
+def test_inspect_lists_the_experts_of_a_layer_as_one_weight(tmp_path: Path) -> None:
+    packed = models.compressed(models.plain("granitemoe", tmp_path / "plain"), tmp_path / "packed", format="int4")
+    found = {item.name: item for item in inspect(packed, read_architecture).items}
+    item = found["model.layers.0.block_sparse_moe.input_linear.weight"]
+    assert item.compressed and item.shape == (4, 96, 64) and item.format == "int4:row:float16"
+    assert item.bits_per_weight == pytest.approx(4.25)
+
+
+@pytest.mark.parametrize("export", ["compressed-tensors", "quark", "humming"])
+def test_formats_of_engines_that_want_experts_one_by_one_refuse_fused_ones(export: str, tmp_path: Path) -> None:
+    plain = models.plain("gpt_oss", tmp_path / "plain", torch.bfloat16)
+    scheme = {"compressed-tensors": "int8", "quark": "mxfp4_e2m1", "humming": "int8"}[export]
+    with pytest.raises(
+        FormatError, match=rf"{export} readers expect a tensor of each expert, and .*down_proj holds"
+    ):
+        tersor.quantize(plain, tmp_path / "out", format=scheme, export=export)
+    report = tersor.quantize(plain, tmp_path / "out", format=scheme, export=export, ignore=["experts"])
+    assert len(report.compressed) == 8

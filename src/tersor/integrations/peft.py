@@ -22,6 +22,7 @@ from tersor.integrations.transformers.experts import ExpertPart
 from tersor.integrations.transformers.joined import PackedPart
 from tersor.integrations.transformers.replace import is_conv1d, plain_module, turned
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
+from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 
@@ -150,6 +151,10 @@ def _telling(create: Any) -> Any:
     @functools.wraps(create)
     def wrapped(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, PackedStack):
+            raise UnsupportedError(
+                "an adapter over the fused experts of a layer is not possible: leave them out of target_modules"
+            )
         if isinstance(base, PackedModule):
             lora_config._register_custom_module({**LAYERS, **(lora_config._custom_modules or {})})
         return create(lora_config, adapter_name, target, **kwargs)

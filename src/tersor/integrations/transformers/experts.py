@@ -123,6 +123,7 @@ class PackedExperts(nn.Module):
             part.place(self, expert, name)
             self._layers(expert)[name] = part
         self._joins = True
+        self.ready(layers[0][2].dtype)
 
     def keep_apart(self) -> None:
         """Give every layer its own tensors back, and never join them again."""
@@ -258,7 +259,7 @@ class ExpertPart(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""
-        if self.layout == JOINED:
+        if self.experts.joins:
             return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
         return super().forward(x)
 
