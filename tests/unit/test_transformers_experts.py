@@ -130,7 +130,7 @@ def test_inspect_lists_the_experts_of_a_layer_as_one_weight(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("export", ["compressed-tensors", "quark", "humming"])
 def test_formats_of_engines_that_want_experts_one_by_one_refuse_fused_ones(export: str, tmp_path: Path) -> None:
-    plain = models.plain("gpt_oss", tmp_path / "plain", torch.bfloat16)
+    plain = models.plain("gpt_oss", tmp_path / "plain", torch.bfloat16, intermediate_size=64)
     scheme = {"compressed-tensors": "int8", "quark": "mxfp4_e2m1", "humming": "int8"}[export]
     with pytest.raises(
         FormatError, match=rf"{export} readers expect a tensor of each expert, and .*down_proj holds"
