@@ -132,9 +132,7 @@ def test_inspect_lists_the_experts_of_a_layer_as_one_weight(tmp_path: Path) -> N
 def test_formats_of_engines_that_want_experts_one_by_one_refuse_fused_ones(export: str, tmp_path: Path) -> None:
     plain = models.plain("gpt_oss", tmp_path / "plain", torch.bfloat16, intermediate_size=64)
     scheme = {"compressed-tensors": "int8", "quark": "mxfp4_e2m1", "humming": "int8"}[export]
-    with pytest.raises(
-        FormatError, match=rf"{export} readers expect a tensor of each expert, and .*down_proj holds"
-    ):
+    with pytest.raises(FormatError, match=rf"{export} readers expect a tensor of each expert, and .*down_proj holds"):
         tersor.quantize(plain, tmp_path / "out", format=scheme, export=export)
     report = tersor.quantize(plain, tmp_path / "out", format=scheme, export=export, ignore=["experts"])
     assert len(report.compressed) == 8

@@ -88,7 +88,8 @@ def quantize_module(
         progress: called with bytes done, bytes in all, and a tensor's name.
 
     Returns:
-        What was done, tensor by tensor, under the names of the model's state dict.
+        What was done, tensor by tensor, under the names of the model's state dict; experts that transformers holds
+        fused and stores one by one have the names of each.
 
     Raises:
         InputError: bad options, weights that are not there or not finite, or a model that is compressed already; the
