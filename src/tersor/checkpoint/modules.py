@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
@@ -42,6 +42,12 @@ class Linear:
     tower: str = ""
     unpackable: str = ""
 
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the tensor that a checkpoint stores."""
+        *experts, oc, ic = self.shape
+        return (*experts, ic, oc) if self.transposed else self.shape
+
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
@@ -68,6 +74,7 @@ class Target:
         experts: name of the module that holds the experts, where it is a weight of one of them.
         known: whether the model has such a parameter.
         parts: where rows of it become the weights of several layers, one after the other, their names.
+        turned: where it is changed only by turning its last two axes, `always`, or `where needed` for its shape.
     """
 
     name: str
@@ -76,6 +83,7 @@ class Target:
     experts: str = ""
     known: bool = True
     parts: tuple[str, ...] = ()
+    turned: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +197,10 @@ class Architecture:
         """
         matrix = (spec.shape[0], spec.shape[1]) if len(spec.shape) == 2 else None
         stem, module = spec.name.removesuffix(_WEIGHT), target.name.removesuffix(_WEIGHT)
-        if target.parameter in self.stacks and not target.conversion:
+        if target.parameter in self.stacks and (target.turned or not target.conversion):
             stack = self.stacks[target.parameter]
+            if target.turned == "always" or (target.turned and spec.shape != stack.stored):
+                stack = replace(stack, transposed=not stack.transposed)
             self._check_shape(spec, stack, path)
             return LinearLayer(module, stem, stack.shape, stack.transposed, self.skipped(module), stack.tower)
         if not target.parameter.endswith(_WEIGHT) and not target.experts:
@@ -219,12 +229,10 @@ class Architecture:
         return None
 
     def _check_shape(self, spec: TensorSpec, linear: Linear, path: str) -> None:
-        *experts, oc, ic = linear.shape
-        stored = (*experts, ic, oc) if linear.transposed else linear.shape
-        if spec.shape != stored:
+        if spec.shape != linear.stored:
             raise CheckpointError(
                 f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this config.json "
-                f"wants {list(stored)}"
+                f"wants {list(linear.stored)}"
             )
 
     def skipped(self, module: str) -> Skipped | None:

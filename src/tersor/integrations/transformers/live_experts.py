@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from tersor.errors import UnsupportedError
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.experts_form import is_experts
 from tersor.integrations.transformers.names import merges_experts
-from tersor.integrations.transformers.placement import Place, Placement, expert_layers
+from tersor.integrations.transformers.placement import Place, Placement, expert_layers, identity
 from tersor.nn.experts import PackedStack
 
 Split = dict[str, dict[str, nn.Parameter]]
@@ -72,11 +71,15 @@ def rename_saved(model: Any) -> None:
     placement = Placement(model)
     for name, module in model.named_modules():
         if isinstance(module, PackedStack) and module.in_state_dict:
-            (stored,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+            stored = _saved_name(model, name)
             stem = stored.removesuffix(".weight")
             placement.rename_stacked(Place(stem, name, stored, stacked=True), module.own_tensors())
-    if placement.renamings:
-        model._weight_conversions = [*_conversions(model), *placement.renamings]
+    if placement.renamings or placement.replaced:
+        kept = (
+            placement.replaced.get(identity(entry), entry) if isinstance(entry, WeightConverter) else entry
+            for entry in _conversions(model)
+        )
+        model._weight_conversions = [*kept, *placement.renamings]
 
 
 def move_hooks(old: Any, new: nn.Module) -> None:
@@ -102,6 +105,20 @@ def _conversions(model: Any) -> list[Any]:
     return [
         entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)
     ]
+
+
+def _saved_name(model: Any, name: str) -> str:
+    """Return the name under which `save_pretrained` writes an uncompressed parameter."""
+    undone = [entry.reverse_transform() for entry in reversed(_conversions(model))]
+    for converter in (entry for entry in undone if isinstance(entry, WeightConverter)):
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            name = renamed
+            break
+    for entry in undone:
+        if not isinstance(entry, WeightConverter):
+            name, _ = entry.rename_source_key(name)
+    return name
 
 
 def _share(parts: PackedExperts, held: Mapping[str, nn.Parameter], inputs: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers.architecture import is_conv1d
 from tersor.integrations.transformers.experts import PackedExperts, check_experts
 from tersor.integrations.transformers.experts_form import is_experts
-from tersor.integrations.transformers.names import Names, merges_experts
+from tersor.integrations.transformers.names import Names, merges_experts, turned, whole_names_only
 
 _WEIGHT = ".weight"
 
@@ -52,6 +52,7 @@ class Placement:
 
     Attributes:
         dropped: identities of the converters that must not act, because the experts they merge are split.
+        replaced: identity of a converter -> the one that acts instead, which leaves compressed weights alone.
         renamings: what the tensors of compressed fused experts need beyond transformers' own renamings, which may know
             the whole name of the weight only.
         dtypes: name -> dtype of the model's tensors, experts split, before any layer is replaced.
@@ -62,6 +63,7 @@ class Placement:
         self._model = model
         self._names = Names(model)
         self.dropped: set[tuple[str, ...]] = set()
+        self.replaced: dict[tuple[str, ...], WeightConverter] = {}
         self.renamings: list[WeightRenaming] = []
         self.dtypes: dict[str, torch.dtype] = {}
         self._stacks: set[str] = set()
@@ -123,6 +125,7 @@ class Placement:
             names: of its tensors.
         """
         prefix = f"{self._model.base_model_prefix}."
+        self._leave_compressed_alone()
         for name in names:
             found = self.rename(f"{place.stem}.{name}")[0].removeprefix(prefix).split(".")
             wanted = f"{place.module}.{name}".removeprefix(prefix).split(".")
@@ -134,6 +137,13 @@ class Placement:
                 renaming = WeightRenaming(re.escape(source), target)
                 self.renamings.append(renaming)
                 self._names.add(renaming)
+
+    def _leave_compressed_alone(self) -> None:
+        """Keep converters that turn fused experts from the tensors of compressed ones, whose names begin as theirs."""
+        for index, converter in enumerate(self._names.converters):
+            if turned(converter) and identity(converter) not in self.replaced:
+                self._names.converters[index] = new = whole_names_only(converter)
+                self.replaced[identity(converter)] = self.replaced[identity(new)] = new
 
     def refresh(self, expected: Mapping[str, str]) -> None:
         """Look at the model again after layers were replaced, and check that names still lead where they should.

@@ -113,6 +113,7 @@ class TersorHfQuantizer(HfQuantizer):
         self._heads: dict[str, str] = {}
         self._dropped: set[tuple[str, ...]] = set()
         self._dropped_converters: list[Any] = []
+        self._replaced: dict[tuple[str, ...], Any] = {}
         self._renamings: list[Any] = []
         self._has_experts = False
         self._failure: TersorError | None = None
@@ -153,7 +154,8 @@ class TersorHfQuantizer(HfQuantizer):
                 parsed, placement, self._schemes, self._heads = decide_compression(model, source, asked)
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config
-        self._dropped, self._dtypes, self._renamings = placement.dropped, placement.dtypes, placement.renamings
+        self._dropped, self._dtypes = placement.dropped, placement.dtypes
+        self._replaced, self._renamings = placement.replaced, placement.renamings
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Take out the converters that merge experts which were split; add what compressed fused ones need."""
@@ -165,7 +167,14 @@ class TersorHfQuantizer(HfQuantizer):
             return isinstance(entry, WeightConverter) and identity(entry) in self._dropped
 
         self._dropped_converters = [entry for entry in weight_conversions if dropped(entry)]
-        return [*(entry for entry in weight_conversions if not dropped(entry)), *self._renamings]
+        kept = [entry for entry in weight_conversions if not dropped(entry)]
+        return [
+            *(
+                self._replaced.get(identity(entry), entry) if isinstance(entry, WeightConverter) else entry
+                for entry in kept
+            ),
+            *self._renamings,
+        ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is a weight to compress while loading."""
