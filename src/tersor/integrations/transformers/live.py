@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,8 +25,11 @@ from tersor.integrations.transformers.architecture import (
     stacks_of,
 )
 from tersor.integrations.transformers.experts_form import is_experts
-from tersor.integrations.transformers.live_experts import Split, move_hooks, rename_saved, settle, split
 from tersor.nn.packed import PackedModule
+
+Split: TypeAlias = dict[str, dict[str, nn.Parameter]]
+"""Name of the experts of a layer -> the parameters that were split, by name, until one of their parts is replaced."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 def of_transformers(model: nn.Module) -> bool:
@@ -106,12 +109,34 @@ def find_ties(model: Any, source: Any, schemes: Mapping[str, Scheme]) -> dict[st
 
 def split_experts(model: nn.Module) -> Split:
     """Split fused experts that a checkpoint of the model stores one by one; `settle_experts` undoes it."""
-    return split(model) if of_transformers(model) else {}
+    if not of_transformers(model):
+        return {}
+    from tersor.integrations.transformers.live_experts import split
+
+    return split(model)
 
 
 def settle_experts(model: nn.Module, done: Split) -> None:
     """Put experts together again of which none was replaced, after `split_experts`."""
-    settle(model, done)
+    if of_transformers(model):
+        from tersor.integrations.transformers.live_experts import settle
+
+        settle(model, done)
+
+
+def move_hooks(old: Any, new: nn.Module) -> None:
+    """Let the hooks on one module be those of another, accelerate's too."""
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        setattr(new, hooks, getattr(old, hooks))
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
 
 
 def replace(
@@ -152,6 +177,7 @@ def finish(model: Any, config: QuantizationConfig, heads: Mapping[str, str]) -> 
     if not of_transformers(model):
         return
     from tersor.integrations.transformers import whole_model
+    from tersor.integrations.transformers.live_experts import rename_saved
     from tersor.integrations.transformers.quantizer import TersorConfig, TersorHfQuantizer
 
     whole_model.register()

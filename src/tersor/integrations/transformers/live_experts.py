@@ -16,12 +16,10 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 from tersor.errors import UnsupportedError
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.experts_form import is_experts
+from tersor.integrations.transformers.live import Split, move_hooks
 from tersor.integrations.transformers.names import merges_experts
 from tersor.integrations.transformers.placement import Place, Placement, expert_layers, identity
 from tersor.nn.experts import PackedStack
-
-Split = dict[str, dict[str, nn.Parameter]]
-"""Name of the experts of a layer -> the parameters that were split, by name, until one of their parts is replaced."""
 
 
 def split(model: Any) -> Split:
@@ -80,21 +78,6 @@ def rename_saved(model: Any) -> None:
             for entry in _conversions(model)
         )
         model._weight_conversions = [*kept, *placement.renamings]
-
-
-def move_hooks(old: Any, new: nn.Module) -> None:
-    """Let the hooks on one module be those of another, accelerate's too."""
-    for hooks in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        setattr(new, hooks, getattr(old, hooks))
-    if hasattr(old, "_hf_hook"):
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(new, old._hf_hook)
 
 
 def _conversions(model: Any) -> list[Any]:
