@@ -12,7 +12,7 @@ import torch
 
 from tersor.formats import Scheme
 
-_SMALL = {
+SMALL = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -86,7 +86,6 @@ FUSED: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
     },
-    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 96},
 }
 """Architectures whose releases store one tensor for all experts of a layer."""
 
@@ -112,7 +111,7 @@ def _saved(name: str, dtype: torch.dtype, changes: tuple[tuple[str, Any], ...]) 
 
     settings = dict(changes)
     sharding = {"max_shard_size": settings.pop("max_shard_size")} if "max_shard_size" in settings else {}
-    config = AutoConfig.for_model(name, **{**_SMALL, **{**CONFIGS, **FUSED}[name], **settings})
+    config = AutoConfig.for_model(name, **{**SMALL, **{**CONFIGS, **FUSED}[name], **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:

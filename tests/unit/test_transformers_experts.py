@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import checkpoints
 from helpers import packed_models as models
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import tersor
 from tersor.checkpoint.inspect import inspect
@@ -25,7 +26,6 @@ CASES = {
     "llama4_text": {"format": "fp6_e3m2"},
     "granitemoe": {"format": "int4", "group_size": 16, "scale_dtype": "bfloat16"},
     "gemma4_text": {"format": "uint5"},
-    "aria_text": {"format": "mxfp6_e3m2"},
 }
 
 
@@ -136,3 +136,43 @@ def test_formats_of_engines_that_want_experts_one_by_one_refuse_fused_ones(expor
         tersor.quantize(plain, tmp_path / "out", format=scheme, export=export)
     report = tersor.quantize(plain, tmp_path / "out", format=scheme, export=export, ignore=["experts"])
     assert len(report.compressed) == 8
+
+
+QWEN3_VL = {
+    "text_config": {
+        **{name: size for name, size in checkpoints.SMALL.items() if name != "max_position_embeddings"},
+        "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+    },
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_whose_axes_transformers_turns_while_loading_are_stored_one_way(turned: bool, tmp_path: Path) -> None:
+    """Qwen3-VL releases keep [E, IC, OC], its model [E, OC, IC]; transformers turns what needs it."""
+    plain, kind = tmp_path / "plain", AutoModelForImageTextToText
+    kind.from_config(AutoConfig.for_model("qwen3_vl_moe", **QWEN3_VL), dtype=torch.float32).save_pretrained(plain)
+    if turned:
+        tensors = models.tensors(plain)
+        released = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
+        save_file(released, plain / "model.safetensors", {"format": "pt"})
+    packed, ids = models.compressed(plain, tmp_path / "packed", format="int8"), models.token_ids()
+    stored = {k: v.shape[:2] for k, v in models.tensors(packed).items() if k.endswith("gate_up_proj.weight_packed")}
+    assert set(stored.values()) == {(4, 48)}
+    loaded, before, live = (kind.from_pretrained(folder) for folder in (packed, plain, plain))
+    while_loading = kind.from_pretrained(plain, quantization_config=tersor.TersorConfig(format="int8"))
+    tersor.quantize(live, format="int8")
+    for model in (loaded, while_loading, live):
+        model.save_pretrained(tmp_path / "again")
+        assert models.same(models.tensors(tmp_path / "again"), models.tensors(packed))
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "unpacked")
+    unpacked = kind.from_pretrained(tmp_path / "unpacked")
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (before, live, unpacked)]
+    assert float((logits[1] - logits[0]).abs().max()) < 0.05 * float(logits[0].abs().max())
+    torch.testing.assert_close(logits[2], logits[1])
