@@ -12,7 +12,7 @@ import torch
 
 from tersor.formats import Scheme
 
-_SMALL = {
+SMALL = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -58,10 +58,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 64},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
     "qwen3_moe": {**_EXPERTS, "head_dim": 16, "decoder_sparse_step": 1},
     "deepseek_v2": {**_LATENT, "topk_method": "group_limited_greedy"},
     "deepseek_v3": _LATENT,
 }
+
+FUSED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 52},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "gemma4_text": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+        "enable_moe_block": True,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
+}
+"""Architectures whose releases store one tensor for all experts of a layer."""
 
 
 def save(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
@@ -70,7 +96,7 @@ def save(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **chan
     It is made once a process; every call writes files of its own, so a test may change them.
 
     Args:
-        name: a key of `CONFIGS`.
+        name: a key of `CONFIGS` or `FUSED`.
         directory: where to write it.
         dtype: of every weight.
         changes: to the config; `max_shard_size` goes to `save_pretrained`.
@@ -85,7 +111,7 @@ def _saved(name: str, dtype: torch.dtype, changes: tuple[tuple[str, Any], ...]) 
 
     settings = dict(changes)
     sharding = {"max_shard_size": settings.pop("max_shard_size")} if "max_shard_size" in settings else {}
-    config = AutoConfig.for_model(name, **{**_SMALL, **CONFIGS[name], **settings})
+    config = AutoConfig.for_model(name, **{**SMALL, **{**CONFIGS, **FUSED}[name], **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:

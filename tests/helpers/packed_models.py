@@ -14,7 +14,8 @@ from helpers import checkpoints
 from tersor.checkpoint import QuantizationConfig
 from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT
 from tersor.convert import quantize
-from tersor.layouts import PackedWeight
+from tersor.formats import Scheme
+from tersor.layouts import PackedWeight, StackedWeight
 
 SUFFIX = f".{PACKED}"
 
@@ -61,6 +62,10 @@ def decoded(source: Path, packed: Path, directory: Path) -> Path:
                 continue
             scheme = said.resolve(stem)
             assert scheme is not None
+            count += 1
+            if tensor.dim() == 3:
+                result[key] = _decoded_experts(stored, stem, scheme, tensor)
+                continue
             transposed = stored[stem + SUFFIX].shape[0] != tensor.shape[0] or ".c_" in stem
             oc, ic = tensor.T.shape if transposed else tensor.shape
             weight = PackedWeight(
@@ -72,10 +77,21 @@ def decoded(source: Path, packed: Path, directory: Path) -> Path:
             ).dequantize()
             assert not torch.equal(weight.T if transposed else weight, tensor)
             result[key] = (weight.T if transposed else weight).contiguous().to(tensor.dtype)
-            count += 1
         save_file(result, file, {"format": "pt"})
     assert count == sum(key.endswith(SUFFIX) for key in stored)
     return directory
+
+
+def _decoded_experts(stored: dict[str, torch.Tensor], stem: str, scheme: Scheme, plain: torch.Tensor) -> torch.Tensor:
+    """Return the decoded weights of all experts of a layer, in the order of axes that the plain ones have."""
+    data = stored[stem + SUFFIX]
+    transposed = data.shape[1] != plain.shape[1]
+    shape = (len(plain), *(plain.shape[:0:-1] if transposed else plain.shape[1:]))
+    zero_point = stored.get(f"{stem}.{ZERO_POINT}")
+    weight = StackedWeight(scheme, shape, data, stored[f"{stem}.{SCALE}"], zero_point).dequantize()
+    result = (weight.transpose(1, 2) if transposed else weight).contiguous().to(plain.dtype)
+    assert not torch.equal(result, plain)
+    return result
 
 
 def compressed(source: Path, directory: Path, **options: Any) -> Path:

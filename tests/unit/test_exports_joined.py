@@ -26,7 +26,7 @@ EXPORTS = {"humming": "mxfp4_e2m1", "compressed-tensors": "mxfp4_e2m1", "quark":
 def architecture(*names: str, tied: bool = False) -> Architecture:
     linears = {name: Linear((64, 64)) for name in names}
     modules = frozenset(names)
-    return Architecture("Fake", linears, {}, {}, modules, "lm_head", tied, "model", lambda _: {}, lambda _: [])
+    return Architecture("Fake", linears, {}, {}, {}, modules, "lm_head", tied, "model", lambda _: {}, lambda _: [])
 
 
 def layers(**schemes: Scheme | None) -> list[tuple[LinearLayer, Scheme | None]]:

@@ -60,7 +60,10 @@ LINEARS = {
             *(name.replace("mlp", "mlp.shared_expert") for name in GATED),
         ),
     ),
-    "qwen3_moe": ("model.layers.{}.", (*ATTENTION, *experts("mlp", ("gate_proj", "up_proj", "down_proj")))),
+    **dict.fromkeys(
+        ("qwen3_moe", "olmoe"),
+        ("model.layers.{}.", (*ATTENTION, *experts("mlp", ("gate_proj", "up_proj", "down_proj")))),
+    ),
 }
 
 
@@ -137,7 +140,7 @@ def test_names_of_the_base_model_are_understood(name: str, prefix: str, tmp_path
     assert f"{report.compressed[0].name.removesuffix('.weight')}.weight_packed" in checkpoints.weights(tmp_path / "out")
 
 
-def test_experts_that_are_stored_fused_stay_and_are_said(tmp_path: Path) -> None:
+def test_experts_that_are_stored_fused_are_compressed_each_on_its_own(tmp_path: Path) -> None:
     source = checkpoints.save("qwen3_moe", tmp_path / "model")
     tensors = {tensor: value for tensor, value in checkpoints.weights(source).items() if ".mlp.experts." not in tensor}
     for layer in range(2):
@@ -145,9 +148,17 @@ def test_experts_that_are_stored_fused_stay_and_are_said(tmp_path: Path) -> None
         tensors[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.randn(4, 64, 32, dtype=torch.bfloat16)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     report = quantize(source, tmp_path / "out")
+    after = checkpoints.weights(tmp_path / "out")
     fused = [row for row in report.rows if ".experts." in row.name]
-    assert [(row.scheme, row.note) for row in fused] == [(None, "fused experts")] * 4
-    assert len(report.compressed) == 8
+    assert [(row.scheme, row.note, row.linear) for row in fused] == [("fp6_e3m2:row:float16", "", True)] * 4
+    assert len(report.compressed) == 12
+    for row in fused:
+        scheme, weights = Scheme.from_key(str(row.scheme)), tensors[row.name]
+        for expert, weight in enumerate(weights):
+            encoded = quantize_rtn(weight, scheme)
+            stored = {f"a.{name}": after[f"{row.name}.{name}"][expert] for name in ("weight_packed", "weight_scale")}
+            read = checkpoints.decode(stored, "a", scheme, weight.shape[1])
+            assert torch.equal(read, scheme.format.decode(encoded.codes) * scale_values(encoded.scale, scheme))
 
 
 def test_layers_beyond_the_model_stay(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import transformers
 from helpers import checkpoints
 
 from tersor.checkpoint import writer
-from tersor.convert import Report, quantize
+from tersor.convert import Report, pipeline, quantize
 from tersor.errors import InputError, OutputError
 
 OPTIONS: dict[str, Any] = {"format": "int4", "group_size": 32, "shard_size": 12_000}
@@ -282,3 +282,18 @@ def test_an_output_that_cannot_get_its_name_is_kept_for_resume(
     assert not (tmp_path / "out").exists()
     report = quantize(model, tmp_path / "out", resume=True)
     assert report.bytes_read == 0 and (tmp_path / "out/config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe"])
+def test_fused_experts_written_in_small_blocks_and_resumed_have_the_same_bytes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints.save(name, tmp_path / "model")
+    options: dict[str, Any] = {"format": "uint4", "shard_size": 12_000}
+    quantize(source, tmp_path / "whole", **options)
+    monkeypatch.setattr(pipeline, "_CPU_BLOCK_ELEMENTS", 64 * 10)  # rows of two experts in one block
+    with pytest.raises(Stopped):
+        quantize(source, tmp_path / "out", **options, progress=stop_after(0.6))
+    report = quantize(source, tmp_path / "out", **options, resume=True)
+    whole, resumed = (checkpoints.bytes_of(tmp_path / folder) for folder in ("whole", "out"))
+    assert whole == resumed and sum(".experts" in row.name or "_linear" in row.name for row in report.compressed) == 4

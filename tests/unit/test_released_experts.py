@@ -1,17 +1,23 @@
-"""gpt-oss in MXFP4: experts are decoded as transformers decodes them, and not written larger without a word."""
+"""gpt-oss in MXFP4: experts are decoded as transformers decodes them, and compressed like any others."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import checkpoints, released
+from helpers import checkpoints, packed_models, released
 from safetensors.torch import save_file
 
+from tersor.checkpoint import QuantizationConfig
+from tersor.compress import quantize_rtn
 from tersor.convert import quantize
-from tersor.errors import InputError
+from tersor.errors import InputError, UnsupportedError
+from tersor.formats import scale_values
+from tersor.integrations.transformers import architecture
+from tersor.layouts import StackedWeight
 
 HIDDEN, INNER, EXPERTS = 64, 96, 4
 
@@ -63,10 +69,39 @@ def test_experts_are_decoded_as_transformers_decodes_them(gpt_oss: Path) -> None
         assert torch.equal(weight, expected.float()), name
 
 
-def test_experts_that_would_be_written_larger_are_refused(gpt_oss: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["mxfp4_e2m1", "int8"])
+def test_experts_are_compressed_to_any_scheme(scheme: str, gpt_oss: Path, tmp_path: Path) -> None:
+    report = quantize(gpt_oss, tmp_path / "out", format=scheme, overrides=["attn=int8"])
+    found, config = released.decoded(gpt_oss, 3), packed_models.config(tmp_path / "out")
+    written = packed_models.tensors(tmp_path / "out")
+    assert {row.name for row in report.compressed} >= set(found)
+    own = QuantizationConfig.from_dict(config).scheme
+    for name, weight in found.items():
+        rows = weight.transpose(1, 2)
+        stored = StackedWeight(
+            own, tuple(rows.shape), written[f"{name}.weight_packed"], written[f"{name}.weight_scale"]
+        )
+        for expert, matrix in enumerate(stored.dequantize()):
+            encoded = quantize_rtn(rows[expert].contiguous(), own)
+            assert torch.equal(
+                matrix,
+                own.format.decode(encoded.codes)
+                * scale_values(encoded.scale, own).repeat_interleave(own.group_size or 1, 1),
+            ), name
+        assert f"{name}_bias" in written and f"{name}_blocks" not in written
+
+
+def test_experts_that_would_be_written_larger_are_refused(
+    gpt_oss: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architecture, "experts_form", checked_away)
     with pytest.raises(InputError, match=r"by mxfp4, and 4 of its tensors, such as 'model.layers.0.mlp.experts"):
         quantize(gpt_oss, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def checked_away(experts: Any) -> Any:
+    raise UnsupportedError("a kind of experts that nobody knows")
 
 
 def test_experts_that_are_ignored_by_name_are_written_decoded(gpt_oss: Path, tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ CASES = {
     "mixtral": {"format": "int4", "group_size": 32, "scale_dtype": "float32"},
     "qwen2_moe": {"format": "fp6_e3m2"},
     "qwen3_moe": {"format": "mxfp6_e3m2"},
+    "olmoe": {"format": "uint4", "group_size": 32},
     "deepseek_v2": {"format": "fp4_e2m1", "group_size": 16},
     "deepseek_v3": {"format": "fp6_e3m2"},
 }
-EXPERTS = {"mixtral": 2, "qwen2_moe": 2, "qwen3_moe": 2, "deepseek_v2": 1, "deepseek_v3": 1}
+EXPERTS = {"mixtral": 2, "qwen2_moe": 2, "qwen3_moe": 2, "olmoe": 2, "deepseek_v2": 1, "deepseek_v3": 1}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def test_the_model_holds_only_packed_weights(case: Case, loaded: Any) -> None:
     tied = loaded.lm_head.weight.nbytes if loaded.config.tie_word_embeddings else 0
     on_disk = sum(tensor.nbytes for tensor in models.tensors(case.packed).values())
     assert held - tied == on_disk
-    assert sum(isinstance(module, PackedExperts) for module in loaded.modules()) == EXPERTS.get(case.name, 0)
+    experts = [module for module in loaded.modules() if isinstance(module, PackedExperts)]
+    assert len(experts) == EXPERTS.get(case.name, 0) and all(module.gate_up is not None for module in experts)
     assert not any(tensor.device.type == "meta" for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 

@@ -134,7 +134,12 @@ def _shapes(word: str, trust_remote_code: bool) -> list[Shape]:
 
     read_config(folder)
     architecture = read_architecture(folder, trust_remote_code=trust_remote_code)
-    linears = {name: linear.shape for name, linear in architecture.linears.items() if name != architecture.head}
+    linears = {
+        name: (oc, ic)
+        for name, linear in architecture.linears.items()
+        if name != architecture.head
+        for oc, ic in [linear.shape]
+    }
     return [Shape(oc, ic, f"{folder.resolve().name} {name}") for name, (oc, ic) in joined(linears)]
 
 

@@ -128,6 +128,7 @@ def make_conversion(
         if layer.embedding:
             _check_embedding(tensor, layer, architecture)
         _check_weight(tensor, layer, chosen)
+        export.check_layer(layer)
         stored = export.store(layer, chosen)
         _check_names(stored.specs, source, tensor)
         steps.append(Step(tensor, layer, chosen, stored, linear=linear))
@@ -234,7 +235,8 @@ def _skipped_patterns(architecture: Architecture, layers: Sequence[LinearLayer],
 
 def _short_pattern(architecture: Architecture, module: str) -> str:
     """Return a pattern for layers that are left alone for the reason for which one is."""
-    linear, leaf = architecture.linears.get(module), re.escape(module.rpartition(".")[2])
+    linear = architecture.linears.get(module) or architecture.stacks.get(module)
+    leaf = re.escape(module.rpartition(".")[2])
     if module == architecture.head and "." not in module:
         return leaf
     if linear is not None and linear.tower:
@@ -265,7 +267,7 @@ def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> N
         )
     if not all(layer.shape):
         raise CheckpointError(f"{tensor.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
-    size, ic = scheme.group_size, layer.shape[1]
+    size, ic = scheme.group_size, layer.shape[-1]
     if size is not None and ic % size:
         fitting = [divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0]
         nearest = sorted(sorted(fitting, key=lambda divisor: abs(divisor - size))[:3])

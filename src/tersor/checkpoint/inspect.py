@@ -148,43 +148,55 @@ def _plain_items(source: Source) -> Iterator[Item]:
 
 def _packed_items(source: Source, config: QuantizationConfig, architecture: Architecture) -> Iterator[Item]:
     weights = stored_weights(source.tensors)
-    modules = architecture.modules_of(weights)
+    found = architecture.weights_of(weights)
     parts = {f"{stem}.{name}": stem for stem, storage in weights.items() for name in storage.names}
     for item in _plain_items(source):
         stem = parts.get(item.name)
         if stem is None:
             yield item
         elif item.name == f"{stem}.{weights[stem].marker}":
-            yield _compressed(source, stem, modules[stem], weights[stem], config, architecture)
+            name, target = found[stem]
+            module = target.name.removesuffix(".weight")
+            yield _compressed(source, name, stem, module, weights[stem], config, architecture)
 
 
 def _compressed(
-    source: Source, stem: str, module: str, storage: Storage, config: QuantizationConfig, architecture: Architecture
+    source: Source,
+    name: str,
+    stem: str,
+    module: str,
+    storage: Storage,
+    config: QuantizationConfig,
+    architecture: Architecture,
 ) -> Item:
     scheme = config.resolve(module)
     if scheme is None:
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
     marker = source.tensors[f"{stem}.{storage.marker}"].spec
-    names = [f"{stem}.{name}" for name in storage.names_of(scheme)]
-    missing = [name for name in names if name not in source.tensors]
+    names = [f"{stem}.{own}" for own in storage.names_of(scheme)]
+    missing = [own for own in names if own not in source.tensors]
     if missing:
         raise CheckpointError(f"{source.directory}: {missing[0]} is missing beside {marker.name}")
-    oc, largest = storage.largest_weight(scheme, marker.shape)
+    experts = marker.shape[:-2]
+    oc, largest = storage.largest_weight(scheme, marker.shape[-2:])
     ic = _input_channels(architecture, module, largest)
     form = storage.marker_form(scheme, oc, ic)
-    if marker.dtype != form.safetensors_dtype or marker.shape != form.shape:
+    if marker.dtype != form.safetensors_dtype or marker.shape != (*experts, *form.shape) or len(experts) > 1:
         raise CheckpointError(
             f"{source.directory}: {marker.name} has dtype {marker.dtype} and shape {list(marker.shape)}, which is "
             f"not {scheme.key()} for {ic} input channels"
         )
-    nbytes = sum(source.tensors[name].spec.nbytes for name in names)
-    return Item(f"{stem}.weight", (oc, ic), scheme.key(), 8 * nbytes / max(1, oc * ic), nbytes, True)
+    nbytes = sum(source.tensors[own].spec.nbytes for own in names)
+    shape = (*experts, oc, ic)
+    return Item(name, shape, scheme.key(), 8 * nbytes / max(1, math.prod(shape)), nbytes, True)
 
 
 def _input_channels(architecture: Architecture, module: str, largest: int) -> int:
     """Return IC: what the architecture says, or the largest there may be (for experts, which it keeps fused)."""
     if module in architecture.linears:
         return architecture.linears[module].shape[1]
+    if module in architecture.stacks:
+        return architecture.stacks[module].shape[-1]
     if module in architecture.embeddings:
         return architecture.embeddings[module].shape[1]
     return largest

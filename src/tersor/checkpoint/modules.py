@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.checkpoint.header import TensorSpec
 from tersor.errors import CheckpointError
@@ -28,19 +28,25 @@ class Skipped(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer of a model.
+    """A linear layer of a model, or one of each of its experts whose weights it keeps in one tensor.
 
     Attributes:
-        shape: (OC, IC).
-        transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D).
+        shape: (OC, IC), or (E, OC, IC) of E experts.
+        transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D), or [E, IC, OC].
         tower: name of the part outside the language model that it is in (a vision tower, a projector), else empty.
         unpackable: name of its class where that computes more than a packed linear can, else an empty string.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     transposed: bool = False
     tower: str = ""
     unpackable: str = ""
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the tensor that a checkpoint stores."""
+        *experts, oc, ic = self.shape
+        return (*experts, ic, oc) if self.transposed else self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class Target:
         experts: name of the module that holds the experts, where it is a weight of one of them.
         known: whether the model has such a parameter.
         parts: where rows of it become the weights of several layers, one after the other, their names.
+        turned: where it is changed only by turning its last two axes, `always`, or `where needed` for its shape.
     """
 
     name: str
@@ -76,17 +83,19 @@ class Target:
     experts: str = ""
     known: bool = True
     parts: tuple[str, ...] = ()
+    turned: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearLayer:
-    """A linear layer of the model, or an embedding, as the checkpoint stores it.
+    """A linear layer of the model, one of all its experts in one tensor, or an embedding, as the checkpoint stores it.
 
     Attributes:
         module: the layer's name in the model, which patterns are matched with.
-        stem: the start of its tensors' names in the checkpoint: the weight is `stem + '.weight'`.
-        shape: (OC, IC).
-        transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D).
+        stem: the start of its tensors' names in the checkpoint: the weight is `stem + '.weight'`, or `stem` itself
+            where a model keeps the weights of all experts in one parameter.
+        shape: (OC, IC), or (E, OC, IC) of E experts in one tensor.
+        transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D), or [E, IC, OC].
         skipped: why the layer is left alone unless it is asked for; `None` where it is not.
         tower: name of the part outside the language model that the layer is in, else an empty string.
         obstacle: why the layer cannot be compressed, else an empty string.
@@ -95,7 +104,7 @@ class LinearLayer:
 
     module: str
     stem: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     transposed: bool = False
     skipped: Skipped | None = None
     tower: str = ""
@@ -105,6 +114,11 @@ class LinearLayer:
     def __post_init__(self) -> None:
         if not self.served:
             object.__setattr__(self, "served", self.module)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the tensor holds the weights of all experts of a layer."""
+        return len(self.shape) == 3
 
     @property
     def embedding(self) -> bool:
@@ -126,8 +140,9 @@ class Architecture:
         name: name of the model's class.
         linears: module name -> linear layer.
         embeddings: module name -> embedding.
-        experts: name of a module that holds the fused experts of a layer -> why they cannot be packed, or an empty
-            string.
+        experts: name of a module that holds the fused experts of a layer -> why they cannot be packed one by one, or an
+            empty string.
+        stacks: name of a parameter that holds the weights of all experts of a layer -> one such layer of each.
         modules: every module name.
         head: name of the output head, or an empty string.
         tied: whether the output head shares the embedding's weight.
@@ -140,6 +155,7 @@ class Architecture:
     linears: dict[str, Linear]
     embeddings: dict[str, Embedding]
     experts: dict[str, str]
+    stacks: dict[str, Linear]
     modules: frozenset[str]
     head: str
     tied: bool
@@ -149,8 +165,15 @@ class Architecture:
 
     def modules_of(self, stems: Iterable[str]) -> dict[str, str]:
         """Return for stems of stored weights the modules that they stand for, named as patterns find them."""
+        return {stem: target.name.removesuffix(_WEIGHT) for stem, (_, target) in self.weights_of(stems).items()}
+
+    def weights_of(self, stems: Iterable[str]) -> dict[str, tuple[str, Target]]:
+        """Return for stems of stored weights what each was called, `stem.weight` or `stem`, and where it goes."""
         targets = self.find([stem + _WEIGHT for stem in stems])
-        return {name.removesuffix(_WEIGHT): target.name.removesuffix(_WEIGHT) for name, target in targets.items()}
+        lost = [name.removesuffix(_WEIGHT) for name, target in targets.items() if not target.known]
+        whole = {stem: target for stem, target in self.find(lost).items() if target.parameter in self.stacks}
+        found = {name.removesuffix(_WEIGHT): (name, target) for name, target in targets.items()}
+        return {**found, **{stem: (stem, target) for stem, target in whole.items()}}
 
     def parts_of(self, spec: TensorSpec, target: Target) -> list[tuple[str, int]]:
         """Return name and rows of the layers' weights that a stored matrix is taken apart into while it is loaded."""
@@ -174,6 +197,12 @@ class Architecture:
         """
         matrix = (spec.shape[0], spec.shape[1]) if len(spec.shape) == 2 else None
         stem, module = spec.name.removesuffix(_WEIGHT), target.name.removesuffix(_WEIGHT)
+        if target.parameter in self.stacks and (target.turned or not target.conversion):
+            stack = self.stacks[target.parameter]
+            if target.turned == "always" or (target.turned and spec.shape != stack.stored):
+                stack = replace(stack, transposed=not stack.transposed)
+            self._check_shape(spec, stack, path)
+            return LinearLayer(module, stem, stack.shape, stack.transposed, self.skipped(module), stack.tower)
         if not target.parameter.endswith(_WEIGHT) and not target.experts:
             return None
         if not target.conversion and not spec.name.endswith(_WEIGHT):
@@ -191,12 +220,7 @@ class Architecture:
             return LinearLayer(parameter, stem, matrix, False, self.skipped(parameter), linear.tower, obstacle)
         if module in self.linears:
             linear = self.linears[module]
-            stored = linear.shape[::-1] if linear.transposed else linear.shape
-            if spec.shape != stored:
-                raise CheckpointError(
-                    f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this "
-                    f"config.json wants {list(stored)}"
-                )
+            self._check_shape(spec, linear, path)
             obstacle = f"a {linear.unpackable}, which computes more than a linear layer" if linear.unpackable else ""
             skipped = self.skipped(module)
             return LinearLayer(module, stem, linear.shape, linear.transposed, skipped, linear.tower, obstacle)
@@ -204,12 +228,20 @@ class Architecture:
             return LinearLayer(module, stem, matrix, skipped=Skipped.EMBEDDING)
         return None
 
+    def _check_shape(self, spec: TensorSpec, linear: Linear, path: str) -> None:
+        if spec.shape != linear.stored:
+            raise CheckpointError(
+                f"{path}: tensor {spec.name!r} has shape {list(spec.shape)}, and {self.name} with this config.json "
+                f"wants {list(linear.stored)}"
+            )
+
     def skipped(self, module: str) -> Skipped | None:
         """Say why a linear layer is left alone unless it is asked for; `None` where it is not."""
         leaf = module.rpartition(".")[2]
         if module == self.head or leaf in _HEAD_NAMES:
             return Skipped.HEAD
-        tower = self.linears[module].tower if module in self.linears else ""
+        linear = self.linears.get(module) or self.stacks.get(module)
+        tower = linear.tower if linear is not None else ""
         if self.base and not module.startswith(self.base + ".") and tower in ("", module):
             return Skipped.HEAD
         if tower:

@@ -1,7 +1,8 @@
 """What does a checkpoint store of a weight? Names, shapes and dtypes of its tensors, said here and nowhere else.
 
 A compressed weight `<stem>.weight` becomes several tensors `<stem>.<name>`. Which ones, its `Storage` says: today every
-weight is dense, and another kind of stored weight is another `Storage` in `STORAGES`.
+weight is dense, and another kind of stored weight is another `Storage` in `STORAGES`. The weights of all experts of a
+layer that a model keeps as one tensor `<stem>`, with three axes, become the same tensors with one axis more in front.
 """
 
 from __future__ import annotations
@@ -148,6 +149,22 @@ def stored_tensors(scheme: Scheme, oc: int, ic: int, storage: Storage = DENSE) -
         FormatError: the group size does not divide `ic`.
     """
     return storage.tensors(scheme, oc, ic)
+
+
+def stored_forms(scheme: Scheme, shape: tuple[int, ...], storage: Storage = DENSE) -> dict[str, TensorForm]:
+    """Return name -> shape and dtype of the tensors that stand for a weight (OC, IC), or for those of experts.
+
+    Args:
+        scheme: element format and scales.
+        shape: (OC, IC), or (E, OC, IC) of E experts in one tensor.
+        storage: how the weight is stored.
+
+    Raises:
+        FormatError: the group size does not divide IC.
+    """
+    *experts, oc, ic = shape
+    forms = stored_tensors(scheme, oc, ic, storage)
+    return {name: TensorForm((*experts, *form.shape), form.dtype) for name, form in forms.items()}
 
 
 def stored_weights(names: Iterable[str]) -> dict[str, Storage]:

@@ -9,6 +9,7 @@ import torch
 
 from tersor.checkpoint.names import DENSE, Storage, stored_tensors
 from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
+from tersor.errors import NonFiniteError
 from tersor.formats import Encoded, Scheme
 
 _SHOWN_ROWS = 3
@@ -81,6 +82,47 @@ def pack(
         weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
     )
     return Packed(tensors, error, norm, tuple(sorted(underflowed)))
+
+
+def pack_stack(
+    weight: torch.Tensor,
+    scheme: Scheme,
+    recipe: str = DEFAULT_RECIPE,
+    *,
+    transposed: bool = False,
+    storage: Storage = DENSE,
+) -> Packed:
+    """Encode and pack the weights of all experts of a layer, each on its own.
+
+    Args:
+        weight: [E, OC, IC], or [E, IC, OC] where `transposed`; any float dtype, any device.
+        scheme, recipe, storage: as for `pack`.
+        transposed: whether an expert's weight is [IC, OC].
+
+    Returns:
+        Tensors [E, ...] on the weight's device; rows of all experts are counted one after the other.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity, with its index in the weight as it is given.
+        Others as `pack` does.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    error, norm = 0.0, 0.0
+    underflowed: list[int] = []
+    for expert, own in enumerate(weight):
+        matrix = own.T if transposed else own
+        try:
+            packed = pack(matrix, scheme, recipe, storage=storage)
+        except NonFiniteError as failure:
+            index = failure.index[::-1] if transposed else failure.index
+            raise NonFiniteError((expert, *index), failure.value) from None
+        for name, tensor in packed.tensors.items():
+            if not expert:
+                tensors[name] = tensor.new_empty(len(weight), *tensor.shape)
+            tensors[name][expert] = tensor
+        error, norm = error + packed.squared_error, norm + packed.squared_norm
+        underflowed += [expert * len(matrix) + row for row in packed.underflowed]
+    return Packed(tensors, error, norm, tuple(underflowed))
 
 
 def underflow_words(rows: Sequence[int], scheme: Scheme) -> str:

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tersor.checkpoint.config import parse_ignore, parse_overrides
+from tersor.checkpoint.config import Override, parse_ignore, parse_overrides
 from tersor.checkpoint.conversion import Conversion, Step, make_conversion
 from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.checkpoint.names import TORCH_DTYPES
-from tersor.checkpoint.pack import pack
+from tersor.checkpoint.pack import pack, pack_stack
 from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.pipeline import Progress, row_of
 from tersor.convert.report import Report, Row
 from tersor.errors import FormatError, InputError, NonFiniteError, ShapeError
-from tersor.formats import get_scheme, store_scales
+from tersor.formats import Scheme, get_scheme, store_scales
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import live
 from tersor.nn import PackedModule
@@ -88,7 +88,8 @@ def quantize_module(
         progress: called with bytes done, bytes in all, and a tensor's name.
 
     Returns:
-        What was done, tensor by tensor, under the names of the model's state dict.
+        What was done, tensor by tensor, under the names of the model's state dict; experts that transformers holds
+        fused and stores one by one have the names of each.
 
     Raises:
         InputError: bad options, weights that are not there or not finite, or a model that is compressed already; the
@@ -103,27 +104,11 @@ def quantize_module(
     if live.linear_shape(model) is not None:
         raise InputError(f"{name} is a layer itself, which cannot be replaced in place: give the module that holds it")
     live.check_plain(model)
-    architecture, kept = _architecture(model)
-    source = _describe(model, name)
-    conversion = make_conversion(
-        source,  # type: ignore[arg-type]  # what is asked of a source, it has
-        architecture,
-        scheme=scheme,
-        ignore=patterns,
-        overrides=chosen,
-        export=get_export("tersor"),
-        shard_bytes=1 << 62,
-        provenance={"tersor": __version__, "algorithm": algorithm, "source": live.label(model)},
-    )
-    schemes = {step.layer.module: step.scheme for step in conversion.steps if step.layer and step.scheme}
-    for step in conversion.steps:
-        _check(model, step)
-    rows = {step.source.spec.name: _row(step, kept) for step in conversion.steps}
-    if not dry_run:
-        heads = live.find_ties(model, source, schemes)
-        for step_name, row in _replace(model, conversion, algorithm, where, progress).items():
-            rows[step_name] = row
-        live.finish(model, conversion.config, heads)
+    split = live.split_experts(model)
+    try:
+        rows = _quantize(model, name, scheme, patterns, chosen, algorithm, dry_run, where, progress, split)
+    finally:
+        live.settle_experts(model, split)
     report = Report(name, None, scheme.key(), "tersor", tuple(rows.values()), seconds=time.monotonic() - started)
     if report.mostly_left:
         left = report.left[0]
@@ -135,6 +120,43 @@ def quantize_module(
     return report
 
 
+def _quantize(
+    model: nn.Module,
+    name: str,
+    scheme: Scheme,
+    ignore: Sequence[str],
+    overrides: Sequence[Override],
+    algorithm: str,
+    dry_run: bool,
+    device: torch.device | None,
+    progress: Progress | None,
+    split: live.Split,
+) -> dict[str, Row]:
+    """Decide, check, and replace layers unless it is a dry run; return the rows of the report by tensor."""
+    architecture, kept = _architecture(model)
+    source = _describe(model, name)
+    conversion = make_conversion(
+        source,  # type: ignore[arg-type]  # what is asked of a source, it has
+        architecture,
+        scheme=scheme,
+        ignore=ignore,
+        overrides=overrides,
+        export=get_export("tersor"),
+        shard_bytes=1 << 62,
+        provenance={"tersor": __version__, "algorithm": algorithm, "source": live.label(model)},
+    )
+    schemes = {step.layer.module: step.scheme for step in conversion.steps if step.layer and step.scheme}
+    for step in conversion.steps:
+        _check(model, step)
+    rows = {step.source.spec.name: _row(step, kept) for step in conversion.steps}
+    if not dry_run:
+        heads = live.find_ties(model, source, schemes)
+        for step_name, row in _replace(model, conversion, algorithm, device, progress, split).items():
+            rows[step_name] = row
+        live.finish(model, conversion.config, heads)
+    return rows
+
+
 def _architecture(model: nn.Module) -> tuple[Architecture, dict[str, str]]:
     """Return the model's layers that can be replaced, and why others cannot: module name -> words."""
     found = live.architecture(model)
@@ -143,10 +165,17 @@ def _architecture(model: nn.Module) -> tuple[Architecture, dict[str, str]]:
     adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     linears: dict[str, Linear] = {}
     embeddings: dict[str, Embedding] = {}
+    stacks = dict(found.stacks)
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             kept[name] = "packed already"
             continue
+        for own in (f"{name}.{own}" for own in module._parameters):
+            if own in stacks and ((adapted and own.startswith(adapted)) or not live.unpatched(module)):
+                kept[own] = (
+                    "part of an adapter" if live.unpatched(module) else "fused experts with a forward of their own"
+                )
+                del stacks[own]
         if name not in found.linears and name not in found.embeddings:
             continue
         weight = module._parameters.get("weight")
@@ -167,7 +196,7 @@ def _architecture(model: nn.Module) -> tuple[Architecture, dict[str, str]]:
             embeddings[name] = found.embeddings[name]
     linears = {name: linear for name, linear in linears.items() if name not in kept}
     embeddings = {name: embedding for name, embedding in embeddings.items() if name not in kept}
-    return replace(found, linears=linears, embeddings=embeddings), kept
+    return replace(found, linears=linears, embeddings=embeddings, stacks=stacks), kept
 
 
 def _describe(model: nn.Module, name: str) -> _Model:
@@ -186,15 +215,19 @@ def _row(step: Step, kept: Mapping[str, str]) -> Row:
     row = row_of(step)
     name = step.source.spec.name
     owner, _, own = name.rpartition(".")
-    why = next((kept[module] for module in (owner, owner.partition(".parametrizations")[0]) if module in kept), "")
+    why = next(
+        (kept[module] for module in (name, owner, owner.partition(".parametrizations")[0]) if module in kept), ""
+    )
     if not why or own.startswith("bias"):
         return row
     return replace(row, scheme=None, note=why)
 
 
 def _weight(model: nn.Module, step: Step) -> torch.Tensor:
-    """Return a layer's weight as [OC, IC]."""
+    """Return a layer's weight as [OC, IC], that of all its experts as it is."""
     assert step.layer is not None
+    if step.layer.stacked:
+        return model.get_parameter(step.layer.module).detach()
     weight: torch.Tensor = model.get_submodule(step.layer.module).weight.detach()  # type: ignore[operator,union-attr]
     return weight.T if step.layer.transposed else weight
 
@@ -214,9 +247,9 @@ def _check(model: nn.Module, step: Step) -> None:
         raise ShapeError(f"{name} is on the meta device, not loaded or offloaded: load the model into memory first")
     low, high = (float(value) for value in weight.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        row, column = (int(axis) for axis in (~torch.isfinite(weight)).nonzero()[0])
-        index = (column, row) if step.layer is not None and step.layer.transposed else (row, column)
-        raise NonFiniteError(index, float(weight[row, column]), f"{name!r}")
+        found = tuple(int(axis) for axis in (~torch.isfinite(weight)).nonzero()[0])
+        turned = step.layer is not None and step.layer.transposed and not step.layer.stacked
+        raise NonFiniteError(found[::-1] if turned else found, float(weight[found]), f"{name!r}")
     extent = max(high, 0.0) - min(low, 0.0) if step.scheme.has_zero_point else max(abs(low), abs(high))
     try:
         store_scales(torch.tensor([[extent / step.scheme.format.max]]), step.scheme)
@@ -225,7 +258,12 @@ def _check(model: nn.Module, step: Step) -> None:
 
 
 def _replace(
-    model: nn.Module, conversion: Conversion, recipe: str, device: torch.device | None, progress: Progress | None
+    model: nn.Module,
+    conversion: Conversion,
+    recipe: str,
+    device: torch.device | None,
+    progress: Progress | None,
+    split: live.Split,
 ) -> dict[str, Row]:
     """Put a packed layer in place of every layer with a scheme; return the rows of the report by tensor."""
     aliases: dict[int, list[str]] = {}
@@ -239,13 +277,20 @@ def _replace(
         name, scheme = step.layer.module, step.scheme
         weight = _weight(model, step)
         home = weight.device
-        packed = pack(weight if device is None else weight.to(device), scheme, recipe)
-        del weight
+        moved = weight if device is None else weight.to(device)
+        if step.layer.stacked:
+            packed = pack_stack(moved, scheme, recipe, transposed=step.layer.transposed)
+        else:
+            packed = pack(moved, scheme, recipe)
+        del weight, moved
         tensors = {key: tensor.to(home) for key, tensor in packed.tensors.items()}
-        old = model.get_submodule(name)
-        new = live.replace(model, name, scheme, tensors)
-        for other in aliases[id(old)]:
-            model.set_submodule(other, new)
+        # What holds all experts of a layer is replaced, and holds their packed weights.
+        place = name.rpartition(".")[0] if step.layer.stacked else name
+        old = model.get_submodule(place)
+        live.replace(model, name, scheme, tensors, step.layer.stacked)
+        split.pop(name.rsplit(".", 2)[0], None)
+        for other in aliases.pop(id(old), ()):  # the number of what is gone may be another's next
+            model.set_submodule(other, model.get_submodule(place))
         norm = packed.squared_norm
         rows[step.source.spec.name] = row_of(step, (packed.squared_error / norm) ** 0.5 if norm else 0.0)
         done += step.source.spec.nbytes

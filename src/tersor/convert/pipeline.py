@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
+from tersor.checkpoint.modules import LinearLayer
 from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.pack import Packed, pack, underflow_words
 from tersor.checkpoint.reader import element_bytes
@@ -52,13 +53,16 @@ class _Block:
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 def row_of(step: Step, relative_error: float | None = None) -> Row:
     """Return the report's row for a step."""
     spec = step.source.spec
     after = step.output_bytes
     if step.scheme is not None and step.layer is not None:
-        bits = step.scheme.bits_per_weight(step.layer.shape[1])
+        bits = step.scheme.bits_per_weight(step.layer.shape[-1])
     else:
         bits = 8 * after / spec.numel if spec.numel else 0.0
     key = step.scheme.key() if step.scheme is not None else None
@@ -175,13 +179,14 @@ class Pipeline:
             for start in range(0, step.source.spec.nbytes, size):
                 yield _Block(index, start, min(start + size, step.source.spec.nbytes))
             return
-        oc, ic = step.layer.shape
+        *_, oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
-        # The rows of a transposed weight are spread over the whole tensor.
-        whole = step.layer.transposed or get_recipe(self._recipe).all_rows
-        rows = oc if whole else max(1, elements // ic)
-        for start in range(0, oc, rows):
-            yield _Block(index, start, min(start + rows, oc))
+        # The rows of a transposed weight are spread over the whole tensor, those of experts over that of each.
+        decoded = step.layer.stacked and isinstance(step.source, DecodedTensor)
+        whole = step.layer.transposed or decoded or get_recipe(self._recipe).all_rows
+        rows, count = oc if whole else max(1, elements // ic), math.prod(step.layer.shape[:-1])
+        for start in range(0, count, rows):
+            yield _Block(index, start, min(start + rows, count))
 
     def _write_constants(self, writer: ShardWriter, step: Step) -> None:
         for spec, content in step.stored.constants if step.stored else ():
@@ -207,8 +212,7 @@ class Pipeline:
             try:
                 packed = self._pack(weight, step, block)
             except NonFiniteError as error:
-                index = error.index[::-1] if step.layer.transposed else error.index
-                raise NonFiniteError(index, error.value, _where(step)) from None
+                raise NonFiniteError(_index(step.layer, error.index), error.value, _where(step)) from None
             except FormatError as error:
                 raise FormatError(f"{_where(step)}: {error}") from None
         if packed.underflowed:
@@ -231,19 +235,22 @@ class Pipeline:
     def _read(self, step: Step, block: _Block) -> torch.Tensor:
         """Return rows of a weight as [rows, IC], on the CPU."""
         assert step.layer is not None
-        spec = step.source.spec
+        spec, layer = step.source.spec, step.layer
+        expert = block.start // layer.shape[-2]
         if isinstance(step.source, DecodedTensor):
-            if step.layer.transposed:
-                return step.source.read_rows(0, spec.shape[0]).T.contiguous()
-            return step.source.read_rows(block.start, block.stop)
-        row_bytes = _row_bytes(step)
-        if step.layer.transposed:
-            flat = self._buffer(spec.nbytes)
-            step.source.file.read_into(spec, 0, flat.numpy().data)
-            return flat.view(TORCH_DTYPES[spec.dtype]).view(spec.shape).T.contiguous()
-        flat = self._buffer((block.stop - block.start) * row_bytes)
-        step.source.file.read_into(spec, block.start * row_bytes, flat.numpy().data)
-        return flat.view(TORCH_DTYPES[spec.dtype]).view(block.stop - block.start, spec.shape[1])
+            if layer.stacked:
+                matrix = step.source.read_rows(expert, expert + 1)[0]
+            else:
+                rows = (0, spec.shape[0]) if layer.transposed else (block.start, block.stop)
+                matrix = step.source.read_rows(*rows)
+            return matrix.T.contiguous() if layer.transposed else matrix
+        row_bytes = spec.nbytes // math.prod(spec.shape[:-1])
+        # A block of a transposed weight is all of it, or all of one expert's.
+        first, count = (expert * spec.shape[-2], spec.shape[-2]) if layer.transposed else (block.start, len(block))
+        flat = self._buffer(count * row_bytes)
+        step.source.file.read_into(spec, first * row_bytes, flat.numpy().data)
+        matrix = flat.view(TORCH_DTYPES[spec.dtype]).view(count, spec.shape[-1])
+        return matrix.T.contiguous() if layer.transposed else matrix
 
     def _pack(self, weight: torch.Tensor, step: Step, block: _Block) -> Packed:
         """Encode and pack a block's rows [rows, IC] on the pipeline's device."""
@@ -260,7 +267,7 @@ class Pipeline:
     def _store(self, writer: ShardWriter, step: Step, block: _Block, packed: Packed) -> None:
         assert step.stored is not None
         for name, spec in step.stored.tensors.items():
-            row_bytes = spec.nbytes // spec.shape[0]
+            row_bytes = spec.nbytes // math.prod(spec.shape[:-1])
             rows = packed.tensors[name].view(torch.uint8)[:, :row_bytes].contiguous()
             writer.write(spec.name, block.start * row_bytes, rows.numpy().data)
 
@@ -289,6 +296,14 @@ def _where(step: Step) -> str:
     return f"{step.source.file.path}: tensor {step.source.spec.name!r}"
 
 
+def _index(layer: LinearLayer, found: tuple[int, ...]) -> tuple[int, ...]:
+    """Return where in the source's tensor the weight is that is at (row, column) of the layer's rows."""
+    row, column = found
+    expert, row = divmod(row, layer.shape[-2])
+    inside = (column, row) if layer.transposed else (row, column)
+    return (expert, *inside) if layer.stacked else inside
+
+
 def _row_bytes(step: Step) -> int:
     """Return the bytes of a row of the source's first axis, decoded."""
     return step.source.spec.nbytes // step.source.spec.shape[0]
@@ -297,4 +312,4 @@ def _row_bytes(step: Step) -> int:
 def _input_bytes(step: Step, block: _Block) -> int:
     if step.scheme is None or step.layer is None:
         return block.stop - block.start
-    return (block.stop - block.start) * step.layer.shape[1] * element_bytes(step.source.spec.dtype)
+    return len(block) * step.layer.shape[-1] * element_bytes(step.source.spec.dtype)

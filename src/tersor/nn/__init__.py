@@ -1,7 +1,8 @@
 """The modules that hold packed weights."""
 
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
+from tersor.nn.experts import PackedStack, Rows
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule, bits_per_weight
 
-__all__ = ["PackedEmbedding", "PackedLinear", "PackedModule", "TiedLinear", "bits_per_weight"]
+__all__ = ["PackedEmbedding", "PackedLinear", "PackedModule", "PackedStack", "Rows", "TiedLinear", "bits_per_weight"]

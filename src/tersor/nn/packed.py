@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, TensorForm, stored_tensors
+from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, TensorForm, stored_forms
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.layouts import STREAM, PackedWeight
@@ -20,7 +21,7 @@ class PackedModule(nn.Module):
     """Holds a packed weight [OC, IC]; a subclass says what is computed with it.
 
     Attributes:
-        shape: (OC, IC) of the weight.
+        shape: (OC, IC) of the weight, (E, OC, IC) of those of E experts.
         scheme: what codes and scales mean.
         dtype: of the decoded `weight`; follows `.half()`, `.to(dtype)` and the like.
         layout: the layout `weight_packed` is in now: `stream` or a kernel layout.
@@ -32,12 +33,12 @@ class PackedModule(nn.Module):
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
-    in_state_dict: ClassVar[bool] = True
+    in_state_dict = True
     """Whether the weight is stored with this module; else another module's state dict holds it."""
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         scheme: Scheme,
         *,
         device: torch.device | str | None = None,
@@ -46,7 +47,7 @@ class PackedModule(nn.Module):
         """Make a module with uninitialised codes and scales, to be filled from a state dict.
 
         Args:
-            shape: (OC, IC).
+            shape: (OC, IC); (E, OC, IC) for a subclass that holds a weight of each of E experts.
             scheme: element format and scales.
             device: of everything.
             dtype: of the decoded weight; torch's default when `None`.
@@ -69,15 +70,11 @@ class PackedModule(nn.Module):
 
     def own_tensors(self) -> dict[str, TensorForm]:
         """Return name -> shape and dtype of the tensors that stand for this module's weight on disk."""
-        return stored_tensors(self.scheme, *self.shape)
+        return stored_forms(self.scheme, self.shape)
 
     def packed_weight(self) -> PackedWeight:
         """Return the weight, sharing memory with the module's buffers: the same object until one of them changes."""
-        if torch.compiler.is_compiling():
-            return PackedWeight(
-                self.scheme, self.shape, self.weight_packed, self.weight_scale, self.weight_zero_point, self.layout
-            )
-        return self._current()
+        return self._view() if torch.compiler.is_compiling() else self._current()
 
     def _current(self) -> PackedWeight:
         held, buffers = self._held, self._buffers
@@ -88,10 +85,23 @@ class PackedModule(nn.Module):
             or held.zero_point is not buffers[ZERO_POINT]
             or held.layout is not self.layout
         ):
-            data, scale = self.weight_packed, self.weight_scale
-            held = PackedWeight(self.scheme, self.shape, data, scale, self.weight_zero_point, self.layout)
+            held = self._view()
             self._held, self._ready_for = held, None
         return held
+
+    def _view(self) -> PackedWeight:
+        oc, ic = self.shape
+        data, scale = self.weight_packed, self.weight_scale
+        return PackedWeight(self.scheme, (oc, ic), data, scale, self.weight_zero_point, self.layout)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the buffers hold what is on disk."""
+        return self.layout == STREAM
+
+    def stored_weight(self) -> PackedWeight:
+        """Return the weight as it is on disk, in the stored stream."""
+        return self.packed_weight().to_layout(STREAM)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -144,8 +154,8 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.in_state_dict and self.layout != STREAM:
-            stored = self.packed_weight().to_layout(STREAM)
+        if self.in_state_dict and not self.as_stored:
+            stored = self.stored_weight()
             destination[prefix + PACKED], destination[prefix + SCALE] = stored.data, stored.scale
             if stored.zero_point is not None:
                 destination[prefix + ZERO_POINT] = stored.zero_point
@@ -168,14 +178,18 @@ class PackedModule(nn.Module):
                 wanted = f"{form.dtype} {list(form.shape)}"
                 error_msgs.append(f"{prefix}{name} is {found}; {self.scheme.key()} stores {wanted}")
                 return
-        if self.layout != STREAM:
-            for name, form in tensors.items():
-                setattr(self, name, torch.empty(form.shape, dtype=form.dtype, device=self.weight_packed.device))
-            self.layout = STREAM
+        if not self.as_stored:
+            self._set_empty()
         self._ready_for = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _set_empty(self) -> None:
+        """Put uninitialised tensors of the stored shapes in the place of what the buffers hold."""
+        for name, form in self.own_tensors().items():
+            setattr(self, name, torch.empty(form.shape, dtype=form.dtype, device=self.weight_packed.device))
+        self.layout = STREAM
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready_for": None, "_held": None}
@@ -186,8 +200,7 @@ def bits_per_weight(model: nn.Module) -> float | None:
     bits, weights = 0.0, 0
     for module in model.modules():
         if isinstance(module, PackedModule) and module.in_state_dict:
-            oc, ic = module.shape
-            count = oc * ic
-            bits += module.scheme.bits_per_weight(ic) * count
+            count = math.prod(module.shape)
+            bits += module.scheme.bits_per_weight(module.shape[-1]) * count
             weights += count
     return bits / weights if weights else None

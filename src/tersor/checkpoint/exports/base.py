@@ -10,7 +10,7 @@ from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.exports import joined
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer
-from tersor.checkpoint.names import stored_tensors
+from tersor.checkpoint.names import stored_forms
 from tersor.errors import FormatError
 from tersor.formats import Scheme
 
@@ -60,6 +60,13 @@ class Export:
         """
         return Stored(own_tensors(layer, scheme))
 
+    def check_layer(self, layer: LinearLayer) -> None:
+        """Check that the format can hold a compressed layer of this kind; comes before `store`.
+
+        Raises:
+            FormatError: it cannot.
+        """
+
     def check_model(self, architecture: Architecture, layers: Layers) -> None:
         """Check what only the whole model shows; comes before `quantization_config`, which may use what was seen.
 
@@ -90,6 +97,13 @@ class ForeignExport(Export):
         # Their readers keep scales in the model's dtype and would round any other to it.
         self.default_scale_dtype = model_dtype if model_dtype in ("float16", "bfloat16") else None
         self.left_alone: list[str] = []
+
+    def check_layer(self, layer: LinearLayer) -> None:
+        if layer.stacked:
+            raise FormatError(
+                f"{self.name} readers expect a tensor of each expert, and {layer.served} holds all of a layer: ignore "
+                "'experts', or export a checkpoint that stores experts one by one"
+            )
 
     def refuse(self, scheme: Scheme, layer: LinearLayer) -> FormatError:
         """Return the error for a layer whose scheme the format cannot say."""
@@ -135,7 +149,7 @@ def own_tensors(layer: LinearLayer, scheme: Scheme) -> dict[str, TensorSpec]:
     """Return Tersor's own name -> the tensor of a compressed layer as Tersor's own checkpoint stores it."""
     return {
         name: TensorSpec(f"{layer.stem}.{name}", form.safetensors_dtype, form.shape)
-        for name, form in stored_tensors(scheme, *layer.shape).items()
+        for name, form in stored_forms(scheme, layer.shape).items()
     }
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers import foreign
+from tersor.integrations.transformers.experts_form import experts_form, is_experts
 
 _SAME_AS_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
@@ -83,6 +84,7 @@ def architecture_of(model: Any) -> Architecture:
     linears: dict[str, Linear] = {}
     embeddings: dict[str, Embedding] = {}
     experts: dict[str, str] = {}
+    stacks: dict[str, Linear] = {}
     towers = _towers(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or is_conv1d(module):
@@ -93,8 +95,9 @@ def architecture_of(model: Any) -> Architecture:
         elif isinstance(module, nn.Embedding):
             unpackable = "" if packable_embedding(module) else type(module).__name__
             embeddings[name] = Embedding((module.num_embeddings, module.embedding_dim), unpackable)
-        elif hasattr(module, "num_experts") and hasattr(module, "down_proj"):
+        elif is_experts(module):
             experts[name] = _experts_obstacle(module)
+            stacks.update(stacks_of(name, module, towers.get(name, "")))
     output = model.get_output_embeddings()
     modules = dict(model.named_modules())
     base = model.base_model_prefix
@@ -104,6 +107,7 @@ def architecture_of(model: Any) -> Architecture:
         linears=linears,
         embeddings=embeddings,
         experts=experts,
+        stacks=stacks,
         modules=frozenset(modules),
         head=next((name for name, module in modules.items() if output is not None and module is output), ""),
         tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
@@ -134,7 +138,7 @@ def _towers(model: Any) -> dict[str, str]:
     outside: dict[str, str] = {}
     inside = 0
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        if not isinstance(module, nn.Linear) and not is_conv1d(module) and not is_experts(module):
             continue
         around = [part for part in inner if not part or name.startswith(part + ".")]
         if speaks[max(around, key=len)]:
@@ -212,6 +216,15 @@ def _experts_obstacle(module: nn.Module) -> str:
     except UnsupportedError as error:
         return str(error).partition(": ignore")[0]
     return ""
+
+
+def stacks_of(name: str, module: nn.Module, tower: str = "") -> dict[str, Linear]:
+    """Return the parameters that hold the weights of all experts of a layer, where they can run packed."""
+    try:
+        form = experts_form(module)
+    except UnsupportedError:
+        return {}
+    return {f"{name}.{own}": Linear(form.shape(own), form.transposed, tower) for own in form.names}
 
 
 def _reason(error: Exception) -> str:

@@ -1,40 +1,53 @@
-"""The experts of a mixture-of-experts layer, each with linear layers of its own that may be packed.
+"""The experts of a mixture-of-experts layer, with a tensor of each in the checkpoint: linear layers that may be packed.
 
-transformers 5 keeps the experts of a layer as two 3-D tensors, `gate_up_proj` [E, 2*I, H] and `down_proj` [E, H, I]
-(`up_proj` [E, I, H] where there is no gate), and merges the per-expert tensors of a checkpoint into them. Packed
-weights stay apart: every expert may have a scheme of its own, and names in memory are those on disk.
+transformers merges the per-expert tensors of a checkpoint into two; packed ones stay apart by name, as every expert may
+have a scheme of its own. Where all of a layer have one scheme, their codes lie in two stacks and run as one operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tersor import ops
 from tersor.errors import UnsupportedError
+from tersor.formats import Activations
+from tersor.integrations.transformers.experts_form import ExpertsForm, apply_gate, experts_form
+from tersor.integrations.transformers.joined import JOINED, moved
+from tersor.layouts import STREAM, PackedWeight, StackedWeight
+from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one
+from tersor.nn.linear import PackedLinear, cast_bias
 
-_PLAIN = {"has_bias": False, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}
+_guard = threading.RLock()
 
 
 class PackedExperts(nn.Module):
     """Experts 0 .. E-1 as submodules `"0"`, `"1"`, ...; each holds its linear layers under the checkpoint's names.
+
+    After `join` the codes of all experts lie in `gate_up` and `down`, and a state dict shows each expert's as it is
+    stored. Whatever touches their tensors (a move, a cast, a load) first takes them apart; the next forward joins them.
 
     Attributes:
         num_experts: E.
         input_names: the layers that read the hidden state: gate and up, or up alone.
         output_name: the layer that writes it back.
         template: the module this one replaced, without its weights; its activation and gate are used.
+        gate_up, down: the weights of all experts while they are joined, else `None`.
     """
 
     template: Any
+    gate_up: PackedStack | None
+    down: PackedStack | None
 
     def __init__(self, experts: Any, input_names: Sequence[str], output_name: str) -> None:
-        """Split a module of fused experts into plain linear layers of the same shapes, uninitialised.
+        """Split a module of fused experts into plain linear layers of the same shapes, on the meta device.
 
         Args:
-            experts: has `down_proj` and `gate_up_proj` or `up_proj`, as described above; its weights are taken out.
+            experts: as transformers writes them (`experts_form`), without biases; its weights are taken out.
             input_names: names for gate and up (or up alone) in the checkpoint, such as `("w1", "w3")`.
             output_name: name for down in the checkpoint.
 
@@ -42,20 +55,22 @@ class PackedExperts(nn.Module):
             UnsupportedError: the module computes something else than gate, up and down.
         """
         super().__init__()
-        self.fused_name = check_experts(experts)
-        fused: torch.Tensor = getattr(experts, self.fused_name)
+        self.form = check_experts(experts)
+        fused: torch.Tensor = getattr(experts, self.form.fused)
         down: torch.Tensor = experts.down_proj
-        self.num_experts, width, hidden = fused.shape
+        self.num_experts, hidden, inner = self.form.count, self.form.hidden, self.form.inner
         self.input_names = tuple(input_names)
         self.output_name = output_name
-        inner = width // len(input_names)
         for index in range(self.num_experts):
-            layers = {name: _linear(hidden, inner, fused) for name in self.input_names}
-            layers[output_name] = _linear(inner, hidden, down)
+            layers = {name: _linear(hidden, inner, fused.dtype) for name in self.input_names}
+            layers[output_name] = _linear(inner, hidden, down.dtype)
             self.add_module(str(index), nn.ModuleDict(layers))
-        setattr(experts, self.fused_name, None)
+        setattr(experts, self.form.fused, None)
         experts.down_proj = None
         self.template = experts
+        self.register_module("gate_up", None)
+        self.register_module("down", None)
+        self._joins, self._moving = False, False
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -70,65 +85,219 @@ class PackedExperts(nn.Module):
         Returns:
             [T, H] in the dtype of `hidden_states`.
         """
-        total = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        chosen = top_k_index.reshape(-1)
-        order = chosen.argsort(stable=True)
-        tokens = order // top_k_index.shape[1]
-        factors = top_k_weights.reshape(-1)[order].to(torch.float32)
-        start = 0
-        for expert, count in enumerate(torch.bincount(chosen, minlength=self.num_experts).tolist()):
-            if count:
-                mine = slice(start, start + count)
-                result = self._run(expert, hidden_states[tokens[mine]]).to(torch.float32)
-                total.index_add_(0, tokens[mine], result * factors[mine, None])
-                start += count
-        return total.to(hidden_states.dtype)
+        x = hidden_states.to(ops.activation_dtype(hidden_states))
+        if self.ready(x.dtype):
+            assert self.gate_up is not None and self.down is not None and self.form.gate is not None
+            y = multiply_stacks(x, self.gate_up, self.down, top_k_index, top_k_weights, self.form.gate)
+        else:
+            y = one_by_one(x, top_k_index, top_k_weights, self.num_experts, self._run)
+        return y.to(hidden_states.dtype)
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         layers = self._layers(expert)
         inputs = [layers[name](x) for name in self.input_names]
         if len(inputs) == 1:
             return layers[self.output_name](self.template.act_fn(inputs[0]))
-        return layers[self.output_name](self.template._apply_gate(torch.cat(inputs, dim=-1)))
+        return layers[self.output_name](apply_gate(self.template)(torch.cat(inputs, dim=-1)))
 
     def _layers(self, expert: int) -> Any:
         return self._modules[str(expert)]
+
+    def _named_layers(self) -> Iterator[tuple[int, str, Any]]:
+        for expert in range(self.num_experts):
+            for name, layer in self._layers(expert).items():
+                yield expert, name, layer
+
+    def join(self) -> None:
+        """Let all experts be multiplied by one operator, where they are packed in one scheme and the gate is known."""
+        layers = list(self._named_layers())
+        if self.form.gate is None or any(
+            type(layer) is not PackedLinear or layer.bias is not None for *_, layer in layers
+        ):
+            return
+        schemes = {(name == self.output_name, layer.scheme) for _, name, layer in layers}
+        if len(schemes) > 2:
+            return
+        for expert, name, layer in layers:
+            part = moved(layer, ExpertPart)
+            part.place(self, expert, name)
+            self._layers(expert)[name] = part
+        self._joins = True
+        self.ready(layers[0][2].dtype)
+
+    def keep_apart(self) -> None:
+        """Give every layer its own tensors back, and never join them again."""
+        self.dissolve()
+        self._joins = False
+
+    @property
+    def joins(self) -> bool:
+        """Whether the weights are joined when they are needed next."""
+        return self._joins
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Join the weights if they are apart; tell whether they are joined.
+
+        They stay apart on the meta device, where they lie on several devices or are multiplied in several ways, after
+        `keep_apart`, and where they are apart while a CUDA graph is captured.
+        """
+        if self.gate_up is not None or not self._joins or self._moving:
+            return self.gate_up is not None
+        with _guard:
+            return self.gate_up is not None or self._join(dtype)
+
+    def _join(self, dtype: torch.dtype) -> bool:
+        parts = [layer for *_, layer in self._named_layers()]
+        settings = {(part.weight_packed.device, part.dtype, part.activations) for part in parts}
+        device, own, activations = next(iter(settings))
+        if len(settings) > 1 or device.type == "meta":
+            return False
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        self.down = self._stack(self.output_name, dtype, own, activations)
+        self.gate_up = self._stack("", dtype, own, activations)
+        return True
+
+    def _stack(self, name: str, dtype: torch.dtype, own: torch.dtype, activations: Activations) -> PackedStack:
+        """Take the weights of one layer of all experts, of gate and up where it has no name, into one module."""
+        names = (name,) if name else self.input_names
+        weights = []
+        for expert in range(self.num_experts):
+            parts = [self._layers(expert)[each] for each in names]
+            both = [part.packed_weight() for part in parts]
+            weight = both[0] if name else PackedWeight.gate_up(*both)
+            device = weight.data.device
+            weights.append(weight.to_layout(ops.preferred_layout(weight.scheme, dtype, device, activations)))
+            for part in parts:
+                part.give(device)
+        shape = self.form.shape("down_proj" if name else self.form.fused)
+        stack = PackedStack.of(StackedWeight.stack(weights), shape, Rows.PLAIN if name else Rows.HALVES, own)
+        stack.activations = activations
+        return stack.train(self.training)
+
+    def part(self, expert: int, name: str) -> PackedWeight:
+        """Return the weight of an expert's layer in the stored stream, a copy; the weights must be joined."""
+        assert self.gate_up is not None and self.down is not None
+        if name != self.output_name:
+            return self.gate_up.packed_weight().expert(expert).split_gate_up()[self.input_names.index(name)]
+        weight = self.down.packed_weight().expert(expert).to_layout(STREAM)
+        zero_point = None if weight.zero_point is None else weight.zero_point.clone()
+        return PackedWeight(weight.scheme, weight.shape, weight.data.clone(), weight.scale.clone(), zero_point)
+
+    def dissolve(self) -> None:
+        """Give every layer its own tensors back, in the stored stream."""
+        with _guard:
+            if self.gate_up is None:
+                return
+            for expert, name, part in self._named_layers():
+                part._set_weight(self.part(expert, name))
+            self.gate_up = self.down = None
 
     def fused_weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return the decoded weights as transformers fuses them: `gate_up_proj` (or `up_proj`) and `down_proj`."""
         experts = [self._layers(index) for index in range(self.num_experts)]
         inputs = [torch.cat([expert[name].weight.to(dtype) for name in self.input_names]) for expert in experts]
         outputs = [expert[self.output_name].weight.to(dtype) for expert in experts]
-        return {self.fused_name: torch.stack(inputs), "down_proj": torch.stack(outputs)}
+        return {self.form.fused: torch.stack(inputs), "down_proj": torch.stack(outputs)}
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        """Return the module this one stands for, with its weights decoded to `dtype`."""
+        experts: nn.Module = self.template
+        for name, weight in self.fused_weights(dtype).items():
+            setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+        return experts
 
     def extra_repr(self) -> str:
         """Say how many experts there are."""
         return f"num_experts={self.num_experts}"
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedExperts:
+        self.dissolve()
+        self._moving = True
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._moving = False
+        if self._joins:
+            self.ready(self._layers(0)[self.output_name].dtype)
+        return self
 
-def check_experts(experts: Any) -> str:
-    """Return the name of the fused input weight of a module of experts as transformers writes them.
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.dissolve()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ExpertPart(PackedLinear):
+    """A layer of one expert, whose codes and scales a `PackedExperts` holds together with those of the others."""
+
+    _place: tuple[PackedExperts, int, str]
+
+    def place(self, experts: PackedExperts, expert: int, name: str) -> None:
+        """Make this layer the one called `name` of an expert."""
+        # In a tuple, and no module: the experts are not a submodule of this layer.
+        self._place = (experts, expert, name)
+
+    @property
+    def experts(self) -> PackedExperts:
+        """What holds the codes and scales."""
+        return self._place[0]
+
+    def give(self, device: torch.device) -> None:
+        """Let go of codes and scales, which the experts have now."""
+        self.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
+        self.weight_scale = torch.empty(0, dtype=torch.uint8, device=device)
+        self.weight_zero_point = None
+        self.layout = JOINED
+        self._held = None
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the weight; while it is joined with others a copy of its rows, in the stored stream."""
+        if self.layout == JOINED:
+            experts, expert, name = self._place
+            return experts.part(expert, name)
+        return super().packed_weight()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""
+        if self.experts.joins:
+            return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
+        return super().forward(x)
+
+    def multiply_with(self, activations: Activations | str) -> None:
+        """Choose what the weight is multiplied with: the experts join again when all of them are told the same."""
+        self.experts.dissolve()
+        super().multiply_with(activations)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Join the experts, if they are on one device, in the layout for activations of `dtype`."""
+        if not self.experts.joins:
+            super().prepare(dtype)
+        else:
+            self.experts.ready(dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertPart:
+        self.experts.dissolve()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.experts.dissolve()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_experts(experts: Any) -> ExpertsForm:
+    """Return the form of a module of experts that can be split into linear layers.
 
     Raises:
         UnsupportedError: the module is not one, or does more than gate, up and down.
     """
-    name = type(experts).__name__
-    odd = [key for key, plain in _PLAIN.items() if getattr(experts, key, plain) != plain]
-    if odd or not hasattr(experts, "_apply_gate") or not hasattr(experts, "act_fn"):
-        what = ", ".join(f"{key}={getattr(experts, key)}" for key in odd) or "not in transformers' form"
-        raise UnsupportedError(f"experts of {name} cannot run packed ({what}): ignore them")
-    gated = getattr(experts, "has_gate", True)
-    fused = "gate_up_proj" if gated else "up_proj"
-    inputs, outputs = getattr(experts, fused, None), experts.down_proj
-    shapes = [list(getattr(tensor, "shape", ())) for tensor in (inputs, outputs)]
-    count, width, hidden = shapes[0] if len(shapes[0]) == 3 else (0, 1, 0)
-    if not count or (gated and width % 2) or shapes[1] != [count, hidden, width // 2 if gated else width]:
-        raise UnsupportedError(
-            f"{name} with {fused} {shapes[0]} and down_proj {shapes[1]} is not a layer of gated experts: ignore its "
-            "experts"
-        )
-    return fused
+    form = experts_form(experts)
+    odd = [key for key in ("biased", "transposed", "every_token") if getattr(form, key)]
+    if odd or not getattr(experts, "is_concatenated", True):
+        what = ", ".join([*odd, *([] if getattr(experts, "is_concatenated", True) else ["is_concatenated=False"])])
+        raise UnsupportedError(f"experts of {type(experts).__name__} cannot run packed ({what}): ignore them")
+    return form
 
 
-def _linear(inputs: int, outputs: int, like: torch.Tensor) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)
+def _linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)

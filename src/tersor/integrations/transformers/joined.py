@@ -172,11 +172,11 @@ class PackedPart(PackedLinear):
     @classmethod
     def of(cls, layer: PackedLinear) -> PackedPart:
         """Make one of a packed linear layer, without a copy; `place` makes it part of a join."""
-        return _moved(layer, cls)
+        return moved(layer, cls)
 
     def plain(self) -> PackedLinear:
         """Return a layer of its own with the same weight."""
-        return _moved(self, PackedLinear)
+        return moved(self, PackedLinear)
 
     def place(self, join: Join, index: int) -> None:
         """Make this layer part `index` of a join."""
@@ -226,7 +226,7 @@ class PackedPart(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _moved(layer: PackedLinear, cls: type[Any]) -> Any:
+def moved(layer: PackedLinear, cls: type[Any]) -> Any:
     """Return a layer of another class with the weight, bias and flags of this one."""
     new = cls(layer.in_features, layer.out_features, layer.scheme, device="meta", dtype=layer.dtype)
     PackedModule._set_weight(new, layer.packed_weight())

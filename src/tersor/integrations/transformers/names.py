@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -24,6 +25,10 @@ from tersor.checkpoint.modules import Target
 
 _FOR_TRAINING = (r"\bmasked_spec_embed$",)
 """Parameters that only training reads, which released checkpoints lack."""
+
+
+_END = r"(?![\w.])"
+"""What a pattern ends with that finds no longer name."""
 
 
 class Names:
@@ -42,6 +47,10 @@ class Names:
         self._model = model
         self.state: dict[str, Any] = {}
         self.refresh()
+
+    def add(self, renaming: WeightRenaming) -> None:
+        """Take a renaming that comes after transformers' own."""
+        self._renamings.append(renaming)
 
     def refresh(self) -> None:
         """Look at the model's tensors again after layers were replaced."""
@@ -69,7 +78,7 @@ class Names:
         name = self._unconverted(key, parameter, converter)
         experts = parameter.rpartition(".")[0] if merges_experts(converter) else ""
         parts = tuple(part for part in _row_parts(converter, parameter) if part in self.state)
-        return Target(name, parameter, operations, experts, parameter in self.state, parts)
+        return Target(name, parameter, operations, experts, parameter in self.state, parts, turned(converter))
 
     def _unconverted(self, key: str, parameter: str, converter: WeightConverter) -> str:
         """Return the name of a tensor after the renamings alone, with the prefix of what it is converted to."""
@@ -133,6 +142,29 @@ def _row_parts(converter: WeightConverter, parameter: str) -> list[str]:
     if not (cut and others and len(converter.source_patterns) == 1 and first in parameter):
         return []
     return [parameter.replace(first, target) for target in converter.target_patterns]
+
+
+def turned(converter: WeightConverter) -> str:
+    """Say whether a converter only turns the last two axes of a tensor with three: `always`, `where needed`, or not."""
+    several = len(converter.source_patterns) > 1 or len(converter.target_patterns) > 1
+    if several or [type(operation) for operation in converter.operations] != [Transpose]:
+        return ""
+    operation = converter.operations[0]
+    if sorted((operation.dim0, operation.dim1)) != [1, 2]:
+        return ""
+    return "where needed" if getattr(operation, "check_dims", False) else "always"
+
+
+def whole_names_only(converter: WeightConverter) -> WeightConverter:
+    """Return a converter that changes a weight, and not the tensors that it is compressed to, whose names begin so."""
+    patterns = [
+        [pattern + _END for pattern in group] for group in (converter.source_patterns, converter.target_patterns)
+    ]
+    new = WeightConverter(*patterns, operations=converter.operations)
+    for name in ("scope_prefix", "base_model_prefix"):
+        if hasattr(converter, name):
+            setattr(new, name, getattr(converter, name))
+    return new
 
 
 def merges_experts(converter: WeightConverter) -> bool:

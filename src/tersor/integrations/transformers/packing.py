@@ -19,9 +19,12 @@ from tersor.compress import DEFAULT_RECIPE
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import Scheme
 from tersor.integrations.transformers.architecture import read_architecture
+from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.foreign import is_foreign
+from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.integrations.transformers.placement import Place, Placement
-from tersor.integrations.transformers.replace import packable, swap_packed, swap_tied
+from tersor.integrations.transformers.replace import fused_experts, packable, swap_packed, swap_stack, swap_tied
+from tersor.nn.experts import PackedStack
 from tersor.nn.packed import PackedModule
 from tersor.version import __version__
 
@@ -74,7 +77,12 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     heads = find_ties(model, source, placement, {place.module: schemes[place.stem] for place in places})
     expected = {}
     for place in places:
-        layer = swap_packed(model, place.module, schemes[place.stem], storage=stems[place.stem])
+        layer: PackedModule
+        if place.stacked:
+            layer = swap_stack(model, place.module, schemes[place.stem])
+            placement.rename_stacked(place, layer.own_tensors())
+        else:
+            layer = swap_packed(model, place.module, schemes[place.stem], storage=stems[place.stem])
         mark_initialized(layer)
         _check_stored(source, place, stems[place.stem], layer)
         expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in layer.own_tensors()})
@@ -115,15 +123,18 @@ def decide_compression(
     schemes = {}
     for place in places:
         step = chosen[place.stem]
-        module = model.get_submodule(place.module)
-        if not packable(module):
+        owner, _, name = place.parameter.rpartition(".")
+        module = fused_experts(model, owner) if place.stacked else model.get_submodule(owner)
+        if place.stacked and step.scheme is not None:
+            placement.rename_stacked(place, DENSE.names_of(step.scheme))
+        if not place.stacked and not packable(module):
             raise UnsupportedError(f"{place.module} is a {type(module).__name__}, which cannot run packed: ignore it")
-        shape, dtype = module.weight.shape, TORCH_DTYPES[step.source.spec.dtype]
-        module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        shape, dtype = getattr(module, name).shape, TORCH_DTYPES[step.source.spec.dtype]
+        setattr(module, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
         if step.scheme is not None:
             schemes[place.module] = step.scheme
     heads = find_ties(model, source, placement, schemes)
-    placement.refresh({f"{place.stem}.weight": f"{place.module}.weight" for place in places})
+    placement.refresh({place.weight: place.parameter for place in places})
     _check_complete(placement, source)
     return conversion.config, placement, schemes, heads
 
@@ -156,6 +167,17 @@ def check_loaded(model: nn.Module) -> None:
                 raise CheckpointError(f"{name}.{key} was not loaded: the checkpoint lacks it")
             if tensor.dtype != form.dtype:
                 setattr(module, key, tensor.to(form.dtype))
+
+
+def join_experts(model: nn.Module) -> bool:
+    """Let the experts of every layer run as one operator where they can, once they are loaded; tell if any are."""
+    found = [module for module in model.modules() if isinstance(module, FusedExperts | PackedExperts)]
+    for module in found:
+        module.join()
+        for stack in module.children():
+            if isinstance(stack, PackedStack) and stack.in_state_dict:
+                stack.prepare(stack.dtype)
+    return bool(found)
 
 
 def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -113,11 +113,19 @@ class TersorHfQuantizer(HfQuantizer):
         self._heads: dict[str, str] = {}
         self._dropped: set[tuple[str, ...]] = set()
         self._dropped_converters: list[Any] = []
+        self._replaced: dict[tuple[str, ...], Any] = {}
+        self._renamings: list[Any] = []
+        self._has_experts = False
         self._failure: TersorError | None = None
 
-    def restored_heads(self, heads: Mapping[str, str]) -> None:
-        """Take note of the output heads that share a packed embedding, so that decoding the model ties them again."""
-        self._heads = dict(heads)
+    def restored(self, heads: Mapping[str, str], has_experts: bool) -> None:
+        """Take note of a model that was packed in memory.
+
+        Args:
+            heads: output heads that share a packed embedding, which decoding the model ties again.
+            has_experts: whether there are packed experts.
+        """
+        self._heads, self._has_experts = dict(heads), has_experts
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work: parts of the model on disk."""
@@ -147,9 +155,10 @@ class TersorHfQuantizer(HfQuantizer):
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config
         self._dropped, self._dtypes = placement.dropped, placement.dtypes
+        self._replaced, self._renamings = placement.replaced, placement.renamings
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Take out the converters that merge experts which were split."""
+        """Take out the converters that merge experts which were split; add what compressed fused ones need."""
         from transformers.core_model_loading import WeightConverter
 
         from tersor.integrations.transformers.placement import identity
@@ -158,11 +167,18 @@ class TersorHfQuantizer(HfQuantizer):
             return isinstance(entry, WeightConverter) and identity(entry) in self._dropped
 
         self._dropped_converters = [entry for entry in weight_conversions if dropped(entry)]
-        return [entry for entry in weight_conversions if not dropped(entry)]
+        kept = [entry for entry in weight_conversions if not dropped(entry)]
+        return [
+            *(
+                self._replaced.get(identity(entry), entry) if isinstance(entry, WeightConverter) else entry
+                for entry in kept
+            ),
+            *self._renamings,
+        ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is a weight to compress while loading."""
-        return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self._schemes
+        return param_name.removesuffix(".weight") in self._schemes
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Return bytes per element once loaded, for the placement of layers on devices."""
@@ -174,25 +190,27 @@ class TersorHfQuantizer(HfQuantizer):
         return _Compress(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from tersor.integrations.transformers.packing import check_loaded, restore_dtypes, tie_heads
+        from tersor.integrations.transformers.packing import check_loaded, join_experts, restore_dtypes, tie_heads
 
         if self._failure is not None:
             raise self._failure
         check_loaded(model)
         tie_heads(model, self._heads)
         restore_dtypes(model, self._dtypes)
+        self._has_experts = join_experts(model)
+        used = getattr(model, "_weight_conversions", None)
+        if used is not None:  # what was loaded uncompressed is saved by them
+            used += [entry for entry in self._renamings if entry not in used]
         for module in _packed_layers(model).values():
             module.prepare(module.dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Return the state dict with what GPU layers store moved to the CPU, so that the GPU holds no second copy."""
-        from tersor.layouts import STREAM
-
         handles = [
             module.register_state_dict_post_hook(_to_cpu)
             for module in _packed_layers(model).values()
-            if module.in_state_dict and module.layout != STREAM
+            if module.in_state_dict and not module.as_stored
         ]
         if not handles:
             return None, {}
@@ -210,7 +228,9 @@ class TersorHfQuantizer(HfQuantizer):
         if self._heads:
             del model._tied_weights_keys  # the class's own again
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        model._weight_conversions = [*self._dropped_converters, *(getattr(model, "_weight_conversions", None) or ())]
+        kept = getattr(model, "_weight_conversions", None)
+        if kept is not None:  # else those of its class
+            model._weight_conversions = [*self._dropped_converters, *kept]
         return model
 
     def is_serializable(self) -> bool:
@@ -225,7 +245,7 @@ class TersorHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may compile the model: unless it has experts, whose choice depends on data."""
-        return not self._dropped
+        return not (self._dropped or self._has_experts)
 
 
 class _Compress(ConversionOps):
@@ -258,30 +278,34 @@ class _Compress(ConversionOps):
 
     def _convert(self, full_layer_name: str, value: Any, model: Any, missing_keys: set[str] | None) -> dict[str, Any]:
         """Pack one layer; return the tensors that it stores, by name."""
-        from tersor.checkpoint.pack import pack, underflow_words
+        from tersor.checkpoint.pack import pack, pack_stack, underflow_words
         from tersor.integrations.transformers.packing import mark_initialized
-        from tersor.integrations.transformers.replace import swap_packed
-        from tersor.nn.linear import PackedLinear
+        from tersor.integrations.transformers.replace import swap_packed, swap_stack
+        from tersor.nn import PackedLinear, PackedStack
 
         weight: torch.Tensor = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
-        scheme = self._quantizer._schemes[name]
-        layer = swap_packed(model, name, scheme, dtype=self._quantizer._dtypes[full_layer_name])
-        transposed = isinstance(layer, PackedLinear) and layer.transposed
+        scheme, dtype = self._quantizer._schemes[name], self._quantizer._dtypes[full_layer_name]
+        stacked = weight.dim() == 3
+        layer = (swap_stack if stacked else swap_packed)(model, name, scheme, dtype=dtype)
+        transposed = isinstance(layer, PackedLinear | PackedStack) and layer.transposed
         mark_initialized(layer)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         # transformers would bury an exception from here in a report of several pages, so failures wait.
         failure: TersorError
         try:
-            packed = pack(weight.T if transposed else weight, scheme)
+            if stacked:
+                packed = pack_stack(weight, scheme, transposed=transposed)
+            else:
+                packed = pack(weight.T if transposed else weight, scheme)
             if packed.underflowed:
                 warnings.warn(
                     f"tensor {full_layer_name!r}: {underflow_words(packed.underflowed, scheme)}", stacklevel=2
                 )
             return {f"{name}.{key}": tensor for key, tensor in packed.tensors.items()}
         except NonFiniteError as error:
-            index = error.index[::-1] if transposed else error.index
+            index = error.index[::-1] if transposed and not stacked else error.index
             failure = NonFiniteError(index, error.value, f"tensor {full_layer_name!r}")
         except FormatError as error:
             failure = FormatError(f"tensor {full_layer_name!r}: {error}")
@@ -290,9 +314,9 @@ class _Compress(ConversionOps):
 
 
 def _packed_layers(model: nn.Module) -> dict[str, Any]:
-    from tersor.nn.linear import PackedLinear
+    from tersor.nn import PackedLinear, PackedStack
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedStack)}
 
 
 def _to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

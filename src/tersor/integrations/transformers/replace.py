@@ -14,7 +14,9 @@ from tersor.formats import Activations, Scheme
 from tersor.integrations.transformers.architecture import is_conv1d, linear_shape, packable_embedding
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.fuse import unfuse
+from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
+from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
 from tersor.nn.packed import PackedModule
 
@@ -120,6 +122,38 @@ def swap_linear(
     return new
 
 
+def fused_experts(model: nn.Module, name: str) -> FusedExperts:
+    """Return the `FusedExperts` of a model called so, put in the place of transformers' module if it is not there yet.
+
+    Raises:
+        UnsupportedError: the module there is none of fused experts that is known.
+    """
+    old = model.get_submodule(name)
+    if isinstance(old, FusedExperts):
+        return old
+    new = FusedExperts(old)
+    new.template._is_hf_initialized = True
+    model.set_submodule(name, new)
+    return new
+
+
+def swap_stack(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedStack:
+    """Replace a parameter that holds the weights of all experts of a layer by packed ones on the same device.
+
+    Args:
+        model: holds the experts.
+        name: the parameter's name in the model.
+        scheme: of the packed weights.
+        dtype: of activations; that of the parameter when `None`.
+
+    Raises:
+        UnsupportedError: the module that holds it is none of fused experts that is known.
+        FormatError: the group size does not divide IC.
+    """
+    owner, _, own = name.rpartition(".")
+    return fused_experts(model, owner).pack(own, scheme, dtype)
+
+
 def multiply_with(model: nn.Module, activations: Activations | str) -> None:
     """Choose what every packed linear of a model is multiplied with: `16bit` or `fp8` (`PackedLinear.multiply_with`).
 
@@ -128,7 +162,11 @@ def multiply_with(model: nn.Module, activations: Activations | str) -> None:
         UnsupportedError: a linear's weights cannot be multiplied with 8-bit activations; the message names it, and
             no linear has changed.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear | PackedStack) and (module.in_state_dict or isinstance(module, PackedLinear))
+    }
     for name, module in linears.items():
         try:
             ops.preferred_layout(module.scheme, module.dtype, module.weight_packed.device, activations)
@@ -142,8 +180,8 @@ def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every packed module by what it stands for, decoded to `dtype`; what shared a weight shares it again."""
     unfuse(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedExperts):
-            model.set_submodule(name, _fused(module, dtype))
+        if isinstance(module, PackedExperts | FusedExperts):
+            model.set_submodule(name, module.plain(dtype))
     shared: dict[PackedModule, torch.Tensor] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedEmbedding):
@@ -186,13 +224,6 @@ def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embeddin
         plain.embed_scale = torch.tensor(module.embed_scale, device=weight.device)
     plain.weight = nn.Parameter(weight, requires_grad=False)
     return plain.train(module.training)
-
-
-def _fused(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
-    experts: nn.Module = module.template
-    for name, weight in module.fused_weights(dtype).items():
-        setattr(experts, name, nn.Parameter(weight, requires_grad=False))
-    return experts
 
 
 def _plain(module: PackedLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:

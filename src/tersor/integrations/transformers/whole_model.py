@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from torch import nn
@@ -25,9 +26,7 @@ def packed_parameters(model: nn.Module, exclude_embeddings: bool = False) -> int
     """Return how many weights a model's packed layers stand for; what several layers share counts once."""
     layers = (module for module in model.modules() if isinstance(module, PackedModule) and module.in_state_dict)
     return sum(
-        layer.shape[0] * layer.shape[1]
-        for layer in layers
-        if not (exclude_embeddings and isinstance(layer, PackedEmbedding))
+        math.prod(layer.shape) for layer in layers if not (exclude_embeddings and isinstance(layer, PackedEmbedding))
     )
 
 

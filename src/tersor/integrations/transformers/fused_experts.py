@@ -1,0 +1,156 @@
+"""The experts of a mixture-of-experts layer where a checkpoint stores one tensor for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor import ops
+from tersor.formats import Scheme
+from tersor.integrations.transformers.experts_form import apply_gate, experts_form
+from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one
+from tersor.nn.linear import cast_bias
+
+
+class FusedExperts(nn.Module):
+    """Stands for a module of experts of transformers, with the same names; each of its two weights may be packed.
+
+    Attributes:
+        num_experts: E.
+        template: the module this one replaced, without its weights; its activation and gate are used.
+        gate_up_proj, up_proj, down_proj: a `PackedStack`, or the parameter that the replaced module had.
+        gate_up_proj_bias, up_proj_bias, down_proj_bias: [E, OC], where it had them.
+    """
+
+    template: Any
+
+    def __init__(self, experts: Any) -> None:
+        """Take the parameters out of a module of experts.
+
+        Raises:
+            UnsupportedError: the module is not one that is known (`experts_form`).
+        """
+        super().__init__()
+        self.form = experts_form(experts)
+        self.num_experts = self.form.count
+        for name in self.form.names:
+            for own in (name, f"{name}_bias"):
+                if own in experts._parameters:
+                    self.register_parameter(own, experts._parameters.pop(own))
+        self.template = experts
+        self._arranged: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self.train(experts.training)
+
+    def pack(self, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedStack:
+        """Put packed weights, uninitialised, in the place of a parameter.
+
+        Args:
+            name: of the parameter, one of `form.names`.
+            scheme: of the packed weights.
+            dtype: of activations; that of the parameter when `None`.
+
+        Raises:
+            FormatError: the group size does not divide IC.
+        """
+        old = self._parameters[name]
+        assert old is not None
+        rows = self.form.rows if name == self.form.fused else Rows.PLAIN
+        stack = PackedStack(self.form.shape(name), scheme, rows, device=old.device, dtype=dtype or old.dtype)
+        stack.transposed = self.form.transposed
+        del self._parameters[name]
+        self.add_module(name, stack.train(self.training))
+        return stack
+
+    def join(self) -> None:
+        """Decide how the weights lie: where only one of the two is packed, its rows stay in the model's order."""
+        stacks = [module for name in self.form.names if (module := self._modules.get(name)) is not None]
+        if len(stacks) < len(self.form.names):
+            for stack in stacks:
+                assert isinstance(stack, PackedStack)
+                stack.rows = Rows.PLAIN
+
+    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        """Run every token through its experts and add their outputs up in float32.
+
+        Args:
+            hidden_states: [T, H]; [E * T, H] where every expert takes every token, those of one after the other.
+            routing: the experts of each token, integers [T, K], and what their outputs are multiplied by, [T, K];
+                nothing where every expert takes every token.
+            named: the same by the names of the replaced module.
+
+        Returns:
+            As `hidden_states`.
+        """
+        x = hidden_states.to(ops.activation_dtype(hidden_states))
+        if self.form.every_token:
+            index, factors = self._own_tokens(x)
+        else:
+            index, factors = (*routing, *named.values())
+        first, second = (self._modules.get(name) for name in self.form.names)
+        gate = self.form.gate
+        if gate is not None and isinstance(first, PackedStack) and isinstance(second, PackedStack):
+            y = multiply_stacks(
+                x, first, second, index, factors, gate, self._gate_up_bias(first.rows), self._bias("down_proj")
+            )
+        else:
+            y = one_by_one(x, index, factors, self.num_experts, self._run)
+        return y.to(hidden_states.dtype)
+
+    def _own_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which expert each row belongs to: none where it is zero, as that of a token without it is."""
+        experts = torch.arange(self.num_experts, device=x.device).repeat_interleave(x.shape[0] // self.num_experts)
+        index = torch.where((x != 0).any(dim=-1), experts, -1)
+        return index[:, None], x.new_ones(len(index), 1)
+
+    def _bias(self, name: str) -> torch.Tensor | None:
+        return self._parameters.get(f"{name}_bias")
+
+    def _gate_up_bias(self, rows: Rows) -> torch.Tensor | None:
+        """Return the bias of gate and up interleaved as the weights are, made anew where it has changed."""
+        bias = self._bias(self.form.fused)
+        if bias is None or bias.requires_grad:
+            return None if bias is None else rows.arrange_bias(bias)
+        version = 0 if bias.is_inference() else bias._version
+        held = self._arranged
+        if held is None or held[0] is not bias or held[1] != version:
+            self._arranged = held = (bias, version, rows.arrange_bias(bias.detach()))
+        return held[2]
+
+    def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        fused, down = self.form.names
+        inner = self._product(fused, expert, x)
+        act = apply_gate(self.template) if self.form.gated else self.template.act_fn
+        return self._product(down, expert, act(inner))
+
+    def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        bias = cast_bias(self._bias(name), x.dtype)
+        bias = None if bias is None else bias[expert]
+        stack = self._modules.get(name)
+        if isinstance(stack, PackedStack):
+            return ops.linear(x, stack.ready(x.dtype).expert(expert), bias)
+        weight: Any = self._parameters[name]
+        return nn.functional.linear(x, weight[expert].T if self.form.transposed else weight[expert], bias)
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        """Return the module this one stands for, with its weights decoded to `dtype`."""
+        experts: nn.Module = self.template
+        for name in self.form.names:
+            stack, bias = self._modules.get(name), self._bias(name)
+            if isinstance(stack, PackedStack):
+                weight = stack.stored_weight().dequantize(dtype)
+                weight = weight.transpose(1, 2).contiguous() if self.form.transposed else weight
+                setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+            else:
+                setattr(experts, name, self._parameters[name])
+            if bias is not None:
+                setattr(experts, f"{name}_bias", nn.Parameter(bias.detach().to(dtype), requires_grad=False))
+        return experts
+
+    def extra_repr(self) -> str:
+        """Say how many experts there are."""
+        return f"num_experts={self.num_experts}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arranged": None}
