@@ -151,7 +151,7 @@ def _make(
             tokens=tokens,
             top_k=top_k,
             gathers=config.gathers and epilogue > 0,
-            most_blocks=most_blocks(tokens * top_k, weight.experts, config.tile.tokens),
+            most_blocks=min(tokens * top_k, most_blocks(tokens * top_k, weight.experts, config.tile.tokens)),
             factor=weight.packing.factor,
         )
         products.append(_Product(config, launch, quantize, dense.codes_stride(ic)))
