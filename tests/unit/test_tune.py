@@ -283,7 +283,13 @@ def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
     assert seconds(problem, config, chip) > 0
     if config.schedule == "sm90":
         assert config.ctas <= chip.sms * config.resident
-        assert 1 <= sm90.box_rows(config, problem.n) <= min(problem.n, 256)
+        rows, tile = sm90.box_rows(config, problem.n), sm90.tile_of(config)
+        assert 1 <= rows <= min(problem.n, 256)
+        boxes = max(1, config.cluster * tile.x_slots_of_block // (1 if tile.e4m3 else 2))
+        tokens = boxes * rows  # of a tile
+        assert tokens <= tile.tokens
+        assert boxes == 1 or rows % 8 == 0 or rows == problem.n
+        assert (config.token_tiles - 1) * tokens < problem.n <= config.token_tiles * tokens, "none is empty"
     else:
         assert config.ctas == config.row_tiles * config.splits
 
