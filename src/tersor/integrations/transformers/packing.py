@@ -68,7 +68,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
         raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
     schemes = {}
     for stem, module in architecture.modules_of(stems).items():
-        scheme = config.resolve(module)
+        scheme = config.resolve(*architecture.names_of(module))
         if scheme is None:
             raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
         schemes[stem] = scheme
