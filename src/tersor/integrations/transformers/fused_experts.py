@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,6 +155,11 @@ class FusedExperts(nn.Module):
     def extra_repr(self) -> str:
         """Say how many experts there are."""
         return f"num_experts={self.num_experts}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedExperts:
+        self._arranged = None  # a parameter that is moved stays the same object
+        super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arranged": None}
