@@ -7,64 +7,21 @@ over a token's experts are those of `kernels.routing`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from tersor.formats import Activations
 from tersor.hardware import Chip
-from tersor.kernels import routing
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
 
 _GATHER_THREADS = 256
-_MOST_ROUTED_EXPERTS = 128
-"""Of the logits of more experts a lane has no room in registers beside all else."""
-_MOST_ROUTED_TOKENS = 8
-"""A warp of a CTA has a token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """How a kernel routes tokens by itself.
-
-    Attributes:
-        choice: how experts are chosen or, of an index, `routing.sorts`.
-        given: dtype of the logits, or `int32` or `int64` of an index.
-    """
-
-    choice: routing.Choice
-    given: str
-
-
-def routes_itself(config: tune.ExpertsConfig, routes: Routes, tokens: int, pairs: int) -> bool:
-    """Tell whether the kernel of a configuration can route so many tokens by itself: where it fetches them, too.
-
-    Args:
-        config: how the kernel runs.
-        routes: how it would route.
-        tokens, pairs: T and T * K; of an index both are the pairs.
-    """
-    choice = routes.choice
-    if not config.gathers or pairs > routing.WARP_PAIRS:
-        return False
-    if routes.given in ("int32", "int64"):
-        return True
-    plain = not choice.biased and choice.groups == 1 and choice.experts <= _MOST_ROUTED_EXPERTS
-    return plain and choice.fits() and tokens <= _MOST_ROUTED_TOKENS and config.tile.row_groups == 1
 
 
 @functools.cache
-def source(
-    packing: Packing,
-    result: str,
-    config: tune.ExpertsConfig,
-    gate: int,
-    tables_ready: bool,
-    routes: Routes | None = None,
-) -> KernelSource:
+def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int, tables_ready: bool) -> KernelSource:
     """Return the kernel for one packing, dtype of the result and configuration.
 
     Args:
@@ -72,8 +29,7 @@ def source(
         result: dtype of the result, `float16` or `bfloat16`.
         config: how the kernel runs.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
-        tables_ready: whether the routing tables, or what is routed by, were there before the kernel ahead started.
-        routes: how the kernel routes tokens by itself; `None` where tables say where they go.
+        tables_ready: whether the routing tables were there before the kernel ahead started.
 
     Raises:
         ValueError: the packing is for other activations than the tile.
@@ -85,7 +41,7 @@ def source(
     return KernelSource(
         name=(
             f"tersor_experts_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
-            f"_k{tile.channel_groups}r{tile.resident}_g{gate}{'' if routes is None else '_routes'}"
+            f"_k{tile.channel_groups}r{tile.resident}_g{gate}"
         ),
         header="experts/sm90_experts.cuh",
         parameters={
@@ -107,10 +63,8 @@ def source(
             "EPILOGUE": gate,
             "GATHERS_TOKENS": config.gathers and gate > 0,
             "TABLES_READY": tables_ready,
-            "ROUTES": routes is not None,
-            **({} if routes is None else routing.macros(routes.choice, routes.given)),
         },
-        arguments="TPPPPPPPPPiiiiiifPPPPPqif",
+        arguments="TPPPPPPPPPiiiiiif",
     )
 
 
@@ -119,9 +73,6 @@ def gather_source() -> KernelSource:
     """Return the kernel that puts activations into the order of the pairs."""
     return KernelSource(name="tersor_gather", header="experts/gather.cuh", parameters={}, arguments="PPPqqii")
 
-
-_TABLES = (0, 0, 0, 0, 0, 0, 0, 0.0)
-"""What stands for `Routing` where tables say where tokens go."""
 
 ExpertsLaunch: TypeAlias = Callable[..., None]
 """Launches the product on one prepared problem; takes keywords alone, those of `launch` in `prepare`."""
@@ -175,7 +126,6 @@ def prepare(
         partial: int,
         arrived: int,
         early: bool,
-        routed_by: Sequence[int | float] = _TABLES,
     ) -> None:
         """Launch; what is not there has the address 0.
 
@@ -189,13 +139,12 @@ def prepare(
             y: address of [pairs, outputs] in the dtype of the result.
             partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
             early: whether the launch may start before the kernel ahead has ended: not where that one wrote weights.
-            routed_by: of a kernel that routes by itself, the fields of Routing (experts/sm90_routes.cuh).
         """
         # fmt: off
         arguments = (
             maps_rows(x, rows, ic, x_stride, element, box),
             weight, scale, bias, x_scale, order, blocks, y, partial, arrived,
-            oc, ic, top_k, box, most_blocks, most_splits, factor, *routed_by,
+            oc, ic, top_k, box, most_blocks, most_splits, factor,
         )
         # fmt: on
         run(grid, block, shared, stream, arguments, early, None)

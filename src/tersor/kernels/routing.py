@@ -59,25 +59,6 @@ class Choice:
         return self.experts <= MOST_EXPERTS and self.top_k <= MOST_TOP_K and self.groups <= MOST_GROUPS
 
 
-def macros(choice: Choice, given: str) -> dict[str, int | bool | str]:
-    """Return the parameters of choose.cuh for logits of a dtype, or an index of `int32` or `int64` (`sorts`)."""
-    return {
-        "EXPERTS": choice.experts,
-        "TOP_K": choice.top_k,
-        "INPUT": INPUTS[given],
-        "SIGMOID": choice.sigmoid,
-        "NORMALIZE": choice.normalize,
-        "BIASED": choice.biased,
-        "GROUPS": choice.groups,
-        "TOP_GROUPS": choice.top_groups,
-    }
-
-
-def sorts(experts: int) -> Choice:
-    """Return the choice of a kernel to which an index is given: one expert of so many a pair, and nothing to choose."""
-    return Choice(experts=experts, top_k=1)
-
-
 @functools.cache
 def route_source(choice: Choice, logits: str) -> KernelSource:
     """Return the kernel that chooses experts by logits of a dtype and, where asked to, sorts the pairs."""
@@ -85,7 +66,16 @@ def route_source(choice: Choice, logits: str) -> KernelSource:
     return KernelSource(
         name=f"tersor_route_{kind}_{logits}_{choice.top_k}_of_{choice.experts}",
         header="experts/route.cuh",
-        parameters=macros(choice, logits),
+        parameters={
+            "EXPERTS": choice.experts,
+            "TOP_K": choice.top_k,
+            "INPUT": INPUTS[logits],
+            "SIGMOID": choice.sigmoid,
+            "NORMALIZE": choice.normalize,
+            "BIASED": choice.biased,
+            "GROUPS": choice.groups,
+            "TOP_GROUPS": choice.top_groups,
+        },
         arguments="PPPPPPPPqiif",
     )
 
@@ -96,7 +86,16 @@ def tables_source(experts: int, index: str) -> KernelSource:
     return KernelSource(
         name=f"tersor_expert_tables_{index}_{experts}",
         header="experts/route.cuh",
-        parameters=macros(sorts(experts), index),
+        parameters={
+            "EXPERTS": experts,
+            "TOP_K": 1,
+            "INPUT": INPUTS[index],
+            "SIGMOID": False,
+            "NORMALIZE": True,
+            "BIASED": False,
+            "GROUPS": 1,
+            "TOP_GROUPS": 1,
+        },
         arguments="PPPPPPPPqiif",
     )
 

@@ -15,9 +15,6 @@ import torch
 
 from tersor import hardware
 from tersor.formats import Activations
-from tersor.kernels import experts
-from tersor.kernels.experts import Routes
-from tersor.kernels.routing import Choice
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
@@ -56,34 +53,6 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """What a product routes tokens by itself.
-
-    Attributes:
-        given: [T, E] logits, rows without gaps, or [T, K] an index, contiguous.
-        bias: float32 [E], of the choice, or `None`.
-        scale: what weights are multiplied by at last.
-        weights: float32 [T, K], to be filled in; `None` where they are known, as an index is.
-    """
-
-    given: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: float = 1.0
-    weights: torch.Tensor | None = None
-
-    def of_up(self, position: int, blocks: int) -> tuple[int | float, ...]:
-        """Return the fields of Routing (experts/sm90_routes.cuh) for who writes what is found."""
-        given, bias, _, _, _, *rest = self.of_down()
-        return (given, bias, 0 if self.weights is None else self.weights.data_ptr(), position, blocks, *rest)
-
-    def of_down(self) -> tuple[int | float, ...]:
-        """Return the same for who only reads."""
-        tokens = self.given.numel() if self.weights is None else self.given.shape[0]
-        bias = 0 if self.bias is None else self.bias.data_ptr()
-        return (self.given.data_ptr(), bias, 0, 0, 0, self.given.stride(0), tokens, self.scale)
-
-
-@dataclass(frozen=True, slots=True)
 class _Product:
     """One of the two products, ready to be launched."""
 
@@ -99,13 +68,11 @@ class Prepared:
 
     Attributes:
         block_tokens: tokens of a block of the routing tables.
-        routes: whether the products route tokens by themselves, so that no tables need be there before.
         up, down: the products.
         gather: launches what puts tokens in order; `None` where the first product fetches or quantises them.
     """
 
     block_tokens: int
-    routes: bool
     up: _Product
     down: _Product
     gather: GatherLaunch | None
@@ -115,27 +82,19 @@ _prepared: OrderedDict[Any, Prepared] = OrderedDict()
 _guard = threading.Lock()
 
 
-def prepared(
-    x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate, choice: Choice, given: str
-) -> Prepared:
-    """Return what serves a call for which there is no `obstacle`, made at its first use.
-
-    Args:
-        x, gate_up, down, top_k, gate: those of the call.
-        choice: how experts are chosen or, of an index, `kernels.routing.sorts`.
-        given: dtype of what they are chosen by: of logits, or `int32` or `int64` of an index.
-    """
+def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate) -> Prepared:
+    """Return what serves a call for which there is no `obstacle`, made at its first use."""
     now = mode.current()
     key = (
         *(gate_up.scheme, gate_up.shape, gate_up.layout, down.scheme, down.shape, down.layout),
-        *(x.shape[0], top_k, x.dtype, x.get_device(), gate, choice, given, now.key),
+        *(x.shape[0], top_k, x.dtype, x.get_device(), gate, now.key),
     )
     with _guard:
         found = _prepared.get(key)
         if found is not None:
             _prepared.move_to_end(key)
             return found
-    made = _make(x, gate_up, down, top_k, gate, Routes(choice, given), now.batch_invariant)
+    made = _make(x, gate_up, down, top_k, gate, now.batch_invariant)
     with _guard:
         _prepared[key] = made
         if len(_prepared) > _MOST_PREPARED:
@@ -166,22 +125,14 @@ def activations_of(weight: StackedWeight) -> Activations:
 
 
 def _make(
-    x: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
-    top_k: int,
-    gate: Gate,
-    routes: Routes,
-    batch_invariant: bool,
+    x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate, batch_invariant: bool
 ) -> Prepared:
-    from tersor.kernels import dense, jit
+    from tersor.kernels import dense, experts, jit
 
     index, tokens = x.get_device(), x.shape[0]
     chip, result = hardware.of_device(index), target_of(Activations.NATIVE, x.dtype)
     assert result is not None
     pair = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
-    few = all(experts.routes_itself(config, routes, tokens, tokens * top_k) for config in pair)
-    itself = routes if few else None
     products = []
     for weight, config, epilogue in ((gate_up, pair[0], int(gate)), (down, pair[1], 0)):
         oc, ic = weight.matrix
@@ -192,7 +143,7 @@ def _make(
             quantize = dense.prepare_quantize(function, n=tokens * top_k, ic=ic)
         ready = not epilogue and native and pair[0].tile.activations is Activations.NATIVE
         launch = experts.prepare(
-            jit.get(experts.source(weight.packing, result, config, epilogue, ready, itself), index),
+            jit.get(experts.source(weight.packing, result, config, epilogue, ready), index),
             config,
             bf16=result == "bfloat16",
             oc=oc,
@@ -209,7 +160,7 @@ def _make(
     if up.quantize is None and not up.config.gathers:
         function = jit.get(experts.gather_source(), index)
         gather = experts.prepare_gather(function, pairs=tokens * top_k, ic=gate_up.shape[2], top_k=top_k)
-    return Prepared(up.config.tile.tokens, itself is not None, up, down_product, gather)
+    return Prepared(up.config.tile.tokens, up, down_product, gather)
 
 
 def products(
@@ -221,19 +172,16 @@ def products(
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     chosen: Prepared,
-    routed_by: Routing | None = None,
 ) -> torch.Tensor:
     """Run every pair through its expert.
 
     Args:
         x: [T, H], on the current device.
         gate_up, down: as in `ops.experts`, in the layouts that `chosen` was made for.
-        tables: of the pairs, with blocks of `chosen.block_tokens`; where the products route tokens by themselves, they
-            fill in where each pair stands and how many there are.
+        tables: of the pairs, with blocks of `chosen.block_tokens`.
         top_k: K.
         gate_up_bias, down_bias: as in `ops.experts`.
         chosen: what serves such calls.
-        routed_by: what tokens are routed by, where the products do it.
 
     Returns:
         [P, H] in x's dtype: the outputs of the experts in the order of the places; that of a pair without an expert is
@@ -243,9 +191,7 @@ def products(
     stream = current.stream(index)
     if x.stride(1) != 1 or x.stride(0) % _ALIGNED or x.stride(0) < hidden or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, hidden)
-    order, position, blocks = tables.addresses
-    up_routes = () if routed_by is None else routed_by.of_up(position, blocks)
-    down_routes = () if routed_by is None else routed_by.of_down()
+    order, _, blocks = tables.addresses
     address, stride, x_scale = x.data_ptr(), x.stride(0), 0
     held = [x]
     if chosen.up.quantize is not None:
@@ -257,12 +203,12 @@ def products(
         held.append(ordered)
     inner_channels = gated_channels(gate_up.shape[1])
     inner = current.empty((pairs, inner_channels), (inner_channels, 1), x.dtype)
-    _launch(chosen.up, gate_up, gate_up_bias, stream, index, address, stride, x_scale, order, blocks, inner, up_routes)
+    _launch(chosen.up, gate_up, gate_up_bias, stream, index, address, stride, x_scale, order, blocks, inner)
     address, stride, x_scale = inner.data_ptr(), inner_channels, 0
     if chosen.down.quantize is not None:
         address, stride, x_scale = _quantized(chosen.down, stream, address, stride, pairs, held, 0, 1)
     y = current.empty((pairs, hidden), (hidden, 1), x.dtype)
-    _launch(chosen.down, down, down_bias, stream, index, address, stride, x_scale, order, blocks, y, down_routes)
+    _launch(chosen.down, down, down_bias, stream, index, address, stride, x_scale, order, blocks, y)
     return y
 
 
@@ -290,7 +236,6 @@ def _launch(
     order: int,
     blocks: int,
     y: torch.Tensor,
-    routes: tuple[int | float, ...],
 ) -> None:
     now, config = mode.current(), product.config
     partial = arrived = 0
@@ -312,5 +257,4 @@ def _launch(
         partial=partial,
         arrived=arrived,
         early=settled(weight.data, weight.scale) and now.early,
-        **({"routed_by": routes} if routes else {}),
     )

@@ -13,12 +13,10 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
-from tersor.kernels.routing import sorts
 from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.ops import autocast, current, dense, gradient, grouped, multiply, reference, routing, serve_routing
 from tersor.ops.gates import Gate
-from tersor.ops.tables import Tables
 
 _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -123,42 +121,11 @@ def routed_experts(
             gate=gate,
         )
     with _on_device(x):
-        return _from_logits(x, logits, gate_up, down, top_k, options, gate_up_bias, down_bias, addend, gate)
-
-
-def _from_logits(
-    x: torch.Tensor,
-    logits: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
-    top_k: int,
-    options: _Choice,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    addend: torch.Tensor | None,
-    gate: Gate,
-) -> torch.Tensor:
-    """Serve a call of `routed_experts` by kernels, on the current device."""
-    bias, scale = options["bias"], float(options["scale"])
-    serve_routing.check_logits(logits, bias)
-    choice = serve_routing.choice_of(
-        *(logits.shape[1], top_k, options["scoring"], options["normalize"], bias is not None),
-        *(options["groups"], options["top_groups"]),
-    )
-    chosen = grouped.prepared(x, gate_up, down, top_k, gate, choice, str(logits.dtype).removeprefix("torch."))
-    tokens = x.shape[0]
-    if not chosen.routes:
+        chosen = grouped.prepared(x, gate_up, down, top_k, gate)
         index, weights, tables = routing.route_tables(logits, top_k, chosen.block_tokens, **options)
-        routed = None
-    else:
-        index = weights = current.empty((tokens, top_k), (top_k, 1), torch.float32)
-        tables = Tables.empty(x, tokens * top_k, gate_up.experts, chosen.block_tokens)
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
-        routed = grouped.Routing(logits, bias, scale, weights)
-    _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
-    y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen, routed)
-    return serve_routing.combine(y, weights, tables, addend, ready=routed is None)
+        _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
+        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
+        return serve_routing.combine(y, weights, tables, addend, ready=True)
 
 
 class _Choice(TypedDict, total=False):
@@ -203,15 +170,10 @@ def _serve(
     top_k = index.shape[1]
     weights = weights.to(torch.float32).contiguous()  # ahead of all launches, which follow each other closely
     with _on_device(x):
-        choice = sorts(gate_up.experts)
-        chosen = grouped.prepared(x, gate_up, down, top_k, gate, choice, str(index.dtype).removeprefix("torch."))
-        if chosen.routes:
-            tables = Tables.empty(x, index.numel(), gate_up.experts, chosen.block_tokens)
-            routed = grouped.Routing(index.contiguous())
-        else:
-            tables, routed = routing.tables(index, gate_up.experts, chosen.block_tokens), None
-        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen, routed)
-        return serve_routing.combine(y, weights, tables, addend, ready=routed is None)
+        chosen = grouped.prepared(x, gate_up, down, top_k, gate)
+        tables = routing.tables(index, gate_up.experts, chosen.block_tokens)
+        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
+        return serve_routing.combine(y, weights, tables, addend, ready=True)
 
 
 def _one_by_one(
@@ -277,12 +239,12 @@ def _check(
         raise ShapeError(
             f"experts: x is {list(x.shape)} {x.dtype}, expected [T, {hidden}] of float16, bfloat16, float32 or float64"
         )
-    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype not in _INDEX_DTYPES:
-        raise ShapeError(f"experts: index is {list(index.shape)} {index.dtype}, expected [{x.shape[0]}, K] of int32")
-    if weights.shape != index.shape or not weights.is_floating_point():
-        raise ShapeError(
-            f"experts: weights are {list(weights.shape)} {weights.dtype}, expected floats {list(index.shape)} as index"
-        )
+    if weights.dim() != 2 or weights.shape[0] != x.shape[0] or not weights.is_floating_point():
+        found = f"{list(weights.shape)} {weights.dtype}"
+        raise ShapeError(f"experts: weights are {found}, expected floats [{x.shape[0]}, K] for {x.shape[0]} tokens")
+    if index.shape != weights.shape or index.dtype not in _INDEX_DTYPES:
+        found = f"{list(index.shape)} {index.dtype}"
+        raise ShapeError(f"experts: index is {found}, expected int32 or int64 {list(weights.shape)} as weights")
     beside = (
         ("gate_up_bias", gate_up_bias, (count, rows)),
         ("down_bias", down_bias, (count, hidden)),

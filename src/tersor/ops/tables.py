@@ -26,12 +26,6 @@ class Tables:
     experts: int
     block_tokens: int
 
-    @staticmethod
-    def empty(beside: torch.Tensor, pairs: int, experts: int, block_tokens: int) -> Tables:
-        """Return uninitialised tables on the device of a tensor."""
-        size = elements(pairs, experts, block_tokens)
-        return Tables(torch.empty(size, dtype=torch.int32, device=beside.device), pairs, experts, block_tokens)
-
     @property
     def order(self) -> torch.Tensor:
         """int32 [P]: sorted position -> pair."""

@@ -4,15 +4,14 @@
 //
 // Rings, products, sums and results are those of sm90_linear.cuh, and so are the parameters (CLUSTER and GATHERS are 1).
 // Beside them: GATHERS_TOKENS (1: x holds tokens, and each pair's is fetched by itself; 0: x holds pairs, in their order),
-// ROUTES (1: the CTAs route tokens themselves, sm90_routes.cuh), TABLES_READY (1: what routed the tokens, or is routed
-// by, was there before the kernel ahead started, so weights are fetched while that one still runs).
+// TABLES_READY (1: what routed the tokens had ended before the kernel ahead started, so weights are fetched while that
+// one still runs).
 #pragma once
 
 #include "common/ptx.cuh"
 #include "common/ring.cuh"
 #include "dense/sm90_item.cuh"
 #include "dense/sm90_pipeline.cuh"
-#include "experts/sm90_routes.cuh"
 #include "experts/sm90_work.cuh"
 
 namespace linear {
@@ -31,8 +30,7 @@ __device__ __forceinline__ void copy_tokens(
         const int count = item.end_token - item.first_token;
 #pragma unroll 4
         for (int i = 0; i < count; ++i) {
-            const int* at = order + item.first_token + i;
-            const float pair = ROUTES ? *at : __ldcg(at);
+            const float pair = __ldcg(order + item.first_token + i);
             tokens[i] = static_cast<int>((pair + 0.5f) * inverse);  // exact for up to two million pairs
         }
 #pragma unroll 1
@@ -61,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh), likewise
     const u16* __restrict__ bias,                     // [E, OC] or null
     const float* __restrict__ x_scale,                // [P] for 8-bit activations, else null
-    const int* order,                                 // [P], the pair at each place: token * top_k + rank
+    const int* __restrict__ order,                    // [P], the pair at each place: token * top_k + rank
     const int4* table,                                // of blocks of pairs (sm90_work.cuh)
     u16* __restrict__ y,                              // [P, OC], or half as many channels where gated; contiguous
     float* partial,                                   // sums of split items
@@ -72,15 +70,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     int x_rows,                                       // rows of a box, at most as many as x has
     int most_blocks,                                  // that the table has room for
     int most_splits,
-    float factor,                                     // the power of two that the decoded weights still lack
-    const void* given,                                // from here on as in Routing, where ROUTES says so
-    const float* choice_bias,
-    float* weights_found,
-    int* position_found,
-    int4* blocks_found,
-    long long given_stride,
-    int given_tokens,
-    float given_scale) {
+    float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
@@ -90,29 +80,14 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
     const Shared shared{slots, token_scales, base, 0, 0};
-#if ROUTES
-    __shared__ Routed routed;
-    table = routed.blocks;
-    order = routed.order;
-#endif
+    Work work(oc, ic, table, most_blocks);
 
-    // Returns what there is to do once it is known. The next kernel may rely on that before this one has ended, so it is
-    // let go only then.
+    // The next kernel may rely on the tables before this one has ended, so it is let go only once they are known here.
     const auto meet = [&] {
         ptx::sync_threads<kAllBarrier, kThreads>();
-#if ROUTES
         if constexpr (!TABLES_READY) ptx::wait_for_earlier_kernels();
         ptx::launch_dependents();
-        routed.find(
-            {given, choice_bias, weights_found, position_found, blocks_found, given_stride, given_tokens, given_scale});
-        Work work(oc, ic, table, most_blocks);
-#else
-        Work work(oc, ic, table, most_blocks);
-        if constexpr (!TABLES_READY) ptx::wait_for_earlier_kernels();
-        ptx::launch_dependents();
-#endif
         work.read(most_splits);
-        return work;
     };
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
@@ -123,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             ptx::barrier_init_fence();
         }
         __syncwarp();
-        const Work work = meet();
+        meet();
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, 0, weight);
             if (warp == 1) {
@@ -136,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, 0, scale);
         }
     } else {
-        const Work work = meet();
+        meet();
         ptx::take_registers<kComputeRegisters>();
         const int padded = (oc + tile::kUnitRows - 1) / tile::kUnitRows * tile::kUnitRows;
         u32 use = 0;

@@ -34,8 +34,8 @@ struct Work {
     // Reads how many tiles there are, and settles how those beyond whole waves of CTAs are split: so that the last wave
     // is short, where an exchange of sums costs less than that gains.
     __device__ __forceinline__ void read(u32 most_splits) {
-        const int count = entry_at(0).x;
-        first = entry_at(1 + first_entry);  // not after the count, but beside it
+        const int count = __ldcg(reinterpret_cast<const int*>(table));
+        first = __ldcg(table + 1 + first_entry);  // not after the count, but beside it
         tiles = row_tiles * static_cast<u32>(count);
         whole_tiles = tiles;
         const u32 slots = gridDim.x, rest = tiles % slots;
@@ -59,7 +59,7 @@ struct Work {
         item.take(index, whole_tiles, splits, blocks());
         const u32 tile = item.tile;
         const u32 at_entry = tile / row_tiles;
-        const int4 entry = at_entry == first_entry ? first : entry_at(1 + at_entry);
+        const int4 entry = at_entry == first_entry ? first : __ldcg(table + 1 + at_entry);
         const int start = entry.z, end = entry.w;
         const TileAt at(tile - entry.y * row_tiles, row_tiles, (end - start + kTokens - 1) / kTokens);
         item.first_row = at.row_tile * kRows;
@@ -70,9 +70,6 @@ struct Work {
     }
 
 private:
-    // Tables of another kernel are read past L1, which may hold what lay there before.
-    __device__ __forceinline__ int4 entry_at(u32 index) const { return ROUTES ? table[index] : __ldcg(table + index); }
-
     // What an exchange of split sums takes, and each part of it, in the time of a block.
     static constexpr float kExchangeBlocks = 3.0f, kPartBlocks = 0.5f;
 };
