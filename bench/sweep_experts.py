@@ -4,9 +4,8 @@
     python bench/sweep_experts.py --from OUT.csv
 
 Both products of a layer are timed apart, each chained with itself by programmatic dependence over routings of its own,
-with as many experts' weights as L2 does not hold. Rows are appended as they are found. The loss of a product is the time
-of the tile that `tune.choose_pair` takes over the least time of its block width, that of a layer the sum of both over the
-least sum of two tiles of one width.
+with as many experts' weights as L2 does not hold. Rows are appended as they are found. The loss of a layer is the time
+of the tiles that `tune.choose_pair` takes over the least time of any two that have as many tokens as each other.
 """
 
 from __future__ import annotations
