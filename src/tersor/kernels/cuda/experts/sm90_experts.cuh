@@ -27,6 +27,7 @@ __device__ __forceinline__ void copy_tokens(
     const XRing& ring, const Work& work, const TensorMap& x_map, const int* order, int top_k, int* tokens) {
     ptx::prefetch_map(&x_map);
     const float inverse = 1.0f / top_k;
+    bool waits = TABLES_READY;  // nothing has waited yet
     XRing::Place at(0);
     for_items(work, 0, [&](const Item& item) {
         const int count = item.end_token - item.first_token;
@@ -38,6 +39,8 @@ __device__ __forceinline__ void copy_tokens(
                 tokens[i] = static_cast<int>((pair + 0.5f) * inverse);  // exact for up to two million pairs
             }
         }
+        if (waits) ptx::wait_for_earlier_kernels();
+        waits = false;
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
             ring.wait_emptied(at);
