@@ -163,7 +163,7 @@ def product_of(
         ic=ic,
         tokens=tokens,
         top_k=top_k,
-        gate=gate,
+        gathers=config.gathers and gate > 0,
         most_blocks=min(pairs, most_blocks(pairs, weight.experts, config.tile.tokens)),
         factor=weight.packing.factor,
     )
