@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,10 @@ from helpers.usage import refused_in_one_line
 from tersor import hardware, ops
 from tersor.bench import timing
 from tersor.bench.contenders import Calls
-from tersor.bench.experts import geometry, measure, rivals
+from tersor.bench.experts import contenders, geometry, measure, rivals
 from tersor.cli.main import run
 from tersor.formats import Activations
 from tersor.layouts.packing import target_of
-from tersor.ops import grouped
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "graph_microseconds", microseconds)
-    monkeypatch.setattr(grouped, "obstacle", lambda x, gate_up, down: "")
+    monkeypatch.setattr(contenders, "grouped", SimpleNamespace(obstacle=lambda x, gate_up, down: ""))
     monkeypatch.setattr(
         ops, "preferred_layout", lambda scheme, dtype, device, kind: f"tiles_{target_of(Activations.of(kind), dtype)}"
     )
