@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.kernels import dense
+from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm80, sm90
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block
-from tersor.ops import dispatch, routing
+from tersor.ops import dispatch, grouped, routing
 
 
 def main() -> None:
@@ -21,6 +24,8 @@ def main() -> None:
         run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416, fp8=False)
     if chip.capability == (9, 0):
         run(formats.get_scheme("fp6_e3m2"), chip.capability, 200, 416, fp8=True)
+        experts(Activations.NATIVE)
+        experts(Activations.E4M3)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
     torch.cuda.synchronize()
@@ -33,6 +38,30 @@ def route(tokens: int) -> None:
     for found in (tables, routing.tables(index - 5, 60, 8)):
         for channels in (520, 37):
             routing.combine(torch.randn(6 * tokens, channels, device="cuda").half(), weights, found)
+
+
+def experts(activations: Activations) -> None:
+    """Run a layer of experts, one of which gets no token and one most, through every tile, by few CTAs."""
+    chip, scheme, top_k = hardware.of_device(0), formats.get_scheme("fp6_e3m2"), 2
+    layout = dispatch.E4M3_LAYOUT if activations is Activations.E4M3 else "tiles_float16"
+    sizes = ((2 * 136, 256), (256, 136))  # gate and up, down
+    weights = [
+        StackedWeight.stack([PackedWeight.from_encoded(quantize_rtn(torch.randn(*size), scheme)) for _ in range(4)])
+        for size in sizes
+    ]
+    gate_up, down = (weight.to_layout(layout) for weight in weights)
+    pair = [
+        replace(weight, data=weight.data.cuda(), scale=weight.scale.cuda(), zero_point=None)
+        for weight in (gate_up, down)
+    ]
+    problems = [tune.ExpertsProblem.of(weight.packing, weight.shape, 21, top_k, activations) for weight in pair]
+    x, factors = torch.randn(21, 256, device="cuda").half(), torch.rand(21, top_k, device="cuda")
+    index = torch.randint(0, 5, (21, top_k), device="cuda", dtype=torch.int32).clamp(max=2)
+    for tile in tune.tiles(problems[0]):
+        configs = [replace(tune.config(problem, tile, chip), ctas=3) for problem in problems]
+        grouped.configs = lambda *call, configs=configs: configs
+        grouped.forget()
+        ops.experts(x, pair[0], pair[1], index, factors)
 
 
 def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *, fp8: bool) -> None:
