@@ -141,18 +141,11 @@ def test_formats_of_engines_that_want_experts_one_by_one_refuse_fused_ones(expor
 QWEN3_VL = {
     "text_config": {
         **{name: size for name, size in checkpoints.SMALL.items() if name != "max_position_embeddings"},
-        "moe_intermediate_size": 24,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "head_dim": 16,
+        "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
         "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
     },
     "vision_config": {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 64,
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
         "deepstack_visual_indexes": [0],
     },
 }
