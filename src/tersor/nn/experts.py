@@ -262,6 +262,17 @@ def multiply_stacks(
     return one_by_one(x, index, factors, first.experts, run)
 
 
+def waits(gate_up: PackedStack, down: PackedStack, dtype: torch.dtype) -> str:
+    """Return why the host waits to learn which tokens an expert gets, or an empty string where no kernel needs it.
+
+    Args:
+        gate_up, down: of the layer.
+        dtype: of activations.
+    """
+    x = torch.empty(1, gate_up.shape[2], dtype=dtype, device=gate_up.weight_packed.device)
+    return ops.experts_obstacle(x, gate_up.ready(dtype), down.ready(dtype))
+
+
 def one_by_one(
     x: torch.Tensor,
     index: torch.Tensor,

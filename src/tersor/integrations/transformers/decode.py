@@ -19,6 +19,7 @@ from tersor import ops
 from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
 from tersor.integrations.transformers.sampler import Sampler, usable
+from tersor.integrations.transformers.step_experts import StepExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,11 +75,12 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capture_seconds = 0.0
         self.insist = bool(use_graph)
+        self._experts = StepExperts(model, graph=use_graph is not False and self.device.type == "cuda")
         static = _wants_static(self.device)
         self.length = -(-length // ROUND) * ROUND if static else length
         self.cache: Any = _static_cache(model, self.length) if static else None
         self.static = self.cache is not None
-        self.eager_reason = "not asked for" if use_graph is False else _unsupported_reason(model, self.static)
+        self.eager_reason = "not asked for" if use_graph is False else self._unsupported_reason()
         if self.insist and self.eager_reason is not None:
             raise UnsupportedError(f"no CUDA graph for this model: {self.eager_reason}")
         self.token = torch.zeros(samples, 1, dtype=torch.int64, device=self.device)
@@ -159,7 +161,9 @@ class Decoder:
         return [int(token) for token in slot.flatten().tolist()]
 
     def _forward(self) -> None:
-        self._draw(self._logits(self.token, self.cache))
+        with self._experts.step():
+            logits = self._logits(self.token, self.cache)
+        self._draw(logits)
 
     def _logits(self, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
         with ops.using(workspace=self.workspace):
@@ -209,6 +213,17 @@ class Decoder:
         torch.cuda.synchronize(self.device)
         self.capture_seconds = time.perf_counter() - started
 
+    def _unsupported_reason(self) -> str | None:
+        """Why a step cannot be a CUDA graph, as far as that shows without trying."""
+        model = self.model
+        if model.device.type != "cuda":
+            return f"the model is on {model.device.type}"
+        if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
+            return "the model spans several devices"
+        if not self.static:
+            return "the model has layers whose state is not a static key-value cache"
+        return self._experts.obstacle or None
+
     def _state(self) -> list[torch.Tensor]:
         """Every tensor that a step changes, but for cache slots, which the next step writes again."""
         return [
@@ -257,14 +272,3 @@ def _static_cache(model: PreTrainedModel, length: int) -> Any:
         for layer in cache.layers
     ]
     return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None
-
-
-def _unsupported_reason(model: PreTrainedModel, static: bool) -> str | None:
-    """Why a step of `model` cannot be a CUDA graph, as far as that shows without trying."""
-    if model.device.type != "cuda":
-        return f"the model is on {model.device.type}"
-    if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
-        return "the model spans several devices"
-    if not static:
-        return "the model has layers whose state is not a static key-value cache"
-    return None

@@ -19,7 +19,7 @@ from tersor.formats import Activations
 from tersor.integrations.transformers.experts_form import ExpertsForm, apply_gate, experts_form
 from tersor.integrations.transformers.joined import JOINED, moved
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
-from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one
+from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import PackedLinear, cast_bias
 
 _guard = threading.RLock()
@@ -92,6 +92,13 @@ class PackedExperts(nn.Module):
         else:
             y = one_by_one(x, top_k_index, top_k_weights, self.num_experts, self._run)
         return y.to(hidden_states.dtype)
+
+    def waits(self, dtype: torch.dtype) -> str:
+        """Return why the host waits for the router's choice in a forward with activations of `dtype`, or nothing."""
+        if not self.ready(dtype):
+            return "its experts are not packed in one scheme, or kernels do not know their gate"
+        assert self.gate_up is not None and self.down is not None
+        return waits(self.gate_up, self.down, dtype)
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         layers = self._layers(expert)

@@ -10,8 +10,10 @@ from torch import nn
 from tersor import ops
 from tersor.formats import Scheme
 from tersor.integrations.transformers.experts_form import apply_gate, experts_form
-from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one
+from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import cast_bias
+
+_UNKNOWN_GATE = "kernels do not know how it makes gate and up one"
 
 
 class FusedExperts(nn.Module):
@@ -97,6 +99,13 @@ class FusedExperts(nn.Module):
         else:
             y = one_by_one(x, index, factors, self.num_experts, self._run)
         return y.to(hidden_states.dtype)
+
+    def waits(self, dtype: torch.dtype) -> str:
+        """Return why the host waits for the router's choice in a forward with activations of `dtype`, or nothing."""
+        first, second = (self._modules.get(name) for name in self.form.names)
+        if not isinstance(first, PackedStack) or not isinstance(second, PackedStack):
+            return "only one of its two weights is packed"
+        return waits(first, second, dtype) if self.form.gate is not None else _UNKNOWN_GATE
 
     def _own_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which expert each row belongs to: none where it is zero, as that of a token without it is."""
