@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,8 +91,8 @@ def command(
     if samples > 1:
         rows, numbers = generator.samples(ids, samples, sampling)
         if json:
-            fields = {"continuations": [row.to_dict() for row in rows], "device": str(torch_device)}
-            console.print_json({"model": model, "prompt": text, **fields, **numbers.to_dict()})
+            listed: dict[str, Any] = {"continuations": [row.to_dict() for row in rows], "device": str(torch_device)}
+            console.print_json({"model": model, "prompt": text, **listed, **numbers.to_dict()})
             return
         for index, row in enumerate(rows, 1):
             print(f"[{index}/{samples}]\n{row.text}", flush=True)

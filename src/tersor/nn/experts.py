@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -260,6 +261,36 @@ def multiply_stacks(
         return ops.linear(gate.of_rows(sums), second.expert(expert), None if outer is None else outer[expert])
 
     return one_by_one(x, index, factors, first.experts, run)
+
+
+def multiply_routed(
+    x: torch.Tensor,
+    gate_up: PackedStack,
+    down: PackedStack,
+    logits: torch.Tensor,
+    options: dict[str, Any],
+    gate: ops.Gate,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run tokens through the experts that a router's logits choose: `ops.routed_experts`, where 16-bit weights serve.
+
+    Args:
+        x, gate_up, down, gate, gate_up_bias, down_bias: as in `multiply_stacks`.
+        logits: [T, E].
+        options: how experts are chosen: those of `ops.routed_experts`, `top_k` among them.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    inner, outer = cast_bias(gate_up_bias, x.dtype), cast_bias(down_bias, x.dtype)
+    native = gate_up.activations is Activations.NATIVE and down.activations is Activations.NATIVE
+    if native and not ops.gradient_wanted(x, logits, inner, outer):
+        first, second = gate_up.ready(x.dtype), down.ready(x.dtype)
+        return ops.routed_experts(x, logits, first, second, gate_up_bias=inner, down_bias=outer, gate=gate, **options)
+    choice = {key: value for key, value in options.items() if key not in ("top_k", "choice_bias")}
+    index, factors = ops.route(logits, options["top_k"], bias=options["choice_bias"], **choice)
+    return multiply_stacks(x, gate_up, down, index, factors, gate, gate_up_bias, down_bias)
 
 
 def waits(gate_up: PackedStack, down: PackedStack, dtype: torch.dtype) -> str:

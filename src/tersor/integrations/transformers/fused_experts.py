@@ -10,7 +10,7 @@ from torch import nn
 from tersor import ops
 from tersor.formats import Scheme
 from tersor.integrations.transformers.experts_form import apply_gate, experts_form
-from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one, waits
+from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import cast_bias
 
 _UNKNOWN_GATE = "kernels do not know how it makes gate and up one"
@@ -24,6 +24,7 @@ class FusedExperts(nn.Module):
         template: the module this one replaced, without its weights; its activation and gate are used.
         gate_up_proj, up_proj, down_proj: a `PackedStack`, or the parameter that the replaced module had.
         gate_up_proj_bias, up_proj_bias, down_proj_bias: [E, OC], where it had them.
+        chooser: chooses experts by a router's logits (`routers.Chooser`), where they come from it.
     """
 
     template: Any
@@ -42,6 +43,7 @@ class FusedExperts(nn.Module):
                 if own in experts._parameters:
                     self.register_parameter(own, experts._parameters.pop(own))
         self.template = experts
+        self.chooser: Any = None
         self._arranged: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self.train(experts.training)
 
@@ -73,13 +75,19 @@ class FusedExperts(nn.Module):
                 assert isinstance(stack, PackedStack)
                 stack.rows = Rows.PLAIN
 
+    @property
+    def joins(self) -> bool:
+        """Whether all experts are multiplied by one operator."""
+        packed = all(isinstance(self._modules.get(name), PackedStack) for name in self.form.names)
+        return packed and self.form.gate is not None
+
     def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         """Run every token through its experts and add their outputs up in float32.
 
         Args:
             hidden_states: [T, H]; [E * T, H] where every expert takes every token, those of one after the other.
-            routing: the experts of each token, integers [T, K], and what their outputs are multiplied by, [T, K];
-                nothing where every expert takes every token.
+            routing: the experts of each token, integers [T, K], and what their outputs are multiplied by, [T, K], or
+                the router's logits twice (`chooser`); nothing where every expert takes every token.
             named: the same by the names of the replaced module.
 
         Returns:
@@ -92,11 +100,16 @@ class FusedExperts(nn.Module):
             index, factors = (*routing, *named.values())
         first, second = (self._modules.get(name) for name in self.form.names)
         gate = self.form.gate
+        by_logits = self.chooser is not None and index.is_floating_point()
         if gate is not None and isinstance(first, PackedStack) and isinstance(second, PackedStack):
-            y = multiply_stacks(
-                x, first, second, index, factors, gate, self._gate_up_bias(first.rows), self._bias("down_proj")
-            )
+            biases = self._gate_up_bias(first.rows), self._bias("down_proj")
+            if by_logits:
+                y = multiply_routed(x, first, second, index, self.chooser.options, gate, *biases)
+            else:
+                y = multiply_stacks(x, first, second, index, factors, gate, *biases)
         else:
+            if by_logits:
+                index, factors = self.chooser.route(index)
             y = one_by_one(x, index, factors, self.num_experts, self._run)
         return y.to(hidden_states.dtype)
 
@@ -144,6 +157,8 @@ class FusedExperts(nn.Module):
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """Return the module this one stands for, with its weights decoded to `dtype`."""
+        if self.chooser is not None:
+            self.chooser.release()
         experts: nn.Module = self.template
         for name in self.form.names:
             stack, bias = self._modules.get(name), self._bias(name)
