@@ -35,9 +35,9 @@ CHIP = CHIPS["NVIDIA H200"]
 Times: TypeAlias = dict[tuple[str, LinearProblem], dict[LinearConfig, float]]
 """(format and activations, problem) -> configuration -> microseconds, the mean of all times."""
 
-SOFTNESS = 0.02
+SOFTNESS = 0.03
 """Configurations predicted within about so much of the best count as chosen, in part: the loss stays smooth."""
-FIDELITY = 0.25
+FIDELITY = 1.0
 """Weight of the mean error of predicted times beside the mean loss."""
 STEEPNESS = 5.0
 """What a loss of 1 costs beside itself; one of 0.1 costs a tenth of that."""

@@ -5,9 +5,11 @@
 
 Of every cell (weight, activations, number of tokens) the configurations predicted to be fastest are timed first, the
 best of each tile before any tile's second, in rounds over all cells in random order: a sweep that is cut off knows
-something of each, and a GPU that has worked for a while is slower than one that has not. Then what came near the best
-of its cell is timed again. Launches are chained with programmatic dependence. Rows are appended as they are found, so
-that several runs may share a file. A configuration that fails is named, and ends the sweep where the GPU fails with it.
+something of each. Those of one cell follow one another: a GPU that has worked hard for a while is slower than one that
+has not, by more than the best differ. Then what came near the best of its cell is timed again. Launches are chained
+with programmatic dependence. Rows are appended as they are found, so that several runs may share a file. A
+configuration that fails is named, and ends the sweep where the GPU fails with it.
+
 `--try` adds tiles that the table of costs does not have, such as 8,2,2,1,1 (tokens, row groups, channel groups,
 cluster, resident CTAs) or 64,2,1,2,1,fp8; they are predicted by the costs of a tile like them.
 """
@@ -43,12 +45,12 @@ from tersor.layouts.packing import Packing
 SHAPES = (
     *("1280x8192", "1024x16384", "2560x9728", "6144x4096", "4096x14336", "8192x3584", "10240x8192", "28672x4096"),
 )
-TOKENS = "24,40,48,72,80,96,112,136,160,200,224,264,333,384,450,512,700,1000,1500,3000"
+TOKENS = "24,48,64,80,96,112,128,144,160,176,200,224,240,256,288,333,384,450,512,700,1000,1500,3000"
 COLUMNS = (
     *("oc", "ic", "format", "activations", "n", "tokens", "row_groups", "channel_groups", "cluster", "resident"),
     *("whole_tiles", "splits", "gathered", "microseconds"),
 )
-ROUND = 4
+ROUND = 8
 """Configurations of a cell that are timed before any other cell has more."""
 NEAR = 1.05
 """What took up to so many times the least time of its cell is timed again."""
@@ -112,27 +114,31 @@ def sweep(
         going: whether there is time left.
         turns: how often a configuration is timed at most.
     """
-    shuffled, found = random.Random(0), dict[tuple[Cell, LinearConfig], float]()
+    shuffled, found = random.Random(0), dict[Cell, dict[LinearConfig, float]]()
     longest = max(map(len, wanted.values()), default=0)
 
-    def rounds() -> Iterator[list[tuple[Cell, LinearConfig]]]:
+    def rounds() -> Iterator[dict[Cell, list[LinearConfig]]]:
         for first in range(0, longest, ROUND):
-            yield [(cell, config) for cell, configs in wanted.items() for config in configs[first : first + ROUND]]
+            yield {cell: list(configs[first : first + ROUND]) for cell, configs in wanted.items()}
         for _ in range(1, turns):
-            least: dict[Cell, float] = {}
-            for (cell, _), microseconds in found.items():
-                least[cell] = min(microseconds, least.get(cell, microseconds))
-            yield [job for job, microseconds in found.items() if microseconds <= NEAR * least[job[0]]]
+            near: dict[Cell, list[LinearConfig]] = {}
+            for cell, times in found.items():
+                near[cell] = [config for config, time in times.items() if time <= NEAR * min(times.values())]
+            yield near
 
     for jobs in rounds():
-        shuffled.shuffle(jobs)
-        for cell, config in jobs:
-            if not going():
-                return
-            microseconds = timed(cell, config)
-            if microseconds > 0:
-                found[cell, config] = min(microseconds, found.get((cell, config), microseconds))
-                yield cell, config, microseconds
+        cells = list(jobs)
+        shuffled.shuffle(cells)
+        for cell in cells:
+            shuffled.shuffle(jobs[cell])
+            for config in jobs[cell]:
+                if not going():
+                    return
+                microseconds = timed(cell, config)
+                if microseconds > 0:
+                    times = found.setdefault(cell, {})
+                    times[config] = min(microseconds, times.get(config, microseconds))
+                    yield cell, config, microseconds
 
 
 def on_gpu(dtype: torch.dtype = torch.float16) -> Timed:
@@ -214,7 +220,7 @@ def parsed(text: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--formats", default="fp6_e3m2", help="formats, separated by commas")
     parser.add_argument("--activations", default="16bit,fp8", help="16bit, fp8, or both; default: both")
     parser.add_argument("--within", type=float, default=1.6, help="of the least predicted time; default: 1.6")
-    parser.add_argument("--most", type=int, default=20, help="configurations of a cell; default: 20")
+    parser.add_argument("--most", type=int, default=16, help="configurations of a cell; default: 16")
     parser.add_argument("--turns", type=int, default=2, help="times of what is near the best; default: 2")
     parser.add_argument("--seconds", type=float, help="stop after so many, compiling included")
     parser.add_argument("--try", dest="tiles", action="append", default=[], metavar="TILE", help="a tile to try")

@@ -162,14 +162,16 @@ def test_generate_with_a_static_cache(tiny: Path, ids: torch.Tensor) -> None:
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), dynamic)
 
 
-def test_experts(tmp_path: Path, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts(name: str, tmp_path: Path, ids: torch.Tensor) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import tersor
+    from tersor.nn import PackedStack
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "mixtral",
+        name,
         vocab_size=512,
         hidden_size=256,
         intermediate_size=384,
@@ -182,7 +184,8 @@ def test_experts(tmp_path: Path, ids: torch.Tensor) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "plain")
     tersor.quantize(tmp_path / "plain", tmp_path / "packed")
     model = load(tmp_path / "packed", device_map="cuda")
-    assert {layer.layout for layer in layers(model).values()} == {"tiles_float16"}
+    stacks = [module for module in model.modules() if isinstance(module, PackedStack)]
+    assert len(stacks) == 4 and {stack.layout for stack in stacks} == {"tiles_float16"}
     with torch.no_grad():
         assert close(model(ids).logits, load(tmp_path / "packed", dtype=torch.float32)(ids.cpu()).logits)
     model.save_pretrained(tmp_path / "again")

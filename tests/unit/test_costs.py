@@ -65,7 +65,7 @@ def test_the_kept_sweep_and_what_the_chooser_loses_by_it(costs: ModuleType) -> N
     assert sum(map(len, times.values())) == rows, "every row is a candidate"
     losses = [costs.loss(problem, timed) for (_, problem), timed in times.items()]
     assert sum(losses) / len(losses) < 1.015
-    assert max(losses) < 1.12
+    assert max(losses) < 1.18
     table = costs.table(times)
     assert "int4:g128 16bit     16        16" in table
     assert table.count("\n") == len({(name, problem.n) for name, problem in times})

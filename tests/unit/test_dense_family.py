@@ -81,9 +81,12 @@ def test_a_weight_packed_for_other_activations_than_the_tiles_has_no_kernel() ->
 def test_beyond_a_decode_batch_a_choice_depends_on_the_tiles_that_tokens_fill(
     activations: Activations, group_size: int | None
 ) -> None:
-    """So a server that sees every number of tokens chooses once for each 128 of them."""
+    """So a server that sees every number of tokens chooses once for each 16 of them, and loses next to nothing."""
     scheme = formats.get_scheme("fp6_e3m2", group_size)
     for shape in ((4096, 4096), (10240, 8192), (100, 1000)):
         for n in (*range(257, 1300, 37), 511, 512, 513, 4095, 4096, 4097, 8191):
             problem = dense.problem_of(scheme, shape, n, activations=activations)
-            assert tune.choose(problem, H200) == tune.predict(problem, H200)
+            chosen = tune.choose(problem, H200)
+            assert chosen in tune.candidates(problem, H200)
+            least = tune.seconds(problem, tune.predict(problem, H200), H200)
+            assert tune.seconds(problem, chosen, H200) <= 1.02 * least

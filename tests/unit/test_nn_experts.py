@@ -43,18 +43,21 @@ def routed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("rows", Rows)
-@pytest.mark.parametrize("name", ["fp6_e3m2", "uint4"])
-def test_rows_lie_in_the_models_order_wherever_anyone_looks(rows: Rows, name: str) -> None:
+@pytest.mark.parametrize(("name", "layout"), [("fp6_e3m2", "stream"), ("uint4", "stream"), ("uint4", "tiles_float16")])
+def test_rows_lie_in_the_models_order_wherever_anyone_looks(
+    rows: Rows, name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "preferred_layout", lambda *_: layout)
     module = stack(2 * INNER, HIDDEN, name, rows)
     before, decoded = copy.deepcopy(module.state_dict()), module.weight
     weight = module.ready(torch.float32)
     assert weight.shape[1] == (2 * INNER if rows is Rows.PLAIN else 28)
-    assert module.as_stored is False and module.ready(torch.float32) is weight
+    assert module.as_stored is False and module.ready(torch.float32) is weight and module.layout == layout
     after = module.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(module.weight, decoded)
     module.half().load_state_dict(before)
-    assert module.as_stored and module.dtype == torch.float16
+    assert module.as_stored and module.dtype == torch.float16 and module.layout == "stream"
     assert torch.equal(module.weight, decoded.half())
     stored = sum(tensor.nbytes for tensor in before.values())
     assert bits_per_weight(module) == pytest.approx(8 * stored / decoded.numel(), rel=0.01)
@@ -68,7 +71,8 @@ def test_rows_lie_in_the_models_order_wherever_anyone_looks(rows: Rows, name: st
 def test_experts_with_biases_give_the_sum_of_their_outputs_and_its_gradient(rows: Rows, gate: ops.Gate) -> None:
     first, second = stack(2 * INNER, HIDDEN, "int8", rows), stack(HIDDEN, INNER, "int4", seed=1)
     x, index, factors = routed()
-    biases = torch.randn(EXPERTS, 2 * INNER), torch.randn(EXPERTS, HIDDEN)
+    generator = torch.Generator().manual_seed(2)
+    biases = [torch.randn(EXPERTS, width, generator=generator) for width in (2 * INNER, HIDDEN)]
     inner, outer, x_plain, x_packed = (
         first.weight,
         second.weight,
@@ -90,7 +94,7 @@ def test_experts_with_biases_give_the_sum_of_their_outputs_and_its_gradient(rows
     torch.testing.assert_close(with_gradient, expected)
     for y in (expected, with_gradient):
         y.square().sum().backward()
-    torch.testing.assert_close(x_packed.grad, x_plain.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(x_packed.grad, x_plain.grad, rtol=1e-3, atol=1e-2)
 
 
 def test_8_bit_activations_are_quantised_before_both_products() -> None:

@@ -100,6 +100,37 @@ def test_one_of_the_two_weights_may_stay_as_it_is(name: str, pattern: str, tmp_p
     assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
+def test_patterns_find_the_module_that_holds_fused_experts(tmp_path: Path) -> None:
+    plain = models.plain("gpt_oss", tmp_path / "plain")
+    options = {"ignore": [r"layers\.0\.mlp\.experts$"], "overrides": {r"layers\.1\.mlp\.experts$": "int4"}}
+    packed = models.compressed(plain, tmp_path / "packed", **options)
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    stacks = {name: stack.scheme.name for name, stack in model.named_modules() if isinstance(stack, PackedStack)}
+    assert stacks == {f"model.layers.1.mlp.experts.{name}": "int4" for name in ("gate_up_proj", "down_proj")}
+    items = {item.name: item.format for item in inspect(packed, read_architecture).items}
+    assert items["model.layers.1.mlp.experts.down_proj"] == "int4:row:float16"
+    rows = {row.name: row.note for row in tersor.quantize(plain, None, dry_run=True, **options).rows}
+    assert rows["model.layers.0.mlp.experts.down_proj"] == f"ignored by {options['ignore'][0]!r}"
+    assert rows["model.layers.0.mlp.experts.down_proj_bias"] == ""
+
+
+def test_a_model_that_is_cast_and_loaded_anew_has_the_biases_and_weights_of_now(tmp_path: Path) -> None:
+    plain = models.plain("gpt_oss", tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(models.compressed(plain, tmp_path / "packed"))
+    ids, state = models.token_ids(), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(ids).logits
+        model.to(torch.float64)
+        torch.testing.assert_close(model(ids).logits.float(), before, rtol=1e-3, atol=1e-4)
+        model.to(torch.float32)
+        other = {key: tensor.flip(0) if ".experts." in key else tensor for key, tensor in state.items()}
+        model.load_state_dict(other)
+        flipped = model(ids).logits
+        assert float((flipped - before).abs().max()) > 0.01
+        model.load_state_dict(state)
+        torch.testing.assert_close(model(ids).logits, before)
+
+
 def test_broken_and_missing_weights_of_fused_experts_are_named(tmp_path: Path) -> None:
     plain = models.plain("gpt_oss", tmp_path / "plain")
     packed, name = models.compressed(plain, tmp_path / "packed"), "model.layers.1.mlp.experts.down_proj"
@@ -141,11 +172,18 @@ def test_formats_of_engines_that_want_experts_one_by_one_refuse_fused_ones(expor
 QWEN3_VL = {
     "text_config": {
         **{name: size for name, size in checkpoints.SMALL.items() if name != "max_position_embeddings"},
-        "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
         "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]},
     },
     "vision_config": {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
         "deepstack_visual_indexes": [0],
     },
 }

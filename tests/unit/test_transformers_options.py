@@ -317,8 +317,9 @@ def test_save_pretrained_takes_the_stream_from_kernel_layouts(llama: tuple[Path,
     assert models.same(models.tensors(tmp_path / "again"), models.tensors(llama[1]))
 
 
-def test_a_model_compiles_in_one_graph(tmp_path: Path) -> None:
-    plain = models.plain("llama", tmp_path / "plain", num_hidden_layers=1)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_compiles_in_one_graph(name: str, tmp_path: Path) -> None:
+    plain = models.plain(name, tmp_path / "plain", num_hidden_layers=1)
     model = AutoModelForCausalLM.from_pretrained(models.compressed(plain, tmp_path / "packed"))
     assert model.hf_quantizer.is_compileable
     ids = models.token_ids()
@@ -327,8 +328,7 @@ def test_a_model_compiles_in_one_graph(tmp_path: Path) -> None:
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
-def test_what_transformers_asks_of_a_quantizer(llama: tuple[Path, Path], mixtral: tuple[Path, Path]) -> None:
+def test_what_transformers_asks_of_a_quantizer(llama: tuple[Path, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama[1])
     assert model.is_quantized and model.quantization_method == "tersor"
     assert model.hf_quantizer.is_serializable() and model.hf_quantizer.is_trainable
-    assert not AutoModelForCausalLM.from_pretrained(mixtral[1]).hf_quantizer.is_compileable

@@ -43,8 +43,8 @@ ON_AN_H200 = {
         (64, 3, 1, 1, 1, 0, 2, 108),
         (128, 3, 1, 1, 1, 0, 2, 108),
         (112, 3, 1, 1, 1, 0, 1, 108),
-        (128, 2, 1, 1, 1, 132, 4, 132),
-        (128, 2, 1, 1, 1, 0, 1, 132),
+        (128, 3, 1, 1, 1, 0, 1, 108),
+        (256, 2, 1, 2, 1, 132, 2, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (8192, 8192): (
@@ -64,7 +64,7 @@ ON_AN_H200 = {
         (128, 3, 1, 1, 1, 264, 3, 132),
         (208, 2, 1, 1, 1, 396, 2, 132),
         (256, 2, 1, 2, 1, 198, 2, 132),
-        (208, 2, 1, 1, 1, 0, 1, 132),
+        (256, 2, 1, 2, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 3564, 3, 132),
     ),
     (8192, 28672): (
@@ -73,15 +73,15 @@ ON_AN_H200 = {
         (64, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
         (208, 2, 1, 1, 1, 0, 2, 128),
-        (256, 2, 1, 1, 1, 0, 2, 128),
+        (256, 2, 1, 2, 1, 0, 2, 128),
         (256, 2, 1, 2, 1, 0, 1, 132),
         (256, 2, 1, 2, 1, 0, 1, 132),
     ),
     (6144, 4096): (
         (8, 1, 2, 1, 2, 0, 2, 192),
         (16, 2, 2, 1, 1, 0, 2, 96),
-        (64, 1, 1, 1, 2, 0, 2, 192),
-        (64, 3, 1, 1, 1, 0, 2, 128),
+        (64, 2, 1, 1, 1, 0, 2, 96),
+        (128, 1, 1, 1, 2, 0, 2, 192),
         (112, 3, 1, 1, 1, 0, 2, 128),
         (128, 3, 1, 1, 1, 0, 2, 128),
         (128, 3, 1, 1, 1, 0, 1, 132),
@@ -111,7 +111,7 @@ ON_AN_H200 = {
         (8, 1, 4, 1, 1, 0, 2, 128),
         (16, 1, 4, 1, 1, 0, 2, 128),
         (64, 1, 1, 1, 2, 0, 3, 192),
-        (64, 2, 1, 1, 1, 0, 2, 128),
+        (128, 2, 1, 1, 1, 0, 4, 128),
         (112, 2, 1, 1, 1, 0, 2, 128),
         (128, 2, 1, 1, 1, 0, 2, 128),
         (256, 2, 1, 2, 1, 0, 1, 128),
@@ -283,7 +283,13 @@ def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
     assert seconds(problem, config, chip) > 0
     if config.schedule == "sm90":
         assert config.ctas <= chip.sms * config.resident
-        assert 1 <= sm90.box_rows(config, problem.n) <= min(problem.n, 256)
+        rows, tile = sm90.box_rows(config, problem.n), sm90.tile_of(config)
+        assert 1 <= rows <= min(problem.n, 256)
+        boxes = max(1, config.cluster * tile.x_slots_of_block // (1 if tile.e4m3 else 2))
+        tokens = boxes * rows  # of a tile
+        assert tokens <= tile.tokens
+        assert boxes == 1 or rows % 8 == 0 or rows == problem.n
+        assert (config.token_tiles - 1) * tokens < problem.n <= config.token_tiles * tokens, "none is empty"
     else:
         assert config.ctas == config.row_tiles * config.splits
 

@@ -42,12 +42,16 @@ class QuantizationConfig:
     ignore: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def resolve(self, module: str) -> Scheme | None:
-        """Return the scheme of a linear module (named without `.weight`), `None` where it is left alone."""
-        if any(re.search(pattern, module) for pattern in self.ignore):
+    def resolve(self, *names: str) -> Scheme | None:
+        """Return the scheme of a linear module, `None` where it is left alone.
+
+        Args:
+            names: the module's name (without `.weight`), and others that patterns may find it by.
+        """
+        if any(finds(pattern, names) for pattern in self.ignore):
             return None
         for override in self.overrides:
-            if re.search(override.pattern, module):
+            if finds(override.pattern, names):
                 return override.scheme
         return self.scheme
 
@@ -125,6 +129,11 @@ def _in_sorted_order(overrides: Sequence[Override]) -> list[tuple[str, Scheme]]:
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
     """Return a scheme as three JSON values."""
     return {"format": scheme.name, "group_size": scheme.group_size, "scale_dtype": scheme.scale_dtype}
+
+
+def finds(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern finds one of the names of a module."""
+    return any(re.search(pattern, name) for name in names)
 
 
 def check_pattern(pattern: Any, where: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tersor.checkpoint.config import Override, QuantizationConfig
+from tersor.checkpoint.config import Override, QuantizationConfig, finds
 from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
@@ -118,7 +118,7 @@ def make_conversion(
     )
     steps = []
     for tensor, layer in pairs:
-        chosen = config.resolve(layer.module) if layer is not None else None
+        chosen = config.resolve(*layer.names) if layer is not None else None
         target = targets[tensor.spec.name]
         linear = architecture.is_linear(tensor.spec, layer, target)
         if layer is None or chosen is None:
@@ -177,7 +177,7 @@ def _taken_apart(
 
 def _asked(layer: LinearLayer, overrides: Iterable[Override]) -> bool:
     """Tell whether an override names a layer that is otherwise left alone: spells the word for it."""
-    return any(layer.word in override.pattern and re.search(override.pattern, layer.module) for override in overrides)
+    return any(layer.word in override.pattern and finds(override.pattern, layer.names) for override in overrides)
 
 
 def _check_patterns(
@@ -193,15 +193,15 @@ def _check_patterns(
             raise InputError(f"ignore {pattern!r} matches no module (they are called like {example!r})")
     for override in overrides:
         pattern = override.pattern
-        found = [layer for layer in layers if re.search(pattern, layer.module)]
-        if any(not layer.obstacle and (not layer.skipped or _asked(layer, [override])) for layer in found):
+        meant = [layer for layer in layers if finds(pattern, layer.names)]
+        if any(not layer.obstacle and (not layer.skipped or _asked(layer, [override])) for layer in meant):
             continue
         embeddings = sorted(name for name in architecture.embeddings if re.search(pattern, name))
-        if found and found[0].obstacle:
-            why = f"finds only {found[0].module}, which cannot be compressed: {found[0].obstacle}"
-        elif found:
-            name, word = found[0].module, found[0].word
-            why = f"finds only {name} ({_reason(found[0])}), left alone unless the pattern says {word!r}"
+        if meant and meant[0].obstacle:
+            why = f"finds only {meant[0].module}, which cannot be compressed: {meant[0].obstacle}"
+        elif meant:
+            name, word = meant[0].module, meant[0].word
+            why = f"finds only {name} ({_reason(meant[0])}), left alone unless the pattern says {word!r}"
         elif architecture.head and re.search(pattern, architecture.head):
             why = f"finds only {architecture.head}, which has no weight of its own here: it is the embedding's"
         elif embeddings:
@@ -248,7 +248,7 @@ def _short_pattern(architecture: Architecture, module: str) -> str:
 def _note(layer: LinearLayer, skipped: set[str], ignore: Sequence[str]) -> str:
     if layer.module in skipped:
         return _reason(layer)
-    return f"ignored by {next(pattern for pattern in ignore if re.search(pattern, layer.module))!r}"
+    return f"ignored by {next(pattern for pattern in ignore if finds(pattern, layer.names))!r}"
 
 
 def _reason(layer: LinearLayer) -> str:

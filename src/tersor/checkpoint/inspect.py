@@ -169,7 +169,7 @@ def _compressed(
     config: QuantizationConfig,
     architecture: Architecture,
 ) -> Item:
-    scheme = config.resolve(module)
+    scheme = config.resolve(*architecture.names_of(module))
     if scheme is None:
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
     marker = source.tensors[f"{stem}.{storage.marker}"].spec

@@ -116,6 +116,11 @@ class LinearLayer:
             object.__setattr__(self, "served", self.module)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What patterns are matched with: the layer's name and, of experts in one tensor, that of their module."""
+        return (self.module, self.module.rpartition(".")[0]) if self.stacked else (self.module,)
+
+    @property
     def stacked(self) -> bool:
         """Whether the tensor holds the weights of all experts of a layer."""
         return len(self.shape) == 3
@@ -166,6 +171,10 @@ class Architecture:
     def modules_of(self, stems: Iterable[str]) -> dict[str, str]:
         """Return for stems of stored weights the modules that they stand for, named as patterns find them."""
         return {stem: target.name.removesuffix(_WEIGHT) for stem, (_, target) in self.weights_of(stems).items()}
+
+    def names_of(self, module: str) -> tuple[str, ...]:
+        """Return what patterns are matched with for a module, as `LinearLayer.names` does."""
+        return (module, module.rpartition(".")[0]) if module in self.stacks else (module,)
 
     def weights_of(self, stems: Iterable[str]) -> dict[str, tuple[str, Target]]:
         """Return for stems of stored weights what each was called, `stem.weight` or `stem`, and where it goes."""
@@ -271,4 +280,4 @@ class Architecture:
         if self.is_linear(spec, None, target):
             changed = f", which transformers changes while loading ({target.conversion})" if target.conversion else ""
             return f"fused experts{changed}"
-        return "" if len(spec.shape) < 2 else "not a linear layer"
+        return "" if len(spec.shape) < 2 or spec.name.endswith("bias") else "not a linear layer"

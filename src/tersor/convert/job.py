@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ import torch
 from torch import nn
 
 from tersor import files
-from tersor.checkpoint.config import parse_ignore, parse_overrides
-from tersor.checkpoint.conversion import Conversion, make_conversion
+from tersor.checkpoint.config import finds, parse_ignore, parse_overrides
+from tersor.checkpoint.conversion import Conversion, Step, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.released import Released, read_released
 from tersor.checkpoint.source import (
@@ -300,7 +299,7 @@ def _check_growth(source: Source, conversion: Conversion, released: Released, ig
         for step in conversion.steps
         if step.scheme is None
         and step.output_bytes > step.source.nbytes
-        and not any(re.search(pattern, step.source.spec.name) for pattern in ignore)
+        and not any(finds(pattern, _names(step)) for pattern in ignore)
     ]
     before = sum(step.source.nbytes for step in conversion.steps)
     after = conversion.output_bytes
@@ -313,6 +312,11 @@ def _check_growth(source: Source, conversion: Conversion, released: Released, ig
         f"{first.name!r}, cannot be compressed again: decoded, {before / 1e9:.2f} GB would become {after / 1e9:.2f} "
         f"GB; keep the model as it is, or ignore them by name (--ignore) to have them decoded to {first.dtype}"
     )
+
+
+def _names(step: Step) -> tuple[str, ...]:
+    """Return what patterns may find a step by: the name of its tensor, and those of its layer."""
+    return (step.source.spec.name, *(step.layer.names if step.layer is not None else ()))
 
 
 def _check_space(conversion: Conversion, work: Workplace) -> None:

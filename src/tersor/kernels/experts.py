@@ -18,6 +18,7 @@ from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
 
 _GATHER_THREADS = 256
+_DOWN_ROWS = 2
 
 
 @functools.cache
@@ -61,11 +62,16 @@ def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int,
             "SHARED_BYTES": config.shared_bytes,
             "FEW_TOKENS": tile.tokens if tile.few and config.few_tokens else 0,
             "EPILOGUE": gate,
-            "GATHERS_TOKENS": config.gathers and gate > 0,
+            "X_ROWS": x_rows(config, gate),
             "TABLES_READY": tables_ready,
         },
         arguments="TPPPPPPPPPiiiiiif",
     )
+
+
+def x_rows(config: tune.ExpertsConfig, gate: int) -> int:
+    """Return X_ROWS of experts/sm90_experts.cuh: few tokens are fetched row by row, in the first product by token."""
+    return 0 if not config.gathers else 1 if gate else _DOWN_ROWS
 
 
 @functools.cache
@@ -87,7 +93,7 @@ def prepare(
     ic: int,
     tokens: int,
     top_k: int,
-    gathers: bool,
+    gate: int,
     most_blocks: int,
     factor: float,
 ) -> ExpertsLaunch:
@@ -99,7 +105,8 @@ def prepare(
         bf16: whether 16-bit activations and results are bfloat16.
         oc, ic: rows and input channels of an expert.
         tokens, top_k: T and K.
-        gathers: whether activations are those of tokens, [T, ic], and not of pairs in their order, [T * K, ic].
+        gate: that of the source: with one, and few tokens, activations are those of tokens, [T, ic]; else of pairs in
+            their order, [T * K, ic], and where they come in boxes as many rows behind them as a tile has.
         most_blocks: as many as the routing tables have room for.
         factor: what decoded sums are multiplied by, beside the scales.
     """
@@ -107,8 +114,9 @@ def prepare(
     grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
     element = element if config.tile.activations is Activations.NATIVE else tensor_map.BYTE
-    rows = tokens if gathers else pairs
-    box = 1 if gathers else min(pairs, tile.tokens)
+    kind = x_rows(config, gate)
+    rows = (pairs + tile.tokens, tokens, pairs)[kind]  # the copy engine is slow where rows of a box are not there
+    box = 1 if kind else tile.tokens
     run, most_splits, maps_rows = function.launch, config.most_splits, tensor_map.rows
 
     def launch(

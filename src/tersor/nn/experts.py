@@ -162,6 +162,9 @@ class PackedStack(PackedModule):
 
     def ready(self, dtype: torch.dtype) -> StackedWeight:
         """Return the weights, interleaved, in the layout for activations of `dtype`; they stay so."""
+        if torch.compiler.is_compiling():
+            weight = self._view()
+            return weight if self.interleaved else self.rows.arrange(weight.to_layout(STREAM))
         weight = self._current()
         if self._ready_for is not dtype:
             self.prepare(dtype)
@@ -238,29 +241,21 @@ def multiply_stacks(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run tokens x [T, H] through a layer of experts: `ops.experts`, or one expert after the other with gradients.
+    """Run tokens x [T, H] through a layer of experts by `ops.experts`, in the layouts that serve x.
 
     Args:
         x: [T, H].
         gate_up, down: of the layer.
         index, factors: [T, K], the experts of each token and what their outputs are multiplied by.
         gate: how gate and up become one.
-        gate_up_bias, down_bias: [E, rows] interleaved as the weights, and [E, H], or `None`.
+        gate_up_bias, down_bias: [E, rows] interleaved as the weights, and [E, H], of any dtype, or `None`.
 
     Returns:
         [T, H] in x's dtype.
     """
     first, second = gate_up.ready(x.dtype), down.ready(x.dtype)
     inner, outer = cast_bias(gate_up_bias, x.dtype), cast_bias(down_bias, x.dtype)
-    native = gate_up.activations is Activations.NATIVE and down.activations is Activations.NATIVE
-    if native and not ops.gradient_wanted(x, factors, inner, outer):
-        return ops.experts(x, first, second, index, factors, gate_up_bias=inner, down_bias=outer, gate=gate)
-
-    def run(expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        sums = ops.linear(tokens, first.expert(expert), None if inner is None else inner[expert])
-        return ops.linear(gate.of_rows(sums), second.expert(expert), None if outer is None else outer[expert])
-
-    return one_by_one(x, index, factors, first.experts, run)
+    return ops.experts(x, first, second, index, factors, gate_up_bias=inner, down_bias=outer, gate=gate)
 
 
 def multiply_routed(

@@ -205,7 +205,8 @@ def _along_gate(tangent: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 def wanted(*inputs: torch.Tensor | None) -> bool:
     """Tell whether someone differentiates by one of these: autograd, forward mode, or a transform of torch.func."""
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed and not torch.compiler.is_compiling():  # a trace sees a transform where there is none
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 

@@ -53,7 +53,7 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """One of the two products, ready to be launched."""
 
     config: tune.ExpertsConfig
@@ -73,8 +73,8 @@ class Prepared:
     """
 
     block_tokens: int
-    up: _Product
-    down: _Product
+    up: Product
+    down: Product
     gather: GatherLaunch | None
 
 
@@ -124,38 +124,63 @@ def activations_of(weight: StackedWeight) -> Activations:
     return Activations.E4M3 if weight.layout == E4M3_LAYOUT else Activations.NATIVE
 
 
+def product_of(
+    weight: StackedWeight,
+    config: tune.ExpertsConfig,
+    gate: int,
+    tokens: int,
+    top_k: int,
+    dtype: torch.dtype,
+    index: int,
+    tables_ready: bool = False,
+) -> Product:
+    """Return one of the two products, ready to be launched.
+
+    Args:
+        weight: of all experts, in a kernel layout.
+        config: how the kernel runs.
+        gate: EPILOGUE of cuda/common/gate.cuh; 0 for the second product.
+        tokens, top_k: T and K.
+        dtype: of activations as they come, and of the result.
+        index: the CUDA device.
+        tables_ready: whether the routing tables were there before the kernel ahead started.
+    """
+    from tersor.kernels import dense, experts, jit
+
+    result = target_of(Activations.NATIVE, dtype)
+    assert result is not None
+    oc, ic = weight.matrix
+    native, pairs = config.tile.activations is Activations.NATIVE, tokens * top_k
+    quantize = None
+    if not native:
+        quantize = dense.prepare_quantize(jit.get(dense.quantize_source(result), index), n=pairs, ic=ic)
+    source = experts.source(weight.packing, result, config, gate, tables_ready and native)
+    launch = experts.prepare(
+        jit.get(source, index),
+        config,
+        bf16=result == "bfloat16",
+        oc=oc,
+        ic=ic,
+        tokens=tokens,
+        top_k=top_k,
+        gate=gate,
+        most_blocks=min(pairs, most_blocks(pairs, weight.experts, config.tile.tokens)),
+        factor=weight.packing.factor,
+    )
+    return Product(config, launch, quantize, dense.codes_stride(ic))
+
+
 def _make(
     x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate, batch_invariant: bool
 ) -> Prepared:
-    from tersor.kernels import dense, experts, jit
+    from tersor.kernels import experts, jit
 
     index, tokens = x.get_device(), x.shape[0]
-    chip, result = hardware.of_device(index), target_of(Activations.NATIVE, x.dtype)
-    assert result is not None
+    chip = hardware.of_device(index)
     pair = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
-    products = []
-    for weight, config, epilogue in ((gate_up, pair[0], int(gate)), (down, pair[1], 0)):
-        oc, ic = weight.matrix
-        native = config.tile.activations is Activations.NATIVE
-        quantize = None
-        if not native:
-            function = jit.get(dense.quantize_source(result), index)
-            quantize = dense.prepare_quantize(function, n=tokens * top_k, ic=ic)
-        ready = not epilogue and native and pair[0].tile.activations is Activations.NATIVE
-        launch = experts.prepare(
-            jit.get(experts.source(weight.packing, result, config, epilogue, ready), index),
-            config,
-            bf16=result == "bfloat16",
-            oc=oc,
-            ic=ic,
-            tokens=tokens,
-            top_k=top_k,
-            gathers=config.gathers and epilogue > 0,
-            most_blocks=most_blocks(tokens * top_k, weight.experts, config.tile.tokens),
-            factor=weight.packing.factor,
-        )
-        products.append(_Product(config, launch, quantize, dense.codes_stride(ic)))
-    up, down_product = products
+    native = pair[0].tile.activations is Activations.NATIVE
+    up = product_of(gate_up, pair[0], int(gate), tokens, top_k, x.dtype, index)
+    down_product = product_of(down, pair[1], 0, tokens, top_k, x.dtype, index, native)
     gather = None
     if up.quantize is None and not up.config.gathers:
         function = jit.get(experts.gather_source(), index)
@@ -191,58 +216,76 @@ def products(
     stream = current.stream(index)
     if x.stride(1) != 1 or x.stride(0) % _ALIGNED or x.stride(0) < hidden or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, hidden)
-    order, _, blocks = tables.addresses
+    order = tables.addresses[0]
     address, stride, x_scale = x.data_ptr(), x.stride(0), 0
     held = [x]
     if chosen.up.quantize is not None:
-        address, stride, x_scale = _quantized(chosen.up, stream, address, stride, pairs, held, order, top_k)
+        address, stride, x_scale = _quantized(
+            chosen.up, stream, address, stride, pairs, held, chosen.block_tokens, order, top_k
+        )
     elif chosen.gather is not None:
-        ordered = current.empty((pairs, hidden), (hidden, 1), x.dtype)
+        ordered = current.empty((pairs + chosen.block_tokens, hidden), (hidden, 1), x.dtype)
         chosen.gather(stream=stream, x=address, x_stride=stride, order=order, y=ordered.data_ptr())
         address, stride = ordered.data_ptr(), hidden
         held.append(ordered)
     inner_channels = gated_channels(gate_up.shape[1])
-    inner = current.empty((pairs, inner_channels), (inner_channels, 1), x.dtype)
-    _launch(chosen.up, gate_up, gate_up_bias, stream, index, address, stride, x_scale, order, blocks, inner)
+    inner = current.empty((pairs + chosen.block_tokens, inner_channels), (inner_channels, 1), x.dtype)
+    run(chosen.up, gate_up, gate_up_bias, address, stride, x_scale, tables, inner)
     address, stride, x_scale = inner.data_ptr(), inner_channels, 0
     if chosen.down.quantize is not None:
-        address, stride, x_scale = _quantized(chosen.down, stream, address, stride, pairs, held, 0, 1)
+        address, stride, x_scale = _quantized(chosen.down, stream, address, stride, pairs, held, chosen.block_tokens)
     y = current.empty((pairs, hidden), (hidden, 1), x.dtype)
-    _launch(chosen.down, down, down_bias, stream, index, address, stride, x_scale, order, blocks, y)
+    run(chosen.down, down, down_bias, address, stride, x_scale, tables, y)
     return y
 
 
 def _quantized(
-    product: _Product, stream: int, x: int, stride: int, pairs: int, held: list[torch.Tensor], order: int, top_k: int
+    product: Product,
+    stream: int,
+    x: int,
+    stride: int,
+    pairs: int,
+    held: list[torch.Tensor],
+    block_tokens: int,
+    order: int = 0,
+    top_k: int = 1,
 ) -> tuple[int, int, int]:
     """Launch the quantising of a product's activations; return address, stride and the address of the scales."""
     assert product.quantize is not None
     row = product.codes_stride
-    codes = current.empty((pairs, row + 4), (row + 4, 1), torch.uint8)
+    codes = current.empty((pairs + block_tokens, row + 4), (row + 4, 1), torch.uint8)
     held.append(codes)
     scale = product.quantize(stream=stream, x=x, x_stride=stride, codes=codes.data_ptr(), order=order, top_k=top_k)
     return codes.data_ptr(), row, scale
 
 
-def _launch(
-    product: _Product,
+def run(
+    product: Product,
     weight: StackedWeight,
     bias: torch.Tensor | None,
-    stream: int,
-    index: int,
     x: int,
     x_stride: int,
     x_scale: int,
-    order: int,
-    blocks: int,
+    tables: Tables,
     y: torch.Tensor,
 ) -> None:
-    now, config = mode.current(), product.config
-    partial = arrived = 0
+    """Launch a product on the current device and stream.
+
+    Args:
+        product: of `product_of`.
+        weight: as there.
+        bias: [E, OC] in y's dtype, or `None`.
+        x, x_stride, x_scale: as in `kernels.experts.prepare`.
+        tables: of the pairs, with blocks of as many tokens as the product's tile.
+        y: at least [P, outputs], written.
+    """
+    now, config, index = mode.current(), product.config, y.get_device()
+    stream, partial, arrived = current.stream(index), 0, 0
     if config.floats:
         partial, arrived, _parts = now.workspace.split_sums(index, stream, config.floats, config.counters)
     if bias is not None:
         bias = bias.contiguous()
+    order, _, blocks = tables.addresses
     product.launch(
         stream=stream,
         weight=weight.data.data_ptr(),

@@ -239,12 +239,12 @@ def _check(
         raise ShapeError(
             f"experts: x is {list(x.shape)} {x.dtype}, expected [T, {hidden}] of float16, bfloat16, float32 or float64"
         )
-    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.dtype not in _INDEX_DTYPES:
-        raise ShapeError(f"experts: index is {list(index.shape)} {index.dtype}, expected [{x.shape[0]}, K] of int32")
-    if weights.shape != index.shape or not weights.is_floating_point():
-        raise ShapeError(
-            f"experts: weights are {list(weights.shape)} {weights.dtype}, expected floats {list(index.shape)} as index"
-        )
+    if weights.dim() != 2 or weights.shape[0] != x.shape[0] or not weights.is_floating_point():
+        found = f"{list(weights.shape)} {weights.dtype}"
+        raise ShapeError(f"experts: weights are {found}, expected floats [{x.shape[0]}, K] for {x.shape[0]} tokens")
+    if index.shape != weights.shape or index.dtype not in _INDEX_DTYPES:
+        found = f"{list(index.shape)} {index.dtype}"
+        raise ShapeError(f"experts: index is {found}, expected int32 or int64 {list(weights.shape)} as weights")
     beside = (
         ("gate_up_bias", gate_up_bias, (count, rows)),
         ("down_bias", down_bias, (count, hidden)),

@@ -170,22 +170,21 @@ class PackedExperts(nn.Module):
             return False
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-        self.down = self._stack(self.output_name, dtype, own, activations)
-        self.gate_up = self._stack("", dtype, own, activations)
+        down, gate_up = (self._stack(name, dtype, own, activations) for name in (self.output_name, ""))
+        for part in parts:
+            part.give(device)
+        self.down, self.gate_up = down, gate_up
         return True
 
     def _stack(self, name: str, dtype: torch.dtype, own: torch.dtype, activations: Activations) -> PackedStack:
-        """Take the weights of one layer of all experts, of gate and up where it has no name, into one module."""
+        """Return the weights of one layer of all experts, of gate and up where it has no name, in one module."""
         names = (name,) if name else self.input_names
         weights = []
         for expert in range(self.num_experts):
-            parts = [self._layers(expert)[each] for each in names]
-            both = [part.packed_weight() for part in parts]
+            both = [self._layers(expert)[each].packed_weight() for each in names]
             weight = both[0] if name else PackedWeight.gate_up(*both)
-            device = weight.data.device
-            weights.append(weight.to_layout(ops.preferred_layout(weight.scheme, dtype, device, activations)))
-            for part in parts:
-                part.give(device)
+            layout = ops.preferred_layout(weight.scheme, dtype, weight.data.device, activations)
+            weights.append(weight.to_layout(layout))
         shape = self.form.shape("down_proj" if name else self.form.fused)
         stack = PackedStack.of(StackedWeight.stack(weights), shape, Rows.PLAIN if name else Rows.HALVES, own)
         stack.activations = activations

@@ -110,7 +110,7 @@ def apply_gate(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _gate_of(experts: Any, every_token: bool) -> tuple[ops.Gate | None, Rows]:
     """Find the gate that gives what the module gives, and the order of rows, by trying a grid of numbers."""
-    line = torch.linspace(-_PROBE, _PROBE, 49, device="cpu")
+    line = torch.linspace(-_PROBE, _PROBE, 49, dtype=torch.float32, device="cpu")
     gate, up = line[:, None].expand(49, 48).clone(), line[:48].expand(49, 48).clone()
     apply = apply_gate(experts)
     for rows in (Rows.HALVES, Rows.PAIRS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,17 +70,15 @@ class FusedExperts(nn.Module):
 
     def join(self) -> None:
         """Decide how the weights lie: where only one of the two is packed, its rows stay in the model's order."""
-        stacks = [module for name in self.form.names if (module := self._modules.get(name)) is not None]
-        if len(stacks) < len(self.form.names):
-            for stack in stacks:
-                assert isinstance(stack, PackedStack)
-                stack.rows = Rows.PLAIN
+        if not self.joins:
+            for stack in self.children():
+                if isinstance(stack, PackedStack):
+                    stack.rows = Rows.PLAIN
 
     @property
     def joins(self) -> bool:
-        """Whether all experts are multiplied by one operator."""
-        packed = all(isinstance(self._modules.get(name), PackedStack) for name in self.form.names)
-        return packed and self.form.gate is not None
+        """Whether all experts run as one operator: both weights are packed, and the gate is known."""
+        return self.form.gate is not None and all(name in self._modules for name in self.form.names)
 
     def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         """Run every token through its experts and add their outputs up in float32.
@@ -98,8 +97,7 @@ class FusedExperts(nn.Module):
             index, factors = self._own_tokens(x)
         else:
             index, factors = (*routing, *named.values())
-        first, second = (self._modules.get(name) for name in self.form.names)
-        gate = self.form.gate
+        gate, (first, second) = self.form.gate, (self._modules.get(name) for name in self.form.names)
         by_logits = self.chooser is not None and index.is_floating_point()
         if gate is not None and isinstance(first, PackedStack) and isinstance(second, PackedStack):
             biases = self._gate_up_bias(first.rows), self._bias("down_proj")
@@ -175,6 +173,11 @@ class FusedExperts(nn.Module):
     def extra_repr(self) -> str:
         """Say how many experts there are."""
         return f"num_experts={self.num_experts}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedExperts:
+        self._arranged = None  # a parameter that is moved stays the same object
+        super()._apply(fn, recurse)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arranged": None}

@@ -173,7 +173,7 @@ def finish(model: Any, config: QuantizationConfig, heads: Mapping[str, str]) -> 
     """Join experts, tie output heads, and tell a model of transformers what it is now, as loading does."""
     from tersor.integrations.transformers.packing import join_experts, tie_heads
 
-    experts = join_experts(model)
+    together = join_experts(model)
     if not of_transformers(model):
         return
     from tersor.integrations.transformers import whole_model
@@ -186,6 +186,6 @@ def finish(model: Any, config: QuantizationConfig, heads: Mapping[str, str]) -> 
     stated = TersorConfig.from_parsed(config)
     model.config.quantization_config = stated
     model.hf_quantizer = TersorHfQuantizer(stated, pre_quantized=True)
-    model.hf_quantizer.restored(heads, experts)
+    model.hf_quantizer.restored(heads, one_by_one=not together)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

@@ -69,7 +69,7 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
         raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
     schemes = {}
     for stem, module in architecture.modules_of(stems).items():
-        scheme = config.resolve(module)
+        scheme = config.resolve(*architecture.names_of(module))
         if scheme is None:
             raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
         schemes[stem] = scheme
@@ -171,7 +171,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def join_experts(model: nn.Module) -> bool:
-    """Let the experts of every layer run as one operator where they can, once they are loaded; tell if any are."""
+    """Let the experts of every layer run as one operator, once they are loaded; tell whether all of them do."""
     found = [module for module in model.modules() if isinstance(module, FusedExperts | PackedExperts)]
     for module in found:
         module.join()
@@ -179,7 +179,7 @@ def join_experts(model: nn.Module) -> bool:
             if isinstance(stack, PackedStack) and stack.in_state_dict:
                 stack.prepare(stack.dtype)
     choose_by_logits(model)
-    return bool(found)
+    return all(module.joins for module in found)
 
 
 def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -115,17 +115,17 @@ class TersorHfQuantizer(HfQuantizer):
         self._dropped_converters: list[Any] = []
         self._replaced: dict[tuple[str, ...], Any] = {}
         self._renamings: list[Any] = []
-        self._has_experts = False
+        self._one_by_one = False
         self._failure: TersorError | None = None
 
-    def restored(self, heads: Mapping[str, str], has_experts: bool) -> None:
+    def restored(self, heads: Mapping[str, str], one_by_one: bool) -> None:
         """Take note of a model that was packed in memory.
 
         Args:
             heads: output heads that share a packed embedding, which decoding the model ties again.
-            has_experts: whether there are packed experts.
+            one_by_one: whether there are experts that run one after the other.
         """
-        self._heads, self._has_experts = dict(heads), has_experts
+        self._heads, self._one_by_one = dict(heads), one_by_one
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work: parts of the model on disk."""
@@ -197,7 +197,7 @@ class TersorHfQuantizer(HfQuantizer):
         check_loaded(model)
         tie_heads(model, self._heads)
         restore_dtypes(model, self._dtypes)
-        self._has_experts = join_experts(model)
+        self._one_by_one = not join_experts(model)
         used = getattr(model, "_weight_conversions", None)
         if used is not None:  # what was loaded uncompressed is saved by them
             used += [entry for entry in self._renamings if entry not in used]
@@ -244,8 +244,8 @@ class TersorHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may compile the model: unless it has experts, whose choice depends on data."""
-        return not (self._dropped or self._has_experts)
+        """Whether `generate` may compile the model: unless experts run one after the other, which depends on data."""
+        return not self._one_by_one
 
 
 class _Compress(ConversionOps):

@@ -24,6 +24,7 @@ __all__ = [
     "invariant_splits",
     "seconds",
     "tile_of",
+    "tile_tokens",
     "tiles",
 ]
 
@@ -40,6 +41,8 @@ _NARROW, _MOST_NARROW = 128, 4
 _WIDER = 1.25
 MANY_TOKENS, WIDE_STEP = 2048, 64
 """Beyond so many tokens a tile's are a multiple of the second: to fit the count more closely saves less than 3 %."""
+_QUANTISED_MILLION = 0.34
+"""Microseconds to quantise each 10^6 activations, beside what `Cost.start` has of it."""
 _MAX_SPLITS = 16
 _MAX_LAST_SPLITS = 6
 _ACHIEVED = 0.9
@@ -87,10 +90,19 @@ def tile_of(config: LinearConfig) -> Tile:
 
 
 def box_rows(config: LinearConfig, n: int) -> int:
-    """Return how many tokens one copy of activations brings: a CTA's share of the tile, no more than there are."""
+    """Return how many tokens one copy of activations brings: a CTA's share of a tile, which has an even share of all.
+
+    Where a tile takes several boxes each but the last has whole groups of eight rows, which a swizzle repeats after.
+    """
     tile = tile_of(config)
     pieces = (1 if tile.e4m3 else 2) // tile.x_slots_of_block
-    return min(n, config.n_tile // max(1, config.cluster // pieces))
+    boxes, tokens = max(1, config.cluster // pieces), tile_tokens(tile, n)
+    return tokens if boxes == 1 else min(n, -(-tokens // (8 * boxes)) * 8)
+
+
+def tile_tokens(tile: Tile, n: int) -> int:
+    """Return how many of n tokens each token tile has; the last one has the rest."""
+    return -(-n // -(-n // tile.tokens))
 
 
 def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> tuple[Tile, ...]:
@@ -180,11 +192,13 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     blocks = -(-problem.ic // BLOCK_IC)
     multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
     shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
-    tokens = min(tile.tokens, problem.n)
+    tokens = tile_tokens(tile, problem.n)
     block_bytes = (
         tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tokens * BLOCK_IC * problem.activations.bits / 32
     )
     total, waves = costs.start, 0
+    if tile.e4m3:
+        total += _QUANTISED_MILLION * problem.n * problem.ic * 1e-6
     for items, length in ((config.whole_tiles, blocks), (shares, -(-blocks // config.splits))):
         for count, clusters in ((items // slots, slots), (1, items % slots)):
             if not count or not clusters:

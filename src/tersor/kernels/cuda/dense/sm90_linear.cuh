@@ -69,14 +69,14 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     int n,
     int whole_tiles,                                  // of clusters, before those that are split
     int splits,
-    int x_rows,                                       // rows of a box: a CTA's share of a tile, at most n
+    int x_rows,                                       // rows of a box: a CTA's share of a tile's tokens
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
     __shared__ __align__(8) float token_scales[kFp8 ? kTokens : 1];
     const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
-    const Work work{oc, ic, n, whole_tiles, splits};
+    const Work work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows};
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};

@@ -182,7 +182,7 @@ __device__ __forceinline__ void copy_activations(
                     if constexpr (kCluster == 1) {
                         ptx::tensor_copy(target, &x_map, channel, item.first_token, ring.filled(at));
                     } else if (kSlotPieces == 1 || piece == rank % kSlotPieces) {
-                        const int first = rank / kSlotPieces * (kTokens / kSlotBoxes);
+                        const int first = rank / kSlotPieces * x_rows;
                         ptx::tensor_copy_to_all<kCluster>(
                             target + first * 128, &x_map, channel, item.first_token + first, ring.filled(at));
                     }

@@ -14,9 +14,13 @@ namespace linear {
 //     tile        0   1  ...  17 |      18      |      19
 //     part        0   0  ...   0 |  0    1    2 |  0    1    2
 //     of blocks   all     ...    |  |----|----|----|  first_block to last_block - 1 of a part
+//
+// Each token tile has an even share of the tokens, `tile_tokens` of them: copies of rows behind the last one are some
+// four times as slow as those of rows that are there, and a last tile of few tokens would wait for many.
 struct Work {
     int oc, ic, n;
     int whole_tiles, splits;
+    int tile_tokens;
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int token_tiles() const { return (n + kTokens - 1) / kTokens; }
@@ -29,8 +33,8 @@ struct Work {
         item.take(index, whole_tiles, splits, blocks());
         const TileAt at(item.tile, row_tiles(), token_tiles());
         item.first_row = (at.row_tile * kCluster + rank) * kRows;
-        item.first_token = at.token_tile * kTokens;
-        item.end_token = min(n, item.first_token + kTokens);
+        item.first_token = at.token_tile * tile_tokens;
+        item.end_token = min(n, item.first_token + tile_tokens);
         item.matrix = 0;
         return item;
     }
