@@ -129,3 +129,11 @@ def test_other_experts_in_the_same_place_get_the_routers_own_choice(tmp_path: Pa
     layer = model.model.layers[0].mlp
     layer.experts = copy.deepcopy(layer.experts).plain(torch.float32)
     assert torch.allclose(logits(model), expected, atol=2e-5 * float(expected.abs().max()))
+
+
+def test_torch_compile_takes_a_block_whose_experts_choose_by_logits(tmp_path: Path) -> None:
+    block = packed("qwen3_moe", tmp_path).model.layers[0].mlp
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = block(x)
+        assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected)
