@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tersor.integrations.transformers import replace
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.fused_experts import FusedExperts
+from tersor.integrations.transformers.router_form import router_form
 from tersor.integrations.transformers.routers import Chooser, hands_on
 
 CHOICES = {
@@ -24,7 +25,6 @@ CHOICES = {
     "olmoe": {"scoring": "softmax", "groups": 1},
     "deepseek_v2": {"groups": 2, "top_groups": 1, "wide": True, "choice_bias": None},
     "deepseek_v3": {"scoring": "sigmoid", "scale": 2.5, "choice_bias": "e_score_correction_bias"},
-    "granitemoe": {"normalize": True, "wide": False, "widened": True},
 }
 
 
@@ -60,6 +60,32 @@ def test_experts_that_choose_by_logits_give_what_the_router_chose(name: str, tmp
 def test_a_block_that_does_more_with_what_the_router_returns_keeps_it(tmp_path: Path) -> None:
     model = packed("gpt_oss", tmp_path)  # its block returns the weights as well
     assert [experts.chooser for experts in layers(model)] == [None, None]
+
+
+class Router(nn.Module):
+    """Scores, as a test has them, of the best logits in float32."""
+
+    def __init__(self, experts: int, factor: float, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, 16, dtype=dtype))
+        self.factor = factor
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = nn.functional.linear(hidden_states, self.weight).float()
+        best, index = logits.topk(2, dim=-1)
+        return logits, self.factor * best.softmax(dim=-1).type_as(hidden_states), index
+
+
+def test_logits_that_become_float32_after_the_product_are_known() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        form = router_form(Router(8, 1.0, dtype))
+        assert (form.top_k, form.normalize, form.wide, form.widened) == (2, True, False, True)
+
+
+def test_a_router_of_another_form_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert router_form(Router(8, 1.5)) is None
+    monkeypatch.setattr(Router, "forward", lambda self, hidden_states, mask: None)
+    assert router_form(Router(9, 1.0)) is None
 
 
 class Block(nn.Module):
