@@ -189,7 +189,10 @@ def test_experts(name: str, tmp_path: Path, ids: torch.Tensor) -> None:
     with torch.no_grad():
         assert close(model(ids).logits, load(tmp_path / "packed", dtype=torch.float32)(ids.cpu()).logits)
     model.save_pretrained(tmp_path / "again")
-    assert same(tensors(tmp_path / "again"), tensors(tmp_path / "packed"))
+    again, before = tensors(tmp_path / "again"), tensors(tmp_path / "packed")
+    assert again.keys() == before.keys()
+    norms = {key for key in before if "norm" in key}  # gpt-oss keeps them in float32
+    assert same(*({key: found[key] for key in found.keys() - norms} for found in (again, before)))
 
 
 def test_a_packed_embedding_and_the_head_tied_to_it(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
 
 _GATHER_THREADS = 256
-_DOWN_ROWS = 2
 
 
 @functools.cache
@@ -62,16 +61,11 @@ def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int,
             "SHARED_BYTES": config.shared_bytes,
             "FEW_TOKENS": tile.tokens if tile.few and config.few_tokens else 0,
             "EPILOGUE": gate,
-            "X_ROWS": x_rows(config, gate),
+            "GATHERS_TOKENS": config.gathers and gate > 0,
             "TABLES_READY": tables_ready,
         },
         arguments="TPPPPPPPPPiiiiiif",
     )
-
-
-def x_rows(config: tune.ExpertsConfig, gate: int) -> int:
-    """Return X_ROWS of experts/sm90_experts.cuh: few tokens are fetched row by row, in the first product by token."""
-    return 0 if not config.gathers else 1 if gate else _DOWN_ROWS
 
 
 @functools.cache
@@ -93,7 +87,7 @@ def prepare(
     ic: int,
     tokens: int,
     top_k: int,
-    gate: int,
+    gathers: bool,
     most_blocks: int,
     factor: float,
 ) -> ExpertsLaunch:
@@ -105,8 +99,8 @@ def prepare(
         bf16: whether 16-bit activations and results are bfloat16.
         oc, ic: rows and input channels of an expert.
         tokens, top_k: T and K.
-        gate: that of the source: with one, and few tokens, activations are those of tokens, [T, ic]; else of pairs in
-            their order, [T * K, ic], and where they come in boxes as many rows behind them as a tile has.
+        gathers: whether activations are those of tokens, [T, ic]; else they are those of pairs in their order, [T * K,
+            ic], and behind them are as many rows as a tile has tokens, which are not used.
         most_blocks: as many as the routing tables have room for.
         factor: what decoded sums are multiplied by, beside the scales.
     """
@@ -114,9 +108,8 @@ def prepare(
     grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
     element = element if config.tile.activations is Activations.NATIVE else tensor_map.BYTE
-    kind = x_rows(config, gate)
-    rows = (pairs + tile.tokens, tokens, pairs)[kind]  # the copy engine is slow where rows of a box are not there
-    box = 1 if kind else tile.tokens
+    rows = tokens if gathers else pairs + tile.tokens  # the copy engine is slow where rows of a box are not there
+    box = 1 if gathers else tile.tokens
     run, most_splits, maps_rows = function.launch, config.most_splits, tensor_map.rows
 
     def launch(

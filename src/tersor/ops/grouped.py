@@ -19,7 +19,7 @@ from tersor.kernels.tune import experts as tune
 from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import target_of
-from tersor.ops import current, mode, tensors
+from tersor.ops import current, dispatch, mode, tensors
 from tersor.ops.dispatch import E4M3_LAYOUT, unsupported_reason
 from tersor.ops.gates import Gate
 from tersor.ops.settled import settled
@@ -39,9 +39,10 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
     why = unsupported_reason(gate_up.scheme, x.dtype, x.device) or unsupported_reason(down.scheme, x.dtype, x.device)
     if why:
         return why
-    capability = hardware.of_device(x.get_device()).capability
-    if capability != (9, 0):
-        return "the product of all experts at once needs compute capability 9.0, this is {}.{}".format(*capability)
+    chip = dispatch.kernel_chip(x.device)
+    if chip is None or chip.capability != (9, 0):
+        found = "none" if chip is None else "{}.{}".format(*chip.capability)
+        return f"the product of all experts at once needs compute capability 9.0, this is {found}"
     wanted = (E4M3_LAYOUT, f"tiles_{target_of(Activations.NATIVE, x.dtype)}")
     for name, weight in (("gate and up", gate_up), ("down", down)):
         if weight.layout not in wanted:
@@ -163,7 +164,7 @@ def product_of(
         ic=ic,
         tokens=tokens,
         top_k=top_k,
-        gate=gate,
+        gathers=config.gathers and gate > 0,
         most_blocks=min(pairs, most_blocks(pairs, weight.experts, config.tile.tokens)),
         factor=weight.packing.factor,
     )
@@ -176,7 +177,8 @@ def _make(
     from tersor.kernels import experts, jit
 
     index, tokens = x.get_device(), x.shape[0]
-    chip = hardware.of_device(index)
+    chip = dispatch.kernel_chip(x.device)
+    assert chip is not None
     pair = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
     native = pair[0].tile.activations is Activations.NATIVE
     up = product_of(gate_up, pair[0], int(gate), tokens, top_k, x.dtype, index)

@@ -111,7 +111,7 @@ def routed_experts(
     options |= {"groups": groups, "top_groups": top_groups, "scale": scale}
     tensors = [tensor for tensor in (x, logits, gate_up_bias, down_bias, addend) if tensor is not None]
     looked_at = torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors)
-    if looked_at or not x.numel() or not x.is_cuda or grouped.obstacle(x, gate_up, down):
+    if looked_at or not x.numel() or grouped.obstacle(x, gate_up, down):
         index, weights = routing.route(logits, top_k, **options)
         return experts(
             *(x, gate_up, down, index, weights),
@@ -150,7 +150,7 @@ def _cast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
 def _on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     """Make a tensor's device the current one."""
     index = x.get_device()
-    return nullcontext() if current.device() == index else torch.cuda.device(index)
+    return nullcontext() if index < 0 or current.device() == index else torch.cuda.device(index)
 
 
 def _serve(
@@ -165,7 +165,7 @@ def _serve(
     gate: Gate,
 ) -> torch.Tensor:
     """Serve a checked call at which nobody looks."""
-    if not x.is_cuda or not index.numel() or grouped.obstacle(x, gate_up, down):
+    if not index.numel() or grouped.obstacle(x, gate_up, down):
         return _one_by_one(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
     top_k = index.shape[1]
     weights = weights.to(torch.float32).contiguous()  # ahead of all launches, which follow each other closely

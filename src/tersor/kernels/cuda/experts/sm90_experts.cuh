@@ -3,10 +3,9 @@
 // no token came is not read; the others are read once for every N_TILE tokens of theirs.
 //
 // Rings, products, sums and results are those of sm90_linear.cuh, and so are the parameters (CLUSTER and GATHERS are 1).
-// Beside them: X_ROWS (kBoxOfPairs: x holds pairs, in their order, and rows behind the last, which are not used;
-// kRowOfToken: x holds tokens, and each pair's is fetched by itself; kRowOfPair: each pair is),
-// TABLES_READY (1: what routed the tokens had ended before the kernel ahead started, so weights are fetched while that
-// one still runs).
+// Beside them: GATHERS_TOKENS (1: x holds tokens, and each pair's is fetched by itself; 0: x holds pairs, in their order,
+// and behind the last one as many rows as a tile has tokens, which are not used), TABLES_READY (1: what routed the tokens
+// had ended before the kernel ahead started, so weights are fetched while that one still runs).
 #pragma once
 
 #include "common/ptx.cuh"
@@ -18,8 +17,7 @@
 namespace linear {
 
 static_assert(kCluster == 1 && GATHERS == 1, "clusters do not know which tiles there are");
-enum Rows { kBoxOfPairs, kRowOfToken, kRowOfPair };
-static_assert(X_ROWS == kBoxOfPairs || kSlotPieces == kPieces, "a thread fetches each row of a slot");
+static_assert(!GATHERS_TOKENS || (kSlotPieces == kPieces && !TABLES_READY), "a thread fetches each row of a slot");
 
 // The thread that copies the activations of each pair's token: a box of the tensor map is one row. `tokens` is shared
 // memory for the tokens of a block, which this thread alone uses: registers are few.
@@ -27,20 +25,14 @@ __device__ __forceinline__ void copy_tokens(
     const XRing& ring, const Work& work, const TensorMap& x_map, const int* order, int top_k, int* tokens) {
     ptx::prefetch_map(&x_map);
     const float inverse = 1.0f / top_k;
-    bool waits = TABLES_READY;  // nothing has waited yet
     XRing::Place at(0);
     for_items(work, 0, [&](const Item& item) {
         const int count = item.end_token - item.first_token;
 #pragma unroll 4
         for (int i = 0; i < count; ++i) {
-            tokens[i] = item.first_token + i;
-            if constexpr (X_ROWS == kRowOfToken) {
-                const float pair = __ldcg(order + tokens[i]);
-                tokens[i] = static_cast<int>((pair + 0.5f) * inverse);  // exact for up to two million pairs
-            }
+            const float pair = __ldcg(order + item.first_token + i);
+            tokens[i] = static_cast<int>((pair + 0.5f) * inverse);  // exact for up to two million pairs
         }
-        if (waits) ptx::wait_for_earlier_kernels();
-        waits = false;
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
             ring.wait_emptied(at);
@@ -83,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
     __shared__ __align__(8) float token_scales[kFp8 ? kTokens : 1];
-    __shared__ int block_tokens[X_ROWS != kBoxOfPairs ? kTokens : 1];
+    __shared__ int block_tokens[GATHERS_TOKENS ? kTokens : 1];
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
@@ -110,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, 0, weight);
             if (warp == 1) {
-                if constexpr (X_ROWS != kBoxOfPairs) {
+                if constexpr (GATHERS_TOKENS) {
                     copy_tokens(xs, work, x_map, order, top_k, block_tokens);
                 } else {
                     copy_activations(xs, work, 0, x_map, x_rows);
