@@ -268,7 +268,7 @@ def multiply_routed(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run tokens through the experts that a router's logits choose: `ops.routed_experts`, where 16-bit weights serve.
+    """Run tokens through the experts that a router's logits choose by `ops.routed_experts`, in layouts that serve x.
 
     Args:
         x, gate_up, down, gate, gate_up_bias, down_bias: as in `multiply_stacks`.
@@ -278,14 +278,9 @@ def multiply_routed(
     Returns:
         [T, H] in x's dtype.
     """
+    first, second = gate_up.ready(x.dtype), down.ready(x.dtype)
     inner, outer = cast_bias(gate_up_bias, x.dtype), cast_bias(down_bias, x.dtype)
-    native = gate_up.activations is Activations.NATIVE and down.activations is Activations.NATIVE
-    if native and not ops.gradient_wanted(x, logits, inner, outer):
-        first, second = gate_up.ready(x.dtype), down.ready(x.dtype)
-        return ops.routed_experts(x, logits, first, second, gate_up_bias=inner, down_bias=outer, gate=gate, **options)
-    choice = {key: value for key, value in options.items() if key not in ("top_k", "choice_bias")}
-    index, factors = ops.route(logits, options["top_k"], bias=options["choice_bias"], **choice)
-    return multiply_stacks(x, gate_up, down, index, factors, gate, gate_up_bias, down_bias)
+    return ops.routed_experts(x, logits, first, second, gate_up_bias=inner, down_bias=outer, gate=gate, **options)
 
 
 def waits(gate_up: PackedStack, down: PackedStack, dtype: torch.dtype) -> str:
