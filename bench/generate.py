@@ -66,7 +66,10 @@ def main(words: list[str] | None = None) -> list[dict[str, Any]]:
     own_dtype, own_steps, own_output = DEFAULTS[arguments.geometry]
     dtype = getattr(torch, arguments.dtype or own_dtype) if on_gpu else torch.float32
     all_steps = arguments.steps or own_steps
-    batches = [int(word) for word in arguments.batch.split(",")]
+    batches = [int(word) if word.isdigit() else 0 for word in arguments.batch.split(",")]
+    ways = arguments.experts.split(",")
+    if 0 in batches or not {GROUPED, BATCHED}.issuperset(ways):
+        parser.error("--batch takes numbers from 1 on, --experts grouped_mm, batched_mm or both")
     bandwidth = timing.read_bandwidth() if on_gpu else None
     rows: list[dict[str, Any]] = []
     for scheme in [None, *(get_scheme(name) for name in arguments.formats.split(","))]:
@@ -77,7 +80,7 @@ def main(words: list[str] | None = None) -> list[dict[str, Any]]:
         weights = dtype_name(dtype) if scheme is None else scheme.key()
         print(f"{weights}: built in {time.perf_counter() - started:.1f} s", flush=True)
         plain_mixture = scheme is None and "num_experts" in sizes
-        for way in arguments.experts.split(",") if plain_mixture else [None]:
+        for way in ways if plain_mixture else [None]:
             if way is not None:
                 model.set_experts_implementation(way)
             for batch in batches:
