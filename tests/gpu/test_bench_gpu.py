@@ -55,7 +55,7 @@ def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[
 
 def test_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "experts.json"
-    arguments = ["olmoe", "--tokens", "1,64", "--against", "torch,compiled", "--output", str(path)]
+    arguments = ["olmoe", "--n", "1,64", "--against", "torch,compiled", "--output", str(path)]
     assert run(["bench", "experts", *arguments]) == 0
     out = capsys.readouterr().out
     assert "x torch" in out

@@ -23,7 +23,6 @@ from tersor.bench.experts.measure import Row, Skipped
 from tersor.errors import InputError
 from tersor.formats import Activations, get_scheme
 from tersor.layouts.packing import target_of
-from tersor.ops import grouped
 
 CPU = torch.device("cpu")
 FP6 = get_scheme("fp6_e3m2")
@@ -182,7 +181,7 @@ def test_tersor_packs_and_runs_the_same_layer(name: str, monkeypatch: pytest.Mon
     contender = contenders.tersor(FP6, torch.bfloat16)
     with pytest.raises(UnfitError, match="no kernel takes all experts at once: "):
         contender.build(layer, 2)
-    monkeypatch.setattr(grouped, "obstacle", lambda x, gate_up, down: "")
+    monkeypatch.setattr(contenders, "grouped", SimpleNamespace(obstacle=lambda x, gate_up, down: ""))
     (copies,) = contender.build(layer, 2).values()
     x, logits = given(layer, 3)
     y = expected(layer, x, logits)

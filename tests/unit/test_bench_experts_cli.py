@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,10 @@ from helpers.usage import refused_in_one_line
 from tersor import hardware, ops
 from tersor.bench import timing
 from tersor.bench.contenders import Calls
-from tersor.bench.experts import geometry, measure, rivals
+from tersor.bench.experts import contenders, geometry, measure, rivals
 from tersor.cli.main import run
 from tersor.formats import Activations
 from tersor.layouts.packing import target_of
-from tersor.ops import grouped
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from tersor.ops import grouped
     [
         ([], 1, "timing needs a CUDA device, and torch sees none here: --from"),
         (["qwen3-30b"], 2, "no experts for 'qwen3-30b', did you mean 'qwen3-30b-a3b'?"),
-        (["--tokens", "1,0"], 2, "--tokens '1,0'"),
+        (["--n", "1,0"], 2, "--n '1,0'"),
         (["--format", "fp9"], 2, "--format fp9"),
         (["gpt-oss-20b", "--format", "int4:g128"], 2, "group size 128 does not divide the 2880"),
         (["--activations", "fp7"], 2, "did you mean 'fp8'?"),
@@ -77,7 +77,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 4e12)
     monkeypatch.setattr(timing, "graph_microseconds", microseconds)
-    monkeypatch.setattr(grouped, "obstacle", lambda x, gate_up, down: "")
+    monkeypatch.setattr(contenders, "grouped", SimpleNamespace(obstacle=lambda x, gate_up, down: ""))
     monkeypatch.setattr(
         ops, "preferred_layout", lambda scheme, dtype, device, kind: f"tiles_{target_of(Activations.of(kind), dtype)}"
     )
@@ -91,7 +91,7 @@ def shown(capsys: pytest.CaptureFixture[str], path: Path, *arguments: str) -> li
 
 def test_experts_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, part = tmp_path / "r.json", tmp_path / "part.json"
-    arguments = ["olmoe", "gpt-oss-20b", "--tokens", "1,8", "--format", "fp6_e3m2", "--format", "int4:g16"]
+    arguments = ["olmoe", "gpt-oss-20b", "--n", "1,8", "--format", "fp6_e3m2", "--format", "int4:g16"]
     assert (
         run(["bench", "experts", *arguments, "--against", "torch,compiled", "--seed", "5", "--output", str(path)]) == 0
     )
@@ -106,12 +106,12 @@ def test_experts_from_end_to_end(pretended_gpu: None, tmp_path: Path, capsys: py
     assert shown(capsys, path) == taken["rows"]
     assert {row["kernel"] for row in shown(capsys, path, "--format", "int4:g16", "--against", "none")} == {"int4:g16"}
     assert {row["kernel"] for row in shown(capsys, path, "--activations", "fp8")} == {"torch", "compiled"}
-    assert run(["bench", "experts", "olmoe", "--tokens", "8", "--from", str(path), "--output", str(part)]) == 0
+    assert run(["bench", "experts", "olmoe", "--n", "8", "--from", str(path), "--output", str(part)]) == 0
     assert capsys.readouterr().out.endswith(f"written to {part}\n")
     narrowed = json.loads(part.read_text())
     assert {(row["name"], row["n"]) for row in narrowed["rows"]} == {("olmoe", 8)}
     assert {**narrowed, "rows": taken["rows"]} == taken
-    assert run(["bench", "experts", "--tokens", "3", "--from", str(path)]) == 2
+    assert run(["bench", "experts", "--n", "3", "--from", str(path)]) == 2
     assert "the results file has no such times" in capsys.readouterr().err
 
 
@@ -120,7 +120,7 @@ def test_who_computes_something_else_is_not_timed(
 ) -> None:
     real = ops.routed_experts
     monkeypatch.setattr(ops, "routed_experts", lambda x, logits, *rest, **how: real(x, -logits, *rest, **how))
-    assert run(["bench", "experts", "olmoe", "--tokens", "8", "--against", "torch"]) == 0
+    assert run(["bench", "experts", "olmoe", "--n", "8", "--against", "torch"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("fp6_e3m2 is not timed at olmoe, 8 tokens: its output is off by 1.")
     assert captured.err.count("\n") == 1

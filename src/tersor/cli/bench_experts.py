@@ -25,7 +25,7 @@ def command(
         list[str] | None,
         typer.Argument(metavar="MODEL", help="Models whose experts are meant (qwen3-30b-a3b).", show_default=False),
     ] = None,
-    tokens: Annotated[str | None, typer.Option("--tokens", help=f"Numbers of tokens; default: {TOKENS}.")] = None,
+    tokens: Annotated[str | None, typer.Option("--n", help=f"Numbers of tokens; default: {TOKENS}.")] = None,
     format: Annotated[
         list[str] | None,
         typer.Option("--format", help=f"Format of the weights, FORMAT[:gN]; repeatable; default: {FORMATS[0]}."),
@@ -57,7 +57,7 @@ def command(
     if taken is not None and (dtype is not None or seed is not None):
         raise InputError("--from shows times that were taken: leave out --dtype and --seed")
     wanted = geometry.resolve(geometries or geometry.DEFAULT)
-    numbers = bench.numbers("--tokens", tokens or TOKENS)
+    numbers = bench.numbers("--n", tokens or TOKENS)
     schemes = bench.schemes(format or FORMATS, [shape for layer in wanted for shape in layer.linears()])
     multiplied = bench.activations(activations or ACTIVATIONS)
     kernel_dtype = bench.dtype_named(dtype or DTYPE)
