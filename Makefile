@@ -67,7 +67,8 @@ bench: $(READY_DEV)
 	$(PYTHON) -m tersor bench linear $(MORE) --output bench/results/linear_h200_more.json
 	$(PYTHON) -m tersor bench linear $(BF16) --output bench/results/linear_h200_bf16.json
 	$(PYTHON) bench/host.py
-	$(PYTHON) bench/generate.py
+	$(PYTHON) bench/generate.py --eager
+	$(PYTHON) bench/generate.py --geometry qwen3-30b-a3b --batch 1,8,32,64
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

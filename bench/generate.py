@@ -1,12 +1,17 @@
-"""Time single-stream decoding of a Llama-3-8B geometry: 16-bit weights against packed ones, both as CUDA graphs.
+"""Time decode steps of a whole model: 16-bit weights against packed ones, both as CUDA graphs.
 
     python bench/generate.py
-    python bench/generate.py --layers 4 --formats fp6_e3m2,int4
+    python bench/generate.py --layers 4 --formats fp6_e3m2,int4 --eager
+    python bench/generate.py --geometry qwen3-30b-a3b --batch 1,8,32,64
 
-The weights are random and made on the GPU (nothing is downloaded); time does not depend on them. A token's time is
-the wall clock of the loop `tersor generate` runs, a step under way while the host waits for the token before it.
-`roof` is the time to read the weights once at the read bandwidth measured in the same run. The eager rows launch the
-same step one kernel at a time. With `--device cpu` a tiny geometry runs through the same code and nothing is written.
+The weights are random and made on the GPU (nothing is downloaded); time does not depend on them. A step's time is the
+wall clock of the loop `tersor generate` runs, a step under way while the host waits for the tokens before it. One row
+decodes greedily, several draw at temperature 1, so that they part and their tokens go to experts of their own.
+`roof` is the time to read the weights once, of a mixture those of the experts that a step's tokens go to, counted in
+one step of each row, at the read bandwidth measured in the same run. The experts of a plain mixture run by torch's
+grouped product and by the batched one of transformers; the faster counts as the baseline. `--eager` adds rows for the
+same step launched one kernel at a time. With `--device cpu` a tiny geometry runs through the same code and nothing is
+written.
 """
 
 from __future__ import annotations
@@ -17,133 +22,128 @@ import statistics
 import time
 from typing import Any
 
+import geometries
 import results_file
 import torch
-from torch import nn
 
 from tersor.bench import timing
-from tersor.compress import quantize_rtn
 from tersor.engine import Sampling
-from tersor.formats import Scheme, dtype_name, get_scheme
+from tersor.errors import TersorError
+from tersor.formats import dtype_name, get_scheme
 from tersor.integrations.transformers.decode import Decoder
-from tersor.layouts import PackedWeight
-from tersor.nn import PackedLinear
+from tersor.integrations.transformers.step_experts import BATCHED, GROUPED
 
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
+RUNS = 3
+EAGER_STEPS = 16
+DEFAULTS = {
+    geometries.LLAMA: ("float16", 128, "generate_h200"),
+    geometries.QWEN_MOE: ("bfloat16", 32, "generate_moe_h200"),
 }
-TINY = {
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 256,
-    "vocab_size": 512,
-    "max_position_embeddings": 1024,
-}
+"""Geometry -> dtype of activations, steps and name of the results; torch's grouped product takes bfloat16 alone."""
 
 
-def main() -> None:
-    """Parse the command line, measure, print a line a row and write the results."""
+def main(words: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parse the command line, measure, print a line a row, write the results, and return the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", default=geometries.LLAMA, choices=list(geometries.GEOMETRIES))
     parser.add_argument("--layers", type=int, help="decoder layers; default: those of the geometry")
+    parser.add_argument("--batch", default="1", help="rows of a step, separated by commas")
     parser.add_argument("--formats", default="fp6_e3m2", help="formats, separated by commas")
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], help="default: float16; bfloat16 of a mixture")
+    parser.add_argument("--experts", default=f"{GROUPED},{BATCHED}", help="how those of the baseline run: one or both")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=128, help="tokens in a timed run; the median of 3 runs counts")
+    parser.add_argument("--steps", type=int, help=f"of a timed run, 128 or 32; the median of {RUNS} runs counts")
+    parser.add_argument("--eager", action="store_true", help="time steps that are no CUDA graph, too")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--output", default="generate_h200", help="name of the file under bench/results")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", help="name of the file under bench/results")
+    arguments = parser.parse_args(words)
     on_gpu = arguments.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu runs a tiny geometry through the same code")
-    geometry = dict(LLAMA_3_8B if on_gpu else TINY)
+    sizes = dict((geometries.GEOMETRIES if on_gpu else geometries.TINY)[arguments.geometry])
     if arguments.layers is not None:
-        geometry["num_hidden_layers"] = arguments.layers
-    dtype = getattr(torch, arguments.dtype) if on_gpu else torch.float32
-    schemes = [None, *(get_scheme(name) for name in arguments.formats.split(","))]
+        sizes["num_hidden_layers"] = arguments.layers
+    own_dtype, own_steps, own_output = DEFAULTS[arguments.geometry]
+    dtype = getattr(torch, arguments.dtype or own_dtype) if on_gpu else torch.float32
+    all_steps = arguments.steps or own_steps
+    batches = [int(word) if word.isdigit() else 0 for word in arguments.batch.split(",")]
+    ways = arguments.experts.split(",")
+    if 0 in batches or not {GROUPED, BATCHED}.issuperset(ways):
+        parser.error("--batch takes numbers from 1 on, --experts grouped_mm, batched_mm or both")
     bandwidth = timing.read_bandwidth() if on_gpu else None
     rows: list[dict[str, Any]] = []
-    for scheme in schemes:
-        model = build(geometry, scheme, arguments.device, dtype)
-        for use_graph in (True, False) if on_gpu else (False,):
-            row = measure(model, arguments.prompt_tokens, arguments.steps if use_graph else 16, use_graph)
-            row = {"weights": dtype_name(dtype) if scheme is None else scheme.key(), **row}
-            if bandwidth is not None:
-                row["roof_ms"] = round(row["read_bytes"] / bandwidth * 1e3, 3)
-            rows.append(row)
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    for scheme in [None, *(get_scheme(name) for name in arguments.formats.split(","))]:
+        started = time.perf_counter()
+        model = geometries.build(arguments.geometry, sizes, scheme, arguments.device, dtype)
+        if on_gpu:
+            torch.cuda.synchronize()
+        weights = dtype_name(dtype) if scheme is None else scheme.key()
+        print(f"{weights}: built in {time.perf_counter() - started:.1f} s", flush=True)
+        plain_mixture = scheme is None and "num_experts" in sizes
+        for way in ways if plain_mixture else [None]:
+            if way is not None:
+                model.set_experts_implementation(way)
+            for batch in batches:
+                for use_graph in (True, False) if on_gpu and arguments.eager else (on_gpu,):
+                    steps = all_steps if use_graph or not on_gpu else EAGER_STEPS
+                    row = {"weights": weights, **({} if way is None else {"experts": way}), "batch": batch}
+                    row |= measure(model, arguments.prompt_tokens, steps, use_graph, batch)
+                    if bandwidth is not None and "read_bytes" in row:
+                        row["roof_ms"] = round(row["read_bytes"] / bandwidth * 1e3, 3)
+                    rows.append(row)
+                    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         del model
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+    print(table(rows, batches, use_graph=on_gpu))
     if not on_gpu:
-        return
+        return rows
     path = results_file.write(
-        arguments.output,
+        arguments.output or own_output,
         {
-            "geometry": geometry,
-            "dtype": arguments.dtype,
+            "geometry": {"name": arguments.geometry, **sizes},
+            "dtype": dtype_name(dtype),
             "prompt_tokens": arguments.prompt_tokens,
-            "steps": arguments.steps,
+            "steps": all_steps,
             "read_bandwidth": bandwidth,
             "transformers": _transformers_version(),
             "rows": rows,
         },
     )
     print(f"written to {path}")
+    return rows
 
 
-def build(geometry: dict[str, int], scheme: Scheme | None, device: str, dtype: torch.dtype) -> Any:
-    """Make a Llama with random weights on `device`; with a scheme its linears but the head are packed, one by one."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**geometry, rope_theta=500000.0, tie_word_embeddings=False)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if scheme is None:
-        return model
-    for name, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            encoded = quantize_rtn(module.weight.detach(), scheme)
-            packed = PackedLinear.from_packed(PackedWeight.from_encoded(encoded), dtype=dtype)
-            model.model.set_submodule(name, packed)
-    return model
-
-
-def measure(model: Any, prompt_tokens: int, steps: int, use_graph: bool) -> dict[str, Any]:
-    """Time decode steps after a prompt of random tokens."""
-    options = Sampling(temperature=0.0, max_new_tokens=1).resolved(model.generation_config)
+def measure(model: Any, prompt_tokens: int, steps: int, use_graph: bool, batch: int = 1) -> dict[str, Any]:
+    """Time decode steps of `batch` rows after a prompt of random tokens; say what failed where they cannot run."""
+    options = Sampling(temperature=float(batch > 1), seed=0, max_new_tokens=1).resolved(model.generation_config)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (prompt_tokens,), generator=generator).tolist()
-    decoder = Decoder(model, options, prompt_tokens + 3 * steps + 3, use_graph)
-    decoder.prefill(prompt, None)
-    decoder.step()
-    times = [run(decoder, steps) for _ in range(3)]
+    try:
+        decoder = Decoder(model, options, prompt_tokens + RUNS * steps + 4, use_graph, batch)
+        decoder.prefill(prompt, 0)
+        decoder.step()
+        times = [run(decoder, steps) for _ in range(RUNS)]
+    except (TersorError, torch.OutOfMemoryError) as error:
+        return {"cuda_graph": use_graph, "failed": str(error).splitlines()[0]}
     seconds = statistics.median(times) / steps
-    embeddings = model.get_input_embeddings().weight
-    tensors = [*model.parameters(), *model.buffers()]
-    weight_bytes = sum(tensor.nbytes for tensor in tensors)
+    hits = geometries.experts_hit(model, decoder._forward)
+    weight_bytes, read_bytes = geometries.read_bytes(model, hits)
     return {
-        "cuda_graph": use_graph,
-        "tokens_per_second": round(1 / seconds, 1),
-        "ms_per_token": round(seconds * 1e3, 3),
+        "cuda_graph": decoder.graph is not None,
+        "tokens_per_second": round(batch / seconds, 1),
+        "ms_per_step": round(seconds * 1e3, 3),
         "weight_bytes": weight_bytes,
-        "read_bytes": weight_bytes - embeddings.nbytes,
+        "read_bytes": read_bytes,
+        **({"experts_hit": hits} if hits else {}),
         "cache_tokens": decoder.length,
         "capture_seconds": round(decoder.capture_seconds, 2),
     }
 
 
 def run(decoder: Decoder, steps: int) -> float:
-    """Return the seconds that `steps` tokens take, from a token on the host to the last one there."""
+    """Return the seconds that `steps` steps take, from tokens on the host to the last ones there."""
     before = decoder.publish()
     decoder.fetch(before)
     start = time.perf_counter()
@@ -154,6 +154,23 @@ def run(decoder: Decoder, steps: int) -> float:
         before = token
     decoder.fetch(before)
     return time.perf_counter() - start
+
+
+def table(rows: list[dict[str, Any]], batches: list[int], use_graph: bool) -> str:
+    """Return ms a step of every kind of weights, the faster way of the baseline's experts, and times its speed."""
+    lines = ["batch  weights                      ms/step  roof ms  baseline/this"]
+    for batch in batches:
+        baseline = None
+        there = [r for r in rows if r["batch"] == batch and r["cuda_graph"] == use_graph and "failed" not in r]
+        for weights in dict.fromkeys(row["weights"] for row in there):
+            best = min((row for row in there if row["weights"] == weights), key=lambda row: row["ms_per_step"])
+            baseline = baseline or best["ms_per_step"]
+            name = weights + (f" ({best['experts']})" if "experts" in best else "")
+            roof = f"{best['roof_ms']:8.3f}" if "roof_ms" in best else "       -"
+            lines.append(
+                f"{batch:5}  {name:27} {best['ms_per_step']:8.3f} {roof} {baseline / best['ms_per_step']:14.2f}"
+            )
+    return "\n".join(lines)
 
 
 def _transformers_version() -> str:

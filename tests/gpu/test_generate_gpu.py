@@ -166,3 +166,13 @@ def test_logits_that_are_not_finite_end_a_stream(cuda_graph: bool, temperature: 
             if len(stream.tokens) >= 4:
                 model.model.norm.weight.data.fill_(float("nan"))
     assert 4 <= len(stream.tokens) < 32 and all(0 <= token < len(tokenizer) for token in stream.tokens)
+
+
+@pytest.mark.parametrize("options", [Sampling(max_new_tokens=48, ignore_eos=True), SAMPLED], ids=["greedy", "sampled"])
+def test_several_samples_as_a_graph_are_those_of_eager_steps(loaded: Any, options: Sampling) -> None:
+    generator = Generator(*loaded, cuda_graph=True)
+    eager, _ = Generator(*loaded, cuda_graph=False).samples(PROMPT, 5, options)
+    for _ in range(2):  # the second time replays the graph of the first
+        found, numbers = generator.samples(PROMPT, 5, options)
+        assert numbers.cuda_graph and [row.tokens for row in found] == [row.tokens for row in eager]
+    assert len({tuple(row.tokens) for row in found}) == (5 if options is SAMPLED else 1)

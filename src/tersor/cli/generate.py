@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ def command(
     top_p: Annotated[float | None, typer.Option(help="Sample among tokens that reach this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the best.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 repeats less.")] = None,
+    samples: Annotated[
+        int, typer.Option(help="Continue the prompt so many times at once; texts are printed when all have ended.")
+    ] = 1,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the generation; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
@@ -46,7 +49,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
-    """Continue one prompt."""
+    """Continue one prompt, once or several times."""
     from tersor import engine
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
@@ -55,6 +58,8 @@ def command(
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
         raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
+    if samples < 1:
+        raise InputError(f"samples is {samples}: it must be at least 1")
     Activations.of(activations)
     sampling = engine.Sampling(
         temperature=temperature,
@@ -82,7 +87,18 @@ def command(
         fuse=fuse,
         trust_remote_code=trust_remote_code,
     )
-    stream = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph]).stream(ids, sampling)
+    generator = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph])
+    if samples > 1:
+        rows, numbers = generator.samples(ids, samples, sampling)
+        if json:
+            listed: dict[str, Any] = {"continuations": [row.to_dict() for row in rows], "device": str(torch_device)}
+            console.print_json({"model": model, "prompt": text, **listed, **numbers.to_dict()})
+            return
+        for index, row in enumerate(rows, 1):
+            print(f"[{index}/{samples}]\n{row.text}", flush=True)
+        print(summary(numbers, torch_device.type), file=sys.stderr)
+        return
+    stream = generator.stream(ids, sampling)
     if json:
         produced = "".join(stream)
         fields = {
@@ -114,6 +130,7 @@ def summary(numbers: Statistics, device_type: str) -> str:
     parts = [
         f"{numbers.prompt_tokens} prompt tokens in {numbers.prefill_seconds:.3f} s",
         f"{numbers.new_tokens} new tokens"
+        + (f" in {numbers.samples} samples" if numbers.samples > 1 else "")
         + ("" if numbers.tokens_per_second is None else f" at {numbers.tokens_per_second:.1f} tokens/s"),
         f"ended by {numbers.finish_reason}",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -255,6 +256,42 @@ def multiply_stacks(
     first, second = gate_up.ready(x.dtype), down.ready(x.dtype)
     inner, outer = cast_bias(gate_up_bias, x.dtype), cast_bias(down_bias, x.dtype)
     return ops.experts(x, first, second, index, factors, gate_up_bias=inner, down_bias=outer, gate=gate)
+
+
+def multiply_routed(
+    x: torch.Tensor,
+    gate_up: PackedStack,
+    down: PackedStack,
+    logits: torch.Tensor,
+    options: dict[str, Any],
+    gate: ops.Gate,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run tokens through the experts that a router's logits choose by `ops.routed_experts`, in layouts that serve x.
+
+    Args:
+        x, gate_up, down, gate, gate_up_bias, down_bias: as in `multiply_stacks`.
+        logits: [T, E].
+        options: how experts are chosen: those of `ops.routed_experts`, `top_k` among them.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    first, second = gate_up.ready(x.dtype), down.ready(x.dtype)
+    inner, outer = cast_bias(gate_up_bias, x.dtype), cast_bias(down_bias, x.dtype)
+    return ops.routed_experts(x, logits, first, second, gate_up_bias=inner, down_bias=outer, gate=gate, **options)
+
+
+def waits(gate_up: PackedStack, down: PackedStack, dtype: torch.dtype) -> str:
+    """Return why the host waits to learn which tokens an expert gets, or an empty string where no kernel needs it.
+
+    Args:
+        gate_up, down: of the layer.
+        dtype: of activations.
+    """
+    x = torch.empty(1, gate_up.shape[2], dtype=dtype, device=gate_up.weight_packed.device)
+    return ops.experts_obstacle(x, gate_up.ready(dtype), down.ready(dtype))
 
 
 def one_by_one(

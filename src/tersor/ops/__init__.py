@@ -6,6 +6,7 @@ from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
+from tersor.ops.grouped import obstacle as experts_obstacle
 from tersor.ops.mixture import experts, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
@@ -21,6 +22,7 @@ __all__ = [
     "batch_invariant",
     "embedding",
     "experts",
+    "experts_obstacle",
     "explain",
     "gated_linear",
     "gradient_wanted",

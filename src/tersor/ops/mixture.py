@@ -107,8 +107,8 @@ def routed_experts(
         ShapeError: sizes, dtypes or devices that do not fit.
     """
     x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
-    options = _Choice(scoring=scoring, normalize=normalize, bias=choice_bias)
-    options |= _Choice(groups=groups, top_groups=top_groups, scale=scale)
+    options: _Choice = {"scoring": scoring, "normalize": normalize, "bias": choice_bias}
+    options |= {"groups": groups, "top_groups": top_groups, "scale": scale}
     tensors = [tensor for tensor in (x, logits, gate_up_bias, down_bias, addend) if tensor is not None]
     looked_at = torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors)
     if looked_at or not x.numel() or grouped.obstacle(x, gate_up, down):

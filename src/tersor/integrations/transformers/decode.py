@@ -1,4 +1,4 @@
-"""One stream's model, cache and sampler: a prefill, then one step a token, on a GPU as a CUDA graph.
+"""The model, cache and sampler of a prompt's continuations: a prefill, then one step a token, on a GPU as a CUDA graph.
 
 A step has no input from the host: it reads its token, position and history from tensors and writes the next
 ones there, so that the same function runs eagerly on a CPU and replays as a graph on a GPU. An eager step of
@@ -19,6 +19,7 @@ from tersor import ops
 from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
 from tersor.integrations.transformers.sampler import Sampler, usable
+from tersor.integrations.transformers.step_experts import StepExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,17 +33,27 @@ ROUND = 128
 
 
 class Decoder:
-    """Prefill and decode of one stream at a time.
+    """Prefill and decode of one prompt at a time, continued once or several times.
+
+    Several continuations are the rows of a batch: all have read the prompt, and all have as many tokens.
 
     Attributes:
         length: tokens the cache holds, prompt included.
+        samples: continuations of a prompt.
         graph: the captured step, once there is one.
         eager_reason: why steps are launched one kernel at a time, when they are.
         capture_seconds: what warming up and capturing took in this stream.
         workspace: device memory of split products, given back when the decoder goes, and the graph with it.
     """
 
-    def __init__(self, model: PreTrainedModel, options: Sampling, length: int, use_graph: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: Sampling,
+        length: int,
+        use_graph: bool | None = None,
+        samples: int = 1,
+    ) -> None:
         """Make a decoder.
 
         Args:
@@ -50,11 +61,13 @@ class Decoder:
             options: resolved sampling options.
             length: tokens of prompt and continuation together.
             use_graph: True insists on a CUDA graph, False forbids it, None uses one where it works.
+            samples: continuations of a prompt, at least 1.
 
         Raises:
             UnsupportedError: `use_graph` is True where no graph is possible.
         """
         self.model = model
+        self.samples = samples
         self.device = model.device
         self.sampler = Sampler(options, self.device)
         self.workspace = ops.Workspace()
@@ -62,17 +75,18 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.capture_seconds = 0.0
         self.insist = bool(use_graph)
+        self._experts = StepExperts(model, graph=use_graph is not False and self.device.type == "cuda")
         static = _wants_static(self.device)
         self.length = -(-length // ROUND) * ROUND if static else length
         self.cache: Any = _static_cache(model, self.length) if static else None
         self.static = self.cache is not None
-        self.eager_reason = "not asked for" if use_graph is False else _unsupported_reason(model, self.static)
+        self.eager_reason = "not asked for" if use_graph is False else self._unsupported_reason()
         if self.insist and self.eager_reason is not None:
             raise UnsupportedError(f"no CUDA graph for this model: {self.eager_reason}")
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.drawn = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.token = torch.zeros(samples, 1, dtype=torch.int64, device=self.device)
+        self.drawn = torch.zeros(samples, 1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.history = torch.zeros(1, self.length, dtype=torch.int64, device=self.device)
+        self.history = torch.zeros(samples, self.length, dtype=torch.int64, device=self.device)
         parameters = inspect.signature(model.forward).parameters
         self._prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         # Newer versions of transformers (5.24) call it `cache`.
@@ -80,13 +94,11 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, ids: list[int], seed: int | None) -> None:
-        """Forget the stream before, read the prompt and draw the first token."""
+        """Forget the stream before, read the prompt and draw the first token of every continuation."""
         if self.static:
             self.cache.reset()
         else:
-            from transformers import DynamicCache
-
-            self.cache = DynamicCache(config=self.model.config)
+            self.cache = _dynamic_cache(self.model)
         self.capture_seconds = 0.0
         self.sampler.seed(seed)
         prompt = torch.tensor([ids], dtype=torch.int64, device=self.device)
@@ -94,7 +106,30 @@ class Decoder:
         self.history.fill_(ids[0])
         self.history[:, : len(ids)] = prompt
         self.position.fill_(len(ids))
-        self._draw(self._logits(prompt, **self._prefill_options))
+        self._draw(self._read(prompt))
+
+    def _read(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Run a prompt [1, tokens] through the model, once where the cache can be repeated; return logits of all rows.
+
+        The cache that reads it for all rows is one as they have, so that what it holds does not depend on them.
+        """
+        if self.samples == 1:
+            return self._logits(prompt, self.cache, **self._prefill_options)
+        own = _static_cache(self.model, self.length) if self.static else self.cache
+        if not self.static and not _repeatable(own):
+            return self._logits(prompt.expand(self.samples, -1), self.cache, **self._prefill_options)
+        logits = self._logits(prompt, own, **self._prefill_options)[:, -1:]
+        if self.static:
+            for index, layer in enumerate(own.layers):
+                if layer.is_initialized:
+                    keys, values = (
+                        one[:, :, : prompt.shape[1]].expand(self.samples, -1, -1, -1)
+                        for one in (layer.keys, layer.values)
+                    )
+                    self.cache.update(keys, values, index)
+        else:
+            self.cache.batch_repeat_interleave(self.samples)
+        return logits.expand(self.samples, -1, -1)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -108,37 +143,39 @@ class Decoder:
 
     @torch.inference_mode()
     def publish(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Begin to copy the last token, or `NO_TOKEN`, to the host; `fetch` waits for it, steps need not."""
+        """Begin to copy the last tokens [B, 1], or `NO_TOKEN`, to the host; `fetch` waits for them, steps need not."""
         if self.device.type != "cuda":
             return self.drawn.clone(), None
-        slot = torch.empty(1, 1, dtype=torch.int64, pin_memory=True)
+        slot = torch.empty(self.samples, 1, dtype=torch.int64, pin_memory=True)
         slot.copy_(self.drawn, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return slot, event
 
     @staticmethod
-    def fetch(published: tuple[torch.Tensor, torch.cuda.Event | None]) -> int:
-        """Return the token that `publish` began to copy; `NO_TOKEN` where its logits were not finite."""
+    def fetch(published: tuple[torch.Tensor, torch.cuda.Event | None]) -> list[int]:
+        """Return the tokens that `publish` began to copy, one a row; `NO_TOKEN` where logits were not finite."""
         slot, event = published
         if event is not None:
             event.synchronize()
-        return int(slot)
+        return [int(token) for token in slot.flatten().tolist()]
 
     def _forward(self) -> None:
-        self._draw(self._logits(self.token))
+        with self._experts.step():
+            logits = self._logits(self.token, self.cache)
+        self._draw(logits)
 
-    def _logits(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    def _logits(self, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
         with ops.using(workspace=self.workspace):
-            output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: self.cache}, **options)
+            output = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache}, **options)
         logits: torch.Tensor = output.logits
         return logits
 
     def _draw(self, logits: torch.Tensor) -> None:
         token = self.sampler(self.history, logits[:, -1])
-        self.token.copy_(token.view(1, 1))
+        self.token.copy_(token.view(-1, 1))
         # The model goes on with a token it has, in steps that are under way before the host knows.
-        self.drawn.copy_(token.masked_fill(~usable(logits[:, -1]), NO_TOKEN).view(1, 1))
+        self.drawn.copy_(token.masked_fill(~usable(logits[:, -1]), NO_TOKEN).view(-1, 1))
         self.history.index_copy_(1, self.position, self.token)
         self.position.add_(1)
 
@@ -176,6 +213,17 @@ class Decoder:
         torch.cuda.synchronize(self.device)
         self.capture_seconds = time.perf_counter() - started
 
+    def _unsupported_reason(self) -> str | None:
+        """Why a step cannot be a CUDA graph, as far as that shows without trying."""
+        model = self.model
+        if model.device.type != "cuda":
+            return f"the model is on {model.device.type}"
+        if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
+            return "the model spans several devices"
+        if not self.static:
+            return "the model has layers whose state is not a static key-value cache"
+        return self._experts.obstacle or None
+
     def _state(self) -> list[torch.Tensor]:
         """Every tensor that a step changes, but for cache slots, which the next step writes again."""
         return [
@@ -196,6 +244,19 @@ def _wants_static(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _dynamic_cache(model: PreTrainedModel) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def _repeatable(cache: Any) -> bool:
+    """Whether all that a growing cache holds of a prompt can be repeated for several rows."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
 def _static_cache(model: PreTrainedModel, length: int) -> Any:
     """A static cache whose layers count their tokens in tensors; None where the model needs other layers.
 
@@ -211,14 +272,3 @@ def _static_cache(model: PreTrainedModel, length: int) -> Any:
         for layer in cache.layers
     ]
     return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None
-
-
-def _unsupported_reason(model: PreTrainedModel, static: bool) -> str | None:
-    """Why a step of `model` cannot be a CUDA graph, as far as that shows without trying."""
-    if model.device.type != "cuda":
-        return f"the model is on {model.device.type}"
-    if len({tensor.device for tensor in (*model.parameters(), *model.buffers())}) > 1:
-        return "the model spans several devices"
-    if not static:
-        return "the model has layers whose state is not a static key-value cache"
-    return None

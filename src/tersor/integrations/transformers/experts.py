@@ -19,7 +19,7 @@ from tersor.formats import Activations
 from tersor.integrations.transformers.experts_form import ExpertsForm, apply_gate, experts_form
 from tersor.integrations.transformers.joined import JOINED, moved
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
-from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one
+from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import PackedLinear, cast_bias
 
 _guard = threading.RLock()
@@ -37,6 +37,7 @@ class PackedExperts(nn.Module):
         output_name: the layer that writes it back.
         template: the module this one replaced, without its weights; its activation and gate are used.
         gate_up, down: the weights of all experts while they are joined, else `None`.
+        chooser: chooses experts by a router's logits (`routers.Chooser`), where they come from it.
     """
 
     template: Any
@@ -70,6 +71,7 @@ class PackedExperts(nn.Module):
         self.template = experts
         self.register_module("gate_up", None)
         self.register_module("down", None)
+        self.chooser: Any = None
         self._joins, self._moving = False, False
 
     def forward(
@@ -79,19 +81,33 @@ class PackedExperts(nn.Module):
 
         Args:
             hidden_states: [T, H].
-            top_k_index: int64 [T, K], the experts of each token.
-            top_k_weights: [T, K], what their outputs are multiplied by.
+            top_k_index: int64 [T, K], the experts of each token, or a router's logits [T, E] (`chooser`).
+            top_k_weights: [T, K], what their outputs are multiplied by, or the same logits.
 
         Returns:
             [T, H] in the dtype of `hidden_states`.
         """
         x = hidden_states.to(ops.activation_dtype(hidden_states))
+        by_logits = self.chooser is not None and top_k_index.is_floating_point()
         if self.ready(x.dtype):
             assert self.gate_up is not None and self.down is not None and self.form.gate is not None
-            y = multiply_stacks(x, self.gate_up, self.down, top_k_index, top_k_weights, self.form.gate)
+            stacks, gate = (self.gate_up, self.down), self.form.gate
+            if by_logits:
+                y = multiply_routed(x, *stacks, top_k_index, self.chooser.options, gate)
+            else:
+                y = multiply_stacks(x, *stacks, top_k_index, top_k_weights, gate)
         else:
+            if by_logits:
+                top_k_index, top_k_weights = self.chooser.route(top_k_index)
             y = one_by_one(x, top_k_index, top_k_weights, self.num_experts, self._run)
         return y.to(hidden_states.dtype)
+
+    def waits(self, dtype: torch.dtype) -> str:
+        """Return why the host waits for the router's choice in a forward with activations of `dtype`, or nothing."""
+        if not self.ready(dtype):
+            return "its experts are not packed in one scheme, or kernels do not know their gate"
+        assert self.gate_up is not None and self.down is not None
+        return waits(self.gate_up, self.down, dtype)
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         layers = self._layers(expert)
@@ -201,6 +217,8 @@ class PackedExperts(nn.Module):
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """Return the module this one stands for, with its weights decoded to `dtype`."""
+        if self.chooser is not None:
+            self.chooser.release()
         experts: nn.Module = self.template
         for name, weight in self.fused_weights(dtype).items():
             setattr(experts, name, nn.Parameter(weight, requires_grad=False))

@@ -11,8 +11,10 @@ from torch import nn
 from tersor import ops
 from tersor.formats import Scheme
 from tersor.integrations.transformers.experts_form import apply_gate, experts_form
-from tersor.nn.experts import PackedStack, Rows, multiply_stacks, one_by_one
+from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import cast_bias
+
+_UNKNOWN_GATE = "kernels do not know how it makes gate and up one"
 
 
 class FusedExperts(nn.Module):
@@ -23,6 +25,7 @@ class FusedExperts(nn.Module):
         template: the module this one replaced, without its weights; its activation and gate are used.
         gate_up_proj, up_proj, down_proj: a `PackedStack`, or the parameter that the replaced module had.
         gate_up_proj_bias, up_proj_bias, down_proj_bias: [E, OC], where it had them.
+        chooser: chooses experts by a router's logits (`routers.Chooser`), where they come from it.
     """
 
     template: Any
@@ -41,6 +44,7 @@ class FusedExperts(nn.Module):
                 if own in experts._parameters:
                     self.register_parameter(own, experts._parameters.pop(own))
         self.template = experts
+        self.chooser: Any = None
         self._arranged: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self.train(experts.training)
 
@@ -81,8 +85,8 @@ class FusedExperts(nn.Module):
 
         Args:
             hidden_states: [T, H]; [E * T, H] where every expert takes every token, those of one after the other.
-            routing: the experts of each token, integers [T, K], and what their outputs are multiplied by, [T, K];
-                nothing where every expert takes every token.
+            routing: the experts of each token, integers [T, K], and what their outputs are multiplied by, [T, K], or
+                the router's logits twice (`chooser`); nothing where every expert takes every token.
             named: the same by the names of the replaced module.
 
         Returns:
@@ -94,13 +98,25 @@ class FusedExperts(nn.Module):
         else:
             index, factors = (*routing, *named.values())
         gate, (first, second) = self.form.gate, (self._modules.get(name) for name in self.form.names)
+        by_logits = self.chooser is not None and index.is_floating_point()
         if gate is not None and isinstance(first, PackedStack) and isinstance(second, PackedStack):
-            y = multiply_stacks(
-                x, first, second, index, factors, gate, self._gate_up_bias(first.rows), self._bias("down_proj")
-            )
+            biases = self._gate_up_bias(first.rows), self._bias("down_proj")
+            if by_logits:
+                y = multiply_routed(x, first, second, index, self.chooser.options, gate, *biases)
+            else:
+                y = multiply_stacks(x, first, second, index, factors, gate, *biases)
         else:
+            if by_logits:
+                index, factors = self.chooser.route(index)
             y = one_by_one(x, index, factors, self.num_experts, self._run)
         return y.to(hidden_states.dtype)
+
+    def waits(self, dtype: torch.dtype) -> str:
+        """Return why the host waits for the router's choice in a forward with activations of `dtype`, or nothing."""
+        first, second = (self._modules.get(name) for name in self.form.names)
+        if not isinstance(first, PackedStack) or not isinstance(second, PackedStack):
+            return "only one of its two weights is packed"
+        return waits(first, second, dtype) if self.form.gate is not None else _UNKNOWN_GATE
 
     def _own_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which expert each row belongs to: none where it is zero, as that of a token without it is."""
@@ -139,6 +155,8 @@ class FusedExperts(nn.Module):
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         """Return the module this one stands for, with its weights decoded to `dtype`."""
+        if self.chooser is not None:
+            self.chooser.release()
         experts: nn.Module = self.template
         for name in self.form.names:
             stack, bias = self._modules.get(name), self._bias(name)

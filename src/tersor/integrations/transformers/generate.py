@@ -1,4 +1,4 @@
-"""Single-stream text generation: `stream` yields text as it becomes decodable and counts what it took."""
+"""Text generation: `stream` yields text as it becomes decodable, `samples` continues a prompt several times at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from tersor.engine.continuation import Continuation
 from tersor.engine.sampling import Sampling
-from tersor.engine.text import Detokenizer, StopFilter
 from tersor.errors import InputError, TersorError
 from tersor.integrations.transformers.decode import NO_TOKEN, Decoder
 from tersor.integrations.transformers.finite import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_REASONS = ("eos", "stop", "length", "context")
 
 
 @dataclass(kw_only=True)
@@ -26,17 +28,20 @@ class Statistics:
 
     Attributes:
         prompt_tokens: tokens read.
-        new_tokens: tokens drawn, the end-of-sequence token included.
+        samples: continuations of the prompt.
+        new_tokens: tokens drawn, the end-of-sequence token included; of all samples together.
         prefill_seconds: from the call to the first token on the host.
         capture_seconds: warming up and capturing the CUDA graph; 0 when no graph was made in this stream.
         decode_seconds: wall clock of the tokens after the first, the consumer's own time included.
-        tokens_per_second: (new_tokens - 1) / decode_seconds; None with fewer than two tokens.
-        finish_reason: "eos", "stop", "length" (max_new_tokens) or "context" (the model's positions are used).
+        tokens_per_second: (new_tokens - samples) / decode_seconds; None without a second token.
+        finish_reason: "eos", "stop", "length" (max_new_tokens) or "context" (the model's positions are used); of
+            several samples every one that occurred, in this order, such as "eos, length".
         cuda_graph: whether the decode step was a CUDA graph.
         eager_reason: why it was not.
     """
 
     prompt_tokens: int
+    samples: int = 1
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     capture_seconds: float = 0.0
@@ -84,7 +89,7 @@ class Generator:
         self.tokenizer = tokenizer
         self._cuda_graph = cuda_graph
         self._decoder: Decoder | None = None
-        self._key: Sampling | None = None
+        self._key: tuple[Sampling, int] | None = None
 
     def stream(self, prompt: str | Sequence[int], options: Sampling | None = None) -> TextStream:
         """Continue `prompt`, a text or token ids.
@@ -95,6 +100,47 @@ class Generator:
             UnsupportedError: a CUDA graph was insisted on and is not possible.
             TersorError: while streaming, logits that are not finite, or too little GPU memory.
         """
+        ids, chosen, room = self._begin(prompt, options)
+        stream = TextStream(len(ids))
+        stream._pieces = self._pieces(ids, chosen, room, stream)
+        return stream
+
+    def samples(
+        self, prompt: str | Sequence[int], samples: int, options: Sampling | None = None
+    ) -> tuple[list[Continuation], Statistics]:
+        """Continue `prompt` several times at once, as rows of a batch, and return when all have ended.
+
+        The prompt is read once. Rows that have ended are carried along until the last one has. A seed repeats all of
+        them; with greedy decoding they are equal, but for what rounding makes of a row.
+
+        Args:
+            prompt: a text or token ids.
+            samples: how many continuations.
+            options: of each of them.
+
+        Raises:
+            InputError: fewer than one sample, and as `stream`.
+            UnsupportedError, TersorError: as `stream`.
+        """
+        if samples < 1:
+            raise InputError(f"samples is {samples}: it must be at least 1")
+        ids, chosen, room = self._begin(prompt, options)
+        rows = self._rows(ids, chosen, samples)
+        numbers = Statistics(prompt_tokens=len(ids), samples=samples)
+        for drawn in self._tokens(ids, chosen, room, numbers, rows):
+            for token, row in zip(drawn, rows, strict=True):
+                if row.finish_reason is None:
+                    row.push(token)
+            if all(row.finish_reason is not None for row in rows):
+                break
+        for row in rows:
+            row.end(_full(chosen, room))
+        reasons = {row.finish_reason for row in rows}
+        numbers.finish_reason = ", ".join(reason for reason in _REASONS if reason in reasons)
+        return rows, numbers
+
+    def _begin(self, prompt: str | Sequence[int], options: Sampling | None) -> tuple[list[int], Sampling, int]:
+        """Return the tokens of a prompt, options without gaps, and how many tokens can be drawn."""
         ids = self._encode(prompt)
         chosen = (options or Sampling()).resolved(self.model.generation_config)
         assert chosen.max_new_tokens is not None
@@ -102,9 +148,7 @@ class Generator:
         room = chosen.max_new_tokens if limit is None else min(chosen.max_new_tokens, limit - len(ids))
         if room < 1:
             raise InputError(f"the prompt has {len(ids)} tokens, the model {limit} positions: shorten the prompt")
-        stream = TextStream(len(ids))
-        stream._pieces = self._pieces(ids, chosen, room, stream)
-        return stream
+        return ids, chosen, room
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
@@ -117,12 +161,16 @@ class Generator:
             raise InputError(f"the prompt holds token {max(ids)}, the model has {vocabulary}: another tokenizer?")
         return ids
 
-    def _decoder_for(self, options: Sampling, length: int) -> Decoder:
+    def _rows(self, ids: list[int], options: Sampling, samples: int) -> list[Continuation]:
+        eos = frozenset() if options.ignore_eos else self._eos()
+        return [Continuation(self.tokenizer, ids, eos, options.stop) for _ in range(samples)]
+
+    def _decoder_for(self, options: Sampling, length: int, samples: int) -> Decoder:
         """The decoder of the last stream if it can serve this one, else a new one."""
-        key = replace(options, seed=None, max_new_tokens=None, stop=(), ignore_eos=False)
+        key = (replace(options, seed=None, max_new_tokens=None, stop=(), ignore_eos=False), samples)
         if self._decoder is None or self._key != key or self._decoder.length < length:
             self._decoder = None  # frees the old cache and graph before the new ones are made
-            self._decoder = Decoder(self.model, options, length, self._cuda_graph)
+            self._decoder = Decoder(self.model, options, length, self._cuda_graph, samples)
             self._key = key
         return self._decoder
 
@@ -137,41 +185,34 @@ class Generator:
         return frozenset()
 
     def _pieces(self, ids: list[int], options: Sampling, room: int, stream: TextStream) -> Iterator[str]:
-        eos = frozenset() if options.ignore_eos else self._eos()
-        text, stops = Detokenizer(self.tokenizer, ids), StopFilter(options.stop)
-        reason = "length" if room == options.max_new_tokens else "context"
-        for token in self._tokens(ids, options, room, stream):
-            stream.tokens.append(token)
-            if token in eos:
-                reason = "eos"
-                break
-            piece = stops.push(text.push(token))
+        (row,) = rows = self._rows(ids, options, 1)
+        stream.tokens = row.tokens
+        for (token,) in self._tokens(ids, options, room, stream.statistics, rows):
+            piece = row.push(token)
             if piece:
                 yield piece
-            if stops.found:
-                reason = "stop"
+            if row.finish_reason is not None:
                 break
-        stream.statistics.finish_reason = reason
-        if not stops.found:
-            rest = stops.push(text.flush()) + ("" if stops.found else stops.flush())
-            if stops.found:
-                stream.statistics.finish_reason = "stop"
-            if rest:
-                yield rest
+        rest = row.end(_full(options, room))
+        stream.statistics.finish_reason = row.finish_reason
+        if rest:
+            yield rest
 
-    def _tokens(self, ids: list[int], options: Sampling, room: int, stream: TextStream) -> Iterator[int]:
-        """Draw up to `room` tokens. On a GPU one step is always under way while the host works on a token."""
-        numbers = stream.statistics
+    def _tokens(
+        self, ids: list[int], options: Sampling, room: int, numbers: Statistics, rows: list[Continuation]
+    ) -> Iterator[list[int]]:
+        """Draw up to `room` tokens for every row. On a GPU a step is under way while the host works on tokens."""
         started = time.perf_counter()
+        several = f", {len(rows)} times" if len(rows) > 1 else ""
         try:
-            decoder = self._decoder_for(options, len(ids) + room)
+            decoder = self._decoder_for(options, len(ids) + room, len(rows))
             decoder.prefill(ids, options.seed)
         except torch.OutOfMemoryError:
-            message = f"GPU memory ran out with {len(ids)} prompt tokens and room for {room} new ones: use fewer"
-            raise TersorError(message) from None
+            message = f"GPU memory ran out with {len(ids)} prompt tokens and room for {room} new ones{several}"
+            raise TersorError(f"{message}: use fewer") from None
         ahead = 1 if decoder.device.type == "cuda" else 0
         under_way = deque([decoder.publish()])
-        self._check(decoder.fetch(under_way[0]), ids, stream)
+        self._check(decoder.fetch(under_way[0]), ids, rows)
         decoding = time.perf_counter()
         numbers.prefill_seconds = decoding - started
         launched = 1
@@ -180,26 +221,31 @@ class Generator:
                 decoder.step()
                 under_way.append(decoder.publish())
                 launched += 1
-            token = decoder.fetch(under_way.popleft())
-            self._check(token, ids, stream)
-            numbers.new_tokens = drawn
+            tokens = decoder.fetch(under_way.popleft())
+            self._check(tokens, ids, rows)
+            numbers.new_tokens += sum(row.finish_reason is None for row in rows)
             numbers.capture_seconds = decoder.capture_seconds
             numbers.cuda_graph, numbers.eager_reason = decoder.graph is not None, decoder.eager_reason
             if drawn > 1:
                 numbers.decode_seconds = time.perf_counter() - decoding - decoder.capture_seconds
-                numbers.tokens_per_second = (drawn - 1) / numbers.decode_seconds
-            yield token
+                numbers.tokens_per_second = (numbers.new_tokens - numbers.samples) / numbers.decode_seconds
+            yield tokens
 
-    def _check(self, token: int, ids: list[int], stream: TextStream) -> None:
-        """Raise where a token could not be drawn, with its number and the first layer that went wrong."""
-        if token != NO_TOKEN:
-            return
-        seen = torch.tensor([[*ids, *stream.tokens]], dtype=torch.int64, device=self.model.device)
-        number = len(stream.tokens) + 1
-        raise TersorError(
-            f"new token {number} cannot be drawn: its logits are not finite{first_not_finite(self.model, seen)}: try "
-            "bfloat16 or float32"
-        )
+    def _check(self, tokens: list[int], ids: list[int], rows: list[Continuation]) -> None:
+        """Raise where the token of a row that goes on could not be drawn: which, and the first layer that is wrong."""
+        for token, row in zip(tokens, rows, strict=True):
+            if token != NO_TOKEN or row.finish_reason is not None:
+                continue
+            seen = torch.tensor([[*ids, *row.tokens]], dtype=torch.int64, device=self.model.device)
+            raise TersorError(
+                f"new token {len(row.tokens) + 1} cannot be drawn: its logits are not finite"
+                f"{first_not_finite(self.model, seen)}: try bfloat16 or float32"
+            )
+
+
+def _full(options: Sampling, room: int) -> str:
+    """Return why a continuation ends that takes all the room there is."""
+    return "length" if room == options.max_new_tokens else "context"
 
 
 def stream(

@@ -53,6 +53,8 @@ def settle(model: Any, done: Split) -> None:
         if not isinstance(module, PackedExperts):
             continue
         if name in done:
+            if module.chooser is not None:
+                module.chooser.release()
             experts = module.template
             for own, weight in done[name].items():
                 experts._parameters[own] = weight

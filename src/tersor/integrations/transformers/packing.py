@@ -24,6 +24,7 @@ from tersor.integrations.transformers.foreign import is_foreign
 from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.integrations.transformers.placement import Place, Placement
 from tersor.integrations.transformers.replace import fused_experts, packable, swap_packed, swap_stack, swap_tied
+from tersor.integrations.transformers.routers import choose_by_logits
 from tersor.nn.experts import PackedStack
 from tersor.nn.packed import PackedModule
 from tersor.version import __version__
@@ -177,6 +178,7 @@ def join_experts(model: nn.Module) -> bool:
         for stack in module.children():
             if isinstance(stack, PackedStack) and stack.in_state_dict:
                 stack.prepare(stack.dtype)
+    choose_by_logits(model)
     return all(module.joins for module in found)
 
 

@@ -50,11 +50,11 @@ class Sampler:
                 self.generator.manual_seed(seed)
 
     def __call__(self, history: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the next token, int64 [1], some token where logits are not finite: `usable` tells.
+        """Return the next token of every row, int64 [B], some token where logits are not finite: `usable` tells.
 
         Args:
-            history: int64 [1, tokens]: tokens seen; any of them may be repeated.
-            logits: [1, vocabulary].
+            history: int64 [B, tokens]: tokens seen; any of them may be repeated.
+            logits: [B, vocabulary].
         """
         scores: torch.Tensor = self.processors(history, logits.float())  # type: ignore[arg-type]
         if self.generator is None:
@@ -67,7 +67,7 @@ class Sampler:
 
 
 def usable(logits: torch.Tensor) -> torch.Tensor:
-    """Tell, on the device, whether a token can be drawn from logits [1, vocabulary]: bool [1].
+    """Tell, on the device, whether a token can be drawn from logits [B, vocabulary]: bool [B].
 
     Not where one is NaN or infinity, nor where every one is minus infinity; some may be.
     """
