@@ -58,6 +58,7 @@ FORMATS := fp6_e3m2 fp6_e2m3 fp6_e3m2:g128 fp5_e2m2 fp4_e2m1 int4:g128 uint4:g12
 OTHERS := 8192x8192 57344x8192 --against none --chain pdl
 MORE := $(OTHERS) --n 1,16 $(FORMATS:%=--format %)
 BF16 := $(OTHERS) --n 1,16,128,1024 --dtype bfloat16
+EXPERTS := qwen3-30b-a3b mixtral-8x7b gpt-oss-20b gpt-oss-120b olmoe --n 1,8,32,64,512,2048,8192 --against torch,humming
 # The README's picture, drawn from the first of these results; it needs no GPU.
 PICTURE := 8192x8192 57344x8192 --n 1,16,32,64,128,256,1024 --chain pdl
 
@@ -66,6 +67,7 @@ bench: $(READY_DEV)
 	$(PYTHON) -m tersor bench linear --from bench/results/linear_h200.json $(PICTURE) --plot docs/linear_h200.svg
 	$(PYTHON) -m tersor bench linear $(MORE) --output bench/results/linear_h200_more.json
 	$(PYTHON) -m tersor bench linear $(BF16) --output bench/results/linear_h200_bf16.json
+	$(PYTHON) -m tersor bench experts $(EXPERTS) --output bench/results/experts_h200.json
 	$(PYTHON) bench/host.py
 	$(PYTHON) bench/generate.py --eager
 	$(PYTHON) bench/generate.py --geometry qwen3-30b-a3b --batch 1,8,32,64

@@ -12,7 +12,7 @@ from helpers.fakes import FakeGpu
 from helpers.jit_kernels import axpy
 from safetensors.torch import save_file
 
-from tersor import formats
+from tersor import formats, ops
 from tersor.cli.main import run
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations
@@ -92,6 +92,25 @@ def test_8_bit_activations_and_joined_layers_have_kernels_of_their_own() -> None
     assert plain < joined
     assert "tersor_quantize_activations_float16" in eight
     assert all("float8_e4m3fn" in name for name in eight if "linear" in name)
+
+
+def test_the_experts_of_a_mixture_have_the_kernels_that_any_number_of_tokens_chooses() -> None:
+    config = {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 512, "intermediate_size": 1024}
+    names = ["model.layers.0.block_sparse_moe.experts.0.w1.weight_packed"]
+    mixture = warm.mixture_of({**config, "hidden_act": "silu"}, names)
+    assert mixture == warm.Mixture(experts=8, top_k=2, hidden=512, inner=1024, gate=ops.Gate.SILU)
+    scheme, chip = formats.get_scheme("fp6_e3m2"), CHIPS["NVIDIA H200"]
+    found = {source.name for source in mixture.sources([scheme], ["float16"], chip, Activations.NATIVE)}
+    assert {"tersor_gather", "tersor_combine_experts_float16", "tersor_expert_tables_int64_8"} <= found
+    assert any(name.endswith("_g1") for name in found) and any(name.endswith("_g0") for name in found)
+    assert len(found) < 50
+    eight = {source.name for source in mixture.sources([scheme], ["float16"], chip, Activations.E4M3)}
+    assert "tersor_gather" not in eight and any("float8_e4m3fn" in name for name in eight)
+    assert not list(mixture.sources([scheme], ["float16"], CHIPS["NVIDIA A100"], Activations.NATIVE))
+    gpt_oss = warm.mixture_of({"text_config": {**config, "model_type": "gpt_oss"}}, names)
+    assert gpt_oss is not None and gpt_oss.gate is ops.Gate.CLAMPED
+    assert warm.mixture_of({**config, "hidden_act": "silu"}, ["model.layers.0.mlp.down_proj.weight_packed"]) is None
+    assert warm.mixture_of({**config, "hidden_act": "relu"}, names) is None
 
 
 def test_progress_starts_at_none_and_ends_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor.checkpoint import QuantizationConfig
+from tersor.checkpoint.names import stored_weights
 from tersor.checkpoint.source import open_source, quantization_of
 from tersor.errors import InputError, UnsupportedError
 from tersor.formats import Activations, Scheme
+from tersor.kernels import experts
 from tersor.kernels.dense import kernels_for
 from tersor.kernels.jit import arch_for, cache, compile_many
+from tersor.kernels.routing import combine_source, tables_source
+from tersor.kernels.tune import experts as tune
+from tersor.layouts.gated import gated_rows
+from tersor.layouts.packing import Packing, target_of, unsupported_reason
 from tersor.ops.dispatch import preferred_layout
+from tersor.ops.gates import Gate
 
 if TYPE_CHECKING:
     from tersor.hardware import Chip
@@ -80,11 +87,14 @@ def compile_ahead(
     chosen = Activations.of(activations)
     with open_source(model, revision) as source:
         schemes, dtypes = needs(model, source.config)
+        mixture = mixture_of(source.config, source.tensors)
     for scheme in schemes:
         preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)
     wanted: dict[str, dict[KernelSource, None]] = {}
     for chip in chips:
         needed = dict.fromkeys(sources(schemes, dtypes, chip, chosen, fuse))
+        if mixture is not None:
+            needed.update(dict.fromkeys(mixture.sources(schemes, dtypes, chip, chosen)))
         if chosen is not Activations.NATIVE and not needed:
             raise UnsupportedError(f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them")
         wanted.setdefault(arch_for(chip.capability), {}).update(needed)
@@ -130,6 +140,80 @@ def needs(model: str | Path, config: dict[str, Any]) -> tuple[list[Scheme], list
     holders = [config, config.get("text_config") or {}]
     stored = next((holder[key] for holder in holders for key in ("dtype", "torch_dtype") if holder.get(key)), None)
     return list(schemes), [stored] if stored in KERNEL_DTYPES else list(KERNEL_DTYPES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """The experts of a model's layers, as its config.json has them.
+
+    Attributes:
+        experts, top_k, hidden, inner: E, K, H and F.
+        gate: how gate and up become one.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    gate: Gate
+
+    def sources(
+        self, schemes: Iterable[Scheme], dtypes: Iterable[str], chip: Chip, activations: Activations
+    ) -> Iterator[KernelSource]:
+        """Yield the kernels that its experts ask for with any number of tokens, in weights of one of these schemes.
+
+        The kernel that chooses experts by logits is not among them: how it chooses, config.json does not say.
+        """
+        for dtype in dtypes if chip.capability == (9, 0) else ():
+            yield combine_source(dtype)
+            yield from (tables_source(self.experts, index) for index in ("int32", "int64"))
+            for scheme in schemes:
+                target = target_of(activations, getattr(torch, dtype))
+                if target is None or unsupported_reason(scheme, target):
+                    continue
+                if activations is Activations.NATIVE:
+                    yield experts.gather_source()
+                yield from self._products(Packing.of(scheme, target), dtype, chip, activations)
+
+    def _products(self, packing: Packing, dtype: str, chip: Chip, activations: Activations) -> Iterator[KernelSource]:
+        shapes = ((self.experts, gated_rows(self.inner), self.hidden), (self.experts, self.hidden, self.inner))
+        for tokens in _TOKENS:
+            up, down = (tune.ExpertsProblem.of(packing, of, tokens, self.top_k, activations) for of in shapes)
+            first, second = tune.choose_pair(up, down, chip)
+            yield experts.source(packing, dtype, first, int(self.gate), False)
+            yield experts.source(packing, dtype, second, 0, activations is Activations.NATIVE)
+
+
+_TOKENS = (*range(1, 65), *(2**power * part // 8 for power in range(6, 17) for part in range(9, 17)))
+"""Numbers of tokens that experts are prepared for: between them no other tile is chosen that matters."""
+_SIZES = {
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "top_k": ("num_experts_per_tok",),
+    "hidden": ("hidden_size",),
+    "inner": ("moe_intermediate_size", "intermediate_size"),
+}
+"""Field of `Mixture` -> names that it has in a config.json, the first one that is there counts."""
+_GATES = {"silu": Gate.SILU, "swish": Gate.SILU, "gelu": Gate.GELU, "gelu_pytorch_tanh": Gate.GELU_TANH}
+
+
+def mixture_of(config: Mapping[str, Any], names: Iterable[str]) -> Mixture | None:
+    """Return the experts of a model; `None` where it has none that are compressed, or they are of another kind.
+
+    Args:
+        config: its config.json.
+        names: of its tensors.
+    """
+    if not any(".experts." in stem for stem in stored_weights(names)):
+        return None
+    for holder in (config, config.get("text_config") or {}):
+        found: dict[str, Any] = {
+            field: next((holder[key] for key in keys if key in holder), None) for field, keys in _SIZES.items()
+        }
+        act = holder.get("hidden_act", holder.get("hidden_activation"))
+        gate = Gate.CLAMPED if holder.get("model_type") == "gpt_oss" else _GATES.get(act or "")
+        if gate is not None and all(isinstance(size, int) for size in found.values()):
+            return Mixture(**found, gate=gate)
+    return None
 
 
 def sources(
