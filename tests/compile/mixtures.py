@@ -1,7 +1,7 @@
 """Which kernels of experts do the compile tests build? As in `catalogue`, few: their traits meet two by two.
 
-They multiply with the code of dense kernels, in which formats and scales meet tiles; here every tile meets the parts that
-are of experts alone: which product of a layer it is, how its gate and up become one, how activations get there.
+They multiply with the code of dense kernels, in which formats and scales meet tiles; here every tile meets the parts
+that are of experts alone: which product of a layer it is, how its gate and up become one, how activations get there.
 """
 
 from __future__ import annotations
@@ -111,7 +111,12 @@ def candidates(tile: sm90.Tile) -> Iterator[Traits]:
             yield kernel
 
 
-FAULTS: dict[str, tuple[Traits, ...]] = {}
+FAULTS: dict[str, tuple[Traits, ...]] = {
+    "two scales of a row in a block, 32 tokens in turns of four warpgroups: spills; what is left of that tile": (
+        Traits(sm90.Tile(32, 1, 4, 1, 1), "int7", "float16", 0, 128),
+        Traits(sm90.Tile(32, 1, 4, 1, 1), "int7", "bfloat16", 1, 128),
+    ),
+}
 """What went wrong once (docs/log) -> the kernels that showed it, or would."""
 
 

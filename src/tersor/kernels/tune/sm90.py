@@ -185,7 +185,7 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     """Predict the time of a launch in a chain of launches, in seconds.
 
     CTAs run in waves, as many as fit at a time. A wave takes as long as the longest of three: the arithmetic of its
-    busiest multiprocessor, the bytes of that one at the most it can take, and the bytes of all at what they share; those
+    busiest multiprocessor, the bytes of that one at the most it can take, the bytes of all at what they share. Bytes
     from L2 count in part: activations, and weights for all token tiles but one. To that come what a launch, each
     further wave and the exchange of split sums cost.
     """
