@@ -214,11 +214,11 @@ def fit(
                 bounds = [
                     (min(low, one) - 1e-6, max(high, 1.2 * one)) for one, (low, high) in zip(x0, BOUNDS, strict=True)
                 ]
-                bounds[1] = (max(bounds[1][0], least / unit), max(bounds[1][1], 1.3 * least / unit))
+                bounds[1] = (max(bounds[1][0], least / unit - 1e-6), max(bounds[1][1], 1.3 * least / unit))
                 bounds[3] = BOUNDS[3]
-                x0 = tuple(min(max(one, low), high) for one, (low, high) in zip(x0, bounds, strict=True))
+                inside = [min(max(one, low), high) for one, (low, high) in zip(x0, bounds, strict=True)]
                 found = differential_evolution(
-                    goal, bounds, x0=x0, maxiter=generations, popsize=5, seed=seed, polish=False, tol=1e-4
+                    goal, bounds, x0=inside, maxiter=generations, popsize=5, seed=seed, polish=False, tol=1e-4
                 )
                 goal(found.x)
         return {tile: cost.Cost(*(max(0.0, float(f"{one:.3g}")) for one in astuple(present[tile]))) for tile in tiles}

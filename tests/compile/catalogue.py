@@ -130,6 +130,10 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
         Traits(sm90.Tile(32, 2, 1, 1, 1), "fp5_e2m2"),
         Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", "bfloat16"),
     ),
+    "32 tokens, two CTAs of 384 threads, decode groups of 16 registers: one spilled while copying warps kept 40": (
+        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", gated=True),
+        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp7_e3m3", "bfloat16"),
+    ),
     "scales in groups of 32 and 64 and few tokens: no registers for fragments read once": (
         Traits(sm90.Tile(8, 3, 1, 1, 1), "fp6_e3m2", "float16", 32),
         Traits(sm90.Tile(16, 2, 2, 1, 1), "fp6_e3m2", "bfloat16", 64),
