@@ -20,7 +20,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -41,8 +41,8 @@ FIDELITY = 1.0
 """Weight of the mean error of predicted times beside the mean loss."""
 STEEPNESS = 5.0
 """What a loss of 1 costs beside itself; one of 0.1 costs a tenth of that."""
-BOUNDS = ((0.3, 2.5), (0.75, 1.25), (0.0, 0.2), (0.0, 4.0), (0.2, 2.5), (0.0, 1.3), (0.02, 0.5), (0.1, 1.0))
-"""Of each field of `Cost`, wider where it lies outside now; `block` is in units of what it is now."""
+BOUNDS = ((0.3, 2.5), (0.75, 1.25), (0.0, 0.2), (0.5, 4.0), (0.2, 2.5), (0.0, 1.3), (0.02, 0.5), (0.1, 1.0))
+"""Of each field of `Cost`, but of `item` wider where it lies outside now; `block` is in units of what it is now."""
 
 
 def read(paths: Iterable[Path], chip: Chip = CHIP) -> Times:
@@ -185,13 +185,13 @@ def fit(
 
     Differential evolution (Storn and Price, 1997) from the present costs, a tile at a time: first predictions of each
     come near its times, then in `rounds` over all tiles the loss becomes small. A CTA that has its multiprocessor to
-    itself anyway has no `lonely`.
+    itself anyway has no `lonely`, and no tile has less arithmetic than a narrower one (`least_block`).
     """
     from scipy.optimize import differential_evolution
 
     used = {sm90.tile_of(config) for timed in times.values() for config in timed}
     present = cost.of(chip.name)
-    tiles = [tile for tile in present if tile.tokens in tokens and tile in used]
+    tiles = [tile for tile in sorted(present, key=lambda tile: tile.tokens) if tile.tokens in tokens and tile in used]
     relevant = {key: timed for key, timed in times.items() if any(sm90.tile_of(config) in tiles for config in timed)}
     before, soft = dict(present), Soft(relevant, chip)
     try:
@@ -209,17 +209,34 @@ def fit(
                     return soft.loss() if turn else soft.error(tile)
 
                 start, block, *rest = astuple(now)
-                x0 = (start, block / before[tile].block, *rest)
+                unit, least = before[tile].block, least_block(tile, present)
+                x0 = (start, max(block, least) / unit, *rest)
                 bounds = [
                     (min(low, one) - 1e-6, max(high, 1.2 * one)) for one, (low, high) in zip(x0, BOUNDS, strict=True)
                 ]
+                bounds[1] = (max(bounds[1][0], least / unit - 1e-6), max(bounds[1][1], 1.3 * least / unit))
+                bounds[3] = BOUNDS[3]
+                inside = [min(max(one, low), high) for one, (low, high) in zip(x0, bounds, strict=True)]
                 found = differential_evolution(
-                    goal, bounds, x0=x0, maxiter=generations, popsize=5, seed=seed, polish=False, tol=1e-4
+                    goal, bounds, x0=inside, maxiter=generations, popsize=5, seed=seed, polish=False, tol=1e-4
                 )
                 goal(found.x)
         return {tile: cost.Cost(*(max(0.0, float(f"{one:.3g}")) for one in astuple(present[tile]))) for tile in tiles}
     finally:
         present.update(before)
+
+
+def least_block(tile: sm90.Tile, present: Mapping[sm90.Tile, cost.Cost]) -> float:
+    """Return what a tile's `block` is at the least: that of the next narrower tile like it, or 0.
+
+    Where a tile waits for bytes, times say little of its arithmetic, by which experts, that have other bytes, would go.
+    """
+    like = [
+        one
+        for one in present
+        if one.tokens < tile.tokens and one.few == tile.few and replace(one, tokens=tile.tokens) == tile
+    ]
+    return present[max(like, key=lambda one: one.tokens)].block if like else 0.0
 
 
 def text(chip: Chip, costs: Mapping[sm90.Tile, cost.Cost], fitted_to: str) -> str:

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
+
+from compile import mixtures
+from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
@@ -28,7 +31,6 @@ from tersor.layouts.packing import Packing, unsupported_reason
 
 CHIP_OF = {chip.capability: chip for chip in CHIPS.values()}
 """Compute capability -> a chip: rings are as deep as its shared memory allows."""
-GROUP_SIZES = (None, 128, 64, 32, 16)
 _SHARE = 10
 """Of the kernels of sm_80 that differ on sm_86 and sm_89 only by the depth of their ring, every so many-th is built."""
 
@@ -87,9 +89,6 @@ class Traits:
         return dense.sm90_source(packing, self.dtype, tile, slots, shared, self.gated, self.few_tokens)
 
 
-Pair: TypeAlias = tuple[object, object]
-
-
 def pairs(kernel: Traits) -> frozenset[Pair]:
     """Return the pairs of traits that meet in a kernel, of those that have to meet in some kernel."""
     tile, scheme = kernel.tile, kernel.scheme
@@ -120,16 +119,6 @@ def pairs(kernel: Traits) -> frozenset[Pair]:
     return frozenset(found)
 
 
-def width(tile: sm90.Tile) -> int:
-    """Return a tile's tokens, up to a power of two."""
-    return 1 << (tile.tokens - 1).bit_length()
-
-
-def alike(tile: sm90.Tile | int) -> sm90.Tile | int:
-    """Return what stands for all tiles that differ in tokens alone, between the same two powers of two."""
-    return tile if isinstance(tile, int) else replace(tile, tokens=width(tile))
-
-
 def _tokens(tile: sm90.Tile | int) -> object:
     """What stands for all tiles of about as many tokens with the same activations."""
     return ("tokens", tile) if isinstance(tile, int) else ("tokens", width(tile), tile.activations)
@@ -140,6 +129,10 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
         Traits(sm90.Tile(128, 3, 1, 1, 1), "fp6_e3m2"),
         Traits(sm90.Tile(32, 2, 1, 1, 1), "fp5_e2m2"),
         Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", "bfloat16"),
+    ),
+    "32 tokens, two CTAs of 384 threads, decode groups of 16 registers: one spilled while copying warps kept 40": (
+        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", gated=True),
+        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp7_e3m3", "bfloat16"),
     ),
     "scales in groups of 32 and 64 and few tokens: no registers for fragments read once": (
         Traits(sm90.Tile(8, 3, 1, 1, 1), "fp6_e3m2", "float16", 32),
@@ -187,7 +180,7 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
     ),
     "8-bit activations with scales in groups: sums set to zero made products wait for each other (C7515)": (
         Traits(sm90.Tile(128, 2, 1, 1, 1, Activations.E4M3), "fp6_e3m2", "float16", 128),
-        Traits(sm90.Tile(128, 1, 1, 1, 2, Activations.E4M3), "fp5_e2m2", "float16", 32),
+        Traits(sm90.Tile(112, 1, 1, 1, 2, Activations.E4M3), "fp5_e2m2", "float16", 32),
     ),
     "registers not given from warps that copy to those that multiply: products one after the other (C7512)": (
         Traits(sm90.Tile(128, 2, 1, 1, 1), "fp6_e3m2", "bfloat16"),
@@ -207,13 +200,13 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
 
 
 def candidates(tile: sm90.Tile | int) -> Iterator[Traits]:
-    """Yield kernels of a tile in their usual mode: formats, dtypes and group sizes all, the other traits by turns."""
+    """Yield kernels of a tile in their usual mode: all but dtypes of scales, which come by turns."""
     dtypes, scale_dtypes = decode_groups.PAIR_TARGETS, tuple(SCALE_DTYPES)
-    for (i, name), (j, dtype), (k, size) in itertools.product(
-        *map(list, map(enumerate, (names(), dtypes, GROUP_SIZES)))
+    for (i, name), (j, dtype), (k, size), gated in itertools.product(
+        *map(list, map(enumerate, (names(), dtypes, GROUP_SIZES))), (False, True)
     ):
         scale_dtype = scale_dtypes[(i + j + k) % len(scale_dtypes)] if size else "float16"
-        kernel = Traits(tile, name, dtype, size, scale_dtype, gated=(i + 2 * j + k) % 3 == 0)
+        kernel = Traits(tile, name, dtype, size, scale_dtype, gated)
         if kernel.exists():
             yield kernel
 
@@ -224,19 +217,15 @@ def fused() -> tuple[Traits, ...]:
     chosen = list(itertools.chain.from_iterable(FAULTS.values()))
     met = set[Pair]().union(*map(pairs, chosen))
     tiles = (*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3), *sm80.TILES)
-    options = {tile: {kernel: pairs(kernel) for kernel in candidates(tile)} for tile in tiles}
-
-    def choose(tile: sm90.Tile | int, wanted: set[Pair]) -> None:
-        while missing := wanted - met:
-            best = max(options[tile].items(), key=lambda item: (len(item[1] & missing), len(item[1] - met)))
-            chosen.append(best[0])
-            met.update(best[1])
-
-    for tile, kernels in options.items():
-        own = (tile, alike(tile), _tokens(tile))
-        choose(tile, {pair for found in kernels.values() for pair in found if pair[0] in own})
-    for tile, kernels in options.items():  # pairs that are of no tile
-        choose(tile, set[Pair]().union(*kernels.values()))
+    options: dict[sm90.Tile | int, dict[Traits, frozenset[Pair]]] = defaultdict(dict)
+    for tile in tiles:
+        options[alike(tile)].update((kernel, pairs(kernel)) for kernel in candidates(tile))
+    wanted = {like: set[Pair]().union(*kernels.values()) for like, kernels in options.items()}
+    for like, kernels in options.items():  # what alike tiles meet by themselves comes first: most of the rest is met so
+        own = (like, *(tile for tile in tiles if alike(tile) == like))
+        chosen += choose(kernels, {pair for pair in wanted[like] if pair[0] in own}, met)
+    for like, kernels in options.items():
+        chosen += choose(kernels, wanted[like], met)
     return tuple(dict.fromkeys(chosen))
 
 
@@ -252,16 +241,20 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
         found += [dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
+        found += mixtures.all_sources(chip)
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     return list(dict.fromkeys((*found, *around)))
 
 
 def _dequantizing() -> list[KernelSource]:
-    """Return kernels that decode for cuBLAS: every format in every dtype, with scales of all group sizes by turns."""
-    sizes = itertools.cycle(GROUP_SIZES)
-    schemes = ((Scheme(get(name), next(sizes)), dtype) for name in names() for dtype in decode_groups.PAIR_TARGETS)
-    return [dense.dequantize_source(Packing.of(*pair)) for pair in schemes if not unsupported_reason(*pair)]
+    """Return kernels that decode for cuBLAS: every format, with dtypes and group sizes by turns."""
+    sizes, dtypes, found = itertools.cycle(GROUP_SIZES), decode_groups.PAIR_TARGETS, []
+    for turn, name in enumerate(names()):
+        scheme = Scheme(get(name), next(sizes))
+        known = [dtype for dtype in dtypes if not unsupported_reason(scheme, dtype)]
+        found += [dense.dequantize_source(Packing.of(scheme, dtype)) for dtype in known[turn % 2 :][:1] or known[:1]]
+    return found
 
 
 def _routing() -> list[KernelSource]:

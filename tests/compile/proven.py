@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from compile import catalogue
+from compile import catalogue, mixtures
 
 from tersor.kernels.jit import KernelSource, arch_for, cache, compile_many, nvrtc
 
@@ -31,7 +31,8 @@ def known() -> dict[str, int]:
 def to_build(sources: list[KernelSource], capability: tuple[int, int], proven: dict[str, int]) -> list[KernelSource]:
     """Return which of a capability's kernels are built: all that is not proven, and a part of what is."""
     chip, arch = catalogue.CHIP_OF[capability], arch_for(capability)
-    faulty = {kernel.source(chip) for kernel in itertools.chain.from_iterable(catalogue.FAULTS.values())}
+    faults = (*catalogue.FAULTS.values(), *mixtures.FAULTS.values())
+    faulty = {kernel.source(chip) for kernel in itertools.chain.from_iterable(faults)}
     keys = {source: cache.key(source, arch) for source in sources}
     return [
         source

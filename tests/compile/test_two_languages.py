@@ -98,11 +98,12 @@ def test_scales_take_the_same_bytes(name: str, group_size: int | None, dtype: st
 
 def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> None:
     for tile, source in sm90_sources(get_scheme("fp6_e3m2")).items():
-        problem = tune.LinearProblem(oc=4096, ic=4096, n=1000, bits=6)
+        problem = tune.LinearProblem(oc=4096, ic=4096, n=4 * tile.tokens, bits=6)
         config = sm90.config(problem, tile, 0, 2, 1, H200)
         facts = {
             "linear::kRows": tile.rows,
             "linear::kThreads": tile.threads,
+            "linear::kComputeRegisters": tile.registers,
             "linear::kFew": tile.few,
             "linear::kTurns": tile.turns,
             "linear::kSlotsOfBlock": tile.x_slots_of_block,
@@ -188,6 +189,6 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
     assert threads > routing.MOST_EXPERTS and launched.shared == threads // 8 * (routing.MOST_EXPERTS + 1)
     launched, source = Launched(), routing.combine_source("float16")
     launch = routing.prepare_combine(launched, tokens=3, top_k=2, channels=4096, aligned=True)  # type: ignore[arg-type]
-    launch(stream=0, y=0, weights=0, position=0, blocks=0, addend=0, out=0, early=False)
+    launch(stream=0, y=0, weights=0, position=0, blocks=0, addend=0, out=0, ready=False, early=False)
     facts = {"combine::kThreads": launched.block[0], "4096 / combine::kThreads / combine::kChannels": launched.grid[1]}
     check(source.header, source, facts)

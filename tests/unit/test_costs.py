@@ -61,11 +61,14 @@ def test_the_kept_sweep_and_what_the_chooser_loses_by_it(costs: ModuleType) -> N
     path = BENCH / "results" / "sweep_h200.csv"
     times = costs.read([path])
     with path.open(newline="") as file:
-        rows = sum(1 for _ in file) - 1
-    assert sum(map(len, times.values())) == rows, "every row is a candidate"
+        rows = {tuple(row[:-1]) for row in csv.reader(file)}
+    assert sum(map(len, times.values())) == len(rows) - 1, "every row is a candidate"
     losses = [costs.loss(problem, timed) for (_, problem), timed in times.items()]
-    assert sum(losses) / len(losses) < 1.015
-    assert max(losses) < 1.18
+    assert sum(losses) / len(losses) < 1.0085
+    assert max(losses) < 1.11
+    many = [costs.loss(problem, timed) for (_, problem), timed in times.items() if problem.n > 16]
+    assert sum(many) / len(many) < 1.009
+    assert max(many) < 1.095
     table = costs.table(times)
     assert "int4:g128 16bit     16        16" in table
     assert table.count("\n") == len({(name, problem.n) for name, problem in times})
@@ -135,6 +138,15 @@ def test_a_sweep_times_the_best_of_every_tile_first_and_what_is_near_the_best_ag
     assert all(microseconds <= sweep.NEAR * least[cell] for cell, _, microseconds in all_of_it[jobs:])
     left = iter([True] * 5 + [False])
     assert list(sweep.sweep(wanted, timed, lambda: next(left), 2)) == all_of_it[:5]
+
+
+def test_the_first_of_large_products_is_timed_again_once_the_gpu_is_warm(sweep: ModuleType) -> None:
+    _, (cell,) = sweep.parsed(["out.csv", "8192x8192", "--n", "200", "--activations", "16bit"])
+    configs = sweep.plausible(cell.problem, H200, 1.6)[:2]
+    for cold, times in ((100.0, [100.0, 200.0]), (180.0, [200.0, 200.0])):
+        left = iter([cold, 200.0, 200.0])
+        found = list(sweep.sweep({cell: configs}, lambda cell, config, left=left: next(left), lambda: True, 1))
+        assert [microseconds for _, _, microseconds in found] == times
 
 
 def test_a_configuration_that_fails_is_named_and_the_sweep_goes_on(sweep: ModuleType) -> None:

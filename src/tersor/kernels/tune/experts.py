@@ -27,6 +27,8 @@ _LAST_WAVE = 0.25
 """Of a wave of CTAs, how much more than its share the last one takes on average."""
 _LONG = 256
 """Beyond so many tokens an expert, blocks are counted by the mean alone."""
+_MOST_SCALE_GROUPS = {Tile(32, 1, 4, 1, 1): 1}
+"""How many scales of a row in a block a tile has registers for, where it has for fewer than in a dense kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,16 +132,19 @@ def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
 
 
 def tiles(problem: ExpertsProblem) -> tuple[Tile, ...]:
-    """Return the tile shapes that can run a problem."""
-    available = sm90.tiles(problem.scale_groups, problem.activations)
+    """Return the tile shapes that can run a problem.
+
+    CTAs share nothing: which of them would be a cluster is not known before the tokens are.
+    """
+    groups = problem.scale_groups
+    available = (
+        tile
+        for tile in sm90.tiles(groups, problem.activations)
+        if tile.cluster == 1 and groups <= _MOST_SCALE_GROUPS.get(tile, groups)
+    )
     if problem.batch_invariant:
-        return tuple(tile for tile in available if tile.channel_groups == 1 and not tile.fast_sums and _alone(tile))
-    return tuple(tile for tile in available if _alone(tile))
-
-
-def _alone(tile: Tile) -> bool:
-    """Whether a tile's CTAs share nothing: which of them would be a cluster is not known before the tokens are."""
-    return tile.cluster == 1
+        return tuple(tile for tile in available if tile.channel_groups == 1 and not tile.fast_sums)
+    return tuple(available)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -49,6 +49,8 @@ _ACHIEVED = 0.9
 """Of the datasheet's bandwidth."""
 _SHARE = {1: 1.3, 2: 1.4}
 """CTAs meant to share a multiprocessor -> what one multiprocessor can take of that bandwidth, in even shares."""
+_X_FROM_L2, _WEIGHTS_FROM_L2 = 0.25, 0.5
+"""What a byte from L2 costs of one from memory: of activations, and of weights that another token tile reads, too."""
 
 
 def config(
@@ -183,9 +185,9 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     """Predict the time of a launch in a chain of launches, in seconds.
 
     CTAs run in waves, as many as fit at a time. A wave takes as long as the longest of three: the arithmetic of its
-    busiest multiprocessor, the bytes of that one at the most it can take, and the bytes of all at what they share;
-    activations, which come from L2, count a quarter. To that come what a launch, each further wave and the exchange of
-    split sums cost.
+    busiest multiprocessor, the bytes of that one at the most it can take, the bytes of all at what they share. Bytes
+    from L2 count in part: activations, and weights for all token tiles but one. To that come what a launch, each
+    further wave and the exchange of split sums cost.
     """
     tile = tile_of(config)
     costs = cost.of(chip.name)[tile]
@@ -193,9 +195,9 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
     shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
     tokens = tile_tokens(tile, problem.n)
-    block_bytes = (
-        tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + tokens * BLOCK_IC * problem.activations.bits / 32
-    )
+    from_memory = (1 + _WEIGHTS_FROM_L2 * (config.token_tiles - 1)) / config.token_tiles
+    block_bytes = from_memory * tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
+    block_bytes += _X_FROM_L2 * tokens * BLOCK_IC * problem.activations.bits / 8
     total, waves = costs.start, 0
     if tile.e4m3:
         total += _QUANTISED_MILLION * problem.n * problem.ic * 1e-6

@@ -73,7 +73,7 @@ class Tile:
     def registers(self) -> int:
         """What the kernel gives a thread that multiplies: an even share, and what those that copy can spare."""
         evenly = 65536 // (self.resident * self.threads) // 8 * 8
-        copying = 128 * (48 if self.resident == 1 else 40)
+        copying = 128 * (48 if self.resident == 1 else 32 if self.row_groups > 1 and self.tokens > FEW_TOKENS else 40)
         return min(240, (evenly * self.threads - copying) // (self.threads - 128) // 8 * 8)
 
     @property

@@ -55,8 +55,9 @@ constexpr int kExchangeBytes = kMany ? kRowGroups * kStoreBytes : kFinishers * (
 constexpr int kPartBytes = kFinishers * kSums * 4;
 constexpr int kSharedBytes = kExchangeAt + kExchangeBytes + GATHER_ROOM * kPartBytes;
 
-// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away.
-constexpr int kCopyRegisters = RESIDENT == 1 ? 48 : 40;
+// The register file is dealt out evenly at the start; the copying warpgroup then gives most of its share away, and more
+// where two CTAs of 384 threads have 32 tokens: decode groups of 16 registers spill one in what is left otherwise.
+constexpr int kCopyRegisters = RESIDENT == 1 ? 48 : (kRowGroups > 1 && kTokens > 16 ? 32 : 40);
 constexpr int kEvenRegisters = 65536 / (RESIDENT * kThreads) / 8 * 8;
 constexpr int kSpareRegisters = (kEvenRegisters * kThreads - 128 * kCopyRegisters) / kConsumers / 8 * 8;
 constexpr int kComputeRegisters = kSpareRegisters > 240 ? 240 : kSpareRegisters;
