@@ -9,6 +9,7 @@ from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS
+from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
 from tersor.ops import dispatch, prepared, reference
 
@@ -135,20 +136,15 @@ def test_kernels_for_a_model() -> None:
         return [source.name.removeprefix("tersor_") for source in sources]
 
     older = [f"linear_sm80_fp6_e3m2_float16_n{tile}" for tile in (8, 16, 32, 64)]
-    few = (
-        *("64x8_k2c1r2", "64x8_k4c1r1", "128x8_k1c1r2", "192x8_k1c1r1"),
-        *("64x16_k2c1r2", "64x16_k4c1r1", "128x16_k1c1r2", "128x16_k2c1r1", "192x16_k1c1r1"),
-    )
-    some = ("64x32_k1c1r2", "64x32_k4c1r1", "128x32_k1c1r1", "128x32_k1c1r2", "192x32_k1c1r1")
-    more = ("64x64_k1c1r2", "128x64_k1c1r1", "192x64_k1c1r1", "64x128_k1c1r2", "128x128_k1c1r1")
-    many = ("192x128_k1c1r1", "128x256_k1c2r1")
     rest = ["dequantize_fp6_e3m2_float16", "epilogue_float16"]
     assert names("fp6_e3m2", None, "NVIDIA A100") == [*older, *rest]
-    in_groups = (*few, *some, *more)
-    by_rows = (*in_groups, *many)
-    for group, tiles in ((None, by_rows), (128, in_groups)):
-        newer = [f"linear_sm90_fp6_e3m2_float16_{tile}" for tile in tiles]
+    for group, in_block in ((None, 0), (128, 1)):
+        newer = [
+            f"linear_sm90_fp6_e3m2_float16_{tile.rows}x{tile.tokens}_k{tile.channel_groups}c{tile.cluster}r{tile.resident}"
+            for tile in sm90.tiles(in_block)
+        ]
         assert names("fp6_e3m2", group, "NVIDIA H200") == [*older, *newer, *rest]
+    assert len(sm90.tiles(1)) < len(sm90.tiles(0)) < 45
     assert names("fp8_e6m1", None, "NVIDIA H200") == []
     assert names("uint4", None, "NVIDIA A100")[0] == "linear_sm80_uint4_float16_n8"
 
