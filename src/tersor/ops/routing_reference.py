@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from tersor.kernels.routing import Choice
+from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.ops.tables import Tables, blocks_offset, elements
 
 

@@ -1,4 +1,4 @@
-"""The sm80 schedule for the experts of a layer: a CTA a tile, in a grid for as many blocks of tokens as there can be."""
+"""The sm80 schedule for the experts of a layer: a CTA a tile, in a grid with room for however tokens are routed."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 // A tile of 128 rows by N_TILE tokens with mma.sync, for any kernel of the sm80 schedule: a ring of packed blocks and
 // activations that cp.async fills, products, the exchange of sums, scales and the rounded result.
 //
-// A CTA has 8 warps of 16 rows. It walks through blocks of 128 input channels with STAGES slots in shared memory; a slot
-// holds one block for each warp and the activations of those channels. Where the input channels of a tile are split,
-// the parts add up in a float32 workspace: the CTA that arrives last adds them in their order, so the result does not
-// depend on who that was.
+// A CTA has 8 warps of 16 rows. It walks through blocks of 128 input channels with STAGES slots in shared memory; a
+// slot holds one block for each warp and the activations of those channels. Where the input channels of a tile are
+// split, the parts add up in a float32 workspace: the CTA that arrives last adds them in their order, so the result does
+// not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
 // SHARED_BYTES (what the launch asks for), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is

@@ -1,7 +1,7 @@
-// y[P, OC] = x @ W_e^T + bias_e on sm_80 and newer for P pairs of a token and an expert e that it was routed to, sorted by
-// expert: the product of all experts of a layer in one launch, whose grid has room for however the tokens are routed. A
-// CTA takes a tile of 128 rows by up to N_TILE pairs of one expert, or one split of it; those for which there is no block
-// of pairs in the table on the device end at once. An expert to which no token came is not read.
+// y[P, OC] = x @ W_e^T + bias_e on sm_80 and newer for P pairs of a token and an expert e that it was routed to, sorted
+// by expert: the product of all experts of a layer in one launch, whose grid has room for however the tokens are routed.
+// A CTA takes a tile of 128 rows by up to N_TILE pairs of one expert, or one split of it; CTAs for which the table on
+// the device has no block of pairs end at once. An expert to which no token came is not read.
 //
 // CTAs are launched along gridDim.x first: blocks of pairs, so that those of one expert read its weights at about the
 // same time, and all but one of them from L2. There are gridDim.x blocks in a run; a run meets all row tiles (y) before
