@@ -109,14 +109,16 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
     """Predict the time of a launch whose tokens go to experts at random, in seconds.
 
     As `sm80.seconds`, with as many tiles as are expected: weights of experts that get tokens come from memory once,
-    those of further tokens of an expert, and all activations, from L2.
+    those of further tokens of an expert, and all activations, from L2. The sums that splits exchange count as bytes of
+    memory, written and read.
     """
     hit, blocks_hit = expected_blocks(problem.tokens, problem.top_k / problem.experts, config.block_tokens)
     expected = problem.experts * blocks_hit
     weight_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes)
     blocks, from_memory = -(-problem.ic // BLOCK_IC), hit / blocks_hit
     x_bytes = problem.tokens * problem.top_k / expected * BLOCK_IC * 2
-    return sm80.launch_seconds(
+    exchanged = 8 * problem.tokens * problem.top_k * problem.oc * config.splits if config.splits > 1 else 0
+    run = sm80.launch_seconds(
         tile=config.block_tokens,
         ctas=max(1, round(expected * config.row_tiles)) * config.splits,
         resident=config.resident,
@@ -125,6 +127,7 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
         block_bytes=weight_bytes * (from_memory + _FROM_L2 * (1 - from_memory)) + _FROM_L2 * x_bytes,
         chip=chip,
     )
+    return run + exchanged / chip.bandwidth
 
 
 def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[Sm80ExpertsConfig, Sm80ExpertsConfig]:
