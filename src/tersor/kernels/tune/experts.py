@@ -124,13 +124,6 @@ def tiles(problem: ExpertsProblem) -> tuple[Tile, ...]:
     return tuple(tile for tile in available if _alone(tile))
 
 
-def shapes(problem: ExpertsProblem, chip: Chip) -> tuple[EitherConfig, ...]:
-    """Return a configuration of every compiled shape that a chip has for a problem; none where it has no kernel."""
-    if schedule(chip) == SM90:
-        return tuple(config(problem, tile, chip) for tile in tiles(problem))
-    return tuple(config for config in experts_sm80.candidates(problem, chip) if config.splits == 1)
-
-
 def _alone(tile: Tile) -> bool:
     """Whether a tile's CTAs share nothing: which of them would be a cluster is not known before the tokens are."""
     return tile.cluster == 1
@@ -176,3 +169,10 @@ def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip) -> float:
     memory = read * blocks / (chip.bandwidth * _ACHIEVED) * 1e6
     start = costs.start + (0 if gathers else _ORDERING)
     return (start + max(length * blocks * block, memory) + max(0.0, waves - 1) * costs.item) * 1e-6
+
+
+def shapes(problem: ExpertsProblem, chip: Chip) -> tuple[EitherConfig, ...]:
+    """Return a configuration of every compiled shape that a chip has for a problem; none where it has no kernel."""
+    if schedule(chip) == SM90:
+        return tuple(config(problem, tile, chip) for tile in tiles(problem))
+    return tuple(config for config in experts_sm80.candidates(problem, chip) if config.splits == 1)
