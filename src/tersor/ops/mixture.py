@@ -7,6 +7,7 @@ once (`ops.grouped`) where there are such, else an expert at a time.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -17,9 +18,22 @@ from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.ops import autocast, current, dense, gradient, grouped, multiply, reference, routing, serve_routing
 from tersor.ops.gates import Gate
+from tersor.ops.tables import Tables
 
 _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The weights of a layer's experts and what is added to their sums, as in `experts`."""
+
+    gate_up: StackedWeight
+    down: StackedWeight
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    gate: Gate
+
 
 _library = torch.library.Library("tersor", "FRAGMENT")
 _WEIGHT = "Tensor {0}_data, Tensor {0}_scale, Tensor? {0}_zero_point, str {0}_scheme, int[] {0}_shape, str {0}_layout"
@@ -65,14 +79,15 @@ def experts(
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
     x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
-    _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
+    layer = _Layer(gate_up, down, gate_up_bias, down_bias, gate)
+    _check(x, layer, index, weights, addend)
     tensors = [tensor for tensor in (x, weights, gate_up_bias, down_bias, addend) if tensor is not None]
     if any(gradient.wanted(tensor) for tensor in tensors):
-        return _one_by_one(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
+        return _one_by_one(x, layer, index, weights, addend)
     if torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors):
         parts = (*_described(gate_up), *_described(down))
         return _operator(x, index, weights, *parts, gate_up_bias, down_bias, addend, int(gate))
-    return _serve(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
+    return _serve(x, layer, index, weights, addend)
 
 
 def routed_experts(
@@ -120,11 +135,12 @@ def routed_experts(
             addend=addend,
             gate=gate,
         )
+    layer = _Layer(gate_up, down, gate_up_bias, down_bias, gate)
     with _on_device(x):
         chosen = grouped.prepared(x, gate_up, down, top_k, gate)
         index, weights, tables = routing.route_tables(logits, top_k, chosen.block_tokens, **options)
-        _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)
-        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
+        _check(x, layer, index, weights, addend)
+        y = _products(x, layer, tables, top_k, chosen)
         return serve_routing.combine(y, weights, tables, addend, ready=True)
 
 
@@ -155,37 +171,29 @@ def _on_device(x: torch.Tensor) -> AbstractContextManager[object]:
 
 def _serve(
     x: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    layer: _Layer,
     index: torch.Tensor,
     weights: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
     addend: torch.Tensor | None,
-    gate: Gate,
 ) -> torch.Tensor:
     """Serve a checked call at which nobody looks."""
-    if not index.numel() or grouped.obstacle(x, gate_up, down):
-        return _one_by_one(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, gate)
+    if not index.numel() or grouped.obstacle(x, layer.gate_up, layer.down):
+        return _one_by_one(x, layer, index, weights, addend)
     top_k = index.shape[1]
     weights = weights.to(torch.float32).contiguous()  # ahead of all launches, which follow each other closely
     with _on_device(x):
-        chosen = grouped.prepared(x, gate_up, down, top_k, gate)
-        tables = routing.tables(index, gate_up.experts, chosen.block_tokens)
-        y = grouped.products(x, gate_up, down, tables, top_k, gate_up_bias, down_bias, chosen)
+        chosen = grouped.prepared(x, layer.gate_up, layer.down, top_k, layer.gate)
+        tables = routing.tables(index, layer.gate_up.experts, chosen.block_tokens)
+        y = _products(x, layer, tables, top_k, chosen)
         return serve_routing.combine(y, weights, tables, addend, ready=True)
 
 
 def _one_by_one(
     x: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    layer: _Layer,
     index: torch.Tensor,
     weights: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
     addend: torch.Tensor | None,
-    gate: Gate,
 ) -> torch.Tensor:
     """Serve a call an expert at a time, by the operators of single weights: on a CPU this is the definition.
 
@@ -193,23 +201,23 @@ def _one_by_one(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.zeros(*index.shape, x.shape[1], dtype=wide, device=x.device)
-    for expert in range(gate_up.experts):
+    for expert in range(layer.gate_up.experts):
         tokens, ranks = (index == expert).nonzero(as_tuple=True)
         if not len(tokens):
             continue
-        bias = None if gate_up_bias is None else gate_up_bias[expert]
-        inner = _inner(x[tokens], gate_up, expert, bias, gate)
-        outer = multiply.linear(inner if x.is_cuda else inner.to(wide), down.expert(expert)).to(wide)
-        if down_bias is not None:
-            outer = outer + down_bias[expert].to(wide)
+        inner = _inner(x[tokens], layer, expert)
+        outer = multiply.linear(inner if x.is_cuda else inner.to(wide), layer.down.expert(expert)).to(wide)
+        if layer.down_bias is not None:
+            outer = outer + layer.down_bias[expert].to(wide)
         pairs = pairs.index_put((tokens, ranks), outer)
     total = (pairs * weights.to(wide).unsqueeze(-1)).sum(1)
     return (total if addend is None else total + addend).to(x.dtype)
 
 
-def _inner(x: torch.Tensor, gate_up: StackedWeight, expert: int, bias: torch.Tensor | None, gate: Gate) -> torch.Tensor:
+def _inner(x: torch.Tensor, layer: _Layer, expert: int) -> torch.Tensor:
     """Return gate and up of an expert as one, [N, F] in x's dtype."""
-    weight = gate_up.expert(expert)
+    weight, gate = layer.gate_up.expert(expert), layer.gate
+    bias = None if layer.gate_up_bias is None else layer.gate_up_bias[expert]
     if gate is Gate.SILU:
         return multiply.gated_linear(x, weight, bias)
     if gradient.wanted(x) or x.is_cuda:
@@ -217,17 +225,17 @@ def _inner(x: torch.Tensor, gate_up: StackedWeight, expert: int, bias: torch.Ten
     return reference.linear(x, weight, bias, gated=True, gate=gate)
 
 
+def _products(x: torch.Tensor, layer: _Layer, tables: Tables, top_k: int, chosen: grouped.Prepared) -> torch.Tensor:
+    """Run every pair through its expert by kernels: returns [P, H] in the order of the tables."""
+    biases = (layer.gate_up_bias, layer.down_bias)
+    return grouped.products(x, layer.gate_up, layer.down, tables, top_k, *biases, chosen)
+
+
 def _check(
-    x: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
-    index: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-    addend: torch.Tensor | None,
+    x: torch.Tensor, layer: _Layer, index: torch.Tensor, weights: torch.Tensor, addend: torch.Tensor | None
 ) -> None:
     """Raise ShapeError where the tensors of a call do not fit each other."""
+    gate_up, down = layer.gate_up, layer.down
     count, rows, hidden = gate_up.shape
     inner = gated_channels(rows)
     if down.shape != (count, hidden, inner):
@@ -246,8 +254,8 @@ def _check(
         found = f"{list(index.shape)} {index.dtype}"
         raise ShapeError(f"experts: index is {found}, expected int32 or int64 {list(weights.shape)} as weights")
     beside = (
-        ("gate_up_bias", gate_up_bias, (count, rows)),
-        ("down_bias", down_bias, (count, hidden)),
+        ("gate_up_bias", layer.gate_up_bias, (count, rows)),
+        ("down_bias", layer.down_bias, (count, hidden)),
         ("addend", addend, tuple(x.shape)),
     )
     for name, tensor, shape in beside:
@@ -255,7 +263,7 @@ def _check(
             raise ShapeError(
                 f"experts: {name} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {x.dtype}"
             )
-    for other in (gate_up.data, down.data, index, weights, gate_up_bias, down_bias, addend):
+    for other in (gate_up.data, down.data, index, weights, layer.gate_up_bias, layer.down_bias, addend):
         if other is not None and other.device != x.device:
             raise ShapeError(f"experts: x is on {x.device}, a tensor beside it on {other.device}")
 
@@ -278,11 +286,11 @@ def _weight(
     return StackedWeight(Scheme.from_key(scheme), (experts, oc, ic), data, scale, zero_point, layout)
 
 
-def _served(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: object) -> torch.Tensor:
-    gate_up, down = _weight(*rest[:6]), _weight(*rest[6:12])  # type: ignore[arg-type]
-    gate_up_bias, down_bias, addend, gate = rest[12:]
-    _check(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend)  # type: ignore[arg-type]
-    return _serve(x, gate_up, down, index, weights, gate_up_bias, down_bias, addend, Gate(gate))  # type: ignore[arg-type]
+def _served(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
+    gate_up, down, (gate_up_bias, down_bias, addend, gate) = _weight(*rest[:6]), _weight(*rest[6:12]), rest[12:]
+    layer = _Layer(gate_up, down, gate_up_bias, down_bias, Gate(gate))
+    _check(x, layer, index, weights, addend)
+    return _serve(x, layer, index, weights, addend)
 
 
 def _shape_only(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: object) -> torch.Tensor:
