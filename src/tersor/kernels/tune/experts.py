@@ -117,7 +117,7 @@ def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
 
 
 def tiles(problem: ExpertsProblem) -> tuple[Tile, ...]:
-    """Return the tile shapes of the sm90 schedule that can run a problem."""
+    """Return the tile shapes that can run a problem."""
     available = sm90.tiles(problem.scale_groups, problem.activations)
     if problem.batch_invariant:
         return tuple(tile for tile in available if tile.channel_groups == 1 and not tile.fast_sums and _alone(tile))
