@@ -173,7 +173,7 @@ def test_every_tile_is_the_definition_whoever_gets_the_tokens(monkeypatch: pytes
     jit.compile_many(sources, jit.arch_for((9, 0)))
     for kind, tile in pairs:
         gate_up, down, biases = layers[kind]
-        forced(monkeypatch, lambda problem, chip, tile=tile: tune.config(problem, tile, chip))  # type: ignore[misc]
+        forced(monkeypatch, lambda problem, chip, tile=tile: tune.config(problem, tile, chip))
         for tokens in (1, 3, 40, 300):
             x = torch.randn(tokens, gate_up.shape[2], device="cuda", dtype=kind[2])
             weights = torch.rand(tokens, TOP_K, device="cuda")
@@ -208,7 +208,7 @@ def test_every_tile_of_the_sm80_schedule_is_the_definition_in_whole_and_in_parts
         for splits, tokens in ((1, 1), (2, 3), (1, 40), (2, 300)):
             forced(
                 monkeypatch,
-                lambda problem, chip, tile=tile, splits=splits: experts_sm80.config(  # type: ignore[misc]
+                lambda problem, chip, tile=tile, splits=splits: experts_sm80.config(
                     problem, tile, min(splits, -(-problem.ic // 128)), chip
                 ),
             )

@@ -131,8 +131,10 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
 
 
 def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[Sm80ExpertsConfig, Sm80ExpertsConfig]:
-    """Return the configurations of two products of the same tokens: of all with blocks of as many tokens as each other
-    those of the least predicted time."""
+    """Return the configurations of two products of the same tokens, which share the routing tables.
+
+    Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time.
+    """
 
     def best(problem: ExpertsProblem) -> dict[int, tuple[float, Sm80ExpertsConfig]]:
         found: dict[int, tuple[float, Sm80ExpertsConfig]] = {}
