@@ -88,6 +88,8 @@ def main() -> None:
         return
     if arguments.output is None:
         parser.error("say where the rows go, or --from which file they come")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise SystemExit("sweep_experts.py: needs a GPU of compute capability 9.0")
     tokens = [int(count) for count in arguments.tokens.split(",")]
     sweep(arguments.output, arguments.models.split(","), tokens, arguments.seconds)
 

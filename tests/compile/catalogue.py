@@ -22,10 +22,11 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import dense, routing
+from tersor.kernels import dense, experts, routing
 from tersor.kernels.jit import KernelSource
+from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm80, sm90
-from tersor.kernels.tune.problem import FEW_TOKENS
+from tersor.kernels.tune.problem import FEW_TOKENS, SM90
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing, unsupported_reason
 
@@ -244,7 +245,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += mixtures.all_sources(chip)
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
-    return list(dict.fromkeys((*found, *around)))
+    return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
 
 
 def _dequantizing() -> list[KernelSource]:
@@ -282,3 +283,30 @@ def _epilogues() -> list[KernelSource]:
     kinds = itertools.product((("fp6_e3m2", None), ("uint4", None), ("fp6_e3m2", 128)), decode_groups.PAIR_TARGETS)
     packings = [Packing.of(Scheme(get(name), size), dtype) for (name, size), dtype in kinds]
     return [dense.epilogue_source(packing, gated) for gated in (False, True) for packing in packings]
+
+
+_OLDER_EXPERTS = (
+    (8, "fp6_e3m2", "float16", None, 1),
+    (8, "uint4", "bfloat16", 128, 0),
+    (16, "int4", "float16", 64, 2),
+    (16, "fp5_e2m2", "bfloat16", None, 0),
+    (32, "uint8", "float16", None, 3),
+    (32, "fp4_e2m1", "bfloat16", 32, 0),
+    (64, "fp6_e3m2", "float16", 16, 4),
+    (64, "fp5_e2m2", "bfloat16", 32, 0),
+)
+"""Tokens of a tile, format, dtype, group size and gate: what the sm80 schedule's kernel of experts is built with."""
+
+
+def _older_experts(capability: tuple[int, int]) -> list[KernelSource]:
+    """Return kernels of experts of the sm80 schedule; those of sm_86 and sm_89 have rings of other depths, two each."""
+    if tune.schedule(CHIP_OF[capability]) == SM90:
+        return []
+    found = []
+    for tokens, name, dtype, size, gate in _OLDER_EXPERTS if capability == (8, 0) else _OLDER_EXPERTS[::6]:
+        packing = Packing.of(Scheme(get(name), size), dtype)
+        problem = tune.ExpertsProblem.of(packing, (1, 128, 128), 1, 1)
+        shapes = tune.shapes(problem, CHIP_OF[capability])
+        chosen = next(config for config in shapes if config.block_tokens == tokens)
+        found.append(experts.source(packing, dtype, chosen, gate, False))
+    return found

@@ -17,10 +17,11 @@ ARCH = "compute_90a"
 """PTX: a header's names and types are checked, and nothing is made into machine code."""
 
 
-def whole(scheme: str = "fp6_e3m2", group_size: int | None = None) -> KernelSource:
-    """A kernel whose parameters are those of every header that defines no kernel itself."""
-    sources = dense.sources(Packing.of(get_scheme(scheme, group_size), "float16"), chip_named("H200"), gated=True)
-    return next(source for source in sources if source.header == "dense/sm90_linear.cuh")
+def whole(name: str) -> KernelSource:
+    """A kernel whose parameters are those of a header that defines no kernel itself, of the schedule that it is of."""
+    sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gated=True)
+    schedule = "sm80" if "sm80" in name else "sm90"
+    return next(source for source in sources if source.header == f"dense/{schedule}_linear.cuh")
 
 
 def parts() -> list[str]:
@@ -33,7 +34,7 @@ def alone(name: str, **changes: str) -> KernelSource:
     """A kernel that does nothing, of a text that includes one header and nothing else."""
     text = f'#include "{name}"\nextern "C" __global__ void TERSOR_ENTRY(int* x) {{ *x = 0; }}\n'
     texts = {"alone.cuh": text, **changes}
-    return KernelSource("tersor_test_alone", "alone.cuh", whole("uint4", 64).parameters, "P", texts=texts)
+    return KernelSource("tersor_test_alone", "alone.cuh", whole(name).parameters, "P", texts=texts)
 
 
 @pytest.mark.parametrize("name", parts())

@@ -178,6 +178,16 @@ def test_every_tile_of_the_sm80_schedule_meets_every_kind_of_scale_and_size_of_d
         assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
 
 
+def test_every_tile_of_experts_in_the_sm80_schedule_is_built_in_both_products() -> None:
+    kernels = [source.parameters for source in catalogue.all_sources((8, 0)) if source.header.endswith("0_experts.cuh")]
+    assert {(one["N_TILE"], one["GATHERS_TOKENS"]) for one in kernels} == set(
+        itertools.product(sm80.TILES, (False, True))
+    )
+    assert {one["EPILOGUE"] for one in kernels} == set(range(5))
+    assert {one["SCALE_GROUPS"] for one in kernels} == {0, 1, 2, 4, 8}
+    assert {one["BF16"] for one in kernels} == {one["ZERO_POINTS"] for one in kernels} == {False, True}
+
+
 DECODERS = {
     (int(target == "bfloat16"), group.registers, int(group.finish))
     for target, name in itertools.product(decode_groups.PAIR_TARGETS, names())

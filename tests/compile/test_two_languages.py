@@ -14,8 +14,10 @@ import pytest
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
 from tersor.kernels import dense, routing, tune
+from tersor.kernels import experts as of_experts
 from tersor.kernels.jit import KernelSource, nvrtc
-from tersor.kernels.tune import sm80, sm90
+from tersor.kernels.tune import experts_sm80, sm80, sm90
+from tersor.kernels.tune.experts_problem import ExpertsProblem
 from tersor.layouts import decode_groups
 from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC
 from tersor.layouts.packing import Packing
@@ -137,6 +139,17 @@ def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
             check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kRows": sm80.ROWS})
         else:
             check("dense/sm90_pipeline.cuh", source, {"linear::kThreads": sm90.tile_of(config).threads})
+    of = packing(scheme)
+    problem = ExpertsProblem.of(of, (8, 512, 512), 4, 2)
+    config = experts_sm80.config(problem, 16, 2, chip_named("A100"))
+    assert config.floats // config.counters == 2 * sm80.ROWS * 16 and config.grid == (8, 512 // sm80.ROWS, 2)
+    run = of_experts.prepare(
+        launched, config, bf16=False, oc=512, ic=512, tokens=4, top_k=2, gathers=True, most_blocks=8, factor=1.0
+    )  # type: ignore[arg-type]
+    places = ("weight", "scale", "bias", "x", "x_stride", "x_scale", "order", "blocks", "y", "partial", "arrived")
+    run(stream=0, early=False, **dict.fromkeys(places, 0))
+    source = of_experts.source(of, "float16", config, 1, False)
+    check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kTokens": 16})
     dense.prepare_quantize(launched, n=3, ic=100)(stream=0, x=0, x_stride=104, codes=0)  # type: ignore[arg-type]
     source = dense.quantize_source("float16")
     check(source.header, source, {"quantize::kThreads": launched.block[0]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.kernels import dense
 from tersor.kernels.tune import experts as tune
-from tersor.kernels.tune import sm80, sm90
+from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block
 from tersor.ops import dispatch, grouped, routing
@@ -24,8 +25,8 @@ def main() -> None:
         run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416, fp8=False)
     if chip.capability == (9, 0):
         run(formats.get_scheme("fp6_e3m2"), chip.capability, 200, 416, fp8=True)
-        experts(Activations.NATIVE)
         experts(Activations.E4M3)
+    experts(Activations.NATIVE)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
     torch.cuda.synchronize()
@@ -41,7 +42,10 @@ def route(tokens: int) -> None:
 
 
 def experts(activations: Activations) -> None:
-    """Run a layer of experts, one of which gets no token and one most, through every tile, by few CTAs."""
+    """Run a layer of experts, one of which gets no token and one most, through every tile of every schedule.
+
+    Those of the sm90 schedule by few CTAs, those of the sm80 schedule in whole and in parts.
+    """
     chip, scheme, top_k = hardware.of_device(0), formats.get_scheme("fp6_e3m2"), 2
     layout = dispatch.E4M3_LAYOUT if activations is Activations.E4M3 else "tiles_float16"
     sizes = ((2 * 136, 256), (256, 136))  # gate and up, down
@@ -57,8 +61,14 @@ def experts(activations: Activations) -> None:
     problems = [tune.ExpertsProblem.of(weight.packing, weight.shape, 21, top_k, activations) for weight in pair]
     x, factors = torch.randn(21, 256, device="cuda").half(), torch.rand(21, top_k, device="cuda")
     index = torch.randint(0, 5, (21, top_k), device="cuda", dtype=torch.int32).clamp(max=2)
-    for tile in tune.tiles(problems[0]):
-        configs = [replace(tune.config(problem, tile, chip), ctas=3) for problem in problems]
+    tried: list[list[tune.EitherConfig]] = []
+    if chip.capability == (9, 0):
+        for tile in tune.tiles(problems[0]):
+            tried.append([replace(tune.config(problem, tile, chip), ctas=3) for problem in problems])
+    if activations is Activations.NATIVE:
+        for tokens, splits in itertools.product(experts_sm80.TILES, (1, 2)):
+            tried.append([experts_sm80.config(problem, tokens, splits, chip) for problem in problems])
+    for configs in tried:
         grouped.configs = lambda *call, configs=configs: configs
         grouped.forget()
         ops.experts(x, pair[0], pair[1], index, factors)

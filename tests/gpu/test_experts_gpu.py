@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +15,14 @@ from tersor.compress.rtn import quantize_rtn
 from tersor.kernels import experts as family
 from tersor.kernels import jit
 from tersor.kernels.tune import experts as tune
+from tersor.kernels.tune import experts_sm80
 from tersor.kernels.tune.tile import Tile
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
 from tersor.layouts.gated import gated_rows
 from tersor.layouts.packing import target_of
 from tersor.ops import Gate, grouped
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 EXPERTS, TOP_K = 5, 2
 BY_ROWS = "fp6_e3m2"
@@ -37,7 +37,35 @@ KINDS = (
     ("fp4_e2m1", 32, torch.bfloat16, "fp8"),
 )
 """Format, group size, dtype and activations; each meets the tiles by turns, the first two every one."""
+OLDER_KINDS = (
+    (BY_ROWS, None, torch.float16, "16bit"),
+    ("fp5_e2m2", None, torch.bfloat16, "16bit"),
+    ("fp4_e2m1", 32, torch.bfloat16, "16bit"),
+    ("uint4", 128, torch.float16, "16bit"),
+)
+"""The same for the sm80 schedule; each meets two of its tiles, or all."""
 REPEATS = 20
+
+
+def chips() -> dict[str, hardware.Chip]:
+    """The GPU as if it were of the generations that the sm80 schedule is for, older and newer, and as it is."""
+    chip = hardware.of_device(0)
+    known = {"sm80": replace(chip, capability=(8, 0))}
+    if chip.capability == (9, 0):
+        known |= {"sm80 early": replace(chip, capability=(10, 0)), "sm90": chip}
+    return known
+
+
+@pytest.fixture(params=["sm80", "sm80 early", "sm90"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test with the kernels of either schedule; `early`: they are launched before the kernel ahead has ended."""
+    chip = chips().get(request.param)
+    if chip is None:
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setattr(hardware, "of_device", lambda index: chip)
+    grouped.forget()
+    yield request.param
+    grouped.forget()
 
 
 def stacked(experts: int, oc: int, ic: int, scheme: formats.Scheme) -> StackedWeight:
@@ -96,8 +124,10 @@ def routings(tokens: int) -> Iterator[torch.Tensor]:
     yield torch.where(torch.rand(tokens, TOP_K, device="cuda") < 0.5, index, EXPERTS + 2)
 
 
-def forced(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
-    """Let both products of the calls that follow run with a tile."""
+def forced(
+    monkeypatch: pytest.MonkeyPatch, config_of: Callable[[tune.ExpertsProblem, hardware.Chip], tune.EitherConfig]
+) -> None:
+    """Let both products of the calls that follow run with configurations."""
 
     def configs(
         gate_up: StackedWeight, down: StackedWeight, tokens: int, top_k: int, invariant: bool, chip: Any
@@ -108,7 +138,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
             )
             for weight in (gate_up, down)
         ]
-        return tuple(tune.config(problem, tile, chip) for problem in problems)
+        return tuple(config_of(problem, chip) for problem in problems)
 
     monkeypatch.setattr(grouped, "configs", configs)
     grouped.forget()
@@ -125,8 +155,26 @@ def cases() -> list[tuple[tuple[Any, ...], Tile]]:
     return found
 
 
+def holds(
+    kind: tuple[Any, ...], made: tuple[StackedWeight, StackedWeight, dict[str, Any]], gate: Gate, tokens: int
+) -> bool:
+    """Whether a layer gives so many tokens what the definition says, however they are routed and far apart."""
+    gate_up, down, biases = made
+    hidden = gate_up.shape[2]
+    x = torch.randn(tokens, hidden + 8, device="cuda", dtype=kind[2])[:, :hidden]
+    weights = torch.rand(tokens, TOP_K, device="cuda")
+    rest = {**biases, "gate": gate}
+    pairs = (
+        (ops.experts(x, gate_up, down, index, weights, **rest), expected(x, gate_up, down, index, weights, **rest))
+        for index in routings(tokens)
+    )
+    return all(close(got, want, kind[3]) for got, want in pairs)
+
+
 def test_every_tile_is_the_definition_whoever_gets_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     chip = hardware.of_device(0)
+    if chip.capability != (9, 0):
+        pytest.skip("needs compute capability 9.0")
     pairs = cases()
     layers = {kind: layer(*kind, 256 if kind[1] else 264, 128 if kind[1] else 136) for kind in KINDS}
     gates = {case: Gate(1 + number % 4) for number, case in enumerate(pairs)}
@@ -140,18 +188,40 @@ def test_every_tile_is_the_definition_whoever_gets_the_tokens(monkeypatch: pytes
             sources.append(family.source(weight.packing, str(result), config, int(gate), gate == 0 and native))
     jit.compile_many(sources, jit.arch_for((9, 0)))
     for kind, tile in pairs:
-        gate_up, down, biases = layers[kind]
-        forced(monkeypatch, tile)
+        forced(monkeypatch, lambda problem, chip, tile=tile: tune.config(problem, tile, chip))
         for tokens in (1, 3, 40, 300):
-            x = torch.randn(tokens, gate_up.shape[2], device="cuda", dtype=kind[2])
-            weights = torch.rand(tokens, TOP_K, device="cuda")
-            for index in routings(tokens):
-                rest = {**biases, "gate": gates[kind, tile]}
-                got = ops.experts(x, gate_up, down, index, weights, **rest)
-                want = expected(x, gate_up, down, index, weights, **rest)
-                assert close(got, want, kind[3]), f"{kind} {tile} {tokens} tokens"
+            assert holds(kind, layers[kind], gates[kind, tile], tokens), f"{kind} {tile} {tokens} tokens"
 
 
+@pytest.mark.parametrize("schedule", ["sm80"], indirect=True)
+def test_every_tile_of_the_sm80_schedule_is_the_definition_in_whole_and_in_parts(
+    monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    pairs = [
+        (kind, tile)
+        for number, kind in enumerate(OLDER_KINDS)
+        for tile in (experts_sm80.TILES if number < 2 else experts_sm80.TILES[number % 2 :: 2])
+    ]
+    layers = {kind: layer(*kind, 256 if kind[1] else 264, 128 if kind[1] else 136) for kind in OLDER_KINDS}
+    gates = {case: Gate(1 + number % 4) for number, case in enumerate(pairs)}
+    sources = []
+    for kind, tile in pairs:
+        gate_up, down, _ = layers[kind]
+        for weight, gate in ((gate_up, gates[kind, tile]), (down, 0)):
+            problem = tune.ExpertsProblem.of(weight.packing, weight.shape, 8, TOP_K)
+            config = experts_sm80.config(problem, tile, 1, hardware.of_device(0))
+            sources.append(family.source(weight.packing, weight.packing.target, config, int(gate), False))
+    jit.compile_many(sources, jit.arch_for(torch.cuda.get_device_capability(0)))
+    for kind, tile in pairs:
+        for splits, tokens in ((1, 1), (2, 3), (1, 40), (2, 300)):
+            forced(
+                monkeypatch,
+                lambda problem, chip, tile=tile, splits=splits: experts_sm80.config(problem, tile, splits, chip),
+            )
+            assert holds(kind, layers[kind], gates[kind, tile], tokens), f"{kind} {tile} {tokens} tokens, {splits}"
+
+
+@pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("tokens", [1, 5, 33, 200])
 def test_launches_one_upon_the_other_give_the_same_bits(tokens: int) -> None:
     gate_up, down, biases = layer(BY_ROWS, None, torch.float16, "16bit", 512, 256)
@@ -163,6 +233,7 @@ def test_launches_one_upon_the_other_give_the_same_bits(tokens: int) -> None:
     assert close(results[0], expected(x, gate_up, down, index, weights, **biases, gate=Gate.SILU))
 
 
+@pytest.mark.usefixtures("schedule")
 def test_a_graph_is_replayed_with_tokens_that_go_elsewhere() -> None:
     gate_up, down, biases = layer(BY_ROWS, None, torch.bfloat16, "16bit", 512, 256)
     x = torch.randn(12, 512, device="cuda", dtype=torch.bfloat16)
@@ -182,6 +253,7 @@ def test_a_graph_is_replayed_with_tokens_that_go_elsewhere() -> None:
         assert close(y, expected(x, gate_up, down, index, weights, **biases, gate=Gate.SILU))
 
 
+@pytest.mark.usefixtures("schedule")
 def test_a_token_alone_has_the_bits_it_has_among_others_where_that_is_asked_for() -> None:
     gate_up, down, biases = layer(BY_ROWS, None, torch.float16, "16bit", 512, 256)
     x = torch.randn(200, 512, device="cuda", dtype=torch.float16)
@@ -194,6 +266,7 @@ def test_a_token_alone_has_the_bits_it_has_among_others_where_that_is_asked_for(
             assert torch.equal(few, together[:count])
 
 
+@pytest.mark.usefixtures("schedule")
 def test_a_shared_expert_is_added_before_the_rounding() -> None:
     gate_up, down, biases = layer(BY_ROWS, None, torch.float16, "16bit", 512, 256)
     x = torch.randn(9, 512, device="cuda", dtype=torch.float16)
@@ -204,6 +277,7 @@ def test_a_shared_expert_is_added_before_the_rounding() -> None:
     assert close(got, expected(x, gate_up, down, index, weights, **biases, gate=Gate.SILU) + addend.double())
 
 
+@pytest.mark.usefixtures("schedule")
 def test_what_no_kernel_takes_goes_an_expert_at_a_time() -> None:
     gate_up, down, biases = layer(BY_ROWS, None, torch.float16, "16bit", 512, 252)
     assert "do not start on 16 bytes" in grouped.obstacle(torch.empty(1, 512, device="cuda").half(), gate_up, down)

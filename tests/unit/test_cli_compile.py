@@ -106,7 +106,10 @@ def test_the_experts_of_a_mixture_have_the_kernels_that_any_number_of_tokens_cho
     assert len(found) < 50
     eight = {source.name for source in mixture.sources([scheme], ["float16"], chip, Activations.E4M3)}
     assert "tersor_gather" not in eight and any("float8_e4m3fn" in name for name in eight)
-    assert not list(mixture.sources([scheme], ["float16"], CHIPS["NVIDIA A100"], Activations.NATIVE))
+    older = {source.name for source in mixture.sources([scheme], ["float16"], CHIPS["NVIDIA A100"], Activations.NATIVE)}
+    assert "tersor_combine_experts_float16" in older and "tersor_gather" not in older
+    assert {name[-2:] for name in older if "experts_sm80" in name} == {"g0", "g1"}
+    assert not list(mixture.sources([scheme], ["float16"], CHIPS["NVIDIA A100"], Activations.E4M3))
     gpt_oss = warm.mixture_of({"text_config": {**config, "model_type": "gpt_oss"}}, names)
     assert gpt_oss is not None and gpt_oss.gate is ops.Gate.CLAMPED
     assert warm.mixture_of({**config, "hidden_act": "silu"}, ["model.layers.0.mlp.down_proj.weight_packed"]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from tersor import ops
 from tersor.compress.rtn import quantize_rtn
 from tersor.errors import ShapeError
 from tersor.formats import get_scheme
+from tersor.hardware import CHIPS
 from tersor.kernels.tune import experts as tune
+from tersor.kernels.tune import experts_sm80
+from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.kernels.tune.tile import Tile
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
 from tersor.layouts.gated import gated_channels, separate
@@ -228,6 +232,57 @@ def test_activations_of_eight_bits_are_quantised_in_order(
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
-def test_older_gpus_take_an_expert_at_a_time(gpu: FakeGpu, layer: tuple[StackedWeight, StackedWeight]) -> None:
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_older_gpus_take_four_launches_for_any_number_of_tokens(
+    gpu: FakeGpu, layer: tuple[StackedWeight, StackedWeight], tokens: int
+) -> None:
     gate_up, down = on_gpu(layer)
-    assert "needs compute capability 9.0, this is 8.0" in grouped.obstacle(torch.zeros(1, HIDDEN).half(), gate_up, down)
+    x, bias = torch.randn(tokens, HIDDEN).half(), torch.randn(EXPERTS, HIDDEN).half()
+    for _ in range(2):
+        gpu.launches.clear()
+        y = ops.routed_experts(x, torch.randn(tokens, EXPERTS), gate_up, down, 2, down_bias=bias)
+    route, up, below, combine = gpu.launches
+    assert all("experts_sm80" in launch.kernel for launch in (up, below))
+    assert not any(launch.programmatic for launch in gpu.launches)
+    for product, weight in ((up, gate_up), (below, down)):
+        assert (product["order"], product["table"]) == (route["order"], route["blocks"])
+        assert (product["weight"], product["scale"]) == (weight.data.data_ptr(), weight.scale.data_ptr())
+        assert (product["oc"], product["ic"]) == weight.matrix and product["factor"] == weight.packing.factor
+        most = min(2 * tokens, most_blocks(2 * tokens, EXPERTS, route["block_tokens"]))
+        run, rows, runs = product.grid
+        assert product["most_blocks"] == most and most <= run * runs < most + runs and rows == 1
+    assert (up["x"], up["x_stride"], up["top_k"], up["bias"]) == (x.data_ptr(), HIDDEN, 2, 0)
+    assert (below["x"], below["x_stride"], below["bias"]) == (up["y"], INNER, bias.data_ptr())
+    assert (combine["y"], combine["out"]) == (below["y"], y.data_ptr())
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
+def test_every_tile_that_may_be_split_has_sums_and_a_counter(
+    gpu: FakeGpu, layer: tuple[StackedWeight, StackedWeight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate_up, down = on_gpu(layer)
+    monkeypatch.setattr(
+        tune, "choose_pair", lambda *ofs: [experts_sm80.config(of, 16, 3, gpu.chips[0]) for of in ofs[:2]]
+    )
+    ops.experts(torch.randn(20, HIDDEN).half(), gate_up, down, torch.zeros(20, 2, dtype=torch.int32), torch.rand(20, 2))
+    _, up, below, _ = gpu.launches
+    assert up["splits"] == below["splits"] == 3 and up.grid == (2 + EXPERTS, 1, 3)
+    assert up["partial"] == below["partial"] and up["arrived"] == below["arrived"]
+    ((_, nbytes),) = gpu.memory.values()
+    assert up["partial"] in gpu.memory and up["arrived"] - up["partial"] >= 4 * (2 + EXPERTS) * 3 * 16 * 128
+    assert up["partial"] + nbytes - up["arrived"] >= 4 * (2 + EXPERTS)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
+def test_older_gpus_take_an_expert_at_a_time_where_activations_are_of_8_bits(
+    gpu: FakeGpu, layer: tuple[StackedWeight, StackedWeight]
+) -> None:
+    gate_up, down = (weight.to_layout("tiles_float8_e4m3fn") for weight in layer)
+    why = grouped.obstacle(torch.zeros(1, HIDDEN).half(), gate_up, down)
+    assert why == "8-bit activations need compute capability 9.0, this is 8.0"
+
+
+def test_newer_gpus_start_the_kernels_of_older_ones_early(layer: tuple[StackedWeight, StackedWeight]) -> None:
+    gate_up, down = on_gpu(layer)
+    newer = replace(CHIPS["NVIDIA H200"], capability=(12, 0))
+    assert all(config.early for config in grouped.configs(gate_up, down, 1, 2, False, newer))

@@ -11,8 +11,9 @@ from helpers.fakes import FakeGpu
 
 from tersor import ops
 from tersor.errors import ShapeError
+from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.ops import routing
-from tersor.ops.tables import Tables, most_blocks
+from tersor.ops.tables import Tables
 
 HIDDEN = 64
 

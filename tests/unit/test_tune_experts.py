@@ -11,7 +11,9 @@ import pytest
 from tersor.formats import Activations
 from tersor.hardware import CHIPS
 from tersor.kernels.tune import experts as tune
+from tersor.kernels.tune import experts_sm80
 
+OLDER = CHIPS["NVIDIA A100"]
 CHIP = CHIPS["NVIDIA H200"]
 QWEN3 = tune.ExpertsProblem(experts=128, oc=1536, ic=2048, tokens=1, top_k=8, bits=6)
 """Gate and up of Qwen3-30B-A3B."""
@@ -67,3 +69,41 @@ def test_few_tokens_are_fetched_by_the_kernel_and_many_put_in_order() -> None:
 def test_more_experts_hit_take_longer() -> None:
     times = [tune.seconds(replace(QWEN3, tokens=tokens), tune.tiles(QWEN3)[0], CHIP) for tokens in (1, 4, 16, 64)]
     assert all(before < after for before, after in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_older_gpus_have_a_grid_for_every_routing_and_memory_for_what_is_split(batch_invariant: bool) -> None:
+    of, split = replace(QWEN3, batch_invariant=batch_invariant), set()
+    for tokens in (1, 3, 8, 33, 200, 3000, 1 << 20):
+        up = replace(of, tokens=tokens)
+        pair = tune.choose_pair(up, down_of(up), OLDER)
+        assert pair[0].block_tokens == pair[1].block_tokens
+        for config, problem in zip(pair, (up, down_of(up)), strict=True):
+            assert isinstance(config, tune.Sm80ExpertsConfig)
+            run, rows, runs = config.grid
+            assert run <= 32 and rows * 128 >= problem.oc and runs % config.splits == 0 and runs < 1 << 16
+            assert run * runs >= config.most_blocks * config.splits
+            assert config.counters == (config.most_blocks * rows if config.splits > 1 else 0)
+            assert config.floats == config.counters * config.splits * 128 * config.block_tokens <= 1 << 24
+            split.add(config.splits > 1)
+    assert split == ({False} if batch_invariant else {False, True})
+
+
+def test_older_gpus_take_wider_tiles_for_more_tokens_of_an_expert() -> None:
+    widths = [
+        tune.choose_pair(up, down_of(up), OLDER)[0].block_tokens
+        for up in (replace(QWEN3, tokens=tokens) for tokens in (1, 8, 64, 512, 8192))
+    ]
+    assert widths == sorted(widths) and widths[0] == 8 and widths[-1] >= 32
+
+
+def test_every_tile_of_an_older_gpu_is_compiled_once_and_8_bit_activations_have_none() -> None:
+    assert [config.block_tokens for config in tune.shapes(QWEN3, OLDER)] == list(experts_sm80.TILES)
+    assert not tune.shapes(replace(QWEN3, activations=Activations.E4M3), OLDER)
+    assert len(tune.shapes(QWEN3, CHIP)) == len(tune.tiles(QWEN3))
+
+
+def test_splits_that_exchange_more_sums_take_longer_where_the_chip_is_full() -> None:
+    full = replace(QWEN3, tokens=512)
+    times = [experts_sm80.seconds(full, experts_sm80.config(full, 32, splits, OLDER), OLDER) for splits in (1, 2, 4)]
+    assert times == sorted(times)

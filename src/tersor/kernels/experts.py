@@ -1,4 +1,5 @@
-"""The experts' family: sm90_experts.cuh, the product of all experts of a layer, and gather.cuh, which may go before it.
+"""The experts' family: sm90_experts.cuh and sm80_experts.cuh, the product of all experts of a layer, and gather.cuh,
+which may go before the first.
 
 As in `kernels.dense` a kernel's source, its launch prepared for a problem, then the launch; routing tables and the sum
 over a token's experts are those of `kernels.routing`.
@@ -18,10 +19,11 @@ from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
 
 _GATHER_THREADS = 256
+_SM80_THREADS = 256
 
 
 @functools.cache
-def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int, tables_ready: bool) -> KernelSource:
+def source(packing: Packing, result: str, config: tune.EitherConfig, gate: int, tables_ready: bool) -> KernelSource:
     """Return the kernel for one packing, dtype of the result and configuration.
 
     Args:
@@ -29,15 +31,19 @@ def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int,
         result: dtype of the result, `float16` or `bfloat16`.
         config: how the kernel runs.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
-        tables_ready: whether the routing tables were there before the kernel ahead started.
+        tables_ready: whether the routing tables were there before the kernel ahead started; the sm80 schedule does not
+            ask.
 
     Raises:
-        ValueError: the packing is for other activations than the tile.
+        ValueError: the packing is for other activations than the configuration.
     """
+    e4m3 = config.activations is Activations.E4M3
+    if e4m3 != (packing.target == decode_groups.FP8):
+        raise ValueError(f"weights packed for {packing.target} activations do not meet those of {config}")
+    if isinstance(config, tune.Sm80ExpertsConfig):
+        return _sm80_source(packing, config.block_tokens, config.stages, config.shared_bytes, gate)
     tile, slots = config.tile, config.slots
-    if tile.e4m3 != (packing.target == decode_groups.FP8):
-        raise ValueError(f"weights packed for {packing.target} activations do not meet those of {tile}")
-    dtypes = f"{packing.target}_{result}" if tile.e4m3 else result
+    dtypes = f"{packing.target}_{result}" if e4m3 else result
     return KernelSource(
         name=(
             f"tersor_experts_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
@@ -69,6 +75,25 @@ def source(packing: Packing, result: str, config: tune.ExpertsConfig, gate: int,
 
 
 @functools.cache
+def _sm80_source(packing: Packing, tokens: int, stages: int, shared_bytes: int, gate: int) -> KernelSource:
+    """Return the mma.sync kernel; it checks that it has as much shared memory. The first product fetches tokens."""
+    return KernelSource(
+        name=f"tersor_experts_sm80_{packing.scheme.format.name}_{packing.target}_n{tokens}_g{gate}",
+        header="experts/sm80_experts.cuh",
+        parameters={
+            **packing.macros(),
+            "BF16": packing.target == "bfloat16",
+            "N_TILE": tokens,
+            "STAGES": stages,
+            "SHARED_BYTES": shared_bytes,
+            "EPILOGUE": gate,
+            "GATHERS_TOKENS": gate > 0,
+        },
+        arguments="PPPPPPPPPqiiiiif",
+    )
+
+
+@functools.cache
 def gather_source() -> KernelSource:
     """Return the kernel that puts activations into the order of the pairs."""
     return KernelSource(name="tersor_gather", header="experts/gather.cuh", parameters={}, arguments="PPPqqii")
@@ -80,7 +105,7 @@ ExpertsLaunch: TypeAlias = Callable[..., None]
 
 def prepare(
     function: Function,
-    config: tune.ExpertsConfig,
+    config: tune.EitherConfig,
     *,
     bf16: bool,
     oc: int,
@@ -104,6 +129,8 @@ def prepare(
         most_blocks: as many as the routing tables have room for.
         factor: what decoded sums are multiplied by, beside the scales.
     """
+    if isinstance(config, tune.Sm80ExpertsConfig):
+        return _prepare_sm80(function, config, oc=oc, ic=ic, top_k=top_k, most_blocks=most_blocks, factor=factor)
     tile, pairs = config.tile, tokens * top_k
     grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
@@ -153,6 +180,48 @@ def prepare(
     return launch
 
 
+def _prepare_sm80(
+    function: Function,
+    config: tune.Sm80ExpertsConfig,
+    *,
+    oc: int,
+    ic: int,
+    top_k: int,
+    most_blocks: int,
+    factor: float,
+) -> ExpertsLaunch:
+    """Return what `prepare` does, of the sm80 schedule: rows of activations that there are, and no others, are read."""
+    grid, block, shared, run = config.grid, (_SM80_THREADS, 1, 1), config.shared_bytes, function.launch
+    splits, may_be_early = config.splits, config.early
+
+    def launch(
+        *,
+        stream: int,
+        weight: int,
+        scale: int,
+        bias: int,
+        x: int,
+        x_stride: int,
+        x_scale: int,
+        order: int,
+        blocks: int,
+        y: int,
+        partial: int,
+        arrived: int,
+        early: bool,
+    ) -> None:
+        """Launch, as `launch` in `prepare`; x_scale is not read."""
+        # fmt: off
+        arguments = (
+            weight, scale, x, bias, order, blocks, y, partial, arrived,
+            x_stride, oc, ic, top_k, most_blocks, splits, factor,
+        )
+        # fmt: on
+        run(grid, block, shared, stream, arguments, early and may_be_early)
+
+    return launch
+
+
 GatherLaunch: TypeAlias = Callable[..., None]
 """Launches the gathering of activations on one prepared problem: `launch` in `prepare_gather`."""
 
@@ -178,11 +247,9 @@ def prepare_gather(function: Function, *, pairs: int, ic: int, top_k: int) -> Ga
 
 def sources(packing: Packing, result: str, chip: Chip, gate: int) -> Iterator[KernelSource]:
     """Yield every kernel that experts with weights of a packing can ask for on a chip, in its usual mode."""
-    if chip.capability != (9, 0):
-        return
     activations = Activations.E4M3 if packing.target == decode_groups.FP8 else Activations.NATIVE
+    native = activations is Activations.NATIVE
     problem = tune.ExpertsProblem.of(packing, (1, 128, 128), 1, 1, activations)
-    for tile in tune.tiles(problem):
-        chosen = tune.config(problem, tile, chip)
+    for chosen in tune.shapes(problem, chip):
         yield source(packing, result, chosen, gate, False)
-        yield source(packing, result, chosen, 0, activations is Activations.NATIVE)
+        yield source(packing, result, chosen, 0, native)

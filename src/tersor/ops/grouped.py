@@ -1,7 +1,8 @@
 """Serve the experts of a layer by kernels: the routed tokens of all experts in one product, then the other, then a sum.
 
 No count of tokens is read by the host and every grid is fixed, so a call can be captured in a CUDA graph and replayed
-with other tokens that go to other experts.
+with other tokens that go to other experts. Any GPU that has kernels takes 16-bit activations so, compute capability 9.0
+8-bit ones, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 
 from tersor import hardware
 from tersor.formats import Activations
+from tersor.kernels.tune import SM80
 from tersor.kernels.tune import experts as tune
+from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import target_of
@@ -23,7 +26,7 @@ from tersor.ops import current, dispatch, mode, tensors
 from tersor.ops.dispatch import E4M3_LAYOUT, unsupported_reason
 from tersor.ops.gates import Gate
 from tersor.ops.settled import settled
-from tersor.ops.tables import Tables, most_blocks
+from tersor.ops.tables import Tables
 
 if TYPE_CHECKING:
     from tersor.kernels.dense import QuantizeLaunch
@@ -40,11 +43,11 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
     if why:
         return why
     chip = dispatch.kernel_chip(x.device)
-    if chip is None or chip.capability != (9, 0):
-        found = "none" if chip is None else "{}.{}".format(*chip.capability)
-        return f"the product of all experts at once needs compute capability 9.0, this is {found}"
+    assert chip is not None  # since the device is supported
     wanted = (E4M3_LAYOUT, f"tiles_{target_of(Activations.NATIVE, x.dtype)}")
     for name, weight in (("gate and up", gate_up), ("down", down)):
+        if weight.layout == E4M3_LAYOUT and tune.schedule(chip) == SM80:
+            return "8-bit activations need compute capability 9.0, this is {}.{}".format(*chip.capability)
         if weight.layout not in wanted:
             return f"{name} lie in {weight.layout}, {x.dtype} activations need {wanted[1]}"
     hidden, inner = gate_up.shape[2], down.shape[2]
@@ -57,7 +60,7 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
 class Product:
     """One of the two products, ready to be launched."""
 
-    config: tune.ExpertsConfig
+    config: tune.EitherConfig
     launch: ExpertsLaunch
     quantize: QuantizeLaunch | None
     codes_stride: int
@@ -111,7 +114,7 @@ def forget() -> None:
 
 def configs(
     gate_up: StackedWeight, down: StackedWeight, tokens: int, top_k: int, batch_invariant: bool, chip: hardware.Chip
-) -> tuple[tune.ExpertsConfig, tune.ExpertsConfig]:
+) -> tuple[tune.EitherConfig, tune.EitherConfig]:
     """Choose how both products run: in blocks of as many tokens, of the least predicted time together."""
     problems = [
         tune.ExpertsProblem.of(weight.packing, weight.shape, tokens, top_k, activations_of(weight), batch_invariant)
@@ -127,7 +130,7 @@ def activations_of(weight: StackedWeight) -> Activations:
 
 def product_of(
     weight: StackedWeight,
-    config: tune.ExpertsConfig,
+    config: tune.EitherConfig,
     gate: int,
     tokens: int,
     top_k: int,
@@ -151,7 +154,7 @@ def product_of(
     result = target_of(Activations.NATIVE, dtype)
     assert result is not None
     oc, ic = weight.matrix
-    native, pairs = config.tile.activations is Activations.NATIVE, tokens * top_k
+    native, pairs = config.activations is Activations.NATIVE, tokens * top_k
     quantize = None
     if not native:
         quantize = dense.prepare_quantize(jit.get(dense.quantize_source(result), index), n=pairs, ic=ic)
@@ -165,7 +168,7 @@ def product_of(
         tokens=tokens,
         top_k=top_k,
         gathers=config.gathers and gate > 0,
-        most_blocks=min(pairs, most_blocks(pairs, weight.experts, config.tile.tokens)),
+        most_blocks=min(pairs, most_blocks(pairs, weight.experts, config.block_tokens)),
         factor=weight.packing.factor,
     )
     return Product(config, launch, quantize, dense.codes_stride(ic))
@@ -180,14 +183,14 @@ def _make(
     chip = dispatch.kernel_chip(x.device)
     assert chip is not None
     pair = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
-    native = pair[0].tile.activations is Activations.NATIVE
+    native = pair[0].activations is Activations.NATIVE
     up = product_of(gate_up, pair[0], int(gate), tokens, top_k, x.dtype, index)
     down_product = product_of(down, pair[1], 0, tokens, top_k, x.dtype, index, native)
     gather = None
     if up.quantize is None and not up.config.gathers:
         function = jit.get(experts.gather_source(), index)
         gather = experts.prepare_gather(function, pairs=tokens * top_k, ic=gate_up.shape[2], top_k=top_k)
-    return Prepared(up.config.tile.tokens, up, down_product, gather)
+    return Prepared(up.config.block_tokens, up, down_product, gather)
 
 
 def products(
@@ -278,7 +281,7 @@ def run(
         weight: as there.
         bias: [E, OC] in y's dtype, or `None`.
         x, x_stride, x_scale: as in `kernels.experts.prepare`.
-        tables: of the pairs, with blocks of as many tokens as the product's tile.
+        tables: of the pairs, with blocks of as many tokens as the product's.
         y: at least [P, outputs], written.
     """
     now, config, index = mode.current(), product.config, y.get_device()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from tersor.kernels.routing import Choice
-from tersor.ops.tables import Tables, blocks_offset, elements, most_blocks
+from tersor.kernels.tune.experts_problem import most_blocks
+from tersor.ops.tables import Tables, blocks_offset, elements
 
 
 def route(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tersor.kernels.tune.experts_problem import most_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Tables:
@@ -51,11 +53,6 @@ class Tables:
         """Of order, position and blocks, on the device."""
         start = self.memory.data_ptr()
         return start, start + 4 * self.pairs, start + 4 * blocks_offset(self.pairs)
-
-
-def most_blocks(pairs: int, experts: int, block_tokens: int) -> int:
-    """Return how many blocks there are at most, whatever experts are chosen."""
-    return pairs // block_tokens + min(experts, pairs)
 
 
 def blocks_offset(pairs: int) -> int:

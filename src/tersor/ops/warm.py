@@ -19,6 +19,7 @@ from tersor.kernels import experts
 from tersor.kernels.dense import kernels_for
 from tersor.kernels.jit import arch_for, cache, compile_many
 from tersor.kernels.routing import combine_source, tables_source
+from tersor.kernels.tune import SM90
 from tersor.kernels.tune import experts as tune
 from tersor.layouts.gated import gated_rows
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
@@ -164,14 +165,16 @@ class Mixture:
 
         The kernel that chooses experts by logits is not among them: how it chooses, config.json does not say.
         """
-        for dtype in dtypes if chip.capability == (9, 0) else ():
+        native = activations is Activations.NATIVE
+        has_sm90 = tune.schedule(chip) == SM90
+        for dtype in dtypes if has_sm90 or native else ():
             yield combine_source(dtype)
             yield from (tables_source(self.experts, index) for index in ("int32", "int64"))
             for scheme in schemes:
                 target = target_of(activations, getattr(torch, dtype))
                 if target is None or unsupported_reason(scheme, target):
                     continue
-                if activations is Activations.NATIVE:
+                if native and has_sm90:
                     yield experts.gather_source()
                 yield from self._products(Packing.of(scheme, target), dtype, chip, activations)
 

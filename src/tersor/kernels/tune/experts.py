@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from tersor.formats import Activations
 from tersor.hardware import Chip
-from tersor.kernels.tune import cost, sm90
+from tersor.kernels.tune import cost, experts_sm80, sm90
+from tersor.kernels.tune.experts_problem import ExpertsProblem, expected_blocks
+from tersor.kernels.tune.experts_sm80 import Sm80ExpertsConfig
+from tersor.kernels.tune.problem import SM80, SM90
 from tersor.kernels.tune.tile import Slots, Tile
 from tersor.layouts.blocks import BLOCK_IC
-from tersor.layouts.packing import Packing
+
+__all__ = [
+    "GATHERED_TOKENS",
+    "EitherConfig",
+    "ExpertsConfig",
+    "ExpertsProblem",
+    "Sm80ExpertsConfig",
+    "choose_pair",
+    "config",
+    "expected_blocks",
+    "schedule",
+    "seconds",
+    "shapes",
+    "tiles",
+]
 
 GATHERED_TOKENS = 16
 """Up to so many tokens in a tile the kernel fetches those of each expert by itself; for more they are put in order
@@ -25,63 +42,13 @@ _ORDERING = 2.0
 """Microseconds that it takes to put activations in order, where the kernel does not gather them."""
 _LAST_WAVE = 0.25
 """Of a wave of CTAs, how much more than its share the last one takes on average."""
-_LONG = 256
-"""Beyond so many tokens an expert, blocks are counted by the mean alone."""
 _MOST_SCALE_GROUPS = {Tile(32, 1, 4, 1, 1): 1}
 """How many scales of a row in a block a tile has registers for, where it has for fewer than in a dense kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsProblem:
-    """The product of the experts of a layer with the tokens routed to them: y[P, OC] = x @ W_e^T.
-
-    Attributes:
-        experts, oc, ic: sizes of the weight.
-        tokens, top_k: T, and how many experts each token has.
-        bits: width of a code.
-        scale_groups, scale_bytes: as in `LinearProblem`.
-        activations: what the weight is multiplied with.
-        batch_invariant: whether a token's result must not depend on the others.
-    """
-
-    experts: int
-    oc: int
-    ic: int
-    tokens: int
-    top_k: int
-    bits: int
-    scale_groups: int = 0
-    scale_bytes: int = 0
-    activations: Activations = Activations.NATIVE
-    batch_invariant: bool = False
-
-    @staticmethod
-    def of(
-        packing: Packing,
-        shape: tuple[int, int, int],
-        tokens: int,
-        top_k: int,
-        activations: Activations = Activations.NATIVE,
-        batch_invariant: bool = False,
-    ) -> ExpertsProblem:
-        """Return the problem that tokens make with weights of a packing and a shape, (E, OC, IC)."""
-        return ExpertsProblem(
-            experts=shape[0],
-            oc=shape[1],
-            ic=shape[2],
-            tokens=tokens,
-            top_k=top_k,
-            bits=packing.scheme.format.bits,
-            scale_groups=packing.scales_in_block,
-            scale_bytes=packing.scale_row_bytes,
-            activations=activations,
-            batch_invariant=batch_invariant,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsConfig:
-    """How the kernel runs a problem.
+    """How the kernel of the sm90 schedule runs a problem.
 
     Attributes:
         tile: the compiled shape.
@@ -100,6 +67,16 @@ class ExpertsConfig:
     few_tokens: int
 
     @property
+    def block_tokens(self) -> int:
+        """Most tokens of a block of the routing tables."""
+        return self.tile.tokens
+
+    @property
+    def activations(self) -> Activations:
+        """What weights are multiplied with."""
+        return self.tile.activations
+
+    @property
     def gathers(self) -> bool:
         """Whether the kernel fetches the tokens of each expert by itself."""
         return self.tile.few and self.few_tokens > 0 and self.tile.tokens <= GATHERED_TOKENS
@@ -115,8 +92,18 @@ class ExpertsConfig:
         return self.counters * self.most_splits * self.tile.rows * self.tile.tokens
 
 
+EitherConfig: TypeAlias = ExpertsConfig | Sm80ExpertsConfig
+"""How a kernel of either schedule runs a problem. Both know `block_tokens`, `activations`, `gathers`, `counters` and
+`floats`."""
+
+
+def schedule(chip: Chip) -> str:
+    """Return the schedule whose kernel takes all experts at once on a chip."""
+    return SM90 if chip.capability == (9, 0) else SM80
+
+
 def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
-    """Return the configuration of one tile shape."""
+    """Return the configuration of one tile shape of the sm90 schedule."""
     slots = tile.slots(problem.bits, problem.scale_bytes, chip)._replace(gather_room=0)
     rings = slots.weights * tile.weight_slot_bytes(problem.bits, problem.scale_bytes) + slots.x * tile.x_slot_bytes
     blocks = -(-problem.ic // BLOCK_IC)
@@ -148,11 +135,13 @@ def tiles(problem: ExpertsProblem) -> tuple[Tile, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[ExpertsConfig, ExpertsConfig]:
+def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[EitherConfig, EitherConfig]:
     """Return the configurations of two products of the same tokens, which share the routing tables.
 
     Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time.
     """
+    if schedule(chip) == SM80:
+        return experts_sm80.choose_pair(up, down, chip)
     best: dict[int, list[Tile]] = {}
     for problem in (up, down):
         for width in {tile.tokens for tile in tiles(problem)}:
@@ -164,7 +153,7 @@ def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[E
 
 
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip) -> float:
-    """Predict the time of a launch whose tokens go to experts at random, in seconds.
+    """Predict the time of a launch of the sm90 schedule whose tokens go to experts at random, in seconds.
 
     As `sm90.seconds`, with as many tiles as are expected: weights of experts that get tokens come from memory once,
     those of further tokens of an expert, and all activations, from L2, where a byte counts half.
@@ -187,24 +176,8 @@ def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip) -> float:
     return (start + max(length * blocks * block, memory) + max(0.0, waves - 1) * costs.item) * 1e-6
 
 
-@functools.lru_cache(maxsize=65536)
-def expected_blocks(tokens: int, share: float, width: int) -> tuple[float, float]:
-    """Return how likely an expert gets a token at all, and how many blocks of `width` tokens it is expected to have.
-
-    Args:
-        tokens: T.
-        share: how likely a token goes to the expert.
-        width: tokens in a block.
-    """
-    if share >= 1:
-        return 1.0, float(-(-tokens // width))
-    none = (1 - share) ** tokens
-    mean = tokens * share
-    if mean > _LONG:
-        return 1 - none, mean / width + 0.5
-    expected, chance = 0.0, none
-    last = min(tokens, math.ceil(mean + 8 * math.sqrt(mean) + 8))
-    for count in range(1, last + 1):
-        chance *= (tokens - count + 1) / count * share / (1 - share)
-        expected += chance * -(-count // width)
-    return 1 - none, expected
+def shapes(problem: ExpertsProblem, chip: Chip) -> tuple[EitherConfig, ...]:
+    """Return a configuration of every compiled shape that a chip has for a problem; none where it has no kernel."""
+    if schedule(chip) == SM90:
+        return tuple(config(problem, tile, chip) for tile in tiles(problem))
+    return tuple(config for config in experts_sm80.candidates(problem, chip) if config.splits == 1)

@@ -86,19 +86,42 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
 
 
 def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
-    """Predict the time of a launch, in seconds.
+    """Predict the time of a launch, in seconds."""
+    blocks = -(-problem.ic // BLOCK_IC)
+    weight_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes)
+    return launch_seconds(
+        tile=config.n_tile,
+        ctas=config.ctas,
+        resident=config.resident,
+        length=-(-blocks // config.splits),
+        split=config.splits > 1,
+        block_bytes=weight_bytes + problem.n * BLOCK_IC * 2,
+        chip=chip,
+    )
+
+
+def launch_seconds(
+    *, tile: int, ctas: int, resident: int, length: int, split: bool, block_bytes: float, chip: Chip
+) -> float:
+    """Predict the time of CTAs that do the same, in seconds.
 
     The longest of three: the busiest multiprocessor's bytes at its share of the bandwidth, its blocks at the rate of
     a full multiprocessor, and the blocks of one CTA after the other at their latency. Each wave adds a ramp, and the
     last of several a tail.
+
+    Args:
+        tile: tokens in a tile.
+        ctas: how many there are.
+        resident: of these, so many fit on a multiprocessor.
+        length: blocks of input channels that each walks through.
+        split: whether they exchange split sums.
+        block_bytes: of weights, scales and activations of a block, as if all came from memory.
+        chip: the GPU.
     """
-    block_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes) + problem.n * BLOCK_IC * 2
     rate = chip.bandwidth * _ACHIEVED / chip.sms
-    latency, busy = (constant + slope * config.n_tile for constant, slope in (_LATENCY, _BUSY))
-    blocks = -(-problem.ic // BLOCK_IC)
-    length = -(-blocks // config.splits)
-    blocks_of_sm = -(-config.ctas // chip.sms) * length
-    waves = -(-config.ctas // (chip.sms * config.resident))
+    latency, busy = (constant + slope * tile for constant, slope in (_LATENCY, _BUSY))
+    blocks_of_sm = -(-ctas // chip.sms) * length
+    waves = -(-ctas // (chip.sms * resident))
     work = max(blocks_of_sm * block_bytes / rate, blocks_of_sm * busy, waves * length * latency)
     tail = length * latency if waves > 1 else 0.0  # CTAs of the last wave end at different times
-    return work + tail + waves * _RAMP + (_SPLIT if config.splits > 1 else 0.0)
+    return work + tail + waves * _RAMP + (_SPLIT if split else 0.0)
