@@ -78,26 +78,38 @@ def sm90_source(
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gated)}"
         ),
         header="dense/sm90_linear.cuh",
-        parameters={
-            **packing.macros(),
-            "BF16": result == "bfloat16",
-            "FP8": tile.e4m3,
-            "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
-            "N_TILE": tile.tokens,
-            "ROW_GROUPS": tile.row_groups,
-            "K_GROUPS": tile.channel_groups,
-            "CLUSTER": tile.cluster,
-            "GATHERS": tile.gathered,
-            "GATHER_ROOM": slots.gather_room,
-            "RESIDENT": tile.resident,
-            "WEIGHT_SLOTS": slots.weights,
-            "X_SLOTS": slots.x,
-            "SHARED_BYTES": shared_bytes,
-            "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
-            "EPILOGUE": int(gated),
-        },
+        parameters=sm90_macros(packing, result, tile, slots, shared_bytes, int(gated), few_tokens),
         arguments="TPPPPPPPPiiiiiif",
     )
+
+
+def sm90_macros(
+    packing: Packing, result: str, tile: sm90.Tile, slots: sm90.Slots, shared_bytes: int, gate: int, few_tokens: int
+) -> dict[str, int | bool | str]:
+    """Return the parameters of dense/sm90_linear.cuh, which other kernels on its rings have, too.
+
+    Args:
+        packing, result, tile, slots, shared_bytes, few_tokens: as in `sm90_source`.
+        gate: EPILOGUE of cuda/common/gate.cuh.
+    """
+    return {
+        **packing.macros(),
+        "BF16": result == "bfloat16",
+        "FP8": tile.e4m3,
+        "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
+        "N_TILE": tile.tokens,
+        "ROW_GROUPS": tile.row_groups,
+        "K_GROUPS": tile.channel_groups,
+        "CLUSTER": tile.cluster,
+        "GATHERS": tile.gathered,
+        "GATHER_ROOM": slots.gather_room,
+        "RESIDENT": tile.resident,
+        "WEIGHT_SLOTS": slots.weights,
+        "X_SLOTS": slots.x,
+        "SHARED_BYTES": shared_bytes,
+        "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
+        "EPILOGUE": gate,
+    }
 
 
 def _suffix(gated: bool) -> str:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from tersor.formats import Activations
 from tersor.hardware import Chip
+from tersor.kernels.dense import sm90_macros
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import decode_groups
@@ -51,22 +52,8 @@ def source(packing: Packing, result: str, config: tune.EitherConfig, gate: int, 
         ),
         header="experts/sm90_experts.cuh",
         parameters={
-            **packing.macros(),
-            "BF16": result == "bfloat16",
-            "FP8": tile.e4m3,
-            "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
-            "N_TILE": tile.tokens,
-            "ROW_GROUPS": tile.row_groups,
-            "K_GROUPS": tile.channel_groups,
-            "CLUSTER": 1,
+            **sm90_macros(packing, result, tile, slots, config.shared_bytes, gate, config.few_tokens),
             "GATHERS": 1,
-            "GATHER_ROOM": 0,
-            "RESIDENT": tile.resident,
-            "WEIGHT_SLOTS": slots.weights,
-            "X_SLOTS": slots.x,
-            "SHARED_BYTES": config.shared_bytes,
-            "FEW_TOKENS": tile.tokens if tile.few and config.few_tokens else 0,
-            "EPILOGUE": gate,
             "GATHERS_TOKENS": config.gathers and gate > 0,
             "TABLES_READY": tables_ready,
         },
