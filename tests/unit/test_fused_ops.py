@@ -222,4 +222,4 @@ def test_invariant_decisions_take_several_calls(monkeypatch: pytest.MonkeyPatch)
     found = decide(CHIPS["NVIDIA H200"], (4096, 4096), 100_000)
     problem = tune.LinearProblem(oc=4096, ic=4096, n=1, bits=6)
     splits = sm90.invariant_splits(problem, CHIPS["NVIDIA H200"])
-    assert splits > 1 and found.tokens == (1 << 24) // (splits * 4096 * 256) * 256
+    assert splits > 1 and found.tokens == ((1 << 24) // (splits * (4096 + 256) * 256) - 1) * 256

@@ -32,8 +32,8 @@ def launched(problem: LinearProblem, chip: Chip) -> LinearProblem:
     else:
         splits = sm90.invariant_splits(problem, chip)
         if splits > 1:
-            rows = -(-problem.oc // _WIDEST) * _WIDEST
-            most = max(1, _INVARIANT_SUMS // (splits * rows * _WIDEST)) * _WIDEST
+            rows = problem.oc + _WIDEST  # at the most, by whatever tiles; and tokens fill one tile more, at the most
+            most = max(1, _INVARIANT_SUMS // (splits * rows * _WIDEST) - 1) * _WIDEST
     return replace(problem, n=min(problem.n, most), aligned=True)
 
 
