@@ -1,4 +1,4 @@
-"""Print the README's table of measured times from a results file of `tersor bench linear --output`.
+"""Print the README's table of measured times from a results file of `tersor bench linear` or `bench experts`.
 
     python bench/readme_table.py [RESULTS.json]
 
@@ -33,12 +33,64 @@ COLUMNS = {
 """(Kernel, chain) in the results -> heading, in the order of the table; what was not measured has no column."""
 
 
+EXPERTS_TOKENS = (1, 8, 32, 64, 512, 2048, 8192)
+EXPERTS_RIVALS = {"torch": "torch bfloat16", f"humming {FORMAT}": "humming"}
+
+
 def table(result: dict[str, Any], name: str) -> str:
-    """Return the table in Markdown: microseconds a call, and how many times cuBLAS FP16's speed that is.
+    """Return the table of a results file in Markdown.
 
     Args:
-        result: what `tersor bench linear` wrote.
+        result: what the verb wrote.
         name: the results file, which the caption names.
+    """
+    return (experts_table if result.get("kind") == "tersor bench experts" else linear_table)(result, name)
+
+
+def experts_table(result: dict[str, Any], name: str) -> str:
+    """Return the table of layers of experts: microseconds a call, from the router's logits to the output."""
+    best: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in result["rows"]:
+        key = (row["name"], row["n"], row["kernel"])
+        if key not in best or row["microseconds"] < best[key]["microseconds"]:
+            best[key] = row
+    models = dict.fromkeys(row["name"] for row in result["rows"])
+    cells = [(model, n) for model in models for n in EXPERTS_TOKENS if (model, n, FORMAT) in best]
+    rivals = {kernel: text for kernel, text in EXPERTS_RIVALS.items() if any((*cell, kernel) in best for cell in cells)}
+    heads = ["experts", "tokens", "hit", f"Tersor {FORMAT}", *rivals.values(), "against torch", "read time"]
+    facts = result["environment"]
+    caption = (
+        f"A layer of experts from the router's logits to the output, random routing, microseconds a call on one "
+        f"{facts['gpu']}, torch {facts['torch']}, commit {facts['commit']} (`bench/results/{name}`). Hit: experts that "
+        "some token goes to, whose packed bytes are read in the read time."
+    )
+    lines = [
+        *textwrap.wrap(caption, 120),
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    for model, n in cells:
+        ours, found = best[model, n, FORMAT], {kernel: best.get((model, n, kernel)) for kernel in rivals}
+        torch = found.get("torch")
+        cells_of_row = [
+            model,
+            str(n),
+            f"{ours['experts_hit']:.0f}",
+            f"{ours['microseconds']:.1f}",
+            *("-" if row is None else f"{row['microseconds']:.1f}" for row in found.values()),
+            "-" if torch is None else f"{torch['microseconds'] / ours['microseconds']:.2f}x",
+            f"{ours['hit_bytes'] / result['read_bandwidth'] * 1e6:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells_of_row) + " |")
+    return "\n".join(lines)
+
+
+def linear_table(result: dict[str, Any], name: str) -> str:
+    """Return the table of linears: microseconds a call, and how many times cuBLAS FP16's speed that is.
+
+    Args:
+        result, name: as in `table`.
     """
     rows = {(row["oc"], row["ic"], row["n"], row["kernel"], row["chain"]): row for row in result["rows"]}
     grid = [(*shape, tokens) for shape in SHAPES for tokens in TOKENS]
