@@ -9,18 +9,11 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
-from tersor.layouts.packing import LAYOUTS, Packing
-from tersor.layouts.weight import STREAM, PackedWeight
-
-
-class _Noted:
-    """Room for what `ops` remembers of a weight: no part of its value, neither copied nor stored with it."""
-
-    __slots__ = ("note",)
+from tersor.layouts.weight import STREAM, PackedTensors, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
-class StackedWeight(_Noted):
+class StackedWeight(PackedTensors):
     """E weights [OC, IC] as packed codes and scales, those of the experts of one layer.
 
     In a kernel layout the tiles of every expert start with a unit of rows, so that each is a `PackedWeight` of its own.
@@ -105,17 +98,6 @@ class StackedWeight(_Noted):
         """
         halves = [self.expert(index).split_gate_up() for index in range(self.experts)]
         return StackedWeight.stack([gate for gate, _ in halves]), StackedWeight.stack([up for _, up in halves])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points in memory."""
-        tensors = (self.data, self.scale, self.zero_point)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    @property
-    def packing(self) -> Packing:
-        """What the scheme means in the kernel layout that the weights lie in; there is none in the stored stream."""
-        return Packing.of(self.scheme, LAYOUTS[self.layout])
 
     def to_layout(self, layout: str) -> StackedWeight:
         """Return the same weights in another layout, an expert at a time; exact, and undone by going back.

@@ -18,7 +18,33 @@ STREAM = "stream"
 """The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.packing`."""
 
 
-class _Noted:
+class PackedTensors:
+    """What every kind of packed weight says of its tensors.
+
+    Attributes:
+        scheme, data, scale, zero_point, layout: as the kind has them.
+    """
+
+    __slots__ = ()
+    scheme: Scheme
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    layout: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points in memory."""
+        tensors = (self.data, self.scale, self.zero_point)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def packing(self) -> Packing:
+        """What the scheme means in the kernel layout that the weight lies in; there is none in the stored stream."""
+        return Packing.of(self.scheme, LAYOUTS[self.layout])
+
+
+class _Noted(PackedTensors):
     """Room for what `ops` remembers of a weight: no part of its value, neither copied nor stored with it."""
 
     __slots__ = ("note",)
@@ -116,17 +142,6 @@ class PackedWeight(_Noted):
         gated_channels(self.shape[0])
         gate, up = _split(self, separate)
         return gate, up
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points in memory."""
-        tensors = (self.data, self.scale, self.zero_point)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    @property
-    def packing(self) -> Packing:
-        """What the scheme means in the kernel layout that the weight lies in; there is none in the stored stream."""
-        return Packing.of(self.scheme, LAYOUTS[self.layout])
 
     def to_layout(self, layout: str) -> PackedWeight:
         """Return the same weight in another layout; exact, and undone by going back.
