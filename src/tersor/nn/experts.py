@@ -315,16 +315,7 @@ def one_by_one(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     total = torch.zeros(x.shape, dtype=wide, device=x.device)
-    chosen = index.reshape(-1)
-    chosen = torch.where((chosen < 0) | (chosen >= count), count, chosen)
-    order = chosen.argsort(stable=True)
-    tokens = order // index.shape[1]
-    ordered = factors.reshape(-1)[order].to(wide)
-    start = 0
-    for expert, many in enumerate(torch.bincount(chosen, minlength=count)[:count].tolist()):
-        if many:
-            mine = slice(start, start + many)
-            result = run(expert, x[tokens[mine]]).to(wide)
-            total.index_add_(0, tokens[mine], result * ordered[mine, None])
-            start += many
+    for expert, tokens, ranks in ops.pairs_by_expert(index, count):
+        result = run(expert, x[tokens]).to(wide)
+        total.index_add_(0, tokens, result * factors[tokens, ranks, None].to(wide))
     return total.to(x.dtype)

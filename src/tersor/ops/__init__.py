@@ -7,7 +7,7 @@ from tersor.ops.embedding import embedding
 from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
 from tersor.ops.grouped import obstacle as experts_obstacle
-from tersor.ops.mixture import experts, routed_experts
+from tersor.ops.mixture import experts, pairs_by_expert, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.routing import route
@@ -28,6 +28,7 @@ __all__ = [
     "gradient_wanted",
     "kernels_for",
     "linear",
+    "pairs_by_expert",
     "preferred_layout",
     "route",
     "routed_experts",

@@ -35,6 +35,13 @@ def multiply(
     return serve.linear(x, data, scale, zero_point, bias, prepared.type_of(weight), residual, gated)
 
 
+def looked_at(*tensors: torch.Tensor | None) -> bool:
+    """Tell whether someone has to see an operator of these tensors, as a trace or an autograd graph of any of them."""
+    return torch.compiler.is_compiling() or any(
+        tensor is not None and must_dispatch(tensor, None) for tensor in tensors
+    )
+
+
 def must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Tell whether someone has to see the operator: a mode, a transform, a trace, autograd, autocast or a subclass.
 

@@ -6,6 +6,7 @@ once (`ops.grouped`) where there are such, else an expert at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -81,10 +82,10 @@ def experts(
     x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
     layer = _Layer(gate_up, down, gate_up_bias, down_bias, gate)
     _check(x, layer, index, weights, addend)
-    tensors = [tensor for tensor in (x, weights, gate_up_bias, down_bias, addend) if tensor is not None]
-    if any(gradient.wanted(tensor) for tensor in tensors):
+    floats = (x, weights, gate_up_bias, down_bias, addend)
+    if gradient.wanted(*floats):
         return _one_by_one(x, layer, index, weights, addend)
-    if torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors):
+    if dense.looked_at(*floats):
         parts = (*_described(gate_up), *_described(down))
         return _operator(x, index, weights, *parts, gate_up_bias, down_bias, addend, int(gate))
     return _serve(x, layer, index, weights, addend)
@@ -124,8 +125,7 @@ def routed_experts(
     x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
     options: _Choice = {"scoring": scoring, "normalize": normalize, "bias": choice_bias}
     options |= {"groups": groups, "top_groups": top_groups, "scale": scale}
-    tensors = [tensor for tensor in (x, logits, gate_up_bias, down_bias, addend) if tensor is not None]
-    looked_at = torch.compiler.is_compiling() or any(dense.must_dispatch(tensor, None) for tensor in tensors)
+    looked_at = dense.looked_at(x, logits, gate_up_bias, down_bias, addend)
     if looked_at or not x.numel() or grouped.obstacle(x, gate_up, down):
         index, weights = routing.route(logits, top_k, **options)
         return experts(
@@ -201,10 +201,7 @@ def _one_by_one(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = torch.zeros(*index.shape, x.shape[1], dtype=wide, device=x.device)
-    for expert in range(layer.gate_up.experts):
-        tokens, ranks = (index == expert).nonzero(as_tuple=True)
-        if not len(tokens):
-            continue
+    for expert, tokens, ranks in pairs_by_expert(index, layer.gate_up.experts):
         inner = _inner(x[tokens], layer, expert)
         outer = multiply.linear(inner if x.is_cuda else inner.to(wide), layer.down.expert(expert)).to(wide)
         if layer.down_bias is not None:
@@ -212,6 +209,25 @@ def _one_by_one(
         pairs = pairs.index_put((tokens, ranks), outer)
     total = (pairs * weights.to(wide).unsqueeze(-1)).sum(1)
     return (total if addend is None else total + addend).to(x.dtype)
+
+
+def pairs_by_expert(index: torch.Tensor, experts: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield each expert that some token goes to, those tokens, and which of a token's K experts it is to each of them.
+
+    The host waits for the device, once.
+
+    Args:
+        index: integers [T, K], the experts of each token; a number that is no expert is left out.
+        experts: E.
+    """
+    chosen = index.reshape(-1)
+    chosen = torch.where((chosen < 0) | (chosen >= experts), experts, chosen)
+    order, start = chosen.argsort(stable=True), 0
+    for expert, count in enumerate(torch.bincount(chosen, minlength=experts)[:experts].tolist()):
+        if count:
+            pairs = order[start : start + count]
+            yield expert, pairs // index.shape[1], pairs % index.shape[1]
+            start += count
 
 
 def _inner(x: torch.Tensor, layer: _Layer, expert: int) -> torch.Tensor:

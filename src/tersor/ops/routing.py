@@ -7,7 +7,7 @@ meta twins. Where autograd looks, the reference serves, whose gradients it knows
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,11 +59,11 @@ def route(
     Raises:
         ShapeError: shapes, dtypes or numbers that do not fit.
     """
+    options = _Options(top_k, scoring, normalize, bias, groups, top_groups, scale)
     if _differentiable(logits):
-        choice = _checked(logits, bias, top_k, scoring, normalize, groups, top_groups)
-        return routing_reference.route(logits, bias, choice, scale)
-    serve = _operators.route if _looked_at(logits, bias) else _route
-    return serve(logits, top_k, scoring, normalize, bias, groups, top_groups, scale)
+        return routing_reference.route(logits, bias, options.choice(logits), scale)
+    serve = _operators.route if dense.looked_at(logits, bias) else _route
+    return serve(logits, *options)
 
 
 def route_tables(
@@ -87,20 +87,12 @@ def route_tables(
     Raises:
         ShapeError: as `route`, or blocks without tokens.
     """
+    options = _Options(top_k, scoring, normalize, bias, groups, top_groups, scale)
     if _differentiable(logits):
-        index, weights = route(
-            logits,
-            top_k,
-            scoring=scoring,
-            normalize=normalize,
-            bias=bias,
-            groups=groups,
-            top_groups=top_groups,
-            scale=scale,
-        )
+        index, weights = routing_reference.route(logits, bias, options.choice(logits), scale)
         return index, weights, tables(index, logits.shape[1], block_tokens)
-    serve = _operators.route_tables if _looked_at(logits, bias) else _route_tables
-    index, weights, memory = serve(logits, top_k, scoring, normalize, bias, groups, top_groups, scale, block_tokens)
+    serve = _operators.route_tables if dense.looked_at(logits, bias) else _route_tables
+    index, weights, memory = serve(logits, *options, block_tokens)
     return index, weights, Tables(memory, index.numel(), logits.shape[1], block_tokens)
 
 
@@ -115,7 +107,7 @@ def tables(index: torch.Tensor, experts: int, block_tokens: int) -> Tables:
     Raises:
         ShapeError: shapes, dtypes or numbers that do not fit.
     """
-    serve = _operators.expert_tables if _looked_at(index) else _expert_tables
+    serve = _operators.expert_tables if dense.looked_at(index) else _expert_tables
     memory = serve(index, experts, block_tokens)
     return Tables(memory, index.numel(), experts, block_tokens)
 
@@ -141,64 +133,43 @@ def combine(
     if any(one is not None and _differentiable(one) for one in (y, weights, addend)):
         serve_routing.check_combine(y, weights, sorted_by.memory, addend)
         return routing_reference.combine(y, weights, sorted_by, addend)
-    serve = _operators.combine_experts if _looked_at(y, weights, sorted_by.memory, addend) else _combine_experts
+    serve = _operators.combine_experts if dense.looked_at(y, weights, sorted_by.memory, addend) else _combine_experts
     return serve(y, weights, sorted_by.memory, sorted_by.experts, sorted_by.block_tokens, addend)
-
-
-def _looked_at(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether someone has to see the operators; where nobody does, the dispatcher would only cost time."""
-    return torch.compiler.is_compiling() or any(
-        tensor is not None and dense.must_dispatch(tensor, None) for tensor in tensors
-    )
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _checked(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k: int,
-    scoring: str,
-    normalize: bool,
-    groups: int,
-    top_groups: int,
-) -> serve_routing.Choice:
-    serve_routing.check_logits(logits, bias)
-    return serve_routing.choice_of(
-        int(logits.shape[1]), top_k, scoring, normalize, bias is not None, groups, top_groups
-    )
+class _Options(NamedTuple):
+    """What the schemas of the operators say of the choice, in their order (`_CHOICE`)."""
+
+    top_k: int
+    scoring: str
+    normalize: bool
+    bias: torch.Tensor | None
+    groups: int
+    top_groups: int
+    scale: float
+
+    def choice(self, logits: torch.Tensor) -> serve_routing.Choice:
+        """Return how experts are chosen by logits [T, E], checked."""
+        serve_routing.check_logits(logits, self.bias)
+        biased = self.bias is not None
+        numbers = (self.top_k, self.scoring, self.normalize, biased, self.groups, self.top_groups)
+        return serve_routing.choice_of(int(logits.shape[1]), *numbers)
 
 
-def _route(
-    logits: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    normalize: bool,
-    bias: torch.Tensor | None,
-    groups: int,
-    top_groups: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    choice = _checked(logits, bias, top_k, scoring, normalize, groups, top_groups)
-    return serve_routing.route(logits, bias, choice, scale, 0)[:2]
+def _route(logits: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    of = _Options(*options)
+    return serve_routing.route(logits, of.bias, of.choice(logits), of.scale, 0)[:2]
 
 
-def _route_tables(
-    logits: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    normalize: bool,
-    bias: torch.Tensor | None,
-    groups: int,
-    top_groups: int,
-    scale: float,
-    block_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    choice = _checked(logits, bias, top_k, scoring, normalize, groups, top_groups)
+def _route_tables(logits: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    of, block_tokens = _Options(*options[:-1]), options[-1]
+    choice = of.choice(logits)
     serve_routing.check_blocks(choice.experts, block_tokens)
-    index, weights, memory = serve_routing.route(logits, bias, choice, scale, block_tokens)
+    index, weights, memory = serve_routing.route(logits, of.bias, choice, of.scale, block_tokens)
     assert memory is not None
     return index, weights, memory
 
@@ -221,34 +192,14 @@ def _combine_experts(
     return serve_routing.combine(y, weights, Tables(memory, y.shape[0], experts, block_tokens), addend)
 
 
-def _route_shapes(
-    logits: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    normalize: bool,
-    bias: torch.Tensor | None,
-    groups: int,
-    top_groups: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _checked(logits, bias, top_k, scoring, normalize, groups, top_groups)
-    shape = (logits.shape[0], top_k)
+def _route_shapes(logits: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], _Options(*options).choice(logits).top_k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
 
 
-def _route_tables_shapes(
-    logits: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    normalize: bool,
-    bias: torch.Tensor | None,
-    groups: int,
-    top_groups: int,
-    scale: float,
-    block_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    index, weights = _route_shapes(logits, top_k, scoring, normalize, bias, groups, top_groups, scale)
-    return index, weights, _expert_tables_shape(index, logits.shape[1], block_tokens)
+def _route_tables_shapes(logits: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    index, weights = _route_shapes(logits, *options[:-1])
+    return index, weights, _expert_tables_shape(index, logits.shape[1], options[-1])
 
 
 def _expert_tables_shape(index: torch.Tensor, experts: int, block_tokens: int) -> torch.Tensor:
