@@ -16,6 +16,7 @@ from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
+from tersor.kernels.macros import sm80_macros, sm90_macros
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts import decode_groups
@@ -33,14 +34,7 @@ def sm80_source(packing: Packing, n_tile: int, stages: int, shared_bytes: int, g
     return KernelSource(
         name=f"tersor_linear_sm80_{packing.scheme.format.name}_{packing.target}_n{n_tile}{_suffix(gated)}",
         header="dense/sm80_linear.cuh",
-        parameters={
-            **packing.macros(),
-            "BF16": packing.target == "bfloat16",
-            "N_TILE": n_tile,
-            "STAGES": stages,
-            "SHARED_BYTES": shared_bytes,
-            "EPILOGUE": int(gated),
-        },
+        parameters=sm80_macros(packing, n_tile, stages, shared_bytes, int(gated)),
         arguments="PPPPPPPPqiiiif",
     )
 
@@ -81,35 +75,6 @@ def sm90_source(
         parameters=sm90_macros(packing, result, tile, slots, shared_bytes, int(gated), few_tokens),
         arguments="TPPPPPPPPiiiiiif",
     )
-
-
-def sm90_macros(
-    packing: Packing, result: str, tile: sm90.Tile, slots: sm90.Slots, shared_bytes: int, gate: int, few_tokens: int
-) -> dict[str, int | bool | str]:
-    """Return the parameters of dense/sm90_linear.cuh, which other kernels on its rings have, too.
-
-    Args:
-        packing, result, tile, slots, shared_bytes, few_tokens: as in `sm90_source`.
-        gate: EPILOGUE of cuda/common/gate.cuh.
-    """
-    return {
-        **packing.macros(),
-        "BF16": result == "bfloat16",
-        "FP8": tile.e4m3,
-        "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
-        "N_TILE": tile.tokens,
-        "ROW_GROUPS": tile.row_groups,
-        "K_GROUPS": tile.channel_groups,
-        "CLUSTER": tile.cluster,
-        "GATHERS": tile.gathered,
-        "GATHER_ROOM": slots.gather_room,
-        "RESIDENT": tile.resident,
-        "WEIGHT_SLOTS": slots.weights,
-        "X_SLOTS": slots.x,
-        "SHARED_BYTES": shared_bytes,
-        "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
-        "EPILOGUE": gate,
-    }
 
 
 def _suffix(gated: bool) -> str:

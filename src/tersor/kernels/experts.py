@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 from tersor.formats import Activations
 from tersor.hardware import Chip
-from tersor.kernels.dense import sm90_macros
 from tersor.kernels.jit import Function, KernelSource, tensor_map
+from tersor.kernels.macros import sm80_macros, sm90_macros
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
@@ -68,12 +68,7 @@ def _sm80_source(packing: Packing, tokens: int, stages: int, shared_bytes: int, 
         name=f"tersor_experts_sm80_{packing.scheme.format.name}_{packing.target}_n{tokens}_g{gate}",
         header="experts/sm80_experts.cuh",
         parameters={
-            **packing.macros(),
-            "BF16": packing.target == "bfloat16",
-            "N_TILE": tokens,
-            "STAGES": stages,
-            "SHARED_BYTES": shared_bytes,
-            "EPILOGUE": gate,
+            **sm80_macros(packing, tokens, stages, shared_bytes, gate),
             "GATHERS_TOKENS": gate > 0,
         },
         arguments="PPPPPPPPPqiiiiif",
@@ -116,15 +111,18 @@ def prepare(
         most_blocks: as many as the routing tables have room for.
         factor: what decoded sums are multiplied by, beside the scales.
     """
-    if isinstance(config, tune.Sm80ExpertsConfig):
-        return _prepare_sm80(function, config, oc=oc, ic=ic, top_k=top_k, most_blocks=most_blocks, factor=factor)
-    tile, pairs = config.tile, tokens * top_k
-    grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
-    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-    element = element if config.tile.activations is Activations.NATIVE else tensor_map.BYTE
-    rows = tokens if gathers else pairs + tile.tokens  # the copy engine is slow where rows of a box are not there
-    box = 1 if gathers else tile.tokens
-    run, most_splits, maps_rows = function.launch, config.most_splits, tensor_map.rows
+    run, shared = function.launch, config.shared_bytes
+    if isinstance(config, tune.Sm80ExpertsConfig):  # reads the rows of activations that there are, and no others
+        grid, block, may_be_early = config.grid, (_SM80_THREADS, 1, 1), config.early
+        maps_rows, element, rows, box, splits = None, 0, 0, 0, config.splits
+    else:
+        tile = config.tile
+        grid, block, may_be_early = (config.ctas, 1, 1), (tile.threads, 1, 1), True
+        element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+        element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
+        # The copy engine is slow where rows of a box are not there.
+        rows, box = (tokens, 1) if gathers else (tokens * top_k + tile.tokens, tile.tokens)
+        maps_rows, splits = tensor_map.rows, config.most_splits
 
     def launch(
         *,
@@ -149,62 +147,27 @@ def prepare(
             weight, scale: addresses of packed codes and scales of all experts.
             bias: address of [E, oc] in the dtype of the result.
             x, x_stride: address of the activations, and elements from one row to the next.
-            x_scale: address of the float32 scales of quantised activations, one a pair.
+            x_scale: address of the float32 scales of quantised activations, one a pair; the sm80 schedule has none.
             order, blocks: addresses of the routing tables.
             y: address of [pairs, outputs] in the dtype of the result.
             partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
             early: whether the launch may start before the kernel ahead has ended: not where that one wrote weights.
         """
         # fmt: off
-        arguments = (
-            maps_rows(x, rows, ic, x_stride, element, box),
-            weight, scale, bias, x_scale, order, blocks, y, partial, arrived,
-            oc, ic, top_k, box, most_blocks, most_splits, factor,
-        )
+        if maps_rows is None:
+            arguments = (
+                weight, scale, x, bias, order, blocks, y, partial, arrived,
+                x_stride, oc, ic, top_k, most_blocks, splits, factor,
+            )
+            run(grid, block, shared, stream, arguments, early and may_be_early)
+        else:
+            mapped = (
+                maps_rows(x, rows, ic, x_stride, element, box),
+                weight, scale, bias, x_scale, order, blocks, y, partial, arrived,
+                oc, ic, top_k, box, most_blocks, splits, factor,
+            )
+            run(grid, block, shared, stream, mapped, early and may_be_early)
         # fmt: on
-        run(grid, block, shared, stream, arguments, early, None)
-
-    return launch
-
-
-def _prepare_sm80(
-    function: Function,
-    config: tune.Sm80ExpertsConfig,
-    *,
-    oc: int,
-    ic: int,
-    top_k: int,
-    most_blocks: int,
-    factor: float,
-) -> ExpertsLaunch:
-    """Return what `prepare` does, of the sm80 schedule: rows of activations that there are, and no others, are read."""
-    grid, block, shared, run = config.grid, (_SM80_THREADS, 1, 1), config.shared_bytes, function.launch
-    splits, may_be_early = config.splits, config.early
-
-    def launch(
-        *,
-        stream: int,
-        weight: int,
-        scale: int,
-        bias: int,
-        x: int,
-        x_stride: int,
-        x_scale: int,
-        order: int,
-        blocks: int,
-        y: int,
-        partial: int,
-        arrived: int,
-        early: bool,
-    ) -> None:
-        """Launch, as `launch` in `prepare`; x_scale is not read."""
-        # fmt: off
-        arguments = (
-            weight, scale, x, bias, order, blocks, y, partial, arrived,
-            x_stride, oc, ic, top_k, most_blocks, splits, factor,
-        )
-        # fmt: on
-        run(grid, block, shared, stream, arguments, early and may_be_early)
 
     return launch
 

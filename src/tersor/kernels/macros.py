@@ -1,0 +1,49 @@
+"""The parameters of headers on which several families build: the tiles of the sm80 and the sm90 schedule."""
+
+from __future__ import annotations
+
+from tersor.kernels.tune import sm90
+from tersor.layouts.packing import Packing
+
+
+def sm80_macros(
+    packing: Packing, n_tile: int, stages: int, shared_bytes: int, gate: int
+) -> dict[str, int | bool | str]:
+    """Return the parameters of dense/sm80_tile.cuh; `gate` is EPILOGUE of cuda/common/gate.cuh."""
+    return {
+        **packing.macros(),
+        "BF16": packing.target == "bfloat16",
+        "N_TILE": n_tile,
+        "STAGES": stages,
+        "SHARED_BYTES": shared_bytes,
+        "EPILOGUE": gate,
+    }
+
+
+def sm90_macros(
+    packing: Packing, result: str, tile: sm90.Tile, slots: sm90.Slots, shared_bytes: int, gate: int, few_tokens: int
+) -> dict[str, int | bool | str]:
+    """Return the parameters of dense/sm90_linear.cuh, which other kernels on its rings have, too.
+
+    Args:
+        packing, result, tile, slots, shared_bytes, few_tokens: as in `kernels.dense.sm90_source`.
+        gate: EPILOGUE of cuda/common/gate.cuh.
+    """
+    return {
+        **packing.macros(),
+        "BF16": result == "bfloat16",
+        "FP8": tile.e4m3,
+        "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
+        "N_TILE": tile.tokens,
+        "ROW_GROUPS": tile.row_groups,
+        "K_GROUPS": tile.channel_groups,
+        "CLUSTER": tile.cluster,
+        "GATHERS": tile.gathered,
+        "GATHER_ROOM": slots.gather_room,
+        "RESIDENT": tile.resident,
+        "WEIGHT_SLOTS": slots.weights,
+        "X_SLOTS": slots.x,
+        "SHARED_BYTES": shared_bytes,
+        "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
+        "EPILOGUE": gate,
+    }
