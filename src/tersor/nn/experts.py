@@ -10,11 +10,11 @@ import torch
 
 from tersor import ops
 from tersor.errors import UnsupportedError
-from tersor.formats import Activations, Scheme
+from tersor.formats import Scheme
 from tersor.layouts import STREAM, StackedWeight
 from tersor.layouts.gated import gated_rows, interleave
 from tersor.nn.linear import cast_bias
-from tersor.nn.packed import PackedModule
+from tersor.nn.packed import MultipliedModule
 
 
 class Rows(enum.Enum):
@@ -70,7 +70,7 @@ class Rows(enum.Enum):
         return interleave(gate.T, up.T).T.contiguous()
 
 
-class PackedStack(PackedModule):
+class PackedStack(MultipliedModule):
     """The packed weights [E, OC, IC] of one layer of each of E experts.
 
     On disk and in a state dict rows are in the model's order; in memory gate and up are interleaved by eight rows
@@ -81,7 +81,6 @@ class PackedStack(PackedModule):
         rows: what is interleaved in memory.
         interleaved: whether rows lie as kernels read them now.
         transposed: whether the model keeps its weight as [E, IC, OC].
-        activations: what the weights are multiplied with; set by `multiply_with`.
     """
 
     _ready_for: torch.dtype | None
@@ -114,7 +113,6 @@ class PackedStack(PackedModule):
         self.rows = rows
         self.interleaved = False
         self.transposed = False
-        self.activations = Activations.NATIVE
 
     @classmethod
     def of(cls, weight: StackedWeight, shape: tuple[int, ...], rows: Rows, dtype: torch.dtype) -> PackedStack:
@@ -190,17 +188,6 @@ class PackedStack(PackedModule):
             self._set_stack(weight.to_layout(layout), interleaved=True)
             self._current()  # what is held now is what is ready
         self._ready_for = dtype
-
-    def multiply_with(self, activations: Activations | str) -> None:
-        """Choose what the weights are multiplied with from now on, as `PackedLinear.multiply_with`.
-
-        Raises:
-            InputError: no such activations.
-            UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
-        """
-        ops.preferred_layout(self.scheme, self.dtype, self.weight_packed.device, activations)
-        self.activations = Activations.of(activations)
-        self._ready_for = None
 
     def _set_stack(self, weight: StackedWeight, interleaved: bool) -> None:
         self.weight_packed, self.weight_scale = weight.data, weight.scale

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.formats import Activations, Scheme
+from tersor.formats import Scheme
 from tersor.layouts import STREAM, PackedWeight
-from tersor.nn.packed import PackedModule
+from tersor.nn.packed import MultipliedModule
 
 _autocast = torch._C._is_any_autocast_enabled
 
 
-class PackedLinear(PackedModule):
+class PackedLinear(MultipliedModule):
     """y[..., OC] = x[..., IC] @ W[OC, IC]^T + bias, with W packed.
 
     On a GPU the packed weight is kept in the layout its kernel reads; the state dict shows the stored stream all the
@@ -22,7 +22,6 @@ class PackedLinear(PackedModule):
     Attributes:
         in_features, out_features: IC and OC.
         transposed: whether the module it replaced kept its weight as [IC, OC] (GPT-2's Conv1D).
-        activations: what the weight is multiplied with; set by `multiply_with`.
         bias: [OC] or `None`.
     """
 
@@ -54,7 +53,6 @@ class PackedLinear(PackedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = False
-        self.activations = Activations.NATIVE
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
         else:
@@ -97,22 +95,6 @@ class PackedLinear(PackedModule):
         if bias is not None and bias.dtype is not dtype:
             bias = cast_bias(bias, dtype)
         return ops.linear(x, weight, bias)
-
-    def multiply_with(self, activations: Activations | str) -> None:
-        """Choose what the weight is multiplied with from now on.
-
-        Args:
-            activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
-                like), which takes the FP8 tensor cores of compute capability 9.0 and the reference elsewhere; for how
-                their sums are added see docs/formats.md, "Kernel tiles".
-
-        Raises:
-            InputError: no such activations.
-            UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
-        """
-        ops.preferred_layout(self.scheme, self.dtype, self.weight_packed.device, activations)
-        self.activations = Activations.of(activations)
-        self._ready_for = None
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Put the packed weight into the layout that serves activations of `dtype` on the module's device.

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tersor import ops
 from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, TensorForm, stored_forms
 from tersor.errors import UnsupportedError
-from tersor.formats import Scheme
+from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
 
 _Self = TypeVar("_Self", bound="PackedModule")
@@ -193,6 +194,32 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready_for": None, "_held": None}
+
+
+class MultipliedModule(PackedModule):
+    """Holds a packed weight that is multiplied with activations.
+
+    Attributes:
+        activations: what the weight is multiplied with; set by `multiply_with`.
+    """
+
+    activations: Activations = Activations.NATIVE
+
+    def multiply_with(self, activations: Activations | str) -> None:
+        """Choose what the weight is multiplied with from now on.
+
+        Args:
+            activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
+                like), which takes the FP8 tensor cores of compute capability 9.0 and the reference elsewhere; for how
+                their sums are added see docs/formats.md, "Kernel tiles".
+
+        Raises:
+            InputError: no such activations.
+            UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
+        """
+        ops.preferred_layout(self.scheme, self.dtype, self.weight_packed.device, activations)
+        self.activations = Activations.of(activations)
+        self._ready_for = None
 
 
 def bits_per_weight(model: nn.Module) -> float | None:

@@ -17,7 +17,7 @@ from tersor import ops
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations
 from tersor.integrations.transformers.experts_form import ExpertsForm, apply_gate, experts_form
-from tersor.integrations.transformers.joined import JOINED, moved
+from tersor.integrations.transformers.joined import GivenLinear, moved
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
 from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import PackedLinear, cast_bias
@@ -244,7 +244,7 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class ExpertPart(PackedLinear):
+class ExpertPart(GivenLinear):
     """A layer of one expert, whose codes and scales a `PackedExperts` holds together with those of the others."""
 
     _place: tuple[PackedExperts, int, str]
@@ -259,20 +259,9 @@ class ExpertPart(PackedLinear):
         """What holds the codes and scales."""
         return self._place[0]
 
-    def give(self, device: torch.device) -> None:
-        """Let go of codes and scales, which the experts have now."""
-        self.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
-        self.weight_scale = torch.empty(0, dtype=torch.uint8, device=device)
-        self.weight_zero_point = None
-        self.layout = JOINED
-        self._held = None
-
-    def packed_weight(self) -> PackedWeight:
-        """Return the weight; while it is joined with others a copy of its rows, in the stored stream."""
-        if self.layout == JOINED:
-            experts, expert, name = self._place
-            return experts.part(expert, name)
-        return super().packed_weight()
+    def _own_rows(self) -> PackedWeight:
+        experts, expert, name = self._place
+        return experts.part(expert, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""

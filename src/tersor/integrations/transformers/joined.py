@@ -164,7 +164,27 @@ class Join:
         self._shares = threading.local()
 
 
-class PackedPart(PackedLinear):
+class GivenLinear(PackedLinear):
+    """A packed linear layer whose codes and scales something else may hold, together with those of other layers."""
+
+    def give(self, device: torch.device) -> None:
+        """Let go of codes and scales, which something else has now."""
+        self.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
+        self.weight_scale = torch.empty(0, dtype=torch.uint8, device=device)
+        self.weight_zero_point = None
+        self.layout = JOINED
+        self._held = None
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the weight; while something else holds it a copy of its rows, in the stored stream."""
+        return self._own_rows() if self.layout == JOINED else super().packed_weight()
+
+    def _own_rows(self) -> PackedWeight:
+        """Return a copy of this layer's rows of what something else holds, in the stored stream."""
+        raise NotImplementedError
+
+
+class PackedPart(GivenLinear):
     """A packed linear layer whose codes and scales a `Join` holds together with those of other layers."""
 
     _place: tuple[Join, int]
@@ -188,20 +208,9 @@ class PackedPart(PackedLinear):
         """What holds the codes and scales."""
         return self._place[0]
 
-    def give(self, device: torch.device) -> None:
-        """Let go of codes and scales, which the join has now."""
-        self.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
-        self.weight_scale = torch.empty(0, dtype=torch.uint8, device=device)
-        self.weight_zero_point = None
-        self.layout = JOINED
-        self._held = None
-
-    def packed_weight(self) -> PackedWeight:
-        """Return the weight; while it is joined with others a copy of its rows, in the stored stream."""
-        if self.layout == JOINED:
-            join, index = self._place
-            return join.apart()[index]
-        return super().packed_weight()
+    def _own_rows(self) -> PackedWeight:
+        join, index = self._place
+        return join.apart()[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply x [..., IC]: returns [..., OC] in x's dtype, which may be a view into the results of all layers."""
