@@ -251,7 +251,6 @@ class ExpertPart(GivenLinear):
 
     def place(self, experts: PackedExperts, expert: int, name: str) -> None:
         """Make this layer the one called `name` of an expert."""
-        # In a tuple, and no module: the experts are not a submodule of this layer.
         self._place = (experts, expert, name)
 
     @property
@@ -269,26 +268,12 @@ class ExpertPart(GivenLinear):
             return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
         return super().forward(x)
 
-    def multiply_with(self, activations: Activations | str) -> None:
-        """Choose what the weight is multiplied with: the experts join again when all of them are told the same."""
-        self.experts.dissolve()
-        super().multiply_with(activations)
-
     def prepare(self, dtype: torch.dtype) -> None:
         """Join the experts, if they are on one device, in the layout for activations of `dtype`."""
         if not self.experts.joins:
             super().prepare(dtype)
         else:
             self.experts.ready(dtype)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertPart:
-        self.experts.dissolve()
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        self.experts.dissolve()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_experts(experts: Any) -> ExpertsForm:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -164,8 +164,17 @@ class Join:
         self._shares = threading.local()
 
 
+_Given = TypeVar("_Given", bound="GivenLinear")
+
+
 class GivenLinear(PackedLinear):
-    """A packed linear layer whose codes and scales something else may hold, together with those of other layers."""
+    """A packed linear layer whose codes and scales something else may hold, together with those of other layers.
+
+    Whatever touches its tensors (a move, a cast, a load) first has all layers given their own back: `dissolve` of what
+    stands first in `_place`. That is in a tuple, since it is not a submodule of this layer.
+    """
+
+    _place: tuple[Any, ...]
 
     def give(self, device: torch.device) -> None:
         """Let go of codes and scales, which something else has now."""
@@ -182,6 +191,20 @@ class GivenLinear(PackedLinear):
     def _own_rows(self) -> PackedWeight:
         """Return a copy of this layer's rows of what something else holds, in the stored stream."""
         raise NotImplementedError
+
+    def multiply_with(self, activations: Activations | str) -> None:
+        """Choose what the weight is multiplied with: the layers join again when all of them are told the same."""
+        self._place[0].dissolve()
+        super().multiply_with(activations)
+
+    def _apply(self: _Given, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Given:
+        self._place[0].dissolve()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._place[0].dissolve()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PackedPart(GivenLinear):
@@ -200,7 +223,6 @@ class PackedPart(GivenLinear):
 
     def place(self, join: Join, index: int) -> None:
         """Make this layer part `index` of a join."""
-        # In a tuple, and no module: other layers are not submodules of this one.
         self._place = (join, index)
 
     @property
@@ -217,22 +239,9 @@ class PackedPart(GivenLinear):
         join, index = self._place
         return join.multiply(index, x)
 
-    def multiply_with(self, activations: Activations | str) -> None:
-        """Choose what the weight is multiplied with: the layers join again when all of them are told the same."""
-        self.join.dissolve()
-        super().multiply_with(activations)
-
     def prepare(self, dtype: torch.dtype) -> None:
         """Join this layer with the others, if they are on one device, in the layout for activations of `dtype`."""
         self.join.ready(dtype)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedPart:
-        self.join.dissolve()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        self.join.dissolve()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def moved(layer: PackedLinear, cls: type[Any]) -> Any:
