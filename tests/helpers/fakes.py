@@ -334,3 +334,16 @@ def uncompiled(source: KernelSource) -> nvrtc.Binary:
 
 def _zeros(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype).fill_(0)
+
+
+def pretended(default: str) -> Any:
+    """Return a fixture: CPU tensors pass for those of a GPU, or of the chip a test names by an indirect parameter."""
+
+    @pytest.fixture
+    def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+        fake = FakeGpu(getattr(request, "param", default))
+        fake.install(monkeypatch)
+        fake.take_cpu_tensors(monkeypatch)
+        return fake
+
+    return gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,30 @@ def plain(name: str, directory: Path, dtype: torch.dtype = torch.float32, **chan
             tensors[key] = (noise if tensor.dim() > 1 else tensor.float() + noise).to(tensor.dtype)
         save_file(tensors, file, {"format": "pt"})
     return directory
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model, plain and compressed.
+
+    Attributes:
+        name: of its architecture.
+        options: it was compressed with.
+        plain, packed: its checkpoints.
+        folder: they are in, with room for more.
+    """
+
+    name: str
+    options: dict
+    plain: Path
+    packed: Path
+    folder: Path
+
+
+def case(name: str, folder: Path, options: dict, **changes: Any) -> Case:
+    """Write a tiny model, its config changed, and compress it."""
+    source = plain(name, folder / "plain", **changes)
+    return Case(name, options, source, compressed(source, folder / "packed", **options), folder)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

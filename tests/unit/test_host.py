@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fakes import FakeGpu
+from helpers.fakes import FakeGpu, pretended
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,13 +31,8 @@ def packed(oc: int = 256, ic: int = 1024, layout: str = "tiles_float16") -> Pack
     return PackedWeight.from_encoded(quantize_rtn(values, scheme)).to_layout(layout)
 
 
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """Tensors of the CPU pass for those of an A100, or of the chip a test names: its kernels need no tensor map."""
-    fake = FakeGpu(getattr(request, "param", "NVIDIA A100"))
-    fake.install(monkeypatch)
-    fake.take_cpu_tensors(monkeypatch)
-    return fake
+gpu = pretended("NVIDIA A100")
+"""Tensors of the CPU pass for those of an A100, or of the chip a test names: its kernels need no tensor map."""
 
 
 on_an_h200 = pytest.mark.parametrize("gpu", ["NVIDIA H200"], indirect=True)

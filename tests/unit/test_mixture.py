@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fakes import FakeGpu
+from helpers.fakes import FakeGpu, pretended
 
 from tersor import ops
 from tersor.compress.rtn import quantize_rtn
@@ -170,14 +170,8 @@ def test_tensors_that_do_not_fit_are_named(
         ops.experts(**arguments)
 
 
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """An H200, or the chip a test names, that launches and does not compute."""
-    fake = FakeGpu(getattr(request, "param", "NVIDIA H200"))
-    fake.install(monkeypatch)
-    fake.take_cpu_tensors(monkeypatch)
-    grouped.forget()
-    return fake
+gpu = pretended("NVIDIA H200")
+"""An H200, or the chip a test names, that launches and does not compute."""
 
 
 def on_gpu(layer: tuple[StackedWeight, StackedWeight]) -> tuple[StackedWeight, StackedWeight]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fakes import FakeGpu
+from helpers.fakes import FakeGpu, pretended
 
 from tersor import ops
 from tersor.errors import ShapeError
@@ -214,13 +214,8 @@ def test_what_does_not_fit_is_named(message: str) -> None:
         WRONG[message]()
 
 
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """Tensors of the CPU pass for those of an H200, or of the chip a test names."""
-    fake = FakeGpu(getattr(request, "param", "NVIDIA H200"))
-    fake.install(monkeypatch)
-    fake.take_cpu_tensors(monkeypatch)
-    return fake
+gpu = pretended("NVIDIA H200")
+"""Tensors of the CPU pass for those of an H200, or of the chip a test names."""
 
 
 def test_kernels_get_the_addresses_of_what_they_read_and_write(gpu: FakeGpu) -> None:

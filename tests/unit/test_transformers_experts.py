@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,17 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    options: dict
-    plain: Path
-    packed: Path
-    folder: Path
-
-
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp(request.param)
-    options = CASES[request.param]
-    plain = models.plain(request.param, folder / "plain")
-    return Case(request.param, options, plain, models.compressed(plain, folder / "packed", **options), folder)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> models.Case:
+    return models.case(request.param, tmp_path_factory.mktemp(request.param), CASES[request.param])
 
 
 @pytest.fixture(scope="module")
-def loaded(case: Case) -> Any:
+def loaded(case: models.Case) -> Any:
     return AutoModelForCausalLM.from_pretrained(case.packed)
 
 
-def test_logits_are_those_of_the_decoded_weights(case: Case, loaded: Any) -> None:
+def test_logits_are_those_of_the_decoded_weights(case: models.Case, loaded: Any) -> None:
     reference = AutoModelForCausalLM.from_pretrained(models.decoded(case.plain, case.packed, case.folder / "decoded"))
     original = AutoModelForCausalLM.from_pretrained(case.plain)
     ids = models.token_ids()
@@ -65,7 +52,7 @@ def test_logits_are_those_of_the_decoded_weights(case: Case, loaded: Any) -> Non
     assert any(type(module) is FusedExperts for module in loaded.modules())
 
 
-def test_compressed_while_loading_and_saved_it_is_the_same_checkpoint(case: Case, loaded: Any) -> None:
+def test_compressed_while_loading_and_saved_it_is_the_same_checkpoint(case: models.Case, loaded: Any) -> None:
     while_loading = AutoModelForCausalLM.from_pretrained(
         case.plain, quantization_config=tersor.TersorConfig(**case.options), dtype=torch.float32
     )
@@ -75,7 +62,7 @@ def test_compressed_while_loading_and_saved_it_is_the_same_checkpoint(case: Case
         assert models.same(models.tensors(case.folder / "again"), models.tensors(case.packed))
 
 
-def test_dequantize_gives_the_plain_architecture_back(case: Case, loaded: Any) -> None:
+def test_dequantize_gives_the_plain_architecture_back(case: models.Case, loaded: Any) -> None:
     model = copy.deepcopy(loaded)
     ids = models.token_ids()
     with torch.no_grad():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,30 +31,19 @@ CASES = {
 EXPERTS = {"mixtral": 2, "qwen2_moe": 2, "qwen3_moe": 2, "olmoe": 2, "deepseek_v2": 1, "deepseek_v3": 1}
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    options: dict
-    plain: Path
-    packed: Path
-    folder: Path
-
-
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp(request.param)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> models.Case:
     options = dict(CASES[request.param])
     changes = {"tie_word_embeddings": True} if options.pop("tie_word_embeddings", False) else {}
-    plain = models.plain(request.param, folder / "plain", **changes)
-    return Case(request.param, options, plain, models.compressed(plain, folder / "packed", **options), folder)
+    return models.case(request.param, tmp_path_factory.mktemp(request.param), options, **changes)
 
 
 @pytest.fixture(scope="module")
-def loaded(case: Case) -> Any:
+def loaded(case: models.Case) -> Any:
     return AutoModelForCausalLM.from_pretrained(case.packed)
 
 
-def test_the_model_holds_only_packed_weights(case: Case, loaded: Any) -> None:
+def test_the_model_holds_only_packed_weights(case: models.Case, loaded: Any) -> None:
     stems = {key.removesuffix(models.SUFFIX) for key in models.tensors(case.packed) if key.endswith(models.SUFFIX)}
     layers = {name: module for name, module in loaded.named_modules() if isinstance(module, PackedLinear)}
     assert len(layers) == len(stems) > 0
@@ -71,7 +58,7 @@ def test_the_model_holds_only_packed_weights(case: Case, loaded: Any) -> None:
     assert not any(tensor.device.type == "meta" for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
-def test_logits_are_those_of_the_decoded_weights(case: Case, loaded: Any) -> None:
+def test_logits_are_those_of_the_decoded_weights(case: models.Case, loaded: Any) -> None:
     reference = AutoModelForCausalLM.from_pretrained(models.decoded(case.plain, case.packed, case.folder / "decoded"))
     original = AutoModelForCausalLM.from_pretrained(case.plain)
     ids = models.token_ids()
@@ -82,7 +69,7 @@ def test_logits_are_those_of_the_decoded_weights(case: Case, loaded: Any) -> Non
     assert float((got - before).abs().max()) > 1e-3 * float(expected.abs().max())
 
 
-def test_compressing_while_loading_gives_the_same_model(case: Case, loaded: Any) -> None:
+def test_compressing_while_loading_gives_the_same_model(case: models.Case, loaded: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         case.plain, quantization_config=tersor.TersorConfig(**case.options), dtype=torch.float32
     )
@@ -96,13 +83,13 @@ def test_compressing_while_loading_gives_the_same_model(case: Case, loaded: Any)
     assert models.same(models.tensors(case.folder / "while_loading"), models.tensors(case.packed))
 
 
-def test_save_pretrained_writes_the_same_checkpoint(case: Case, loaded: Any) -> None:
+def test_save_pretrained_writes_the_same_checkpoint(case: models.Case, loaded: Any) -> None:
     loaded.save_pretrained(case.folder / "again")
     assert models.same(models.tensors(case.folder / "again"), models.tensors(case.packed))
     assert models.config(case.folder / "again") == models.config(case.packed)
 
 
-def test_dequantize_gives_the_plain_architecture_back(case: Case, loaded: Any) -> None:
+def test_dequantize_gives_the_plain_architecture_back(case: models.Case, loaded: Any) -> None:
     model = copy.deepcopy(loaded)
     ids = models.token_ids()
     with torch.no_grad():
@@ -117,7 +104,7 @@ def test_dequantize_gives_the_plain_architecture_back(case: Case, loaded: Any) -
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
 
 
-def test_generates(case: Case, loaded: Any) -> None:
+def test_generates(case: models.Case, loaded: Any) -> None:
     ids = models.token_ids(1, 5)
     tokens = loaded.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape == (1, 9)

@@ -188,6 +188,9 @@ def type_of(weight: PackedWeight) -> WeightType:
 
 def forget() -> None:
     """Drop every prepared call and read the environment anew: for who changes it, or a chooser, while it runs."""
+    from tersor.ops import grouped
+
     mode.forget()
+    grouped.forget()
     for found in list(_types.values()):
         found.forget()
