@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,16 +132,10 @@ def result(found: Sequence[Row | Skipped], *, dtype: str, read_bandwidth: float)
         dtype: of the activations.
         read_bandwidth: bytes per second that a large read reached in the same run.
     """
-    return {
-        "kind": KIND,
-        "version": VERSION,
-        "environment": report.environment(),
-        "method": METHOD,
-        "dtype": dtype,
-        "read_bandwidth": read_bandwidth,
-        "rows": [asdict(row) for row in found if isinstance(row, Row)],
-        "skipped": [asdict(row) for row in found if isinstance(row, Skipped)],
-    }
+    facts = {"dtype": dtype, "read_bandwidth": read_bandwidth}
+    rows = [row for row in found if isinstance(row, Row)]
+    skipped = [row for row in found if isinstance(row, Skipped)]
+    return report.result(KIND, VERSION, METHOD, facts, rows, skipped)
 
 
 def roof(row: dict[str, Any], read_bandwidth: float) -> float:

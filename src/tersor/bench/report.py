@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,28 @@ def commit(folder: Path) -> str:
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
     return _git(folder, "rev-parse", "--short", "HEAD") or "unknown"
+
+
+def result(
+    kind: str, version: int, method: str, facts: Mapping[str, Any], rows: Iterable[Any], skipped: Iterable[Any]
+) -> dict[str, Any]:
+    """Return what a measurement writes as JSON.
+
+    Args:
+        kind, version: what it is, for who reads it again.
+        method: how it was measured, in a sentence.
+        facts: what else holds for all rows.
+        rows, skipped: dataclasses, in order.
+    """
+    return {
+        "kind": kind,
+        "version": version,
+        "environment": environment(),
+        "method": method,
+        **facts,
+        "rows": [asdict(row) for row in rows],
+        "skipped": [asdict(row) for row in skipped],
+    }
 
 
 def text(result: dict[str, Any]) -> str:

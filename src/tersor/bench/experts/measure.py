@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -229,17 +229,10 @@ def result(found: Sequence[Row | Skipped], *, dtype: str, seed: int, read_bandwi
         seed: of weights, activations and logits.
         read_bandwidth: bytes per second that a large read reached in the same run.
     """
-    return {
-        "kind": KIND,
-        "version": VERSION,
-        "environment": report.environment(),
-        "method": METHOD,
-        "dtype": dtype,
-        "seed": seed,
-        "read_bandwidth": read_bandwidth,
-        "rows": [asdict(row) for row in found if isinstance(row, Row)],
-        "skipped": [asdict(row) for row in found if isinstance(row, Skipped)],
-    }
+    facts = {"dtype": dtype, "seed": seed, "read_bandwidth": read_bandwidth}
+    rows = [row for row in found if isinstance(row, Row)]
+    skipped = [row for row in found if isinstance(row, Skipped)]
+    return report.result(KIND, VERSION, METHOD, facts, rows, skipped)
 
 
 def _is_rival(kernel: str) -> bool:
