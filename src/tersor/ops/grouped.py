@@ -221,47 +221,37 @@ def products(
     stream = current.stream(index)
     if x.stride(1) != 1 or x.stride(0) % _ALIGNED or x.stride(0) < hidden or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, hidden)
-    order = tables.addresses[0]
-    address, stride, x_scale = x.data_ptr(), x.stride(0), 0
-    held = [x]
+    order, block_tokens = tables.addresses[0], chosen.block_tokens
+    given, stride, x_scale = x, x.stride(0), 0
     if chosen.up.quantize is not None:
-        address, stride, x_scale = _quantized(
-            chosen.up, stream, address, stride, pairs, held, chosen.block_tokens, order, top_k
-        )
+        given, x_scale = _quantized(chosen.up, x, pairs, block_tokens, order, top_k)
+        stride = chosen.up.codes_stride
     elif chosen.gather is not None:
-        ordered = current.empty((pairs + chosen.block_tokens, hidden), (hidden, 1), x.dtype)
-        chosen.gather(stream=stream, x=address, x_stride=stride, order=order, y=ordered.data_ptr())
-        address, stride = ordered.data_ptr(), hidden
-        held.append(ordered)
-    inner_channels = gated_channels(gate_up.shape[1])
-    inner = current.empty((pairs + chosen.block_tokens, inner_channels), (inner_channels, 1), x.dtype)
-    run(chosen.up, gate_up, gate_up_bias, address, stride, x_scale, tables, inner)
-    address, stride, x_scale = inner.data_ptr(), inner_channels, 0
+        given, stride = current.empty((pairs + block_tokens, hidden), (hidden, 1), x.dtype), hidden
+        chosen.gather(stream=stream, x=x.data_ptr(), x_stride=x.stride(0), order=order, y=given.data_ptr())
+    channels = gated_channels(gate_up.shape[1])
+    inner = current.empty((pairs + block_tokens, channels), (channels, 1), x.dtype)
+    run(chosen.up, gate_up, gate_up_bias, given.data_ptr(), stride, x_scale, tables, inner)
+    passed, stride, x_scale = inner, channels, 0
     if chosen.down.quantize is not None:
-        address, stride, x_scale = _quantized(chosen.down, stream, address, stride, pairs, held, chosen.block_tokens)
+        passed, x_scale = _quantized(chosen.down, inner, pairs, block_tokens)
+        stride = chosen.down.codes_stride
     y = current.empty((pairs, hidden), (hidden, 1), x.dtype)
-    run(chosen.down, down, down_bias, address, stride, x_scale, tables, y)
+    run(chosen.down, down, down_bias, passed.data_ptr(), stride, x_scale, tables, y)
     return y
 
 
 def _quantized(
-    product: Product,
-    stream: int,
-    x: int,
-    stride: int,
-    pairs: int,
-    held: list[torch.Tensor],
-    block_tokens: int,
-    order: int = 0,
-    top_k: int = 1,
-) -> tuple[int, int, int]:
-    """Launch the quantising of a product's activations; return address, stride and the address of the scales."""
+    product: Product, x: torch.Tensor, pairs: int, block_tokens: int, order: int = 0, top_k: int = 1
+) -> tuple[torch.Tensor, int]:
+    """Launch the quantising of a product's activations; return their codes and the address of the scales."""
     assert product.quantize is not None
-    row = product.codes_stride
+    row, stream = product.codes_stride, current.stream(x.get_device())
     codes = current.empty((pairs + block_tokens, row + 4), (row + 4, 1), torch.uint8)
-    held.append(codes)
-    scale = product.quantize(stream=stream, x=x, x_stride=stride, codes=codes.data_ptr(), order=order, top_k=top_k)
-    return codes.data_ptr(), row, scale
+    scale = product.quantize(
+        stream=stream, x=x.data_ptr(), x_stride=x.stride(0), codes=codes.data_ptr(), order=order, top_k=top_k
+    )
+    return codes, scale
 
 
 def run(
