@@ -63,38 +63,28 @@ class Choice:
 def route_source(choice: Choice, logits: str) -> KernelSource:
     """Return the kernel that chooses experts by logits of a dtype and, where asked to, sorts the pairs."""
     kind = "sigmoid" if choice.sigmoid else "softmax"
-    return KernelSource(
-        name=f"tersor_route_{kind}_{logits}_{choice.top_k}_of_{choice.experts}",
-        header="experts/route.cuh",
-        parameters={
-            "EXPERTS": choice.experts,
-            "TOP_K": choice.top_k,
-            "INPUT": INPUTS[logits],
-            "SIGMOID": choice.sigmoid,
-            "NORMALIZE": choice.normalize,
-            "BIASED": choice.biased,
-            "GROUPS": choice.groups,
-            "TOP_GROUPS": choice.top_groups,
-        },
-        arguments="PPPPPPPPqiif",
-    )
+    return _source(f"tersor_route_{kind}_{logits}_{choice.top_k}_of_{choice.experts}", choice, logits)
 
 
 @functools.cache
 def tables_source(experts: int, index: str) -> KernelSource:
     """Return the kernel that sorts the pairs of an index of a dtype, int32 or int64."""
+    return _source(f"tersor_expert_tables_{index}_{experts}", Choice(experts=experts, top_k=1), index)
+
+
+def _source(name: str, choice: Choice, reads: str) -> KernelSource:
     return KernelSource(
-        name=f"tersor_expert_tables_{index}_{experts}",
+        name=name,
         header="experts/route.cuh",
         parameters={
-            "EXPERTS": experts,
-            "TOP_K": 1,
-            "INPUT": INPUTS[index],
-            "SIGMOID": False,
-            "NORMALIZE": True,
-            "BIASED": False,
-            "GROUPS": 1,
-            "TOP_GROUPS": 1,
+            "EXPERTS": choice.experts,
+            "TOP_K": choice.top_k,
+            "INPUT": INPUTS[reads],
+            "SIGMOID": choice.sigmoid,
+            "NORMALIZE": choice.normalize,
+            "BIASED": choice.biased,
+            "GROUPS": choice.groups,
+            "TOP_GROUPS": choice.top_groups,
         },
         arguments="PPPPPPPPqiif",
     )

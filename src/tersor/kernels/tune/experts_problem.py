@@ -60,15 +60,10 @@ class ExpertsProblem:
             batch_invariant=batch_invariant,
         )
 
-    def most_blocks(self, width: int) -> int:
-        """Return how many blocks of up to `width` tokens there are at most, whatever experts are chosen."""
-        pairs = self.tokens * self.top_k
-        return min(pairs, most_blocks(pairs, self.experts, width))
-
 
 def most_blocks(pairs: int, experts: int, width: int) -> int:
-    """Return how many blocks of up to `width` pairs, which are of one expert, routing tables have room for."""
-    return pairs // width + min(experts, pairs)
+    """Return how many blocks of up to `width` pairs of one expert there are at most, whatever experts are chosen."""
+    return min(pairs, pairs // width + min(experts, pairs))
 
 
 @functools.lru_cache(maxsize=65536)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune import sm80
-from tersor.kernels.tune.experts_problem import ExpertsProblem, expected_blocks
+from tersor.kernels.tune.experts_problem import ExpertsProblem, expected_blocks, most_blocks
 from tersor.layouts.blocks import BLOCK_IC
 
 TILES = sm80.TILES
@@ -82,7 +82,7 @@ def config(problem: ExpertsProblem, tile: int, splits: int, chip: Chip) -> Sm80E
         shared_bytes=depth * sm80.stage_bytes(tile, problem.bits, problem.scale_bytes),
         resident=resident,
         row_tiles=-(-problem.oc // sm80.ROWS),
-        most_blocks=problem.most_blocks(tile),
+        most_blocks=most_blocks(problem.tokens * problem.top_k, problem.experts, tile),
         splits=splits,
         early=chip.capability >= (9, 0),
     )
