@@ -170,6 +170,14 @@ def test_tensors_that_do_not_fit_are_named(
         ops.experts(**arguments)
 
 
+@pytest.mark.parametrize(("tokens", "experts"), [(5, EXPERTS + 1), (4, EXPERTS), (5, EXPERTS - 1)])
+def test_logits_that_do_not_fit_are_named(
+    layer: tuple[StackedWeight, StackedWeight], tokens: int, experts: int
+) -> None:
+    with pytest.raises(ShapeError, match=rf"logits are \[{tokens}, {experts}\], expected \[5, {EXPERTS}\]"):
+        ops.routed_experts(torch.zeros(5, HIDDEN), torch.zeros(tokens, experts), *layer, 2)
+
+
 gpu = pretended("NVIDIA H200")
 """An H200, or the chip a test names, that launches and does not compute."""
 
@@ -197,6 +205,24 @@ def test_few_tokens_take_four_launches(gpu: FakeGpu, layer: tuple[StackedWeight,
     assert (combine["y"], combine["out"], combine["ready"]) == (below["y"], y.data_ptr(), 1)
     assert combine["position"] == route["position"] and all(launch.programmatic for launch in gpu.launches)
     assert up.grid == below.grid or up.grid[0] % 132 == below.grid[0] % 132 == 0
+
+
+@pytest.mark.parametrize(
+    ("hidden", "experts", "top_k", "message"),
+    [
+        (HIDDEN + 8, EXPERTS, 2, r"x is \[3, 72\]"),
+        (HIDDEN, EXPERTS + 1, 2, r"logits are \[3, 5\]"),
+        (HIDDEN, EXPERTS, EXPERTS + 1, "top_k is 5, expected 1 to 4"),
+        (HIDDEN, EXPERTS, 0, "top_k is 0, expected 1 to 4"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_made_or_launched(
+    gpu: FakeGpu, layer: tuple[StackedWeight, StackedWeight], hidden: int, experts: int, top_k: int, message: str
+) -> None:
+    gate_up, down = on_gpu(layer)
+    with pytest.raises(ShapeError, match=message):
+        ops.routed_experts(torch.zeros(3, hidden).half(), torch.zeros(3, experts), gate_up, down, top_k)
+    assert not gpu.launches and not grouped._prepared
 
 
 def test_many_tokens_are_put_in_order_first(

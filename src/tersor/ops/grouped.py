@@ -86,8 +86,8 @@ _prepared: OrderedDict[Any, Prepared] = OrderedDict()
 _guard = threading.Lock()
 
 
-def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate) -> Prepared:
-    """Return what serves a call for which there is no `obstacle`, made at its first use."""
+def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate) -> Prepared | None:
+    """Return what serves a call, made at its first use; `None` where there is an `obstacle`."""
     now = mode.current()
     key = (
         *(gate_up.scheme, gate_up.shape, gate_up.layout, down.scheme, down.shape, down.layout),
@@ -98,6 +98,8 @@ def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k
         if found is not None:
             _prepared.move_to_end(key)
             return found
+    if obstacle(x, gate_up, down):
+        return None
     made = _make(x, gate_up, down, top_k, gate, now.batch_invariant)
     with _guard:
         _prepared[key] = made
@@ -168,7 +170,7 @@ def product_of(
         tokens=tokens,
         top_k=top_k,
         gathers=config.gathers and gate > 0,
-        most_blocks=min(pairs, most_blocks(pairs, weight.experts, config.block_tokens)),
+        most_blocks=most_blocks(pairs, weight.experts, config.block_tokens),
         factor=weight.packing.factor,
     )
     return Product(config, launch, quantize, dense.codes_stride(ic))

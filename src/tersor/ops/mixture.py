@@ -81,7 +81,8 @@ def experts(
     """
     x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
     layer = _Layer(gate_up, down, gate_up_bias, down_bias, gate)
-    _check(x, layer, index, weights, addend)
+    _check(x, layer, addend)
+    _check_choice(x, index, weights)
     floats = (x, weights, gate_up_bias, down_bias, addend)
     if gradient.wanted(*floats):
         return _one_by_one(x, layer, index, weights, addend)
@@ -125,23 +126,20 @@ def routed_experts(
     x, gate_up_bias, down_bias, addend = _cast(x, gate_up_bias, down_bias, addend)
     options: _Choice = {"scoring": scoring, "normalize": normalize, "bias": choice_bias}
     options |= {"groups": groups, "top_groups": top_groups, "scale": scale}
-    looked_at = dense.looked_at(x, logits, gate_up_bias, down_bias, addend)
-    if looked_at or not x.numel() or grouped.obstacle(x, gate_up, down):
-        index, weights = routing.route(logits, top_k, **options)
-        return experts(
-            *(x, gate_up, down, index, weights),
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            addend=addend,
-            gate=gate,
-        )
     layer = _Layer(gate_up, down, gate_up_bias, down_bias, gate)
-    with _on_device(x):
-        chosen = grouped.prepared(x, gate_up, down, top_k, gate)
-        index, weights, tables = routing.route_tables(logits, top_k, chosen.block_tokens, **options)
-        _check(x, layer, index, weights, addend)
-        y = _products(x, layer, tables, top_k, chosen)
-        return serve_routing.combine(y, weights, tables, addend, ready=True)
+    _check(x, layer, addend)
+    _check_logits(x, layer, logits, top_k)
+    if not dense.looked_at(x, logits, gate_up_bias, down_bias, addend) and x.numel():
+        with _on_device(x):
+            chosen = grouped.prepared(x, gate_up, down, top_k, gate)
+            if chosen is not None:
+                index, weights, tables = routing.route_tables(logits, top_k, chosen.block_tokens, **options)
+                y = _products(x, layer, tables, top_k, chosen)
+                return serve_routing.combine(y, weights, tables, addend, ready=True)
+    index, weights = routing.route(logits, top_k, **options)
+    return experts(
+        *(x, gate_up, down, index, weights), gate_up_bias=gate_up_bias, down_bias=down_bias, addend=addend, gate=gate
+    )
 
 
 class _Choice(TypedDict, total=False):
@@ -177,12 +175,12 @@ def _serve(
     addend: torch.Tensor | None,
 ) -> torch.Tensor:
     """Serve a checked call at which nobody looks."""
-    if not index.numel() or grouped.obstacle(x, layer.gate_up, layer.down):
-        return _one_by_one(x, layer, index, weights, addend)
     top_k = index.shape[1]
-    weights = weights.to(torch.float32).contiguous()  # ahead of all launches, which follow each other closely
     with _on_device(x):
-        chosen = grouped.prepared(x, layer.gate_up, layer.down, top_k, layer.gate)
+        chosen = grouped.prepared(x, layer.gate_up, layer.down, top_k, layer.gate) if index.numel() else None
+        if chosen is None:
+            return _one_by_one(x, layer, index, weights, addend)
+        weights = weights.to(torch.float32).contiguous()  # ahead of all launches, which follow each other closely
         tables = routing.tables(index, layer.gate_up.experts, chosen.block_tokens)
         y = _products(x, layer, tables, top_k, chosen)
         return serve_routing.combine(y, weights, tables, addend, ready=True)
@@ -247,10 +245,8 @@ def _products(x: torch.Tensor, layer: _Layer, tables: Tables, top_k: int, chosen
     return grouped.products(x, layer.gate_up, layer.down, tables, top_k, *biases, chosen)
 
 
-def _check(
-    x: torch.Tensor, layer: _Layer, index: torch.Tensor, weights: torch.Tensor, addend: torch.Tensor | None
-) -> None:
-    """Raise ShapeError where the tensors of a call do not fit each other."""
+def _check(x: torch.Tensor, layer: _Layer, addend: torch.Tensor | None) -> None:
+    """Raise ShapeError where the tensors of a call do not fit each other, whatever experts are chosen."""
     gate_up, down = layer.gate_up, layer.down
     count, rows, hidden = gate_up.shape
     inner = gated_channels(rows)
@@ -263,12 +259,6 @@ def _check(
         raise ShapeError(
             f"experts: x is {list(x.shape)} {x.dtype}, expected [T, {hidden}] of float16, bfloat16, float32 or float64"
         )
-    if weights.dim() != 2 or weights.shape[0] != x.shape[0] or not weights.is_floating_point():
-        found = f"{list(weights.shape)} {weights.dtype}"
-        raise ShapeError(f"experts: weights are {found}, expected floats [{x.shape[0]}, K] for {x.shape[0]} tokens")
-    if index.shape != weights.shape or index.dtype not in _INDEX_DTYPES:
-        found = f"{list(index.shape)} {index.dtype}"
-        raise ShapeError(f"experts: index is {found}, expected int32 or int64 {list(weights.shape)} as weights")
     beside = (
         ("gate_up_bias", layer.gate_up_bias, (count, rows)),
         ("down_bias", layer.down_bias, (count, hidden)),
@@ -279,7 +269,32 @@ def _check(
             raise ShapeError(
                 f"experts: {name} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {x.dtype}"
             )
-    for other in (gate_up.data, down.data, index, weights, layer.gate_up_bias, layer.down_bias, addend):
+    _check_devices(x, gate_up.data, down.data, layer.gate_up_bias, layer.down_bias, addend)
+
+
+def _check_choice(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+    """Raise ShapeError where the experts of tokens, and their weights, are not those of x."""
+    if weights.dim() != 2 or weights.shape[0] != x.shape[0] or not weights.is_floating_point():
+        found = f"{list(weights.shape)} {weights.dtype}"
+        raise ShapeError(f"experts: weights are {found}, expected floats [{x.shape[0]}, K] for {x.shape[0]} tokens")
+    if index.shape != weights.shape or index.dtype not in _INDEX_DTYPES:
+        found = f"{list(index.shape)} {index.dtype}"
+        raise ShapeError(f"experts: index is {found}, expected int32 or int64 {list(weights.shape)} as weights")
+    _check_devices(x, index, weights)
+
+
+def _check_logits(x: torch.Tensor, layer: _Layer, logits: torch.Tensor, top_k: int) -> None:
+    """Raise ShapeError where logits are not those of x for the experts of a layer, or not so many can be chosen."""
+    expected = (x.shape[0], layer.gate_up.experts)
+    if tuple(logits.shape) != expected:
+        raise ShapeError(f"experts: logits are {list(logits.shape)}, expected {list(expected)}, tokens and experts")
+    if not 1 <= top_k <= expected[1]:
+        raise ShapeError(f"experts: top_k is {top_k}, expected 1 to {expected[1]}, the number of experts")
+    _check_devices(x, logits)
+
+
+def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    for other in others:
         if other is not None and other.device != x.device:
             raise ShapeError(f"experts: x is on {x.device}, a tensor beside it on {other.device}")
 
@@ -305,7 +320,8 @@ def _weight(
 def _served(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
     gate_up, down, (gate_up_bias, down_bias, addend, gate) = _weight(*rest[:6]), _weight(*rest[6:12]), rest[12:]
     layer = _Layer(gate_up, down, gate_up_bias, down_bias, Gate(gate))
-    _check(x, layer, index, weights, addend)
+    _check(x, layer, addend)
+    _check_choice(x, index, weights)
     return _serve(x, layer, index, weights, addend)
 
 
