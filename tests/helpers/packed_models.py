@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from helpers import checkpoints
 from tersor.checkpoint import QuantizationConfig
@@ -128,3 +130,30 @@ def compressed(source: Path, directory: Path, **options: Any) -> Path:
 def token_ids(rows: int = 2, length: int = 11) -> torch.Tensor:
     """Return some token ids, int64 [rows, length]."""
     return torch.randint(2, 96, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def check_logits(case: Case, loaded: Any) -> None:
+    """Assert that a loaded compressed model has the logits of its decoded weights, and not those of the plain ones."""
+    reference = AutoModelForCausalLM.from_pretrained(decoded(case.plain, case.packed, case.folder / "decoded"))
+    original = AutoModelForCausalLM.from_pretrained(case.plain)
+    ids = token_ids()
+    with torch.no_grad():
+        got, expected, before = (model(ids).logits for model in (loaded, reference, original))
+    assert got.dtype == torch.float32
+    assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+    assert float((got - before).abs().max()) > 1e-3 * float(expected.abs().max())
+
+
+def check_dequantize(case: Case, loaded: Any) -> Any:
+    """Return a dequantised copy; assert that it keeps the logits, and the names and shapes of the plain tensors."""
+    model = copy.deepcopy(loaded)
+    ids = token_ids()
+    with torch.no_grad():
+        before = model(ids).logits
+        model.dequantize()
+        after = model(ids).logits
+    assert float((after - before).abs().max()) <= 2e-5 * float(before.abs().max())
+    model.save_pretrained(case.folder / "unpacked")
+    unpacked, plain_ones = tensors(case.folder / "unpacked"), tensors(case.plain)
+    assert {name: tensor.shape for name, tensor in unpacked.items()} == {n: t.shape for n, t in plain_ones.items()}
+    return model

@@ -26,19 +26,7 @@ from tersor.integrations.transformers.decode import Decoder
 from tersor.integrations.transformers.load import load_model
 from tersor.nn import PackedLinear
 
-TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+TEXT = checkpoints.SMALL | {"head_dim": 16}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,7 @@ def loaded(case: models.Case) -> Any:
 
 
 def test_logits_are_those_of_the_decoded_weights(case: models.Case, loaded: Any) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(models.decoded(case.plain, case.packed, case.folder / "decoded"))
-    original = AutoModelForCausalLM.from_pretrained(case.plain)
-    ids = models.token_ids()
-    with torch.no_grad():
-        got, expected, before = (model(ids).logits for model in (loaded, reference, original))
-    assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
-    assert float((got - before).abs().max()) > 1e-3 * float(expected.abs().max())
+    models.check_logits(case, loaded)
     assert all(
         isinstance(module.gate_up_proj, PackedStack) for module in loaded.modules() if type(module) is FusedExperts
     )
@@ -63,16 +56,7 @@ def test_compressed_while_loading_and_saved_it_is_the_same_checkpoint(case: mode
 
 
 def test_dequantize_gives_the_plain_architecture_back(case: models.Case, loaded: Any) -> None:
-    model = copy.deepcopy(loaded)
-    ids = models.token_ids()
-    with torch.no_grad():
-        before = model(ids).logits
-        model.dequantize()
-        after = model(ids).logits
-    assert float((after - before).abs().max()) <= 2e-5 * float(before.abs().max())
-    model.save_pretrained(case.folder / "unpacked")
-    unpacked, plain = models.tensors(case.folder / "unpacked"), models.tensors(case.plain)
-    assert {name: tensor.shape for name, tensor in unpacked.items()} == {n: t.shape for n, t in plain.items()}
+    models.check_dequantize(case, loaded)
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("gpt_oss", r"layers\.0.*gate_up"), ("granitemoe", r"experts\.down")])

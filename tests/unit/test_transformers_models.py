@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -59,14 +58,7 @@ def test_the_model_holds_only_packed_weights(case: models.Case, loaded: Any) -> 
 
 
 def test_logits_are_those_of_the_decoded_weights(case: models.Case, loaded: Any) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(models.decoded(case.plain, case.packed, case.folder / "decoded"))
-    original = AutoModelForCausalLM.from_pretrained(case.plain)
-    ids = models.token_ids()
-    with torch.no_grad():
-        got, expected, before = (model(ids).logits for model in (loaded, reference, original))
-    assert got.dtype == torch.float32
-    assert float((got - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
-    assert float((got - before).abs().max()) > 1e-3 * float(expected.abs().max())
+    models.check_logits(case, loaded)
 
 
 def test_compressing_while_loading_gives_the_same_model(case: models.Case, loaded: Any) -> None:
@@ -90,17 +82,8 @@ def test_save_pretrained_writes_the_same_checkpoint(case: models.Case, loaded: A
 
 
 def test_dequantize_gives_the_plain_architecture_back(case: models.Case, loaded: Any) -> None:
-    model = copy.deepcopy(loaded)
-    ids = models.token_ids()
-    with torch.no_grad():
-        before = model(ids).logits
-        model.dequantize()
-        after = model(ids).logits
+    model = models.check_dequantize(case, loaded)
     assert not any(isinstance(module, PackedLinear | PackedExperts) for module in model.modules())
-    assert float((after - before).abs().max()) <= 2e-5 * float(before.abs().max())
-    model.save_pretrained(case.folder / "unpacked")
-    unpacked, plain = models.tensors(case.folder / "unpacked"), models.tensors(case.plain)
-    assert {name: tensor.shape for name, tensor in unpacked.items()} == {n: t.shape for n, t in plain.items()}
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
 
 
