@@ -1,7 +1,7 @@
 """Does the time of a linear fit the number of tokens? Every multiple of 8 up to 512 and random numbers up to 4096.
 
-    python bench/token_counts.py --seconds 480
-    python bench/token_counts.py --seconds 120 --step 32 --random 8 12288x4096 --against cublas
+    python bench/token_counts.py --against cublas,fp8
+    python bench/token_counts.py --against humming --n 8,24,40,72,136,264,392,1000,2500 12288x4096
 
 Tersor with 16-bit and with 8-bit activations is timed beside its rivals in one run, and compared with these targets:
 
@@ -11,9 +11,10 @@ Tersor with 16-bit and with 8-bit activations is timed beside its rivals in one 
     fp8      8-bit activations take at most 1.15 times as long as torch._scaled_mm, whose input is quantised, from 64
              tokens and 50 million weights on
 
-Every shape has an equal share of the time. Its numbers of tokens come in an order that leaves an even grid wherever it
-is cut off, and cells that miss a target are timed again in what is left of the share: the lesser time counts. What was
-measured is printed, then the misses, worst first. Half of the shapes were never swept (bench/sweep.py).
+A chip that has just worked near its power limit is up to 20 % slower for a while, so numbers of tokens are timed in
+ascending order and once more in descending order, and the lesser time counts. What was measured is printed, then the
+misses, worst first. Half of the shapes were never swept (bench/sweep.py). humming compiles a kernel for every few
+numbers of tokens, in seconds each.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from tersor import hardware, ops
 from tersor.bench import contenders, report, timing
 from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL, Contender, Schedule, UnfitError
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import activations, numbers, schemes
 from tersor.errors import TersorError
+from tersor.kernels import jit
 
 KNOWN = ("10240x8192", "8192x8192", "57344x8192", "8192x28672", "6144x4096", "4096x4096", "28672x4096", "4096x14336")
 """Of the README's table of measured times."""
@@ -43,8 +45,6 @@ NEW = (
     *("18432x7168", "25600x5120"),
 )
 GRID, FURTHEST = 512, 4096
-AGAIN = 0.8
-"""Of a shape's share of the time, what the first times may take."""
 LEAST_WEIGHTS = 16_000_000
 
 Times: TypeAlias = dict[tuple[Shape, int], dict[str, float]]
@@ -82,12 +82,10 @@ class Ratio:
         )
 
 
-def refined(step: int, more: int, seed: int = 0) -> list[int]:
-    """Return the multiples of `step` up to GRID and `more` random numbers up to FURTHEST, the coarsest grid first."""
-    grid = sorted(range(step, GRID + 1, step), key=lambda n: (-(n & -n), n))
+def counts(step: int, more: int, seed: int = 0) -> list[int]:
+    """Return the multiples of `step` up to GRID and `more` random numbers up to FURTHEST, ascending."""
     drawn = random.Random(seed).sample(range(1, FURTHEST + 1), more)
-    places = [((i + 0.5) / len(numbers), n) for numbers in (grid, drawn) for i, n in enumerate(numbers)]
-    return list(dict.fromkeys(n for _, n in sorted(places)))
+    return sorted({*range(step, GRID + 1, step), *drawn})
 
 
 def ratios(times: Times) -> list[Ratio]:
@@ -120,30 +118,20 @@ def missed(found: Iterable[Ratio]) -> list[Ratio]:
     return sorted((one for one in found if one.excess > 1), key=lambda one: -one.excess)
 
 
-def concerned(misses: Iterable[Ratio]) -> list[int]:
-    """Return the numbers of tokens whose times make these misses, each once."""
-    counts: list[int] = []
-    for one in misses:
-        counts += [one.n] + ([int(one.against.removeprefix("N="))] if one.target == "rising" else [])
-    return list(dict.fromkeys(counts))
-
-
 def measure(
     shape: Shape,
     tokens: Sequence[int],
     rivals: Sequence[Contender],
     microseconds: Callable[[contenders.Calls], float],
-    spent: Callable[[], float],
     say: Callable[[str], None] = print,
 ) -> Times:
-    """Time one shape: all contenders at each number of tokens, then once more where a target is missed.
+    """Time all contenders at one shape and each number of tokens, up and down; return the lesser times.
 
     Args:
         shape: the weight.
-        tokens: numbers of tokens, the most wanted first.
+        tokens: numbers of tokens.
         rivals: who is timed, Tersor among them.
         microseconds: times a graph of calls.
-        spent: the share of the time of this shape that is over: at `AGAIN` no new number is begun, at 1 none at all.
         say: told who does not take the shape or a number of tokens.
     """
     built: dict[str, Schedule] = {}
@@ -152,40 +140,28 @@ def measure(
             built[one.name] = one.build(shape.oc, shape.ic)
         except UnfitError as error:
             say(f"{shape}: {one.name} is not timed: {error}")
-    times: Times = {}
-
-    def cell(n: int) -> None:
-        of_cell = times.setdefault((shape, n), {})
-        chains = {one.name: one.chains[0] for one in rivals}
-        for name, schedule in list(built.items()):
+    chains = {one.name: one.chains[0] for one in rivals}
+    times: Times = {(shape, n): {} for n in tokens}
+    unfit: set[tuple[str, int]] = set()
+    ascending = sorted(tokens)
+    for n in (*ascending[:1], *ascending, *reversed(ascending)):  # the first twice: clocks fell while weights were made
+        for name, schedule in built.items():
+            if (name, n) in unfit:
+                continue
             try:
                 took = microseconds(schedule(n, chains[name]))
             except UnfitError as error:
+                unfit.add((name, n))
                 say(f"{shape} N={n}: {name} is not timed: {error}")
                 continue
-            of_cell[name] = min(took, of_cell.get(name, took))
-
-    if tokens:
-        cell(tokens[0])  # clocks fell while weights were made
-        times.clear()
-    for n in tokens:
-        if spent() >= AGAIN:
-            break
-        cell(n)
-    for n in concerned(missed(ratios(times))):
-        if spent() >= 1:
-            break
-        cell(n)
+            times[shape, n][name] = min(took, times[shape, n].get(name, took))
     return times
 
 
-def summary(times: Times, wanted: Mapping[Shape, Sequence[int]]) -> str:
+def summary(times: Times) -> str:
     """Return what was measured, how every target fares, and the misses."""
-    lines = []
-    for shape, tokens in wanted.items():
-        done = sorted(n for at, n in times if at == shape)
-        some = f": {','.join(map(str, done))}" if 0 < len(done) < len(tokens) else ""
-        lines.append(f"{shape}: {len(done)} of {len(tokens)} numbers of tokens measured{some}")
+    shapes = list(dict.fromkeys(shape for shape, _ in times))
+    lines = [f"{shape}: {sum(at == shape for at, _ in times)} numbers of tokens" for shape in shapes]
     found = ratios(times)
     for target in ("rising", CUBLAS, HUMMING, FP8):
         for kernel in dict.fromkeys(one.kernel for one in found):
@@ -214,7 +190,6 @@ def main() -> None:
     """Time the shapes, print how the targets fare, write the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=[*NEW, *KNOWN], help="models or OCxIC")
-    parser.add_argument("--seconds", type=float, required=True, help="for all shapes together")
     parser.add_argument("--step", type=int, default=8, help=f"of the numbers up to {GRID}; default: 8")
     parser.add_argument("--random", type=int, default=40, help=f"numbers up to {FURTHEST}; default: 40")
     parser.add_argument("--n", help="these numbers of tokens instead")
@@ -227,27 +202,22 @@ def main() -> None:
         shapes = resolve(arguments.shapes)
         formats, kinds = schemes([arguments.format], shapes), activations(arguments.activations)
         against = contenders.parse_rivals(arguments.against)
-        tokens = numbers("--n", arguments.n) if arguments.n else refined(arguments.step, arguments.random)
+        tokens = numbers("--n", arguments.n) if arguments.n else counts(arguments.step, arguments.random)
     except TersorError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
+    chip = hardware.of_device(torch.cuda.current_device())
+    kernels = {one for kind in kinds for one in ops.kernels_for(formats[0], torch.float16, chip, kind)}
+    jit.compile_many(list(kernels), jit.arch_for(chip.capability))
     rivals = contenders.contenders(formats, torch.float16, (PDL,), against, kinds)
-    start, times = time.monotonic(), Times()
-    for index, shape in enumerate(shapes):
-        began = time.monotonic()
-        share = (arguments.seconds - (began - start)) / (len(shapes) - index)
-        times |= measure(
-            shape,
-            tokens,
-            rivals,
-            timing.graph_microseconds,
-            lambda began=began, share=share: (time.monotonic() - began) / max(share, 1e-9),  # type: ignore[misc]
-        )
+    times: Times = {}
+    for shape in shapes:
+        times |= measure(shape, tokens, rivals, timing.graph_microseconds)
         torch.cuda.empty_cache()
         if arguments.output:
             report.write(arguments.output, report.text(result(times)))
-    print(summary(times, dict.fromkeys(shapes, tokens)))
+    print(summary(times))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,17 @@ def test_a_step_leaves_no_trace_once_its_state_is_put_back(monkeypatch: pytest.M
     assert decoder.cache.get_seq_length() == 6 and int(decoder.position) == 7
 
 
+@pytest.mark.parametrize("number", [0.5, 3, True])
+def test_a_scalar_is_filled_while_a_step_is_captured(number: float) -> None:
+    """A mask of gpt-oss begins with `torch.tensor(0.0, device=...)`, which copies from the host."""
+    with decode.FilledScalars():
+        plain, typed = torch.tensor(number), torch.tensor(number, dtype=torch.bfloat16, device="meta")
+        several = torch.tensor([1, 2])
+    assert plain.equal(torch.tensor(number)) and plain.dtype == torch.tensor(number).dtype
+    assert typed.dtype == torch.bfloat16 and typed.shape == () and typed.is_meta
+    assert several.tolist() == [1, 2]
+
+
 def test_a_cuda_graph_insisted_on_without_a_gpu() -> None:
     with pytest.raises(UnsupportedError, match="no CUDA graph for this model: the model is on cpu"):
         list(Generator(tiny_lm.model(), tiny_lm.tokenizer(), cuda_graph=True).stream(PROMPT))

@@ -6,6 +6,7 @@ have variance 1, as a scale of their own would give them.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -270,17 +271,13 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activa
     config: dict[str, Any] = {"dtype": name}
     if scheme.group_size is not None:
         config["group_size"] = scheme.group_size
-    weight = random(oc, ic, dtype) * ic**-0.5
-    layers = []
-    for _ in range(timing.copies(packed_bytes(scheme, oc, ic))):
-        options: dict[str, Any] = {"weight_config": dict(config), "torch_dtype": dtype}
-        if activations == Activations.E4M3:
-            options["input_config"] = {"dtype": "float8e4m3"}
-        layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
-        layer.load_from_unquantized(weight)
-        layer.transform()
-        layers.append(layer)
-    return layers
+    options: dict[str, Any] = {"weight_config": config, "torch_dtype": dtype}
+    if activations == Activations.E4M3:
+        options["input_config"] = {"dtype": "float8e4m3"}
+    layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
+    layer.load_from_unquantized(random(oc, ic, dtype) * ic**-0.5)
+    layer.transform()
+    return [layer, *(copy.deepcopy(layer) for _ in range(timing.copies(packed_bytes(scheme, oc, ic)) - 1))]
 
 
 def random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import inspect
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tersor import ops
 from tersor.engine.sampling import Sampling
@@ -197,7 +199,8 @@ class Decoder:
             torch.cuda.current_stream(self.device).wait_stream(side)
             if generator is not None:
                 graph.register_generator_state(generator)
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+            with torch.cuda.device(self.device), capture, FilledScalars():
                 self._forward()
             self.graph = graph
         except torch.OutOfMemoryError:
@@ -232,6 +235,22 @@ class Decoder:
             self.history,
             *(layer.cumulative_length for layer in self.cache.layers),
         ]
+
+
+class FilledScalars(TorchFunctionMode):
+    """Makes of `torch.tensor(number)` a tensor that its device fills, where a capture forbids a copy from the host.
+
+    Models of transformers whose attention is its eager one, gpt-oss among them, make their masks from such numbers.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, or `torch.full` in the place of `torch.tensor` of one number."""
+        options = kwargs or {}
+        if func is torch.tensor and len(args) == 1 and isinstance(args[0], bool | int | float):
+            return torch.full((), args[0], **options)
+        return func(*args, **options)
 
 
 def _restore(state: list[torch.Tensor], values: list[torch.Tensor]) -> None:
