@@ -1,0 +1,113 @@
+"""What attention over pages means, in plain torch: the definition of the kernels, which serves where they do not.
+
+Everything is float32 until the result is rounded; what a page holds is rounded to its dtype before it is used. The
+number of rows and their lengths are read by the host.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
+
+E4M3_MAX = 448.0
+
+
+def attend(
+    qkv: torch.Tensor,
+    cache: PagedCache,
+    rows: Rows,
+    form: AttentionForm,
+    rotary: torch.Tensor | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return `ops.attend`: [T, H * D], zeros for padding."""
+    out = qkv.new_zeros(qkv.shape[0], form.heads * form.head_dim)
+    starts, lengths = rows.starts.tolist(), rows.lengths.tolist()
+    for row, length in enumerate(lengths):
+        first, end = starts[row], starts[row + 1]
+        if length == 0 or first == end:
+            continue
+        positions = torch.arange(length - (end - first), length, device=qkv.device)
+        q, k, v = heads(qkv[first:end].float(), positions, form, rotary, norms)
+        pages = rows.pages[row, : -(-length // PAGE)].long()
+        store(cache, k, v, pages[positions // PAGE], positions % PAGE)
+        keys, values = (one[:, :length] for one in stored(cache, pages))
+        out[first:end] = product(q, keys, values, positions, form, sinks).flatten(1).to(out.dtype)
+    return out
+
+
+def heads(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    form: AttentionForm,
+    rotary: torch.Tensor | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries [q, H, D], keys and values [q, KV, D] of one row, normed and rotated."""
+    sizes = (form.heads, form.kv_heads, form.kv_heads)
+    q, k, v = (
+        one.unflatten(1, (-1, form.head_dim)) for one in qkv.split([count * form.head_dim for count in sizes], 1)
+    )
+    if norms is not None and form.norm_eps is not None:
+        q, k = (
+            one * torch.rsqrt(one.square().mean(-1, keepdim=True) + form.norm_eps) * (weight.float() + form.norm_offset)
+            for one, weight in zip((q, k), norms, strict=True)
+        )
+    if rotary is not None and form.rotary_dim:
+        q, k = (rotated(one, rotary[positions], form.rotary_dim) for one in (q, k))
+    return q, k, v
+
+
+def rotated(x: torch.Tensor, turns: torch.Tensor, dim: int) -> torch.Tensor:
+    """Rotate the first `dim` channels of x [q, heads, D]; `turns` [q, dim]: cosines, then sines."""
+    cos, sin = (one[:, None] for one in turns.float().chunk(2, dim=1))
+    low, high, rest = x[..., : dim // 2], x[..., dim // 2 : dim], x[..., dim:]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+
+
+def store(
+    cache: PagedCache, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Write keys and values [q, KV, D] of tokens to their places in pages."""
+    both = torch.stack([keys, values], dim=1)  # [q, 2, KV, D]
+    if cache.scales is not None:
+        scales = (both.abs().amax(-1) / E4M3_MAX).clamp_min(2.0**-24)
+        cache.scales[pages, :, :, slots] = scales
+        both = both / scales[..., None]
+    cache.pages[pages, :, :, slots] = both.to(cache.pages.dtype)
+
+
+def stored(cache: PagedCache, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what pages hold, keys and values float32 [KV, len(pages) * PAGE, D]."""
+    both = cache.pages[pages].float()  # [pages, 2, KV, PAGE, D]
+    if cache.scales is not None:
+        both = both * cache.scales[pages][..., None]
+    keys, values = both.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return keys, values
+
+
+def product(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    form: AttentionForm,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the weighted values [q, H, D] of queries [q, H, D] at `positions` over keys and values [KV, length, D]."""
+    q = q.unflatten(1, (form.kv_heads, -1))  # [q, KV, H / KV, D]
+    scores = torch.einsum("qkgd,kld->kgql", q, keys) * form.scale
+    if form.softcap is not None:
+        scores = form.softcap * torch.tanh(scores / form.softcap)
+    places = torch.arange(keys.shape[1], device=q.device)
+    hidden = places > positions[:, None]
+    if form.window is not None:
+        hidden |= places <= positions[:, None] - form.window
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:  # a score of every head that belongs to no token (gpt-oss)
+        sink = sinks.float().view(form.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    return torch.einsum("kgql,kld->qkgd", weights, values).flatten(1, 2)
