@@ -123,7 +123,7 @@ def product(
     form: AttentionForm,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return values [..., KV, length, D] weighted by keys like them and queries [..., q, H, D] at `positions` [..., q]."""
+    """Return weighted values [..., q, H, D]: queries at `positions` [..., q] over keys [..., KV, length, D]."""
     q = q.unflatten(-2, (form.kv_heads, -1))  # [..., q, KV, H / KV, D]
     scores = torch.einsum("...qkgd,...kld->...kgql", q, keys) * form.scale
     if form.softcap is not None:
