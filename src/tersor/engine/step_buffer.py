@@ -6,7 +6,6 @@ device has drawn and the host has not read yet is named by the place where the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from tersor.engine.scheduler import Row
+    from tersor.engine.request import Row, Step
     from tersor.ops.attention_form import Rows
 
 
@@ -61,88 +60,49 @@ class Layout:
         return views
 
 
-class PageTable:
-    """The pages of the texts that run, as the host sends them: one line a slot.
-
-    Attributes:
-        lines: int32 [slots, M].
-    """
-
-    def __init__(self, slots: int, pages: int) -> None:
-        self.lines: NDArray[np.int32] = np.zeros((slots, pages), dtype=np.int32)
-        self._known: list[list[int] | None] = [None] * slots
-        self._filled = [0] * slots
-
-    def forget(self, slot: int) -> None:
-        """Expect another text in a slot, or other pages of the same one."""
-        self._filled[slot] = 0
-
-    def update(self, slot: int, pages: Sequence[int]) -> None:
-        """Write what has been added to the pages of a text since the last call."""
-        filled = self._filled[slot]
-        if filled < len(pages):
-            self.lines[slot, filled : len(pages)] = pages[filled:]
-            self._filled[slot] = len(pages)
-
-
-def fill(
-    buffer: NDArray[np.int32], layout: Layout, rows: Sequence[Row], slots: Sequence[int], table: PageTable, spare: int
-) -> None:
+def fill(buffer: NDArray[np.int32], layout: Layout, step: Step, lines: NDArray[np.int32], spare: int) -> None:
     """Write a step into a buffer; what it has no row for is padding.
+
+    `places` and `slots` are of the rows that draw: where in the step their last token is, and which slot gets the token
+    drawn; padding draws from the first token into a spare slot.
 
     Args:
         buffer: int32 [layout.size].
         layout: where its arrays are.
-        rows: of the step.
-        slots: of every row.
-        table: up to date for those slots.
-        spare: a slot that no request has, for padded rows.
+        step: what is computed.
+        lines: int32 [slots, M or more]: the pages of the text in every slot.
+        spare: a slot that no request has.
     """
-    views = layout.split(buffer)
+    views, rows, total, draws = layout.split(buffer), step.rows, step.tokens, len(step.drawing)
     count = len(rows)
+    counts = np.fromiter((row.count for row in rows), np.int32, count)
+    ends = counts.cumsum(dtype=np.int32)
+    views["starts"][0] = 0
+    views["starts"][1 : count + 1] = ends
+    views["starts"][count + 1 :] = total
+    views["lengths"][:count] = np.fromiter((row.start for row in rows), np.int32, count) + counts
     views["lengths"][count:] = 0
-    views["slots"][:count], views["slots"][count:] = slots, spare
-    views["places"][count:] = 0
-    views["pages"][:count] = table.lines[views["slots"][:count], : layout.pages]
+    views["pages"][:count] = lines[[row.request.slot for row in rows], : layout.pages]
     views["pages"][count:] = 0
-    views["lengths"][:count] = [row.start + row.count for row in rows]
-    if all(row.count == 1 for row in rows):
-        views["tokens"][:count] = [
-            token_of(row.request, row.start, slot) for row, slot in zip(rows, slots, strict=True)
-        ]
-        views["tokens"][count:] = 0
-        views["starts"][:] = np.minimum(np.arange(layout.rows + 1), layout.tokens)
-        views["places"][:count] = np.arange(count)
-        return
-    at = 0
-    for index, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-        views["starts"][index] = at
-        views["tokens"][at : at + row.count] = tokens_of(row.request, row.start, row.count, slot)
-        at += row.count
-        views["places"][index] = at - 1
-    views["starts"][count:] = at
-    views["tokens"][at:] = 0
+    drawing = np.fromiter((row.draws for row in rows), np.bool_, count)
+    views["places"][:draws] = (ends - 1)[drawing]
+    views["places"][draws:] = 0
+    views["slots"][:draws] = [row.request.slot for row in step.drawing]
+    views["slots"][draws:] = spare
+    tokens: list[int] = []
+    for row in rows:
+        tokens += tokens_of(row)
+    views["tokens"][:total] = tokens
+    views["tokens"][total:] = 0
 
 
-def token_of(request: Any, position: int, slot: int) -> int:
-    """Return a token of a request's text, or -1 - slot where only the device knows it."""
-    behind = position - len(request.prompt)
-    if behind < 0:
-        return int(request.prompt[position])
-    return int(request.output[behind]) if behind < len(request.output) else -1 - slot
-
-
-def tokens_of(request: Any, start: int, count: int, slot: int) -> list[int]:
-    """Return tokens of a request's text; only the last of them may be known to the device alone."""
-    prompt = len(request.prompt)
-    known = list(request.prompt[start : start + count])
-    if len(known) < count:
-        first = max(start - prompt, 0)
-        known += request.output[first : start + count - prompt]
-    if len(known) < count:
-        known.append(-1 - slot)
-    assert len(known) == count, "more than one token of a row has not been read"
-    return known
+def tokens_of(row: Row) -> list[int]:
+    """Return the tokens of a row; the last one may be known to the device alone."""
+    request, end = row.request, row.start + row.count
+    if end <= request.known:
+        return request.tokens(row.start, end)
+    assert end == request.known + 1, "a row is two tokens ahead of what the host has read"
+    return [*request.tokens(row.start, end - 1), -1 - request.slot]
 
 
 def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int) -> Rows:

@@ -1,0 +1,243 @@
+"""From a step to tokens: its tensors, the forward, and one CUDA graph for every padded number of rows that only decode.
+
+Nothing here waits for the device but `Launched.tokens`: a step is launched while the host has not read the one before,
+and takes the tokens that it drew from where the device keeps them, a slot a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from tersor import ops
+from tersor.engine.step_buffer import Layout, fill, rows_on
+from tersor.errors import TersorError
+from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache
+
+if TYPE_CHECKING:
+    from tersor.engine.request import Step
+    from tersor.ops.attention_form import Rows
+
+IN_FLIGHT = 3
+"""Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
+WARM_UP = 2
+"""Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
+
+
+class Decoder(Protocol):
+    """A model: `models.Decoder`.
+
+    Attributes:
+        forms: the attention of every layer.
+        dtype: of activations.
+        device: of everything.
+    """
+
+    forms: Sequence[AttentionForm]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(
+        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor
+    ) -> torch.Tensor:
+        """Return logits [S, V] at `places` [S] of the tokens [T] of a step."""
+        ...
+
+
+class Sampler(Protocol):
+    """Draws tokens: `engine.sampler.Sampler`."""
+
+    def prepare(self, step: Step) -> None:
+        """Bring what the device holds of a step's requests up to date."""
+        ...
+
+    def draw(self, logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return tokens int64 [S], -1 where logits are not finite.
+
+        Args:
+            logits: [S, V].
+            slots: int32 [S].
+            lengths: int32 [S]: tokens of each text so far.
+        """
+        ...
+
+
+def padded_rows(most: int) -> list[int]:
+    """Return the numbers of rows that have a graph: 1, 2, 4, then steps of 8, 16, 32 and 64, up to `most`."""
+    sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, 257, 32), *range(320, 4097, 64)]
+    return [*(size for size in sizes if size < most), most]
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that is under way.
+
+    Attributes:
+        step: which.
+        drawn: int64 [rows that draw], on the host once `event` has come.
+        event: `None` on a CPU.
+    """
+
+    step: Step
+    drawn: torch.Tensor
+    event: torch.cuda.Event | None
+
+    def tokens(self) -> list[int]:
+        """Wait for the step and return the tokens of its rows that draw; -1 where logits were not finite."""
+        if self.event is not None:
+            self.event.synchronize()
+        found: list[int] = self.drawn.tolist()
+        return found
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured step of decoding rows."""
+
+    graph: torch.cuda.CUDAGraph
+    buffer: torch.Tensor
+    layout: Layout
+    drawn: torch.Tensor
+
+
+class Runner:
+    """Runs the steps of a scheduler on one device.
+
+    Attributes:
+        caches: keys and values of every layer, once `allocate` has made them.
+        graphs: padded number of rows -> captured step.
+    """
+
+    def __init__(
+        self, decoder: Decoder, sampler: Sampler, *, max_rows: int, max_length: int, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """Make a runner without pages.
+
+        Args:
+            decoder: the model.
+            sampler: with `max_rows + 1` slots.
+            max_rows: requests of a step at most.
+            max_length: tokens of a text at most.
+            kv_dtype: of pages; that of the model's activations unless given.
+        """
+        self.decoder, self.sampler, self.device = decoder, sampler, decoder.device
+        self.max_rows, self.max_length = max_rows, max_length
+        self.kv_dtype = kv_dtype or decoder.dtype
+        self.caches: list[PagedCache] = []
+        self.graphs: dict[int, _Graph] = {}
+        self._pages = -(-max_length // PAGE)
+        self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
+        self._last = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
+        self._staging: list[torch.Tensor] = []
+        self._turn = 0
+
+    def page_bytes(self) -> int:
+        """Return bytes of a page, of all layers together."""
+        per_token = sum(2 * form.kv_heads * form.head_dim for form in self.decoder.forms)
+        scales = sum(2 * form.kv_heads for form in self.decoder.forms) * 4
+        itemsize = self.kv_dtype.itemsize
+        return PAGE * (per_token * itemsize + (scales if self.kv_dtype == torch.float8_e4m3fn else 0))
+
+    def allocate(self, pages: int) -> None:
+        """Make `pages` pages, of which page 0 is for padding; graphs of other pages go."""
+        self.graphs, self.caches = {}, []
+        self.caches = [PagedCache.empty(pages, form, self.kv_dtype, self.device) for form in self.decoder.forms]
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Begin a step and return without waiting for it."""
+        for request in step.grown:
+            if request.pages:
+                self._lines[request.slot, : len(request.pages)] = request.pages
+        self.sampler.prepare(step)
+        captured = self._graph_for(step)
+        if captured is not None:
+            layout = captured.layout
+        else:
+            longest = max(row.start + row.count for row in step.rows)
+            layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE))
+        staged = self._stage(layout)
+        fill(staged.numpy(), layout, step, self._lines, self.max_rows)
+        draws = len(step.drawing)
+        if captured is not None:
+            captured.buffer.copy_(staged, non_blocking=True)
+            captured.graph.replay()
+            drawn = captured.drawn[:draws]
+        else:
+            views = layout.split(staged.to(self.device, non_blocking=True))
+            drawn = self._forward(views, draws, max(row.count for row in step.rows), layout.pages * PAGE)
+        return self._publish(step, drawn)
+
+    def _graph_for(self, step: Step) -> _Graph | None:
+        """Return the captured step that serves one, if it only decodes and there is one."""
+        if not self.graphs or step.decodes != len(step.rows):
+            return None
+        return self.graphs[next(size for size in self.graphs if size >= len(step.rows))]
+
+    def _stage(self, layout: Layout) -> torch.Tensor:
+        """Return memory of the host for a step's buffer that no copy reads any more."""
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        while len(self._staging) < IN_FLIGHT:
+            self._staging.append(torch.empty(0, dtype=torch.int32))
+        if self._staging[self._turn].numel() < layout.size:
+            pinned = self.device.type == "cuda"
+            self._staging[self._turn] = torch.empty(2 * layout.size, dtype=torch.int32, pin_memory=pinned)
+        return self._staging[self._turn][: layout.size]
+
+    def _forward(self, views: dict[str, torch.Tensor], draws: int, most_queries: int, most_length: int) -> torch.Tensor:
+        """Run the model and draw the tokens of the rows that draw, int64 [draws]."""
+        tokens = views["tokens"].long()
+        kept = self._last[(-1 - tokens).clamp_min(0)]
+        rows = rows_on(views, most_queries, most_length)
+        places, slots = views["places"][:draws].long(), views["slots"][:draws]
+        logits = self.decoder(torch.where(tokens < 0, kept, tokens), rows, self.caches, places)
+        owners = torch.searchsorted(rows.starts[1:], places.int(), right=True)
+        drawn = self.sampler.draw(logits, slots, rows.lengths[owners.clamp_max(len(rows.lengths) - 1)])
+        self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
+        return drawn
+
+    def _publish(self, step: Step, drawn: torch.Tensor) -> Launched:
+        """Begin to copy tokens to the host."""
+        if self.device.type != "cuda":
+            return Launched(step, drawn.clone(), None)
+        host = torch.empty(drawn.shape, dtype=torch.int64, pin_memory=True)
+        host.copy_(drawn, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return Launched(step, host, event)
+
+    @torch.inference_mode()
+    def capture(self, workspace: ops.Workspace) -> None:
+        """Capture a step for every padded number of rows, the largest first, in one memory pool.
+
+        Raises:
+            TersorError: the model does what a capture forbids, or memory ran out.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(padded_rows(self.max_rows)):
+            layout = Layout(size, size, self._pages)
+            buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
+            views = layout.split(buffer)
+            views["starts"].copy_(torch.arange(size + 1))
+            views["slots"].fill_(self.max_rows)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                side = torch.cuda.Stream(self.device)
+                side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(side), ops.using(workspace=workspace):
+                    for _ in range(WARM_UP):
+                        self._forward(views, size, 1, self._pages * PAGE)
+                torch.cuda.current_stream(self.device).wait_stream(side)
+                with torch.cuda.graph(graph, pool=pool), ops.using(workspace=workspace):
+                    drawn = self._forward(views, size, 1, self._pages * PAGE)
+            except torch.OutOfMemoryError:
+                raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
+            except RuntimeError as error:
+                line = str(error).splitlines()[0]
+                raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
+            self.graphs[size] = _Graph(graph, buffer, layout, drawn)
+        self.graphs = dict(sorted(self.graphs.items()))
