@@ -83,8 +83,10 @@ def test_a_reader_that_leaves_frees_its_pages() -> None:
         other = one.generate([2], SamplingParams(max_tokens=150), request_id="b")
         await anext(other)
         await other.aclose()
-        await all_of(one, "c", 1, 3)
-        assert one.stats().pages_used == 0 and one.stats().generated_tokens < 300
+        async with asyncio.timeout(10):
+            while one.stats().pages_used:
+                await asyncio.sleep(0.001)
+        assert one.stats().generated_tokens < 300
         await one.close()
 
     run(main())
