@@ -31,6 +31,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {}),
     "phi3": ("phi3", {"sliding_window": 30, "partial_rotary_factor": 0.5}),
+    "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 0.5}),
+    "gemma2 without softcaps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3 with a pattern": ("gemma3_text", {"sliding_window": 10, "num_hidden_layers": 7}),
+    "opt": ("opt", {}),
+    "opt without biases": ("opt", {"enable_bias": False, "tie_word_embeddings": False}),
+    "mixtral": ("mixtral", {}),
+    "mixtral with a window": ("mixtral", {"sliding_window": 12}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_moe with dense layers": (
+        "qwen3_moe",
+        {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 2, "num_hidden_layers": 4},
+    ),
+    "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
 }
 
 

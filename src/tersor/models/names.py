@@ -77,6 +77,34 @@ class Names:
 
 LLAMA = Names()
 PHI3 = replace(LLAMA, qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
+GEMMA = replace(
+    LLAMA,
+    attention_out_norm="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_out_norm="post_feedforward_layernorm",
+)
+OPT = replace(
+    LLAMA,
+    base="model.decoder.",
+    norm="final_layer_norm",
+    positions="embed_positions",
+    input_norm="self_attn_layer_norm",
+    ffn_norm="final_layer_norm",
+    out="self_attn.out_proj",
+    gate_up=("fc1",),
+    down="fc2",
+)
+MIXTRAL = replace(
+    LLAMA,
+    router="block_sparse_moe.gate",
+    expert=(
+        "block_sparse_moe.experts.{expert}.w1",
+        "block_sparse_moe.experts.{expert}.w3",
+        "block_sparse_moe.experts.{expert}.w2",
+    ),
+    renamed=(".block_sparse_moe.", ".mlp."),
+)
+GPT_OSS = replace(LLAMA, router="mlp.router", fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
 
 NAMES: dict[str, Names] = {
     "LlamaForCausalLM": LLAMA,
@@ -84,5 +112,11 @@ NAMES: dict[str, Names] = {
     "Qwen2ForCausalLM": LLAMA,
     "Qwen3ForCausalLM": LLAMA,
     "Phi3ForCausalLM": PHI3,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA,
+    "OPTForCausalLM": OPT,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen3MoeForCausalLM": LLAMA,
+    "GptOssForCausalLM": GPT_OSS,
 }
 """Class in config.json -> names in its checkpoints."""

@@ -36,6 +36,15 @@ def rotary(fields: Fields, head_dim: int, context: int, theta: float, kind: str 
     return Rotary(dim, base, _scaling(said, fields, dim, context))
 
 
+def local_rotary(fields: Fields, head_dim: int, context: int, theta: float) -> Rotary:
+    """Return how queries and keys turn in the layers of Gemma 3 that slide: their older field is a base alone."""
+    said = fields.part("rope_parameters")
+    own = said.part("sliding_attention") if said is not None else None
+    if own is None:
+        return Rotary(head_dim, fields.number("rope_local_base_freq", theta))
+    return Rotary(head_dim, own.number("rope_theta", theta), _scaling(own, fields, head_dim, context))
+
+
 def _scaling(said: Fields, fields: Fields, dim: int, context: int) -> Scaling | None:
     name = "rope_type" if "rope_type" in said else "type"
     kind = said.word(name, "default")
