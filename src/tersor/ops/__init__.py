@@ -1,6 +1,8 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
 from tersor.kernels.dense import kernels_for
+from tersor.ops.attention import attend
+from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
@@ -10,15 +12,21 @@ from tersor.ops.grouped import obstacle as experts_obstacle
 from tersor.ops.mixture import experts, pairs_by_expert, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
+from tersor.ops.norm import rms_norm
 from tersor.ops.routing import route
 from tersor.ops.workspace import Workspace
 
 __all__ = [
+    "PAGE",
+    "AttentionForm",
     "Gate",
     "Mode",
+    "PagedCache",
     "Reason",
+    "Rows",
     "Workspace",
     "activation_dtype",
+    "attend",
     "batch_invariant",
     "embedding",
     "experts",
@@ -30,6 +38,7 @@ __all__ = [
     "linear",
     "pairs_by_expert",
     "preferred_layout",
+    "rms_norm",
     "route",
     "routed_experts",
     "serve_with",
