@@ -42,10 +42,10 @@ class Counting:
         return self.Launched(step)
 
 
-def engine(failing: int = 1 << 30, pages: int = 400) -> ThreadedEngine:
-    limits = Limits(pages=pages, page_size=4, context=200, max_rows=64, max_step_tokens=256)
+def engine(failing: int = 1 << 30, pages: int = 30_000) -> ThreadedEngine:
+    limits = Limits(pages=pages, page_size=4, context=100_000, max_rows=64, max_step_tokens=256)
     core = Core(Scheduler(limits), Counting(failing), TOKENIZER)
-    return ThreadedEngine(core, ModelInfo("counting", 200, 300, TOKENIZER))
+    return ThreadedEngine(core, ModelInfo("counting", 100_000, 300, TOKENIZER))
 
 
 async def all_of(one: ThreadedEngine, name: str, length: int, count: int) -> list[RequestOutput]:
@@ -78,15 +78,15 @@ def test_a_thousand_requests_are_answered_as_each_is_alone() -> None:
 def test_a_reader_that_leaves_frees_its_pages() -> None:
     async def main() -> None:
         one = engine()
-        async for _ in one.generate([1], SamplingParams(max_tokens=150), request_id="a"):
+        async for _ in one.generate([1], SamplingParams(max_tokens=90_000), request_id="a"):
             break
-        other = one.generate([2], SamplingParams(max_tokens=150), request_id="b")
+        other = one.generate([2], SamplingParams(max_tokens=90_000), request_id="b")
         await anext(other)
         await other.aclose()
         async with asyncio.timeout(10):
             while one.stats().pages_used:
                 await asyncio.sleep(0.001)
-        assert one.stats().generated_tokens < 300
+        assert one.stats().generated_tokens < 180_000
         await one.close()
 
     run(main())
@@ -96,7 +96,7 @@ def test_abort_ends_a_request_and_is_no_error_twice() -> None:
     async def main() -> None:
         one = engine()
         reasons = []
-        async for output in one.generate([1], SamplingParams(max_tokens=190), request_id="a"):
+        async for output in one.generate([1], SamplingParams(max_tokens=90_000), request_id="a"):
             reasons.append(output.outputs[0].finish_reason)
             await one.abort("a")
             await one.abort("nobody")
@@ -125,7 +125,7 @@ def test_a_step_that_fails_is_told_to_all_and_to_those_who_come_later() -> None:
     async def main() -> None:
         one = engine(failing=7)
         assert one.healthy
-        waiting = asyncio.create_task(all_of(one, "a", 3, 190))
+        waiting = asyncio.create_task(all_of(one, "a", 3, 90_000))
         await asyncio.sleep(0)
         for ask in (all_of(one, "b", 7, 5), waiting, all_of(one, "c", 1, 1)):
             with pytest.raises(TersorError, match="the engine has failed: the device is gone"):
@@ -139,7 +139,7 @@ def test_a_step_that_fails_is_told_to_all_and_to_those_who_come_later() -> None:
 def test_a_closed_engine_ends_what_is_open() -> None:
     async def main() -> None:
         one = engine()
-        waiting = asyncio.create_task(all_of(one, "a", 3, 190))
+        waiting = asyncio.create_task(all_of(one, "a", 3, 90_000))
         await asyncio.sleep(0)
         await one.close()
         await one.close()
