@@ -6,7 +6,6 @@ and takes the tokens that it drew from where the device keeps them, a slot a req
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,36 +15,16 @@ import torch
 from tersor import ops
 from tersor.engine.step_buffer import Layout, fill, rows_on
 from tersor.errors import TersorError
-from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache
+from tersor.models import Decoder
+from tersor.ops.attention_form import PAGE, PagedCache
 
 if TYPE_CHECKING:
     from tersor.engine.request import Step
-    from tersor.ops.attention_form import Rows
 
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
 WARM_UP = 2
 """Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
-
-
-class Decoder(Protocol):
-    """A model: `models.Decoder`.
-
-    Attributes:
-        forms: the attention of every layer.
-        dtype: of activations.
-        device: of everything.
-    """
-
-    forms: Sequence[AttentionForm]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(
-        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor
-    ) -> torch.Tensor:
-        """Return logits [S, V] at `places` [S] of the tokens [T] of a step."""
-        ...
 
 
 class Sampler(Protocol):
@@ -110,6 +89,7 @@ class Runner:
     Attributes:
         caches: keys and values of every layer, once `allocate` has made them.
         graphs: padded number of rows -> captured step.
+        workspace: memory of split products.
     """
 
     def __init__(
@@ -127,6 +107,7 @@ class Runner:
         self.decoder, self.sampler, self.device = decoder, sampler, decoder.device
         self.max_rows, self.max_length = max_rows, max_length
         self.kv_dtype = kv_dtype or decoder.dtype
+        self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
         self.graphs: dict[int, _Graph] = {}
         self._pages = -(-max_length // PAGE)
@@ -137,15 +118,22 @@ class Runner:
 
     def page_bytes(self) -> int:
         """Return bytes of a page, of all layers together."""
-        per_token = sum(2 * form.kv_heads * form.head_dim for form in self.decoder.forms)
-        scales = sum(2 * form.kv_heads for form in self.decoder.forms) * 4
-        itemsize = self.kv_dtype.itemsize
-        return PAGE * (per_token * itemsize + (scales if self.kv_dtype == torch.float8_e4m3fn else 0))
+        caches = self.decoder.caches(1, self.kv_dtype)
+        return sum(one.pages.nbytes + (0 if one.scales is None else one.scales.nbytes) for one in caches)
 
     def allocate(self, pages: int) -> None:
-        """Make `pages` pages, of which page 0 is for padding; graphs of other pages go."""
+        """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
         self.graphs, self.caches = {}, []
-        self.caches = [PagedCache.empty(pages, form, self.kv_dtype, self.device) for form in self.decoder.forms]
+        self.caches = self.decoder.caches(pages, self.kv_dtype)
+
+    @torch.inference_mode()
+    def rehearse(self, tokens: int) -> None:
+        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it."""
+        count = min(-(-tokens // self.max_length), self.max_rows)
+        layout = Layout(tokens, count, self._pages)
+        views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
+        views["slots"].fill_(self.max_rows)
+        self._forward(views, count, min(tokens, self.max_length), self._pages * PAGE)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -211,7 +199,7 @@ class Runner:
         return Launched(step, host, event)
 
     @torch.inference_mode()
-    def capture(self, workspace: ops.Workspace) -> None:
+    def capture(self) -> None:
         """Capture a step for every padded number of rows, the largest first, in one memory pool.
 
         Raises:
@@ -228,11 +216,11 @@ class Runner:
             try:
                 side = torch.cuda.Stream(self.device)
                 side.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(side), ops.using(workspace=workspace):
+                with torch.cuda.stream(side), ops.using(workspace=self.workspace):
                     for _ in range(WARM_UP):
                         self._forward(views, size, 1, self._pages * PAGE)
                 torch.cuda.current_stream(self.device).wait_stream(side)
-                with torch.cuda.graph(graph, pool=pool), ops.using(workspace=workspace):
+                with torch.cuda.graph(graph, pool=pool), ops.using(workspace=self.workspace):
                     drawn = self._forward(views, size, 1, self._pages * PAGE)
             except torch.OutOfMemoryError:
                 raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
