@@ -6,6 +6,7 @@ and takes the tokens that it drew from where the device keeps them, a slot a req
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -199,14 +200,17 @@ class Runner:
         return Launched(step, host, event)
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, sizes: Sequence[int] = ()) -> None:
         """Capture a step for every padded number of rows, the largest first, in one memory pool.
+
+        Args:
+            sizes: numbers of rows; unless given, `padded_rows` up to the most.
 
         Raises:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(padded_rows(self.max_rows)):
+        for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
             layout = Layout(size, size, self._pages)
             buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
             views = layout.split(buffer)
