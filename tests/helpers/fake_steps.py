@@ -7,7 +7,7 @@ page that was shared wrongly, freed too early or never written changes what come
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tersor.engine.request import Request, Step
 from tersor.engine.scheduler import Scheduler
@@ -78,25 +78,26 @@ class Device:
 class Loop:
     """The loop of an engine: a step is launched before the one before it is read, `depth` at a time."""
 
-    def __init__(self, scheduler: Scheduler, depth: int = 2, *, audited: bool = True) -> None:
+    def __init__(self, scheduler: Scheduler, depth: int = 2) -> None:
         self.scheduler = scheduler
         self.device = Device(scheduler)
         self.depth = depth
         self.under_way: deque[tuple[Step, list[int]]] = deque()
-        self.audit = scheduler.audit if audited else lambda: None
         self.steps: list[Step] = []
+        self.between: Callable[[], object] = lambda: None  # called when a step is launched and none read yet
 
     def turn(self) -> bool:
         """Launch one step if one can run, read one if so many are under way; return whether anything was done."""
         step = self.scheduler.schedule()
-        self.audit()
+        self.scheduler.audit()
         if step is not None:
             self.steps.append(step)
             self.under_way.append((step, self.device.launch(step)))
+        self.between()
         if self.under_way and (step is None or len(self.under_way) >= self.depth):
             before, drawn = self.under_way.popleft()
             self.scheduler.finish(before, drawn)
-            self.audit()
+            self.scheduler.audit()
             return True
         return step is not None
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from tersor.engine import prefix
-from tersor.engine.admission import Admission
+from tersor.engine.admission import Admission, growth
 from tersor.engine.limits import Limits
 from tersor.engine.outputs import ABORT, LENGTH, STOP
 from tersor.engine.pages import Pages
@@ -276,9 +276,13 @@ class Scheduler:
 
     def _admit(self, budget: int, step: Step) -> int:
         """Let requests begin while there are tokens, slots and pages; return the tokens left."""
+        if not budget or not self._slots or not (self.admission.waiting or self.admission.preempted):
+            return budget
+        having = [request for request in self.running if request.state == RUNNING]
+        reserved = sum([growth(request, len(request.pages)) for request in having])
+        alone = not having and not self.leaving
         while budget and self._slots:
-            alone = not self.leaving and not any(request.state == RUNNING for request in self.running)
-            entry = self.admission.next(self.running, alone=alone)
+            entry = self.admission.next(reserved, alone=alone)
             if entry is None:
                 break
             request, found = entry
@@ -295,6 +299,7 @@ class Scheduler:
             insort(self.running, request, key=_BY_ORDER)
             step.grown.append(request)
             budget -= self._chunk(request, budget, step)
+            reserved, alone = reserved + growth(request, len(request.pages)), False
         return budget
 
     def _grow(self, request: Request, step: Step) -> bool:
