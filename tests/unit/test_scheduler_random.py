@@ -69,7 +69,7 @@ def arrivals(draw: random.Random, limits: Limits) -> list[Arrival]:
     return found
 
 
-def run(draw: random.Random, scheduler: Scheduler, coming: list[Arrival]) -> None:
+def run(draw: random.Random, scheduler: Scheduler, coming: list[Arrival]) -> Loop:
     """Let everybody come, leave, and end; steps are read late, some tokens computed twice, and a prefix pinned."""
     loop = Loop(scheduler, depth=draw.choice((1, 2, 2, 2, 3)))
     turn, last = 0, max(max(one.turn, one.leaves, one.stops) for one in coming)
@@ -100,6 +100,7 @@ def run(draw: random.Random, scheduler: Scheduler, coming: list[Arrival]) -> Non
         assert loop.turn() or turn <= last, "nothing can run, and nothing is under way"
         turn += 1
         assert turn < 1000, "it does not end"
+    return loop
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -111,7 +112,7 @@ def test_every_request_of_any_schedule_draws_what_it_draws_alone(part: int) -> N
         limits = limits_of(draw)
         scheduler, coming = Scheduler(limits), arrivals(draw, limits)
         try:
-            run(draw, scheduler, coming)
+            loop = run(draw, scheduler, coming)
         except Exception as error:
             raise AssertionError(f"schedule {number}") from error
         for one in coming:
@@ -122,6 +123,9 @@ def test_every_request_of_any_schedule_draws_what_it_draws_alone(part: int) -> N
                 assert request.output == (alone[: len(request.output)] if cut else alone), f"schedule {number}"
                 reasons[str(request.finish_reason)] += 1
                 cached += request.num_cached
+                if request.params.prompt_logprobs is not None and request.index == 0 and request.output:
+                    given = [place for place in loop.device.given[request] if place < len(request.prompt) - 1]
+                    assert given == list(range(len(request.prompt) - 1)), f"schedule {number}"
         cache = scheduler.cache
         assert cache.pages.free + cache.cached == cache.pages.usable
         preemptions += scheduler.preemptions
