@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from helpers.fake_steps import END, Loop, add, planned, prompt_of, scheduler, solo
 
@@ -146,6 +148,20 @@ def test_log_probabilities_of_a_prompt_need_every_token_of_it() -> None:
     assert logits == [8, 3, 1]
 
 
+def test_log_probabilities_are_given_once_where_tokens_of_the_prompt_are_computed_twice() -> None:
+    plan = scheduler(max_rows=1, max_step_tokens=7)
+    request = add(plan, "a", prompt_of(11), 2, prompt_logprobs=0)
+    loop = Loop(plan, depth=1)
+    loop.turn()
+    plan.rollback(request, 4)
+    few, plan.limits = plan.limits, replace(plan.limits, max_step_tokens=1)
+    loop.turn()
+    plan.limits = few
+    loop.run()
+    rows = [(row.start, row.count, row.logits) for step in loop.steps for row in step.rows]
+    assert rows == [(0, 7, 7), (4, 1, 0), (5, 6, 4), (11, 1, 1)] and right(request)
+
+
 def test_a_pinned_prefix_is_there_whatever_ran_in_between() -> None:
     plan = scheduler(pages=9)
     plan.pin(prompt_of(8))
@@ -191,7 +207,7 @@ def test_the_victim_is_the_younger_one_with_least_to_compute_and_goes_before_all
     assert len(victim.output) == 6  # what was under way when it lost its pages is kept
     soon = add(plan, "d", [ord("d")], 1, priority=-1)
     loop.run()
-    assert [request for step in loop.steps[7:] for request in step.grown if request in (victim, soon)][0] is victim
+    assert next(request for step in loop.steps[7:] for request in step.grown if request in (victim, soon)) is victim
     assert right(oldest, victim, youngest, soon)
 
 
