@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from helpers.fake_steps import END, Loop, add, planned, prompt_of, scheduler, solo
@@ -12,6 +13,7 @@ from tersor.engine.outputs import ABORT, ERROR, LENGTH, STOP
 from tersor.engine.params import SamplingParams
 from tersor.engine.request import Request, Step, continuations
 from tersor.engine.scheduler import Scheduler
+from tersor.engine.stats import stats
 from tersor.errors import InputError, TersorError
 
 
@@ -257,6 +259,46 @@ def test_what_just_fits_runs() -> None:
     assert request.output == solo(request, request.limit) and len(request.output) == 39
 
 
+@pytest.mark.parametrize("token", [-1, 1 << 32, None])
+def test_a_prompt_that_is_not_made_of_tokens_is_refused_alone(token: Any) -> None:
+    plan = scheduler()
+    with pytest.raises(InputError, match="a: a token of the prompt is not a number from 0 to 2"):
+        add(plan, "a", [1, token])
+    assert plan.unfinished == 0 and plan.schedule() is None
+
+
+def test_a_step_that_fails_takes_its_own_requests_along_and_nothing_of_it_is_found() -> None:
+    plan = scheduler()
+    failing = [add(plan, name, prompt_of(9, first), 5) for name, first in (("a", 1), ("b", 2))]
+    step = plan.schedule()
+    waiting = add(plan, "c", prompt_of(9), 5)
+    loop = Loop(plan)
+    assert plan.schedule() is not None and step is not None
+    for row in step.rows:
+        plan.end(row.request, ERROR)
+    for under_way in list(plan.steps):
+        assert plan.finish(under_way, [0] * len(under_way.drawing)) == []
+    plan.audit()
+    assert plan.cache.pages.free == 64 and all(request.finish_reason == ERROR for request in failing)
+    loop.run()
+    assert waiting.num_cached == 0 and waiting.output == solo(waiting, waiting.limit)
+
+
+def test_stats_add_up() -> None:
+    plan = scheduler(max_rows=2)
+    add(plan, "a", prompt_of(9), 5)
+    loop = Loop(plan)
+    loop.run()
+    for name in "bcd":
+        add(plan, name, prompt_of(9), 5)
+    for _ in range(3):
+        loop.turn()
+    found = stats(plan)
+    assert (found.running, found.waiting, found.preemptions) == (2, 1, 0)
+    assert (found.prompt_tokens, found.cached_tokens, found.drawn_tokens) == (27, 16, 5 + 2 * 2)
+    assert (found.pages, found.pages_held, found.pages_cached, found.pages_free) == (64, 4, 1, 59)
+
+
 def test_an_id_is_not_taken_twice() -> None:
     plan = scheduler()
     add(plan, "a", [1])
@@ -287,7 +329,9 @@ HARMS: dict[str, Callable[[Scheduler, Request], object]] = {
     "7 computed of 7 tokens": lambda plan, request: setattr(request, "computed", 7),
     "a is 6 tokens long": lambda plan, request: setattr(request, "length", 6),
     "a is running in the queue of those waiting": lambda plan, request: plan.admission.waiting.push(request),
-    "0 requests have not ended, and 1 are": lambda plan, request: plan._live.clear(),
+    "0 requests have not ended, and 1 are": lambda plan, request: plan._live.clear() or setattr(plan, "unfinished", 0),
+    "2 requests are counted that have not ended": lambda plan, request: setattr(plan, "unfinished", 2),
+    "more logits than of 1024 tokens": lambda plan, request: setattr(plan.steps[-1].rows[0], "logits", 1033),
     "has ended and is counted": lambda plan, request: setattr(request, "finish_reason", STOP),
     "a step says that it has 7 tokens": lambda plan, request: setattr(plan.steps[-1], "tokens", 7),
     "a row ends at token 5, the next is 6": lambda plan, request: setattr(plan.steps[-1].rows[0], "count", 5),

@@ -148,6 +148,21 @@ def test_log_probabilities_of_a_prompt_need_every_token_of_it() -> None:
     assert logits == [8, 3, 1]
 
 
+def test_a_step_gives_logits_of_a_few_tokens_of_prompts_and_fills_up_with_others() -> None:
+    plan = scheduler(max_prompt_logits=5, max_step_tokens=20)
+    asking = [add(plan, name, prompt_of(8, ord(name)), 1, prompt_logprobs=0) for name in "ab"]
+    other = add(plan, "c", prompt_of(30, 3), 1)
+    loop = Loop(plan)
+    loop.run()
+    assert [[(row.request.id, row.count, row.logits) for row in step.rows] for step in loop.steps] == [
+        [("a", 5, 5), ("c", 15, 0)],
+        [("a", 3, 3), ("b", 2, 2), ("c", 15, 1)],
+        [("b", 5, 5)],
+        [("b", 1, 1)],
+    ]
+    assert right(*asking, other)
+
+
 def test_log_probabilities_are_given_once_where_tokens_of_the_prompt_are_computed_twice() -> None:
     plan = scheduler(max_rows=1, max_step_tokens=7)
     request = add(plan, "a", prompt_of(11), 2, prompt_logprobs=0)

@@ -35,6 +35,7 @@ def limits_of(draw: random.Random) -> Limits:
         page_size=draw.choice((1, 2, 2, 4)),
         max_rows=draw.randrange(1, 9),
         max_step_tokens=draw.randrange(8, 33),
+        max_prompt_logits=draw.choice((3, 1024, 1024)),
         context=draw.choice((24, 100)),
         share_prefixes=draw.random() < 0.9,
     )

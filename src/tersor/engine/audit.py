@@ -58,6 +58,8 @@ def _check_places(scheduler: Scheduler, running: list[Request]) -> None:
     if sorted(slots) != list(range(scheduler.limits.max_rows)):
         raise TersorError(f"slots in use and free are {sorted(slots)}, not {scheduler.limits.max_rows}")
     live = set(scheduler.everybody())
+    if scheduler.unfinished != len(live):
+        raise TersorError(f"{scheduler.unfinished} requests are counted that have not ended, and {len(live)} are there")
     if len(placed) != len(live) or set(placed) != live:
         raise TersorError(f"{len(live)} requests have not ended, and {len(placed)} are in a queue or have pages")
 
@@ -92,6 +94,8 @@ def _check_step(scheduler: Scheduler, step: Step) -> None:
     limits, size, holders = scheduler.limits, scheduler.limits.page_size, scheduler.cache.pages.holders
     if step.tokens != sum([row.count for row in step.rows]) or not 0 < step.tokens <= limits.max_step_tokens:
         raise TersorError(f"a step says that it has {step.tokens} tokens, of at most {limits.max_step_tokens}")
+    if sum([row.logits for row in step.rows]) > limits.max_rows + limits.max_prompt_logits:
+        raise TersorError(f"a step gives more logits than of {limits.max_prompt_logits} tokens and a row each")
     if not step.decodes <= len({row.request for row in step.rows}) == len(step.rows) <= limits.max_rows:
         raise TersorError(f"a step has {len(step.rows)} rows, of at most {limits.max_rows}, one a request")
     if step.drawing != [row for row in step.rows if row.draws]:

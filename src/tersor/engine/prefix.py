@@ -19,12 +19,21 @@ from tersor.errors import TersorError
 
 def root(salt: str | None) -> bytes:
     """Return what the first page's digest goes on from: `None` and the empty text are different salts."""
-    return sha256(b"none" if salt is None else b"salt" + salt.encode()).digest()
+    return sha256(b"none" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def root_of_one(number: int) -> bytes:
     """Return a root that no salt has, for requests that share with nobody but each other."""
     return sha256(b"one" + number.to_bytes(8, "little")).digest()
+
+
+def are_tokens(tokens: Sequence[int]) -> bool:
+    """Whether all of these can be digested."""
+    try:
+        array("I", tokens)
+    except (OverflowError, TypeError):
+        return False
+    return True
 
 
 def digest(before: bytes, tokens: Sequence[int]) -> bytes:
