@@ -15,7 +15,7 @@ from tersor.engine.request import DELAYED, PREEMPTED, WAITING, Request
 from tersor.engine.waiting import Waiting
 from tersor.errors import TersorError
 
-DELAYS = 16
+DELAYS = 32
 """Requests of one step, at most, that are put aside to wait for another's pages: each is digested first."""
 
 
@@ -64,11 +64,11 @@ class Admission:
         else:
             (self.preempted if request.state == PREEMPTED else self.waiting).remove(request)
 
-    def next(self, running: list[Request], *, alone: bool) -> tuple[Request, list[int]] | None:
+    def next(self, reserved: int, *, alone: bool) -> tuple[Request, list[int]] | None:
         """Return the request that may begin now and the pages that it finds, or `None`.
 
         Args:
-            running: who has pages and may need more: room for what they are expected to need is left.
+            reserved: pages that are left for those who have some and are expected to need more.
             alone: nobody has pages, so the first one has to begin: it takes what is pinned too.
         """
         for _ in range(DELAYS):
@@ -79,7 +79,8 @@ class Admission:
             found = self._find(request)
             if queue is self.waiting and self._wait(request, len(found)):
                 continue
-            return (request, found) if self._fits(request, found, running, alone) else None
+            fits = alone or self._fits(request, found, reserved)
+            return (request, found) if fits else None
         return None
 
     def begin(self, request: Request, found: list[int]) -> None:
@@ -109,13 +110,15 @@ class Admission:
     def audit(self) -> None:
         """Check that who waits, waits for something."""
         for queue, state in ((self.waiting, WAITING), (self.preempted, PREEMPTED)):
-            if any(request.state != state for request in queue):
-                raise TersorError(f"a request in the queue of those {state} is not")
-        if self._delays != sum(len(delayed) for delayed in self._delayed.values()):
+            for request in queue:
+                if request.state != state:
+                    raise TersorError(f"{request.id} is {request.state} in the queue of those {state}")
+        if self._delays != sum(map(len, self._delayed.values())):
             raise TersorError("delayed requests are not counted right")
         for name, delayed in self._delayed.items():
-            if name not in self._computing or any(request.state != DELAYED for request in delayed):
-                raise TersorError("a request waits for a page that nobody computes")
+            for request in delayed:
+                if name not in self._computing or request.state != DELAYED:
+                    raise TersorError(f"{request.id} is {request.state} and waits for a page that nobody computes")
         for name, request in self._computing.items():
             if name in self._cache or name not in request.announced or not request.pages:
                 raise TersorError(f"{request.id} does not compute what others wait for")
@@ -169,17 +172,11 @@ class Admission:
             self._delays -= 1
             self.add(request)
 
-    def _fits(self, request: Request, found: list[int], running: list[Request], alone: bool) -> bool:
-        """Whether there are pages for the text so far, and for what all who run are expected to need beside it."""
-        cache = self._cache
-        need = cache.pages.needed(request.length) - len(found)
-        if alone:
-            return True
-        left = cache.available - cache.unheld(found) - need
-        if left < 0:
-            return False
-        held = cache.pages.needed(request.length)
-        return left >= growth(request, held) + sum(growth(one, len(one.pages)) for one in running)
+    def _fits(self, request: Request, found: list[int], reserved: int) -> bool:
+        """Whether there are pages for the text so far, beside those reserved and what it is expected to need itself."""
+        cache, held = self._cache, self._cache.pages.needed(request.length)
+        left = cache.available - cache.unheld(found) - (held - len(found))
+        return left >= growth(request, held) + reserved
 
 
 def growth(request: Request, held: int) -> int:

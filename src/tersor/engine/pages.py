@@ -70,7 +70,6 @@ class Pages:
             raise TersorError(f"{len(free)} free, {len(counts)} held, {len(idle)} idle of {self.usable} pages")
         if len(free.union(counts, idle)) != self.usable:
             raise TersorError("a page is in two places")
-        wrong = {page: count for page, count in enumerate(self.holders) if count != counts[page]}
-        if wrong:
-            page, count = next(iter(wrong.items()))
-            raise TersorError(f"page {page} counts {count} holders, and {counts[page]} hold it")
+        for page, count in enumerate(self.holders):
+            if count != counts.get(page, 0):
+                raise TersorError(f"page {page} counts {count} holders, and {counts[page]} hold it")

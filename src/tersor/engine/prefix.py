@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 from tersor.engine.pages import Pages
@@ -19,12 +19,21 @@ from tersor.errors import TersorError
 
 def root(salt: str | None) -> bytes:
     """Return what the first page's digest goes on from: `None` and the empty text are different salts."""
-    return sha256(b"none" if salt is None else b"salt" + salt.encode()).digest()
+    return sha256(b"none" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def root_of_one(number: int) -> bytes:
     """Return a root that no salt has, for requests that share with nobody but each other."""
     return sha256(b"one" + number.to_bytes(8, "little")).digest()
+
+
+def are_tokens(tokens: Sequence[int]) -> bool:
+    """Whether all of these can be digested."""
+    try:
+        array("I", tokens)
+    except (OverflowError, TypeError):
+        return False
+    return True
 
 
 def digest(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -153,27 +162,19 @@ class PrefixCache:
 
     def audit(self, held: Iterable[int]) -> None:
         """Check pages and digests against the holders' own lists, one entry a holder."""
-        if len(self._page_of) != len(self._digest_of):
-            raise TersorError("digests and pages do not belong together")
-        for page, name in self._digest_of.items():
-            if self._page_of.get(name) != page:
-                raise TersorError(f"page {page} is found by a digest that is not its own")
-        for page in self._both():
-            if page not in self._digest_of:
-                raise TersorError(f"page {page} is idle and cannot be found")
-        if any(self._digest_of[page] not in self._pins for page in self._kept):
-            raise TersorError("a page is kept that nobody has pinned")
-        if any(self._digest_of[page] in self._pins for page in self._idle):
-            raise TersorError("a pinned page may be evicted")
-        self.pages.audit(held, set(self._both()))
+        if dict(zip(self._digest_of.values(), self._digest_of, strict=True)) != self._page_of:
+            raise TersorError("a page is found by a digest that is not its own")
+        idle = {*self._idle, *self._kept}
+        if not idle <= self._digest_of.keys():
+            raise TersorError("a page is idle and cannot be found")
+        for page in idle:
+            if (self._digest_of[page] in self._pins) != (page in self._kept):
+                raise TersorError(f"page {page} is kept without a pin, or may be evicted with one")
+        self.pages.audit(held, idle)
 
     def found_by_others(self, page: int) -> bool:
         """Whether a page was published, so that nobody may write to it."""
         return page in self._digest_of
-
-    def _both(self) -> Iterator[int]:
-        yield from self._idle
-        yield from self._kept
 
     def _forget(self, page: int) -> None:
         del self._page_of[self._digest_of.pop(page)]

@@ -163,14 +163,18 @@ class Step:
         rows: those of decoding first, then those of prompts.
         decodes: how many leading rows have one token and draw one.
         tokens: of all rows.
+        prompt_logits: tokens of rows whose requests want log probabilities of their prompt.
         drawing: the rows that draw a token, in order.
-        grown: requests whose `pages` became more since the last step; those with `computed` 0 before it are new.
-        preempted: requests that lost their pages and their slot since the last step.
+        preempted: requests that lost their pages and their slot since the last step; they may be in `grown` as well,
+            after that.
+        grown: requests whose `pages` became more since the last step: one that begins has a slot, and all its pages
+            are news; one that goes on has one more page.
     """
 
     rows: list[Row] = field(default_factory=list)
     decodes: int = 0
     tokens: int = 0
+    prompt_logits: int = 0
     drawing: list[Row] = field(default_factory=list)
-    grown: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    grown: list[Request] = field(default_factory=list)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from tersor.engine import prefix
-from tersor.engine.admission import Admission
+from tersor.engine.admission import Admission, growth
 from tersor.engine.limits import Limits
 from tersor.engine.outputs import ABORT, LENGTH, STOP
 from tersor.engine.pages import Pages
@@ -35,7 +35,7 @@ _BY_ORDER = attrgetter("order")
 
 
 class Scheduler:
-    """Plans steps.
+    """Plans steps. One thread calls it.
 
     Attributes:
         limits: that it stays within.
@@ -44,7 +44,8 @@ class Scheduler:
         running: requests that get rows, the oldest first; some of another state may be among them until the next step.
         leaving: requests that get no more rows and have some under way.
         steps: scheduled and not finished, the oldest first.
-        preemptions: so far.
+        unfinished: requests that have not ended.
+        prompt_tokens, cached_tokens, drawn_tokens, preemptions: so far (`stats.py`).
     """
 
     def __init__(self, limits: Limits, order: Order = by_priority) -> None:
@@ -60,18 +61,14 @@ class Scheduler:
         self.running: list[Request] = []
         self.leaving: set[Request] = set()
         self.steps: deque[Step] = deque()
-        self.preemptions = 0
+        self.unfinished = 0
+        self.prompt_tokens = self.cached_tokens = self.drawn_tokens = self.preemptions = 0
         self._order = order
         self._arrivals = 0
         self._live: dict[str, list[Request]] = {}
         self._slots = list(range(limits.max_rows - 1, -1, -1))
         self._stale = False  # whether one that is not running may be in `running`
         self._preempted: list[Request] = []  # since the last step
-
-    @property
-    def unfinished(self) -> int:
-        """Requests that have not ended."""
-        return sum(map(len, self._live.values()))
 
     def add(self, request: Request) -> None:
         """Take a request in; it waits.
@@ -82,6 +79,8 @@ class Scheduler:
         limits, name, prompt = self.limits, request.id, len(request.prompt)
         if not prompt:
             raise InputError(f"{name}: the prompt has no tokens")
+        if not prefix.are_tokens(request.prompt):
+            raise InputError(f"{name}: a token of the prompt is not a number from 0 to 2^32 - 1")
         if prompt >= limits.context:
             raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
         most, pages = request.params.max_tokens, self.cache.pages
@@ -106,6 +105,7 @@ class Scheduler:
         if request.params.prompt_logprobs is not None and request.index == 0:
             request.logits_from = 0
         self._live.setdefault(name, []).append(request)
+        self.unfinished += 1
         self.admission.add(request)
 
     def abort(self, id: str) -> None:
@@ -118,6 +118,7 @@ class Scheduler:
         if request.finish_reason is not None:
             return
         request.finish_reason = reason
+        self.unfinished -= 1
         same = self._live[request.id]
         same.remove(request)
         if not same:
@@ -168,10 +169,11 @@ class Scheduler:
         return step
 
     def finish(self, step: Step, drawn: Sequence[int]) -> list[int]:
-        """Take what a step drew; its pages hold what was planned.
+        """Take what a step drew.
 
         Args:
-            step: the oldest that is not finished.
+            step: the oldest that is not finished. Of one that failed, the requests are ended first: then nothing that
+                it should have stored is ever found.
             drawn: one token for each of `step.drawing`.
 
         Returns:
@@ -204,6 +206,7 @@ class Scheduler:
                     self.end(request, STOP)
                 elif request.known == request.limit:
                     self.end(request, LENGTH)
+        self.drawn_tokens += len(counted)
         return counted
 
     def rollback(self, request: Request, computed: int) -> None:
@@ -254,15 +257,21 @@ class Scheduler:
         return chain[1:]
 
     def _chunk(self, request: Request, budget: int, step: Step) -> int:
-        """Plan the next tokens of a request's text, all that the budget allows; return how many."""
+        """Plan the next tokens of a request's text, as many as the budget allows; return how many."""
         start = request.computed
         count = min(budget, request.length - start)
+        if request.logits_from is not None:
+            left = self.limits.max_prompt_logits - step.prompt_logits
+            count = min(count, max(request.logits_from - start, 0) + left)
+            if not count:
+                return 0
         end = start + count
         draws = end == request.length
         logits = int(draws)
         if request.logits_from is not None:
             logits = max(end - max(start, request.logits_from), 0)
             request.logits_from = None if draws else max(request.logits_from, end)
+            step.prompt_logits += logits
         row = Row(request, start, count, logits, draws)
         step.rows.append(row)
         request.computed = end
@@ -276,9 +285,13 @@ class Scheduler:
 
     def _admit(self, budget: int, step: Step) -> int:
         """Let requests begin while there are tokens, slots and pages; return the tokens left."""
+        if not budget or not self._slots or not (self.admission.waiting or self.admission.preempted):
+            return budget
+        having = [request for request in self.running if request.state == RUNNING]
+        reserved = sum([growth(request, len(request.pages)) for request in having])
+        alone = not having and not self.leaving
         while budget and self._slots:
-            alone = not self.leaving and not any(request.state == RUNNING for request in self.running)
-            entry = self.admission.next(self.running, alone=alone)
+            entry = self.admission.next(reserved, alone=alone)
             if entry is None:
                 break
             request, found = entry
@@ -291,10 +304,13 @@ class Scheduler:
             request.publish_at = request.computed + self.cache.pages.size
             if request.state != PREEMPTED:
                 request.num_cached = request.computed
+                self.prompt_tokens += len(request.prompt)
+                self.cached_tokens += request.computed
             request.state, request.slot = RUNNING, self._slots.pop()
             insort(self.running, request, key=_BY_ORDER)
             step.grown.append(request)
             budget -= self._chunk(request, budget, step)
+            reserved, alone = reserved + growth(request, len(request.pages)), False
         return budget
 
     def _grow(self, request: Request, step: Step) -> bool:
