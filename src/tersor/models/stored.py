@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from tersor.models.expected import plain_name
 from tersor.models.weights import Activated, GatedProduct, Matrix, Product, Products
 from tersor.ops import Gate
 
+Packed: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Codes, scales and zero points in the stored stream."""
 _Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, torch.Tensor | PackedWeight)
 
 
@@ -115,9 +117,7 @@ class Stored:
             self._schemes[module], (oc, ic), data[0], scale[0], None if zero_point is None else zero_point[0]
         )
 
-    def _packed(
-        self, module: str, rows: tuple[int, int] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _packed(self, module: str, rows: tuple[int, int] | None = None) -> Packed:
         """Return codes, scales and zero points of a packed weight, or of some of its first axis."""
         zeros = self._read(f"{module}.{ZERO_POINT}", rows) if self._schemes[module].has_zero_point else None
         return self._read(f"{module}.{PACKED}", rows), self._read(f"{module}.{SCALE}", rows), zeros
