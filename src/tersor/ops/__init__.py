@@ -1,6 +1,8 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
 from tersor.kernels.dense import kernels_for
+from tersor.ops.attention import attend
+from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
@@ -11,14 +13,21 @@ from tersor.ops.mixture import experts, pairs_by_expert, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.routing import route
+from tersor.ops.serve_attention import obstacle as attention_obstacle
 from tersor.ops.workspace import Workspace
 
 __all__ = [
+    "PAGE",
+    "AttentionForm",
     "Gate",
     "Mode",
+    "PagedCache",
     "Reason",
+    "Rows",
     "Workspace",
     "activation_dtype",
+    "attend",
+    "attention_obstacle",
     "batch_invariant",
     "embedding",
     "experts",
