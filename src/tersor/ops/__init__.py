@@ -14,6 +14,7 @@ from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.norm import rms_norm
 from tersor.ops.routing import route
+from tersor.ops.serve_attention import obstacle as attention_obstacle
 from tersor.ops.workspace import Workspace
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Workspace",
     "activation_dtype",
     "attend",
+    "attention_obstacle",
     "batch_invariant",
     "embedding",
     "experts",
