@@ -34,25 +34,25 @@ _LOGPROBS_THREADS = 1024
 @functools.cache
 def adjust_source(dtype: str) -> KernelSource:
     """Return the kernel that takes listed tokens' logits of a dtype from their rows, and penalises them."""
-    return _source("adjust", dtype, "PPPPPPPPPPPPPqii")
+    return _source("adjust", dtype, "PPPPPPPPPPPPPPPPqii")
 
 
 @functools.cache
 def peaks_source(dtype: str) -> KernelSource:
     """Return the kernel that draws tokens of rows that are not filtered, from logits of a dtype."""
-    return _source("peaks", dtype, "PPPPPPPPPPPPPPPPPqiiii")
+    return _source("peaks", dtype, "PPPPPPPPPPPPPPPPPPPPqiii")
 
 
 @functools.cache
 def choose_source(dtype: str) -> KernelSource:
     """Return the kernel that draws tokens of rows that are filtered, from logits of a dtype."""
-    return _source("choose", dtype, "PPPPPPPPPPPPPPPqiii")
+    return _source("choose", dtype, "PPPPPPPPPPPPPPPPPPqiii")
 
 
 @functools.cache
 def logprobs_source(dtype: str) -> KernelSource:
     """Return the kernel that finds log probabilities, of logits of a dtype."""
-    return _source("logprobs", dtype, "PPPPPPPPPPPPqiiii")
+    return _source("logprobs", dtype, "PPPPPPPPPPPPPPqiiii")
 
 
 def _source(kind: str, dtype: str, arguments: str) -> KernelSource:
@@ -125,7 +125,8 @@ def prepare_adjust(function: Function, *, rows: int, vocabulary: int, words: int
         Args:
             stream: handle of the stream.
             logits, stride: address, and elements from row to row.
-            listed: addresses of starts, tokens, counts, biases, newest, repetition, presence and frequency.
+            listed: addresses of slots, starts, ends, tokens, counts, biases, newest, pending, repetition, presence and
+                frequency.
             allowed: addresses of bits, and of the rows of bits that rows have.
             placed, values: addresses of the list that the kernel makes.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
@@ -142,40 +143,38 @@ def prepare_peaks(function: Function, *, rows: int, vocabulary: int, words: int,
 
     def launch(
         *, stream: int, logits: int, stride: int, row: tuple[int, ...], options: tuple[int, ...], partial: int,
-        groups: int, arrived: int, states: int, out: int, early: bool,
+        groups: int, arrived: int, states: int, out: tuple[int, int], early: bool,
     ) -> None:  # fmt: skip
         """Launch; what is not there has the address 0.
 
         Args:
             stream, logits, stride, early: as in `prepare_adjust`.
-            row: addresses of starts, placed, values, bits and rows of bits.
+            row: addresses of slots, starts, ends, placed, values, bits and rows of bits.
             options: addresses of temperature, top_k, top_p, min_p, seeds and positions.
             partial, groups, states: addresses in the scratch.
             arrived: address of a counter a row, zero before and after.
-            out: address of int64 [rows].
+            out: addresses of int64 [rows] and, for the same tokens, of a place a slot.
         """
-        # fmt: off
-        arguments = (
-            logits, *row, *options, partial, groups, arrived, states, out, stride, vocabulary, words, aligned,
-            _GROUP_LANES,
-        )
-        # fmt: on
-        run(grid, block, 0, stream, arguments, early)
+        sizes = (stride, vocabulary, words, aligned)
+        run(grid, block, 0, stream, (logits, *row, *options, partial, groups, arrived, states, *out, *sizes), early)
 
     return launch
 
 
-def prepare_choose(function: Function, *, rows: int, vocabulary: int, words: int, aligned: bool) -> Launch:
-    """Return what launches `choose_source`; arguments as in `prepare_peaks`."""
-    grid, block, run = (-(-vocabulary // _CHOOSE_SLICE), rows, 1), (_CHOOSE_THREADS, 1, 1), function.launch
+def prepare_choose(
+    function: Function, *, rows: int, vocabulary: int, words: int, aligned: bool, multiprocessors: int
+) -> Launch:
+    """Return what launches `choose_source`; arguments as in `prepare_peaks`, and how many multiprocessors there are."""
+    ctas = min(max(multiprocessors // rows, 1), -(-vocabulary // _CHOOSE_SLICE))  # one fits a multiprocessor
+    grid, block, run = (ctas, rows, 1), (_CHOOSE_THREADS, 1, 1), function.launch
 
     def launch(
         *, stream: int, logits: int, stride: int, row: tuple[int, ...], options: tuple[int, ...], states: int,
-        candidates: int, out: int, early: bool,
+        candidates: int, out: tuple[int, int], early: bool,
     ) -> None:  # fmt: skip
         """Launch; arguments as in `prepare_peaks`, and the address of the candidates in the scratch."""
         sizes = (stride, vocabulary, words, aligned)
-        run(grid, block, 0, stream, (logits, *row, *options, states, candidates, out, *sizes), early)
+        run(grid, block, 0, stream, (logits, *row, *options, states, candidates, *out, *sizes), early)
 
     return launch
 

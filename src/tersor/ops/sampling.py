@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tersor.errors import ShapeError
+from tersor.hardware import Chip
 from tersor.kernels import jit, sampling
 from tersor.ops import current, dispatch, mode, sampling_reference
 from tersor.ops.sampling_form import MOST_LOGPROBS, Allowed, Listed, Logprobs, SamplingRows
@@ -49,17 +50,22 @@ def draw_with_logprobs(
 
     Args:
         logits, rows: as in `draw`.
-        asks, most: as in `logprobs`.
+        asks: as in `logprobs`; where rows have slots, one a slot.
+        most: as there.
 
     Raises:
         ShapeError: shapes, dtypes, devices or numbers that do not fit.
     """
-    _check_logprobs(logits, asks, most)
-    if _chip(logits) is None:
-        tokens = draw(logits, rows)
-        return tokens, sampling_reference.logprobs(logits, tokens, asks, most, rows.listed, rows.allowed)
+    _check_rows(logits, rows)
+    _check_logprobs(logits, asks, most, len(rows.temperature))
+    chip = _chip(logits)
+    if chip is None:
+        values = sampling_reference.adjusted(logits, rows)
+        tokens = sampling_reference.draw_adjusted(values, rows)
+        asked = asks if rows.slots is None else asks[rows.slots.long()]
+        return tokens, sampling_reference.logprobs(values, tokens, asked, most)
     tokens, seen = _draw(logits, rows)
-    return tokens, _logprobs(logits, tokens, asks, most, seen)
+    return tokens, _logprobs(logits, tokens, asks, most, seen, chip)
 
 
 def logprobs(logits: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, most: int = MOST_LOGPROBS) -> Logprobs:
@@ -75,11 +81,12 @@ def logprobs(logits: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, mo
         ShapeError: shapes, dtypes, devices or numbers that do not fit.
     """
     _check_logits("logprobs", logits)
-    _check_logprobs(logits, asks, most)
+    _check_logprobs(logits, asks, most, logits.shape[0])
     _check("logprobs", logits, {"targets": (targets, torch.int64, (logits.shape[0],))})
-    if _chip(logits) is None:
-        return sampling_reference.logprobs(logits, targets, asks, most)
-    return _logprobs(logits, targets.contiguous(), asks, most, _Seen.without())
+    chip = _chip(logits)
+    if chip is None:
+        return sampling_reference.logprobs(logits.float(), targets, asks, most)
+    return _logprobs(logits, targets, asks, most, _Seen.without(), chip)
 
 
 def _check_logits(name: str, logits: torch.Tensor) -> None:
@@ -102,32 +109,36 @@ def _check(
             raise ShapeError(f"{name}: {role} has strides {list(tensor.stride())}, expected contiguous elements")
 
 
-def _check_logprobs(logits: torch.Tensor, asks: torch.Tensor, most: int) -> None:
-    _check("logprobs", logits, {"asks": (asks, torch.int32, (logits.shape[0],))})
+def _check_logprobs(logits: torch.Tensor, asks: torch.Tensor, most: int, slots: int) -> None:
+    _check("logprobs", logits, {"asks": (asks, torch.int32, (slots,))})
     if not 0 <= most <= MOST_LOGPROBS:
         raise ShapeError(f"logprobs: most is {most}, expected 0 to {MOST_LOGPROBS}")
 
 
 def _check_rows(logits: torch.Tensor, rows: SamplingRows) -> None:
     _check_logits("draw", logits)
-    each, vocabulary = (logits.shape[0],), logits.shape[1]
-    wanted = {
+    vocabulary, each = logits.shape[1], (len(rows.temperature) if rows.slots is not None else logits.shape[0],)
+    wanted: dict[str, tuple[torch.Tensor, torch.dtype, tuple[int, ...]]] = {
         "temperature": (rows.temperature, torch.float32, each),
         "top_k": (rows.top_k, torch.int32, each),
         "top_p": (rows.top_p, torch.float32, each),
         "min_p": (rows.min_p, torch.float32, each),
         "seeds": (rows.seeds, torch.int64, each),
-        "positions": (rows.positions, torch.int32, each),
+        "positions": (rows.positions, torch.int32, (logits.shape[0],)),
     }
+    if rows.slots is not None:
+        wanted["slots"] = (rows.slots, torch.int32, (logits.shape[0],))
     if rows.listed is not None:
         listed = rows.listed
         of_list = (len(listed.tokens),)
         wanted |= {
-            "starts of the list": (listed.starts, torch.int32, (logits.shape[0] + 1,)),
+            "starts of the list": (listed.starts, torch.int32, each),
+            "ends of the list": (listed.ends, torch.int32, each),
             "tokens of the list": (listed.tokens, torch.int32, of_list),
             "counts of the list": (listed.counts, torch.int32, of_list),
             "biases of the list": (listed.biases, torch.float32, of_list),
             "newest": (listed.newest, torch.int64, each),
+            "pending": (listed.pending, torch.int32, each),
             "repetition": (listed.repetition, torch.float32, each),
             "presence": (listed.presence, torch.float32, each),
             "frequency": (listed.frequency, torch.float32, each),
@@ -145,26 +156,26 @@ def _check_rows(logits: torch.Tensor, rows: SamplingRows) -> None:
 class _Seen:
     """A row as kernels see it (row.cuh): addresses, and what must live until they have run."""
 
-    row: tuple[int, int, int, int, int]
+    row: tuple[int, ...]
     words: int
     scratch: torch.Tensor | None
 
     @staticmethod
     def without() -> _Seen:
         """Return rows without lists and bits."""
-        return _Seen(row=(0, 0, 0, 0, 0), words=0, scratch=None)
+        return _Seen(row=(0,) * 7, words=0, scratch=None)
 
 
-def _chip(logits: torch.Tensor) -> object | None:
+def _chip(logits: torch.Tensor) -> Chip | None:
     """Return the GPU whose kernels serve logits; `None` where the reference does."""
     if not logits.shape[0] or logits.shape[1] > sampling.MOST_VOCABULARY or torch.compiler.is_compiling():
         return None
     return dispatch.kernel_chip(logits.device)
 
 
-def _early(logits: torch.Tensor) -> bool:
-    chip = dispatch.kernel_chip(logits.device)
-    return chip is not None and mode.current().early and chip.capability >= (9, 0)
+def _early(chip: Chip) -> bool:
+    """Tell whether kernels may start before the one ahead of them has ended."""
+    return mode.current().early and chip.capability >= (9, 0)
 
 
 def _aligned(logits: torch.Tensor) -> bool:
@@ -182,28 +193,32 @@ def _draw(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, _Seen
     """Draw, and return what `_logprobs` needs to see the same rows."""
     _check_rows(logits, rows)
     _check_side_by_side("draw", logits)
-    if _chip(logits) is None:
+    chip = _chip(logits)
+    if chip is None:
         return sampling_reference.draw(logits, rows), _Seen.without()
     index = logits.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return _draw(logits, rows)
     (count, vocabulary), dtype = logits.shape, _DTYPES[logits.dtype]
-    listed, allowed, stream, early = rows.listed, rows.allowed, current.stream(index), _early(logits)
+    listed, allowed, stream, early = rows.listed, rows.allowed, current.stream(index), _early(chip)
     places = sampling.Scratch.of(count, vocabulary, 0 if listed is None else len(listed.tokens), rows.filters)
     scratch = current.empty((places.nbytes // 8,), (1,), torch.int64)
     base = scratch.data_ptr()
     words = 0 if allowed is None else allowed.bits.shape[1]
     bits = (0, 0) if allowed is None else (allowed.bits.data_ptr(), allowed.rows.data_ptr())
-    of_list = (0, 0, 0)
+    slots = 0 if rows.slots is None else rows.slots.data_ptr()
+    of_list = (0, 0, 0, 0)
     common = {"stream": stream, "logits": logits.data_ptr(), "stride": logits.stride(0), "early": early}
     if listed is not None:
-        of_list = (listed.starts.data_ptr(), base + places.placed, base + places.values)
+        lists = (listed.starts.data_ptr(), listed.ends.data_ptr())
+        of_list = (*lists, base + places.placed, base + places.values)
         function = jit.get(sampling.adjust_source(dtype), index)
         launch = _adjust_launch(function, rows=count, vocabulary=vocabulary, words=words)
-        launch(**common, listed=_addresses(listed), allowed=bits, placed=of_list[1], values=of_list[2])
-    seen = _Seen(row=(*of_list, *bits), words=words, scratch=scratch)
+        launch(**common, listed=(slots, *_addresses(listed)), allowed=bits, placed=of_list[2], values=of_list[3])
+    seen = _Seen(row=(slots, *of_list, *bits), words=words, scratch=scratch)
     out = current.empty((count,), (1,), torch.int64)
+    outs = (out.data_ptr(), 0 if listed is None else listed.newest.data_ptr())
     arrived = mode.current().workspace.split_sums(index, stream, 0, count)[1]
     options = tuple(
         one.data_ptr()
@@ -219,30 +234,32 @@ def _draw(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, _Seen
         groups=base + places.groups,
         arrived=arrived,
         states=base + places.states,
-        out=out.data_ptr(),
+        out=outs,
     )
     if rows.filters:
-        launch = _choose_launch(jit.get(sampling.choose_source(dtype), index), **sizes)
+        launch = _choose_launch(jit.get(sampling.choose_source(dtype), index), **sizes, multiprocessors=chip.sms)
         candidates, states = base + places.candidates, base + places.states
-        launch(**common, row=seen.row, options=options, states=states, candidates=candidates, out=out.data_ptr())
+        launch(**common, row=seen.row, options=options, states=states, candidates=candidates, out=outs)
     return out, seen
 
 
 def _addresses(listed: Listed) -> tuple[int, ...]:
     """Return the addresses of a list, in the order of `prepare_adjust`."""
     tensors = (
-        listed.starts, listed.tokens, listed.counts, listed.biases, listed.newest, listed.repetition, listed.presence,
-        listed.frequency,
+        listed.starts, listed.ends, listed.tokens, listed.counts, listed.biases, listed.newest, listed.pending,
+        listed.repetition, listed.presence, listed.frequency,
     )  # fmt: skip
     return tuple(one.data_ptr() for one in tensors)
 
 
-def _logprobs(logits: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, most: int, seen: _Seen) -> Logprobs:
+def _logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, most: int, seen: _Seen, chip: Chip
+) -> Logprobs:
     _check_side_by_side("logprobs", logits)
     index = logits.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return _logprobs(logits, targets, asks, most, seen)
+            return _logprobs(logits, targets, asks, most, seen, chip)
     count, vocabulary = logits.shape
     function = jit.get(sampling.logprobs_source(_DTYPES[logits.dtype]), index)
     aligned = _aligned(logits)
@@ -263,7 +280,7 @@ def _logprobs(logits: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, m
         targets=targets.data_ptr(),
         asks=asks.data_ptr(),
         out=tuple(one.data_ptr() for one in found),
-        early=_early(logits),
+        early=_early(chip),
     )
     return found
 

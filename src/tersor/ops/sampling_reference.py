@@ -1,8 +1,8 @@
 """What drawing a token means, in plain torch on any device: the definition of the kernels. Nothing is read by the host.
 
-A token's score is logit * (log2(e) / T) + noise, in float32; the greatest is drawn, which is a draw from the softmax of
-logits / T if noise is Gumbel's (over ln 2). Noise is a function of seed, position and token alone, so it does not matter
-which other rows are there. Weights behind top-p and min-p are integers in units of 2^-40 of the greatest one.
+A token's score is logit * (log2(e) / T) + noise, in float32; the greatest is drawn, which is a draw from the softmax
+of logits / T where noise is Gumbel's (over ln 2). Noise is a function of seed, position and token alone, so it does not
+matter which other rows are there. Weights behind top-p and min-p are integers in units of 2^-40 of the greatest one.
 
 Kernel and reference agree to the last bit on every device: noise and weights are polynomials in float32 whose products
 and sums are rounded one by one, and sums of weights are sums of integers, which have no order.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tersor.ops.sampling_form import LEAST_TEMPERATURE, Allowed, Listed, Logprobs, SamplingRows
+from tersor.ops.sampling_form import LEAST_TEMPERATURE, Listed, Logprobs, SamplingRows
 
 LOG2E = 1.44269504
 UNIT = 1 << 40
@@ -37,20 +37,31 @@ _LOGARITHM = (
 
 def draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Return `ops.draw`: int64 [S]. The logits stay as they are."""
-    values = adjusted(logits, rows.listed, rows.allowed)
+    return draw_adjusted(adjusted(logits, rows), rows)
+
+
+def draw_adjusted(values: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Return a token for every row of `adjusted`, int64 [S], which becomes its newest one."""
+    given, rows = rows, rows.of_rows()
     usable = _usable(values) & (rows.temperature >= 0)
     sampled = rows.temperature >= LEAST_TEMPERATURE
     heat = torch.where(sampled, rows.temperature, 1.0)
     scale = torch.full_like(heat, LOG2E) / heat  # a quotient: of a number and a tensor torch makes a reciprocal
-    scores = values * scale[:, None] + noise(rows.seeds, rows.positions, logits.shape[1])
-    scores = scores.masked_fill(~kept(values, scale, rows), -torch.inf)
+    scores = values * scale[:, None] + noise(rows.seeds, rows.positions, values.shape[1])
+    if rows.filters:
+        scores = scores.masked_fill(~kept(values, scale, rows), -torch.inf)
     tokens = _first_greatest(torch.where(sampled[:, None], scores, values))
-    return torch.where(usable, tokens, -1)
+    tokens = torch.where(usable, tokens, -1)
+    if given.listed is not None:
+        slots = slice(None) if given.slots is None else given.slots.long()
+        given.listed.newest[slots] = tokens
+    return tokens
 
 
-def adjusted(logits: torch.Tensor, listed: Listed | None, allowed: Allowed | None) -> torch.Tensor:
+def adjusted(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Return logits after penalties, bias and bits, float32 [S, V]; infinity where one that is listed is not finite."""
-    values = logits.float()
+    rows, values = rows.of_rows(), logits.float()
+    listed, allowed = rows.listed, rows.allowed
     if listed is not None:
         values = _penalised(values, listed)
     if allowed is not None:
@@ -64,11 +75,14 @@ def adjusted(logits: torch.Tensor, listed: Listed | None, allowed: Allowed | Non
 
 def _penalised(values: torch.Tensor, listed: Listed) -> torch.Tensor:
     rows, vocabulary = values.shape
-    at = torch.arange(len(listed.tokens), device=values.device)
-    row = torch.searchsorted(listed.starts[1:].long(), at, right=True)
-    inside = (row < rows) & (at >= listed.starts[0])
-    row = row.clamp(max=rows - 1)
-    newest = listed.newest[row]
+    size, some = len(listed.tokens), listed.starts < listed.ends
+    owners = torch.where(some, torch.arange(1, rows + 1, device=values.device), 0)
+    steps = torch.zeros(size + 1, dtype=torch.int64, device=values.device)
+    steps.index_add_(0, listed.starts.clamp(0, size), owners).index_add_(0, listed.ends.clamp(0, size), -owners)
+    row = steps.cumsum(0)[:size] - 1
+    inside = row >= 0
+    row = row.clamp(min=0)
+    newest = torch.where(listed.pending > 0, listed.newest, -1)[row]
     tokens, counts = listed.tokens.long(), listed.counts
     is_newest = inside & (tokens == newest) & (newest >= 0)
     found = torch.zeros(rows, dtype=torch.int32, device=values.device).index_add_(0, row, is_newest.int()) > 0
@@ -141,16 +155,8 @@ def noise(seeds: torch.Tensor, positions: torch.Tensor, vocabulary: int) -> torc
     return -(fraction * _polynomial(_LOGARITHM, fraction) + exponent)
 
 
-def logprobs(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    asks: torch.Tensor,
-    most: int,
-    listed: Listed | None = None,
-    allowed: Allowed | None = None,
-) -> Logprobs:
-    """Return `ops.logprobs`; arguments as there."""
-    values = adjusted(logits, listed, allowed)
+def logprobs(values: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, most: int) -> Logprobs:
+    """Return `ops.logprobs` of logits that are adjusted, float32 [S, V]; the other arguments as there."""
     usable = _usable(values) & (asks >= 0)
     vocabulary = values.shape[1]
     values = torch.where(usable[:, None], values, 0.0)

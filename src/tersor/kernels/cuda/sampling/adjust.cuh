@@ -21,12 +21,15 @@ __device__ __forceinline__ float penalised(float value, int count, float repetit
 
 extern "C" __global__ void __launch_bounds__(adjust::kThreads) TERSOR_ENTRY(
     void* logits,                          // [rows, vocabulary], `stride` from row to row
-    const int* __restrict__ starts,        // [rows + 1]: where each row's tokens stand in the list
+    const int* __restrict__ slots,         // [rows]: where a row's options are in what is [slots] here; or nothing
+    const int* __restrict__ starts,        // [slots]: where a row's tokens stand in the list
+    const int* __restrict__ ends,          // [slots]
     const int* __restrict__ tokens,        // [listed]: of a row no two are equal; -1 stands for the newest
     const int* __restrict__ counts,        // [listed]: times drawn; -1 of a token that was not seen
     const float* __restrict__ biases,      // [listed]
-    const long long* __restrict__ newest,  // [rows]: drawn and not counted yet, or -1
-    const float* __restrict__ repetition,  // [rows], as the next two
+    const long long* __restrict__ newest,  // [slots]: drawn and, where `pending`, not counted yet; -1 is none
+    const int* __restrict__ pending,       // [slots]
+    const float* __restrict__ repetition,  // [slots], as the next two
     const float* __restrict__ presence,
     const float* __restrict__ frequency,
     const int* __restrict__ allowed,
@@ -39,15 +42,16 @@ extern "C" __global__ void __launch_bounds__(adjust::kThreads) TERSOR_ENTRY(
     using namespace adjust;
     launch::start_next();
     launch::wait_for_earlier();
-    const int row = blockIdx.x, begin = __ldcg(starts + row), end = __ldcg(starts + row + 1);
+    const int row = blockIdx.x, slot = row::slot_of(slots, row);
+    const int begin = __ldcg(starts + slot), end = __ldcg(ends + slot);
     if (begin >= end) return;
-    const long long last = __ldcg(newest + row);
+    const long long last = __ldcg(pending + slot) ? __ldcg(newest + slot) : -1;
     int found = 0;
     for (int i = begin + threadIdx.x; i < end; i += kThreads) found |= last >= 0 && __ldcg(tokens + i) == last;
     found = __syncthreads_or(found);
     row::Given* const given = static_cast<row::Given*>(logits) + row * stride;
-    const float repeats = __ldcg(repetition + row), present = __ldcg(presence + row), often = __ldcg(frequency + row);
-    const int of = allowed == nullptr ? -1 : __ldcg(allowed_rows + row);
+    const float repeats = __ldcg(repetition + slot), present = __ldcg(presence + slot), often = __ldcg(frequency + slot);
+    const int of = allowed == nullptr ? -1 : __ldcg(allowed_rows + slot);
     for (int i = begin + threadIdx.x; i < end; i += kThreads) {
         int token = __ldcg(tokens + i), count = __ldcg(counts + i);
         if (token < 0 && last >= 0 && last < vocabulary && !found) {

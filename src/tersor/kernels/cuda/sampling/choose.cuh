@@ -57,7 +57,9 @@ struct Wanted {
 
 extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     const void* __restrict__ logits,
+    const int* __restrict__ slots,
     const int* __restrict__ starts,
+    const int* __restrict__ ends,
     const int* __restrict__ placed,
     const float* __restrict__ listed,
     const int* __restrict__ allowed,
@@ -71,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     void* states_,       // row::State [rows], of peaks.cuh
     uint2* candidates,   // [rows, kCandidates]: key and token
     long long* out,
+    long long* newest,
     long long stride,
     int vocabulary,
     int words,
@@ -81,47 +84,68 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     launch::wait_for_earlier();
     row::State* const state = static_cast<row::State*>(states_) + blockIdx.y;
     if (!__ldcg(&state->filtered)) return;
-    const int row = blockIdx.y, lane = threadIdx.x % 32, k = __ldcg(top_k + row);
-    Wanted wanted = {k > 0 && k < vocabulary ? k : 0, __ldcg(top_p + row), 0};
-    const float least = __ldcg(min_p + row), scale = __fdiv_rn(numbers::kLog2E, __ldcg(temperature + row));
+    const int row = blockIdx.y, lane = threadIdx.x % 32, slot = row::slot_of(slots, row), k = __ldcg(top_k + slot);
+    Wanted wanted = {k > 0 && k < vocabulary ? k : 0, __ldcg(top_p + slot), 0};
+    const float least = __ldcg(min_p + slot), scale = __fdiv_rn(numbers::kLog2E, __ldcg(temperature + slot));
     if (least > 0.0f) wanted.weight = __double2ull_ru(__dmul_rn(static_cast<double>(least), static_cast<double>(kUnit)));
     const float peak = numbers::value_of(__ldcg(&state->peak));
     const u32 cut = __ldcg(&state->cut);
     const bool by_weight = !wanted.top_k && !(wanted.top_p < 1.0f);  // the cut leaves all
     const bool sums = !wanted.top_k && wanted.top_p < 1.0f;
     const auto of = row::row_of(
-        row, logits, stride, vocabulary, aligned, starts, placed, listed, allowed, allowed_rows, words);
+        row, slot, logits, stride, vocabulary, aligned, starts, ends, placed, listed, allowed, allowed_rows, words);
     const auto weight = [&](float value) { return numbers::weight_of(__fmul_rn(__fsub_rn(peak, value), scale)); };
     candidates += static_cast<long long>(row) * kCandidates;
 
     u64 total = 0;
-    const auto offer = [&](float value, int token) {  // all lanes of a warp call it
-        const u32 key = numbers::key_of(value);
-        const bool some = value != numbers::lowest();
-        u64 weighs = 0;
-        if (some && (sums || by_weight)) weighs = weight(value);
-        if (sums) total += weighs;
-        const bool taken = some && key >= cut && (!by_weight || weighs >= wanted.weight);
-        const u32 lanes = __ballot_sync(~0u, taken);
-        if (lanes == 0) return;
-        u32 place = 0;
-        if (lane == 0) place = atomicAdd(&state->count, static_cast<u32>(__popc(lanes)));
-        place = __shfl_sync(~0u, place, 0) + __popc(lanes & ((1u << lane) - 1));
-        if (taken && place < kCandidates) candidates[place] = {key, static_cast<u32>(token)};
+    // Takes logits of a thread, minus infinity for none, of tokens first, first + 1 ...; all lanes of a warp call it.
+    const auto offer = [&](const auto& values, int first) {
+        constexpr int kCount = sizeof(values) / sizeof(values[0]);
+        u32 taken = 0;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const bool some = values[i] != numbers::lowest();
+            u64 weighs = 0;
+            if (some && (sums || by_weight)) weighs = weight(values[i]);
+            if (sums) total += weighs;
+            const bool takes = some && numbers::key_of(values[i]) >= cut && (!by_weight || weighs >= wanted.weight);
+            taken |= static_cast<u32>(takes) << i;
+        }
+        if (!__any_sync(~0u, taken != 0)) return;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const bool takes = taken >> i & 1;
+            const u32 lanes = __ballot_sync(~0u, takes);
+            if (lanes == 0) continue;
+            u32 place = 0;
+            if (lane == 0) place = atomicAdd(&state->count, static_cast<u32>(__popc(lanes)));
+            place = __shfl_sync(~0u, place, 0) + __popc(lanes & ((1u << lane) - 1));
+            if (takes && place < kCandidates) {
+                candidates[place] = {numbers::key_of(values[i]), static_cast<u32>(first + i)};
+            }
+        }
     };
-    float values[row::kChunk];
-    const int first = blockIdx.x * kSlice + threadIdx.x * row::kChunk;
-    if (first < vocabulary) {
-        row::load(of, first, values);
-    } else {
+    const auto fetch = [&](int first, float(&values)[row::kChunk]) {
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) values[i] = numbers::lowest();
-    }
+        if (first < vocabulary) row::load(of, first, values);
+    };
+    float values[row::kChunk];
+    const int step = gridDim.x * kSlice;
+    int first = blockIdx.x * kSlice + threadIdx.x * row::kChunk;
+    fetch(first, values);
+    for (int base = blockIdx.x * kSlice; base < vocabulary; base += step) {
+        float next[row::kChunk];
+        fetch(first + step, next);
+        offer(values, first);
+        first += step;
 #pragma unroll
-    for (int i = 0; i < row::kChunk; ++i) offer(values[i], first + i);
+        for (int i = 0; i < row::kChunk; ++i) values[i] = next[i];
+    }
     for (int base = blockIdx.x * kThreads; base < of.listed; base += gridDim.x * kThreads) {
         const int i = base + threadIdx.x, token = i < of.listed ? __ldcg(of.tokens + i) : -1;
-        offer(token < 0 ? numbers::lowest() : __ldcg(of.values + i), token);
+        const float one[1] = {token < 0 ? numbers::lowest() : __ldcg(of.values + i)};
+        offer(one, token);
     }
     if (sums) {
         total = reduce::sum_of_block<kWarps>(total, memory[0]);
@@ -200,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
         }
     }
 
-    const u64 stream = numbers::stream_of(__ldcg(seeds + row), __ldcg(positions + row));
+    const u64 stream = numbers::stream_of(__ldcg(seeds + slot), __ldcg(positions + row));
     u64 best = 0;
     const auto draw = [&](float value, int token) {
         if (numbers::key_of(value) < kept || (wanted.weight && weight(value) < wanted.weight)) return;
@@ -217,5 +241,9 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     }
     __syncthreads();
     best = reduce::most_of_block<kWarps>(best, memory[0]);
-    if (threadIdx.x == 0) out[row] = best == 0 ? -1 : numbers::token_of(best);
+    if (threadIdx.x == 0) {
+        const int token = best == 0 ? -1 : numbers::token_of(best);
+        out[row] = token;
+        if (newest != nullptr) newest[slot] = token;
+    }
 }

@@ -29,9 +29,11 @@ __device__ __forceinline__ float sum_of_block(float value, float* memory) {
 
 }  // namespace logprobs
 
-extern "C" __global__ void __launch_bounds__(logprobs::kThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(logprobs::kThreads, 1) TERSOR_ENTRY(
     const void* __restrict__ logits,
+    const int* __restrict__ slots,
     const int* __restrict__ starts,
+    const int* __restrict__ ends,
     const int* __restrict__ placed,
     const float* __restrict__ listed,
     const int* __restrict__ allowed,
@@ -54,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(logprobs::kThreads) TERSOR_ENTRY(
     __shared__ float of_target;
     launch::start_next();
     launch::wait_for_earlier();
-    const int row = blockIdx.x, wanted = min(__ldcg(asks + row), most);
+    const int row = blockIdx.x, slot = row::slot_of(slots, row), wanted = min(__ldcg(asks + slot), most);
     tokens += static_cast<long long>(row) * most;
     values += static_cast<long long>(row) * most;
     for (int i = max(wanted, 0) + threadIdx.x; i < most; i += kThreads) {
@@ -73,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(logprobs::kThreads) TERSOR_ENTRY(
     if (wanted < 0) return;
     __syncthreads();
     const auto of = row::row_of(
-        row, logits, stride, vocabulary, aligned, starts, placed, listed, allowed, allowed_rows, words);
+        row, slot, logits, stride, vocabulary, aligned, starts, ends, placed, listed, allowed, allowed_rows, words);
     u64 best = 0;
     const bool wrong = row::each(of, threadIdx.x, kThreads, [&](float value, int token) {
         best = max(best, numbers::pair_of(value, token));

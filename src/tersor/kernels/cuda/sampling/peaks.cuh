@@ -14,9 +14,12 @@ namespace peaks {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSlice = kThreads * row::kChunk;
+constexpr int kGroupLanes = 8;     // whose logits are a group
+constexpr int kOfWarp = 32 / kGroupLanes, kOfSlice = kOfWarp * kWarps;  // groups
 constexpr int kMostGroups = 4096;
 constexpr int kOfThread = kMostGroups / kThreads;
-constexpr int kMostWanted = 2688;  // of as many groups about 1.2 times as many logits, of fewer up to twice as many, are candidates
+// Where logits have no order, seven eighths of the groups have maxima above what twice as many logits are above.
+constexpr int kMostWanted = 2688;
 constexpr int kLeastBit = 15;      // cuts are that coarse
 
 // The greatest pair of logit / temperature + noise and token among a thread's logits. What cannot be the greatest of
@@ -67,27 +70,29 @@ __device__ __forceinline__ u32 cut_of(const u32* groups, int count, int wanted, 
 
 extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     const void* __restrict__ logits,
+    const int* __restrict__ slots,          // as in adjust.cuh
     const int* __restrict__ starts,         // nothing where no row has a list
+    const int* __restrict__ ends,
     const int* __restrict__ placed,
     const float* __restrict__ listed,
     const int* __restrict__ allowed,
     const int* __restrict__ allowed_rows,
-    const float* __restrict__ temperature,  // [rows]: below 0 the row is padding
+    const float* __restrict__ temperature,  // [slots]: below 0 the row is padding
     const int* __restrict__ top_k,
     const float* __restrict__ top_p,
     const float* __restrict__ min_p,
     const long long* __restrict__ seeds,
-    const int* __restrict__ positions,
+    const int* __restrict__ positions,      // [rows]
     u64* partial,                           // [rows, slices]
     u32* groups,                            // [rows, slices, groups of a slice]
     u32* arrived,                           // [rows], zeros
     void* states_,                          // row::State [rows]
     long long* out,                         // [rows]
+    long long* newest,                      // [slots]: as out, or nothing
     long long stride,
     int vocabulary,
     int words,
-    int aligned,
-    int group_lanes) {                      // lanes of a warp whose logits are a group: 8, 16 or 32
+    int aligned) {
     using namespace peaks;
     __shared__ u64 memory[kWarps];
     __shared__ u32 counts[2][kWarps];
@@ -95,20 +100,10 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     launch::wait_for_earlier();
     row::State* const states = static_cast<row::State*>(states_);
     const int slices = gridDim.x, slice = blockIdx.x, row = blockIdx.y, lane = threadIdx.x % 32;
-    const float heat = __ldcg(temperature + row);
-    if (heat < 0.0f) {
-        if (slice == 0 && threadIdx.x == 0) {
-            out[row] = -1;
-            states[row].filtered = 0;
-        }
-        return;
-    }
-    const int k = __ldcg(top_k + row);
-    const float p = __ldcg(top_p + row), least = __ldcg(min_p + row);
-    const bool filtered = row::filtered(heat, k, p, least, vocabulary);
-    const bool noisy = heat >= numbers::kLeastTemperature && !filtered;
+    const int slot = row::slot_of(slots, row);
+    // All loads are under way before the first is waited for.
     const auto of = row::row_of(
-        row, logits, stride, vocabulary, aligned, starts, placed, listed, allowed, allowed_rows, words);
+        row, slot, logits, stride, vocabulary, aligned, starts, ends, placed, listed, allowed, allowed_rows, words);
 
     float values[row::kChunk];
     const int first = slice * kSlice + threadIdx.x * row::kChunk;
@@ -119,22 +114,34 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) values[i] = numbers::lowest();
     }
+    const float heat = __ldcg(temperature + slot), p = __ldcg(top_p + slot), least = __ldcg(min_p + slot);
+    const int k = __ldcg(top_k + slot);
+    if (heat < 0.0f) {
+        if (slice == 0 && threadIdx.x == 0) {
+            out[row] = -1;
+            if (newest != nullptr) newest[slot] = -1;
+            states[row].filtered = 0;
+        }
+        return;
+    }
+    const bool filtered = row::filtered(heat, k, p, least, vocabulary);
+    const bool noisy = heat >= numbers::kLeastTemperature && !filtered;
     float most = values[0];
 #pragma unroll
     for (int i = 1; i < row::kChunk; ++i) most = fmaxf(most, values[i]);
     u32 group = numbers::key_of(most);
-    for (int lanes = 1; lanes < group_lanes; lanes *= 2) group = max(group, __shfl_xor_sync(~0u, group, lanes));
-    const int of_warp = 32 / group_lanes, of_slice = of_warp * kWarps;
-    if (filtered && lane % group_lanes == 0) {
+#pragma unroll
+    for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) group = max(group, __shfl_xor_sync(~0u, group, lanes));
+    if (filtered && lane % kGroupLanes == 0) {
         const long long place = static_cast<long long>(row) * slices + slice;
-        groups[place * of_slice + threadIdx.x / 32 * of_warp + lane / group_lanes] = group;
+        groups[place * kOfSlice + threadIdx.x / 32 * kOfWarp + lane / kGroupLanes] = group;
     }
 
     u64 best = 0;
     Race race = {};
     if (noisy) {
         race.scale = __fdiv_rn(numbers::kLog2E, heat);
-        race.stream = numbers::stream_of(__ldcg(seeds + row), __ldcg(positions + row));
+        race.stream = numbers::stream_of(__ldcg(seeds + slot), __ldcg(positions + row));
         race.start(numbers::value_of(__reduce_max_sync(~0u, group)));
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) {
@@ -168,14 +175,18 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     const bool waits = filtered && best != 0 && best != numbers::kWrong;
     u32 cut = 0;
     if (waits && (p < 1.0f || (k > 0 && k < vocabulary))) {
-        const int count = slices * of_slice;
+        const int count = slices * kOfSlice;
         int wanted = min(max(count - count / 8, 1), kMostWanted);
         if (k > 0) wanted = min(wanted, k);
         cut = cut_of(groups + static_cast<long long>(row) * count, count, wanted, counts);
     }
     if (threadIdx.x == 0) {
         arrived[row] = 0;
-        if (!waits) out[row] = best == 0 || best == numbers::kWrong ? -1 : numbers::token_of(best);
+        if (!waits) {
+            const int token = best == 0 || best == numbers::kWrong ? -1 : numbers::token_of(best);
+            out[row] = token;
+            if (newest != nullptr) newest[slot] = token;
+        }
         row::State state = {};
         state.peak = static_cast<u32>(best >> 32);
         state.cut = cut;

@@ -48,18 +48,21 @@ struct Row {
     bool aligned;         // chunks start on 16 bytes, and none is cut short
 };
 
+// Where a row's options are: in its own place, or in that of its slot.
+__device__ __forceinline__ int slot_of(const int* slots, int row) { return slots == nullptr ? row : __ldcg(slots + row); }
+
 __device__ __forceinline__ Row row_of(
-    int row, const void* logits, long long stride, int vocabulary, int aligned, const int* starts, const int* tokens,
-    const float* values, const int* allowed, const int* allowed_rows, int words) {
+    int row, int slot, const void* logits, long long stride, int vocabulary, int aligned, const int* starts,
+    const int* ends, const int* tokens, const float* values, const int* allowed, const int* allowed_rows, int words) {
     Row found = {static_cast<const Given*>(logits) + row * stride, nullptr, nullptr, nullptr, 0, vocabulary, aligned != 0};
     if (starts != nullptr) {
-        const int first = __ldcg(starts + row);
+        const int first = __ldcg(starts + slot);
         found.tokens = tokens + first;
         found.values = values + first;
-        found.listed = __ldcg(starts + row + 1) - first;
+        found.listed = __ldcg(ends + slot) - first;
     }
     if (allowed != nullptr) {
-        const int of = __ldcg(allowed_rows + row);
+        const int of = __ldcg(allowed_rows + slot);
         if (of >= 0) found.allowed = allowed + static_cast<long long>(of) * words;
     }
     return found;
