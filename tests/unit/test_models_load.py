@@ -90,7 +90,10 @@ def test_what_other_programs_left_there_is_ignored(tmp_path: Path) -> None:
 
 def test_weights_of_another_method_are_refused(tmp_path: Path) -> None:
     path = configure(tiny_lm.copy(tmp_path / "m"), quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match="compressed by gptq, which the engine does not load"):
+    with pytest.raises(
+        UnsupportedError,
+        match="m: the engine does not load weights compressed by gptq: convert",
+    ):
         models.load(path, "cpu")
 
 

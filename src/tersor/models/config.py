@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tersor.checkpoint.config import QUANT_METHOD
+from tersor.checkpoint.source import quantization_of
 from tersor.errors import UnsupportedError
 from tersor.models.rotary import Rotary
 from tersor.ops import Gate
@@ -138,7 +140,11 @@ class DecoderConfig:
 
 
 def supported(raw: Mapping[str, Any]) -> str:
-    """Return why the decoder of a config.json is not one that the engine has, in a line; an empty string if it is."""
+    """Return why a checkpoint with this config.json is not one that the engine loads, in a line; empty if it is."""
+    quantization = quantization_of(dict(raw))
+    method = QUANT_METHOD if quantization is None else quantization.get("quant_method")
+    if method != QUANT_METHOD:
+        return f"the engine does not load weights compressed by {method}: convert them with tersor quantize"
     try:
         DecoderConfig.from_dict(raw)
     except UnsupportedError as error:

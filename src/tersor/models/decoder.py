@@ -185,7 +185,7 @@ class Decoder:
 
 def places_in_text(rows: Rows, count: int) -> torch.Tensor:
     """Return int64 [count]: where in its row's text each token of a step is; anything that is there, for padding."""
-    tokens = torch.arange(count, device=rows.starts.device)
+    tokens = torch.arange(count, dtype=rows.starts.dtype, device=rows.starts.device)
     row = torch.searchsorted(rows.starts[1:], tokens, right=True).clamp_max(len(rows.lengths) - 1)
     after = rows.starts[1:].index_select(0, row) - tokens  # tokens of the row from this one on
     return (rows.lengths.index_select(0, row) - after).long()

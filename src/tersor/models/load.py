@@ -6,13 +6,13 @@ import os
 
 import torch
 
-from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig
+from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.source import Source, open_source, quantization_of, stated_dtype
 from tersor.errors import TersorError, UnsupportedError
 from tersor.formats import FLOAT_DTYPES, Activations
 from tersor.hardware import resolve_device
 from tersor.models.assemble import assemble
-from tersor.models.config import DecoderConfig
+from tersor.models.config import DecoderConfig, supported
 from tersor.models.decoder import Decoder
 from tersor.models.expected import Expected, check
 from tersor.models.names import NAMES
@@ -48,13 +48,10 @@ def load(
         with open_source(model) as source:
             return load(source, device, dtype, activations=activations, context=context)
     where = device if isinstance(device, torch.device) else resolve_device(device)
-    config = DecoderConfig.from_dict(model.config)
-    raw = quantization_of(model.config)
-    if raw is not None and raw.get("quant_method") != QUANT_METHOD:
-        raise UnsupportedError(
-            f"{model.label}: its weights are compressed by {raw.get('quant_method')}, which the engine does not load: "
-            "convert it with tersor quantize"
-        )
+    why = supported(model.config)
+    if why:
+        raise UnsupportedError(f"{model.label}: {why}")
+    config, raw = DecoderConfig.from_dict(model.config), quantization_of(model.config)
     quantization = None if raw is None else QuantizationConfig.from_dict(raw)
     names = NAMES[config.architecture].as_stored(model.tensors)
     expected = Expected.of(config, names)

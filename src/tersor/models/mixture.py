@@ -14,7 +14,12 @@ from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import Experts
 from tersor.models.weights import FeedForward, Product, Stack, tensors_of
 from tersor.nn.experts import one_by_one
-from tersor.ops import Gate
+from tersor.ops import Gate, routing
+
+_BLOCK_TOKENS = 64
+"""Of tables that are read here for their order alone."""
+_GROUPED_CAPABILITY = 9
+"""torch's grouped product is a kernel in bfloat16 from this major compute capability on, else a loop on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,37 @@ class Mixture:
                 gate=self.gate,
                 **self._choice(),
             )
+        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+            return self._grouped(x, logits, self.gate_up, self.down, addend)
         index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
         y = one_by_one(x, index, weights, self.form.count, self._run)
         return y if addend is None else y + addend
+
+    def _grouped(
+        self,
+        x: torch.Tensor,
+        logits: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        addend: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run plain experts by torch's grouped products over tokens that are sorted by expert."""
+        top_k, count = self.form.top_k, self.form.count
+        index, weights, tables = routing.route_tables(
+            logits, block_tokens=_BLOCK_TOKENS, bias=self.choice_bias, **self._choice()
+        )
+        order = tables.order.long()
+        experts = index.view(-1)[order]
+        numbers = torch.arange(count, dtype=experts.dtype, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        both = functional.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
+        if self.gate_up_bias is not None:
+            both = both + self.gate_up_bias[experts]
+        inner = self.gate.combine(*both.chunk(2, dim=-1))
+        y = functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+        if self.down_bias is not None:
+            y = y + self.down_bias[experts]
+        return routing.combine(y, weights, tables, addend)
 
     def _choice(self) -> dict[str, Any]:
         """Return the arguments of `ops.route` that say how experts are chosen."""
@@ -81,7 +114,12 @@ class Mixture:
         if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
             x = self.down.data.new_empty(1, self.gate_up.shape[2], dtype=dtype)
             return ops.experts_obstacle(x, self.gate_up, self.down)
-        return "experts that are not packed run one after the other"
+        if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
+            return "only one of the two weights of its experts is packed"
+        known = self.down.device.type == "cuda" and dtype is torch.bfloat16
+        if known and torch.cuda.get_device_capability(self.down.device)[0] >= _GROUPED_CAPABILITY:
+            return ""
+        return "torch has no kernel for the experts of such a device and dtype"
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         inner = self.gate.combine(*_product(self.gate_up, self.gate_up_bias, expert, x).chunk(2, dim=-1))
