@@ -1,0 +1,70 @@
+"""An engine behind a port, until it is told to end."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+
+from tersor.engine.protocol import AsyncEngine
+from tersor.errors import TersorError
+from tersor.server.app import create_app
+from tersor.server.options import ServerOptions
+
+_BACKLOG = 2048
+"""Connections that may wait for the event loop."""
+
+
+def server_of(engine: AsyncEngine, options: ServerOptions) -> uvicorn.Server:
+    """Return a server that is ready to run.
+
+    Raises:
+        InputError: a parser that there is not.
+    """
+    config = uvicorn.Config(
+        create_app(engine, options),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=options.drain_seconds,
+        lifespan="on",
+        ws="none",
+    )
+    return uvicorn.Server(config)
+
+
+def listen(options: ServerOptions) -> socket.socket:
+    """Return a socket that listens where the options say; port 0 is a free one.
+
+    Raises:
+        TersorError: the address is taken, or is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((options.host, options.port))
+        place.listen(_BACKLOG)
+    except OSError as error:
+        place.close()
+        raise TersorError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from None
+    return place
+
+
+def serve(engine: AsyncEngine, options: ServerOptions, place: socket.socket | None = None) -> None:
+    """Answer requests with an engine until SIGINT or SIGTERM; then open ones end first, and the engine after them.
+
+    Args:
+        engine: any engine; it is closed at the end.
+        options: of the server.
+        place: a socket that listens already, see `listen`; none listens where the options say.
+
+    Raises:
+        InputError: a parser that there is not.
+        TersorError: the address is taken.
+    """
+    server = server_of(engine, options)
+    with place or listen(options) as listening:
+        server.run(sockets=[listening])
