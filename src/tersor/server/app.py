@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tersor.engine.protocol import AsyncEngine
+from tersor.errors import TersorError
 from tersor.server import chat, completions
 from tersor.server.api import Api
 from tersor.server.errors import ApiError, of_validation
@@ -61,7 +62,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> Fas
         told = _of_http(error) if isinstance(error, HTTPException) else api.told(error)
         return JSONResponse(told.body(), told.status, told.headers)
 
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, TersorError, HTTPException, Exception):
         app.add_exception_handler(kind, wrong)
     app.add_middleware(Gate, api=api, paths=frozenset(route.path for route in app.routes))  # type: ignore[attr-defined]
     return app

@@ -66,4 +66,4 @@ def of_validation(error: ValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first['msg']}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{place} is not supported: leave it out", param=place, code="unsupported_parameter")
-    return ApiError(400, f"{place}: {first['msg']}", param=place or None)
+    return ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
