@@ -8,14 +8,15 @@ import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from tersor.engine.outputs import ABORT, ERROR, LENGTH, STOP, CompletionOutput, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import EngineStats, ModelInfo
 from tersor.errors import InputError, TersorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAGE = 64
 BROKEN = "\ufffd"

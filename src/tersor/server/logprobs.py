@@ -13,6 +13,9 @@ from tersor.engine.text import Detokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LEAST = -9999.0
+"""Stands for a token that cannot come: JSON holds no infinity."""
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -61,7 +64,7 @@ def chat_entries(
 
 
 def _chat_entry(token: int, found: Logprob, bytes_of: TokenBytes) -> dict[str, Any]:
-    return {"token": found.decoded_token, "logprob": found.logprob, "bytes": list(bytes_of(token))}
+    return {"token": found.decoded_token, "logprob": max(found.logprob, LEAST), "bytes": list(bytes_of(token))}
 
 
 def _top(found: Logprobs, most: int) -> list[tuple[int, Logprob]]:
@@ -89,7 +92,7 @@ class PlainEntries:
         for token, found in zip(tokens, logprobs, strict=True):
             name = self._tokenizer.decode([token]) if found is None else found[token].decoded_token
             shown["tokens"].append(name)
-            shown["token_logprobs"].append(None if found is None else found[token].logprob)
+            shown["token_logprobs"].append(None if found is None else max(found[token].logprob, LEAST))
             shown["top_logprobs"].append(None if found is None else self._alternatives(token, found))
             shown["text_offset"].append(self._offset)
             self._offset += len(self._text.push(token))
@@ -100,5 +103,5 @@ class PlainEntries:
         pairs = [*_top(found, self._most), (token, found[token])]
         best: dict[str, float] = {}
         for _, one in pairs:
-            best[one.decoded_token] = max(one.logprob, best.get(one.decoded_token, one.logprob))
+            best[one.decoded_token] = max(one.logprob, best.get(one.decoded_token, LEAST))
         return best

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tersor import settings
 from tersor.errors import InputError
 
 
@@ -14,7 +15,8 @@ class ServerOptions:
     Attributes:
         host: address to listen on; only this machine unless told.
         port: port to listen on.
-        api_key: what clients must send as their bearer token; `None` lets everyone in.
+        api_key: what clients must send as their bearer token; `None` lets everyone in. Where nothing is said it is the
+            variable TERSOR_API_KEY.
         max_queue: prompts that may wait for their first token; beyond them requests are refused with 429.
         name: what the model is called; `None` is the engine's name for it.
         tool_parser: how tool calls are written: auto (asks the chat template), hermes, llama3, mistral, none.
@@ -26,7 +28,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_key: str | None = field(default_factory=lambda: settings.get("TERSOR_API_KEY"), repr=False)
     max_queue: int = 1024
     name: str | None = None
     tool_parser: str = "auto"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -66,5 +70,19 @@ def serve(engine: AsyncEngine, options: ServerOptions, place: socket.socket | No
         TersorError: the address is taken.
     """
     server = server_of(engine, options)
-    with place or listen(options) as listening:
+    with place or listen(options) as listening, _kept_alive():
         server.run(sockets=[listening])
+
+
+@contextmanager
+def _kept_alive() -> Iterator[None]:
+    """Let uvicorn's signals mean the end of the server alone: it raises them once more when it has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
