@@ -73,7 +73,7 @@ def test_nothing_is_drawn_where_only_the_prompt_is_asked_for(server: Served) -> 
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(tokens), 0)
     both = server.complete(prompt=[tokens, tokens[:3]], max_tokens=1, echo=True, logprobs=1)
     assert [len(one.logprobs.tokens) for one in both.choices] == [len(tokens) + 1, 4]
-    assert server.complete(prompt=[1] * 512, max_tokens=0, echo=True).usage.prompt_tokens == 512
+    assert server.complete(prompt=[1] * 511, max_tokens=0, echo=True).usage.prompt_tokens == 511
 
 
 def test_what_does_not_fit_the_context_is_refused_with_both_numbers(server: Served) -> None:

@@ -137,6 +137,8 @@ def test_the_channels_of_gpt_oss_are_reasoning_calls_and_text(size: int) -> None
     assert folded(HarmonyParser(["f"]), text + answer, size) == ("Hm <|x.", "Sunny.", [])
     call = 'commentary to=functions.f <|constrain|>json<|message|>{"a": 1}'
     assert folded(HarmonyParser(["f"]), text + call, size) == ("Hm <|x.", "", [["f", '{"a": 1}']])
+    first = ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}'
+    assert folded(HarmonyParser(["f"]), first, size) == ("", "", [["f", '{"a": 1}']])
     assert folded(HarmonyParser(["f"]), text + call + "x<|call|>", size)[1:] == ('{"a": 1}x', [])
     assert folded(HarmonyParser([]), "no channel <|", size) == ("", "no channel <|", [])
     assert folded(HarmonyParser([]), text + "fin", size) == ("Hm <|x.", "", [])

@@ -71,9 +71,8 @@ class Front:
         self._engine, self._metrics, self._max_queue = engine, metrics, max_queue
         self.queued = 0
 
-    @asynccontextmanager
-    async def answering(self, jobs: Sequence[Job]) -> AsyncIterator[Answers]:
-        """Have prompts answered; on leaving the block, whatever has not ended is aborted.
+    def check_queue(self, count: int = 1) -> None:
+        """Refuse prompts that nobody could answer now.
 
         Raises:
             ApiError: 503 where the engine has failed, 429 where too many wait. A request of several prompts is let in
@@ -81,9 +80,18 @@ class Front:
         """
         if not self._engine.healthy:
             raise ApiError(503, "the engine has failed: start the server again", code="engine_failed")
-        if self.queued and self.queued + len(jobs) > self._max_queue:
+        if self.queued and self.queued + count > self._max_queue:
             message = f"{self.queued} prompts wait and {self._max_queue} may: try again later"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+
+    @asynccontextmanager
+    async def answering(self, jobs: Sequence[Job]) -> AsyncIterator[Answers]:
+        """Have prompts answered; on leaving the block, whatever has not ended is aborted.
+
+        Raises:
+            ApiError: as `check_queue`.
+        """
+        self.check_queue(len(jobs))
         answers = Answers([f"req-{uuid.uuid4().hex}" for _ in jobs])
         answers._open.update(range(len(jobs)))
         self.queued += len(jobs)
@@ -102,7 +110,7 @@ class Front:
     async def _pump(self, answers: Answers, index: int, job: Job) -> None:
         """Keep the latest output of a prompt, and the times of its tokens."""
         begun = last = time.perf_counter()
-        waits, tokens = True, 0
+        waits, tokens, finished = True, 0, False
         try:
             generated = self._engine.generate(job.tokens, job.params, request_id=answers.ids[index], salt=job.salt)
             async for output in generated:
@@ -116,8 +124,11 @@ class Front:
                     rows = max(1, sum(one.finish_reason is None for one in output.outputs))
                     self._metrics.next.observe((now - last) * rows / (count - tokens), count - tokens)
                 last, tokens = (now, count) if count > tokens else (last, tokens)
+                finished = output.finished
                 answers._latest[index] = output
                 answers._news.set()
+            if not finished:
+                raise TersorError("the engine left a request without an end")
         except asyncio.CancelledError:
             raise
         except Exception as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tersor.engine.protocol import AsyncEngine
@@ -47,12 +47,11 @@ class Api:
         self.front = Front(engine, self.metrics, options.max_queue)
         self.bytes_of = TokenBytes(info.tokenizer)
         self.begun = int(time.time())
-        self._compilers = ThreadPoolExecutor(_COMPILERS, "tersor-grammar")
+        self._compilers = asyncio.Semaphore(_COMPILERS)
 
     async def close(self) -> None:
-        """End the threads and the engine."""
+        """End the tokenizer's thread and the engine."""
         self.prompts.close()
-        self._compilers.shutdown(wait=False, cancel_futures=True)
         await self.engine.close()
 
     def told(self, error: BaseException) -> ApiError:
@@ -98,13 +97,35 @@ class Api:
         if grammar is None:
             return
         limit = self.options.grammar_seconds
-        work = asyncio.get_running_loop().run_in_executor(self._compilers, self.engine.check_grammar, grammar)
         try:
-            await asyncio.wait_for(work, limit)
+            await asyncio.wait_for(self._compile(grammar), limit)
         except asyncio.TimeoutError:
             raise ApiError(400, f"{param}: the grammar takes longer than {limit:g} s to compile", param=param) from None
         except TersorError as error:
             raise ApiError(400, f"{param}: {error}", param=param) from None
+
+    async def _compile(self, grammar: Mapping[str, Any]) -> None:
+        """Compile in a thread that may be given up: it keeps its place among the compilers, and no process alive."""
+        await self._compilers.acquire()
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: Exception | None) -> None:
+            self._compilers.release()
+            if not ended.done():
+                ended.set_result(None) if error is None else ended.set_exception(error)
+
+        def work() -> None:
+            error: Exception | None = None
+            try:
+                self.engine.check_grammar(grammar)
+            except Exception as found:
+                error = found
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(tell, error)
+
+        threading.Thread(target=work, name="tersor-grammar", daemon=True).start()
+        await ended
 
     def head(self, kind: str, prefix: str) -> dict[str, Any]:
         """Return the fields that begin every response and every chunk of one."""

@@ -46,6 +46,7 @@ async def chat(api: Api, request: ChatRequest, http: Request) -> Response:
 
 async def _prepare(api: Api, request: ChatRequest) -> _Chat:
     api.check_model(request.model)
+    api.front.check_queue()
     request.check(api.info.vocabulary)
     text, tokens = await api.prompts.run(api.prompts.chat, request)
     parsers = api.parsers

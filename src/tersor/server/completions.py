@@ -56,6 +56,7 @@ async def complete(api: Api, request: CompletionRequest, http: Request) -> Respo
     given = request.prompts()
     if not given:
         raise ApiError(400, "prompt is an empty list: give a text", param="prompt")
+    api.front.check_queue(len(given))
     if request.max_tokens is not None and request.max_tokens < 0:
         raise ApiError(400, f"max_tokens is {request.max_tokens}: it must be at least 0", param="max_tokens")
     prompts = [await api.prompts.run(_prepare, api, request, one) for one in given]
@@ -72,11 +73,14 @@ def _prepare(api: Api, request: CompletionRequest, given: str | list[int]) -> _P
     shown = ""
     if request.echo:
         shown = given if isinstance(given, str) else api.prompts.decode(given, skip)
-    most = api.room(len(tokens), request.max_tokens)
     asked = request.logprobs
-    # Nothing to draw still takes a step, which reads the prompt; its token is dropped.
-    least = {"min_tokens": 0} if most == 0 else {}
-    params = request.params(max(most, 1), logprobs=asked, prompt_logprobs=asked if request.echo else None, **least)
+    # Where no token is asked for, a step that reads the prompt draws one all the same, which is dropped.
+    nothing = request.max_tokens == 0
+    room = api.room(len(tokens), None if nothing else request.max_tokens)
+    least = {"min_tokens": 0} if nothing else {}
+    params = request.params(
+        1 if nothing else room, logprobs=asked, prompt_logprobs=asked if request.echo else None, **least
+    )
     choices = [Choice(api.info.tokenizer, tokens, Plain(), skip_special=skip) for _ in range(request.n)]
     entries = None
     if asked is not None:

@@ -10,7 +10,7 @@ from tersor.server.markers import split_at
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>", START)
-_FUNCTIONS = "functions."
+_TO, _FUNCTIONS = "to=functions.", "functions."
 
 
 class HarmonyParser:
@@ -45,9 +45,9 @@ class HarmonyParser:
     def _begin(self) -> list[Event]:
         """An answer that begins with no channel is text."""
         begun = self._held.lstrip()
-        if CHANNEL.startswith(begun) and begun != CHANNEL:
+        if any(one.startswith(begun) and begun != one for one in (CHANNEL, _TO)):
             return []
-        self._state = "header" if begun.startswith(CHANNEL) else "body"
+        self._state = "header" if begun.startswith((CHANNEL, _TO)) else "body"
         return []
 
     def _head(self) -> list[Event]:

@@ -111,10 +111,12 @@ class Drawing(_Body):
         """Refuse what cannot be meant.
 
         Raises:
-            ApiError: options of a stream without one, or tokens that the model does not have.
+            ApiError: options of a stream without one, an empty stop text, or tokens that the model does not have.
         """
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is given and stream is not true", param="stream_options")
+        if not all(self.stops):
+            raise ApiError(400, "a stop text is empty: it would end every answer at once", param="stop")
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):
                 if not 0 <= token < vocabulary:
