@@ -20,7 +20,7 @@ from helpers.tiny_lm import TINY
 from tersor.engine.protocol import AsyncEngine
 from tersor.integrations.transformers import load
 from tersor.server.options import ServerOptions
-from tersor.server.serving import listen, server_of
+from tersor.server.serving import bind, server_of
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
@@ -104,7 +104,7 @@ class Served:
 def serving(engine: AsyncEngine | FakeEngine, **options: Any) -> Iterator[Served]:
     """Serve with an engine while the block runs."""
     chosen = ServerOptions(port=0, **options)
-    place = listen(chosen)
+    place = bind(chosen)
     url = f"http://127.0.0.1:{place.getsockname()[1]}"
     server = server_of(engine, chosen)
     begun: list[asyncio.AbstractEventLoop] = []

@@ -20,7 +20,7 @@ from helpers.served import Served, serving, tokenizer
 
 from tersor.errors import InputError, TersorError
 from tersor.server.options import ServerOptions
-from tersor.server.serving import listen
+from tersor.server.serving import bind
 
 COMPLETE = "/v1/completions"
 LONG = {"prompt": "Hello", "max_tokens": 400}
@@ -28,7 +28,7 @@ PROGRAM = """
 from types import SimpleNamespace
 from helpers.fake_engine import FakeEngine
 from tersor.server.options import ServerOptions
-from tersor.server.serving import listen, serve
+from tersor.server.serving import bind, serve
 
 class Letters(SimpleNamespace):
     def __call__(self, text, **options):
@@ -40,7 +40,7 @@ class Letters(SimpleNamespace):
 options = ServerOptions(port=0)
 tokenizer = Letters(all_special_tokens=[], bos_token_id=None, chat_template=None, added_tokens_decoder={})
 engine = FakeEngine(tokenizer, step=0.02)
-with listen(options) as place:
+with bind(options) as place:
     print(f"http://127.0.0.1:{place.getsockname()[1]}", flush=True)
     serve(engine, options, place)
 print("closed:", engine.closed)
@@ -195,7 +195,10 @@ def test_a_signal_lets_open_requests_end_and_is_no_failure() -> None:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         body = {"prompt": "Hello", "max_tokens": 40, "stream": True}
-        with httpx.stream("POST", f"{url}{COMPLETE}", json=body, timeout=20) as response:
+        with (
+            httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=20) as client,  # it need not listen yet
+            client.stream("POST", f"{url}{COMPLETE}", json=body) as response,
+        ):
             lines = (line for line in response.iter_lines() if line)
             next(lines)
             process.send_signal(signal.SIGTERM)
@@ -309,7 +312,8 @@ def test_the_key_may_come_from_the_environment_and_is_not_shown(monkeypatch: pyt
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:
-    with listen(ServerOptions(port=0)) as taken:
+    with bind(ServerOptions(port=0)) as taken:
+        taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(TersorError, match=f"cannot listen on 127.0.0.1 port {port}: "):
-            listen(ServerOptions(port=port))
+            bind(ServerOptions(port=port))

@@ -32,6 +32,7 @@ def server_of(engine: AsyncEngine, options: ServerOptions) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        backlog=_BACKLOG,
         timeout_graceful_shutdown=options.drain_seconds,
         lifespan="on",
         ws="none",
@@ -39,8 +40,8 @@ def server_of(engine: AsyncEngine, options: ServerOptions) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def listen(options: ServerOptions) -> socket.socket:
-    """Return a socket that listens where the options say; port 0 is a free one.
+def bind(options: ServerOptions) -> socket.socket:
+    """Return a socket that is bound where the options say; port 0 is a free one. Nobody is heard before `serve`.
 
     Raises:
         TersorError: the address is taken, or is none of this machine.
@@ -50,7 +51,6 @@ def listen(options: ServerOptions) -> socket.socket:
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((options.host, options.port))
-        place.listen(_BACKLOG)
     except OSError as error:
         place.close()
         raise TersorError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from None
@@ -63,15 +63,15 @@ def serve(engine: AsyncEngine, options: ServerOptions, place: socket.socket | No
     Args:
         engine: any engine; it is closed at the end.
         options: of the server.
-        place: a socket that listens already, see `listen`; none listens where the options say.
+        place: a socket that is bound already, see `bind`; none is bound where the options say.
 
     Raises:
         InputError: a parser that there is not.
         TersorError: the address is taken.
     """
     server = server_of(engine, options)
-    with place or listen(options) as listening, _kept_alive():
-        server.run(sockets=[listening])
+    with place or bind(options) as bound, _kept_alive():
+        server.run(sockets=[bound])
 
 
 @contextmanager
