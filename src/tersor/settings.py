@@ -16,13 +16,14 @@ from tersor.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One environment variable; `parse` turns its text into a value or raises ValueError."""
+    """One environment variable; `parse` turns its text into a value or raises ValueError; a secret is never shown."""
 
     name: str
     default: Any
     parse: Callable[[str], Any]
     expects: str
     meaning: str
+    secret: bool = False
 
 
 def _positive_int(text: str) -> int:
@@ -78,6 +79,14 @@ SETTINGS: dict[str, Setting] = {
             parse=_positive_int,
             expects="a positive integer",
             meaning="How many kernels are compiled at the same time.",
+        ),
+        Setting(
+            name="TERSOR_API_KEY",
+            default=None,
+            parse=str,
+            expects="ASCII text",
+            meaning="What clients of a server must send as their bearer token; without one everyone is let in.",
+            secret=True,
         ),
     )
 }

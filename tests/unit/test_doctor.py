@@ -60,6 +60,15 @@ def test_the_page_has_every_section_on_plain_lines(
     assert "holds 0 kernels, 0 B" in lines
 
 
+def test_a_key_is_not_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report(capsys)["environment"]["TERSOR_API_KEY"] is None
+    monkeypatch.setenv("TERSOR_API_KEY", "sesame")
+    for words in (["doctor"], ["doctor", "--json"]):
+        assert run(words) == 0
+        shown = capsys.readouterr().out
+        assert "(set)" in shown and "sesame" not in shown
+
+
 def test_what_is_missing_is_said_and_is_no_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,10 +53,16 @@ def examine() -> dict[str, Any]:
     found: dict[str, Any] = {"versions": _versions(advice), "gpus": _gpus(advice), "kernels": _kernels()}
     entries, nbytes = cache.size()
     found["cache"] = {"directory": str(cache.directory()), "entries": entries, "bytes": nbytes}
-    found["environment"] = {name: os.environ.get(name) for name in settings.SETTINGS}
+    found["environment"] = {name: _shown(name) for name in settings.SETTINGS}
     found["hook"] = _tersor_hook.started
     found["advice"] = advice
     return found
+
+
+def _shown(name: str) -> str | None:
+    """A variable as it stands; of a secret only that it is set."""
+    value = os.environ.get(name)
+    return "(set)" if value and settings.SETTINGS[name].secret else value
 
 
 def _versions(advice: list[str]) -> dict[str, str | None]:

@@ -78,9 +78,9 @@ class AsyncEngine(Protocol):
 
         Every output holds all there is so far, so a reader may skip some; the last one is `finished`. Texts hold whole
         characters and nothing that may begin a stop text, and never the text of an end-of-sequence token; tokens, log
-        probabilities and text of a finished output agree. A prompt of `context` tokens with `max_tokens` 1 is legal,
-        since the token drawn is never computed. A request that fails alone ends with finish reason "error" and
-        `RequestOutput.error`; `abort` ends it with "abort".
+        probabilities and text of a finished output agree. Log probabilities of the prompt are whole from the first
+        output on. What the params leave `None` the engine fills. A request that fails alone ends with finish reason
+        "error" and `RequestOutput.error`; `abort` ends it with "abort".
 
         Args:
             prompt_token_ids: at least one token.

@@ -1,0 +1,88 @@
+"""An engine behind a port, until it is told to end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from tersor.engine.protocol import AsyncEngine
+from tersor.errors import TersorError
+from tersor.server.app import create_app
+from tersor.server.options import ServerOptions
+
+_BACKLOG = 2048
+"""Connections that may wait for the event loop."""
+
+
+def server_of(engine: AsyncEngine, options: ServerOptions) -> uvicorn.Server:
+    """Return a server that is ready to run.
+
+    Raises:
+        InputError: a parser that there is not.
+    """
+    config = uvicorn.Config(
+        create_app(engine, options),
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=options.drain_seconds,
+        lifespan="on",
+        ws="none",
+    )
+    return uvicorn.Server(config)
+
+
+def bind(options: ServerOptions) -> socket.socket:
+    """Return a socket that is bound where the options say; port 0 is a free one. Nobody is heard before `serve`.
+
+    Raises:
+        TersorError: the address is taken, or is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((options.host, options.port))
+    except OSError as error:
+        place.close()
+        raise TersorError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from None
+    return place
+
+
+def serve(engine: AsyncEngine, options: ServerOptions, place: socket.socket | None = None) -> None:
+    """Answer requests with an engine until SIGINT or SIGTERM; then open ones end first, and the engine after them.
+
+    Args:
+        engine: any engine; it is closed at the end.
+        options: of the server.
+        place: a socket that is bound already, see `bind`; none is bound where the options say.
+
+    Raises:
+        InputError: a parser that there is not.
+        TersorError: the address is taken.
+    """
+    server = server_of(engine, options)
+    with place or bind(options) as bound, _kept_alive():
+        server.run(sockets=[bound])
+
+
+@contextmanager
+def _kept_alive() -> Iterator[None]:
+    """Let uvicorn's signals mean the end of the server alone: it raises them once more when it has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -1,0 +1,236 @@
+"""An engine without a model: it says what it is told to, or draws tokens from a hash, a step at a time on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tersor.engine.outputs import ABORT, ERROR, LENGTH, STOP, CompletionOutput, Logprob, Logprobs, RequestOutput
+from tersor.engine.params import SamplingParams
+from tersor.engine.protocol import EngineStats, ModelInfo
+from tersor.errors import InputError, TersorError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PAGE = 64
+BROKEN = "\ufffd"
+
+
+@dataclass
+class _Request:
+    name: str
+    prompt: list[int]
+    params: SamplingParams
+    salt: str | None
+    scripts: list[list[int] | None]  # tokens to say, one list a continuation; None draws
+    output: RequestOutput
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    pages: int = 0
+
+    @property
+    def length(self) -> int:
+        return sum(len(self.prompt) + len(one.token_ids) for one in self.output.outputs)
+
+
+class FakeEngine:
+    """Keeps the promises of `AsyncEngine`, and remembers what it was asked.
+
+    Attributes:
+        step: seconds a step takes.
+        burst: tokens of a step, as if tokens came together.
+        rows: requests that run at once.
+        paused: whether steps draw nothing.
+        asked: every request: (tokens of the prompt, params, salt).
+        aborted: names that `abort` was called with.
+        steps: steps made.
+        broken: text of prompts that fail alone when they run.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, step: float = 0.0005, context: int = 512, pages: int = 64
+    ) -> None:
+        self.tokenizer, self.step, self.burst, self.rows = tokenizer, step, 1, 64
+        self._info = ModelInfo("tiny-lm", context, 8192, tokenizer)
+        self.pages, self.paused = pages, False
+        self.asked: list[tuple[list[int], SamplingParams, str | None]] = []
+        self.aborted: list[str] = []
+        self.steps, self.broken = 0, "break alone"
+        self.grammar_seconds = 0.0
+        self._says: deque[str] = deque()
+        self._running: dict[str, _Request] = {}
+        self._waiting: dict[str, _Request] = {}
+        self._known: set[bytes] = set()
+        self._failed: str | None = None
+        self._loop: asyncio.Task[None] | None = None
+        self._prompt_tokens = self._cached = self._generated = 0
+        self.closed = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def healthy(self) -> bool:
+        return self._failed is None
+
+    def say(self, *texts: str) -> None:
+        """Have the next continuations say texts and end, in the order in which they are asked for."""
+        self._says.extend(texts)
+
+    def fail(self, message: str) -> None:
+        """Fail at the next step, with everything that is open."""
+        self._failed = message
+        for request in [*self._running.values(), *self._waiting.values()]:
+            request.news.set()
+
+    def stats(self) -> EngineStats:
+        used = sum(request.pages for request in self._running.values())
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pages_used=used,
+            pages_free=self.pages - used,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached,
+            generated_tokens=self._generated,
+        )
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        request = self._running.pop(request_id, None) or self._waiting.pop(request_id, None)
+        if request is not None:
+            for one in request.output.outputs:
+                one.finish_reason = one.finish_reason or ABORT
+            request.news.set()
+
+    def check_grammar(self, grammar: Mapping[str, Any]) -> None:
+        import time
+
+        time.sleep(self.grammar_seconds)
+        schema = grammar.get("json_schema")
+        if schema is not None and (not isinstance(schema, dict) or schema.get("type") not in ("object", "array")):
+            raise InputError(f"the schema has no type that ends: {schema}")
+
+    async def close(self) -> None:
+        self.closed = True
+        for name in [*self._running, *self._waiting]:
+            await self.abort(name)
+        if self._loop is not None:
+            self._loop.cancel()
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str, salt: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        prompt = list(prompt_token_ids)
+        assert prompt and request_id not in self._running and request_id not in self._waiting
+        self.asked.append((prompt, params, salt))
+        if (len(prompt) + PAGE - 1) // PAGE > self.pages:
+            raise InputError(f"the prompt has {len(prompt)} tokens, all pages together hold {self.pages * PAGE}")
+        scripts = [self._encode(self._says.popleft()) if self._says else None for _ in range(params.n)]
+        outputs = [CompletionOutput(index) for index in range(params.n)]
+        if params.logprobs is not None:
+            for one in outputs:
+                one.logprobs, one.cumulative_logprob = [], 0.0
+        output = RequestOutput(request_id, None, prompt, outputs)
+        request = self._waiting[request_id] = _Request(request_id, prompt, params, salt, scripts, output)
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._steps())
+        while True:
+            await request.news.wait()
+            request.news.clear()
+            if self._failed is not None and not output.finished:
+                raise TersorError(self._failed)
+            yield copy.deepcopy(output)
+            if output.finished:
+                return
+
+    def _encode(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    async def _steps(self) -> None:
+        while self.healthy and (self._running or self._waiting):
+            await asyncio.sleep(self.step)
+            if not self.paused and self.healthy:
+                self._step()
+
+    def _step(self) -> None:
+        self.steps += 1
+        for name in list(self._waiting):
+            if len(self._running) < self.rows:
+                self._admit(self._waiting.pop(name))
+        for name, request in list(self._running.items()):
+            if self.broken in self.tokenizer.decode(request.prompt):
+                request.output.error = "this prompt broke"
+                for one in request.output.outputs:
+                    one.finish_reason = ERROR
+            for one in request.output.outputs:
+                for _ in range(self.burst):
+                    if one.finish_reason is None:
+                        self._draw(request, one)
+            request.pages = (request.length + PAGE - 1) // PAGE
+            if request.output.finished:
+                del self._running[name]
+            request.news.set()
+
+    def _admit(self, request: _Request) -> None:
+        self._running[request.name] = request
+        self._prompt_tokens += len(request.prompt)
+        for end in range(PAGE, len(request.prompt), PAGE):
+            key = hashlib.sha256(repr((request.salt, request.prompt[:end])).encode()).digest()
+            if key in self._known:
+                request.output.num_cached_tokens = end
+            self._known.add(key)
+        self._cached += request.output.num_cached_tokens
+        if request.params.prompt_logprobs is not None:
+            most = request.params.prompt_logprobs
+            request.output.prompt_logprobs = [None, *(self._logprobs(token, most) for token in request.prompt[1:])]
+
+    def _draw(self, request: _Request, one: CompletionOutput) -> None:
+        params, script = request.params, request.scripts[one.index]
+        place = len(one.token_ids)
+        if script is not None:
+            token = script[place] if place < len(script) else 0
+        else:
+            key = (params.seed, one.index if params.temperature != 0 else 0, request.prompt, one.token_ids)
+            token = 1 + int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little") % 8191
+        self._generated += 1
+        one.token_ids.append(token)
+        if one.logprobs is not None and one.cumulative_logprob is not None and params.logprobs is not None:
+            one.logprobs.append(self._logprobs(token, params.logprobs))
+            one.cumulative_logprob += one.logprobs[-1][token].logprob
+        if token == 0 and not params.ignore_eos:
+            one.finish_reason = STOP
+        elif token in params.stop_token_ids:
+            one.finish_reason, one.stop_reason = STOP, token
+        elif len(one.token_ids) == params.max_tokens:
+            one.finish_reason = LENGTH
+        self._show(request, one)
+
+    def _show(self, request: _Request, one: CompletionOutput) -> None:
+        """Write the text anew: whole characters, nothing that may begin a stop text, nothing behind one."""
+        ids = one.token_ids[:-1] if one.token_ids[-1] == 0 else one.token_ids
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=request.params.skip_special_tokens))
+        found = [(text.find(stop), stop) for stop in request.params.stop if stop in text]
+        if found:
+            place, stop = min(found)
+            one.text = text[: place + (len(stop) if request.params.include_stop_str_in_output else 0)]
+            one.finish_reason, one.stop_reason = STOP, stop
+            return
+        if one.finish_reason is None:
+            text = text.rstrip(BROKEN)
+            held = [n for stop in request.params.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            text = text[: len(text) - max(held, default=0)]
+        one.text = text
+
+    def _logprobs(self, token: int, most: int) -> Logprobs:
+        """Made up: the token is as likely as its number says, the most likely ones are the tokens 1, 2, ..."""
+        likely = [(other, -0.25 * rank, rank) for rank, other in enumerate(range(1, most + 1), 1)]
+        own = (token, -6.0 - token / 8192, 100 + token)
+        rows = [*likely, *([] if any(other == token for other, *_ in likely) else [own])]
+        return {other: Logprob(value, rank, str(self.tokenizer.decode([other]))) for other, value, rank in rows}
