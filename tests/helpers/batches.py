@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,3 +98,42 @@ MIXED = [
     *(request(f"fails{i}", [[0, i]]) for i in range(5)),
     request("streams", "a", stream=True),
 ]
+
+
+class Mortal(Echo):
+    """Kills its process once, before the file that says so is there."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+        for count, answer in enumerate(super().run(items, stopping)):
+            if count == 5 and not self.mark.exists():
+                self.mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield answer
+
+
+class MakeMortal:
+    """Makes one in another process."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __call__(self, worker: int) -> BatchEngine:
+        return Mortal(self.mark)
+
+
+class MakeSlow:
+    """Makes an engine that takes its time."""
+
+    def __call__(self, worker: int) -> BatchEngine:
+        return Echo(many=1, after=lambda count: time.sleep(0.01))
+
+
+class MakeNone:
+    """Makes no engine."""
+
+    def __call__(self, worker: int) -> BatchEngine:
+        raise InputError(f"no GPU\nfor worker {worker}")
