@@ -9,8 +9,10 @@ print(outputs[0].outputs[0].text)
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -24,9 +26,9 @@ from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
 from tersor.engine.runner import Runner
-from tersor.engine.sampler import Defaults, Sampler
+from tersor.engine.sampler import Sampler
 from tersor.engine.scheduler import Scheduler
-from tersor.errors import InputError
+from tersor.errors import CheckpointError, InputError
 from tersor.formats import FLOAT_DTYPES, float_dtype
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.load import load_tokenizer
@@ -70,12 +72,12 @@ class LLM:
             self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
             dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
             decoder = load(source, device, dtype, activations=config.activations, context=config.max_length)
-            defaults = Defaults.of(source.directory)
+            generation = _generation_config(source.directory)
             name = source.label
         context = min(config.max_length or decoder.config.context, decoder.config.context)
         vocabulary = decoder.config.vocabulary
         self.info = ModelInfo(name, context, vocabulary, self.tokenizer)
-        sampler = Sampler(config.max_rows + 1, vocabulary, device)
+        sampler = Sampler(config.max_rows + 1, vocabulary, device, most_length=context)
         kv_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[config.kv_dtype]
         runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype)
         limits = Limits(
@@ -86,7 +88,15 @@ class LLM:
             context=context,
             share_prefixes=config.prefix_caching,
         )
-        self.core = Core(Scheduler(limits), runner, self.tokenizer, defaults, seed=config.seed)
+        ends = generation.get("eos_token_id", decoder.config.ends)
+        self.core = Core(
+            Scheduler(limits),
+            runner,
+            self.tokenizer,
+            (ends,) if isinstance(ends, int) else ends or (),
+            defaults=generation,
+            seed=config.seed,
+        )
 
     def generate(
         self,
@@ -169,6 +179,24 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: A
     except Exception as error:  # whatever a template raises
         raise InputError(f"the chat template refuses the messages: {error}") from None
     found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    """Return what a model's generation_config.json says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: no JSON object")
     return found
 
 

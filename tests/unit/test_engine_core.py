@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from helpers import tiny_lm
@@ -33,6 +33,8 @@ class Fake:
     @dataclass
     class Launched:
         step: Step
+        logprobs: None = field(default=None, init=False)
+        prompt_logprobs: None = field(default=None, init=False)
         bad: int | None
 
         def tokens(self) -> list[int]:

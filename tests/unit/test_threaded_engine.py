@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -32,6 +32,8 @@ class Counting:
     @dataclass
     class Launched:
         step: Step
+        logprobs: None = field(default=None, init=False)
+        prompt_logprobs: None = field(default=None, init=False)
 
         def tokens(self) -> list[int]:
             return [row.start + row.count for row in self.step.drawing]

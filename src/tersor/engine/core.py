@@ -10,21 +10,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tersor.engine.outputs import ABORT, ERROR, RequestOutput
+from tersor.engine.options import resolved, seed_of
+from tersor.engine.outputs import ABORT, ERROR, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import EngineStats
-from tersor.engine.request import Request, Step, continuations
+from tersor.engine.request import Request, Step, continuations, prompt_targets
 from tersor.engine.scheduler import Scheduler
 from tersor.engine.stream import Stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tersor import ops
+
 
 class Launched(Protocol):
-    """A step under way."""
+    """A step under way: `runner.Launched`.
+
+    Attributes:
+        step: which.
+        logprobs, prompt_logprobs: `ops.Logprobs`, or `None`, once it has ended.
+    """
 
     step: Step
+    logprobs: Any
+    prompt_logprobs: Any
 
     def tokens(self) -> list[int]:
         """Wait for it and return the tokens of its rows that draw, -1 where logits were not finite."""
@@ -56,6 +66,8 @@ class Core:
         runner: who computes.
         tokenizer: turns tokens into text; `None` gives tokens alone.
         eos: tokens that end every text that does not ignore them.
+        defaults: the model's generation config, which fills what requests leave open.
+        seed: makes those of requests that give none, in the order in which they come; `None` draws fresh ones.
         prompt_tokens, cached_tokens, generated_tokens: counted so far.
     """
 
@@ -65,9 +77,14 @@ class Core:
         runner: Runner,
         tokenizer: PreTrainedTokenizerBase | None = None,
         eos: Sequence[int] = (),
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        seed: int | None = None,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
+        self.defaults, self.seed = defaults or {}, seed
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self._arrivals = 0
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
         self._under_way: Launched | None = None
@@ -109,7 +126,7 @@ class Core:
         Args:
             request_id: a name that no other open request has.
             prompt_token_ids: at least one token.
-            params: how to draw, with nothing that counts left `None`.
+            params: how to draw.
             prompt: its text, for the output.
             salt: prompts share keys and values only with prompts of the same salt.
             priority: less is sooner.
@@ -117,6 +134,9 @@ class Core:
         Raises:
             InputError: a request that can never be served; nothing of it stays.
         """
+        params = resolved(params, self.defaults)
+        if params.seed is None and self.seed is not None:
+            params = replace(params, seed=seed_of(self.seed, self._arrivals))
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         requests = continuations(request_id, prompt_token_ids, params, stop_tokens=ends, salt=salt, priority=priority)
         try:
@@ -131,7 +151,10 @@ class Core:
         output = RequestOutput(request_id, prompt, tokens, [stream.output for stream in streams])
         one = self._open[request_id] = _Open(output, streams, requests)
         self._of.update({request: (one, stream) for request, stream in zip(requests, streams, strict=True)})
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
         self.prompt_tokens += len(tokens)
+        self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens where it has ended or never was."""
@@ -166,6 +189,8 @@ class Core:
 
     def _read(self, launched: Launched) -> None:
         step, drawn = launched.step, launched.tokens()
+        if launched.prompt_logprobs is not None:
+            self._read_prompts(step, launched.prompt_logprobs)
         for row, token in zip(step.drawing, drawn, strict=True):
             if token < 0 and row.request.finish_reason is None:
                 self.scheduler.end(row.request, ERROR)
@@ -177,7 +202,10 @@ class Core:
             one.output.num_cached_tokens = max(one.output.num_cached_tokens, request.num_cached)
             self.generated_tokens += 1
             self._news[id(one)] = one
-            if stream.push(drawn[place]):
+            logprobs = None
+            if request.params.logprobs is not None:
+                logprobs = self._logprobs(launched.logprobs, place, drawn[place], request.params.logprobs)
+            if stream.push(drawn[place], logprobs):
                 self.scheduler.end(request, stream.output.finish_reason or "")
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
@@ -192,9 +220,30 @@ class Core:
             if request.index == 0:
                 self.cached_tokens += request.num_cached
 
-    def check_grammar(self, grammar: Mapping[str, Any]) -> None:
-        """Refuse a grammar that texts cannot be held to."""
-        raise NotImplementedError
+    def _read_prompts(self, step: Step, found: ops.Logprobs) -> None:
+        """Give the log probabilities of tokens of prompts to their requests."""
+        at = 0
+        for row in step.rows:
+            request = row.request
+            wanted = request.params.prompt_logprobs
+            for target in prompt_targets(row):
+                opened = self._of.get(request)
+                if opened is not None and opened[0].output.prompt_logprobs is not None and wanted is not None:
+                    token = request.prompt[target]
+                    opened[0].output.prompt_logprobs.append(self._logprobs(found, at, token, wanted))
+                at += 1
+
+    def _logprobs(self, found: ops.Logprobs, place: int, token: int, wanted: int) -> Logprobs:
+        """Return the log probabilities of one token, and of the most probable ones beside it."""
+
+        def text(token: int) -> str:
+            return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+        entry = {token: Logprob(float(found.chosen[place]), int(found.ranks[place]), text(token))}
+        best = zip(found.tokens[place, :wanted].tolist(), found.values[place, :wanted].tolist(), strict=True)
+        for rank, (other, value) in enumerate(best, 1):
+            entry.setdefault(other, Logprob(value, rank, text(other)))
+        return entry
 
 
 def _copied(output: RequestOutput) -> RequestOutput:

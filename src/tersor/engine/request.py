@@ -178,3 +178,11 @@ class Step:
     drawing: list[Row] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     grown: list[Request] = field(default_factory=list)
+
+
+def prompt_targets(row: Row) -> range:
+    """Return the places in a prompt of tokens whose log probabilities follow from a row, where they are asked for."""
+    request, end = row.request, row.start + row.count
+    if request.params.prompt_logprobs is None or row.logits < 1:
+        return range(0)
+    return range(end - row.logits + 1, min(end + 1, len(request.prompt)))

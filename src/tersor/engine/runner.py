@@ -8,42 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from tersor import ops
+from tersor.engine.request import Step, prompt_targets
+from tersor.engine.sampler import Sampler
 from tersor.engine.step_buffer import Layout, fill, rows_on
 from tersor.errors import TersorError
 from tersor.models import Decoder
 from tersor.ops.attention_form import PAGE, PagedCache
 
-if TYPE_CHECKING:
-    from tersor.engine.request import Step
-
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
 WARM_UP = 2
 """Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
-
-
-class Sampler(Protocol):
-    """Draws tokens: `engine.sampler.Sampler`."""
-
-    def prepare(self, step: Step) -> None:
-        """Bring what the device holds of a step's requests up to date."""
-        ...
-
-    def draw(self, logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return tokens int64 [S], -1 where logits are not finite.
-
-        Args:
-            logits: [S, V].
-            slots: int32 [S].
-            lengths: int32 [S]: tokens of each text so far.
-        """
-        ...
 
 
 def padded_rows(most: int) -> list[int]:
@@ -59,11 +39,15 @@ class Launched:
     Attributes:
         step: which.
         drawn: int64 [rows that draw], on the host once `event` has come.
+        logprobs: of the tokens drawn, where a row asks for them.
+        prompt_logprobs: of tokens of prompts, in the order of rows and of their tokens, where a row asks for them.
         event: `None` on a CPU.
     """
 
     step: Step
     drawn: torch.Tensor
+    logprobs: ops.Logprobs | None
+    prompt_logprobs: ops.Logprobs | None
     event: torch.cuda.Event | None
 
     def tokens(self) -> list[int]:
@@ -134,7 +118,7 @@ class Runner:
         layout = Layout(tokens, count, self._pages)
         views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
         views["slots"].fill_(self.max_rows)
-        self._forward(views, count, min(tokens, self.max_length), self._pages * PAGE)
+        self._draw(self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE), views, False)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -151,21 +135,43 @@ class Runner:
             layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE))
         staged = self._stage(layout)
         fill(staged.numpy(), layout, step, self._lines, self.max_rows)
-        draws = len(step.drawing)
         if captured is not None:
             captured.buffer.copy_(staged, non_blocking=True)
             captured.graph.replay()
-            drawn = captured.drawn[:draws]
-        else:
-            views = layout.split(staged.to(self.device, non_blocking=True))
-            drawn = self._forward(views, draws, max(row.count for row in step.rows), layout.pages * PAGE)
-        return self._publish(step, drawn)
+            return self._publish(step, captured.drawn[: len(step.drawing)])
+        views = layout.split(staged.to(self.device, non_blocking=True))
+        return self._publish(step, *self._eager(step, views, layout))
 
     def _graph_for(self, step: Step) -> _Graph | None:
-        """Return the captured step that serves one, if it only decodes and there is one."""
+        """Return the captured step that serves one, if it only decodes, nobody asks for more, and there is one."""
         if not self.graphs or step.decodes != len(step.rows):
             return None
+        if any(row.request.params.logprobs is not None for row in step.drawing):
+            return None
         return self.graphs[next(size for size in self.graphs if size >= len(step.rows))]
+
+    def _eager(
+        self, step: Step, views: dict[str, torch.Tensor], layout: Layout
+    ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None]:
+        """Run a step that is no graph; return tokens, their log probabilities and those of prompts."""
+        draws, most_queries = len(step.drawing), max(row.count for row in step.rows)
+        places, targets, asks = _prompt_places(step)
+        if targets:
+            more = torch.tensor(places, dtype=torch.int32).to(self.device, non_blocking=True)
+            views["places"] = torch.cat([views["places"][:draws], more])
+        logits = self._logits(views, draws + len(places), most_queries, layout.pages * PAGE)
+        read = None
+        if targets:
+            of_targets, of_asks = (
+                torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
+                for numbers, dtype in ((targets, torch.int64), (asks, torch.int32))
+            )
+            read = ops.logprobs(logits[draws:], of_targets, of_asks)
+        if not draws:
+            return torch.empty(0, dtype=torch.int64, device=self.device), None, read
+        asked = any(row.request.params.logprobs is not None for row in step.drawing)
+        drawn, logprobs = self._draw(logits[:draws], views, asked)
+        return drawn, logprobs, read
 
     def _stage(self, layout: Layout) -> torch.Tensor:
         """Return memory of the host for a step's buffer that no copy reads any more."""
@@ -177,27 +183,55 @@ class Runner:
             self._staging[self._turn] = torch.empty(2 * layout.size, dtype=torch.int32, pin_memory=pinned)
         return self._staging[self._turn][: layout.size]
 
-    def _forward(self, views: dict[str, torch.Tensor], draws: int, most_queries: int, most_length: int) -> torch.Tensor:
-        """Run the model and draw the tokens of the rows that draw, int64 [draws]."""
+    def _logits(self, views: dict[str, torch.Tensor], count: int, most_queries: int, most_length: int) -> torch.Tensor:
+        """Run the model; return logits [count, V] at the first places."""
         tokens = views["tokens"].long()
         kept = self._last[(-1 - tokens).clamp_min(0)]
         rows = rows_on(views, most_queries, most_length)
-        places, slots = views["places"][:draws].long(), views["slots"][:draws]
-        logits = self.decoder(torch.where(tokens < 0, kept, tokens), rows, self.caches, places)
-        owners = torch.searchsorted(rows.starts[1:], places.int(), right=True)
-        drawn = self.sampler.draw(logits, slots, rows.lengths[owners.clamp_max(len(rows.lengths) - 1)])
-        self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
-        return drawn
+        with ops.using(workspace=self.workspace):
+            return self.decoder(
+                torch.where(tokens < 0, kept, tokens), rows, self.caches, views["places"][:count].long()
+            )
 
-    def _publish(self, step: Step, drawn: torch.Tensor) -> Launched:
-        """Begin to copy tokens to the host."""
+    def _draw(
+        self, logits: torch.Tensor, views: dict[str, torch.Tensor], logprobs: bool
+    ) -> tuple[torch.Tensor, ops.Logprobs | None]:
+        """Draw the tokens of rows by logits [S, V], and keep them for the next step."""
+        count = len(logits)
+        slots, places = views["slots"][:count], views["places"][:count]
+        owners = torch.searchsorted(views["starts"][1:], places, right=True).clamp_max(len(views["lengths"]) - 1)
+        lengths = views["lengths"][owners]
+        found = None
+        if logprobs:
+            drawn, found = self.sampler.draw_with_logprobs(logits, slots, lengths)
+        else:
+            drawn = self.sampler.draw(logits, slots, lengths)
+        self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
+        return drawn, found
+
+    def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
+        return self._draw(self._logits(views, count, 1, self._pages * PAGE), views, False)[0]
+
+    def _publish(
+        self,
+        step: Step,
+        drawn: torch.Tensor,
+        logprobs: ops.Logprobs | None = None,
+        prompt_logprobs: ops.Logprobs | None = None,
+    ) -> Launched:
+        """Begin to copy what a step gave to the host."""
         if self.device.type != "cuda":
-            return Launched(step, drawn.clone(), None)
-        host = torch.empty(drawn.shape, dtype=torch.int64, pin_memory=True)
-        host.copy_(drawn, non_blocking=True)
-        event = torch.cuda.Event()
+            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, None)
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+
+        found = [None if one is None else ops.Logprobs(*map(copied, one)) for one in (logprobs, prompt_logprobs)]
+        host, event = copied(drawn), torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        return Launched(step, host, event)
+        return Launched(step, host, *found, event)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
@@ -220,12 +254,12 @@ class Runner:
             try:
                 side = torch.cuda.Stream(self.device)
                 side.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(side), ops.using(workspace=self.workspace):
+                with torch.cuda.stream(side):
                     for _ in range(WARM_UP):
-                        self._forward(views, size, 1, self._pages * PAGE)
+                        self._decode(views, size)
                 torch.cuda.current_stream(self.device).wait_stream(side)
-                with torch.cuda.graph(graph, pool=pool), ops.using(workspace=self.workspace):
-                    drawn = self._forward(views, size, 1, self._pages * PAGE)
+                with torch.cuda.graph(graph, pool=pool):
+                    drawn = self._decode(views, size)
             except torch.OutOfMemoryError:
                 raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
             except RuntimeError as error:
@@ -233,3 +267,22 @@ class Runner:
                 raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
             self.graphs[size] = _Graph(graph, buffer, layout, drawn)
         self.graphs = dict(sorted(self.graphs.items()))
+
+
+def _prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:
+    """Return where in a step tokens stand whose successor in a prompt has a log probability that is asked for.
+
+    Returns:
+        Places, the tokens that follow there, and how many of the most probable ones are asked for beside each.
+    """
+    places: list[int] = []
+    targets: list[int] = []
+    asks: list[int] = []
+    at = 0
+    for row in step.rows:
+        for target in prompt_targets(row):
+            places.append(at + target - 1 - row.start)
+            targets.append(row.request.prompt[target])
+            asks.append(row.request.params.prompt_logprobs or 0)
+        at += row.count
+    return places, targets, asks
