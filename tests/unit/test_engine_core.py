@@ -45,7 +45,7 @@ class Fake:
                 for row in self.step.drawing
             ]
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: Step, masks: object) -> Launched:
         return self.Launched(step, self.bad)
 
 
