@@ -43,7 +43,7 @@ def test_what_was_drawn_is_found_by_the_next_turn_of_a_conversation() -> None:
     first = add(plan, "a", prompt_of(6), 7)
     loop = Loop(plan)
     loop.run()
-    second = add(plan, "b", first.prompt + first.output + [3], 2)
+    second = add(plan, "b", [*first.prompt, *first.output, 3], 2)
     loop.run()
     assert second.num_cached == 12 and right(first, second)
 

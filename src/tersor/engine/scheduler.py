@@ -69,6 +69,7 @@ class Scheduler:
         self._slots = list(range(limits.max_rows - 1, -1, -1))
         self._stale = False  # whether one that is not running may be in `running`
         self._preempted: list[Request] = []  # since the last step
+        self._victims: list[Request] | None = None  # those who may be preempted in this step, the first one last
 
     def add(self, request: Request) -> None:
         """Take a request in; it waits.
@@ -79,8 +80,6 @@ class Scheduler:
         limits, name, prompt = self.limits, request.id, len(request.prompt)
         if not prompt:
             raise InputError(f"{name}: the prompt has no tokens")
-        if not prefix.are_tokens(request.prompt):
-            raise InputError(f"{name}: a token of the prompt is not a number from 0 to 2^32 - 1")
         if prompt >= limits.context:
             raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
         most, pages = request.params.max_tokens, self.cache.pages
@@ -136,6 +135,7 @@ class Scheduler:
         if self._stale:
             self.running = [request for request in self.running if request.state == RUNNING]
             self._stale = False
+        self._victims = None
         step, waiting = Step(), len(self.admission.preempted)
         rows, prompts = step.rows, []
         for request in self.running:
@@ -331,22 +331,24 @@ class Scheduler:
         return True
 
     def _victim(self, request: Request) -> Request | None:
-        """Return the younger request that has least to compute again, else the request itself, unless it is oldest."""
-        best, least = None, (False, NEVER)
-        older = False
-        for one in reversed(self.running):
-            if one.state != RUNNING:
-                continue
-            if one.order <= request.order:
-                older = older or one is not request
-                if older:
-                    break
-                continue
-            private = self._private(one)
-            again = (private == 0, one.computed - (len(one.pages) - private) * self.cache.pages.size)
-            if best is None or again < least:
-                best, least = one, again
-        return best or (request if older else None)
+        """Return the younger request that has least to compute again, else the request itself, unless it is oldest.
+
+        Who needs a page is asked by age in a step, so they are ranked once, and who is passed over is never asked for
+        again.
+        """
+        running, size = self.running, self.cache.pages.size
+        if self._victims is None:
+            ranked = []
+            for place, one in enumerate(running):
+                private = self._private(one)
+                ranked.append((private == 0, one.computed - (len(one.pages) - private) * size, -place))
+            self._victims = [running[-place] for _, _, place in sorted(ranked, reverse=True)]
+        while self._victims:
+            one = self._victims.pop()
+            if one.state == RUNNING and one.order > request.order:
+                return one
+        oldest = next(one for one in running if one.state == RUNNING)
+        return None if oldest is request else request
 
     def _private(self, request: Request) -> int:
         """Pages that nobody holds but this request; those that it shares are before them."""
