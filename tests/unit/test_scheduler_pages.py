@@ -224,6 +224,16 @@ def test_the_victim_is_the_younger_one_with_least_to_compute_and_goes_before_all
     loop.run()
     assert next(request for step in loop.steps[7:] for request in step.grown if request in (victim, soon)) is victim
     assert right(oldest, victim, youngest, soon)
+    assert sum(len(step.preempted) for step in loop.steps) == plan.preemptions
+
+
+def test_what_a_victim_had_computed_is_found_again_and_does_not_count_as_cached() -> None:
+    plan = scheduler(pages=8)
+    oldest, victim = add(plan, "a", prompt_of(3, 8), 8), add(plan, "b", prompt_of(11, 9), 12)
+    loop = Loop(plan)
+    loop.run()
+    assert plan.preemptions == 1 and rows_of(loop, victim)[6:8] == [(12, 5), (17, 1)] and right(oldest, victim)
+    assert victim.num_cached == 0 and (plan.prompt_tokens, plan.cached_tokens) == (14, 0)
 
 
 def test_the_oldest_loses_nothing_and_a_younger_one_gives_way_itself() -> None:
@@ -293,6 +303,27 @@ def test_room_is_kept_for_the_tokens_that_are_expected(expected: int, together: 
     assert (requests[1].state == RUNNING) == together
     loop.run()
     assert (plan.preemptions > 0) == together and right(*requests)
+
+
+def test_room_is_kept_for_one_more_page_of_everybody() -> None:
+    plan = scheduler(pages=4)
+    first, second = add(plan, "a", prompt_of(3, 8), 9), add(plan, "b", prompt_of(3, 9), 9)
+    loop = Loop(plan)
+    loop.turn()
+    assert (first.state, second.state) == (RUNNING, WAITING)
+    loop.run()
+    assert plan.preemptions == 0 and right(first, second)
+
+
+def test_a_prompt_in_pieces_can_be_a_victim() -> None:
+    plan = scheduler(pages=9, max_rows=2, max_step_tokens=2)
+    oldest, younger = add(plan, "a", prompt_of(2, 8), 19), add(plan, "b", prompt_of(17, 9), 2)
+    loop = Loop(plan)
+    while younger.state != PREEMPTED:
+        loop.turn()
+    assert len(loop.steps[-1].rows) == 1 and 0 < len(rows_of(loop, younger)) < 17
+    loop.run()
+    assert right(oldest, younger) and len(rows_of(loop, oldest)) == 19
 
 
 def test_a_request_that_finds_no_pages_yet_is_not_overtaken() -> None:

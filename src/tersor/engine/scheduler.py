@@ -261,8 +261,7 @@ class Scheduler:
         start = request.computed
         count = min(budget, request.length - start)
         if request.logits_from is not None:
-            left = self.limits.max_prompt_logits - step.prompt_logits
-            count = min(count, max(request.logits_from - start, 0) + left)
+            count = min(count, self.limits.max_prompt_logits - step.prompt_logits)
             if not count:
                 return 0
         end = start + count
