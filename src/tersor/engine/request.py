@@ -55,7 +55,7 @@ class Request:
         root: what the first of them goes on from.
         publish_at: the next page is full, and can be shown to others, when so many tokens are computed.
         announced: digests of pages that it is computing and that others may wait for.
-        logits_from: first token of the prompt whose logits are still to be given, or `None`.
+        logits_from: first token of the prompt, its last one left out, whose logits are still to be given, or `None`.
         waited_for: pages that it has waited for another to compute.
         most_pages: that it can ever need.
         expected_pages: that it needs for the expected tokens.

@@ -101,7 +101,7 @@ class Scheduler:
         request.order = (self._order(request), self._arrivals)
         request.length, request.limit, request.most_pages = prompt, limit, need
         request.expected_pages = pages.needed(prompt + request.expected_tokens) if request.expected_tokens else 0
-        if request.params.prompt_logprobs is not None and request.index == 0:
+        if request.params.prompt_logprobs is not None and request.index == 0 and prompt > 1:
             request.logits_from = 0
         self._live.setdefault(name, []).append(request)
         self.unfinished += 1
@@ -269,7 +269,7 @@ class Scheduler:
         logits = int(draws)
         if request.logits_from is not None:
             logits = max(end - max(start, request.logits_from), 0)
-            request.logits_from = None if draws else max(request.logits_from, end)
+            request.logits_from = max(request.logits_from, end) if end < len(request.prompt) - 1 else None
             step.prompt_logits += logits
         row = Row(request, start, count, logits, draws)
         step.rows.append(row)
