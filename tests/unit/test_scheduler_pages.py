@@ -291,6 +291,41 @@ def test_one_whose_tokens_are_not_all_known_does_not_begin_again() -> None:
     assert admission.next(0, alone=True) == (request, [])
 
 
+def test_who_waits_for_a_page_is_woken_by_the_one_that_computes_it_alone() -> None:
+    cache = PrefixCache(Pages(3, 4))
+    admission = Admission(cache)
+    early, other, late, waits = continuations("a", [1, 2, 3, 4, 5], SamplingParams(n=4))
+    for place, request in enumerate((early, other, late, waits)):
+        request.length, request.order, request.publish_at = 5, (0, place), 4
+    admission.add(early)
+    assert admission.next(0, alone=True) == (early, [])
+    admission.begin(early, [])
+    other.pages = cache.take(1)
+    admission.publish(other, 4)
+    cache.release(other.pages)
+    cache.release(cache.take(2))  # what was published is gone, and `early` has not been told
+    admission.add(late)
+    assert admission.next(0, alone=True) == (late, [])
+    admission.begin(late, [])
+    admission.add(waits)
+    assert admission.next(0, alone=True) is None and waits.state == DELAYED
+    admission.withdraw(early)
+    assert waits.state == DELAYED
+    admission.withdraw(late)
+    assert waits.state == WAITING
+
+
+def test_a_prompt_is_computed_ahead_also_where_tokens_are_not() -> None:
+    plan = scheduler(max_step_tokens=8)
+    request = add(plan, "a", prompt_of(20), 3, ahead=False)
+    assert [planned(plan.schedule()) for _ in range(3)] == [
+        [("a", 0, 8, False)],
+        [("a", 8, 8, False)],
+        [("a", 16, 4, True)],
+    ]
+    assert plan.schedule() is None and request.in_flight == 3
+
+
 @pytest.mark.parametrize(("expected", "together"), [(0, True), (12, False)])
 def test_room_is_kept_for_the_tokens_that_are_expected(expected: int, together: bool) -> None:
     plan = scheduler(pages=7)

@@ -23,6 +23,7 @@ from operator import attrgetter
 
 from tersor.engine import prefix
 from tersor.engine.admission import Admission, growth
+from tersor.engine.audit import audit
 from tersor.engine.limits import Limits
 from tersor.engine.outputs import ABORT, LENGTH, STOP
 from tersor.engine.pages import Pages
@@ -140,12 +141,12 @@ class Scheduler:
         rows, prompts = step.rows, []
         for request in self.running:
             start = request.computed
-            if request.state != RUNNING or (request.in_flight and not request.ahead):
+            if request.state != RUNNING:
                 continue
             if request.length - start != 1:
                 prompts.append(request)
                 continue
-            if start >= request.room and not self._grow(request, step):
+            if (request.in_flight and not request.ahead) or (start >= request.room and not self._grow(request, step)):
                 continue
             rows.append(Row(request, start, 1, 1, True))
             request.computed = start + 1
@@ -157,7 +158,7 @@ class Scheduler:
         step.drawing = rows.copy()
         budget = self.limits.max_step_tokens - len(rows)
         for request in prompts:
-            if budget and request.state == RUNNING:
+            if budget:
                 budget -= self._chunk(request, budget, step)
         if len(self.admission.preempted) == waiting:
             budget = self._admit(budget, step)
@@ -236,8 +237,6 @@ class Scheduler:
 
     def audit(self) -> None:
         """Check that everything has one owner and adds up (`audit.py`); a `TersorError` says what does not."""
-        from tersor.engine.audit import audit
-
         audit(self)
 
     @property
