@@ -182,8 +182,9 @@ class Problem:
 
     @property
     def shared_queries(self) -> int:
-        """Most queries of a row of few tokens that share keys."""
-        return min(self.most_queries, FEW_QUERIES) * (self.heads // self.kv_heads)
+        """Most queries of a row of few tokens that share keys; the most of any step where bits must not depend on it."""
+        most = FEW_QUERIES if self.invariant else min(self.most_queries, FEW_QUERIES)
+        return most * (self.heads // self.kv_heads)
 
 
 @dataclass(frozen=True, slots=True)

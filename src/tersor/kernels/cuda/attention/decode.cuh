@@ -121,6 +121,11 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) fetch(i);
+    int new_pages[2] = {};  // the last but one page and the last: at most 8 new tokens are in no other
+    if (works) {
+        new_pages[0] = __ldcg(row_table + max(split.end - split.first - 2, 0));
+        new_pages[1] = __ldcg(row_table + split.end - split.first - 1);
+    }
     if (settled) launch::wait_for_earlier();
 
     if (blockIdx.x == 0 && item == 0) {  // padding becomes zeros
@@ -162,10 +167,8 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
         }
         const int made = job - queries, position = known + made / 2, page = position / pages::kTokens;
         const bool writes = item == 0 && page >= split.first && page < split.end;
-        const long long at =
-            writes ? pages::row_of(
-                         __ldcg(row_table + page - split.first), made % 2, kv_heads, kv_head, position % pages::kTokens)
-                   : 0;
+        const int number = page == split.end - 1 ? new_pages[1] : new_pages[0];
+        const long long at = pages::row_of(number, made % 2, kv_heads, kv_head, position % pages::kTokens);
         const u32 to = memory + kNewAt + made * pages::kRowStride;
         const float of_token = head::give_page(ready, [&](int channel, u32 pair) {
             if constexpr (pages::kE4m3) {
@@ -228,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
             put_new(place, memory + kNewAt, memory + kNewScalesAt, start, known, length);
             __syncwarp();
         }
-        add_tile(sums, place, placed, kept, start, last, window, scale, soft);
+        add_tile(sums, place, placed, kept, queries, start, last, window, scale, soft);
         __syncwarp();
         fetch(i + STAGES);
     }

@@ -45,9 +45,9 @@ struct Sums {
     float weights[kTiles][2];
 };
 
-// Adds 16 tokens from `start` on. `last`: of a lane's queries, the last token that each sees.
+// Adds 16 tokens from `start` on, for `count` queries. `last`: of a lane's queries, the last token that each sees.
 __device__ __forceinline__ void add_tile(
-    Sums& sums, u32 place, u32 queries, const u32 (&kept)[kQueriesStay ? kTiles : 1][kSteps][2], int start,
+    Sums& sums, u32 place, u32 queries, const u32 (&kept)[kQueriesStay ? kTiles : 1][kSteps][2], int count, int start,
     const int (&last)[kTiles][2], int window, float scale, float soft) {
     const int lane = threadIdx.x % 32;
     float products[kChains][kTiles][4] = {};
@@ -57,6 +57,7 @@ __device__ __forceinline__ void add_tile(
         tile::keys(fragment, place, step);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
+            if (t > 0 && 8 * t >= count) continue;
             u32 low, high;
             if constexpr (kQueriesStay) {
                 low = kept[t][step][0];
@@ -132,6 +133,7 @@ __device__ __forceinline__ void add_tile(
             if (step + i >= kSteps) continue;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
+                if (t > 0 && 8 * t >= count) continue;
                 ptx::multiply_add<pages::kBf16Products>(
                     sums.outputs[step + i][t], fragments[i], weights[t][0], weights[t][1]);
             }
@@ -156,7 +158,7 @@ __device__ __forceinline__ void merge(const float* partial, int query, int count
         const float factor = there ? ptx::power_of_two(__ldcg(mine) - largest) : 0.0f;
         weights += there ? __ldcg(mine + kQueries) * factor : 0.0f;
         const int some = min(count - base, 32);
-#pragma unroll 4
+#pragma unroll 8
         for (int i = 0; i < some; ++i) {
             const float of_split = __shfl_sync(~0u, factor, i);
             const float* from = partial + (base + i) * kPartial + query * kDim;
