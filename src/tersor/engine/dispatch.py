@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from tersor.engine import groups, shares
-from tersor.engine.batch_file import Item
+from tersor.engine.batch_items import Item
 from tersor.engine.groups import Plan
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import RequestOutput
