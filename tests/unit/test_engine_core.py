@@ -41,7 +41,7 @@ class Fake:
             return [
                 -1
                 if row.start + row.count == self.bad
-                else following(row.request.tokens(0, row.start + row.count), row.request.index)
+                else following(list(row.request.tokens(0, row.start + row.count)), row.request.index)
                 for row in self.step.drawing
             ]
 
