@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from tersor import models
 
 LONG = {"max_position_embeddings": 256}
+YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 10000.0}
+YARN |= {"original_max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases and many heads": (
@@ -45,6 +47,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 2, "num_hidden_layers": 4},
     ),
     "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2 without groups": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "q_lora_rank": None, "v_head_dim": 24, "num_hidden_layers": 3},
+    ),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3 with long texts": ("deepseek_v3", {"rope_interleave": False, "rope_parameters": YARN}),
 }
 
 

@@ -50,7 +50,7 @@ class Mixture:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [T, H] of x [T, H], with `residual` added."""
-        logits = self.router(x)
+        logits = self.router(x.float() if self.form.wide else x)
         addend = residual if self.shared is None else self.shared(x, residual)
         if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
             return ops.routed_experts(

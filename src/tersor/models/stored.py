@@ -51,14 +51,14 @@ class Stored:
         self._activations = activations
         self.device, self.dtype = device, dtype
 
-    def vector(self, name: str) -> torch.Tensor:
-        """Return a plain tensor in `dtype`."""
-        return self._read(name).to(self.dtype)
+    def vector(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a plain tensor, in `self.dtype` where no other is given."""
+        return self._read(name).to(dtype or self.dtype)
 
-    def matrix(self, module: str) -> Matrix:
-        """Return the weight [OC, IC] of a module; a packed one in the stored stream."""
+    def matrix(self, module: str, dtype: torch.dtype | None = None) -> Matrix:
+        """Return the weight [OC, IC] of a module: a packed one in the stored stream, a plain one as `vector` does."""
         if module not in self._schemes:
-            return self.vector(plain_name(module, self._shapes[module]))
+            return self.vector(plain_name(module, self._shapes[module]), dtype)
         oc, ic = self._shapes[module]
         return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module))
 
@@ -68,10 +68,10 @@ class Stored:
             return weight
         return weight.to_layout(ops.preferred_layout(weight.scheme, self.dtype, self.device, self._activations))
 
-    def product(self, module: str, biased: bool) -> Product:
-        """Return the product with a module's weight and bias."""
-        bias = self.vector(f"{module}.bias") if biased else None
-        return Product(self.ready(self.matrix(module)), bias)
+    def product(self, module: str, biased: bool, dtype: torch.dtype | None = None) -> Product:
+        """Return the product with a module's weight and bias, plain tensors in `dtype` or else in that of all."""
+        bias = self.vector(f"{module}.bias", dtype) if biased else None
+        return Product(self.ready(self.matrix(module, dtype)), bias)
 
     def products(self, modules: Sequence[str], biased: bool) -> Product | Products:
         """Return the products of modules that read the same activations: stacked into one where schemes agree."""
