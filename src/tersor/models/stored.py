@@ -14,6 +14,7 @@ from tersor.formats import Activations, Scheme
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import interleave
 from tersor.models.expected import plain_name
+from tersor.models.reading import Reading
 from tersor.models.weights import Activated, GatedProduct, Matrix, Product, Products
 from tersor.ops import Gate
 
@@ -32,9 +33,9 @@ class Stored:
     def __init__(
         self,
         tensors: Mapping[str, StoredTensor],
+        reading: Reading,
         schemes: Mapping[str, Scheme],
         shapes: Mapping[str, tuple[int, ...]],
-        device: torch.device,
         dtype: torch.dtype,
         activations: Activations,
     ) -> None:
@@ -42,14 +43,15 @@ class Stored:
 
         Args:
             tensors: name -> tensor.
+            reading: reads them to the device.
             schemes: module -> scheme of its packed weight.
             shapes: module -> shape of its weight.
-            device, dtype: see the attributes.
+            dtype: see the attributes.
             activations: what packed weights are multiplied with.
         """
         self._tensors, self._schemes, self._shapes = tensors, schemes, shapes
         self._activations = activations
-        self.device, self.dtype = device, dtype
+        self._reading, self.device, self.dtype = reading, reading.device, dtype
 
     def vector(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a plain tensor, in `self.dtype` where no other is given."""
@@ -123,8 +125,7 @@ class Stored:
         return self._read(f"{module}.{PACKED}", rows), self._read(f"{module}.{SCALE}", rows), zeros
 
     def _read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        tensor = self._tensors[name]
-        return tensor.file.read(tensor.spec.name, rows).to(self.device)
+        return self._reading.read(self._tensors[name], rows)
 
 
 def joined(weights: Sequence[Matrix]) -> Matrix:
