@@ -57,7 +57,7 @@ class Loop:
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
-        self.drawn: dict[int, list[int]] = {}
+        self.drawn: dict[Request, list[int]] = {}
 
     def step(
         self, requests: list[Request], logits: torch.Tensor, masks: dict[int, torch.Tensor] | None = None
@@ -75,7 +75,7 @@ class Loop:
 
     def all(self, one: Request) -> list[int]:
         """Tokens drawn, the one that the host does not know included."""
-        return self.drawn.setdefault(id(one), [])
+        return self.drawn.setdefault(one, [])
 
 
 def penalised(logits: torch.Tensor, one: Request, drawn: list[int]) -> torch.Tensor:
@@ -171,8 +171,7 @@ def test_nothing_is_sent_while_rows_without_penalties_go_on(monkeypatch: pytest.
     requests[1] = request(1, repetition_penalty=1.2, prompt=[9, 8, 8])
     for _ in range(4):
         loop.step(requests, logits)
-    changes = [sum(len(changed) for _, _, changed in one) for one in sent[1:]]
-    assert changes == [3, 0, 1, 1]  # the newest, 8 and 9; then what has become known
+    assert [len(changes) for changes in sent[1:]] == [3, 0, 1, 1]  # the newest, 8 and 9; then what has become known
 
 
 def test_slots_that_nobody_has_are_padding() -> None:
