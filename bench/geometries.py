@@ -19,34 +19,30 @@ from tersor.formats import Scheme
 from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.integrations.transformers.packing import join_experts
 from tersor.layouts import PackedWeight, StackedWeight
+from tersor.models import geometries
 from tersor.nn import PackedLinear
 from tersor.nn.experts import PackedStack
 
 LLAMA, QWEN_MOE = "llama-3-8b", "qwen3-30b-a3b"
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "vocab_size",
+)
 GEOMETRIES: dict[str, dict[str, Any]] = {
-    LLAMA: {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
+    name: {
+        **{key: geometries.GEOMETRIES[name][key] for key in _SIZES if key in geometries.GEOMETRIES[name]},
         "max_position_embeddings": 8192,
-    },
-    QWEN_MOE: {
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "vocab_size": 151936,
-        "max_position_embeddings": 8192,
-    },
+    }
+    for name in (LLAMA, QWEN_MOE)
 }
 TINY: dict[str, dict[str, Any]] = {
     LLAMA: {

@@ -15,17 +15,21 @@ from tersor.version import __version__
 if TYPE_CHECKING:
     from tersor import formats, nn, ops
     from tersor.convert import quantize
+    from tersor.engine.params import SamplingParams
     from tersor.integrations.transformers import TersorConfig
+    from tersor.llm import LLM
 
 _LAZY = {
     "formats": ("tersor.formats", None),
     "ops": ("tersor.ops", None),
     "nn": ("tersor.nn", None),
     "quantize": ("tersor.convert", "quantize"),
+    "LLM": ("tersor.llm", "LLM"),
+    "SamplingParams": ("tersor.engine.params", "SamplingParams"),
     "TersorConfig": ("tersor.integrations.transformers", "TersorConfig"),
 }
 
-__all__ = ["TersorConfig", "__version__", "formats", "nn", "ops", "quantize"]
+__all__ = ["LLM", "SamplingParams", "TersorConfig", "__version__", "formats", "nn", "ops", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import dense, experts, routing
+from tersor.kernels import attention, dense, experts, routing
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm80, sm90
@@ -245,6 +245,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += mixtures.all_sources(chip)
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
+    around += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
     return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
 
 
@@ -276,6 +277,28 @@ def _routing() -> list[KernelSource]:
     tables = [routing.tables_source(routing.MOST_EXPERTS, index) for index in ("int32", "int64")]
     combining = [routing.combine_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
     return [*(routing.route_source(*one) for one in choices), *tables, *combining]
+
+
+_USUAL_HEADS = (attention.Kind(head_dim=128, dtype="float16"),)
+_HEADS = (
+    attention.Kind(head_dim=64, dtype="bfloat16"),
+    attention.Kind(head_dim=80, dtype="float16", e4m3=True),
+    attention.Kind(head_dim=96, dtype="bfloat16"),
+    attention.Kind(head_dim=128, dtype="bfloat16", e4m3=True),
+    attention.Kind(head_dim=256, dtype="float16"),
+    attention.Kind(head_dim=256, dtype="bfloat16", e4m3=True),
+)
+"""What attention is built for: of the usual heads all kernels, of the others half of them on sm_80 and on sm_90."""
+
+
+def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSource]:
+    """Return kernels of attention: fewest and most queries of a row of few tokens, and both for many."""
+    found = []
+    for turn, kind in enumerate(kinds):
+        ways = [attention.decode_source(kind, tiles, chip) for tiles in (1, kind.query_tiles(64))]
+        ways += [attention.append_source(kind), attention.prefill_source(kind, chip)]
+        found += ways if turn % 2 == 0 else [ways[1], ways[0], ways[3], ways[2]]
+    return found
 
 
 def _epilogues() -> list[KernelSource]:

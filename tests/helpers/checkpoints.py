@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,15 @@ def save(name: str, directory: Path, dtype: torch.dtype = torch.bfloat16, **chan
         dtype: of every weight.
         changes: to the config; `max_shard_size` goes to `save_pretrained`.
     """
-    return write(_saved(name, dtype, tuple(sorted(changes.items()))), directory)
+    return write(_saved(name, dtype, json.dumps(changes, sort_keys=True)), directory)
 
 
 @functools.cache
-def _saved(name: str, dtype: torch.dtype, changes: tuple[tuple[str, Any], ...]) -> dict[str, bytes]:
-    """Return the files of a checkpoint, name to content."""
+def _saved(name: str, dtype: torch.dtype, changes: str) -> dict[str, bytes]:
+    """Return the files of a checkpoint, name to content; `changes` is JSON."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict(changes)
+    settings = json.loads(changes)
     sharding = {"max_shard_size": settings.pop("max_shard_size")} if "max_shard_size" in settings else {}
     config = AutoConfig.for_model(name, **{**SMALL, **{**CONFIGS, **FUSED}[name], **settings})
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from tersor import files
 from tersor.checkpoint.names import MERGED
 from tersor.errors import InputError, did_you_mean
+from tersor.models.config import DecoderConfig
+from tersor.models.geometries import GEOMETRIES, geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,13 @@ class Geometry:
     head_dim: int = 128
     gated: bool = True
 
+    @staticmethod
+    def of(config: DecoderConfig) -> Geometry:
+        """Return the sizes of a decoder's layers."""
+        form = config.layers[0].attention
+        sizes = {"heads": form.heads, "kv_heads": form.kv_heads, "head_dim": form.head_dim}
+        return Geometry(hidden=config.hidden, ffn=config.ffn, gated=config.gate is not None, **sizes)
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return name -> (OC, IC) of the linears of a layer."""
         attention = self.heads * self.head_dim
@@ -63,23 +72,9 @@ class Geometry:
 
 
 MODELS: dict[str, Geometry] = {
-    "llama-2-7b": Geometry(hidden=4096, ffn=11008, heads=32, kv_heads=32),
-    "llama-2-13b": Geometry(hidden=5120, ffn=13824, heads=40, kv_heads=40),
-    "llama-2-70b": Geometry(hidden=8192, ffn=28672, heads=64, kv_heads=8),
-    "llama-3-8b": Geometry(hidden=4096, ffn=14336, heads=32, kv_heads=8),
-    "llama-3-70b": Geometry(hidden=8192, ffn=28672, heads=64, kv_heads=8),
-    "llama-3.1-405b": Geometry(hidden=16384, ffn=53248, heads=128, kv_heads=8),
-    "mistral-7b": Geometry(hidden=4096, ffn=14336, heads=32, kv_heads=8),
-    "qwen2.5-7b": Geometry(hidden=3584, ffn=18944, heads=28, kv_heads=4),
-    "qwen2.5-14b": Geometry(hidden=5120, ffn=13824, heads=40, kv_heads=8),
-    "qwen2.5-32b": Geometry(hidden=5120, ffn=27648, heads=40, kv_heads=8),
-    "qwen2.5-72b": Geometry(hidden=8192, ffn=29568, heads=64, kv_heads=8),
-    "qwen3-8b": Geometry(hidden=4096, ffn=12288, heads=32, kv_heads=8),
-    "qwen3-32b": Geometry(hidden=5120, ffn=25600, heads=64, kv_heads=8),
-    "opt-6.7b": Geometry(hidden=4096, ffn=16384, heads=32, kv_heads=32, gated=False),
-    "opt-13b": Geometry(hidden=5120, ffn=20480, heads=40, kv_heads=40, gated=False),
-    "opt-30b": Geometry(hidden=7168, ffn=28672, heads=56, kv_heads=56, gated=False),
-    "opt-66b": Geometry(hidden=9216, ffn=36864, heads=72, kv_heads=72, gated=False),
+    name: Geometry.of(config)
+    for name, config in ((name, geometry(name)) for name in GEOMETRIES)
+    if not any(layer.experts for layer in config.layers)
 }
 
 DEFAULT = ("llama-2-70b", "llama-3-8b")

@@ -21,8 +21,10 @@ class Detokenizer:
     its left neighbour (a leading space); the first piece is decoded with the end of the prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids = list(prompt[-_CONTEXT:])
         self._before = 0  # _ids[_before:_shown] is the piece before, which gives context
         self._shown = len(self._ids)  # text up to here has been returned
@@ -47,28 +49,32 @@ class Detokenizer:
         return self._decode(self._ids[self._before :])[len(context) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
 
 class StopFilter:
-    """Passes text on until one of the stop texts appears; `found` tells that one did."""
+    """Passes text on until one of the stop texts appears.
+
+    Attributes:
+        found: the stop text that appeared, the first in the text, or `None`.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
         """Add text and return what can be shown: nothing that may begin a stop text, nothing after one."""
-        if self.found:
+        if self.found is not None:
             return ""
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
-            self.found = True
-            shown, self._held = self._held[: min(places)], ""
+            place, self.found = min(places)
+            shown, self._held = self._held[:place], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         split = len(self._held) - keep

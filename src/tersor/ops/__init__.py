@@ -1,35 +1,59 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
 from tersor.kernels.dense import kernels_for
+from tersor.ops.attention import attend
+from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
 from tersor.ops.grouped import obstacle as experts_obstacle
+from tersor.ops.lookup import gather_rows, lookup
 from tersor.ops.mixture import experts, pairs_by_expert, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
+from tersor.ops.norm import layer_norm, rms_norm
 from tersor.ops.routing import route
+from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
+from tersor.ops.sampling_form import Allowed, Listed, Logprobs, SamplingRows
+from tersor.ops.serve_attention import obstacle as attention_obstacle
 from tersor.ops.workspace import Workspace
 
 __all__ = [
+    "PAGE",
+    "Allowed",
+    "AttentionForm",
     "Gate",
+    "Listed",
+    "Logprobs",
     "Mode",
+    "PagedCache",
     "Reason",
+    "Rows",
+    "SamplingRows",
     "Workspace",
     "activation_dtype",
+    "attend",
+    "attention_obstacle",
     "batch_invariant",
+    "draw",
+    "draw_with_logprobs",
     "embedding",
     "experts",
     "experts_obstacle",
     "explain",
     "gated_linear",
+    "gather_rows",
     "gradient_wanted",
     "kernels_for",
+    "layer_norm",
     "linear",
+    "logprobs",
+    "lookup",
     "pairs_by_expert",
     "preferred_layout",
+    "rms_norm",
     "route",
     "routed_experts",
     "serve_with",

@@ -82,6 +82,9 @@ class Rows:
         pages: int32 [R, M]: token i of the text is in page pages[r, i / PAGE], at i % PAGE.
         most_queries: the host knows that no row has more new tokens.
         most_length: the host knows that no text is longer; at most M * PAGE.
+        settled: the host knows that no kernel which may still run when attention starts (those of the same chain of
+            programmatic launches) writes the tensors above, or earlier tokens of a page: both are then read ahead of
+            its end. So it is where another graph, or a copy, filled them.
     """
 
     starts: torch.Tensor
@@ -89,3 +92,4 @@ class Rows:
     pages: torch.Tensor
     most_queries: int
     most_length: int
+    settled: bool = False

@@ -1,7 +1,7 @@
 """What attention over pages means, in plain torch: the definition of the kernels, which serves where they do not.
 
-Everything is float32 until the result is rounded; what a page holds is rounded to its dtype before it is used. The
-number of rows and their lengths are read by the host.
+Everything is float32 until the result is rounded; what a page holds is rounded to its dtype before it is used. Where
+rows have several tokens the host reads their lengths; rows of one token each are served at once, without that.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def attend(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return `ops.attend`: [T, H * D], zeros for padding."""
+    if rows.most_queries == 1:
+        return _attend_one_each(qkv, cache, rows, form, rotary, norms, sinks)
     out = qkv.new_zeros(qkv.shape[0], form.heads * form.head_dim)
     starts, lengths = rows.starts.tolist(), rows.lengths.tolist()
     for row, length in enumerate(lengths):
@@ -36,6 +38,31 @@ def attend(
         keys, values = (one[:, :length] for one in stored(cache, pages))
         out[first:end] = product(q, keys, values, positions, form, sinks).flatten(1).to(out.dtype)
     return out
+
+
+def _attend_one_each(
+    qkv: torch.Tensor,
+    cache: PagedCache,
+    rows: Rows,
+    form: AttentionForm,
+    rotary: torch.Tensor | None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return `attend` of rows of one token or none, all at once over pages as many as the longest text may have."""
+    real = (rows.lengths > 0) & (rows.starts[1:] > rows.starts[:-1])
+    positions = (rows.lengths.long() - 1).clamp_min(0)
+    own = rows.starts[:-1].long().clamp_max(qkv.shape[0] - 1)
+    q, k, v = heads(qkv[own].float(), positions, form, rotary, norms)
+    table = rows.pages[:, : -(-rows.most_length // PAGE)].long()
+    place = table.gather(1, (positions // PAGE)[:, None])[:, 0].where(real, 0)  # padding goes to page 0
+    store(cache, k, v, place, positions % PAGE)
+    keys, values = (one.unflatten(1, (table.shape[0], -1)).transpose(0, 1) for one in stored(cache, table.flatten()))
+    behind = torch.arange(keys.shape[2], device=qkv.device) > positions[:, None]  # pages there may hold anything
+    keys, values = (one.masked_fill(behind[:, None, :, None], 0.0) for one in (keys, values))
+    gave = product(q[:, None], keys, values, positions[:, None], form, sinks)[:, 0]
+    out = qkv.new_zeros(qkv.shape[0], form.heads * form.head_dim)
+    return out.index_put((own,), gave.flatten(1).to(out.dtype).where(real[:, None], 0), accumulate=True)
 
 
 def heads(
@@ -96,18 +123,18 @@ def product(
     form: AttentionForm,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the weighted values [q, H, D] of queries [q, H, D] at `positions` over keys and values [KV, length, D]."""
-    q = q.unflatten(1, (form.kv_heads, -1))  # [q, KV, H / KV, D]
-    scores = torch.einsum("qkgd,kld->kgql", q, keys) * form.scale
+    """Return weighted values [..., q, H, D]: queries at `positions` [..., q] over keys [..., KV, length, D]."""
+    q = q.unflatten(-2, (form.kv_heads, -1))  # [..., q, KV, H / KV, D]
+    scores = torch.einsum("...qkgd,...kld->...kgql", q, keys) * form.scale
     if form.softcap is not None:
         scores = form.softcap * torch.tanh(scores / form.softcap)
-    places = torch.arange(keys.shape[1], device=q.device)
-    hidden = places > positions[:, None]
+    places, own = torch.arange(keys.shape[-2], device=q.device), positions[..., None, None, :, None]
+    hidden = places > own
     if form.window is not None:
-        hidden |= places <= positions[:, None] - form.window
+        hidden = hidden | (places <= own - form.window)
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:  # a score of every head that belongs to no token (gpt-oss)
         sink = sinks.float().view(form.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(-1)[..., : keys.shape[1]]
-    return torch.einsum("kgql,kld->qkgd", weights, values).flatten(1, 2)
+    weights = scores.softmax(-1)[..., : keys.shape[-2]]
+    return torch.einsum("...kgql,...kld->...qkgd", weights, values).flatten(-3, -2)

@@ -65,6 +65,11 @@ def unsupported_reason(scheme: Scheme, dtype: torch.dtype, device: torch.device)
     return _environment_reason(dtype, device) or _decode_reason(scheme, dtype) or _device_reason(_index(device))
 
 
+def environment_reason(dtype: torch.dtype, device: torch.device) -> str:
+    """Return why no kernel serves activations of a dtype on a device, whatever is asked of it, or an empty string."""
+    return _environment_reason(dtype, device) or _device_reason(_index(device))
+
+
 def _environment_reason(dtype: torch.dtype, device: torch.device) -> str:
     if mode.current().reference:
         return "TERSOR_KERNEL is set to reference"

@@ -9,6 +9,7 @@ from typing import Literal
 from tersor.bench.shapes import Shape
 from tersor.errors import InputError, did_you_mean
 from tersor.formats import Scheme
+from tersor.models import geometries
 from tersor.ops import Gate
 
 
@@ -43,6 +44,27 @@ class Geometry:
     top_groups: int = 1
     scale: float = 1.0
 
+    @staticmethod
+    def of(name: str) -> Geometry:
+        """Return the experts of a model that `models.geometries` knows by a name."""
+        config = geometries.geometry(name)
+        experts, gate = config.layers[0].experts, config.gate
+        assert experts is not None and gate is not None
+        return Geometry(
+            name=name,
+            experts=experts.count,
+            top_k=experts.top_k,
+            hidden=config.hidden,
+            ffn=experts.ffn,
+            gate=gate,
+            biased=experts.biased,
+            scoring=experts.scoring,
+            normalize=experts.normalize,
+            groups=experts.groups,
+            top_groups=experts.top_groups,
+            scale=experts.scale,
+        )
+
     def linears(self) -> tuple[Shape, Shape]:
         """Return the weights of an expert: gate and up in one, and down."""
         return Shape(2 * self.ffn, self.hidden, "gate_up_proj"), Shape(self.hidden, self.ffn, "down_proj")
@@ -60,10 +82,10 @@ class Geometry:
 MODELS = {
     geometry.name: geometry
     for geometry in (
-        Geometry(name="qwen3-30b-a3b", experts=128, top_k=8, hidden=2048, ffn=768),
-        Geometry(name="mixtral-8x7b", experts=8, top_k=2, hidden=4096, ffn=14336),
-        Geometry(name="gpt-oss-20b", experts=32, top_k=4, hidden=2880, ffn=2880, gate=Gate.CLAMPED, biased=True),
-        Geometry(name="gpt-oss-120b", experts=128, top_k=4, hidden=2880, ffn=2880, gate=Gate.CLAMPED, biased=True),
+        Geometry.of("qwen3-30b-a3b"),
+        Geometry.of("mixtral-8x7b"),
+        Geometry.of("gpt-oss-20b"),
+        Geometry.of("gpt-oss-120b"),
         Geometry(
             name="deepseek-v3",
             experts=256,

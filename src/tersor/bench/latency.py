@@ -1,0 +1,177 @@
+"""How long does a decode step of a whole model take, by rows and context, and how long do its bytes take to read?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tersor.bench import report
+from tersor.engine.params import SamplingParams
+from tersor.engine.request import Request, Row, Step
+from tersor.engine.runner import Runner
+from tersor.models import Decoder
+from tersor.models.mixture import Mixture
+from tersor.models.weights import tensors_of
+from tersor.ops.attention_form import PAGE
+
+KIND = "tersor bench latency"
+VERSION = 1
+METHOD = (
+    "milliseconds a decode step, median of the runs of a loop in which a step is launched while the one before it "
+    "runs, as the engine does, its tokens drawn greedily and read by the host; random weights in the format, every row "
+    "with a text of `context` tokens, pages of texts in random order; roofline: bytes of the weights that a step reads "
+    "(of experts those expected to be hit by uniform routing) and of the keys and values of its rows, over the "
+    "bandwidth of a large read in the same run"
+)
+RUNS, STEPS = 3, 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """One time.
+
+    Attributes:
+        name: of the geometry.
+        format: of the weights; that of the head after a slash, where it is another.
+        batch: rows of the step.
+        context: tokens of each text.
+        milliseconds: of a step.
+        weight_bytes: that a step reads.
+        kv_bytes: of the keys and values that it reads.
+        cuda_graph: whether the step was a CUDA graph.
+    """
+
+    name: str
+    format: str
+    batch: int
+    context: int
+    milliseconds: float
+    weight_bytes: int
+    kv_bytes: int
+    cuda_graph: bool
+
+
+def measure(
+    runner: Runner,
+    name: str,
+    format: str,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int = STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Latency]:
+    """Time decode steps of a runner that has pages for the most rows of the longest texts.
+
+    Args:
+        runner: with its graphs, where steps are to be graphs.
+        name, format: of the model, for the rows.
+        batches, contexts: every pair is timed.
+        steps: of a run.
+        progress: told how many pairs are done, of how many.
+    """
+    cells = [(batch, context) for context in contexts for batch in batches]
+    for done, (batch, context) in enumerate(cells):
+        if progress is not None:
+            progress(done, len(cells))
+        step = decoding(batch, context, PAGE)
+        times = [_timed(runner, step, steps) for _ in range(RUNS + 1)][1:]
+        yield Latency(
+            name=name,
+            format=format,
+            batch=batch,
+            context=context,
+            milliseconds=statistics.median(times) * 1e3,
+            weight_bytes=step_bytes(runner.decoder, batch),
+            kv_bytes=kv_bytes(runner, batch, context),
+            cuda_graph=bool(runner.graphs),
+        )
+
+
+def pages_for(batches: Sequence[int], contexts: Sequence[int]) -> int:
+    """Return how many pages the largest of the steps has, page 0 included."""
+    return max(batches) * -(-max(contexts) // PAGE) + 1
+
+
+def decoding(batch: int, context: int, page: int) -> Step:
+    """Return a step of `batch` rows that each draw the token after a text of `context` tokens."""
+    each = -(-context // page)
+    order = torch.randperm(batch * each, generator=torch.Generator().manual_seed(0)) + 1
+    pages = order.view(batch, each).tolist()
+    params = SamplingParams(temperature=0)
+    requests = [
+        Request(id=str(slot), prompt=[slot + 1] * context, params=params, pages=pages[slot], slot=slot)
+        for slot in range(batch)
+    ]
+    rows = [Row(request, context - 1, 1, 1, True) for request in requests]
+    return Step(rows, decodes=batch, tokens=batch, drawing=rows, grown=requests)
+
+
+def _timed(runner: Runner, step: Step, steps: int) -> float:
+    """Return seconds a step, each launched before the one ahead of it is read."""
+    before = runner.launch(step)
+    started = time.perf_counter()
+    for _ in range(steps):
+        launched = runner.launch(step)
+        before.tokens()
+        before = launched
+    before.tokens()
+    return (time.perf_counter() - started) / steps
+
+
+def step_bytes(decoder: Decoder, batch: int) -> int:
+    """Return the bytes of weights that a step of `batch` rows reads.
+
+    Of E experts, K for each row, E (1 - (1 - K / E)^batch) are expected to be hit where routing is uniform.
+    """
+    total = sum(tensor.nbytes for tensor in (*decoder.head.tensors(), *decoder.norm.tensors()))
+    for layer in decoder.layers:
+        parts = sum(tensor.nbytes for tensor in layer.tensors())
+        if isinstance(layer.ffn, Mixture):
+            form = layer.ffn.form
+            share = 1 - (1 - form.top_k / form.count) ** batch
+            experts = sum(tensor.nbytes for tensor in tensors_of(layer.ffn.gate_up, layer.ffn.down))
+            parts -= round((1 - share) * experts)
+        total += parts
+    return total
+
+
+def kv_bytes(runner: Runner, batch: int, context: int) -> int:
+    """Return the bytes of keys and values that a step reads, what a window hides left out."""
+    total = 0
+    for layer, cache in zip(runner.decoder.layers, runner.caches, strict=True):
+        form = layer.attention.form
+        seen = min(context, form.window or context)
+        token = 2 * form.kv_heads * (form.head_dim * cache.pages.element_size() + (0 if cache.scales is None else 4))
+        total += batch * seen * token
+    return total
+
+
+def result(rows: Sequence[Latency], **facts: Any) -> dict[str, Any]:
+    """Return what the verb writes as JSON."""
+    return report.result(KIND, VERSION, METHOD, facts, rows, [])
+
+
+def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells of the table."""
+    bandwidth = found["read_bandwidth"]
+    cells = []
+    for row in found["rows"]:
+        roof = None if bandwidth is None else (row["weight_bytes"] + row["kv_bytes"]) / bandwidth * 1e3
+        cells.append(
+            [
+                row["name"],
+                row["format"],
+                str(row["context"]),
+                str(row["batch"]),
+                f"{row['milliseconds']:.3f}",
+                "-" if roof is None else f"{roof:.3f}",
+                "-" if roof is None else f"{100 * roof / row['milliseconds']:.0f} %",
+                f"{row['batch'] / row['milliseconds'] * 1e3:.0f}",
+            ]
+        )
+    return ["model", "format", "context", "rows", "ms a step", "roofline ms", "of roofline", "tokens/s"], cells

@@ -1,0 +1,76 @@
+"""How does an engine run? One value with every option and its default, which Python and the command line read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tersor.errors import InputError, did_you_mean
+
+KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
+"""What keys and values are kept in: that of the activations, another, or e4m3 with a scale a token and head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine.
+
+    Attributes:
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of activations: auto (that of the checkpoint on a GPU, float32 on a CPU), float16, bfloat16 or float32.
+        activations: what linears multiply: 16bit, or fp8.
+        kv_dtype: what keys and values are kept in, one of `KV_DTYPES`.
+        max_length: tokens of the longest text, prompt and answer; `None` is the model's context.
+        max_rows: requests of a step at most.
+        max_step_tokens: tokens of a step at most; longer prompts are read in several.
+        memory: share of the GPU's memory that weights, graphs and pages may take together.
+        kv_bytes: bytes of all pages, instead of what `memory` leaves; on a CPU 1 GiB unless given.
+        prefix_caching: whether pages of prompts are kept for requests that begin the same.
+        cuda_graph: whether steps that only decode are CUDA graphs; `None` is yes on a GPU.
+        seed: of requests that give none; `None` draws fresh ones.
+        max_waiting: requests that may wait before others are refused; `None` is no limit.
+        trust_remote_code: whether a tokenizer may run Python code that comes with the model.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    activations: str = "16bit"
+    kv_dtype: str = "auto"
+    max_length: int | None = None
+    max_rows: int = 256
+    max_step_tokens: int = 8192
+    memory: float = 0.9
+    kv_bytes: int | None = None
+    prefix_caching: bool = True
+    cuda_graph: bool | None = None
+    seed: int | None = None
+    max_waiting: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in KV_DTYPES:
+            near = did_you_mean(self.kv_dtype, KV_DTYPES)
+            raise InputError(f"kv_dtype {self.kv_dtype!r}{near}: use {', '.join(KV_DTYPES)}")
+        for name in ("max_length", "max_rows", "max_step_tokens", "kv_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}: it must be at least 1")
+        if not 0 < self.memory <= 1:
+            raise InputError(f"memory is {self.memory}: it must be above 0 and at most 1")
+        if self.max_rows > self.max_step_tokens:
+            raise InputError(
+                f"max_rows is {self.max_rows}: a row has a token, and max_step_tokens is {self.max_step_tokens}"
+            )
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineConfig:
+        """Return a config of options by name.
+
+        Raises:
+            InputError: an option that there is not, or a value that it cannot have.
+        """
+        known = [one.name for one in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"option {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}")
+        return cls(**options)

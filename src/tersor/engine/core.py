@@ -1,0 +1,255 @@
+"""The engine's loop: a step is planned and launched, then the step before it is read, and texts grow by its tokens.
+
+A request is `SamplingParams.n` continuations of a prompt, each of which the scheduler knows as a `Request` and the
+caller as a `CompletionOutput`. Nothing here runs in another thread; `threaded.py` puts one around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tersor.engine.options import resolved, seed_of
+from tersor.engine.outputs import ABORT, ERROR, Logprob, Logprobs, RequestOutput
+from tersor.engine.params import SamplingParams
+from tersor.engine.protocol import EngineStats
+from tersor.engine.request import Request, Step, continuations, prompt_targets
+from tersor.engine.scheduler import Scheduler
+from tersor.engine.stream import Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tersor import ops
+
+
+class Launched(Protocol):
+    """A step under way: `runner.Launched`.
+
+    Attributes:
+        step: which.
+        logprobs, prompt_logprobs: `ops.Logprobs`, or `None`, once it has ended.
+    """
+
+    step: Step
+    logprobs: Any
+    prompt_logprobs: Any
+
+    def tokens(self) -> list[int]:
+        """Wait for it and return the tokens of its rows that draw, -1 where logits were not finite."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs steps: `runner.Runner`, or in tests a model that does nothing."""
+
+    def launch(self, step: Step) -> Launched:
+        """Begin a step and return without waiting for it."""
+        ...
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that has not ended, or whose end has not been told."""
+
+    output: RequestOutput
+    streams: list[Stream]
+    requests: list[Request]
+
+
+class Core:
+    """Runs requests through a scheduler and a runner.
+
+    Attributes:
+        scheduler: which request runs now, in which pages.
+        runner: who computes.
+        tokenizer: turns tokens into text; `None` gives tokens alone.
+        eos: tokens that end every text that does not ignore them.
+        defaults: the model's generation config, which fills what requests leave open.
+        seed: makes those of requests that give none, in the order in which they come; `None` draws fresh ones.
+        prompt_tokens, cached_tokens, generated_tokens: counted so far.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos: Sequence[int] = (),
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
+        self.defaults, self.seed = defaults or {}, seed
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self._arrivals = 0
+        self._open: dict[str, _Open] = {}
+        self._of: dict[Request, tuple[_Open, Stream]] = {}
+        self._under_way: Launched | None = None
+        self._news: dict[int, _Open] = {}
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._open) or self._under_way is not None
+
+    def stats(self) -> EngineStats:
+        """Return how the engine stands."""
+        scheduler = self.scheduler
+        pages = scheduler.cache.pages
+        running = sum(request.slot >= 0 for request in scheduler.everybody())
+        return EngineStats(
+            running=running,
+            waiting=scheduler.unfinished - running,
+            pages_used=pages.usable - scheduler.cache.available,
+            pages_free=scheduler.cache.available,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=scheduler.preemptions,
+        )
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        salt: str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Take a request in.
+
+        Args:
+            request_id: a name that no other open request has.
+            prompt_token_ids: at least one token.
+            params: how to draw.
+            prompt: its text, for the output.
+            salt: prompts share keys and values only with prompts of the same salt.
+            priority: less is sooner.
+
+        Raises:
+            InputError: a request that can never be served; nothing of it stays.
+        """
+        params = resolved(params, self.defaults)
+        if params.seed is None and self.seed is not None:
+            params = replace(params, seed=seed_of(self.seed, self._arrivals))
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        requests = continuations(request_id, prompt_token_ids, params, stop_tokens=ends, salt=salt, priority=priority)
+        try:
+            for request in requests:
+                self.scheduler.add(request)
+        except Exception:
+            if request_id not in self._open:
+                self.scheduler.abort(request_id)
+            raise
+        tokens = requests[0].prompt
+        streams = [Stream(self.tokenizer, tokens, params, self.eos, request.index) for request in requests]
+        output = RequestOutput(request_id, prompt, tokens, [stream.output for stream in streams])
+        one = self._open[request_id] = _Open(output, streams, requests)
+        self._of.update({request: (one, stream) for request, stream in zip(requests, streams, strict=True)})
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None]
+        self.prompt_tokens += len(tokens)
+        self._arrivals += 1
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing happens where it has ended or never was."""
+        one = self._open.get(request_id)
+        if one is None:
+            return
+        self.scheduler.abort(request_id)
+        for request in one.requests:
+            self._end(request, ABORT)
+
+    def step(self, *, partial: bool = True) -> list[RequestOutput]:
+        """Launch a step, read the one before it, and return requests that have changed.
+
+        Args:
+            partial: whether requests that go on are returned as well, as copies of what they are now.
+        """
+        step = self.scheduler.schedule()
+        launched = None if step is None else self.runner.launch(step)
+        if self._under_way is not None:
+            self._read(self._under_way)
+        self._under_way = launched
+        news, self._news = self._news, {}
+        outputs = []
+        for one in news.values():
+            if one.output.finished:
+                outputs.append(one.output)
+                if self._open.get(one.output.request_id) is one:
+                    del self._open[one.output.request_id]
+            elif partial:
+                outputs.append(_copied(one.output))
+        return outputs
+
+    def _read(self, launched: Launched) -> None:
+        step, drawn = launched.step, launched.tokens()
+        if launched.prompt_logprobs is not None:
+            self._read_prompts(step, launched.prompt_logprobs)
+        for row, token in zip(step.drawing, drawn, strict=True):
+            if token < 0 and row.request.finish_reason is None:
+                self.scheduler.end(row.request, ERROR)
+                self._of[row.request][0].output.error = "the model's logits are not finite"
+                self._end(row.request, ERROR)
+        for place in self.scheduler.finish(step, drawn):
+            request = step.drawing[place].request
+            one, stream = self._of[request]
+            one.output.num_cached_tokens = max(one.output.num_cached_tokens, request.num_cached)
+            self.generated_tokens += 1
+            self._news[id(one)] = one
+            logprobs = None
+            if request.params.logprobs is not None:
+                logprobs = self._logprobs(launched.logprobs, place, drawn[place], request.params.logprobs)
+            if stream.push(drawn[place], logprobs):
+                self.scheduler.end(request, stream.output.finish_reason or "")
+            if request.finish_reason is not None:
+                self._end(request, request.finish_reason)
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Finish the text of a request that has ended."""
+        found = self._of.pop(request, None)
+        if found is not None:
+            one, stream = found
+            stream.finish(reason)
+            self._news[id(one)] = one
+            if request.index == 0:
+                self.cached_tokens += request.num_cached
+
+    def _read_prompts(self, step: Step, found: ops.Logprobs) -> None:
+        """Give the log probabilities of tokens of prompts to their requests."""
+        at = 0
+        for row in step.rows:
+            request = row.request
+            wanted = request.params.prompt_logprobs
+            for target in prompt_targets(row):
+                opened = self._of.get(request)
+                if opened is not None and opened[0].output.prompt_logprobs is not None and wanted is not None:
+                    token = request.prompt[target]
+                    opened[0].output.prompt_logprobs.append(self._logprobs(found, at, token, wanted))
+                at += 1
+
+    def _logprobs(self, found: ops.Logprobs, place: int, token: int, wanted: int) -> Logprobs:
+        """Return the log probabilities of one token, and of the most probable ones beside it."""
+
+        def text(token: int) -> str:
+            return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+        entry = {token: Logprob(float(found.chosen[place]), int(found.ranks[place]), text(token))}
+        best = zip(found.tokens[place, :wanted].tolist(), found.values[place, :wanted].tolist(), strict=True)
+        for rank, (other, value) in enumerate(best, 1):
+            entry.setdefault(other, Logprob(value, rank, text(other)))
+        return entry
+
+
+def _copied(output: RequestOutput) -> RequestOutput:
+    """Return an output that does not grow any more."""
+    outputs = [
+        replace(one, token_ids=one.token_ids.copy(), logprobs=None if one.logprobs is None else one.logprobs.copy())
+        for one in output.outputs
+    ]
+    return replace(output, outputs=outputs)

@@ -1,0 +1,136 @@
+"""Which options does a request have after all? A model's defaults fill what it left open.
+
+Each of its continuations has a seed of its own, and tokens whose logits its penalties change.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from random import SystemRandom
+from typing import Any
+
+from tersor.engine.params import SamplingParams
+
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+NEWEST = -1
+"""As in `ops.sampling_form`."""
+
+
+def resolved(params: SamplingParams, config: Mapping[str, Any]) -> SamplingParams:
+    """Return options of which every one that says how a token is drawn is filled; greedy ones have temperature 0.
+
+    A token is sampled where the request gives a temperature above 0 or, without a temperature, any of top_k, top_p and
+    min_p, or where it gives none of these and the model's config says `do_sample`; else the most probable one is taken.
+
+    Args:
+        params: of the request.
+        config: the model's generation_config.json; empty where it has none.
+    """
+    asked = any(getattr(params, name) is not None for name in _SAMPLED) and params.temperature != 0
+    if asked or (params.temperature is None and config.get("do_sample")):
+        chosen = {name: _first(getattr(params, name), config.get(name)) for name in _SAMPLED}
+    else:
+        chosen = {"temperature": 0.0}
+    return replace(
+        params,
+        temperature=float(_first(chosen.get("temperature"), 1.0)),
+        top_k=int(_first(chosen.get("top_k"), 0)),
+        top_p=float(_first(chosen.get("top_p"), 1.0)),
+        min_p=float(_first(chosen.get("min_p"), 0.0)),
+        repetition_penalty=float(_first(params.repetition_penalty, config.get("repetition_penalty"), 1.0)),
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def seed_of(seed: int | None, index: int) -> int:
+    """Return the seed of continuation `index` of a request, a number of 63 bits; a random one without a seed.
+
+    Continuation 0 has the request's own, so that a request for several begins with what a request for one gives.
+    """
+    if seed is None:
+        return SystemRandom().getrandbits(63)
+    if not index:
+        return seed
+    word = (seed + index * _GOLDEN) & _WORD
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
+        word = (word ^ word >> bits) * factor & _WORD
+    return (word ^ word >> 31) >> 1
+
+
+class ListedTokens:
+    """The tokens of one continuation whose logits are changed, as `ops.Listed` has them, kept from step to step.
+
+    Attributes:
+        tokens, counts: arrays of int32.
+        biases: array of float32.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], stops: Collection[int]) -> None:
+        """Begin with what is known before a token is drawn.
+
+        Args:
+            params: resolved.
+            prompt: the tokens before.
+            stops: tokens that end the text, which `min_tokens` forbids.
+        """
+        self.tokens, self.counts, self.biases = array("i"), array("i"), array("f")
+        self._places: dict[int, int] = {}
+        self._params, self._stops = params, tuple(stops) if params.min_tokens else ()
+        self._counted, self._forbidden = 0, False
+        self._repeats = params.repetition_penalty != 1
+        self.counting = self._repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
+        if self.counting:
+            self._add(NEWEST, 0)
+        if self._repeats:
+            for token in dict.fromkeys(prompt):
+                self._add(token, 0)
+        for token, bias in params.logit_bias.items():
+            self.biases[self._place(token)] = bias
+
+    @staticmethod
+    def wanted(params: SamplingParams) -> bool:
+        """Tell whether options ever change the logits of single tokens."""
+        counting = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+        return counting or bool(params.logit_bias) or params.min_tokens > 0
+
+    def update(self, output: Sequence[int], drawn: int) -> list[int]:
+        """Count tokens that have become known, and return the places in the arrays that changed.
+
+        Args:
+            output: tokens drawn that the host knows.
+            drawn: how many are drawn before the one that is drawn next.
+        """
+        changed: list[int] = []
+        if self.counting and self._counted < len(output):
+            for token in output[self._counted :]:
+                place = self._place(token)
+                self.counts[place] = max(self.counts[place], 0) + 1
+                changed.append(place)
+            self._counted = len(output)
+        forbids = drawn < self._params.min_tokens
+        if forbids != self._forbidden:
+            for token in self._stops:
+                place = self._place(token)
+                self.biases[place] = -inf if forbids else self._params.logit_bias.get(token, 0.0)
+                changed.append(place)
+            self._forbidden = forbids
+        return changed
+
+    def _place(self, token: int) -> int:
+        found = self._places.get(token)
+        return self._add(token, -1) if found is None else found
+
+    def _add(self, token: int, count: int) -> int:
+        place = self._places[token] = len(self.tokens)
+        self.tokens.append(token)
+        self.counts.append(count)
+        self.biases.append(0.0)
+        return place

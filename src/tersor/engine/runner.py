@@ -1,0 +1,288 @@
+"""From a step to tokens: its tensors, the forward, and one CUDA graph for every padded number of rows that only decode.
+
+Nothing here waits for the device but `Launched.tokens`: a step is launched while the host has not read the one before,
+and takes the tokens that it drew from where the device keeps them, a slot a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tersor import ops
+from tersor.engine.request import Step, prompt_targets
+from tersor.engine.sampler import Sampler
+from tersor.engine.step_buffer import Layout, fill, rows_on
+from tersor.errors import TersorError
+from tersor.models import Decoder
+from tersor.ops.attention_form import PAGE, PagedCache
+
+IN_FLIGHT = 3
+"""Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
+WARM_UP = 2
+"""Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
+
+
+def padded_rows(most: int) -> list[int]:
+    """Return the numbers of rows that have a graph: 1, 2, 4, then steps of 8, 16, 32 and 64, up to `most`."""
+    sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, 257, 32), *range(320, 4097, 64)]
+    return [*(size for size in sizes if size < most), most]
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that is under way.
+
+    Attributes:
+        step: which.
+        drawn: int64 [rows that draw], on the host once `event` has come.
+        logprobs: of the tokens drawn, where a row asks for them.
+        prompt_logprobs: of tokens of prompts, in the order of rows and of their tokens, where a row asks for them.
+        event: `None` on a CPU.
+    """
+
+    step: Step
+    drawn: torch.Tensor
+    logprobs: ops.Logprobs | None
+    prompt_logprobs: ops.Logprobs | None
+    event: torch.cuda.Event | None
+
+    def tokens(self) -> list[int]:
+        """Wait for the step and return the tokens of its rows that draw; -1 where logits were not finite."""
+        if self.event is not None:
+            self.event.synchronize()
+        found: list[int] = self.drawn.tolist()
+        return found
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured step of decoding rows."""
+
+    graph: torch.cuda.CUDAGraph
+    buffer: torch.Tensor
+    layout: Layout
+    drawn: torch.Tensor
+
+
+class Runner:
+    """Runs the steps of a scheduler on one device.
+
+    Attributes:
+        caches: keys and values of every layer, once `allocate` has made them.
+        graphs: padded number of rows -> captured step.
+        workspace: memory of split products.
+    """
+
+    def __init__(
+        self, decoder: Decoder, sampler: Sampler, *, max_rows: int, max_length: int, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """Make a runner without pages.
+
+        Args:
+            decoder: the model.
+            sampler: with `max_rows + 1` slots.
+            max_rows: requests of a step at most.
+            max_length: tokens of a text at most.
+            kv_dtype: of pages; that of the model's activations unless given.
+        """
+        self.decoder, self.sampler, self.device = decoder, sampler, decoder.device
+        self.max_rows, self.max_length = max_rows, max_length
+        self.kv_dtype = kv_dtype or decoder.dtype
+        self.workspace = ops.Workspace()
+        self.caches: list[PagedCache] = []
+        self.graphs: dict[int, _Graph] = {}
+        self._pages = -(-max_length // PAGE)
+        self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
+        self._last = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
+        self._staging: list[torch.Tensor] = []
+        self._turn = 0
+
+    def page_bytes(self) -> int:
+        """Return bytes of a page, of all layers together."""
+        caches = self.decoder.caches(1, self.kv_dtype)
+        return sum(one.pages.nbytes + (0 if one.scales is None else one.scales.nbytes) for one in caches)
+
+    def allocate(self, pages: int) -> None:
+        """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
+        self.graphs, self.caches = {}, []
+        self.caches = self.decoder.caches(pages, self.kv_dtype)
+
+    @torch.inference_mode()
+    def rehearse(self, tokens: int) -> None:
+        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it."""
+        count = min(-(-tokens // self.max_length), self.max_rows)
+        layout = Layout(tokens, count, self._pages)
+        views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
+        views["slots"].fill_(self.max_rows)
+        self._draw(self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE), views, False)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Begin a step and return without waiting for it."""
+        for request in step.grown:
+            if request.pages:
+                self._lines[request.slot, : len(request.pages)] = request.pages
+        self.sampler.prepare(step)
+        captured = self._graph_for(step)
+        if captured is not None:
+            layout = captured.layout
+        else:
+            longest = max(row.start + row.count for row in step.rows)
+            layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE))
+        staged = self._stage(layout)
+        fill(staged.numpy(), layout, step, self._lines, self.max_rows)
+        if captured is not None:
+            captured.buffer.copy_(staged, non_blocking=True)
+            captured.graph.replay()
+            return self._publish(step, captured.drawn[: len(step.drawing)])
+        views = layout.split(staged.to(self.device, non_blocking=True))
+        return self._publish(step, *self._eager(step, views, layout))
+
+    def _graph_for(self, step: Step) -> _Graph | None:
+        """Return the captured step that serves one, if it only decodes, nobody asks for more, and there is one."""
+        if not self.graphs or step.decodes != len(step.rows):
+            return None
+        if any(row.request.params.logprobs is not None for row in step.drawing):
+            return None
+        return self.graphs[next(size for size in self.graphs if size >= len(step.rows))]
+
+    def _eager(
+        self, step: Step, views: dict[str, torch.Tensor], layout: Layout
+    ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None]:
+        """Run a step that is no graph; return tokens, their log probabilities and those of prompts."""
+        draws, most_queries = len(step.drawing), max(row.count for row in step.rows)
+        places, targets, asks = _prompt_places(step)
+        if targets:
+            more = torch.tensor(places, dtype=torch.int32).to(self.device, non_blocking=True)
+            views["places"] = torch.cat([views["places"][:draws], more])
+        logits = self._logits(views, draws + len(places), most_queries, layout.pages * PAGE)
+        read = None
+        if targets:
+            of_targets, of_asks = (
+                torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
+                for numbers, dtype in ((targets, torch.int64), (asks, torch.int32))
+            )
+            read = ops.logprobs(logits[draws:], of_targets, of_asks)
+        if not draws:
+            return torch.empty(0, dtype=torch.int64, device=self.device), None, read
+        asked = any(row.request.params.logprobs is not None for row in step.drawing)
+        drawn, logprobs = self._draw(logits[:draws], views, asked)
+        return drawn, logprobs, read
+
+    def _stage(self, layout: Layout) -> torch.Tensor:
+        """Return memory of the host for a step's buffer that no copy reads any more."""
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        while len(self._staging) < IN_FLIGHT:
+            self._staging.append(torch.empty(0, dtype=torch.int32))
+        if self._staging[self._turn].numel() < layout.size:
+            pinned = self.device.type == "cuda"
+            self._staging[self._turn] = torch.empty(2 * layout.size, dtype=torch.int32, pin_memory=pinned)
+        return self._staging[self._turn][: layout.size]
+
+    def _logits(self, views: dict[str, torch.Tensor], count: int, most_queries: int, most_length: int) -> torch.Tensor:
+        """Run the model; return logits [count, V] at the first places."""
+        tokens = views["tokens"].long()
+        kept = self._last[(-1 - tokens).clamp_min(0)]
+        rows = rows_on(views, most_queries, most_length)
+        with ops.using(workspace=self.workspace):
+            return self.decoder(
+                torch.where(tokens < 0, kept, tokens), rows, self.caches, views["places"][:count].long()
+            )
+
+    def _draw(
+        self, logits: torch.Tensor, views: dict[str, torch.Tensor], logprobs: bool
+    ) -> tuple[torch.Tensor, ops.Logprobs | None]:
+        """Draw the tokens of rows by logits [S, V], and keep them for the next step."""
+        count = len(logits)
+        slots, places = views["slots"][:count], views["places"][:count]
+        owners = torch.searchsorted(views["starts"][1:], places, right=True).clamp_max(len(views["lengths"]) - 1)
+        lengths = views["lengths"][owners]
+        found = None
+        if logprobs:
+            drawn, found = self.sampler.draw_with_logprobs(logits, slots, lengths)
+        else:
+            drawn = self.sampler.draw(logits, slots, lengths)
+        self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
+        return drawn, found
+
+    def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
+        return self._draw(self._logits(views, count, 1, self._pages * PAGE), views, False)[0]
+
+    def _publish(
+        self,
+        step: Step,
+        drawn: torch.Tensor,
+        logprobs: ops.Logprobs | None = None,
+        prompt_logprobs: ops.Logprobs | None = None,
+    ) -> Launched:
+        """Begin to copy what a step gave to the host."""
+        if self.device.type != "cuda":
+            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, None)
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+
+        found = [None if one is None else ops.Logprobs(*map(copied, one)) for one in (logprobs, prompt_logprobs)]
+        host, event = copied(drawn), torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return Launched(step, host, *found, event)
+
+    @torch.inference_mode()
+    def capture(self, sizes: Sequence[int] = ()) -> None:
+        """Capture a step for every padded number of rows, the largest first, in one memory pool.
+
+        Args:
+            sizes: numbers of rows; unless given, `padded_rows` up to the most.
+
+        Raises:
+            TersorError: the model does what a capture forbids, or memory ran out.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
+            layout = Layout(size, size, self._pages)
+            buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
+            views = layout.split(buffer)
+            views["starts"].copy_(torch.arange(size + 1))
+            views["slots"].fill_(self.max_rows)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                side = torch.cuda.Stream(self.device)
+                side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP):
+                        self._decode(views, size)
+                torch.cuda.current_stream(self.device).wait_stream(side)
+                with torch.cuda.graph(graph, pool=pool):
+                    drawn = self._decode(views, size)
+            except torch.OutOfMemoryError:
+                raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
+            except RuntimeError as error:
+                line = str(error).splitlines()[0]
+                raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
+            self.graphs[size] = _Graph(graph, buffer, layout, drawn)
+        self.graphs = dict(sorted(self.graphs.items()))
+
+
+def _prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:
+    """Return where in a step tokens stand whose successor in a prompt has a log probability that is asked for.
+
+    Returns:
+        Places, the tokens that follow there, and how many of the most probable ones are asked for beside each.
+    """
+    places: list[int] = []
+    targets: list[int] = []
+    asks: list[int] = []
+    at = 0
+    for row in step.rows:
+        for target in prompt_targets(row):
+            places.append(at + target - 1 - row.start)
+            targets.append(row.request.prompt[target])
+            asks.append(row.request.params.prompt_logprobs or 0)
+        at += row.count
+    return places, targets, asks

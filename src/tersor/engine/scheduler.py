@@ -1,0 +1,386 @@
+"""Which tokens of which requests does the next step compute? A state machine that knows neither torch nor a device.
+
+    step = scheduler.schedule()          # of step N + 1
+    scheduler.finish(before, drawn)      # the tokens that step N drew
+
+Batching is continuous (Orca, OSDI 2022) over pages (PagedAttention, arXiv 2309.06180), with prompts in chunks beside
+decoding rows (Sarathi-Serve, arXiv 2403.02310). A step is planned before the tokens of the one before it are known.
+What cannot be known then is that a token ended its text, that a stop text did, or that the client left: the row of the
+step that is under way is then dropped, and the pages go back when that step is finished. Where a text reaches its
+greatest length is known, and no row is planned after it.
+
+When pages run out, the request that needs one takes those of the younger one that has least to compute again; the
+oldest is never a victim, and while a victim waits nobody else is admitted, so that every request comes to its end.
+Pages of requests that leave count as free: who needs one sits out until they are.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+
+from tersor.engine import prefix
+from tersor.engine.admission import Admission, growth
+from tersor.engine.limits import Limits
+from tersor.engine.outputs import ABORT, LENGTH, STOP
+from tersor.engine.pages import Pages
+from tersor.engine.prefix import PrefixCache
+from tersor.engine.request import GONE, LEAVING, NEVER, PREEMPTED, RUNNING, Request, Row, Step
+from tersor.engine.waiting import Order, by_priority
+from tersor.errors import InputError, TersorError
+
+_BY_ORDER = attrgetter("order")
+
+
+class Scheduler:
+    """Plans steps. One thread calls it.
+
+    Attributes:
+        limits: that it stays within.
+        cache: who hands out pages.
+        admission: requests without pages.
+        running: requests that get rows, the oldest first; some of another state may be among them until the next step.
+        leaving: requests that get no more rows and have some under way.
+        steps: scheduled and not finished, the oldest first.
+        unfinished: requests that have not ended.
+        prompt_tokens, cached_tokens, drawn_tokens, preemptions: so far (`stats.py`).
+    """
+
+    def __init__(self, limits: Limits, order: Order = by_priority) -> None:
+        """Begin with no requests.
+
+        Args:
+            limits: of a step and of all requests.
+            order: what requests are sorted by; arrival decides among equals.
+        """
+        self.limits = limits
+        self.cache = PrefixCache(Pages(limits.pages, limits.page_size))
+        self.admission = Admission(self.cache)
+        self.running: list[Request] = []
+        self.leaving: set[Request] = set()
+        self.steps: deque[Step] = deque()
+        self.unfinished = 0
+        self.prompt_tokens = self.cached_tokens = self.drawn_tokens = self.preemptions = 0
+        self._order = order
+        self._arrivals = 0
+        self._live: dict[str, list[Request]] = {}
+        self._slots = list(range(limits.max_rows - 1, -1, -1))
+        self._stale = False  # whether one that is not running may be in `running`
+        self._preempted: list[Request] = []  # since the last step
+
+    def add(self, request: Request) -> None:
+        """Take a request in; it waits.
+
+        Raises:
+            InputError: it has no prompt, can never fit, or one of the same id and index is there.
+        """
+        limits, name, prompt = self.limits, request.id, len(request.prompt)
+        if not prompt:
+            raise InputError(f"{name}: the prompt has no tokens")
+        if not prefix.are_tokens(request.prompt):
+            raise InputError(f"{name}: a token of the prompt is not a number from 0 to 2^32 - 1")
+        if prompt >= limits.context:
+            raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
+        most, pages = request.params.max_tokens, self.cache.pages
+        limit = limits.storable if most is None else min(prompt + most, limits.context)
+        need = pages.needed(max(limit, prompt + 1) - 1)
+        if need > pages.usable:
+            raise InputError(
+                f"{name}: a prompt of {prompt} tokens and up to {max(limit - prompt, 1)} more need {need} pages of "
+                f"{pages.size} tokens, and there are {pages.usable}"
+            )
+        same = self._live.get(name, [])
+        if any(one.index == request.index for one in same):
+            raise InputError(f"{name}: there is a request of this id already")
+        self._arrivals += 1
+        if self.limits.share_prefixes:
+            request.root = prefix.root(request.salt)
+        else:
+            request.root = same[0].root if same else prefix.root_of_one(self._arrivals)
+        request.order = (self._order(request), self._arrivals)
+        request.length, request.limit, request.most_pages = prompt, limit, need
+        request.expected_pages = pages.needed(prompt + request.expected_tokens) if request.expected_tokens else 0
+        if request.params.prompt_logprobs is not None and request.index == 0:
+            request.logits_from = 0
+        self._live.setdefault(name, []).append(request)
+        self.unfinished += 1
+        self.admission.add(request)
+
+    def abort(self, id: str) -> None:
+        """End all continuations of an id, if there are any."""
+        for request in list(self._live.get(id, ())):
+            self.end(request, ABORT)
+
+    def end(self, request: Request, reason: str) -> None:
+        """End a request; nothing happens to one that has ended. A token that is under way is dropped."""
+        if request.finish_reason is not None:
+            return
+        request.finish_reason = reason
+        self.unfinished -= 1
+        same = self._live[request.id]
+        same.remove(request)
+        if not same:
+            del self._live[request.id]
+        if request.state == RUNNING:
+            self._leave(request)
+        if request.state != LEAVING:
+            self.admission.remove(request)
+            request.state = GONE
+        elif not request.in_flight:
+            self._release(request)
+
+    def schedule(self) -> Step | None:
+        """Plan a step, or return `None` where nothing can run before a step that is under way is finished."""
+        if self._stale:
+            self.running = [request for request in self.running if request.state == RUNNING]
+            self._stale = False
+        step, waiting = Step(), len(self.admission.preempted)
+        rows, prompts = step.rows, []
+        for request in self.running:
+            start = request.computed
+            if request.state != RUNNING or (request.in_flight and not request.ahead):
+                continue
+            if request.length - start != 1:
+                prompts.append(request)
+                continue
+            if start >= request.room and not self._grow(request, step):
+                continue
+            rows.append(Row(request, start, 1, 1, True))
+            request.computed = start + 1
+            request.length += 1
+            request.in_flight += 1
+            if request.length == request.limit:
+                self._leave(request)
+        step.decodes = len(rows)
+        step.drawing = rows.copy()
+        budget = self.limits.max_step_tokens - len(rows)
+        for request in prompts:
+            if budget and request.state == RUNNING:
+                budget -= self._chunk(request, budget, step)
+        if len(self.admission.preempted) == waiting:
+            budget = self._admit(budget, step)
+        step.tokens = self.limits.max_step_tokens - budget
+        if not rows:
+            return None
+        step.preempted, self._preempted = self._preempted, []
+        self.steps.append(step)
+        return step
+
+    def finish(self, step: Step, drawn: Sequence[int]) -> list[int]:
+        """Take what a step drew.
+
+        Args:
+            step: the oldest that is not finished. Of one that failed, the requests are ended first: then nothing that
+                it should have stored is ever found.
+            drawn: one token for each of `step.drawing`.
+
+        Returns:
+            The places in `drawn` whose tokens count: the last of the `output` of `step.drawing[place].request`, which
+            has a `finish_reason` now if it ended. The others belong to requests that had ended before.
+        """
+        if not self.steps or self.steps[0] is not step:
+            raise TersorError("steps are finished in the order in which they were scheduled")
+        if len(drawn) != len(step.drawing):
+            raise TersorError(f"{len(drawn)} tokens are handed in for {len(step.drawing)} rows that draw")
+        self.steps.popleft()
+        counted, place = [], -1
+        for row in step.rows:
+            request = row.request
+            request.in_flight -= 1
+            if row.draws:
+                place += 1
+            if request.finish_reason is not None:
+                if not request.in_flight and request.state == LEAVING:
+                    self._release(request)
+                continue
+            computed = row.start + row.count
+            if computed >= request.publish_at:
+                self.admission.publish(request, computed)
+            if row.draws:
+                token = drawn[place]
+                request.output.append(token)
+                counted.append(place)
+                if token in request.stop_tokens:
+                    self.end(request, STOP)
+                elif request.known == request.limit:
+                    self.end(request, LENGTH)
+        self.drawn_tokens += len(counted)
+        return counted
+
+    def rollback(self, request: Request, computed: int) -> None:
+        """Count only the first `computed` tokens of a running request as computed; the others are computed again.
+
+        Raises:
+            TersorError: it has rows under way, has no pages, or others may read what would be written again.
+        """
+        shared = request.publish_at - self.cache.pages.size
+        if request.state != RUNNING or request.in_flight or not shared <= computed <= request.computed:
+            raise TersorError(
+                f"{request.id}: {request.state}, {request.in_flight} rows under way: of {request.computed} tokens, "
+                f"{shared} of them shared, {computed} cannot be kept alone"
+            )
+        request.computed = computed
+
+    def pin(self, tokens: Sequence[int], salt: str | None = None) -> None:
+        """Keep the full pages of a prefix, those that are to be computed yet as well, until it is unpinned.
+
+        A pinned page goes only where a request could not run even alone without it.
+        """
+        self.cache.pin(self._chain(tokens, salt))
+
+    def unpin(self, tokens: Sequence[int], salt: str | None = None) -> None:
+        """Let pages go that `pin` has kept: they are the next to be evicted."""
+        self.cache.unpin(self._chain(tokens, salt))
+
+    def audit(self) -> None:
+        """Check that everything has one owner and adds up (`audit.py`); a `TersorError` says what does not."""
+        from tersor.engine.audit import audit
+
+        audit(self)
+
+    @property
+    def free_slots(self) -> Sequence[int]:
+        """Slots that nobody has."""
+        return self._slots
+
+    def everybody(self) -> Iterator[Request]:
+        """Yield every request that has not ended."""
+        for same in self._live.values():
+            yield from same
+
+    def _chain(self, tokens: Sequence[int], salt: str | None) -> list[bytes]:
+        chain, size = [prefix.root(salt)], self.cache.pages.size
+        for start in range(0, len(tokens) // size * size, size):
+            chain.append(prefix.digest(chain[-1], tokens[start : start + size]))
+        return chain[1:]
+
+    def _chunk(self, request: Request, budget: int, step: Step) -> int:
+        """Plan the next tokens of a request's text, as many as the budget allows; return how many."""
+        start = request.computed
+        count = min(budget, request.length - start)
+        if request.logits_from is not None:
+            left = self.limits.max_prompt_logits - step.prompt_logits
+            count = min(count, max(request.logits_from - start, 0) + left)
+            if not count:
+                return 0
+        end = start + count
+        draws = end == request.length
+        logits = int(draws)
+        if request.logits_from is not None:
+            logits = max(end - max(start, request.logits_from), 0)
+            request.logits_from = None if draws else max(request.logits_from, end)
+            step.prompt_logits += logits
+        row = Row(request, start, count, logits, draws)
+        step.rows.append(row)
+        request.computed = end
+        request.in_flight += 1
+        if draws:
+            step.drawing.append(row)
+            request.length += 1
+            if request.length == request.limit:
+                self._leave(request)
+        return count
+
+    def _admit(self, budget: int, step: Step) -> int:
+        """Let requests begin while there are tokens, slots and pages; return the tokens left."""
+        if not budget or not self._slots or not (self.admission.waiting or self.admission.preempted):
+            return budget
+        having = [request for request in self.running if request.state == RUNNING]
+        reserved = sum([growth(request, len(request.pages)) for request in having])
+        alone = not having and not self.leaving
+        while budget and self._slots:
+            entry = self.admission.next(reserved, alone=alone)
+            if entry is None:
+                break
+            request, found = entry
+            self.admission.begin(request, found)
+            self.cache.hold(found)
+            need = self.cache.pages.needed(request.length) - len(found)
+            request.pages = found + self.cache.take(need, pinned_too=alone)
+            request.room = len(request.pages) * self.cache.pages.size
+            request.computed = len(found) * self.cache.pages.size
+            request.publish_at = request.computed + self.cache.pages.size
+            if request.state != PREEMPTED:
+                request.num_cached = request.computed
+                self.prompt_tokens += len(request.prompt)
+                self.cached_tokens += request.computed
+            request.state, request.slot = RUNNING, self._slots.pop()
+            insort(self.running, request, key=_BY_ORDER)
+            step.grown.append(request)
+            budget -= self._chunk(request, budget, step)
+            reserved, alone = reserved + growth(request, len(request.pages)), False
+        return budget
+
+    def _grow(self, request: Request, step: Step) -> bool:
+        """Get a page for the next token; return whether there is one. What it takes may preempt, itself as well."""
+        alone = False
+        while not self.cache.available and not alone:
+            if any(self._private(one) for one in self.leaving):
+                return False
+            victim = self._victim(request)
+            if victim is not None:
+                self._preempt(victim)
+                if victim is request:
+                    return False
+            alone = victim is None
+        request.pages += self.cache.take(1, pinned_too=alone)
+        request.room += self.cache.pages.size
+        step.grown.append(request)
+        return True
+
+    def _victim(self, request: Request) -> Request | None:
+        """Return the younger request that has least to compute again, else the request itself, unless it is oldest."""
+        best, least = None, (False, NEVER)
+        older = False
+        for one in reversed(self.running):
+            if one.state != RUNNING:
+                continue
+            if one.order <= request.order:
+                older = older or one is not request
+                if older:
+                    break
+                continue
+            private = self._private(one)
+            again = (private == 0, one.computed - (len(one.pages) - private) * self.cache.pages.size)
+            if best is None or again < least:
+                best, least = one, again
+        return best or (request if older else None)
+
+    def _private(self, request: Request) -> int:
+        """Pages that nobody holds but this request; those that it shares are before them."""
+        holders, pages = self.cache.pages.holders, request.pages
+        shared = 0
+        while shared < len(pages) and holders[pages[shared]] > 1:
+            shared += 1
+        return len(pages) - shared
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's pages; what it has drawn, or draws in a step under way, is kept."""
+        self._free(request)
+        request.state = PREEMPTED
+        request.computed = 0
+        request.publish_at = NEVER
+        self.admission.add(request)
+        self.preemptions += 1
+        self._stale = True
+        self._preempted.append(request)
+
+    def _leave(self, request: Request) -> None:
+        """Plan no more rows of a running request."""
+        request.state = LEAVING
+        self.leaving.add(request)
+        self._stale = True
+
+    def _release(self, request: Request) -> None:
+        """Take back what a request has whose last row is finished."""
+        self.leaving.remove(request)
+        request.state = GONE
+        self._free(request)
+
+    def _free(self, request: Request) -> None:
+        self.admission.withdraw(request)
+        self.cache.release(request.pages)
+        self._slots.append(request.slot)
+        request.pages, request.room, request.slot = [], 0, -1

@@ -1,0 +1,112 @@
+"""One step as one buffer of 32-bit numbers: what the host sends to the device before a forward, in one copy.
+
+A step of up to R rows and T tokens, of texts of up to M pages, is six arrays side by side (`Layout`). A token that the
+device has drawn and the host has not read yet is named by the place where the device keeps it: -1 - slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from tersor.engine.request import Row, Step
+    from tersor.ops.attention_form import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where in the buffer of a step its arrays are.
+
+    Attributes:
+        tokens: T, room for tokens.
+        rows: R, room for rows.
+        pages: M, room for the pages of a text.
+    """
+
+    tokens: int
+    rows: int
+    pages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> numbers of each array, in order."""
+        return {
+            "tokens": self.tokens,
+            "starts": self.rows + 1,
+            "lengths": self.rows,
+            "places": self.rows,
+            "slots": self.rows,
+            "pages": self.rows * self.pages,
+        }
+
+    @property
+    def size(self) -> int:
+        """Numbers of the buffer."""
+        return sum(self.sizes.values())
+
+    def split(self, buffer: Any) -> dict[str, Any]:
+        """Return name -> view of a buffer, an array or a tensor of `size` numbers; pages are [R, M]."""
+        views, at = {}, 0
+        for name, size in self.sizes.items():
+            views[name] = buffer[at : at + size]
+            at += size
+        views["pages"] = views["pages"].reshape(self.rows, self.pages)
+        return views
+
+
+def fill(buffer: NDArray[np.int32], layout: Layout, step: Step, lines: NDArray[np.int32], spare: int) -> None:
+    """Write a step into a buffer; what it has no row for is padding.
+
+    `places` and `slots` are of the rows that draw: where in the step their last token is, and which slot gets the token
+    drawn; padding draws from the first token into a spare slot.
+
+    Args:
+        buffer: int32 [layout.size].
+        layout: where its arrays are.
+        step: what is computed.
+        lines: int32 [slots, M or more]: the pages of the text in every slot.
+        spare: a slot that no request has.
+    """
+    views, rows, total, draws = layout.split(buffer), step.rows, step.tokens, len(step.drawing)
+    count = len(rows)
+    counts = np.fromiter((row.count for row in rows), np.int32, count)
+    ends = counts.cumsum(dtype=np.int32)
+    views["starts"][0] = 0
+    views["starts"][1 : count + 1] = ends
+    views["starts"][count + 1 :] = total
+    views["lengths"][:count] = np.fromiter((row.start for row in rows), np.int32, count) + counts
+    views["lengths"][count:] = 0
+    views["pages"][:count] = lines[[row.request.slot for row in rows], : layout.pages]
+    views["pages"][count:] = 0
+    drawing = np.fromiter((row.draws for row in rows), np.bool_, count)
+    views["places"][:draws] = (ends - 1)[drawing]
+    views["places"][draws:] = 0
+    views["slots"][:draws] = [row.request.slot for row in step.drawing]
+    views["slots"][draws:] = spare
+    tokens: list[int] = []
+    for row in rows:
+        tokens += tokens_of(row)
+    views["tokens"][:total] = tokens
+    views["tokens"][total:] = 0
+
+
+def tokens_of(row: Row) -> list[int]:
+    """Return the tokens of a row; the last one may be known to the device alone."""
+    request, end = row.request, row.start + row.count
+    if end <= request.known:
+        return request.tokens(row.start, end)
+    assert end == request.known + 1, "a row is two tokens ahead of what the host has read"
+    return [*request.tokens(row.start, end - 1), -1 - request.slot]
+
+
+def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int) -> Rows:
+    """Return the rows of a step whose buffer is on the device."""
+    from tersor.ops.attention_form import Rows
+
+    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length)

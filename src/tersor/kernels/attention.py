@@ -1,0 +1,331 @@
+"""Attention over pages: attention/decode.cuh for rows of few new tokens; append.cuh, then prefill.cuh, for the others.
+
+As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tersor.hardware import Chip
+from tersor.kernels.jit import Function, KernelSource
+
+PAGE = 64
+"""Tokens of a page."""
+FEW_QUERIES = 8
+"""New tokens of a row up to which decode.cuh serves it."""
+MOST_DIM = 256
+INVARIANT_PAGES = 4
+"""Pages of a split where a row's bits do not depend on the batch."""
+
+_WARPS = 4
+_TILE = 16
+"""Tokens that a warp of decode.cuh multiplies at a time."""
+_QUERIES = 8
+"""Columns of its products."""
+_MOST_STAGES = 4
+_MOST_SPLITS = 64
+_CTAS_OF_SM = 2
+_APPEND_THREADS, _APPEND_TOKENS = 256, 4
+_LOG2E = math.log2(math.e)
+_RESERVED = 1024
+"""Bytes of shared memory that the driver takes from every CTA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What attention kernels are compiled for.
+
+    Attributes:
+        head_dim: channels of a head, a multiple of 16 up to MOST_DIM.
+        dtype: of activations, `float16` or `bfloat16`.
+        e4m3: whether pages hold e4m3 numbers with scales; otherwise they hold numbers of `dtype`.
+    """
+
+    head_dim: int
+    dtype: str
+    e4m3: bool = False
+
+    @property
+    def name(self) -> str:
+        """The end of a kernel's name."""
+        return f"{self.head_dim}_{self.dtype}" + ("_e4m3" if self.e4m3 else "")
+
+    @property
+    def parameters(self) -> dict[str, int | bool | str]:
+        """Macros that all attention headers read."""
+        return {"HEAD_DIM": self.head_dim, "BF16": self.dtype == "bfloat16", "E4M3": self.e4m3}
+
+    @property
+    def row_stride(self) -> int:
+        """Bytes of a token's keys or values in shared memory: an odd number of 16."""
+        return (self.head_dim * (1 if self.e4m3 else 2) // 16 | 1) * 16
+
+    @property
+    def query_stride(self) -> int:
+        """Bytes of a query there."""
+        return (self.head_dim // 8 | 1) * 16
+
+    @property
+    def tokens_of_16(self) -> int:
+        """Bytes of 16 tokens' keys and values there, with their scales."""
+        return 2 * _TILE * (self.row_stride + (4 if self.e4m3 else 0))
+
+    def query_tiles(self, queries: int) -> int:
+        """Return how many times 8 queries a CTA of decode.cuh takes, of so many that share keys."""
+        if queries <= _QUERIES:
+            return 1
+        return 2 if queries <= 2 * _QUERIES or self.head_dim > 128 else 4
+
+    @property
+    def row_tiles(self) -> int:
+        """How many times 64 queries a CTA of prefill.cuh takes."""
+        return 2 if self.head_dim <= 128 else 1
+
+
+def _stages(chip: Chip, of_stage: int, rest: int, least: int, most: int) -> int:
+    """Return the stages of a ring so that two CTAs fit an SM or, where those would have fewer than `least`, one."""
+    both = (chip.shared_bytes - 2 * _RESERVED - 2 * rest) // (2 * of_stage)
+    alone = (chip.shared_bytes - rest) // of_stage
+    return min(both, most) if both >= least else max(min(alone, least), 1)
+
+
+@functools.cache
+def decode_source(kind: Kind, query_tiles: int, chip: Chip) -> KernelSource:
+    """Return the kernel for rows of few new tokens; its ring is as deep as the chip's shared memory allows."""
+    queries = _QUERIES * query_tiles
+    rest = queries * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
+    stages = _stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
+    sums = 4 * _WARPS * queries * (kind.head_dim + 6)
+    return KernelSource(
+        name=f"tersor_attention_decode_{query_tiles}_{kind.name}",
+        header="attention/decode.cuh",
+        parameters={
+            **kind.parameters,
+            "QUERY_TILES": query_tiles,
+            "STAGES": stages,
+            "SHARED_BYTES": max(stages * _WARPS * kind.tokens_of_16, sums) + rest,
+        },
+        arguments="PPPPPPPPPPPPPqiiiiiiiiiffff",
+    )
+
+
+@functools.cache
+def append_source(kind: Kind) -> KernelSource:
+    """Return the kernel that brings new keys and values to pages, and makes queries ready."""
+    return KernelSource(
+        name=f"tersor_attention_append_{kind.name}",
+        header="attention/append.cuh",
+        parameters=kind.parameters,
+        arguments="PPPPPPPPPPqiiiiff",
+    )
+
+
+@functools.cache
+def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
+    """Return the kernel for rows of many new tokens that are in pages already."""
+    rest = 64 * kind.row_tiles * kind.query_stride
+    of_stage = 2 * PAGE * (kind.row_stride + (4 if kind.e4m3 else 0))
+    stages = _stages(chip, of_stage, rest, 1, 2)
+    return KernelSource(
+        name=f"tersor_attention_prefill_{kind.name}",
+        header="attention/prefill.cuh",
+        parameters={
+            **kind.parameters,
+            "ROW_TILES": kind.row_tiles,
+            "STAGES": stages,
+            "SHARED_BYTES": stages * of_stage + rest,
+        },
+        arguments="PPPPPPPiiiiiff",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What the host knows of a call.
+
+    Attributes:
+        rows, tokens: of the step.
+        heads, kv_heads, rotary_dim, window, softcap, scale, eps, offset: of the form; `eps` and `offset` mean nothing
+            without norms.
+        most_queries, most_pages: bounds of the rows.
+        table_stride: pages of a row in the table.
+        invariant: whether a row's bits must not depend on the others.
+    """
+
+    rows: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    rotary_dim: int
+    window: int | None
+    softcap: float | None
+    scale: float
+    eps: float
+    offset: float
+    most_queries: int
+    most_pages: int
+    table_stride: int
+    invariant: bool
+
+    @property
+    def scores(self) -> tuple[int, float, float]:
+        """Window, factor of products, and softcap in powers of two (0: none), as kernels take them."""
+        window = 2**31 - 1 if self.window is None else min(self.window, 2**31 - 1)
+        if self.softcap is None:
+            return window, self.scale * _LOG2E, 0.0
+        return window, self.scale / self.softcap, self.softcap * _LOG2E
+
+    @property
+    def shared_queries(self) -> int:
+        """Most queries of a row of few tokens that share keys."""
+        return min(self.most_queries, FEW_QUERIES) * (self.heads // self.kv_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How decode.cuh runs.
+
+    Attributes:
+        splits: most parts of a row's text.
+        items: parts of the queries that share keys.
+        floats, counters: float32 sums and counters that splits exchange; zero with one split.
+    """
+
+    splits: int
+    items: int
+    floats: int
+    counters: int
+
+
+def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
+    """Return how a problem runs on a GPU of so many SMs."""
+    queries = _QUERIES * kind.query_tiles(problem.shared_queries)
+    items = -(-problem.shared_queries // queries)
+    groups = problem.rows * problem.kv_heads * items
+    pages = max(problem.most_pages, 1)
+    if problem.window is not None:  # pages that the tokens of a row of few can see
+        pages = min(pages, -(-(problem.window + FEW_QUERIES) // PAGE) + 1)
+    if problem.invariant:
+        splits = -(-pages // INVARIANT_PAGES)
+    else:
+        splits = max(1, min(_CTAS_OF_SM * sms // groups, _MOST_SPLITS, pages))
+    if splits == 1:
+        return Grid(1, items, 0, 0)
+    return Grid(splits, items, groups * splits * queries * (kind.head_dim + 2), groups)
+
+
+DecodeLaunch: TypeAlias = Callable[..., None]
+"""Launches decode.cuh on one prepared problem: `launch` in `prepare_decode`."""
+PrefillLaunch: TypeAlias = Callable[..., None]
+"""Launches append.cuh and prefill.cuh on one prepared problem: `launch` in `prepare_prefill`."""
+
+
+def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLaunch:
+    """Return what launches attention of the rows of few new tokens, and writes zeros for padding.
+
+    Args:
+        function: `decode_source`, loaded.
+        problem: what the host knows.
+        grid: of `grid_of`.
+    """
+    size, block = (grid.splits, problem.kv_heads * grid.items, problem.rows), (32 * _WARPS, 1, 1)
+    shared, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
+    window, scale, soft = problem.scores
+    pages = INVARIANT_PAGES if problem.invariant else 0
+
+    def launch(
+        *,
+        stream: int,
+        qkv: int,
+        stride: int,
+        pages_of_layer: int,
+        scales: int,
+        starts: int,
+        lengths: int,
+        table: int,
+        rotary: int,
+        norms: tuple[int, int],
+        sinks: int,
+        wide_sinks: bool,
+        out: int,
+        partial: int,
+        arrived: int,
+        settled: bool,
+        early: bool,
+    ) -> None:
+        """Launch; what is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            qkv, stride: address of [tokens, (heads + 2 kv heads) * head_dim], and elements from a token to the next.
+            pages_of_layer, scales: addresses of the pages and of what their e4m3 numbers are multiplied with.
+            starts, lengths, table: addresses of `Rows`.
+            rotary, norms: addresses of the float32 table, and of the weights for queries and keys.
+            sinks, wide_sinks: address, and whether they are float32.
+            out: address of [tokens, heads * head_dim].
+            partial, arrived: addresses of `Grid.floats` and `Grid.counters`, these zero, which they are again after.
+            settled: as in `Rows`.
+            early: whether the kernel may start before the one ahead has ended.
+        """
+        # fmt: off
+        arguments = (
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, sinks, out, partial, arrived, stride,
+            problem.table_stride, problem.tokens, problem.heads, problem.kv_heads, problem.rotary_dim, window,
+            wide_sinks, settled, pages, scale, soft, problem.eps, problem.offset,
+        )
+        # fmt: on
+        run(size, block, shared, stream, arguments, early)
+
+    return launch
+
+
+def prepare_prefill(append: Function, function: Function, problem: Problem) -> PrefillLaunch:
+    """Return what launches attention of the rows of many new tokens, in two kernels.
+
+    Args:
+        append: `append_source`, loaded.
+        function: `prefill_source`, loaded.
+        problem: what the host knows.
+    """
+    parameters = function.source.parameters
+    tiles = -(-problem.most_queries // (64 * int(parameters["ROW_TILES"])))
+    size, block = (tiles, problem.heads, problem.rows), (32 * _WARPS, 1, 1)
+    append_size, append_block = (-(-problem.most_queries // _APPEND_TOKENS), problem.rows, 1), (_APPEND_THREADS, 1, 1)
+    shared, run, run_append = int(parameters["SHARED_BYTES"]), function.launch, append.launch
+    window, scale, soft = problem.scores
+
+    def launch(
+        *,
+        stream: int,
+        qkv: int,
+        stride: int,
+        pages_of_layer: int,
+        scales: int,
+        starts: int,
+        lengths: int,
+        table: int,
+        rotary: int,
+        norms: tuple[int, int],
+        sinks: int,
+        wide_sinks: bool,
+        out: int,
+        early: bool,
+    ) -> None:
+        """Launch; arguments are those of `prepare_decode`."""
+        # fmt: off
+        run_append(append_size, append_block, 0, stream, (
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.table_stride,
+            problem.heads, problem.kv_heads, problem.rotary_dim, problem.eps, problem.offset,
+        ), early)
+        run(size, block, shared, stream, (
+            pages_of_layer, scales, starts, lengths, table, sinks, out, problem.table_stride, problem.heads,
+            problem.kv_heads, window, wide_sinks, scale, soft,
+        ), early)
+        # fmt: on
+
+    return launch

@@ -1,0 +1,165 @@
+// One head of one token, by a warp: its channels are read, normed, rotated, and rounded to what a page or a product takes.
+// A lane has pairs of channels: lane + 32 i, as long as there are such.
+#pragma once
+
+#include "attention/pages.cuh"
+
+namespace head {
+
+constexpr int kPairs = pages::kDim / 2;
+constexpr int kOfLane = (kPairs + 31) / 32;
+
+// What all heads of a kind have in common.
+struct Form {
+    const float* rotary;  // [positions, rotary_dim]: cosines, then sines; or nothing
+    const u16* norm;      // [HEAD_DIM] weights of the RMS norm, or nothing
+    int rotary_dim;       // a multiple of 4
+    float eps;
+    float offset;  // is added to the weights
+};
+
+// A head as it came, with what it is multiplied by.
+struct Raw {
+    u32 own[kOfLane], other[kOfLane];  // other: the channels that it turns with
+    u32 weight[kOfLane], other_weight[kOfLane];
+    float2 cosine[kOfLane], sine[kOfLane];
+};
+
+__device__ __forceinline__ int partner(int channel, int rotary_dim) {
+    const int half = rotary_dim / 2;
+    return channel < half ? channel + half : channel - half;
+}
+
+__device__ __forceinline__ float2 widen(u32 pair) {
+    return make_float2(
+        ptx::widen<BF16>(static_cast<u16>(pair & 0xffff)), ptx::widen<BF16>(static_cast<u16>(pair >> 16)));
+}
+
+__device__ __forceinline__ u32 load_pair(const u16* row, int channel) {
+    return __ldcg(reinterpret_cast<const u32*>(row + channel));
+}
+
+__device__ __forceinline__ Raw load(const u16* row, const Form& form, int position) {
+    Raw raw = {};
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        if (channel >= pages::kDim) continue;
+        raw.own[i] = load_pair(row, channel);
+        if (form.norm != nullptr) raw.weight[i] = load_pair(form.norm, channel);
+        if (form.rotary != nullptr && channel < form.rotary_dim) {
+            const int other = partner(channel, form.rotary_dim), half = form.rotary_dim / 2;
+            const float* turns = form.rotary + static_cast<long long>(position) * form.rotary_dim + min(channel, other);
+            raw.other[i] = load_pair(row, other);
+            if (form.norm != nullptr) raw.other_weight[i] = load_pair(form.norm, other);
+            raw.cosine[i] = __ldcg(reinterpret_cast<const float2*>(turns));
+            raw.sine[i] = __ldcg(reinterpret_cast<const float2*>(turns + half));
+        }
+    }
+    return raw;
+}
+
+// What a head is after norm and rotation.
+struct Ready {
+    float2 values[kOfLane];
+};
+
+__device__ __forceinline__ Ready finish(const Raw& raw, const Form& form) {
+    float factor = 1.0f;
+    if (form.norm != nullptr) {
+        float squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kOfLane; ++i) {
+            const float2 own = widen(raw.own[i]);
+            squares += own.x * own.x + own.y * own.y;
+        }
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+        factor = rsqrtf(squares / pages::kDim + form.eps);
+    }
+    Ready ready;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        float2 own = widen(raw.own[i]), other = widen(raw.other[i]);
+        if (form.norm != nullptr) {
+            const float2 weight = widen(raw.weight[i]), other_weight = widen(raw.other_weight[i]);
+            own.x *= factor * (weight.x + form.offset);
+            own.y *= factor * (weight.y + form.offset);
+            other.x *= factor * (other_weight.x + form.offset);
+            other.y *= factor * (other_weight.y + form.offset);
+        }
+        if (form.rotary != nullptr && channel < form.rotary_dim) {
+            const float sign = channel < form.rotary_dim / 2 ? -1.0f : 1.0f;
+            own.x = own.x * raw.cosine[i].x + sign * other.x * raw.sine[i].x;
+            own.y = own.y * raw.cosine[i].y + sign * other.y * raw.sine[i].y;
+        }
+        ready.values[i] = own;
+    }
+    return ready;
+}
+
+// NaN stays NaN.
+__device__ __forceinline__ float within_fp16(float value) {
+    return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
+}
+
+// Hands a query's pairs, rounded for products, to `store(place, pair)`.
+template <class Store>
+__device__ __forceinline__ void give_query(const Ready& ready, const Store& store) {
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        if (channel >= pages::kDim) continue;
+        float2 values = ready.values[i];
+        if constexpr (pages::kBf16 && !pages::kBf16Products) {  // bf16 numbers that fp16 has not
+            values.x = within_fp16(values.x);
+            values.y = within_fp16(values.y);
+        }
+        store(pages::place_of(channel), ptx::narrow_pair<pages::kBf16Products>(values.x, values.y));
+    }
+}
+
+// Hands a key's or a value's pairs, as pages hold them, to `store(channel, pair)`, and returns the token's scale.
+template <class Store>
+__device__ __forceinline__ float give_page(const Ready& ready, const Store& store) {
+    float scale = 1.0f;
+    if constexpr (pages::kE4m3) {
+        float most = 0.0f;
+        bool wrong = false;
+#pragma unroll
+        for (int i = 0; i < kOfLane; ++i) {
+            const float2 values = ready.values[i];
+            most = fmaxf(most, fmaxf(fabsf(values.x), fabsf(values.y)));
+            wrong |= values.x != values.x || values.y != values.y;
+        }
+#pragma unroll
+        for (int lanes = 16; lanes > 0; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
+        scale = fmaxf(most / 448.0f, 5.9604644775390625e-8f);
+        if (__any_sync(~0u, wrong)) scale = __uint_as_float(0x7fffffffu);
+    }
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        if (channel >= pages::kDim) continue;
+        const float2 values = ready.values[i];
+        if constexpr (pages::kE4m3) {
+            store(channel, pages::to_e4m3(values.x / scale) | pages::to_e4m3(values.y / scale) << 8);
+        } else {
+            store(channel, ptx::narrow_pair<BF16>(values.x, values.y));
+        }
+    }
+    return scale;
+}
+
+// The same into a page: `token` is its row of `pages`.
+__device__ __forceinline__ void write_pair(unsigned char* all, long long token, int channel, u32 pair) {
+    unsigned char* place = all + token * pages::kRowBytes + channel * pages::kElementBytes;
+    if constexpr (pages::kE4m3) {
+        *reinterpret_cast<u16*>(place) = static_cast<u16>(pair);
+    } else {
+        *reinterpret_cast<u32*>(place) = pair;
+    }
+}
+
+}  // namespace head

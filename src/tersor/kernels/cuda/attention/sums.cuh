@@ -1,0 +1,185 @@
+// What a warp finds over its tokens, and how that of several warps and splits becomes one result. Scores are in powers of
+// two: they have been multiplied by log2(e).
+// Parameters: those of decode.cuh.
+#pragma once
+
+#include "attention/pages.cuh"
+#include "attention/sinks.cuh"
+#include "attention/tile.cuh"
+
+namespace decode {
+
+using pages::kDim;
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTiles = QUERY_TILES;
+constexpr int kQueries = 8 * kTiles;
+constexpr int kSteps = tile::kSteps;
+constexpr int kSumStride = kDim + 4;  // floats of a query's sums in shared memory: without bank conflicts
+constexpr bool kQueriesStay = kTiles * kSteps * 2 <= 32;  // in registers
+constexpr int kChains = kTiles == 1 ? 2 : 1;              // of products that wait for each other
+constexpr int kRingBytes = kWarps * STAGES * tile::kBytes;
+constexpr int kSumsBytes = kWarps * kQueries * (kSumStride + 2) * 4;
+constexpr int kQueriesAt = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
+constexpr int kNewAt = kQueriesAt + kQueries * pages::kQueryStride;
+constexpr int kNewScalesAt = kNewAt + pages::kMostFew * 2 * pages::kRowStride;
+constexpr int kSharedBytes = kNewScalesAt + pages::kMostFew * 2 * 4;
+constexpr int kPartial = kQueries * (kDim + 2);  // floats of a split: sums, largest scores, sums of weights
+static_assert(kSharedBytes == SHARED_BYTES);
+
+// What remains of sums, largest scores and sums of weights: the result of one head and token, four channels of it.
+__device__ __forceinline__ void write(u16* out, float4 sums, float factor) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(
+        ptx::narrow_pair<BF16>(sums.x * factor, sums.y * factor),
+        ptx::narrow_pair<BF16>(sums.z * factor, sums.w * factor));
+}
+
+// 0 for -inf, from which nothing may be subtracted.
+__device__ __forceinline__ float finite(float largest) { return largest == pages::lowest() ? 0.0f : largest; }
+
+// A warp's sums over its tokens: of S^T and O^T a lane has queries 2 (lane % 4) and the next of every 8.
+struct Sums {
+    float outputs[kSteps][kTiles][4];
+    float largest[kTiles][2];
+    float weights[kTiles][2];
+};
+
+// Adds 16 tokens from `start` on. `last`: of a lane's queries, the last token that each sees.
+__device__ __forceinline__ void add_tile(
+    Sums& sums, u32 place, u32 queries, const u32 (&kept)[kQueriesStay ? kTiles : 1][kSteps][2], int start,
+    const int (&last)[kTiles][2], int window, float scale, float soft) {
+    const int lane = threadIdx.x % 32;
+    float products[kChains][kTiles][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        u32 fragment[4];
+        tile::keys(fragment, place, step);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            u32 low, high;
+            if constexpr (kQueriesStay) {
+                low = kept[t][step][0];
+                high = kept[t][step][1];
+            } else {
+                const u32 from = queries + (8 * t + lane / 4) * pages::kQueryStride + step * 32 + lane % 4 * 4;
+                low = ptx::load_shared(from);
+                high = ptx::load_shared(from + 16);
+            }
+            ptx::multiply_add<pages::kBf16Products>(products[step % kChains][t], fragment, low, high);
+        }
+    }
+    float key_scale[2] = {1.0f, 1.0f}, value_scale[2] = {1.0f, 1.0f};
+    if constexpr (pages::kE4m3) {
+        const u32 from = place + 2 * tile::kHalfBytes + lane / 4 * 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            key_scale[i] = ptx::load_shared_float(from + 32 * i) * pages::kUnit;
+            value_scale[i] = ptx::load_shared_float(from + 64 + 32 * i) * pages::kUnit;
+        }
+    }
+    u32 weights[kTiles][2];
+    bool moved = false;
+    float factors[kTiles][2];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        float scores[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float product = products[0][t][i];
+            if constexpr (kChains == 2) product += products[1][t][i];
+            const int token = start + lane / 4 + i / 2 * 8, seen = last[t][i % 2];
+            scores[i] = token <= seen && token > seen - window ? pages::score(product * key_scale[i / 2], scale, soft)
+                                                               : pages::lowest();
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float largest = fmaxf(scores[i], scores[i + 2]);
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+            largest = fmaxf(largest, sums.largest[t][i]);
+            factors[t][i] = ptx::power_of_two(sums.largest[t][i] - finite(largest));
+            moved |= largest != sums.largest[t][i];
+            sums.largest[t][i] = largest;
+            scores[i] = ptx::power_of_two(scores[i] - finite(largest));
+            scores[i + 2] = ptx::power_of_two(scores[i + 2] - finite(largest));
+            sums.weights[t][i] = sums.weights[t][i] * factors[t][i] + scores[i] + scores[i + 2];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            weights[t][i] = ptx::transpose_8x8(ptx::narrow_pair<pages::kBf16Products>(
+                scores[2 * i] * value_scale[i], scores[2 * i + 1] * value_scale[i]));
+        }
+    }
+    if (__any_sync(~0u, moved)) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums.outputs[step][t][i] *= factors[t][i % 2];
+            }
+        }
+    }
+    ptx::copy_async_wait<2 * STAGES - 2>();
+    __syncwarp();
+#pragma unroll
+    for (int step = 0; step < kSteps; step += tile::kFragments) {
+        u32 fragments[tile::kFragments][4];
+        tile::values(fragments, place + tile::kHalfBytes, step);
+#pragma unroll
+        for (int i = 0; i < tile::kFragments; ++i) {
+            if (step + i >= kSteps) continue;
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                ptx::multiply_add<pages::kBf16Products>(
+                    sums.outputs[step + i][t], fragments[i], weights[t][0], weights[t][1]);
+            }
+        }
+    }
+}
+
+// Adds up what `count` splits of a row found, by one warp for one query, and writes the result.
+__device__ __forceinline__ void merge(const float* partial, int query, int count, float sink, u16* out) {
+    const int lane = threadIdx.x % 32;
+    const float* scores = partial + kQueries * kDim + query;
+    float largest = pages::lowest();
+    for (int split = lane; split < count; split += 32) largest = fmaxf(largest, __ldcg(scores + split * kPartial));
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+    constexpr int kTurns = (kDim + 127) / 128;
+    float4 sums[kTurns] = {};
+    float weights = 0.0f;
+    for (int base = 0; base < count; base += 32) {
+        const bool there = base + lane < count;
+        const float* mine = scores + (base + lane) * kPartial;
+        const float factor = there ? ptx::power_of_two(__ldcg(mine) - largest) : 0.0f;
+        weights += there ? __ldcg(mine + kQueries) * factor : 0.0f;
+        const int some = min(count - base, 32);
+#pragma unroll 4
+        for (int i = 0; i < some; ++i) {
+            const float of_split = __shfl_sync(~0u, factor, i);
+            const float* from = partial + (base + i) * kPartial + query * kDim;
+#pragma unroll
+            for (int turn = 0; turn < kTurns; ++turn) {
+                const int channel = 4 * lane + 128 * turn;
+                if (channel >= kDim) continue;
+                const float4 four = __ldcg(reinterpret_cast<const float4*>(from + channel));
+                sums[turn].x += of_split * four.x;
+                sums[turn].y += of_split * four.y;
+                sums[turn].z += of_split * four.z;
+                sums[turn].w += of_split * four.w;
+            }
+        }
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) weights += __shfl_xor_sync(~0u, weights, lanes);
+    const float factor = sinks::last_factor(largest, weights, sink);
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+        const int channel = 4 * lane + 128 * turn;
+        if (channel < kDim) write(out + channel, sums[turn], factor);
+    }
+}
+
+}  // namespace decode

@@ -1,0 +1,138 @@
+// A row of logits as all kernels of sampling see it: logits where no token is listed or forbidden, and a list of tokens
+// with logits of their own, for which the row itself holds minus infinity. Parameters: INPUT (0: fp16, 1: bf16, 2: float32).
+#pragma once
+
+#include "common/ptx.cuh"
+#include "sampling/numbers.cuh"
+
+namespace row {
+
+constexpr int kChunk = 8;  // logits that a thread has at a time
+
+template <int kInput>
+struct Element {
+    using Type = u16;
+};
+template <>
+struct Element<2> {
+    using Type = float;
+};
+using Given = Element<INPUT>::Type;
+
+// Bits of a key that are the same for all logits of one sign.
+constexpr int kConstantBits = INPUT == 0 ? 13 : INPUT == 1 ? 16 : 0;
+
+__device__ __forceinline__ float widen(Given given) {
+    if constexpr (INPUT == 2) {
+        return given;
+    } else {
+        return ptx::widen<INPUT == 1>(given);
+    }
+}
+
+__device__ __forceinline__ Given narrow(float value) {
+    if constexpr (INPUT == 2) {
+        return value;
+    } else {
+        return ptx::narrow<INPUT == 1>(value);
+    }
+}
+
+struct Row {
+    const Given* logits;
+    const int* allowed;   // a bit a token, or nothing
+    const int* tokens;    // those listed; -1 is none
+    const float* values;  // their logits
+    int listed;
+    int vocabulary;
+    bool aligned;         // chunks start on 16 bytes, and none is cut short
+};
+
+// Where a row's options are: in its own place, or in that of its slot.
+__device__ __forceinline__ int slot_of(const int* slots, int row) { return slots == nullptr ? row : __ldcg(slots + row); }
+
+__device__ __forceinline__ Row row_of(
+    int row, int slot, const void* logits, long long stride, int vocabulary, int aligned, const int* starts,
+    const int* ends, const int* tokens, const float* values, const int* allowed, const int* allowed_rows, int words) {
+    Row found = {static_cast<const Given*>(logits) + row * stride, nullptr, nullptr, nullptr, 0, vocabulary, aligned != 0};
+    if (starts != nullptr) {
+        const int first = __ldcg(starts + slot);
+        found.tokens = tokens + first;
+        found.values = values + first;
+        found.listed = __ldcg(ends + slot) - first;
+    }
+    if (allowed != nullptr) {
+        const int of = __ldcg(allowed_rows + slot);
+        if (of >= 0) found.allowed = allowed + static_cast<long long>(of) * words;
+    }
+    return found;
+}
+
+// Logits first .. first + 7 and whether one of them is NaN or infinity; minus infinity beyond the row and where a bit
+// forbids the token.
+__device__ __forceinline__ bool load(const Row& row, int first, float (&values)[kChunk]) {
+    bool wrong = false;
+    if (row.aligned) {
+        Given given[kChunk];
+        constexpr int kVectors = sizeof(given) / 16;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            reinterpret_cast<uint4*>(given)[i] = __ldcg(reinterpret_cast<const uint4*>(row.logits + first) + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) values[i] = widen(given[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+            values[i] = first + i < row.vocabulary ? widen(__ldcg(row.logits + first + i)) : numbers::lowest();
+        }
+    }
+    const u32 bits = row.allowed == nullptr ? ~0u : static_cast<u32>(__ldcg(row.allowed + first / 32)) >> first % 32;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+        wrong |= !(values[i] < numbers::infinity());
+        if (!(bits >> i & 1)) values[i] = numbers::lowest();
+    }
+    return wrong;
+}
+
+// Calls f(value, token) for every logit that is not minus infinity of the chunks worker, worker + workers ... of the
+// row and of its list, and returns whether one of them is NaN or infinity.
+template <class F>
+__device__ __forceinline__ bool each(const Row& row, int worker, int workers, const F& f) {
+    bool wrong = false;
+    for (int first = worker * kChunk; first < row.vocabulary; first += workers * kChunk) {
+        float values[kChunk];
+        wrong |= load(row, first, values);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+            if (values[i] != numbers::lowest()) f(values[i], first + i);
+        }
+    }
+    for (int i = worker; i < row.listed; i += workers) {
+        const int token = __ldcg(row.tokens + i);
+        if (token < 0) continue;
+        const float value = __ldcg(row.values + i);
+        wrong |= !(value < numbers::infinity());
+        if (value != numbers::lowest()) f(value, token);
+    }
+    return wrong;
+}
+
+// Whether some tokens may not be drawn: not of the most probable token alone, nor of all.
+__device__ __forceinline__ bool filtered(float temperature, int top_k, float top_p, float min_p, int vocabulary) {
+    return temperature >= numbers::kLeastTemperature && ((top_k > 0 && top_k < vocabulary) || top_p < 1.0f || min_p > 0.0f);
+}
+
+// What the first pass over a row leaves for the second.
+struct State {
+    u64 total;     // of the weights of all tokens
+    u32 count;     // of candidates
+    u32 arrived;
+    u32 peak;      // key of the greatest logit
+    u32 cut;       // candidates have this key at least
+    u32 filtered;  // 0: the token is drawn already
+    u32 unused;
+};
+
+}  // namespace row

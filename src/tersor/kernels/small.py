@@ -1,0 +1,138 @@
+"""Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names.
+
+As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
+from tersor.kernels.jit import Function, KernelSource
+
+CHANNELS = 8
+"""Rows have a multiple of so many channels and start on 16 bytes."""
+MOST_CHANNELS = 16384
+"""Of a row that is normalised."""
+
+_NORM_THREADS = 512
+_ROWS_THREADS = 256
+
+
+def _pieces(channels: int) -> int:
+    """Return how many pieces of a row a thread that normalises has at most: 1, 2 or 4."""
+    return next(count for count in (1, 2, 4) if channels <= CHANNELS * _NORM_THREADS * count)
+
+
+@functools.cache
+def norm_source(target: str, layer: bool, channels: int) -> KernelSource:
+    """Return the kernel that normalises rows of so many channels, the same one for many numbers of them.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        layer: whether it is a layer norm; else it is an RMS norm.
+        channels: at most `MOST_CHANNELS`.
+    """
+    return _norm_source(target, layer, _pieces(channels))
+
+
+@functools.cache
+def _norm_source(target: str, layer: bool, pieces: int) -> KernelSource:
+    return KernelSource(
+        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}",
+        header="small/norm.cuh",
+        parameters={"BF16": target == "bfloat16", "LAYER": layer, "PIECES": pieces},
+        arguments="PPPPPiffi",
+    )
+
+
+@functools.cache
+def rows_source(target: str, index64: bool, positions: bool) -> KernelSource:
+    """Return the kernel that copies rows of a 16-bit dtype.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        index64: whether the index is int64; else it is int32.
+        positions: whether a second table has a row for every position in a text.
+    """
+    return KernelSource(
+        name=f"tersor_rows_{target}_{'int64' if index64 else 'int32'}{'_positions' * positions}",
+        header="small/rows.cuh",
+        parameters={"BF16": target == "bfloat16", "INDEX64": index64, "POSITIONS": positions},
+        arguments="PPPPPPiiiiif",
+    )
+
+
+NormLaunch: TypeAlias = Callable[..., None]
+"""Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
+RowsLaunch: TypeAlias = Callable[..., None]
+"""Launches a copy of rows on one prepared problem: `launch` in `prepare_rows`."""
+
+
+def _threads(pieces: int, most: int) -> int:
+    """Return whole warps for so many pieces, at most `most` threads."""
+    return min(-(-pieces // 32) * 32, most)
+
+
+def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, offset: float) -> NormLaunch:
+    """Return what launches the norm of `rows` rows, at least one.
+
+    Args:
+        function: `norm_source`, loaded.
+        rows, channels: sizes.
+        eps: is added to the mean of squares.
+        offset: is added to the weights.
+    """
+    threads = _threads(-(-channels // (CHANNELS * _pieces(channels))), _NORM_THREADS)
+    grid, block, run = (rows, 1, 1), (threads, 1, 1), function.launch
+
+    def launch(
+        *, stream: int, x: int, weight: int, bias: int, residual: int, out: int, ready: bool, early: bool
+    ) -> None:
+        """Launch; what is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            x, residual, out: addresses of [rows, channels].
+            weight, bias: addresses of [channels].
+            ready: whether weight and bias were there before the kernel ahead started.
+            early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
+        """
+        run(grid, block, 0, stream, (x, weight, bias, residual, out, channels, eps, offset, ready), early)
+
+    return launch
+
+
+def prepare_rows(
+    function: Function, *, rows: int, channels: int, table_rows: int, position_rows: int, first: int, texts: int,
+    scale: float,
+) -> RowsLaunch:  # fmt: skip
+    """Return what launches the copy of `rows` rows, at least one.
+
+    Args:
+        function: `rows_source`, loaded.
+        rows, channels: sizes.
+        table_rows, position_rows: rows of the tables.
+        first: row of the second table that has position 0.
+        texts: how many the rows belong to.
+        scale: multiplies rows of the first table.
+    """
+    grid, block = (rows, 1, 1), (_threads(channels // CHANNELS, _ROWS_THREADS), 1, 1)
+    sizes, run = (table_rows, position_rows, first, texts, channels, scale), function.launch
+
+    def launch(
+        *, stream: int, index: int, table: int, positions: int, starts: int, lengths: int, out: int, early: bool
+    ) -> None:
+        """Launch; what is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            index: address of [rows] integers.
+            table, positions, out: addresses of rows.
+            starts, lengths: addresses of int32 [texts + 1] and [texts].
+            early: as in `prepare_norm`.
+        """
+        run(grid, block, 0, stream, (index, table, positions, starts, lengths, out, *sizes), early)
+
+    return launch

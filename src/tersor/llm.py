@@ -1,0 +1,208 @@
+"""Which texts follow these prompts? A model, its tokenizer and an engine, asked from Python.
+
+import tersor
+
+model = tersor.LLM("tiny-fp6")
+outputs = model.generate(["The first rule"], tersor.SamplingParams(max_tokens=20, temperature=0))
+print(outputs[0].outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from tersor.checkpoint.source import open_source
+from tersor.engine.config import EngineConfig
+from tersor.engine.core import Core
+from tersor.engine.limits import Limits
+from tersor.engine.memory import make_pages
+from tersor.engine.outputs import RequestOutput
+from tersor.engine.params import SamplingParams
+from tersor.engine.protocol import ModelInfo
+from tersor.engine.runner import Runner
+from tersor.engine.sampler import Sampler
+from tersor.engine.scheduler import Scheduler
+from tersor.errors import CheckpointError, InputError
+from tersor.formats import FLOAT_DTYPES, float_dtype
+from tersor.hardware import resolve_device
+from tersor.integrations.transformers.load import load_tokenizer
+from tersor.models import load
+from tersor.ops.attention_form import PAGE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt: TypeAlias = "str | Sequence[int]"
+"""A text, or its tokens."""
+
+
+class LLM:
+    """A model that answers prompts.
+
+    Attributes:
+        config: how its engine runs.
+        tokenizer: of the model.
+        info: its name and sizes.
+        core: the engine.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> None:
+        """Load a model.
+
+        Args:
+            model: a directory or a Hub id; plain, or compressed by `tersor quantize`.
+            revision: branch, tag or commit of a Hub id.
+            options: fields of `EngineConfig`.
+
+        Raises:
+            InputError: an option that there is not.
+            UnsupportedError: the engine does not have the architecture.
+            CheckpointError: no whole checkpoint.
+            TersorError: it does not fit in the device's memory.
+        """
+        self.config = config = EngineConfig.of(**options)
+        device = resolve_device(config.device)
+        with open_source(model, revision=revision) as source:
+            self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
+            dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
+            decoder = load(source, device, dtype, activations=config.activations, context=config.max_length)
+            generation = _generation_config(source.directory)
+            name = source.label
+        context = min(config.max_length or decoder.config.context, decoder.config.context)
+        vocabulary = decoder.config.vocabulary
+        self.info = ModelInfo(name, context, vocabulary, self.tokenizer)
+        sampler = Sampler(config.max_rows + 1, vocabulary, device, most_length=context)
+        kv_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[config.kv_dtype]
+        runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype)
+        limits = Limits(
+            pages=make_pages(runner, config),
+            page_size=PAGE,
+            max_rows=config.max_rows,
+            max_step_tokens=config.max_step_tokens,
+            context=context,
+            share_prefixes=config.prefix_caching,
+        )
+        ends = generation.get("eos_token_id", decoder.config.ends)
+        self.core = Core(
+            Scheduler(limits),
+            runner,
+            self.tokenizer,
+            (ends,) if isinstance(ends, int) else ends or (),
+            defaults=generation,
+            seed=config.seed,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_finished: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts, all at once; return one output each, in their order.
+
+        Args:
+            prompts: texts, or lists of tokens; one alone is a list of one.
+            params: for all, or one each; `None` is what the model's generation config says.
+            on_finished: told of each as it ends.
+
+        Raises:
+            InputError: a prompt that can never be served, or as many params as there are not prompts; nothing runs.
+        """
+        listed = self._listed(prompts)
+        each = _one_each(params, len(listed))
+        names = [f"{index}" for index in range(len(listed))]
+        try:
+            for name, (text, tokens), one in zip(names, listed, each, strict=True):
+                self.core.add(name, tokens, one, prompt=text)
+            found: dict[str, RequestOutput] = {}
+            while len(found) < len(names):
+                for output in self.core.step(partial=False):
+                    found[output.request_id] = output
+                    if on_finished is not None:
+                        on_finished(output)
+        except BaseException:
+            for name in names:
+                self.core.abort(name)
+            while self.core.unfinished:
+                self.core.step(partial=False)
+            raise
+        return [found[name] for name in names]
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer conversations by the model's chat template.
+
+        Args:
+            conversations: lists of messages (`role`, `content`); one alone is a list of one.
+            params: as `generate` takes them.
+            template: what the template knows beside the messages.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses the messages.
+        """
+        many = conversations if conversations and not isinstance(conversations[0], Mapping) else [conversations]
+        return self.generate([chat_tokens(self.tokenizer, messages, **template) for messages in many], params)
+
+    def _listed(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
+        """Return text, or `None`, and tokens of each prompt."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(self.tokenizer(texts)["input_ids"] if texts else ())
+        return [
+            (prompt, list(next(encoded))) if isinstance(prompt, str) else (None, list(prompt))  # type: ignore[arg-type]
+            for prompt in prompts
+        ]
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -> list[int]:
+    """Return the tokens that a conversation begins an answer with.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or it refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the model has no chat template")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+    except Exception as error:  # whatever a template raises
+        raise InputError(f"the chat template refuses the messages: {error}") from None
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _generation_config(directory: Path) -> dict[str, Any]:
+    """Return what a model's generation_config.json says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: no JSON object")
+    return found
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InputError(f"there are {len(params)} params for {count} prompts")
+    return list(params)

@@ -1,0 +1,191 @@
+"""One decoder for all architectures: what a step makes of its tokens, layer after layer. The host reads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from tersor import ops
+from tersor.models.config import DecoderConfig, Norm
+from tersor.models.mixture import Mixture
+from tersor.models.weights import Embedding, FeedForward, Product, Products, tensors_of
+from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    """A norm of the channels of a token.
+
+    Attributes:
+        form: of the norm.
+        weight: [H].
+        bias: [H] of a centered norm, else `None`.
+    """
+
+    form: Norm
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x [T, H] normed, with `residual` added."""
+        if not self.form.centered:
+            return ops.rms_norm(x, self.weight, self.form.eps, offset=self.form.offset, residual=residual)
+        y = functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.form.eps)
+        return y if residual is None else y + residual
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from tensors_of(self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The attention of a layer.
+
+    Attributes:
+        form: of `ops.attend`.
+        qkv: queries, keys and values in one.
+        out: of the weighted values.
+        rotary: the table of the layer, which others share, or `None`.
+        norms: weights [D] of the norms of queries and keys, or `None`.
+        sinks: float32 [H], or `None`.
+    """
+
+    form: AttentionForm
+    qkv: Product | Products
+    out: Product
+    rotary: torch.Tensor | None = None
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None
+    sinks: torch.Tensor | None = None
+
+    def __call__(
+        self, x: torch.Tensor, cache: PagedCache, rows: Rows, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return [T, H] of x [T, H], with `residual` added; keys and values of x are written to their pages."""
+        mixed = ops.attend(self.qkv(x), cache, rows, self.form, self.rotary, self.norms, self.sinks)
+        return self.out(mixed, residual)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory but the table."""
+        yield from self.qkv.tensors()
+        yield from self.out.tensors()
+        yield from tensors_of(*(self.norms or ()), self.sinks)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention, then a feed-forward network or experts.
+
+    Attributes:
+        norms: before attention and before the feed-forward network.
+        attention, ffn: of the layer.
+        out_norms: after each of the two (`Residual.BOTH`), else `None`.
+    """
+
+    norms: tuple[NormWeights, NormWeights]
+    attention: Attention
+    ffn: FeedForward | Mixture
+    out_norms: tuple[NormWeights, NormWeights] | None = None
+
+    def __call__(self, x: torch.Tensor, cache: PagedCache, rows: Rows) -> torch.Tensor:
+        """Return [T, H] of x [T, H]."""
+        before, between = self.norms
+        if self.out_norms is None:
+            x = self.attention(before(x), cache, rows, residual=x)
+            return self.ffn(between(x), residual=x)
+        after, last = self.out_norms
+        x = after(self.attention(before(x), cache, rows), residual=x)
+        return last(self.ffn(between(x)), residual=x)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory but the table."""
+        for part in (*self.norms, self.attention, self.ffn, *(self.out_norms or ())):
+            yield from part.tensors()
+
+
+class Decoder:
+    """A decoder with its weights.
+
+    Attributes:
+        config: what it is.
+        dtype, device: of activations; weights are there, and plain ones are of it.
+        embedding, layers, norm, head: its parts, in order.
+        positions: learned [positions, H], or `None`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        embedding: Embedding,
+        layers: Sequence[DecoderLayer],
+        norm: NormWeights,
+        head: Product,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = tuple(layers)
+        self.norm = norm
+        self.head = head
+        self.positions = positions
+        self.dtype, self.device = norm.weight.dtype, norm.weight.device
+
+    def __call__(
+        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits that follow some of a step's tokens.
+
+        Args:
+            tokens: int64 [T] of all rows, and padding.
+            rows: whose tokens they are.
+            caches: pages of every layer; keys and values of the tokens are written to them.
+            places: int64 [S], the tokens whose logits are wanted.
+
+        Returns:
+            [S, V] in `dtype`.
+        """
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            inside = places_in_text(rows, len(tokens)).clamp(0, self.config.context - 1)  # padding is anywhere
+            x = x + functional.embedding(inside + self.config.first_position, self.positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache, rows)
+        logits = self.head(self.norm(x[places]))
+        softcap = self.config.softcap
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def caches(self, count: int, dtype: torch.dtype | None = None) -> list[PagedCache]:
+        """Return `count` pages of zeros for every layer, in the decoder's dtype where none is given."""
+        forms = (layer.attention.form for layer in self.layers)
+        return [PagedCache.empty(count, form, dtype or self.dtype, self.device) for form in forms]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor of the weights; one that two parts share is yielded twice."""
+        yield from self.embedding.tensors()
+        for layer in self.layers:
+            yield from layer.tensors()
+        yield from self.norm.tensors()
+        yield from self.head.tensors()
+        yield from tensors_of(self.positions)
+
+    @property
+    def waits(self) -> str:
+        """Why the host waits inside of a step, so that no CUDA graph is captured; an empty string if it does not."""
+        mixtures = (layer.ffn for layer in self.layers if isinstance(layer.ffn, Mixture))
+        return next((why for mixture in mixtures if (why := mixture.waits(self.dtype))), "")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in memory, each counted once."""
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}.values())
+
+
+def places_in_text(rows: Rows, count: int) -> torch.Tensor:
+    """Return int64 [count]: where in its row's text each token of a step is; anything that is there, for padding."""
+    tokens = torch.arange(count, dtype=rows.starts.dtype, device=rows.starts.device)
+    row = torch.searchsorted(rows.starts[1:], tokens, right=True).clamp_max(len(rows.lengths) - 1)
+    after = rows.starts[1:].index_select(0, row) - tokens  # tokens of the row from this one on
+    return (rows.lengths.index_select(0, row) - after).long()

@@ -1,0 +1,71 @@
+"""How does a checkpoint become a decoder? Tensor after tensor from safetensors to the device, in packed layouts."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tersor.checkpoint.config import QuantizationConfig
+from tersor.checkpoint.source import Source, open_source, quantization_of, stated_dtype
+from tersor.errors import TersorError, UnsupportedError
+from tersor.formats import FLOAT_DTYPES, Activations
+from tersor.hardware import resolve_device
+from tersor.models.assemble import assemble
+from tersor.models.config import DecoderConfig, supported
+from tersor.models.decoder import Decoder
+from tersor.models.expected import Expected, check
+from tersor.models.names import NAMES
+from tersor.models.stored import Stored
+
+
+def load(
+    model: str | os.PathLike[str] | Source,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    *,
+    activations: Activations | str = Activations.NATIVE,
+    context: int | None = None,
+) -> Decoder:
+    """Load a decoder from a checkpoint: plain, or compressed by `tersor quantize` in whatever schemes.
+
+    Beside the weights that are in place already, memory holds those of one layer of the model, twice.
+
+    Args:
+        model: a directory, a Hub id, or an open checkpoint, which stays open.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        dtype: of activations and plain weights; `None` is that of config.json on a GPU, and float32 on a CPU.
+        activations: what packed weights are multiplied with (`Activations`).
+        context: tokens of a text at most; `None` is what config.json says.
+
+    Raises:
+        UnsupportedError: the engine does not have the architecture or what a field says; weights that another method
+            compressed, or experts of a layer in several schemes.
+        CheckpointError: no whole checkpoint; tensors that are missing, left over or of another shape.
+        TersorError: the weights do not fit in the device's memory.
+    """
+    if not isinstance(model, Source):
+        with open_source(model) as source:
+            return load(source, device, dtype, activations=activations, context=context)
+    where = device if isinstance(device, torch.device) else resolve_device(device)
+    why = supported(model.config)
+    if why:
+        raise UnsupportedError(f"{model.label}: {why}")
+    config, raw = DecoderConfig.from_dict(model.config), quantization_of(model.config)
+    quantization = None if raw is None else QuantizationConfig.from_dict(raw)
+    names = NAMES[config.architecture].as_stored(model.tensors)
+    expected = Expected.of(config, names)
+    schemes = check(expected, model.tensors, quantization, names)
+    chosen = dtype or _dtype(model, where)
+    stored = Stored(model.tensors, schemes, expected.matrices, where, chosen, Activations.of(activations))
+    try:
+        return assemble(stored, config, names, min(context or config.context, config.context))
+    except torch.OutOfMemoryError:
+        raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None
+
+
+def _dtype(source: Source, device: torch.device) -> torch.dtype:
+    """Return the dtype that is meant where none is given."""
+    if device.type == "cpu":
+        return torch.float32
+    return FLOAT_DTYPES.get(stated_dtype(source.config) or "", torch.bfloat16)

@@ -1,0 +1,138 @@
+"""The experts of a layer: a router's logits choose, and all that is chosen runs at once where kernels have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tersor import ops
+from tersor.layouts import PackedWeight, StackedWeight
+from tersor.models.config import Experts
+from tersor.models.weights import FeedForward, Product, Stack, tensors_of
+from tersor.nn.experts import one_by_one
+from tersor.ops import Gate, routing
+
+_BLOCK_TOKENS = 64
+"""Of tables that are read here for their order alone."""
+_GROUPED_CAPABILITY = 9
+"""torch's grouped product is a kernel in bfloat16 from this major compute capability on, else a loop on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Experts, of which a router chooses some for every token, and those that all tokens share.
+
+    Attributes:
+        form: how many, and how they are chosen.
+        gate: how gate and up become one.
+        router: gives a logit for each expert.
+        gate_up: [E, gated_rows(F), H] packed with gate and up interleaved, if `down` is packed too; else [E, 2 F, H]
+            with those of the gate first.
+        down: [E, H, F].
+        gate_up_bias, down_bias: [E, rows] in the order of the rows and [E, H], or `None`.
+        choice_bias: [E], takes part in the choice alone, or `None`.
+        shared: every token goes through it, or `None`.
+    """
+
+    form: Experts
+    gate: Gate
+    router: Product
+    gate_up: Stack
+    down: Stack
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    choice_bias: torch.Tensor | None = None
+    shared: FeedForward | None = None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [T, H] of x [T, H], with `residual` added."""
+        logits = self.router(x)
+        addend = residual if self.shared is None else self.shared(x, residual)
+        if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
+            return ops.routed_experts(
+                x,
+                logits,
+                self.gate_up,
+                self.down,
+                choice_bias=self.choice_bias,
+                gate_up_bias=self.gate_up_bias,
+                down_bias=self.down_bias,
+                addend=addend,
+                gate=self.gate,
+                **self._choice(),
+            )
+        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+            return self._grouped(x, logits, self.gate_up, self.down, addend)
+        index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
+        y = one_by_one(x, index, weights, self.form.count, self._run)
+        return y if addend is None else y + addend
+
+    def _grouped(
+        self,
+        x: torch.Tensor,
+        logits: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        addend: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run plain experts by torch's grouped products over tokens that are sorted by expert."""
+        top_k, count = self.form.top_k, self.form.count
+        index, weights, tables = routing.route_tables(
+            logits, block_tokens=_BLOCK_TOKENS, bias=self.choice_bias, **self._choice()
+        )
+        order = tables.order.long()
+        experts = index.view(-1)[order]
+        numbers = torch.arange(count, dtype=experts.dtype, device=x.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        both = functional.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
+        if self.gate_up_bias is not None:
+            both = both + self.gate_up_bias[experts]
+        inner = self.gate.combine(*both.chunk(2, dim=-1))
+        y = functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+        if self.down_bias is not None:
+            y = y + self.down_bias[experts]
+        return routing.combine(y, weights, tables, addend)
+
+    def _choice(self) -> dict[str, Any]:
+        """Return the arguments of `ops.route` that say how experts are chosen."""
+        form = self.form
+        return {
+            "top_k": form.top_k,
+            "scoring": form.scoring,
+            "normalize": form.normalize,
+            "groups": form.groups,
+            "top_groups": form.top_groups,
+            "scale": form.scale,
+        }
+
+    def waits(self, dtype: torch.dtype) -> str:
+        """Return why the host waits for the router's choice beside activations of `dtype`, or an empty string."""
+        if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
+            x = self.down.data.new_empty(1, self.gate_up.shape[2], dtype=dtype)
+            return ops.experts_obstacle(x, self.gate_up, self.down)
+        if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
+            return "only one of the two weights of its experts is packed"
+        known = self.down.device.type == "cuda" and dtype is torch.bfloat16
+        if known and torch.cuda.get_device_capability(self.down.device)[0] >= _GROUPED_CAPABILITY:
+            return ""
+        return "torch has no kernel for the experts of such a device and dtype"
+
+    def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        inner = self.gate.combine(*_product(self.gate_up, self.gate_up_bias, expert, x).chunk(2, dim=-1))
+        return _product(self.down, self.down_bias, expert, inner)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from self.router.tensors()
+        yield from tensors_of(self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.choice_bias)
+        yield from () if self.shared is None else self.shared.tensors()
+
+
+def _product(stack: Stack, bias: torch.Tensor | None, expert: int, x: torch.Tensor) -> torch.Tensor:
+    weight: torch.Tensor | PackedWeight = stack[expert] if isinstance(stack, torch.Tensor) else stack.expert(expert)
+    own = None if bias is None else bias[expert]
+    return ops.linear(x, weight, own) if isinstance(weight, PackedWeight) else functional.linear(x, weight, own)

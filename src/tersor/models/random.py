@@ -1,0 +1,137 @@
+"""How fast would a model be, of which there are no weights? A decoder of its sizes, random ones made where it runs.
+
+They are made in the format that is asked for, a layer at a time, without a plain copy of the model. Layers of one kind
+hold the same numbers, each a copy of its own in memory: the time of a step depends on which bytes are read, and not on
+what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from tersor.compress import quantize_rtn
+from tersor.formats import Activations, Scheme
+from tersor.hardware import resolve_device
+from tersor.layouts import PackedWeight
+from tersor.models.assemble import assemble
+from tersor.models.config import DecoderConfig
+from tersor.models.decoder import Decoder, DecoderLayer
+from tersor.models.expected import Expected, plain_name
+from tersor.models.geometries import geometry
+from tersor.models.names import NAMES, Names
+from tersor.models.stored import Packed, Stored
+
+_STD = 0.02
+_EMBEDDING_STD = 8.0
+"""Rows differ in their last tokens alone: with small embeddings what all have read drowns them, and a step of many rows
+goes to the experts of one."""
+
+
+def random_decoder(
+    model: str | DecoderConfig,
+    scheme: Scheme | None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    head: Scheme | None = None,
+    embedding: Scheme | None = None,
+    activations: Activations | str = Activations.NATIVE,
+    context: int | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """Make a decoder with random weights.
+
+    Args:
+        model: a name of `geometries.GEOMETRIES`, or a config.
+        scheme: of all linear layers but routers and the head; `None` is plain.
+        device, activations, context: as for `load`.
+        dtype: of activations and plain weights.
+        head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
+        seed: of the numbers.
+
+    Raises:
+        InputError: no such geometry.
+        FormatError: a group size that does not divide input channels.
+    """
+    config = geometry(model) if isinstance(model, str) else model
+    names = NAMES[config.architecture]
+    where = device if isinstance(device, torch.device) else resolve_device(device)
+    kinds = replace(config, layers=tuple(dict.fromkeys(config.layers)))
+    expected = Expected.of(kinds, names)
+    outside = {names.head: head, names.base + names.embedding: embedding}
+    chosen = {
+        module: outside.get(module, None if module.endswith(f".{names.router}") else scheme)
+        for module in expected.matrices
+    }
+    schemes = {module: own for module, own in chosen.items() if own is not None}
+    made = _Random(expected, names, schemes, where, dtype, Activations.of(activations), seed)
+    few = assemble(made, kinds, names, min(context or config.context, config.context))
+    layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))
+    used: set[Any] = set()
+    for kind in config.layers:
+        layers.append(_copied(known[kind]) if kind in used else known[kind])
+        used.add(kind)
+    whole = replace(few.config, layers=config.layers)
+    return Decoder(whole, few.embedding, layers, few.norm, few.head, few.positions)
+
+
+class _Random(Stored):
+    """Random weights instead of stored ones."""
+
+    def __init__(
+        self,
+        expected: Expected,
+        names: Names,
+        schemes: Mapping[str, Scheme],
+        device: torch.device,
+        dtype: torch.dtype,
+        activations: Activations,
+        seed: int,
+    ) -> None:
+        super().__init__({}, schemes, expected.matrices, device, dtype, activations)
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._plain = {plain_name(module, shape): shape for module, shape in expected.matrices.items()}
+        self._vectors = expected.vectors
+        self._embedding = names.base + names.embedding
+
+    def _packed(self, module: str, rows: tuple[int, int] | None = None) -> Packed:
+        shape, std = self._shapes[module][-2:], _EMBEDDING_STD if module == self._embedding else _STD
+        weight = PackedWeight.from_encoded(quantize_rtn(self._normal(shape, std), self._schemes[module]))
+        tensors = (weight.data, weight.scale, weight.zero_point)
+        data, scale, zeros = tensors if rows is None else (None if one is None else one[None] for one in tensors)
+        assert data is not None and scale is not None
+        return data, scale, zeros
+
+    def _read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        if name in self._vectors:
+            shape = self._vectors[name]
+            if len(shape) == 1 and name.endswith(".weight"):  # of a norm
+                return torch.ones(shape, device=self.device)
+            return self._normal(shape, _STD)
+        shape = self._plain[name]
+        if rows is not None:
+            return self._normal((1, shape[2], shape[1]), _STD)
+        return self._normal(shape, _EMBEDDING_STD if name == f"{self._embedding}.weight" else _STD)
+
+    def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device).mul_(std)
+
+
+def _copied(layer: DecoderLayer) -> DecoderLayer:
+    """Return a layer with tensors of its own but for the table of rotation."""
+    copy: DecoderLayer = _copy(layer)
+    return replace(copy, attention=replace(copy.attention, rotary=layer.attention.rotary))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(_copy(one) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _copy(getattr(value, one.name)) for one in fields(value)})
+    return value

@@ -1,0 +1,159 @@
+"""What is multiplied in a decoder? Plain or packed weights, stacked into one where they read the same activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch.nn import functional
+
+from tersor import ops
+from tersor.layouts import PackedWeight, StackedWeight
+from tersor.ops import Gate
+
+Matrix: TypeAlias = torch.Tensor | PackedWeight
+"""A weight [OC, IC]."""
+Stack: TypeAlias = torch.Tensor | StackedWeight
+"""The weights [E, OC, IC] of all experts of a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """y = x @ W^T + bias.
+
+    Attributes:
+        weight: [OC, IC].
+        bias: [OC], or `None`.
+    """
+
+    weight: Matrix
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x [T, IC] multiplied, and `residual` [T, OC] added: [T, OC]."""
+        if isinstance(self.weight, PackedWeight):
+            return ops.linear(x, self.weight, self.bias, residual=residual)
+        if residual is None:
+            return functional.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.addmm(residual, x, self.weight.t())
+        return residual + functional.linear(x, self.weight, self.bias)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from tensors_of(self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Several products of one x, side by side: weights of different schemes that cannot be stacked into one."""
+
+    parts: tuple[Product, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the products make of x [T, IC], one behind the other: [T, sum of OC]."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        for part in self.parts:
+            yield from part.tensors()
+
+
+@dataclass(frozen=True, slots=True)
+class GatedProduct:
+    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U) in one launch.
+
+    Attributes:
+        weight: `PackedWeight.gate_up` of both.
+        bias: interleaved likewise, or `None`.
+    """
+
+    weight: PackedWeight
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [T, F] of x [T, IC]."""
+        return ops.gated_linear(x, self.weight, self.bias)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from tensors_of(self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Activated:
+    """An activation of what a product makes: of gate times up, whose channels stand one behind the other, or of up.
+
+    Attributes:
+        product: [2 F, IC], or [F, IC] without a gate.
+        gate: how gate and up become one; `None` is relu without a gate.
+    """
+
+    product: Product | Products
+    gate: Gate | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [T, F] of x [T, IC]."""
+        y = self.product(x)
+        return functional.relu(y) if self.gate is None else self.gate.combine(*y.chunk(2, dim=-1))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from self.product.tensors()
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """down(activation(up(x))), with a gate or without one."""
+
+    up: GatedProduct | Activated
+    down: Product
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [T, H] of x [T, H], with `residual` added."""
+        return self.down(self.up(x), residual)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from self.up.tensors()
+        yield from self.down.tensors()
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Rows of a weight [V, H].
+
+    Attributes:
+        weight: plain, or packed in the stored stream.
+        dtype: of the rows.
+        scale: they are multiplied by it, rounded to `dtype`.
+    """
+
+    weight: Matrix
+    dtype: torch.dtype
+    scale: float = 1.0
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the rows [T, H] of tokens [T]."""
+        if isinstance(self.weight, PackedWeight):
+            rows = ops.embedding(tokens, self.weight, self.dtype)
+        else:
+            rows = functional.embedding(tokens, self.weight)
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory."""
+        yield from tensors_of(self.weight)
+
+
+def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:
+    """Yield the tensors that weights and biases are held in; `None` has none."""
+    for weight in weights:
+        if isinstance(weight, torch.Tensor):
+            yield weight
+        elif weight is not None:
+            held = (weight.data, weight.scale, weight.zero_point)
+            yield from (tensor for tensor in held if tensor is not None)

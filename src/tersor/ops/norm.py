@@ -1,0 +1,143 @@
+"""How is a row brought to one size? RMS norm and layer norm, by a kernel where a GPU has it, else by the torch code.
+
+The torch code here is the definition: everything is float32 until the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from tersor.errors import ShapeError
+from tersor.kernels import jit, small
+from tersor.ops import current, dispatch, mode
+from tersor.ops.settled import settled
+
+TARGETS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""Dtypes of rows that kernels take, and their names."""
+
+_launch = functools.lru_cache(1024)(small.prepare_norm)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * (weight + offset) of every row (arXiv 1910.07467), added to a residual.
+
+    Args:
+        x: [T, H] float16, bfloat16 or float32.
+        weight: [H] in the same dtype.
+        eps: above 0.
+        offset: is added to the weights (1 for Gemma).
+        residual: [T, H] in the same dtype: what the norm of a product is added to (Gemma 2 and 3); `None` for nothing.
+
+    Returns:
+        [T, H] in that dtype.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit.
+    """
+    _check("rms_norm", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
+    if kernel_serves(x, weight, residual):
+        return _launched(x, weight, None, residual, eps, offset)
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset)
+    return (y if residual is None else y + residual.float()).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias of every row (arXiv 1607.06450).
+
+    Args:
+        x: [T, H] float16, bfloat16 or float32.
+        weight, bias: [H] in the same dtype; the bias may be `None`.
+        eps: above 0.
+
+    Returns:
+        [T, H] in that dtype.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices that do not fit.
+    """
+    _check("layer_norm", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
+    if kernel_serves(x, weight, bias):
+        return _launched(x, weight, bias, None, eps, 0.0, layer=True)
+    wide = x.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torch.Size]) -> None:
+    if x.dim() != 2 or x.dtype not in (*TARGETS, torch.float32):
+        raise ShapeError(f"{name}: x is {list(x.shape)} {x.dtype}, expected [T, H] in float16, bfloat16 or float32")
+    for role, (tensor, shape) in others.items():
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ShapeError(
+                f"{name}: {role} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, expected {list(shape)} "
+                f"{x.dtype} on {x.device}"
+            )
+
+
+def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Tell whether the kernels of `kernels.small` take rows [T, H] on a GPU and what stands beside them.
+
+    Autograd and `torch.compile` see the torch code, which they know.
+    """
+    tensors = [x, *(other for other in others if other is not None)]
+    return (
+        x.dtype in TARGETS
+        and x.shape[0] > 0
+        and x.shape[1] > 0
+        and x.shape[1] % small.CHANNELS == 0
+        and x.shape[1] <= small.MOST_CHANNELS
+        and all(one.data_ptr() % 16 == 0 for one in tensors)
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+        and dispatch.kernel_chip(x.device) is not None
+    )
+
+
+def launched_early(device: torch.device) -> bool:
+    """Tell whether kernels on a GPU may start before the one ahead of them has ended."""
+    chip = dispatch.kernel_chip(device)
+    return chip is not None and mode.current().early and chip.capability >= (9, 0)
+
+
+def _launched(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    layer: bool = False,
+) -> torch.Tensor:
+    index = x.get_device()
+    if index >= 0 and current.device() != index:
+        with torch.cuda.device(index):
+            return _launched(x, weight, bias, residual, eps, offset, layer)
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    rows, channels = x.shape
+    function = jit.get(small.norm_source(TARGETS[x.dtype], layer, channels), index)
+    launch = _launch(function, rows=rows, channels=channels, eps=float(eps), offset=float(offset))
+    out = current.empty((rows, channels), (channels, 1), x.dtype)
+    launch(
+        stream=current.stream(index),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        out=out.data_ptr(),
+        ready=settled(weight, weight if bias is None else bias),
+        early=launched_early(x.device),
+    )
+    return out

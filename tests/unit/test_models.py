@@ -1,0 +1,58 @@
+"""Decoders of every architecture, against the models of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import decoders, packed_models
+from transformers import AutoModelForCausalLM
+
+from tersor import models
+
+LONG = {"max_position_embeddings": 256}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases and many heads": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "head_dim": 32},
+    ),
+    "llama with a tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama with other eps": ("llama", {"rms_norm_eps": 0.1}),
+    "llama with gelu": ("llama", {"hidden_act": "gelu"}),
+    "mistral": ("mistral", {"sliding_window": 20}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with late windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {"sliding_window": 30, "partial_rotary_factor": 0.5}),
+    "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 0.5}),
+    "gemma2 without softcaps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3 with a pattern": ("gemma3_text", {"sliding_window": 10, "num_hidden_layers": 7}),
+    "opt": ("opt", {}),
+    "opt without biases": ("opt", {"enable_bias": False, "tie_word_embeddings": False}),
+    "mixtral": ("mixtral", {}),
+    "mixtral with a window": ("mixtral", {"sliding_window": 12}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_moe with dense layers": (
+        "qwen3_moe",
+        {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 2, "num_hidden_layers": 4},
+    ),
+    "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_mixed_steps_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    name, changes = CASES[case]
+    path = packed_models.plain(name, tmp_path / "plain", **{**LONG, **changes})
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    decoder = models.load(path, "cpu")
+    assert decoder.dtype is torch.float32
+    assert decoders.difference(decoder, reference) < 1e-4
