@@ -61,11 +61,11 @@ def test_continuations_differ_and_the_first_is_that_of_one(llm: LLM) -> None:
 
 
 def test_few_pages_and_small_steps_change_no_token() -> None:
-    few = LLM(tiny_lm.TINY, device="cpu", max_rows=3, max_step_tokens=64, kv_bytes=1536 << 10)
-    prompts = ["import torch\n" * 30, "x = 1\n" * 30]
-    outputs = few.generate(prompts, SamplingParams(max_tokens=44, temperature=0, ignore_eos=True))
-    assert few.core.scheduler.limits.pages == 6 and few.core.stats().preemptions > 0
-    assert texts(outputs) == [expected(prompt, 44) for prompt in prompts]
+    few = LLM(tiny_lm.TINY, device="cpu", max_rows=3, max_step_tokens=64, kv_bytes=1280 << 10)
+    prompts = PROMPTS[:2]
+    outputs = few.generate(prompts, SamplingParams(max_tokens=135, temperature=0, ignore_eos=True))
+    assert few.core.scheduler.limits.pages == 5 and few.core.stats().preemptions > 0
+    assert texts(outputs) == [expected(prompt, 135) for prompt in prompts]
     few.core.scheduler.audit()
 
 
