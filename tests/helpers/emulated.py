@@ -1,0 +1,86 @@
+"""Kernels on a CPU: their own headers as plain C++, in which every thread is a fiber (`emulated.hpp`)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tersor.kernels import jit
+from tersor.kernels.jit import KernelSource
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+CUDA = Path(jit.__file__).parents[1] / "cuda"
+HERE = Path(__file__).parent
+REPLACED = ("common/ptx.cuh", "common/launch.cuh", "attention/instructions.cuh")
+"""Headers of which `emulated.hpp` has all that is used."""
+_TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float"}
+_CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+
+
+class Emulated:
+    """Stands for a loaded kernel whose addresses are those of CPU tensors, of compute capability `arch` / 100."""
+
+    def __init__(self, source: KernelSource, folder: Path, arch: int) -> None:
+        self.source = source
+        text = _translation(source, arch)
+        parts = (text, source.digest(), *(path.read_text() for path in sorted(HERE.glob("emulated*.hpp"))))
+        name = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        library = folder / f"{name}.so"
+        for replaced in REPLACED:
+            place = folder / replaced
+            place.parent.mkdir(exist_ok=True)
+            place.write_text('#pragma once\n#include "emulated.hpp"\n')
+        if not library.exists():
+            unit = folder / f"{name}.cpp"
+            unit.write_text(text)
+            options = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+            includes = [f"-I{place}" for place in (folder, HERE, CUDA)]
+            assert COMPILER is not None
+            subprocess.run([COMPILER, *options, *includes, str(unit), "-o", str(library)], check=True)
+        self._run = ctypes.CDLL(str(library)).run
+        self._run.argtypes = [ctypes.c_int] * 5 + [_CTYPES[letter] for letter in source.arguments]
+        self.seed = 0
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        stream: int,
+        args: Sequence[int | float],
+        programmatic: bool = False,
+    ) -> None:
+        """Run every block, one after the other, in an order that the seed decides."""
+        self.seed += 1
+        self._run(*grid, block[0], self.seed, *args)
+
+
+def _translation(source: KernelSource, arch: int) -> str:
+    """The kernel behind a function that takes its grid, threads, a seed, and its arguments."""
+    macros = {
+        "TERSOR_ENTRY": "entry",
+        "__CUDA_ARCH__": arch,
+        **{key: int(value) for key, value in source.parameters.items()},
+    }
+    defines = "\n".join(f"#define {key} {value}" for key, value in macros.items())
+    language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
+    names = [f"a{i}" for i in range(len(source.arguments))]
+    taken = ", ".join(f"{_TYPES[letter]} {name}" for letter, name in zip(source.arguments, names, strict=True))
+    return f"""{defines}
+#include "{language}"
+#include "{source.header}"
+struct Any {{
+    const void* p;
+    template <class T> operator T*() const {{ return static_cast<T*>(const_cast<void*>(p)); }}
+}};
+static Any pass(const void* p) {{ return {{p}}; }}
+template <class T> static T pass(T x) {{ return x; }}
+extern "C" void run(int x, int y, int z, int threads, int seed, {taken}) {{
+    const Dim grid = {{unsigned(x), unsigned(y), unsigned(z)}};
+    emulated::run(grid, threads, seed, [=] {{ entry({", ".join(f"pass({name})" for name in names)}); }});
+}}
+"""
