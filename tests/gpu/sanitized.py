@@ -34,8 +34,22 @@ def main() -> None:
     for vocabulary, dtype in ((3001, torch.bfloat16), (20000, torch.float16), (20000, torch.float32)):
         draw(vocabulary, dtype)
     around()
+    attend()
     torch.cuda.synchronize()
     print("done")
+
+
+def attend() -> None:
+    """Attend to rows of few and of many tokens, in whole and in parts, over pages of 16 and of 8 bits."""
+    for dtype, dim, window in ((torch.float16, 128, None), (torch.float8_e4m3fn, 80, 100)):
+        form = ops.AttentionForm(heads=8, kv_heads=2, head_dim=dim, scale=0.1, rotary_dim=dim, window=window)
+        cache = ops.PagedCache.empty(12, form, dtype, "cuda")
+        table = torch.arange(1, 11, dtype=torch.int32, device="cuda").view(2, 5)
+        for counts in ((1, 1), (8, 3), (130, 2)):
+            starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32, device="cuda")
+            rows = ops.Rows(starts, torch.tensor([300, 65]).int().cuda(), table, max(counts), 320)
+            qkv = torch.randn(sum(counts) + 1, form.qkv_channels, device="cuda").half()
+            ops.attend(qkv, cache, rows, form, torch.ones(320, dim, device="cuda"))
 
 
 def route(tokens: int) -> None:

@@ -89,7 +89,7 @@ def check(step: Step) -> torch.Tensor:
     found = ops.attend(*step.arguments(cache))
     error = (found.float() - expected).abs()
     assert (error <= tolerance(step, expected)).all(), f"{error.max().item()} {tolerance(step, expected).max().item()}"
-    assert same_pages(cache, pages) > (0.999 if step.case.e4m3 else 0.9999)  # sums of a norm round in another order
+    assert same_pages(cache, pages) > 0.999  # sums of a norm round in another order
     again = step.copy_of_cache()
     for _ in range(3):
         assert torch.equal(ops.attend(*step.arguments(again)), found)
