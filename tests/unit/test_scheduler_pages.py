@@ -43,7 +43,7 @@ def test_what_was_drawn_is_found_by_the_next_turn_of_a_conversation() -> None:
     first = add(plan, "a", prompt_of(6), 7)
     loop = Loop(plan)
     loop.run()
-    second = add(plan, "b", first.prompt + first.output + [3], 2)
+    second = add(plan, "b", [*first.prompt, *first.output, 3], 2)
     loop.run()
     assert second.num_cached == 12 and right(first, second)
 
@@ -224,6 +224,16 @@ def test_the_victim_is_the_younger_one_with_least_to_compute_and_goes_before_all
     loop.run()
     assert next(request for step in loop.steps[7:] for request in step.grown if request in (victim, soon)) is victim
     assert right(oldest, victim, youngest, soon)
+    assert sum(len(step.preempted) for step in loop.steps) == plan.preemptions
+
+
+def test_what_a_victim_had_computed_is_found_again_and_does_not_count_as_cached() -> None:
+    plan = scheduler(pages=8)
+    oldest, victim = add(plan, "a", prompt_of(3, 8), 8), add(plan, "b", prompt_of(11, 9), 12)
+    loop = Loop(plan)
+    loop.run()
+    assert plan.preemptions == 1 and rows_of(loop, victim)[6:8] == [(12, 5), (17, 1)] and right(oldest, victim)
+    assert victim.num_cached == 0 and (plan.prompt_tokens, plan.cached_tokens) == (14, 0)
 
 
 def test_the_oldest_loses_nothing_and_a_younger_one_gives_way_itself() -> None:
@@ -281,6 +291,41 @@ def test_one_whose_tokens_are_not_all_known_does_not_begin_again() -> None:
     assert admission.next(0, alone=True) == (request, [])
 
 
+def test_who_waits_for_a_page_is_woken_by_the_one_that_computes_it_alone() -> None:
+    cache = PrefixCache(Pages(3, 4))
+    admission = Admission(cache)
+    early, other, late, waits = continuations("a", [1, 2, 3, 4, 5], SamplingParams(n=4))
+    for place, request in enumerate((early, other, late, waits)):
+        request.length, request.order, request.publish_at = 5, (0, place), 4
+    admission.add(early)
+    assert admission.next(0, alone=True) == (early, [])
+    admission.begin(early, [])
+    other.pages = cache.take(1)
+    admission.publish(other, 4)
+    cache.release(other.pages)
+    cache.release(cache.take(2))  # what was published is gone, and `early` has not been told
+    admission.add(late)
+    assert admission.next(0, alone=True) == (late, [])
+    admission.begin(late, [])
+    admission.add(waits)
+    assert admission.next(0, alone=True) is None and waits.state == DELAYED
+    admission.withdraw(early)
+    assert waits.state == DELAYED
+    admission.withdraw(late)
+    assert waits.state == WAITING
+
+
+def test_a_prompt_is_computed_ahead_also_where_tokens_are_not() -> None:
+    plan = scheduler(max_step_tokens=8)
+    request = add(plan, "a", prompt_of(20), 3, ahead=False)
+    assert [planned(plan.schedule()) for _ in range(3)] == [
+        [("a", 0, 8, False)],
+        [("a", 8, 8, False)],
+        [("a", 16, 4, True)],
+    ]
+    assert plan.schedule() is None and request.in_flight == 3
+
+
 @pytest.mark.parametrize(("expected", "together"), [(0, True), (12, False)])
 def test_room_is_kept_for_the_tokens_that_are_expected(expected: int, together: bool) -> None:
     plan = scheduler(pages=7)
@@ -293,6 +338,27 @@ def test_room_is_kept_for_the_tokens_that_are_expected(expected: int, together: 
     assert (requests[1].state == RUNNING) == together
     loop.run()
     assert (plan.preemptions > 0) == together and right(*requests)
+
+
+def test_room_is_kept_for_one_more_page_of_everybody() -> None:
+    plan = scheduler(pages=4)
+    first, second = add(plan, "a", prompt_of(3, 8), 9), add(plan, "b", prompt_of(3, 9), 9)
+    loop = Loop(plan)
+    loop.turn()
+    assert (first.state, second.state) == (RUNNING, WAITING)
+    loop.run()
+    assert plan.preemptions == 0 and right(first, second)
+
+
+def test_a_prompt_in_pieces_can_be_a_victim() -> None:
+    plan = scheduler(pages=9, max_rows=2, max_step_tokens=2)
+    oldest, younger = add(plan, "a", prompt_of(2, 8), 19), add(plan, "b", prompt_of(17, 9), 2)
+    loop = Loop(plan)
+    while younger.state != PREEMPTED:
+        loop.turn()
+    assert len(loop.steps[-1].rows) == 1 and 0 < len(rows_of(loop, younger)) < 17
+    loop.run()
+    assert right(oldest, younger) and len(rows_of(loop, oldest)) == 19
 
 
 def test_a_request_that_finds_no_pages_yet_is_not_overtaken() -> None:

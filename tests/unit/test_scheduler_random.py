@@ -29,12 +29,13 @@ class Arrival:
 
 
 def limits_of(draw: random.Random) -> Limits:
-    """Return small ones, so that pages run out."""
+    """Return small ones, so that pages run out and prompts come in pieces."""
+    rows = draw.randrange(1, 9)
     return Limits(
         pages=draw.randrange(6, 14),
         page_size=draw.choice((1, 2, 2, 4)),
-        max_rows=draw.randrange(1, 9),
-        max_step_tokens=draw.randrange(8, 33),
+        max_rows=rows,
+        max_step_tokens=rows + draw.choice((2, 8, 16, 24)),
         max_prompt_logits=draw.choice((3, 1024, 1024)),
         context=draw.choice((24, 100)),
         share_prefixes=draw.random() < 0.9,
@@ -42,11 +43,11 @@ def limits_of(draw: random.Random) -> Limits:
 
 
 def arrivals(draw: random.Random, limits: Limits) -> list[Arrival]:
-    """Return up to five prompts, most of which begin as another does."""
+    """Return up to four prompts, most of which begin as another does."""
     room = min((limits.pages - 1) * limits.page_size, limits.context - 1)
     prefixes = [[draw.randrange(VOCABULARY) for _ in range(draw.randrange(max(room // 2, 1)))] for _ in range(2)]
     found = []
-    for number in range(draw.randrange(1, 6)):
+    for number in range(draw.randrange(1, 5)):
         prompt = draw.choice(prefixes)[: draw.randrange(room)]
         prompt = prompt + [draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 5))]
         params = SamplingParams(

@@ -38,7 +38,7 @@ class Counting:
         def tokens(self) -> list[int]:
             return [row.start + row.count for row in self.step.drawing]
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: Step, masks: object) -> Launched:
         if step.tokens >= self.failing:
             raise RuntimeError("the device is gone")
         return self.Launched(step)

@@ -11,53 +11,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from tersor import files
 from tersor.engine import openai_answer
+from tersor.engine.batch_items import BatchEngine, Item, answer_once
 from tersor.engine.batch_lines import BadLine, BatchInput, Dialect, Line, embeds, read_batch
 from tersor.engine.batch_store import Store, errors_path, manifest_path
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import ABORT, ERROR, RequestOutput
-from tersor.engine.params import SamplingParams
 from tersor.errors import InputError, TersorError
 from tersor.version import __version__
 
 INTERRUPTED = 130
 """Exit status of a job that was interrupted: that of a shell for SIGINT."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A prompt to be answered.
-
-    Attributes:
-        key: becomes the `request_id` of its output.
-        tokens: int32 [length].
-        params: how tokens are drawn, with a seed where they are; `None` asks for the last state, as an `Embedded`.
-    """
-
-    key: str
-    tokens: NDArray[np.int32]
-    params: SamplingParams | None
-
-
-class BatchEngine(Protocol):
-    """What answers the prompts of a batch."""
-
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterable[RequestOutput | Embedded]:
-        """Yield the finished output of every item, in any order; one that fails says so in `error`.
-
-        Once `stopping()` is true no further item is begun: what runs is finished, and the rest has no output.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +42,7 @@ class Progress:
         failed: lines that are no requests, and requests that failed.
         before: of both, how many were settled when this run began to compute.
         seconds: since then.
-        drawn: tokens drawn since then.
+        drawn: tokens of the answers since then.
     """
 
     total: int
@@ -159,6 +131,7 @@ def run_batch(
     model: str,
     identity: Mapping[str, Any],
     models: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
     errors: str | os.PathLike[str] | None = None,
     resume: bool = False,
     retry_failed: bool = False,
@@ -174,8 +147,9 @@ def run_batch(
         engine: answers prompts.
         dialect: of its model.
         model: its name, as answers give it.
-        identity: what else the answers depend on, as JSON values: the model's weights, defaults of sampling.
+        identity: what else the answers depend on, as JSON values, such as a hash of the model's weights.
         models: names that a request may give the model; empty allows all.
+        defaults: options of sampling that a request has which does not give them.
         errors: gets a line a failure; by default beside the output.
         resume: whether a job that was begun is continued.
         retry_failed: whether requests that failed in an earlier run are run again.
@@ -190,8 +164,9 @@ def run_batch(
     """
     paths = _paths(source, output, errors)
     with draining(on_stop) as stopping:
-        batch = read_batch(paths[0], dialect, models=models)
-        known = {"input": batch.sha256, "model": model, **identity, "tersor": __version__}
+        batch = read_batch(paths[0], dialect, models=models, defaults=defaults)
+        known = {"input": batch.sha256, "model": model, **identity, "sampling": dict(defaults or {})}
+        known["tersor"] = __version__
         store = Store(paths[1], paths[2], known, resume=resume, retry_failed=retry_failed, clock=clock)
         try:
             job = _Job(batch, store, dialect, model, on_progress)
@@ -271,7 +246,7 @@ class _Job:
         self._on_progress(self.progress())
         if not items or stopping():
             return
-        for answer in engine.run(items, stopping):
+        for answer in answer_once(engine, items, stopping):
             self._take(answer)
         if self._lines and not stopping():
             raise TersorError(

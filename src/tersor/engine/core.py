@@ -6,19 +6,24 @@ caller as a `CompletionOutput`. Nothing here runs in another thread; `threaded.p
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tersor.engine.grammar import Grammars, Matcher
 from tersor.engine.options import resolved, seed_of
-from tersor.engine.outputs import ABORT, ERROR, Logprob, Logprobs, RequestOutput
+from tersor.engine.outputs import ABORT, ERROR, STOP, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import EngineStats
 from tersor.engine.request import Request, Step, continuations, prompt_targets
 from tersor.engine.scheduler import Scheduler
+from tersor.engine.stats import stats
 from tersor.engine.stream import Stream
+from tersor.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from tersor import ops
@@ -44,8 +49,13 @@ class Launched(Protocol):
 class Runner(Protocol):
     """Runs steps: `runner.Runner`, or in tests a model that does nothing."""
 
-    def launch(self, step: Step) -> Launched:
-        """Begin a step and return without waiting for it."""
+    def launch(self, step: Step, masks: Mapping[int, torch.Tensor]) -> Launched:
+        """Begin a step and return without waiting for it.
+
+        Args:
+            step: what is computed.
+            masks: slot -> the tokens that its grammar allows, int32 [ceil(V / 32)].
+        """
         ...
 
 
@@ -68,7 +78,7 @@ class Core:
         eos: tokens that end every text that does not ignore them.
         defaults: the model's generation config, which fills what requests leave open.
         seed: makes those of requests that give none, in the order in which they come; `None` draws fresh ones.
-        prompt_tokens, cached_tokens, generated_tokens: counted so far.
+        vocabulary: tokens that there are logits for, which grammars need to know.
     """
 
     def __init__(
@@ -80,15 +90,18 @@ class Core:
         *,
         defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        vocabulary: int = 0,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
-        self.defaults, self.seed = defaults or {}, seed
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.defaults, self.seed, self.vocabulary = defaults or {}, seed, vocabulary
         self._arrivals = 0
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
         self._under_way: Launched | None = None
         self._news: dict[int, _Open] = {}
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
+        self._matchers: dict[Request, Matcher] = {}
 
     @property
     def unfinished(self) -> bool:
@@ -97,18 +110,16 @@ class Core:
 
     def stats(self) -> EngineStats:
         """Return how the engine stands."""
-        scheduler = self.scheduler
-        pages = scheduler.cache.pages
-        running = sum(request.slot >= 0 for request in scheduler.everybody())
+        found = stats(self.scheduler)
         return EngineStats(
-            running=running,
-            waiting=scheduler.unfinished - running,
-            pages_used=pages.usable - scheduler.cache.available,
-            pages_free=scheduler.cache.available,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.generated_tokens,
-            preemptions=scheduler.preemptions,
+            running=found.running,
+            waiting=found.waiting,
+            pages_used=found.pages_held,
+            pages_free=found.pages - found.pages_held,
+            prompt_tokens=found.prompt_tokens,
+            cached_tokens=found.cached_tokens,
+            generated_tokens=found.drawn_tokens,
+            preemptions=found.preemptions,
         )
 
     def add(
@@ -138,7 +149,18 @@ class Core:
         if params.seed is None and self.seed is not None:
             params = replace(params, seed=seed_of(self.seed, self._arrivals))
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
-        requests = continuations(request_id, prompt_token_ids, params, stop_tokens=ends, salt=salt, priority=priority)
+        matchers = []
+        if params.grammar is not None:
+            matchers = [self._made_grammars().matcher(params.grammar) for _ in range(params.n)]
+        requests = continuations(
+            request_id,
+            prompt_token_ids,
+            params,
+            stop_tokens=ends,
+            salt=salt,
+            priority=priority,
+            ahead=params.grammar is None,
+        )
         try:
             for request in requests:
                 self.scheduler.add(request)
@@ -146,14 +168,14 @@ class Core:
             if request_id not in self._open:
                 self.scheduler.abort(request_id)
             raise
-        tokens = requests[0].prompt
+        self._matchers.update(zip(requests, matchers, strict=False))
+        tokens = list(prompt_token_ids)
         streams = [Stream(self.tokenizer, tokens, params, self.eos, request.index) for request in requests]
         output = RequestOutput(request_id, prompt, tokens, [stream.output for stream in streams])
         one = self._open[request_id] = _Open(output, streams, requests)
         self._of.update({request: (one, stream) for request, stream in zip(requests, streams, strict=True)})
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        self.prompt_tokens += len(tokens)
         self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
@@ -172,7 +194,7 @@ class Core:
             partial: whether requests that go on are returned as well, as copies of what they are now.
         """
         step = self.scheduler.schedule()
-        launched = None if step is None else self.runner.launch(step)
+        launched = None if step is None else self.runner.launch(step, self._masks(step))
         if self._under_way is not None:
             self._read(self._under_way)
         self._under_way = launched
@@ -187,6 +209,35 @@ class Core:
                 outputs.append(_copied(one.output))
         return outputs
 
+    def check_grammar(self, grammar: Mapping[str, Any]) -> None:
+        """Compile a grammar; any thread may ask.
+
+        Raises:
+            InputError: it is none.
+            UnsupportedError: xgrammar is not installed.
+        """
+        self._made_grammars().compile(grammar)
+
+    def _made_grammars(self) -> Grammars:
+        with self._grammars_lock:
+            if self._grammars is None:
+                if self.tokenizer is None:
+                    raise UnsupportedError("texts that match a grammar need a tokenizer")
+                self._grammars = Grammars(self.tokenizer, self.vocabulary, self.eos)
+            return self._grammars
+
+    def _masks(self, step: Step) -> dict[int, torch.Tensor]:
+        """Return slot -> tokens that may be drawn, of the rows that have a grammar."""
+        if not self._matchers:
+            return {}
+        drawing = (row.request for row in step.drawing)
+        return {request.slot: self._matchers[request].mask() for request in drawing if request in self._matchers}
+
+    def _whole(self, request: Request, token: int) -> bool:
+        """Tell a grammar of a token, and return whether its text is whole."""
+        matcher = self._matchers.get(request)
+        return matcher is not None and matcher.accept(token)
+
     def _read(self, launched: Launched) -> None:
         step, drawn = launched.step, launched.tokens()
         if launched.prompt_logprobs is not None:
@@ -200,25 +251,23 @@ class Core:
             request = step.drawing[place].request
             one, stream = self._of[request]
             one.output.num_cached_tokens = max(one.output.num_cached_tokens, request.num_cached)
-            self.generated_tokens += 1
             self._news[id(one)] = one
             logprobs = None
             if request.params.logprobs is not None:
                 logprobs = self._logprobs(launched.logprobs, place, drawn[place], request.params.logprobs)
-            if stream.push(drawn[place], logprobs):
-                self.scheduler.end(request, stream.output.finish_reason or "")
+            if stream.push(drawn[place], logprobs) or self._whole(request, drawn[place]):
+                self.scheduler.end(request, STOP)
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
 
     def _end(self, request: Request, reason: str) -> None:
         """Finish the text of a request that has ended."""
+        self._matchers.pop(request, None)
         found = self._of.pop(request, None)
         if found is not None:
             one, stream = found
             stream.finish(reason)
             self._news[id(one)] = one
-            if request.index == 0:
-                self.cached_tokens += request.num_cached
 
     def _read_prompts(self, step: Step, found: ops.Logprobs) -> None:
         """Give the log probabilities of tokens of prompts to their requests."""

@@ -27,15 +27,6 @@ def root_of_one(number: int) -> bytes:
     return sha256(b"one" + number.to_bytes(8, "little")).digest()
 
 
-def are_tokens(tokens: Sequence[int]) -> bool:
-    """Whether all of these can be digested."""
-    try:
-        array("I", tokens)
-    except (OverflowError, TypeError):
-        return False
-    return True
-
-
 def digest(before: bytes, tokens: Sequence[int]) -> bytes:
     """Return the digest of a full page: that of the page before it and its tokens, each below 2^32."""
     return sha256(before + array("I", tokens).tobytes()).digest()

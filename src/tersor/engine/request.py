@@ -6,10 +6,12 @@ read: a row that draws makes the text longer by one when it is planned; the toke
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tersor.engine.params import SamplingParams
+from tersor.errors import InputError
 
 WAITING, DELAYED, PREEMPTED = "waiting", "delayed", "preempted"
 """Without pages: never begun; until another has computed what both begin with; begun, and to be computed again."""
@@ -27,7 +29,7 @@ class Request:
 
     Attributes:
         id: as it was given; continuations of one prompt share it.
-        prompt: its tokens, at least one.
+        prompt: its tokens, at least one; continuations share the array.
         params: of these the scheduler reads `max_tokens` and `prompt_logprobs`.
         index: of the continuation, 0 to n - 1.
         stop_tokens: a token that ends the text when it is drawn.
@@ -53,14 +55,14 @@ class Request:
         root: what the first of them goes on from.
         publish_at: the next page is full, and can be shown to others, when so many tokens are computed.
         announced: digests of pages that it is computing and that others may wait for.
-        logits_from: first token of the prompt whose logits are still to be given, or `None`.
+        logits_from: first token of the prompt, its last one left out, whose logits are still to be given, or `None`.
         waited_for: pages that it has waited for another to compute.
         most_pages: that it can ever need.
         expected_pages: that it needs for the expected tokens.
     """
 
     id: str
-    prompt: list[int]
+    prompt: array[int]
     params: SamplingParams
     index: int = 0
     stop_tokens: frozenset[int] = frozenset()
@@ -94,12 +96,12 @@ class Request:
         """Tokens of the text that the host has read; one after them is on the device alone."""
         return len(self.prompt) + len(self.output)
 
-    def tokens(self, start: int, end: int) -> list[int]:
+    def tokens(self, start: int, end: int) -> array[int]:
         """Return tokens `start` to `end`, the last left out, of what the host has read."""
-        prompt = len(self.prompt)
-        if end <= prompt:
-            return self.prompt[start:end]
-        return self.prompt[start:] + self.output[max(start - prompt, 0) : end - prompt]
+        prompt, found = len(self.prompt), self.prompt[start:end]
+        if end > prompt:
+            found.extend(self.output[max(start - prompt, 0) : end - prompt])
+        return found
 
 
 def continuations(
@@ -116,9 +118,15 @@ def continuations(
     """Return the `params.n` requests that a prompt becomes.
 
     They share the full pages of the prompt as any requests with one beginning do: the first computes them while the
-    others wait. Each computes the rest, less than a page and the last token, by itself.
+    others wait. Each computes the rest, at most a page, by itself.
+
+    Raises:
+        InputError: a token of the prompt is no unsigned number of 32 bits.
     """
-    tokens = list(prompt)
+    try:
+        tokens = array("I", prompt)
+    except (OverflowError, TypeError):
+        raise InputError(f"{id}: a token of the prompt is not a number from 0 to 2^32 - 1") from None
     return [
         Request(
             id=id,

@@ -6,7 +6,7 @@ and takes the tokens that it drew from where the device keeps them, a slot a req
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,12 +121,17 @@ class Runner:
         self._draw(self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE), views, False)
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Launched:
-        """Begin a step and return without waiting for it."""
+    def launch(self, step: Step, masks: Mapping[int, torch.Tensor] | None = None) -> Launched:
+        """Begin a step and return without waiting for it.
+
+        Args:
+            step: what is computed.
+            masks: slot -> the tokens that may be drawn there, int32 [ceil(V / 32)]; all where there is none.
+        """
         for request in step.grown:
             if request.pages:
                 self._lines[request.slot, : len(request.pages)] = request.pages
-        self.sampler.prepare(step)
+        self.sampler.prepare(step, masks)
         captured = self._graph_for(step)
         if captured is not None:
             layout = captured.layout
@@ -228,10 +233,12 @@ class Runner:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return host.copy_(tensor, non_blocking=True)
 
-        found = [None if one is None else ops.Logprobs(*map(copied, one)) for one in (logprobs, prompt_logprobs)]
+        of_drawn, of_prompts = (
+            None if one is None else ops.Logprobs(*map(copied, one)) for one in (logprobs, prompt_logprobs)
+        )
         host, event = copied(drawn), torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        return Launched(step, host, *found, event)
+        return Launched(step, host, of_drawn, of_prompts, event)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:

@@ -23,6 +23,7 @@ from operator import attrgetter
 
 from tersor.engine import prefix
 from tersor.engine.admission import Admission, growth
+from tersor.engine.audit import audit
 from tersor.engine.limits import Limits
 from tersor.engine.outputs import ABORT, LENGTH, STOP
 from tersor.engine.pages import Pages
@@ -69,6 +70,7 @@ class Scheduler:
         self._slots = list(range(limits.max_rows - 1, -1, -1))
         self._stale = False  # whether one that is not running may be in `running`
         self._preempted: list[Request] = []  # since the last step
+        self._victims: list[Request] | None = None  # those who may be preempted in this step, the first one last
 
     def add(self, request: Request) -> None:
         """Take a request in; it waits.
@@ -79,8 +81,6 @@ class Scheduler:
         limits, name, prompt = self.limits, request.id, len(request.prompt)
         if not prompt:
             raise InputError(f"{name}: the prompt has no tokens")
-        if not prefix.are_tokens(request.prompt):
-            raise InputError(f"{name}: a token of the prompt is not a number from 0 to 2^32 - 1")
         if prompt >= limits.context:
             raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
         most, pages = request.params.max_tokens, self.cache.pages
@@ -102,7 +102,7 @@ class Scheduler:
         request.order = (self._order(request), self._arrivals)
         request.length, request.limit, request.most_pages = prompt, limit, need
         request.expected_pages = pages.needed(prompt + request.expected_tokens) if request.expected_tokens else 0
-        if request.params.prompt_logprobs is not None and request.index == 0:
+        if request.params.prompt_logprobs is not None and request.index == 0 and prompt > 1:
             request.logits_from = 0
         self._live.setdefault(name, []).append(request)
         self.unfinished += 1
@@ -136,16 +136,17 @@ class Scheduler:
         if self._stale:
             self.running = [request for request in self.running if request.state == RUNNING]
             self._stale = False
+        self._victims = None
         step, waiting = Step(), len(self.admission.preempted)
         rows, prompts = step.rows, []
         for request in self.running:
             start = request.computed
-            if request.state != RUNNING or (request.in_flight and not request.ahead):
+            if request.state != RUNNING:
                 continue
             if request.length - start != 1:
                 prompts.append(request)
                 continue
-            if start >= request.room and not self._grow(request, step):
+            if (request.in_flight and not request.ahead) or (start >= request.room and not self._grow(request, step)):
                 continue
             rows.append(Row(request, start, 1, 1, True))
             request.computed = start + 1
@@ -157,7 +158,7 @@ class Scheduler:
         step.drawing = rows.copy()
         budget = self.limits.max_step_tokens - len(rows)
         for request in prompts:
-            if budget and request.state == RUNNING:
+            if budget:
                 budget -= self._chunk(request, budget, step)
         if len(self.admission.preempted) == waiting:
             budget = self._admit(budget, step)
@@ -236,8 +237,6 @@ class Scheduler:
 
     def audit(self) -> None:
         """Check that everything has one owner and adds up (`audit.py`); a `TersorError` says what does not."""
-        from tersor.engine.audit import audit
-
         audit(self)
 
     @property
@@ -261,8 +260,7 @@ class Scheduler:
         start = request.computed
         count = min(budget, request.length - start)
         if request.logits_from is not None:
-            left = self.limits.max_prompt_logits - step.prompt_logits
-            count = min(count, max(request.logits_from - start, 0) + left)
+            count = min(count, self.limits.max_prompt_logits - step.prompt_logits)
             if not count:
                 return 0
         end = start + count
@@ -270,7 +268,7 @@ class Scheduler:
         logits = int(draws)
         if request.logits_from is not None:
             logits = max(end - max(start, request.logits_from), 0)
-            request.logits_from = None if draws else max(request.logits_from, end)
+            request.logits_from = max(request.logits_from, end) if end < len(request.prompt) - 1 else None
             step.prompt_logits += logits
         row = Row(request, start, count, logits, draws)
         step.rows.append(row)
@@ -331,22 +329,24 @@ class Scheduler:
         return True
 
     def _victim(self, request: Request) -> Request | None:
-        """Return the younger request that has least to compute again, else the request itself, unless it is oldest."""
-        best, least = None, (False, NEVER)
-        older = False
-        for one in reversed(self.running):
-            if one.state != RUNNING:
-                continue
-            if one.order <= request.order:
-                older = older or one is not request
-                if older:
-                    break
-                continue
-            private = self._private(one)
-            again = (private == 0, one.computed - (len(one.pages) - private) * self.cache.pages.size)
-            if best is None or again < least:
-                best, least = one, again
-        return best or (request if older else None)
+        """Return the younger request that has least to compute again, else the request itself, unless it is oldest.
+
+        Who needs a page is asked by age in a step, so they are ranked once, and who is passed over is never asked for
+        again.
+        """
+        running, size = self.running, self.cache.pages.size
+        if self._victims is None:
+            ranked = []
+            for place, one in enumerate(running):
+                private = self._private(one)
+                ranked.append((private == 0, one.computed - (len(one.pages) - private) * size, -place))
+            self._victims = [running[-place] for _, _, place in sorted(ranked, reverse=True)]
+        while self._victims:
+            one = self._victims.pop()
+            if one.state == RUNNING and one.order > request.order:
+                return one
+        oldest = next(one for one in running if one.state == RUNNING)
+        return None if oldest is request else request
 
     def _private(self, request: Request) -> int:
         """Pages that nobody holds but this request; those that it shares are before them."""

@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     const u16* __restrict__ key_norm,     // [HEAD_DIM]
     const void* __restrict__ sink_scores,  // as in sinks::Sinks
     u16* __restrict__ out,                // [tokens, heads, HEAD_DIM]
-    float* partial,                       // [rows, gridDim.y, gridDim.x, kPartial], of several splits
+    float* partial,                       // [rows, gridDim.y, gridDim.x, part_queries * (HEAD_DIM + 2)]
     u32* arrived,                         // [rows, gridDim.y], zero: splits that have come
     long long stride,                     // elements from one token of qkv to the next
     int table_stride,
@@ -80,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     int window,
     int wide_sinks,
     int settled,
+    int part_queries,                     // queries of a split in `partial`: an even number, as many as there may be
     int split_pages,                      // pages of a split in any batch, or 0: as many as make gridDim.x splits
     float scale,                          // of products, as pages::score takes it
     float soft,
@@ -121,6 +122,11 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) fetch(i);
+    int new_pages[2] = {};  // the last but one page and the last: at most 8 new tokens are in no other
+    if (works) {
+        new_pages[0] = __ldcg(row_table + max(split.end - split.first - 2, 0));
+        new_pages[1] = __ldcg(row_table + split.end - split.first - 1);
+    }
     if (settled) launch::wait_for_earlier();
 
     if (blockIdx.x == 0 && item == 0) {  // padding becomes zeros
@@ -162,10 +168,8 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
         }
         const int made = job - queries, position = known + made / 2, page = position / pages::kTokens;
         const bool writes = item == 0 && page >= split.first && page < split.end;
-        const long long at =
-            writes ? pages::row_of(
-                         __ldcg(row_table + page - split.first), made % 2, kv_heads, kv_head, position % pages::kTokens)
-                   : 0;
+        const int number = page == split.end - 1 ? new_pages[1] : new_pages[0];
+        const long long at = pages::row_of(number, made % 2, kv_heads, kv_head, position % pages::kTokens);
         const u32 to = memory + kNewAt + made * pages::kRowStride;
         const float of_token = head::give_page(ready, [&](int channel, u32 pair) {
             if constexpr (pages::kE4m3) {
@@ -228,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
             put_new(place, memory + kNewAt, memory + kNewScalesAt, start, known, length);
             __syncwarp();
         }
-        add_tile(sums, place, placed, kept, start, last, window, scale, soft);
+        add_tile(sums, place, placed, kept, queries, start, last, window, scale, soft);
         __syncwarp();
         fetch(i + STAGES);
     }
@@ -262,8 +266,9 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     const bool alone = split.count == 1;
     const sinks::Sinks of_heads = {sink_scores, wide_sinks};
     const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
-    float* parts = partial + ticket * gridDim.x * kPartial;
-    float* mine = parts + static_cast<long long>(blockIdx.x) * kPartial;
+    const long long part = part_queries * (kDim + 2);
+    float* parts = partial + ticket * gridDim.x * part;
+    float* mine = parts + blockIdx.x * part;
     const auto result_of = [&](int query) {
         const int token = (base + query) / group, head = kv_head * group + (base + query) % group;
         return out + (static_cast<long long>(first + token) * heads + head) * kDim;
@@ -294,8 +299,8 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
         } else {
             *reinterpret_cast<float4*>(mine + query * kDim + channel) = total;
             if (channel == 0) {
-                mine[kQueries * kDim + query] = largest;
-                mine[kQueries * kDim + kQueries + query] = weights;
+                mine[part_queries * kDim + query] = largest;
+                mine[part_queries * (kDim + 1) + query] = weights;
             }
         }
     }
@@ -306,6 +311,6 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     if (comes_last) arrived[ticket] = 0;
     for (int query = warp; query < queries; query += kWarps) {
         const float sink = of_heads.of(kv_head * group + (base + query) % group);
-        merge(parts, query, split.count, sink, result_of(query));
+        merge(parts, part_queries, query, split.count, sink, result_of(query));
     }
 }

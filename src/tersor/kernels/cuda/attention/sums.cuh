@@ -25,7 +25,6 @@ constexpr int kQueriesAt = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
 constexpr int kNewAt = kQueriesAt + kQueries * pages::kQueryStride;
 constexpr int kNewScalesAt = kNewAt + pages::kMostFew * 2 * pages::kRowStride;
 constexpr int kSharedBytes = kNewScalesAt + pages::kMostFew * 2 * 4;
-constexpr int kPartial = kQueries * (kDim + 2);  // floats of a split: sums, largest scores, sums of weights
 static_assert(kSharedBytes == SHARED_BYTES);
 
 // What remains of sums, largest scores and sums of weights: the result of one head and token, four channels of it.
@@ -45,9 +44,9 @@ struct Sums {
     float weights[kTiles][2];
 };
 
-// Adds 16 tokens from `start` on. `last`: of a lane's queries, the last token that each sees.
+// Adds 16 tokens from `start` on, for `count` queries. `last`: of a lane's queries, the last token that each sees.
 __device__ __forceinline__ void add_tile(
-    Sums& sums, u32 place, u32 queries, const u32 (&kept)[kQueriesStay ? kTiles : 1][kSteps][2], int start,
+    Sums& sums, u32 place, u32 queries, const u32 (&kept)[kQueriesStay ? kTiles : 1][kSteps][2], int count, int start,
     const int (&last)[kTiles][2], int window, float scale, float soft) {
     const int lane = threadIdx.x % 32;
     float products[kChains][kTiles][4] = {};
@@ -57,6 +56,7 @@ __device__ __forceinline__ void add_tile(
         tile::keys(fragment, place, step);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
+            if (t > 0 && 8 * t >= count) continue;
             u32 low, high;
             if constexpr (kQueriesStay) {
                 low = kept[t][step][0];
@@ -132,6 +132,7 @@ __device__ __forceinline__ void add_tile(
             if (step + i >= kSteps) continue;
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
+                if (t > 0 && 8 * t >= count) continue;
                 ptx::multiply_add<pages::kBf16Products>(
                     sums.outputs[step + i][t], fragments[i], weights[t][0], weights[t][1]);
             }
@@ -139,12 +140,14 @@ __device__ __forceinline__ void add_tile(
     }
 }
 
-// Adds up what `count` splits of a row found, by one warp for one query, and writes the result.
-__device__ __forceinline__ void merge(const float* partial, int query, int count, float sink, u16* out) {
+// Adds up what `count` splits of a row found, by one warp for one query, and writes the result. Of each split there are
+// sums of `part_queries` queries, then their largest scores, then their sums of weights.
+__device__ __forceinline__ void merge(const float* partial, int part_queries, int query, int count, float sink, u16* out) {
     const int lane = threadIdx.x % 32;
-    const float* scores = partial + kQueries * kDim + query;
+    const long long part = part_queries * (kDim + 2);
+    const float* scores = partial + part_queries * kDim + query;
     float largest = pages::lowest();
-    for (int split = lane; split < count; split += 32) largest = fmaxf(largest, __ldcg(scores + split * kPartial));
+    for (int split = lane; split < count; split += 32) largest = fmaxf(largest, __ldcg(scores + split * part));
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
     constexpr int kTurns = (kDim + 127) / 128;
@@ -152,14 +155,14 @@ __device__ __forceinline__ void merge(const float* partial, int query, int count
     float weights = 0.0f;
     for (int base = 0; base < count; base += 32) {
         const bool there = base + lane < count;
-        const float* mine = scores + (base + lane) * kPartial;
+        const float* mine = scores + (base + lane) * part;
         const float factor = there ? ptx::power_of_two(__ldcg(mine) - largest) : 0.0f;
-        weights += there ? __ldcg(mine + kQueries) * factor : 0.0f;
+        weights += there ? __ldcg(mine + part_queries) * factor : 0.0f;
         const int some = min(count - base, 32);
-#pragma unroll 4
+#pragma unroll 8
         for (int i = 0; i < some; ++i) {
             const float of_split = __shfl_sync(~0u, factor, i);
-            const float* from = partial + (base + i) * kPartial + query * kDim;
+            const float* from = partial + (base + i) * part + query * kDim;
 #pragma unroll
             for (int turn = 0; turn < kTurns; ++turn) {
                 const int channel = 4 * lane + 128 * turn;

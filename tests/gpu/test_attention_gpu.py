@@ -1,0 +1,193 @@
+"""Attention on a GPU: kernels against the reference, with NaN in unused parts of pages and in memory of results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
+
+from tersor import hardware, ops
+from tersor.kernels import attention as family
+from tersor.kernels import jit
+from tersor.ops import current, serve_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+LENGTHS = (1, 63, 64, 65, 200, 0, 2049)
+RATIOS = ((1, 1), (2, 1), (3, 1), (8, 2), (20, 4), (16, 2), (16, 1), (32, 1), (40, 1), (32, 8))
+DIMS = (64, 80, 96, 128, 192, 256)
+FORMS: tuple[Case, ...] = (
+    Case(),
+    Case(dtype=torch.bfloat16, norms=True),
+    Case(e4m3=True, sinks=True),
+    Case(dtype=torch.bfloat16, e4m3=True, form={"window": 100}),
+    Case(form={"window": 128, "softcap": 5.0}, rotary_dim=32),
+    Case(dtype=torch.bfloat16, form={"softcap": 3.0}, norms=True, sinks=True),
+)
+
+
+def cases() -> Iterator[Case]:
+    """Every head size and ratio with one new token a row, forms by turns; then more tokens, few and many."""
+    turn = 0
+    for dim in DIMS:
+        for heads, kv_heads in RATIOS if dim == 128 else RATIOS[3:7]:
+            for _ in range(2):
+                form = FORMS[turn % len(FORMS)]
+                turn += 1
+                ones = (1,) * len(LENGTHS)
+                yield replace(
+                    form, head_dim=dim, heads=heads, kv_heads=kv_heads, lengths=LENGTHS, counts=ones, tail=3, seed=turn
+                )
+        for form in FORMS:
+            turn += 1
+            some = replace(form, head_dim=dim, heads=8, kv_heads=2, seed=turn, tail=turn % 3)
+            yield replace(some, lengths=(8, 65, 200, 130, 3), counts=(8, 2, 7, 3, 1))
+            yield replace(some, lengths=(500, 129, 0, 300, 64, 1), counts=(300, 1, 20, 150, 64, 1))
+
+
+CASES = list(cases())
+
+
+def kind_of(case: Case) -> family.Kind:
+    """What a case's kernels are compiled for."""
+    return family.Kind(head_dim=case.head_dim, dtype=str(case.dtype).removeprefix("torch."), e4m3=case.e4m3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile side by side what the tests below would compile one after the other."""
+    chip = hardware.of_device(0)
+    sources = set()
+    for case in CASES:
+        kind, most = kind_of(case), max(case.counts)
+        queries = min(most, family.FEW_QUERIES) * (case.heads // case.kv_heads)
+        sources.add(family.decode_source(kind, kind.query_tiles(queries), chip))
+        if most > family.FEW_QUERIES:
+            sources |= {family.append_source(kind), family.prefill_source(kind, chip)}
+    jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results lie in memory full of NaN."""
+
+    def full(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(size, NAN, dtype=dtype, device="cuda").as_strided(size, stride)
+
+    monkeypatch.setattr(current, "empty", full)
+
+
+def check(step: Step) -> torch.Tensor:
+    """Assert that a step gives what the reference gives, pages too, and gives it again bit by bit."""
+    expected, pages = step.expected()
+    assert not ops.attention_obstacle(step.qkv, step.cache, step.form, step.rotary, step.norms, step.sinks)
+    cache = step.copy_of_cache()
+    found = ops.attend(*step.arguments(cache))
+    error = (found.float() - expected).abs()
+    assert (error <= tolerance(step, expected)).all(), f"{error.max().item()} {tolerance(step, expected).max().item()}"
+    assert same_pages(cache, pages) > (0.999 if step.case.e4m3 else 0.9999)  # sums of a norm round in another order
+    again = step.copy_of_cache()
+    for _ in range(3):
+        assert torch.equal(ops.attend(*step.arguments(again)), found)
+    assert same_pages(cache, again) == 1
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_that_of_the_reference(case: Case) -> None:
+    check(Step(case, "cuda"))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 33])
+def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
+    splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family, "grid_of", lambda kind, problem, sms: family.Grid.of(kind, problem, splits))
+    serve_attention._prepared.cache_clear()
+    check(Step(Case(head_dim=128, heads=8, lengths=LENGTHS, counts=(1,) * len(LENGTHS)), "cuda"))
+    serve_attention._prepared.cache_clear()
+
+
+def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
+    lengths = (700, 3, 65, 2049)
+    with ops.using(batch_invariant=True):
+        step = Step(Case(head_dim=128, heads=8, lengths=lengths, counts=(1, 2, 1, 1)), "cuda")
+        together, rows, qkv = check(step), step.rows, step.qkv
+        for row, (first, end) in enumerate(((0, 1), (1, 3), (3, 4), (4, 5))):
+            starts = torch.tensor([0, end - first], dtype=torch.int32, device="cuda")
+            alone = slice(row, row + 1)
+            step.rows = ops.Rows(starts, rows.lengths[alone], rows.pages[alone], end - first, lengths[row])
+            step.qkv = qkv[first:end]
+            assert torch.equal(ops.attend(*step.arguments(step.copy_of_cache())), together[first:end])
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_a_graph_follows_texts_that_grow(e4m3: bool) -> None:
+    """Lengths, tables and queries change between replays; the host told of the most there will be."""
+    case = Case(head_dim=128, heads=8, lengths=(60, 700, 127, 0), counts=(1, 1, 1, 1), e4m3=e4m3)
+    step = Step(case, "cuda")
+    used = set(step.rows.pages.flatten().tolist())
+    free = [page for page in range(1, step.cache.pages.shape[0]) if page not in used]
+    step.rows.pages[0, 1], step.rows.pages[2, 2] = free[0], free[1]
+    angles = torch.randn(1024, 64, device="cuda")
+    step.rotary = torch.cat([angles.cos(), angles.sin()], 1)
+    step.rows.most_length, step.rows.settled = step.rows.pages.shape[1] * ops.PAGE, True
+    cache = step.copy_of_cache()
+    ops.attend(*step.arguments(step.copy_of_cache()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.attend(*step.arguments(cache))
+    for turn in range(7):
+        step.qkv.copy_(torch.randn(step.qkv.shape, generator=torch.Generator().manual_seed(turn)))
+        step.cache = ops.PagedCache(cache.pages.clone(), None if cache.scales is None else cache.scales.clone())
+        expected, pages = step.expected()
+        found.fill_(NAN)
+        graph.replay()
+        assert ((found.float() - expected).abs() <= tolerance(step, expected)).all()
+        assert same_pages(cache, pages) > 0.999
+        step.rows.lengths[:3] += 1
+
+
+@pytest.mark.parametrize("counts", [(1,) * 6, (4, 1, 8, 1, 1, 2), (40, 1, 70, 1, 9, 1)])
+def test_launches_that_start_early_wait_for_what_they_read(
+    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain of steps with nothing between them, each of which reads what the one ahead of it wrote to pages."""
+    case = Case(head_dim=128, heads=8, lengths=(300, 129, 1100, 70, 65, 2), counts=counts)
+    step = Step(case, "cuda")
+    step.rotary = torch.ones(2000, 128, device="cuda")
+    rows = [
+        replace(step.rows, lengths=step.rows.lengths + turn, most_length=step.rows.most_length + turn)
+        for turn in range(20)
+    ]
+    found, caches = {}, {}
+    for early in (False, True):
+        cache = caches[early] = step.copy_of_cache()
+        results = [torch.full((len(step.qkv), 8 * 128), NAN, dtype=case.dtype, device="cuda") for _ in rows]
+        taken = iter(results)
+        monkeypatch.setattr(current, "empty", lambda size, stride, dtype, taken=taken: next(taken))
+        with ops.using(early=early):
+            for one in rows:
+                ops.attend(step.qkv, cache, one, step.form, step.rotary)
+        torch.cuda.synchronize()
+        found[early] = results
+    assert all(torch.equal(one, other) for one, other in zip(found[False], found[True], strict=True))
+    assert not any(one.isnan().any() for one in found[True])
+    assert same_pages(caches[False], caches[True]) == 1
+
+
+def test_rows_on_several_streams_do_not_share_what_splits_exchange() -> None:
+    step = Step(Case(head_dim=128, heads=8, lengths=(2049,), counts=(1,)), "cuda")
+    expected = check(step)
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(ops.attend(*step.arguments(step.copy_of_cache())))
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, expected) for one in results)

@@ -1,0 +1,157 @@
+"""Norms and rows of tables on a GPU: kernels against the torch code that defines them, over what was poisoned."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tersor import ops
+from tersor.kernels import jit, small
+from tersor.ops import current
+from tersor.ops.attention_form import Rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DTYPES = (torch.float16, torch.bfloat16)
+CHANNELS = (8, 256, 264, 2304, 4096, 4104, 5120, 8192, 16384)
+TOKENS = (1, 2, 31, 300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile side by side what the tests below would compile one after the other."""
+    names = ("float16", "bfloat16")
+    sources = {small.norm_source(name, layer, count) for name in names for layer in (False, True) for count in CHANNELS}
+    sources |= {
+        small.rows_source(name, wide, other) for name in names for wide in (False, True) for other in (False, True)
+    }
+    jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results lie in memory full of NaN."""
+
+    def full(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(size, torch.nan, dtype=dtype, device="cuda").as_strided(size, stride)
+
+    monkeypatch.setattr(current, "empty", full)
+
+
+def both(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel and what the torch code makes of a call."""
+    with ops.using(reference=True):
+        expected = call()
+    return call(), expected
+
+
+def served(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
+    """Note, for each call of a module of `ops`, whether a kernel served it."""
+    asked: list[bool] = []
+    module = importlib.import_module(f"tersor.ops.{name}")
+    whole = module.kernel_serves
+
+    def noted(*tensors: torch.Tensor | None) -> bool:
+        asked.append(whole(*tensors))
+        return asked[-1]
+
+    monkeypatch.setattr(module, "kernel_serves", noted)
+    return asked
+
+
+def norms(tokens: int, channels: int, dtype: torch.dtype) -> Iterator[Callable[[], torch.Tensor]]:
+    """Every kind of norm of one size."""
+    generator = torch.Generator(device="cuda").manual_seed(channels + tokens)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+
+    x, residual, weight, bias = some(tokens, channels) * 3 + 1, some(tokens, channels), some(channels), some(channels)
+    yield lambda: ops.rms_norm(x, weight, 1e-6)
+    yield lambda: ops.rms_norm(x, weight, 1e-6, offset=1.0, residual=residual)
+    yield lambda: ops.layer_norm(x, weight, bias, 1e-5)
+    yield lambda: ops.layer_norm(x, weight, None, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_norms_are_those_of_the_torch_code(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = served(monkeypatch, "norm")
+    for tokens in TOKENS:
+        for call in norms(tokens, channels, dtype):
+            y, expected = both(call)
+            torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=2e-5)
+            assert torch.equal(y, call()), "a launch that is repeated gives other bits"
+    assert asked.count(True) == 2 * len(TOKENS) * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("channels", [8, 768, 4096, 16384])
+def test_rows_are_those_of_the_torch_code(
+    channels: int, index: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = served(monkeypatch, "lookup")
+    generator = torch.Generator(device="cuda").manual_seed(channels)
+    table = torch.randn(100, channels, device="cuda", generator=generator).to(dtype)
+    learned = torch.randn(80, channels, device="cuda", generator=generator).to(dtype)
+    for texts in (1, 7, 300):
+        counts = torch.arange(texts) % 3
+        lengths = torch.where(counts > 0, counts + torch.arange(texts) % 90, 0).int().cuda()
+        starts = torch.cat([torch.zeros(1), counts.cumsum(0)]).int().cuda()
+        tokens = int(starts[-1]) + 5  # the last ones are padding
+        rows = Rows(starts, lengths, torch.zeros(texts, 1, dtype=torch.int32, device="cuda"), 2, 100)
+        ids = torch.randint(-2, 103, (tokens,), device="cuda", generator=generator).to(index)
+        for scale in (1.0, 12.5):
+            y, expected = both(lambda: ops.lookup(ids, table, scale=scale))  # noqa: B023
+            assert torch.equal(y, expected)
+            y, expected = both(lambda: ops.lookup(ids, table, scale=scale, positions=learned, first=2, rows=rows))  # noqa: B023
+            torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=0)
+        y, expected = both(lambda: ops.gather_rows(table, ids))  # noqa: B023
+        assert torch.equal(y, expected)
+    assert asked.count(True) == 3 * 5
+
+
+def test_other_rows_are_served_by_the_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = served(monkeypatch, "norm")
+    for channels, dtype in ((12, torch.float16), (16392, torch.bfloat16), (64, torch.float32)):
+        for call in norms(3, channels, dtype):
+            y, expected = both(call)
+            assert torch.equal(y, expected)
+    x = torch.randn(3 * 64 + 1, device="cuda").half()[1:].view(3, 64)  # starts on 2 bytes
+    assert ops.rms_norm(x, torch.ones(64, device="cuda").half(), 1e-6).isfinite().all()
+    assert not any(asked)
+
+
+def test_a_chain_that_is_replayed_as_a_graph_is_that_of_launches_that_wait() -> None:
+    """Each step reads what the kernel just ahead wrote: a launch that does not wait would show."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    table = torch.randn(64, 2048, device="cuda", generator=generator).bfloat16()
+    weight, bias = torch.randn(2, 2048, device="cuda", generator=generator).bfloat16()
+    tokens = torch.randint(0, 64, (9,), device="cuda", generator=generator)
+
+    def chain() -> torch.Tensor:
+        x = ops.lookup(tokens, table, scale=2.0)
+        for _ in range(10):
+            y = ops.rms_norm(x, weight, 1e-6)
+            x = ops.rms_norm(ops.layer_norm(y, weight, bias, 1e-5), weight, 1e-6, residual=x)
+            x = ops.gather_rows(x, tokens % 9)
+        return x
+
+    with ops.using(early=False):
+        expected = chain()
+    assert torch.equal(chain(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain()
+    for _ in range(5):
+        result.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(result, expected)
+    tokens.copy_((tokens + 1) % 64)
+    graph.replay()
+    assert torch.equal(result, chain()) and not torch.equal(result, expected)

@@ -1,0 +1,164 @@
+"""Kernels of attention on a CPU: `ops.attend` through their own headers, every lane, copy and barrier emulated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
+from helpers.emulated import COMPILER, Emulated
+
+from tersor import ops
+from tersor.hardware import chip_named
+from tersor.kernels import attention, jit
+from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.ops import current, dispatch, serve_attention
+from tersor.ops.workspace import Workspace
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+H200 = chip_named("H200")
+
+
+class Emulation(Workspace):
+    """A device that is a CPU.
+
+    Attributes:
+        launched: names of the kernels, in order.
+        arrived: counters of splits, zero between launches.
+        splits: what a launch has at most; `None` is what `grid_of` says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.launched: list[str] = []
+        self.arrived = torch.zeros(1 << 12, dtype=torch.int32)
+        self.splits: int | None = None
+        self._functions: dict[KernelSource, Emulated] = {}
+
+    def get(self, source: KernelSource, index: int) -> Emulated:
+        self.launched.append(source.name)
+        if source not in self._functions:
+            self._functions[source] = Emulated(source, self.folder)
+        return self._functions[source]
+
+    def split_sums(self, index: int, stream: int, floats: int, counters: int) -> tuple[int, int, torch.Tensor]:
+        assert counters <= len(self.arrived)
+        partial = torch.full((floats,), NAN)
+        return partial.data_ptr(), self.arrived.data_ptr(), partial
+
+    def grid(self, kind: Any, problem: Any, sms: int) -> attention.Grid:
+        return grid_of(kind, problem, sms) if self.splits is None else attention.Grid.of(kind, problem, self.splits)
+
+
+grid_of = attention.grid_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    emulation = Emulation(folder)
+    serve_attention._prepared.cache_clear()
+    monkeypatch.setattr(dispatch, "environment_reason", lambda dtype, device: "")
+    monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: H200)
+    monkeypatch.setattr(jit, "get", emulation.get)
+    monkeypatch.setattr(attention, "grid_of", emulation.grid)
+    monkeypatch.setattr(current, "stream", lambda index: 0)
+    monkeypatch.setattr(current, "empty", lambda size, stride, dtype: torch.full(size, NAN, dtype=dtype))
+    with ops.using(workspace=emulation, reference=False):
+        yield emulation
+    serve_attention._prepared.cache_clear()
+
+
+def check(step: Step, emulation: Emulation) -> torch.Tensor:
+    """Assert that a step gives what the reference gives, and pages as the reference leaves them."""
+    expected, pages = step.expected()
+    cache = step.copy_of_cache()
+    found = ops.attend(*step.arguments(cache))
+    error = (found.float() - expected).abs()
+    assert emulation.launched and (error <= tolerance(step, expected)).all(), error.max()
+    assert same_pages(cache, pages) > (0.999 if step.case.e4m3 else 0.99999)  # sums of a norm round in another order
+    assert not emulation.arrived.any()
+    return found
+
+
+FEW = (
+    Case(lengths=(5,)),
+    Case(head_dim=128, heads=8, lengths=(200, 1, 64, 65, 0, 63), counts=(1,) * 6, tail=2),
+    Case(heads=6, lengths=(200, 7, 130), counts=(3, 7, 5), dtype=torch.bfloat16, norms=True, sinks=True),
+    Case(head_dim=80, heads=8, kv_heads=1, lengths=(100, 30), counts=(8, 4), rotary_dim=32),
+    Case(head_dim=96, kv_heads=4, lengths=(100, 30), counts=(2, 1), e4m3=True, norms=True, rotary_dim=0),
+    Case(head_dim=128, heads=16, lengths=(300, 64), counts=(1, 1), e4m3=True, sinks=True, dtype=torch.bfloat16),
+    Case(head_dim=256, lengths=(100, 65), counts=(1, 2), form={"softcap": 5.0}),
+    Case(head_dim=256, heads=20, kv_heads=1, lengths=(100, 65), counts=(2, 5), dtype=torch.bfloat16, e4m3=True),
+    Case(heads=3, kv_heads=1, lengths=(200, 139, 40), counts=(1, 2, 1), form={"window": 70}),
+    Case(heads=5, kv_heads=5, lengths=(129, 200), counts=(3, 1), form={"window": 3, "softcap": 2.0}, norms=True),
+)
+MANY = (
+    Case(lengths=(100, 70, 40, 0), counts=(50, 1, 40, 20), tail=3),
+    Case(head_dim=80, lengths=(120, 70), counts=(20, 1), e4m3=True, norms=True, sinks=True, form={"window": 50}),
+    Case(head_dim=128, heads=2, kv_heads=1, lengths=(140,), counts=(70,), dtype=torch.bfloat16, form={"softcap": 4.0}),
+    Case(head_dim=256, heads=2, kv_heads=1, lengths=(80,), counts=(20,), dtype=torch.bfloat16, e4m3=True),
+)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_rows_of_few_tokens_are_those_of_the_reference(case: Case, splits: int, device: Emulation) -> None:
+    device.splits = splits
+    check(Step(case), device)
+    assert all("decode" in name for name in device.launched)
+
+
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case: Case, device: Emulation) -> None:
+    check(Step(case), device)
+    assert any("prefill" in name for name in device.launched)
+
+
+def test_rows_that_are_settled_give_the_same_bits(device: Emulation) -> None:
+    step = Step(FEW[1])
+    found = check(step, device)
+    step.rows.settled = True
+    assert torch.equal(check(step, device), found)
+
+
+def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for(device: Emulation) -> None:
+    case = Case(head_dim=128, heads=8, lengths=(700, 3, 65), counts=(1, 3, 1))
+    with ops.using(batch_invariant=True):
+        step = Step(case)
+        together = check(step, device)
+        rows, qkv = step.rows, step.qkv
+        step.rows = ops.Rows(torch.tensor([0, 1], dtype=torch.int32), rows.lengths[:1], rows.pages[:1], 1, 700)
+        step.qkv = qkv[:1]
+        alone = check(step, device)
+    assert torch.equal(alone[0], together[0])
+
+
+def test_texts_grow_step_by_step_over_the_same_pages(device: Emulation) -> None:
+    step = Step(Case(lengths=(62, 127), counts=(1, 1)))
+    used = set(step.rows.pages.flatten().tolist())
+    free = [page for page in range(1, step.cache.pages.shape[0]) if page not in used]
+    step.rows.pages[0, 1], step.rows.pages[1, 2] = free[0], free[1]
+    step.rotary = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    for turn in range(4):
+        step.qkv = torch.randn(step.qkv.shape, generator=torch.Generator().manual_seed(turn)).half()
+        check(step, device)
+        ops.attend(*step.arguments())
+        step.rows.lengths += 1
+        step.rows.most_length += 1
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int) -> None:
+    kind = attention.Kind(head_dim=64, dtype="float16")
+    sources = [attention.append_source(kind), attention.prefill_source(kind, H200)]
+    for source in [attention.decode_source(kind, tiles, H200), *sources]:
+        text = nvrtc.compile_source(source, "compute_90a").data
+        assert b"griddepcontrol.wait" in text and b"griddepcontrol.launch_dependents" in text
