@@ -85,14 +85,14 @@ def _prepare(api: Api, request: CompletionRequest, given: str | list[int]) -> _P
     entries = None
     if asked is not None:
         before: Sequence[int] = () if request.echo else tokens
-        entries = [PlainEntries(api.info.tokenizer, before, asked) for _ in range(request.n)]
+        entries = [PlainEntries(api.info.tokenizer, before, asked, skip_special=skip) for _ in range(request.n)]
     return _Prompt(shown, Job(tokens, params, request.cache_salt), choices, entries)
 
 
 async def _pieces(api: Api, request: CompletionRequest, prompts: list[_Prompt]) -> AsyncGenerator[_Piece, None]:
     """Yield what is new of the answers until all have ended."""
-    async with api.front.answering([prompt.job for prompt in prompts]) as answers:
-        async for place, output in answers.outputs():
+    async with api.front.answering([prompt.job for prompt in prompts]) as outputs:
+        async for place, output in outputs:
             prompt = prompts[place]
             prompt.cached = output.num_cached_tokens
             if request.echo and not prompt.echoed:
