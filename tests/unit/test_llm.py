@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ from helpers import tiny_lm
 import tersor
 from tersor import LLM, SamplingParams
 from tersor.engine.outputs import LENGTH, STOP
+from tersor.engine.threaded import ThreadedEngine
 from tersor.errors import InputError, UnsupportedError
 
 PROMPTS = ["def read_file(path):", "The first rule", "import torch\n" * 6, "x"]
@@ -24,7 +26,7 @@ DRAWN = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=7, ignor
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(tiny_lm.TINY, device="cpu", max_rows=8, max_step_tokens=64, kv_bytes=64 << 20)
+    return LLM(tiny_lm.TINY, device="cpu", max_rows=48, max_step_tokens=64, kv_bytes=64 << 20)
 
 
 def expected(prompt: str, count: int) -> list[int]:
@@ -175,3 +177,37 @@ def test_chat_needs_a_template(llm: LLM) -> None:
     finally:
         llm.tokenizer.chat_template = before
     assert llm.tokenizer.decode(output.prompt_token_ids) == "<user>hello<answer>"
+
+
+def test_a_thousand_streams_at_once_say_what_each_says_alone(llm: LLM) -> None:
+    """Some leave early, some are aborted; nobody else's text changes, and every page comes back."""
+    words = ["import", "def", "The", "class", "for", "x =", "return", "a"]
+    prompts = [f"{one} {other}" for one in words for other in words[:5]]
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    alone = {prompt: texts(llm.generate(prompt, params))[0] for prompt in prompts}
+    tokens = {prompt: llm.tokenizer(prompt)["input_ids"] for prompt in prompts}
+
+    async def ask(engine: ThreadedEngine, index: int) -> None:
+        prompt = prompts[index % len(prompts)]
+        last = None
+        async for output in engine.generate(tokens[prompt], params, request_id=f"r{index}"):
+            last = output.outputs[0]
+            if index % 10 == 3:
+                return
+            if index % 10 == 7:
+                await engine.abort(f"r{index}")
+        assert last is not None
+        assert last.token_ids == alone[prompt][: len(last.token_ids)]
+        if index % 10 != 7:
+            assert last.finish_reason == LENGTH and len(last.token_ids) == 6
+
+    async def main() -> None:
+        engine = ThreadedEngine(llm.core, llm.info)
+        await asyncio.gather(*(ask(engine, index) for index in range(1000)))
+        await engine.close()
+
+    asyncio.run(main())
+    while llm.core.unfinished:
+        llm.core.step()
+    llm.core.scheduler.audit()
+    assert llm.core.stats().pages_used == 0
