@@ -227,7 +227,6 @@ inline void copy(u32 shared, const void* global, u32 bytes, u32 all) {
     fibers[now].open.push_back({attention_memory + shared, static_cast<const unsigned char*>(global), bytes, all});
 }
 inline void copy_async_16_zero_fill(u32 shared, const void* global, u32 bytes) { copy(shared, global, bytes, 16); }
-inline void copy_async_4_zero_fill(u32 shared, const void* global, u32 bytes) { copy(shared, global, bytes, 4); }
 inline void copy_async_commit() {
     fibers[now].groups.push_back(std::move(fibers[now].open));
     fibers[now].open.clear();

@@ -118,6 +118,12 @@ def test_rows_of_few_tokens_are_those_of_the_reference(case: Case, splits: int, 
     assert all("decode" in name for name in device.launched)
 
 
+@pytest.mark.parametrize("length", [700, 8500])
+def test_many_splits_become_one_result(length: int, device: Emulation) -> None:
+    device.splits = 64  # of which the device takes 11, and 34
+    check(Step(Case(head_dim=32, heads=2, kv_heads=1, lengths=(length,), counts=(1,), sinks=True)), device)
+
+
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case: Case, device: Emulation) -> None:
     check(Step(case), device)

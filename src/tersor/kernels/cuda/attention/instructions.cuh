@@ -31,11 +31,6 @@ __device__ __forceinline__ u32 widen_e4m3_pair(u16 pair) {
     return wide;
 }
 
-// Copies the first `bytes` (0 to 4) and fills the rest of the 4 with zeros.
-__device__ __forceinline__ void copy_async_4_zero_fill(u32 shared, const void* global, u32 bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ u32 load_shared(u32 shared) {
     u32 word;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
