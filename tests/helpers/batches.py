@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tersor.engine.batch_file import BatchEngine, Item, Report, run_batch
+from tersor.engine.batch_file import Report, run_batch
+from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import CompletionOutput, RequestOutput
 from tersor.errors import InputError
@@ -137,3 +138,10 @@ class MakeNone:
 
     def __call__(self, worker: int) -> BatchEngine:
         raise InputError(f"no GPU\nfor worker {worker}")
+
+
+class MakeEcho:
+    """Makes the plain engine."""
+
+    def __call__(self, worker: int) -> BatchEngine:
+        return Echo()

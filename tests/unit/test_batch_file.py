@@ -120,3 +120,25 @@ def test_files_that_cannot_be_are_one_clear_line(
         run_batch(source, output, Echo(), Letters(), model="letters", identity={}, errors=errors)
     assert "\n" not in str(info.value)
     assert Path("in.jsonl").read_bytes() == content
+
+
+def test_a_greedy_question_that_is_asked_twice_is_run_once(tmp_path: Path) -> None:
+    asked = [
+        request("a", "same", temperature=0),
+        request("b", ["other", "same"], temperature=0),
+        request("c", "same", temperature=0, max_tokens=2),
+        request("d", "same", temperature=0, logit_bias={"5": 1}),
+        request("e", "same"),
+        request("f", "same"),
+        request("g", "same", temperature=0, seed=4),
+        request("h", [[0]], temperature=0),
+        request("i", [[0]], temperature=0),
+    ]
+    write(tmp_path / "in.jsonl", asked)
+    engine = Echo()
+    assert go(tmp_path, engine).progress.done == 7
+    assert engine.ran == 7  # same, other, 2 tokens, bias, e, f, and the one that fails
+    found = {a["custom_id"]: a["response"]["body"] for a in read(tmp_path / "out.jsonl")}
+    assert found["a"]["choices"][0]["text"] == found["b"]["choices"][1]["text"] == found["g"]["choices"][0]["text"]
+    assert found["a"]["id"] != found["g"]["id"]
+    assert sorted(e["custom_id"] for e in read(tmp_path / "out.errors.jsonl")) == ["h", "i"]

@@ -15,7 +15,8 @@ import pytest
 from helpers.batches import MIXED, Echo, go, read, write
 
 from tersor.engine import batch_store
-from tersor.engine.batch_file import Item, Progress, Report, draining
+from tersor.engine.batch_file import Progress, Report, draining
+from tersor.engine.batch_items import Item
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import RequestOutput
 from tersor.errors import InputError, OutputError, TersorError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.batches import MIXED, Echo, MakeMortal, MakeNone, MakeSlow, go, read, write
 
-from tersor.engine.batch_file import Item
+from tersor.engine.batch_items import Item
 from tersor.engine.dispatch import TRIES, Dispatch, Done, Event, Lost, run_over
 from tersor.engine.groups import plan
 from tersor.engine.params import SamplingParams

@@ -11,53 +11,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from tersor import files
 from tersor.engine import openai_answer
+from tersor.engine.batch_items import BatchEngine, Item, answer_once
 from tersor.engine.batch_lines import BadLine, BatchInput, Dialect, Line, embeds, read_batch
 from tersor.engine.batch_store import Store, errors_path, manifest_path
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import ABORT, ERROR, RequestOutput
-from tersor.engine.params import SamplingParams
 from tersor.errors import InputError, TersorError
 from tersor.version import __version__
 
 INTERRUPTED = 130
 """Exit status of a job that was interrupted: that of a shell for SIGINT."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A prompt to be answered.
-
-    Attributes:
-        key: becomes the `request_id` of its output.
-        tokens: int32 [length].
-        params: how tokens are drawn, with a seed where they are; `None` asks for the last state, as an `Embedded`.
-    """
-
-    key: str
-    tokens: NDArray[np.int32]
-    params: SamplingParams | None
-
-
-class BatchEngine(Protocol):
-    """What answers the prompts of a batch."""
-
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterable[RequestOutput | Embedded]:
-        """Yield the finished output of every item, in any order; one that fails says so in `error`.
-
-        Once `stopping()` is true no further item is begun: what runs is finished, and the rest has no output.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +42,7 @@ class Progress:
         failed: lines that are no requests, and requests that failed.
         before: of both, how many were settled when this run began to compute.
         seconds: since then.
-        drawn: tokens drawn since then.
+        drawn: tokens of the answers since then.
     """
 
     total: int
@@ -271,7 +243,7 @@ class _Job:
         self._on_progress(self.progress())
         if not items or stopping():
             return
-        for answer in engine.run(items, stopping):
+        for answer in answer_once(engine, items, stopping):
             self._take(answer)
         if self._lines and not stopping():
             raise TersorError(

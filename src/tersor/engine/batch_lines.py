@@ -159,7 +159,8 @@ def _take(
 def _object(raw: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(raw.decode(), parse_constant=_no_constant)
-        json.dumps(entry, ensure_ascii=False).encode()  # a text may hold half a character: \ud800
+        if b"\\ud" in raw.lower():  # a text may hold half a character
+            json.dumps(entry, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise _LineError("invalid_json", f"the line is not UTF-8 (byte {error.start})") from None
     except UnicodeEncodeError:

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from tersor.engine import groups, shares
-from tersor.engine.batch_file import Item
+from tersor.engine.batch_items import Item
 from tersor.engine.groups import Plan
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import RequestOutput
@@ -141,7 +141,7 @@ def run_over(
     Raises:
         TersorError: no worker is left.
     """
-    plan = groups.plan([item.tokens for item in items], [_expected(item) for item in items])
+    plan = groups.plan([item.tokens for item in items], [expected_output(item) for item in items])
     positions = {items[index].key: position for position, index in enumerate(plan.order.tolist())}
     dispatch = Dispatch(plan, workers.count)
     idle, busy, stopped, reason = set(range(workers.count)), set[int](), False, ""
@@ -176,7 +176,8 @@ def run_over(
                     yield _failed(items[int(plan.order[position])], reason)
 
 
-def _expected(item: Item) -> int:
+def expected_output(item: Item) -> int:
+    """Return how many tokens an item is expected to draw before anything was learnt."""
     return item.params.n * (item.params.max_tokens or GUESSED_OUTPUT) if item.params else 0
 
 

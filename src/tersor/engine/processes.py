@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from tersor.engine.batch_file import BatchEngine, Item
+from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.dispatch import Done, Event, Lost, run_over
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import RequestOutput

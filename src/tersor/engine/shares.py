@@ -12,8 +12,8 @@ from tersor.engine.groups import Plan
 from tersor.engine.prefix_tree import Integers
 from tersor.errors import InputError
 
-_SPLITS = 4
-"""Groups split at most for each worker."""
+_SPLITS, _EVEN = 4, 0.01
+"""Groups split at most for each worker, and the part of a mean share by which shares may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def share_out(plan: Plan, workers: int, *, token_cost: float = 1.0) -> list[Shar
 
     Groups go to the worker that has least so far, the longest group first (Graham 1969: at most 4/3 of the best). Then
     a part of a group moves from the worker that has most to the one that has least, as long as that shortens the
-    longest share and the prefix that is computed twice for it is less than the difference of the two.
+    longest share, the prefix that is computed twice for it is less than the difference of the two, and that matters.
 
     Args:
         plan: of the requests.
@@ -81,15 +81,19 @@ def _split(plan: Plan, sums: np.ndarray, parts: list[list[tuple[int, int]]], tot
     """Move the end of one group from the longest share to the shortest; return whether any is worth it."""
     most, least = int(np.argmax(totals)), int(np.argmin(totals))
     difference = totals[most] - totals[least]
+    if difference <= _EVEN * sum(totals) / len(totals):
+        return False
     best, choice = totals[most], (0, 0, 0)
     for index, (start, stop) in enumerate(parts[most]):
+        if stop - start == 1:
+            continue
         cuts = np.arange(start + 1, stop)
         moved = sums[stop] - sums[cuts]
         twice = plan.reused[cuts]
         longest = np.where(
             twice < difference, np.maximum(totals[most] - moved, totals[least] + moved + twice), totals[most]
         )
-        if cuts.size and longest.min() < best:
+        if longest.min() < best:
             best, choice = float(longest.min()), (index, int(cuts[longest.argmin()]), stop)
     index, cut, stop = choice
     if not cut:
