@@ -252,3 +252,19 @@ def test_a_message_with_tool_calls_says_so() -> None:
     (choice,) = completion(chat, [output], name="n", model="m", created=1, message=Letters().message)["choices"]
     assert choice["message"]["content"] == "CALL"
     assert choice["finish_reason"] == "tool_calls"
+
+
+def test_a_request_has_the_defaults_that_it_does_not_give(tmp_path: Path) -> None:
+    defaults = {"temperature": 0.5, "max_tokens": 9, "top_k": 3}
+    lines = batch_of(tmp_path, ask("a"), ask("b", prompt="x", max_tokens=4, top_k=None), defaults=defaults).lines
+    found = [(p.temperature, p.max_tokens, p.top_k) for line in lines for p in line.params if p]
+    assert found == [(0.5, 9, 3), (0.5, 4, 3)]
+    (line,) = batch_of(tmp_path, ask("e", "/v1/embeddings", input="x"), defaults=defaults).lines
+    assert line.params == [None]
+    for wrong, message in (
+        ({"temprature": 1}, "'temprature' is no option of sampling, did you mean 'temperature'"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": "many"}, r"top_k is a text \(many\), expected a whole number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            batch_of(tmp_path, GOOD, defaults=wrong)

@@ -116,7 +116,8 @@ def test_another_model_input_or_sampling_is_not_blended_in(tmp_path: Path) -> No
     for options, what in (
         ({"model": "other"}, 'model "letters", now "other"'),
         ({"identity": {"weights": "abd"}}, 'weights "abc", now "abd"'),
-        ({"identity": {"weights": "abc", "temperature": 1}}, "temperature null, now 1"),
+        ({"identity": {"weights": "abc", "dtype": "fp6"}}, 'dtype null, now "fp6"'),
+        ({"defaults": {"temperature": 1}}, 'sampling {}, now {"temperature": 1}'),
         ({"identity": {}}, 'weights "abc", now null'),
     ):
         with pytest.raises(InputError, match=f"cannot be resumed: it was made with {what}"):

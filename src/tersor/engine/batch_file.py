@@ -131,6 +131,7 @@ def run_batch(
     model: str,
     identity: Mapping[str, Any],
     models: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
     errors: str | os.PathLike[str] | None = None,
     resume: bool = False,
     retry_failed: bool = False,
@@ -146,8 +147,9 @@ def run_batch(
         engine: answers prompts.
         dialect: of its model.
         model: its name, as answers give it.
-        identity: what else the answers depend on, as JSON values: the model's weights, defaults of sampling.
+        identity: what else the answers depend on, as JSON values, such as a hash of the model's weights.
         models: names that a request may give the model; empty allows all.
+        defaults: options of sampling that a request has which does not give them.
         errors: gets a line a failure; by default beside the output.
         resume: whether a job that was begun is continued.
         retry_failed: whether requests that failed in an earlier run are run again.
@@ -162,8 +164,9 @@ def run_batch(
     """
     paths = _paths(source, output, errors)
     with draining(on_stop) as stopping:
-        batch = read_batch(paths[0], dialect, models=models)
-        known = {"input": batch.sha256, "model": model, **identity, "tersor": __version__}
+        batch = read_batch(paths[0], dialect, models=models, defaults=defaults)
+        known = {"input": batch.sha256, "model": model, **identity, "sampling": dict(defaults or {})}
+        known["tersor"] = __version__
         store = Store(paths[1], paths[2], known, resume=resume, retry_failed=retry_failed, clock=clock)
         try:
             job = _Job(batch, store, dialect, model, on_progress)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.engine.openai_body import CHAT, EMBEDDINGS, URLS, Ask, parse
+from tersor.engine.openai_body import CHAT, EMBEDDINGS, URLS, Ask, check_defaults, parse
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError, did_you_mean
 
@@ -105,17 +105,21 @@ class _LineError(InputError):
         super().__init__(message)
 
 
-def read_batch(path: Path, dialect: Dialect, *, models: Collection[str] = ()) -> BatchInput:
+def read_batch(
+    path: Path, dialect: Dialect, *, models: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> BatchInput:
     """Read a batch file in one pass. Empty lines are passed over.
 
     Args:
         path: of the file.
         dialect: of the model that will answer.
         models: names that a body may give the model; empty allows all.
+        defaults: options of sampling that a request has which does not give them.
 
     Raises:
-        InputError: the file cannot be read, or has no line at all.
+        InputError: the file cannot be read, or has no line at all; a default is none.
     """
+    check_defaults(defaults or {})
     result, digest, seen = BatchInput(), hashlib.sha256(), dict[str, int]()
     try:
         with open(path, "rb") as file:
@@ -123,7 +127,7 @@ def read_batch(path: Path, dialect: Dialect, *, models: Collection[str] = ()) ->
                 digest.update(raw)
                 text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 if text.strip():
-                    _take(result, number, text, seen, dialect, models)
+                    _take(result, number, text, seen, dialect, models, defaults)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     if not result.lines and not result.bad:
@@ -133,7 +137,13 @@ def read_batch(path: Path, dialect: Dialect, *, models: Collection[str] = ()) ->
 
 
 def _take(
-    result: BatchInput, number: int, raw: bytes, seen: dict[str, int], dialect: Dialect, models: Collection[str]
+    result: BatchInput,
+    number: int,
+    raw: bytes,
+    seen: dict[str, int],
+    dialect: Dialect,
+    models: Collection[str],
+    defaults: Mapping[str, Any] | None,
 ) -> None:
     custom_id = None
     try:
@@ -146,7 +156,7 @@ def _take(
             raise _LineError("duplicate_custom_id", f"custom_id {custom_id!r} is that of line {seen[custom_id]}, too")
         seen[custom_id] = number
         url = _url(entry, result.url)
-        ask = parse(url, entry.get("body"))
+        ask = parse(url, entry.get("body"), defaults)
         if models and ask.model is not None and ask.model not in models:
             raise _LineError("model_not_found", f"model is {ask.model!r}, and this batch runs {', '.join(models)}")
         result.url = url

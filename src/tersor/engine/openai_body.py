@@ -44,8 +44,26 @@ class Ask:
     base64: bool = False
 
 
-def parse(url: str, body: Any) -> Ask:
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Check options that requests have which do not give them.
+
+    Raises:
+        InputError: one is no field of sampling, of a wrong type or out of its range.
+    """
+    for name, value in defaults.items():
+        if name not in _SAMPLING:
+            raise InputError(f"{name!r} is no option of sampling{did_you_mean(name, _SAMPLING)}")
+        _SAMPLING[name].check(name, value)
+    SamplingParams(**defaults)
+
+
+def parse(url: str, body: Any, defaults: Mapping[str, Any] | None = None) -> Ask:
     """Return what a body asks for.
+
+    Args:
+        url: one of `URLS`.
+        body: as it was read from JSON.
+        defaults: fields of sampling that a body has which does not give them.
 
     Raises:
         InputError: a field is missing, unknown, of a wrong type or out of its range.
@@ -73,7 +91,7 @@ def parse(url: str, body: Any) -> Ask:
             prompts=_prompts("input", given["input"]),
             base64=given.get("encoding_format") == "base64",
         )
-    params = _params(url, given)
+    params = _params(url, {**(defaults or {}), **given})
     if url == COMPLETIONS:
         return Ask(url=url, model=model, prompts=_prompts("prompt", given["prompt"]), params=params)
     options = {name: given[name] for name in _OPTIONS if name in given} | given.get("chat_template_kwargs", {})
