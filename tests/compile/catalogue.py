@@ -246,7 +246,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     around += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
-    around += tuple(_around_products()[first::turn])
+    around += tuple(around_products()[first::turn])
     return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
 
 
@@ -302,7 +302,7 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
     return found
 
 
-def _around_products() -> list[KernelSource]:
+def around_products() -> list[KernelSource]:
     """Return kernels of norms, rows and sampling: the most registers of each kind, every dtype, by turns."""
     norms = [
         small.norm_source(dtype, layer, channels)

@@ -106,15 +106,7 @@ def test_a_step_is_that_of_the_reference(case: Case) -> None:
 def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
     splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid_of = family.grid_of
-
-    def forced(kind: family.Kind, problem: family.Problem, sms: int) -> family.Grid:
-        queries = 8 * kind.query_tiles(problem.shared_queries)
-        items = grid_of(kind, problem, sms).items
-        groups = problem.rows * problem.kv_heads * items
-        return family.Grid(splits, items, groups * splits * queries * (kind.head_dim + 2), groups)
-
-    monkeypatch.setattr(family, "grid_of", forced)
+    monkeypatch.setattr(family, "grid_of", lambda kind, problem, sms: family.Grid.of(kind, problem, splits))
     serve_attention._prepared.cache_clear()
     check(Step(Case(head_dim=128, heads=8, lengths=LENGTHS, counts=(1,) * len(LENGTHS)), "cuda"))
     serve_attention._prepared.cache_clear()

@@ -58,6 +58,15 @@ def logits(decoder: Decoder, given: Sequence[torch.Tensor]) -> list[torch.Tensor
     return [torch.cat(parts) for parts in found]
 
 
+def whole(decoder: Decoder, text: torch.Tensor) -> torch.Tensor:
+    """Return the logits [length, V] of every token of one text that is one row."""
+    length, pages = len(text), -(-len(text) // PAGE)
+    row = torch.tensor([0, length], dtype=torch.int32)
+    rows = Rows(row, row[1:], torch.arange(pages, dtype=torch.int32)[None], length, pages * PAGE)
+    with torch.inference_mode():
+        return decoder(text, rows, decoder.caches(pages), torch.arange(length))
+
+
 def difference(decoder: Decoder, reference: Any) -> float:
     """Return by how much logits differ at most from those of a model of transformers, relative to the largest."""
     given = texts(decoder.config.vocabulary)

@@ -164,13 +164,15 @@ def test_splits_fill_the_gpu_and_are_few_where_rows_are_many() -> None:
     assert attention.grid_of(kind, problem(rows=1, most_pages=3), 132).splits == 3
     assert attention.grid_of(kind, problem(), 132).counters == 0
     grid = attention.grid_of(kind, problem(rows=2), 132)
-    assert grid.counters == 16 and grid.floats == 16 * 16 * 8 * 130
+    assert grid.counters == 16 and grid.part_queries == 4 and grid.floats == 16 * 16 * 4 * 130
 
 
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     for rows in (1, 32):
-        assert attention.grid_of(kind, problem(rows=rows, invariant=True), 132).splits == 8
+        assert attention.grid_of(kind, problem(rows=rows, invariant=True), 132).splits == 4
+    tiles = {problem(most_queries=most, invariant=True).query_tiles(kind) for most in (1, 2, 8, 500)}
+    assert tiles == {4}
     windowed = attention.grid_of(kind, problem(invariant=True, window=100), 132)
     assert windowed.splits * attention.INVARIANT_PAGES * PAGE >= 100 + attention.FEW_QUERIES + 2 * (PAGE - 1)
 

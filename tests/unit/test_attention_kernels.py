@@ -50,13 +50,7 @@ class Emulation(Workspace):
         return partial.data_ptr(), self.arrived.data_ptr(), partial
 
     def grid(self, kind: Any, problem: Any, sms: int) -> attention.Grid:
-        found = grid_of(kind, problem, sms)
-        if self.splits is None:
-            return found
-        queries = 8 * kind.query_tiles(problem.shared_queries)
-        groups = problem.rows * problem.kv_heads * found.items
-        floats = groups * self.splits * queries * (kind.head_dim + 2)
-        return attention.Grid(self.splits, found.items, floats, groups)
+        return grid_of(kind, problem, sms) if self.splits is None else attention.Grid.of(kind, problem, self.splits)
 
 
 grid_of = attention.grid_of

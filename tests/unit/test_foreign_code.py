@@ -106,6 +106,16 @@ def test_a_verb_does_not_for_a_compressed_model_either(
     refused(words_of(verb, packed, tmp_path), answer, packed, capsys)
 
 
+def test_serving_has_no_use_for_the_code_of_a_model(
+    answer: io.StringIO, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = own_code.make(tmp_path / "model")
+    assert run(["serve", str(model), "--device", "cpu", "--port", "0"]) == 1
+    assert "the engine does not have MineForCausalLM" in capsys.readouterr().err
+    assert answer.read() == "y\n" * 8
+    assert not own_code.ran(model).exists()
+
+
 def test_kernels_are_compiled_without_the_code_of_a_model(
     packed: Path, answer: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import decoders, packed_models
+from helpers import checkpoints, decoders, packed_models
 from transformers import AutoModelForCausalLM
 
 from tersor import models
 
 LONG = {"max_position_embeddings": 256}
+YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 10000.0}
+YARN |= {"original_max_position_embeddings": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases and many heads": (
@@ -45,6 +47,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 2, "num_hidden_layers": 4},
     ),
     "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2 without groups": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "q_lora_rank": None, "v_head_dim": 24, "num_hidden_layers": 3},
+    ),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3 with long texts": ("deepseek_v3", {"rope_interleave": False, "rope_parameters": YARN}),
 }
 
 
@@ -56,3 +65,31 @@ def test_logits_of_mixed_steps_are_those_of_transformers(case: str, tmp_path: Pa
     decoder = models.load(path, "cpu")
     assert decoder.dtype is torch.float32
     assert decoders.difference(decoder, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_plain_experts_in_16_bits_are_as_exact_as_their_dtype(name: str, tmp_path: Path) -> None:
+    path = packed_models.plain(name, tmp_path / "plain", **LONG)
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    decoder = models.load(path, "cpu", torch.bfloat16)
+    prompt = decoders.texts(decoder.config.vocabulary)[2][:20]
+    with torch.inference_mode():
+        wanted = reference(prompt[None]).logits[0]
+    found = decoders.whole(decoder, prompt)
+    assert found.dtype is torch.bfloat16
+    # A router may choose another expert where two are nearly alike, so most tokens are compared, not all.
+    errors = (found.float() - wanted).abs().amax(dim=1) / wanted.abs().max()
+    assert float(errors.median()) < 0.03
+
+
+def test_a_decoder_says_why_the_host_waits_in_a_step(tmp_path: Path) -> None:
+    assert models.load(checkpoints.save("llama", tmp_path / "dense"), "cpu").waits == ""
+    plain = checkpoints.save("mixtral", tmp_path / "plain")
+    assert models.load(plain, "cpu").waits == "torch has no kernel for the experts of such a device and dtype"
+    packed = packed_models.compressed(plain, tmp_path / "packed")
+    assert "cpu" in models.load(packed, "cpu").waits
+    odd = checkpoints.save("gpt_oss", tmp_path / "odd")
+    aligned = "rows of the weights of its experts are no multiple of 16 bytes"
+    assert models.load(odd, "cpu", torch.bfloat16).waits == aligned
+    half = packed_models.compressed(plain, tmp_path / "half", ignore=["w2"])
+    assert models.load(half, "cpu").waits == "only one of the two weights of its experts is packed"

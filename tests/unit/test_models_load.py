@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tersor import models
+from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.reader import SafetensorsFile
-from tersor.checkpoint.source import open_source
+from tersor.checkpoint.source import StoredTensor, open_source
 from tersor.errors import CheckpointError, TersorError, UnsupportedError
 from tersor.formats import Activations
 from tersor.layouts import PackedWeight
+from tersor.models import reading
 from tersor.models.weights import Product
 
 LONG = {"max_position_embeddings": 256}
@@ -68,7 +71,7 @@ def test_a_tensor_of_another_shape_is_named_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = configure(tiny_lm.copy(tmp_path / "m"), intermediate_size=641)
-    monkeypatch.setattr(SafetensorsFile, "read", None)
+    monkeypatch.setattr(SafetensorsFile, "read_into", None)
     with pytest.raises(CheckpointError, match=r"gate_proj.weight' is BF16 \[640, 256\], .* has floats \[641, 256\]"):
         models.load(path, "cpu")
 
@@ -144,14 +147,13 @@ def test_every_byte_is_read_once(
     if options:
         path = packed_models.compressed(path, tmp_path / "packed", **options)
     reads: list[tuple[str, int]] = []
-    read = SafetensorsFile.read
+    read = SafetensorsFile.read_into
 
-    def counted(self: SafetensorsFile, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        found = read(self, name, rows)
-        reads.append((name, found.nbytes))
-        return found
+    def counted(self: SafetensorsFile, spec: TensorSpec, start: int, buffer: memoryview) -> None:
+        reads.append((spec.name, len(buffer)))
+        read(self, spec, start, buffer)
 
-    monkeypatch.setattr(SafetensorsFile, "read", counted)
+    monkeypatch.setattr(SafetensorsFile, "read_into", counted)
     models.load(path, "cpu")
     stored = packed_models.tensors(path)
     assert sum(nbytes for _, nbytes in reads) == sum(tensor.nbytes for tensor in stored.values())
@@ -167,6 +169,29 @@ def test_16_bit_decoders_are_as_exact_as_their_dtype(dtype: torch.dtype, most: f
     assert decoder.dtype is dtype
     assert {tensor.dtype for tensor in decoder.tensors()} == {dtype}
     assert decoders.difference(decoder, tiny_lm.model()) < most
+
+
+@pytest.mark.parametrize("rows", [None, (3, 8)])
+def test_large_tensors_are_read_in_chunks(
+    rows: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", 1000)
+    weight = torch.randn(9, 3, 77)
+    save_file({"w": weight, "none": torch.empty(0, 3)}, tmp_path / "m.safetensors")
+    with SafetensorsFile(tmp_path / "m.safetensors") as file, reading.Reading(torch.device("cpu")) as reader:
+        first, last = rows or (0, 9)
+        assert torch.equal(reader.read(StoredTensor(file, file.tensors["w"]), rows), weight[first:last])
+        assert reader.read(StoredTensor(file, file.tensors["none"])).shape == (0, 3)
+
+
+def test_what_a_disk_does_not_give_is_said_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "CHUNK", 1000)
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.randn(9, 3, 77)}, path)
+    with SafetensorsFile(path) as file, reading.Reading(torch.device("cpu")) as reader:
+        os.truncate(path, file.nbytes - 5)
+        with pytest.raises(CheckpointError, match="ends inside tensor 'w'"):
+            reader.read(StoredTensor(file, file.tensors["w"]))
 
 
 def test_a_context_is_what_is_asked_for_up_to_that_of_the_model() -> None:
@@ -202,7 +227,7 @@ def test_a_decoder_that_does_not_fit_is_said_in_a_line(monkeypatch: pytest.Monke
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(SafetensorsFile, "read", full)
+    monkeypatch.setattr(SafetensorsFile, "read_into", full)
     with pytest.raises(TersorError, match="tiny-lm: the weights do not fit in the memory of cpu"):
         models.load(tiny_lm.TINY, "cpu")
 

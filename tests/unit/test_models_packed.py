@@ -30,6 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "head and embedding": ("qwen3", {"format": "fp6_e2m3", "overrides": ["lm_head=int8", "embed_tokens=fp8_e4m3"]}),
     "mixtral": ("mixtral", {"format": "fp6_e3m2", "overrides": [r"experts\.\d\.w2=int8"]}),
     "qwen3_moe": ("qwen3_moe", {"format": "int4", "group_size": 32}),
+    "deepseek_v2": ("deepseek_v2", {"format": "fp6_e3m2", "overrides": ["kv_a_proj_with_mqa=int8"]}),
+    "deepseek_v3": ("deepseek_v3", {"format": "uint4", "group_size": 32}),
     "gpt_oss": ("gpt_oss", {"format": "mxfp4_e2m1"}),
     "gpt_oss with plain down": ("gpt_oss", {"format": "fp6_e3m2", "ignore": ["down_proj"]}),
     "gpt_oss with plain gate and up": ("gpt_oss", {"format": "int4", "ignore": ["gate_up_proj"]}),

@@ -40,6 +40,7 @@ BILLIONS = {
     "opt-66b": 65.72,
     "qwen3-30b-a3b": 30.53,
     "mixtral-8x7b": 46.70,
+    "deepseek-v3": 671.03,
     "gpt-oss-20b": 20.91,
     "gpt-oss-120b": 116.83,
 }

@@ -297,6 +297,10 @@ def test_stats_add_up() -> None:
     assert (found.running, found.waiting, found.preemptions) == (2, 1, 0)
     assert (found.prompt_tokens, found.cached_tokens, found.drawn_tokens) == (27, 16, 5 + 2 * 2)
     assert (found.pages, found.pages_held, found.pages_cached, found.pages_free) == (64, 4, 1, 59)
+    assert found.pages_pinned == 0
+    plan.pin(prompt_of(12))
+    loop.run()
+    assert stats(plan).pages_pinned == 2
 
 
 def test_an_id_is_not_taken_twice() -> None:

@@ -239,6 +239,16 @@ def test_one_bad_prompt_leaves_all_others_as_they_are(server: Served) -> None:
     assert server.http.get("/health").status_code == 200
 
 
+def test_an_engine_that_forgets_a_request_is_an_error_and_no_short_answer(server: Served) -> None:
+    async def forgetful(*_: Any, **__: Any) -> Any:
+        for _ in ():
+            yield
+
+    server.engine.generate = forgetful  # type: ignore[method-assign]
+    response = server.post(COMPLETE, LONG)
+    assert response.status_code == 500 and "without an end" in response.json()["error"]["message"]
+
+
 def test_requests_beyond_the_queue_are_told_to_come_again() -> None:
     with serving(FakeEngine(tokenizer()), max_queue=3) as server, ThreadPoolExecutor(8) as pool:
         server.engine.paused = True

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.fake_engine import FakeEngine
 from helpers.served import Served, serving, tokenizer
+
+from tersor.engine.outputs import Logprob
+from tersor.server.logprobs import LEAST, PlainEntries, TokenBytes, chat_entries
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 40}
@@ -142,6 +147,26 @@ def test_plain_completions_show_log_probabilities_in_their_own_shape(server: Ser
     streamed = server.events("/v1/completions", {"prompt": "Hello", "max_tokens": 40, "logprobs": 2})
     offsets = [one for event in streamed for one in (event["choices"][0]["logprobs"] or {}).get("text_offset", [])]
     assert offsets == found.text_offset
+
+
+def test_bytes_of_tokens_are_those_of_their_vocabulary() -> None:
+    """Rule 8: byte-level letters, or pieces with a mark for a blank and names of bytes."""
+    made = tokenizer()
+    bytes_of = TokenBytes(made)
+    assert bytes_of(0) == b"<|endoftext|>"
+    assert b"".join(bytes_of(token) for token in made(SAYS)["input_ids"]) == SAYS.encode()
+    pieces = ["<0x0A>", "\u2581caf\u00e9", None]
+    plain: Any = SimpleNamespace(added_tokens_decoder={}, convert_ids_to_tokens=pieces.__getitem__)
+    assert [TokenBytes(plain)(token) for token in range(3)] == [b"\n", " caf\u00e9".encode(), b""]
+
+
+def test_a_token_that_cannot_come_has_a_number_that_json_holds() -> None:
+    found = {5: Logprob(-math.inf, 9, "a"), 6: Logprob(-1.0, 1, "b")}
+    made = tokenizer()
+    (entry,) = chat_entries([5], [found], 1, TokenBytes(made))
+    assert entry["logprob"] == LEAST and entry["top_logprobs"][0]["token"] == "b"
+    shown = PlainEntries(made, (), 1).of([5], [found])
+    assert shown["token_logprobs"] == [LEAST] and shown["top_logprobs"] == [{"b": -1.0, "a": LEAST}]
 
 
 def test_zero_log_probabilities_are_those_of_the_tokens_alone(server: Served) -> None:

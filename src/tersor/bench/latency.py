@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ def decoding(batch: int, context: int, page: int) -> Step:
     pages = order.view(batch, each).tolist()
     params = SamplingParams(temperature=0)
     requests = [
-        Request(id=str(slot), prompt=[slot + 1] * context, params=params, pages=pages[slot], slot=slot)
+        Request(id=str(slot), prompt=array("I", [slot + 1] * context), params=params, pages=pages[slot], slot=slot)
         for slot in range(batch)
     ]
     rows = [Row(request, context - 1, 1, 1, True) for request in requests]

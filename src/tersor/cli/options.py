@@ -11,3 +11,18 @@ TrustRemoteCode = Annotated[
 ]
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+# Of an engine: fields of `EngineConfig`.
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU.")
+]
+Activations = Annotated[str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")]
+KvDtype = Annotated[str, typer.Option(help="Keys and values: auto, float16, bfloat16, float32 or fp8.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text; else the model's context.")]
+MaxRows = Annotated[int, typer.Option(help="Requests of a step at most.")]
+MaxStepTokens = Annotated[int, typer.Option(help="Tokens of a step at most; longer prompts are read in several.")]
+Memory = Annotated[float, typer.Option(help="Share of the GPU's memory for weights, graphs and pages together.")]
+PrefixCaching = Annotated[
+    bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Keep pages of prompts for those that begin alike.")
+]

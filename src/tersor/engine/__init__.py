@@ -1,4 +1,4 @@
-"""Which token comes next? How it is drawn, and how tokens become text."""
+"""Which request runs now, in which pages, and which token comes next?"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tersor.engine.waiting import Waiting
 from tersor.errors import TersorError
 
 DELAYS = 32
-"""Requests of one step, at most, that are put aside to wait for another's pages: each is digested first."""
+"""Requests that are put aside, to wait for another's pages, before one may begin: at most so many are digested."""
 
 
 class Admission:
@@ -38,11 +38,6 @@ class Admission:
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.preempted) + self._delays
-
-    @property
-    def delayed(self) -> int:
-        """Requests that wait for pages that others are computing."""
-        return self._delays
 
     def add(self, request: Request) -> None:
         """Put a request in its place among those that wait; it has no pages."""

@@ -18,6 +18,7 @@ from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import EngineStats
 from tersor.engine.request import DELAYED, WAITING, Request, Step, continuations, prompt_targets
 from tersor.engine.scheduler import Scheduler
+from tersor.engine.stats import stats
 from tersor.engine.stream import Stream
 from tersor.errors import UnsupportedError
 
@@ -78,7 +79,6 @@ class Core:
         defaults: the model's generation config, which fills what requests leave open.
         seed: makes those of requests that give none, in the order in which they come; `None` draws fresh ones.
         vocabulary: tokens that there are logits for, which grammars need to know.
-        prompt_tokens, cached_tokens, generated_tokens: counted so far.
     """
 
     def __init__(
@@ -94,7 +94,6 @@ class Core:
     ) -> None:
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
         self.defaults, self.seed, self.vocabulary = defaults or {}, seed, vocabulary
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self._seeds = 0  # made so far
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
@@ -111,18 +110,16 @@ class Core:
 
     def stats(self) -> EngineStats:
         """Return how the engine stands."""
-        scheduler = self.scheduler
-        pages = scheduler.cache.pages
-        running = sum(request.slot >= 0 for request in scheduler.everybody())
+        found = stats(self.scheduler)
         return EngineStats(
-            running=running,
-            waiting=scheduler.unfinished - running,
-            pages_used=pages.usable - scheduler.cache.available,
-            pages_free=scheduler.cache.available,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.generated_tokens,
-            preemptions=scheduler.preemptions,
+            running=found.running,
+            waiting=found.waiting,
+            pages_used=found.pages_held,
+            pages_free=found.pages - found.pages_held,
+            prompt_tokens=found.prompt_tokens,
+            cached_tokens=found.cached_tokens,
+            generated_tokens=found.drawn_tokens,
+            preemptions=found.preemptions,
         )
 
     def settled(self, params: SamplingParams) -> SamplingParams:
@@ -202,14 +199,13 @@ class Core:
                 self.scheduler.abort(request_id)
             raise
         self._matchers.update(zip(requests, matchers, strict=False))
-        tokens = requests[0].prompt
+        tokens = list(prompt_token_ids)
         streams = [Stream(self.tokenizer, tokens, params, self.eos, request.index) for request in requests]
-        output = RequestOutput(request_id, prompt, tokens.tolist(), [stream.output for stream in streams])
+        output = RequestOutput(request_id, prompt, tokens, [stream.output for stream in streams])
         one = self._open[request_id] = _Open(output, streams, requests)
         self._of.update({request: (one, stream) for request, stream in zip(requests, streams, strict=True)})
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        self.prompt_tokens += len(tokens)
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens where it has ended or never was."""
@@ -284,7 +280,6 @@ class Core:
             request = step.drawing[place].request
             one, stream = self._of[request]
             one.output.num_cached_tokens = max(one.output.num_cached_tokens, request.num_cached)
-            self.generated_tokens += 1
             self._news[id(one)] = one
             logprobs = None
             if request.params.logprobs is not None:
@@ -302,8 +297,6 @@ class Core:
             one, stream = found
             stream.finish(reason)
             self._news[id(one)] = one
-            if request.index == 0:
-                self.cached_tokens += request.num_cached
 
     def _read_prompts(self, step: Step, found: ops.Logprobs) -> None:
         """Give the log probabilities of tokens of prompts to their requests."""

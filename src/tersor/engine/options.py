@@ -90,8 +90,11 @@ class ListedTokens:
         if self.counting:
             self._add(NEWEST, 0)
         if self._repeats:
-            for token in dict.fromkeys(prompt):
-                self._add(token, 0)
+            seen, first = list(dict.fromkeys(prompt)), len(self.tokens)
+            self._places.update(zip(seen, range(first, first + len(seen)), strict=True))
+            self.tokens.extend(seen)
+            self.counts.frombytes(bytes(4 * len(seen)))
+            self.biases.frombytes(bytes(4 * len(seen)))
         for token, bias in params.logit_bias.items():
             self.biases[self._place(token)] = bias
 

@@ -9,6 +9,7 @@ device, where penalties count it (`ops.Listed`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +49,47 @@ class Drawing(Protocol):
     request: Any
     start: int
     count: int
+
+
+@dataclass(slots=True)
+class _Changes:
+    """What the device does not have of the list: whole regions, and single tokens of others.
+
+    Attributes:
+        whole: where regions start, and their tokens.
+        places: in the list, of single tokens.
+        tokens, counts, biases: what belongs there.
+    """
+
+    whole: list[tuple[int, ListedTokens]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    biases: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.places) + sum(len(listed.tokens) for _, listed in self.whole)
+
+    def add(self, start: int, listed: ListedTokens, places: Sequence[int]) -> None:
+        """Take single tokens of a region."""
+        for place in places:
+            self.places.append(start + place)
+            self.tokens.append(listed.tokens[place])
+            self.counts.append(listed.counts[place])
+            self.biases.append(listed.biases[place])
+
+    def write(self, into: NDArray[np.int32]) -> None:
+        """Write places, tokens, counts and biases, int32 [4, len(self)]."""
+        at = len(self.places)
+        into[0, :at], into[1, :at], into[2, :at] = self.places, self.tokens, self.counts
+        biases = into[3].view(np.float32)
+        biases[:at] = self.biases
+        for start, listed in self.whole:
+            end = at + len(listed.tokens)
+            into[0, at:end] = np.arange(start, start + end - at)
+            into[1, at:end], into[2, at:end] = listed.tokens, listed.counts
+            biases[at:end] = listed.biases
+            at = end
 
 
 class Sampler:
@@ -90,7 +132,7 @@ class Sampler:
         self._turn = 0
         self._filters = self._masks = self._penalties = True
         """What a step may need; all of it before the first step is known, as when graphs are captured."""
-        self._send([])
+        self._send(_Changes())
 
     def _views(self, memory: Any, floats: Any, longs: Any) -> dict[str, Any]:
         """Return name -> view of the arrays in one piece of memory, an array or a tensor of int32."""
@@ -119,14 +161,14 @@ class Sampler:
                 changed = True
         changed |= self._allow(rows, masks or {})
         listing = [row for row in rows if self._lists[row.request.slot] is not None]
-        places = self._update(listing)
+        changes = self._update(listing)
         slots = [row.request.slot for row in rows]
         view = self._on_host
         some_k, some_p = view["top_k"][slots] > 0, view["top_p"][slots] < 1
         self._filters = bool((some_k | some_p | (view["min_p"][slots] > 0)).any())
         self._masks, self._penalties = bool(masks), bool(listing)
         if changed or listing:
-            self._send(places)
+            self._send(changes)
 
     def draw(self, logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return tokens int64 [S]; -1 of padding and where logits are not finite.
@@ -198,33 +240,39 @@ class Sampler:
                 self._masked ^= {slot}
         return changed
 
-    def _update(self, rows: Sequence[Drawing]) -> list[tuple[int, ListedTokens, Sequence[int]]]:
-        """Bring lists up to date, and return where their regions start, their tokens, and which of them changed."""
-        view, found = self._on_host, []
+    def _update(self, rows: Sequence[Drawing]) -> _Changes:
+        """Bring the lists of rows up to date, and return what the device does not have of them."""
+        found, slots, ends, pending = _Changes(), [], [], []
         for row in rows:
             request = row.request
-            slot, listed = request.slot, self._lists[request.slot]
+            slot, output = request.slot, request.output
+            listed, (start, room) = self._lists[slot], self._regions[slot]
             assert listed is not None
             drawn = row.start + row.count - len(request.prompt)
-            changed: Sequence[int] = listed.update(request.output, drawn)
-            view["pending"][slot] = listed.counting and drawn > len(request.output)
-            if len(listed.tokens) > self._regions[slot][1]:
-                if self._used + len(listed.tokens) + _SPARE > self._room:
+            changed = listed.update(output, drawn)
+            size = len(listed.tokens)
+            if size > room:
+                if self._used + size + _SPARE > self._room:
                     return self._pack(rows)
-                self._settle(slot, listed)
-                changed = range(len(listed.tokens))
-            view["ends"][slot] = view["starts"][slot] + len(listed.tokens)
-            if changed:
-                found.append((self._regions[slot][0], listed, changed))
+                start = self._settle(slot, size)
+                found.whole.append((start, listed))
+            else:
+                found.add(start, listed, changed)
+            slots.append(slot)
+            ends.append(start + size)
+            pending.append(listed.counting and drawn > len(output))
+        self._on_host["ends"][slots], self._on_host["pending"][slots] = ends, pending
         return found
 
-    def _settle(self, slot: int, listed: ListedTokens) -> None:
-        """Give a slot a region at the end of the list."""
-        self._regions[slot] = (self._used, len(listed.tokens) + _SPARE)
-        self._on_host["starts"][slot] = self._used
-        self._used += len(listed.tokens) + _SPARE
+    def _settle(self, slot: int, size: int) -> int:
+        """Give a slot a region at the end of the list, and return where it starts."""
+        start = self._used
+        self._regions[slot] = (start, size + _SPARE)
+        self._on_host["starts"][slot] = start
+        self._used += size + _SPARE
+        return start
 
-    def _pack(self, rows: Sequence[Drawing]) -> list[tuple[int, ListedTokens, Sequence[int]]]:
+    def _pack(self, rows: Sequence[Drawing]) -> _Changes:
         """Put the regions of rows side by side; all others are forgotten, and come back when they are needed."""
         total = sum(len(listed.tokens) + _SPARE for listed in (self._lists[row.request.slot] for row in rows) if listed)
         if total > self._room:
@@ -235,25 +283,13 @@ class Sampler:
         self._on_host["starts"][:] = self._on_host["ends"][:] = 0
         return self._update(rows)
 
-    def _send(self, changes: Sequence[tuple[int, ListedTokens, Sequence[int]]]) -> None:
+    def _send(self, changes: _Changes) -> None:
         """Copy options, and what changed in lists, to the device: in one piece, from memory that no copy reads."""
-        head, count = len(self._host), sum(len(changed) for _, _, changed in changes)
+        head, count = len(self._host), len(changes)
         memory, event = self._stage(head + 4 * count)
         staged = memory.numpy()
         staged[:head] = self._host
-        places, tokens, counts, biases = staged[head:].reshape(4, count)
-        at = 0
-        for start, listed, changed in changes:
-            end = at + len(changed)
-            places[at:end] = np.fromiter(changed, np.int32, len(changed)) + start
-            if isinstance(changed, range):  # all of them
-                tokens[at:end], counts[at:end] = listed.tokens, listed.counts
-                biases[at:end].view(np.float32)[:] = listed.biases
-            else:
-                tokens[at:end] = [listed.tokens[place] for place in changed]
-                counts[at:end] = [listed.counts[place] for place in changed]
-                biases[at:end].view(np.float32)[:] = [listed.biases[place] for place in changed]
-            at = end
+        changes.write(staged[head:].reshape(4, count))
         if not count:
             self._there.copy_(memory, non_blocking=True)
         else:

@@ -19,6 +19,7 @@ class Stats:
         pages: that there are for requests.
         pages_held: by requests.
         pages_cached: held by nobody, with a text that may come again.
+        pages_pinned: of those, the ones that a pin keeps.
         pages_free: the others.
         prompt_tokens: of all prompts that have begun, so far.
         cached_tokens: of them, those whose pages were there.
@@ -31,6 +32,7 @@ class Stats:
     pages: int
     pages_held: int
     pages_cached: int
+    pages_pinned: int
     pages_free: int
     prompt_tokens: int
     cached_tokens: int
@@ -47,6 +49,7 @@ def stats(scheduler: Scheduler) -> Stats:
         pages=pages.usable,
         pages_held=pages.usable - pages.free - cache.cached,
         pages_cached=cache.cached,
+        pages_pinned=cache.pinned,
         pages_free=pages.free,
         prompt_tokens=scheduler.prompt_tokens,
         cached_tokens=scheduler.cached_tokens,

@@ -6,6 +6,7 @@ device has drawn and the host has not read yet is named by the place where the d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def fill(buffer: NDArray[np.int32], layout: Layout, step: Step, lines: NDArray[n
     views["tokens"][total:] = 0
 
 
-def tokens_of(row: Row) -> list[int]:
+def tokens_of(row: Row) -> Sequence[int]:
     """Return the tokens of a row; the last one may be known to the device alone."""
     request, end = row.request, row.start + row.count
     if end <= request.known:

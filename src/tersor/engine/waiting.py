@@ -29,9 +29,6 @@ class Waiting:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._members)
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._members
-
     def push(self, request: Request) -> None:
         """Add a request."""
         self._members.add(request)

@@ -19,7 +19,7 @@ PAGE = 64
 FEW_QUERIES = 8
 """New tokens of a row up to which decode.cuh serves it."""
 MOST_DIM = 256
-INVARIANT_PAGES = 4
+INVARIANT_PAGES = 8
 """Pages of a split where a row's bits do not depend on the batch."""
 
 _WARPS = 4
@@ -110,7 +110,7 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip) -> KernelSource:
             "STAGES": stages,
             "SHARED_BYTES": max(stages * _WARPS * kind.tokens_of_16, sums) + rest,
         },
-        arguments="PPPPPPPPPPPPPqiiiiiiiiiffff",
+        arguments="PPPPPPPPPPPPPqiiiiiiiiiiffff",
     )
 
 
@@ -182,9 +182,12 @@ class Problem:
 
     @property
     def shared_queries(self) -> int:
-        """Most queries of a row of few tokens that share keys; the most of any step where bits must not depend on it."""
-        most = FEW_QUERIES if self.invariant else min(self.most_queries, FEW_QUERIES)
-        return most * (self.heads // self.kv_heads)
+        """Most queries of a row of few tokens that share keys."""
+        return min(self.most_queries, FEW_QUERIES) * (self.heads // self.kv_heads)
+
+    def query_tiles(self, kind: Kind) -> int:
+        """Return `QUERY_TILES` of decode.cuh, that of any step where a row's bits must not depend on the others."""
+        return kind.query_tiles(FEW_QUERIES * (self.heads // self.kv_heads) if self.invariant else self.shared_queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,20 +197,30 @@ class Grid:
     Attributes:
         splits: most parts of a row's text.
         items: parts of the queries that share keys.
+        part_queries: queries of a split in what splits exchange.
         floats, counters: float32 sums and counters that splits exchange; zero with one split.
     """
 
     splits: int
     items: int
+    part_queries: int
     floats: int
     counters: int
+
+    @staticmethod
+    def of(kind: Kind, problem: Problem, splits: int) -> Grid:
+        """Return how a problem runs in at most so many splits."""
+        queries = _QUERIES * problem.query_tiles(kind)
+        items = -(-problem.shared_queries // queries)
+        if splits == 1:
+            return Grid(1, items, 0, 0, 0)
+        groups, part_queries = problem.rows * problem.kv_heads * items, min(queries, problem.shared_queries + 1) & ~1
+        return Grid(splits, items, part_queries, groups * splits * part_queries * (kind.head_dim + 2), groups)
 
 
 def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
     """Return how a problem runs on a GPU of so many SMs."""
-    queries = _QUERIES * kind.query_tiles(problem.shared_queries)
-    items = -(-problem.shared_queries // queries)
-    groups = problem.rows * problem.kv_heads * items
+    groups = problem.rows * problem.kv_heads * Grid.of(kind, problem, 1).items
     pages = max(problem.most_pages, 1)
     if problem.window is not None:  # pages that the tokens of a row of few can see
         pages = min(pages, -(-(problem.window + FEW_QUERIES) // PAGE) + 1)
@@ -215,9 +228,7 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
         splits = -(-pages // INVARIANT_PAGES)
     else:
         splits = max(1, min(_CTAS_OF_SM * sms // groups, _MOST_SPLITS, pages))
-    if splits == 1:
-        return Grid(1, items, 0, 0)
-    return Grid(splits, items, groups * splits * queries * (kind.head_dim + 2), groups)
+    return Grid.of(kind, problem, splits)
 
 
 DecodeLaunch: TypeAlias = Callable[..., None]
@@ -277,7 +288,7 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
         arguments = (
             qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, sinks, out, partial, arrived, stride,
             problem.table_stride, problem.tokens, problem.heads, problem.kv_heads, problem.rotary_dim, window,
-            wide_sinks, settled, pages, scale, soft, problem.eps, problem.offset,
+            wide_sinks, settled, grid.part_queries, pages, scale, soft, problem.eps, problem.offset,
         )
         # fmt: on
         run(size, block, shared, stream, arguments, early)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tersor.errors import UnsupportedError, did_you_mean
 from tersor.models.config import DecoderConfig, Experts, Layer, Norm, Residual
+from tersor.models.deepseek import deepseek_v2, deepseek_v3
 from tersor.models.fields import Fields
 from tersor.models.rotary_fields import local_rotary, rotary
 from tersor.ops import Gate
@@ -344,6 +345,8 @@ READERS: dict[str, Callable[[str, Fields], DecoderConfig]] = {
     "MixtralForCausalLM": _mixtral,
     "Qwen3MoeForCausalLM": _qwen3_moe,
     "GptOssForCausalLM": _gpt_oss,
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "DeepseekV3ForCausalLM": deepseek_v3,
 }
 """Class in config.json -> what reads its fields."""
 
@@ -359,5 +362,7 @@ _BY_TYPE = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """`model_type` -> class, for a config.json that names none."""

@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from tersor.models.config import DecoderConfig, Residual
-from tersor.models.decoder import Attention, Decoder, DecoderLayer, NormWeights
+from tersor.models.config import DecoderConfig, Latent, Residual
+from tersor.models.decoder import Attention, Decoder, DecoderLayer
+from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.names import Names
+from tersor.models.norm import NormWeights
 from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
 from tersor.models.weights import Embedding, FeedForward, Product
+from tersor.ops.attention_form import AttentionForm
 
 
 def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) -> Decoder:
@@ -46,24 +49,61 @@ def _layer(
     else:
         up = stored.gate_up([start + name for name in names.gate_up], config.gate, config.ffn_bias)
         ffn = FeedForward(up, stored.product(start + names.down, config.ffn_bias))
-    form = layer.attention
-    norms = None
-    if form.norm_eps is not None:
-        norms = stored.vector(f"{start}{names.q_norm}.weight"), stored.vector(f"{start}{names.k_norm}.weight")
-    attention = Attention(
-        form=form,
-        qkv=stored.products([start + name for name in names.qkv], config.qkv_bias),
-        out=stored.product(start + names.out, config.out_bias),
-        rotary=None if layer.rotary is None else table(layer.rotary),
-        norms=norms,
-        sinks=stored.vector(start + names.sinks).float() if config.sinks else None,
-    )
     first, second = (_norm(stored, config, start + name) for name in (names.input_norm, names.ffn_norm))
     after = None
     if config.residual is Residual.BOTH:
         outs = (names.attention_out_norm, names.ffn_out_norm)
         after = _norm(stored, config, start + outs[0]), _norm(stored, config, start + outs[1])
+    rotary = None if layer.rotary is None else table(layer.rotary)
+    attention: Attention | LatentAttention
+    if config.latent is None:
+        attention = _attention(stored, config, names, start, layer.attention, rotary)
+    else:
+        attention = _latent(stored, config, names, start, layer.attention, config.latent, rotary)
     return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after)
+
+
+def _attention(
+    stored: Stored, config: DecoderConfig, names: Names, start: str, form: AttentionForm, rotary: torch.Tensor | None
+) -> Attention:
+    norms = None
+    if form.norm_eps is not None:
+        norms = stored.vector(f"{start}{names.q_norm}.weight"), stored.vector(f"{start}{names.k_norm}.weight")
+    return Attention(
+        form=form,
+        qkv=stored.products([start + name for name in names.qkv], config.qkv_bias),
+        out=stored.product(start + names.out, config.out_bias),
+        rotary=rotary,
+        norms=norms,
+        sinks=stored.vector(start + names.sinks).float() if config.sinks else None,
+    )
+
+
+def _latent(
+    stored: Stored,
+    config: DecoderConfig,
+    names: Names,
+    start: str,
+    form: AttentionForm,
+    latent: Latent,
+    rotary: torch.Tensor | None,
+) -> LatentAttention:
+    query_norm = query_up = None
+    if latent.query:
+        query_norm = NormWeights(latent.norm, stored.vector(f"{start}{names.query_norm}.weight"))
+        query_up = stored.product(start + names.query_up, False)
+    downs = (names.query_down if latent.query else names.query, names.key_value_down)
+    return LatentAttention(
+        form=form,
+        latent=latent,
+        down=stored.products([start + name for name in downs], False),
+        query_norm=query_norm,
+        query_up=query_up,
+        key_value_norm=NormWeights(latent.norm, stored.vector(f"{start}{names.key_value_norm}.weight")),
+        key_value_up=stored.product(start + names.key_value_up, False),
+        out=stored.product(start + names.out, config.out_bias),
+        rotary=rotary,
+    )
 
 
 def _norm(stored: Stored, config: DecoderConfig, module: str) -> NormWeights:

@@ -51,6 +51,7 @@ class Experts:
         choice_bias: whether the router has a bias of each expert that takes part in the choice alone.
         router_bias: whether its logits have a bias.
         biased: whether gate, up and down have biases.
+        wide: whether the router's product is float32 whatever activations are.
         shared: channels inside the experts that every token goes through; 0 for none.
     """
 
@@ -65,6 +66,7 @@ class Experts:
     choice_bias: bool = False
     router_bias: bool = False
     biased: bool = False
+    wide: bool = False
     shared: int = 0
 
 
@@ -84,6 +86,27 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """The vectors that queries, keys and values come from (MLA: DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        query: channels of what queries come from; 0 where they come from the token itself.
+        key_value: channels of what keys and values come from.
+        fixed, turned, value: channels of a head: of keys that do not turn and that do, and of values.
+        interleaved: whether a channel that turns stands beside its partner.
+        norm: of those vectors.
+    """
+
+    query: int
+    key_value: int
+    fixed: int
+    turned: int
+    value: int
+    interleaved: bool
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """A decoder.
 
@@ -98,6 +121,7 @@ class DecoderConfig:
         residual: where norms stand.
         qkv_bias, out_bias, ffn_bias: which products have biases: queries, keys and values; the output of attention; the
             feed-forward network.
+        latent: what queries, keys and values come from, where that is not the token itself, or `None` (DeepSeek).
         sinks: whether every head has a score that belongs to no token (gpt-oss).
         tied: whether the output head is the embedding.
         embedding_scale: multiplies embeddings.
@@ -119,6 +143,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
+    latent: Latent | None = None
     sinks: bool = False
     tied: bool = False
     embedding_scale: float = 1.0

@@ -9,36 +9,12 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.models.config import DecoderConfig, Norm
+from tersor.models.config import DecoderConfig
+from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
+from tersor.models.norm import NormWeights
 from tersor.models.weights import Embedding, FeedForward, Product, Products, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
-
-
-@dataclass(frozen=True, slots=True)
-class NormWeights:
-    """A norm of the channels of a token.
-
-    Attributes:
-        form: of the norm.
-        weight: [H].
-        bias: [H] of a centered norm, else `None`.
-    """
-
-    form: Norm
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x [T, H] normed, with `residual` added."""
-        if not self.form.centered:
-            return ops.rms_norm(x, self.weight, self.form.eps, offset=self.form.offset, residual=residual)
-        y = functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.form.eps)
-        return y if residual is None else y + residual
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield every tensor in memory."""
-        yield from tensors_of(self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +62,7 @@ class DecoderLayer:
     """
 
     norms: tuple[NormWeights, NormWeights]
-    attention: Attention
+    attention: Attention | LatentAttention
     ffn: FeedForward | Mixture
     out_norms: tuple[NormWeights, NormWeights] | None = None
 

@@ -12,7 +12,7 @@ from tersor.checkpoint.names import PACKED, TORCH_DTYPES, stored_forms
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError
 from tersor.formats import Scheme
-from tersor.models.config import DecoderConfig, Experts, Residual
+from tersor.models.config import DecoderConfig, Experts, Latent, Residual
 from tersor.models.names import Names
 
 
@@ -36,7 +36,10 @@ class Expected:
         found._outside(config, names)
         for index, layer in enumerate(config.layers):
             start = names.base + names.layer.format(layer=index)
-            found._attention(config, names, start, index)
+            if config.latent is None:
+                found._attention(config, names, start, index)
+            else:
+                found._latent(config, names, start, index, config.latent)
             norms = [names.input_norm, names.ffn_norm]
             if config.residual is Residual.BOTH:
                 norms += [names.attention_out_norm, names.ffn_out_norm]
@@ -55,6 +58,20 @@ class Expected:
         if not config.tied:
             self.matrices[names.head] = (config.vocabulary, config.hidden)
         self._norm(config, names.base + names.norm)
+
+    def _latent(self, config: DecoderConfig, names: Names, start: str, index: int, latent: Latent) -> None:
+        form = config.layers[index].attention
+        queries = form.heads * form.head_dim
+        if latent.query:
+            self.matrices[start + names.query_down] = (latent.query, config.hidden)
+            self.vectors[f"{start}{names.query_norm}.weight"] = (latent.query,)
+            self.matrices[start + names.query_up] = (queries, latent.query)
+        else:
+            self.matrices[start + names.query] = (queries, config.hidden)
+        self.matrices[start + names.key_value_down] = (latent.key_value + latent.turned, config.hidden)
+        self.vectors[f"{start}{names.key_value_norm}.weight"] = (latent.key_value,)
+        self.matrices[start + names.key_value_up] = (form.heads * (latent.fixed + latent.value), latent.key_value)
+        self._linear(start + names.out, (config.hidden, form.heads * latent.value), config.out_bias)
 
     def _attention(self, config: DecoderConfig, names: Names, start: str, index: int) -> None:
         form = config.layers[index].attention

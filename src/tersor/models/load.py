@@ -16,6 +16,7 @@ from tersor.models.config import DecoderConfig, supported
 from tersor.models.decoder import Decoder
 from tersor.models.expected import Expected, check
 from tersor.models.names import NAMES
+from tersor.models.reading import Reading
 from tersor.models.stored import Stored
 
 
@@ -57,9 +58,11 @@ def load(
     expected = Expected.of(config, names)
     schemes = check(expected, model.tensors, quantization, names)
     chosen = dtype or _dtype(model, where)
-    stored = Stored(model.tensors, schemes, expected.matrices, where, chosen, Activations.of(activations))
+    multiplied = Activations.of(activations)
     try:
-        return assemble(stored, config, names, min(context or config.context, config.context))
+        with Reading(where) as reading:
+            stored = Stored(model.tensors, reading, schemes, expected.matrices, chosen, multiplied)
+            return assemble(stored, config, names, min(context or config.context, config.context))
     except torch.OutOfMemoryError:
         raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None
 

@@ -50,7 +50,7 @@ class Mixture:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [T, H] of x [T, H], with `residual` added."""
-        logits = self.router(x)
+        logits = self.router(x.float() if self.form.wide else x)
         addend = residual if self.shared is None else self.shared(x, residual)
         if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
             return ops.routed_experts(
@@ -65,11 +65,17 @@ class Mixture:
                 gate=self.gate,
                 **self._choice(),
             )
-        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor) and self._aligned:
             return self._grouped(x, logits, self.gate_up, self.down, addend)
         index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
         y = one_by_one(x, index, weights, self.form.count, self._run)
         return y if addend is None else y + addend
+
+    @property
+    def _aligned(self) -> bool:
+        """Whether rows of plain weights are what torch's grouped product takes."""
+        plain = [weight for weight in (self.gate_up, self.down) if isinstance(weight, torch.Tensor)]
+        return all(weight.shape[2] * weight.itemsize % 16 == 0 for weight in plain)
 
     def _grouped(
         self,
@@ -116,6 +122,8 @@ class Mixture:
             return ops.experts_obstacle(x, self.gate_up, self.down)
         if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
             return "only one of the two weights of its experts is packed"
+        if not self._aligned:
+            return "rows of the weights of its experts are no multiple of 16 bytes"
         known = self.down.device.type == "cuda" and dtype is torch.bfloat16
         if known and torch.cuda.get_device_capability(self.down.device)[0] >= _GROUPED_CAPABILITY:
             return ""

@@ -23,6 +23,9 @@ class Names:
         attention_out_norm, ffn_out_norm: after them.
         qkv: queries, keys and values: three layers, or one that holds the three.
         out, q_norm, k_norm, sinks: of attention; `sinks` is a tensor.
+        query: queries that come from the token itself, where keys and values do not (DeepSeek).
+        query_down, query_norm, query_up: of queries that come from a vector of their own.
+        key_value_down, key_value_norm, key_value_up: of those keys and values.
         gate_up: gate and up, one that holds both, or up alone; those of a shared expert: `shared_gate_up`.
         down: of the feed-forward network; that of a shared expert: `shared_down`.
         router, choice_bias: of experts; `choice_bias` is a tensor.
@@ -48,6 +51,13 @@ class Names:
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     sinks: str = "self_attn.sinks"
+    query: str = "self_attn.q_proj"
+    query_down: str = "self_attn.q_a_proj"
+    query_norm: str = "self_attn.q_a_layernorm"
+    query_up: str = "self_attn.q_b_proj"
+    key_value_down: str = "self_attn.kv_a_proj_with_mqa"
+    key_value_norm: str = "self_attn.kv_a_layernorm"
+    key_value_up: str = "self_attn.kv_b_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     router: str = "mlp.gate"
@@ -105,6 +115,7 @@ MIXTRAL = replace(
     renamed=(".block_sparse_moe.", ".mlp."),
 )
 GPT_OSS = replace(LLAMA, router="mlp.router", fused=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+DEEPSEEK_V3 = replace(LLAMA, ignored=(*LLAMA.ignored, r"model\.layers\.61\..*"))  # drafts tokens ahead
 
 NAMES: dict[str, Names] = {
     "LlamaForCausalLM": LLAMA,
@@ -118,5 +129,7 @@ NAMES: dict[str, Names] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen3MoeForCausalLM": LLAMA,
     "GptOssForCausalLM": GPT_OSS,
+    "DeepseekV2ForCausalLM": LLAMA,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
 }
 """Class in config.json -> names in its checkpoints."""

@@ -23,6 +23,7 @@ from tersor.models.decoder import Decoder, DecoderLayer
 from tersor.models.expected import Expected, plain_name
 from tersor.models.geometries import geometry
 from tersor.models.names import NAMES, Names
+from tersor.models.reading import Reading
 from tersor.models.stored import Packed, Stored
 
 _STD = 0.02
@@ -68,8 +69,9 @@ def random_decoder(
         for module in expected.matrices
     }
     schemes = {module: own for module, own in chosen.items() if own is not None}
-    made = _Random(expected, names, schemes, where, dtype, Activations.of(activations), seed)
-    few = assemble(made, kinds, names, min(context or config.context, config.context))
+    with Reading(where) as reading:  # reads nothing
+        made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed)
+        few = assemble(made, kinds, names, min(context or config.context, config.context))
     layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))
     used: set[Any] = set()
     for kind in config.layers:
@@ -87,13 +89,13 @@ class _Random(Stored):
         expected: Expected,
         names: Names,
         schemes: Mapping[str, Scheme],
-        device: torch.device,
+        reading: Reading,
         dtype: torch.dtype,
         activations: Activations,
         seed: int,
     ) -> None:
-        super().__init__({}, schemes, expected.matrices, device, dtype, activations)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        super().__init__({}, reading, schemes, expected.matrices, dtype, activations)
+        self._generator = torch.Generator(self.device).manual_seed(seed)
         self._plain = {plain_name(module, shape): shape for module, shape in expected.matrices.items()}
         self._vectors = expected.vectors
         self._embedding = names.base + names.embedding

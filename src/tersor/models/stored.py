@@ -14,6 +14,7 @@ from tersor.formats import Activations, Scheme
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import interleave
 from tersor.models.expected import plain_name
+from tersor.models.reading import Reading
 from tersor.models.weights import Activated, GatedProduct, Matrix, Product, Products
 from tersor.ops import Gate
 
@@ -32,9 +33,9 @@ class Stored:
     def __init__(
         self,
         tensors: Mapping[str, StoredTensor],
+        reading: Reading,
         schemes: Mapping[str, Scheme],
         shapes: Mapping[str, tuple[int, ...]],
-        device: torch.device,
         dtype: torch.dtype,
         activations: Activations,
     ) -> None:
@@ -42,23 +43,24 @@ class Stored:
 
         Args:
             tensors: name -> tensor.
+            reading: reads them to the device.
             schemes: module -> scheme of its packed weight.
             shapes: module -> shape of its weight.
-            device, dtype: see the attributes.
+            dtype: see the attributes.
             activations: what packed weights are multiplied with.
         """
         self._tensors, self._schemes, self._shapes = tensors, schemes, shapes
         self._activations = activations
-        self.device, self.dtype = device, dtype
+        self._reading, self.device, self.dtype = reading, reading.device, dtype
 
-    def vector(self, name: str) -> torch.Tensor:
-        """Return a plain tensor in `dtype`."""
-        return self._read(name).to(self.dtype)
+    def vector(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a plain tensor, in `self.dtype` where no other is given."""
+        return self._read(name).to(dtype or self.dtype)
 
-    def matrix(self, module: str) -> Matrix:
-        """Return the weight [OC, IC] of a module; a packed one in the stored stream."""
+    def matrix(self, module: str, dtype: torch.dtype | None = None) -> Matrix:
+        """Return the weight [OC, IC] of a module: a packed one in the stored stream, a plain one as `vector` does."""
         if module not in self._schemes:
-            return self.vector(plain_name(module, self._shapes[module]))
+            return self.vector(plain_name(module, self._shapes[module]), dtype)
         oc, ic = self._shapes[module]
         return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module))
 
@@ -68,10 +70,10 @@ class Stored:
             return weight
         return weight.to_layout(ops.preferred_layout(weight.scheme, self.dtype, self.device, self._activations))
 
-    def product(self, module: str, biased: bool) -> Product:
-        """Return the product with a module's weight and bias."""
-        bias = self.vector(f"{module}.bias") if biased else None
-        return Product(self.ready(self.matrix(module)), bias)
+    def product(self, module: str, biased: bool, dtype: torch.dtype | None = None) -> Product:
+        """Return the product with a module's weight and bias, plain tensors in `dtype` or else in that of all."""
+        bias = self.vector(f"{module}.bias", dtype) if biased else None
+        return Product(self.ready(self.matrix(module, dtype)), bias)
 
     def products(self, modules: Sequence[str], biased: bool) -> Product | Products:
         """Return the products of modules that read the same activations: stacked into one where schemes agree."""
@@ -123,8 +125,7 @@ class Stored:
         return self._read(f"{module}.{PACKED}", rows), self._read(f"{module}.{SCALE}", rows), zeros
 
     def _read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        tensor = self._tensors[name]
-        return tensor.file.read(tensor.spec.name, rows).to(self.device)
+        return self._reading.read(self._tensors[name], rows)
 
 
 def joined(weights: Sequence[Matrix]) -> Matrix:

@@ -60,12 +60,12 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
     return Mixture(
         form=experts,
         gate=config.gate,
-        router=stored.product(start + names.router, experts.router_bias),
+        router=stored.product(start + names.router, experts.router_bias, torch.float32 if experts.wide else None),
         gate_up=_stacked(experts.count, of_gate_up),
         down=_stacked(experts.count, of_down),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        choice_bias=stored.vector(start + names.choice_bias) if experts.choice_bias else None,
+        choice_bias=stored.vector(start + names.choice_bias, torch.float32) if experts.choice_bias else None,
         shared=_shared(stored, config.gate, names, start) if experts.shared else None,
     )
 

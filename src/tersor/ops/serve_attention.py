@@ -198,7 +198,7 @@ def _prepared(
         invariant=invariant,
     )
     grid = attention.grid_of(kind, problem, chip.sms)
-    decode = jit.get(attention.decode_source(kind, kind.query_tiles(problem.shared_queries), chip), index)
+    decode = jit.get(attention.decode_source(kind, problem.query_tiles(kind), chip), index)
     prefill = None
     if most_queries > attention.FEW_QUERIES:
         append, product = attention.append_source(kind), attention.prefill_source(kind, chip)

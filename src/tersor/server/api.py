@@ -33,11 +33,6 @@ class Api:
     """
 
     def __init__(self, engine: AsyncEngine, options: ServerOptions) -> None:
-        """Make one.
-
-        Raises:
-            InputError: a parser that there is not.
-        """
         info = engine.info
         self.engine, self.options, self.info = engine, options, info
         self.name = options.name or info.name

@@ -44,9 +44,6 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> Fas
     Args:
         engine: any engine.
         options: how it lets in and what it reads; host and port mean nothing here.
-
-    Raises:
-        InputError: a parser that there is not.
     """
     api = Api(engine, options or ServerOptions())
 

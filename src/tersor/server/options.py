@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tersor import settings
 from tersor.errors import InputError
+from tersor.server.parsers import Parsers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class ServerOptions:
             value = getattr(self, name)
             if value < least:
                 raise InputError(f"{name} is {value}: it must be at least {least}")
+        Parsers.of(self.tool_parser, self.reasoning_parser, None)
         if self.port > 65535:
             raise InputError(f"port is {self.port}: it must be at most 65535")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii()):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 import uvicorn
 
+from tersor.engine.config import EngineConfig
 from tersor.engine.protocol import AsyncEngine
 from tersor.errors import TersorError
 from tersor.server.app import create_app
@@ -20,11 +24,7 @@ _BACKLOG = 2048
 
 
 def server_of(engine: AsyncEngine, options: ServerOptions) -> uvicorn.Server:
-    """Return a server that is ready to run.
-
-    Raises:
-        InputError: a parser that there is not.
-    """
+    """Return a server that is ready to run."""
     config = uvicorn.Config(
         create_app(engine, options),
         host=options.host,
@@ -66,12 +66,53 @@ def serve(engine: AsyncEngine, options: ServerOptions, place: socket.socket | No
         place: a socket that is bound already, see `bind`; none is bound where the options say.
 
     Raises:
-        InputError: a parser that there is not.
         TersorError: the address is taken.
     """
     server = server_of(engine, options)
     with place or bind(options) as bound, _kept_alive():
         server.run(sockets=[bound])
+
+
+def serve_model(
+    model: str | Path,
+    options: ServerOptions,
+    config: EngineConfig,
+    *,
+    revision: str | None = None,
+    say: Callable[[str], None],
+) -> None:
+    """Load a model and serve it, see `serve`; a port that is taken is an error before the model is loaded.
+
+    Args:
+        model: a checkpoint directory or a hub id.
+        options: of the server.
+        config: of the engine.
+        revision: branch, tag or commit of a hub id.
+        say: told where the model answers, and who may ask.
+
+    Raises:
+        InputError, UnsupportedError, TersorError: as `LLM` and `serve`.
+    """
+    from tersor.engine.threaded import ThreadedEngine
+    from tersor.llm import LLM
+
+    with bind(options) as place:
+        llm = LLM(model, revision=revision, **asdict(config))
+        name, port = options.name or llm.info.name, place.getsockname()[1]
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        engine = ThreadedEngine(llm.core, llm.info)
+        say(f"{name} answers at http://{host}:{port}, context {llm.info.context} tokens")
+        if options.api_key is None and not _is_own(options.host):
+            say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")
+        serve(engine, options, place)
+
+
+def _is_own(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tersor.server.errors import ApiError
 
 T = TypeVar("T")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 GONE = 499
 """Status of a request whose client went away, in our numbers only."""
 
@@ -46,7 +47,7 @@ async def _gone(receive: Receive) -> None:
 
 def event(value: Any) -> bytes:
     """Return a value as one event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _ENCODER.encode(value).encode() + b"\n\n"
 
 
 class EventStream(Response):

@@ -48,7 +48,7 @@ class Geometry:
     def of(name: str) -> Geometry:
         """Return the experts of a model that `models.geometries` knows by a name."""
         config = geometries.geometry(name)
-        experts, gate = config.layers[0].experts, config.gate
+        experts, gate = config.layers[-1].experts, config.gate
         assert experts is not None and gate is not None
         return Geometry(
             name=name,
@@ -86,17 +86,7 @@ MODELS = {
         Geometry.of("mixtral-8x7b"),
         Geometry.of("gpt-oss-20b"),
         Geometry.of("gpt-oss-120b"),
-        Geometry(
-            name="deepseek-v3",
-            experts=256,
-            top_k=8,
-            hidden=7168,
-            ffn=2048,
-            scoring="sigmoid",
-            groups=8,
-            top_groups=4,
-            scale=2.5,
-        ),
+        Geometry.of("deepseek-v3"),
         Geometry(name="olmoe", experts=64, top_k=8, hidden=2048, ffn=1024, normalize=False),
     )
 }

@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     const u16* __restrict__ key_norm,     // [HEAD_DIM]
     const void* __restrict__ sink_scores,  // as in sinks::Sinks
     u16* __restrict__ out,                // [tokens, heads, HEAD_DIM]
-    float* partial,                       // [rows, gridDim.y, gridDim.x, kPartial], of several splits
+    float* partial,                       // [rows, gridDim.y, gridDim.x, part_queries * (HEAD_DIM + 2)]
     u32* arrived,                         // [rows, gridDim.y], zero: splits that have come
     long long stride,                     // elements from one token of qkv to the next
     int table_stride,
@@ -80,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     int window,
     int wide_sinks,
     int settled,
+    int part_queries,                     // queries of a split in `partial`: an even number, as many as there may be
     int split_pages,                      // pages of a split in any batch, or 0: as many as make gridDim.x splits
     float scale,                          // of products, as pages::score takes it
     float soft,
@@ -265,8 +266,9 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     const bool alone = split.count == 1;
     const sinks::Sinks of_heads = {sink_scores, wide_sinks};
     const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
-    float* parts = partial + ticket * gridDim.x * kPartial;
-    float* mine = parts + static_cast<long long>(blockIdx.x) * kPartial;
+    const long long part = part_queries * (kDim + 2);
+    float* parts = partial + ticket * gridDim.x * part;
+    float* mine = parts + blockIdx.x * part;
     const auto result_of = [&](int query) {
         const int token = (base + query) / group, head = kv_head * group + (base + query) % group;
         return out + (static_cast<long long>(first + token) * heads + head) * kDim;
@@ -297,8 +299,8 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
         } else {
             *reinterpret_cast<float4*>(mine + query * kDim + channel) = total;
             if (channel == 0) {
-                mine[kQueries * kDim + query] = largest;
-                mine[kQueries * kDim + kQueries + query] = weights;
+                mine[part_queries * kDim + query] = largest;
+                mine[part_queries * (kDim + 1) + query] = weights;
             }
         }
     }
@@ -309,6 +311,6 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
     if (comes_last) arrived[ticket] = 0;
     for (int query = warp; query < queries; query += kWarps) {
         const float sink = of_heads.of(kv_head * group + (base + query) % group);
-        merge(parts, query, split.count, sink, result_of(query));
+        merge(parts, part_queries, query, split.count, sink, result_of(query));
     }
 }

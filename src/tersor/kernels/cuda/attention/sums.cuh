@@ -25,7 +25,6 @@ constexpr int kQueriesAt = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
 constexpr int kNewAt = kQueriesAt + kQueries * pages::kQueryStride;
 constexpr int kNewScalesAt = kNewAt + pages::kMostFew * 2 * pages::kRowStride;
 constexpr int kSharedBytes = kNewScalesAt + pages::kMostFew * 2 * 4;
-constexpr int kPartial = kQueries * (kDim + 2);  // floats of a split: sums, largest scores, sums of weights
 static_assert(kSharedBytes == SHARED_BYTES);
 
 // What remains of sums, largest scores and sums of weights: the result of one head and token, four channels of it.
@@ -141,12 +140,14 @@ __device__ __forceinline__ void add_tile(
     }
 }
 
-// Adds up what `count` splits of a row found, by one warp for one query, and writes the result.
-__device__ __forceinline__ void merge(const float* partial, int query, int count, float sink, u16* out) {
+// Adds up what `count` splits of a row found, by one warp for one query, and writes the result. Of each split there are
+// sums of `part_queries` queries, then their largest scores, then their sums of weights.
+__device__ __forceinline__ void merge(const float* partial, int part_queries, int query, int count, float sink, u16* out) {
     const int lane = threadIdx.x % 32;
-    const float* scores = partial + kQueries * kDim + query;
+    const long long part = part_queries * (kDim + 2);
+    const float* scores = partial + part_queries * kDim + query;
     float largest = pages::lowest();
-    for (int split = lane; split < count; split += 32) largest = fmaxf(largest, __ldcg(scores + split * kPartial));
+    for (int split = lane; split < count; split += 32) largest = fmaxf(largest, __ldcg(scores + split * part));
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
     constexpr int kTurns = (kDim + 127) / 128;
@@ -154,14 +155,14 @@ __device__ __forceinline__ void merge(const float* partial, int query, int count
     float weights = 0.0f;
     for (int base = 0; base < count; base += 32) {
         const bool there = base + lane < count;
-        const float* mine = scores + (base + lane) * kPartial;
+        const float* mine = scores + (base + lane) * part;
         const float factor = there ? ptx::power_of_two(__ldcg(mine) - largest) : 0.0f;
-        weights += there ? __ldcg(mine + kQueries) * factor : 0.0f;
+        weights += there ? __ldcg(mine + part_queries) * factor : 0.0f;
         const int some = min(count - base, 32);
 #pragma unroll 8
         for (int i = 0; i < some; ++i) {
             const float of_split = __shfl_sync(~0u, factor, i);
-            const float* from = partial + (base + i) * kPartial + query * kDim;
+            const float* from = partial + (base + i) * part + query * kDim;
 #pragma unroll
             for (int turn = 0; turn < kTurns; ++turn) {
                 const int channel = 4 * lane + 128 * turn;

@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(adjust::kThreads) TERSOR_ENTRY(
         const bool there = token >= 0 && token < vocabulary;
         placed[i] = there ? token : -1;
         if (!there) continue;
-        const float before = row::widen(given[token]);
+        const float before = row::widen(__ldcg(given + token));
         float value = __fadd_rn(penalised(before, count, repeats, present, often), __ldcg(biases + i));
         if (!(before < numbers::infinity())) {
             value = numbers::infinity();

@@ -1,0 +1,88 @@
+"""`tersor serve`: answer over HTTP by OpenAI's API, until told to end."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from tersor.cli import console, options
+from tersor.engine.config import EngineConfig
+from tersor.errors import UnsupportedError
+from tersor.server.options import ServerOptions
+
+_SERVER, _ENGINE = ServerOptions(api_key=None), EngineConfig()
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
+    revision: options.Revision = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = _SERVER.host,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is a free one.")] = _SERVER.port,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as their bearer token; or set TERSOR_API_KEY.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called; else MODEL's last part.")] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Prompts that may wait for a first token before others are told to come again.")
+    ] = _SERVER.max_queue,
+    tool_parser: Annotated[
+        str, typer.Option(help="How the model calls tools: auto, hermes, llama3, mistral or none.")
+    ] = _SERVER.tool_parser,
+    reasoning_parser: Annotated[
+        str, typer.Option(help="How the model marks reasoning: auto, think, gpt-oss or none.")
+    ] = _SERVER.reasoning_parser,
+    drain_seconds: Annotated[
+        int, typer.Option(help="How long open requests may go on once the server is told to end.")
+    ] = _SERVER.drain_seconds,
+    device: options.Device = _ENGINE.device,
+    dtype: options.Dtype = _ENGINE.dtype,
+    activations: options.Activations = _ENGINE.activations,
+    kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
+    max_length: options.MaxLength = _ENGINE.max_length,
+    max_rows: options.MaxRows = _ENGINE.max_rows,
+    max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
+    memory: options.Memory = _ENGINE.memory,
+    prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answer over HTTP until told to end."""
+    if any(importlib.util.find_spec(package) is None for package in ("fastapi", "uvicorn")):
+        raise UnsupportedError("serving needs FastAPI and uvicorn: pip install 'tersor[serve]'")
+    from tersor.formats import Activations
+    from tersor.hardware import resolve_device
+    from tersor.integrations.transformers import load
+    from tersor.server import serving
+
+    Activations.of(activations)
+    server = ServerOptions(
+        host=host,
+        port=port,
+        name=name,
+        max_queue=max_queue,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        drain_seconds=drain_seconds,
+    )
+    if api_key is not None:
+        server = replace(server, api_key=api_key)
+    engine = EngineConfig(
+        device=device,
+        dtype=dtype,
+        activations=activations,
+        kv_dtype=kv_dtype,
+        max_length=max_length,
+        max_rows=max_rows,
+        max_step_tokens=max_step_tokens,
+        memory=memory,
+        prefix_caching=prefix_caching,
+        trust_remote_code=trust_remote_code,
+    )
+    console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))
+    load.quiet()
+    serving.serve_model(
+        model, server, engine, revision=revision, say=lambda line: print(line, file=sys.stderr, flush=True)
+    )

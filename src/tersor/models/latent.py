@@ -1,0 +1,79 @@
+"""Attention whose keys and values come from one small vector a token (MLA: DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Pages hold keys and values of every head, as those of other decoders; the turned channels, which all heads share, stand
+first in a head, and values are padded with zeros to the channels of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from tersor import ops
+from tersor.models.config import Latent
+from tersor.models.norm import NormWeights
+from tersor.models.weights import Product, Products, tensors_of
+from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """The attention of a layer.
+
+    Attributes:
+        form: of `ops.attend`.
+        latent: sizes of what keys and values come from.
+        down: makes of a token what queries come from (or queries), what keys and values come from, and the channels of
+            keys that turn, one behind the other.
+        query_norm, query_up: make queries, where they come from a vector of their own.
+        key_value_norm, key_value_up: make keys and values: for every head its channels that do not turn, then values.
+        out: of the weighted values.
+        rotary: the table, which layers share.
+    """
+
+    form: AttentionForm
+    latent: Latent
+    down: Product | Products
+    query_norm: NormWeights | None
+    query_up: Product | None
+    key_value_norm: NormWeights
+    key_value_up: Product
+    out: Product
+    rotary: torch.Tensor | None
+
+    def __call__(
+        self, x: torch.Tensor, cache: PagedCache, rows: Rows, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return [T, H] of x [T, H], with `residual` added; keys and values of x are written to their pages."""
+        latent, heads, width = self.latent, self.form.heads, self.form.head_dim
+        first = latent.query or heads * width
+        queries, inner, turning = self.down(x).split([first, latent.key_value, latent.turned], dim=-1)
+        if self.query_norm is not None and self.query_up is not None:
+            queries = self.query_up(self.query_norm(queries))
+        query_fixed, query_turned = queries.unflatten(-1, (heads, width)).split([latent.fixed, latent.turned], dim=-1)
+        both = self.key_value_up(self.key_value_norm(inner)).unflatten(-1, (heads, latent.fixed + latent.value))
+        key_fixed, values = both.split([latent.fixed, latent.value], dim=-1)
+        key_turned = self._halves(turning)[:, None].expand(-1, heads, -1)
+        q = torch.cat((self._halves(query_turned), query_fixed), dim=-1)
+        k = torch.cat((key_turned, key_fixed), dim=-1)
+        v = functional.pad(values, (0, width - latent.value))
+        qkv = torch.stack((q, k, v), dim=1).flatten(1)
+        mixed = ops.attend(qkv, cache, rows, self.form, self.rotary)
+        return self.out(mixed.unflatten(-1, (heads, width))[..., : latent.value].flatten(1), residual)
+
+    def _halves(self, x: torch.Tensor) -> torch.Tensor:
+        """Return channels that turn in the order of `ops.attend`: the partners of the first half in the second."""
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.latent.interleaved else x
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory but the table."""
+        yield from self.down.tensors()
+        if self.query_norm is not None and self.query_up is not None:
+            yield from self.query_norm.tensors()
+            yield from tensors_of(self.query_up.weight, self.query_up.bias)
+        yield from self.key_value_norm.tensors()
+        yield from self.key_value_up.tensors()
+        yield from self.out.tensors()
