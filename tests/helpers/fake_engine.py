@@ -10,16 +10,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tersor.engine.outputs import ABORT, ERROR, LENGTH, STOP, CompletionOutput, Logprob, Logprobs, RequestOutput
+from tersor.engine.outputs import ABORT, ERROR, LENGTH, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import EngineStats, ModelInfo
+from tersor.engine.stream import Stream
 from tersor.errors import InputError, TersorError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAGE = 64
-BROKEN = "\ufffd"
 
 
 @dataclass
@@ -29,6 +29,7 @@ class _Request:
     params: SamplingParams
     salt: str | None
     scripts: list[list[int] | None]  # tokens to say, one list a continuation; None draws
+    streams: list[Stream]
     output: RequestOutput
     news: asyncio.Event = field(default_factory=asyncio.Event)
     pages: int = 0
@@ -133,12 +134,9 @@ class FakeEngine:
         if (len(prompt) + PAGE - 1) // PAGE > self.pages:
             raise InputError(f"the prompt has {len(prompt)} tokens, all pages together hold {self.pages * PAGE}")
         scripts = [self._encode(self._says.popleft()) if self._says else None for _ in range(params.n)]
-        outputs = [CompletionOutput(index) for index in range(params.n)]
-        if params.logprobs is not None:
-            for one in outputs:
-                one.logprobs, one.cumulative_logprob = [], 0.0
-        output = RequestOutput(request_id, None, prompt, outputs)
-        request = self._waiting[request_id] = _Request(request_id, prompt, params, salt, scripts, output)
+        streams = [Stream(self.tokenizer, prompt, params, (0,), index) for index in range(params.n)]
+        output = RequestOutput(request_id, None, prompt, [stream.output for stream in streams])
+        request = self._waiting[request_id] = _Request(request_id, prompt, params, salt, scripts, streams, output)
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._steps())
         while True:
@@ -169,10 +167,10 @@ class FakeEngine:
                 request.output.error = "this prompt broke"
                 for one in request.output.outputs:
                     one.finish_reason = ERROR
-            for one in request.output.outputs:
+            for stream in request.streams:
                 for _ in range(self.burst):
-                    if one.finish_reason is None:
-                        self._draw(request, one)
+                    if stream.output.finish_reason is None:
+                        self._draw(request, stream)
             request.pages = (request.length + PAGE - 1) // PAGE
             if request.output.finished:
                 del self._running[name]
@@ -191,8 +189,8 @@ class FakeEngine:
             most = request.params.prompt_logprobs
             request.output.prompt_logprobs = [None, *(self._logprobs(token, most) for token in request.prompt[1:])]
 
-    def _draw(self, request: _Request, one: CompletionOutput) -> None:
-        params, script = request.params, request.scripts[one.index]
+    def _draw(self, request: _Request, stream: Stream) -> None:
+        one, params, script = stream.output, request.params, request.scripts[stream.output.index]
         place = len(one.token_ids)
         if script is not None:
             token = script[place] if place < len(script) else 0
@@ -200,33 +198,9 @@ class FakeEngine:
             key = (params.seed, one.index if params.temperature != 0 else 0, request.prompt, one.token_ids)
             token = 1 + int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little") % 8191
         self._generated += 1
-        one.token_ids.append(token)
-        if one.logprobs is not None and one.cumulative_logprob is not None and params.logprobs is not None:
-            one.logprobs.append(self._logprobs(token, params.logprobs))
-            one.cumulative_logprob += one.logprobs[-1][token].logprob
-        if token == 0 and not params.ignore_eos:
-            one.finish_reason = STOP
-        elif token in params.stop_token_ids:
-            one.finish_reason, one.stop_reason = STOP, token
-        elif len(one.token_ids) == params.max_tokens:
-            one.finish_reason = LENGTH
-        self._show(request, one)
-
-    def _show(self, request: _Request, one: CompletionOutput) -> None:
-        """Write the text anew: whole characters, nothing that may begin a stop text, nothing behind one."""
-        ids = one.token_ids[:-1] if one.token_ids[-1] == 0 else one.token_ids
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=request.params.skip_special_tokens))
-        found = [(text.find(stop), stop) for stop in request.params.stop if stop in text]
-        if found:
-            place, stop = min(found)
-            one.text = text[: place + (len(stop) if request.params.include_stop_str_in_output else 0)]
-            one.finish_reason, one.stop_reason = STOP, stop
-            return
-        if one.finish_reason is None:
-            text = text.rstrip(BROKEN)
-            held = [n for stop in request.params.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-            text = text[: len(text) - max(held, default=0)]
-        one.text = text
+        stream.push(token, None if params.logprobs is None else self._logprobs(token, params.logprobs))
+        if len(one.token_ids) == params.max_tokens:
+            stream.finish(LENGTH)
 
     def _logprobs(self, token: int, most: int) -> Logprobs:
         """Made up: the token is as likely as its number says, the most likely ones are the tokens 1, 2, ..."""

@@ -85,7 +85,7 @@ def _prepare(api: Api, request: CompletionRequest, given: str | list[int]) -> _P
     entries = None
     if asked is not None:
         before: Sequence[int] = () if request.echo else tokens
-        entries = [PlainEntries(api.info.tokenizer, before, asked) for _ in range(request.n)]
+        entries = [PlainEntries(api.info.tokenizer, before, asked, skip_special=skip) for _ in range(request.n)]
     return _Prompt(shown, Job(tokens, params, request.cache_salt), choices, entries)
 
 

@@ -75,16 +75,19 @@ def _top(found: Logprobs, most: int) -> list[tuple[int, Logprob]]:
 class PlainEntries:
     """Entries in the shape of plain completions, which say where in the text each token begins."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], most: int, start: int = 0) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], most: int, *, skip_special: bool = True
+    ) -> None:
         """Begin.
 
         Args:
             tokenizer: of the model.
             prompt: tokens before the first one.
             most: how many of the most probable tokens are shown.
-            start: where in the text the first token begins.
+            skip_special: whether special tokens are left out of the text.
         """
-        self._text, self._tokenizer, self._most, self._offset = Detokenizer(tokenizer, prompt), tokenizer, most, start
+        self._text = Detokenizer(tokenizer, prompt, skip_special_tokens=skip_special)
+        self._tokenizer, self._most, self._offset = tokenizer, most, 0
 
     def of(self, tokens: Sequence[int], logprobs: Sequence[Logprobs | None]) -> dict[str, list[Any]]:
         """Return the entries of the next tokens; `None`, for a text's first token, has none to show."""

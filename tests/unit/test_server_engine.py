@@ -1,0 +1,149 @@
+"""The server in front of the engine itself, with the bundled model on the CPU: what the fake engine only pretends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from helpers.served import Served, serving
+from helpers.tiny_lm import TINY
+
+from tersor.engine.threaded import ThreadedEngine
+from tersor.llm import LLM
+
+COMPLETE = "/v1/completions"
+PAGES = 10
+BYTES = (PAGES + 1) * 64 * 4 * 2 * 2 * 64 * 4
+"""Of so many pages of 64 tokens: 4 layers, keys and values, 2 heads of 64 floats."""
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Served]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    llm = LLM(TINY, device="cpu", kv_bytes=BYTES, max_rows=16, max_step_tokens=256)
+    with serving(ThreadedEngine(llm.core, llm.info)) as served:
+        yield served
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server(running: Served) -> Iterator[Served]:
+    """One server for the module; each test leaves all pages free."""
+    yield running
+    assert running.idle()
+
+
+def texts(server: Served, **fields: Any) -> list[str]:
+    """The texts of a completion."""
+    response = server.post(COMPLETE, {"prompt": "The", "max_tokens": 10, "temperature": 0, **fields})
+    assert response.status_code == 200, response.text
+    return [one["text"] for one in response.json()["choices"]]
+
+
+def test_many_answers_at_once_are_each_as_alone_though_pages_run_out(server: Served) -> None:
+    """Rules 13, 16 and 17: more is asked for than all pages hold, greedy and with a seed."""
+    prompts = [[number + 50, number + 60] * 30 for number in range(3)]
+
+    def ask(number: int) -> str:
+        fields = {"temperature": 1, "seed": 11} if number % 3 else {}
+        return texts(server, prompt=prompts[number % 3], max_tokens=72, ignore_eos=True, **fields)[0]
+
+    alone = [ask(number) for number in range(3)]
+    before = server.engine.stats().preemptions
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(ask, range(12)))
+    assert together == alone * 4
+    assert server.engine.stats().preemptions > before
+
+
+def test_clients_that_vanish_leave_all_pages_free(server: Served) -> None:
+    """Rules 14, 15 and 16."""
+
+    def ask(number: int) -> int:
+        body = {
+            "prompt": [number + 1] * (1 + 9 * number % 130),
+            "max_tokens": 60,
+            "ignore_eos": True,
+            "n": 1 + number % 2,
+        }
+        try:
+            server.post(COMPLETE, {**body, "stream": number % 3 == 0}, timeout=0.02 + 0.01 * (number % 30))
+        except httpx.TimeoutException:
+            return 1
+        return 0
+
+    with ThreadPoolExecutor(16) as pool:
+        gone = sum(pool.map(ask, range(48)))
+    assert gone > 0 and server.idle()
+    assert server.engine.stats().pages_free == PAGES
+
+
+def test_a_request_that_all_pages_cannot_hold_is_refused_alone(server: Served) -> None:
+    """Rule 18."""
+    with ThreadPoolExecutor(3) as pool:
+        small = [pool.submit(texts, server, max_tokens=20) for _ in range(2)]
+        large = server.post(COMPLETE, {"prompt": [5] * (64 * PAGES), "max_tokens": 20})
+        streamed = server.post(COMPLETE, {"prompt": [5] * (64 * PAGES), "max_tokens": 20, "stream": True})
+    assert (large.status_code, streamed.status_code) == (400, 400)
+    assert "pages" in large.json()["error"]["message"]
+    assert small[0].result() == small[1].result()
+
+
+def test_what_was_read_is_found_again_within_a_salt(server: Served) -> None:
+    """Rule 24."""
+
+    def cached(salt: str) -> int:
+        answer = server.post(COMPLETE, {"prompt": [7, 8] * 80, "max_tokens": 1, "cache_salt": salt}).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [cached("a"), cached("a"), cached("b")] == [0, 128, 0]
+
+
+def test_log_probabilities_of_an_answer_are_those_of_the_same_prompt(server: Served) -> None:
+    """Rules 7 and 8: drawn or read, a token is as likely."""
+    body = {"prompt": "The first rule", "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    drawn = server.post(COMPLETE, {**body, "echo": True}).json()["choices"][0]
+    tokens = server.post("/tokenize", {"prompt": drawn["text"]}).json()["tokens"]
+    read = server.post(COMPLETE, {**body, "prompt": tokens, "max_tokens": 0, "echo": True}).json()["choices"][0]
+    assert read["text"] == drawn["text"] and read["logprobs"]["tokens"] == drawn["logprobs"]["tokens"]
+    found, wanted = (one["logprobs"]["token_logprobs"][1:] for one in (read, drawn))
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert read["logprobs"]["token_logprobs"][0] is None
+    assert all(len(one) in (2, 3) for one in read["logprobs"]["top_logprobs"][1:])
+
+
+def test_a_stop_text_ends_the_engines_own_text(server: Served) -> None:
+    """Rule 4."""
+    (whole,) = texts(server, max_tokens=30)
+    stop = whole[8:11]
+    cut = whole[: whole.index(stop)]
+    body = {"prompt": "The", "max_tokens": 30, "temperature": 0, "stop": stop}
+    answer = server.post(COMPLETE, {**body, "logprobs": 0}).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (cut, "stop")
+    assert len(choice["logprobs"]["tokens"]) == answer["usage"]["completion_tokens"] < 30
+    events = server.events(COMPLETE, body)
+    assert "".join(event["choices"][0]["text"] for event in events) == cut
+
+
+def test_a_bias_and_answers_of_several_seeds_reach_the_model(server: Served) -> None:
+    assert texts(server, logit_bias={"42": 100}, max_tokens=3) == [server.engine.info.tokenizer.decode([42]) * 3]
+    several = texts(server, n=3, temperature=1, seed=5)
+    assert len(set(several)) > 1 and several == texts(server, n=3, temperature=1, seed=5)
+
+
+def test_streams_begin_before_answers_end(server: Served) -> None:
+    body = {"prompt": "The", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    begun = time.perf_counter()
+    with server.http.stream("POST", COMPLETE, json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        first = time.perf_counter() - begun
+        *_, done = lines
+    assert done == "data: [DONE]" and first < (time.perf_counter() - begun) / 3
