@@ -76,7 +76,7 @@ class LLM:
             self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
             dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
             decoder = load(source, device, dtype, activations=config.activations, context=config.max_length)
-            generation = _generation_config(source.directory)
+            generation = generation_config(source.directory)
             name = source.label
         context = min(config.max_length or decoder.config.context, decoder.config.context)
         vocabulary = decoder.config.vocabulary
@@ -213,7 +213,7 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: A
     return found
 
 
-def _generation_config(directory: Path) -> dict[str, Any]:
+def generation_config(directory: Path) -> dict[str, Any]:
     """Return what a model's generation_config.json says; nothing where there is none.
 
     Raises:

@@ -14,7 +14,9 @@ from typing import Any
 from tersor.engine.batch_file import Report, run_batch
 from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.openai_answer import Embedded
+from tersor.engine.openai_body import Ask
 from tersor.engine.outputs import CompletionOutput, RequestOutput
+from tersor.engine.params import SamplingParams
 from tersor.errors import InputError
 
 
@@ -31,6 +33,13 @@ class Letters:
         if messages[-1]["role"] != "user":
             raise InputError("the last message must be\na user's")
         return [2, *(byte for message in messages for byte in (message["content"] or "").encode()), 3]
+
+    def check(self, url: str, body: Any) -> None:
+        if body.get("user") == "nobody":
+            raise InputError("nobody asks")
+
+    def params(self, ask: Ask) -> SamplingParams | None:
+        return ask.params
 
     def message(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
         return {"role": "assistant", "content": text}

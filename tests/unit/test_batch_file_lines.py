@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import batches
 
 from tersor.engine.batch_lines import BatchInput, read_batch
 from tersor.engine.openai_answer import completion
@@ -17,17 +18,11 @@ from tersor.engine.params import SamplingParams
 from tersor.errors import InputError
 
 
-class Letters:
+class Letters(batches.Letters):
     """A model of bytes, whose template wants a user's message last."""
-
-    context = 64
-    vocabulary = 256
 
     def __init__(self) -> None:
         self.options: list[dict[str, Any]] = []
-
-    def encode(self, text: str) -> Sequence[int]:
-        return list(text.encode())
 
     def chat(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> Sequence[int]:
         self.options.append(dict(options))
@@ -74,6 +69,7 @@ GOOD = ask("good", prompt="hello")
         (ask(url=CHAT, messages=[{"role": "user", "content": "x"}]), "invalid_url", "one a file"),
         ({**ask(), "body": 3}, "invalid_request", "body is a number, expected an object"),
         ({**ask(), "body": {}}, "invalid_request", "body has no prompt"),
+        (ask(prompt="a", user="nobody"), "invalid_request", "nobody asks"),
         (ask(prompt=""), "invalid_request", "prompt is empty"),
         (ask(prompt=[]), "invalid_request", "prompt is empty"),
         (ask(prompt=["a", ""]), "invalid_request", "prompt is empty"),
@@ -197,7 +193,7 @@ def test_a_chat_has_options_for_its_template(tmp_path: Path) -> None:
             "response_format": {"type": "json_object"},
         },
     )
-    assert asked.messages == [{"role": "user", "content": "a\nb"}]
+    assert asked.messages == [{"role": "user", "content": "ab"}]
     assert asked.options == {"tools": tools, "enable_thinking": False}
     assert asked.params is not None
     assert (asked.params.max_tokens, asked.params.logprobs) == (5, 4)

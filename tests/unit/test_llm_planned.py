@@ -54,7 +54,7 @@ def test_a_plan_changes_no_token(sampled: dict[str, float]) -> None:
     assert plain.core.scheduler.cached_tokens == 0
     assert planned.core.scheduler.cached_tokens > 0
     alone = 7 if sampled.get("temperature") else 5  # equal greedy prompts run once
-    assert planned.core.generated_tokens == alone * 6 and plain.core.generated_tokens == 42
+    assert planned.core.scheduler.drawn_tokens == alone * 6 and plain.core.scheduler.drawn_tokens == 42
 
 
 def test_nothing_runs_where_one_prompt_can_never_be_served() -> None:

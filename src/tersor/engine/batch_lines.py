@@ -42,6 +42,20 @@ class Dialect(Protocol):
             InputError: the model's template refuses the messages or has no such option.
         """
 
+    def check(self, url: str, body: Any) -> None:
+        """Refuse a body that cannot be meant, whatever it asks for.
+
+        Raises:
+            InputError: it is one.
+        """
+
+    def params(self, ask: Ask) -> SamplingParams | None:
+        """Return how tokens are drawn, with what the model needs beside what was asked for.
+
+        Raises:
+            InputError: the model cannot do what was asked for.
+        """
+
     def message(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
         """Return the assistant's message that a text is, tool calls and reasoning apart."""
 
@@ -157,6 +171,8 @@ def _take(
         seen[custom_id] = number
         url = _url(entry, result.url)
         ask = parse(url, entry.get("body"), defaults)
+        dialect.check(url, entry["body"])
+        ask = replace(ask, params=dialect.params(ask))
         if models and ask.model is not None and ask.model not in models:
             raise _LineError("model_not_found", f"model is {ask.model!r}, and this batch runs {', '.join(models)}")
         result.url = url
