@@ -110,7 +110,7 @@ def _sizes(given: list[str]) -> dict[str, Any]:
         name, _, number = word.partition("=")
         if not number.isdecimal():
             raise InputError(f"--size {word!r}: expected a name and a number, such as prefix=500")
-        found[name] = float(int(number))
+        found[name] = int(number)
     return found
 
 
