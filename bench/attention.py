@@ -26,7 +26,7 @@ CONTEXTS = (512, 2048, 8192)
 PREFILLS = ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192), (8, 256, 8192))
 """Rows, new tokens of each, tokens of each text."""
 LEAST_BYTES = 300 << 20
-MOST_CACHES = 24
+MOST_CACHES = 150
 
 
 def main() -> None:

@@ -310,9 +310,8 @@ def around_products() -> list[KernelSource]:
         for dtype in decode_groups.PAIR_TARGETS
     ]
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
-    kinds = (sampling.choose_source, sampling.peaks_source, sampling.adjust_source, sampling.logprobs_source)
-    drawing = [source(dtype) for source in kinds for dtype in (*sampling.INPUTS, "float32")]
-    return [*norms, *copies, *drawing]
+    kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
+    return [*norms, *copies, *itertools.chain.from_iterable(kinds)]
 
 
 def _epilogues() -> list[KernelSource]:

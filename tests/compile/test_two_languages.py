@@ -13,7 +13,7 @@ import pytest
 
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import dense, routing, tune
+from tersor.kernels import attention, dense, routing, tune
 from tersor.kernels import experts as of_experts
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.tune import experts_sm80, sm80, sm90
@@ -21,6 +21,7 @@ from tersor.kernels.tune.experts_problem import ExpertsProblem
 from tersor.layouts import decode_groups
 from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC
 from tersor.layouts.packing import Packing
+from tersor.ops.attention_form import PAGE
 
 H200 = chip_named("H200")
 ARCH = "compute_90a"
@@ -49,6 +50,8 @@ def packing(scheme: Scheme, target: str = "float16") -> Packing:
 
 class Launched:
     """Stands for a loaded kernel: keeps what it is launched with."""
+
+    source: KernelSource
 
     def launch(self, grid: Any, block: Any, *rest: Any) -> None:
         self.grid, self.block, self.shared = grid, block, rest[0]
@@ -205,3 +208,64 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
     launch(stream=0, y=0, weights=0, position=0, blocks=0, addend=0, out=0, ready=False, early=False)
     facts = {"combine::kThreads": launched.block[0], "4096 / combine::kThreads / combine::kChannels": launched.grid[1]}
     check(source.header, source, facts)
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("head_dim", [80, 128, 256])
+def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(head_dim: int, e4m3: bool) -> None:
+    kind = attention.Kind(head_dim=head_dim, dtype="bfloat16", e4m3=e4m3)
+    problem = attention.Problem(
+        rows=3,
+        tokens=700,
+        heads=24,
+        kv_heads=2,
+        rotary_dim=0,
+        window=None,
+        softcap=None,
+        scale=1.0,
+        eps=0.0,
+        offset=0.0,
+        most_queries=500,
+        most_pages=20,
+        table_stride=20,
+        invariant=False,
+    )
+    places = ("qkv", "pages_of_layer", "scales", "starts", "lengths", "table", "rotary", "sinks", "out")
+    common = {
+        "stream": 0,
+        "stride": 0,
+        "norms": (0, 0),
+        "wide_sinks": False,
+        "early": False,
+        **dict.fromkeys(places, 0),
+    }
+    grid = attention.grid_of(kind, problem, H200.sms)
+    source, launched = attention.decode_source(kind, problem.query_tiles(kind), H200), Launched()
+    launched.source = source
+    attention.prepare_decode(launched, problem, grid)(**common, partial=0, arrived=0, settled=False)  # type: ignore[arg-type]
+    queries = attention.FEW_QUERIES * 24 // 2
+    facts = {
+        "pages::kTokens": attention.PAGE,
+        "pages::kMostFew": attention.FEW_QUERIES,
+        "pages::kRowStride": kind.row_stride,
+        "pages::kQueryStride": kind.query_stride,
+        "tile::kBytes": kind.tokens_of_16,
+        "decode::kThreads": launched.block[0],
+        f"({queries} + decode::kQueries - 1) / decode::kQueries * 2": launched.grid[1],
+    }
+    assert PAGE == attention.PAGE and launched.grid[0] == grid.splits > 1 and launched.grid[2] == 3
+    check(source.header, source, facts)
+    append, product = Launched(), Launched()
+    append.source, product.source = attention.append_source(kind), attention.prefill_source(kind, H200)
+    attention.prepare_prefill(append, product, problem)(**common)  # type: ignore[arg-type]
+    facts = {
+        "append::kThreads": append.block[0],
+        "(500 + append::kTokens - 1) / append::kTokens": append.grid[0],
+    }
+    check(append.source.header, append.source, facts)
+    facts = {
+        "prefill::kThreads": product.block[0],
+        "(500 + prefill::kQueries - 1) / prefill::kQueries": product.grid[0],
+        "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
+    }
+    check(product.source.header, product.source, facts)

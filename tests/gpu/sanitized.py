@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import torch
+from helpers.sampling_rows import logits_of, moved, random_rows
 
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
@@ -16,6 +17,7 @@ from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block
 from tersor.ops import dispatch, grouped, routing
+from tersor.ops.attention_form import Rows
 
 
 def main() -> None:
@@ -29,8 +31,25 @@ def main() -> None:
     experts(Activations.NATIVE)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
+    for vocabulary, dtype in ((3001, torch.bfloat16), (20000, torch.float16), (20000, torch.float32)):
+        draw(vocabulary, dtype)
+    around()
+    attend()
     torch.cuda.synchronize()
     print("done")
+
+
+def attend() -> None:
+    """Attend to rows of few and of many tokens, in whole and in parts, over pages of 16 and of 8 bits."""
+    for dtype, dim, window in ((torch.float16, 128, None), (torch.float8_e4m3fn, 80, 100)):
+        form = ops.AttentionForm(heads=8, kv_heads=2, head_dim=dim, scale=0.1, rotary_dim=dim, window=window)
+        cache = ops.PagedCache.empty(12, form, dtype, "cuda")
+        table = torch.arange(1, 11, dtype=torch.int32, device="cuda").view(2, 5)
+        for counts in ((1, 1), (8, 3), (130, 2)):
+            starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32, device="cuda")
+            rows = ops.Rows(starts, torch.tensor([300, 65]).int().cuda(), table, max(counts), 320)
+            qkv = torch.randn(sum(counts) + 1, form.qkv_channels, device="cuda").half()
+            ops.attend(qkv, cache, rows, form, torch.ones(320, dim, device="cuda"))
 
 
 def route(tokens: int) -> None:
@@ -39,6 +58,23 @@ def route(tokens: int) -> None:
     for found in (tables, routing.tables(index - 5, 60, 8)):
         for channels in (520, 37):
             routing.combine(torch.randn(6 * tokens, channels, device="cuda").half(), weights, found)
+
+
+def draw(vocabulary: int, dtype: torch.dtype) -> None:
+    """Draw tokens of rows of every kind, of some of which the whole row is searched."""
+    for spread in (0.3, 3.0):
+        rows = moved(random_rows(24, vocabulary, 0), "cuda")
+        asks = torch.full((24,), 20, dtype=torch.int32, device="cuda")
+        ops.draw_with_logprobs(logits_of(24, vocabulary, dtype, spread, 0).cuda(), rows, asks)
+
+
+def around() -> None:
+    """Normalise and look up rows."""
+    x, weight = torch.randn(3, 5128, device="cuda").half(), torch.ones(5128, device="cuda").half()
+    ops.rms_norm(ops.layer_norm(x, weight, weight, 1e-5), weight, 1e-6, residual=x)
+    starts, lengths = torch.tensor([0, 2, 2, 3], device="cuda").int(), torch.tensor([9, 0, 1], device="cuda").int()
+    rows = Rows(starts, lengths, torch.zeros(3, 1, device="cuda").int(), 2, 9)
+    ops.lookup(torch.tensor([0, 2, 3, -1], device="cuda"), x, positions=x, rows=rows)
 
 
 def experts(activations: Activations) -> None:

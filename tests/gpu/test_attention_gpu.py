@@ -89,7 +89,7 @@ def check(step: Step) -> torch.Tensor:
     found = ops.attend(*step.arguments(cache))
     error = (found.float() - expected).abs()
     assert (error <= tolerance(step, expected)).all(), f"{error.max().item()} {tolerance(step, expected).max().item()}"
-    assert same_pages(cache, pages) > (0.999 if step.case.e4m3 else 0.9999)  # sums of a norm round in another order
+    assert same_pages(cache, pages) > 0.999  # sums of a norm round in another order
     again = step.copy_of_cache()
     for _ in range(3):
         assert torch.equal(ops.attend(*step.arguments(again)), found)
@@ -128,7 +128,7 @@ def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
 @pytest.mark.parametrize("e4m3", [False, True])
 def test_a_graph_follows_texts_that_grow(e4m3: bool) -> None:
     """Lengths, tables and queries change between replays; the host told of the most there will be."""
-    case = Case(head_dim=128, heads=8, lengths=(60, 700, 127, 0), counts=(1, 1, 1, 1), e4m3=e4m3)
+    case = Case(head_dim=128, heads=8, lengths=(60, 690, 127, 0), counts=(1, 1, 1, 1), e4m3=e4m3)
     step = Step(case, "cuda")
     used = set(step.rows.pages.flatten().tolist())
     free = [page for page in range(1, step.cache.pages.shape[0]) if page not in used]
@@ -152,12 +152,13 @@ def test_a_graph_follows_texts_that_grow(e4m3: bool) -> None:
         step.rows.lengths[:3] += 1
 
 
+@pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("counts", [(1,) * 6, (4, 1, 8, 1, 1, 2), (40, 1, 70, 1, 9, 1)])
 def test_launches_that_start_early_wait_for_what_they_read(
-    counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    counts: tuple[int, ...], e4m3: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chain of steps with nothing between them, each of which reads what the one ahead of it wrote to pages."""
-    case = Case(head_dim=128, heads=8, lengths=(300, 129, 1100, 70, 65, 2), counts=counts)
+    case = Case(head_dim=128, heads=8, lengths=(300, 129, 1100, 70, 65, 2), counts=counts, e4m3=e4m3)
     step = Step(case, "cuda")
     step.rotary = torch.ones(2000, 128, device="cuda")
     rows = [

@@ -37,8 +37,7 @@ CASES = (
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
-    kinds = (sampling.adjust_source, sampling.peaks_source, sampling.choose_source, sampling.logprobs_source)
-    sources = [kind(dtype) for kind in kinds for dtype in sampling.INPUTS]
+    sources = [source for dtype in sampling.INPUTS for source in sampling.sources(dtype)]
     jit.compile_many(sources, jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 

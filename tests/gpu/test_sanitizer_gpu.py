@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def test_it_finds_nothing(tool: str) -> None:
         sys.executable,
         str(script),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = [str(script.parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "done" in done.stdout

@@ -25,10 +25,7 @@ TOKENS = (1, 2, 31, 300)
 def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
     names = ("float16", "bfloat16")
-    sources = {small.norm_source(name, layer, count) for name in names for layer in (False, True) for count in CHANNELS}
-    sources |= {
-        small.rows_source(name, wide, other) for name in names for wide in (False, True) for other in (False, True)
-    }
+    sources = {source for name in names for count in CHANNELS for source in small.sources(name, count)}
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 

@@ -203,6 +203,15 @@ template <bool kBf16> u16 narrow(float x) { return kBf16 ? float_to_bfloat(x) : 
 template <bool kBf16> u32 narrow_pair(float low, float high) {
     return narrow<kBf16>(low) | static_cast<u32>(narrow<kBf16>(high)) << 16;
 }
+inline u32 widen_e4m3_pair(u16 pair) {
+    u32 halves[2];
+    for (int i = 0; i < 2; ++i) {
+        const int code = pair >> 8 * i & 255, exponent = code >> 3 & 15, mantissa = code & 7;
+        const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+        halves[i] = float_to_half((code & 127) == 127 ? NAN : code >> 7 ? -size : size);
+    }
+    return halves[0] | halves[1] << 16;
+}
 inline float power_of_two(float x) { return exp2f(x); }
 inline u32 load_shared(u32 shared) { return word_at(shared); }
 inline float load_shared_float(u32 shared) { return __uint_as_float(word_at(shared)); }
@@ -218,7 +227,6 @@ inline void copy(u32 shared, const void* global, u32 bytes, u32 all) {
     fibers[now].open.push_back({attention_memory + shared, static_cast<const unsigned char*>(global), bytes, all});
 }
 inline void copy_async_16_zero_fill(u32 shared, const void* global, u32 bytes) { copy(shared, global, bytes, 16); }
-inline void copy_async_4_zero_fill(u32 shared, const void* global, u32 bytes) { copy(shared, global, bytes, 4); }
 inline void copy_async_commit() {
     fibers[now].groups.push_back(std::move(fibers[now].open));
     fibers[now].open.clear();

@@ -1,4 +1,4 @@
-"""Attention kernels on a CPU: their own headers as plain C++, in which every thread is a fiber (`emulated.hpp`)."""
+"""Kernels on a CPU: their own headers as plain C++, in which every thread is a fiber (`emulated.hpp`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f":
 
 
 class Emulated:
-    """Stands for a loaded kernel whose addresses are those of CPU tensors."""
+    """Stands for a loaded kernel whose addresses are those of CPU tensors, of compute capability `arch` / 100."""
 
-    def __init__(self, source: KernelSource, folder: Path) -> None:
+    def __init__(self, source: KernelSource, folder: Path, arch: int) -> None:
         self.source = source
-        text = _translation(source)
-        parts = (text, source.digest(), (HERE / "emulated.hpp").read_text())
+        text = _translation(source, arch)
+        parts = (text, source.digest(), *(path.read_text() for path in sorted(HERE.glob("emulated*.hpp"))))
         name = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         library = folder / f"{name}.so"
         for replaced in REPLACED:
@@ -37,7 +37,7 @@ class Emulated:
         if not library.exists():
             unit = folder / f"{name}.cpp"
             unit.write_text(text)
-            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+            options = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
             includes = [f"-I{place}" for place in (folder, HERE, CUDA)]
             assert COMPILER is not None
             subprocess.run([COMPILER, *options, *includes, str(unit), "-o", str(library)], check=True)
@@ -59,14 +59,19 @@ class Emulated:
         self._run(*grid, block[0], self.seed, *args)
 
 
-def _translation(source: KernelSource) -> str:
+def _translation(source: KernelSource, arch: int) -> str:
     """The kernel behind a function that takes its grid, threads, a seed, and its arguments."""
-    macros = {"TERSOR_ENTRY": "entry", **{key: int(value) for key, value in source.parameters.items()}}
+    macros = {
+        "TERSOR_ENTRY": "entry",
+        "__CUDA_ARCH__": arch,
+        **{key: int(value) for key, value in source.parameters.items()},
+    }
     defines = "\n".join(f"#define {key} {value}" for key, value in macros.items())
+    language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     taken = ", ".join(f"{_TYPES[letter]} {name}" for letter, name in zip(source.arguments, names, strict=True))
     return f"""{defines}
-#include "emulated.hpp"
+#include "{language}"
 #include "{source.header}"
 struct Any {{
     const void* p;

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tersor.engine.outputs import ABORT, ERROR, LENGTH, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.engine.protocol import EngineStats, ModelInfo
+from tersor.engine.protocol import ModelInfo
+from tersor.engine.stats import EngineStats
 from tersor.engine.stream import Stream
 from tersor.errors import InputError, TersorError
 

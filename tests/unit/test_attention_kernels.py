@@ -28,6 +28,7 @@ class Emulation(Workspace):
         launched: names of the kernels, in order.
         arrived: counters of splits, zero between launches.
         splits: what a launch has at most; `None` is what `grid_of` says.
+        arch: its compute capability, times 100.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,12 +37,13 @@ class Emulation(Workspace):
         self.launched: list[str] = []
         self.arrived = torch.zeros(1 << 12, dtype=torch.int32)
         self.splits: int | None = None
+        self.arch = 900
         self._functions: dict[KernelSource, Emulated] = {}
 
     def get(self, source: KernelSource, index: int) -> Emulated:
         self.launched.append(source.name)
         if source not in self._functions:
-            self._functions[source] = Emulated(source, self.folder)
+            self._functions[source] = Emulated(source, self.folder, self.arch)
         return self._functions[source]
 
     def split_sums(self, index: int, stream: int, floats: int, counters: int) -> tuple[int, int, torch.Tensor]:
@@ -116,10 +118,22 @@ def test_rows_of_few_tokens_are_those_of_the_reference(case: Case, splits: int, 
     assert all("decode" in name for name in device.launched)
 
 
+@pytest.mark.parametrize("length", [700, 8500])
+def test_many_splits_become_one_result(length: int, device: Emulation) -> None:
+    device.splits = 64  # of which the device takes 11, and 34
+    check(Step(Case(head_dim=32, heads=2, kv_heads=1, lengths=(length,), counts=(1,), sinks=True)), device)
+
+
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case: Case, device: Emulation) -> None:
     check(Step(case), device)
     assert any("prefill" in name for name in device.launched)
+
+
+@pytest.mark.parametrize("case", [FEW[4], MANY[1]], ids=str)
+def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(case: Case, device: Emulation) -> None:
+    device.arch = 800
+    check(Step(case), device)
 
 
 def test_rows_that_are_settled_give_the_same_bits(device: Emulation) -> None:

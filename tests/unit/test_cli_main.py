@@ -69,7 +69,10 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("inspect", "one", "two"), ("two",)),
         (("generate",), ("tersor generate --help",)),
         (("bench",), ("Missing command", "tersor bench --help")),
-        (("bench", "lineer"), ("did you mean 'linear'?", "verbs: linear, experts, tune", "tersor bench --help")),
+        (
+            ("bench", "lineer"),
+            ("did you mean 'linear'?", "verbs: linear, experts, latency, tune", "tersor bench --help"),
+        ),
         (("bench", "linear", "--chian", "pdl"), ("--chian", "tersor bench linear --help")),
         (("eval", "model"), ("--text",)),
     ],

@@ -84,8 +84,10 @@ def test_the_bundled_model_answers_as_transformers_does(
 
 def test_options_reach_server_and_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--host", "0.0.0.0", "--max-length", "100", "--name", "small", "--max-queue", "7", "--drain-seconds", "3"]
+    more += ["--kv-bytes", "4000000", "--no-prefix-caching"]
     with begun([*WORDS, *more, "--tool-parser", "hermes", "--reasoning-parser", "think"], monkeypatch) as server:
         assert server.engine.info.context == 100
+        assert 0 < server.engine.stats().pages_free < 30
         chosen = server.options
     assert (chosen.name, chosen.max_queue, chosen.drain_seconds) == ("small", 7, 3)
     assert (chosen.tool_parser, chosen.reasoning_parser) == ("hermes", "think")

@@ -7,7 +7,11 @@ import io
 import json
 import re
 import shlex
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+import tersor
 from tersor.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +36,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     """Return every shell command as its words, comments taken off; a pipe is a word."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -53,7 +58,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_commands_are_of_kinds_a_test_knows() -> None:
-    assert {words[0] for words in commands()} <= {"make", "pip", "tersor", "echo"}
+    assert {words[0] for words in commands()} <= {"make", "pip", "tersor", "echo", "curl"}
     shown = {words[words.index("tersor") + 1] for words in commands() if "tersor" in words}
     assert shown == set(main.VERBS)
 
@@ -64,7 +69,7 @@ def test_tersor_commands_run(
 ) -> None:
     """In order, since later ones use what earlier ones made."""
     for words in commands():
-        if "tersor" not in words or measures(words):
+        if "tersor" not in words or measures(words) or "serve" in words:
             continue
         start = words.index("tersor")
         if start:
@@ -76,6 +81,36 @@ def test_tersor_commands_run(
         assert status == 0, f"{shlex.join(words)}: {captured.err}"
         assert captured.out.strip(), shlex.join(words)
     assert {path.name for path in scratch.glob("tiny-*")} == {"tiny-fp6", "tiny-mixed", "tiny-mxfp6"}
+
+
+@pytest.mark.timeout(600)
+def test_the_server_answers_as_the_readme_asks_it(scratch: Path) -> None:
+    tersor.quantize("examples/tiny-lm", "tiny-fp6", format="fp6_e3m2")
+    served = next(words for words in commands() if words[:2] == ["tersor", "serve"])
+    asked = next(words for words in commands() if words[0] == "curl")
+    assert served[-1] == "&" and f":{served[served.index('--port') + 1]}/" in asked[1]
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    words = [sys.executable, "-m", "tersor", *served[1 : served.index("--port")], "--port", str(port)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            for line in server.stderr:
+                if str(port) in line:
+                    break
+            url = re.sub(r":\d+/", f":{port}/", asked[1])
+            body = asked[asked.index("-d") + 1].encode()
+            header = asked[asked.index("-H") + 1].split(": ")
+            request = urllib.request.Request(url, body, {header[0]: header[1]})
+            with urllib.request.urlopen(request, timeout=120) as response:
+                answer = json.load(response)
+            assert answer["model"] == "tiny-fp6" and answer["usage"]["completion_tokens"] <= 20
+            assert answer["choices"][0]["text"]
+        finally:
+            server.send_signal(signal.SIGINT)
+            rest = server.stderr.read()
+    assert server.returncode in (0, 130), rest
 
 
 def measures(words: list[str]) -> bool:

@@ -48,7 +48,7 @@ class Step:
 
 def request(slot: int, prompt: list[int] | None = None, **options: Any) -> Request:
     """A request with resolved options."""
-    params = resolved(SamplingParams(**options), {"do_sample": True})
+    params = resolved(SamplingParams(**options), {})
     return Request([1, 2, 3] if prompt is None else prompt, params, slot)
 
 
@@ -202,16 +202,16 @@ def test_more_listed_tokens_than_there_is_room_for_are_refused_with_their_number
 
 
 def test_a_models_defaults_fill_what_a_request_leaves_open() -> None:
-    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
+    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
     found = resolved(SamplingParams(), config)
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.6, 0, 0.9, 0.0)
     assert found.repetition_penalty == 1.05
-    assert resolved(SamplingParams(temperature=0.0), config).top_p == 1.0
-    assert resolved(SamplingParams(), {"temperature": 0.6}).temperature == 0.0
+    assert resolved(SamplingParams(temperature=0.0), config).greedy
     assert resolved(SamplingParams(top_k=3), {}).temperature == 1.0
     assert resolved(SamplingParams(temperature=0.2), {"top_k": 20}).top_k == 20
     assert resolved(SamplingParams(repetition_penalty=1.0), config).repetition_penalty == 1.0
-    assert resolved(SamplingParams(), {}).greedy
+    open_to_all = resolved(SamplingParams(), {})
+    assert (open_to_all.temperature, open_to_all.top_k, open_to_all.top_p, open_to_all.min_p) == (1.0, 0, 1.0, 0.0)
 
 
 def test_continuations_have_seeds_of_their_own_and_the_first_that_of_the_request() -> None:

@@ -295,8 +295,8 @@ def test_stats_add_up() -> None:
         loop.turn()
     found = stats(plan)
     assert (found.running, found.waiting, found.preemptions) == (2, 1, 0)
-    assert (found.prompt_tokens, found.cached_tokens, found.drawn_tokens) == (27, 16, 5 + 2 * 2)
-    assert (found.pages, found.pages_held, found.pages_cached, found.pages_free) == (64, 4, 1, 59)
+    assert (found.prompt_tokens, found.cached_tokens, found.generated_tokens) == (27, 16, 5 + 2 * 2)
+    assert (found.pages_used, found.pages_cached, found.pages_free) == (4, 1, 60)
     assert found.pages_pinned == 0
     plan.pin(prompt_of(12))
     loop.run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers.served import Served, serving
+from helpers.served import HERMES, Served, serving
 from helpers.tiny_lm import TINY
 
 from tersor.engine.threaded import ThreadedEngine
@@ -27,6 +29,7 @@ def running() -> Iterator[Served]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     llm = LLM(TINY, device="cpu", kv_bytes=BYTES, max_rows=16, max_step_tokens=256)
+    llm.tokenizer.chat_template = HERMES
     with serving(ThreadedEngine(llm.core, llm.info)) as served:
         yield served
     torch.set_num_threads(threads)
@@ -147,3 +150,55 @@ def test_streams_begin_before_answers_end(server: Served) -> None:
         first = time.perf_counter() - begun
         *_, done = lines
     assert done == "data: [DONE]" and first < (time.perf_counter() - begun) / 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Give"}], "max_tokens": 80, "temperature": 0}
+needs_grammars = pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="needs xgrammar")
+
+
+def held(schema: Any) -> dict[str, Any]:
+    """The field that holds an answer to a schema."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}}
+
+
+@needs_grammars
+def test_an_answer_is_held_to_its_schema_and_a_bad_schema_is_refused_alone(server: Served) -> None:
+    """Rules 20 and 21."""
+    choice = server.post("/v1/chat/completions", {**CHAT, **held(SCHEMA)}).json()["choices"][0]
+    found = json.loads(choice["message"]["content"])
+    assert set(found) == {"a", "b"} and found["a"] <= 99 and found["b"] in ("x", "y")
+    assert choice["finish_reason"] == "stop"
+    refused = server.post("/v1/chat/completions", {**CHAT, **held({"type": "nothing"})})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "response_format"
+    short = server.post("/v1/chat/completions", {**CHAT, **held({"type": "array"}), "max_tokens": 4}).json()
+    assert short["usage"]["completion_tokens"] <= 4
+    assert texts(server) == texts(server)
+
+
+@needs_grammars
+def test_a_model_that_must_call_a_function_calls_it(server: Served) -> None:
+    """Rule 22, by a model that was never taught to."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        body = {**CHAT, "tools": tools, "tool_choice": choice}
+        (call,) = server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "f" and set(json.loads(call["function"]["arguments"])) == {"a", "b"}
+        deltas = [event["choices"][0]["delta"] for event in server.events("/v1/chat/completions", body)]
+        pieces = [one["function"]["arguments"] for delta in deltas for one in delta.get("tool_calls", [])]
+        assert "".join(pieces) == call["function"]["arguments"] and len(pieces) > 3
+
+
+def test_without_the_package_for_grammars_a_schema_is_refused(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "xgrammar" else found(name, *more)
+    )
+    monkeypatch.setattr(server.engine._core, "_grammars", None)
+    refused = server.post("/v1/chat/completions", {**CHAT, **held(SCHEMA)})
+    assert refused.status_code == 400 and "tersor[grammar]" in refused.json()["error"]["message"]

@@ -23,6 +23,9 @@ MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text;
 MaxRows = Annotated[int, typer.Option(help="Requests of a step at most.")]
 MaxStepTokens = Annotated[int, typer.Option(help="Tokens of a step at most; longer prompts are read in several.")]
 Memory = Annotated[float, typer.Option(help="Share of the GPU's memory for weights, graphs and pages together.")]
+KvBytes = Annotated[
+    int | None, typer.Option(help="Bytes of all keys and values, instead of what --memory leaves; on a CPU else 1 GiB.")
+]
 PrefixCaching = Annotated[
     bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Keep pages of prompts for those that begin alike.")
 ]

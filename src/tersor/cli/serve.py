@@ -46,6 +46,7 @@ def command(
     max_rows: options.MaxRows = _ENGINE.max_rows,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
+    kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -78,6 +79,7 @@ def command(
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,
         memory=memory,
+        kv_bytes=kv_bytes,
         prefix_caching=prefix_caching,
         trust_remote_code=trust_remote_code,
     )

@@ -28,7 +28,6 @@ class EngineConfig:
         prefix_caching: whether pages of prompts are kept for requests that begin the same.
         cuda_graph: whether steps that only decode are CUDA graphs; `None` is yes on a GPU.
         seed: of requests that give none; `None` draws fresh ones.
-        max_waiting: requests that may wait before others are refused; `None` is no limit.
         trust_remote_code: whether a tokenizer may run Python code that comes with the model.
     """
 
@@ -44,7 +43,6 @@ class EngineConfig:
     prefix_caching: bool = True
     cuda_graph: bool | None = None
     seed: int | None = None
-    max_waiting: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -15,10 +15,9 @@ from tersor.engine.grammar import Grammars, Matcher
 from tersor.engine.options import resolved, seed_of
 from tersor.engine.outputs import ABORT, ERROR, STOP, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.engine.protocol import EngineStats
 from tersor.engine.request import DELAYED, WAITING, Request, Step, continuations, prompt_targets
 from tersor.engine.scheduler import Scheduler
-from tersor.engine.stats import stats
+from tersor.engine.stats import EngineStats, stats
 from tersor.engine.stream import Stream
 from tersor.errors import UnsupportedError
 
@@ -110,17 +109,7 @@ class Core:
 
     def stats(self) -> EngineStats:
         """Return how the engine stands."""
-        found = stats(self.scheduler)
-        return EngineStats(
-            running=found.running,
-            waiting=found.waiting,
-            pages_used=found.pages_held,
-            pages_free=found.pages - found.pages_held,
-            prompt_tokens=found.prompt_tokens,
-            cached_tokens=found.cached_tokens,
-            generated_tokens=found.drawn_tokens,
-            preemptions=found.preemptions,
-        )
+        return stats(self.scheduler)
 
     def settled(self, params: SamplingParams) -> SamplingParams:
         """Return options of which nothing is open: the model's defaults fill them and, where this engine makes seeds,

@@ -14,7 +14,6 @@ from typing import Any
 
 from tersor.engine.params import SamplingParams
 
-_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 NEWEST = -1
@@ -22,28 +21,19 @@ NEWEST = -1
 
 
 def resolved(params: SamplingParams, config: Mapping[str, Any]) -> SamplingParams:
-    """Return options of which every one that says how a token is drawn is filled; greedy ones have temperature 0.
+    """Return options of which every one that says how a token is drawn is filled.
 
-    A token is sampled where the request gives a temperature above 0 or, without a temperature, any of top_k, top_p and
-    min_p, or where it gives none of these and the model's config says `do_sample`; else the most probable one is taken.
+    What a request leaves open is what the model's generation config says and, where it says nothing, off: a temperature
+    of 1, all tokens kept, no penalty. Whether that config says `do_sample` does not matter: a request that wants the
+    most probable token has temperature 0.
 
     Args:
         params: of the request.
         config: the model's generation_config.json; empty where it has none.
     """
-    asked = any(getattr(params, name) is not None for name in _SAMPLED) and params.temperature != 0
-    if asked or (params.temperature is None and config.get("do_sample")):
-        chosen = {name: _first(getattr(params, name), config.get(name)) for name in _SAMPLED}
-    else:
-        chosen = {"temperature": 0.0}
-    return replace(
-        params,
-        temperature=float(_first(chosen.get("temperature"), 1.0)),
-        top_k=int(_first(chosen.get("top_k"), 0)),
-        top_p=float(_first(chosen.get("top_p"), 1.0)),
-        min_p=float(_first(chosen.get("min_p"), 0.0)),
-        repetition_penalty=float(_first(params.repetition_penalty, config.get("repetition_penalty"), 1.0)),
-    )
+    off: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    filled = {name: type(none)(_first(getattr(params, name), config.get(name), none)) for name, none in off.items()}
+    return replace(params, **filled)
 
 
 def _first(*values: Any) -> Any:

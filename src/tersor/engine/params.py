@@ -15,13 +15,13 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Options of one request, checked. A model's own generation config fills what is `None` (`LLM`).
+    """Options of one request, checked. What is `None` is what the model's generation config says, and else off.
 
     Attributes:
         n: how many continuations, at least 1; with a seed, continuation i draws with a seed made of it and i.
         max_tokens: tokens drawn at most, at least 1; `None` is what the context holds.
         min_tokens: no end-of-sequence or stop token is drawn before so many.
-        temperature: divides the logits, at least 0; 0 is greedy. `None` is 1.
+        temperature: divides the logits, at least 0; 0 is greedy; 1 where nobody says.
         top_k: the k most probable tokens are kept; 0 and -1 keep all.
         top_p: the most probable tokens that together reach this probability are kept, in (0, 1].
         min_p: tokens at least this fraction as probable as the most probable one are kept, in [0, 1].

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
+from tersor.engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,30 +29,6 @@ class ModelInfo:
     context: int
     vocabulary: int
     tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """An engine at one moment; counts of tokens and of preemptions only grow.
-
-    Attributes:
-        running: requests that have pages.
-        waiting: requests that have none yet, preempted ones included.
-        pages_used, pages_free: pages that a request holds, and the others. Their sum never changes.
-        prompt_tokens: tokens of all prompts that were read.
-        cached_tokens: those among them whose keys and values were there already.
-        generated_tokens: tokens drawn.
-        preemptions: times that a request lost its pages before it had ended.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages_free: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
 
 
 class AsyncEngine(Protocol):

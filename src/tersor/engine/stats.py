@@ -10,49 +10,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    """A scheduler at one moment.
+class EngineStats:
+    """An engine at one moment; counts of tokens and of preemptions only grow.
 
     Attributes:
         running: requests that have pages.
         waiting: requests that have none: new, delayed and preempted ones.
-        pages: that there are for requests.
-        pages_held: by requests.
-        pages_cached: held by nobody, with a text that may come again.
+        pages_used: that a request holds.
+        pages_free: the others; their sum never changes.
+        pages_cached: of the free ones, those with a text that may come again.
         pages_pinned: of those, the ones that a pin keeps.
-        pages_free: the others.
-        prompt_tokens: of all prompts that have begun, so far.
-        cached_tokens: of them, those whose pages were there.
-        drawn_tokens: read so far.
-        preemptions: so far.
+        prompt_tokens: of all prompts that have begun.
+        cached_tokens: of them, those whose keys and values were there already.
+        generated_tokens: tokens drawn.
+        preemptions: times that a request lost its pages before it had ended.
     """
 
-    running: int
-    waiting: int
-    pages: int
-    pages_held: int
-    pages_cached: int
-    pages_pinned: int
-    pages_free: int
-    prompt_tokens: int
-    cached_tokens: int
-    drawn_tokens: int
-    preemptions: int
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_pinned: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
 
 
-def stats(scheduler: Scheduler) -> Stats:
+def stats(scheduler: Scheduler) -> EngineStats:
     """Return the numbers of a scheduler, without looking at its requests."""
     cache, pages = scheduler.cache, scheduler.cache.pages
-    return Stats(
+    free = pages.free + cache.cached
+    return EngineStats(
         running=scheduler.limits.max_rows - len(scheduler.free_slots),
         waiting=len(scheduler.admission),
-        pages=pages.usable,
-        pages_held=pages.usable - pages.free - cache.cached,
+        pages_used=pages.usable - free,
+        pages_free=free,
         pages_cached=cache.cached,
         pages_pinned=cache.pinned,
-        pages_free=pages.free,
         prompt_tokens=scheduler.prompt_tokens,
         cached_tokens=scheduler.cached_tokens,
-        drawn_tokens=scheduler.drawn_tokens,
+        generated_tokens=scheduler.drawn_tokens,
         preemptions=scheduler.preemptions,
     )

@@ -107,7 +107,11 @@ def tokens_of(row: Row) -> Sequence[int]:
 
 
 def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int) -> Rows:
-    """Return the rows of a step whose buffer is on the device."""
+    """Return the rows of a step whose buffer is on the device.
+
+    They are settled: a copy has brought them, and pages hold what steps before this one wrote. A step's first kernels
+    are torch's, which begin when all before them has ended.
+    """
     from tersor.ops.attention_form import Rows
 
-    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length)
+    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length, settled=True)

@@ -15,7 +15,8 @@ from typing import Any
 from tersor.engine.core import Core
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.engine.protocol import EngineStats, ModelInfo
+from tersor.engine.protocol import ModelInfo
+from tersor.engine.stats import EngineStats
 from tersor.errors import InputError, TersorError
 
 

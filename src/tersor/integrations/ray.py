@@ -31,7 +31,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UnsupportedError("Ray is not installed: pip install ray") from None
+        raise UnsupportedError("Ray is not installed: pip install 'tersor[ray]'") from None
     return ray
 
 

@@ -55,6 +55,11 @@ def logprobs_source(dtype: str) -> KernelSource:
     return _source("logprobs", dtype, "PPPPPPPPPPPPPPqiiii")
 
 
+def sources(dtype: str) -> list[KernelSource]:
+    """Return all of them for logits of a dtype: what a start compiles side by side."""
+    return [kind(dtype) for kind in (choose_source, peaks_source, adjust_source, logprobs_source)]
+
+
 def _source(kind: str, dtype: str, arguments: str) -> KernelSource:
     return KernelSource(
         name=f"tersor_sampling_{kind}_{dtype}",

@@ -64,6 +64,13 @@ def rows_source(target: str, index64: bool, positions: bool) -> KernelSource:
     )
 
 
+def sources(target: str, channels: int) -> list[KernelSource]:
+    """Return all of them for rows of a dtype, of which those that are normalised have so many channels."""
+    norms = [norm_source(target, layer, channels) for layer in (False, True)]
+    wide, learned = (False, True), (False, True)
+    return norms + [rows_source(target, index64, positions) for index64 in wide for positions in learned]
+
+
 NormLaunch: TypeAlias = Callable[..., None]
 """Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
 RowsLaunch: TypeAlias = Callable[..., None]

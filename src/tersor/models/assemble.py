@@ -36,7 +36,8 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
     scale = float(torch.tensor(config.embedding_scale, dtype=stored.dtype))
     norm = _norm(stored, config, names.base + names.norm)
     config = replace(config, context=context)
-    return Decoder(config, Embedding(embedding, stored.dtype, scale), layers, norm, head, positions)
+    rows = Embedding(embedding, stored.dtype, scale, positions, config.first_position)
+    return Decoder(config, rows, layers, norm, head)
 
 
 def _layer(

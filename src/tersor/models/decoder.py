@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from tersor import ops
 from tersor.models.config import DecoderConfig
@@ -89,7 +88,6 @@ class Decoder:
         config: what it is.
         dtype, device: of activations; weights are there, and plain ones are of it.
         embedding, layers, norm, head: its parts, in order.
-        positions: learned [positions, H], or `None`.
     """
 
     def __init__(
@@ -99,14 +97,12 @@ class Decoder:
         layers: Sequence[DecoderLayer],
         norm: NormWeights,
         head: Product,
-        positions: torch.Tensor | None = None,
     ) -> None:
         self.config = config
         self.embedding = embedding
         self.layers = tuple(layers)
         self.norm = norm
         self.head = head
-        self.positions = positions
         self.dtype, self.device = norm.weight.dtype, norm.weight.device
 
     def __call__(
@@ -123,13 +119,10 @@ class Decoder:
         Returns:
             [S, V] in `dtype`.
         """
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            inside = places_in_text(rows, len(tokens)).clamp(0, self.config.context - 1)  # padding is anywhere
-            x = x + functional.embedding(inside + self.config.first_position, self.positions)
+        x = self.embedding(tokens, rows)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, cache, rows)
-        logits = self.head(self.norm(x[places]))
+        logits = self.head(self.norm(ops.gather_rows(x, places)))
         softcap = self.config.softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
@@ -145,7 +138,6 @@ class Decoder:
             yield from layer.tensors()
         yield from self.norm.tensors()
         yield from self.head.tensors()
-        yield from tensors_of(self.positions)
 
     @property
     def waits(self) -> str:
@@ -157,11 +149,3 @@ class Decoder:
     def nbytes(self) -> int:
         """Bytes of the weights in memory, each counted once."""
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}.values())
-
-
-def places_in_text(rows: Rows, count: int) -> torch.Tensor:
-    """Return int64 [count]: where in its row's text each token of a step is; anything that is there, for padding."""
-    tokens = torch.arange(count, dtype=rows.starts.dtype, device=rows.starts.device)
-    row = torch.searchsorted(rows.starts[1:], tokens, right=True).clamp_max(len(rows.lengths) - 1)
-    after = rows.starts[1:].index_select(0, row) - tokens  # tokens of the row from this one on
-    return (rows.lengths.index_select(0, row) - after).long()

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from tersor import ops
 from tersor.models.config import Norm
@@ -31,7 +30,7 @@ class NormWeights:
         """Return x [T, H] normed, with `residual` added."""
         if not self.form.centered:
             return ops.rms_norm(x, self.weight, self.form.eps, offset=self.form.offset, residual=residual)
-        y = functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.form.eps)
+        y = ops.layer_norm(x, self.weight, self.bias, self.form.eps)
         return y if residual is None else y + residual
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -78,7 +78,7 @@ def random_decoder(
         layers.append(_copied(known[kind]) if kind in used else known[kind])
         used.add(kind)
     whole = replace(few.config, layers=config.layers)
-    return Decoder(whole, few.embedding, layers, few.norm, few.head, few.positions)
+    return Decoder(whole, few.embedding, layers, few.norm, few.head)
 
 
 class _Random(Stored):

@@ -1,6 +1,7 @@
 """How far do channels of queries and keys turn at a position? Rotary frequencies, their scalings and the tables.
 
-Everything is float32 from the first power on, as where the models were trained.
+Frequencies and angles are float32, as where the models were trained; cosines and sines of them are exact but for one
+rounding.
 """
 
 from __future__ import annotations
@@ -137,5 +138,5 @@ class Rotary:
         magnitude = 1.0
         if self.scaling is not None:
             frequencies, magnitude = self.scaling.scaled(frequencies, self, positions), self.scaling.magnitude
-        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
-        return (torch.cat((angles.cos(), angles.sin()), dim=1) * magnitude).to(device)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).double()
+        return (torch.cat((angles.cos(), angles.sin()), dim=1) * magnitude).float().to(device)

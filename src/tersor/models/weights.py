@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from tersor import ops
 from tersor.layouts import PackedWeight, StackedWeight
-from tersor.ops import Gate
+from tersor.ops import Gate, Rows
+from tersor.ops.lookup import places
 
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
@@ -124,29 +125,38 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """Rows of a weight [V, H].
+    """Rows of a weight [V, H], and of learned positions where a model has them.
 
     Attributes:
         weight: plain, or packed in the stored stream.
         dtype: of the rows.
-        scale: they are multiplied by it, rounded to `dtype`.
+        scale: they are multiplied by it.
+        positions: [P, H], or `None`; its row `first` is added to a text's first token.
+        first: see there.
     """
 
     weight: Matrix
     dtype: torch.dtype
     scale: float = 1.0
+    positions: torch.Tensor | None = None
+    first: int = 0
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the rows [T, H] of tokens [T]."""
-        if isinstance(self.weight, PackedWeight):
-            rows = ops.embedding(tokens, self.weight, self.dtype)
-        else:
-            rows = functional.embedding(tokens, self.weight)
-        return rows if self.scale == 1.0 else rows * self.scale
+    def __call__(self, tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Return [T, H] of the tokens [T] of a step's rows."""
+        if not isinstance(self.weight, PackedWeight):
+            return ops.lookup(
+                tokens, self.weight, scale=self.scale, positions=self.positions, first=self.first, rows=rows
+            )
+        found = ops.embedding(tokens, self.weight, self.dtype)
+        if self.scale != 1.0:
+            found = found * self.scale
+        if self.positions is not None:
+            found = found + ops.lookup(places(rows, len(tokens), self.first), self.positions)
+        return found
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
-        yield from tensors_of(self.weight)
+        yield from tensors_of(self.weight, self.positions)
 
 
 def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:

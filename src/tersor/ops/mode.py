@@ -2,7 +2,7 @@
 
 Batch-invariant: a token's result has the same bits however many other tokens share its call. That is off by default,
 since the fastest order of sums depends on the number of tokens; a model is invariant only if all of its layers are.
-Attention and other operators are not Tersor's and have modes of their own.
+Attention over pages (`ops.attend`) follows it; other operators are not Tersor's and have modes of their own.
 """
 
 from __future__ import annotations

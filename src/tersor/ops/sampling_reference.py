@@ -11,6 +11,7 @@ and sums are rounded one by one, and sums of weights are sums of integers, which
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,21 +42,31 @@ def draw(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
 
 def draw_adjusted(values: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """Return a token for every row of `adjusted`, int64 [S], which becomes its newest one."""
+    """Return a token for every row of `adjusted`, int64 [S], which becomes its newest one; of equals the first."""
     given, rows = rows, rows.of_rows()
-    usable = _usable(values) & (rows.temperature >= 0)
-    sampled = rows.temperature >= LEAST_TEMPERATURE
-    heat = torch.where(sampled, rows.temperature, 1.0)
-    scale = torch.full_like(heat, LOG2E) / heat  # a quotient: of a number and a tensor torch makes a reciprocal
-    scores = values * scale[:, None] + noise(rows.seeds, rows.positions, values.shape[1])
-    if rows.filters:
-        scores = scores.masked_fill(~kept(values, scale, rows), -torch.inf)
-    tokens = _first_greatest(torch.where(sampled[:, None], scores, values))
-    tokens = torch.where(usable, tokens, -1)
+    tokens, sampled = values.argmax(1), rows.temperature >= LEAST_TEMPERATURE
+    if values.device.type == "cpu":  # where asking costs nothing, and noise much
+        places = sampled.nonzero()[:, 0]
+        if len(places):
+            some = replace(rows, slots=places, positions=rows.positions[places], listed=None, allowed=None).of_rows()
+            tokens[places] = _sampled(values[places], some)
+    else:
+        tokens = torch.where(sampled, _sampled(values, rows), tokens)
+    tokens = torch.where(_usable(values) & (rows.temperature >= 0), tokens, -1)
     if given.listed is not None:
         slots = slice(None) if given.slots is None else given.slots.long()
         given.listed.newest[slots] = tokens
     return tokens
+
+
+def _sampled(values: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Return a token drawn for every row, int64 [S]; any one where the temperature is not high enough to."""
+    heat = torch.where(rows.temperature >= LEAST_TEMPERATURE, rows.temperature, 1.0)
+    scale = torch.full_like(heat, LOG2E) / heat  # a quotient: of a number and a tensor torch makes a reciprocal
+    scores = values * scale[:, None] + noise(rows.seeds, rows.positions, values.shape[1])
+    if rows.filters:
+        scores = scores.masked_fill(~kept(values, scale, rows), -torch.inf)
+    return scores.argmax(1)
 
 
 def adjusted(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -182,13 +193,6 @@ def logprobs(values: torch.Tensor, targets: torch.Tensor, asks: torch.Tensor, mo
 def _usable(values: torch.Tensor) -> torch.Tensor:
     """Return which rows have a token to draw and no NaN or infinity: bool [S]."""
     return (values < torch.inf).all(1) & (values > -torch.inf).any(1)
-
-
-def _first_greatest(values: torch.Tensor) -> torch.Tensor:
-    """Return the lowest index of a greatest value of every row, int64 [S]; torch's argmax may return any."""
-    count = values.shape[1]
-    indices = torch.arange(count, device=values.device)
-    return torch.where(values == values.amax(1, keepdim=True), indices, count).amin(1)
 
 
 def _polynomial(terms: Sequence[float], x: torch.Tensor) -> torch.Tensor:

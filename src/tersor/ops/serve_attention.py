@@ -135,8 +135,8 @@ def obstacle(
         return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages.dtype}"
     if not pages.is_contiguous() or pages.data_ptr() % 16:
         return "pages are not contiguous from 16 bytes on"
-    if cache.scales is not None and not cache.scales.is_contiguous():
-        return "scales of pages are not contiguous"
+    if cache.scales is not None and (not cache.scales.is_contiguous() or cache.scales.data_ptr() % 16):
+        return "scales of pages are not contiguous from 16 bytes on"
     if rotary is not None and form.rotary_dim and (rotary.dtype != torch.float32 or not _pairs(rotary)):
         return f"kernels take contiguous rotations in float32, these are in {rotary.dtype}"
     for one in norms or ():

@@ -106,8 +106,8 @@ def forced_grammar(request: ChatRequest) -> dict[str, Any]:
 
 async def _news(api: Api, one: _Chat) -> AsyncGenerator[tuple[int, News], None]:
     """Yield (choice, what is new of it) until all have ended."""
-    async with api.front.answering([one.job]) as answers:
-        async for _, output in answers.outputs():
+    async with api.front.answering([one.job]) as outputs:
+        async for _, output in outputs:
             one.cached = output.num_cached_tokens
             for continuation in output.outputs:
                 choice = one.choices[continuation.index]

@@ -91,8 +91,8 @@ def _prepare(api: Api, request: CompletionRequest, given: str | list[int]) -> _P
 
 async def _pieces(api: Api, request: CompletionRequest, prompts: list[_Prompt]) -> AsyncGenerator[_Piece, None]:
     """Yield what is new of the answers until all have ended."""
-    async with api.front.answering([prompt.job for prompt in prompts]) as answers:
-        async for place, output in answers.outputs():
+    async with api.front.answering([prompt.job for prompt in prompts]) as outputs:
+        async for place, output in outputs:
             prompt = prompts[place]
             prompt.cached = output.num_cached_tokens
             if request.echo and not prompt.echoed:

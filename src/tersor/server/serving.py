@@ -101,6 +101,7 @@ def serve_model(
         name, port = options.name or llm.info.name, place.getsockname()[1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         engine = ThreadedEngine(llm.core, llm.info)
+        place.listen(_BACKLOG)  # who asks from now on is heard
         say(f"{name} answers at http://{host}:{port}, context {llm.info.context} tokens")
         if options.api_key is None and not _is_own(options.host):
             say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")

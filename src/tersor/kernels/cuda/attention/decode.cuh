@@ -57,7 +57,7 @@ __device__ __forceinline__ void put_new(u32 place, u32 fresh, u32 fresh_scales, 
 
 }  // namespace decode
 
-extern "C" __global__ void __launch_bounds__(decode::kThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     const u16* __restrict__ qkv,          // [tokens, heads + 2 kv heads, HEAD_DIM]: queries, keys, values
     unsigned char* all,                   // pages
     float* scales,                        // [P, 2, kv heads, 64], of pages in e4m3

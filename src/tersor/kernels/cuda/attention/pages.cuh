@@ -1,10 +1,10 @@
 // Pages of keys and values, [P, 2, kv heads, 64, HEAD_DIM], their rows in shared memory, and numbers in e4m3.
 //
 // A row of shared memory is an odd number of 16 bytes long: eight rows that follow each other then lie in all banks once,
-// which is what ldmatrix reads at a time. Numbers in e4m3 become fp16 divided by 256 where they are multiplied, and what
-// they are multiplied with is their token's scale, 256 times as large. Their pairs of bytes are found without moving any:
-// within 16 channels, those that a lane has of one 16-bit product are 4j to 4j + 3, and `place_of` is where queries put
-// theirs to meet them.
+// which is what ldmatrix reads at a time. Numbers in e4m3 become fp16 where they are multiplied: before compute capability
+// 8.9, which has an instruction for it, divided by 256, so that their token's scale is taken 256 times as large. Their
+// pairs of bytes are found without moving any: within 16 channels, those that a lane has of one 16-bit product are 4j to
+// 4j + 3, and `place_of` is where queries put theirs to meet them.
 // Parameters: HEAD_DIM (a multiple of 16), BF16 (1: bf16 activations, 0: fp16), E4M3 (1: pages in e4m3, 0: as activations).
 #pragma once
 
@@ -22,7 +22,12 @@ constexpr int kRowBytes = kDim * kElementBytes;  // of a token in a page
 constexpr int kRowPieces = kRowBytes / 16;
 constexpr int kRowStride = (kRowPieces | 1) * 16;  // of a token in shared memory
 constexpr int kQueryStride = (kDim / 8 | 1) * 16;  // of a query there
-constexpr float kUnit = kE4m3 ? 256.0f : 1.0f;
+#if __CUDA_ARCH__ >= 890
+constexpr bool kWidens = true;  // the GPU has an instruction
+#else
+constexpr bool kWidens = false;
+#endif
+constexpr float kUnit = kE4m3 && !kWidens ? 256.0f : 1.0f;
 constexpr int kMostFew = 8;  // new tokens that a row of few has at most
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kDim % 16 == 0 && kDim <= 256);
@@ -43,11 +48,17 @@ __device__ __forceinline__ int place_of(int channel) {
     }
 }
 
-// Two bytes of a word become fp16, each divided by 256: bytes kFirst and kSecond.
+// Two bytes of a word become fp16, which is to be multiplied with kUnit: bytes kFirst and kSecond.
 template <int kFirst, int kSecond>
 __device__ __forceinline__ u32 widen_e4m3(u32 word) {
-    const u32 high = __byte_perm(word, 0, 0x0404 | kFirst << 4 | kSecond << 12);
-    return (high & 0x80008000u) | ((high & 0x7f007f00u) >> 1);
+    if constexpr (!kWidens) {
+        const u32 high = __byte_perm(word, 0, 0x0404 | kFirst << 4 | kSecond << 12);
+        return (high & 0x80008000u) | ((high & 0x7f007f00u) >> 1);
+    } else if constexpr (kFirst % 2 == 0 && kSecond == kFirst + 1) {
+        return ptx::widen_e4m3_pair(static_cast<u16>(word >> 8 * kFirst));
+    } else {
+        return ptx::widen_e4m3_pair(static_cast<u16>(__byte_perm(word, 0, kFirst | kSecond << 4)));
+    }
 }
 
 // The nearest e4m3 number, of two the even one; beyond 448 it is 448, NaN stays NaN.

@@ -41,9 +41,10 @@ __device__ __forceinline__ void fetch(
         const u32 to = place + token * kRowStride + piece % pages::kRowPieces * 16;
         ptx::copy_async_16_zero_fill(to, from + piece * 16, token < there ? 16 : 0);
     }
-    if (pages::kE4m3 && threadIdx.x < pages::kTokens) {
-        const int token = threadIdx.x;
-        ptx::copy_async_4_zero_fill(place + kHalfBytes + token * 4, scales + row + token, token < there ? 4 : 0);
+    if (pages::kE4m3 && threadIdx.x < pages::kTokens / 4) {
+        const int token = threadIdx.x * 4;
+        const u32 bytes = 4 * max(min(there - token, 4), 0);
+        ptx::copy_async_16_zero_fill(place + kHalfBytes + token * 4, scales + row + token, bytes);
     }
 }
 

@@ -142,46 +142,67 @@ __device__ __forceinline__ void add_tile(
 
 // Adds up what `count` splits of a row found, by one warp for one query, and writes the result. Of each split there are
 // sums of `part_queries` queries, then their largest scores, then their sums of weights.
-__device__ __forceinline__ void merge(const float* partial, int part_queries, int query, int count, float sink, u16* out) {
+__device__ __forceinline__ void merge(
+    const float* partial, int part_queries, int query, int count, float sink, u16* out) {
     const int lane = threadIdx.x % 32;
     const long long part = part_queries * (kDim + 2);
     const float* scores = partial + part_queries * kDim + query;
-    float largest = pages::lowest();
-    for (int split = lane; split < count; split += 32) largest = fmaxf(largest, __ldcg(scores + split * part));
+    constexpr int kTurns = (kDim + 127) / 128;
+    constexpr int kAhead = 8 / kTurns;  // splits whose sums are under way while their scores are
+    struct Piece {
+        float4 turns[kTurns];
+    };
+    const auto load = [&](int split) {
+        Piece piece = {};
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int channel = 4 * lane + 128 * turn;
+            const float* from = partial + split * part + query * kDim + channel;
+            if (channel < kDim) piece.turns[turn] = __ldcg(reinterpret_cast<const float4*>(from));
+        }
+        return piece;
+    };
+    Piece sums = {};
+    const auto add = [&](float factor, const Piece& piece) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            sums.turns[turn].x += factor * piece.turns[turn].x;
+            sums.turns[turn].y += factor * piece.turns[turn].y;
+            sums.turns[turn].z += factor * piece.turns[turn].z;
+            sums.turns[turn].w += factor * piece.turns[turn].w;
+        }
+    };
+    Piece ahead[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = i < count ? load(i) : Piece{};
+    const auto score_of = [&](int split) { return split < count ? __ldcg(scores + split * part) : pages::lowest(); };
+    const auto weight_of = [&](int split) { return split < count ? __ldcg(scores + split * part + part_queries) : 0.0f; };
+    float score = score_of(lane), weight = weight_of(lane), largest = score, weights = 0.0f;
+    for (int split = lane + 32; split < count; split += 32) largest = fmaxf(largest, score_of(split));
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-    constexpr int kTurns = (kDim + 127) / 128;
-    float4 sums[kTurns] = {};
-    float weights = 0.0f;
     for (int base = 0; base < count; base += 32) {
-        const bool there = base + lane < count;
-        const float* mine = scores + (base + lane) * part;
-        const float factor = there ? ptx::power_of_two(__ldcg(mine) - largest) : 0.0f;
-        weights += there ? __ldcg(mine + part_queries) * factor : 0.0f;
-        const int some = min(count - base, 32);
-#pragma unroll 8
-        for (int i = 0; i < some; ++i) {
-            const float of_split = __shfl_sync(~0u, factor, i);
-            const float* from = partial + (base + i) * part + query * kDim;
-#pragma unroll
-            for (int turn = 0; turn < kTurns; ++turn) {
-                const int channel = 4 * lane + 128 * turn;
-                if (channel >= kDim) continue;
-                const float4 four = __ldcg(reinterpret_cast<const float4*>(from + channel));
-                sums[turn].x += of_split * four.x;
-                sums[turn].y += of_split * four.y;
-                sums[turn].z += of_split * four.z;
-                sums[turn].w += of_split * four.w;
-            }
+        if (base > 0) {
+            score = score_of(base + lane);
+            weight = weight_of(base + lane);
         }
+        const float factor = ptx::power_of_two(score - largest);
+        weights += weight * factor;
+        if (base == 0) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) add(__shfl_sync(~0u, factor, i), ahead[i]);
+        }
+        const int some = min(count - base, 32);
+#pragma unroll 4
+        for (int i = base == 0 ? kAhead : 0; i < some; ++i) add(__shfl_sync(~0u, factor, i), load(base + i));
     }
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) weights += __shfl_xor_sync(~0u, weights, lanes);
-    const float factor = sinks::last_factor(largest, weights, sink);
+    const float last = sinks::last_factor(largest, weights, sink);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
         const int channel = 4 * lane + 128 * turn;
-        if (channel < kDim) write(out + channel, sums[turn], factor);
+        if (channel < kDim) write(out + channel, sums.turns[turn], last);
     }
 }
 

@@ -22,10 +22,10 @@ constexpr int kBytes = 2 * kHalfBytes + kScaleBytes;  // keys, values, then scal
 __device__ __forceinline__ void fetch(
     u32 place, const unsigned char* all, const float* scales, int page, int kv_heads, int kv_head, int slot, int known) {
     const int lane = threadIdx.x % 32;
-    if constexpr (pages::kE4m3) {
-        const int token = lane % kTokens;
-        const float* from = scales + pages::row_of(page, lane / kTokens, kv_heads, kv_head, slot + token);
-        ptx::copy_async_4_zero_fill(place + 2 * kHalfBytes + lane * 4, from, token < known ? 4 : 0);
+    if (pages::kE4m3 && lane < 8) {  // four scales a lane, past L1 as all that other SMs write
+        const int token = lane % 4 * 4;
+        const float* from = scales + pages::row_of(page, lane / 4, kv_heads, kv_head, slot + token);
+        ptx::copy_async_16_zero_fill(place + 2 * kHalfBytes + lane * 16, from, 4 * max(min(known - token, 4), 0));
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -125,22 +125,16 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
             }
         }
     };
-    const auto fetch = [&](int first, float(&values)[row::kChunk]) {
-#pragma unroll
-        for (int i = 0; i < row::kChunk; ++i) values[i] = numbers::lowest();
-        if (first < vocabulary) row::load(of, first, values);
-    };
-    float values[row::kChunk];
     const int step = gridDim.x * kSlice;
     int first = blockIdx.x * kSlice + threadIdx.x * row::kChunk;
-    fetch(first, values);
+    row::Chunk chunk = row::fetch(of, first);
     for (int base = blockIdx.x * kSlice; base < vocabulary; base += step) {
-        float next[row::kChunk];
-        fetch(first + step, next);
+        const row::Chunk next = row::fetch(of, first + step);  // while this one is looked at
+        float values[row::kChunk];
+        row::values_of(chunk, values);
         offer(values, first);
         first += step;
-#pragma unroll
-        for (int i = 0; i < row::kChunk; ++i) values[i] = next[i];
+        chunk = next;
     }
     for (int base = blockIdx.x * kThreads; base < of.listed; base += gridDim.x * kThreads) {
         const int i = base + threadIdx.x, token = i < of.listed ? __ldcg(of.tokens + i) : -1;

@@ -18,8 +18,9 @@ constexpr int kGroupLanes = 8;     // whose logits are a group
 constexpr int kOfWarp = 32 / kGroupLanes, kOfSlice = kOfWarp * kWarps;  // groups
 constexpr int kMostGroups = 4096;
 constexpr int kOfThread = kMostGroups / kThreads;
-// Where logits have no order, seven eighths of the groups have maxima above what twice as many logits are above.
-constexpr int kMostWanted = 2688;
+// Where logits have no order, fifteen of sixteen groups have maxima above what 2.8 times as many logits are above as
+// there are groups: nearly as many as there is room for where the vocabulary is large.
+constexpr int kMostWanted = 2400;
 constexpr int kLeastBit = 15;      // cuts are that coarse
 
 // The greatest pair of logit / temperature + noise and token among a thread's logits. What cannot be the greatest of
@@ -105,15 +106,8 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     const auto of = row::row_of(
         row, slot, logits, stride, vocabulary, aligned, starts, ends, placed, listed, allowed, allowed_rows, words);
 
-    float values[row::kChunk];
     const int first = slice * kSlice + threadIdx.x * row::kChunk;
-    bool wrong = false;
-    if (first < vocabulary) {
-        wrong = row::load(of, first, values);
-    } else {
-#pragma unroll
-        for (int i = 0; i < row::kChunk; ++i) values[i] = numbers::lowest();
-    }
+    const row::Chunk chunk = row::fetch(of, first);
     const float heat = __ldcg(temperature + slot), p = __ldcg(top_p + slot), least = __ldcg(min_p + slot);
     const int k = __ldcg(top_k + slot);
     if (heat < 0.0f) {
@@ -126,6 +120,8 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     }
     const bool filtered = row::filtered(heat, k, p, least, vocabulary);
     const bool noisy = heat >= numbers::kLeastTemperature && !filtered;
+    float values[row::kChunk];
+    bool wrong = row::values_of(chunk, values);
     float most = values[0];
 #pragma unroll
     for (int i = 1; i < row::kChunk; ++i) most = fmaxf(most, values[i]);
@@ -176,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     u32 cut = 0;
     if (waits && (p < 1.0f || (k > 0 && k < vocabulary))) {
         const int count = slices * kOfSlice;
-        int wanted = min(max(count - count / 8, 1), kMostWanted);
+        int wanted = min(max(count - count / 16, 1), kMostWanted);
         if (k > 0) wanted = min(wanted, k);
         cut = cut_of(groups + static_cast<long long>(row) * count, count, wanted, counts);
     }

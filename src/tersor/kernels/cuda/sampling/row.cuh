@@ -68,46 +68,62 @@ __device__ __forceinline__ Row row_of(
     return found;
 }
 
-// Logits first .. first + 7 and whether one of them is NaN or infinity; minus infinity beyond the row and where a bit
-// forbids the token.
-__device__ __forceinline__ bool load(const Row& row, int first, float (&values)[kChunk]) {
-    bool wrong = false;
-    if (row.aligned) {
-        Given given[kChunk];
-        constexpr int kVectors = sizeof(given) / 16;
+// Logits first .. first + 7 as they stand in memory, and the bits that allow them; minus infinity beyond the row.
+struct Chunk {
+    Given given[kChunk];
+    u32 bits;
+};
+
+// Only loads: what is under way is waited for in values_of.
+__device__ __forceinline__ Chunk fetch(const Row& row, int first) {
+    Chunk chunk;
+    chunk.bits = ~0u;
+    if (row.aligned && first < row.vocabulary) {
+        constexpr int kVectors = sizeof(chunk.given) / 16;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
-            reinterpret_cast<uint4*>(given)[i] = __ldcg(reinterpret_cast<const uint4*>(row.logits + first) + i);
+            reinterpret_cast<uint4*>(chunk.given)[i] = __ldcg(reinterpret_cast<const uint4*>(row.logits + first) + i);
         }
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) values[i] = widen(given[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-            values[i] = first + i < row.vocabulary ? widen(__ldcg(row.logits + first + i)) : numbers::lowest();
+            chunk.given[i] = first + i < row.vocabulary ? __ldcg(row.logits + first + i) : narrow(numbers::lowest());
         }
     }
-    const u32 bits = row.allowed == nullptr ? ~0u : static_cast<u32>(__ldcg(row.allowed + first / 32)) >> first % 32;
+    if (row.allowed != nullptr && first < row.vocabulary) {
+        chunk.bits = static_cast<u32>(__ldcg(row.allowed + first / 32)) >> first % 32;
+    }
+    return chunk;
+}
+
+// Logits, minus infinity where a bit forbids the token, and whether one of them is NaN or infinity.
+__device__ __forceinline__ bool values_of(const Chunk& chunk, float (&values)[kChunk]) {
+    bool wrong = false;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
+        values[i] = widen(chunk.given[i]);
         wrong |= !(values[i] < numbers::infinity());
-        if (!(bits >> i & 1)) values[i] = numbers::lowest();
+        if (!(chunk.bits >> i & 1)) values[i] = numbers::lowest();
     }
     return wrong;
 }
 
 // Calls f(value, token) for every logit that is not minus infinity of the chunks worker, worker + workers ... of the
-// row and of its list, and returns whether one of them is NaN or infinity.
+// row and of its list, and returns whether one of them is NaN or infinity. A chunk is fetched while the one before is
+// looked at.
 template <class F>
 __device__ __forceinline__ bool each(const Row& row, int worker, int workers, const F& f) {
     bool wrong = false;
+    Chunk chunk = fetch(row, worker * kChunk);
     for (int first = worker * kChunk; first < row.vocabulary; first += workers * kChunk) {
+        const Chunk next = fetch(row, first + workers * kChunk);
         float values[kChunk];
-        wrong |= load(row, first, values);
+        wrong |= values_of(chunk, values);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
             if (values[i] != numbers::lowest()) f(values[i], first + i);
         }
+        chunk = next;
     }
     for (int i = worker; i < row.listed; i += workers) {
         const int token = __ldcg(row.tokens + i);

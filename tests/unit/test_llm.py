@@ -1,0 +1,213 @@
+"""tersor.LLM: prompts answered by the engine on a CPU, with the bundled model."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_lm
+
+import tersor
+from tersor import LLM, SamplingParams
+from tersor.engine.outputs import LENGTH, STOP
+from tersor.engine.threaded import ThreadedEngine
+from tersor.errors import InputError, UnsupportedError
+
+PROMPTS = ["def read_file(path):", "The first rule", "import torch\n" * 6, "x"]
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(tiny_lm.TINY, device="cpu", max_rows=48, max_step_tokens=64, kv_bytes=64 << 20)
+
+
+def expected(prompt: str, count: int) -> list[int]:
+    ids = tiny_lm.tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = tiny_lm.model().generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+def texts(outputs: list[tersor.engine.outputs.RequestOutput]) -> list[list[int]]:  # type: ignore[name-defined]
+    return [one.token_ids for output in outputs for one in output.outputs]
+
+
+def test_greedy_tokens_are_those_of_transformers(llm: LLM) -> None:
+    outputs = llm.generate(PROMPTS, GREEDY)
+    assert [output.prompt for output in outputs] == PROMPTS
+    assert texts(outputs) == [expected(prompt, 16) for prompt in PROMPTS]
+    assert all(one.finish_reason == LENGTH for output in outputs for one in output.outputs)
+    llm.core.scheduler.audit()
+
+
+def test_a_seed_gives_the_same_text_in_any_company(llm: LLM) -> None:
+    alone = texts(llm.generate(PROMPTS[1], DRAWN))
+    together = llm.generate([PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[3]], [GREEDY, DRAWN, DRAWN, DRAWN])
+    assert texts(together)[1:3] == alone * 2 and texts(together)[0] == expected(PROMPTS[0], 16)
+
+
+def test_continuations_differ_and_the_first_is_that_of_one(llm: LLM) -> None:
+    several = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True, n=3)
+    (output,) = llm.generate(PROMPTS[1], several)
+    assert [one.index for one in output.outputs] == [0, 1, 2]
+    assert len({tuple(one.token_ids) for one in output.outputs}) == 3
+    assert output.outputs[0].token_ids == texts(llm.generate(PROMPTS[1], DRAWN))[0]
+
+
+def test_few_pages_and_small_steps_change_no_token() -> None:
+    few = LLM(tiny_lm.TINY, device="cpu", max_rows=3, max_step_tokens=64, kv_bytes=1280 << 10)
+    prompts = PROMPTS[:2]
+    outputs = few.generate(prompts, SamplingParams(max_tokens=135, temperature=0, ignore_eos=True))
+    assert few.core.scheduler.limits.pages == 5 and few.core.stats().preemptions > 0
+    assert texts(outputs) == [expected(prompt, 135) for prompt in prompts]
+    few.core.scheduler.audit()
+
+
+def test_a_prompt_that_was_read_is_not_read_again(llm: LLM) -> None:
+    prompt = "import sys\n" * 80
+    first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
+    assert first.num_cached_tokens == 0 and second.num_cached_tokens == len(second.prompt_token_ids) // 64 * 64 > 0
+    assert first.outputs == second.outputs
+
+
+def test_log_probabilities_are_those_of_the_model(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    (output,) = llm.generate(PROMPTS[1], params)
+    ids = output.prompt_token_ids + output.outputs[0].token_ids
+    with torch.no_grad():
+        logits = tiny_lm.model()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    given = [*(output.prompt_logprobs or []), *(output.outputs[0].logprobs or [])]
+    assert given[0] is None and len(given) == len(ids)
+    for place, entry in enumerate(given[1:], 1):
+        assert entry is not None and ids[place] in entry
+        for token, one in entry.items():
+            assert math.isclose(one.logprob, float(logits[place - 1, token]), abs_tol=1e-3)
+            assert one.rank == 1 + int((logits[place - 1] > logits[place - 1, token]).sum())
+            assert one.decoded_token == tiny_lm.tokenizer().decode([token])
+    assert len(given[-1] or {}) == 2
+    assert math.isclose(
+        output.outputs[0].cumulative_logprob or 0.0,
+        sum((entry or {})[token].logprob for token, entry in zip(ids[-3:], given[-3:], strict=True)),
+    )
+
+
+def test_a_packed_model_answers_as_its_decoded_weights_do(tmp_path: Path) -> None:
+    tersor.quantize(tiny_lm.TINY, tmp_path / "fp6", format="fp6_e3m2")
+    packed = LLM(tmp_path / "fp6", device="cpu", max_rows=4, kv_bytes=32 << 20)
+    from tersor.integrations.transformers.load import load_model
+
+    plain = load_model(tmp_path / "fp6", "cpu")
+    for prompt, output in zip(PROMPTS[:2], packed.generate(PROMPTS[:2], GREEDY), strict=True):
+        ids = torch.tensor([packed.tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            out = plain.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert output.outputs[0].token_ids == out[0, ids.shape[1] :].tolist()
+
+
+def test_stops_penalties_and_bias_hold(llm: LLM) -> None:
+    stop = tiny_lm.tokenizer().decode(expected(PROMPTS[1], 16))[6:9]
+    (output,) = llm.generate(PROMPTS[1], SamplingParams(max_tokens=16, temperature=0, stop=[stop]))
+    assert output.outputs[0].finish_reason == STOP and output.outputs[0].stop_reason == stop
+    first = expected(PROMPTS[1], 1)[0]
+    forbidden = SamplingParams(max_tokens=8, temperature=0, logit_bias={first: -100.0}, ignore_eos=True)
+    wanted = SamplingParams(max_tokens=8, temperature=0, logit_bias={77: 1000.0}, frequency_penalty=2, ignore_eos=True)
+    outputs = texts(llm.generate([PROMPTS[1], PROMPTS[1]], [forbidden, wanted]))
+    assert first not in outputs[0] and outputs[1] == [77] * 8
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="needs xgrammar")
+def test_a_text_matches_its_grammar_whatever_runs_beside_it(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    kinds = [{"json_schema": schema}, {"regex": "[0-9]{4}-[0-9]{2}"}, {"choice": ["yes", "no"]}, None]
+    params = [SamplingParams(max_tokens=60, temperature=1.0, seed=3, grammar=kind) for kind in kinds]
+    found = [output.outputs[0] for output in llm.generate([PROMPTS[1]] * 4, params)]
+    assert isinstance(json.loads(found[0].text)["age"], int)
+    assert re.fullmatch("[0-9]{4}-[0-9]{2}", found[1].text) and found[2].text in ("yes", "no")
+    assert [one.finish_reason for one in found[:3]] == [STOP] * 3
+    with pytest.raises(InputError, match="regex: not a grammar"):
+        llm.generate("x", SamplingParams(grammar={"regex": "[0-9"}))
+
+
+def test_a_grammar_needs_a_package(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llm.core, "_grammars", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'tersor\[grammar\]'"):
+        llm.generate("x", SamplingParams(grammar={"choice": ["a"]}))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([[]], None, "the prompt has no tokens"),
+        ([[1] * 3000], None, "the prompt has 3000 tokens, and the context is 2048"),
+        (["a", "b"], [SamplingParams()], "there are 1 params for 2 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused_and_nothing_runs(
+    llm: LLM, prompts: list[object], params: list[SamplingParams] | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.generate(["fine", *prompts] if params is None else prompts, params)  # type: ignore[arg-type, list-item]
+    assert not llm.core.unfinished and llm.core.stats().pages_used == 0
+    assert texts(llm.generate([1, 2], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)))
+
+
+def test_an_option_that_there_is_not_is_refused() -> None:
+    with pytest.raises(InputError, match=r"option 'max_row', did you mean 'max_rows'\?: there are device, "):
+        LLM(tiny_lm.TINY, max_row=3)
+
+
+def test_chat_needs_a_template(llm: LLM) -> None:
+    message = [{"role": "user", "content": "hello"}]
+    if not llm.tokenizer.chat_template:
+        with pytest.raises(InputError, match="the model has no chat template"):
+            llm.chat(message)
+    own = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    llm.tokenizer.chat_template, before = own, llm.tokenizer.chat_template
+    try:
+        (output,) = llm.chat(message, GREEDY)
+    finally:
+        llm.tokenizer.chat_template = before
+    assert llm.tokenizer.decode(output.prompt_token_ids) == "<user>hello<answer>"
+
+
+def test_a_thousand_streams_at_once_say_what_each_says_alone(llm: LLM) -> None:
+    """Some leave early, some are aborted; nobody else's text changes, and every page comes back."""
+    words = ["import", "def", "The", "class", "for", "x =", "return", "a"]
+    prompts = [f"{one} {other}" for one in words for other in words[:5]]
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    alone = {prompt: texts(llm.generate(prompt, params))[0] for prompt in prompts}
+    tokens = {prompt: llm.tokenizer(prompt)["input_ids"] for prompt in prompts}
+
+    async def ask(engine: ThreadedEngine, index: int) -> None:
+        prompt = prompts[index % len(prompts)]
+        last = None
+        async for output in engine.generate(tokens[prompt], params, request_id=f"r{index}"):
+            last = output.outputs[0]
+            if index % 10 == 3:
+                return
+            if index % 10 == 7:
+                await engine.abort(f"r{index}")
+        assert last is not None
+        assert last.token_ids == alone[prompt][: len(last.token_ids)]
+        if index % 10 != 7:
+            assert last.finish_reason == LENGTH and len(last.token_ids) == 6
+
+    async def main() -> None:
+        engine = ThreadedEngine(llm.core, llm.info)
+        await asyncio.gather(*(ask(engine, index) for index in range(1000)))
+        await engine.close()
+
+    asyncio.run(main())
+    while llm.core.unfinished:
+        llm.core.step()
+    llm.core.scheduler.audit()
+    assert llm.core.stats().pages_used == 0
