@@ -30,8 +30,9 @@ from tersor.server import batch as server_batch
 
 def ask(number: int, **body: Any) -> dict[str, Any]:
     """A line; of three, one is sampled and two are greedy."""
-    given = {"prompt": f"The rule of number {number % 25} is", "max_tokens": 2 + number % 4, **body}
-    given |= {"temperature": 1.0} if number % 3 == 0 else {}
+    given = {"prompt": f"The rule of number {number % 25} is", "max_tokens": 2 + number % 4}
+    given |= {} if number % 3 == 0 else {"temperature": 0}
+    given |= body
     return {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": given}
 
 
@@ -67,13 +68,18 @@ def test_answers_are_those_of_the_model_and_bad_lines_stop_nothing(
     assert run(words(tmp_path)) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("10 of 15 answered in ") and "5 failed (see " in shown
+    assert run(words(tmp_path, "--resume", "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["total"], told["answered"], told["failed"], told["interrupted"]) == (15, 10, 5, False)
+    assert told["output"] == str(tmp_path / "out.jsonl")
     found = {name: json.loads(line)["response"]["body"] for name, line in answered(tmp_path).items()}
     model = tersor.LLM(TINY, device="cpu", kv_bytes=1 << 22)
     for line in LINES[:10]:
         body = line["body"]
-        if "temperature" in body:
+        if "temperature" not in body:
             continue
-        (output,) = model.generate(body["prompt"], tersor.SamplingParams(max_tokens=body["max_tokens"]))
+        greedy = tersor.SamplingParams(max_tokens=body["max_tokens"], temperature=0)
+        (output,) = model.generate(body["prompt"], greedy)
         assert found[line["custom_id"]]["choices"][0]["text"] == output.outputs[0].text
     codes = {entry["line"]: entry["error"] for entry in read(tmp_path / "out.errors.jsonl")}
     assert {number: error["code"] for number, error in codes.items()} == {
@@ -97,7 +103,7 @@ def test_chats_are_read_by_the_template_as_the_server_reads_them(tmp_path: Path)
     write(
         tmp_path / "in.jsonl",
         [
-            {"custom_id": f"c{i}", "method": "POST", "url": url, "body": {**chat, "max_tokens": 3}}
+            {"custom_id": f"c{i}", "method": "POST", "url": url, "body": {**chat, "max_tokens": 3, "temperature": 0}}
             for i, chat in enumerate(chats)
         ],
     )
@@ -114,7 +120,7 @@ def test_chats_are_read_by_the_template_as_the_server_reads_them(tmp_path: Path)
     found = {name: json.loads(line)["response"]["body"] for name, line in answered(tmp_path).items()}
     assert found.keys() == {"c0", "c1"}
     asked = tersor.LLM(model, device="cpu", kv_bytes=1 << 22)
-    (same,) = asked.generate("user: ab\nassistant:", tersor.SamplingParams(max_tokens=3))
+    (same,) = asked.generate("user: ab\nassistant:", tersor.SamplingParams(max_tokens=3, temperature=0))
     assert found["c1"]["choices"][0]["message"]["content"] == same.outputs[0].text
     assert found["c1"]["usage"]["prompt_tokens"] == len(same.prompt_token_ids)
     reasons = [entry["error"]["message"] for entry in read(tmp_path / "out.errors.jsonl")]

@@ -53,7 +53,7 @@ def test_a_plan_changes_no_token(sampled: dict[str, float]) -> None:
         assert [each.text for each in one.outputs] == [each.text for each in other.outputs]
     assert plain.core.scheduler.cached_tokens == 0
     assert planned.core.scheduler.cached_tokens > 0
-    alone = 7 if sampled.get("temperature") else 5  # equal greedy prompts run once
+    alone = 5 if sampled == {"temperature": 0} else 7  # equal greedy prompts run once
     assert planned.core.scheduler.drawn_tokens == alone * 6 and plain.core.scheduler.drawn_tokens == 42
 
 

@@ -78,5 +78,5 @@ def test_rows_of_a_dataset_are_answered_in_place() -> None:
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UnsupportedError, match="pip install ray"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'tersor\[ray\]'"):
         RayEngines(MakeNone(), 1)

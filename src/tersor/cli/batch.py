@@ -16,7 +16,7 @@ from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from tersor.engine.batch_file import Progress
+    from tersor.engine.batch_file import Progress, Report
 
 _ENGINE = EngineConfig()
 
@@ -57,7 +57,9 @@ def command(
     max_rows: options.MaxRows = _ENGINE.max_rows,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
+    kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     trust_remote_code: options.TrustRemoteCode = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what became of the job as JSON.")] = False,
 ) -> None:
     """Answer a file of requests; what is answered stays, and --resume goes on."""
     if any(importlib.util.find_spec(package) is None for package in ("fastapi", "jinja2")):
@@ -81,6 +83,7 @@ def command(
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,
         memory=memory,
+        kv_bytes=kv_bytes,
         trust_remote_code=trust_remote_code,
     )
     load.quiet()
@@ -104,7 +107,10 @@ def command(
         report = batch.answer_file(
             model, input, output, config, chosen, revision=revision, on_progress=move, on_stop=stop
         )
-    print(report.message, file=sys.stderr if report.interrupted else sys.stdout)
+    if json:
+        console.print_json(told(report))
+    else:
+        print(report.message, file=sys.stderr if report.interrupted else sys.stdout)
     if report.exit_status:
         raise typer.Exit(report.exit_status)
 
@@ -125,6 +131,22 @@ def _shown() -> Iterator[tuple[Callable[[Progress], None], Callable[[], None]]]:
             bar.update(task, completed=now.done + now.failed, total=now.total, rates=rates(now))
 
         yield move, lambda: bar.update(task, description="finishing what runs")
+
+
+def told(report: Report) -> dict[str, Any]:
+    """What became of a job, as JSON values."""
+    now = report.progress
+    return {
+        "total": now.total,
+        "answered": now.done,
+        "failed": now.failed,
+        "before": now.before,
+        "seconds": now.seconds,
+        "tokens": now.drawn,
+        "interrupted": report.interrupted,
+        "output": str(report.output),
+        "errors": str(report.errors),
+    }
 
 
 def rates(now: Progress) -> str:

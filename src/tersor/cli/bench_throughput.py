@@ -46,7 +46,7 @@ def command(
     max_rows: options.MaxRows = _ENGINE.max_rows,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
-    kv_bytes: Annotated[int | None, typer.Option(help="Bytes of all pages, instead of what --memory leaves.")] = None,
+    kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Run nothing: show what --output wrote.")
     ] = None,
