@@ -12,12 +12,14 @@ from pydantic import ValidationError
 
 from tersor.engine.openai_body import CHAT, COMPLETIONS, Ask
 from tersor.engine.options import resolved
-from tersor.engine.outputs import STOP, CompletionOutput
+from tersor.engine.outputs import CompletionOutput, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError
 from tersor.server.chat import WholeMessage, forced_grammar
 from tersor.server.choice import Choice
 from tersor.server.errors import ApiError, of_validation
+from tersor.server.events import Plain, Text
+from tersor.server.logprobs import PlainEntries, TokenBytes, chat_entries
 from tersor.server.parsers import Parsers
 from tersor.server.prompts import Prompts
 from tersor.server.requests import ChatRequest, CompletionRequest, NamedTool
@@ -63,6 +65,7 @@ class ModelDialect:
         self._tokenizer, self._defaults = tokenizer, defaults or {}
         self._prompts = Prompts(tokenizer, vocabulary)
         self._parsers = Parsers.of(tool_parser, reasoning_parser, self._prompts.template)
+        self._bytes_of = TokenBytes(tokenizer)
         self._beginnings: dict[str, str] = {}
 
     def encode(self, text: str) -> Sequence[int]:
@@ -102,30 +105,87 @@ class ModelDialect:
         request = _request(_ANY, ask.options)
         names = _names(request)
         if request.forced:
-            if params.grammar is not None:
-                raise InputError("response_format and a tool_choice that forces a call exclude each other")
             return replace(params, grammar=forced_grammar(request))
         if names and self._parsers.tools == "none":
             raise InputError("no parser for this model's tool calls: name one with --tool-parser")
+        if self._parsers.reasoning != "none":
+            params = replace(params, stop=())  # they are looked for outside the reasoning
         if self._parsers.special and (names or self._parsers.reasoning != "none"):
-            return replace(params, skip_special_tokens=False)
+            params = replace(params, skip_special_tokens=False)
         return params
 
-    def message(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the assistant's message that a text is, tool calls and reasoning apart."""
-        request = _request(_ANY, options)
+    def answer(
+        self, ask: Ask, answers: Sequence[RequestOutput], *, name: str, model: str, created: int
+    ) -> dict[str, Any]:
+        """Return the body that answers a chat or completions, as the server would; `name` names its calls, too."""
+        chat = ask.url == CHAT
+        choices: list[dict[str, Any]] = []
+        drawn = 0
+        for output in answers:
+            for one in output.outputs:
+                count, choice = self._message(ask, one, output) if chat else self._text(ask, one, output)
+                for number, call in enumerate(choice["message"].get("tool_calls", ()) if chat else ()):
+                    digest = hashlib.sha256(f"{name} {len(choices)} {number}".encode()).hexdigest()
+                    call["id"] = f"call_{digest[:24]}"
+                choices.append({"index": len(choices), **choice})
+                drawn += count
+        prompt = sum(len(output.prompt_token_ids) for output in answers)
+        return {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": created,
+            "model": model,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": drawn,
+                "total_tokens": prompt + drawn,
+                "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in answers)},
+            },
+        }
+
+    def _message(self, ask: Ask, one: CompletionOutput, output: RequestOutput) -> tuple[int, dict[str, Any]]:
+        """Return how many tokens an answer of a chat has, and its choice."""
+        asked = ask.params
+        assert asked is not None
+        request = _request(_ANY, ask.options)
         forced = None
         if request.forced:
             forced = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else ""
         names = _names(request)
-        parser, _ = self._parsers.chain(self._beginning(options), names, forced, (), False)
-        choice = Choice(self._tokenizer, (), parser, one_call=bool(names) and not request.parallel_tool_calls)
-        message = WholeMessage()
-        message.add(choice.update(CompletionOutput(0, text, [], finish_reason=STOP)))
-        body = message.body()
-        for number, call in enumerate(body.get("tool_calls", ())):  # the same in every run of a job
-            call["id"] = "call_" + hashlib.sha256(f"{number}\0{text}".encode()).hexdigest()[:24]
-        return body
+        parser, watch = self._parsers.chain(
+            self._beginning(ask.options), names, forced, tuple(asked.stop), asked.include_stop_str_in_output
+        )
+        special = self._parsers.special and (names or self._parsers.reasoning != "none") and not request.forced
+        choice = Choice(
+            self._tokenizer,
+            output.prompt_token_ids,
+            parser,
+            watch,
+            one_call=bool(names) and not request.parallel_tool_calls,
+            skip_special=asked.skip_special_tokens and not special,
+        )
+        news, message = choice.update(one), WholeMessage()
+        message.add(news)
+        logprobs = None
+        if asked.logprobs is not None:
+            entries = chat_entries(news.tokens, news.logprobs, asked.logprobs, self._bytes_of)
+            logprobs = {"content": entries, "refusal": None}
+        return choice.count, {"message": message.body(), "logprobs": logprobs, "finish_reason": message.reason}
+
+    def _text(self, ask: Ask, one: CompletionOutput, output: RequestOutput) -> tuple[int, dict[str, Any]]:
+        """Return how many tokens a continuation has, and its choice."""
+        asked = ask.params
+        assert asked is not None
+        prompt, skip = output.prompt_token_ids, asked.skip_special_tokens
+        choice = Choice(self._tokenizer, prompt, Plain(), skip_special=skip)
+        news = choice.update(one)
+        logprobs = None
+        if asked.logprobs is not None:
+            entries = PlainEntries(self._tokenizer, prompt, asked.logprobs, skip_special=skip)
+            logprobs = entries.of(news.tokens, news.logprobs)
+        text = "".join(event.text for event in news.events if isinstance(event, Text))
+        return choice.count, {"text": text, "logprobs": logprobs, "finish_reason": news.finish_reason}
 
     def _beginning(self, options: Mapping[str, Any]) -> str:
         """Return the end of what an answer continues, which may have begun its reasoning."""
