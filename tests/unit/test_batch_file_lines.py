@@ -8,35 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import batches
 
 from tersor.engine.batch_lines import BatchInput, read_batch
-from tersor.engine.openai_answer import completion
 from tersor.engine.openai_body import CHAT, COMPLETIONS, parse
-from tersor.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError
 
 
-class Letters:
+class Letters(batches.Letters):
     """A model of bytes, whose template wants a user's message last."""
-
-    context = 64
-    vocabulary = 256
 
     def __init__(self) -> None:
         self.options: list[dict[str, Any]] = []
-
-    def encode(self, text: str) -> Sequence[int]:
-        return list(text.encode())
 
     def chat(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> Sequence[int]:
         self.options.append(dict(options))
         if messages[-1]["role"] != "user":
             raise InputError("the template says:\nthe last message must be a user's")
         return [2, *"".join(message["content"] or "" for message in messages).encode(), 3]
-
-    def message(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        return {"role": "assistant", "content": text.upper(), "tool_calls": options.get("tools", [])}
 
 
 def batch_of(folder: Path, *lines: Any, **options: Any) -> BatchInput:
@@ -74,6 +64,7 @@ GOOD = ask("good", prompt="hello")
         (ask(url=CHAT, messages=[{"role": "user", "content": "x"}]), "invalid_url", "one a file"),
         ({**ask(), "body": 3}, "invalid_request", "body is a number, expected an object"),
         ({**ask(), "body": {}}, "invalid_request", "body has no prompt"),
+        (ask(prompt="a", user="nobody"), "invalid_request", "nobody asks"),
         (ask(prompt=""), "invalid_request", "prompt is empty"),
         (ask(prompt=[]), "invalid_request", "prompt is empty"),
         (ask(prompt=["a", ""]), "invalid_request", "prompt is empty"),
@@ -197,7 +188,7 @@ def test_a_chat_has_options_for_its_template(tmp_path: Path) -> None:
             "response_format": {"type": "json_object"},
         },
     )
-    assert asked.messages == [{"role": "user", "content": "a\nb"}]
+    assert asked.messages == [{"role": "user", "content": "ab"}]
     assert asked.options == {"tools": tools, "enable_thinking": False}
     assert asked.params is not None
     assert (asked.params.max_tokens, asked.params.logprobs) == (5, 4)
@@ -214,44 +205,6 @@ def test_a_request_without_a_seed_draws_by_its_name(tmp_path: Path) -> None:
     assert all(isinstance(seed, int) for seed in seeds)
     assert first["d"].params[0] is not None
     assert first["d"].params[0].seed is None  # greedy: equal prompts have one answer
-
-
-def test_log_probabilities_have_the_form_of_each_endpoint() -> None:
-    entry = {5: Logprob(-2.0, 3, "é"), 6: Logprob(-0.5, 1, "b"), 7: Logprob(-1.0, 2, "c")}
-    one = CompletionOutput(0, "é", [5], logprobs=[entry], finish_reason="stop")
-    output = RequestOutput("x", None, [1, 2], [one], num_cached_tokens=1)
-    chat = parse(CHAT, {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2})
-    body = completion(chat, [output], name="n", model="m", created=1)
-    assert body["choices"][0]["logprobs"] == {
-        "content": [
-            {
-                "token": "é",
-                "logprob": -2.0,
-                "bytes": [195, 169],
-                "top_logprobs": [
-                    {"token": "b", "logprob": -0.5, "bytes": [98]},
-                    {"token": "c", "logprob": -1.0, "bytes": [99]},
-                ],
-            }
-        ]
-    }
-    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
-    text = parse(COMPLETIONS, {"prompt": "a", "logprobs": 2})
-    body = completion(text, [output, output], name="n", model="m", created=1)
-    assert body["choices"][1]["logprobs"] == {
-        "tokens": ["é"],
-        "token_logprobs": [-2.0],
-        "top_logprobs": [{"b": -0.5, "c": -1.0}],
-        "text_offset": [0],
-    }
-
-
-def test_a_message_with_tool_calls_says_so() -> None:
-    chat = parse(CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]})
-    output = RequestOutput("x", None, [1], [CompletionOutput(0, "call", [5], finish_reason="stop")])
-    (choice,) = completion(chat, [output], name="n", model="m", created=1, message=Letters().message)["choices"]
-    assert choice["message"]["content"] == "CALL"
-    assert choice["finish_reason"] == "tool_calls"
 
 
 def test_a_request_has_the_defaults_that_it_does_not_give(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import tersor
 from tersor.cli import main
 from tersor.errors import InputError, KernelError, OutputError, TersorError
 
-VERBS = ("quantize", "inspect", "eval", "generate", "serve", "bench", "compile", "doctor", "demo")
+VERBS = ("quantize", "inspect", "eval", "generate", "serve", "batch", "bench", "compile", "doctor", "demo")
 
 
 def run(*arguments: str) -> int:
@@ -71,7 +71,7 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         (("bench",), ("Missing command", "tersor bench --help")),
         (
             ("bench", "lineer"),
-            ("did you mean 'linear'?", "verbs: linear, experts, latency, tune", "tersor bench --help"),
+            ("did you mean 'linear'?", "verbs: linear, experts, latency, throughput, tune", "tersor bench --help"),
         ),
         (("bench", "linear", "--chian", "pdl"), ("--chian", "tersor bench linear --help")),
         (("eval", "model"), ("--text",)),

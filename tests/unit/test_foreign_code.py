@@ -116,6 +116,18 @@ def test_serving_has_no_use_for_the_code_of_a_model(
     assert not own_code.ran(model).exists()
 
 
+def test_a_batch_has_no_use_for_the_code_of_a_model(
+    answer: io.StringIO, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = own_code.make(tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    words = ["batch", "-m", str(model), "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    assert run([*words, "--device", "cpu"]) == 1
+    assert "the engine does not have MineForCausalLM" in capsys.readouterr().err
+    assert answer.read() == "y\n" * 8
+    assert not own_code.ran(model).exists()
+
+
 def test_kernels_are_compiled_without_the_code_of_a_model(
     packed: Path, answer: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "linear": ("tersor.cli.bench_linear", "Time packed linears against their rivals and the memory."),
     "experts": ("tersor.cli.bench_experts", "Time layers of experts against their rivals and the memory."),
     "latency": ("tersor.cli.bench_latency", "Time decode steps of whole models against the memory."),
+    "throughput": ("tersor.cli.bench_throughput", "Answer workloads of requests, planned and not."),
     "tune": ("tersor.cli.bench_tune", "Find the fastest kernel configurations of this GPU."),
 }
 """verb -> (module of this package that defines `command`, one line of help)."""

@@ -24,6 +24,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("tersor.cli.eval", "Measure perplexity, and divergence from a reference model, on a text."),
     "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
     "serve": ("tersor.cli.serve", "Answer over HTTP by OpenAI's API, with a chat page, until told to end."),
+    "batch": (
+        "tersor.cli.batch",
+        "Answer a file of requests in OpenAI's batch format; --resume goes on.",
+    ),
     "bench": ("tersor.cli.bench", "Time linears against their rivals; measure which kernel configuration is fastest."),
     "compile": ("tersor.cli.compile", "Compile the kernels of a compressed model ahead of its first run."),
     "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),

@@ -277,14 +277,7 @@ class _Job:
         if embeds(self._batch):
             body = openai_answer.embeddings(line.ask, answers, model=self._model)
         else:
-            body = openai_answer.completion(
-                line.ask,
-                answers,
-                name=name,
-                model=self._model,
-                created=self._store.created,
-                message=self._dialect.message,
-            )
+            body = self._dialect.answer(line.ask, answers, name=name, model=self._model, created=self._store.created)
         response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
         return {"id": f"batch_req_{name}", "custom_id": line.custom_id, "response": response, "error": None}
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersor.engine.openai_body import CHAT, EMBEDDINGS, URLS, Ask, check_defaults, parse
+from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError, did_you_mean
 
@@ -42,8 +43,32 @@ class Dialect(Protocol):
             InputError: the model's template refuses the messages or has no such option.
         """
 
-    def message(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the assistant's message that a text is, tool calls and reasoning apart."""
+    def check(self, url: str, body: Any) -> None:
+        """Refuse a body that cannot be meant, whatever it asks for.
+
+        Raises:
+            InputError: it is one.
+        """
+
+    def params(self, ask: Ask) -> SamplingParams | None:
+        """Return how tokens are drawn, with what the model needs beside what was asked for.
+
+        Raises:
+            InputError: the model cannot do what was asked for.
+        """
+
+    def answer(
+        self, ask: Ask, answers: Sequence[RequestOutput], *, name: str, model: str, created: int
+    ) -> dict[str, Any]:
+        """Return the body that answers a chat or completions: the same whenever it is asked for.
+
+        Args:
+            ask: what was asked.
+            answers: finished, one a prompt.
+            name: of this answer, unique.
+            model: its name.
+            created: seconds since 1970.
+        """
 
 
 @dataclass(slots=True)
@@ -157,10 +182,12 @@ def _take(
         seen[custom_id] = number
         url = _url(entry, result.url)
         ask = parse(url, entry.get("body"), defaults)
+        dialect.check(url, entry["body"])
+        params = dialect.params(ask)
         if models and ask.model is not None and ask.model not in models:
             raise _LineError("model_not_found", f"model is {ask.model!r}, and this batch runs {', '.join(models)}")
         result.url = url
-        result.lines.append(_line(number, custom_id, ask, dialect))
+        result.lines.append(_line(number, custom_id, ask, params, dialect))
     except InputError as error:
         code = error.code if isinstance(error, _LineError) else "invalid_request"
         result.bad.append(BadLine(number, custom_id, code, " ".join(str(error).split())))
@@ -198,12 +225,12 @@ def _url(entry: dict[str, Any], before: str | None) -> str:
     return url
 
 
-def _line(number: int, custom_id: str, ask: Ask, dialect: Dialect) -> Line:
+def _line(number: int, custom_id: str, ask: Ask, drawn: SamplingParams | None, dialect: Dialect) -> Line:
     if ask.url == CHAT:
         prompts = [np.array(dialect.chat(ask.messages, ask.options), dtype=np.int32)]
     else:
         prompts = [_tokens(prompt, dialect) for prompt in ask.prompts]
-    least = 0 if ask.params is None else ask.params.max_tokens or 1
+    least = 0 if drawn is None else drawn.max_tokens or 1
     for prompt in prompts:
         if not prompt.size:
             raise _LineError("invalid_request", "the prompt has no tokens")
@@ -213,7 +240,7 @@ def _line(number: int, custom_id: str, ask: Ask, dialect: Dialect) -> Line:
                 "context_length_exceeded",
                 f"the prompt has {prompt.size} tokens{asked}, and the model's context {dialect.context}",
             )
-    params = [_seeded(ask.params, f"{custom_id}\0{index}") for index in range(len(prompts))]
+    params = [_seeded(drawn, f"{custom_id}\0{index}") for index in range(len(prompts))]
     return Line(number, custom_id, replace(ask, prompts=[], messages=[]), prompts, params)
 
 

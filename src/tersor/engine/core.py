@@ -15,7 +15,7 @@ from tersor.engine.grammar import Grammars, Matcher
 from tersor.engine.options import resolved, seed_of
 from tersor.engine.outputs import ABORT, ERROR, STOP, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.engine.request import Request, Step, continuations, prompt_targets
+from tersor.engine.request import DELAYED, WAITING, Request, Step, continuations, prompt_targets
 from tersor.engine.scheduler import Scheduler
 from tersor.engine.stats import EngineStats, stats
 from tersor.engine.stream import Stream
@@ -93,7 +93,7 @@ class Core:
     ) -> None:
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
         self.defaults, self.seed, self.vocabulary = defaults or {}, seed, vocabulary
-        self._arrivals = 0
+        self._seeds = 0  # made so far
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
         self._under_way: Launched | None = None
@@ -110,6 +110,38 @@ class Core:
     def stats(self) -> EngineStats:
         """Return how the engine stands."""
         return stats(self.scheduler)
+
+    def settled(self, params: SamplingParams) -> SamplingParams:
+        """Return options of which nothing is open: the model's defaults fill them and, where this engine makes seeds,
+        the next one. Those that are settled stay as they are."""
+        params = resolved(params, self.defaults)
+        if params.seed is None and self.seed is not None:
+            params = replace(params, seed=seed_of(self.seed, self._seeds))
+            self._seeds += 1
+        return params
+
+    def check(self, request_id: str, prompt_tokens: int, params: SamplingParams) -> None:
+        """Check whether a request by itself can be served.
+
+        Args:
+            request_id: for the message.
+            prompt_tokens: how many tokens its prompt has.
+            params: how to draw.
+
+        Raises:
+            InputError: it can never be.
+            UnsupportedError: its grammar needs xgrammar.
+        """
+        self.scheduler.extent(request_id, prompt_tokens, params.max_tokens)
+        if params.grammar is not None:
+            self.check_grammar(params.grammar)
+
+    def drawn(self, request_id: str) -> int | None:
+        """Return how many tokens an open request has drawn in all its continuations; `None` before one has begun."""
+        requests = self._open[request_id].requests
+        if all(request.state in (WAITING, DELAYED) for request in requests):
+            return None
+        return sum(len(request.output) for request in requests)
 
     def add(
         self,
@@ -134,9 +166,7 @@ class Core:
         Raises:
             InputError: a request that can never be served; nothing of it stays.
         """
-        params = resolved(params, self.defaults)
-        if params.seed is None and self.seed is not None:
-            params = replace(params, seed=seed_of(self.seed, self._arrivals))
+        params = self.settled(params)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         matchers = []
         if params.grammar is not None:
@@ -165,7 +195,6 @@ class Core:
         self._of.update({request: (one, stream) for request, stream in zip(requests, streams, strict=True)})
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        self._arrivals += 1
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing happens where it has ended or never was."""

@@ -69,6 +69,10 @@ class Admission:
         self._running: dict[int, None] = {}
         self._waiting = (plan.stops - plan.firsts).tolist()  # of each node, positions that were not admitted
         self._resident: dict[int, None] = {}
+        # Pages that everybody needs who draws all that it may, without a look at who ends when.
+        self._whole = (-(-(self._own + self._most) // plan.page)).tolist()
+        self._node_sizes = self._sizes(list(range(plan.parents.size))).tolist()
+        self._bound = 0
 
     def high_water(self, *more: int) -> int:
         """Return the most pages that will be in use if `more` positions are admitted now and nothing after them."""
@@ -91,14 +95,20 @@ class Admission:
 
     def fits(self, position: int) -> bool:
         """Whether the pages suffice, as far as can be foreseen, if this position is admitted now."""
+        new = sum(self._node_sizes[node] for node in self._plan.path(position) if node not in self._resident)
+        if self._bound + self._whole[position] + new <= self.pages:
+            return True
         return self.high_water(position) <= self.pages
 
     def admit(self, position: int) -> None:
         """Note that a position runs from now on."""
         self._running[position] = None
+        self._bound += self._whole[position]
         for node in self._plan.path(position):
             self._waiting[node] -= 1
-            self._resident[node] = None
+            if node not in self._resident:
+                self._resident[node] = None
+                self._bound += self._node_sizes[node]
 
     def drew(self, position: int, count: int = 1) -> None:
         """Note that a position that runs has so many more tokens."""
@@ -107,10 +117,12 @@ class Admission:
     def end(self, position: int) -> list[int]:
         """Note that a position that ran ended, and return the nodes whose pages are free now, the deepest first."""
         del self._running[position]
+        self._bound -= self._whole[position]
         self.lengths.observe(int(self._drawn[position]), int(self._most[position]))
         freed = self._pins.end(position)
         for node in freed:
             del self._resident[node]
+            self._bound -= self._node_sizes[node]
         return freed
 
     def _sizes(self, nodes: list[int]) -> NDArray[np.int64]:

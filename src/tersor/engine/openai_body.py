@@ -163,7 +163,7 @@ def _content(where: str, content: Any) -> str | None:
         if form != "text" or not isinstance(part.get("text"), str):
             raise InputError(f"{where} has a part of type {form!r}: only text is read")
         texts.append(part["text"])
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def _prompts(name: str, given: Any) -> list[str | Tokens]:

@@ -78,19 +78,8 @@ class Scheduler:
         Raises:
             InputError: it has no prompt, can never fit, or one of the same id and index is there.
         """
-        limits, name, prompt = self.limits, request.id, len(request.prompt)
-        if not prompt:
-            raise InputError(f"{name}: the prompt has no tokens")
-        if prompt >= limits.context:
-            raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
-        most, pages = request.params.max_tokens, self.cache.pages
-        limit = limits.storable if most is None else min(prompt + most, limits.context)
-        need = pages.needed(max(limit, prompt + 1) - 1)
-        if need > pages.usable:
-            raise InputError(
-                f"{name}: a prompt of {prompt} tokens and up to {max(limit - prompt, 1)} more need {need} pages of "
-                f"{pages.size} tokens, and there are {pages.usable}"
-            )
+        name, prompt, expected = request.id, len(request.prompt), request.expected_tokens
+        limit, need = self.extent(name, prompt, request.params.max_tokens)
         same = self._live.get(name, [])
         if any(one.index == request.index for one in same):
             raise InputError(f"{name}: there is a request of this id already")
@@ -101,12 +90,37 @@ class Scheduler:
             request.root = same[0].root if same else prefix.root_of_one(self._arrivals)
         request.order = (self._order(request), self._arrivals)
         request.length, request.limit, request.most_pages = prompt, limit, need
-        request.expected_pages = pages.needed(prompt + request.expected_tokens) if request.expected_tokens else 0
+        request.expected_pages = self.cache.pages.needed(prompt + expected) if expected else 0
         if request.params.prompt_logprobs is not None and request.index == 0 and prompt > 1:
             request.logits_from = 0
         self._live.setdefault(name, []).append(request)
         self.unfinished += 1
         self.admission.add(request)
+
+    def extent(self, name: str, prompt: int, most: int | None) -> tuple[int, int]:
+        """Return how many tokens the text of a request may have, and how many pages it needs for them.
+
+        Args:
+            name: of the request.
+            prompt: tokens of its prompt.
+            most: tokens that it may draw; `None` is what there is room for.
+
+        Raises:
+            InputError: it has no prompt, or can never fit.
+        """
+        limits, pages = self.limits, self.cache.pages
+        if not prompt:
+            raise InputError(f"{name}: the prompt has no tokens")
+        if prompt >= limits.context:
+            raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
+        limit = limits.storable if most is None else min(prompt + most, limits.context)
+        need = pages.needed(max(limit, prompt + 1) - 1)
+        if need > pages.usable:
+            raise InputError(
+                f"{name}: a prompt of {prompt} tokens and up to {max(limit - prompt, 1)} more need {need} pages of "
+                f"{pages.size} tokens, and there are {pages.usable}"
+            )
+        return limit, need
 
     def abort(self, id: str) -> None:
         """End all continuations of an id, if there are any."""

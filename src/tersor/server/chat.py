@@ -60,7 +60,7 @@ async def _prepare(api: Api, request: ChatRequest) -> _Chat:
     top = request.top_logprobs or 0
     others: dict[str, Any] = {"logprobs": top if request.logprobs else None}
     if request.forced:
-        others["grammar"] = _forced_grammar(request)
+        others["grammar"] = forced_grammar(request)
     elif parsers.reasoning != "none":
         others["stop"] = ()  # the parser looks for them, outside the reasoning
     if parsers.special and (names or parsers.reasoning != "none") and not request.forced:
@@ -86,7 +86,7 @@ async def _prepare(api: Api, request: ChatRequest) -> _Chat:
     return _Chat(request, Job(tokens, params, request.cache_salt), choices, top)
 
 
-def _forced_grammar(request: ChatRequest) -> dict[str, Any]:
+def forced_grammar(request: ChatRequest) -> dict[str, Any]:
     """The schema of arguments of the function that must be called, or of a list of calls of any of them."""
     if isinstance(request.tool_choice, NamedTool):
         wanted = request.tool_choice.function.name
@@ -177,7 +177,7 @@ def _logprobs(api: Api, one: _Chat, news: News) -> dict[str, Any] | None:
 
 
 async def _whole(api: Api, one: _Chat) -> dict[str, Any]:
-    messages = [_Message() for _ in one.choices]
+    messages = [WholeMessage() for _ in one.choices]
     async with aclosing(_news(api, one)) as grows:
         async for index, news in grows:
             messages[index].add(news)
@@ -195,7 +195,7 @@ async def _whole(api: Api, one: _Chat) -> dict[str, Any]:
     return {**api.head("chat.completion", "chatcmpl"), "choices": choices, "usage": _usage(api, one)}
 
 
-class _Message:
+class WholeMessage:
     """A message that is told whole: its pieces put together."""
 
     def __init__(self) -> None:

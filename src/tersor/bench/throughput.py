@@ -1,0 +1,222 @@
+"""How many requests a second does the engine answer, planned or not, and how much of what prompts share is computed?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from tersor.bench import report
+from tersor.bench.workloads import Workload
+from tersor.engine import groups
+from tersor.engine.batch_items import Item
+from tersor.engine.core import Core, Launched
+from tersor.engine.limits import Limits
+from tersor.engine.offline import OfflineEngine
+from tersor.engine.outputs import RequestOutput
+from tersor.engine.params import SamplingParams
+from tersor.engine.request import Step
+from tersor.engine.scheduler import Scheduler
+from tersor.errors import InputError, TersorError, did_you_mean
+from tersor.ops.attention_form import PAGE
+
+KIND = "tersor bench throughput"
+VERSION = 1
+METHOD = (
+    "requests a second of one run over all requests of a workload, from tokens to tokens: planning or sorting "
+    "included, loading and a run of a few requests before it not; random weights in the format, random tokens, as many "
+    "drawn as the workload says; reuse: prompt tokens found in pages, of all; optimum: what neighbours in sorted order "
+    "have in common, the most that any sharing could save; high water: most pages that requests held, or pins kept"
+)
+
+PLANNED, SORTED, SHUFFLED = "planned", "sorted", "shuffled"
+ORDERS = (PLANNED, SORTED, SHUFFLED)
+"""By the engine's plan; prompts sorted, and as they come, both with pages kept by least recent use."""
+
+WARM = 8
+"""Requests of the run that is not timed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """One run.
+
+    Attributes:
+        name, format: of the model.
+        workload, order: what ran, and how.
+        requests: that were answered, continuations not counted.
+        prompt_tokens, output_tokens: of all of them, continuations counted.
+        seconds: of the run, those of planning or sorting included.
+        plan_seconds: of planning or sorting.
+        reuse, optimum: part of the prompt tokens that was found, and that could have been.
+        preemptions: requests that lost their pages.
+        steps: that were run.
+        step_tokens: of a step, on average.
+        high_water: pages in use, at most, of `pages`.
+        pages: that there are.
+    """
+
+    name: str
+    format: str
+    workload: str
+    order: str
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    plan_seconds: float
+    reuse: float
+    optimum: float
+    preemptions: int
+    steps: int
+    step_tokens: float
+    high_water: int
+    pages: int
+
+
+class Runner(Protocol):
+    """What runs steps: `engine.runner.Runner`."""
+
+    def launch(self, step: Step, masks: Mapping[int, Any]) -> Launched:
+        """As `core.Runner`."""
+
+
+class _Counted:
+    """A runner whose steps are counted."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        self._runner, self._scheduler = runner, scheduler
+        self.steps = self.tokens = self.high_water = 0
+
+    def launch(self, step: Step, masks: Mapping[int, Any]) -> Launched:
+        cache = self._scheduler.cache
+        self.steps += 1
+        self.tokens += step.tokens
+        self.high_water = max(self.high_water, cache.pages.usable - cache.available)
+        return self._runner.launch(step, masks)
+
+
+def check_order(order: str) -> None:
+    """Refuse an order that there is not.
+
+    Raises:
+        InputError: it is none of `ORDERS`.
+    """
+    if order not in ORDERS:
+        raise InputError(f"order {order!r}{did_you_mean(order, ORDERS)}: use {', '.join(ORDERS)}")
+
+
+def context_of(workload: Workload) -> int:
+    """Return the tokens of the longest text of a workload, in whole pages."""
+    lengths = np.array([prompt.size for prompt in workload.prompts]) + workload.outputs
+    return -(-int(lengths.max()) // PAGE) * PAGE
+
+
+def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name: str, format: str) -> Throughput:
+    """Answer a workload once.
+
+    Args:
+        runner: with its pages.
+        limits: of the engine; each run begins with empty pages.
+        workload: what is asked.
+        order: one of `ORDERS`.
+        name, format: of the model.
+
+    Raises:
+        InputError: there is no such order.
+        TersorError: a request has no answer of its length.
+    """
+    check_order(order)
+    items = [
+        Item(
+            str(index),
+            prompt,
+            SamplingParams(n=workload.samples, max_tokens=int(output), temperature=0, ignore_eos=True),
+        )
+        for index, (prompt, output) in enumerate(zip(workload.prompts, workload.outputs, strict=True))
+    ]
+    best = groups.plan(workload.prompts, page=limits.page_size).optimum
+    core = Core(Scheduler(limits), runner)
+    list(_queued(core, items[:WARM]))
+    scheduler = Scheduler(limits)
+    counted = _Counted(runner, scheduler)
+    core = Core(scheduler, counted)
+    begun = time.perf_counter()
+    planning = 0.0
+    if order == PLANNED:
+        engine = OfflineEngine(core)
+        drawn = sum(_drawn(output) for output in engine.run(items, lambda: False))
+        planning = engine.plan_seconds
+    else:
+        if order == SORTED:
+            items = sorted(items, key=lambda item: item.tokens.astype(">i4").tobytes())
+            planning = time.perf_counter() - begun
+        drawn = sum(_drawn(output) for output in _queued(core, items))
+    seconds = time.perf_counter() - begun
+    expected = workload.samples * int(workload.outputs.sum())
+    if drawn != expected:
+        raise TersorError(f"{workload.name}, {order}: {drawn} tokens were drawn, expected {expected}")
+    total = workload.samples * workload.tokens
+    return Throughput(
+        name=name,
+        format=format,
+        workload=workload.name,
+        order=order,
+        requests=len(items),
+        prompt_tokens=total,
+        output_tokens=drawn,
+        seconds=seconds,
+        plan_seconds=planning,
+        reuse=scheduler.cached_tokens / total,
+        optimum=(best + (workload.samples - 1) * workload.tokens) / total,
+        preemptions=scheduler.preemptions,
+        steps=counted.steps,
+        step_tokens=counted.tokens / counted.steps,
+        high_water=counted.high_water,
+        pages=scheduler.cache.pages.usable,
+    )
+
+
+def _queued(core: Core, items: Sequence[Item]) -> Iterator[RequestOutput]:
+    """Answer items in the order in which they are handed over, all at once."""
+    for item in items:
+        assert item.params is not None
+        core.add(item.key, item.tokens.tolist(), item.params)
+    while core.unfinished:
+        yield from core.step(partial=False)
+
+
+def _drawn(output: RequestOutput) -> int:
+    if output.error is not None:
+        raise TersorError(f"request {output.request_id} failed: {output.error}")
+    return sum(len(one.token_ids) for one in output.outputs)
+
+
+def result(rows: Sequence[Throughput], **facts: Any) -> dict[str, Any]:
+    """Return what the verb writes as JSON."""
+    return report.result(KIND, VERSION, METHOD, facts, rows, [])
+
+
+def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells of the table."""
+    cells = [
+        [
+            row["workload"],
+            row["order"],
+            f"{row['requests'] / row['seconds']:.2f}",
+            f"{(row['prompt_tokens'] + row['output_tokens']) / row['seconds']:.0f}",
+            f"{row['output_tokens'] / row['seconds']:.0f}",
+            f"{100 * row['reuse']:.1f} %",
+            f"{100 * row['reuse'] / row['optimum']:.1f} %" if row["optimum"] else "-",
+            str(row["preemptions"]),
+            f"{row['step_tokens']:.0f}",
+            f"{100 * row['high_water'] / row['pages']:.0f} %",
+            f"{row['plan_seconds']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    heads = ["workload", "order", "requests/s", "tokens/s", "drawn/s", "reuse", "of optimum", "preempted"]
+    return [*heads, "tokens a step", "pages", "plan s"], cells

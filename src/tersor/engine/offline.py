@@ -1,0 +1,187 @@
+"""How does an engine answer prompts that are all known? In the plan's order, with nothing evicted that is still needed.
+
+    for output in OfflineEngine(core).run(items, lambda: False): ...
+
+`groups.plan` says who shares what. Requests are handed to the core one by one, as they are expected to fit in its pages
+together (`forecast`), so that few of them wait there. A shared prefix is pinned from its first request to its last.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from tersor.engine import groups
+from tersor.engine.batch_items import Item
+from tersor.engine.core import Core
+from tersor.engine.dispatch import expected_output
+from tersor.engine.forecast import Admission, OutputLengths
+from tersor.engine.outputs import RequestOutput
+from tersor.errors import InputError, TersorError
+
+SPARE = 4
+"""One more for so many rows is handed over, to begin while a prefix that others wait for is computed."""
+
+_PATIENCE = 16
+"""Steps after which a request that did not fit is looked at again, though none has ended."""
+
+
+class OfflineEngine:
+    """A `BatchEngine` over a core that nobody else feeds. It runs equal questions twice (see `answer_once`).
+
+    Attributes:
+        core: what answers.
+        plan: of the last run.
+        plan_seconds: that it took to make.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.plan: groups.Plan | None = None
+        self.plan_seconds = 0.0
+        self._lengths = OutputLengths()
+
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput]:
+        """Yield the outputs of all items, in the order in which they finish; one that cannot be served says so.
+
+        Raises:
+            InputError: an item asks for its last state.
+            TersorError: the engine fails.
+        """
+        begun = time.perf_counter()
+        limits = self.core.scheduler.limits
+        most = np.array([_most(item, limits.context) for item in items], dtype=np.int64)
+        expected = np.minimum(most, [expected_output(item) for item in items])
+        self.plan = plan = groups.plan([item.tokens for item in items], expected, page=limits.page_size)
+        pages = self.core.scheduler.cache.pages.usable
+        job = _Job(self.core, items, plan, Admission(plan, pages, most[plan.order], self._lengths))
+        self.plan_seconds = time.perf_counter() - begun
+        try:
+            while job.go_on(stopping()):
+                yield from job.refused()
+                for output in self.core.step(partial=False):
+                    if job.ended(output):
+                        yield output
+            yield from job.refused()
+        finally:
+            job.close()
+
+
+def _most(item: Item, context: int) -> int:
+    """Tokens that an item may draw, of all its continuations."""
+    if item.params is None:
+        raise InputError("this engine makes no embeddings: it draws tokens")
+    room = max(1, context - item.tokens.size)
+    return item.params.n * min(room, item.params.max_tokens or room)
+
+
+class _Job:
+    """One run of a plan: which positions the core has, and which prefixes are pinned."""
+
+    def __init__(self, core: Core, items: Sequence[Item], plan: groups.Plan, admission: Admission) -> None:
+        self._core, self._items, self._plan, self._admission = core, items, plan, admission
+        rows = core.scheduler.limits.max_rows
+        self._most_rows = rows + rows // SPARE
+        self._next = 0
+        self._rows = 0  # of the positions that the core has
+        self._open: dict[str, int] = {}
+        self._drawn: dict[int, int] = {}
+        self._pinned: dict[int, array[int]] = {}
+        self._refused: list[RequestOutput] = []
+        self._wait = 0
+        self._stopped = False
+
+    def go_on(self, stop: bool) -> bool:
+        """Hand over what fits, or nothing more where it is to stop; return whether the core has anything to do."""
+        if stop and not self._stopped:
+            self._stopped = True
+            for name in [name for name in self._open if self._core.drawn(name) is None]:
+                self._core.abort(name)
+                self._forget(name)
+        if not self._stopped:
+            self._feed()
+        return bool(self._open) or self._core.unfinished
+
+    def refused(self) -> list[RequestOutput]:
+        """Return outputs of requests that the core did not take, once."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def ended(self, output: RequestOutput) -> bool:
+        """Note that a request has ended; return whether it is one of this run that still counts."""
+        if output.request_id not in self._open:
+            return False
+        drawn = sum(len(one.token_ids) for one in output.outputs)
+        self._drew(self._open[output.request_id], drawn)
+        self._forget(output.request_id)
+        return True
+
+    def close(self) -> None:
+        """Leave the core as it was: nothing of this run in it, and nothing pinned."""
+        for name in list(self._open):
+            self._core.abort(name)
+        while self._core.unfinished:
+            self._core.step(partial=False)
+        for tokens in self._pinned.values():
+            self._core.scheduler.unpin(tokens)
+        self._pinned.clear()
+
+    def _feed(self) -> None:
+        if self._wait and self._open:
+            self._wait -= 1
+            return
+        count, known = self._plan.order.size, False
+        while self._next < count and self._rows < self._most_rows:
+            if self._open:
+                if not known:
+                    self._look()
+                    known = True
+                if not self._admission.fits(self._next):
+                    self._wait = _PATIENCE
+                    return
+            self._begin(self._next)
+            self._next += 1
+
+    def _begin(self, position: int) -> None:
+        item = self._items[int(self._plan.order[position])]
+        assert item.params is not None
+        self._admission.admit(position)
+        self._drawn[position] = 0
+        self._open[item.key] = position
+        self._rows += item.params.n
+        for node in self._plan.path(position):
+            if node not in self._pinned:
+                self._pinned[node] = prefix = _unsigned(item.tokens[: self._plan.depths[node]])
+                self._core.scheduler.pin(prefix)
+        try:
+            self._core.add(item.key, _unsigned(item.tokens), item.params)
+        except TersorError as error:
+            self._refused.append(RequestOutput(item.key, None, item.tokens.tolist(), [], error=str(error)))
+            self._forget(item.key)
+
+    def _look(self) -> None:
+        """Tell the forecast what was drawn since it was asked last."""
+        for name, position in self._open.items():
+            self._drew(position, self._core.drawn(name) or 0)
+
+    def _drew(self, position: int, drawn: int) -> None:
+        self._admission.drew(position, drawn - self._drawn[position])
+        self._drawn[position] = drawn
+
+    def _forget(self, name: str) -> None:
+        """Let a request go, and prefixes that were for it alone."""
+        position = self._open.pop(name)
+        del self._drawn[position]
+        params = self._items[int(self._plan.order[position])].params
+        self._rows -= params.n if params else 0
+        self._wait = 0
+        for node in self._admission.end(position):
+            self._core.scheduler.unpin(self._pinned.pop(node))
+
+
+def _unsigned(tokens: np.ndarray) -> array[int]:
+    """Return tokens as requests hold them."""
+    return array("I", tokens.astype(np.uint32).tobytes())
