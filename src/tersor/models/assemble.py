@@ -15,7 +15,7 @@ from tersor.models.names import Names
 from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
-from tersor.models.weights import Embedding, FeedForward, Product
+from tersor.models.weights import Embedding, FeedForward, Product, Shared
 
 
 def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) -> Decoder:
@@ -28,12 +28,16 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
     embedding = stored.matrix(names.base + names.embedding)
     layers = [_layer(stored, config, names, index, table) for index in range(len(config.layers))]
     # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
-    head = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
+    head: Product | Shared = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
+    ranks, vocabulary = stored.ranks, stored.share.vocabulary
+    if ranks.count > 1:
+        head = Shared(head, tuple(last - first for first, last in vocabulary), ranks)
     positions = stored.vector(f"{names.base}{names.positions}.weight") if config.positions else None
     scale = float(torch.tensor(config.embedding_scale, dtype=stored.dtype))
     norm = _norm(stored, config, names.base + names.norm)
     config = replace(config, context=context)
-    return Decoder(config, Embedding(embedding, stored.dtype, scale), layers, norm, head, positions)
+    rows = Embedding(embedding, stored.dtype, scale, vocabulary[ranks.rank][0], ranks)
+    return Decoder(config, rows, layers, norm, head, positions)
 
 
 def _layer(
@@ -45,15 +49,15 @@ def _layer(
         ffn = mixture(stored, config, names, start, layer.experts)
     else:
         up = stored.gate_up([start + name for name in names.gate_up], config.gate, config.ffn_bias)
-        ffn = FeedForward(up, stored.product(start + names.down, config.ffn_bias))
-    form = layer.attention
+        ffn = FeedForward(up, stored.partial(start + names.down, config.ffn_bias))
+    form = stored.share.forms[index]
     norms = None
     if form.norm_eps is not None:
         norms = stored.vector(f"{start}{names.q_norm}.weight"), stored.vector(f"{start}{names.k_norm}.weight")
     attention = Attention(
         form=form,
         qkv=stored.products([start + name for name in names.qkv], config.qkv_bias),
-        out=stored.product(start + names.out, config.out_bias),
+        out=stored.partial(start + names.out, config.out_bias),
         rotary=None if layer.rotary is None else table(layer.rotary),
         norms=norms,
         sinks=stored.vector(start + names.sinks).float() if config.sinks else None,
@@ -63,7 +67,7 @@ def _layer(
     if config.residual is Residual.BOTH:
         outs = (names.attention_out_norm, names.ffn_out_norm)
         after = _norm(stored, config, start + outs[0]), _norm(stored, config, start + outs[1])
-    return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after)
+    return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after, ranks=stored.ranks)
 
 
 def _norm(stored: Stored, config: DecoderConfig, module: str) -> NormWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -13,9 +14,12 @@ from tersor.checkpoint.source import StoredTensor
 from tersor.formats import Activations, Scheme
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import interleave
+from tersor.layouts.shard import Part
 from tersor.models.expected import plain_name
+from tersor.models.share import Share
 from tersor.models.weights import Activated, GatedProduct, Matrix, Product, Products
 from tersor.ops import Gate
+from tersor.ops.collective import ALONE, Ranks
 
 Packed: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Codes, scales and zero points in the stored stream."""
@@ -23,10 +27,12 @@ _Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, torch.Tensor | PackedWeight
 
 
 class Stored:
-    """The weights of a checkpoint that was checked (`expected.check`).
+    """The weights of a checkpoint that was checked (`expected.check`), or a rank's parts of them.
 
     Attributes:
         dtype, device: of activations and plain weights, and of everything.
+        share: what the rank has.
+        ranks: all of them.
     """
 
     def __init__(
@@ -37,28 +43,32 @@ class Stored:
         device: torch.device,
         dtype: torch.dtype,
         activations: Activations,
+        share: Share,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Take what a checkpoint holds.
 
         Args:
             tensors: name -> tensor.
             schemes: module -> scheme of its packed weight.
-            shapes: module -> shape of its weight.
-            device, dtype: see the attributes.
+            shapes: module -> shape of its whole weight.
+            device, dtype, share, ranks: see the attributes.
             activations: what packed weights are multiplied with.
         """
-        self._tensors, self._schemes, self._shapes = tensors, schemes, shapes
-        self._activations = activations
+        self._tensors, self._schemes = tensors, schemes
+        self._shapes = {module: share.shape(module, shape) for module, shape in shapes.items()}
+        self._activations, self.share, self.ranks = activations, share, ranks
         self.device, self.dtype = device, dtype
 
     def vector(self, name: str) -> torch.Tensor:
         """Return a plain tensor in `dtype`."""
-        return self._read(name).to(self.dtype)
+        return self._read(name, self.share.parts.get(name)).to(self.dtype)
 
     def matrix(self, module: str) -> Matrix:
         """Return the weight [OC, IC] of a module; a packed one in the stored stream."""
         if module not in self._schemes:
-            return self.vector(plain_name(module, self._shapes[module]))
+            plain = plain_name(module, self._shapes[module])
+            return self._read(plain, self.share.parts.get(module)).to(self.dtype)
         oc, ic = self._shapes[module]
         return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module))
 
@@ -72,6 +82,10 @@ class Stored:
         """Return the product with a module's weight and bias."""
         bias = self.vector(f"{module}.bias") if biased else None
         return Product(self.ready(self.matrix(module)), bias)
+
+    def partial(self, module: str, biased: bool) -> Product:
+        """Return the product of a module whose input channels are cut; the bias is on the first rank alone."""
+        return self.product(module, biased and self.ranks.first)
 
     def products(self, modules: Sequence[str], biased: bool) -> Product | Products:
         """Return the products of modules that read the same activations: stacked into one where schemes agree."""
@@ -108,23 +122,32 @@ class Stored:
 
     def expert(self, module: str, index: int) -> Matrix:
         """Return the weight [OC, IC] of one expert, of a module that holds those of all."""
-        one = (index, index + 1)
         if module not in self._schemes:
-            return self._read(plain_name(module, self._shapes[module]), one)[0].t().to(self.dtype).contiguous()
+            part = self.share.parts.get(module)
+            stored = self._read(plain_name(module, self._shapes[module]), part and part.transposed(), index)
+            return stored.t().to(self.dtype).contiguous()
         _, oc, ic = self._shapes[module]
-        data, scale, zero_point = self._packed(module, one)
-        return PackedWeight(
-            self._schemes[module], (oc, ic), data[0], scale[0], None if zero_point is None else zero_point[0]
-        )
+        return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module, index))
 
-    def _packed(self, module: str, rows: tuple[int, int] | None = None) -> Packed:
-        """Return codes, scales and zero points of a packed weight, or of some of its first axis."""
-        zeros = self._read(f"{module}.{ZERO_POINT}", rows) if self._schemes[module].has_zero_point else None
-        return self._read(f"{module}.{PACKED}", rows), self._read(f"{module}.{SCALE}", rows), zeros
+    def _packed(self, module: str, expert: int | None = None) -> Packed:
+        """Return codes, scales and zero points of a packed weight, or of one expert in a module that holds all."""
+        part, scheme = self.share.parts.get(module), self._schemes[module]
+        words, groups = (None, None) if part is None else part.stored(scheme)
+        zeros = self._read(f"{module}.{ZERO_POINT}", groups, expert) if scheme.has_zero_point else None
+        return self._read(f"{module}.{PACKED}", words, expert), self._read(f"{module}.{SCALE}", groups, expert), zeros
 
-    def _read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
+        """Return a stored tensor, or the matrix of one expert in it, or a part of either; nothing else is read."""
         tensor = self._tensors[name]
-        return tensor.file.read(tensor.spec.name, rows).to(self.device)
+        file, spec = tensor.file, tensor.spec
+        if part is not None:
+            if expert is not None:
+                shape = spec.shape[1:]
+                spec = replace(spec, shape=shape, offset=spec.offset + expert * (spec.nbytes // spec.shape[0]))
+            return file.read_part(spec, part.rows, part.columns).to(self.device)
+        if expert is not None:
+            return file.read(spec.name, (expert, expert + 1))[0].to(self.device)
+        return file.read(spec.name).to(self.device)
 
 
 def joined(weights: Sequence[Matrix]) -> Matrix:

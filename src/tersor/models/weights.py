@@ -12,6 +12,7 @@ from torch.nn import functional
 from tersor import ops
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.ops import Gate
+from tersor.ops.collective import ALONE, Ranks
 
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
@@ -44,6 +45,29 @@ class Product:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
         yield from tensors_of(self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A product of which every rank has some output channels, and gets all.
+
+    Attributes:
+        product: of this rank's channels.
+        widths: channels of every rank, in order.
+        ranks: who they are.
+    """
+
+    product: Product
+    widths: tuple[int, ...]
+    ranks: Ranks
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [T, IC] multiplied: [T, sum of widths]."""
+        return self.ranks.side_by_side(self.product(x), self.widths)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory of this rank."""
+        yield from self.product.tensors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +154,30 @@ class Embedding:
         weight: plain, or packed in the stored stream.
         dtype: of the rows.
         scale: they are multiplied by it, rounded to `dtype`.
+        start: the token of the first row.
+        ranks: that have some of the rows each.
     """
 
     weight: Matrix
     dtype: torch.dtype
     scale: float = 1.0
+    start: int = 0
+    ranks: Ranks = ALONE
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the rows [T, H] of tokens [T]."""
-        if isinstance(self.weight, PackedWeight):
-            rows = ops.embedding(tokens, self.weight, self.dtype)
+        if self.ranks.count == 1:
+            rows = self._rows(tokens)
         else:
-            rows = functional.embedding(tokens, self.weight)
+            places = tokens - self.start
+            known = places.clamp(0, self.weight.shape[0] - 1)
+            rows = self.ranks.sum(torch.where((known == places)[:, None], self._rows(known), 0))
         return rows if self.scale == 1.0 else rows * self.scale
+
+    def _rows(self, places: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight, PackedWeight):
+            return ops.embedding(places, self.weight, self.dtype)
+        return functional.embedding(places, self.weight)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""

@@ -1,0 +1,108 @@
+"""How do the ranks of one model exchange what each has computed? Sums, and the shares of all, on the current stream.
+
+Each rank is a process with a device of its own. NCCL carries tensors of GPUs, and a CUDA graph may hold its calls; gloo
+carries those of CPUs. All ranks get the same bits: a router that all of them have chooses the same experts everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from tersor.errors import TersorError
+
+_T = TypeVar("_T")
+
+
+class Ranks:
+    """The ranks of a model, seen from one of them; a single one exchanges nothing.
+
+    Attributes:
+        rank, count: which one this is, and how many there are.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, group: ProcessGroup | None = None) -> None:
+        """Take what a process group connects.
+
+        Args:
+            rank, count: see the attributes.
+            group: of the ranks' devices; `None` with one rank.
+        """
+        self.rank, self.count, self._group = rank, count, group
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that adds what is added once: residuals and biases."""
+        return self.rank == 0
+
+    def once(self, x: _T) -> _T | None:
+        """Return `x` on the first rank, and `None` on others: an addend of what `sum` adds up."""
+        return x if self.first else None
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of all ranks' `x`, in its memory.
+
+        Raises:
+            TersorError: a rank is gone.
+        """
+        if self.count > 1:
+            _told(lambda: torch.distributed.all_reduce(x, group=self._group))
+        return x
+
+    def side_by_side(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """Return the columns of all ranks, one rank's behind the other's: [S, sum of widths].
+
+        Args:
+            x: [S, widths[rank]].
+            widths: columns of every rank.
+
+        Raises:
+            TersorError: a rank is gone.
+        """
+        if self.count == 1:
+            return x
+        most = max(widths)
+        own = functional.pad(x, (0, most - x.shape[1])).contiguous()
+        every = own.new_empty(self.count * len(own), most)
+        _told(lambda: torch.distributed.all_gather_into_tensor(every, own, group=self._group))
+        parts = zip(every.view(self.count, len(own), most), widths, strict=True)
+        return torch.cat([part[:, :width] for part, width in parts], dim=1)
+
+    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the first rank's `x`, in the memory of each rank's own.
+
+        Raises:
+            TersorError: a rank is gone.
+        """
+        if self.count > 1:
+            _told(lambda: torch.distributed.broadcast(x, group=self._group, group_src=0))
+        return x
+
+    def least(self, number: int, device: torch.device) -> int:
+        """Return the smallest of all ranks' numbers; the host waits for it.
+
+        Raises:
+            TersorError: a rank is gone.
+        """
+        if self.count == 1:
+            return number
+        found = torch.tensor([number], device=device)
+        _told(lambda: torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group))
+        return int(found)
+
+
+ALONE = Ranks()
+"""One rank, which has the whole model."""
+
+
+def _told(call: Callable[[], object]) -> None:
+    """Make a call of torch.distributed; what it raises becomes one line."""
+    try:
+        call()
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        raise TersorError(f"ranks of the model cannot reach each other: {line}") from error
