@@ -23,7 +23,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "llama, more ranks than kv heads": ("llama", 3, {}, {}),
     "llama, one kv head in three": ("llama", 3, {}, {"num_attention_heads": 8, "num_key_value_heads": 1}),
     "llama, kv heads uneven": (
-        "llama", 2, {"format": "fp6_e3m2"}, {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32}
+        "llama", 2, {"format": "fp6_e3m2"},
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32},
     ),
     "llama, int4 groups uneven": ("llama", 3, GROUPS, {"head_dim": 32, "intermediate_size": 160}),
     "llama, tied and packed": (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from tersor.errors import ShapeError
@@ -106,7 +107,7 @@ def cut(size: int, ranks: int, unit: int = 1, *, tile: int = BLOCK_IC, what: str
         unit = whole
     each, more = divmod(-(-size // unit), ranks)
     starts = [min(size, unit * (each * rank + min(rank, more))) for rank in range(ranks + 1)]
-    return tuple(zip(starts[:-1], starts[1:], strict=True))
+    return tuple(pairwise(starts))
 
 
 def cut_rows(size: int, ranks: int, *, what: str = "rows") -> tuple[Span, ...]:
@@ -164,5 +165,5 @@ def stored_columns(scheme: Scheme, columns: Span) -> tuple[Span, Span | None]:
 
 def _tiles(size: int, ranks: int, unit: int, tile: int) -> int:
     """Return the tiles of the largest share."""
-    largest = min(size, -(-(-(-size // unit)) // ranks) * unit)
-    return -(-largest // tile)
+    units = math.ceil(math.ceil(size / unit) / ranks)
+    return math.ceil(min(size, units * unit) / tile)

@@ -28,10 +28,9 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
     embedding = stored.matrix(names.base + names.embedding)
     layers = [_layer(stored, config, names, index, table) for index in range(len(config.layers))]
     # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
-    head: Product | Shared = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
+    own = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
     ranks, vocabulary = stored.ranks, stored.share.vocabulary
-    if ranks.count > 1:
-        head = Shared(head, tuple(last - first for first, last in vocabulary), ranks)
+    head = own if ranks.count == 1 else Shared(own, tuple(last - first for first, last in vocabulary), ranks)
     positions = stored.vector(f"{names.base}{names.positions}.weight") if config.positions else None
     scale = float(torch.tensor(config.embedding_scale, dtype=stored.dtype))
     norm = _norm(stored, config, names.base + names.norm)

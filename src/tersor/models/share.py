@@ -1,4 +1,4 @@
-"""Which part of a model has a rank? Spans of every tensor that is cut, by name: one table for loading, layouts and tests.
+"""Which part of a model has a rank? Spans of every tensor that is cut, by name: one table for loading and for tests.
 
 Heads are cut whole, with the columns of the output that read them; a feed-forward network by its inner channels: rows
 of gate and up, columns of down, and so in every expert; embedding and head by tokens. Norms, routers and positions are

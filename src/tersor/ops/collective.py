@@ -13,9 +13,11 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from tersor.errors import TersorError
+from tersor.errors import LostError
 
 _T = TypeVar("_T")
+_NEWS = 2.0
+"""Seconds until it is known which rank ended, after it cannot be reached."""
 
 
 class Ranks:
@@ -25,14 +27,21 @@ class Ranks:
         rank, count: which one this is, and how many there are.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        count: int = 1,
+        group: ProcessGroup | None = None,
+        lost: Callable[[float], str] = lambda _: "",
+    ) -> None:
         """Take what a process group connects.
 
         Args:
             rank, count: see the attributes.
             group: of the ranks' devices; `None` with one rank.
+            lost: waits so many seconds at most for a rank to be gone and says in a line which is; empty if none is.
         """
-        self.rank, self.count, self._group = rank, count, group
+        self.rank, self.count, self._group, self._lost = rank, count, group, lost
 
     @property
     def first(self) -> bool:
@@ -47,10 +56,10 @@ class Ranks:
         """Return the sum of all ranks' `x`, in its memory.
 
         Raises:
-            TersorError: a rank is gone.
+            LostError: a rank is gone.
         """
         if self.count > 1:
-            _told(lambda: torch.distributed.all_reduce(x, group=self._group))
+            self._call(lambda: torch.distributed.all_reduce(x, group=self._group))
         return x
 
     def side_by_side(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -61,48 +70,64 @@ class Ranks:
             widths: columns of every rank.
 
         Raises:
-            TersorError: a rank is gone.
+            LostError: a rank is gone.
         """
         if self.count == 1:
             return x
         most = max(widths)
         own = functional.pad(x, (0, most - x.shape[1])).contiguous()
-        every = own.new_empty(self.count * len(own), most)
-        _told(lambda: torch.distributed.all_gather_into_tensor(every, own, group=self._group))
-        parts = zip(every.view(self.count, len(own), most), widths, strict=True)
-        return torch.cat([part[:, :width] for part, width in parts], dim=1)
+        every = list(own.new_empty(self.count, *own.shape).unbind())
+        self._call(lambda: torch.distributed.all_gather(every, own, group=self._group))
+        return torch.cat([part[:, :width] for part, width in zip(every, widths, strict=True)], dim=1)
 
-    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+    def from_first(self, x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
         """Return the first rank's `x`, in the memory of each rank's own.
 
+        Args:
+            x: of one shape and dtype on all ranks.
+            group: another one of the same ranks, such as that of their hosts.
+
         Raises:
-            TersorError: a rank is gone.
+            LostError: a rank is gone.
         """
         if self.count > 1:
-            _told(lambda: torch.distributed.broadcast(x, group=self._group, group_src=0))
+            self._call(lambda: torch.distributed.broadcast(x, group=group or self._group, group_src=0))
         return x
 
     def least(self, number: int, device: torch.device) -> int:
         """Return the smallest of all ranks' numbers; the host waits for it.
 
         Raises:
-            TersorError: a rank is gone.
+            LostError: a rank is gone.
         """
         if self.count == 1:
             return number
         found = torch.tensor([number], device=device)
-        _told(lambda: torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group))
+        self._call(lambda: torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group))
         return int(found)
+
+    def check(self, seconds: float = 0) -> None:
+        """Hold that all ranks are there: what a device was given while one ended means nothing.
+
+        Args:
+            seconds: to wait for news of one that is gone.
+
+        Raises:
+            LostError: a rank is gone.
+        """
+        line = self._lost(seconds)
+        if line:
+            raise LostError(line)
+
+    def _call(self, call: Callable[[], object]) -> None:
+        """Make a call of torch.distributed; what it raises becomes one line."""
+        try:
+            call()
+        except RuntimeError as error:
+            self.check(_NEWS)
+            line = str(error).splitlines()[0]
+            raise LostError(f"the ranks of the model cannot reach each other: {line}") from error
 
 
 ALONE = Ranks()
 """One rank, which has the whole model."""
-
-
-def _told(call: Callable[[], object]) -> None:
-    """Make a call of torch.distributed; what it raises becomes one line."""
-    try:
-        call()
-    except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        raise TersorError(f"ranks of the model cannot reach each other: {line}") from error
