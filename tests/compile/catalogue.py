@@ -312,7 +312,8 @@ def _around_products() -> list[KernelSource]:
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
     kinds = (sampling.choose_source, sampling.peaks_source, sampling.adjust_source, sampling.logprobs_source)
     drawing = [source(dtype) for source in kinds for dtype in (*sampling.INPUTS, "float32")]
-    return [*norms, *copies, *drawing]
+    sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
+    return [*norms, *copies, *drawing, *sums]
 
 
 def _epilogues() -> list[KernelSource]:

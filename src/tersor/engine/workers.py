@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import open_source
 from tersor.engine.build import build
@@ -30,6 +29,7 @@ from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
 from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.one_shot import OneShot, reachable
 
 _HOST = "127.0.0.1"
 _IDLE = timedelta(days=3650)
@@ -90,7 +90,7 @@ def gather(config: EngineConfig, directory: Path) -> Team:
     try:
         children.greet()
         ranks, line = _connect(0, count, device, children.store, children.lost)
-        children.watch(distributed.group.WORLD if device.type == "cuda" else None)
+        children.watch(ranks if device.type == "cuda" else None)
     except BaseException:
         children.end()
         raise
@@ -144,7 +144,10 @@ def _connect(
     if store is not None:
         distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
     hosts = distributed.new_group(backend="gloo", timeout=_IDLE)
-    ranks = Ranks(rank, count, distributed.group.WORLD, lost)
+    group = distributed.group.WORLD
+    assert group is not None
+    quick = OneShot(group, own, rank, count) if own.type == "cuda" and reachable(rank, count) else None
+    ranks = Ranks(rank, count, group, lost, quick)
     return ranks, Line(ranks, hosts)
 
 
@@ -187,9 +190,9 @@ class _Children:
                     'if __name__ == "__main__"?'
                 ) from None
 
-    def watch(self, group: ProcessGroup | None) -> None:
-        """Begin to look out for one that ends; who waits for it in a group of GPUs is made to wait no longer."""
-        threading.Thread(target=self._watch, args=(group,), name="tersor ranks", daemon=True).start()
+    def watch(self, ranks: Ranks | None) -> None:
+        """Begin to look out for one that ends; ranks of GPUs wait for it no longer."""
+        threading.Thread(target=self._watch, args=(ranks,), name="tersor ranks", daemon=True).start()
 
     def lost(self, seconds: float) -> str:
         """Return which rank is gone, waiting for one to be at most so long; empty if none is."""
@@ -208,7 +211,7 @@ class _Children:
         for link in self._links.values():
             link.close()
 
-    def _watch(self, group: ProcessGroup | None) -> None:
+    def _watch(self, team: Ranks | None) -> None:
         ranks = {link: rank for rank, link in self._links.items()}
         said: dict[int, str] = {}
         ended: list[int] = []
@@ -223,8 +226,8 @@ class _Children:
         first = next((rank for rank in ended if self._code(rank) != _LEFT_ALONE), ended[0])
         self._reason = self._ended(first, said.get(first, ""))
         self._news.set()
-        if group is not None:
-            group.abort()
+        if team is not None:
+            team.abort()
 
     def _listen(
         self, ranks: dict[Connection, int], said: dict[int, str], ended: list[int], seconds: float | None

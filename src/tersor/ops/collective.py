@@ -1,7 +1,8 @@
 """How do the ranks of one model exchange what each has computed? Sums, and the shares of all, on the current stream.
 
-Each rank is a process with a device of its own. NCCL carries tensors of GPUs, and a CUDA graph may hold its calls; gloo
-carries those of CPUs. All ranks get the same bits: a router that all of them have chooses the same experts everywhere.
+Each rank is a process with a device of its own. NCCL carries tensors of GPUs, and a CUDA graph may hold its calls; what
+is small, `one_shot` adds up. gloo carries tensors of CPUs. All ranks get the same bits: a router that all of them have
+chooses the same experts everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from tersor.errors import LostError
+from tersor.ops.one_shot import OneShot
 
 _T = TypeVar("_T")
 _NEWS = 2.0
@@ -33,6 +35,7 @@ class Ranks:
         count: int = 1,
         group: ProcessGroup | None = None,
         lost: Callable[[float], str] = lambda _: "",
+        one_shot: OneShot | None = None,
     ) -> None:
         """Take what a process group connects.
 
@@ -40,8 +43,10 @@ class Ranks:
             rank, count: see the attributes.
             group: of the ranks' devices; `None` with one rank.
             lost: waits so many seconds at most for a rank to be gone and says in a line which is; empty if none is.
+            one_shot: adds up what is small, instead of the group; `None` on CPUs, and where peers cannot be read.
         """
         self.rank, self.count, self._group, self._lost = rank, count, group, lost
+        self._one_shot = one_shot
 
     @property
     def first(self) -> bool:
@@ -58,6 +63,8 @@ class Ranks:
         Raises:
             LostError: a rank is gone.
         """
+        if self._one_shot is not None and self._one_shot.serves(x):
+            return self._one_shot.sum(x)
         if self.count > 1:
             self._call(lambda: torch.distributed.all_reduce(x, group=self._group))
         return x
@@ -118,6 +125,13 @@ class Ranks:
         line = self._lost(seconds)
         if line:
             raise LostError(line)
+
+    def abort(self) -> None:
+        """Have nobody wait for other ranks on this rank's GPU any more; any thread may ask."""
+        if self._one_shot is not None:
+            self._one_shot.stop()
+        if self._group is not None:
+            self._group.abort()
 
     def _call(self, call: Callable[[], object]) -> None:
         """Make a call of torch.distributed; what it raises becomes one line."""
