@@ -60,7 +60,8 @@ class Line:
             ranks: who is connected.
             group: of gloo, whose calls may wait as long as nothing is to be computed.
         """
-        self._ranks, self._group = ranks, group
+        self._ranks = ranks
+        self._group: ProcessGroup | None = group
         self._head = torch.zeros(len(Order._fields), dtype=torch.int32)
 
     def tell(self, order: Order, buffer: torch.Tensor) -> None:
@@ -77,6 +78,10 @@ class Line:
         self._head.copy_(torch.tensor(order))
         self._ranks.from_first(self._head, self._group)
         self._ranks.from_first(buffer, self._group)
+
+    def close(self) -> None:
+        """Let go of the group, as `Ranks.close` does."""
+        self._group = None
 
     def end(self) -> None:
         """Tell all ranks that there is no step any more.

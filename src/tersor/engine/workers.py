@@ -99,7 +99,7 @@ def gather(config: EngineConfig, directory: Path) -> Team:
         children.closing = True
         with suppress(LostError):  # they have ended
             line.end()
-        distributed.destroy_process_group()
+        _leave(ranks, line)
         children.end()
 
     return Team(ranks, _own(0, device), line, end)
@@ -119,10 +119,17 @@ def _of_torchrun(count: int, device: torch.device) -> Team:
         if rank == 0:
             with suppress(LostError):  # they have ended
                 line.end()
-        if made:
-            distributed.destroy_process_group()
+        _leave(ranks, line, made)
 
     return Team(ranks, _own(rank, device), line, end)
+
+
+def _leave(ranks: Ranks, line: Line, made: bool = True) -> None:
+    """Let go of all groups, and of torch.distributed where it was not there before."""
+    if made:
+        distributed.destroy_process_group()
+    ranks.close()
+    line.close()
 
 
 def _backend(device: torch.device) -> str:

@@ -126,6 +126,10 @@ class Ranks:
         if line:
             raise LostError(line)
 
+    def close(self) -> None:
+        """Let go of the group: its threads end with it, and must not outlive the interpreter."""
+        self._group = None
+
     def abort(self) -> None:
         """Have nobody wait for other ranks on this rank's GPU any more; any thread may ask."""
         if self._one_shot is not None:
