@@ -61,6 +61,8 @@ def test_two_processes_answer_as_one_until_one_of_them_dies(path: Path, wanted: 
         assert time.monotonic() - started < 10
     finally:
         model.close()
+    with pytest.raises(LostError, match=r"^the model is closed$"):
+        answers(model)
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
 
 

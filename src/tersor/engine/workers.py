@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -210,8 +211,9 @@ class _Children:
     def end(self) -> None:
         """See that all end; idempotent."""
         self.closing = True
+        until = time.monotonic() + (0 if self._news.is_set() else _GRACE)
         for process in self._processes.values():
-            process.join(0 if self._news.is_set() else _GRACE)
+            process.join(max(0.0, until - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()

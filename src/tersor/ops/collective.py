@@ -128,7 +128,7 @@ class Ranks:
 
     def close(self) -> None:
         """Let go of the group: its threads end with it, and must not outlive the interpreter."""
-        self._group = None
+        self._group, self._lost = None, lambda _: "the model is closed"
 
     def abort(self) -> None:
         """Have nobody wait for other ranks on this rank's GPU any more; any thread may ask."""
