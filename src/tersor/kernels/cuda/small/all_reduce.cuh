@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common/launch.cuh"
+#include "small/flags.cuh"
 #include "small/pieces.cuh"
 
 namespace all_reduce {
@@ -15,17 +16,6 @@ namespace all_reduce {
 constexpr int kThreads = 512;
 constexpr int kFlagBytes = 4096;  // of a buffer, before its slots
 static_assert(RANKS <= kThreads && RANKS * CTAS * sizeof(u32) <= kFlagBytes);
-
-// All that this thread has seen written is there for whoever then reads the flag.
-__device__ __forceinline__ void set_flag(u32* flag, u32 call) {
-    asm volatile("fence.acq_rel.sys;\n\tst.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(call) : "memory");
-}
-
-__device__ __forceinline__ u32 read_flag(const u32* flag) {
-    u32 call;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(call) : "l"(flag) : "memory");
-    return call;
-}
 
 }  // namespace all_reduce
 
@@ -50,10 +40,10 @@ extern "C" __global__ void __launch_bounds__(all_reduce::kThreads) TERSOR_ENTRY(
         __syncthreads();
         if (threadIdx.x < RANKS) {
             const int peer = threadIdx.x;
-            set_flag(reinterpret_cast<u32*>(buffers[peer]) + rank * CTAS + blockIdx.x, call);
+            flags::set(reinterpret_cast<u32*>(buffers[peer]) + rank * CTAS + blockIdx.x, call);
             const u32* flag = reinterpret_cast<const u32*>(buffers[rank]) + peer * CTAS + blockIdx.x;
             const volatile u32* ended = calls + CTAS;
-            while (static_cast<int>(read_flag(flag) - call) < 0 && *ended == 0) {
+            while (static_cast<int>(flags::read(flag) - call) < 0 && *ended == 0) {
             }
         }
         __syncthreads();
