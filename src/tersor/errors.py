@@ -42,6 +42,10 @@ class UnsupportedError(TersorError):
     """Something this machine or installation lacks (no GPU, an optional package)."""
 
 
+class LostError(TersorError):
+    """A process that computes a part of a model is gone, so that nothing can be computed any more."""
+
+
 class NonFiniteError(InputError):
     """A NaN or infinity in a weight; `index` is its position in the tensor handed in."""
 

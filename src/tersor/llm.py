@@ -16,27 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from tersor.checkpoint.source import open_source
 from tersor.engine.batch_items import Item, answer_once
+from tersor.engine.build import build
 from tersor.engine.config import EngineConfig
 from tersor.engine.core import Core
 from tersor.engine.limits import Limits
-from tersor.engine.memory import make_pages
 from tersor.engine.offline import OfflineEngine
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
-from tersor.engine.runner import Runner
-from tersor.engine.sampler import Sampler
 from tersor.engine.scheduler import Scheduler
+from tersor.engine.workers import gather
 from tersor.errors import CheckpointError, InputError
-from tersor.formats import FLOAT_DTYPES, float_dtype
-from tersor.hardware import resolve_device
 from tersor.integrations.transformers.load import load_tokenizer
-from tersor.models import load
 from tersor.ops.attention_form import PAGE
 
 if TYPE_CHECKING:
@@ -59,6 +54,9 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> None:
         """Load a model.
 
+        With `tensor_parallel` above 1 other processes compute a part of it each. Under torchrun every process makes
+        the model; in all but the first, this call follows the first one until it ends, and then ends the process.
+
         Args:
             model: a directory or a Hub id; plain, or compressed by `tersor quantize`.
             revision: branch, tag or commit of a Hub id.
@@ -68,40 +66,48 @@ class LLM:
             InputError: an option that there is not.
             UnsupportedError: the engine does not have the architecture.
             CheckpointError: no whole checkpoint.
-            TersorError: it does not fit in the device's memory.
+            ShapeError: it cannot be cut for so many ranks.
+            TersorError: it does not fit in the device's memory, or a rank cannot be started.
         """
         self.config = config = EngineConfig.of(**options)
-        device = resolve_device(config.device)
         with open_source(model, revision=revision) as source:
-            self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
-            dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
-            decoder = load(source, device, dtype, activations=config.activations, context=config.max_length)
-            generation = generation_config(source.directory)
+            self._team = team = gather(config, source.directory)
+            try:
+                built = build(source, config, team.device, team.ranks, team.line)
+                if not team.ranks.first:
+                    built.runner.follow()
+                    raise SystemExit(0)
+                self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
+                generation = generation_config(source.directory)
+            except BaseException:
+                team.close()
+                raise
             name = source.label
-        context = min(config.max_length or decoder.config.context, decoder.config.context)
-        vocabulary = decoder.config.vocabulary
-        self.info = ModelInfo(name, context, vocabulary, self.tokenizer)
-        sampler = Sampler(config.max_rows + 1, vocabulary, device, most_length=context)
-        kv_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[config.kv_dtype]
-        runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype)
+        decoder = built.runner.decoder.config
+        vocabulary = decoder.vocabulary
+        self.info = ModelInfo(name, built.context, vocabulary, self.tokenizer)
         limits = Limits(
-            pages=make_pages(runner, config),
+            pages=built.pages,
             page_size=PAGE,
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
-            context=context,
+            context=built.context,
             share_prefixes=config.prefix_caching,
         )
-        ends = generation.get("eos_token_id", decoder.config.ends)
+        ends = generation.get("eos_token_id", decoder.ends)
         self.core = Core(
             Scheduler(limits),
-            runner,
+            built.runner,
             self.tokenizer,
             (ends,) if isinstance(ends, int) else ends or (),
             defaults=generation,
             seed=config.seed,
             vocabulary=vocabulary,
         )
+
+    def close(self) -> None:
+        """End the processes that compute the model together with this one; the model answers no more. Idempotent."""
+        self._team.close()
 
     def generate(
         self,

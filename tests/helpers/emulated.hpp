@@ -194,6 +194,15 @@ inline void start_next() {}
 inline void wait_for_earlier() {}
 }  // namespace launch
 
+// Between GPUs that are threads of this process; whoever waits lets the others of its CTA go on.
+namespace flags {
+inline void set(u32* flag, u32 value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
+inline u32 read(const u32* flag) {
+    emulated::yield();
+    return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+}  // namespace flags
+
 namespace ptx {
 using namespace emulated;
 

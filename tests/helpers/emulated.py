@@ -15,7 +15,7 @@ from tersor.kernels.jit import KernelSource
 COMPILER = shutil.which("c++") or shutil.which("g++")
 CUDA = Path(jit.__file__).parents[1] / "cuda"
 HERE = Path(__file__).parent
-REPLACED = ("common/ptx.cuh", "common/launch.cuh", "attention/instructions.cuh")
+REPLACED = ("common/ptx.cuh", "common/launch.cuh", "attention/instructions.cuh", "small/flags.cuh")
 """Headers of which `emulated.hpp` has all that is used."""
 _TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float"}
 _CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}

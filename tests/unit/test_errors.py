@@ -13,7 +13,7 @@ ALL = [item for item in vars(errors).values() if isinstance(item, type) and issu
 @pytest.mark.parametrize("kind", ALL)
 def test_bad_input_exits_with_2_and_failures_with_1(kind: type[TersorError]) -> None:
     bad_input = {"InputError", "FormatError", "CheckpointError", "ShapeError", "NonFiniteError"}
-    failures = {"TersorError", "OutputError", "KernelError", "UnsupportedError"}
+    failures = {"TersorError", "OutputError", "KernelError", "UnsupportedError", "LostError"}
     assert kind.__name__ in bad_input | failures
     assert kind.exit_status == (2 if kind.__name__ in bad_input else 1)
     assert issubclass(kind, ValueError) == (kind.__name__ in bad_input)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -134,13 +135,38 @@ class SafetensorsFile:
         Raises:
             CheckpointError: the disk does not give them.
         """
-        spec = self.tensors[name]
-        result = torch.empty((spec.shape[0], last - first), dtype=TORCH_DTYPES[spec.dtype])
+        return self.read_part(self.tensors[name], None, (first, last))
+
+    def read_part(
+        self, spec: TensorSpec, rows: Sequence[tuple[int, int]] | None, columns: tuple[int, int] | None
+    ) -> torch.Tensor:
+        """Read a part of a tensor of one or two axes, and no other bytes, into memory of its own.
+
+        Args:
+            spec: the tensor.
+            rows: spans (first, last, exclusive) of the first axis, one behind the other; `None` is all.
+            columns: a span of the second; `None` is all.
+
+        Raises:
+            CheckpointError: the disk does not give it.
+        """
         size = element_bytes(spec.dtype)
-        rows, count = result.view(torch.uint8).reshape(-1).numpy().data, (last - first) * size
-        for row in range(spec.shape[0]):
-            start = (row * spec.shape[1] + first) * size
-            self.read_into(spec, start, rows[row * count : (row + 1) * count])
+        width = spec.shape[1] if len(spec.shape) > 1 else 1
+        spans = [(0, spec.shape[0])] if rows is None else rows
+        first, last = columns or (0, width)
+        count = sum(end - start for start, end in spans)
+        shape = (count, last - first) if len(spec.shape) > 1 else (count,)
+        result = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype])
+        if not result.numel():
+            return result
+        buffer, at = result.reshape(-1).view(torch.uint8).numpy().data, 0
+        step = last - first  # a run of elements on disk: some of a row, or all rows of a span
+        for start, end in spans:
+            runs = [(start, end - start)] if step == width else [(row, 1) for row in range(start, end)]
+            for row, many in runs:
+                length = many * step * size
+                self.read_into(spec, (row * width + first) * size, buffer[at : at + length])
+                at += length
         return result
 
     def _read_bytes(self, start: int, count: int) -> bytes:

@@ -24,11 +24,13 @@ class EngineConfig:
         max_rows: requests of a step at most.
         max_step_tokens: tokens of a step at most; longer prompts are read in several.
         memory: share of the GPU's memory that weights, graphs and pages may take together.
-        kv_bytes: bytes of all pages, instead of what `memory` leaves; on a CPU 1 GiB unless given.
+        kv_bytes: bytes of all pages of a rank, instead of what `memory` leaves; on a CPU 1 GiB unless given.
         prefix_caching: whether pages of prompts are kept for requests that begin the same.
         cuda_graph: whether steps that only decode are CUDA graphs; `None` is yes on a GPU.
         seed: of requests that give none; `None` draws fresh ones.
         trust_remote_code: whether a tokenizer may run Python code that comes with the model.
+        tensor_parallel: ranks that compute the model together, each with a part of every layer: a process and a GPU
+            each (on a CPU: a process). Those of torchrun are used; without it, all but the first are started.
     """
 
     device: str = "auto"
@@ -44,12 +46,13 @@ class EngineConfig:
     cuda_graph: bool | None = None
     seed: int | None = None
     trust_remote_code: bool = False
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in KV_DTYPES:
             near = did_you_mean(self.kv_dtype, KV_DTYPES)
             raise InputError(f"kv_dtype {self.kv_dtype!r}{near}: use {', '.join(KV_DTYPES)}")
-        for name in ("max_length", "max_rows", "max_step_tokens", "kv_bytes"):
+        for name in ("max_length", "max_rows", "max_step_tokens", "kv_bytes", "tensor_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: it must be at least 1")

@@ -18,7 +18,7 @@ def make_pages(runner: Runner, config: EngineConfig) -> int:
     """Give a runner its pages and, where steps are to be CUDA graphs, capture them; return how many pages.
 
     Steps are captured twice: with a few pages, so that what graphs take is known before pages get the rest, and with
-    all of them.
+    all of them. Every rank of a model gets as many pages as the one with the least room for them.
 
     Raises:
         TersorError: what is left holds no text.
@@ -30,6 +30,7 @@ def make_pages(runner: Runner, config: EngineConfig) -> int:
     else:
         free = _free_bytes(runner, config, graphs)
         pages = (free if config.kv_bytes is None else min(config.kv_bytes, free)) // each
+    pages = runner.ranks.least(pages, runner.device)
     if pages < SCRATCH:
         raise TersorError(
             f"{max(pages, 0)} pages of {each / 1e6:.1f} MB fit beside the weights: use fewer rows (max_rows), fewer "

@@ -1,7 +1,9 @@
 """From a step to tokens: its tensors, the forward, and one CUDA graph for every padded number of rows that only decode.
 
-Nothing here waits for the device but `Launched.tokens`: a step is launched while the host has not read the one before,
-and takes the tokens that it drew from where the device keeps them, a slot a request.
+Where several ranks compute a model, the first tells the others what it launches (`orders`), and they launch the same;
+it alone draws, since it alone has a sampler, and tokens go to the others on the device. Nothing here waits for the
+device but `Launched.tokens`: a step is launched while the host has not read the one before, and takes the tokens that
+it drew from where the device keeps them, a slot a request.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import numpy as np
 import torch
 
 from tersor import ops
+from tersor.engine.orders import END, Line, Order
 from tersor.engine.request import Step, prompt_targets
 from tersor.engine.sampler import Sampler
 from tersor.engine.step_buffer import Layout, fill, rows_on
 from tersor.errors import TersorError
 from tersor.models import Decoder
 from tersor.ops.attention_form import PAGE, PagedCache
+from tersor.ops.collective import ALONE, Ranks
 
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
@@ -42,6 +46,7 @@ class Launched:
         logprobs: of the tokens drawn, where a row asks for them.
         prompt_logprobs: of tokens of prompts, in the order of rows and of their tokens, where a row asks for them.
         event: `None` on a CPU.
+        ranks: that computed it.
     """
 
     step: Step
@@ -49,11 +54,17 @@ class Launched:
     logprobs: ops.Logprobs | None
     prompt_logprobs: ops.Logprobs | None
     event: torch.cuda.Event | None
+    ranks: Ranks
 
     def tokens(self) -> list[int]:
-        """Wait for the step and return the tokens of its rows that draw; -1 where logits were not finite."""
+        """Wait for the step and return the tokens of its rows that draw; -1 where logits were not finite.
+
+        Raises:
+            LostError: a rank is gone.
+        """
         if self.event is not None:
             self.event.synchronize()
+        self.ranks.check()
         found: list[int] = self.drawn.tolist()
         return found
 
@@ -78,19 +89,30 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: Decoder, sampler: Sampler, *, max_rows: int, max_length: int, kv_dtype: torch.dtype | None = None
+        self,
+        decoder: Decoder,
+        sampler: Sampler | None,
+        *,
+        max_rows: int,
+        max_length: int,
+        kv_dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
+        line: Line | None = None,
     ) -> None:
         """Make a runner without pages.
 
         Args:
             decoder: the model.
-            sampler: with `max_rows + 1` slots.
+            sampler: with `max_rows + 1` slots; `None` but on the first rank.
             max_rows: requests of a step at most.
             max_length: tokens of a text at most.
             kv_dtype: of pages; that of the model's activations unless given.
+            ranks: that compute the model together.
+            line: from the first of them to the others, where there are several.
         """
         self.decoder, self.sampler, self.device = decoder, sampler, decoder.device
         self.max_rows, self.max_length = max_rows, max_length
+        self.ranks, self._line = ranks, line
         self.kv_dtype = kv_dtype or decoder.dtype
         self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
@@ -131,21 +153,53 @@ class Runner:
         for request in step.grown:
             if request.pages:
                 self._lines[request.slot, : len(request.pages)] = request.pages
+        assert self.sampler is not None, "the first rank alone launches steps"
         self.sampler.prepare(step, masks)
-        captured = self._graph_for(step)
+        captured, longest = self._graph_for(step), max(row.start + row.count for row in step.rows)
+        layout = captured.layout if captured else Layout(step.tokens, len(step.rows), -(-longest // PAGE))
+        places, targets, asks = ([], [], []) if captured else _prompt_places(step)
+        order = Order(
+            graph=layout.rows if captured else 0,
+            tokens=layout.tokens,
+            rows=layout.rows,
+            pages=layout.pages,
+            draws=len(step.drawing),
+            more=len(places),
+            most_queries=max(row.count for row in step.rows),
+            most_length=layout.pages * PAGE,
+        )
+        staged = self._stage(order.size)
+        fill(staged.numpy()[: layout.size], layout, step, self._lines, self.max_rows)
+        staged.numpy()[layout.size :] = places
+        if self._line is not None:
+            self._line.tell(order, staged)
         if captured is not None:
-            layout = captured.layout
-        else:
-            longest = max(row.start + row.count for row in step.rows)
-            layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE))
-        staged = self._stage(layout)
-        fill(staged.numpy(), layout, step, self._lines, self.max_rows)
-        if captured is not None:
-            captured.buffer.copy_(staged, non_blocking=True)
-            captured.graph.replay()
-            return self._publish(step, captured.drawn[: len(step.drawing)])
-        views = layout.split(staged.to(self.device, non_blocking=True))
-        return self._publish(step, *self._eager(step, views, layout))
+            return self._publish(step, self._replay(captured, staged)[: order.draws])
+        return self._publish(step, *self._eager(step, order, staged, targets, asks))
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Launch what the first rank launches, until it says that it was the last; for every other rank.
+
+        Raises:
+            LostError: the first rank is gone.
+        """
+        assert self._line is not None, "one rank follows nobody"
+        while (order := self._line.order()) != END:
+            staged = self._stage(order.size)
+            self._line.read(staged)
+            if order.graph:
+                self._replay(self.graphs[order.graph], staged)
+                continue
+            logits, views = self._wanted(order, staged)
+            if order.draws:
+                self._draw(logits[: order.draws], views, False)
+
+    def _replay(self, captured: _Graph, staged: torch.Tensor) -> torch.Tensor:
+        """Run a captured step; return the tokens drawn."""
+        captured.buffer.copy_(staged, non_blocking=True)
+        captured.graph.replay()
+        return captured.drawn
 
     def _graph_for(self, step: Step) -> _Graph | None:
         """Return the captured step that serves one, if it only decodes, nobody asks for more, and there is one."""
@@ -156,15 +210,11 @@ class Runner:
         return self.graphs[next(size for size in self.graphs if size >= len(step.rows))]
 
     def _eager(
-        self, step: Step, views: dict[str, torch.Tensor], layout: Layout
+        self, step: Step, order: Order, staged: torch.Tensor, targets: list[int], asks: list[int]
     ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None]:
         """Run a step that is no graph; return tokens, their log probabilities and those of prompts."""
-        draws, most_queries = len(step.drawing), max(row.count for row in step.rows)
-        places, targets, asks = _prompt_places(step)
-        if targets:
-            more = torch.tensor(places, dtype=torch.int32).to(self.device, non_blocking=True)
-            views["places"] = torch.cat([views["places"][:draws], more])
-        logits = self._logits(views, draws + len(places), most_queries, layout.pages * PAGE)
+        draws = order.draws
+        logits, views = self._wanted(order, staged)
         read = None
         if targets:
             of_targets, of_asks = (
@@ -178,15 +228,24 @@ class Runner:
         drawn, logprobs = self._draw(logits[:draws], views, asked)
         return drawn, logprobs, read
 
-    def _stage(self, layout: Layout) -> torch.Tensor:
+    def _wanted(self, order: Order, staged: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the model on a step that is no graph; return logits where they are wanted, and the step's arrays."""
+        numbers = staged.to(self.device, non_blocking=True)
+        views = order.layout.split(numbers)
+        if order.more:
+            views["places"] = torch.cat([views["places"][: order.draws], numbers[order.layout.size :]])
+        logits = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
+        return logits, views
+
+    def _stage(self, size: int) -> torch.Tensor:
         """Return memory of the host for a step's buffer that no copy reads any more."""
         self._turn = (self._turn + 1) % IN_FLIGHT
         while len(self._staging) < IN_FLIGHT:
             self._staging.append(torch.empty(0, dtype=torch.int32))
-        if self._staging[self._turn].numel() < layout.size:
+        if self._staging[self._turn].numel() < size:
             pinned = self.device.type == "cuda"
-            self._staging[self._turn] = torch.empty(2 * layout.size, dtype=torch.int32, pin_memory=pinned)
-        return self._staging[self._turn][: layout.size]
+            self._staging[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=pinned)
+        return self._staging[self._turn][:size]
 
     def _logits(self, views: dict[str, torch.Tensor], count: int, most_queries: int, most_length: int) -> torch.Tensor:
         """Run the model; return logits [count, V] at the first places."""
@@ -207,10 +266,13 @@ class Runner:
         owners = torch.searchsorted(views["starts"][1:], places, right=True).clamp_max(len(views["lengths"]) - 1)
         lengths = views["lengths"][owners]
         found = None
-        if logprobs:
+        if self.sampler is None:
+            drawn = torch.empty(count, dtype=torch.int64, device=self.device)
+        elif logprobs:
             drawn, found = self.sampler.draw_with_logprobs(logits, slots, lengths)
         else:
             drawn = self.sampler.draw(logits, slots, lengths)
+        drawn = self.ranks.from_first(drawn)
         self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
         return drawn, found
 
@@ -227,7 +289,7 @@ class Runner:
     ) -> Launched:
         """Begin to copy what a step gave to the host."""
         if self.device.type != "cuda":
-            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, None)
+            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, None, self.ranks)
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -238,7 +300,7 @@ class Runner:
         )
         host, event = copied(drawn), torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        return Launched(step, host, of_drawn, of_prompts, event)
+        return Launched(step, host, of_drawn, of_prompts, event, self.ranks)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
@@ -251,6 +313,8 @@ class Runner:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
         pool = torch.cuda.graph_pool_handle()
+        # The thread in which NCCL watches its calls may ask for their events meanwhile.
+        mode = "global" if self.ranks.count == 1 else "thread_local"
         for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
             layout = Layout(size, size, self._pages)
             buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
@@ -265,7 +329,7 @@ class Runner:
                     for _ in range(WARM_UP):
                         self._decode(views, size)
                 torch.cuda.current_stream(self.device).wait_stream(side)
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
                     drawn = self._decode(views, size)
             except torch.OutOfMemoryError:
                 raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None

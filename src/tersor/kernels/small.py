@@ -1,4 +1,5 @@
-"""Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names.
+"""Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names,
+and small/all_reduce.cuh adds up what several GPUs have.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -16,8 +17,18 @@ CHANNELS = 8
 MOST_CHANNELS = 16384
 """Of a row that is normalised."""
 
+MOST_RANKS = 8
+"""GPUs that add up a tensor in one step."""
+MOST_REDUCED = 1 << 20
+"""Bytes of a tensor that is added up in one step."""
+ALL_REDUCE_CTAS = 32
+"""CTAs of that kernel, each with a count of calls."""
+ALL_REDUCE_BYTES = 4096 + 2 * MOST_REDUCED
+"""Of the buffer that peers read and write, zero at first."""
+
 _NORM_THREADS = 512
 _ROWS_THREADS = 256
+_ALL_REDUCE_THREADS = 512
 
 
 def _pieces(channels: int) -> int:
@@ -64,6 +75,27 @@ def rows_source(target: str, index64: bool, positions: bool) -> KernelSource:
     )
 
 
+@functools.cache
+def all_reduce_source(target: str, ranks: int) -> KernelSource:
+    """Return the kernel that adds up a tensor of several GPUs.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        ranks: GPUs, at most `MOST_RANKS`.
+    """
+    return KernelSource(
+        name=f"tersor_all_reduce_{target}_{ranks}",
+        header="small/all_reduce.cuh",
+        parameters={
+            "BF16": target == "bfloat16",
+            "RANKS": ranks,
+            "CTAS": ALL_REDUCE_CTAS,
+            "SLOT_BYTES": MOST_REDUCED,
+        },
+        arguments="PPPii",
+    )
+
+
 def sources(target: str, channels: int) -> list[KernelSource]:
     """Return all of them for rows of a dtype, of which those that are normalised have so many channels."""
     norms = [norm_source(target, layer, channels) for layer in (False, True)]
@@ -75,6 +107,8 @@ NormLaunch: TypeAlias = Callable[..., None]
 """Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
 RowsLaunch: TypeAlias = Callable[..., None]
 """Launches a copy of rows on one prepared problem: `launch` in `prepare_rows`."""
+AllReduceLaunch: TypeAlias = Callable[..., None]
+"""Launches a sum over ranks: `launch` in `prepare_all_reduce`."""
 
 
 def _threads(pieces: int, most: int) -> int:
@@ -141,5 +175,30 @@ def prepare_rows(
             early: as in `prepare_norm`.
         """
         run(grid, block, 0, stream, (index, table, positions, starts, lengths, out, *sizes), early)
+
+    return launch
+
+
+def prepare_all_reduce(function: Function, *, rank: int, buffers: int, calls: int) -> AllReduceLaunch:
+    """Return what launches the sum of a tensor over all ranks.
+
+    Args:
+        function: `all_reduce_source`, loaded.
+        rank: which this is.
+        buffers: address of the addresses of all ranks' buffers, in order.
+        calls: address of uint32 [ALL_REDUCE_CTAS + 1], zero at first; the last one ends all waiting when it is not 0.
+    """
+    grid, block, run = (ALL_REDUCE_CTAS, 1, 1), (_ALL_REDUCE_THREADS, 1, 1), function.launch
+
+    def launch(*, stream: int, x: int, nbytes: int, early: bool) -> None:
+        """Launch; all ranks do so in the same order.
+
+        Args:
+            stream: handle of the stream.
+            x: address of the tensor, which starts on 16 bytes and becomes the sum.
+            nbytes: its size, whole 16 bytes.
+            early: as in `prepare_norm`.
+        """
+        run(grid, block, 0, stream, (x, buffers, calls, rank, nbytes // 16), early)
 
     return launch

@@ -17,7 +17,7 @@ from tersor.models.norm import NormWeights
 from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
-from tersor.models.weights import Embedding, FeedForward, Product
+from tersor.models.weights import Embedding, FeedForward, Product, Shared
 from tersor.ops.attention_form import AttentionForm
 
 
@@ -31,12 +31,15 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
     embedding = stored.matrix(names.base + names.embedding)
     layers = [_layer(stored, config, names, index, table) for index in range(len(config.layers))]
     # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
-    head = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
+    own = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
+    ranks, vocabulary = stored.ranks, stored.share.vocabulary
+    head = own if ranks.count == 1 else Shared(own, tuple(last - first for first, last in vocabulary), ranks)
     positions = stored.vector(f"{names.base}{names.positions}.weight") if config.positions else None
     scale = float(torch.tensor(config.embedding_scale, dtype=stored.dtype))
     norm = _norm(stored, config, names.base + names.norm)
     config = replace(config, context=context)
-    rows = Embedding(embedding, stored.dtype, scale, positions, config.first_position)
+    start = vocabulary[ranks.rank][0]
+    rows = Embedding(embedding, stored.dtype, scale, positions, config.first_position, start, ranks)
     return Decoder(config, rows, layers, norm, head)
 
 
@@ -49,19 +52,20 @@ def _layer(
         ffn = mixture(stored, config, names, start, layer.experts)
     else:
         up = stored.gate_up([start + name for name in names.gate_up], config.gate, config.ffn_bias)
-        ffn = FeedForward(up, stored.product(start + names.down, config.ffn_bias))
+        ffn = FeedForward(up, stored.partial(start + names.down, config.ffn_bias))
     first, second = (_norm(stored, config, start + name) for name in (names.input_norm, names.ffn_norm))
     after = None
     if config.residual is Residual.BOTH:
         outs = (names.attention_out_norm, names.ffn_out_norm)
         after = _norm(stored, config, start + outs[0]), _norm(stored, config, start + outs[1])
     rotary = None if layer.rotary is None else table(layer.rotary)
+    form = stored.share.forms[index]
     attention: Attention | LatentAttention
     if config.latent is None:
-        attention = _attention(stored, config, names, start, layer.attention, rotary)
+        attention = _attention(stored, config, names, start, form, rotary)
     else:
-        attention = _latent(stored, config, names, start, layer.attention, config.latent, rotary)
-    return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after)
+        attention = _latent(stored, config, names, start, form, config.latent, rotary)
+    return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after, ranks=stored.ranks)
 
 
 def _attention(
@@ -73,7 +77,7 @@ def _attention(
     return Attention(
         form=form,
         qkv=stored.products([start + name for name in names.qkv], config.qkv_bias),
-        out=stored.product(start + names.out, config.out_bias),
+        out=stored.partial(start + names.out, config.out_bias),
         rotary=rotary,
         norms=norms,
         sinks=stored.vector(start + names.sinks).float() if config.sinks else None,
@@ -102,7 +106,7 @@ def _latent(
         query_up=query_up,
         key_value_norm=NormWeights(latent.norm, stored.vector(f"{start}{names.key_value_norm}.weight")),
         key_value_up=stored.product(start + names.key_value_up, False),
-        out=stored.product(start + names.out, config.out_bias),
+        out=stored.partial(start + names.out, config.out_bias),
         rotary=rotary,
     )
 

@@ -12,8 +12,9 @@ from tersor.models.config import DecoderConfig
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.norm import NormWeights
-from tersor.models.weights import Embedding, FeedForward, Product, Products, tensors_of
+from tersor.models.weights import Embedding, FeedForward, Product, Products, Shared, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
+from tersor.ops.collective import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,24 @@ class DecoderLayer:
         norms: before attention and before the feed-forward network.
         attention, ffn: of the layer.
         out_norms: after each of the two (`Residual.BOTH`), else `None`.
+        ranks: whose sums are added up after each of the two; the first one's hold the residual.
     """
 
     norms: tuple[NormWeights, NormWeights]
     attention: Attention | LatentAttention
     ffn: FeedForward | Mixture
     out_norms: tuple[NormWeights, NormWeights] | None = None
+    ranks: Ranks = ALONE
 
     def __call__(self, x: torch.Tensor, cache: PagedCache, rows: Rows) -> torch.Tensor:
         """Return [T, H] of x [T, H]."""
-        before, between = self.norms
+        (before, between), ranks = self.norms, self.ranks
         if self.out_norms is None:
-            x = self.attention(before(x), cache, rows, residual=x)
-            return self.ffn(between(x), residual=x)
+            x = ranks.sum(self.attention(before(x), cache, rows, residual=ranks.once(x)))
+            return ranks.sum(self.ffn(between(x), residual=ranks.once(x)))
         after, last = self.out_norms
-        x = after(self.attention(before(x), cache, rows), residual=x)
-        return last(self.ffn(between(x)), residual=x)
+        x = after(ranks.sum(self.attention(before(x), cache, rows)), residual=x)
+        return last(ranks.sum(self.ffn(between(x))), residual=x)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory but the table."""
@@ -96,7 +99,7 @@ class Decoder:
         embedding: Embedding,
         layers: Sequence[DecoderLayer],
         norm: NormWeights,
-        head: Product,
+        head: Product | Shared,
     ) -> None:
         self.config = config
         self.embedding = embedding

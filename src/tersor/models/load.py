@@ -17,7 +17,9 @@ from tersor.models.decoder import Decoder
 from tersor.models.expected import Expected, check
 from tersor.models.names import NAMES
 from tersor.models.reading import Reading
+from tersor.models.share import Share
 from tersor.models.stored import Stored
+from tersor.ops.collective import ALONE, Ranks
 
 
 def load(
@@ -27,6 +29,7 @@ def load(
     *,
     activations: Activations | str = Activations.NATIVE,
     context: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """Load a decoder from a checkpoint: plain, or compressed by `tersor quantize` in whatever schemes.
 
@@ -38,16 +41,18 @@ def load(
         dtype: of activations and plain weights; `None` is that of config.json on a GPU, and float32 on a CPU.
         activations: what packed weights are multiplied with (`Activations`).
         context: tokens of a text at most; `None` is what config.json says.
+        ranks: that have a part of it each; nothing but the part of this one is read.
 
     Raises:
         UnsupportedError: the engine does not have the architecture or what a field says; weights that another method
             compressed, or experts of a layer in several schemes.
         CheckpointError: no whole checkpoint; tensors that are missing, left over or of another shape.
+        ShapeError: it cannot be cut for so many ranks.
         TersorError: the weights do not fit in the device's memory.
     """
     if not isinstance(model, Source):
         with open_source(model) as source:
-            return load(source, device, dtype, activations=activations, context=context)
+            return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
     where = device if isinstance(device, torch.device) else resolve_device(device)
     why = supported(model.config)
     if why:
@@ -58,10 +63,10 @@ def load(
     expected = Expected.of(config, names)
     schemes = check(expected, model.tensors, quantization, names)
     chosen = dtype or _dtype(model, where)
-    multiplied = Activations.of(activations)
+    multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
     try:
         with Reading(where) as reading:
-            stored = Stored(model.tensors, reading, schemes, expected.matrices, chosen, multiplied)
+            stored = Stored(model.tensors, reading, schemes, expected.matrices, chosen, multiplied, share, ranks)
             return assemble(stored, config, names, min(context or config.context, config.context))
     except torch.OutOfMemoryError:
         raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None

@@ -17,6 +17,7 @@ from tersor.compress import quantize_rtn
 from tersor.formats import Activations, Scheme
 from tersor.hardware import resolve_device
 from tersor.layouts import PackedWeight
+from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
 from tersor.models.decoder import Decoder, DecoderLayer
@@ -24,7 +25,9 @@ from tersor.models.expected import Expected, plain_name
 from tersor.models.geometries import geometry
 from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
+from tersor.models.share import Share
 from tersor.models.stored import Packed, Stored
+from tersor.ops.collective import ALONE, Ranks
 
 _STD = 0.02
 _EMBEDDING_STD = 8.0
@@ -43,6 +46,7 @@ def random_decoder(
     activations: Activations | str = Activations.NATIVE,
     context: int | None = None,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """Make a decoder with random weights.
 
@@ -53,10 +57,12 @@ def random_decoder(
         dtype: of activations and plain weights.
         head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
         seed: of the numbers.
+        ranks: that have a part each, with numbers of its own.
 
     Raises:
         InputError: no such geometry.
         FormatError: a group size that does not divide input channels.
+        ShapeError: it cannot be cut for so many ranks.
     """
     config = geometry(model) if isinstance(model, str) else model
     names = NAMES[config.architecture]
@@ -69,8 +75,9 @@ def random_decoder(
         for module in expected.matrices
     }
     schemes = {module: own for module, own in chosen.items() if own is not None}
+    share = Share.of(kinds, names, schemes, ranks.rank, ranks.count)
     with Reading(where) as reading:  # reads nothing
-        made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed)
+        made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed, share, ranks)
         few = assemble(made, kinds, names, min(context or config.context, config.context))
     layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))
     used: set[Any] = set()
@@ -93,30 +100,29 @@ class _Random(Stored):
         dtype: torch.dtype,
         activations: Activations,
         seed: int,
+        share: Share,
+        ranks: Ranks,
     ) -> None:
-        super().__init__({}, reading, schemes, expected.matrices, dtype, activations)
+        super().__init__({}, reading, schemes, expected.matrices, dtype, activations, share, ranks)
         self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._plain = {plain_name(module, shape): shape for module, shape in expected.matrices.items()}
-        self._vectors = expected.vectors
+        self._plain = {plain_name(module, shape): shape for module, shape in self._shapes.items()}
+        self._vectors = {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
         self._embedding = names.base + names.embedding
 
-    def _packed(self, module: str, rows: tuple[int, int] | None = None) -> Packed:
+    def _packed(self, module: str, expert: int | None = None) -> Packed:
         shape, std = self._shapes[module][-2:], _EMBEDDING_STD if module == self._embedding else _STD
         weight = PackedWeight.from_encoded(quantize_rtn(self._normal(shape, std), self._schemes[module]))
-        tensors = (weight.data, weight.scale, weight.zero_point)
-        data, scale, zeros = tensors if rows is None else (None if one is None else one[None] for one in tensors)
-        assert data is not None and scale is not None
-        return data, scale, zeros
+        return weight.data, weight.scale, weight.zero_point
 
-    def _read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
         if name in self._vectors:
             shape = self._vectors[name]
             if len(shape) == 1 and name.endswith(".weight"):  # of a norm
                 return torch.ones(shape, device=self.device)
             return self._normal(shape, _STD)
         shape = self._plain[name]
-        if rows is not None:
-            return self._normal((1, shape[2], shape[1]), _STD)
+        if expert is not None:
+            return self._normal((shape[2], shape[1]), _STD)
         return self._normal(shape, _EMBEDDING_STD if name == f"{self._embedding}.weight" else _STD)
 
     def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
 from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.source import StoredTensor
+from tersor.layouts.shard import Part, Span
 
 CHUNK = 16 << 20
 """Bytes that a thread reads and copies at once."""
@@ -63,6 +65,43 @@ class Reading:
             part(0)
         else:
             list(self._pool.map(part, range(0, len(flat), CHUNK)))
+        return result
+
+    def read_part(self, tensor: StoredTensor, part: Part, expert: int | None = None) -> torch.Tensor:
+        """Return a part of a tensor of one or two axes, on the device; no other bytes are read.
+
+        Args:
+            tensor: the whole one.
+            part: of it, or of one expert in it.
+            expert: its place along the first axis, where a tensor holds the matrices of all.
+
+        Raises:
+            CheckpointError: the disk does not give it.
+        """
+        spec = tensor.spec
+        if expert is not None:
+            offset = spec.offset + expert * (spec.nbytes // spec.shape[0])
+            spec = replace(spec, shape=spec.shape[1:], offset=offset)
+        result = torch.empty(part.shape(spec.shape), dtype=TORCH_DTYPES[spec.dtype], device=self.device)
+        if not result.numel():
+            return result
+        most, at = max(1, CHUNK // (result.nbytes // len(result))), 0
+        pieces: list[tuple[Span, int]] = []  # rows of the whole, and where in the result they begin
+        for start, end in part.rows or ((0, spec.shape[0]),):
+            for first in range(start, end, most):
+                rows = (first, min(first + most, end))
+                pieces.append((rows, at))
+                at += rows[1] - first
+
+        def read(piece: tuple[Span, int]) -> None:
+            rows, at = piece
+            found = tensor.file.read_part(spec, [rows], part.columns)
+            result[at : at + len(found)].copy_(found)
+
+        if len(pieces) == 1:
+            read(pieces[0])
+        else:
+            list(self._pool.map(read, pieces))
         return result
 
     def _buffer(self) -> torch.Tensor:

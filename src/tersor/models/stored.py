@@ -13,10 +13,13 @@ from tersor.checkpoint.source import StoredTensor
 from tersor.formats import Activations, Scheme
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import interleave
+from tersor.layouts.shard import Part
 from tersor.models.expected import plain_name
 from tersor.models.reading import Reading
+from tersor.models.share import Share
 from tersor.models.weights import Activated, GatedProduct, Matrix, Product, Products
 from tersor.ops import Gate
+from tersor.ops.collective import ALONE, Ranks
 
 Packed: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Codes, scales and zero points in the stored stream."""
@@ -24,10 +27,12 @@ _Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, torch.Tensor | PackedWeight
 
 
 class Stored:
-    """The weights of a checkpoint that was checked (`expected.check`).
+    """The weights of a checkpoint that was checked (`expected.check`), or a rank's parts of them.
 
     Attributes:
         dtype, device: of activations and plain weights, and of everything.
+        share: what the rank has.
+        ranks: all of them.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class Stored:
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         activations: Activations,
+        share: Share,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Take what a checkpoint holds.
 
@@ -45,22 +52,24 @@ class Stored:
             tensors: name -> tensor.
             reading: reads them to the device.
             schemes: module -> scheme of its packed weight.
-            shapes: module -> shape of its weight.
-            dtype: see the attributes.
+            shapes: module -> shape of its whole weight.
+            dtype, share, ranks: see the attributes.
             activations: what packed weights are multiplied with.
         """
-        self._tensors, self._schemes, self._shapes = tensors, schemes, shapes
-        self._activations = activations
+        self._tensors, self._schemes = tensors, schemes
+        self._shapes = {module: share.shape(module, shape) for module, shape in shapes.items()}
+        self._activations, self.share, self.ranks = activations, share, ranks
         self._reading, self.device, self.dtype = reading, reading.device, dtype
 
     def vector(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a plain tensor, in `self.dtype` where no other is given."""
-        return self._read(name).to(dtype or self.dtype)
+        return self._read(name, self.share.parts.get(name)).to(dtype or self.dtype)
 
     def matrix(self, module: str, dtype: torch.dtype | None = None) -> Matrix:
         """Return the weight [OC, IC] of a module: a packed one in the stored stream, a plain one as `vector` does."""
         if module not in self._schemes:
-            return self.vector(plain_name(module, self._shapes[module]), dtype)
+            plain = plain_name(module, self._shapes[module])
+            return self._read(plain, self.share.parts.get(module)).to(dtype or self.dtype)
         oc, ic = self._shapes[module]
         return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module))
 
@@ -74,6 +83,10 @@ class Stored:
         """Return the product with a module's weight and bias, plain tensors in `dtype` or else in that of all."""
         bias = self.vector(f"{module}.bias", dtype) if biased else None
         return Product(self.ready(self.matrix(module, dtype)), bias)
+
+    def partial(self, module: str, biased: bool) -> Product:
+        """Return the product of a module whose input channels are cut; the bias is on the first rank alone."""
+        return self.product(module, biased and self.ranks.first)
 
     def products(self, modules: Sequence[str], biased: bool) -> Product | Products:
         """Return the products of modules that read the same activations: stacked into one where schemes agree."""
@@ -110,22 +123,28 @@ class Stored:
 
     def expert(self, module: str, index: int) -> Matrix:
         """Return the weight [OC, IC] of one expert, of a module that holds those of all."""
-        one = (index, index + 1)
         if module not in self._schemes:
-            return self._read(plain_name(module, self._shapes[module]), one)[0].t().to(self.dtype).contiguous()
+            part = self.share.parts.get(module)
+            stored = self._read(plain_name(module, self._shapes[module]), part and part.transposed(), index)
+            return stored.t().to(self.dtype).contiguous()
         _, oc, ic = self._shapes[module]
-        data, scale, zero_point = self._packed(module, one)
-        return PackedWeight(
-            self._schemes[module], (oc, ic), data[0], scale[0], None if zero_point is None else zero_point[0]
-        )
+        return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module, index))
 
-    def _packed(self, module: str, rows: tuple[int, int] | None = None) -> Packed:
-        """Return codes, scales and zero points of a packed weight, or of some of its first axis."""
-        zeros = self._read(f"{module}.{ZERO_POINT}", rows) if self._schemes[module].has_zero_point else None
-        return self._read(f"{module}.{PACKED}", rows), self._read(f"{module}.{SCALE}", rows), zeros
+    def _packed(self, module: str, expert: int | None = None) -> Packed:
+        """Return codes, scales and zero points of a packed weight, or of one expert in a module that holds all."""
+        part, scheme = self.share.parts.get(module), self._schemes[module]
+        words, groups = (None, None) if part is None else part.stored(scheme)
+        zeros = self._read(f"{module}.{ZERO_POINT}", groups, expert) if scheme.has_zero_point else None
+        return self._read(f"{module}.{PACKED}", words, expert), self._read(f"{module}.{SCALE}", groups, expert), zeros
 
-    def _read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        return self._reading.read(self._tensors[name], rows)
+    def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
+        """Return a stored tensor, or the matrix of one expert in it, or a part of either; nothing else is read."""
+        tensor = self._tensors[name]
+        if part is not None:
+            return self._reading.read_part(tensor, part, expert)
+        if expert is not None:
+            return self._reading.read(tensor, (expert, expert + 1))[0]
+        return self._reading.read(tensor)
 
 
 def joined(weights: Sequence[Matrix]) -> Matrix:

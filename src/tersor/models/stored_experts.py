@@ -56,7 +56,7 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
     if experts.biased:
         bias = stored.vector(f"{gate_up[0]}_bias")
         gate_up_bias = Rows.PAIRS.arrange_bias(bias) if together else torch.cat(Rows.PAIRS.halves(bias), dim=1)
-        down_bias = stored.vector(f"{down[0]}_bias")
+        down_bias = stored.vector(f"{down[0]}_bias") if stored.ranks.first else None
     return Mixture(
         form=experts,
         gate=config.gate,
@@ -72,7 +72,7 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
 
 def _shared(stored: Stored, gate: Gate, names: Names, start: str) -> FeedForward:
     up = stored.gate_up([start + name for name in names.shared_gate_up], gate, False)
-    return FeedForward(up, stored.product(start + names.shared_down, False))
+    return FeedForward(up, stored.partial(start + names.shared_down, False))
 
 
 def _pairs(weight: Matrix) -> Sequence[Matrix]:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tersor import ops
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.ops import Gate, Rows
+from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.lookup import places
 
 Matrix: TypeAlias = torch.Tensor | PackedWeight
@@ -45,6 +46,29 @@ class Product:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
         yield from tensors_of(self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A product of which every rank has some output channels, and gets all.
+
+    Attributes:
+        product: of this rank's channels.
+        widths: channels of every rank, in order.
+        ranks: who they are.
+    """
+
+    product: Product
+    widths: tuple[int, ...]
+    ranks: Ranks
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [T, IC] multiplied: [T, sum of widths]."""
+        return self.ranks.side_by_side(self.product(x), self.widths)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor in memory of this rank."""
+        yield from self.product.tensors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +157,8 @@ class Embedding:
         scale: they are multiplied by it.
         positions: [P, H], or `None`; its row `first` is added to a text's first token.
         first: see there.
+        start: the token of the first row of `weight`.
+        ranks: that have some of the rows each.
     """
 
     weight: Matrix
@@ -140,19 +166,32 @@ class Embedding:
     scale: float = 1.0
     positions: torch.Tensor | None = None
     first: int = 0
+    start: int = 0
+    ranks: Ranks = ALONE
 
     def __call__(self, tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Return [T, H] of the tokens [T] of a step's rows."""
-        if not isinstance(self.weight, PackedWeight):
+        if self.ranks.count == 1 and not isinstance(self.weight, PackedWeight):
             return ops.lookup(
                 tokens, self.weight, scale=self.scale, positions=self.positions, first=self.first, rows=rows
             )
-        found = ops.embedding(tokens, self.weight, self.dtype)
+        found = self._rows(tokens)
         if self.scale != 1.0:
             found = found * self.scale
         if self.positions is not None:
             found = found + ops.lookup(places(rows, len(tokens), self.first), self.positions)
         return found
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.ranks.count == 1:
+            assert isinstance(self.weight, PackedWeight)
+            return ops.embedding(tokens, self.weight, self.dtype)
+        own = tokens - self.start
+        if not isinstance(self.weight, PackedWeight):
+            return self.ranks.sum(ops.lookup(own, self.weight))  # zeros where another rank has the row
+        known = own.clamp(0, self.weight.shape[0] - 1)
+        found = ops.embedding(known, self.weight, self.dtype)
+        return self.ranks.sum(torch.where((known == own)[:, None], found, 0))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""

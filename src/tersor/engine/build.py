@@ -1,0 +1,63 @@
+"""What does a rank need to run steps? Its part of the weights, a runner and pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tersor.checkpoint.source import Source
+from tersor.engine.config import EngineConfig
+from tersor.engine.memory import make_pages
+from tersor.engine.orders import Line
+from tersor.engine.runner import Runner
+from tersor.engine.sampler import Sampler
+from tersor.formats import FLOAT_DTYPES, float_dtype
+from tersor.models import load
+from tersor.ops.collective import ALONE, Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A rank that is ready.
+
+    Attributes:
+        runner: with its pages.
+        pages: how many, on every rank the same.
+        context: tokens of a text at most.
+    """
+
+    runner: Runner
+    pages: int
+    context: int
+
+
+def build(
+    source: Source, config: EngineConfig, device: torch.device, ranks: Ranks = ALONE, line: Line | None = None
+) -> Built:
+    """Load a model, or a rank's part of it, and make its pages; all ranks do so at once.
+
+    Args:
+        source: the checkpoint.
+        config: of the engine, the same on every rank.
+        device: of this rank.
+        ranks: that compute the model together.
+        line: from the first rank to the others; `None` with one.
+
+    Raises:
+        UnsupportedError: the engine does not have the architecture.
+        CheckpointError: no whole checkpoint.
+        ShapeError: the model cannot be cut for so many ranks.
+        TersorError: it does not fit in the device's memory.
+    """
+    dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
+    decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
+    context = min(config.max_length or decoder.config.context, decoder.config.context)
+    sampler = None
+    if ranks.first:
+        sampler = Sampler(config.max_rows + 1, decoder.config.vocabulary, device, most_length=context)
+    kv_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[config.kv_dtype]
+    runner = Runner(
+        decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line
+    )
+    return Built(runner, make_pages(runner, config), context)

@@ -1,0 +1,110 @@
+"""What do the ranks of a model have to know of a step? Its sizes and its buffer, which the first rank sends to all.
+
+The first rank alone has requests, a scheduler and a sampler. It tells the others what it launches, from host to host,
+and they launch the same; tokens that are drawn reach them on the device, as part of the step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.distributed import ProcessGroup
+
+from tersor.engine.step_buffer import Layout
+from tersor.ops.collective import Ranks
+
+
+class Order(NamedTuple):
+    """A step, by its sizes.
+
+    Attributes:
+        graph: rows of the captured step that serves it; 0 where none does.
+        tokens, rows, pages: of its `Layout`; no tokens mean that there is no step any more.
+        draws: rows that draw.
+        more: places of tokens whose logits are wanted beside, behind the step in its buffer.
+        most_queries, most_length: tokens that a row has at most, and that a text can have.
+    """
+
+    graph: int
+    tokens: int
+    rows: int
+    pages: int
+    draws: int
+    more: int
+    most_queries: int
+    most_length: int
+
+    @property
+    def layout(self) -> Layout:
+        """Where in the buffer the arrays of the step are."""
+        return Layout(self.tokens, self.rows, self.pages)
+
+    @property
+    def size(self) -> int:
+        """Numbers of the buffer."""
+        return self.layout.size + self.more
+
+
+END = Order(*[0] * len(Order._fields))
+"""What the first rank says last."""
+
+
+class Line:
+    """From the host of the first rank to those of the others."""
+
+    def __init__(self, ranks: Ranks, group: ProcessGroup) -> None:
+        """Take a process group of hosts.
+
+        Args:
+            ranks: who is connected.
+            group: of gloo, whose calls may wait as long as nothing is to be computed.
+        """
+        self._ranks = ranks
+        self._group: ProcessGroup | None = group
+        self._head = torch.zeros(len(Order._fields), dtype=torch.int32)
+
+    def tell(self, order: Order, buffer: torch.Tensor) -> None:
+        """Send a step to all ranks.
+
+        Args:
+            order: its sizes.
+            buffer: int32 [order.size], on the host.
+
+        Raises:
+            LostError: a rank is gone.
+        """
+        self._ranks.check()
+        self._head.copy_(torch.tensor(order))
+        self._ranks.from_first(self._head, self._group)
+        self._ranks.from_first(buffer, self._group)
+
+    def close(self) -> None:
+        """Let go of the group, as `Ranks.close` does."""
+        self._group = None
+
+    def end(self) -> None:
+        """Tell all ranks that there is no step any more.
+
+        Raises:
+            LostError: a rank is gone.
+        """
+        self._head.copy_(torch.tensor(END))
+        self._ranks.from_first(self._head, self._group)
+
+    def order(self) -> Order:
+        """Wait for the next step and return its sizes.
+
+        Raises:
+            LostError: the first rank is gone.
+        """
+        self._ranks.from_first(self._head, self._group)
+        return Order(*self._head.tolist())
+
+    def read(self, buffer: torch.Tensor) -> None:
+        """Read the buffer of a step whose sizes are known.
+
+        Raises:
+            LostError: the first rank is gone.
+        """
+        self._ranks.from_first(buffer, self._group)

@@ -1,0 +1,289 @@
+"""Who computes a model together? A process a rank: those that torchrun started, or those that the first one starts.
+
+All load their parts of the model at once (`build`). Then the first goes on as any engine does, and the others launch
+what it launches until it ends. One that dies ends all: who waits for it gets one line that names it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from tersor.checkpoint.source import open_source
+from tersor.engine.build import build
+from tersor.engine.config import EngineConfig
+from tersor.engine.orders import Line
+from tersor.errors import InputError, LostError, TersorError
+from tersor.hardware import resolve_device
+from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.one_shot import OneShot, reachable
+
+_HOST = "127.0.0.1"
+_IDLE = timedelta(days=3650)
+"""Ranks wait as long as nobody asks for anything."""
+_GRACE = 10.0
+"""Seconds that a rank has to end before it is made to."""
+_CASCADE = 0.3
+"""Seconds in which ranks end after one that they cannot reach any more."""
+_LEFT_ALONE = 3
+"""Exit status of a rank that ended because another did."""
+
+
+class Team:
+    """The ranks of a model, seen from one of them. To be closed.
+
+    Attributes:
+        ranks: who they are.
+        device: of this rank.
+        line: from the first to the others; `None` with one rank.
+    """
+
+    def __init__(
+        self, ranks: Ranks, device: torch.device, line: Line | None = None, end: Callable[[], None] = lambda: None
+    ) -> None:
+        self.ranks, self.device, self.line = ranks, device, line
+        self._finalizer = weakref.finalize(self, end)
+
+    def close(self) -> None:
+        """End all other ranks; idempotent."""
+        self._finalizer()
+
+
+def gather(config: EngineConfig, directory: Path) -> Team:
+    """Return the ranks of a model; under torchrun every rank calls this, and else the first one alone.
+
+    Args:
+        config: of the engine; `tensor_parallel` says how many ranks there are.
+        directory: of the checkpoint.
+
+    Raises:
+        InputError: there are not so many processes of torchrun, or GPUs.
+        TersorError: a rank cannot be started.
+    """
+    count, device = config.tensor_parallel, resolve_device(config.device)
+    if count == 1:
+        return Team(ALONE, device)
+    if device.index is not None:
+        raise InputError(f"device {config.device!r} is one GPU, and tensor_parallel is {count}: use cuda")
+    if device.type == "cuda" and torch.cuda.device_count() < count:
+        raise InputError(f"tensor_parallel is {count}, and there are {torch.cuda.device_count()} CUDA GPUs here")
+    if distributed.is_torchelastic_launched():
+        return _of_torchrun(count, device)
+    if distributed.is_initialized():
+        raise InputError("torch.distributed is in use in this process, as by another model with tensor_parallel")
+    if multiprocessing.current_process().daemon:
+        raise InputError(f"tensor_parallel is {count}: a process of a batch cannot start processes of its own")
+    children = _Children(count, replace(config, device=device.type), directory)
+    try:
+        children.greet()
+        ranks, line = _connect(0, count, device, children.store, children.lost)
+        children.watch(ranks if device.type == "cuda" else None)
+    except BaseException:
+        children.end()
+        raise
+
+    def end() -> None:
+        children.closing = True
+        with suppress(LostError):  # they have ended
+            line.end()
+        _leave(ranks, line)
+        children.end()
+
+    return Team(ranks, _own(0, device), line, end)
+
+
+def _of_torchrun(count: int, device: torch.device) -> Team:
+    """Return the ranks that torchrun started."""
+    made = not distributed.is_initialized()
+    if made:
+        distributed.init_process_group(_backend(device))
+    rank, found = distributed.get_rank(), distributed.get_world_size()
+    if found != count:
+        raise InputError(f"tensor_parallel is {count}, and torchrun started {found} processes")
+    ranks, line = _connect(rank, count, device, None, lambda _: "")
+
+    def end() -> None:
+        if rank == 0:
+            with suppress(LostError):  # they have ended
+                line.end()
+        _leave(ranks, line, made)
+
+    return Team(ranks, _own(rank, device), line, end)
+
+
+def _leave(ranks: Ranks, line: Line, made: bool = True) -> None:
+    """Let go of all groups, and of torch.distributed where it was not there before."""
+    if made:
+        distributed.destroy_process_group()
+    ranks.close()
+    line.close()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _own(rank: int, device: torch.device) -> torch.device:
+    """Return the device of a rank; all ranks are on one machine."""
+    return torch.device("cuda", rank) if device.type == "cuda" else device
+
+
+def _connect(
+    rank: int, count: int, device: torch.device, store: Any, lost: Callable[[float], str]
+) -> tuple[Ranks, Line]:
+    """Connect a rank to all others; without a store they are connected, and their hosts alone are left."""
+    own = _own(rank, device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if store is not None:
+        distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
+    hosts = distributed.new_group(backend="gloo", timeout=_IDLE)
+    group = distributed.group.WORLD
+    assert group is not None
+    quick = OneShot(group, own, rank, count) if own.type == "cuda" and reachable(rank, count) else None
+    ranks = Ranks(rank, count, group, lost, quick)
+    return ranks, Line(ranks, hosts)
+
+
+class _Children:
+    """The processes of all ranks but the first.
+
+    Attributes:
+        store: where ranks find each other.
+        closing: whether they are to end.
+    """
+
+    def __init__(self, count: int, config: EngineConfig, directory: Path) -> None:
+        self.store = distributed.TCPStore(_HOST, 0, count, is_master=True, wait_for_workers=False)
+        self.closing = False
+        self._count, self._reason, self._news = count, "", threading.Event()
+        context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+        self._links: dict[int, Connection] = {}
+        self._processes: dict[int, Any] = {}
+        for rank in range(1, count):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, rank, self.store.port, config, directory, torch.get_num_threads())
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._links[rank], self._processes[rank] = ours, process
+
+    def greet(self) -> None:
+        """Wait until all are there.
+
+        Raises:
+            TersorError: one ended; a program that starts ranks has to keep what it does at its top from being run again
+                in each of them (`if __name__ == "__main__":`).
+        """
+        for rank, link in self._links.items():
+            try:
+                link.recv()
+            except EOFError:
+                raise TersorError(
+                    f"{self._ended(rank, '')} before it began: does the program keep what it does under "
+                    'if __name__ == "__main__"?'
+                ) from None
+
+    def watch(self, ranks: Ranks | None) -> None:
+        """Begin to look out for one that ends; ranks of GPUs wait for it no longer."""
+        threading.Thread(target=self._watch, args=(ranks,), name="tersor ranks", daemon=True).start()
+
+    def lost(self, seconds: float) -> str:
+        """Return which rank is gone, waiting for one to be at most so long; empty if none is."""
+        if seconds:
+            self._news.wait(seconds)
+        return self._reason
+
+    def end(self) -> None:
+        """See that all end; idempotent."""
+        self.closing = True
+        until = time.monotonic() + (0 if self._news.is_set() else _GRACE)
+        for process in self._processes.values():
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for link in self._links.values():
+            link.close()
+
+    def _watch(self, team: Ranks | None) -> None:
+        ranks = {link: rank for rank, link in self._links.items()}
+        said: dict[int, str] = {}
+        ended: list[int] = []
+        while not ended:
+            try:
+                self._listen(ranks, said, ended, None)
+            except OSError:  # closed on this side
+                return
+        if self.closing:
+            return
+        self._listen(ranks, said, ended, _CASCADE)
+        first = next((rank for rank in ended if self._code(rank) != _LEFT_ALONE), ended[0])
+        self._reason = self._ended(first, said.get(first, ""))
+        self._news.set()
+        if team is not None:
+            team.abort()
+
+    def _listen(
+        self, ranks: dict[Connection, int], said: dict[int, str], ended: list[int], seconds: float | None
+    ) -> None:
+        """Note what ranks say, and which end."""
+        for link in wait([link for link, rank in ranks.items() if rank not in ended], seconds):
+            assert isinstance(link, Connection)
+            try:
+                said[ranks[link]] = link.recv()
+            except (EOFError, ConnectionError):
+                ended.append(ranks[link])
+
+    def _code(self, rank: int) -> int:
+        self._processes[rank].join(_GRACE)
+        return self._processes[rank].exitcode or 0
+
+    def _ended(self, rank: int, said: str) -> str:
+        code = self._code(rank)
+        how = f" by {signal.Signals(-code).name}" if code < 0 else ""
+        return f"rank {rank} of {self._count} ended{how}" + (f": {said}" if said else "")
+
+
+def _work(link: Connection, rank: int, port: int, config: EngineConfig, directory: Path, threads: int) -> None:
+    """Be a rank: load a part of the model, and launch what the first rank launches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first rank ends the others
+    torch.set_num_threads(threads)  # sums of all ranks are to be the same
+    link.send("")
+    threading.Thread(target=_end_with, args=(link,), daemon=True).start()
+    code = 0
+    try:
+        count, device = config.tensor_parallel, torch.device(config.device)
+        store = distributed.TCPStore(_HOST, port, count, is_master=False)
+        ranks, line = _connect(rank, count, device, store, lambda _: "")
+        with open_source(directory) as source:
+            built = build(source, config, _own(rank, device), ranks, line)
+        built.runner.follow()
+    except LostError:
+        code = _LEFT_ALONE
+    except Exception as error:
+        link.send(" ".join(str(error).split()) or type(error).__name__)
+        code = 1
+    os._exit(code)  # a communicator that waits for one that is gone would keep the process
+
+
+def _end_with(link: Connection) -> None:
+    """End this process when the first rank does."""
+    try:
+        link.recv()
+    except (EOFError, OSError):
+        os._exit(_LEFT_ALONE)

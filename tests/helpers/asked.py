@@ -1,0 +1,29 @@
+"""Requests of several kinds to a model, and what is compared of their answers; nothing here knows transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tersor
+
+PROMPTS = [[5, 6, 7], [8, 9, 5, 11, 12, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73], [95], [40, 41, 40]]
+OPTIONS: dict[str, Any] = {"device": "cpu", "kv_bytes": 1 << 22, "max_step_tokens": 16, "max_rows": 8}
+PARAMS = [
+    tersor.SamplingParams(max_tokens=9, temperature=0, logprobs=2, prompt_logprobs=1, ignore_eos=True),
+    tersor.SamplingParams(max_tokens=7, temperature=0, logprobs=0, prompt_logprobs=0, ignore_eos=True),
+    tersor.SamplingParams(max_tokens=9, temperature=0.8, n=2, logprobs=0, frequency_penalty=0.5, seed=4),
+    tersor.SamplingParams(max_tokens=5, temperature=0, logprobs=1, ignore_eos=True),
+]
+
+
+def answers(model: tersor.LLM) -> list[Any]:
+    """Return tokens of all answers, and log probabilities of tokens that were drawn or are in prompts."""
+    found: list[Any] = []
+    for output in model.generate(PROMPTS, PARAMS):
+        for one in output.outputs:
+            assert one.logprobs is not None
+            pairs = zip(one.token_ids, one.logprobs, strict=True)
+            found.append((list(one.token_ids), [entry[token].logprob for token, entry in pairs]))
+        for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False):
+            found.append(([token], [] if entry is None else [entry[token].logprob]))
+    return found

@@ -1,0 +1,89 @@
+"""Models in several processes over gloo: answers are those of one, and a process that dies ends all with a line."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import packed_models, tiny_lm
+from helpers.asked import OPTIONS, answers
+
+import tersor
+from tersor.errors import InputError, LostError
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a packed embedding, which is its head, and groups that no three ranks share evenly."""
+    options: dict[str, Any] = {"format": "int4", "group_size": 32, "overrides": ["embed_tokens=int8:g64"]}
+    changes = {"tie_word_embeddings": True, "head_dim": 32, "intermediate_size": 160, "max_position_embeddings": 256}
+    made = packed_models.case("llama", tmp_path_factory.mktemp("model"), options, **changes).packed
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_lm.TINY / name, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def wanted(path: Path) -> list[Any]:
+    """What one process answers."""
+    return answers(tersor.LLM(path, **OPTIONS))
+
+
+def same(found: list[Any], wanted: list[Any]) -> None:
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+    for (_, values), (_, others) in zip(found, wanted, strict=True):
+        assert values == pytest.approx(others, abs=1e-4)
+
+
+def test_two_processes_answer_as_one_until_one_of_them_dies(path: Path, wanted: list[Any]) -> None:
+    model = tersor.LLM(path, tensor_parallel=2, **OPTIONS)
+    try:
+        for _ in range(2):
+            same(answers(model), wanted)
+        with pytest.raises(InputError, match=r"torch\.distributed is in use"):
+            tersor.LLM(path, tensor_parallel=2, **OPTIONS)
+        (other,) = multiprocessing.active_children()
+        assert other.pid is not None
+        os.kill(other.pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(LostError, match=r"^rank 1 of 2 ended by SIGKILL$"):
+            answers(model)
+        assert time.monotonic() - started < 10
+    finally:
+        model.close()
+    with pytest.raises(LostError, match=r"^the model is closed$"):
+        answers(model)
+    assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
+
+
+SCRIPT = """
+import json, sys
+import torch
+import tersor
+from helpers.asked import OPTIONS, answers
+torch.set_num_threads(1)
+model = tersor.LLM(sys.argv[1], tensor_parallel=3, **OPTIONS)
+print(json.dumps(answers(model)))
+model.close()
+"""
+
+
+def test_three_processes_of_torchrun_answer_once(path: Path, wanted: list[Any], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(script)]
+    tests, sources = Path(__file__).resolve().parents[1], Path(tersor.__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{sources}:{tests}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    same(json.loads(done.stdout), [list(one) for one in wanted])
