@@ -19,7 +19,9 @@ from helpers import packed_models, tiny_lm
 from helpers.asked import OPTIONS, answers
 
 import tersor
+from tersor.engine.orders import END, Line, Order
 from tersor.errors import InputError, LostError
+from tersor.ops.collective import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,34 @@ def test_three_processes_of_torchrun_answer_once(path: Path, wanted: list[Any], 
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     same(json.loads(done.stdout), [list(one) for one in wanted])
+
+
+class Wire(Ranks):
+    """Two ranks in one process: what the first sends is read by the second, in order."""
+
+    def __init__(self, rank: int, sent: list[torch.Tensor]) -> None:
+        super().__init__(rank, 2)
+        self.sent = sent
+
+    def from_first(self, x: torch.Tensor, group: object = None) -> torch.Tensor:
+        if self.first:
+            self.sent.append(x.clone())
+            return x
+        return x.copy_(self.sent.pop(0))
+
+
+@pytest.mark.parametrize("pages", [1, 100, 3000])
+def test_a_step_of_any_size_arrives_whole(pages: int) -> None:
+    sent: list[torch.Tensor] = []
+    group: Any = None
+    first, other = (Line(Wire(rank, sent), group) for rank in range(2))
+    orders = [Order(0, 40, 2, pages, 1, 7, 39, 64), Order(2, 2, 2, 5, 2, 0, 1, 320)]
+    for order in orders:
+        buffer = torch.randint(-9, 99, (order.size,), dtype=torch.int32)
+        first.tell(order, buffer)
+        assert other.order() == order
+        found = torch.zeros_like(buffer)
+        other.read(found)
+        assert torch.equal(found, buffer)
+    first.end()
+    assert other.order() == END and not sent
