@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import packed_models, tiny_lm
-from helpers.asked import OPTIONS, answers
+from helpers.asked import OPTIONS, answers, broken
 
 import tersor
+from tersor.engine import workers
 from tersor.engine.orders import END, Line, Order
 from tersor.errors import InputError, LostError
 from tersor.ops.collective import Ranks
@@ -65,6 +66,13 @@ def test_two_processes_answer_as_one_until_one_of_them_dies(path: Path, wanted: 
         model.close()
     with pytest.raises(LostError, match=r"^the model is closed$"):
         answers(model)
+    assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
+
+
+def test_what_a_rank_cannot_load_is_said_by_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_work", broken)
+    with pytest.raises(LostError, match=r"^rank 1 of 2 ended: the weights do not fit$"):
+        tersor.LLM(path, tensor_parallel=2, **OPTIONS)
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
 
 
