@@ -21,7 +21,7 @@ from helpers.asked import OPTIONS, answers, broken
 import tersor
 from tersor.engine import workers
 from tersor.engine.orders import END, Line, Order
-from tersor.errors import InputError, LostError
+from tersor.errors import InputError, LostError, ShapeError
 from tersor.ops.collective import Ranks
 
 
@@ -74,6 +74,20 @@ def test_what_a_rank_cannot_load_is_said_by_the_first(path: Path, monkeypatch: p
     with pytest.raises(LostError, match=r"^rank 1 of 2 ended: the weights do not fit$"):
         tersor.LLM(path, tensor_parallel=2, **OPTIONS)
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
+
+
+def test_a_model_that_cannot_be_cut_so_often_is_refused_before_a_process_starts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_Children", None)
+    with pytest.raises(ShapeError, match=r"o_proj, query heads of a kv head: 2 .* 3 ranks"):
+        tersor.LLM(path, tensor_parallel=5, **OPTIONS)
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_ranks_are_at_least_one(count: int) -> None:
+    with pytest.raises(InputError, match=rf"^tensor_parallel is {count}: it must be at least 1$"):
+        tersor.LLM("anything", tensor_parallel=count)
 
 
 SCRIPT = """
