@@ -71,7 +71,7 @@ class LLM:
         """
         self.config = config = EngineConfig.of(**options)
         with open_source(model, revision=revision) as source:
-            self._team = team = gather(config, source.directory)
+            self._team = team = gather(config, source)
             try:
                 built = build(source, config, team.device, team.ranks, team.line)
                 if not team.ranks.first:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+from torch import distributed
+
 import tersor
+from tersor.engine import workers
+from tersor.engine.config import EngineConfig
 
 PROMPTS = [[5, 6, 7], [8, 9, 5, 11, 12, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73], [95], [40, 41, 40]]
 OPTIONS: dict[str, Any] = {"device": "cpu", "kv_bytes": 1 << 22, "max_step_tokens": 16, "max_rows": 8}
@@ -27,3 +34,12 @@ def answers(model: tersor.LLM) -> list[Any]:
         for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False):
             found.append(([token], [] if entry is None else [entry[token].logprob]))
     return found
+
+
+def broken(link: Connection, rank: int, port: int, config: EngineConfig, *_: object) -> None:
+    """Be a rank whose weights do not fit."""
+    link.send("")
+    store = distributed.TCPStore("127.0.0.1", port, config.tensor_parallel, is_master=False)
+    workers._connect(rank, config.tensor_parallel, torch.device("cpu"), store, lambda _: "")
+    link.send("the weights do not fit")
+    os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -138,6 +139,8 @@ def test_usage_that_cannot_be_meant_is_one_line(
     write(tmp_path / "in.jsonl", LINES[:2])
     refused(words(tmp_path, "--retry-failed"), "--retry-failed is given without --resume")
     refused(words(tmp_path, "--tool-parser", "hermse"), "did you mean 'hermes'")
+    both = ["--tensor-parallel", "2", "--data-parallel", "3"]
+    refused(words(tmp_path, *both), "tensor_parallel is 2, and data_parallel is 3: several ranks make one engine")
     refused([*words(tmp_path), "-o", str(tmp_path / "in.jsonl")], "that is the input, too")
     assert run(words(tmp_path)) == 0
     capsys.readouterr()
@@ -175,6 +178,7 @@ def ended(folder: Path, number: int, when: Callable[[], bool]) -> int:
             os._exit(run(words(folder, "--resume")))
         except BaseException:
             os._exit(99)
+    done = (0, 0)
     while not when() and not (done := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.002)
     if not done[0]:
@@ -243,9 +247,11 @@ def test_the_command_itself_can_be_killed(tmp_path: Path) -> None:
     assert before <= set(answered(tmp_path).values()) and len(answered(tmp_path)) == 100
 
 
-def test_engines_in_processes_answer_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["--data-parallel", "--tensor-parallel"])
+def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, how: str) -> None:
     write(tmp_path / "in.jsonl", LINES[:24])
-    assert run(words(tmp_path, "--data-parallel", "2")) == 0
+    assert run(words(tmp_path, how, "2")) == 0
+    assert not multiprocessing.active_children()
     two = {name: json.loads(line)["response"]["body"]["choices"] for name, line in answered(tmp_path).items()}
     for path in tmp_path.glob("out*"):
         path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,6 +94,17 @@ def test_options_reach_server_and_engine(monkeypatch: pytest.MonkeyPatch, capsys
     assert (chosen.tool_parser, chosen.reasoning_parser) == ("hermes", "think")
     assert "small answers at http://0.0.0.0:" in (err := capsys.readouterr().err)
     assert "whoever reaches 0.0.0.0 may ask" in err
+
+
+def test_ranks_answer_together_and_end_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"prompt": "The first rule of", "max_tokens": 12, "temperature": 0}
+    texts = []
+    for more in ([], ["--tensor-parallel", "2"]):
+        with begun([*WORDS, *more], monkeypatch) as server:
+            assert len(multiprocessing.active_children()) == len(more) // 2
+            texts.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"])
+        assert not multiprocessing.active_children()
+    assert texts[0] == texts[1]
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import packed_models, tiny_lm
-from helpers.asked import OPTIONS, answers
+from helpers.asked import OPTIONS, answers, broken
 
 import tersor
-from tersor.errors import InputError, LostError
+from tersor.engine import workers
+from tersor.engine.orders import END, Line, Order
+from tersor.errors import InputError, LostError, ShapeError
+from tersor.ops.collective import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,27 @@ def test_two_processes_answer_as_one_until_one_of_them_dies(path: Path, wanted: 
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
 
 
+def test_what_a_rank_cannot_load_is_said_by_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_work", broken)
+    with pytest.raises(LostError, match=r"^rank 1 of 2 ended: the weights do not fit$"):
+        tersor.LLM(path, tensor_parallel=2, **OPTIONS)
+    assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
+
+
+def test_a_model_that_cannot_be_cut_so_often_is_refused_before_a_process_starts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_Children", None)
+    with pytest.raises(ShapeError, match=r"o_proj, query heads of a kv head: 2 .* 3 ranks"):
+        tersor.LLM(path, tensor_parallel=5, **OPTIONS)
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_ranks_are_at_least_one(count: int) -> None:
+    with pytest.raises(InputError, match=rf"^tensor_parallel is {count}: it must be at least 1$"):
+        tersor.LLM("anything", tensor_parallel=count)
+
+
 SCRIPT = """
 import json, sys
 import torch
@@ -87,3 +111,34 @@ def test_three_processes_of_torchrun_answer_once(path: Path, wanted: list[Any], 
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     same(json.loads(done.stdout), [list(one) for one in wanted])
+
+
+class Wire(Ranks):
+    """Two ranks in one process: what the first sends is read by the second, in order."""
+
+    def __init__(self, rank: int, sent: list[torch.Tensor]) -> None:
+        super().__init__(rank, 2)
+        self.sent = sent
+
+    def from_first(self, x: torch.Tensor, group: object = None) -> torch.Tensor:
+        if self.first:
+            self.sent.append(x.clone())
+            return x
+        return x.copy_(self.sent.pop(0))
+
+
+@pytest.mark.parametrize("pages", [1, 100, 3000])
+def test_a_step_of_any_size_arrives_whole(pages: int) -> None:
+    sent: list[torch.Tensor] = []
+    group: Any = None
+    first, other = (Line(Wire(rank, sent), group) for rank in range(2))
+    orders = [Order(0, 40, 2, pages, 1, 7, 39, 64), Order(2, 2, 2, 5, 2, 0, 1, 320)]
+    for order in orders:
+        buffer = torch.randint(-9, 99, (order.size,), dtype=torch.int32)
+        first.tell(order, buffer)
+        assert other.order() == order
+        found = torch.zeros_like(buffer)
+        other.read(found)
+        assert torch.equal(found, buffer)
+    first.end()
+    assert other.order() == END and not sent

@@ -58,6 +58,7 @@ def command(
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
+    tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print what became of the job as JSON.")] = False,
 ) -> None:
@@ -84,6 +85,7 @@ def command(
         max_step_tokens=max_step_tokens,
         memory=memory,
         kv_bytes=kv_bytes,
+        tensor_parallel=tensor_parallel,
         trust_remote_code=trust_remote_code,
     )
     load.quiet()

@@ -29,3 +29,7 @@ KvBytes = Annotated[
 PrefixCaching = Annotated[
     bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Keep pages of prompts for those that begin alike.")
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(min=1, help="Ranks that compute the model together: a process and a GPU each; on a CPU a process."),
+]

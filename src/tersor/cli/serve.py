@@ -48,6 +48,7 @@ def command(
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
+    tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Answer over HTTP until told to end."""
@@ -81,6 +82,7 @@ def command(
         memory=memory,
         kv_bytes=kv_bytes,
         prefix_caching=prefix_caching,
+        tensor_parallel=tensor_parallel,
         trust_remote_code=trust_remote_code,
     )
     console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))

@@ -48,6 +48,9 @@ class Order(NamedTuple):
 
 END = Order(*[0] * len(Order._fields))
 """What the first rank says last."""
+ROOM = 4096
+"""Numbers of a step's buffer that travel with its sizes; what is more comes behind them."""
+_HEAD = len(Order._fields)
 
 
 class Line:
@@ -62,7 +65,7 @@ class Line:
         """
         self._ranks = ranks
         self._group: ProcessGroup | None = group
-        self._head = torch.zeros(len(Order._fields), dtype=torch.int32)
+        self._message = torch.zeros(_HEAD + ROOM, dtype=torch.int32)
 
     def tell(self, order: Order, buffer: torch.Tensor) -> None:
         """Send a step to all ranks.
@@ -75,13 +78,12 @@ class Line:
             LostError: a rank is gone.
         """
         self._ranks.check()
-        self._head.copy_(torch.tensor(order))
-        self._ranks.from_first(self._head, self._group)
-        self._ranks.from_first(buffer, self._group)
-
-    def close(self) -> None:
-        """Let go of the group, as `Ranks.close` does."""
-        self._group = None
+        near = buffer[:ROOM]
+        self._message[:_HEAD] = torch.tensor(order)
+        self._message[_HEAD : _HEAD + len(near)] = near
+        self._ranks.from_first(self._message, self._group)
+        if order.size > ROOM:
+            self._ranks.from_first(buffer[ROOM:], self._group)
 
     def end(self) -> None:
         """Tell all ranks that there is no step any more.
@@ -89,8 +91,8 @@ class Line:
         Raises:
             LostError: a rank is gone.
         """
-        self._head.copy_(torch.tensor(END))
-        self._ranks.from_first(self._head, self._group)
+        self._message[:_HEAD] = torch.tensor(END)
+        self._ranks.from_first(self._message, self._group)
 
     def order(self) -> Order:
         """Wait for the next step and return its sizes.
@@ -98,13 +100,20 @@ class Line:
         Raises:
             LostError: the first rank is gone.
         """
-        self._ranks.from_first(self._head, self._group)
-        return Order(*self._head.tolist())
+        self._ranks.from_first(self._message, self._group)
+        return Order(*self._message[:_HEAD].tolist())
 
     def read(self, buffer: torch.Tensor) -> None:
-        """Read the buffer of a step whose sizes are known.
+        """Read the buffer of a step whose sizes are known, int32 [order.size].
 
         Raises:
             LostError: the first rank is gone.
         """
-        self._ranks.from_first(buffer, self._group)
+        near = buffer[:ROOM]
+        near.copy_(self._message[_HEAD : _HEAD + len(near)])
+        if len(buffer) > ROOM:
+            self._ranks.from_first(buffer[ROOM:], self._group)
+
+    def close(self) -> None:
+        """Let go of the group, as `Ranks.close` does."""
+        self._group = None

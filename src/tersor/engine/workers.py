@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import distributed
 
-from tersor.checkpoint.source import open_source
+from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
 from tersor.engine.config import EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
+from tersor.models.load import check_cut
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.one_shot import OneShot, reachable
 
@@ -63,15 +64,16 @@ class Team:
         self._finalizer()
 
 
-def gather(config: EngineConfig, directory: Path) -> Team:
+def gather(config: EngineConfig, source: Source) -> Team:
     """Return the ranks of a model; under torchrun every rank calls this, and else the first one alone.
 
     Args:
         config: of the engine; `tensor_parallel` says how many ranks there are.
-        directory: of the checkpoint.
+        source: the checkpoint.
 
     Raises:
         InputError: there are not so many processes of torchrun, or GPUs.
+        ShapeError: the model cannot be cut for so many ranks.
         TersorError: a rank cannot be started.
     """
     count, device = config.tensor_parallel, resolve_device(config.device)
@@ -87,7 +89,8 @@ def gather(config: EngineConfig, directory: Path) -> Team:
         raise InputError("torch.distributed is in use in this process, as by another model with tensor_parallel")
     if multiprocessing.current_process().daemon:
         raise InputError(f"tensor_parallel is {count}: a process of a batch cannot start processes of its own")
-    children = _Children(count, replace(config, device=device.type), directory)
+    check_cut(source, count)
+    children = _Children(count, replace(config, device=device.type), source.directory)
     try:
         children.greet()
         ranks, line = _connect(0, count, device, children.store, children.lost)

@@ -9,13 +9,13 @@ import torch
 from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.source import Source, open_source, quantization_of, stated_dtype
 from tersor.errors import TersorError, UnsupportedError
-from tersor.formats import FLOAT_DTYPES, Activations
+from tersor.formats import FLOAT_DTYPES, Activations, Scheme
 from tersor.hardware import resolve_device
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig, supported
 from tersor.models.decoder import Decoder
 from tersor.models.expected import Expected, check
-from tersor.models.names import NAMES
+from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
 from tersor.models.share import Share
 from tersor.models.stored import Stored
@@ -54,14 +54,7 @@ def load(
         with open_source(model) as source:
             return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
     where = device if isinstance(device, torch.device) else resolve_device(device)
-    why = supported(model.config)
-    if why:
-        raise UnsupportedError(f"{model.label}: {why}")
-    config, raw = DecoderConfig.from_dict(model.config), quantization_of(model.config)
-    quantization = None if raw is None else QuantizationConfig.from_dict(raw)
-    names = NAMES[config.architecture].as_stored(model.tensors)
-    expected = Expected.of(config, names)
-    schemes = check(expected, model.tensors, quantization, names)
+    config, names, expected, schemes = _described(model)
     chosen = dtype or _dtype(model, where)
     multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
     try:
@@ -70,6 +63,29 @@ def load(
             return assemble(stored, config, names, min(context or config.context, config.context))
     except torch.OutOfMemoryError:
         raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None
+
+
+def check_cut(model: Source, ranks: int) -> None:
+    """Hold that a checkpoint can be loaded by so many ranks, before any is started.
+
+    Raises:
+        UnsupportedError, CheckpointError: as for `load`.
+        ShapeError: it cannot be cut for so many ranks.
+    """
+    config, names, _, schemes = _described(model)
+    Share.of(config, names, schemes, 0, ranks)
+
+
+def _described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Scheme]]:
+    """Return what a checkpoint is: its config, names, tensors, and the schemes of those that are packed."""
+    why = supported(model.config)
+    if why:
+        raise UnsupportedError(f"{model.label}: {why}")
+    config, raw = DecoderConfig.from_dict(model.config), quantization_of(model.config)
+    quantization = None if raw is None else QuantizationConfig.from_dict(raw)
+    names = NAMES[config.architecture].as_stored(model.tensors)
+    expected = Expected.of(config, names)
+    return config, names, expected, check(expected, model.tensors, quantization, names)
 
 
 def _dtype(source: Source, device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -75,12 +75,16 @@ class MakeEngine:
 
     def __call__(self, worker: int) -> OfflineEngine:
         """Load the model."""
+        return OfflineEngine(self.load(worker).core)
+
+    def load(self, worker: int) -> LLM:
+        """Load the model, of which a program that has it to itself can let go."""
         if self.threads:
             import torch
 
             torch.set_num_threads(self.threads)
         config = replace(self.config, device=f"cuda:{worker}") if self.numbered else self.config
-        return OfflineEngine(LLM(self.model, revision=self.revision, **asdict(config)).core)
+        return LLM(self.model, revision=self.revision, **asdict(config))
 
 
 class _Later:
@@ -117,6 +121,11 @@ def answer_file(
     Raises:
         InputError, UnsupportedError, CheckpointError, OutputError, TersorError: as `run_batch` and `LLM`.
     """
+    if config.tensor_parallel > 1 and (options.data_parallel > 1 or options.ray is not None):
+        others = "engines are actors of Ray" if options.ray is not None else f"data_parallel is {options.data_parallel}"
+        raise InputError(
+            f"tensor_parallel is {config.tensor_parallel}, and {others}: several ranks make one engine here"
+        )
     with open_source(model, revision=revision) as opened:
         why = supported(opened.config)
         if why:
@@ -173,7 +182,7 @@ def _engine(
         address = None if options.ray == "local" else options.ray
         return stack.enter_context(RayEngines(make, count if count > 1 else None, address=address, gpus=gpus))
     if count == 1:
-        return MakeEngine(model, revision, config)(0)
+        return OfflineEngine(stack.enter_context(closing(MakeEngine(model, revision, config).load(0))).core)
     device = resolve_device(config.device)
     if device.type == "cuda":
         import torch

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,14 +98,15 @@ def serve_model(
 
     with bind(options) as place:
         llm = LLM(model, revision=revision, **asdict(config))
-        name, port = options.name or llm.info.name, place.getsockname()[1]
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        engine = ThreadedEngine(llm.core, llm.info)
-        place.listen(_BACKLOG)  # who asks from now on is heard
-        say(f"{name} answers at http://{host}:{port}, context {llm.info.context} tokens")
-        if options.api_key is None and not _is_own(options.host):
-            say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")
-        serve(engine, options, place)
+        with closing(llm):
+            name, port = options.name or llm.info.name, place.getsockname()[1]
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            engine = ThreadedEngine(llm.core, llm.info)
+            place.listen(_BACKLOG)  # who asks from now on is heard
+            say(f"{name} answers at http://{host}:{port}, context {llm.info.context} tokens")
+            if options.api_key is None and not _is_own(options.host):
+                say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")
+            serve(engine, options, place)
 
 
 def _is_own(host: str) -> bool:
