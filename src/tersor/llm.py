@@ -74,6 +74,7 @@ class LLM:
             self._team = team = gather(config, source)
             try:
                 built = build(source, config, team.device, team.ranks, team.line)
+                team.before_end(built.runner.release)
                 if not team.ranks.first:
                     built.runner.follow()
                     raise SystemExit(0)

@@ -21,7 +21,7 @@ from helpers.asked import OPTIONS, answers, broken
 import tersor
 from tersor.engine import workers
 from tersor.engine.orders import END, Line, Order
-from tersor.errors import InputError, LostError, ShapeError
+from tersor.errors import InputError, LostError, ShapeError, TersorError
 from tersor.ops.collective import Ranks
 
 
@@ -64,9 +64,15 @@ def test_two_processes_answer_as_one_until_one_of_them_dies(path: Path, wanted: 
         assert time.monotonic() - started < 10
     finally:
         model.close()
-    with pytest.raises(LostError, match=r"^the model is closed$"):
-        answers(model)
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
+
+
+def test_a_closed_model_answers_no_more(path: Path) -> None:
+    model = tersor.LLM(path, **OPTIONS)
+    for _ in range(2):
+        model.close()
+    with pytest.raises(TersorError, match=r"^the model is closed$"):
+        answers(model)
 
 
 def test_what_a_rank_cannot_load_is_said_by_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

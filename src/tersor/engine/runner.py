@@ -133,6 +133,10 @@ class Runner:
         self.graphs, self.caches = {}, []
         self.caches = self.decoder.caches(pages, self.kv_dtype)
 
+    def release(self) -> None:
+        """Let go of graphs and pages: no step can be launched any more. NCCL waits for graphs that hold its calls."""
+        self.graphs, self.caches = {}, []
+
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
         """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it."""
@@ -149,7 +153,13 @@ class Runner:
         Args:
             step: what is computed.
             masks: slot -> the tokens that may be drawn there, int32 [ceil(V / 32)]; all where there is none.
+
+        Raises:
+            TersorError: it was released.
+            LostError: a rank is gone.
         """
+        if not self.caches:
+            raise TersorError("the model is closed")
         for request in step.grown:
             if request.pages:
                 self._lines[request.slot, : len(request.pages)] = request.pages

@@ -57,11 +57,22 @@ class Team:
         self, ranks: Ranks, device: torch.device, line: Line | None = None, end: Callable[[], None] = lambda: None
     ) -> None:
         self.ranks, self.device, self.line = ranks, device, line
-        self._finalizer = weakref.finalize(self, end)
+        self._calls = [end]
+        self._finalizer = weakref.finalize(self, _call, self._calls)
+
+    def before_end(self, call: Callable[[], None]) -> None:
+        """Have something done first when this ends, such as what must not outlive the groups of the ranks."""
+        self._calls.insert(0, call)
 
     def close(self) -> None:
         """End all other ranks; idempotent."""
         self._finalizer()
+
+
+def _call(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+    calls.clear()
 
 
 def gather(config: EngineConfig, source: Source) -> Team:
