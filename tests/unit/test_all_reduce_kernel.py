@@ -27,7 +27,8 @@ class Gpus:
         for rank in range(count):
             own = folder / str(rank)
             own.mkdir()
-            function = Emulated(small.all_reduce_source(target, count), own)  # what a library keeps is a GPU's own
+            # What a library keeps is a GPU's own.
+            function = Emulated(small.all_reduce_source(target, count), own, 900)
             self.launches.append(
                 small.prepare_all_reduce(
                     function,  # type: ignore[arg-type]
