@@ -23,6 +23,7 @@ from tersor.checkpoint.source import StoredTensor, open_source
 from tersor.errors import CheckpointError, TersorError, UnsupportedError
 from tersor.formats import Activations
 from tersor.layouts import PackedWeight
+from tersor.layouts.shard import Part
 from tersor.models import reading
 from tersor.models.weights import Product
 
@@ -182,6 +183,21 @@ def test_large_tensors_are_read_in_chunks(
         first, last = rows or (0, 9)
         assert torch.equal(reader.read(StoredTensor(file, file.tensors["w"]), rows), weight[first:last])
         assert reader.read(StoredTensor(file, file.tensors["none"])).shape == (0, 3)
+
+
+def test_parts_of_tensors_and_of_experts_in_them_are_read_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK", 100)
+    weights = {"one": torch.randn(9, 77), "all": torch.randn(3, 9, 77), "bias": torch.randn(9)}
+    save_file(weights, tmp_path / "m.safetensors")
+    part = Part(((1, 4), (6, 9)), (5, 30))
+    chosen = torch.tensor([1, 2, 3, 6, 7, 8])
+    with SafetensorsFile(tmp_path / "m.safetensors") as file, reading.Reading(torch.device("cpu")) as reader:
+        one, many, bias = (StoredTensor(file, file.tensors[name]) for name in weights)
+        assert torch.equal(reader.read_part(one, part), weights["one"][chosen, 5:30])
+        assert torch.equal(reader.read_part(many, part, 2), weights["all"][2][chosen, 5:30])
+        assert torch.equal(reader.read_part(bias, Part(part.rows)), weights["bias"][chosen])
 
 
 def test_what_a_disk_does_not_give_is_said_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
