@@ -104,6 +104,7 @@ class LLM:
             defaults=generation,
             seed=config.seed,
             vocabulary=vocabulary,
+            team=team,
         )
 
     def close(self) -> None:

@@ -159,9 +159,10 @@ def test_rates_say_how_long_the_rest_takes() -> None:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is loaded once: what is forked from here has it."""
+    """The model is loaded once, and never closed: what is forked from here has it."""
     torch.set_num_threads(1)
     model = tersor.LLM(TINY, device="cpu", max_length=256, max_rows=8, kv_bytes=1 << 22)
+    monkeypatch.setattr(model, "close", lambda: None)
     monkeypatch.setattr(server_batch, "LLM", lambda *given, **options: model)
     monkeypatch.setattr(server_batch, "load_tokenizer", lambda *given, **options: model.tokenizer)
 

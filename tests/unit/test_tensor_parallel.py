@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -73,6 +74,18 @@ def test_a_closed_model_answers_no_more(path: Path) -> None:
         model.close()
     with pytest.raises(TersorError, match=r"^the model is closed$"):
         answers(model)
+
+
+def test_ranks_are_there_as_long_as_somebody_has_the_engine(path: Path) -> None:
+    core = tersor.LLM(path, tensor_parallel=2, **OPTIONS).core
+    core.add("one", [5, 6, 7], tersor.SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+    outputs = []
+    while core.unfinished:
+        outputs += core.step(partial=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [3]
+    del core
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_what_a_rank_cannot_load_is_said_by_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tersor import ops
+    from tersor.engine.workers import Team
 
 
 class Launched(Protocol):
@@ -78,6 +79,7 @@ class Core:
         defaults: the model's generation config, which fills what requests leave open.
         seed: makes those of requests that give none, in the order in which they come; `None` draws fresh ones.
         vocabulary: tokens that there are logits for, which grammars need to know.
+        team: the ranks that compute together, which end when nobody has them any more; `None` with a runner by itself.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class Core:
         defaults: Mapping[str, Any] | None = None,
         seed: int | None = None,
         vocabulary: int = 0,
+        team: Team | None = None,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
         self.defaults, self.seed, self.vocabulary = defaults or {}, seed, vocabulary
+        self.team = team
         self._seeds = 0  # made so far
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
