@@ -133,6 +133,14 @@ def test_wrong_usage_is_one_line(
     refused_in_one_line([*WORDS, *more], 2, message, monkeypatch, capsys)
 
 
+def test_a_process_of_torchrun_serves_no_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    words, message = [*WORDS, "--tensor-parallel", "2"], "a server starts the ranks of its model itself"
+    refused_in_one_line(words, 2, message, monkeypatch, capsys)
+
+
 def test_what_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(

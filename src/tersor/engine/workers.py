@@ -75,6 +75,20 @@ def _call(calls: list[Callable[[], None]]) -> None:
     calls.clear()
 
 
+def check_first(config: EngineConfig, what: str) -> None:
+    """Hold that torchrun did not start the ranks of a model: each of them would do what the first alone is to do.
+
+    Args:
+        config: of the engine.
+        what: is done, for the error.
+
+    Raises:
+        InputError: it did.
+    """
+    if config.tensor_parallel > 1 and distributed.is_torchelastic_launched():
+        raise InputError(f"{what} starts the ranks of its model itself, and torchrun started this process")
+
+
 def gather(config: EngineConfig, source: Source) -> Team:
     """Return the ranks of a model; under torchrun every rank calls this, and else the first one alone.
 

@@ -16,6 +16,7 @@ from tersor.engine.offline import OfflineEngine
 from tersor.engine.openai_answer import Embedded
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.processes import Processes
+from tersor.engine.workers import check_first
 from tersor.errors import InputError, UnsupportedError
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.load import load_tokenizer
@@ -126,6 +127,7 @@ def answer_file(
         raise InputError(
             f"tensor_parallel is {config.tensor_parallel}, and {others}: several ranks make one engine here"
         )
+    check_first(config, "a batch")
     with open_source(model, revision=revision) as opened:
         why = supported(opened.config)
         if why:

@@ -94,8 +94,10 @@ def serve_model(
         InputError, UnsupportedError, TersorError: as `LLM` and `serve`.
     """
     from tersor.engine.threaded import ThreadedEngine
+    from tersor.engine.workers import check_first
     from tersor.llm import LLM
 
+    check_first(config, "a server")
     with bind(options) as place:
         llm = LLM(model, revision=revision, **asdict(config))
         with closing(llm):
