@@ -175,6 +175,7 @@ def ended(folder: Path, number: int, when: Callable[[], bool]) -> int:
             os._exit(run(words(folder, "--resume")))
         except BaseException:
             os._exit(99)
+    done = (0, 0)
     while not when() and not (done := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.002)
     if not done[0]:
