@@ -82,7 +82,9 @@ def test_rows_of_one_token_at_once_are_what_each_is_alone(dtype: torch.dtype) ->
         )
     qkv = torch.randn(len(lengths) + 1, FORM.qkv_channels)
     rows = rows_of([1] * len(lengths), lengths, pages)
+    before = caches[0].pages.view(torch.uint8)[0].clone()
     together = reference.attend(qkv, caches[0], rows, FORM, TURNS, None, None)
+    assert torch.equal(caches[0].pages.view(torch.uint8)[0], before), "padding writes nothing"
     rows.most_queries = 2
     alone = reference.attend(qkv, caches[1], rows, FORM, TURNS, None, None)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -109,3 +111,10 @@ def test_queries_and_keys_are_normed_before_they_are_rotated() -> None:
     qkv = torch.tensor([[3.0, 3.0, 3.0, 3.0] * 4])
     q, k, v = reference.heads(qkv, torch.tensor([0]), form, TURNS[:, [0, 1, 4, 5]], weights)
     assert q[0].tolist() == [[1.0, 2.0, 1.0, 1.0]] * 2 and k[0].tolist() == [[1.0] * 4] and v[0].tolist() == [[3.0] * 4]
+
+
+def test_a_step_of_padding_alone_writes_nothing() -> None:
+    cache = PagedCache.empty(3, FORM, torch.float32)
+    rows = rows_of([1, 1], [0, 0], torch.tensor([[1], [2]], dtype=torch.int32))
+    out = reference.attend(torch.randn(2, FORM.qkv_channels), cache, rows, FORM, TURNS, None, None)
+    assert not out.any() and not cache.pages.any()

@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {
         f"tersor/{path.relative_to(PACKAGE).as_posix()}"
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix in (".py", ".cuh", ".typed", ".json")
+        if path.is_file() and path.suffix in (".py", ".cuh", ".typed", ".json", ".html")
     }
     assert "tersor/py.typed" in expected
     assert any(name.startswith("tersor/kernels/cuda/") and name.endswith(".cuh") for name in expected)
@@ -88,7 +88,7 @@ def test_metadata_says_licence_python_and_extras(wheel: Path) -> None:
     assert "Requires-Python: >=3.10" in text
     assert "Description-Content-Type: text/markdown" in text
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
-    assert extras == {"cuda", "eval", "plot", "train", "dev"}
+    assert extras == {"cuda", "eval", "grammar", "plot", "ray", "serve", "train", "dev"}
     assert "tersor = tersor.cli.main:main" in scripts
 
 

@@ -55,8 +55,11 @@ def _attend_one_each(
     own = rows.starts[:-1].long().clamp_max(qkv.shape[0] - 1)
     q, k, v = heads(qkv[own].float(), positions, form, rotary, norms)
     table = rows.pages[:, : -(-rows.most_length // PAGE)].long()
-    place = table.gather(1, (positions // PAGE)[:, None])[:, 0].where(real, 0)  # padding goes to page 0
-    store(cache, k, v, place, positions % PAGE)
+    page = table.gather(1, (positions // PAGE)[:, None])[:, 0].where(real, 0)
+    writer = torch.where(real, torch.arange(len(real), device=real.device), real.int().argmax())
+    store(
+        cache, k[writer], v[writer], page[writer], positions[writer] % PAGE, real.any()
+    )  # padding writes as others do
     keys, values = (one.unflatten(1, (table.shape[0], -1)).transpose(0, 1) for one in stored(cache, table.flatten()))
     behind = torch.arange(keys.shape[2], device=qkv.device) > positions[:, None]  # pages there may hold anything
     keys, values = (one.masked_fill(behind[:, None, :, None], 0.0) for one in (keys, values))
@@ -95,15 +98,25 @@ def rotated(x: torch.Tensor, turns: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def store(
-    cache: PagedCache, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
+    cache: PagedCache,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    written: torch.Tensor | None = None,
 ) -> None:
-    """Write keys and values [q, KV, D] of tokens to their places in pages."""
+    """Write keys and values [q, KV, D] of tokens to their places in pages, unless `written`, one bool, is false."""
     both = torch.stack([keys, values], dim=1)  # [q, 2, KV, D]
     if cache.scales is not None:
         scales = (both.abs().amax(-1) / E4M3_MAX).clamp_min(2.0**-24)
-        cache.scales[pages, :, :, slots] = scales
         both = both / scales[..., None]
-    cache.pages[pages, :, :, slots] = both.to(cache.pages.dtype)
+        cache.scales[pages, :, :, slots] = _chosen(written, scales, cache.scales[pages, :, :, slots])
+    codes = both.to(cache.pages.dtype)
+    cache.pages[pages, :, :, slots] = _chosen(written, codes, cache.pages[pages, :, :, slots])
+
+
+def _chosen(written: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    return new if written is None else torch.where(written, new, old)
 
 
 def stored(cache: PagedCache, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
