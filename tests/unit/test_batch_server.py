@@ -43,6 +43,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tools": (CHAT, {"messages": [USER, CALLED, {"role": "tool", "content": "5", "tool_call_id": "a"}], **GREEDY}),
     "may call": (CHAT, {"messages": [USER], "tools": TOOLS, **GREEDY, "parallel_tool_calls": False}),
     "no call": (CHAT, {"messages": [USER], "tools": TOOLS, "tool_choice": "none", **GREEDY}),
+    "service": (CHAT, {"messages": [USER], **GREEDY, "store": True, "cache_salt": "a", "modalities": ["text"]}),
     "bad role": (CHAT, {"messages": [{"role": "robot", "content": "x"}]}),
     "bad option": (CHAT, {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}),
     "bad tools": (CHAT, {"messages": [USER], "tool_choice": "required"}),
