@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -138,14 +139,15 @@ class LLM:
             self.core.check(f"prompt {index}", tokens.size, one)
             items.append(Item(f"{index}", tokens, self.core.settled(one)))
         found: dict[str, RequestOutput] = {}
-        for output in self._answered(items):
-            output.prompt = listed[int(output.request_id)][0]
-            found[output.request_id] = output
-            if on_finished is not None:
-                on_finished(output)
+        with closing(self._answered(items)) as outputs:
+            for output in outputs:
+                output.prompt = listed[int(output.request_id)][0]
+                found[output.request_id] = output
+                if on_finished is not None:
+                    on_finished(output)
         return [found[item.key] for item in items]
 
-    def _answered(self, items: list[Item]) -> Iterator[RequestOutput]:
+    def _answered(self, items: list[Item]) -> Generator[RequestOutput]:
         """Yield outputs as they end: by a plan where prompts may share prefixes, else in the order of arrival."""
         if self.config.prefix_caching and len(items) > 1:
             for output in answer_once(OfflineEngine(self.core), items, lambda: False):

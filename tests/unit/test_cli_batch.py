@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import tersor
 from tersor.cli import batch as verb
 from tersor.cli.main import run
 from tersor.engine.batch_file import Progress
-from tersor.errors import TersorError
+from tersor.engine.config import EngineConfig
+from tersor.errors import InputError, TersorError
 from tersor.server import batch as server_batch
 
 
@@ -262,6 +264,20 @@ def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, how: str
     assert run(words(tmp_path)) == 0
     one = {name: json.loads(line)["response"]["body"]["choices"] for name, line in answered(tmp_path).items()}
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:1", "device is cuda:1: 3 engines take a device each, say cuda"), ("auto", "this machine has 2")],
+)
+def test_engines_that_have_no_device_each_are_refused(
+    device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_batch, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = server_batch.BatchOptions(data_parallel=3)
+    with ExitStack() as stack, pytest.raises(InputError, match=message):
+        server_batch.engine_of(str(TINY), None, EngineConfig(device=device), options, stack)
 
 
 def test_an_engine_that_fails_leaves_a_job_that_can_go_on(

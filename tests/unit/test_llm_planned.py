@@ -57,6 +57,27 @@ def test_a_plan_changes_no_token(sampled: dict[str, float]) -> None:
     assert planned.core.scheduler.drawn_tokens == alone * 6 and plain.core.scheduler.drawn_tokens == 42
 
 
+def test_the_longest_text_need_not_fill_its_last_page() -> None:
+    model = LLM(tiny_lm.TINY, device="cpu", kv_bytes=1 << 22, max_length=100)
+    outputs = model.generate([[5] * 70, [6] * 30], SamplingParams(temperature=0, ignore_eos=True))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [30, 70]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_who_stops_in_the_middle_leaves_the_engine_as_it_was(planned: bool) -> None:
+    model = LLM(tiny_lm.TINY, device="cpu", kv_bytes=1 << 22, max_length=512, prefix_caching=planned)
+
+    def stop(output: RequestOutput) -> None:
+        raise KeyboardInterrupt
+
+    lengths = [SamplingParams(temperature=0, max_tokens=2 + 9 * index, ignore_eos=True) for index in range(7)]
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(PROMPTS, lengths, on_finished=stop)
+    assert not model.core.unfinished and not model.core.scheduler.cache.pinned
+    assert len(model.generate(PROMPTS, lengths)) == 7
+    model.core.scheduler.audit()
+
+
 def test_nothing_runs_where_one_prompt_can_never_be_served() -> None:
     model = LLM(tiny_lm.TINY, device="cpu", kv_bytes=1 << 22, max_length=512)
     ended: list[str] = []

@@ -138,6 +138,8 @@ def _engine(geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfi
     from tersor.models.random import random_decoder
     from tersor.ops.attention_form import PAGE
 
+    if config.device == "auto":
+        bench.need_gpu("--device cpu takes it, --from shows what was measured")
     where = resolve_device(config.device)
     context = max(map(throughput.context_of, asked))
     if context > geometry.context:

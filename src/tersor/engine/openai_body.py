@@ -248,9 +248,19 @@ _DRAWN: Mapping[str, _Field] = {
 }
 
 _SERVICE: Mapping[str, _Field] = dict.fromkeys(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"), _ANY
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "cache_salt",
+    ),
+    _ANY,
 )
-"""Fields about OpenAI's service, which say nothing about the answer."""
+"""Fields about a service and what it keeps, which say nothing about the answer."""
 
 _OPTIONS: Mapping[str, _Field] = {
     "tools": _LIST,
@@ -259,7 +269,7 @@ _OPTIONS: Mapping[str, _Field] = {
     "reasoning_effort": _TEXT,
 }
 
-_LACKING: Mapping[str, Any] = {"stream": False, "echo": False, "best_of": 1, "suffix": ""}
+_LACKING: Mapping[str, Any] = {"stream": False, "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"]}
 """Fields that only may say what is so without them."""
 
 _FIELDS: Mapping[str, Mapping[str, _Field]] = {

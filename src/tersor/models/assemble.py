@@ -18,7 +18,7 @@ from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
 from tersor.models.weights import Embedding, FeedForward, Product, Shared
-from tersor.ops.attention_form import AttentionForm
+from tersor.ops.attention_form import PAGE, AttentionForm
 
 
 def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) -> Decoder:
@@ -26,7 +26,8 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
 
     @functools.cache
     def table(rotary: Rotary) -> torch.Tensor:
-        return rotary.table(context, stored.device)
+        made = rotary.table(context, stored.device)
+        return torch.nn.functional.pad(made, (0, 0, 0, -context % PAGE))  # texts lie in whole pages
 
     embedding = stored.matrix(names.base + names.embedding)
     layers = [_layer(stored, config, names, index, table) for index in range(len(config.layers))]

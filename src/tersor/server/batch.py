@@ -153,7 +153,7 @@ def answer_file(
         "reasoning_parser": options.reasoning_parser,
     }
     with ExitStack() as stack:
-        engine = _Later(lambda: _engine(model, revision, config, options, stack))
+        engine = _Later(lambda: engine_of(model, revision, config, options, stack))
         return run_batch(
             source,
             output,
@@ -171,10 +171,14 @@ def answer_file(
         )
 
 
-def _engine(
+def engine_of(
     model: str, revision: str | None, config: EngineConfig, options: BatchOptions, stack: ExitStack
 ) -> BatchEngine:
-    """Return what answers; what has to be closed is left to `stack`."""
+    """Return what answers; what has to be closed is left to `stack`.
+
+    Raises:
+        InputError: there is no device for each of several engines, or no such cluster.
+    """
     count = options.data_parallel
     if options.ray is not None:
         from tersor.integrations.ray import RayEngines
