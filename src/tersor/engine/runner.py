@@ -165,9 +165,14 @@ class Runner:
                 self._lines[request.slot, : len(request.pages)] = request.pages
         assert self.sampler is not None, "the first rank alone launches steps"
         self.sampler.prepare(step, masks)
-        captured, longest = self._graph_for(step), max(row.start + row.count for row in step.rows)
-        layout = captured.layout if captured else Layout(step.tokens, len(step.rows), -(-longest // PAGE))
+        captured, most_queries = self._graph_for(step), 1
         places, targets, asks = ([], [], []) if captured else _prompt_places(step)
+        if captured is not None:
+            layout = captured.layout
+        else:
+            longest = max(row.start + row.count for row in step.rows)
+            most_queries = max(row.count for row in step.rows)
+            layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE))
         order = Order(
             graph=layout.rows if captured else 0,
             tokens=layout.tokens,
@@ -175,7 +180,7 @@ class Runner:
             pages=layout.pages,
             draws=len(step.drawing),
             more=len(places),
-            most_queries=max(row.count for row in step.rows),
+            most_queries=most_queries,
             most_length=layout.pages * PAGE,
         )
         staged = self._stage(order.size)
