@@ -42,12 +42,8 @@ def command(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of requests that do not say.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of requests that do not say; 0 is greedy.")] = None,
-    tool_parser: Annotated[
-        str, typer.Option(help="How the model calls tools: auto, hermes, llama3, mistral or none.")
-    ] = "auto",
-    reasoning_parser: Annotated[
-        str, typer.Option(help="How the model marks reasoning: auto, think, gpt-oss or none.")
-    ] = "auto",
+    tool_parser: options.ToolParser = "auto",
+    reasoning_parser: options.ReasoningParser = "auto",
     revision: options.Revision = None,
     device: options.Device = _ENGINE.device,
     dtype: options.Dtype = _ENGINE.dtype,

@@ -12,6 +12,10 @@ TrustRemoteCode = Annotated[
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
+# What a model writes, as `serve` and `batch` read it.
+ToolParser = Annotated[str, typer.Option(help="How the model calls tools: auto, hermes, llama3, mistral or none.")]
+ReasoningParser = Annotated[str, typer.Option(help="How the model marks reasoning: auto, think, gpt-oss or none.")]
+
 # Of an engine: fields of `EngineConfig`.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[

@@ -29,12 +29,8 @@ def command(
     max_queue: Annotated[
         int, typer.Option(help="Prompts that may wait for a first token before others are told to come again.")
     ] = _SERVER.max_queue,
-    tool_parser: Annotated[
-        str, typer.Option(help="How the model calls tools: auto, hermes, llama3, mistral or none.")
-    ] = _SERVER.tool_parser,
-    reasoning_parser: Annotated[
-        str, typer.Option(help="How the model marks reasoning: auto, think, gpt-oss or none.")
-    ] = _SERVER.reasoning_parser,
+    tool_parser: options.ToolParser = _SERVER.tool_parser,
+    reasoning_parser: options.ReasoningParser = _SERVER.reasoning_parser,
     drain_seconds: Annotated[
         int, typer.Option(help="How long open requests may go on once the server is told to end.")
     ] = _SERVER.drain_seconds,
