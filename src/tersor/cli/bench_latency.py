@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tersor.cli import bench, console
+from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def command(
     from tersor.formats import Activations
     from tersor.models import geometries
 
+    pages = EngineConfig(kv_dtype=kv_dtype)
     batches, contexts = bench.numbers("--batch", batch), bench.numbers("--context", context)
     if cuda_graph not in ("on", "off"):
         raise InputError(f"cuda graph {cuda_graph!r}{did_you_mean(cuda_graph, ['on', 'off'])}: use on or off")
@@ -69,13 +71,11 @@ def command(
     from tersor.bench import timing
     from tersor.engine.runner import Runner
     from tersor.engine.sampler import Sampler
-    from tersor.formats import FLOAT_DTYPES
     from tersor.models.random import random_decoder
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations}
     facts["read_bandwidth"] = timing.read_bandwidth()
     rows: list[Latency] = []
-    pages_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[kv_dtype]
     with console.progress("timing") as move:
         for name in names:
             for label, scheme in kinds:
@@ -89,7 +89,9 @@ def command(
                     context=max(contexts),
                 )
                 sampler = Sampler(max(batches) + 1, decoder.config.vocabulary, decoder.device)
-                runner = Runner(decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages_dtype)
+                runner = Runner(
+                    decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
+                )
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)

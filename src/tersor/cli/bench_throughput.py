@@ -153,9 +153,8 @@ def _engine(geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfi
     decoder = random_decoder(
         geometry, scheme, where, chosen, head=head, activations=config.activations, context=context
     )
-    pages_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[config.kv_dtype]
     sampler = Sampler(config.max_rows + 1, geometry.vocabulary, where, most_length=context)
-    runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=pages_dtype)
+    runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=config.pages_dtype)
     limits = Limits(
         pages=make_pages(runner, config),
         page_size=PAGE,

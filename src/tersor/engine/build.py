@@ -56,7 +56,7 @@ def build(
     sampler = None
     if ranks.first:
         sampler = Sampler(config.max_rows + 1, decoder.config.vocabulary, device, most_length=context)
-    kv_dtype = {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[config.kv_dtype]
+    kv_dtype = config.pages_dtype
     runner = Runner(
         decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line
     )

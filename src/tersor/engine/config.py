@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tersor.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
 """What keys and values are kept in: that of the activations, another, or e4m3 with a scale a token and head."""
@@ -62,6 +65,15 @@ class EngineConfig:
             raise InputError(
                 f"max_rows is {self.max_rows}: a row has a token, and max_step_tokens is {self.max_step_tokens}"
             )
+
+    @property
+    def pages_dtype(self) -> torch.dtype | None:
+        """The dtype of keys and values; `None` is that of the model's activations."""
+        import torch
+
+        from tersor.formats import FLOAT_DTYPES
+
+        return {"auto": None, "fp8": torch.float8_e4m3fn, **FLOAT_DTYPES}[self.kv_dtype]
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
