@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tersor.bench import report
+from tersor.engine.options import resolved
 from tersor.engine.params import SamplingParams
 from tersor.engine.request import Request, Row, Step
 from tersor.engine.runner import Runner
@@ -103,7 +104,7 @@ def decoding(batch: int, context: int, page: int) -> Step:
     each = -(-context // page)
     order = torch.randperm(batch * each, generator=torch.Generator().manual_seed(0)) + 1
     pages = order.view(batch, each).tolist()
-    params = SamplingParams(temperature=0)
+    params = resolved(SamplingParams(temperature=0), {})
     requests = [
         Request(id=str(slot), prompt=array("I", [slot + 1] * context), params=params, pages=pages[slot], slot=slot)
         for slot in range(batch)

@@ -1,0 +1,106 @@
+"""bench/latency.py: decode steps of a whole model are timed, and the bytes that they read are counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersor.bench import latency, report
+from tersor.cli import main
+from tersor.engine.runner import Runner
+from tersor.engine.sampler import Sampler
+from tersor.formats import get_scheme
+from tersor.models import DecoderConfig
+from tersor.models.random import random_decoder
+from tersor.ops.attention_form import PAGE
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+DENSE = {"architectures": ["LlamaForCausalLM"], **SIZES}
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    **SIZES,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+
+
+def runner(config: dict[str, object], batches: list[int], contexts: list[int]) -> Runner:
+    decoder = random_decoder(DecoderConfig.from_dict(config), get_scheme("fp6_e3m2"), "cpu", torch.float32)
+    sampler = Sampler(max(batches) + 1, 96, "cpu")
+    made = Runner(decoder, sampler, max_rows=max(batches), max_length=max(contexts))
+    made.allocate(latency.pages_for(batches, contexts))
+    return made
+
+
+def test_every_batch_and_context_is_timed_with_the_bytes_that_it_reads() -> None:
+    batches, contexts = [1, 3], [64, 130]
+    made = runner(DENSE, batches, contexts)
+    rows = list(latency.measure(made, "tiny", "fp6_e3m2", batches, contexts, steps=2))
+    assert [(row.context, row.batch) for row in rows] == [(64, 1), (64, 3), (130, 1), (130, 3)]
+    assert all(row.milliseconds > 0 and not row.cuda_graph for row in rows)
+    layers, per_token = 2, 2 * 2 * 16 * 4  # keys and values of two heads of 16 float32 numbers
+    assert [row.kv_bytes for row in rows] == [row.batch * row.context * layers * per_token for row in rows]
+    embedding = sum(tensor.nbytes for tensor in made.decoder.embedding.tensors())
+    assert {row.weight_bytes for row in rows} == {made.decoder.nbytes - embedding}
+
+
+def test_a_step_of_a_mixture_reads_the_experts_that_are_expected_to_be_hit() -> None:
+    made = runner(MIXTURE, [1], [64])
+    every = latency.step_bytes(made.decoder, 10_000)
+    one, two = (latency.step_bytes(made.decoder, batch) for batch in (1, 2))
+    experts = (every - one) / (1 - 2 / 8)
+    assert 0 < one < two < every and two == pytest.approx(every - experts * (1 - 2 / 8) ** 2, abs=4)
+
+
+def test_rows_of_a_step_have_pages_of_their_own_and_none_is_the_spare_one() -> None:
+    step = latency.decoding(3, 130, PAGE)
+    pages = [page for row in step.rows for page in row.request.pages]
+    assert sorted(pages) == list(range(1, latency.pages_for([3], [130])))
+    assert [(row.start, row.count, row.draws) for row in step.rows] == [(129, 1, True)] * 3
+
+
+def test_what_was_written_is_shown_with_its_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = latency.Latency(
+        name="tiny",
+        format="fp6_e3m2",
+        batch=4,
+        context=512,
+        milliseconds=2.0,
+        weight_bytes=3_000_000,
+        kv_bytes=1_000_000,
+        cuda_graph=True,
+    )
+    facts = {"dtype": "float16", "kv_dtype": "auto", "activations": "16bit", "read_bandwidth": 4e9}
+    report.write(tmp_path / "found.json", report.text(latency.result([row], **facts)))
+    assert main.run(["bench", "latency", "--from", str(tmp_path / "found.json")]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("tiny", "512", "2.000", "1.000", "50 %", "2000"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kv-dtype", "fp9"], "kv_dtype 'fp9', did you mean 'fp8'?"),
+        (["--cuda-graph", "of"], "cuda graph 'of', did you mean 'off'?"),
+        (["llama-4"], "llama-4"),
+    ],
+)
+def test_wrong_words_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["bench", "latency", *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
