@@ -71,7 +71,7 @@ def command(
         return
     variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
-    bench.dtype_named(dtype)
+    kernel_dtype = bench.dtype_named(dtype)
     import torch
 
     from tersor.bench import timing
@@ -116,7 +116,7 @@ def command(
                     name,
                     scheme,
                     "cuda",
-                    bench.dtype_named(dtype),
+                    kernel_dtype,
                     head=scheme if head_format is None else head,
                     activations=activations,
                     context=max(contexts),
