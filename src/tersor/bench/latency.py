@@ -31,8 +31,8 @@ METHOD = (
     "bandwidth of a large read in the same run"
 )
 VLLM_METHOD = (
-    "vLLM in a process of its own, random weights: of one engine the time that so many more tokens of every row take, "
-    "by the steps, the texts being of `context` tokens in the middle of them; median of the runs"
+    "vLLM in a process of its own, random weights, the output head in 16 bits: the time that so many more tokens of "
+    "every row take, by the steps, the texts being of `context` tokens in the middle of them; median of the runs"
 )
 RUNS, STEPS = 3, 32
 

@@ -33,8 +33,8 @@ METHOD = (
 )
 
 VLLM_METHOD = (
-    "vLLM in a process of its own, random weights, the same tokens, requests at once, pages kept by its prefix cache; "
-    "sorting included, loading and a run of a few requests before it not"
+    "vLLM in a process of its own, random weights, the output head in 16 bits, the same tokens, requests handed over "
+    "all at once, pages kept by its prefix cache; sorting included, loading and a run of a few requests before it not"
 )
 
 PLANNED = "planned"
