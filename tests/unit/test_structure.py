@@ -54,6 +54,7 @@ LONGEST = 400
 ENVIRONMENT_READERS: dict[str, str] = {
     "settings.py": "the one place where Tersor's variables are read",
     "cli/doctor.py": "shows which of those variables are set, as they stand",
+    "bench/vllm/inside.py": "sets, in the process that vLLM has for itself, what vLLM reads",
 }
 """Files of the package that may touch the process environment, and why."""
 

@@ -366,3 +366,9 @@ _BY_TYPE = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """`model_type` -> class, for a config.json that names none."""
+
+
+def model_type(raw: Mapping[str, Any]) -> str:
+    """Return the `model_type` of a config.json, that of its class where it names none."""
+    types = {name: kind for kind, name in _BY_TYPE.items()}
+    return str(raw.get("model_type") or types[read(raw).architecture])
