@@ -125,7 +125,11 @@ def ready(directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> 
     """
     with open_source(directory) as source:
         why = obstacle(source, asked)
-    return _ByTransformers(directory, tokenizer, asked, why) if why else _ByEngine(directory, tokenizer, asked)
+        if not why:
+            config, dtype = DecoderConfig.from_dict(source.config), _dtype(source, asked)
+    if why:
+        return _ByTransformers(directory, tokenizer, asked, why)
+    return _ByEngine(directory, tokenizer, asked, config, dtype)
 
 
 def obstacle(source: Source, asked: Asked) -> str:
@@ -179,9 +183,14 @@ class _ByEngine:
 
     why = ""
 
-    def __init__(self, directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> None:
-        with open_source(directory) as source:
-            config, dtype = DecoderConfig.from_dict(source.config), _dtype(source, asked)
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: Asked,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+    ) -> None:
         sampling, samples = asked.sampling.resolved(generation_config(directory)), asked.samples
         self._prompt = prompt_tokens(tokenizer, asked.prompt, config.vocabulary)
         prompt, most = len(self._prompt), sampling.max_new_tokens
