@@ -25,7 +25,7 @@ from tersor.formats import FLOAT_DTYPES, float_dtype
 from tersor.integrations.transformers import load
 from tersor.llm import LLM, generation_config
 from tersor.models import DecoderConfig
-from tersor.models.architectures import READERS, called
+from tersor.models.architectures import READERS, TYPES, called
 from tersor.models.finite import first_not_finite
 from tersor.models.load import check_cut, dtype_of
 from tersor.ops.attention_form import PAGE
@@ -33,6 +33,9 @@ from tersor.ops.dispatch import environment_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ADAPTER_NAME = "adapter_config.json"
+"""What transformers finds an adapter by, in the directory of a model."""
 
 STEP_TOKENS = 4096
 """Of a step at most: a longer prompt is read in several, so that a step needs little memory."""
@@ -137,13 +140,26 @@ def obstacle(source: Source, asked: Asked) -> str:
     name = called(source.config)
     if name not in READERS:
         return f"{name} runs through transformers: the engine does not have it"
+    why = _passed_over(source)
     try:
         check_cut(source, 1)
     except (UnsupportedError, CheckpointError) as error:
-        return f"{name} runs through transformers: {error}"
-    # Attention without kernels reads its rows on the host, a token's at a time: on a GPU others are faster.
-    reason = environment_reason(_dtype(source, asked), asked.device) if asked.device.type == "cuda" else ""
-    return reason and f"{name} runs through transformers: {reason}"
+        why = why or str(error)
+    if not why and asked.device.type == "cuda":
+        # Attention without kernels reads its rows on the host, a token at a time, which is slow on a GPU.
+        why = environment_reason(_dtype(source, asked), asked.device)
+    return why and f"{name} runs through transformers: {why}"
+
+
+def _passed_over(source: Source) -> str:
+    """Return what changes a model beside its fields and weights, which alone the engine reads; empty without such."""
+    config = source.config
+    kind, weights = config.get("model_type"), config.get("transformers_weights")
+    if config.get("auto_map") and kind not in TYPES:
+        return f"its type, {kind}, comes with code of its own"
+    if weights is not None:
+        return f"its config.json says that the weights are in {weights}"
+    return "it has an adapter" if (source.directory / ADAPTER_NAME).exists() else ""
 
 
 def _dtype(source: Source, asked: Asked) -> torch.dtype:

@@ -119,6 +119,15 @@ def test_what_the_engine_does_not_run_is_said_in_a_line(tmp_path: Path, monkeypa
     assert why(model).startswith("LlamaForCausalLM runs through transformers: model: ") and "awq" in why(model)
     own_code.edit(model / "config.json", {"quantization_config": None, "tie_word_embeddings": False})
     assert "lm_head" in why(model)
+    own_code.edit(model / "config.json", {"tie_word_embeddings": True, "auto_map": own_code.AUTO_MAP})
+    assert why(model) == ""  # whose type is known, code of its own or not
+    own_code.edit(model / "config.json", {"model_type": "mine", "architectures": ["LlamaForCausalLM"]})
+    assert why(model) == "LlamaForCausalLM runs through transformers: its type, mine, comes with code of its own"
+    own_code.edit(model / "config.json", {"model_type": "llama", "transformers_weights": "other.bin"})
+    assert "the weights are in other.bin" in why(model)
+    own_code.edit(model / "config.json", {"transformers_weights": None})
+    (model / "adapter_config.json").write_text("{}")
+    assert why(model) == "LlamaForCausalLM runs through transformers: it has an adapter"
     gpu = torch.device("cuda")
     assert why(tiny_lm.TINY, device=gpu, dtype="float32") == (
         "LlamaForCausalLM runs through transformers: kernels take float16 and bfloat16 activations, not torch.float32"

@@ -38,7 +38,7 @@ def read(raw: Mapping[str, Any]) -> DecoderConfig:
 def called(raw: Mapping[str, Any]) -> str:
     """Return the class that a config.json names, or that its `model_type` means, or else that type itself."""
     named, kind = raw.get("architectures"), raw.get("model_type")
-    name = named[0] if isinstance(named, list) and named else _BY_TYPE.get(str(kind))
+    name = named[0] if isinstance(named, list) and named else TYPES.get(str(kind))
     return name if isinstance(name, str) else str(kind)
 
 
@@ -355,7 +355,7 @@ READERS: dict[str, Callable[[str, Fields], DecoderConfig]] = {
 }
 """Class in config.json -> what reads its fields."""
 
-_BY_TYPE = {
+TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
