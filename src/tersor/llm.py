@@ -77,7 +77,7 @@ class LLM:
 
         Raises:
             InputError: an option that there is not.
-            UnsupportedError: the engine does not have the architecture.
+            UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and impossible.
             CheckpointError: no whole checkpoint.
             ShapeError: it cannot be cut for so many ranks.
             TersorError: it does not fit in the device's memory, or a rank cannot be started.

@@ -16,7 +16,6 @@ import torch
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.continuation import Statistics, TextStream, full, prompt_tokens, room_for, together
-from tersor.engine.memory import page_bytes
 from tersor.engine.outputs import ERROR, STOP, CompletionOutput, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.sampling import Sampling
@@ -28,7 +27,7 @@ from tersor.models import DecoderConfig
 from tersor.models.architectures import READERS, TYPES, called
 from tersor.models.finite import first_not_finite
 from tersor.models.load import check_cut, dtype_of
-from tersor.ops.attention_form import PAGE
+from tersor.ops.attention_form import PAGE, PagedCache
 from tersor.ops.dispatch import environment_reason
 
 if TYPE_CHECKING:
@@ -235,6 +234,7 @@ class _ByEngine:
             max_length=prompt + room,
             max_rows=samples,
             max_step_tokens=max(samples, min(samples * prompt, STEP_TOKENS)),
+            memory=1.0,
             kv_bytes=pages_for(prompt, room, samples) * page_bytes(config, dtype),
             trust_remote_code=asked.trust_remote_code,
         )
@@ -308,3 +308,8 @@ def pages_for(prompt: int, room: int, samples: int) -> int:
     """
     shared = (prompt - 1) // PAGE
     return 1 + shared + samples * (-(-(prompt + room - 1) // PAGE) - shared)
+
+
+def page_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Return bytes of a page, of all layers of a model together, with keys and values in `dtype`."""
+    return sum(PagedCache.empty(1, layer.attention, dtype, "meta").pages.nbytes for layer in config.layers)

@@ -12,7 +12,6 @@ from helpers import own_code, tiny_lm
 from tersor import LLM, one_prompt
 from tersor.checkpoint.source import open_source
 from tersor.engine import Sampling
-from tersor.engine.memory import page_bytes
 from tersor.engine.scheduler import Scheduler
 from tersor.errors import InputError, UnsupportedError
 from tersor.models import DecoderConfig
@@ -72,9 +71,8 @@ def test_bytes_of_a_page_are_known_before_the_model_is_there() -> None:
     runner = LLM(tiny_lm.TINY, device="cpu", kv_bytes=1 << 22).runner
     with open_source(tiny_lm.TINY) as source:
         config = DecoderConfig.from_dict(source.config)
-    assert page_bytes(config, torch.float32) == runner.page_bytes() == 2 * page_bytes(config, torch.bfloat16)
-    scaled = 2 * 2 * 64 * 4 * len(config.layers)  # a float32 for every key and value of two heads
-    assert page_bytes(config, torch.float8_e4m3fn) == runner.page_bytes() // 4 + scaled
+    for dtype, ratio in ((torch.float32, 1), (torch.bfloat16, 2)):
+        assert one_prompt.page_bytes(config, dtype) * ratio == runner.page_bytes()
 
 
 def test_a_long_prompt_is_read_in_steps_and_one_without_room_is_refused_before_the_model_is_loaded(
