@@ -26,7 +26,7 @@ from tersor.llm import LLM, generation_config
 from tersor.models import DecoderConfig
 from tersor.models.architectures import READERS, TYPES, called
 from tersor.models.finite import first_not_finite
-from tersor.models.load import check_cut, dtype_of
+from tersor.models.load import check_cut, usual_dtype
 from tersor.ops.attention_form import PAGE, PagedCache
 from tersor.ops.dispatch import environment_reason
 
@@ -164,7 +164,7 @@ def _passed_over(source: Source) -> str:
 def _dtype(source: Source, asked: Asked) -> torch.dtype:
     """Return the dtype of activations."""
     if asked.dtype == "auto":
-        return dtype_of(source, asked.device)
+        return usual_dtype(source, asked.device)
     return float_dtype(asked.dtype, ("auto", *FLOAT_DTYPES))
 
 

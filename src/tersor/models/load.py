@@ -55,7 +55,7 @@ def load(
             return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
     where = device if isinstance(device, torch.device) else resolve_device(device)
     config, names, expected, schemes = _described(model)
-    chosen = dtype or dtype_of(model, where)
+    chosen = dtype or usual_dtype(model, where)
     multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
     try:
         with Reading(where) as reading:
@@ -88,7 +88,7 @@ def _described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str,
     return config, names, expected, check(expected, model.tensors, quantization, names)
 
 
-def dtype_of(source: Source, device: torch.device) -> torch.dtype:
+def usual_dtype(source: Source, device: torch.device) -> torch.dtype:
     """Return the dtype of activations that is meant where none is given.
 
     Args:
