@@ -35,6 +35,7 @@ ROOMS = (
     "engine",
     "integrations",
     "llm",
+    "one_prompt",
     "evaluate",
     "convert",
     "bench",

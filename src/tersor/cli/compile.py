@@ -16,7 +16,7 @@ def command(
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
     activations: Annotated[str, typer.Option(help="16bit, or fp8 as with `generate --activations fp8`.")] = "16bit",
-    fuse: Annotated[bool, typer.Option("--fuse", help="Compile what `generate --fuse` needs, too.")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Compile what joined layers need, too: gate with up.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Taken as elsewhere; no code of a model is needed here.")
     ] = False,

@@ -8,6 +8,7 @@ it drew from where the device keeps them, a slot a request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,8 @@ class Runner:
     Attributes:
         caches: keys and values of every layer, once `allocate` has made them.
         graphs: padded number of rows -> captured step.
+        capture_seconds: what capturing all of them took.
+        eager_reason: why there are none, or an empty string.
         workspace: memory of split products.
     """
 
@@ -117,6 +120,7 @@ class Runner:
         self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
         self.graphs: dict[int, _Graph] = {}
+        self.capture_seconds, self.eager_reason = 0.0, ""
         self._pages = -(-max_length // PAGE)
         self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
         self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
@@ -334,7 +338,7 @@ class Runner:
         Raises:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
-        pool = torch.cuda.graph_pool_handle()
+        started, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
         # The thread in which NCCL watches its calls may ask for their events meanwhile.
         mode = "global" if self.ranks.count == 1 else "thread_local"
         for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
@@ -361,6 +365,7 @@ class Runner:
                 raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
             self.graphs[size] = _Graph(graph, buffer, layout, drawn)
         self.graphs = dict(sorted(self.graphs.items()))
+        self.capture_seconds += time.perf_counter() - started
 
 
 def _prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:

@@ -55,7 +55,7 @@ def load(
             return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
     where = device if isinstance(device, torch.device) else resolve_device(device)
     config, names, expected, schemes = _described(model)
-    chosen = dtype or _dtype(model, where)
+    chosen = dtype or usual_dtype(model, where)
     multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
     try:
         with Reading(where) as reading:
@@ -88,8 +88,13 @@ def _described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str,
     return config, names, expected, check(expected, model.tensors, quantization, names)
 
 
-def _dtype(source: Source, device: torch.device) -> torch.dtype:
-    """Return the dtype that is meant where none is given."""
+def usual_dtype(source: Source, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations that is meant where none is given.
+
+    Args:
+        source: the checkpoint.
+        device: where it runs.
+    """
     if device.type == "cpu":
         return torch.float32
     return FLOAT_DTYPES.get(stated_dtype(source.config) or "", torch.bfloat16)
