@@ -375,5 +375,5 @@ TYPES = {
 
 def model_type(raw: Mapping[str, Any]) -> str:
     """Return the `model_type` of a config.json, that of its class where it names none."""
-    types = {name: kind for kind, name in _BY_TYPE.items()}
+    types = {name: kind for kind, name in TYPES.items()}
     return str(raw.get("model_type") or types[read(raw).architecture])
