@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
-from helpers.emulated import COMPILER, Emulated
+from helpers.emulated import COMPILER, Emulated, tensor_map
 
 from tersor import ops
 from tersor.hardware import chip_named
@@ -71,6 +71,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: H200)
     monkeypatch.setattr(jit, "get", emulation.get)
     monkeypatch.setattr(attention, "grid_of", emulation.grid)
+    monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(current, "empty", lambda size, stride, dtype: torch.full(size, NAN, dtype=dtype))
     with ops.using(workspace=emulation, reference=False):

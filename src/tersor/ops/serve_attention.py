@@ -11,8 +11,8 @@ import torch
 
 from tersor import hardware
 from tersor.errors import ShapeError
-from tersor.kernels import attention, jit
-from tersor.kernels.attention import DecodeLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels import attention, attention_sm90, jit
+from tersor.kernels.attention import AppendLaunch, DecodeLaunch, Kind, PrefillLaunch, Problem
 from tersor.ops import attention_reference, current, dispatch, mode
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 
@@ -158,12 +158,15 @@ class Prepared:
 
     Attributes:
         decode: serves rows of few new tokens, and padding.
-        prefill: serves the others; `None` where there are none.
-        floats, counters: as in `kernels.attention.Grid`.
+        append, prefill: serve the others, one after the other; `None` where there are none.
+        taken: which counter the kernel of `kernels.attention_sm90` has; `None` where another prefills.
+        floats, counters: as in `kernels.attention.Grid`, and counters of prefill.
     """
 
     decode: DecodeLaunch
+    append: AppendLaunch | None
     prefill: PrefillLaunch | None
+    taken: int | None
     floats: int
     counters: int
 
@@ -199,11 +202,17 @@ def _prepared(
     )
     grid = attention.grid_of(kind, problem, chip.sms)
     decode = jit.get(attention.decode_source(kind, problem.query_tiles(kind), chip), index)
-    prefill = None
-    if most_queries > attention.FEW_QUERIES:
-        append, product = attention.append_source(kind), attention.prefill_source(kind, chip)
-        prefill = attention.prepare_prefill(jit.get(append, index), jit.get(product, index), problem)
-    return Prepared(attention.prepare_decode(decode, problem, grid), prefill, grid.floats, grid.counters)
+    once = attention.prepare_decode(decode, problem, grid)
+    if most_queries <= attention.FEW_QUERIES:
+        return Prepared(once, None, None, None, grid.floats, grid.counters)
+    append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem)
+    if not attention_sm90.takes(kind, chip):
+        product = jit.get(attention.prefill_source(kind, chip), index)
+        prefill = attention.prepare_prefill(product, problem)
+        return Prepared(once, append, prefill, None, grid.floats, grid.counters)
+    product = jit.get(attention_sm90.prefill_source(kind, chip), index)
+    prefill = attention_sm90.prepare_prefill(product, kind, problem, chip.sms)
+    return Prepared(once, append, prefill, grid.counters, grid.floats, grid.counters + attention_sm90.COUNTERS)
 
 
 def attend(
@@ -247,25 +256,33 @@ def attend(
         partial, arrived, kept = now.workspace.split_sums(index, stream, prepared.floats, prepared.counters)
     channels = form.heads * form.head_dim
     out = current.empty((tokens, channels), (channels, 1), qkv.dtype)
-    common = {
+    pages: dict[str, int] = {
         "stream": stream,
-        "qkv": qkv.data_ptr(),
-        "stride": qkv.stride(0),
         "pages_of_layer": cache.pages.data_ptr(),
-        "scales": _address(cache.scales),
         "starts": starts.data_ptr(),
         "lengths": lengths.data_ptr(),
         "table": table.data_ptr(),
-        "rotary": _address(rotary) if form.rotary_dim else 0,
-        "norms": (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr()),
-        "sinks": _address(sinks),
-        "wide_sinks": sinks is not None and sinks.dtype == torch.float32,
         "out": out.data_ptr(),
         "early": now.early and chip.capability >= (9, 0),
     }
-    prepared.decode(**common, partial=partial, arrived=arrived, settled=rows.settled)
-    if prepared.prefill is not None:
-        prepared.prefill(**common)
+    tokens_of = {
+        "qkv": qkv.data_ptr(),
+        "stride": qkv.stride(0),
+        "rotary": _address(rotary) if form.rotary_dim else 0,
+        "norms": (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr()),
+    }
+    scales = _address(cache.scales)
+    ends = {"sinks": _address(sinks), "wide_sinks": sinks is not None and sinks.dtype == torch.float32}
+    prepared.decode(
+        **pages, **tokens_of, **ends, scales=scales, partial=partial, arrived=arrived, settled=rows.settled
+    )
+    if prepared.append is not None and prepared.prefill is not None:
+        prepared.append(**pages, **tokens_of, scales=scales)
+        if prepared.taken is None:
+            prepared.prefill(**pages, **ends, scales=scales)
+        else:
+            taken = arrived + 4 * prepared.taken
+            prepared.prefill(**pages, **ends, page_count=cache.pages.shape[0], taken=taken)
     del kept  # the launch is under way
     return out
 
