@@ -35,17 +35,18 @@ struct Named { int count = 0, here = 0, turn = 0; };
 struct Map { u64 address; long long rows, columns, stride; int element, box_rows; };
 struct Box { u32 shared, barrier; Map map; int column, row; };
 struct Operand { u32 at; u16 value; };
+struct Read { std::vector<Operand> operands; int waits = 128; };  // threads that have not waited for the product
 struct Group {  // a warpgroup
     Barrier barrier;
     u32 a[128][4];
     u64 descriptions[128][2];
     float left[64][16], right[16][256];
-    std::deque<std::vector<Operand>> read;  // of each product under way
+    std::map<int, Read> reads;  // of each product under way
 };
 struct Pending { float* d; std::vector<float> sums; int group; };
 struct Products {
     bool fenced = false;
-    int committed = 0;
+    int committed = 0, issued = 0, ended = 0;
     std::vector<Pending> sums;
     std::deque<std::pair<const u32*, std::vector<u32>>> registers;
     std::deque<int> groups;  // of each product under way
@@ -173,7 +174,7 @@ void multiply(float (&d)[kSums], const u32* a, u64 left, u64 right, bool turned,
                 group.left[i][k] = number<kBf16>(value);
             }
         }
-        group.read.push_back(std::move(read));
+        group.reads[products[now].issued].operands = std::move(read);
     }
     meet(group.barrier, 128);
     Products& own = products[now];
@@ -191,6 +192,7 @@ void multiply(float (&d)[kSums], const u32* a, u64 left, u64 right, bool turned,
         for (int k = 0; k < 16; ++k) sum += group.left[row][k] * group.right[k][column];
         found->sums[i] = sum;
     }
+    ++own.issued;
     own.groups.push_back(own.committed);
     own.registers.push_back({a, a == nullptr ? std::vector<u32>() : std::vector<u32>(a, a + 4)});
 }
@@ -203,6 +205,7 @@ using namespace emulated;
 inline void fence() { products[now].fenced = true; }
 inline void commit() { ++products[now].committed; }
 template <int kPending> void wait() {
+    for (int i = emulated::random() % 4; i > 0; --i) yield();
     Products& own = products[now];
     const int ended = own.committed - kPending;  // groups before this one
     while (!own.groups.empty() && own.groups.front() < ended) {
@@ -210,11 +213,13 @@ template <int kPending> void wait() {
         for (size_t i = 0; i < operand.second.size(); ++i) {
             if (operand.first[i] != operand.second[i]) fail("a register of an operand changed under a product");
         }
-        if (now % 128 == 0) {
-            for (const Operand& one : groups[now / 128].read.front()) {
+        auto& reads = groups[now / 128].reads;
+        const auto read = reads.find(own.ended++);
+        if (--read->second.waits == 0) {
+            for (const Operand& one : read->second.operands) {
                 if (memcmp(attention_memory + one.at, &one.value, 2)) fail("an operand changed under a product", one.at);
             }
-            groups[now / 128].read.pop_front();
+            reads.erase(read);
         }
         own.groups.pop_front();
         own.registers.pop_front();
@@ -229,7 +234,6 @@ template <int kPending> void wait() {
         own.sums.erase(own.sums.begin() + i);
     }
     own.fenced = false;
-    yield();
 }
 template <bool kBf16> struct MultiplyKeys {
     template <int kSums> static void run(float (&d)[kSums], u64 a, u64 b, int accumulate) {
@@ -262,8 +266,17 @@ inline void barrier_expect(u32 barrier, u32 bytes) {
 }
 inline void barrier_wait(u32 barrier, u32 parity) {
     while (phase(barrier).parity == parity) {
-        if (!boxes.empty() && emulated::random() % 16 == 0) land(emulated::random() % boxes.size());
-        if (++patience > 20000000) fail("everybody waits", barrier);
+        if (++patience > 3 * static_cast<long long>(fibers.size())) {  // nobody gets any further
+            std::vector<int> mine;
+            for (size_t i = 0; i < boxes.size(); ++i) if (boxes[i].barrier == barrier) mine.push_back(i);
+            const bool other = mine.empty() || emulated::random() % 2;
+            if (!boxes.empty()) {
+                patience = 0;
+                land(other ? emulated::random() % boxes.size() : mine[emulated::random() % mine.size()]);
+            } else if (patience > 10000000) {
+                fail("everybody waits", barrier);
+            }
+        }
         yield();
     }
 }
