@@ -22,7 +22,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, dense, experts, routing, sampling, small
+from tersor.kernels import attention, attention_sm90, dense, experts, routing, sampling, small
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm80, sm90
@@ -299,6 +299,8 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
         ways = [attention.decode_source(kind, tiles, chip) for tiles in (1, kind.query_tiles(64))]
         ways += [attention.append_source(kind), attention.prefill_source(kind, chip)]
         found += ways if turn % 2 == 0 else [ways[1], ways[0], ways[3], ways[2]]
+        if attention_sm90.takes(kind, chip):
+            found.append(attention_sm90.prefill_source(kind, chip))
     return found
 
 

@@ -257,7 +257,11 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
     check(source.header, source, facts)
     append, product = Launched(), Launched()
     append.source, product.source = attention.append_source(kind), attention.prefill_source(kind, H200)
-    attention.prepare_prefill(append, product, problem)(**common)  # type: ignore[arg-type]
+    pages = {name: common.pop(name) for name in ("sinks", "wide_sinks")}
+    attention.prepare_append(append, problem)(**common)  # type: ignore[arg-type]
+    for name in ("qkv", "stride", "rotary", "norms"):
+        del common[name]
+    attention.prepare_prefill(product, problem)(**common, **pages)  # type: ignore[arg-type]
     facts = {
         "append::kThreads": append.block[0],
         "(500 + append::kTokens - 1) / append::kTokens": append.grid[0],

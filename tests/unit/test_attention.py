@@ -13,7 +13,7 @@ from helpers.attention_cases import Case, Step
 from tersor import ops
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS, chip_named
-from tersor.kernels import attention
+from tersor.kernels import attention, attention_sm90
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 H200 = chip_named("H200")
@@ -192,6 +192,9 @@ def test_rings_fit_every_chip(chip: Any, e4m3: bool) -> None:
     for dim, tiles in itertools.product(range(16, 257, 16), (1, 2, 4)):
         kind = attention.Kind(head_dim=dim, dtype="float16", e4m3=e4m3)
         sources = [attention.prefill_source(kind, chip)]
+        if attention_sm90.takes(kind, chip):
+            sources.append(attention_sm90.prefill_source(kind, chip))
+            assert int(sources[1].parameters["SLOTS"]) >= 4, sources[1].name
         if tiles <= kind.query_tiles(64):
             sources.append(attention.decode_source(kind, tiles, chip))
         for source in sources:

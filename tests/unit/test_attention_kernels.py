@@ -12,7 +12,7 @@ from helpers.emulated import COMPILER, Emulated, tensor_map
 
 from tersor import ops
 from tersor.hardware import chip_named
-from tersor.kernels import attention, jit
+from tersor.kernels import attention, attention_sm90, jit
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.ops import current, dispatch, serve_attention
 from tersor.ops.workspace import Workspace
@@ -109,6 +109,12 @@ MANY = (
     Case(head_dim=128, heads=2, kv_heads=1, lengths=(140,), counts=(70,), dtype=torch.bfloat16, form={"softcap": 4.0}),
     Case(head_dim=256, heads=2, kv_heads=1, lengths=(80,), counts=(20,), dtype=torch.bfloat16, e4m3=True),
 )
+WIDE = (
+    Case(head_dim=128, heads=4, kv_heads=1, lengths=(700,), counts=(9,), dtype=torch.bfloat16, sinks=True),
+    Case(head_dim=80, heads=6, kv_heads=2, lengths=(300, 130), counts=(90, 60), form={"window": 70}),
+    Case(head_dim=256, heads=2, kv_heads=2, lengths=(210, 9), counts=(150, 9), form={"softcap": 5.0}),
+    Case(heads=3, kv_heads=1, lengths=(*(1,) * 33, 64, *(3,) * 3, 129), counts=(*(1,) * 33, 12, *(2,) * 3, 43)),
+)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -129,6 +135,20 @@ def test_many_splits_become_one_result(length: int, device: Emulation) -> None:
 def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case: Case, device: Emulation) -> None:
     check(Step(case), device)
     assert any("prefill" in name for name in device.launched)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_tiles_of_products_of_warpgroups_are_those_of_the_reference(case: Case, device: Emulation) -> None:
+    check(Step(case), device)
+    assert any("sm90_prefill" in name for name in device.launched)
+
+
+def test_rows_of_many_tokens_are_those_of_the_reference_where_warps_multiply(
+    device: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    check(Step(MANY[0]), device)
+    assert not any("sm90_prefill" in name for name in device.launched)
 
 
 @pytest.mark.parametrize("case", [FEW[4], MANY[1]], ids=str)
@@ -173,7 +193,8 @@ def test_texts_grow_step_by_step_over_the_same_pages(device: Emulation) -> None:
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int) -> None:
     kind = attention.Kind(head_dim=64, dtype="float16")
-    sources = [attention.append_source(kind), attention.prefill_source(kind, H200)]
+    sources = [module.prefill_source(kind, H200) for module in (attention, attention_sm90)]
+    sources.append(attention.append_source(kind))
     for source in [attention.decode_source(kind, tiles, H200), *sources]:
         text = nvrtc.compile_source(source, "compute_90a").data
         assert b"griddepcontrol.wait" in text and b"griddepcontrol.launch_dependents" in text
