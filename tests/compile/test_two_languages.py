@@ -13,9 +13,9 @@ import pytest
 
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, dense, routing, tune
+from tersor.kernels import attention, attention_sm90, dense, routing, tune
 from tersor.kernels import experts as of_experts
-from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.jit import KernelSource, nvrtc, tensor_map
 from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.kernels.tune.experts_problem import ExpertsProblem
 from tersor.layouts import decode_groups
@@ -27,6 +27,22 @@ H200 = chip_named("H200")
 ARCH = "compute_90a"
 """PTX: facts are checked, and nothing is made into machine code."""
 EMPTY = 'extern "C" __global__ void TERSOR_ENTRY(int* x) { *x = 0; }'
+PROBLEM = attention.Problem(
+    rows=3,
+    tokens=700,
+    heads=24,
+    kv_heads=2,
+    rotary_dim=0,
+    window=None,
+    softcap=None,
+    scale=1.0,
+    eps=0.0,
+    offset=0.0,
+    most_queries=500,
+    most_pages=20,
+    table_stride=20,
+    invariant=False,
+)
 
 
 def check(header: str, source: KernelSource, facts: Mapping[str, int | str]) -> None:
@@ -214,22 +230,7 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
 def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(head_dim: int, e4m3: bool) -> None:
     kind = attention.Kind(head_dim=head_dim, dtype="bfloat16", e4m3=e4m3)
-    problem = attention.Problem(
-        rows=3,
-        tokens=700,
-        heads=24,
-        kv_heads=2,
-        rotary_dim=0,
-        window=None,
-        softcap=None,
-        scale=1.0,
-        eps=0.0,
-        offset=0.0,
-        most_queries=500,
-        most_pages=20,
-        table_stride=20,
-        invariant=False,
-    )
+    problem = PROBLEM
     places = ("qkv", "pages_of_layer", "scales", "starts", "lengths", "table", "rotary", "sinks", "out")
     common = {
         "stream": 0,
@@ -273,3 +274,23 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_of_warpgroups_count_queries_and_threads_as_the_kernel_does(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, launched = attention.Kind(head_dim=head_dim, dtype="bfloat16"), Launched()
+    launched.source = attention_sm90.prefill_source(kind, H200)
+    monkeypatch.setattr(tensor_map, "rows", lambda *sizes: str(sizes).encode())
+    launch = attention_sm90.prepare_prefill(launched, kind, PROBLEM, 7)  # type: ignore[arg-type]
+    places = ("pages_of_layer", "starts", "lengths", "table", "sinks", "out", "taken")
+    launch(stream=0, page_count=5, wide_sinks=False, early=False, **dict.fromkeys(places, 0))
+    facts = {
+        "prefill::kThreads": launched.block[0],
+        "prefill::kQueries": attention_sm90.QUERIES,
+        "pages::kTokens": PAGE,
+        "prefill::kSharedBytes": launched.shared,
+    }
+    assert launched.grid == (7, 1, 1)
+    check(launched.source.header, launched.source, facts)

@@ -12,7 +12,7 @@ from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
 
 from tersor import hardware, ops
 from tersor.kernels import attention as family
-from tersor.kernels import jit
+from tersor.kernels import attention_sm90, jit
 from tersor.ops import current, serve_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -50,6 +50,16 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+PREFILLS = (
+    Case(head_dim=128, heads=8, kv_heads=2, lengths=(3000,), counts=(3000,)),
+    Case(head_dim=128, heads=8, lengths=(2500, 1100), counts=(1500, 1100), dtype=torch.bfloat16, form={"window": 300}),
+    Case(head_dim=64, heads=40, kv_heads=1, lengths=(5000, 70), counts=(9, 70), sinks=True),
+    Case(head_dim=128, heads=32, kv_heads=8, lengths=(*range(40, 140), 900), counts=(*(1, 30) * 50, 700)),
+    Case(head_dim=80, heads=6, kv_heads=2, lengths=(1000, 9), counts=(513, 9), norms=True, form={"softcap": 5.0}),
+    Case(head_dim=192, heads=6, kv_heads=6, lengths=(1000, 200), counts=(700, 11), dtype=torch.bfloat16),
+    Case(head_dim=256, heads=8, kv_heads=4, lengths=(1000, 640), counts=(700, 640), form={"window": 129}),
+)
+"""Steps of many new tokens: long rows, windows, many rows of which most have few, heads that fill tiles together."""
 
 
 def kind_of(case: Case) -> family.Kind:
@@ -62,12 +72,14 @@ def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
     chip = hardware.of_device(0)
     sources = set()
-    for case in CASES:
+    for case in (*CASES, *PREFILLS):
         kind, most = kind_of(case), max(case.counts)
         queries = min(most, family.FEW_QUERIES) * (case.heads // case.kv_heads)
         sources.add(family.decode_source(kind, kind.query_tiles(queries), chip))
         if most > family.FEW_QUERIES:
             sources |= {family.append_source(kind), family.prefill_source(kind, chip)}
+            if attention_sm90.takes(kind, chip):
+                sources.add(attention_sm90.prefill_source(kind, chip))
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 
@@ -100,6 +112,18 @@ def check(step: Step) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_is_that_of_the_reference(case: Case) -> None:
     check(Step(case, "cuda"))
+
+
+@pytest.mark.parametrize("case", PREFILLS, ids=lambda case: f"{case.head_dim}-{case.heads}-{len(case.counts)}")
+@pytest.mark.parametrize("warpgroups", [True, False])
+def test_many_new_tokens_are_those_of_the_reference(
+    warpgroups: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not warpgroups:
+        monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    serve_attention._prepared.cache_clear()
+    check(Step(case, "cuda"))
+    serve_attention._prepared.cache_clear()
 
 
 @pytest.mark.parametrize("splits", [1, 2, 33])

@@ -238,7 +238,7 @@ DecodeLaunch: TypeAlias = Callable[..., None]
 AppendLaunch: TypeAlias = Callable[..., None]
 """Launches append.cuh on one prepared problem: `launch` in `prepare_append`."""
 PrefillLaunch: TypeAlias = Callable[..., None]
-"""Launches prefill.cuh, or sm90_prefill.cuh, on one prepared problem: `launch` in `prepare_prefill` of their modules."""
+"""Launches prefill.cuh, or sm90_prefill.cuh, on one prepared problem: `launch` in their modules' `prepare_prefill`."""
 
 
 def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLaunch:

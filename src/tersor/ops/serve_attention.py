@@ -273,9 +273,7 @@ def attend(
     }
     scales = _address(cache.scales)
     ends = {"sinks": _address(sinks), "wide_sinks": sinks is not None and sinks.dtype == torch.float32}
-    prepared.decode(
-        **pages, **tokens_of, **ends, scales=scales, partial=partial, arrived=arrived, settled=rows.settled
-    )
+    prepared.decode(**pages, **tokens_of, **ends, scales=scales, partial=partial, arrived=arrived, settled=rows.settled)
     if prepared.append is not None and prepared.prefill is not None:
         prepared.append(**pages, **tokens_of, scales=scales)
         if prepared.taken is None:
