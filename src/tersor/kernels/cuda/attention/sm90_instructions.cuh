@@ -1,5 +1,5 @@
 // Instructions of sm_90a that attention alone uses: products of a warpgroup beside those of common/wgmma.cuh (PTX ISA 9.0,
-// "Asynchronous Warpgroup Level Matrix Instructions"), and a barrier that is told apart at run time.
+// "Asynchronous Warpgroup Level Matrix Instructions"), a barrier that is told apart at run time, and a fast inverse.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -11,6 +11,13 @@ namespace ptx {
 template <int kFirst, int kThreads>
 __device__ __forceinline__ void arrive_one_of(int index) {
     asm volatile("bar.arrive %0, %1;" ::"r"(kFirst + index), "n"(kThreads) : "memory");
+}
+
+// 1 / x, to about 1 unit in the last place; 0 for infinity.
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 }  // namespace ptx

@@ -57,10 +57,7 @@ __device__ __forceinline__ void multiply(
         u32 narrowed[kBlock / 4];
         const auto finish = [&](int block) {
             const int start = seen.first_page * pages::kTokens + block * kBlock;
-            if (soft != 0.0f) {
-#pragma unroll
-                for (int i = 0; i < kBlock / 2; ++i) scores[i] = pages::score(scores[i], scale, soft);
-            }
+            if (soft != 0.0f) cap(scores, scale, soft);
             if (start + kBlock - 1 > seen.first || start <= seen.last - window) hide(scores, start, sight);
             return weigh(sums, scores, factor);
         };
@@ -76,11 +73,11 @@ __device__ __forceinline__ void multiply(
         at.advance();
         finish(0);
         narrow(narrowed, scores);
+        pages.wait_filled(at);
 #pragma unroll 1
         for (int block = 1; block < seen.blocks; ++block) {
             PageRing::Place values_at = at;
             values_at.advance();
-            pages.wait_filled(at);
             pages.wait_filled(values_at);
             ptx::sync_one_of<kTurns, kConsumers>(own);
             wgmma::fence();
@@ -92,16 +89,16 @@ __device__ __forceinline__ void multiply(
             wgmma::wait<1>();
             ptx::barrier_arrive(pages.emptied(at));
             const float2 of_old = finish(block);
+            at = values_at;
+            at.advance();
+            pages.wait_filled(at);  // here, or ptxas waits for products ahead of `finish`
             wgmma::wait<0>();
             ptx::barrier_arrive(pages.emptied(values_at));
             rescale(sums.outputs, of_old);
             narrow(narrowed, scores);
-            at = values_at;
-            at.advance();
         }
         ptx::barrier_arrive(queries.emptied(query_at));
         query_at.advance();
-        pages.wait_filled(at);
         const int there = item.length - seen.first_page * pages::kTokens - (seen.blocks - 1) * kBlock;
         if (there < kBlock) clear_values(pages.address(at), there, own);
         wgmma::fence();

@@ -63,6 +63,15 @@ __device__ __forceinline__ void multiply_values(
     }
 }
 
+// Scaled products become scores in powers of two, as `pages::score` says of a softcap.
+__device__ __forceinline__ void cap(float (&scores)[kBlock / 2], float scale, float soft) {
+    const float twice = 2.0f * pages::kLog2e * scale;
+#pragma unroll
+    for (int i = 0; i < kBlock / 2; ++i) {
+        scores[i] = soft - 2.0f * soft * ptx::inverse(1.0f + ptx::power_of_two(twice * scores[i]));
+    }
+}
+
 // Scores of tokens that a query does not see become -inf. `start`: the block's first token.
 __device__ __forceinline__ void hide(float (&scores)[kBlock / 2], int start, const Sight& sight) {
     const int first = start + 2 * static_cast<int>(threadIdx.x % 4);
