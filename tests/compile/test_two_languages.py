@@ -283,14 +283,16 @@ def test_tiles_of_warpgroups_count_queries_and_threads_as_the_kernel_does(
     kind, launched = attention.Kind(head_dim=head_dim, dtype="bfloat16"), Launched()
     launched.source = attention_sm90.prefill_source(kind, H200)
     monkeypatch.setattr(tensor_map, "rows", lambda *sizes: str(sizes).encode())
-    launch = attention_sm90.prepare_prefill(launched, kind, PROBLEM, 7)  # type: ignore[arg-type]
-    places = ("pages_of_layer", "starts", "lengths", "table", "sinks", "out", "taken")
+    grid = attention_sm90.grid_of(kind, PROBLEM, 7, splits=3)
+    launch = attention_sm90.prepare_prefill(launched, kind, PROBLEM, grid)  # type: ignore[arg-type]
+    places = ("pages_of_layer", "starts", "lengths", "table", "sinks", "out", "partial", "taken")
     launch(stream=0, page_count=5, wide_sinks=False, early=False, **dict.fromkeys(places, 0))
     facts = {
         "prefill::kThreads": launched.block[0],
         "prefill::kQueries": attention_sm90.QUERIES,
         "pages::kTokens": PAGE,
         "prefill::kSharedBytes": launched.shared,
+        "prefill::kGroups * 128 * prefill::kPartFours * 4": grid.floats // ((grid.counters - 1) // 2 * 3),
     }
     assert launched.grid == (7, 1, 1)
     check(launched.source.header, launched.source, facts)

@@ -284,6 +284,7 @@ inline bool elect() {
     share({});
     return now % 32 == 0;
 }
+inline u32 kept(u32 value) { return value; }
 inline float inverse(float x) { return 1.0f / x; }
 inline void prefetch_map(const void*) {}
 inline void tensor_copy(u32 shared, const void* map, int column, int row, u32 barrier) {

@@ -27,7 +27,7 @@ class Emulation(Workspace):
     Attributes:
         launched: names of the kernels, in order.
         arrived: counters of splits, zero between launches.
-        splits: what a launch has at most; `None` is what `grid_of` says.
+        splits: what a launch has at most, of either kind; `None` is what `grid_of` says.
         arch: its compute capability, times 100.
     """
 
@@ -54,8 +54,11 @@ class Emulation(Workspace):
     def grid(self, kind: Any, problem: Any, sms: int) -> attention.Grid:
         return grid_of(kind, problem, sms) if self.splits is None else attention.Grid.of(kind, problem, self.splits)
 
+    def wide_grid(self, kind: Any, problem: Any, sms: int) -> attention_sm90.Grid:
+        return wide_grid_of(kind, problem, 3, self.splits)  # three SMs, so that each has several tiles in turn
 
-grid_of = attention.grid_of
+
+grid_of, wide_grid_of = attention.grid_of, attention_sm90.grid_of
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: H200)
     monkeypatch.setattr(jit, "get", emulation.get)
     monkeypatch.setattr(attention, "grid_of", emulation.grid)
+    monkeypatch.setattr(attention_sm90, "grid_of", emulation.wide_grid)
     monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(current, "empty", lambda size, stride, dtype: torch.full(size, NAN, dtype=dtype))
@@ -139,8 +143,15 @@ def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case
 
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_tiles_of_products_of_warpgroups_are_those_of_the_reference(case: Case, device: Emulation) -> None:
+    device.splits = 1
     check(Step(case), device)
     assert any("sm90_prefill" in name for name in device.launched)
+
+
+@pytest.mark.parametrize("case", [WIDE[0], WIDE[2]], ids=str)
+def test_parts_of_what_a_tile_sees_become_one_result(case: Case, device: Emulation) -> None:
+    device.splits = 4  # of which some tiles take fewer
+    check(Step(case), device)
 
 
 def test_rows_of_many_tokens_are_those_of_the_reference_where_warps_multiply(

@@ -159,14 +159,15 @@ class Prepared:
     Attributes:
         decode: serves rows of few new tokens, and padding.
         append, prefill: serve the others, one after the other; `None` where there are none.
-        taken: which counter the kernel of `kernels.attention_sm90` has; `None` where another prefills.
-        floats, counters: as in `kernels.attention.Grid`, and counters of prefill.
+        behind: floats and counters ahead of those that the kernel of `kernels.attention_sm90` has; `None` where another
+            prefills.
+        floats, counters: as in `kernels.attention.Grid`, and those of prefill.
     """
 
     decode: DecodeLaunch
     append: AppendLaunch | None
     prefill: PrefillLaunch | None
-    taken: int | None
+    behind: tuple[int, int] | None
     floats: int
     counters: int
 
@@ -211,8 +212,9 @@ def _prepared(
         prefill = attention.prepare_prefill(product, problem)
         return Prepared(once, append, prefill, None, grid.floats, grid.counters)
     product = jit.get(attention_sm90.prefill_source(kind, chip), index)
-    prefill = attention_sm90.prepare_prefill(product, kind, problem, chip.sms)
-    return Prepared(once, append, prefill, grid.counters, grid.floats, grid.counters + attention_sm90.COUNTERS)
+    wide, behind = attention_sm90.grid_of(kind, problem, chip.sms), (-(-grid.floats // 4) * 4, grid.counters)
+    prefill = attention_sm90.prepare_prefill(product, kind, problem, wide)
+    return Prepared(once, append, prefill, behind, behind[0] + wide.floats, behind[1] + wide.counters)
 
 
 def attend(
@@ -276,11 +278,12 @@ def attend(
     prepared.decode(**pages, **tokens_of, **ends, scales=scales, partial=partial, arrived=arrived, settled=rows.settled)
     if prepared.append is not None and prepared.prefill is not None:
         prepared.append(**pages, **tokens_of, scales=scales)
-        if prepared.taken is None:
+        if prepared.behind is None:
             prepared.prefill(**pages, **ends, scales=scales)
         else:
-            taken = arrived + 4 * prepared.taken
-            prepared.prefill(**pages, **ends, page_count=cache.pages.shape[0], taken=taken)
+            floats, counters = prepared.behind
+            places = {"partial": partial + 4 * floats, "taken": arrived + 4 * counters}
+            prepared.prefill(**pages, **ends, **places, page_count=cache.pages.shape[0])
     del kept  # the launch is under way
     return out
 

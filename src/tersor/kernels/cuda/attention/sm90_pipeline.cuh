@@ -2,7 +2,8 @@
 // and the warps that keep its rings full. The parameters are those of sm90_prefill.cuh.
 //
 // Queries that share keys, `group` of each new token, are numbered token by token; a tile has kQueries that follow each
-// other. So a few tokens fill a tile, and keys that were copied once meet all heads that read them.
+// other. So a few tokens fill a tile, and keys that were copied once meet all heads that read them. Where tiles are fewer
+// than multiprocessors, the tokens that a tile sees are dealt out to several parts.
 #pragma once
 
 #include "attention/instructions.cuh"
@@ -37,7 +38,8 @@ constexpr int kItemSlots = 2;
 constexpr int kItemBytes = 32;
 constexpr int kQueriesAt = SLOTS * kSlotBytes;
 constexpr int kItemsAt = kQueriesAt + QUERY_SLOTS * kQuerySlotBytes;
-constexpr int kBarriersAt = kItemsAt + kItemSlots * kItemBytes;
+constexpr int kLastAt = kItemsAt + kItemSlots * kItemBytes;  // a word a warpgroup: whether its part came last
+constexpr int kBarriersAt = kLastAt + 16;
 constexpr int kSharedBytes = kBarriersAt + (SLOTS + QUERY_SLOTS + kItemSlots) * ring::kBarrierBytes;
 static_assert(kSharedBytes == SHARED_BYTES);
 static_assert(kDim >= 64 && !pages::kE4m3);
@@ -48,66 +50,70 @@ using PageRing = ring::Ring<SLOTS>;
 using QueryRing = ring::Ring<QUERY_SLOTS>;
 using ItemRing = ring::Ring<kItemSlots>;
 
-// What a CTA works at: one tile of a row and a head of keys. `row` is -1 after the last.
+// What a CTA works at: one tile of a row and a head of keys, or a part of what it sees. `row` is -1 after the last.
 struct Item {
     int row, kv_head;
     int base;                  // number of the tile's first query among those of the row that share keys
     int first, fresh, length;  // the row's first token of the step, its new tokens, those of its text
+    int tile, part;            // number of the tile in the step, and of the part
 
     __device__ __forceinline__ static Item load(u32 from) {
-        const uint4 words = ptx::load_shared_four(from);
-        return {static_cast<int>(words.x),
-                static_cast<int>(words.y),
-                static_cast<int>(words.z),
-                static_cast<int>(words.w),
-                static_cast<int>(ptx::load_shared(from + 16)),
-                static_cast<int>(ptx::load_shared(from + 20))};
+        const uint4 a = ptx::load_shared_four(from), b = ptx::load_shared_four(from + 16);
+        const auto number = [](u32 word) { return static_cast<int>(word); };
+        return {number(a.x), number(a.y), number(a.z), number(a.w), number(b.x), number(b.y), number(b.z), number(b.w)};
     }
     __device__ __forceinline__ void store(u32 to) const {
         ptx::store_shared_four(to, make_uint4(row, kv_head, base, first));
-        ptx::store_shared(to + 16, fresh);
-        ptx::store_shared(to + 20, length);
+        ptx::store_shared_four(to + 16, make_uint4(fresh, length, tile, part));
     }
 };
 
 // What the queries of an item see.
 struct Seen {
-    int queries;     // of the tile
-    int first, last; // the last token that the first query sees, and the last query
-    int first_page;  // of the text, that any of them sees
-    int blocks;      // from there on
+    int queries;      // of the tile
+    int first, last;  // the last token that the first query sees, and the last query
+    int parts;        // of the tile, at most `splits`: each has a block
+    int first_page;   // of the text, that the item has
+    int blocks;       // from there on
 
-    __device__ __forceinline__ Seen(const Item& item, int group, int window) {
+    __device__ __forceinline__ Seen(const Item& item, int group, int window, int splits) {
         const int known = item.length - item.fresh;
         queries = min(item.fresh * group - item.base, kQueries);
         first = known + item.base / group;
         last = known + (item.base + queries - 1) / group;
         first_page = max(first + 1 - window, 0) / pages::kTokens;
         blocks = (last / pages::kTokens - first_page) / kBlockPages + 1;
+        parts = min(splits, blocks);
+        const int from = blocks * item.part / parts;
+        blocks = blocks * (item.part + 1) / parts - from;
+        first_page += from * kBlockPages;
     }
 };
 
-// Hands out items, to a warp of every CTA: rows in order, of a row the tiles first whose queries see most. A counter says
+// Hands out items, to a warp of every CTA: rows in order, of a row the tiles first whose queries see most, `splits` of a
+// tile, whose part may be none (Seen::parts). A counter says
 // how many were taken; who takes the last number, after every CTA has been told that there are no more, sets it to zero.
 class Finder {
 public:
     __device__ __forceinline__ Finder(
-        const int* starts, const int* lengths, u32* taken, int rows, int kv_heads, int group)
-        : starts_(starts), lengths_(lengths), taken_(taken), rows_(rows), kv_heads_(kv_heads), group_(group) {
+        const int* starts, const int* lengths, u32* taken, int rows, int kv_heads, int group, int splits)
+        : starts_(starts), lengths_(lengths), taken_(taken), rows_(rows), kv_heads_(kv_heads), group_(group),
+          splits_(splits) {
         load();
     }
 
     __device__ __forceinline__ Item next() {
         const int lane = threadIdx.x % 32;
-        u32 number = 0;
-        if (lane == 0) number = ptx::arrive(taken_);
-        number = __shfl_sync(~0u, number, 0);
+        u32 ticket = 0;
+        if (lane == 0) ticket = ptx::arrive(taken_);
+        ticket = __shfl_sync(~0u, ticket, 0);
+        const u32 number = ticket / splits_;
         while (number >= before_ + __shfl_sync(~0u, end_, 31)) {
             before_ += __shfl_sync(~0u, end_, 31);
             base_ += 32;
             if (base_ >= rows_) {
-                if (lane == 0 && number == before_ + gridDim.x - 1) *taken_ = 0;
-                return {-1, 0, 0, 0, 0, 0};
+                if (lane == 0 && ticket == before_ * splits_ + gridDim.x - 1) *taken_ = 0;
+                return {-1, 0, 0, 0, 0, 0, 0, 0};
             }
             load();
         }
@@ -120,7 +126,9 @@ public:
                 static_cast<int>(left / kv_heads_) * kQueries,
                 __shfl_sync(~0u, first_, owner),
                 fresh,
-                __shfl_sync(~0u, length_, owner)};
+                __shfl_sync(~0u, length_, owner),
+                static_cast<int>(number),
+                static_cast<int>(ticket % splits_)};
     }
 
 private:
@@ -145,6 +153,7 @@ private:
     const int *starts_, *lengths_;
     u32* taken_;
     int rows_, kv_heads_, group_;
+    u32 splits_;
     int base_ = 0, first_, fresh_, length_;
     u32 before_ = 0, end_;
 };
@@ -153,12 +162,14 @@ private:
 // of the block before.
 __device__ __forceinline__ void copy_pages(
     const PageRing& ring, const ItemRing& items, Finder finder, const TensorMap& map, const int* table, int table_stride,
-    int kv_heads, int group, int window) {
+    int kv_heads, int group, int window, int splits) {
     const int lane = threadIdx.x % 32;
     PageRing::Place at(0);
     ItemRing::Place item_at(0);
     while (true) {
         const Item item = finder.next();
+        const Seen seen(item, group, window, splits);
+        if (item.part >= seen.parts) continue;
         items.wait_emptied(item_at);
         if (lane == 0) {
             item.store(items.address(item_at));
@@ -167,7 +178,6 @@ __device__ __forceinline__ void copy_pages(
         __syncwarp();
         item_at.advance();
         if (item.row < 0) return;
-        const Seen seen(item, group, window);
         const int pages_there = (item.length + pages::kTokens - 1) / pages::kTokens - seen.first_page;
         const int* row_table = table + static_cast<long long>(item.row) * table_stride + seen.first_page;
         const auto fill = [&](const int (&numbers)[kBlockPages], int block, int half) {

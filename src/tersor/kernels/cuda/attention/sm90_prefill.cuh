@@ -20,13 +20,13 @@
 
 namespace prefill {
 
-constexpr int kCopyRegisters = 40;
-constexpr int kComputeRegisters = 232;
+constexpr int kCopyRegisters = 56;
+constexpr int kComputeRegisters = 224;
 
 // A multiplying warpgroup.
 __device__ __forceinline__ void multiply(
-    const PageRing& pages, const QueryRing& queries, const ItemRing& items, const sinks::Sinks& of_heads, u16* out,
-    int heads, int group, int window, float scale, float soft) {
+    const PageRing& pages, const QueryRing& queries, const ItemRing& items, u32 last, const sinks::Sinks& of_heads,
+    u16* out, float4* partial, u32* arrived, int heads, int group, int window, int splits, float scale, float soft) {
     const int own = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
     const int own_query = threadIdx.x / 32 * 16 + lane / 4;
     const float factor = soft == 0.0f ? scale : 1.0f;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void multiply(
         items.release(item_at);
         item_at.advance();
         if (item.row < 0) break;
-        const Seen seen(item, group, window);
+        const Seen seen(item, group, window, splits);
         int numbers[2];
         Sight sight;
         Sums sums;
@@ -107,6 +107,11 @@ __device__ __forceinline__ void multiply(
         wgmma::wait<0>();
         ptx::barrier_arrive(pages.emptied(at));
         at.advance();
+        const int tile = item.tile * kGroups + own;
+        if (seen.parts > 1) {
+            float4* parts = partial + static_cast<long long>(tile) * splits * kPartFours * 128;
+            if (!join(sums, parts, item.part, seen.parts, arrived + tile, last + 4 * own, own, factor)) continue;
+        }
         Target targets[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -132,13 +137,15 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1) TERSOR_ENTRY(
     const int* __restrict__ table,
     const void* __restrict__ sink_scores,
     u16* out,                                        // holds the queries, and gets the results
-    u32* taken,                                      // a counter, zero before and after
+    float4* partial,                                 // [tiles, kGroups, splits, kPartFours, 128]
+    u32* taken,                                      // counters, zero before and after: of items, [tiles, kGroups] of parts
     int rows,
     int table_stride,
     int heads,
     int kv_heads,
     int window,
     int wide_sinks,
+    int splits,                                      // most parts of what a tile sees
     float scale,
     float soft) {
     using namespace prefill;
@@ -163,13 +170,15 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1) TERSOR_ENTRY(
         ptx::give_registers<kCopyRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
         if (warp == 0) {
-            const Finder finder(starts, lengths, taken, rows, kv_heads, group);
-            copy_pages(pages, items, finder, map, table, table_stride, kv_heads, group, window);
+            const Finder finder(starts, lengths, taken, rows, kv_heads, group, splits);
+            copy_pages(pages, items, finder, map, table, table_stride, kv_heads, group, window, splits);
         } else {
             copy_queries(queries, items, out, heads, kv_heads, group);
         }
     } else {
         ptx::take_registers<kComputeRegisters>();
-        multiply(pages, queries, items, {sink_scores, wide_sinks}, out, heads, group, window, scale, soft);
+        multiply(
+            pages, queries, items, memory + kLastAt, {sink_scores, wide_sinks}, out, partial, taken + 1, heads, group, window,
+            splits, scale, soft);
     }
 }

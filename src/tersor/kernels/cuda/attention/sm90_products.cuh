@@ -38,7 +38,8 @@ struct Sight {
 };
 
 __device__ __forceinline__ void multiply_keys(float (&scores)[kBlock / 2], u32 queries, u32 keys) {
-    const u64 rows = describe(queries, 16), columns = describe(keys, 16);
+    // With many channels ptxas else keeps a description of each step's queries, for which it has no registers.
+    const u64 rows = describe(kDim > 192 ? ptx::kept(queries) : queries, 16), columns = describe(keys, 16);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
         const int within = step % 4 * 32;
@@ -142,6 +143,63 @@ __device__ __forceinline__ void clear_values(u32 values, int there, int group) {
     }
     ptx::end_reads();  // and writes, which the tensor cores are to see
     ptx::sync_one_of<kGroupBarriers, 128>(group);
+}
+
+// Brings what a warpgroup has of a tile together with the other parts: to memory and, where this part comes last, back
+// again in the order of the parts. Tells whether it came last. `parts`: float4 [parts][kPartFours][128]. `last` is a word
+// of shared memory.
+constexpr int kPartFours = kDim / 8 + 1;
+
+__device__ __forceinline__ bool join(
+    Sums& sums, float4* parts, int part, int count, u32* arrived, u32 last, int group, float factor) {
+    const int thread = threadIdx.x % 128;
+    const auto place = [&](int part, int i) { return parts + (part * kPartFours + i) * 128 + thread; };
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+        const float* four = sums.outputs + 4 * i;
+        *place(part, i) = make_float4(four[0], four[1], four[2], four[3]);
+    }
+    *place(part, kDim / 8) = make_float4(sums.largest[0], sums.largest[1], sums.weights[0], sums.weights[1]);
+    ptx::sync_one_of<kGroupBarriers, 128>(group);
+    if (thread == 0) {
+        const bool comes_last = ptx::arrive(arrived) == static_cast<u32>(count - 1);
+        if (comes_last) *arrived = 0;
+        ptx::store_shared(last, comes_last);
+    }
+    ptx::sync_one_of<kGroupBarriers, 128>(group);
+    if (ptx::load_shared(last) == 0) return false;
+    for (int i = 0; i < count; ++i) {
+        const float4 four = __ldcg(place(i, kDim / 8));
+        sums.largest[0] = fmaxf(sums.largest[0], four.x);
+        sums.largest[1] = fmaxf(sums.largest[1], four.y);
+    }
+    sums.weights[0] = sums.weights[1] = 0.0f;
+    constexpr int kFours = 4;  // so many at a time, where registers are few
+#pragma unroll
+    for (int k = 0; k < kDim / 8; k += kFours) {
+        float found[4 * kFours] = {};
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+            const float4 four = __ldcg(place(i, kDim / 8));
+            const float low = ptx::power_of_two((four.x - sums.largest[0]) * factor);
+            const float high = ptx::power_of_two((four.y - sums.largest[1]) * factor);
+            if (k == 0) sums.weights[0] += low * four.z, sums.weights[1] += high * four.w;
+#pragma unroll
+            for (int j = 0; j < kFours; ++j) {
+                if (k + j >= kDim / 8) continue;
+                const float4 of_part = __ldcg(place(i, k + j));
+                found[4 * j] += low * of_part.x;
+                found[4 * j + 1] += low * of_part.y;
+                found[4 * j + 2] += high * of_part.z;
+                found[4 * j + 3] += high * of_part.w;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4 * kFours; ++j) {
+            if (4 * k + j < kDim / 2) sums.outputs[4 * k + j] = found[j];
+        }
+    }
+    return true;
 }
 
 // Where a query's results go, or nowhere, and by what they are multiplied.
