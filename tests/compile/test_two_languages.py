@@ -285,7 +285,7 @@ def test_tiles_of_warpgroups_count_queries_and_threads_as_the_kernel_does(
     monkeypatch.setattr(tensor_map, "rows", lambda *sizes: str(sizes).encode())
     grid = attention_sm90.grid_of(kind, PROBLEM, 7, splits=3)
     launch = attention_sm90.prepare_prefill(launched, kind, PROBLEM, grid)  # type: ignore[arg-type]
-    places = ("pages_of_layer", "starts", "lengths", "table", "sinks", "out", "partial", "taken")
+    places = ("pages_of_layer", "scales", "starts", "lengths", "table", "sinks", "out", "partial", "taken")
     launch(stream=0, page_count=5, wide_sinks=False, early=False, **dict.fromkeys(places, 0))
     facts = {
         "prefill::kThreads": launched.block[0],

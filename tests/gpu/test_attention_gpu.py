@@ -57,6 +57,8 @@ PREFILLS = (
     Case(head_dim=128, heads=32, kv_heads=8, lengths=(*range(40, 140), 900), counts=(*(1, 30) * 50, 700)),
     Case(head_dim=128, heads=32, kv_heads=8, lengths=(9000,), counts=(20,), dtype=torch.bfloat16, sinks=True),
     Case(head_dim=80, heads=6, kv_heads=2, lengths=(1000, 9), counts=(513, 9), norms=True, form={"softcap": 5.0}),
+    Case(head_dim=128, heads=8, kv_heads=2, lengths=(3000, 70), counts=(1000, 70), dtype=torch.bfloat16, e4m3=True),
+    Case(head_dim=256, heads=4, kv_heads=2, lengths=(1000,), counts=(700,), e4m3=True, form={"window": 300}),
     Case(head_dim=192, heads=6, kv_heads=6, lengths=(1000, 200), counts=(700, 11), dtype=torch.bfloat16),
     Case(head_dim=256, heads=8, kv_heads=4, lengths=(1000, 640), counts=(700, 640), form={"window": 129}),
 )

@@ -76,6 +76,7 @@ std::function<void()> body;
 std::mt19937 random;
 std::function<void()> before_block = [] {}, after_block = [] {};
 std::function<void(const unsigned char*, const void*, int)> before_write;  // where, of what, how many bytes
+std::function<void()> before_landing = [] {};
 
 inline void yield() { swapcontext(&fibers[now].context, &scheduler); }
 inline int meet(Barrier& barrier, int all) {
@@ -250,6 +251,7 @@ inline void copy_async_commit() {
     fibers[now].open.clear();
 }
 template <int kPending> void copy_async_wait() {
+    before_landing();
     auto& groups = fibers[now].groups;
     while (static_cast<int>(groups.size()) > kPending) {
         for (const Copy& one : groups.front()) {

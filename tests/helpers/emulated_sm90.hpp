@@ -32,7 +32,7 @@ namespace emulated {
 struct Phase { int count, here; long long bytes; u32 parity; };
 struct Named { int count = 0, here = 0, turn = 0; };
 // What the driver would encode: `tensor_map` of tests/helpers/emulated.py.
-struct Map { u64 address; long long rows, columns, stride; int element, box_rows; };
+struct Map { u64 address; long long rows, columns, stride; int element, box_rows; };  // no rows: bytes in `columns`
 struct Box { u32 shared, barrier; Map map; int column, row; };
 struct Operand { u32 at; u16 value; };
 struct Read { std::vector<Operand> operands; int waits = 128; };  // threads that have not waited for the product
@@ -53,6 +53,7 @@ struct Products {
 };
 
 std::map<u32, Phase> barriers;
+inline void linger() { for (int i = emulated::random() % 32; i > 0; --i) yield(); }
 Named named[16];
 std::vector<Box> boxes;
 std::vector<Group> groups;
@@ -75,6 +76,11 @@ inline u32 swizzled(u32 at) { return at ^ (at >> 7 & 7) << 4; }
 inline void land(int index) {
     const Box box = boxes[index];
     boxes.erase(boxes.begin() + index);
+    Phase& one = phase(box.barrier);
+    if (box.map.rows == 0) {
+        memcpy(attention_memory + box.shared, reinterpret_cast<const void*>(box.map.address), box.map.columns);
+    }
+    one.bytes -= box.map.rows == 0 ? box.map.columns : box.map.box_rows * 128;
     for (int row = 0; row < box.map.box_rows; ++row) {
         for (int column = 0; column < 64; ++column) {
             u16 value = 0;
@@ -85,8 +91,6 @@ inline void land(int index) {
             memcpy(attention_memory + swizzled(box.shared + row * 128 + column * 2), &value, 2);
         }
     }
-    Phase& one = phase(box.barrier);
-    one.bytes -= box.map.box_rows * 128;
     if (one.bytes < 0) fail("more bytes than were announced", box.barrier);
     settle(one);
 }
@@ -118,6 +122,7 @@ const bool hooked = [] {
     before_block = start_block;
     after_block = end_block;
     before_write = note_write;
+    before_landing = linger;
     return true;
 }();
 
@@ -287,13 +292,29 @@ inline bool elect() {
 inline u32 kept(u32 value) { return value; }
 inline float inverse(float x) { return 1.0f / x; }
 inline void prefetch_map(const void*) {}
+inline void send(const Box& box) {
+    boxes.push_back(box);
+    if (emulated::random() % 4 == 0) land(boxes.size() - 1);  // others land when nobody gets any further
+}
 inline void tensor_copy(u32 shared, const void* map, int column, int row, u32 barrier) {
     Map from;
     memcpy(&from, map, sizeof from);
     if (shared % 1024 || from.address % 16 || from.stride % 8) fail("a box is not aligned", shared);
     if (row < 0 || row >= from.rows || column < 0 || column >= from.columns) fail("a box outside its tensor", row);
     memset(attention_memory + shared, 255, from.box_rows * 128);
-    boxes.push_back({shared, barrier, from, column, row});
+    send({shared, barrier, from, column, row});
+}
+inline void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    const u64 address = reinterpret_cast<u64>(global);
+    if (shared % 16 || address % 16 || bytes % 16) fail("a copy is not aligned", shared);
+    memset(attention_memory + shared, 255, bytes);
+    send({shared, barrier, {address, 0, bytes, 0, 0, 0}, 0, 0});
+}
+inline u32 multiply_pair(u32 a, u32 b) {
+    const auto half = [&](int i) {
+        return static_cast<u32>(float_to_half(half_to_float(half_of(a, i)) * half_to_float(half_of(b, i))));
+    };
+    return half(0) | half(1) << 16;
 }
 inline void end_reads() {
     for (u32 place : written[now]) {

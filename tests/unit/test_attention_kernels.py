@@ -117,6 +117,7 @@ WIDE = (
     Case(head_dim=128, heads=4, kv_heads=1, lengths=(700,), counts=(9,), dtype=torch.bfloat16, sinks=True),
     Case(head_dim=80, heads=6, kv_heads=2, lengths=(300, 130), counts=(90, 60), form={"window": 70}),
     Case(head_dim=256, heads=2, kv_heads=2, lengths=(210, 9), counts=(150, 9), form={"softcap": 5.0}),
+    Case(head_dim=128, heads=4, kv_heads=2, lengths=(400, 64), counts=(80, 64), dtype=torch.bfloat16, e4m3=True),
     Case(heads=3, kv_heads=1, lengths=(*(1,) * 33, 64, *(3,) * 3, 129), counts=(*(1,) * 33, 12, *(2,) * 3, 43)),
 )
 
@@ -154,17 +155,21 @@ def test_parts_of_what_a_tile_sees_become_one_result(case: Case, device: Emulati
     check(Step(case), device)
 
 
+@pytest.mark.parametrize("case", [MANY[0], MANY[3]], ids=str)
 def test_rows_of_many_tokens_are_those_of_the_reference_where_warps_multiply(
-    device: Emulation, monkeypatch: pytest.MonkeyPatch
+    case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
-    check(Step(MANY[0]), device)
+    check(Step(case), device)
     assert not any("sm90_prefill" in name for name in device.launched)
 
 
 @pytest.mark.parametrize("case", [FEW[4], MANY[1]], ids=str)
-def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(case: Case, device: Emulation) -> None:
+def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(
+    case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device.arch = 800
+    monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
     check(Step(case), device)
 
 

@@ -17,17 +17,19 @@ QUERIES = 128
 """Queries of a tile: those of all heads that share keys, token by token."""
 
 _THREADS = 384
+_MAP_BYTES = 128
 _MOST_SLOTS = 8
 _GROUPS = 2
 """Warpgroups that multiply, of 128 threads."""
 _ITEM_SLOTS, _ITEM_BYTES, _BARRIER_BYTES, _LAST_BYTES = 2, 32, 16, 16
+_RAW_SLOTS = 2
 _LEAST_BLOCKS, _MOST_SPLITS = 4, 16
 """Of a part, where the longest text is dealt out."""
 
 
 def takes(kind: Kind, chip: Chip) -> bool:
     """Tell whether the kernel serves such heads and pages on a chip; prefill.cuh serves all."""
-    return chip.capability == (9, 0) and kind.head_dim >= LEAST_DIM and not kind.e4m3
+    return chip.capability == (9, 0) and kind.head_dim >= LEAST_DIM
 
 
 @functools.cache
@@ -37,7 +39,8 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
     query_slots = 2 if kind.head_dim <= 192 else 1
     slot, query_slot = block_pages * PAGE * row, QUERIES * row
     rest = query_slots * (query_slot + _BARRIER_BYTES) + _ITEM_SLOTS * (_ITEM_BYTES + _BARRIER_BYTES)
-    rest += _LAST_BYTES
+    raw_slots = (_RAW_SLOTS if kind.head_dim <= 192 else 1) if kind.e4m3 else 0
+    rest += _LAST_BYTES + raw_slots * (block_pages * PAGE * (kind.head_dim + 4) + _BARRIER_BYTES)
     slots = min((chip.shared_bytes - rest) // (slot + _BARRIER_BYTES), _MOST_SLOTS)
     return KernelSource(
         name=f"tersor_attention_sm90_prefill_{kind.name}",
@@ -47,9 +50,10 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
             "BLOCK_PAGES": block_pages,
             "SLOTS": slots,
             "QUERY_SLOTS": query_slots,
+            "RAW_SLOTS": raw_slots,
             "SHARED_BYTES": slots * (slot + _BARRIER_BYTES) + rest,
         },
-        arguments="TPPPPPPPiiiiiiiff",
+        arguments="TPPPPPPPPPiiiiiiiff",
     )
 
 
@@ -109,6 +113,7 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
     size, block = (grid.ctas, 1, 1), (_THREADS, 1, 1)
     shared, run, maps_rows = int(function.source.parameters["SHARED_BYTES"]), function.launch, tensor_map.rows
     window, scale, soft = problem.scores
+    none, dim = bytes(_MAP_BYTES), kind.head_dim
     element = tensor_map.BFLOAT16 if kind.dtype == "bfloat16" else tensor_map.FLOAT16
 
     def launch(
@@ -116,6 +121,7 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
         stream: int,
         pages_of_layer: int,
         page_count: int,
+        scales: int,
         starts: int,
         lengths: int,
         table: int,
@@ -133,10 +139,10 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
             partial, taken: addresses of `Grid.floats`, a multiple of 16, and `Grid.counters`, zero again after.
         """
         tokens = page_count * 2 * problem.kv_heads * PAGE
-        pages = maps_rows(pages_of_layer, tokens, kind.head_dim, kind.head_dim, element, PAGE)
+        pages = none if kind.e4m3 else maps_rows(pages_of_layer, tokens, dim, dim, element, PAGE)
         # fmt: off
         run(size, block, shared, stream, (
-            pages, starts, lengths, table, sinks, out, partial, taken, problem.rows, problem.table_stride,
+            pages, pages_of_layer, scales, starts, lengths, table, sinks, out, partial, taken, problem.rows, problem.table_stride,
             problem.heads, problem.kv_heads, window, wide_sinks, grid.splits, scale, soft,
         ), early)
         # fmt: on

@@ -283,7 +283,7 @@ def attend(
         else:
             floats, counters = prepared.behind
             places = {"partial": partial + 4 * floats, "taken": arrived + 4 * counters}
-            prepared.prefill(**pages, **ends, **places, page_count=cache.pages.shape[0])
+            prepared.prefill(**pages, **ends, **places, scales=scales, page_count=cache.pages.shape[0])
     del kept  # the launch is under way
     return out
 

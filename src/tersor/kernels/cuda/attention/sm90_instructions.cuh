@@ -1,5 +1,5 @@
 // Instructions of sm_90a that attention alone uses: products of a warpgroup beside those of common/wgmma.cuh (PTX ISA 9.0,
-// "Asynchronous Warpgroup Level Matrix Instructions"), a barrier that is told apart at run time, and a fast inverse.
+// "Asynchronous Warpgroup Level Matrix Instructions"), a barrier that is told apart at run time, copies and arithmetic.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -11,6 +11,21 @@ namespace ptx {
 template <int kFirst, int kThreads>
 __device__ __forceinline__ void arrive_one_of(int index) {
     asm volatile("bar.arrive %0, %1;" ::"r"(kFirst + index), "n"(kThreads) : "memory");
+}
+
+// A contiguous copy by the copy engine; bytes is a multiple of 16.
+__device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Elementwise a * b of two packed fp16 numbers.
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
 }
 
 // 1 / x, to about 1 unit in the last place; 0 for infinity.

@@ -4,6 +4,9 @@
 // Queries that share keys, `group` of each new token, are numbered token by token; a tile has kQueries that follow each
 // other. So a few tokens fill a tile, and keys that were copied once meet all heads that read them. Where tiles are fewer
 // than multiprocessors, the tokens that a tile sees are dealt out to several parts.
+//
+// Pages in e4m3 come to a ring of their own as they are, and the warps that copy queries make fp16 numbers of them, scales
+// included: those of the channels of a key stand where queries have theirs (pages.cuh).
 #pragma once
 
 #include "attention/instructions.cuh"
@@ -39,16 +42,27 @@ constexpr int kItemBytes = 32;
 constexpr int kQueriesAt = SLOTS * kSlotBytes;
 constexpr int kItemsAt = kQueriesAt + QUERY_SLOTS * kQuerySlotBytes;
 constexpr int kLastAt = kItemsAt + kItemSlots * kItemBytes;  // a word a warpgroup: whether its part came last
-constexpr int kBarriersAt = kLastAt + 16;
-constexpr int kSharedBytes = kBarriersAt + (SLOTS + QUERY_SLOTS + kItemSlots) * ring::kBarrierBytes;
+constexpr int kRawAt = kLastAt + 16;
+constexpr int kRawCodes = pages::kTokens * kDim, kRawScales = pages::kTokens * 4;  // bytes of a page in e4m3
+constexpr int kRawSlotBytes = kBlockPages * (kRawCodes + kRawScales);              // all codes, then all scales
+constexpr int kBarriersAt = kRawAt + RAW_SLOTS * kRawSlotBytes;
+constexpr int kSharedBytes = kBarriersAt + (SLOTS + QUERY_SLOTS + kItemSlots + RAW_SLOTS) * ring::kBarrierBytes;
 static_assert(kSharedBytes == SHARED_BYTES);
-static_assert(kDim >= 64 && !pages::kE4m3);
+static_assert(kDim >= 64 && pages::kE4m3 == (RAW_SLOTS > 0));
 
 enum Barrier { kAllBarrier, kTurns, kGroupBarriers = kTurns + kGroups, kCopiersBarrier = kGroupBarriers + kGroups };
 
 using PageRing = ring::Ring<SLOTS>;
 using QueryRing = ring::Ring<QUERY_SLOTS>;
 using ItemRing = ring::Ring<kItemSlots>;
+using RawRing = ring::Ring<pages::kE4m3 ? RAW_SLOTS : 1>;
+
+// Where pages are, by the kind of their numbers: of 16 bits the tensor map's, in e4m3 codes and their scales.
+struct Source {
+    const TensorMap& map;
+    const unsigned char* codes;
+    const float* scales;
+};
 
 // What a CTA works at: one tile of a row and a head of keys, or a part of what it sees. `row` is -1 after the last.
 struct Item {
@@ -158,13 +172,14 @@ private:
     u32 before_ = 0, end_;
 };
 
-// The warp that finds items, tells the others, and copies pages: of block after block the keys, each ahead of the values
-// of the block before.
+// The warp that finds items, tells the others, and copies pages to the ring of their kind: of block after block the keys,
+// each ahead of the values of the block before.
+template <class Ring>
 __device__ __forceinline__ void copy_pages(
-    const PageRing& ring, const ItemRing& items, Finder finder, const TensorMap& map, const int* table, int table_stride,
+    const Ring& ring, const ItemRing& items, Finder finder, const Source& source, const int* table, int table_stride,
     int kv_heads, int group, int window, int splits) {
     const int lane = threadIdx.x % 32;
-    PageRing::Place at(0);
+    typename Ring::Place at(0);
     ItemRing::Place item_at(0);
     while (true) {
         const Item item = finder.next();
@@ -184,15 +199,22 @@ __device__ __forceinline__ void copy_pages(
             const int count = min(pages_there - block * kBlockPages, kBlockPages);
             ring.wait_emptied(at);
             if (ptx::elect()) {
-                ptx::barrier_expect(ring.filled(at), count * kPieces * kPageBytes);
+                const u32 filled = ring.filled(at), to = ring.address(at);
+                ptx::barrier_expect(filled, count * (pages::kE4m3 ? kRawCodes + kRawScales : kPieces * kPageBytes));
 #pragma unroll
                 for (int i = 0; i < kBlockPages; ++i) {
                     if (i >= count) continue;
-                    const int row = static_cast<int>(pages::row_of(numbers[i], half, kv_heads, item.kv_head, 0));
+                    const long long row = pages::row_of(numbers[i], half, kv_heads, item.kv_head, 0);
+                    if constexpr (pages::kE4m3) {
+                        const u32 scales_to = to + kBlockPages * kRawCodes + i * kRawScales;
+                        ptx::bulk_copy(to + i * kRawCodes, source.codes + row * kDim, kRawCodes, filled);
+                        ptx::bulk_copy(scales_to, source.scales + row, kRawScales, filled);
+                    } else {
 #pragma unroll
-                    for (int piece = 0; piece < kPieces; ++piece) {
-                        const u32 to = ring.address(at) + piece * kPieceBytes + i * kPageBytes;
-                        ptx::tensor_copy(to, &map, piece * 64, row, ring.filled(at));
+                        for (int piece = 0; piece < kPieces; ++piece) {
+                            const u32 piece_to = to + piece * kPieceBytes + i * kPageBytes;
+                            ptx::tensor_copy(piece_to, &source.map, piece * 64, static_cast<int>(row), filled);
+                        }
                     }
                 }
             }
@@ -213,41 +235,6 @@ __device__ __forceinline__ void copy_pages(
             }
             if (block > 0) fill(before, block - 1, 1);
         }
-    }
-}
-
-// Three warps that copy the queries of every item to swizzled rows; those that are not there become zeros.
-__device__ __forceinline__ void copy_queries(
-    const QueryRing& ring, const ItemRing& items, const u16* queries, int heads, int kv_heads, int group) {
-    constexpr int kRowPieces = kDim / 8, kAtOnce = 32 / kRowPieces;  // queries that a warp copies at a time
-    const int thread = threadIdx.x - (kThreads - kQueryCopiers), lane = thread % 32;
-    const int piece = lane % kRowPieces, own = lane / kRowPieces;
-    QueryRing::Place at(0);
-    ItemRing::Place item_at(0);
-    while (true) {
-        items.wait_filled(item_at);
-        const Item item = Item::load(items.address(item_at));
-        items.release(item_at);
-        item_at.advance();
-        if (item.row < 0) return;
-        const int count = min(item.fresh * group - item.base, kQueries);
-        ring.wait_emptied(at);
-#pragma unroll 2
-        for (int query = thread / 32 * kAtOnce + own; query < kQueries; query += kQueryCopiers / 32 * kAtOnce) {
-            if (own >= kAtOnce) break;
-            const int number = item.base + min(query, count - 1);
-            const long long token = item.first + number / group;
-            const u16* from = queries + (token * heads + item.kv_head * group + number % group) * kDim + piece * 8;
-            const u32 to = ring.address(at) + piece / 8 * kQueryPieceBytes + query * 128 + (piece ^ query) % 8 * 16;
-            ptx::copy_async_16_zero_fill(to, from, query < count ? 16 : 0);
-        }
-        ptx::copy_async_commit();
-        ptx::copy_async_wait<0>();
-        __syncwarp();
-        ptx::end_reads();  // and writes, which the tensor cores are to see
-        ptx::sync_threads<kCopiersBarrier, kQueryCopiers>();
-        if (thread == 0) ptx::barrier_arrive(ring.filled(at));
-        at.advance();
     }
 }
 

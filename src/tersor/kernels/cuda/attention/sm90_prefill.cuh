@@ -1,6 +1,5 @@
-// Attention of rows with many new tokens on sm_90a, where keys and values are in pages already (append.cuh) and have 16
-// bits: as prefill.cuh, with products of warpgroups that do not wait for each other (FlashAttention-3: Shah and others,
-// arXiv 2407.08608).
+// Attention of rows with many new tokens on sm_90a, where keys and values are in pages already (append.cuh): as prefill.cuh,
+// with products of warpgroups that do not wait for each other (FlashAttention-3: Shah and others, arXiv 2407.08608).
 //
 // A CTA takes tiles of kQueries queries in turn (sm90_pipeline.cuh). Its warpgroups:
 //
@@ -8,14 +7,15 @@
 //         of the block before meet its values. They take turns at the tensor cores, so that one multiplies while the other
 //         works out weights
 //     1 that copies: a warp that finds tiles and keeps a ring of keys and values full, through a tensor map with a 128-byte
-//         swizzle, and three warps that copy queries
+//         swizzle, and three warps that copy queries (sm90_queries.cuh) and make fp16 numbers of pages in e4m3
 //
 // Parameters: those of pages.cuh, BLOCK_PAGES whose keys meet queries at a time (1 or 2), SLOTS of keys or values,
-// QUERY_SLOTS, SHARED_BYTES.
+// QUERY_SLOTS, RAW_SLOTS of keys or values in e4m3, SHARED_BYTES.
 #pragma once
 
 #include "attention/sm90_pipeline.cuh"
 #include "attention/sm90_products.cuh"
+#include "attention/sm90_queries.cuh"
 #include "common/launch.cuh"
 
 namespace prefill {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void multiply(
         ptx::barrier_arrive(queries.emptied(query_at));
         query_at.advance();
         const int there = item.length - seen.first_page * pages::kTokens - (seen.blocks - 1) * kBlock;
-        if (there < kBlock) clear_values(pages.address(at), there, own);
+        if (!pages::kE4m3 && there < kBlock) clear_values(pages.address(at), there, own);
         wgmma::fence();
         multiply_values(sums.outputs, narrowed, pages.address(at), seen.blocks > 1);
         wgmma::commit();
@@ -131,7 +131,9 @@ __device__ __forceinline__ void multiply(
 }  // namespace prefill
 
 extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1) TERSOR_ENTRY(
-    const __grid_constant__ prefill::TensorMap map,  // all tokens of all pages, boxes of a page x 128 bytes
+    const __grid_constant__ prefill::TensorMap map,  // all tokens of pages of 16 bits, boxes of a page x 128 bytes
+    const unsigned char* codes,                      // all tokens of pages in e4m3
+    const float* scales,                             // of theirs
     const int* __restrict__ starts,                  // as in decode.cuh, like all that has its name
     const int* __restrict__ lengths,
     const int* __restrict__ table,
@@ -155,10 +157,16 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1) TERSOR_ENTRY(
     const PageRing pages{memory, kSlotBytes, barriers};
     const QueryRing queries{memory + kQueriesAt, kQuerySlotBytes, barriers + SLOTS * ring::kBarrierBytes};
     const ItemRing items{memory + kItemsAt, kItemBytes, barriers + (SLOTS + QUERY_SLOTS) * ring::kBarrierBytes};
+    const RawRing raw{
+        memory + kRawAt, kRawSlotBytes, barriers + (SLOTS + QUERY_SLOTS + kItemSlots) * ring::kBarrierBytes};
     const int group = heads / kv_heads;
     launch::start_next();
     if (threadIdx.x == kConsumers) {
-        ptx::prefetch_map(&map);
+        if constexpr (pages::kE4m3) {
+            raw.start(kQueryCopiers);
+        } else {
+            ptx::prefetch_map(&map);
+        }
         pages.start(kConsumers);
         queries.start(kConsumers);
         items.start(kConsumers + kQueryCopiers);
@@ -171,9 +179,14 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1) TERSOR_ENTRY(
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
         if (warp == 0) {
             const Finder finder(starts, lengths, taken, rows, kv_heads, group, splits);
-            copy_pages(pages, items, finder, map, table, table_stride, kv_heads, group, window, splits);
+            const Source source{map, codes, scales};
+            if constexpr (pages::kE4m3) {
+                copy_pages(raw, items, finder, source, table, table_stride, kv_heads, group, window, splits);
+            } else {
+                copy_pages(pages, items, finder, source, table, table_stride, kv_heads, group, window, splits);
+            }
         } else {
-            copy_queries(queries, items, out, heads, kv_heads, group);
+            copy_queries(queries, items, raw, pages, out, heads, kv_heads, group, window, splits);
         }
     } else {
         ptx::take_registers<kComputeRegisters>();

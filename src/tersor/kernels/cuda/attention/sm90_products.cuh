@@ -12,8 +12,8 @@ constexpr int kTiles = kBlock / 8;  // of 8 tokens, of which a lane has two scor
 constexpr int kWhole = kDim / 64 * 64, kRest = kDim - kWhole;  // channels of values that one product takes, and another
 constexpr int kRestSums = kRest > 0 ? kRest / 2 : 8;
 
-using MultiplyKeys = wgmma::MultiplyKeys<pages::kBf16>;
-using MultiplyValues = wgmma::MultiplyValues<pages::kBf16>;
+using MultiplyKeys = wgmma::MultiplyKeys<pages::kBf16Products>;
+using MultiplyValues = wgmma::MultiplyValues<pages::kBf16Products>;
 
 // Describes a matrix of rows of 128 bytes under a 128-byte swizzle, 1024 bytes between groups of eight: where it starts,
 // and where 64 columns more are, which only matters where rows are what a product adds over.
@@ -129,7 +129,7 @@ __device__ __forceinline__ void rescale(float (&outputs)[kDim / 2], float2 of_ol
 __device__ __forceinline__ void narrow(u32 (&narrowed)[kBlock / 4], const float (&weights)[kBlock / 2]) {
 #pragma unroll
     for (int i = 0; i < kBlock / 4; ++i) {
-        narrowed[i] = ptx::narrow_pair<pages::kBf16>(weights[2 * i], weights[2 * i + 1]);
+        narrowed[i] = ptx::narrow_pair<pages::kBf16Products>(weights[2 * i], weights[2 * i + 1]);
     }
 }
 
