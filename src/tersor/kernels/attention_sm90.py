@@ -142,8 +142,8 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
         pages = none if kind.e4m3 else maps_rows(pages_of_layer, tokens, dim, dim, element, PAGE)
         # fmt: off
         run(size, block, shared, stream, (
-            pages, pages_of_layer, scales, starts, lengths, table, sinks, out, partial, taken, problem.rows, problem.table_stride,
-            problem.heads, problem.kv_heads, window, wide_sinks, grid.splits, scale, soft,
+            pages, pages_of_layer, scales, starts, lengths, table, sinks, out, partial, taken, problem.rows,
+            problem.table_stride, problem.heads, problem.kv_heads, window, wide_sinks, grid.splits, scale, soft,
         ), early)
         # fmt: on
 
