@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
 from helpers.emulated import COMPILER, Emulated
+from helpers.sharing import share
 
 from tersor import ops
 from tersor.hardware import chip_named
@@ -128,6 +130,68 @@ def test_many_splits_become_one_result(length: int, device: Emulation) -> None:
 def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case: Case, device: Emulation) -> None:
     check(Step(case), device)
     assert any("prefill" in name for name in device.launched)
+
+
+SHARED = (
+    (Case(heads=8, lengths=(65, 200, 129, 64, 0, 70), counts=(1,) * 6, prefixes=(((0, 1, 2), 1),), tail=1, sinks=True), 9, 1),
+    (Case(head_dim=128, heads=8, lengths=(70,) * 37, counts=(1,) * 37, prefixes=((tuple(range(37)), 1),)), 1, 3),
+    (
+        Case(
+            head_dim=32,
+            heads=16,
+            kv_heads=1,
+            lengths=(2113, 7, 2200, 2113, 2180),
+            counts=(1, 3, 1, 1, 1),
+            prefixes=(((0, 2, 3, 4), 20), ((0, 4), 33)),
+            dtype=torch.bfloat16,
+            norms=True,
+        ),
+        40,
+        32,
+    ),
+    (
+        Case(
+            head_dim=96,
+            heads=6,
+            lengths=(300, 330, 90, 120, 260),
+            counts=(1, 1, 1, 20, 1),
+            prefixes=(((0, 1, 4), 2), ((0, 1), 4), ((2, 3), 1)),
+            e4m3=True,
+            dtype=torch.bfloat16,
+            form={"softcap": 4.0},
+        ),
+        3,
+        2,
+    ),
+    (Case(head_dim=256, heads=32, kv_heads=1, lengths=(200, 130), counts=(1, 1), prefixes=(((0, 1), 2),)), 1, 1),
+    (Case(lengths=(65, 70), counts=(1, 1), sinks=True), 1, 0),
+)
+
+
+@pytest.mark.parametrize(("case", "ctas", "items"), SHARED, ids=lambda one: str(one)[:30])
+def test_rows_that_read_pages_together_are_those_of_the_reference(
+    case: Case, ctas: int, items: int, device: Emulation
+) -> None:
+    step = Step(case)
+    found = share(step.rows, step.form, ctas)
+    assert (len(found.items) if found else 0) == items
+    check(step, device)
+    assert [name for name in device.launched if "shared" in name]
+
+
+def test_a_layer_whose_window_hides_pages_reads_every_row_for_itself(device: Emulation) -> None:
+    case = Case(lengths=(130, 140), counts=(1, 1), prefixes=(((0, 1), 2),), form={"window": 139})
+    for window, names in ((139, 1), (140, 2)):
+        step = Step(replace(case, form={"window": window}))
+        share(step.rows, step.form)
+        device.launched.clear()
+        serve_attention._prepared.cache_clear()
+        check(step, device)
+        assert len(device.launched) == names
+    with ops.using(batch_invariant=True):
+        device.launched.clear()
+        check(step, device)
+        assert not any("shared" in name for name in device.launched)
 
 
 @pytest.mark.parametrize("case", [FEW[4], MANY[1]], ids=str)
