@@ -16,6 +16,7 @@ from tersor import ops
 from tersor.hardware import chip_named
 from tersor.kernels import attention, jit
 from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.shared_attention import shared_source
 from tersor.ops import current, dispatch, serve_attention
 from tersor.ops.workspace import Workspace
 
@@ -133,7 +134,13 @@ def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case
 
 
 SHARED = (
-    (Case(heads=8, lengths=(65, 200, 129, 64, 0, 70), counts=(1,) * 6, prefixes=(((0, 1, 2), 1),), tail=1, sinks=True), 9, 1),
+    (
+        Case(
+            heads=8, lengths=(65, 200, 129, 64, 0, 70), counts=(1,) * 6, prefixes=(((0, 1, 2), 1),), tail=1, sinks=True
+        ),
+        9,
+        1,
+    ),
     (Case(head_dim=128, heads=8, lengths=(70,) * 37, counts=(1,) * 37, prefixes=((tuple(range(37)), 1),)), 1, 3),
     (
         Case(
@@ -236,7 +243,8 @@ def test_texts_grow_step_by_step_over_the_same_pages(device: Emulation) -> None:
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int) -> None:
     kind = attention.Kind(head_dim=64, dtype="float16")
-    sources = [attention.append_source(kind), attention.prefill_source(kind, H200)]
-    for source in [attention.decode_source(kind, tiles, H200), *sources]:
+    sources = [attention.append_source(kind), attention.prefill_source(kind, H200), shared_source(kind, H200)]
+    sources += [attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
+    for source in sources:
         text = nvrtc.compile_source(source, "compute_90a").data
         assert b"griddepcontrol.wait" in text and b"griddepcontrol.launch_dependents" in text

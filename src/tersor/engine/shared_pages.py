@@ -1,10 +1,10 @@
 """Which pages do decoding rows read together? Found in the tables of their pages, chosen by what it costs.
 
 Rows of one step whose tables begin with the same pages share a prefix, whoever found it: the cache of prefixes or the
-plan of a batch. Sorted by their tables, rows that share something stand side by side, and what neighbours have in common
-makes a tree: at a node, some rows with some pages that all of them have next. From the root down, a node is read
-together where that costs less than every row for itself, and less than each of its children for itself. What attention
-reads then is `ops.Rows.shared`.
+plan of a batch. Sorted by their tables, rows that share something stand side by side, and what neighbours have in
+common makes a tree: at a node, some rows with some pages that all of them have next. From the root down, a node is read
+together where that costs less than every row for itself, and less than each of its children for itself. `ops.Rows` says
+how attention is told (`shared`).
 """
 
 from __future__ import annotations
@@ -139,6 +139,10 @@ def _tree(common: list[int]) -> list[_Node]:
     return stack[0].children
 
 
+def _tiles(node: _Node, costs: SharedCosts) -> int:
+    return -(-(node.end - node.first) // costs.rows)
+
+
 def _readings(roots: list[_Node], costs: SharedCosts) -> list[_Reading]:
     """Choose nodes; those above come before those below."""
     found: list[_Reading] = []
@@ -146,14 +150,15 @@ def _readings(roots: list[_Node], costs: SharedCosts) -> list[_Reading]:
     while waiting:
         node, begin, above = waiting.pop()
         count, pages = node.end - node.first, node.depth - begin
-        together = pages * -(-count // costs.rows) * costs.tile + count * costs.part
-        first, loose, below = costs.page - costs.again, count, 0.0
-        for child in node.children:
-            some = child.end - child.first
-            loose -= some
-            below += min(some * costs.again, -(-some // costs.rows) * costs.tile)
-        apart = pages * (first + count * costs.again)
-        if together < min(apart, pages * (first + loose * costs.again + below)):
+        together = pages * _tiles(node, costs) * costs.tile + count * costs.part
+        apart = pages * (costs.page + (count - 1) * costs.again)
+        if node.children:  # each of which may read these pages, too
+            saved = 0.0
+            for child in node.children:
+                some = child.end - child.first
+                saved += max(some * costs.again - _tiles(child, costs) * costs.tile, 0.0)
+            apart -= pages * saved
+        if together < apart:
             above = _Reading(node, begin, above)
             begin = node.depth
             found.append(above)
@@ -162,10 +167,6 @@ def _readings(roots: list[_Node], costs: SharedCosts) -> list[_Reading]:
         if one.above is not None:
             one.above.below = max(one.above.below, one.below + 1)
     return found
-
-
-def _tiles(node: _Node, costs: SharedCosts) -> int:
-    return -(-(node.end - node.first) // costs.rows)
 
 
 def _item_pages(readings: list[_Reading], costs: SharedCosts, most: int) -> int:

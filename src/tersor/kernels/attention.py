@@ -236,7 +236,8 @@ class Grid:
         slots = splits + (most_parts(problem.rows) if problem.shares else 0)
         if slots == 1:
             return Grid(1, items, 0, 1, 0, 0)
-        groups, part_queries = problem.rows * problem.kv_heads * items, min(queries, problem.shared_queries + 1) & ~1
+        of_row = problem.heads // problem.kv_heads if problem.shares else problem.shared_queries
+        groups, part_queries = problem.rows * problem.kv_heads * items, min(queries, of_row + 1) & ~1
         return Grid(splits, items, part_queries, slots, groups * slots * part_queries * (kind.head_dim + 2), groups)
 
 
@@ -248,6 +249,8 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
         pages = min(pages, -(-(problem.window + FEW_QUERIES) // PAGE) + 1)
     if problem.invariant:
         splits = -(-pages // INVARIANT_PAGES)
+    elif problem.shares and problem.most_queries > 1:  # parts have room for rows of one new token
+        splits = 1
     else:
         splits = max(1, min(_CTAS_OF_SM * sms // groups, _MOST_SPLITS, pages))
     return Grid.of(kind, problem, splits)
@@ -268,7 +271,7 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
         grid: of `grid_of`.
     """
     size, block = (grid.splits, problem.kv_heads * grid.items, problem.rows), (32 * _WARPS, 1, 1)
-    shared, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
+    shared_bytes, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
     window, scale, soft = problem.scores
     pages = INVARIANT_PAGES if problem.invariant else 0
 
@@ -315,7 +318,7 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
             wide_sinks, settled, grid.part_queries, pages, grid.slots, scale, soft, problem.eps, problem.offset,
         )
         # fmt: on
-        run(size, block, shared, stream, arguments, early)
+        run(size, block, shared_bytes, stream, arguments, early)
 
     return launch
 

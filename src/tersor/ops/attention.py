@@ -15,9 +15,9 @@ from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 _library = torch.library.Library("tersor", "FRAGMENT")
 _library.define(
     "attend(Tensor qkv, Tensor(a!) pages, Tensor(b!)? scales, Tensor starts, Tensor lengths, Tensor table, "
-    "int most_queries, int most_length, bool settled, Tensor? shared, Tensor? rotary, Tensor? query_norm, Tensor? key_norm, "
-    "Tensor? sinks, int heads, int kv_heads, int head_dim, float scale, int rotary_dim, int? window, float? softcap, "
-    "float? norm_eps, float norm_offset) -> Tensor"
+    "int most_queries, int most_length, bool settled, Tensor? shared, Tensor? rotary, Tensor? query_norm, "
+    "Tensor? key_norm, Tensor? sinks, int heads, int kv_heads, int head_dim, float scale, int rotary_dim, int? window, "
+    "float? softcap, float? norm_eps, float norm_offset) -> Tensor"
 )
 
 _operator = torch.ops.tersor.attend

@@ -5,7 +5,8 @@ reference.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +15,7 @@ from tersor.errors import ShapeError
 from tersor.kernels import attention, jit, shared_attention
 from tersor.kernels.attention import DecodeLaunch, Kind, PrefillLaunch, Problem
 from tersor.kernels.shared_attention import SharedLaunch
+from tersor.kernels.tune.shared_pages import SharedCosts, shared_costs
 from tersor.ops import attention_reference, current, dispatch, mode
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 
@@ -109,12 +111,13 @@ def _check_rows(rows: Rows) -> None:
         if one.shape != shape or one.dtype != torch.int32:
             raise ShapeError(f"attend: {name} of rows are {list(one.shape)} {one.dtype}, expected int32 {list(shape)}")
     shared = rows.shared
-    if shared is not None and (
-        shared.dim() != 1 or shared.dtype != torch.int32 or (len(shared) - 1 - 3 * count) % 5 or len(shared) <= 3 * count
-    ):
-        raise ShapeError(
-            f"attend: shared pages of rows are {list(shared.shape)} {shared.dtype}, expected int32 [1 + 3 x {count} + 5 C]"
-        )
+    if shared is not None:
+        items = shared.numel() - 1 - 3 * count
+        if shared.dim() != 1 or shared.dtype != torch.int32 or items < 0 or items % 5 or not shared.is_contiguous():
+            raise ShapeError(
+                f"attend: shared pages of rows are {list(shared.shape)} {shared.dtype}, expected contiguous int32 "
+                f"[1 + 3 x {count} + 5 C]"
+            )
     if rows.most_queries < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
         raise ShapeError(
             f"attend: rows have up to {rows.most_queries} new tokens of {rows.most_length}, their tables hold "
@@ -299,6 +302,28 @@ def attend(
 def shares(form: AttentionForm, most_length: int) -> bool:
     """Tell whether rows of texts of up to so many tokens can read pages together: not where a window hides some."""
     return form.window is None or form.window >= most_length
+
+
+def sharing_costs(
+    forms: Sequence[AttentionForm], most_length: int, dtype: torch.dtype, pages: torch.dtype, device: torch.device
+) -> SharedCosts | None:
+    """Return what it costs that rows of decode steps read pages together, or `None` where no layer can.
+
+    Args:
+        forms: of all layers.
+        most_length: tokens of a text at most.
+        dtype, pages: of activations and of pages.
+        device: where the steps run.
+    """
+    forms = [form for form in forms if shares(form, most_length)]
+    if not forms or dispatch.environment_reason(dtype, device):
+        return None
+    found = []
+    for form in dict.fromkeys(forms):
+        kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[dtype], e4m3=pages == torch.float8_e4m3fn)
+        found.append(shared_costs(kind, form.heads, form.kv_heads, hardware.of_device(device.index)))
+    costs = replace(found[0], rows=min(one.rows for one in found))
+    return costs if costs.rows > 1 else None
 
 
 def _address(tensor: torch.Tensor | None) -> int:

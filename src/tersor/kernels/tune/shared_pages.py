@@ -1,4 +1,4 @@
-"""What does it cost that rows read the pages they begin with together, and what each for itself? Seconds of one layer."""
+"""What does it cost that rows read the pages they begin with together, and what each by itself? Times of one layer."""
 
 from __future__ import annotations
 
