@@ -19,15 +19,21 @@ def eager_costs(rows: int, kv_heads: int = 1, ctas: int = 264, part: float = 0.0
     )
 
 
-def share(rows: Rows, form: AttentionForm, ctas: int = 264) -> SharedPages | None:
+def share(rows: Rows, form: AttentionForm, ctas: int = 264, most: int = SHARED_QUERIES) -> SharedPages | None:
     """Let rows of one new token read together what their tables have in common; `rows.shared` says what.
+
+    Args:
+        rows: of a step.
+        form: of a layer.
+        ctas: that there are to keep busy.
+        most: rows of an item.
 
     Returns:
         The plan, by rows of one new token in their order, or `None` where they share nothing.
     """
     counts, lengths = rows.starts.diff().cpu().numpy(), rows.lengths.cpu().numpy()
     ones = np.flatnonzero((counts == 1) & (lengths > 0))
-    costs = eager_costs(SHARED_QUERIES // (form.heads // form.kv_heads), form.kv_heads, ctas)
+    costs = eager_costs(min(SHARED_QUERIES // (form.heads // form.kv_heads), most), form.kv_heads, ctas)
     found = shared_pages(rows.pages.cpu().numpy()[ones], (lengths[ones] - 1) // PAGE, len(lengths), costs)
     numbers = np.full(shared_size(len(lengths)), -1, np.int32)  # what is beyond the items may be anything
     if found is None:
@@ -35,10 +41,10 @@ def share(rows: Rows, form: AttentionForm, ctas: int = 264) -> SharedPages | Non
     else:
         own = np.zeros((len(lengths), 2), np.int32)
         own[ones] = found.own
-        everywhere = SharedPages(ones[found.order].astype(np.int32), own, found.items, found.saved)
-        audit(everywhere.items, everywhere.order, own, rows.pages.cpu().numpy(), (lengths - 1) // PAGE, costs.rows)
+        order = ones[found.order].astype(np.int32)
+        audit(found.items, order, own, rows.pages.cpu().numpy(), (lengths - 1) // PAGE, costs.rows)
         numbers[0] = len(found.items)
-        numbers[1 : 1 + len(ones)] = everywhere.order
+        numbers[1 : 1 + len(ones)] = order
         numbers[1 + len(lengths) : 1 + 3 * len(lengths)] = own.ravel()
         numbers[1 + 3 * len(lengths) :][: 5 * len(found.items)] = np.array(found.items).ravel()
     rows.shared = torch.from_numpy(numbers).to(rows.lengths.device)

@@ -137,8 +137,9 @@ class Runner:
 
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
-        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it, and one in
-        which rows read pages together."""
+        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it. A step
+        whose rows could read pages together follows.
+        """
         count = min(-(-tokens // self.max_length), self.max_rows)
         layouts = [Layout(tokens, count, self._pages)]
         if self.costs is not None:

@@ -20,7 +20,7 @@ from tersor.kernels.tune.shared_pages import SharedCosts
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_AHEAD = 3
+AHEAD = 3
 """Pages that the start and the end of an item take as long as."""
 
 
@@ -42,13 +42,30 @@ class SharedPages:
         order: int32 [R], rows so that those of an item stand side by side.
         own: int32 [R, 2]: of every row the first page that it reads for itself, and its parts that others read.
         items: (first row of the order, rows, first page, end, part) of each.
-        saved: seconds of one layer that this is predicted to save.
+        pages: that are read together, each counted once.
+        again: how often rows would read them in vain.
+        tiles: how often they are read, for as many rows as a CTA takes at a time.
+        parts: of all rows, that others read.
     """
 
     order: NDArray[np.int32]
     own: NDArray[np.int32]
     items: list[tuple[int, int, int, int, int]]
-    saved: float
+    pages: int = 0
+    again: int = 0
+    tiles: int = 0
+    parts: int = 0
+
+    def turns(self, costs: SharedCosts) -> int:
+        """Return pages that a CTA reads one after the other, and what the start and the end of its items take."""
+        longest = max(end - begin for _, _, begin, end, _ in self.items)
+        return -(-len(self.items) * costs.kv_heads // costs.ctas) * (longest + AHEAD)
+
+    def saved(self, costs: SharedCosts) -> float:
+        """Return the seconds of one layer that this is predicted to save."""
+        apart = self.pages * costs.page + self.again * costs.again
+        together = max(self.tiles * costs.tile, self.turns(costs) * costs.turn)
+        return apart - together - self.parts * costs.part - costs.launch
 
     def write(self, numbers: NDArray[np.int32], rows: int) -> None:
         """Write them as `ops.Rows.shared` of a step padded to `rows` rows; int32 [shared_size(rows)]."""
@@ -91,6 +108,16 @@ def shared_pages(
     tables: NDArray[np.int32], full: NDArray[np.int32], rows: int, costs: SharedCosts
 ) -> SharedPages | None:
     """Choose what rows read together, or `None` where nothing is predicted to save time.
+
+    Args:
+        tables, full, rows, costs: of `best`.
+    """
+    found = best(tables, full, rows, costs)
+    return None if found is None or found.saved(costs) <= 0 else found
+
+
+def best(tables: NDArray[np.int32], full: NDArray[np.int32], rows: int, costs: SharedCosts) -> SharedPages | None:
+    """Choose what rows read together, whether that saves as much as the kernel for it costs or not; `None` is nothing.
 
     Args:
         tables: int32 [R, M], pages of every row.
@@ -178,7 +205,7 @@ def _item_pages(readings: list[_Reading], costs: SharedCosts, most: int) -> int:
 
     def done(length: int) -> float:
         parts = -(-pages // length)
-        turns = -(-int((parts * ctas).sum()) // costs.ctas) * (length + _AHEAD)
+        turns = -(-int((parts * ctas).sum()) // costs.ctas) * (length + AHEAD)
         return turns * costs.turn + float((parts * rows).sum()) * costs.part
 
     return min(sorted({-(-longest // parts) for parts in range(1, most + 1)}, reverse=True), key=done)
@@ -190,8 +217,8 @@ def _planned(
     """Cut what is read together into items of up to `length` pages, as many as there is room for."""
     most, room = most_parts(rows), most_items(rows)
     own = np.zeros((len(order), 2), np.int32)
-    items: list[tuple[int, int, int, int, int]] = []
-    apart = together = added = 0.0
+    found = SharedPages(order, own, [])
+    items = found.items
     for one in readings:
         node, above = one.node, one.above
         if above is not None:
@@ -209,11 +236,8 @@ def _planned(
             first, some = firsts[tile], firsts[tile + 1] - firsts[tile]
             items += [(first, some, edges[part], edges[part + 1], one.used + part) for part in range(parts)]
         own[order[node.first : node.end]] = (node.depth, one.used + parts)
-        apart += pages * (costs.page + (count - 1) * costs.again)
-        together += pages * tiles * costs.tile
-        added += count * parts * costs.part
-    if not items:
-        return None
-    turns = -(-len(items) * costs.kv_heads // costs.ctas) * (max(item[3] - item[2] for item in items) + _AHEAD)
-    saved = apart - added - costs.launch - max(together, turns * costs.turn)
-    return SharedPages(order, own, items, saved) if saved > 0 else None
+        found.pages += pages
+        found.again += pages * (count - 1)
+        found.tiles += pages * tiles
+        found.parts += count * parts
+    return found if items else None
