@@ -297,11 +297,11 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
     found = []
     for turn, kind in enumerate(kinds):
         least, most = 1, kind.query_tiles(64)
-        ways = [attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
-        ways += [attention.append_source(kind), attention.prefill_source(kind, chip)]
-        ways += [shared_attention.shared_source(kind, chip)]
-        ways += [attention.decode_source(kind, most if turn % 3 else least, chip, shares=True)]
-        found += ways if turn % 2 == 0 else [ways[i ^ 1] for i in range(len(ways))]
+        found += [attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
+        found += [attention.append_source(kind), attention.prefill_source(kind, chip)]
+        found.append(shared_attention.shared_source(kind, chip))
+        if turn % 3 == 0:
+            found.append(attention.decode_source(kind, most if turn else least, chip, shares=True))
     return found
 
 
