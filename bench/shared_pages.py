@@ -24,8 +24,8 @@ from tersor.kernels.attention import Kind
 from tersor.kernels.tune.shared_pages import SharedCosts, shared_costs
 from tersor.ops.attention_form import PAGE
 
-ROWS = (16, 32, 64, 128, 256)
-GROUPS = (2, 4, 16, 64, 256)
+ROWS = (8, 16, 32, 64, 128, 256)
+GROUPS = (2, 4, 8, 16, 64, 256)
 PAGES = (1, 4, 8, 31, 125)
 OWN = (40, 250)
 """Rows of a step, rows of a group, pages that a group shares, and tokens that each row has behind them."""

@@ -1,9 +1,13 @@
-"""engine/shared_pages.py: what rows read together is in their tables, is chosen by its costs, and reaches attention."""
+"""engine/shared_pages.py and its bench: what rows read together is in their tables, is chosen by costs, and is told."""
 
 from __future__ import annotations
 
+import importlib.util
 import random
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +37,17 @@ from tersor.ops import dispatch, serve_attention
 from tersor.ops.attention_form import PAGE, AttentionForm, Rows
 
 H200 = shared_costs(Kind(head_dim=128, dtype="float16"), 32, 8, chip_named("H200"))
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 FORM = AttentionForm(heads=32, kv_heads=8, head_dim=128, scale=1.0)
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
 
 
 def tables_of(prefixes: list[list[int]], own: int) -> NDArray[np.int32]:
@@ -228,3 +242,22 @@ def test_layers_share_where_kernels_serve_and_no_window_hides_a_page(monkeypatch
     assert costs(999) is None
     assert costs(999, 1000).rows == costs(None).rows == 16
     assert costs(None, heads=8 * 33) is None
+
+
+def test_a_fit_finds_the_costs_by_which_times_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("shared_pages", monkeypatch)
+    true = replace(H200, page=60e-9, again=45e-9, tile=80e-9, part=15e-9, launch=2e-6, turn=9e-7)
+    rows = []
+    for case in list(bench.cases())[::3]:
+        plan = case.plan(H200)
+        apart = case.apart(true)
+        full = plan.tiles * H200.tile > plan.turns(H200) * H200.turn  # as the fit takes it to be
+        together = plan.tiles * true.tile if full else plan.turns(H200) * true.turn
+        both = (
+            apart - plan.pages * true.page - plan.again * true.again + together + plan.parts * true.part + true.launch
+        )
+        rows.append(bench.entry(case, plan, H200, apart * 1e6, both * 1e6))
+        assert f"{case.rows:4} rows by" in bench.line(rows[-1]) and rows[-1]["loss"] >= 0
+    found = bench.fitted(rows)
+    assert found.pop("start") == pytest.approx(bench.START, rel=0.02)
+    assert found == pytest.approx({name: getattr(true, name) for name in found}, rel=0.02)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tersor.hardware import Chip
 from tersor.kernels.attention import PAGE, SHARED_QUERIES, Kind
 
-LEAST_ROWS = 16
+LEAST_ROWS = 4
 """Decoding rows of a step from which on it may pay."""
 
 # Constants of an H200; other chips differ in bandwidth, operations and multiprocessors, which `Chip` knows.

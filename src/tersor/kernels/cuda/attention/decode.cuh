@@ -270,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
         }
     }
     __syncthreads();
-    const bool alone = split.count == 1 && own.parts == 0;
+    const bool alone = split.count == 1;
     const sinks::Sinks of_heads = {sink_scores, wide_sinks};
     const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
     const long long part = part_queries * (kDim + 2);
@@ -301,6 +301,21 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             total.w += four.w * factor;
         }
         if (alone) {
+            if constexpr (kShares) {
+                const float* scores = parts + part_queries * kDim + query;
+#pragma unroll 4
+                for (int i = 0; i < own.parts; ++i) {
+                    const float other = __ldcg(scores + i * part), most = fmaxf(largest, other);
+                    const float4 four = __ldcg(reinterpret_cast<const float4*>(parts + i * part + query * kDim + channel));
+                    const float factor = ptx::power_of_two(largest - most), of_other = ptx::power_of_two(other - most);
+                    weights = weights * factor + __ldcg(scores + i * part + part_queries) * of_other;
+                    total.x = total.x * factor + four.x * of_other;
+                    total.y = total.y * factor + four.y * of_other;
+                    total.z = total.z * factor + four.z * of_other;
+                    total.w = total.w * factor + four.w * of_other;
+                    largest = most;
+                }
+            }
             const float sink = of_heads.of(kv_head * group + (base + query) % group);
             write(result_of(query) + channel, total, sinks::last_factor(largest, weights, sink));
         } else {

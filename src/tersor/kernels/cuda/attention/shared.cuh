@@ -20,7 +20,7 @@ using namespace wide;
 
 static_assert(kTiles == 1);
 constexpr int kRowAt = 2 * kDim;  // behind a query, of row i of an item behind query i: its number, its token, its position
-constexpr int kAtOnce = kDim > 128 ? 1 : 4;  // queries that a warp has under way
+constexpr int kAtOnce = kDim > 128 ? 1 : kDim > 64 ? 4 : 8;  // queries that a warp has under way
 static_assert(kRowAt + 16 == pages::kQueryStride && kWideBytes == SHARED_BYTES);
 
 }  // namespace shared
