@@ -1,0 +1,116 @@
+"""What parts would a checkpoint's decoder have on a GPU? The same parts in the same layouts, without memory.
+
+Weights are on torch's meta device: shapes and layouts can be asked for, and no number. Layers that are equal in all of
+this are there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from tersor.formats import SCALE_DTYPES, Activations, Scheme
+from tersor.layouts import STREAM, PackedWeight, stream
+from tersor.layouts.packing import LAYOUTS, Packing
+from tersor.layouts.shard import Part
+from tersor.models.assemble import assemble
+from tersor.models.config import DecoderConfig
+from tersor.models.decoder import Decoder
+from tersor.models.expected import Expected, plain_name
+from tersor.models.names import Names
+from tersor.models.reading import Reading
+from tersor.models.share import Share
+from tersor.models.stored import Packed, Stored
+from tersor.models.weights import Matrix
+from tersor.ops.attention_form import PAGE
+from tersor.ops.collective import Ranks
+from tersor.ops.dispatch import kernel_layout
+
+_META = torch.device("meta")
+
+
+def outline(
+    config: DecoderConfig,
+    names: Names,
+    schemes: Mapping[str, Scheme],
+    dtype: torch.dtype,
+    activations: Activations = Activations.NATIVE,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Decoder:
+    """Return a decoder of every kind of layer that a checkpoint has.
+
+    Args:
+        config, names: of the checkpoint.
+        schemes: module -> scheme of its packed weight.
+        dtype: of activations and plain weights.
+        activations: what packed weights are multiplied with.
+        rank, ranks: which of how many ranks has these parts.
+
+    Raises:
+        ShapeError: it cannot be cut for so many ranks.
+        UnsupportedError: weights that are not multiplied with such activations; experts of a layer in several schemes.
+    """
+    found: dict[object, int] = {}
+    starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
+    own: list[dict[str, Scheme]] = [{} for _ in starts]
+    places = {start: index for index, start in enumerate(starts)}
+    few_schemes = {}
+    depth = names.base.count(".") + names.layer.count(".")
+    for module, scheme in schemes.items():
+        start = "".join(part + "." for part in module.split(".")[:depth])
+        if start in places:
+            own[places[start]][module.removeprefix(start)] = scheme
+        else:
+            few_schemes[module] = scheme
+    for index, layer in enumerate(config.layers):
+        found.setdefault((layer, tuple(sorted(own[index].items(), key=lambda item: item[0]))), index)
+    for place, index in enumerate(found.values()):
+        few_schemes |= {starts[place] + name: scheme for name, scheme in own[index].items()}
+    few = replace(config, layers=tuple(config.layers[index] for index in found.values()))
+    share = Share.of(few, names, few_schemes, rank, ranks)
+    with Reading(_META) as reading:  # reads nothing
+        parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, Ranks(rank, ranks))
+        return assemble(parts, few, names, PAGE)
+
+
+class _Outlined(Stored):
+    """Weights of which there are shapes and layouts alone."""
+
+    def __init__(
+        self,
+        expected: Expected,
+        schemes: Mapping[str, Scheme],
+        reading: Reading,
+        dtype: torch.dtype,
+        activations: Activations,
+        share: Share,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__({}, reading, schemes, expected.matrices, dtype, activations, share, ranks)
+        self._plain = {plain_name(module, shape): shape for module, shape in self._shapes.items()}
+        self._plain |= {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
+
+    def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
+        """Return a weight in the layout that it has on a GPU."""
+        if isinstance(weight, torch.Tensor):
+            return weight
+        layout = kernel_layout(weight.scheme, self.dtype, self._activations)
+        if layout == STREAM:
+            return weight
+        packing = Packing.of(weight.scheme, LAYOUTS[layout])
+        data = torch.empty(packing.words(weight.shape), dtype=torch.int32, device=_META)
+        return PackedWeight(weight.scheme, weight.shape, data, data.new_empty(0), None, layout)
+
+    def _packed(self, module: str, expert: int | None = None) -> Packed:
+        oc, ic = self._shapes[module][-2:]
+        scheme = self._schemes[module]
+        data = torch.empty(oc, stream.row_words(ic, scheme.format.bits), dtype=torch.int32, device=_META)
+        scale = torch.empty(oc, scheme.groups(ic), dtype=SCALE_DTYPES[scheme.scale_dtype], device=_META)
+        return data, scale, torch.empty_like(scale, dtype=torch.uint8) if scheme.has_zero_point else None
+
+    def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
+        shape = self._plain[name]
+        return torch.empty(shape if expert is None else (shape[2], shape[1]), dtype=self.dtype, device=_META)
