@@ -182,8 +182,8 @@ def choices(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> Iterator[tu
 
 
 def _sampled(most: int) -> list[int]:
-    """Return numbers of tokens up to `most`, which is one: all of the first 64, then eight of every octave."""
-    octaves = (2**power * part // 8 for power in range(6, most.bit_length()) for part in range(9, 17))
+    """Return numbers of tokens up to `most`, which is one: all of the first 64, then sixteen of every octave."""
+    octaves = (2**power * part // 16 for power in range(6, most.bit_length()) for part in range(17, 33))
     return [*(tokens for tokens in (*range(1, 65), *octaves) if tokens < most), most]
 
 

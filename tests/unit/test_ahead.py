@@ -1,0 +1,150 @@
+"""What an engine compiles ahead is what its steps ask for: neither a kernel less nor one more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.fakes import FakeGpu, pretended
+
+from tersor import ops
+from tersor.engine.runner import Runner
+from tersor.engine.sampler import Sampler
+from tersor.formats import Activations, Scheme, get_scheme
+from tersor.kernels import jit
+from tersor.kernels.jit import KernelSource
+from tersor.models.config import DecoderConfig
+from tersor.models.expected import Expected
+from tersor.models.kernels import Steps, kernels_of
+from tersor.models.names import NAMES
+from tersor.models.outline import outline
+from tersor.models.random import random_decoder
+from tersor.ops import serve_attention
+
+gpu = pretended("NVIDIA H200")
+TOKENS, LENGTH, ROWS = 96, 80, 40
+COMMON: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 32,
+        "rope_theta": 150000.0,
+    },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 32,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 512, "hidden_size": 256},
+    "deepseek-v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": 4,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+}
+
+
+def config_of(name: str) -> DecoderConfig:
+    return DecoderConfig.from_dict({**COMMON, **CONFIGS[name]})
+
+
+def schemes_of(config: DecoderConfig, scheme: Scheme | None) -> dict[str, Scheme]:
+    """The schemes of a decoder's modules as `random_decoder` chooses them."""
+    names = NAMES[config.architecture]
+    plain = (f".{names.router}", names.embedding, names.head)
+    return {} if scheme is None else {m: scheme for m in Expected.of(config, names).matrices if not m.endswith(plain)}
+
+
+def asked_for(
+    config: DecoderConfig, scheme: Scheme | None, activations: Activations, pages: torch.dtype | None, monkeypatch: Any
+) -> set[KernelSource]:
+    """Run steps of every number of tokens, decoding ones and draws of all kinds; return the kernels they ask for."""
+    asked: set[KernelSource] = set()
+    get = jit.get
+
+    def recorded(source: KernelSource, device: Any) -> jit.Function:
+        asked.add(source)
+        return get(source, device if isinstance(device, int) else -1)
+
+    def wide(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(len(x), weight.shape[1], dtype=out_dtype)
+
+    serve_attention._prepared.cache_clear()  # another test may have asked the same of another chip
+    monkeypatch.setattr(jit, "get", recorded)
+    monkeypatch.setattr(torch, "mm", wide)  # of cuBLAS: a CPU has no such dtypes
+    decoder = random_decoder(config, scheme, "cpu", torch.bfloat16, activations=activations, context=LENGTH)
+    sampler = Sampler(ROWS + 1, config.vocabulary, decoder.device, most_length=LENGTH)
+    runner = Runner(decoder, sampler, max_rows=ROWS, max_length=LENGTH, kv_dtype=pages)
+    runner.allocate(2)
+    for tokens in (*range(1, 20), *range(20, 64, 4), *range(64, TOKENS + 1, 8)):
+        runner.rehearse(tokens)
+    logits = torch.zeros(2, config.vocabulary, dtype=torch.bfloat16)
+    slots, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([3, 3], dtype=torch.int32)
+    sampler.draw_with_logprobs(logits, slots, lengths)
+    ops.logprobs(logits, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "way"),
+    [
+        ("NVIDIA H200", "llama", "16bit"),
+        ("NVIDIA H200", "llama", "fp8"),
+        ("NVIDIA H200", "qwen3-moe", "fp8"),
+        ("NVIDIA H200", "qwen3-moe", "plain"),
+        ("NVIDIA H200", "gpt-oss", "16bit"),
+        ("NVIDIA H200", "gemma2", "16bit"),
+        ("NVIDIA H200", "opt", "plain"),
+        ("NVIDIA H200", "deepseek-v3", "16bit"),
+        ("NVIDIA A100", "qwen3-moe", "16bit"),
+    ],
+    indirect=["gpu"],
+)
+def test_steps_ask_for_what_is_compiled_ahead(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    config, scheme = config_of(name), None if way == "plain" else get_scheme("fp6_e3m2")
+    activations = Activations.E4M3 if way == "fp8" else Activations.NATIVE
+    pages = torch.float8_e4m3fn if way == "fp8" else None
+    asked = asked_for(config, scheme, activations, pages, monkeypatch)
+    parts = outline(config, NAMES[config.architecture], schemes_of(config, scheme), torch.bfloat16, activations)
+    steps = Steps(tokens=TOKENS, queries=LENGTH, pages=pages)
+    listed = set(kernels_of(parts, steps, gpu.chips[0]))
+    assert {source.name for source in asked - listed} == set()
+    assert {source.name for source in listed - asked} == set()
