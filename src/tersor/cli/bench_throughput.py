@@ -129,6 +129,7 @@ def _engine(geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfi
     import torch
 
     from tersor.bench import throughput
+    from tersor.engine import ahead
     from tersor.engine.limits import Limits
     from tersor.engine.memory import make_pages
     from tersor.engine.runner import Runner
@@ -153,6 +154,7 @@ def _engine(geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfi
     decoder = random_decoder(
         geometry, scheme, where, chosen, head=head, activations=config.activations, context=context
     )
+    ahead.compile_for(decoder, ahead.steps_of(config, context))
     sampler = Sampler(config.max_rows + 1, geometry.vocabulary, where, most_length=context)
     runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=config.pages_dtype)
     limits = Limits(

@@ -18,10 +18,12 @@ from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
 from tersor.hardware import Chip
 from tersor.kernels.jit import KernelSource, arch_for, compile_many, missing
 from tersor.models.config import supported
+from tersor.models.decoder import Decoder
 from tersor.models.kernels import Steps, kernels_of
 from tersor.models.load import described, usual_dtype
 from tersor.models.outline import outline
 from tersor.ops import warm
+from tersor.ops.dispatch import kernel_chip
 
 _log = logging.getLogger("tersor")
 
@@ -89,6 +91,17 @@ def compile_all(sources: Sequence[KernelSource], chip: Chip, stop: threading.Eve
             raise _Stopped
 
     compile_many(wanted, arch, on_done=go_on)
+
+
+def compile_for(decoder: Decoder, steps: Steps) -> None:
+    """Compile what steps of a decoder in memory ask for, as `compile_all` does; nothing where no GPU has kernels.
+
+    Raises:
+        KernelError, UnsupportedError: as `compile_all`.
+    """
+    chip = kernel_chip(decoder.device)
+    if chip is not None:
+        compile_all(kernels_of(decoder, steps, chip), chip)
 
 
 @contextmanager
