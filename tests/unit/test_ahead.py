@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tersor import ops
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import Activations, Scheme, get_scheme
-from tersor.kernels import jit
+from tersor.kernels import jit, small
 from tersor.kernels.jit import KernelSource
 from tersor.models.config import DecoderConfig
 from tersor.models.expected import Expected
@@ -21,6 +22,7 @@ from tersor.models.names import NAMES
 from tersor.models.outline import outline
 from tersor.models.random import random_decoder
 from tersor.ops import serve_attention
+from tersor.ops.collective import Ranks
 
 gpu = pretended("NVIDIA H200")
 TOKENS, LENGTH, ROWS = 96, 80, 40
@@ -87,12 +89,32 @@ def config_of(name: str) -> DecoderConfig:
 def schemes_of(config: DecoderConfig, scheme: Scheme | None) -> dict[str, Scheme]:
     """The schemes of a decoder's modules as `random_decoder` chooses them."""
     names = NAMES[config.architecture]
-    plain = (f".{names.router}", names.embedding, names.head)
+    plain = (f".{names.router}", *(() if config.tied else (names.embedding,)))
     return {} if scheme is None else {m: scheme for m in Expected.of(config, names).matrices if not m.endswith(plain)}
 
 
+class Apart(Ranks):
+    """A rank that hears nothing of the others, and counts as one that has a kernel for sums."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        if self.count > 1:
+            jit.get(small.all_reduce_source("bfloat16", self.count), -1)
+        return x
+
+    def side_by_side(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        return x.new_zeros(len(x), sum(widths))
+
+    def from_first(self, x: torch.Tensor, group: Any = None) -> torch.Tensor:
+        return x
+
+
 def asked_for(
-    config: DecoderConfig, scheme: Scheme | None, activations: Activations, pages: torch.dtype | None, monkeypatch: Any
+    config: DecoderConfig,
+    scheme: Scheme | None,
+    activations: Activations,
+    pages: torch.dtype | None,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> set[KernelSource]:
     """Run steps of every number of tokens, decoding ones and draws of all kinds; return the kernels they ask for."""
     asked: set[KernelSource] = set()
@@ -108,9 +130,19 @@ def asked_for(
     serve_attention._prepared.cache_clear()  # another test may have asked the same of another chip
     monkeypatch.setattr(jit, "get", recorded)
     monkeypatch.setattr(torch, "mm", wide)  # of cuBLAS: a CPU has no such dtypes
-    decoder = random_decoder(config, scheme, "cpu", torch.bfloat16, activations=activations, context=LENGTH)
+    decoder = random_decoder(
+        config,
+        scheme,
+        "cpu",
+        torch.bfloat16,
+        head=scheme,
+        embedding=scheme if config.tied else None,
+        activations=activations,
+        context=LENGTH,
+        ranks=ranks,
+    )
     sampler = Sampler(ROWS + 1, config.vocabulary, decoder.device, most_length=LENGTH)
-    runner = Runner(decoder, sampler, max_rows=ROWS, max_length=LENGTH, kv_dtype=pages)
+    runner = Runner(decoder, sampler, max_rows=ROWS, max_length=LENGTH, kv_dtype=pages, ranks=ranks)
     runner.allocate(2)
     for tokens in (*range(1, 20), *range(20, 64, 4), *range(64, TOKENS + 1, 8)):
         runner.rehearse(tokens)
@@ -122,28 +154,29 @@ def asked_for(
 
 
 @pytest.mark.parametrize(
-    ("gpu", "name", "way"),
+    ("gpu", "name", "way", "ranks"),
     [
-        ("NVIDIA H200", "llama", "16bit"),
-        ("NVIDIA H200", "llama", "fp8"),
-        ("NVIDIA H200", "qwen3-moe", "fp8"),
-        ("NVIDIA H200", "qwen3-moe", "plain"),
-        ("NVIDIA H200", "gpt-oss", "16bit"),
-        ("NVIDIA H200", "gemma2", "16bit"),
-        ("NVIDIA H200", "opt", "plain"),
-        ("NVIDIA H200", "deepseek-v3", "16bit"),
-        ("NVIDIA A100", "qwen3-moe", "16bit"),
+        ("NVIDIA H200", "llama", "16bit", 1),
+        ("NVIDIA H200", "llama", "fp8", 2),
+        ("NVIDIA H200", "qwen3-moe", "fp8", 1),
+        ("NVIDIA H200", "qwen3-moe", "plain", 1),
+        ("NVIDIA H200", "gpt-oss", "16bit", 2),
+        ("NVIDIA H200", "gemma2", "16bit", 1),
+        ("NVIDIA H200", "opt", "plain", 2),
+        ("NVIDIA H200", "deepseek-v3", "16bit", 1),
+        ("NVIDIA A100", "qwen3-moe", "16bit", 1),
     ],
     indirect=["gpu"],
 )
 def test_steps_ask_for_what_is_compiled_ahead(
-    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, way: str, ranks: int
 ) -> None:
     config, scheme = config_of(name), None if way == "plain" else get_scheme("fp6_e3m2")
     activations = Activations.E4M3 if way == "fp8" else Activations.NATIVE
     pages = torch.float8_e4m3fn if way == "fp8" else None
-    asked = asked_for(config, scheme, activations, pages, monkeypatch)
-    parts = outline(config, NAMES[config.architecture], schemes_of(config, scheme), torch.bfloat16, activations)
+    asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
+    schemes = schemes_of(config, scheme)
+    parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
     steps = Steps(tokens=TOKENS, queries=LENGTH, pages=pages)
     listed = set(kernels_of(parts, steps, gpu.chips[0]))
     assert {source.name for source in asked - listed} == set()

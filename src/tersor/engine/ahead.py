@@ -14,10 +14,10 @@ import torch
 
 from tersor.checkpoint.source import Source
 from tersor.engine.config import EngineConfig
+from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
 from tersor.hardware import Chip
 from tersor.kernels.jit import KernelSource, arch_for, compile_many, missing
-from tersor.models.config import supported
 from tersor.models.decoder import Decoder
 from tersor.models.kernels import Steps, kernels_of
 from tersor.models.load import described, usual_dtype
@@ -148,14 +148,15 @@ def compile_ahead(
 
     Raises:
         InputError, KernelError, UnsupportedError: as for `warm.compile_ahead`.
-        CheckpointError: no whole checkpoint.
         ShapeError: it cannot be cut for so many ranks.
     """
 
-    def of_engine(source: Source, chip: Chip) -> Iterator[KernelSource]:
-        if not supported(source.config):
-            for rank in range(config.tensor_parallel):
-                yield from kernels(source, config, chip, rank)
+    def of_engine(source: Source, chip: Chip) -> list[KernelSource]:
+        try:
+            ranks = range(config.tensor_parallel)
+            return [one for rank in ranks for one in kernels(source, config, chip, rank)]
+        except (UnsupportedError, CheckpointError):
+            return []  # the engine does not load it; transformers may
 
     return warm.compile_ahead(
         model, chips, activations=config.activations, fuse=fuse, revision=revision, also=of_engine, progress=progress
