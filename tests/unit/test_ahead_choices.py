@@ -47,9 +47,7 @@ def test_linears_of_any_number_of_tokens_have_a_tile_that_was_listed(chip: str, 
     counts = [*range(1, 65), *random.Random(0).sample(range(65, MOST + 1), 400)]
     for oc, ic, gated in linears("llama-3-8b"):
         problem = tune.LinearProblem.of(packing, (oc, ic), MOST, activations=way)
-        listed = {
-            dense.fused_source(packing, "bfloat16", one, gated) for one in tune.choices(problem, CHIPS[chip])
-        }
+        listed = {dense.fused_source(packing, "bfloat16", one, gated) for one in tune.choices(problem, CHIPS[chip])}
         for n in counts:
             one = tune.choose(tune.LinearProblem.of(packing, (oc, ic), n, activations=way), CHIPS[chip])
             assert dense.fused_source(packing, "bfloat16", one, gated) in listed, (oc, ic, n)
@@ -75,9 +73,7 @@ def test_experts_of_any_number_of_tokens_have_tiles_that_were_listed(name: str) 
         assert sources(tune_experts.choose_pair(*problems(tokens), H200)) in listed, tokens
 
 
-def test_measured_choices_are_listed_beside_those_predicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measured_choices_are_listed_beside_those_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packing = Packing.of(get_scheme("fp6_e3m2"), "float16")
     problem = tune.LinearProblem.of(packing, (4096, 4096), 80)
     predicted = tune.choose(problem, H200)
@@ -88,7 +84,7 @@ def test_measured_choices_are_listed_beside_those_predicted(
     choice._looked_up.cache_clear()
     try:
         tiles = {one.n_tile for one in tune.choices(problem, H200)}
-        assert {other.n_tile, predicted.n_tile} <= tiles  # 70 tokens are not measured, and have the tile predicted for 80
+        assert {other.n_tile, predicted.n_tile} <= tiles  # 70 tokens, not measured, have what is predicted for 80
     finally:
         choice._looked_up.cache_clear()
 

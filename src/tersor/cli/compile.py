@@ -9,7 +9,6 @@ import typer
 from tersor.cli import chips, console, options
 from tersor.engine.config import EngineConfig
 
-
 _ENGINE = EngineConfig()
 
 

@@ -50,9 +50,7 @@ def kernels(model: Source, config: EngineConfig, chip: Chip, rank: int = 0) -> l
     dtype = usual_dtype(model, torch.device("cuda"))
     if config.dtype != "auto":
         dtype = float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
-    parts = outline(
-        decoder, names, schemes, dtype, Activations.of(config.activations), rank, config.tensor_parallel
-    )
+    parts = outline(decoder, names, schemes, dtype, Activations.of(config.activations), rank, config.tensor_parallel)
     return kernels_of(parts, steps_of(config, decoder.context, draws=rank == 0), chip)
 
 

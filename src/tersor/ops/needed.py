@@ -1,4 +1,4 @@
-"""Which kernels can an operator ask for, in calls of up to so many tokens? Asked ahead of the first call, without a GPU.
+"""Which kernels can an operator ask for, in calls of up to so many tokens? Told ahead of the first, without a GPU.
 
 What serves a call is decided as in `dispatch`, `grouped`, `serve_attention` and `serve_routing`, by the same functions;
 the mode of linears is that of the moment (`mode.current`).
