@@ -1,7 +1,8 @@
 """What parts would a checkpoint's decoder have on a GPU? The same parts in the same layouts, without memory.
 
-Weights are on torch's meta device: shapes and layouts can be asked for, and no number. Layers that are equal in all of
-this are there once.
+Shapes and layouts of weights can be asked for, and no number: packed ones have rows of no words, plain ones are on
+torch's meta device, which takes a second to import at the first sum of shapes. Layers that are equal in all of this are
+there once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import replace
 import torch
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme
-from tersor.layouts import STREAM, PackedWeight, stream
-from tersor.layouts.packing import LAYOUTS, Packing
+from tersor.layouts import STREAM, PackedWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -27,8 +27,6 @@ from tersor.models.weights import Matrix
 from tersor.ops.attention_form import PAGE
 from tersor.ops.collective import Ranks
 from tersor.ops.dispatch import kernel_layout
-
-_META = torch.device("meta")
 
 
 def outline(
@@ -71,7 +69,7 @@ def outline(
         few_schemes |= {starts[place] + name: scheme for name, scheme in own[index].items()}
     few = replace(config, layers=tuple(config.layers[index] for index in found.values()))
     share = Share.of(few, names, few_schemes, rank, ranks)
-    with Reading(_META) as reading:  # reads nothing
+    with Reading(torch.device("cpu")) as reading:  # reads nothing
         parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, Ranks(rank, ranks))
         return assemble(parts, few, names, PAGE)
 
@@ -91,7 +89,7 @@ class _Outlined(Stored):
     ) -> None:
         super().__init__({}, reading, schemes, expected.matrices, dtype, activations, share, ranks)
         self._plain = {plain_name(module, shape): shape for module, shape in self._shapes.items()}
-        self._plain |= {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
+        self._vectors = {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
 
     def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
         """Return a weight in the layout that it has on a GPU."""
@@ -100,17 +98,18 @@ class _Outlined(Stored):
         layout = kernel_layout(weight.scheme, self.dtype, self._activations)
         if layout == STREAM:
             return weight
-        packing = Packing.of(weight.scheme, LAYOUTS[layout])
-        data = torch.empty(packing.words(weight.shape), dtype=torch.int32, device=_META)
-        return PackedWeight(weight.scheme, weight.shape, data, data.new_empty(0), None, layout)
+        return PackedWeight(
+            weight.scheme, weight.shape, torch.empty(0, dtype=torch.int32), torch.empty(0), None, layout
+        )
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
-        oc, ic = self._shapes[module][-2:]
-        scheme = self._schemes[module]
-        data = torch.empty(oc, stream.row_words(ic, scheme.format.bits), dtype=torch.int32, device=_META)
-        scale = torch.empty(oc, scheme.groups(ic), dtype=SCALE_DTYPES[scheme.scale_dtype], device=_META)
-        return data, scale, torch.empty_like(scale, dtype=torch.uint8) if scheme.has_zero_point else None
+        rows, scheme = self._shapes[module][-2], self._schemes[module]
+        scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])
+        zero_point = torch.empty(rows, 0, dtype=torch.uint8) if scheme.has_zero_point else None
+        return torch.empty(rows, 0, dtype=torch.int32), scale, zero_point
 
     def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
+        if name in self._vectors:
+            return torch.empty(self._vectors[name], dtype=self.dtype)
         shape = self._plain[name]
-        return torch.empty(shape if expert is None else (shape[2], shape[1]), dtype=self.dtype, device=_META)
+        return torch.empty(shape if expert is None else (shape[2], shape[1]), dtype=self.dtype, device="meta")
