@@ -1,8 +1,7 @@
 """What parts would a checkpoint's decoder have on a GPU? The same parts in the same layouts, without memory.
 
 Shapes and layouts of weights can be asked for, and no number: packed ones have rows of no words, plain ones are on
-torch's meta device, which takes a second to import at the first sum of shapes. Layers that are equal in all of this are
-there once.
+torch's meta device. Layers that are equal in all of this are there once.
 """
 
 from __future__ import annotations
@@ -98,9 +97,8 @@ class _Outlined(Stored):
         layout = kernel_layout(weight.scheme, self.dtype, self._activations)
         if layout == STREAM:
             return weight
-        return PackedWeight(
-            weight.scheme, weight.shape, torch.empty(0, dtype=torch.int32), torch.empty(0), None, layout
-        )
+        words, scale = weight.data.new_empty(0), weight.scale.new_empty(0)
+        return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout)
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         rows, scheme = self._shapes[module][-2], self._schemes[module]
