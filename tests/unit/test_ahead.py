@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tersor import ops
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import Activations, Scheme, get_scheme
+from tersor.hardware import CHIPS
 from tersor.kernels import jit, small
 from tersor.kernels.jit import KernelSource
 from tersor.models.config import DecoderConfig
@@ -124,3 +126,15 @@ def test_steps_ask_for_what_is_compiled_ahead(
     listed = set(kernels_of(parts, steps, gpu.chips[0]))
     assert {source.name for source in asked - listed} == set()
     assert {source.name for source in listed - asked} == set()
+
+
+def test_layers_that_are_equal_are_looked_at_once_and_others_for_themselves() -> None:
+    config = config_of("llama")
+    config = replace(config, layers=config.layers * 3)
+    names, schemes = NAMES[config.architecture], schemes_of(config, get_scheme("fp6_e3m2"))
+    assert len(outline(config, names, schemes, torch.bfloat16).layers) == 1
+    schemes["model.layers.4.mlp.down_proj"] = get_scheme("int8")
+    parts = outline(config, names, schemes, torch.bfloat16)
+    assert [part.ffn.down.weight.scheme.name for part in parts.layers] == ["fp6_e3m2", "int8"]
+    sources = kernels_of(parts, Steps(tokens=8, queries=8), CHIPS["NVIDIA H200"])
+    assert any("linear_sm90_int8" in source.name for source in sources)

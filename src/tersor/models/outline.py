@@ -6,7 +6,7 @@ torch's meta device. Layers that are equal in all of this are there once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,27 +50,35 @@ def outline(
         ShapeError: it cannot be cut for so many ranks.
         UnsupportedError: weights that are not multiplied with such activations; experts of a layer in several schemes.
     """
-    found: dict[object, int] = {}
     starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
-    own: list[dict[str, Scheme]] = [{} for _ in starts]
-    places = {start: index for index, start in enumerate(starts)}
-    few_schemes = {}
-    depth = names.base.count(".") + names.layer.count(".")
-    for module, scheme in schemes.items():
-        start = "".join(part + "." for part in module.split(".")[:depth])
-        if start in places:
-            own[places[start]][module.removeprefix(start)] = scheme
-        else:
-            few_schemes[module] = scheme
+    inside, few_schemes = _by_layer(starts, schemes)
+    kinds: dict[object, int] = {}
     for index, layer in enumerate(config.layers):
-        found.setdefault((layer, tuple(sorted(own[index].items(), key=lambda item: item[0]))), index)
-    for place, index in enumerate(found.values()):
-        few_schemes |= {starts[place] + name: scheme for name, scheme in own[index].items()}
-    few = replace(config, layers=tuple(config.layers[index] for index in found.values()))
+        kinds.setdefault((layer, frozenset(inside[index].items())), index)
+    for start, index in zip(starts, kinds.values(), strict=False):  # layers move up to where others are left out
+        few_schemes |= {start + name: scheme for name, scheme in inside[index].items()}
+    few = replace(config, layers=tuple(config.layers[index] for index in kinds.values()))
     share = Share.of(few, names, few_schemes, rank, ranks)
     with Reading(torch.device("cpu")) as reading:  # reads nothing
         parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, Ranks(rank, ranks))
         return assemble(parts, few, names, PAGE)
+
+
+def _by_layer(
+    starts: Sequence[str], schemes: Mapping[str, Scheme]
+) -> tuple[list[dict[str, Scheme]], dict[str, Scheme]]:
+    """Return the schemes of every layer, by names without its start, and those of modules that are in none."""
+    places = {start: index for index, start in enumerate(starts)}
+    parts = starts[0].count(".")
+    inside: list[dict[str, Scheme]] = [{} for _ in starts]
+    outside: dict[str, Scheme] = {}
+    for module, scheme in schemes.items():
+        start = "".join(f"{part}." for part in module.split(".")[:parts])
+        if start in places:
+            inside[places[start]][module.removeprefix(start)] = scheme
+        else:
+            outside[module] = scheme
+    return inside, outside
 
 
 class _Outlined(Stored):
