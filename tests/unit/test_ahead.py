@@ -107,7 +107,7 @@ def asked_for(
         ("NVIDIA H200", "qwen3-moe", "plain", 1),
         ("NVIDIA H200", "gpt-oss", "16bit", 2),
         ("NVIDIA H200", "gemma2", "16bit", 1),
-        ("NVIDIA H200", "opt", "plain", 2),
+        ("NVIDIA H200", "opt", "plain", 1),
         ("NVIDIA H200", "deepseek-v3", "16bit", 1),
         ("NVIDIA A100", "qwen3-moe", "16bit", 1),
     ],
