@@ -19,7 +19,7 @@ def command(
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
     activations: Annotated[str, typer.Option(help="16bit, or fp8 as with `--activations fp8` elsewhere.")] = "16bit",
-    fuse: Annotated[bool, typer.Option("--fuse", help="Compile what `generate --fuse` needs, too.")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Compile what joined layers need, too: gate with up.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the engine's activations: auto, float16 or bfloat16.")] = "auto",
     kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tersor.checkpoint.source import Source
 from tersor.engine import ahead
 from tersor.engine.config import EngineConfig
+from tersor.engine.graphs import captures
 from tersor.engine.memory import make_pages
 from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
@@ -48,7 +49,7 @@ def build(
         line: from the first rank to the others; `None` with one.
 
     Raises:
-        UnsupportedError: the engine does not have the architecture.
+        UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and not possible.
         CheckpointError: no whole checkpoint.
         ShapeError: the model cannot be cut for so many ranks.
         KernelError: a kernel does not compile.
@@ -71,4 +72,5 @@ def build(
     runner = Runner(
         decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line
     )
-    return Built(runner, make_pages(runner, config), context)
+    graphs = captures(runner, config)
+    return Built(runner, make_pages(runner, replace(config, cuda_graph=graphs)), context)

@@ -55,7 +55,8 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
         if kind not in seen:
             seen.add(kind)
             found.update(dict.fromkeys(_asked(part, dtype, steps, chip)))
-    found.update(dict.fromkeys(needed.rows(hidden, dtype)))
+    found.update(dict.fromkeys(needed.tokens_of_steps()))
+    found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
     found.update(dict.fromkeys(needed.sums(dtype, decoder.layers[0].ranks.count)))
     if steps.draws:
         found.update(dict.fromkeys(needed.draws(decoder.config.vocabulary, dtype)))
@@ -110,7 +111,7 @@ def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
     channels = part.weight.shape[1]
     together = part.ranks.count == 1 and not isinstance(part.weight, PackedWeight)
     if together or not isinstance(part.weight, PackedWeight) or part.positions is not None:
-        yield from needed.rows(channels, dtype, together and part.positions is not None)
+        yield from needed.rows(channels, dtype, torch.int64, together and part.positions is not None)
 
 
 def _experts(part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[KernelSource]:

@@ -93,7 +93,12 @@ def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, 
 
 
 def usual_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """Return the dtype of activations that is meant where none is given."""
+    """Return the dtype of activations that is meant where none is given.
+
+    Args:
+        source: the checkpoint.
+        device: where it runs.
+    """
     if device.type == "cpu":
         return torch.float32
     return FLOAT_DTYPES.get(stated_dtype(source.config) or "", torch.bfloat16)

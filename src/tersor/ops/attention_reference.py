@@ -108,7 +108,8 @@ def store(
     """Write keys and values [q, KV, D] of tokens to their places in pages, unless `written`, one bool, is false."""
     both = torch.stack([keys, values], dim=1)  # [q, 2, KV, D]
     if cache.scales is not None:
-        scales = (both.abs().amax(-1) / E4M3_MAX).clamp_min(2.0**-24)
+        most = both.abs().amax(-1)
+        scales = (most / most.new_full((), E4M3_MAX)).clamp_min(2.0**-24)  # torch multiplies by 1 / a Python number
         both = both / scales[..., None]
         cache.scales[pages, :, :, slots] = _chosen(written, scales, cache.scales[pages, :, :, slots])
     codes = both.to(cache.pages.dtype)

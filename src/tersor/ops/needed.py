@@ -183,15 +183,21 @@ def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSourc
         yield small.norm_source(TARGETS[dtype], layer, channels)
 
 
-def rows(channels: int, dtype: torch.dtype, positions: bool = False) -> Iterator[KernelSource]:
-    """Yield the kernel of `ops.gather_rows` and `ops.lookup` by an int64 index.
+def rows(channels: int, dtype: torch.dtype, index: torch.dtype, positions: bool = False) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.gather_rows` and `ops.lookup`.
 
     Args:
         channels, dtype: of the rows.
+        index: dtype of the index.
         positions: whether rows of positions are added.
     """
     if dtype in TARGETS and channels_fit(channels):
-        yield small.rows_source(TARGETS[dtype], True, positions)
+        yield small.rows_source(TARGETS[dtype], index == torch.int64, positions)
+
+
+def tokens_of_steps() -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.resolve` and `ops.keep`."""
+    yield from (small.resolve_source(), small.keep_source())
 
 
 def sums(dtype: torch.dtype, ranks: int) -> Iterator[KernelSource]:

@@ -77,7 +77,7 @@ def compile_ahead(
         model: a checkpoint directory, or a hub id, which is downloaded.
         chips: what to compile for.
         activations: what its weights will be multiplied with.
-        fuse: whether its layers will be joined (`tersor generate --fuse`), too.
+        fuse: whether layers that read the same activations are joined, too.
         revision: branch, tag or commit of a hub id.
         also: returns what else the checkpoint needs on a chip.
         progress: told (kernels done, in all) at the start and after every kernel.

@@ -13,7 +13,7 @@ from tersor.hardware import KERNEL_CAPABILITY
 from tersor.kernels.jit import report
 from tersor.kernels.jit.source import KernelSource
 
-OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
 """Options of every compilation. Line information is left out: it triples a binary and slows the compiler."""
 
 ARCH_SPECIFIC = {(9, 0): "sm_90a"}
