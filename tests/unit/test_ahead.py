@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import packed_models, tiny_lm
 from helpers.fakes import FakeGpu, pretended
 from helpers.small_decoders import config_of
 
+import tersor
 from tersor import ops
+from tersor.engine import ahead
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import Activations, Scheme, get_scheme
@@ -53,6 +57,20 @@ class Apart(Ranks):
         return x
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> set[KernelSource]:
+    """Return a set that every kernel which is asked for from now on is put into."""
+    asked: set[KernelSource] = set()
+    get = jit.get
+
+    def recording(source: KernelSource, device: Any) -> jit.Function:
+        asked.add(source)
+        return get(source, device if isinstance(device, int) else -1)
+
+    serve_attention._prepared.cache_clear()  # another test may have asked the same of another chip
+    monkeypatch.setattr(jit, "get", recording)
+    return asked
+
+
 def asked_for(
     config: DecoderConfig,
     scheme: Scheme | None,
@@ -62,18 +80,11 @@ def asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> set[KernelSource]:
     """Run steps of every number of tokens, decoding ones and draws of all kinds; return the kernels they ask for."""
-    asked: set[KernelSource] = set()
-    get = jit.get
-
-    def recorded(source: KernelSource, device: Any) -> jit.Function:
-        asked.add(source)
-        return get(source, device if isinstance(device, int) else -1)
 
     def wide(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(len(x), weight.shape[1], dtype=out_dtype)
 
-    serve_attention._prepared.cache_clear()  # another test may have asked the same of another chip
-    monkeypatch.setattr(jit, "get", recorded)
+    asked = recorded(monkeypatch)
     monkeypatch.setattr(torch, "mm", wide)  # of cuBLAS: a CPU has no such dtypes
     decoder = random_decoder(
         config,
@@ -126,6 +137,25 @@ def test_steps_ask_for_what_is_compiled_ahead(
     listed = set(kernels_of(parts, steps, gpu.chips[0]))
     assert {source.name for source in asked - listed} == set()
     assert {source.name for source in listed - asked} == set()
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_an_engine_compiles_what_its_prompts_ask_for_before_it_answers(
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
+    compiled: set[KernelSource] = set()
+    monkeypatch.setattr(ahead, "compile_many", lambda sources, arch, on_done: compiled.update(sources))
+    asked, path = recorded(monkeypatch), packed_models.compressed(tiny_lm.TINY, tmp_path / "model", format="fp6_e3m2")
+    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "kv_dtype": kv_dtype, "kv_bytes": 8 << 20}
+    model = tersor.LLM(path, max_rows=8, max_step_tokens=40, max_length=100, **options)
+    before = set(compiled)
+    params = [
+        tersor.SamplingParams(max_tokens=3, ignore_eos=True, temperature=1, top_k=4, frequency_penalty=0.5, n=2),
+        tersor.SamplingParams(max_tokens=3, ignore_eos=True, temperature=0, logprobs=1, prompt_logprobs=1),
+    ]
+    for one in params:
+        model.generate([list(range(2, 2 + length)) for length in (1, 3, 9, 20, 37, 77)], one)
+    assert len(asked) > 15 and {source.name for source in asked - before} == set()
 
 
 def test_layers_that_are_equal_are_looked_at_once_and_others_for_themselves() -> None:
