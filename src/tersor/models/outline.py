@@ -6,7 +6,7 @@ torch's meta device. Layers that are equal in all of this are there once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,6 +107,9 @@ class _Outlined(Stored):
             return weight
         words, scale = weight.data.new_empty(0), weight.scale.new_empty(0)
         return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout)
+
+    def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
+        return [make(index) for index in indices]
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         rows, scheme = self._shapes[module][-2], self._schemes[module]
