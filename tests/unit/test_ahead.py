@@ -115,6 +115,7 @@ def asked_for(
         ("NVIDIA H200", "llama", "16bit", 1),
         ("NVIDIA H200", "llama", "fp8", 2),
         ("NVIDIA H200", "qwen3-moe", "fp8", 1),
+        ("NVIDIA H200", "qwen3-moe", "invariant", 1),
         ("NVIDIA H200", "qwen3-moe", "plain", 1),
         ("NVIDIA H200", "gpt-oss", "16bit", 2),
         ("NVIDIA H200", "gemma2", "16bit", 1),
@@ -130,11 +131,11 @@ def test_steps_ask_for_what_is_compiled_ahead(
     config, scheme = config_of(name), None if way == "plain" else get_scheme("fp6_e3m2")
     activations = Activations.E4M3 if way == "fp8" else Activations.NATIVE
     pages = torch.float8_e4m3fn if way == "fp8" else None
-    asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
-    schemes = schemes_of(config, scheme)
-    parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
-    steps = Steps(tokens=TOKENS, queries=LENGTH, pages=pages)
-    listed = set(kernels_of(parts, steps, gpu.chips[0]))
+    schemes, steps = schemes_of(config, scheme), Steps(tokens=TOKENS, queries=LENGTH, pages=pages)
+    with ops.using(batch_invariant=way == "invariant"):
+        asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
+        parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
+        listed = set(kernels_of(parts, steps, gpu.chips[0]))
     assert {source.name for source in asked - listed} == set()
     assert {source.name for source in listed - asked} == set()
 
