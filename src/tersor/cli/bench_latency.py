@@ -75,8 +75,10 @@ def command(
     import torch
 
     from tersor.bench import timing
+    from tersor.engine import ahead
     from tersor.engine.runner import Runner
     from tersor.engine.sampler import Sampler
+    from tersor.models.kernels import Steps
     from tersor.models.random import random_decoder
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
@@ -125,6 +127,7 @@ def command(
                 runner = Runner(
                     decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
                 )
+                ahead.compile_for(decoder, Steps(tokens=max(batches), queries=1, pages=pages.pages_dtype))
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,6 @@ from tersor.ops.collective import ALONE, Ranks
 
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
-WARM_UP = 2
-"""Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
 
 
 def padded_rows(most: int) -> list[int]:
@@ -126,6 +125,8 @@ class Runner:
         self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
         self._staging: list[torch.Tensor] = []
         self._turn = 0
+        self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def page_bytes(self) -> int:
         """Return bytes of a page, of all layers together."""
@@ -134,12 +135,16 @@ class Runner:
 
     def allocate(self, pages: int) -> None:
         """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
-        self.graphs, self.caches = {}, []
+        self.graphs, self.caches, self._pool = {}, [], None
         self.caches = self.decoder.caches(pages, self.kv_dtype)
 
     def release(self) -> None:
         """Let go of graphs and pages: no step can be launched any more. NCCL waits for graphs that hold its calls."""
-        self.graphs, self.caches = {}, []
+        self.graphs, self.caches, self._pool = {}, [], None
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of rows that have a graph, the largest first."""
+        return padded_rows(self.max_rows)[::-1]
 
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
@@ -330,18 +335,23 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
-        """Capture a step for every padded number of rows, the largest first, in one memory pool.
+        """Capture a step for numbers of rows, the largest first, in the memory pool of those captured before.
+
+        A forward goes ahead of each: libraries load and allocate what a capture must not. All of them take one stream,
+        since a stream keeps memory for split sums.
 
         Args:
-            sizes: numbers of rows; unless given, `padded_rows` up to the most.
+            sizes: numbers of rows; unless given, `sizes`.
 
         Raises:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
-        started, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
+        started = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._side = side = self._side or torch.cuda.Stream(self.device)
         # The thread in which NCCL watches its calls may ask for their events meanwhile.
         mode = "global" if self.ranks.count == 1 else "thread_local"
-        for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
+        for size in sorted(sizes or self.sizes(), reverse=True):
             layout = Layout(size, size, self._pages)
             buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
             views = layout.split(buffer)
@@ -350,13 +360,11 @@ class Runner:
             views["slots"].fill_(self.max_rows)
             graph = torch.cuda.CUDAGraph()
             try:
-                side = torch.cuda.Stream(self.device)
                 side.wait_stream(torch.cuda.current_stream(self.device))
                 with torch.cuda.stream(side):
-                    for _ in range(WARM_UP):
-                        self._decode(views, size)
+                    self._decode(views, size)
                 torch.cuda.current_stream(self.device).wait_stream(side)
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                     drawn = self._decode(views, size)
             except torch.OutOfMemoryError:
                 raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
