@@ -315,6 +315,7 @@ def around_products() -> list[KernelSource]:
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
     kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
+    copies += [small.resolve_source(), small.keep_source()]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
 
 

@@ -237,8 +237,7 @@ def test_layers_share_where_kernels_serve_and_no_window_hides_a_page(monkeypatch
         return serve_attention.sharing_costs(forms, 1000, torch.float16, torch.float16, torch.device("cuda", 0))
 
     assert serve_attention.sharing_costs([FORM], 1000, torch.float16, torch.float16, torch.device("cpu")) is None
-    monkeypatch.setattr(dispatch, "environment_reason", lambda dtype, device: "")
-    monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: chip_named("H200"))
+    monkeypatch.setattr(dispatch, "kernel_chip", lambda device: chip_named("H200"))
     assert costs(999) is None
     assert costs(999, 1000).rows == costs(None).rows == 16
     assert costs(None, heads=8 * 33) is None

@@ -11,9 +11,6 @@ import torch
 from tersor.engine.step_buffer import Layout
 from tersor.errors import TersorError
 
-WARM_UP = 2
-"""Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
-
 
 @dataclass(slots=True)
 class Captured:
@@ -41,9 +38,9 @@ class Captured:
 def capture(
     layout: Layout,
     decode: Callable[[dict[str, torch.Tensor], int], torch.Tensor],
-    device: torch.device,
     *,
     spare: int,
+    side: torch.cuda.Stream,
     pool: Any,
     mode: str,
 ) -> Captured:
@@ -52,26 +49,25 @@ def capture(
     Args:
         layout: of its buffer.
         decode: makes of the arrays of a step, and its rows, the tokens drawn.
-        device: a GPU.
         spare: a slot that no request has.
+        side: a stream for the forward ahead, in which libraries load and allocate what a capture must not.
         pool: memory of graphs that do not run at once.
         mode: what others may call meanwhile, as torch has it.
 
     Raises:
         TersorError: the model does what a capture forbids, or memory ran out.
     """
-    size = layout.rows
+    size, device = layout.rows, side.device
     buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)
     views = layout.split(buffer)
     views["starts"].copy_(torch.arange(size + 1))
+    views["places"].copy_(torch.arange(size))
     views["slots"].fill_(spare)
     graph = torch.cuda.CUDAGraph()
     try:
-        side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                decode(views, size)
+            decode(views, size)
         torch.cuda.current_stream(device).wait_stream(side)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
             drawn = decode(views, size)

@@ -9,8 +9,10 @@ it drew from where the device keeps them, a slot a request.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +82,8 @@ class Runner:
         graphs: padded number of rows -> captured step.
         sharing: the same of steps in which rows read pages together.
         costs: of a layer, by which that is chosen; `None` where it never is.
+        capture_seconds: what capturing all of them took.
+        eager_reason: why there are none, or an empty string.
         workspace: memory of split products.
     """
 
@@ -113,13 +117,16 @@ class Runner:
         self.caches: list[PagedCache] = []
         self.graphs: dict[int, Captured] = {}
         self.sharing: dict[int, Captured] = {}
-        forms = [layer.attention.form for layer in decoder.layers]
-        self.costs = sharing_costs(forms, max_length, decoder.dtype, self.kv_dtype, decoder.device)
+        self.capture_seconds, self.eager_reason = 0.0, ""
         self._pages = -(-max_length // PAGE)
+        forms = [layer.attention.form for layer in decoder.layers]
+        self.costs = sharing_costs(forms, self._pages * PAGE, decoder.dtype, self.kv_dtype, decoder.device)
         self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
-        self._last = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
+        self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
         self._staging: list[torch.Tensor] = []
         self._turn = 0
+        self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def page_bytes(self) -> int:
         """Return bytes of a page, of all layers together."""
@@ -133,21 +140,27 @@ class Runner:
 
     def release(self) -> None:
         """Let go of graphs and pages: no step can be launched any more. NCCL waits for graphs that hold its calls."""
-        self.graphs, self.sharing, self.caches = {}, {}, []
+        self.graphs, self.sharing, self.caches, self._pool = {}, {}, [], None
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of rows that have a graph, the largest first."""
+        return padded_rows(self.max_rows)[::-1]
 
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
-        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it. A step
-        whose rows could read pages together follows.
+        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it.
+
+        A step of the most rows, which could read pages together, follows.
         """
         count = min(-(-tokens // self.max_length), self.max_rows)
         layouts = [Layout(tokens, count, self._pages)]
-        if self.costs is not None:
-            layouts.append(Layout(self.max_rows, self.max_rows, self._pages, shares=True))
+        if self.costs is not None and not ops.batch_invariant():
+            layouts.append(Layout(1, self.max_rows, self._pages, shares=True))
         for layout in layouts:
             views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
             views["slots"].fill_(self.max_rows)
-            self._draw(self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE), views, False)
+            logits, lengths = self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE)
+            self._draw(logits, views, lengths, False)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, torch.Tensor] | None = None) -> Launched:
@@ -212,9 +225,9 @@ class Runner:
             if order.graph:
                 (self.sharing if order.shares else self.graphs)[order.graph].replay(staged)
                 continue
-            logits, views = self._wanted(order, staged)
+            logits, views, lengths = self._wanted(order, staged)
             if order.draws:
-                self._draw(logits[: order.draws], views, False)
+                self._draw(logits[: order.draws], views, lengths[: order.draws], False)
 
     def _graph_size(self, step: Step) -> int | None:
         """Return the rows of the captured step that serves one, if it only decodes and there is one."""
@@ -237,7 +250,7 @@ class Runner:
     ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None]:
         """Run a step that is no graph; return tokens, their log probabilities and those of prompts."""
         draws = order.draws
-        logits, views = self._wanted(order, staged)
+        logits, views, lengths = self._wanted(order, staged)
         read = None
         if targets:
             of_targets, of_asks = (
@@ -248,17 +261,17 @@ class Runner:
         if not draws:
             return torch.empty(0, dtype=torch.int64, device=self.device), None, read
         asked = any(row.request.params.logprobs is not None for row in step.drawing)
-        drawn, logprobs = self._draw(logits[:draws], views, asked)
+        drawn, logprobs = self._draw(logits[:draws], views, lengths[:draws], asked)
         return drawn, logprobs, read
 
-    def _wanted(self, order: Order, staged: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run the model on a step that is no graph; return logits where they are wanted, and the step's arrays."""
+    def _wanted(self, order: Order, staged: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Run the model on a step that is no graph; return logits where they are wanted, the step's arrays, lengths."""
         numbers = staged.to(self.device, non_blocking=True)
         views = order.layout.split(numbers)
         if order.more:
             views["places"] = torch.cat([views["places"][: order.draws], numbers[order.layout.size :]])
-        logits = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
-        return logits, views
+        logits, lengths = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
+        return logits, views, lengths
 
     def _stage(self, size: int) -> torch.Tensor:
         """Return memory of the host for a step's buffer that no copy reads any more."""
@@ -270,25 +283,30 @@ class Runner:
             self._staging[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=pinned)
         return self._staging[self._turn][:size]
 
-    def _logits(self, views: dict[str, torch.Tensor], count: int, most_queries: int, most_length: int) -> torch.Tensor:
-        """Run the model; return logits [count, V] at the first places."""
-        tokens = views["tokens"].long()
-        kept = self._last[(-1 - tokens).clamp_min(0)]
+    def _logits(
+        self,
+        views: dict[str, torch.Tensor],
+        count: int,
+        most_queries: int,
+        most_length: int,
+        everywhere: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model; return logits [count, V] at the first places, and how long the texts there are, int32 [count].
+
+        They are all tokens in their order where logits are wanted `everywhere`.
+        """
+        places = views["places"][:count]
+        tokens, lengths = ops.resolve(views["tokens"], self._newest, views["starts"], views["lengths"], places)
         rows = rows_on(views, most_queries, most_length)
         with ops.using(workspace=self.workspace):
-            return self.decoder(
-                torch.where(tokens < 0, kept, tokens), rows, self.caches, views["places"][:count].long()
-            )
+            return self.decoder(tokens, rows, self.caches, None if everywhere else places), lengths
 
     def _draw(
-        self, logits: torch.Tensor, views: dict[str, torch.Tensor], logprobs: bool
+        self, logits: torch.Tensor, views: dict[str, torch.Tensor], lengths: torch.Tensor, logprobs: bool
     ) -> tuple[torch.Tensor, ops.Logprobs | None]:
-        """Draw the tokens of rows by logits [S, V], and keep them for the next step."""
+        """Draw the tokens of rows of so many tokens by logits [S, V], and keep them for the next step."""
         count = len(logits)
-        slots, places = views["slots"][:count], views["places"][:count]
-        owners = torch.searchsorted(views["starts"][1:], places, right=True).clamp_max(len(views["lengths"]) - 1)
-        lengths = views["lengths"][owners]
-        found = None
+        slots, found = views["slots"][:count], None
         if self.sampler is None:
             drawn = torch.empty(count, dtype=torch.int64, device=self.device)
         elif logprobs:
@@ -296,12 +314,13 @@ class Runner:
         else:
             drawn = self.sampler.draw(logits, slots, lengths)
         drawn = self.ranks.from_first(drawn)
-        self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
+        ops.keep(self._newest, slots, drawn)
         return drawn, found
 
     def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
-        return self._draw(self._logits(views, count, 1, self._pages * PAGE), views, False)[0]
+        logits, lengths = self._logits(views, count, 1, self._pages * PAGE, everywhere=True)
+        return self._draw(logits, views, lengths, False)[0]
 
     def _publish(
         self,
@@ -327,26 +346,31 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
-        """Capture a step for every padded number of rows, the largest first, in one memory pool; where rows may read
-        pages together, one more.
+        """Capture a step for numbers of rows, the largest first, in the memory pool of those captured before.
+
+        A forward goes ahead of each: libraries load and allocate what a capture must not. All of them take one stream,
+        since a stream keeps memory for split sums. Where rows may read pages together, there is one more for that.
 
         Args:
-            sizes: numbers of rows; unless given, `padded_rows` up to the most.
+            sizes: numbers of rows; unless given, `sizes`.
 
         Raises:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
-        pool = torch.cuda.graph_pool_handle()
+        started = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._side = self._side or torch.cuda.Stream(self.device)
         # The thread in which NCCL watches its calls may ask for their events meanwhile.
         mode = "global" if self.ranks.count == 1 else "thread_local"
         make = functools.partial(
-            capture, decode=self._decode, device=self.device, spare=self.max_rows, pool=pool, mode=mode
+            capture, decode=self._decode, spare=self.max_rows, side=self._side, pool=self._pool, mode=mode
         )
-        for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
+        for size in sorted(sizes or self.sizes(), reverse=True):
             self.graphs[size] = make(Layout(size, size, self._pages))
-            if self.costs is not None and size >= LEAST_ROWS:
+            if self.costs is not None and size >= LEAST_ROWS and not ops.batch_invariant():
                 self.sharing[size] = make(Layout(size, size, self._pages, shares=True))
         self.graphs = dict(sorted(self.graphs.items()))
+        self.capture_seconds += time.perf_counter() - started
 
 
 def _prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:

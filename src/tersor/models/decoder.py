@@ -109,7 +109,7 @@ class Decoder:
         self.dtype, self.device = norm.weight.dtype, norm.weight.device
 
     def __call__(
-        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor
+        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the logits that follow some of a step's tokens.
 
@@ -117,7 +117,7 @@ class Decoder:
             tokens: int64 [T] of all rows, and padding.
             rows: whose tokens they are.
             caches: pages of every layer; keys and values of the tokens are written to them.
-            places: int64 [S], the tokens whose logits are wanted.
+            places: int64 or int32 [S], the tokens whose logits are wanted; `None` for all.
 
         Returns:
             [S, V] in `dtype`.
@@ -125,7 +125,7 @@ class Decoder:
         x = self.embedding(tokens, rows)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, cache, rows)
-        logits = self.head(self.norm(ops.gather_rows(x, places)))
+        logits = self.head(self.norm(x if places is None else ops.gather_rows(x, places)))
         softcap = self.config.softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 

@@ -138,12 +138,9 @@ def obstacle(
     if why:
         return why
     pages, dtype = cache.pages, qkv.dtype
-    if form.head_dim % 16 or form.head_dim > attention.MOST_DIM:
-        return f"kernels take heads of 16, 32 to {attention.MOST_DIM} channels, not of {form.head_dim}"
-    if form.rotary_dim % 4:
-        return f"kernels rotate a multiple of 4 channels, not {form.rotary_dim}"
-    if pages.dtype not in (dtype, torch.float8_e4m3fn):
-        return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages.dtype}"
+    why = misfit(form, dtype, pages.dtype)
+    if why:
+        return why
     if not pages.is_contiguous() or pages.data_ptr() % 16:
         return "pages are not contiguous from 16 bytes on"
     if cache.scales is not None and (not cache.scales.is_contiguous() or cache.scales.data_ptr() % 16):
@@ -155,6 +152,17 @@ def obstacle(
             return f"kernels take contiguous weights of norms in {dtype}, these are in {one.dtype}"
     if sinks is not None and (sinks.dtype not in (dtype, torch.float32) or not sinks.is_contiguous()):
         return f"kernels take contiguous sinks in {dtype} or float32, these are in {sinks.dtype}"
+    return ""
+
+
+def misfit(form: AttentionForm, dtype: torch.dtype, pages: torch.dtype) -> str:
+    """Return why no kernel serves a form with activations of a dtype and pages of another, or an empty string."""
+    if form.head_dim % 16 or form.head_dim > attention.MOST_DIM:
+        return f"kernels take heads of 16, 32 to {attention.MOST_DIM} channels, not of {form.head_dim}"
+    if form.rotary_dim % 4:
+        return f"kernels rotate a multiple of 4 channels, not {form.rotary_dim}"
+    if pages not in (dtype, torch.float8_e4m3fn):
+        return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages}"
     return ""
 
 
@@ -300,8 +308,15 @@ def attend(
 
 
 def shares(form: AttentionForm, most_length: int) -> bool:
-    """Tell whether rows of texts of up to so many tokens can read pages together: not where a window hides some."""
-    return form.window is None or form.window >= most_length
+    """Tell whether rows of texts of up to so many tokens can read pages together: not where a window hides some, nor
+    where the heads of one row are as many queries as a CTA takes.
+    """
+    return (form.window is None or form.window >= most_length) and _rows_of_item(form) > 1
+
+
+def _rows_of_item(form: AttentionForm) -> int:
+    """Return how many rows can read pages together in one CTA."""
+    return attention.SHARED_QUERIES // (form.heads // form.kv_heads)
 
 
 def sharing_costs(
@@ -315,15 +330,13 @@ def sharing_costs(
         dtype, pages: of activations and of pages.
         device: where the steps run.
     """
-    forms = [form for form in forms if shares(form, most_length)]
-    if not forms or dispatch.environment_reason(dtype, device):
+    form = next((one for one in forms if shares(one, most_length) and not misfit(one, dtype, pages)), None)
+    chip = dispatch.kernel_chip(device)
+    if form is None or chip is None or dtype == torch.float32:
         return None
-    found = []
-    for form in dict.fromkeys(forms):
-        kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[dtype], e4m3=pages == torch.float8_e4m3fn)
-        found.append(shared_costs(kind, form.heads, form.kv_heads, hardware.of_device(device.index)))
-    costs = replace(found[0], rows=min(one.rows for one in found))
-    return costs if costs.rows > 1 else None
+    kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[dtype], e4m3=pages == torch.float8_e4m3fn)
+    every = [_rows_of_item(one) for one in forms]
+    return replace(shared_costs(kind, form.heads, form.kv_heads, chip), rows=min(one for one in every if one > 1))
 
 
 def _address(tensor: torch.Tensor | None) -> int:
