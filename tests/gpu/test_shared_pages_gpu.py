@@ -40,7 +40,7 @@ def test_answers_are_those_of_rows_that_read_for_themselves(
         replayed.clear()
         found.append([output.outputs[0].token_ids for output in model.generate(prompts, params)])
         assert any(replayed) == (costs is not None)
-    # Sums are added in another order, so that two tokens as good as each other may change places, and what follows them.
+    # Sums are added in another order: of two tokens as good as each other, another may come first, and others after it.
     apart, together = (torch.tensor(tokens) for tokens in found)
     assert (apart == together)[:, :3].float().mean() > 0.95 and (apart == together).float().mean() > 0.8
     model.close()

@@ -136,7 +136,12 @@ def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case
 SHARED = (
     (
         Case(
-            heads=8, lengths=(65, 200, 129, 64, 0, 70), counts=(1,) * 6, prefixes=(((0, 1, 2), 1),), tail=1, sinks=True
+            heads=8,
+            lengths=(65, 200, 129, 64, 0, 70, *[66] * 13),
+            counts=(1,) * 19,
+            prefixes=(((0, 1, 2, *range(6, 19)), 1),),
+            tail=1,
+            sinks=True,
         ),
         9,
         1,

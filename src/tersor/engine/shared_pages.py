@@ -201,14 +201,10 @@ def _item_pages(readings: list[_Reading], costs: SharedCosts, most: int) -> int:
     pages = np.array([one.node.depth - one.begin for one in readings])
     ctas = np.array([_tiles(one.node, costs) for one in readings]) * costs.kv_heads
     rows = np.array([one.node.end - one.node.first for one in readings])
-    longest = int(pages.max())
-
-    def done(length: int) -> float:
-        parts = -(-pages // length)
-        turns = -(-int((parts * ctas).sum()) // costs.ctas) * (length + AHEAD)
-        return turns * costs.turn + float((parts * rows).sum()) * costs.part
-
-    return min(sorted({-(-longest // parts) for parts in range(1, most + 1)}, reverse=True), key=done)
+    lengths = -(-pages.max() // np.arange(1, most + 1))
+    parts = -(-pages // lengths[:, None])
+    turns = -(-(parts @ ctas) // costs.ctas) * (lengths + AHEAD)
+    return int(lengths[np.argmin(turns * costs.turn + parts @ rows * costs.part)])
 
 
 def _planned(
