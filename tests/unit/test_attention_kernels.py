@@ -32,6 +32,7 @@ class Emulation(Workspace):
         arrived: counters of splits, zero between launches.
         splits: what a launch has at most; `None` is what `grid_of` says.
         arch: its compute capability, times 100.
+        chip: what is known of it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +42,7 @@ class Emulation(Workspace):
         self.arrived = torch.zeros(1 << 12, dtype=torch.int32)
         self.splits: int | None = None
         self.arch = 900
+        self.chip = H200
         self._functions: dict[KernelSource, Emulated] = {}
 
     def get(self, source: KernelSource, index: int) -> Emulated:
@@ -71,7 +73,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     emulation = Emulation(folder)
     serve_attention._prepared.cache_clear()
     monkeypatch.setattr(dispatch, "environment_reason", lambda dtype, device: "")
-    monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: H200)
+    monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: emulation.chip)
     monkeypatch.setattr(jit, "get", emulation.get)
     monkeypatch.setattr(attention, "grid_of", emulation.grid)
     monkeypatch.setattr(current, "stream", lambda index: 0)
@@ -184,6 +186,7 @@ SHARED = (
 def test_rows_that_read_pages_together_are_those_of_the_reference(
     case: Case, ctas: int, items: int, device: Emulation
 ) -> None:
+    device.chip = replace(H200, sms=-(-ctas // 2))
     step = Step(case)
     found = share(step.rows, step.form, ctas)
     assert (len(found.items) if found else 0) == items
