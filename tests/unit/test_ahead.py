@@ -131,7 +131,7 @@ def test_steps_ask_for_what_is_compiled_ahead(
     config, scheme = config_of(name), None if way == "plain" else get_scheme("fp6_e3m2")
     activations = Activations.E4M3 if way == "fp8" else Activations.NATIVE
     pages = torch.float8_e4m3fn if way == "fp8" else None
-    schemes, steps = schemes_of(config, scheme), Steps(tokens=TOKENS, queries=LENGTH, pages=pages)
+    schemes, steps = schemes_of(config, scheme), Steps(tokens=TOKENS, queries=LENGTH, length=128, pages=pages)
     with ops.using(batch_invariant=way == "invariant"):
         asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
         parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
@@ -167,5 +167,5 @@ def test_layers_that_are_equal_are_looked_at_once_and_others_for_themselves() ->
     schemes["model.layers.4.mlp.down_proj"] = get_scheme("int8")
     parts = outline(config, names, schemes, torch.bfloat16)
     assert [part.ffn.down.weight.scheme.name for part in parts.layers] == ["fp6_e3m2", "int8"]
-    sources = kernels_of(parts, Steps(tokens=8, queries=8), CHIPS["NVIDIA H200"])
+    sources = kernels_of(parts, Steps(tokens=8, queries=8, length=64), CHIPS["NVIDIA H200"])
     assert any("linear_sm90_int8" in source.name for source in sources)

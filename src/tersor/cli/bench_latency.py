@@ -80,6 +80,7 @@ def command(
     from tersor.engine.sampler import Sampler
     from tersor.models.kernels import Steps
     from tersor.models.random import random_decoder
+    from tersor.ops.attention_form import PAGE
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
     ours: list[Latency] = []
@@ -127,7 +128,10 @@ def command(
                 runner = Runner(
                     decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
                 )
-                ahead.compile_for(decoder, Steps(tokens=max(batches), queries=1, pages=pages.pages_dtype))
+                length = -(-max(contexts) // PAGE) * PAGE
+                ahead.compile_for(
+                    decoder, Steps(tokens=max(batches), queries=1, length=length, pages=pages.pages_dtype)
+                )
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)

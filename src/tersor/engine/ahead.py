@@ -23,6 +23,7 @@ from tersor.models.kernels import Steps, kernels_of
 from tersor.models.load import described, usual_dtype
 from tersor.models.outline import outline
 from tersor.ops import warm
+from tersor.ops.attention_form import PAGE
 from tersor.ops.dispatch import kernel_chip
 
 _log = logging.getLogger("tersor")
@@ -64,7 +65,8 @@ def steps_of(config: EngineConfig, context: int, *, draws: bool = True) -> Steps
     """
     longest = min(config.max_length or context, context)
     queries = min(config.max_step_tokens, longest)
-    return Steps(tokens=config.max_step_tokens, queries=queries, pages=config.pages_dtype, draws=draws)
+    length = -(-longest // PAGE) * PAGE
+    return Steps(tokens=config.max_step_tokens, queries=queries, length=length, pages=config.pages_dtype, draws=draws)
 
 
 def compile_all(sources: Sequence[KernelSource], chip: Chip, stop: threading.Event | None = None) -> None:

@@ -27,12 +27,14 @@ class Steps:
     Attributes:
         tokens: of a step at most.
         queries: of a row in it at most.
+        length: tokens of a text at most, whole pages.
         pages: dtype of keys and values; `None` is that of activations.
         draws: whether tokens are drawn here.
     """
 
     tokens: int
     queries: int
+    length: int
     pages: torch.dtype | None = None
     draws: bool = True
 
@@ -100,7 +102,7 @@ def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[
     elif isinstance(part, NormWeights):
         yield from needed.norm(len(part.weight), dtype, part.form.centered)
     elif isinstance(part, AttentionForm):
-        yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, chip)
+        yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, steps.length, chip)
     elif isinstance(part, Embedding):
         yield from _rows(part, dtype)
     else:

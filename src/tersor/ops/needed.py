@@ -14,7 +14,7 @@ import torch
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import attention as attention_kernels
-from tersor.kernels import dense, experts, routing, sampling, small, tune
+from tersor.kernels import dense, experts, routing, sampling, shared_attention, small, tune
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
 from tersor.kernels.tune import experts as tune_experts
@@ -155,7 +155,7 @@ def combine(dtype: torch.dtype) -> Iterator[KernelSource]:
 
 
 def attention(
-    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, queries: int, chip: Chip
+    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, queries: int, length: int, chip: Chip
 ) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.attend`.
 
@@ -163,15 +163,22 @@ def attention(
         form: of the layer.
         dtype, pages: dtypes of activations, and of keys and values.
         queries: new tokens of a row at most.
+        length: tokens of a text at most, whole pages.
         chip: the GPU.
     """
     if dtype not in TARGETS or serve_attention.misfit(form, dtype, pages):
         return
     kind = attention_kernels.Kind(head_dim=form.head_dim, dtype=TARGETS[dtype], e4m3=pages != dtype)
-    few, shared = attention_kernels.FEW_QUERIES, form.heads // form.kv_heads
-    counts = [few] if mode.current().batch_invariant else range(1, min(queries, few) + 1)
-    for tiles in sorted({kind.query_tiles(count * shared) for count in counts}):
+    few, of_token = attention_kernels.FEW_QUERIES, form.heads // form.kv_heads
+    invariant = mode.current().batch_invariant
+    shares = serve_attention.shares(form, length) and not invariant
+    counts = [few] if invariant else range(1, min(queries, few) + 1)
+    for tiles in sorted({kind.query_tiles(count * of_token) for count in counts}):
         yield attention_kernels.decode_source(kind, tiles, chip)
+        if shares:
+            yield attention_kernels.decode_source(kind, tiles, chip, shares=True)
+    if shares:
+        yield shared_attention.shared_source(kind, chip)
     if queries > few:
         yield attention_kernels.append_source(kind)
         yield attention_kernels.prefill_source(kind, chip)
