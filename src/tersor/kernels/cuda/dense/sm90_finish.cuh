@@ -5,6 +5,7 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "common/tile.cuh"
+#include "dense/sm90_norm.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {
@@ -123,9 +124,12 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// The scales of a tile's tokens, for 8-bit activations. A CTA reads each once: they lie in a few sectors of one slice of
-// L2, which all CTAs would queue for. They, like residuals, are read past L1, which may hold what lay there before the
-// kernel ahead wrote them: an earlier kernel that still ran beside this one may have read it.
+constexpr bool kTokenScales = kFp8 || kNormIn;
+
+// The scales of a tile's tokens: of 8-bit activations, or what a norm divides by, which a warp that copies brings
+// (`scale_tokens`). A CTA reads each once: they lie in a few sectors of one slice of L2, which all CTAs would queue for.
+// They, like residuals, are read past L1, which may hold what lay there before the kernel ahead wrote them: an earlier
+// kernel that still ran beside this one may have read it.
 struct TileScales {
     float own = 0.0f;  // of token threadIdx.x of the tile
     float* shared;     // [kTokens], of all, once they are shared
@@ -135,7 +139,9 @@ struct TileScales {
         const int token = item.first_token + threadIdx.x;
         if (kFp8 && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
     }
-    __device__ __forceinline__ void share() const {
+    // `brought`: the barrier at which that warp tells.
+    __device__ __forceinline__ void share(u32 brought) const {
+        if constexpr (kNormIn) ptx::barrier_wait(brought, 0);  // for the first item, and so for all
         if constexpr (kFp8) {
             ptx::sync_threads<kFinishersBarrier, kFinishers>();  // those of the item before have been read
             if (threadIdx.x < kTokens) shared[threadIdx.x] = own;
@@ -149,7 +155,7 @@ struct TokenScales {
     float of[2] = {};
 
     __device__ __forceinline__ TokenScales(const TileScales& all, int tokens) {
-        if constexpr (kFp8) {
+        if constexpr (kTokenScales) {
             const float2 pair = *reinterpret_cast<const float2*>(all.shared + tokens * 8 + threadIdx.x % 4 * 2);
             of[0] = pair.x;
             of[1] = pair.y;
@@ -181,7 +187,7 @@ struct RowTerms {
     __device__ __forceinline__ float value(
         const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
         const float sum = sums[4 * tokens + 2 * half + odd];
-        return __fmaf_rn(kFp8 ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
+        return __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
     }
     // The same of an output channel: of a gated linear's there is one, of two rows.
     __device__ __forceinline__ float output(
@@ -201,15 +207,26 @@ struct RowTerms {
     }
 };
 
-// Rounds and stores few tokens: fragments are turned so that stores run along the rows.
+// Rounds and stores few tokens: fragments are turned so that stores run along the rows. `norms` and `exchange` are for
+// the norm behind, where there is one: then output channels are a multiple of 8.
 __device__ __forceinline__ void store_few(
     const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens,
-    const u16* residual, u16* y) {
+    const u16* residual, u16* y, const Norms& norms, float* exchange) {
+    static_assert(!kNormOut || !gate::kGated, "a norm follows what a residual is added to");
     const int lane = threadIdx.x % 32, outputs = gate::outputs(terms.rows);
     // Channels 2 (lane % 4) and the next, token lane / 4 of the first group of eight.
     const int first_channel = gate::outputs(terms.first_row) + lane % 4 * 2, first_token = item.first_token + lane / 4;
     const long long first = static_cast<long long>(first_token) * outputs + first_channel;
     u32 added[kTokens / 8][kHalves] = {};
+    Squares squares;
+    float2 weights[kHalves] = {};  // of the norm behind
+    if constexpr (kNormOut) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            const int channel = first_channel + 8 * half;
+            if (channel < outputs) weights[half] = *reinterpret_cast<const float2*>(norms.weight + channel);
+        }
+    }
     if (residual != nullptr) {
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
@@ -240,8 +257,16 @@ __device__ __forceinline__ void store_few(
             const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, added[i][half]));
             const int channel = first_channel + 8 * half;
             if (first_token + i * 8 >= item.end_token || channel >= outputs) continue;
-            u16* target = y + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
-            if (outputs % 2 == 0) {
+            const long long at = first + static_cast<long long>(i) * 8 * outputs + 8 * half;
+            u16* target = y + at;
+            if constexpr (kNormOut) {
+                const float low = ptx::widen<kBf16>(static_cast<u16>(turned)) * weights[half].x;
+                const float high = ptx::widen<kBf16>(static_cast<u16>(turned >> 16)) * weights[half].y;
+                const u32 scaled = ptx::narrow<kBf16>(low) | static_cast<u32>(ptx::narrow<kBf16>(high)) << 16;
+                *reinterpret_cast<u32*>(norms.scaled + at) = scaled;
+                squares.add(i, turned);
+            }
+            if (kNormOut || outputs % 2 == 0) {
                 *reinterpret_cast<u32*>(target) = turned;
             } else {
                 target[0] = static_cast<u16>(turned);
@@ -249,6 +274,7 @@ __device__ __forceinline__ void store_few(
             }
         }
     }
+    if constexpr (kNormOut) squares.store(item, terms.rows, norms, exchange);
 }
 
 // Rounds and stores many tokens: a warpgroup turns kStoreTokens of them at a time in shared memory, so that every store

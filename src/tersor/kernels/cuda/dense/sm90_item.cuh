@@ -20,14 +20,15 @@ struct Operands {
     float* partial;           // sums of split items
     u32* arrived;             // a counter for each split tile
     float factor;             // the power of two that the decoded weights still lack
+    Norms norms;
 };
 
 // Where the CTA's shared memory is.
 struct Shared {
     char* slots;
-    float* token_scales;  // [kTokens] for 8-bit activations
+    float* token_scales;  // [kTokens] for 8-bit activations and where a norm is ahead
     u32 base;             // address of the slots
-    u32 room_barrier, gather_barrier;
+    u32 room_barrier, gather_barrier, norm_barrier;
 };
 
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
@@ -60,11 +61,12 @@ __device__ __forceinline__ void run_item(
     }
     if (!holds_all) return;
     terms.add_bias(of.bias);
-    of_tokens.share();
+    of_tokens.share(shared.norm_barrier);
     if constexpr (kMany) {
         store_many(sums, item, terms, of_tokens, of.residual, of.y, slots + kExchangeAt);
     } else {
-        store_few(sums, item, terms, of_tokens, of.residual, of.y);
+        float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
+        store_few(sums, item, terms, of_tokens, of.residual, of.y, of.norms, exchange);
     }
 }
 
