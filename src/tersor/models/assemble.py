@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from tersor import ops
 from tersor.models.config import DecoderConfig, Latent, Residual
 from tersor.models.decoder import Attention, Decoder, DecoderLayer
 from tersor.models.latent import LatentAttention
@@ -54,7 +55,7 @@ def _layer(
     else:
         up = stored.gate_up([start + name for name in names.gate_up], config.gate, config.ffn_bias)
         ffn = FeedForward(up, stored.partial(start + names.down, config.ffn_bias))
-    first, second = (_norm(stored, config, start + name) for name in (names.input_norm, names.ffn_norm))
+    first, second = (_folded(_norm(stored, config, start + name)) for name in (names.input_norm, names.ffn_norm))
     after = None
     if config.residual is Residual.BOTH:
         outs = (names.attention_out_norm, names.ffn_out_norm)
@@ -115,3 +116,9 @@ def _latent(
 def _norm(stored: Stored, config: DecoderConfig, module: str) -> NormWeights:
     bias = stored.vector(f"{module}.bias") if config.norm.centered else None
     return NormWeights(config.norm, stored.vector(f"{module}.weight"), bias)
+
+
+def _folded(norm: NormWeights) -> NormWeights:
+    """Return a norm that may be a part of the products around it."""
+    form = norm.form
+    return norm if form.centered else replace(norm, folded=ops.FoldedNorm.of(norm.weight, form.eps, form.offset))

@@ -23,12 +23,21 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
+_MOST_NORMED = 64
+"""Tokens of the widest tile that can have a norm in it (cuda/dense/sm90_norm.cuh)."""
+_NORM_STEP = 4
+"""Beyond `Mode.key`."""
 _MOST_LONG = 256
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
 Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, int]
 """Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, whether the
-linear is gated, `Mode.key`."""
+linear is gated, `mode_key`."""
+
+
+def mode_key(now: mode.Mode, norm: int) -> int:
+    """Return `Mode.key` with what is folded into the kernel of norms (`kernels.dense.Norm`); 0 adds nothing."""
+    return now.key + _NORM_STEP * norm
 
 
 class Prepared:
@@ -119,14 +128,15 @@ class WeightType:
             self._long.clear()
 
     def _make(self, key: Key, wanted: tune.LinearConfig | None = None) -> Prepared:
-        n, dtype, index, aligned, gated, _ = key  # the mode is the current one
+        n, dtype, index, aligned, gated, how = key  # the mode is the current one
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = found.decision.config
         if config is not None and not found.tokens:
-            config = wanted or config
-            self._add_launches(found, config, n, index, dtype, aligned, gated)
+            config, norm = wanted or config, how // _NORM_STEP
+            if not norm or _takes_norms(config):
+                self._add_launches(found, config, n, index, dtype, aligned, gated, norm)
         return found
 
     def _add_launches(
@@ -138,13 +148,14 @@ class WeightType:
         dtype: torch.dtype,
         aligned: bool,
         gated: bool,
+        norm: int,
     ) -> None:
         from tersor.kernels import dense, jit
 
         result = target_of(Activations.NATIVE, dtype)
         assert self.packing is not None and result is not None
         found.launch = dense.prepare_fused(
-            jit.get(dense.fused_source(self.packing, result, config, gated), index),
+            jit.get(dense.fused_source(self.packing, result, config, gated, dense.Norm(norm)), index),
             config,
             bf16=result == "bfloat16",
             oc=self.oc,
@@ -158,6 +169,12 @@ class WeightType:
             found.codes_stride = dense.codes_stride(self.ic)
         if config.splits > 1 and not config.gathered:
             found.floats, found.counters = dense.parts(config, n)
+
+
+def _takes_norms(config: tune.LinearConfig) -> bool:
+    """Tell whether the kernel of a configuration may have norms in it: all tokens are in one tile of few."""
+    native = config.activations is Activations.NATIVE
+    return config.schedule == tune.SM90 and native and config.token_tiles == 1 and config.n_tile <= _MOST_NORMED
 
 
 _types: dict[tuple[str, int, int, str], WeightType] = {}
