@@ -56,7 +56,9 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(name, (torch.float16, torch.bfloat16)[i % 2]) for i, name in enumerate(TILES)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, (torch.float16, torch.bfloat16)[i % 2]) for i, name in enumerate(TILES)]
+)
 def test_a_result_comes_with_what_the_norm_behind_needs(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tile = tile_of(name)
     function = kernel(tile, dtype, Norm.OUT, False, tmp_path)
@@ -84,7 +86,9 @@ def test_a_result_comes_with_what_the_norm_behind_needs(name: str, dtype: torch.
             assert squares[:, count:].isnan().all()
 
 
-@pytest.mark.parametrize(("name", "gated"), [("two in turn", True), ("four in turn", False), ("wgmma", False), ("64 tokens", True)])
+@pytest.mark.parametrize(
+    ("name", "gated"), [("two in turn", True), ("four in turn", False), ("wgmma", False), ("64 tokens", True)]
+)
 def test_sums_are_multiplied_by_what_the_norm_ahead_divides_by(name: str, gated: bool, tmp_path: Path) -> None:
     tile, dtype = tile_of(name), torch.bfloat16
     function = kernel(tile, dtype, Norm.IN, gated, tmp_path)

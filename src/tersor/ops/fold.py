@@ -20,11 +20,9 @@ from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import LAYOUTS
 from tersor.ops import current, dense, mode, multiply, prepared, serve, tensors
 from tersor.ops.norm import TARGETS
-from tersor.ops.prepared import Prepared
+from tersor.ops.prepared import MOST_NORMED, Prepared
 from tersor.ops.settled import settled
 
-MOST_TOKENS = 64
-"""Tokens of a step up to which norms are folded: more make products long, beside which a norm is short."""
 _ALIGNED_CHANNELS = 8
 
 
@@ -174,7 +172,7 @@ def _check(name: str, x: torch.Tensor, norm: FoldedNorm, channels: int) -> None:
 def _prepared(x: torch.Tensor, weight: PackedWeight, gated: bool, norm: Norm) -> Prepared | None:
     """Return the prepared call of a kernel with a norm in it, or `None` where the torch code serves."""
     now, n = mode.current(), len(x)
-    if not 0 < n <= MOST_TOKENS or now.batch_invariant or x.dtype not in TARGETS:
+    if not 0 < n <= MOST_NORMED or now.batch_invariant or x.dtype not in TARGETS:
         return None
     if LAYOUTS.get(weight.layout) != TARGETS[x.dtype] or any(size % _ALIGNED_CHANNELS for size in weight.shape):
         return None

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
-_MOST_NORMED = 64
-"""Tokens of the widest tile that can have a norm in it (cuda/dense/sm90_norm.cuh)."""
+MOST_NORMED = 64
+"""Tokens of the widest tile that can have a norm in it (cuda/dense/sm90_norm.cuh), and so of a call."""
 _NORM_STEP = 4
 """Beyond `Mode.key`."""
 _MOST_LONG = 256
@@ -174,7 +174,7 @@ class WeightType:
 def _takes_norms(config: tune.LinearConfig) -> bool:
     """Tell whether the kernel of a configuration may have norms in it: all tokens are in one tile of few."""
     native = config.activations is Activations.NATIVE
-    return config.schedule == tune.SM90 and native and config.token_tiles == 1 and config.n_tile <= _MOST_NORMED
+    return config.schedule == tune.SM90 and native and config.token_tiles == 1 and config.n_tile <= MOST_NORMED
 
 
 _types: dict[tuple[str, int, int, str], WeightType] = {}
