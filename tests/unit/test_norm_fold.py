@@ -52,7 +52,7 @@ def test_a_folded_norm_is_the_norm_between_two_products(dtype: torch.dtype, gate
     assert (y.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-SIZES = ((1e-4, 0.05), (1e-3, 0.5), (0.01, 0.05), (2.0, 0.02), (500.0, 30.0), (12000.0, 8.0))
+SIZES = ((1e-3, 0.5), (0.01, 0.05), (2.0, 0.02), (500.0, 30.0), (12000.0, 8.0))
 """Of x and of the norm's weights, as models have them and beyond."""
 
 
