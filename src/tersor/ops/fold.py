@@ -24,6 +24,7 @@ from tersor.ops.prepared import MOST_NORMED, Prepared
 from tersor.ops.settled import settled
 
 _ALIGNED_CHANNELS = 8
+"""Rows that go from product to product have a multiple of so many channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ def _prepared(x: torch.Tensor, weight: PackedWeight, gated: bool, norm: Norm) ->
     now, n = mode.current(), len(x)
     if not 0 < n <= MOST_NORMED or now.batch_invariant or x.dtype not in TARGETS:
         return None
-    if LAYOUTS.get(weight.layout) != TARGETS[x.dtype] or any(size % _ALIGNED_CHANNELS for size in weight.shape):
+    sizes = weight.shape if norm is Norm.OUT else weight.shape[1:]
+    if LAYOUTS.get(weight.layout) != TARGETS[x.dtype] or any(size % _ALIGNED_CHANNELS for size in sizes):
         return None
     key = (n, x.dtype, x.get_device(), True, gated, prepared.mode_key(now, norm))
     chosen = prepared.type_of(weight).prepared(key, now)
