@@ -123,6 +123,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
                 ptx::barrier_arrive(shared.norm_barrier);
             }
         }
+        if constexpr (kNormOut) {
+            if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_weights(norms, item, oc); });
+        }
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, rank, weight);
             if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows);

@@ -28,6 +28,14 @@ struct Norms {
 // Floats from one token's sums of squares to the next: whole 16 bytes.
 __device__ __forceinline__ int squares_stride(int channels) { return (channels + 255) / 256 * 4; }
 
+// One warp: the weights of an item's rows go to L2, which has read many others since the step before.
+__device__ __forceinline__ void fetch_weights(const Norms& norms, const Item& item, int rows) {
+    constexpr int kOfSector = 8;
+    const int row = item.first_row + threadIdx.x % 32 * kOfSector;
+    static_assert(kRows <= 32 * kOfSector, "a lane has one sector");
+    if (row < min(rows, item.first_row + kRows)) ptx::prefetch(norms.weight + row);
+}
+
 // One warp: the r of every token of the only token tile, to `shared` [kTokens]. Eight lanes have a token.
 __device__ __forceinline__ void scale_tokens(float* shared, const Norms& norms, int channels, int n) {
     constexpr int kLanes = 8, kStep = 32 / kLanes;
