@@ -15,7 +15,8 @@ struct Never {
 #define NEVER(name) template <int kCtas = 0, class... T> Never name(T...) { abort(); }
 NEVER(address_in) NEVER(barrier_arrive) NEVER(barrier_arrive_at) NEVER(barrier_expect) NEVER(barrier_init)
 NEVER(barrier_wait) NEVER(bulk_copy_once) NEVER(copy_async_16_once) NEVER(copy_async_8_once) NEVER(end_reads)
-NEVER(evict_first_policy) NEVER(fused_multiply_add_pair) NEVER(kept) NEVER(minimum_pair_f16) NEVER(prefetch) NEVER(prefetch_map)
+NEVER(evict_first_policy) NEVER(fused_multiply_add_pair) NEVER(kept) NEVER(minimum_pair_f16) NEVER(prefetch)
+NEVER(prefetch_map)
 NEVER(rotate) NEVER(store_in) NEVER(store_matrices_turned) NEVER(tensor_copy) NEVER(tensor_copy_to_all)
 NEVER(wait_for_earlier_kernels)
 #undef NEVER
@@ -57,5 +58,7 @@ extern "C" void TERSOR_ENTRY(
     for (int i = threadIdx.x; i < kFinishers * 4 * kSums; i += blockDim.x) exchange[i] = NAN;
     __syncthreads();
     const TileScales of_tokens(token_scales, nullptr, item);
-    store_few(sums, item, terms, of_tokens, residual, y, norms, exchange);
+    Met met;
+    met.load(item, terms, residual, norms);
+    store_few(sums, item, terms, of_tokens, met, residual != nullptr, y, norms, exchange);
 }
