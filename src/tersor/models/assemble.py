@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from tersor import ops
 from tersor.models.config import DecoderConfig, Latent, Residual
 from tersor.models.decoder import Attention, Decoder, DecoderLayer
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.names import Names
-from tersor.models.norm import NormWeights
+from tersor.models.norm import NormWeights, foldable
 from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
@@ -55,7 +54,7 @@ def _layer(
     else:
         up = stored.gate_up([start + name for name in names.gate_up], config.gate, config.ffn_bias)
         ffn = FeedForward(up, stored.partial(start + names.down, config.ffn_bias))
-    first, second = (_folded(_norm(stored, config, start + name)) for name in (names.input_norm, names.ffn_norm))
+    first, second = (_norm(stored, config, start + name) for name in (names.input_norm, names.ffn_norm))
     after = None
     if config.residual is Residual.BOTH:
         outs = (names.attention_out_norm, names.ffn_out_norm)
@@ -67,6 +66,9 @@ def _layer(
         attention = _attention(stored, config, names, start, form, rotary)
     else:
         attention = _latent(stored, config, names, start, form, config.latent, rotary)
+    if after is None and stored.ranks.count == 1:
+        first = foldable(first, attention.reader)
+        second = foldable(second, ffn.up if isinstance(ffn, FeedForward) else None)
     return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after, ranks=stored.ranks)
 
 
@@ -116,9 +118,3 @@ def _latent(
 def _norm(stored: Stored, config: DecoderConfig, module: str) -> NormWeights:
     bias = stored.vector(f"{module}.bias") if config.norm.centered else None
     return NormWeights(config.norm, stored.vector(f"{module}.weight"), bias)
-
-
-def _folded(norm: NormWeights) -> NormWeights:
-    """Return a norm that may be a part of the products around it."""
-    form = norm.form
-    return norm if form.centered else replace(norm, folded=ops.FoldedNorm.of(norm.weight, form.eps, form.offset))

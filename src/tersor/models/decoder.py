@@ -104,7 +104,7 @@ class DecoderLayer:
     ) -> Hidden:
         """Return the product of x with the residual added, and what `reader` needs of the norm between the two."""
         addend, ranks = _plain(residual), self.ranks
-        folded = fold(norm, x, product, reader) if norm is not None and ranks.count == 1 else None
+        folded = fold(norm, x, product, reader) if norm is not None else None
         if folded is None or not isinstance(product.weight, PackedWeight):
             return ranks.sum(product(x, ranks.once(addend)))
         return ops.linear_norm_out(x, product.weight, folded, product.bias, residual=addend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,19 +41,31 @@ class NormWeights:
         yield from tensors_of(self.weight, self.bias, None if self.folded is None else self.folded.weight)
 
 
-def fold(norm: NormWeights, x: torch.Tensor, first: Product, second: object) -> ops.FoldedNorm | None:
+def foldable(norm: NormWeights, reader: object) -> NormWeights:
+    """Return a norm as it was or, where what reads its result is one packed product, as a part of that, too."""
+    form = norm.form
+    if form.centered or _packed(reader) is None:
+        return norm
+    return replace(norm, folded=ops.FoldedNorm.of(norm.weight, form.eps, form.offset))
+
+
+def fold(norm: NormWeights, x: torch.Tensor, first: Product, reader: object) -> ops.FoldedNorm | None:
     """Return a norm as the products around it take it, where kernels have it in both, else `None`.
 
     Args:
         norm: stands between the two.
         x: activations [T, IC] of the first product.
         first: the product whose result is normed.
-        second: what reads the norm's result.
+        reader: what reads the norm's result.
     """
-    product = second.product if isinstance(second, Activated) else second
-    if norm.folded is None or not isinstance(product, Product | GatedProduct):
+    second = _packed(reader)
+    if norm.folded is None or second is None or not isinstance(first.weight, PackedWeight):
         return None
-    if not isinstance(first.weight, PackedWeight) or not isinstance(product.weight, PackedWeight):
-        return None
-    serves = ops.folds_norm(x, first.weight, product.weight, isinstance(product, GatedProduct))
-    return norm.folded if serves else None
+    return norm.folded if ops.folds_norm(x, first.weight, second, isinstance(reader, GatedProduct)) else None
+
+
+def _packed(reader: object) -> PackedWeight | None:
+    """Return the weight of what reads a norm's result, where that is one packed product."""
+    product = reader.product if isinstance(reader, Activated) else reader
+    weight = product.weight if isinstance(product, Product | GatedProduct) else None
+    return weight if isinstance(weight, PackedWeight) else None
