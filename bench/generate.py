@@ -5,13 +5,13 @@
     python bench/generate.py --geometry qwen3-30b-a3b --batch 1,8,32,64
 
 The weights are random and made on the GPU (nothing is downloaded); time does not depend on them. A step's time is the
-wall clock of the loop `tersor generate` runs, a step under way while the host waits for the tokens before it. One row
-decodes greedily, several draw at temperature 1, so that they part and their tokens go to experts of their own.
-`roof` is the time to read the weights once, of a mixture those of the experts that a step's tokens go to, counted in
-one step of each row, at the read bandwidth measured in the same run. The experts of a plain mixture run by torch's
-grouped product and by the batched one of transformers; the faster counts as the baseline. `--eager` adds rows for the
-same step launched one kernel at a time. With `--device cpu` a tiny geometry runs through the same code and nothing is
-written.
+wall clock of the loop of `integrations.transformers.generate`, a step under way while the host waits for the tokens
+before it; that of the engine is measured by `tersor bench latency`. One row decodes greedily, several draw at
+temperature 1, so that they part and their tokens go to experts of their own. `roof` is the time to read the weights
+once, of a mixture those of the experts that a step's tokens go to, counted in one step of each row, at the read
+bandwidth measured in the same run. The experts of a plain mixture run by torch's grouped product and by the batched one
+of transformers; the faster counts as the baseline. `--eager` adds rows for the same step launched one kernel at a time.
+With `--device cpu` a tiny geometry runs through the same code and nothing is written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Does the time of a linear fit the number of tokens? Every multiple of 8 up to 512 and random numbers up to 4096.
 
-    python bench/token_counts.py --against cublas,fp8
+    python bench/token_counts.py --against cublas,fp8 --output times.csv
+    python bench/token_counts.py --from times.csv
     python bench/token_counts.py --against humming --n 8,24,40,72,136,264,392,1000,2500 12288x4096
 
 Tersor with 16-bit and with 8-bit activations is timed beside its rivals in one run, and compared with these targets:
@@ -20,18 +21,19 @@ numbers of tokens, in seconds each.
 from __future__ import annotations
 
 import argparse
+import csv
 import random
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from tersor import hardware, ops
-from tersor.bench import contenders, report, timing
+from tersor.bench import contenders, timing
 from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL, Contender, Schedule, UnfitError
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import activations, numbers, schemes
@@ -45,6 +47,7 @@ NEW = (
     *("18432x7168", "25600x5120"),
 )
 GRID, FURTHEST = 512, 4096
+COLUMNS = ("oc", "ic", "n", "kernel", "microseconds")
 LEAST_WEIGHTS = 16_000_000
 
 Times: TypeAlias = dict[tuple[Shape, int], dict[str, float]]
@@ -175,15 +178,26 @@ def summary(times: Times) -> str:
     return "\n".join([*lines, *map(str, missed(found))])
 
 
-def result(times: Times) -> dict[str, Any]:
-    """Return what is written as JSON."""
-    rows = [
-        {"oc": shape.oc, "ic": shape.ic, "n": n, "kernel": kernel, "microseconds": round(microseconds, 2)}
-        for (shape, n), of_cell in times.items()
-        for kernel, microseconds in of_cell.items()
-    ]
-    misses = [{"target": one.target, "cell": str(one), "ratio": round(one.ratio, 3)} for one in missed(ratios(times))]
-    return {"kind": "tersor token counts", "environment": report.environment(), "rows": rows, "misses": misses}
+def append(path: Path, times: Times) -> None:
+    """Append times to a CSV file, a line a kernel of a cell, with a heading where it is new."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        lines = csv.writer(file)
+        if fresh:
+            lines.writerow(COLUMNS)
+        for (shape, n), of_cell in times.items():
+            for kernel, microseconds in of_cell.items():
+                lines.writerow((shape.oc, shape.ic, n, kernel, f"{microseconds:.2f}"))
+
+
+def read(path: Path) -> Times:
+    """Return the times of a file that `append` wrote."""
+    times: Times = defaultdict(dict)
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            cell = Shape(int(line["oc"]), int(line["ic"])), int(line["n"])
+            times[cell][line["kernel"]] = float(line["microseconds"])
+    return times
 
 
 def main() -> None:
@@ -196,8 +210,12 @@ def main() -> None:
     parser.add_argument("--format", default="fp6_e3m2", help="default: fp6_e3m2")
     parser.add_argument("--activations", default="16bit,fp8", help="16bit, fp8, or both; default: both")
     parser.add_argument("--against", help="cublas, fp8, humming or none; default: all that are installed")
-    parser.add_argument("--output", type=Path, help="JSON file of the times", metavar="FILE.json")
+    parser.add_argument("--output", type=Path, help="CSV file to append the times to", metavar="FILE.csv")
+    parser.add_argument("--from", dest="source", type=Path, help="time nothing: judge such a file", metavar="FILE.csv")
     arguments = parser.parse_intermixed_args()
+    if arguments.source:
+        print(summary(read(arguments.source)))
+        return
     try:
         shapes = resolve(arguments.shapes)
         formats, kinds = schemes([arguments.format], shapes), activations(arguments.activations)
@@ -213,10 +231,10 @@ def main() -> None:
     rivals = contenders.contenders(formats, torch.float16, (PDL,), against, kinds)
     times: Times = {}
     for shape in shapes:
-        times |= measure(shape, tokens, rivals, timing.graph_microseconds)
+        times |= (found := measure(shape, tokens, rivals, timing.graph_microseconds))
         torch.cuda.empty_cache()
         if arguments.output:
-            report.write(arguments.output, report.text(result(times)))
+            append(arguments.output, found)
     print(summary(times))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -38,6 +39,9 @@ from tersor.ops.attention_form import PAGE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_STREAM = "stream"
+"""What the request of a stream is called."""
+
 Prompt: TypeAlias = "str | Sequence[int]"
 """A text, or its tokens."""
 
@@ -50,9 +54,17 @@ class LLM:
         tokenizer: of the model.
         info: its name and sizes.
         core: the engine.
+        runner: who computes its steps.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
         """Load a model.
 
         With `tensor_parallel` above 1 other processes compute a part of it each. Under torchrun every process makes
@@ -61,11 +73,12 @@ class LLM:
         Args:
             model: a directory or a Hub id; plain, or compressed by `tersor quantize`.
             revision: branch, tag or commit of a Hub id.
+            tokenizer: of the model, where it is loaded already.
             options: fields of `EngineConfig`.
 
         Raises:
             InputError: an option that there is not.
-            UnsupportedError: the engine does not have the architecture.
+            UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and impossible.
             CheckpointError: no whole checkpoint.
             ShapeError: it cannot be cut for so many ranks.
             TersorError: it does not fit in the device's memory, or a rank cannot be started.
@@ -74,17 +87,23 @@ class LLM:
         with open_source(model, revision=revision) as source:
             self._team = team = gather(config, source)
             try:
-                built = build(source, config, team.device, team.ranks, team.line)
+                with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+                    if tokenizer is None and team.ranks.first:  # meanwhile: transformers takes seconds to import
+                        trusted = config.trust_remote_code
+                        loading = pool.submit(load_tokenizer, source.directory, trust_remote_code=trusted)
+                    built = build(source, config, team.device, team.ranks, team.line)
                 team.before_end(built.runner.release)
                 if not team.ranks.first:
                     built.runner.follow()
                     raise SystemExit(0)
-                self.tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
+                if tokenizer is None:
+                    tokenizer = loading.result()
                 generation = generation_config(source.directory)
             except BaseException:
                 team.close()
                 raise
             name = source.label
+        self.tokenizer, self.runner = tokenizer, built.runner
         decoder = built.runner.decoder.config
         vocabulary = decoder.vocabulary
         self.info = ModelInfo(name, built.context, vocabulary, self.tokenizer)
@@ -96,12 +115,13 @@ class LLM:
             context=built.context,
             share_prefixes=config.prefix_caching,
         )
-        ends = generation.get("eos_token_id", decoder.ends)
+        told = (generation.get("eos_token_id"), decoder.ends or None, tokenizer.eos_token_id)
+        ends = next((one for one in told if one is not None), ())
         self.core = Core(
             Scheduler(limits),
             built.runner,
             self.tokenizer,
-            (ends,) if isinstance(ends, int) else ends or (),
+            (ends,) if isinstance(ends, int) else ends,
             defaults=generation,
             seed=config.seed,
             vocabulary=vocabulary,
@@ -130,8 +150,10 @@ class LLM:
             on_finished: told of each as it ends.
 
         Raises:
-            InputError: a prompt that can never be served, or as many params as there are not prompts; nothing runs.
+            InputError: a prompt that can never be served, as many params as there are not prompts, or a stream that is
+                open; nothing runs.
         """
+        self._check_free()
         listed = self._listed(prompts)
         each = _one_each(params, len(listed))
         items = []
@@ -146,6 +168,39 @@ class LLM:
                 if on_finished is not None:
                     on_finished(output)
         return [found[item.key] for item in items]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput]:
+        """Continue a prompt and yield the output while it grows, the last time finished.
+
+        Every output holds all there is so far: of a text whole characters, and nothing that may begin a stop text. A
+        stream that is closed early ends the request; the model answers nothing else before it has ended.
+
+        Args:
+            prompt: a text, or tokens.
+            params: `None` is what the model's generation config says.
+
+        Raises:
+            InputError: at the first output, a prompt that can never be served, or another stream that is open.
+        """
+        self._check_free()
+        ((text, tokens),) = self._listed([prompt])
+        self.core.add(_STREAM, tokens.tolist(), params or SamplingParams(), prompt=text)
+        try:
+            while self.core.unfinished:
+                yield from self.core.step()
+        finally:
+            self.core.abort(_STREAM)
+            while self.core.unfinished:
+                self.core.step(partial=False)
+
+    def _check_free(self) -> None:
+        """Hold that no stream is open, whose outputs would be taken for those of another call.
+
+        Raises:
+            InputError: one is.
+        """
+        if self.core.unfinished:
+            raise InputError("a stream of this model is open: read it to its end, or close it, before asking again")
 
     def _answered(self, items: list[Item]) -> Generator[RequestOutput]:
         """Yield outputs as they end: by a plan where prompts may share prefixes, else in the order of arrival."""

@@ -24,12 +24,11 @@ from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import attention, dense, experts, routing, sampling, small
 from tersor.kernels.jit import KernelSource
+from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
-from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS, SM90
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing, unsupported_reason
-from tersor.ops.prepared import MOST_NORMED
 
 CHIP_OF = {chip.capability: chip for chip in CHIPS.values()}
 """Compute capability -> a chip: rings are as deep as its shared memory allows."""
@@ -333,6 +332,7 @@ def around_products() -> list[KernelSource]:
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
     kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
+    copies += [small.resolve_source(), small.keep_source()]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
 
 

@@ -19,10 +19,9 @@ from tersor.formats import Activations, names
 from tersor.hardware import CHIPS
 from tersor.kernels import dense, experts, tune
 from tersor.kernels.jit import arch_for, cache, compile_many
-from tersor.kernels.tune import sm80, sm90
+from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import SCALE_TYPES, Packing, scales_in_block
-from tersor.ops.prepared import MOST_NORMED
 
 CAPABILITIES = tuple(sorted(catalogue.CHIP_OF))
 

@@ -12,13 +12,12 @@ from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.kernels import dense
+from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
-from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block
 from tersor.ops import dispatch, grouped, routing
 from tersor.ops.attention_form import Rows
-from tersor.ops.prepared import MOST_NORMED
 
 
 def main() -> None:

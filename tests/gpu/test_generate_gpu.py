@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tersor import evaluate
+from tersor.cli import main
 from tersor.convert import quantize
 from tersor.engine import Sampling
 from tersor.errors import TersorError
@@ -176,3 +178,35 @@ def test_several_samples_as_a_graph_are_those_of_eager_steps(loaded: Any, option
         found, numbers = generator.samples(PROMPT, 5, options)
         assert numbers.cuda_graph and [row.tokens for row in found] == [row.tokens for row in eager]
     assert len({tuple(row.tokens) for row in found}) == (5 if options is SAMPLED else 1)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("format_name", [None, "fp6_e3m2"])
+def test_the_verb_gives_the_same_by_graphs_and_without(
+    format_name: str | None, samples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = TINY
+    if format_name is not None:
+        model = tmp_path / format_name
+        quantize(TINY, model, format=format_name)
+    words = ["generate", str(model), "--prompt", PROMPT, "-n", "8", "--dtype", "float16", "--ignore-eos", "--json"]
+    results = []
+    for graph in ("on", "off"):
+        before = torch.cuda.memory_allocated()
+        assert main.run([*words, "--samples", str(samples), "--cuda-graph", graph]) == 0
+        assert torch.cuda.max_memory_allocated() - before < 1 << 30  # not what is left of the GPU
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        results.append(json.loads(captured.out))
+    captured_steps, eager = results
+    for key in ("tokens", "text", "continuations"):
+        assert captured_steps.get(key) == eager.get(key)
+    assert captured_steps["cuda_graph"] and captured_steps["capture_seconds"] > 0
+    assert not eager["cuda_graph"] and eager["eager_reason"] == "not asked for"
+    assert eager["new_tokens"] == 8 * samples
+
+
+def test_the_verb_computes_in_float32_through_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(TINY), "--prompt", PROMPT, "-n", "4", "--dtype", "float32"]
+    assert main.run(words) == 0
+    assert "LlamaForCausalLM runs through transformers: kernels take float16" in capsys.readouterr().err

@@ -14,14 +14,13 @@ from tersor.compress import Encoded
 from tersor.kernels import dense as family
 from tersor.kernels import jit, tune
 from tersor.kernels.dense import Norm
-from tersor.kernels.tune import sm90
+from tersor.kernels.tune import MOST_NORMED, sm90
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import gated_rows, separate
 from tersor.layouts.packing import Packing, scales_in_block
 from tersor.models.config import DecoderConfig
 from tersor.models.random import random_decoder
 from tersor.ops import current, dispatch, fold, prepared
-from tersor.ops.prepared import MOST_NORMED
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,10 +32,11 @@ def compiled() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results lie in memory full of NaN."""
+    """Results lie in memory full of NaN, or of -7."""
 
     def full(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(size, torch.nan, dtype=dtype, device="cuda").as_strided(size, stride)
+        poison = torch.nan if dtype.is_floating_point else -7
+        return torch.full(size, poison, dtype=dtype, device="cuda").as_strided(size, stride)
 
     monkeypatch.setattr(current, "empty", full)
 
@@ -152,3 +154,33 @@ def test_a_chain_that_is_replayed_as_a_graph_is_that_of_launches_that_wait() -> 
     tokens.copy_((tokens + 1) % 64)
     graph.replay()
     assert torch.equal(result, chain()) and not torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_tokens_are_resolved_and_kept_as_the_reference_does(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    counts = torch.randint(0, 4, (rows,), generator=generator)
+    counts[rows // 2] = 600
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int().cuda()
+    total = int(counts.sum()) + 3
+    tokens = torch.randint(-rows, 1000, (total,), dtype=torch.int32, generator=generator).cuda()
+    newest = torch.randint(0, 9999, (rows + 1,), generator=generator).cuda()
+    lengths = torch.randint(1, 5000, (rows,), dtype=torch.int32, generator=generator).cuda()
+    places = torch.randint(0, total, (rows + 2,), dtype=torch.int32, generator=generator).cuda()
+    (found, drawn), (tokens_expected, drawn_expected) = (
+        ops.resolve(tokens, newest, starts, lengths, places),
+        reference(lambda: ops.resolve(tokens, newest, starts, lengths, places)),
+    )
+    assert torch.equal(found, tokens_expected) and torch.equal(drawn, drawn_expected)
+    slots = torch.randperm(rows + 1, generator=generator)[:rows].int().cuda()
+    results = torch.randint(-1, 9999, (rows,), generator=generator).cuda()
+    expected = newest.clone()
+    reference(lambda: ops.keep(expected, slots, results))
+    ops.keep(newest, slots, results)
+    assert torch.equal(newest, expected)
+
+
+def reference(call: Callable[[], Any]) -> Any:
+    """What the torch code makes of a call."""
+    with ops.using(reference=True):
+        return call()

@@ -1,22 +1,58 @@
-"""`tersor generate` from the command line."""
+"""`tersor generate` from the command line: by the engine, and through transformers where that lacks the model."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_lm
+import torch
+from helpers import own_code, tiny_lm
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import tersor
 from tersor.cli.main import run
+from tersor.integrations.transformers import load
 from tersor.integrations.transformers.generate import stream
 
 MODEL = str(tiny_lm.TINY)
 PROMPT = "def read_file(path):\n"
+
+
+@pytest.fixture
+def engine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no other model be loaded as one of transformers than the one that results are compared with."""
+    tiny_lm.model()
+    monkeypatch.setattr(load, "load_model", lambda *arguments, **options: pytest.fail("transformers ran the model"))
+
+
+def by_transformers(count: int, prompt: str = PROMPT) -> list[int]:
+    """Return the tokens that transformers' own `generate` draws."""
+    ids = tiny_lm.tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = tiny_lm.model().generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def changed(folder: Path, name: str, **changes: Any) -> str:
+    """Return a copy of the bundled model with changes in one of its JSON files."""
+    model = tiny_lm.copy(folder / "changed")
+    own_code.edit(model / name, changes)
+    return str(model)
+
+
+def result_of(words: list[str], capsys: pytest.CaptureFixture[str], prompt: str = PROMPT) -> dict[str, Any]:
+    """Return what a command line with --json prints; nothing goes to stderr."""
+    assert run(["generate", *words, "--prompt", prompt, "--device", "cpu", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found: dict[str, Any] = json.loads(captured.out)
+    return found
 
 
 def expected(**options: Any) -> str:
@@ -31,12 +67,61 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_text_to_stdout_and_statistics_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_to_stdout_and_statistics_to_stderr(engine_alone: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", MODEL, "--prompt", PROMPT, "-n", "8", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == expected(max_new_tokens=8) + "\n"
-    assert captured.err.count("\n") == 1
-    assert "8 prompt tokens in" in captured.err and "8 new tokens at" in captured.err
+    assert captured.out == tiny_lm.tokenizer().decode(by_transformers(8)) + "\n"
+    line = r"8 prompt tokens in \d+\.\d{3} s; 8 new tokens at \d+\.\d tokens/s; ended by length\n"
+    assert re.fullmatch(line, captured.err)
+
+
+def test_text_comes_in_pieces_as_it_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    assert run(["generate", MODEL, "--prompt", PROMPT, "-n", "8", "--device", "cpu"]) == 0
+    ids = by_transformers(8)
+    assert "".join(written) == tiny_lm.tokenizer().decode(ids) + "\n" and len(written) >= len(ids)
+
+
+def test_a_token_alone_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", MODEL, "--prompt", PROMPT, "-n", "1", "--device", "cpu"]) == 0
+    assert "; 1 new tokens; ended by length\n" in capsys.readouterr().err
+
+
+def test_the_models_own_options_hold_where_none_is_given(
+    engine_alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = by_transformers(12)
+    model = changed(tmp_path, "generation_config.json", max_new_tokens=9, temperature=0.7, eos_token_id=[1, ids[5]])
+    ended = result_of([model], capsys)
+    assert ended["tokens"] == ids[: ids.index(ids[5]) + 1] and ended["finish_reason"] == "eos"
+    ignored = result_of([model, "--ignore-eos"], capsys)
+    assert ignored["tokens"] == ids[:9] and ignored["finish_reason"] == "length"
+    own_code.edit(Path(model) / "generation_config.json", {"do_sample": True})
+    drawn = [result_of([model, "--ignore-eos", "--seed", seed], capsys)["tokens"] for seed in "1234"]
+    assert len({tuple(row) for row in drawn}) > 1
+
+
+def test_a_text_ends_where_the_context_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = changed(tmp_path, "config.json", max_position_embeddings=12)
+    result = result_of([model, "-n", "20"], capsys)
+    assert result["tokens"] == by_transformers(4)
+    assert (result["prompt_tokens"], result["new_tokens"], result["finish_reason"]) == (8, 4, "context")
+
+
+def test_a_stop_text_ends_the_text_and_is_no_part_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = expected(max_new_tokens=24)
+    stop = whole[17:23]
+    result = result_of([MODEL, "-n", "24", "--stop", "zzzz", "--stop", stop], capsys)
+    assert result["text"] == whole[: whole.index(stop)]
+    assert result["finish_reason"] == "stop" and result["new_tokens"] == len(result["tokens"]) < 24
+
+
+def test_the_prompt_as_a_turn_of_a_chat(engine_alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = changed(tmp_path, "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}!")
+    result = result_of([model, "--chat", "-n", "6"], capsys, "import")
+    assert result["tokens"] == by_transformers(6, "import!") and result["prompt"] == "import"
 
 
 def test_the_prompt_from_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,23 +136,57 @@ def test_json_and_sampling_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", MODEL, "--prompt", PROMPT, "-n", "8", "--device", "cpu", *words]) == 0
     result = json.loads(capsys.readouterr().out)
     options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 3, "repetition_penalty": 1.1}
-    assert result["text"] == expected(max_new_tokens=8, ignore_eos=True, **options) != expected(max_new_tokens=8)
+    params = tersor.SamplingParams(max_tokens=8, ignore_eos=True, **options)
+    (output,) = tersor.LLM(MODEL, device="cpu", kv_bytes=1 << 22).generate(PROMPT, params)
+    assert result["tokens"] == output.outputs[0].token_ids != by_transformers(8)
+    assert result["text"] == output.outputs[0].text
     assert result["prompt"] == PROMPT and len(result["tokens"]) == result["new_tokens"] == 8
     assert result["finish_reason"] == "length" and result["cuda_graph"] is False
+    assert result["eager_reason"] == "the model is on cpu" and result["device"] == "cpu"
+    assert result["tokens_per_second"] == pytest.approx(7 / result["decode_seconds"])
+    assert result["prefill_seconds"] > 0 and result["samples"] == 1 and result["capture_seconds"] == 0
 
 
-def test_joined_layers_give_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_compressed_model_gives_what_it_gives_through_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     packed = str(tmp_path / "packed")
     assert run(["quantize", MODEL, "-o", packed, "--format", "fp6_e3m2"]) == 0
-    texts = []
-    for words in ([], ["--fuse"]):
-        capsys.readouterr()
-        assert run(["generate", packed, "--prompt", PROMPT, "-n", "12", "--device", "cpu", *words]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != "\n"
-    assert "no packed layers that can be joined" in refused(
-        [MODEL, "--prompt", PROMPT, "--device", "cpu", "--fuse"], capsys
-    )
+    capsys.readouterr()
+    mine = stream(load.load_model(packed, "cpu"), tiny_lm.tokenizer(), PROMPT, max_new_tokens=12)
+    text = "".join(mine)
+    result = result_of([packed, "-n", "12"], capsys)
+    assert result["text"] == text and result["tokens"] == mine.tokens
+
+
+def test_what_the_engine_does_not_have_runs_through_transformers_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GPT2Config(vocab_size=8192, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    target = tiny_lm.copy(tmp_path / "gpt2", "tokenizer.json", "tokenizer_config.json")
+    model.save_pretrained(target)
+    text = "".join(stream(model, tiny_lm.tokenizer(), PROMPT, max_new_tokens=4))
+    words = ["generate", str(target), "--prompt", PROMPT, "-n", "4", "--device", "cpu"]
+    said = "tersor: GPT2LMHeadModel runs through transformers: the engine does not have it\n"
+    assert run(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out == text + "\n" and captured.err.startswith(said + "8 prompt tokens in ")
+    assert run([*words, "--samples", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [row["text"] for row in json.loads(captured.out)["continuations"]] == [text] * 2 and captured.err == said
+    assert "32 positions" in refused([str(target), "--prompt", "x\n" * 32, "--device", "cpu"], capsys)
+
+
+def test_what_the_engine_refuses_of_a_model_it_has_runs_through_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = changed(tmp_path, "config.json", hidden_act="gelu_new")
+    assert run(["generate", model, "--prompt", PROMPT, "-n", "2", "--device", "cpu"]) == 0
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("tersor: LlamaForCausalLM runs through transformers: changed: ") and "hidden_act" in first
+    assert len(rest) == 1
 
 
 def test_bad_input_is_one_line(

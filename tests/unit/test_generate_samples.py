@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import tiny_lm
 
+from tersor import LLM, SamplingParams
 from tersor.cli.main import run
 from tersor.engine import Continuation, Sampling
 from tersor.errors import InputError, TersorError
@@ -126,12 +127,16 @@ def test_fewer_than_one_sample_is_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_the_verb_numbers_texts_and_lists_them_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", str(tiny_lm.TINY), "--prompt", PROMPT, "-n", "6", "--device", "cpu", "--samples", "2"]
     words += ["--temperature", "1", "--seed", "3"]
-    rows, _ = generator().samples(PROMPT, 2, Sampling(max_new_tokens=6, temperature=1.0, seed=3))
+    params = SamplingParams(n=2, max_tokens=6, temperature=1.0, seed=3)
+    rows = LLM(tiny_lm.TINY, device="cpu", kv_bytes=1 << 22).generate(PROMPT, params)[0].outputs
     assert run(words) == 0
     captured = capsys.readouterr()
     assert captured.out == f"[1/2]\n{rows[0].text}\n[2/2]\n{rows[1].text}\n"
     assert "12 new tokens in 2 samples at" in captured.err and captured.err.count("\n") == 1
     assert run([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["continuations"] == [row.to_dict() for row in rows]
-    assert (result["samples"], result["new_tokens"]) == (2, 12)
+    assert result["continuations"] == [
+        {"text": row.text, "tokens": row.token_ids, "finish_reason": "length"} for row in rows
+    ]
+    assert (result["samples"], result["new_tokens"], result["finish_reason"]) == (2, 12, "length")
+    assert result["tokens_per_second"] == pytest.approx(10 / result["decode_seconds"])

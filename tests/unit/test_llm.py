@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -60,6 +61,30 @@ def test_continuations_differ_and_the_first_is_that_of_one(llm: LLM) -> None:
     assert [one.index for one in output.outputs] == [0, 1, 2]
     assert len({tuple(one.token_ids) for one in output.outputs}) == 3
     assert output.outputs[0].token_ids == texts(llm.generate(PROMPTS[1], DRAWN))[0]
+
+
+def test_a_stream_grows_to_what_generate_gives(llm: LLM) -> None:
+    (whole,) = llm.generate(PROMPTS[1], DRAWN)
+    seen = list(llm.stream(PROMPTS[1], DRAWN))
+    assert [len(output.outputs[0].token_ids) for output in seen] == list(range(1, 13))
+    texts = [output.outputs[0].text for output in seen]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert [output.finished for output in seen] == [False] * 11 + [True]
+    assert seen[-1].outputs == whole.outputs and seen[-1].prompt == PROMPTS[1]
+
+
+def test_a_stream_that_is_closed_early_leaves_nothing_and_an_open_one_is_alone(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[1], SamplingParams(n=3, max_tokens=500, ignore_eos=True))
+    next(stream)
+    for asked in (lambda: llm.generate("x", GREEDY), lambda: next(llm.stream("x", GREEDY))):
+        with pytest.raises(InputError, match="a stream of this model is open"):
+            asked()
+    stream.close()
+    assert not llm.core.unfinished and len(llm.core.scheduler.free_slots) == 48
+    llm.core.scheduler.audit()
+    with pytest.raises(InputError, match="the prompt has no tokens"):
+        next(llm.stream([]))
+    assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
 
 
 @pytest.mark.parametrize("planned", [False, True])

@@ -107,3 +107,26 @@ def test_a_scale_of_gemma_is_rounded_once() -> None:
     table = torch.full((1, 8), 1 / 3, dtype=torch.bfloat16)
     expected = (table.float() * math.sqrt(8)).bfloat16()
     assert torch.equal(ops.lookup(torch.tensor([0]), table, scale=math.sqrt(8)), expected)
+
+
+def test_a_step_resolves_tokens_that_the_host_has_not_read_and_finds_the_texts_that_draw() -> None:
+    newest = torch.tensor([70, 71, 72, 0])
+    tokens = torch.tensor([5, -3, 6, 7, -1, 0, 0], dtype=torch.int32)
+    starts, lengths = torch.tensor([0, 2, 2, 4, 5, 5]), torch.tensor([9, 0, 4, 8, 0])
+    places = torch.tensor([1, 3, 4, 0, 6], dtype=torch.int32)
+    found, drawn = ops.resolve(tokens, newest, starts.int(), lengths.int(), places)
+    assert found.tolist() == [5, 72, 6, 7, 70, 0, 0] and found.dtype == torch.int64
+    assert drawn.tolist() == [9, 4, 8, 9, 0] and drawn.dtype == torch.int32
+    ops.keep(newest, torch.tensor([2, 0, 3], dtype=torch.int32), torch.tensor([11, -1, 12]))
+    assert newest.tolist() == [0, 71, 11, 12]
+
+
+def test_tokens_of_another_dtype_and_rows_without_starts_are_refused() -> None:
+    newest, none = torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
+    one = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ShapeError, match="resolve: tokens"):
+        ops.resolve(one.long(), newest, one, none, one)
+    with pytest.raises(ShapeError, match="resolve: 0 rows have 1 starts"):
+        ops.resolve(one, newest, one, none, one)
+    with pytest.raises(ShapeError, match="keep: slots"):
+        ops.keep(newest, one, one)

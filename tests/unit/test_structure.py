@@ -35,6 +35,7 @@ ROOMS = (
     "engine",
     "integrations",
     "llm",
+    "one_prompt",
     "evaluate",
     "convert",
     "bench",
@@ -54,6 +55,7 @@ LONGEST = 400
 ENVIRONMENT_READERS: dict[str, str] = {
     "settings.py": "the one place where Tersor's variables are read",
     "cli/doctor.py": "shows which of those variables are set, as they stand",
+    "bench/vllm/inside.py": "sets, in the process that vLLM has for itself, what vLLM reads",
 }
 """Files of the package that may touch the process environment, and why."""
 

@@ -35,7 +35,7 @@ def test_numbers_of_tokens_are_a_grid_and_random_ones(counts: ModuleType) -> Non
     assert counts.counts(128, 0) == [128, 256, 384, 512]
 
 
-def test_every_target_is_missed_where_it_should_be(counts: ModuleType) -> None:
+def test_every_target_is_missed_where_it_should_be(counts: ModuleType, tmp_path: Path) -> None:
     times = {
         (SHAPE, 64): {"fp6": 10.0, "cublas": 10.0, "humming fp6": 11.0, "fp6:a8": 9.0, "fp8": 5.0},
         (SHAPE, 72): {"fp6": 9.8, "cublas": 9.0, "humming fp6": 9.9},
@@ -57,7 +57,16 @@ def test_every_target_is_missed_where_it_should_be(counts: ModuleType) -> None:
     assert lines[0] == "5120x5120: 3 numbers of tokens" and lines[2] == "2048x2048: 1 numbers of tokens"
     assert "cublas   fp6: 1 of 3 cells miss 1.00; ratio 0.955 on average, worst 1.09" in lines
     assert lines[-6].startswith("rising    1.50 (may be 1.03)  8192x8192 N=56 fp6:a8 against N=64")
-    assert [row["n"] for row in counts.result(times)["rows"][:5]] == [64] * 5
+    for cell, of_cell in times.items():
+        counts.append(tmp_path / "times.csv", {cell: of_cell})
+    assert counts.read(tmp_path / "times.csv") == times
+
+
+def test_the_committed_times_are_of_all_shapes_and_numbers_of_tokens(counts: ModuleType) -> None:
+    times = counts.read(Path(counts.__file__).parent / "results" / "token_counts_h200.csv")
+    assert {str(shape) for shape, _ in times} == {*counts.KNOWN, *counts.NEW}
+    for n in counts.counts(8, 40):
+        assert all({"cublas", "fp8", "fp6_e3m2", "fp6_e3m2:a8"} <= set(times[shape, n]) for shape, _ in times)
 
 
 def test_a_shape_is_measured_up_and_down(counts: ModuleType) -> None:

@@ -35,6 +35,8 @@ CHAINS = {PLAIN: (PLAIN,), PDL: (PDL,), "both": (PDL, PLAIN)}
 
 CUBLAS, FP8, HUMMING = "cublas", "fp8", "humming"
 RIVALS = (CUBLAS, FP8, HUMMING)
+HUMMING_FP8 = {"dtype": "float8e4m3"}
+"""What humming calls 8-bit activations."""
 BYTEWISE = ":a8"
 """Ends the name of a kernel that multiplies with 8-bit activations."""
 _RESTART = 8
@@ -88,13 +90,31 @@ def parse_rivals(text: str | None, known: tuple[str, ...] = RIVALS) -> tuple[str
         InputError: an unknown name.
         UnsupportedError: humming is named and not installed.
     """
-    there = importlib.util.find_spec("humming") is not None
     if text is None:
-        return tuple(name for name in known if there or name != HUMMING)
+        return tuple(name for name in known if name != HUMMING or installed(HUMMING))
     names = named_rivals(text, known)
-    if HUMMING in names and not there:
-        raise UnsupportedError("humming is not installed, so it cannot be timed: pip install humming-kernels")
+    if HUMMING in names:
+        need_installed(HUMMING, "humming-kernels")
     return names
+
+
+def installed(package: str) -> bool:
+    """Whether a package could be imported; it is not."""
+    return importlib.util.find_spec(package) is not None
+
+
+def need_installed(package: str, distribution: str) -> None:
+    """Refuse to time a rival that is not there.
+
+    Args:
+        package: that is imported.
+        distribution: what pip calls it.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    if not installed(package):
+        raise UnsupportedError(f"{package} is not installed, so it cannot be timed: pip install {distribution}")
 
 
 def named_rivals(text: str, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
@@ -262,18 +282,20 @@ def foreign(call: Callable[[], Any]) -> Any:
         raise UnfitError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str) -> list[Any]:
-    from humming.layer import HummingLayer
-
+def humming_weight(scheme: Scheme) -> dict[str, Any]:
+    """Return what humming calls a scheme of weights."""
     name = scheme.format.name
     if scheme.format.kind == "float":
         name = f"float{scheme.format.bits}{name.partition('_')[2]}"
-    config: dict[str, Any] = {"dtype": name}
-    if scheme.group_size is not None:
-        config["group_size"] = scheme.group_size
-    options: dict[str, Any] = {"weight_config": config, "torch_dtype": dtype}
+    return {"dtype": name} if scheme.group_size is None else {"dtype": name, "group_size": scheme.group_size}
+
+
+def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str) -> list[Any]:
+    from humming.layer import HummingLayer
+
+    options: dict[str, Any] = {"weight_config": humming_weight(scheme), "torch_dtype": dtype}
     if activations == Activations.E4M3:
-        options["input_config"] = {"dtype": "float8e4m3"}
+        options["input_config"] = HUMMING_FP8
     layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
     layer.load_from_unquantized(random(oc, ic, dtype) * ic**-0.5)
     layer.transform()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ METHOD = (
     "(of experts those expected to be hit by uniform routing) and of the keys and values of its rows, over the "
     "bandwidth of a large read in the same run"
 )
+VLLM_METHOD = (
+    "vLLM in a process of its own, random weights, the output head in 16 bits: the time that so many more tokens of "
+    "every row take, by the steps, the texts being of `context` tokens in the middle of them; median of the runs"
+)
 RUNS, STEPS = 3, 32
 
 
@@ -43,8 +47,8 @@ class Latency:
         batch: rows of the step.
         context: tokens of each text.
         milliseconds: of a step.
-        weight_bytes: that a step reads.
-        kv_bytes: of the keys and values that it reads.
+        weight_bytes: that a step reads; `None` of vLLM.
+        kv_bytes: of the keys and values that it reads, likewise.
         cuda_graph: whether the step was a CUDA graph.
     """
 
@@ -53,9 +57,25 @@ class Latency:
     batch: int
     context: int
     milliseconds: float
-    weight_bytes: int
-    kv_bytes: int
+    weight_bytes: int | None
+    kv_bytes: int | None
     cuda_graph: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """What was not timed.
+
+    Attributes:
+        name, format: of the model.
+        what: of the rows, such as `32 rows of 512 tokens`; empty for all of them.
+        why: the reason.
+    """
+
+    name: str
+    format: str
+    what: str
+    why: str
 
 
 def measure(
@@ -153,9 +173,20 @@ def kv_bytes(runner: Runner, batch: int, context: int) -> int:
     return total
 
 
-def result(rows: Sequence[Latency], **facts: Any) -> dict[str, Any]:
-    """Return what the verb writes as JSON."""
-    return report.result(KIND, VERSION, METHOD, facts, rows, [])
+def result(
+    found: Sequence[Latency | Skipped], versions: Mapping[str, str] | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Return what the verb writes as JSON.
+
+    Args:
+        found: times and what was not timed, in order.
+        versions: of rivals.
+        facts: what else holds for all rows.
+    """
+    rows = [row for row in found if isinstance(row, Latency)]
+    skipped = [row for row in found if isinstance(row, Skipped)]
+    method = f"{METHOD}; {VLLM_METHOD}" if versions else METHOD
+    return report.result(KIND, VERSION, method, facts, rows, skipped, versions)
 
 
 def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -163,7 +194,8 @@ def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     bandwidth = found["read_bandwidth"]
     cells = []
     for row in found["rows"]:
-        roof = None if bandwidth is None else (row["weight_bytes"] + row["kv_bytes"]) / bandwidth * 1e3
+        known = bandwidth is not None and row["weight_bytes"] is not None
+        roof = (row["weight_bytes"] + row["kv_bytes"]) / bandwidth * 1e3 if known else None
         cells.append(
             [
                 row["name"],

@@ -43,7 +43,13 @@ def commit(folder: Path) -> str:
 
 
 def result(
-    kind: str, version: int, method: str, facts: Mapping[str, Any], rows: Iterable[Any], skipped: Iterable[Any]
+    kind: str,
+    version: int,
+    method: str,
+    facts: Mapping[str, Any],
+    rows: Iterable[Any],
+    skipped: Iterable[Any],
+    versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return what a measurement writes as JSON.
 
@@ -52,11 +58,12 @@ def result(
         method: how it was measured, in a sentence.
         facts: what else holds for all rows.
         rows, skipped: dataclasses, in order.
+        versions: of other packages that rows depend on.
     """
     return {
         "kind": kind,
         "version": version,
-        "environment": environment(),
+        "environment": {**environment(), **(versions or {})},
         "method": method,
         **facts,
         "rows": [asdict(row) for row in rows],

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tersor.bench import report
-from tersor.bench.workloads import Workload
+from tersor.bench.workloads import SHUFFLED, SORTED, Workload, sort_key
 from tersor.engine import groups
 from tersor.engine.batch_items import Item
 from tersor.engine.core import Core, Launched
@@ -32,7 +32,12 @@ METHOD = (
     "have in common, the most that any sharing could save; high water: most pages that requests held, or pins kept"
 )
 
-PLANNED, SORTED, SHUFFLED = "planned", "sorted", "shuffled"
+VLLM_METHOD = (
+    "vLLM in a process of its own, random weights, the output head in 16 bits, the same tokens, requests handed over "
+    "all at once, pages kept by its prefix cache; sorting included, loading and a run of a few requests before it not"
+)
+
+PLANNED = "planned"
 ORDERS = (PLANNED, SORTED, SHUFFLED)
 """By the engine's plan; prompts sorted, and as they come, both with pages kept by least recent use."""
 
@@ -51,7 +56,8 @@ class Throughput:
         prompt_tokens, output_tokens: of all of them, continuations counted.
         seconds: of the run, those of planning or sorting included.
         plan_seconds: of planning or sorting.
-        reuse, optimum: part of the prompt tokens that was found, and that could have been.
+        reuse, optimum: part of the prompt tokens that was found, and that could have been. This and what follows is
+            `None` where vLLM does not say it.
         preemptions: requests that lost their pages.
         steps: that were run.
         step_tokens: of a step, on average.
@@ -68,13 +74,27 @@ class Throughput:
     output_tokens: int
     seconds: float
     plan_seconds: float
-    reuse: float
+    reuse: float | None
     optimum: float
-    preemptions: int
-    steps: int
-    step_tokens: float
-    high_water: int
-    pages: int
+    preemptions: int | None = None
+    steps: int | None = None
+    step_tokens: float | None = None
+    high_water: int | None = None
+    pages: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """What was not measured.
+
+    Attributes:
+        name, format: of the model.
+        why: the reason.
+    """
+
+    name: str
+    format: str
+    why: str
 
 
 class Runner(Protocol):
@@ -115,6 +135,17 @@ def context_of(workload: Workload) -> int:
     return -(-int(lengths.max()) // PAGE) * PAGE
 
 
+def optimum(workload: Workload, page: int = PAGE) -> float:
+    """Return which part of all prompt tokens need not be computed.
+
+    Args:
+        workload: what is asked.
+        page: tokens of a page.
+    """
+    shared = groups.plan(workload.prompts, page=page).optimum
+    return (shared + (workload.samples - 1) * workload.tokens) / (workload.samples * workload.tokens)
+
+
 def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name: str, format: str) -> Throughput:
     """Answer a workload once.
 
@@ -138,7 +169,7 @@ def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name
         )
         for index, (prompt, output) in enumerate(zip(workload.prompts, workload.outputs, strict=True))
     ]
-    best = groups.plan(workload.prompts, page=limits.page_size).optimum
+    best = optimum(workload, limits.page_size)
     core = Core(Scheduler(limits), runner)
     list(_queued(core, items[:WARM]))
     scheduler = Scheduler(limits)
@@ -152,7 +183,7 @@ def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name
         planning = engine.plan_seconds
     else:
         if order == SORTED:
-            items = sorted(items, key=lambda item: item.tokens.astype(">i4").tobytes())
+            items = sorted(items, key=lambda item: sort_key(item.tokens))
             planning = time.perf_counter() - begun
         drawn = sum(_drawn(output) for output in _queued(core, items))
     seconds = time.perf_counter() - begun
@@ -171,7 +202,7 @@ def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name
         seconds=seconds,
         plan_seconds=planning,
         reuse=scheduler.cached_tokens / total,
-        optimum=(best + (workload.samples - 1) * workload.tokens) / total,
+        optimum=best,
         preemptions=scheduler.preemptions,
         steps=counted.steps,
         step_tokens=counted.tokens / counted.steps,
@@ -195,9 +226,20 @@ def _drawn(output: RequestOutput) -> int:
     return sum(len(one.token_ids) for one in output.outputs)
 
 
-def result(rows: Sequence[Throughput], **facts: Any) -> dict[str, Any]:
-    """Return what the verb writes as JSON."""
-    return report.result(KIND, VERSION, METHOD, facts, rows, [])
+def result(
+    found: Sequence[Throughput | Skipped], versions: Mapping[str, str] | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Return what the verb writes as JSON.
+
+    Args:
+        found: runs and what did not run, in order.
+        versions: of rivals.
+        facts: what else holds for all rows.
+    """
+    rows = [row for row in found if isinstance(row, Throughput)]
+    skipped = [row for row in found if isinstance(row, Skipped)]
+    method = f"{METHOD}; {VLLM_METHOD}" if versions else METHOD
+    return report.result(KIND, VERSION, method, facts, rows, skipped, versions)
 
 
 def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -205,18 +247,23 @@ def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells = [
         [
             row["workload"],
+            row["format"],
             row["order"],
             f"{row['requests'] / row['seconds']:.2f}",
             f"{(row['prompt_tokens'] + row['output_tokens']) / row['seconds']:.0f}",
             f"{row['output_tokens'] / row['seconds']:.0f}",
-            f"{100 * row['reuse']:.1f} %",
-            f"{100 * row['reuse'] / row['optimum']:.1f} %" if row["optimum"] else "-",
-            str(row["preemptions"]),
-            f"{row['step_tokens']:.0f}",
-            f"{100 * row['high_water'] / row['pages']:.0f} %",
+            _percent(row["reuse"], 1, 1),
+            _percent(row["reuse"], row["optimum"], 1),
+            "-" if row["preemptions"] is None else str(row["preemptions"]),
+            "-" if row["step_tokens"] is None else f"{row['step_tokens']:.0f}",
+            _percent(row["high_water"], row["pages"], 0),
             f"{row['plan_seconds']:.2f}",
         ]
         for row in found["rows"]
     ]
-    heads = ["workload", "order", "requests/s", "tokens/s", "drawn/s", "reuse", "of optimum", "preempted"]
+    heads = ["workload", "format", "order", "requests/s", "tokens/s", "drawn/s", "reuse", "of optimum", "preempted"]
     return [*heads, "tokens a step", "pages", "plan s"], cells
+
+
+def _percent(part: float | None, whole: float | None, digits: int) -> str:
+    return f"{100 * part / whole:.{digits}f} %" if part is not None and whole else "-"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tersor.errors import InputError, did_you_mean
 
-ORDERS = ("shuffled", "grouped", "sorted")
+ORDERS = SHUFFLED, GROUPED, SORTED = ("shuffled", "grouped", "sorted")
 """Orders of arrival: at random, those of a prefix after each other, and as sorted prompts."""
 
 Tokens = NDArray[np.int32]
@@ -180,7 +180,7 @@ def make(
     *,
     requests: int | None = None,
     seed: int = 0,
-    order: str = "shuffled",
+    order: str = SHUFFLED,
     vocabulary: int = 32_000,
     **sizes: float,
 ) -> Workload:
@@ -224,9 +224,14 @@ def make(
     )
 
 
+def sort_key(prompt: Tokens) -> bytes:
+    """Return what sorts prompts [length] by their tokens, so that those that begin alike are neighbours."""
+    return prompt.astype(">i4").tobytes()
+
+
 def _arrival(draw: _Draw, prompts: Sequence[Tokens], order: str) -> list[int]:
-    if order == "shuffled":
+    if order == SHUFFLED:
         return draw.random.permutation(len(prompts)).tolist()
-    if order == "sorted":
-        return sorted(range(len(prompts)), key=lambda place: prompts[place].astype(">i4").tobytes())
+    if order == SORTED:
+        return sorted(range(len(prompts)), key=lambda place: sort_key(prompts[place]))
     return list(range(len(prompts)))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import bench, console
+from tersor.cli import bench, console, options
 from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from tersor.bench.latency import Latency
+    from tersor.bench.latency import Latency, Skipped
 
 MODEL = "llama-3-8b"
 BATCHES, CONTEXTS = "1,8,32", "512"
@@ -39,6 +39,7 @@ def command(
     activations: Annotated[str, typer.Option(help="What weights are multiplied with: 16bit or fp8.")] = "16bit",
     steps: Annotated[int, typer.Option(min=1, help="Of a timed run; the median of three counts.")] = 32,
     cuda_graph: Annotated[str, typer.Option(help="Steps as CUDA graphs: on or off.")] = "on",
+    against: options.AgainstVllm = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
     ] = None,
@@ -47,6 +48,8 @@ def command(
 ) -> None:
     """Time decode steps of whole models with random weights, or show what was timed."""
     from tersor.bench import latency, report, saved
+    from tersor.bench.vllm import rows as rival
+    from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
     from tersor.models import geometries
 
@@ -59,23 +62,55 @@ def command(
     names = models or [MODEL]
     for name in names:
         geometries.geometry(name)
-    Activations.of(activations)
+    multiplied = Activations.of(activations)
+    named = rivals.named(against)
     if output is not None:
         bench.check_folder("--output", output)
     if taken is not None:
         show(saved.read(taken, latency.KIND, latency.VERSION), json)
         return
+    variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
+    kernel_dtype = bench.dtype_named(dtype)
     import torch
 
     from tersor.bench import timing
+    from tersor.engine import ahead
     from tersor.engine.runner import Runner
     from tersor.engine.sampler import Sampler
+    from tersor.models.kernels import Steps
     from tersor.models.random import random_decoder
 
-    facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations}
+    facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
+    ours: list[Latency] = []
+    theirs: list[Latency | Skipped] = []
+
+    def found() -> dict[str, Any]:
+        return latency.result([*ours, *theirs], rivals.versions(named), **facts)
+
+    def write() -> None:
+        if output is not None:
+            report.write(output, report.text(found()))
+
+    with console.progress("timing vllm") as move:  # first, while all of the GPU's memory is free
+        cells = len(names) * len(variants) * len(batches) * len(contexts)
+        for name in names:
+            for variant in variants:
+                for row in rival.latencies(
+                    variant,
+                    geometries.config_json(name),
+                    name,
+                    batches,
+                    contexts,
+                    steps,
+                    dtype=dtype,
+                    kv_dtype=kv_dtype,
+                    cuda_graph=cuda_graph == "on",
+                ):
+                    theirs.append(row)
+                    move(len(theirs), cells)
+                    write()
     facts["read_bandwidth"] = timing.read_bandwidth()
-    rows: list[Latency] = []
     with console.progress("timing") as move:
         for name in names:
             for label, scheme in kinds:
@@ -83,7 +118,7 @@ def command(
                     name,
                     scheme,
                     "cuda",
-                    bench.dtype_named(dtype),
+                    kernel_dtype,
                     head=scheme if head_format is None else head,
                     activations=activations,
                     context=max(contexts),
@@ -92,31 +127,33 @@ def command(
                 runner = Runner(
                     decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
                 )
+                ahead.compile_for(decoder, Steps(tokens=max(batches), queries=1, pages=pages.pages_dtype))
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)
                 shown = label if head_format in (None, label) else f"{label}/{head_format}"
-                rows += latency.measure(runner, name, shown, batches, contexts, steps, move)
+                ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
                 del decoder, sampler, runner
                 torch.cuda.empty_cache()
-                if output is not None:
-                    report.write(output, report.text(latency.result(rows, **facts)))
-    show(latency.result(rows, **facts), json)
+                write()
+    show(found(), json)
     if output is not None:
         print(f"written to {output}", file=sys.stderr if json else sys.stdout)
 
 
 def show(result: dict[str, Any], json: bool) -> None:
-    """Print a result: as JSON where that is asked for, else as a table."""
+    """Print a result: as JSON where that is asked for, else as a table; what was not timed goes to stderr."""
     from tersor.bench import latency
 
+    for row in result["skipped"]:
+        what = f", {row['what']}" if row["what"] else ""
+        print(f"{row['name']} in {row['format']}{what} is not timed: {row['why']}", file=sys.stderr)
     if json:
         console.print_json(result)
         return
     gpu = result["environment"].get("gpu", "no GPU")
     kv = result["dtype"] if result["kv_dtype"] == "auto" else result["kv_dtype"]
-    print(
-        f"{gpu}, {result['dtype']} activations, keys and values in {kv}; "
-        f"a large read reaches {result['read_bandwidth'] / 1e12:.2f} TB/s"
-    )
+    bandwidth = result["read_bandwidth"]
+    reached = "" if bandwidth is None else f"; a large read reaches {bandwidth / 1e12:.2f} TB/s"
+    print(f"{gpu}, {result['dtype']} activations, keys and values in {kv}{reached}")
     console.print_table(*latency.columns(result))

@@ -15,8 +15,9 @@ from tersor.engine.config import EngineConfig
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
-    from tersor.bench.throughput import Throughput
-    from tersor.bench.workloads import Workload
+    import torch
+
+    from tersor.bench.throughput import Skipped, Throughput
     from tersor.models.config import DecoderConfig
 
 WORKLOAD = "micro-small"
@@ -47,6 +48,7 @@ def command(
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
+    against: options.AgainstVllm = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Run nothing: show what --output wrote.")
     ] = None,
@@ -55,7 +57,10 @@ def command(
 ) -> None:
     """Answer workloads with random weights, planned and not, or show what was measured."""
     from tersor.bench import report, saved, throughput, workloads
+    from tersor.bench.vllm import rows as rival
+    from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
+    from tersor.models.config import DecoderConfig
 
     orders = [one.strip() for one in order.split(",")]
     for one in orders:
@@ -63,7 +68,8 @@ def command(
     sizes = _sizes(size or [])
     scheme = None if format == PLAIN else bench.schemes([format], [])[0]
     head = scheme if head_format is None else None if head_format == PLAIN else bench.schemes([head_format], [])[0]
-    Activations.of(activations)
+    multiplied = Activations.of(activations)
+    named = rivals.named(against)
     config = EngineConfig(
         device=device,
         dtype=dtype,
@@ -79,27 +85,50 @@ def command(
     if taken is not None:
         show(saved.read(taken, throughput.KIND, throughput.VERSION), json)
         return
-    geometry = _geometry(model)
+    described = _described(model)
+    geometry = DecoderConfig.from_dict(described)
     asked = [
         workloads.make(one, requests=requests, seed=seed, vocabulary=geometry.vocabulary, **sizes)
         for one in workload or [WORKLOAD]
     ]
+    context = max(map(throughput.context_of, asked))
+    geometry = _reaching(geometry, context)
+    unplanned = rival.check_orders(orders) if named else []
+    variants = rivals.variants(named, [scheme], multiplied)
+    where = _device(config, bool(named))
+    plain = str(_plain(config, where)).removeprefix("torch.")
     shown = format if head_format in (None, format) else f"{format}/{head_format}"
     facts: dict[str, Any] = {
         "engine": {name: getattr(config, name) for name in ("dtype", "kv_dtype", "activations", "max_rows")},
         "max_step_tokens": max_step_tokens,
         "workloads": {one.name: one.settings for one in asked},
     }
-    rows: list[Throughput] = []
+    ours: list[Throughput] = []
+    theirs: list[Throughput | Skipped] = []
+
+    def found() -> dict[str, Any]:
+        return throughput.result([*ours, *theirs], rivals.versions(named), **facts)
+
+    def write() -> None:
+        if output is not None:
+            report.write(output, report.text(found()))
+
+    with console.progress("answering by vllm") as move:  # first, while all of the GPU's memory is free
+        for variant in variants:
+            for row in rival.throughputs(
+                variant, described, model, asked, unplanned, config, dtype=plain, gpu=where.index
+            ):
+                theirs.append(row)
+                move(len(theirs), len(variants) * len(asked) * len(unplanned))
+                write()
     with console.progress("answering") as move:
-        runner, limits = _engine(geometry, scheme, head, config, asked)
+        runner, limits = _engine(geometry, scheme, head, config, where, context)
         for load in asked:
             for each in orders:
-                move(len(rows), len(asked) * len(orders))
-                rows.append(throughput.measure(runner, limits, load, each, model, shown))
-                if output is not None:
-                    report.write(output, report.text(throughput.result(rows, **facts)))
-    show(throughput.result(rows, **facts), json)
+                move(len(ours), len(asked) * len(orders))
+                ours.append(throughput.measure(runner, limits, load, each, model, shown))
+                write()
+    show(found(), json)
     if output is not None:
         print(f"written to {output}", file=sys.stderr if json else sys.stdout)
 
@@ -114,45 +143,72 @@ def _sizes(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def _geometry(model: str) -> DecoderConfig:
+def _described(model: str) -> dict[str, Any]:
+    """Return the config.json of a model."""
     from tersor.checkpoint.source import read_config
     from tersor.models import geometries
-    from tersor.models.config import DecoderConfig
 
     if model.lower() not in geometries.GEOMETRIES and Path(model).is_dir():
-        return DecoderConfig.from_dict(read_config(Path(model)))
-    return geometries.geometry(model)
+        return read_config(Path(model))
+    return geometries.config_json(model)
 
 
-def _engine(geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfig, asked: list[Workload]) -> Any:
-    """Return a runner with random weights and pages for the longest text, and the limits of its engine."""
-    import torch
+def _reaching(geometry: DecoderConfig, context: int) -> DecoderConfig:
+    """Return a geometry that takes texts of so many tokens: weights are random, and so may positions be new."""
+    if context <= geometry.context:
+        return geometry
+    if geometry.positions:
+        raise InputError(f"texts have {context} tokens, and the model positions for {geometry.context}")
+    return replace(geometry, context=context)
 
-    from tersor.bench import throughput
-    from tersor.engine.limits import Limits
-    from tersor.engine.memory import make_pages
-    from tersor.engine.runner import Runner
-    from tersor.engine.sampler import Sampler
-    from tersor.formats import FLOAT_DTYPES, float_dtype
+
+def _device(config: EngineConfig, rivals: bool) -> torch.device:
+    """Return where the model runs; beside rivals, a GPU."""
     from tersor.hardware import resolve_device
-    from tersor.models.random import random_decoder
-    from tersor.ops.attention_form import PAGE
 
     if config.device == "auto":
         bench.need_gpu("--device cpu takes it, --from shows what was measured")
     where = resolve_device(config.device)
-    context = max(map(throughput.context_of, asked))
-    if context > geometry.context:
-        if geometry.positions:
-            raise InputError(f"texts have {context} tokens, and the model positions for {geometry.context}")
-        geometry = replace(geometry, context=context)  # weights are random, and so may positions be new
+    if rivals and where.type == "cpu":
+        raise InputError("--against vllm needs a GPU: leave out --device cpu")
+    return where
+
+
+def _plain(config: EngineConfig, where: torch.device) -> torch.dtype:
+    """Return the dtype of activations."""
+    import torch
+
+    from tersor.formats import FLOAT_DTYPES, float_dtype
+
+    if config.dtype == "auto":
+        return torch.float32 if where.type == "cpu" else torch.float16
+    return float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
+
+
+def _engine(
+    geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfig, where: torch.device, context: int
+) -> Any:
+    """Return a runner with random weights and pages for the longest text, and the limits of its engine."""
+    from tersor.engine import ahead
+    from tersor.engine.limits import Limits
+    from tersor.engine.memory import make_pages
+    from tersor.engine.runner import Runner
+    from tersor.engine.sampler import Sampler
+    from tersor.models.random import random_decoder
+    from tersor.ops.attention_form import PAGE
+
     if where.type == "cpu":
         console.choose_threads(8 * geometry.hidden * (geometry.vocabulary + geometry.ffn * len(geometry.layers)), where)
-    plain = torch.float32 if where.type == "cpu" else torch.float16
-    chosen = plain if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
     decoder = random_decoder(
-        geometry, scheme, where, chosen, head=head, activations=config.activations, context=context
+        geometry,
+        scheme,
+        where,
+        _plain(config, where),
+        head=head,
+        activations=config.activations,
+        context=context,
     )
+    ahead.compile_for(decoder, ahead.steps_of(config, context))
     sampler = Sampler(config.max_rows + 1, geometry.vocabulary, where, most_length=context)
     runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=config.pages_dtype)
     limits = Limits(
@@ -166,12 +222,14 @@ def _engine(geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfi
 
 
 def show(result: dict[str, Any], json: bool) -> None:
-    """Print a result: as JSON where that is asked for, else as a table."""
+    """Print a result: as JSON where that is asked for, else as a table; what did not run goes to stderr."""
     from tersor.bench import throughput
 
+    for row in result["skipped"]:
+        print(f"{row['name']} in {row['format']} is not measured: {row['why']}", file=sys.stderr)
     if json:
         console.print_json(result)
         return
-    models = ", ".join(dict.fromkeys(f"{row['name']} in {row['format']}" for row in result["rows"]))
+    models = ", ".join(dict.fromkeys(row["name"] for row in result["rows"]))
     print(f"{result['environment'].get('gpu', 'no GPU')}, {models}, {result['engine']['max_rows']} rows a step")
     console.print_table(*throughput.columns(result))

@@ -12,7 +12,7 @@ from tersor.cli import console, options
 from tersor.errors import InputError, TersorError, did_you_mean
 
 if TYPE_CHECKING:
-    from tersor.integrations.transformers.generate import Statistics
+    from tersor.engine.continuation import Statistics
 
 GRAPHS = {"auto": None, "on": True, "off": False}
 
@@ -34,26 +34,19 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the generation; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of the text.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
-    ] = "auto",
-    activations: Annotated[
-        str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")
-    ] = "16bit",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    activations: options.Activations = "16bit",
     cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
-    fuse: Annotated[
-        bool, typer.Option("--fuse", help="Join packed layers that read the same activations; changes rounding.")
-    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt, once or several times."""
-    from tersor import engine
+    from tersor import engine, one_prompt
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
-    from tersor.integrations.transformers import generate, load
+    from tersor.integrations.transformers import load
+    from tersor.llm import chat_tokens
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
@@ -78,18 +71,23 @@ def command(
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
     tokenizer = load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code)
-    ids = generate.chat_prompt(tokenizer, text) if chat else text
-    loaded = load.ready_model(
-        found.directory,
-        torch_device,
-        dtype,
+    asked = one_prompt.Asked(
+        prompt=chat_tokens(tokenizer, [{"role": "user", "content": text}]) if chat else text,
+        sampling=sampling,
+        samples=samples,
+        device=torch_device,
+        dtype=dtype,
         activations=activations,
-        fuse=fuse,
+        cuda_graph=GRAPHS[cuda_graph],
         trust_remote_code=trust_remote_code,
     )
-    generator = generate.Generator(loaded, tokenizer, cuda_graph=GRAPHS[cuda_graph])
-    if samples > 1:
-        rows, numbers = generator.samples(ids, samples, sampling)
+    with console.telling():
+        continuing = one_prompt.ready(found.directory, tokenizer, asked)
+    stream = continuing.stream() if samples == 1 else None
+    if continuing.why:
+        print(f"tersor: {continuing.why}", file=sys.stderr, flush=True)
+    if stream is None:
+        rows, numbers = continuing.samples()
         if json:
             listed: dict[str, Any] = {"continuations": [row.to_dict() for row in rows], "device": str(torch_device)}
             console.print_json({"model": model, "prompt": text, **listed, **numbers.to_dict()})
@@ -98,7 +96,6 @@ def command(
             print(f"[{index}/{samples}]\n{row.text}", flush=True)
         print(summary(numbers, torch_device.type), file=sys.stderr)
         return
-    stream = generator.stream(ids, sampling)
     if json:
         produced = "".join(stream)
         fields = {

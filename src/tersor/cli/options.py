@@ -37,3 +37,12 @@ TensorParallel = Annotated[
     int,
     typer.Option(min=1, help="Ranks that compute the model together: a process and a GPU each; on a CPU a process."),
 ]
+
+# Of measurements of whole models.
+AgainstVllm = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        help="Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming; default: none.",
+    ),
+]

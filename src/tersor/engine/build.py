@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tersor.checkpoint.source import Source
+from tersor.engine import ahead
 from tersor.engine.config import EngineConfig
+from tersor.engine.graphs import captures
 from tersor.engine.memory import make_pages
 from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import FLOAT_DTYPES, float_dtype
+from tersor.kernels.jit import KernelSource
 from tersor.models import load
 from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.dispatch import kernel_chip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Built:
 def build(
     source: Source, config: EngineConfig, device: torch.device, ranks: Ranks = ALONE, line: Line | None = None
 ) -> Built:
-    """Load a model, or a rank's part of it, and make its pages; all ranks do so at once.
+    """Load a model, or a rank's part of it, compile its kernels meanwhile, and make its pages; all ranks do so at once.
 
     Args:
         source: the checkpoint.
@@ -45,13 +49,21 @@ def build(
         line: from the first rank to the others; `None` with one.
 
     Raises:
-        UnsupportedError: the engine does not have the architecture.
+        UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and not possible.
         CheckpointError: no whole checkpoint.
         ShapeError: the model cannot be cut for so many ranks.
+        KernelError: a kernel does not compile.
         TersorError: it does not fit in the device's memory.
     """
     dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
-    decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
+    chip = kernel_chip(device)
+
+    def kernels() -> list[KernelSource]:
+        assert chip is not None
+        return ahead.kernels(source, config, chip, ranks.rank)
+
+    with ahead.compiling(kernels, chip):
+        decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
     context = min(config.max_length or decoder.config.context, decoder.config.context)
     sampler = None
     if ranks.first:
@@ -60,4 +72,5 @@ def build(
     runner = Runner(
         decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line
     )
-    return Built(runner, make_pages(runner, config), context)
+    graphs = captures(runner, config)
+    return Built(runner, make_pages(runner, replace(config, cuda_graph=graphs)), context)

@@ -8,8 +8,10 @@ it drew from where the device keeps them, a slot a request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +28,6 @@ from tersor.ops.collective import ALONE, Ranks
 
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
-WARM_UP = 2
-"""Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
 
 
 def padded_rows(most: int) -> list[int]:
@@ -85,6 +85,8 @@ class Runner:
     Attributes:
         caches: keys and values of every layer, once `allocate` has made them.
         graphs: padded number of rows -> captured step.
+        capture_seconds: what capturing all of them took.
+        eager_reason: why there are none, or an empty string.
         workspace: memory of split products.
     """
 
@@ -117,11 +119,14 @@ class Runner:
         self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
         self.graphs: dict[int, _Graph] = {}
+        self.capture_seconds, self.eager_reason = 0.0, ""
         self._pages = -(-max_length // PAGE)
         self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
-        self._last = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
+        self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
         self._staging: list[torch.Tensor] = []
         self._turn = 0
+        self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def page_bytes(self) -> int:
         """Return bytes of a page, of all layers together."""
@@ -130,12 +135,16 @@ class Runner:
 
     def allocate(self, pages: int) -> None:
         """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
-        self.graphs, self.caches = {}, []
+        self.graphs, self.caches, self._pool = {}, [], None
         self.caches = self.decoder.caches(pages, self.kv_dtype)
 
     def release(self) -> None:
         """Let go of graphs and pages: no step can be launched any more. NCCL waits for graphs that hold its calls."""
-        self.graphs, self.caches = {}, []
+        self.graphs, self.caches, self._pool = {}, [], None
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of rows that have a graph, the largest first."""
+        return padded_rows(self.max_rows)[::-1]
 
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
@@ -144,7 +153,8 @@ class Runner:
         layout = Layout(tokens, count, self._pages)
         views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
         views["slots"].fill_(self.max_rows)
-        self._draw(self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE), views, False)
+        logits, lengths = self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE)
+        self._draw(logits, views, lengths, False)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, torch.Tensor] | None = None) -> Launched:
@@ -206,9 +216,9 @@ class Runner:
             if order.graph:
                 self._replay(self.graphs[order.graph], staged)
                 continue
-            logits, views = self._wanted(order, staged)
+            logits, views, lengths = self._wanted(order, staged)
             if order.draws:
-                self._draw(logits[: order.draws], views, False)
+                self._draw(logits[: order.draws], views, lengths[: order.draws], False)
 
     def _replay(self, captured: _Graph, staged: torch.Tensor) -> torch.Tensor:
         """Run a captured step; return the tokens drawn."""
@@ -229,7 +239,7 @@ class Runner:
     ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None]:
         """Run a step that is no graph; return tokens, their log probabilities and those of prompts."""
         draws = order.draws
-        logits, views = self._wanted(order, staged)
+        logits, views, lengths = self._wanted(order, staged)
         read = None
         if targets:
             of_targets, of_asks = (
@@ -240,17 +250,17 @@ class Runner:
         if not draws:
             return torch.empty(0, dtype=torch.int64, device=self.device), None, read
         asked = any(row.request.params.logprobs is not None for row in step.drawing)
-        drawn, logprobs = self._draw(logits[:draws], views, asked)
+        drawn, logprobs = self._draw(logits[:draws], views, lengths[:draws], asked)
         return drawn, logprobs, read
 
-    def _wanted(self, order: Order, staged: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run the model on a step that is no graph; return logits where they are wanted, and the step's arrays."""
+    def _wanted(self, order: Order, staged: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Run the model on a step that is no graph; return logits where they are wanted, the step's arrays, lengths."""
         numbers = staged.to(self.device, non_blocking=True)
         views = order.layout.split(numbers)
         if order.more:
             views["places"] = torch.cat([views["places"][: order.draws], numbers[order.layout.size :]])
-        logits = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
-        return logits, views
+        logits, lengths = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
+        return logits, views, lengths
 
     def _stage(self, size: int) -> torch.Tensor:
         """Return memory of the host for a step's buffer that no copy reads any more."""
@@ -262,25 +272,30 @@ class Runner:
             self._staging[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=pinned)
         return self._staging[self._turn][:size]
 
-    def _logits(self, views: dict[str, torch.Tensor], count: int, most_queries: int, most_length: int) -> torch.Tensor:
-        """Run the model; return logits [count, V] at the first places."""
-        tokens = views["tokens"].long()
-        kept = self._last[(-1 - tokens).clamp_min(0)]
+    def _logits(
+        self,
+        views: dict[str, torch.Tensor],
+        count: int,
+        most_queries: int,
+        most_length: int,
+        everywhere: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model; return logits [count, V] at the first places, and how long the texts there are, int32 [count].
+
+        They are all tokens in their order where logits are wanted `everywhere`.
+        """
+        places = views["places"][:count]
+        tokens, lengths = ops.resolve(views["tokens"], self._newest, views["starts"], views["lengths"], places)
         rows = rows_on(views, most_queries, most_length)
         with ops.using(workspace=self.workspace):
-            return self.decoder(
-                torch.where(tokens < 0, kept, tokens), rows, self.caches, views["places"][:count].long()
-            )
+            return self.decoder(tokens, rows, self.caches, None if everywhere else places), lengths
 
     def _draw(
-        self, logits: torch.Tensor, views: dict[str, torch.Tensor], logprobs: bool
+        self, logits: torch.Tensor, views: dict[str, torch.Tensor], lengths: torch.Tensor, logprobs: bool
     ) -> tuple[torch.Tensor, ops.Logprobs | None]:
-        """Draw the tokens of rows by logits [S, V], and keep them for the next step."""
+        """Draw the tokens of rows of so many tokens by logits [S, V], and keep them for the next step."""
         count = len(logits)
-        slots, places = views["slots"][:count], views["places"][:count]
-        owners = torch.searchsorted(views["starts"][1:], places, right=True).clamp_max(len(views["lengths"]) - 1)
-        lengths = views["lengths"][owners]
-        found = None
+        slots, found = views["slots"][:count], None
         if self.sampler is None:
             drawn = torch.empty(count, dtype=torch.int64, device=self.device)
         elif logprobs:
@@ -288,12 +303,13 @@ class Runner:
         else:
             drawn = self.sampler.draw(logits, slots, lengths)
         drawn = self.ranks.from_first(drawn)
-        self._last.index_copy_(0, slots.long(), drawn.clamp_min(0))
+        ops.keep(self._newest, slots, drawn)
         return drawn, found
 
     def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
-        return self._draw(self._logits(views, count, 1, self._pages * PAGE), views, False)[0]
+        logits, lengths = self._logits(views, count, 1, self._pages * PAGE, everywhere=True)
+        return self._draw(logits, views, lengths, False)[0]
 
     def _publish(
         self,
@@ -319,32 +335,36 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
-        """Capture a step for every padded number of rows, the largest first, in one memory pool.
+        """Capture a step for numbers of rows, the largest first, in the memory pool of those captured before.
+
+        A forward goes ahead of each: libraries load and allocate what a capture must not. All of them take one stream,
+        since a stream keeps memory for split sums.
 
         Args:
-            sizes: numbers of rows; unless given, `padded_rows` up to the most.
+            sizes: numbers of rows; unless given, `sizes`.
 
         Raises:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
-        pool = torch.cuda.graph_pool_handle()
+        started = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._side = side = self._side or torch.cuda.Stream(self.device)
         # The thread in which NCCL watches its calls may ask for their events meanwhile.
         mode = "global" if self.ranks.count == 1 else "thread_local"
-        for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
+        for size in sorted(sizes or self.sizes(), reverse=True):
             layout = Layout(size, size, self._pages)
             buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
             views = layout.split(buffer)
             views["starts"].copy_(torch.arange(size + 1))
+            views["places"].copy_(torch.arange(size))
             views["slots"].fill_(self.max_rows)
             graph = torch.cuda.CUDAGraph()
             try:
-                side = torch.cuda.Stream(self.device)
                 side.wait_stream(torch.cuda.current_stream(self.device))
                 with torch.cuda.stream(side):
-                    for _ in range(WARM_UP):
-                        self._decode(views, size)
+                    self._decode(views, size)
                 torch.cuda.current_stream(self.device).wait_stream(side)
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                     drawn = self._decode(views, size)
             except torch.OutOfMemoryError:
                 raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
@@ -353,6 +373,7 @@ class Runner:
                 raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
             self.graphs[size] = _Graph(graph, buffer, layout, drawn)
         self.graphs = dict(sorted(self.graphs.items()))
+        self.capture_seconds += time.perf_counter() - started
 
 
 def _prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:

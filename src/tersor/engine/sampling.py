@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +63,19 @@ class Sampling:
         if any(not text for text in self.stop):
             raise InputError("a stop text is empty: it would end every generation at once")
 
-    def resolved(self, config: GenerationConfig) -> Sampling:
-        """Return these options with every None but the seed filled; greedy decoding has temperature 0."""
+    def resolved(self, config: GenerationConfig | Mapping[str, Any]) -> Sampling:
+        """Return these options with every None but the seed filled; greedy decoding has temperature 0.
+
+        Args:
+            config: the model's generation config, of transformers or as its generation_config.json has it.
+        """
+
+        def said(name: str) -> Any:
+            return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
         asked = any(getattr(self, name) is not None for name in _SAMPLED) and self.temperature != 0
-        if asked or (self.temperature is None and config.do_sample):
-            chosen = {name: _first(getattr(self, name), getattr(config, name, None)) for name in _SAMPLED}
+        if asked or (self.temperature is None and said("do_sample")):
+            chosen = {name: _first(getattr(self, name), said(name)) for name in _SAMPLED}
         else:
             chosen = {"temperature": 0.0}
         return replace(
@@ -75,8 +84,8 @@ class Sampling:
             top_k=int(_first(chosen.get("top_k"), 0)),
             top_p=float(_first(chosen.get("top_p"), 1.0)),
             min_p=float(_first(chosen.get("min_p"), 0.0)),
-            repetition_penalty=float(_first(self.repetition_penalty, config.repetition_penalty, 1.0)),
-            max_new_tokens=int(_first(self.max_new_tokens, config.max_new_tokens, 256)),
+            repetition_penalty=float(_first(self.repetition_penalty, said("repetition_penalty"), 1.0)),
+            max_new_tokens=int(_first(self.max_new_tokens, said("max_new_tokens"), 256)),
         )
 
 

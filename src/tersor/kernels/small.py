@@ -1,5 +1,6 @@
 """Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names,
-and small/all_reduce.cuh adds up what several GPUs have.
+small/resolve.cuh and small/keep.cuh are the first and the last of a step, and small/all_reduce.cuh adds up what several
+GPUs have.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -29,6 +30,7 @@ ALL_REDUCE_BYTES = 4096 + 2 * MOST_REDUCED
 _NORM_THREADS = 512
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
+_TOKEN_THREADS = 256
 
 
 def _pieces(channels: int) -> int:
@@ -75,6 +77,20 @@ def rows_source(target: str, index64: bool, positions: bool) -> KernelSource:
     )
 
 
+def resolve_source() -> KernelSource:
+    """Return the kernel that looks up the tokens of a step."""
+    return _RESOLVE
+
+
+def keep_source() -> KernelSource:
+    """Return the kernel that keeps the tokens which a step drew."""
+    return _KEEP
+
+
+_RESOLVE = KernelSource(name="tersor_resolve", header="small/resolve.cuh", parameters={}, arguments="PPPPPPPiii")
+_KEEP = KernelSource(name="tersor_keep", header="small/keep.cuh", parameters={}, arguments="PPPi")
+
+
 @functools.cache
 def all_reduce_source(target: str, ranks: int) -> KernelSource:
     """Return the kernel that adds up a tensor of several GPUs.
@@ -100,13 +116,16 @@ def sources(target: str, channels: int) -> list[KernelSource]:
     """Return all of them for rows of a dtype, of which those that are normalised have so many channels."""
     norms = [norm_source(target, layer, channels) for layer in (False, True)]
     wide, learned = (False, True), (False, True)
-    return norms + [rows_source(target, index64, positions) for index64 in wide for positions in learned]
+    copies = [rows_source(target, index64, positions) for index64 in wide for positions in learned]
+    return [*norms, *copies, resolve_source(), keep_source()]
 
 
 NormLaunch: TypeAlias = Callable[..., None]
 """Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
 RowsLaunch: TypeAlias = Callable[..., None]
 """Launches a copy of rows on one prepared problem: `launch` in `prepare_rows`."""
+TokensLaunch: TypeAlias = Callable[..., None]
+"""Launches what looks tokens up, or keeps them, on one prepared problem: `launch` in the functions below."""
 AllReduceLaunch: TypeAlias = Callable[..., None]
 """Launches a sum over ranks: `launch` in `prepare_all_reduce`."""
 
@@ -175,6 +194,32 @@ def prepare_rows(
             early: as in `prepare_norm`.
         """
         run(grid, block, 0, stream, (index, table, positions, starts, lengths, out, *sizes), early)
+
+    return launch
+
+
+def prepare_resolve(function: Function, *, tokens: int, texts: int, draws: int) -> TokensLaunch:
+    """Return what launches the lookup of `tokens` tokens, at least one, of at least one text, `draws` of which draw."""
+    grid, block, run = (-(-max(tokens, draws) // _TOKEN_THREADS), 1, 1), (_TOKEN_THREADS, 1, 1), function.launch
+
+    def launch(
+        *, stream: int, tokens_of_step: int, newest: int, starts: int, lengths: int, places: int, found: int,
+        drawn_lengths: int, early: bool,
+    ) -> None:  # fmt: skip
+        """Launch; addresses are those of `ops.resolve`'s arguments and results, early as in `prepare_norm`."""
+        addresses = (tokens_of_step, newest, starts, lengths, places, found, drawn_lengths)
+        run(grid, block, 0, stream, (*addresses, tokens, texts, draws), early)
+
+    return launch
+
+
+def prepare_keep(function: Function, *, draws: int) -> TokensLaunch:
+    """Return what launches the keeping of `draws` tokens, at least one."""
+    grid, block, run = (-(-draws // _TOKEN_THREADS), 1, 1), (_TOKEN_THREADS, 1, 1), function.launch
+
+    def launch(*, stream: int, drawn: int, slots: int, newest: int, early: bool) -> None:
+        """Launch; addresses are those of `ops.keep`'s arguments, early as in `prepare_norm`."""
+        run(grid, block, 0, stream, (drawn, slots, newest, draws), early)
 
     return launch
 

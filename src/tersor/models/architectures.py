@@ -28,13 +28,18 @@ def read(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         UnsupportedError: an architecture, or a value of a field, that the engine does not have; the line names it.
     """
-    named = raw.get("architectures")
-    name = named[0] if isinstance(named, list) and named else _BY_TYPE.get(str(raw.get("model_type")))
-    if not isinstance(name, str) or name not in READERS:
-        found = name if isinstance(name, str) else raw.get("model_type")
-        near = did_you_mean(found, READERS) if isinstance(found, str) else ""
-        raise UnsupportedError(f"the engine does not have {found}{near} (it has {', '.join(READERS)})")
+    name = called(raw)
+    if name not in READERS:
+        near = did_you_mean(name, READERS)
+        raise UnsupportedError(f"the engine does not have {name}{near} (it has {', '.join(READERS)})")
     return READERS[name](name, Fields(raw))
+
+
+def called(raw: Mapping[str, Any]) -> str:
+    """Return the class that a config.json names, or that its `model_type` means, or else that type itself."""
+    named, kind = raw.get("architectures"), raw.get("model_type")
+    name = named[0] if isinstance(named, list) and named else TYPES.get(str(kind))
+    return name if isinstance(name, str) else str(kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +355,7 @@ READERS: dict[str, Callable[[str, Fields], DecoderConfig]] = {
 }
 """Class in config.json -> what reads its fields."""
 
-_BY_TYPE = {
+TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -366,3 +371,9 @@ _BY_TYPE = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """`model_type` -> class, for a config.json that names none."""
+
+
+def model_type(raw: Mapping[str, Any]) -> str:
+    """Return the `model_type` of a config.json, that of its class where it names none."""
+    types = {name: kind for kind, name in TYPES.items()}
+    return str(raw.get("model_type") or types[read(raw).architecture])

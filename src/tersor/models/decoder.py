@@ -150,7 +150,7 @@ class Decoder:
         self.dtype, self.device = norm.weight.dtype, norm.weight.device
 
     def __call__(
-        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor
+        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the logits that follow some of a step's tokens.
 
@@ -158,7 +158,7 @@ class Decoder:
             tokens: int64 [T] of all rows, and padding.
             rows: whose tokens they are.
             caches: pages of every layer; keys and values of the tokens are written to them.
-            places: int64 [S], the tokens whose logits are wanted.
+            places: int64 or int32 [S], the tokens whose logits are wanted; `None` for all.
 
         Returns:
             [S, V] in `dtype`.
@@ -166,7 +166,8 @@ class Decoder:
         x: Hidden = self.embedding(tokens, rows)
         for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
             x = layer(x, cache, rows, following)
-        logits = self.head(self.norm(ops.gather_rows(_plain(x), places)))
+        y = _plain(x)
+        logits = self.head(self.norm(y if places is None else ops.gather_rows(y, places)))
         softcap = self.config.softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 

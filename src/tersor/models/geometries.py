@@ -144,8 +144,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 """Name -> config.json."""
 
 
-def geometry(name: str) -> DecoderConfig:
-    """Return the decoder that a name stands for.
+def config_json(name: str) -> dict[str, Any]:
+    """Return the config.json that a name stands for.
 
     Raises:
         InputError: it is no name of `GEOMETRIES`.
@@ -153,4 +153,13 @@ def geometry(name: str) -> DecoderConfig:
     known = name.lower()
     if known not in GEOMETRIES:
         raise InputError(f"no geometry {name!r}{did_you_mean(known, GEOMETRIES)}: use one of {', '.join(GEOMETRIES)}")
-    return DecoderConfig.from_dict(GEOMETRIES[known])
+    return GEOMETRIES[known]
+
+
+def geometry(name: str) -> DecoderConfig:
+    """Return the decoder that a name stands for.
+
+    Raises:
+        InputError: it is no name of `GEOMETRIES`.
+    """
+    return DecoderConfig.from_dict(config_json(name))

@@ -54,8 +54,8 @@ def load(
         with open_source(model) as source:
             return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
     where = device if isinstance(device, torch.device) else resolve_device(device)
-    config, names, expected, schemes = _described(model)
-    chosen = dtype or _dtype(model, where)
+    config, names, expected, schemes = described(model)
+    chosen = dtype or usual_dtype(model, where)
     multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
     try:
         with Reading(where) as reading:
@@ -72,12 +72,16 @@ def check_cut(model: Source, ranks: int) -> None:
         UnsupportedError, CheckpointError: as for `load`.
         ShapeError: it cannot be cut for so many ranks.
     """
-    config, names, _, schemes = _described(model)
+    config, names, _, schemes = described(model)
     Share.of(config, names, schemes, 0, ranks)
 
 
-def _described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Scheme]]:
-    """Return what a checkpoint is: its config, names, tensors, and the schemes of those that are packed."""
+def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Scheme]]:
+    """Return what a checkpoint is: its config, names, tensors, and the schemes of those that are packed.
+
+    Raises:
+        UnsupportedError, CheckpointError: as for `load`.
+    """
     why = supported(model.config)
     if why:
         raise UnsupportedError(f"{model.label}: {why}")
@@ -88,8 +92,13 @@ def _described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str,
     return config, names, expected, check(expected, model.tensors, quantization, names)
 
 
-def _dtype(source: Source, device: torch.device) -> torch.dtype:
-    """Return the dtype that is meant where none is given."""
+def usual_dtype(source: Source, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations that is meant where none is given.
+
+    Args:
+        source: the checkpoint.
+        device: where it runs.
+    """
     if device.type == "cpu":
         return torch.float32
     return FLOAT_DTYPES.get(stated_dtype(source.config) or "", torch.bfloat16)

@@ -14,6 +14,7 @@ from tersor.ops.lookup import gather_rows, lookup
 from tersor.ops.mixture import experts, pairs_by_expert, routed_experts
 from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
+from tersor.ops.newest import keep, resolve
 from tersor.ops.norm import layer_norm, rms_norm
 from tersor.ops.routing import route
 from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
@@ -50,6 +51,7 @@ __all__ = [
     "gated_linear",
     "gather_rows",
     "gradient_wanted",
+    "keep",
     "kernels_for",
     "layer_norm",
     "linear",
@@ -59,6 +61,7 @@ __all__ = [
     "lookup",
     "pairs_by_expert",
     "preferred_layout",
+    "resolve",
     "rms_norm",
     "route",
     "routed_experts",

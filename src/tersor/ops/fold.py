@@ -15,12 +15,13 @@ from torch.nn import functional
 
 from tersor.errors import ShapeError
 from tersor.kernels.dense import SQUARED_CHANNELS, Norm, squares_stride
+from tersor.kernels.tune import MOST_NORMED
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import LAYOUTS
 from tersor.ops import current, dense, mode, multiply, prepared, serve, tensors
 from tersor.ops.norm import TARGETS
-from tersor.ops.prepared import MOST_NORMED, Prepared
+from tersor.ops.prepared import Prepared
 from tersor.ops.settled import settled
 
 _ALIGNED_CHANNELS = 8

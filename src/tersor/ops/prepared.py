@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
-MOST_NORMED = 64
-"""Tokens of the widest tile that can have a norm in it (cuda/dense/sm90_norm.cuh), and so of a call."""
 _NORM_STEP = 4
 """Beyond `Mode.key`."""
 _MOST_LONG = 256
@@ -134,10 +132,19 @@ class WeightType:
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = found.decision.config
         if config is not None and not found.tokens:
-            config, norm = wanted or config, how // _NORM_STEP
-            if not norm or _takes_norms(config):
-                self._add_launches(found, config, n, index, dtype, aligned, gated, norm)
+            norm = how // _NORM_STEP
+            chosen = self._with_norm(n, wanted, device) if norm else wanted or config
+            if chosen is not None:
+                self._add_launches(found, chosen, n, index, dtype, aligned, gated, norm)
         return found
+
+    def _with_norm(self, n: int, wanted: tune.LinearConfig | None, device: torch.device) -> tune.LinearConfig | None:
+        """Return how a kernel with a norm in it runs, or `None` where there is none."""
+        if wanted is not None:
+            return wanted if tune.takes_norms(wanted) else None
+        chip = dispatch.kernel_chip(device)
+        assert self.packing is not None and chip is not None
+        return tune.choose_normed(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), chip)
 
     def _add_launches(
         self,
@@ -169,12 +176,6 @@ class WeightType:
             found.codes_stride = dense.codes_stride(self.ic)
         if config.splits > 1 and not config.gathered:
             found.floats, found.counters = dense.parts(config, n)
-
-
-def _takes_norms(config: tune.LinearConfig) -> bool:
-    """Tell whether the kernel of a configuration may have norms in it: all tokens are in one tile of few."""
-    native = config.activations is Activations.NATIVE
-    return config.schedule == tune.SM90 and native and config.token_tiles == 1 and config.n_tile <= MOST_NORMED
 
 
 _types: dict[tuple[str, int, int, str], WeightType] = {}

@@ -127,12 +127,9 @@ def obstacle(
     if why:
         return why
     pages, dtype = cache.pages, qkv.dtype
-    if form.head_dim % 16 or form.head_dim > attention.MOST_DIM:
-        return f"kernels take heads of 16, 32 to {attention.MOST_DIM} channels, not of {form.head_dim}"
-    if form.rotary_dim % 4:
-        return f"kernels rotate a multiple of 4 channels, not {form.rotary_dim}"
-    if pages.dtype not in (dtype, torch.float8_e4m3fn):
-        return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages.dtype}"
+    why = misfit(form, dtype, pages.dtype)
+    if why:
+        return why
     if not pages.is_contiguous() or pages.data_ptr() % 16:
         return "pages are not contiguous from 16 bytes on"
     if cache.scales is not None and (not cache.scales.is_contiguous() or cache.scales.data_ptr() % 16):
@@ -144,6 +141,17 @@ def obstacle(
             return f"kernels take contiguous weights of norms in {dtype}, these are in {one.dtype}"
     if sinks is not None and (sinks.dtype not in (dtype, torch.float32) or not sinks.is_contiguous()):
         return f"kernels take contiguous sinks in {dtype} or float32, these are in {sinks.dtype}"
+    return ""
+
+
+def misfit(form: AttentionForm, dtype: torch.dtype, pages: torch.dtype) -> str:
+    """Return why no kernel serves a form with activations of a dtype and pages of another, or an empty string."""
+    if form.head_dim % 16 or form.head_dim > attention.MOST_DIM:
+        return f"kernels take heads of 16, 32 to {attention.MOST_DIM} channels, not of {form.head_dim}"
+    if form.rotary_dim % 4:
+        return f"kernels rotate a multiple of 4 channels, not {form.rotary_dim}"
+    if pages not in (dtype, torch.float8_e4m3fn):
+        return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages}"
     return ""
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tersor.engine.continuation import Continuation
+from tersor.engine.continuation import (
+    Continuation,
+    Statistics,
+    TextStream,
+    full,
+    prompt_tokens,
+    room_for,
+    together,
+)
 from tersor.engine.sampling import Sampling
 from tersor.errors import InputError, TersorError
 from tersor.integrations.transformers.decode import NO_TOKEN, Decoder
@@ -18,54 +26,6 @@ from tersor.integrations.transformers.finite import first_not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_REASONS = ("eos", "stop", "length", "context")
-
-
-@dataclass(kw_only=True)
-class Statistics:
-    """What a stream took; filled in while it runs, complete when it ends.
-
-    Attributes:
-        prompt_tokens: tokens read.
-        samples: continuations of the prompt.
-        new_tokens: tokens drawn, the end-of-sequence token included; of all samples together.
-        prefill_seconds: from the call to the first token on the host.
-        capture_seconds: warming up and capturing the CUDA graph; 0 when no graph was made in this stream.
-        decode_seconds: wall clock of the tokens after the first, the consumer's own time included.
-        tokens_per_second: (new_tokens - samples) / decode_seconds; None without a second token.
-        finish_reason: "eos", "stop", "length" (max_new_tokens) or "context" (the model's positions are used); of
-            several samples every one that occurred, in this order, such as "eos, length".
-        cuda_graph: whether the decode step was a CUDA graph.
-        eager_reason: why it was not.
-    """
-
-    prompt_tokens: int
-    samples: int = 1
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    capture_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    tokens_per_second: float | None = None
-    finish_reason: str | None = None
-    cuda_graph: bool = False
-    eager_reason: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary that JSON can hold."""
-        return asdict(self)
-
-
-class TextStream(Iterator[str]):
-    """Pieces of text, and the `statistics` and `tokens` (ids drawn so far) of the stream they come from."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self.statistics = Statistics(prompt_tokens=prompt_tokens)
-        self.tokens: list[int] = []
-        self._pieces: Iterator[str] = iter(())
-
-    def __next__(self) -> str:
-        return next(self._pieces)
 
 
 class Generator:
@@ -102,7 +62,7 @@ class Generator:
         """
         ids, chosen, room = self._begin(prompt, options)
         stream = TextStream(len(ids))
-        stream._pieces = self._pieces(ids, chosen, room, stream)
+        stream.pieces = self._pieces(ids, chosen, room, stream)
         return stream
 
     def samples(
@@ -134,32 +94,17 @@ class Generator:
             if all(row.finish_reason is not None for row in rows):
                 break
         for row in rows:
-            row.end(_full(chosen, room))
-        reasons = {row.finish_reason for row in rows}
-        numbers.finish_reason = ", ".join(reason for reason in _REASONS if reason in reasons)
+            row.end(full(chosen.max_new_tokens, room))
+        numbers.finish_reason = together(row.finish_reason for row in rows)
         return rows, numbers
 
     def _begin(self, prompt: str | Sequence[int], options: Sampling | None) -> tuple[list[int], Sampling, int]:
         """Return the tokens of a prompt, options without gaps, and how many tokens can be drawn."""
-        ids = self._encode(prompt)
+        text = self.model.config.get_text_config()
+        ids = prompt_tokens(self.tokenizer, prompt, text.vocab_size)
         chosen = (options or Sampling()).resolved(self.model.generation_config)
         assert chosen.max_new_tokens is not None
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = chosen.max_new_tokens if limit is None else min(chosen.max_new_tokens, limit - len(ids))
-        if room < 1:
-            raise InputError(f"the prompt has {len(ids)} tokens, the model {limit} positions: shorten the prompt")
-        return ids, chosen, room
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
-        if not ids and self.tokenizer.bos_token_id is not None:
-            ids = [self.tokenizer.bos_token_id]
-        if not ids:
-            raise InputError("the prompt is empty and the tokenizer has no token to begin with: give a text")
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if max(ids) >= vocabulary or min(ids) < 0:
-            raise InputError(f"the prompt holds token {max(ids)}, the model has {vocabulary}: another tokenizer?")
-        return ids
+        return ids, chosen, room_for(len(ids), chosen.max_new_tokens, getattr(text, "max_position_embeddings", None))
 
     def _rows(self, ids: list[int], options: Sampling, samples: int) -> list[Continuation]:
         eos = frozenset() if options.ignore_eos else self._eos()
@@ -193,7 +138,7 @@ class Generator:
                 yield piece
             if row.finish_reason is not None:
                 break
-        rest = row.end(_full(options, room))
+        rest = row.end(full(options.max_new_tokens, room))
         stream.statistics.finish_reason = row.finish_reason
         if rest:
             yield rest
@@ -241,11 +186,6 @@ class Generator:
                 f"new token {len(row.tokens) + 1} cannot be drawn: its logits are not finite"
                 f"{first_not_finite(self.model, seen)}: try bfloat16 or float32"
             )
-
-
-def _full(options: Sampling, room: int) -> str:
-    """Return why a continuation ends that takes all the room there is."""
-    return "length" if room == options.max_new_tokens else "context"
 
 
 def stream(

@@ -1,0 +1,1 @@
+"""What does vLLM take for the same model and the same requests?"""

@@ -1,0 +1,155 @@
+"""Which rows do vLLM's answers make? Those of `tersor bench latency` and of `tersor bench throughput`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tersor.bench import latency, throughput
+from tersor.bench.contenders import UnfitError
+from tersor.bench.latency import Latency
+from tersor.bench.throughput import Throughput
+from tersor.bench.vllm.process import answers
+from tersor.bench.vllm.variants import Variant
+from tersor.bench.workloads import SHUFFLED, SORTED, Workload
+from tersor.engine.config import EngineConfig
+from tersor.errors import InputError
+from tersor.models.config import DecoderConfig
+
+ORDERS = (SORTED, SHUFFLED)
+"""Of `throughput.ORDERS` those that vLLM has: it plans nothing."""
+
+_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Of one GPU: with a process of its own, the engine would begin with the first rows that it is sent."""
+
+
+def latencies(
+    variant: Variant,
+    config: Mapping[str, Any],
+    name: str,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int = latency.STEPS,
+    *,
+    dtype: str = "float16",
+    kv_dtype: str = "auto",
+    cuda_graph: bool = True,
+) -> Iterator[Latency | latency.Skipped]:
+    """Time vLLM's decode steps of a model with random weights.
+
+    Args:
+        variant: the format of the weights.
+        config: config.json of the model.
+        name: of the model, for the rows.
+        batches, contexts: every pair is timed.
+        steps: of a run.
+        dtype, kv_dtype: of activations, and of keys and values.
+        cuda_graph: whether vLLM compiles the model and runs it as CUDA graphs.
+    """
+    options = {
+        "dtype": dtype,
+        "kv_cache_dtype": kv_dtype,
+        "max_num_seqs": max(batches),
+        "gpu_memory_utilization": EngineConfig().memory,
+        "enforce_eager": not cuda_graph,
+    }
+    arguments = {
+        "batches": list(batches),
+        "contexts": list(contexts),
+        "steps": steps,
+        "runs": latency.RUNS,
+        "vocabulary": DecoderConfig.from_dict(config).vocabulary,
+    }
+    longest = max(contexts) + steps + 1
+    try:
+        for found in answers(variant, config, longest, options, "latency", arguments, _ONE_PROCESS):
+            batch, context = found["batch"], found["context"]
+            if "why" in found:
+                what = f"{batch} rows of {context} tokens"
+                yield latency.Skipped(name=name, format=variant.format, what=what, why=found["why"])
+                continue
+            yield Latency(
+                name=name,
+                format=variant.format,
+                batch=batch,
+                context=context,
+                milliseconds=found["milliseconds"],
+                weight_bytes=None,
+                kv_bytes=None,
+                cuda_graph=cuda_graph,
+            )
+    except UnfitError as error:
+        yield latency.Skipped(name=name, format=variant.format, what="", why=str(error))
+
+
+def check_orders(orders: Sequence[str]) -> list[str]:
+    """Return those orders that vLLM runs requests in.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    found = [order for order in orders if order in ORDERS]
+    if not found:
+        raise InputError(f"--against vllm runs requests {' or '.join(ORDERS)}: add one of them to --order")
+    return found
+
+
+def throughputs(
+    variant: Variant,
+    config: Mapping[str, Any],
+    name: str,
+    loads: Sequence[Workload],
+    orders: Sequence[str],
+    engine: EngineConfig,
+    *,
+    dtype: str = "float16",
+    gpu: int | None = None,
+) -> Iterator[Throughput | throughput.Skipped]:
+    """Answer workloads by vLLM, with random weights.
+
+    Args:
+        variant: the format of the weights.
+        config: config.json of the model.
+        name: of the model, for the rows.
+        loads: what is asked.
+        orders: of `ORDERS`.
+        engine: rows and tokens of a step, memory, and what keys and values are kept in, as Tersor has them.
+        dtype: of activations.
+        gpu: which of those that torch sees.
+    """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "kv_cache_dtype": engine.kv_dtype,
+        "max_num_seqs": engine.max_rows,
+        "max_num_batched_tokens": engine.max_step_tokens,
+        "gpu_memory_utilization": engine.memory,
+    }
+    if engine.kv_bytes is not None:
+        options["kv_cache_memory_bytes"] = engine.kv_bytes
+    arguments = {
+        "loads": [{"name": load.name, "settings": load.settings} for load in loads],
+        "orders": list(orders),
+        "warm": throughput.WARM,
+    }
+    asked = {load.name: load for load in loads}
+    best = {load.name: throughput.optimum(load) for load in loads}
+    longest = max(map(throughput.context_of, loads))
+    try:
+        for found in answers(variant, config, longest, options, "throughput", arguments, gpu=gpu):
+            load = asked[found["workload"]]
+            total = load.samples * load.tokens
+            yield Throughput(
+                name=name,
+                format=variant.format,
+                workload=load.name,
+                order=found["order"],
+                requests=len(load.prompts),
+                prompt_tokens=total,
+                output_tokens=load.samples * int(load.outputs.sum()),
+                seconds=found["seconds"],
+                plan_seconds=found["plan_seconds"],
+                reuse=None if found["cached"] is None else found["cached"] / total,
+                optimum=best[load.name],
+            )
+    except UnfitError as error:
+        yield throughput.Skipped(name=name, format=variant.format, why=str(error))
