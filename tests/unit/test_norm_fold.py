@@ -13,6 +13,8 @@ from helpers.fakes import FakeGpu, pretended
 from tersor import formats, models, ops
 from tersor.compress import quantize_rtn
 from tersor.errors import ShapeError
+from tersor.hardware import CHIPS
+from tersor.kernels import dense, tune
 from tersor.kernels.dense import Norm
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import separate
@@ -117,6 +119,21 @@ def test_norms_are_folded_where_kernels_of_few_tokens_are_on_both_sides(gpu: Fak
         with ops.using(**changes):
             assert not ops.folds_norm(few, first, second)
     assert len(gpu.asked) == made
+
+
+@pytest.mark.parametrize("group_size", [None, 128, 16])
+def test_a_call_of_few_tokens_has_a_tile_that_takes_norms(group_size: int | None) -> None:
+    chip, scheme = CHIPS["NVIDIA H200"], formats.get_scheme("fp6_e3m2", group_size)
+    for shape in ((6144, 4096), (28672, 4096), (4096, 14336), (1024, 1024)):
+        for n in range(1, 66):
+            problem = dense.problem_of(scheme, shape, n)
+            found, usual = tune.choose_normed(problem, chip), tune.choose(problem, chip)
+            if n > tune.MOST_NORMED:
+                assert found is None
+            else:
+                assert found is not None and tune.takes_norms(found)
+                assert found == usual or usual.n_tile > tune.MOST_NORMED
+            assert tune.choose_normed(problem, CHIPS["NVIDIA A100"]) is None
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)

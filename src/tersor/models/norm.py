@@ -58,10 +58,16 @@ def fold(norm: NormWeights, x: torch.Tensor, first: Product, reader: object) -> 
         first: the product whose result is normed.
         reader: what reads the norm's result.
     """
+    around = weights_around(norm, first, reader)
+    return norm.folded if around and ops.folds_norm(x, *around, isinstance(reader, GatedProduct)) else None
+
+
+def weights_around(norm: NormWeights, first: Product, reader: object) -> tuple[PackedWeight, PackedWeight] | None:
+    """Return the weights of the products that a norm may be a part of, or `None` where it may not; as for `fold`."""
     second = _packed(reader)
     if norm.folded is None or second is None or not isinstance(first.weight, PackedWeight):
         return None
-    return norm.folded if ops.folds_norm(x, first.weight, second, isinstance(reader, GatedProduct)) else None
+    return first.weight, second
 
 
 def _packed(reader: object) -> PackedWeight | None:

@@ -89,6 +89,19 @@ def folds_norm(x: torch.Tensor, first: PackedWeight, second: PackedWeight, gated
     return all(_prepared(x, *side) is not None for side in sides)
 
 
+def takes_norm(weight: PackedWeight, dtype: torch.dtype, norm: Norm) -> bool:
+    """Tell whether the sm90 schedule's kernels of few tokens can have a norm in them, in the current mode.
+
+    Args:
+        weight: of the product.
+        dtype: of activations.
+        norm: on which side.
+    """
+    if mode.current().batch_invariant or dtype not in TARGETS or LAYOUTS.get(weight.layout) != TARGETS[dtype]:
+        return False
+    return not any(size % _ALIGNED_CHANNELS for size in (weight.shape if norm is Norm.OUT else weight.shape[1:]))
+
+
 def linear_norm_out(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -174,10 +187,7 @@ def _check(name: str, x: torch.Tensor, norm: FoldedNorm, channels: int) -> None:
 def _prepared(x: torch.Tensor, weight: PackedWeight, gated: bool, norm: Norm) -> Prepared | None:
     """Return the prepared call of a kernel with a norm in it, or `None` where the torch code serves."""
     now, n = mode.current(), len(x)
-    if not 0 < n <= MOST_NORMED or now.batch_invariant or x.dtype not in TARGETS:
-        return None
-    sizes = weight.shape if norm is Norm.OUT else weight.shape[1:]
-    if LAYOUTS.get(weight.layout) != TARGETS[x.dtype] or any(size % _ALIGNED_CHANNELS for size in sizes):
+    if not 0 < n <= MOST_NORMED or not takes_norm(weight, x.dtype, norm):
         return None
     key = (n, x.dtype, x.get_device(), True, gated, prepared.mode_key(now, norm))
     chosen = prepared.type_of(weight).prepared(key, now)
