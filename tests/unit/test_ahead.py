@@ -159,13 +159,13 @@ def test_an_engine_compiles_what_its_prompts_ask_for_before_it_answers(
     assert len(asked) > 15 and {source.name for source in asked - before} == set()
 
 
-def test_layers_that_are_equal_are_looked_at_once_and_others_for_themselves() -> None:
+def test_of_layers_that_are_equal_the_first_and_the_last_are_looked_at() -> None:
     config = config_of("llama")
     config = replace(config, layers=config.layers * 3)
     names, schemes = NAMES[config.architecture], schemes_of(config, get_scheme("fp6_e3m2"))
-    assert len(outline(config, names, schemes, torch.bfloat16).layers) == 1
+    assert len(outline(config, names, schemes, torch.bfloat16).layers) == 2
     schemes["model.layers.4.mlp.down_proj"] = get_scheme("int8")
     parts = outline(config, names, schemes, torch.bfloat16)
-    assert [part.ffn.down.weight.scheme.name for part in parts.layers] == ["fp6_e3m2", "int8"]
+    assert [part.ffn.down.weight.scheme.name for part in parts.layers] == ["fp6_e3m2", "int8", "fp6_e3m2"]
     sources = kernels_of(parts, Steps(tokens=8, queries=8, length=64), CHIPS["NVIDIA H200"])
     assert any("linear_sm90_int8" in source.name for source in sources)

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from tersor.hardware import Chip
+from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights
-from tersor.models.weights import Embedding, GatedProduct, Product
+from tersor.models.norm import NormWeights, weights_around
+from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product
 from tersor.ops import mode, needed, serve_routing
 from tersor.ops.attention_form import AttentionForm
+
+_NO_NORM = frozenset({Norm.NONE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +55,41 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
     dtype, hidden = decoder.dtype, decoder.config.hidden
     found: dict[KernelSource, None] = {}
     seen: set[Any] = set()
+    norms = _norms(decoder, chip)
     for part in _parts((decoder.embedding, decoder.layers, decoder.norm, decoder.head)):
-        kind = _kind(part)
+        own = norms.get(id(part), _NO_NORM)
+        kind = _kind(part), own
         if kind not in seen:
             seen.add(kind)
-            found.update(dict.fromkeys(_asked(part, dtype, steps, chip)))
+            found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own)))
     found.update(dict.fromkeys(needed.tokens_of_steps()))
     found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
     found.update(dict.fromkeys(needed.sums(dtype, decoder.layers[0].ranks.count)))
     if steps.draws:
         found.update(dict.fromkeys(needed.draws(decoder.config.vocabulary, dtype)))
     return list(found)
+
+
+def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
+    """Return identity of a product -> what it has of the norms around it in steps of few tokens, where it has any."""
+    found: dict[int, set[Norm]] = {}
+
+    def between(norm: NormWeights, first: Product, reader: object) -> None:
+        around = weights_around(norm, first, reader)
+        folds = around is not None and needed.folds_norm(*around, decoder.dtype, chip)
+        second = reader.product if isinstance(reader, Activated) else reader
+        for product, side in ((first, Norm.OUT), (second, Norm.IN)):
+            found.setdefault(id(product), set()).add(side if folds else Norm.NONE)
+
+    for layer in decoder.layers:
+        if isinstance(layer.ffn, FeedForward):
+            between(layer.norms[1], layer.attention.out, layer.ffn.up)
+    for layer, following in zip(decoder.layers, decoder.layers[1:], strict=False):
+        if isinstance(layer.ffn, FeedForward):
+            between(following.norms[0], layer.ffn.down, following.attention.reader)
+        else:
+            found.setdefault(id(following.attention.reader), set()).add(Norm.NONE)
+    return {product: frozenset(norms) for product, norms in found.items()}
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -94,11 +121,11 @@ def _described(weight: Any) -> Any:
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
 
 
-def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[KernelSource]:
+def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip, norms: frozenset[Norm]) -> Iterator[KernelSource]:
     """Yield the kernels of one part."""
     if isinstance(part, Product | GatedProduct):
         if isinstance(part.weight, PackedWeight):
-            yield from needed.linear(part.weight, dtype, isinstance(part, GatedProduct), steps.tokens, chip)
+            yield from needed.linear(part.weight, dtype, isinstance(part, GatedProduct), steps.tokens, chip, norms)
     elif isinstance(part, NormWeights):
         yield from needed.norm(len(part.weight), dtype, part.form.centered)
     elif isinstance(part, AttentionForm):

@@ -1,7 +1,7 @@
 """What parts would a checkpoint's decoder have on a GPU? The same parts in the same layouts, without memory.
 
 Shapes and layouts of weights can be asked for, and no number: packed ones have rows of no words, plain ones are on
-torch's meta device. Layers that are equal in all of this are there once.
+torch's meta device. Of layers that are equal in all of this the first and the last are there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def outline(
     rank: int = 0,
     ranks: int = 1,
 ) -> Decoder:
-    """Return a decoder of every kind of layer that a checkpoint has.
+    """Return a decoder of every kind of layer that a checkpoint has, in their order.
 
     Args:
         config, names: of the checkpoint.
@@ -52,12 +52,13 @@ def outline(
     """
     starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
     inside, few_schemes = _by_layer(starts, schemes)
-    kinds: dict[object, int] = {}
+    kinds: dict[object, list[int]] = {}
     for index, layer in enumerate(config.layers):
-        kinds.setdefault((layer, frozenset(inside[index].items())), index)
-    for start, index in zip(starts, kinds.values(), strict=False):  # layers move up to where others are left out
+        kinds.setdefault((layer, frozenset(inside[index].items())), []).append(index)
+    kept = sorted({index for alike in kinds.values() for index in (alike[0], alike[-1])})
+    for start, index in zip(starts, kept, strict=False):  # layers move up to where others are left out
         few_schemes |= {start + name: scheme for name, scheme in inside[index].items()}
-    few = replace(config, layers=tuple(config.layers[index] for index in kinds.values()))
+    few = replace(config, layers=tuple(config.layers[index] for index in kept))
     share = Share.of(few, names, few_schemes, rank, ranks)
     with Reading(torch.device("cpu")) as reading:  # reads nothing
         parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, Ranks(rank, ranks))

@@ -6,7 +6,7 @@ the mode of linears is that of the moment (`mode.current`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import attention as attention_kernels
 from tersor.kernels import dense, experts, routing, sampling, shared_attention, small, tune
+from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
 from tersor.kernels.tune import experts as tune_experts
@@ -24,13 +25,21 @@ from tersor.layouts.packing import Packing, target_of
 from tersor.ops import grouped, mode, serve_attention
 from tersor.ops.attention_form import AttentionForm
 from tersor.ops.dispatch import E4M3_LAYOUT
+from tersor.ops.fold import takes_norm
 from tersor.ops.gates import Gate
 from tersor.ops.norm import TARGETS, channels_fit
 
 _NAMES = {**TARGETS, torch.float32: "float32"}
 
 
-def linear(weight: PackedWeight, dtype: torch.dtype, gated: bool, tokens: int, chip: Chip) -> Iterator[KernelSource]:
+def linear(
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    gated: bool,
+    tokens: int,
+    chip: Chip,
+    norms: Collection[Norm] = (Norm.NONE,),
+) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.linear`, or of `ops.gated_linear`, with up to `tokens` tokens.
 
     Args:
@@ -39,12 +48,35 @@ def linear(weight: PackedWeight, dtype: torch.dtype, gated: bool, tokens: int, c
         gated: whether it is gate and up.
         tokens: at least 1.
         chip: the GPU.
+        norms: what calls of few tokens have of the norms around them (`ops.linear_norm_out`, `ops.linear_norm_in`).
     """
-    yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gated, tokens, chip)
+    few = tune.MOST_NORMED if Norm.NONE not in norms else 0
+    yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gated, tokens, chip, few)
+    packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
+    for norm in set(norms) - {Norm.NONE}:
+        for n in range(1, min(tokens, tune.MOST_NORMED) + 1):
+            config = tune.choose_normed(tune.LinearProblem.of(packing, weight.shape, n), chip)
+            if config is not None:
+                yield dense.fused_source(packing, TARGETS[dtype], config, gated, norm)
+
+
+def folds_norm(first: PackedWeight, second: PackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
+    """Tell whether a norm between two products is a part of them in calls of few tokens, as `ops.folds_norm` does."""
+    sides = ((first, Norm.OUT), (second, Norm.IN))
+    return (
+        mode.current().fold_norms and chip.capability == (9, 0) and all(takes_norm(w, dtype, side) for w, side in sides)
+    )
 
 
 def _matrix(
-    scheme: Scheme, layout: str, shape: tuple[int, int], dtype: torch.dtype, gated: bool, tokens: int, chip: Chip
+    scheme: Scheme,
+    layout: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    gated: bool,
+    tokens: int,
+    chip: Chip,
+    beyond: int = 0,
 ) -> Iterator[KernelSource]:
     result, now = target_of(Activations.NATIVE, dtype), mode.current()
     if layout == STREAM or result is None or now.reference:
@@ -69,7 +101,7 @@ def _matrix(
         yield from (dense.dequantize_source(packing), dense.epilogue_source(packing, gated))
     if not native:
         yield dense.quantize_source(result)
-    for config in tune.choices(problem, chip):
+    for config in tune.choices(problem, chip, beyond):
         yield dense.fused_source(packing, result, config, gated)
 
 
