@@ -21,6 +21,8 @@ def whole(name: str) -> KernelSource:
     """A kernel whose parameters are those of a header that defines no kernel itself, of the schedule that it is of."""
     if name.startswith("attention/sm90"):
         return attention_sm90.prefill_source(attention.Kind(head_dim=80, dtype="float16"), chip_named("H200"))
+    if name == "attention/wide.cuh":
+        return attention.prefill_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), chip_named("H200"))
     if name.startswith("attention/"):
         return attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
     if name.startswith("sampling/"):

@@ -32,10 +32,11 @@ def compiled() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results lie in memory full of NaN."""
+    """Results lie in memory full of NaN, or of -7."""
 
     def full(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(size, torch.nan, dtype=dtype, device="cuda").as_strided(size, stride)
+        poison = torch.nan if dtype.is_floating_point else -7
+        return torch.full(size, poison, dtype=dtype, device="cuda").as_strided(size, stride)
 
     monkeypatch.setattr(current, "empty", full)
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tersor import ops
 from tersor.models.config import Latent
 from tersor.models.norm import NormWeights
-from tersor.models.weights import Product, Products, tensors_of
+from tersor.models.weights import Hidden, Product, Products, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 
 
@@ -44,10 +44,13 @@ class LatentAttention:
     out: Product
     rotary: torch.Tensor | None
 
-    def __call__(
-        self, x: torch.Tensor, cache: PagedCache, rows: Rows, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return [T, H] of x [T, H], with `residual` added; keys and values of x are written to their pages."""
+    @property
+    def reader(self) -> Product | Products:
+        """What reads the rows that come in, and nothing else does."""
+        return self.down
+
+    def mixed(self, x: Hidden, cache: PagedCache, rows: Rows) -> torch.Tensor:
+        """Return the weighted values of x [T, H], which `out` reads; its keys and values are written to their pages."""
         latent, heads, width = self.latent, self.form.heads, self.form.head_dim
         first = latent.query or heads * width
         queries, inner, turning = self.down(x).split([first, latent.key_value, latent.turned], dim=-1)
@@ -62,7 +65,7 @@ class LatentAttention:
         v = functional.pad(values, (0, width - latent.value))
         qkv = torch.stack((q, k, v), dim=1).flatten(1)
         mixed = ops.attend(qkv, cache, rows, self.form, self.rotary)
-        return self.out(mixed.unflatten(-1, (heads, width))[..., : latent.value].flatten(1), residual)
+        return mixed.unflatten(-1, (heads, width))[..., : latent.value].flatten(1)
 
     def _halves(self, x: torch.Tensor) -> torch.Tensor:
         """Return channels that turn in the order of `ops.attend`: the partners of the first half in the second."""

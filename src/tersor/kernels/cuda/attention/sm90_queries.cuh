@@ -12,7 +12,7 @@ struct Scale {
     u32 fraction, power;
 
     __device__ __forceinline__ explicit Scale(float scale) {
-        const u32 bits = __float_as_uint(fminf(scale, 146.0f));
+        const u32 bits = __float_as_uint(scale > 146.0f ? 146.0f : scale);
         const auto both = [](u32 wide) { return ptx::narrow<false>(__uint_as_float(wide)) * 0x10001u; };
         fraction = both((bits & 0x7fffffu) | 0x3f800000u);
         power = both(bits & 0x7f800000u);
