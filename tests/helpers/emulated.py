@@ -57,7 +57,7 @@ class Emulated:
         if not library.exists():
             unit = folder / f"{name}.cpp"
             unit.write_text(text)
-            options = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
             includes = [f"-I{place}" for place in (folder, HERE, CUDA)]
             assert COMPILER is not None
             subprocess.run([COMPILER, *options, *includes, str(unit), "-o", str(library)], check=True)
