@@ -112,7 +112,7 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
     those of further tokens of an expert, and all activations, from L2. The sums that splits exchange count as bytes of
     memory, written and read.
     """
-    hit, blocks_hit = expected_blocks(problem.tokens, problem.top_k / problem.experts, config.block_tokens)
+    hit, blocks_hit, _ = expected_blocks(problem.tokens, problem.top_k / problem.experts, config.block_tokens)
     expected = problem.experts * blocks_hit
     weight_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes)
     blocks, from_memory = -(-problem.ic // BLOCK_IC), hit / blocks_hit
