@@ -75,7 +75,7 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting(
             name="TERSOR_JIT_JOBS",
-            default=min(8, os.cpu_count() or 1),
+            default=min(16, os.cpu_count() or 1),
             parse=_positive_int,
             expects="a positive integer",
             meaning="How many kernels are compiled at the same time.",

@@ -22,7 +22,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, dense, experts, routing, sampling, small
+from tersor.kernels import attention, dense, experts, routing, sampling, shared_attention, small
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm80, sm90
@@ -293,12 +293,15 @@ _HEADS = (
 
 
 def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSource]:
-    """Return kernels of attention: fewest and most queries of a row of few tokens, and both for many."""
+    """Return kernels of attention: fewest and most queries of a row of few tokens, both for many, and pages shared."""
     found = []
     for turn, kind in enumerate(kinds):
-        ways = [attention.decode_source(kind, tiles, chip) for tiles in (1, kind.query_tiles(64))]
-        ways += [attention.append_source(kind), attention.prefill_source(kind, chip)]
-        found += ways if turn % 2 == 0 else [ways[1], ways[0], ways[3], ways[2]]
+        least, most = 1, kind.query_tiles(64)
+        found += [attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
+        found += [attention.append_source(kind), attention.prefill_source(kind, chip)]
+        found.append(shared_attention.shared_source(kind, chip))
+        if turn % 3 == 0:
+            found.append(attention.decode_source(kind, most if turn else least, chip, shares=True))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from helpers.sampling_rows import logits_of, moved, random_rows
+from helpers.sharing import share
 
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
@@ -47,7 +48,10 @@ def attend() -> None:
         table = torch.arange(1, 11, dtype=torch.int32, device="cuda").view(2, 5)
         for counts in ((1, 1), (8, 3), (130, 2)):
             starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32, device="cuda")
-            rows = ops.Rows(starts, torch.tensor([300, 65]).int().cuda(), table, max(counts), 320)
+            rows = ops.Rows(starts, torch.tensor([300, 65]).int().cuda(), table.clone(), max(counts), 320)
+            if counts == (1, 1):
+                rows.pages[1, 0] = rows.pages[0, 0]
+                share(rows, form)
             qkv = torch.randn(sum(counts) + 1, form.qkv_channels, device="cuda").half()
             ops.attend(qkv, cache, rows, form, torch.ones(320, dim, device="cuda"))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import packed_models, tiny_lm
 from helpers.fakes import FakeGpu
 from helpers.jit_kernels import axpy
 from safetensors.torch import save_file
@@ -114,6 +115,33 @@ def test_the_experts_of_a_mixture_have_the_kernels_that_any_number_of_tokens_cho
     assert gpt_oss is not None and gpt_oss.gate is ops.Gate.CLAMPED
     assert warm.mixture_of({**config, "hidden_act": "silu"}, ["model.layers.0.mlp.down_proj.weight_packed"]) is None
     assert warm.mixture_of({**config, "hidden_act": "relu"}, names) is None
+
+
+def test_kernels_of_the_engine_with_the_same_options_are_among_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        warm, "compile_many", lambda sources, arch, on_done: compiled.extend(source.name for source in sources)
+    )
+    model = packed_models.compressed(tiny_lm.TINY, tmp_path / "model", format="fp6_e3m2")
+    options = ["--kv-dtype", "fp8", "--dtype", "bfloat16", "--max-step-tokens", "64", "--tensor-parallel", "2"]
+    assert run(["compile", str(model), "--chip", "h200", "--json", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == len(compiled)
+    for kernel in ("attention_decode", "attention_prefill", "rms_norm", "rows", "sampling_peaks", "all_reduce"):
+        assert any(name.startswith(f"tersor_{kernel}") and "bfloat16" in name for name in compiled), kernel
+    assert all(name.endswith("_e4m3") for name in compiled if "attention" in name)
+
+
+def test_what_the_engine_does_not_load_is_compiled_for_transformers_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "kernels_for", lambda *arguments: [axpy(0)])
+    model = write_model(
+        tmp_path / "model", quantization_config=QUANTIZATION, dtype="float16", architectures=["BloomForCausalLM"]
+    )
+    assert run(["compile", model, *CACHED]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == 1
 
 
 def test_progress_starts_at_none_and_ends_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

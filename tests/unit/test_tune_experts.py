@@ -13,10 +13,9 @@ from types import ModuleType
 import pytest
 
 from tersor.formats import Activations
-from tersor.hardware import CHIPS
+from tersor.hardware import CHIPS, Chip
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import experts_sm80, experts_sm90
-from tersor.ops import warm
 
 OLDER = CHIPS["NVIDIA A100"]
 CHIP = CHIPS["NVIDIA H200"]
@@ -150,12 +149,19 @@ def test_the_device_splits_the_last_tiles_where_that_makes_the_last_wave_shorter
     assert f"kExchangeBlocks = {exchange}f, kPartBlocks = {part}f;" in header.read_text(encoding="utf-8")
 
 
-def test_every_number_of_tokens_takes_the_tiles_of_one_that_kernels_are_prepared_for() -> None:
-    assert {tune.deciding(tokens) for tokens in range(1, 150_000)} == set(warm._TOKENS)
-    for tokens in (63, 65, 130, 1000, 5000):
-        ups = [replace(QWEN3, tokens=of) for of in (tokens, tune.deciding(tokens))]
-        own, prepared = (tune.choose_pair(up, down_of(up), CHIP) for up in ups)
-        assert own == prepared
+@pytest.mark.parametrize("chip", [CHIP, OLDER], ids=lambda chip: chip.name)
+def test_every_number_of_tokens_takes_tiles_that_choices_have(chip: Chip) -> None:
+    most, known = replace(QWEN3, tokens=3000), set()
+    for pair in tune.choices(most, down_of(most), chip):
+        known.add(
+            tuple(config.tile if isinstance(config, tune.ExpertsConfig) else config.block_tokens for config in pair)
+        )
+    for tokens in (1, 63, 65, 130, 777, 1000, 2999, 3000):
+        up = replace(QWEN3, tokens=tokens)
+        pair = tune.choose_pair(up, down_of(up), chip)
+        tiles = (config.tile if isinstance(config, tune.ExpertsConfig) else config.block_tokens for config in pair)
+        assert tuple(tiles) in known
+    assert [tune.deciding(tokens) for tokens in (64, 65, 128, 129, 1000, 1025)] == [64, 72, 128, 144, 1024, 1152]
 
 
 def test_what_the_choice_of_tiles_loses_by_the_kept_sweep(sweep: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -112,6 +112,10 @@ class Stored:
         if len(packed) == 1:
             packed = packed[0].split([packed[0].shape[0] // 2] * 2)
         return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), interleave(*biases) if biased else None)
+
+    def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
+        """Return what `make` reads for each index; it is called from several threads at once."""
+        return self._reading.each(make, indices)
 
     def is_packed(self, module: str) -> bool:
         """Whether a module's weight is packed."""

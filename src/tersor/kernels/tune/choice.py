@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 from tersor.hardware import Chip
@@ -27,10 +28,33 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     found = None if problem.batch_invariant else measured(problem, chip)
     if found is not None:
         return found
-    if problem.n > _FEW_TOKENS:
-        step = sm90.WIDE_STEP if problem.n > sm90.MANY_TOKENS else _STEP
-        problem = replace(problem, n=-(-problem.n // step) * step)
-    return _predicted(problem, chip)
+    return _predicted(replace(problem, n=_filled(problem.n)), chip)
+
+
+def choices(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
+    """Yield every configuration, but for what follows from the number of tokens, that `choose` has for a problem of as
+    many tokens or fewer; `fused` must say yes to all of them.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    known = None if problem.batch_invariant else users_table(chip)
+    for n in () if known is None else known.measured(problem):
+        found = _looked_up(replace(problem, n=n), chip)
+        if found is not None:
+            yield found
+    n = 0
+    while n < problem.n:
+        n = _filled(n + 1)
+        yield _predicted(replace(problem, n=n), chip)
+
+
+def _filled(n: int) -> int:
+    """Return the number of tokens whose predicted configuration n tokens have."""
+    if n <= _FEW_TOKENS:
+        return n
+    step = sm90.WIDE_STEP if n > sm90.MANY_TOKENS else _STEP
+    return -(-n // step) * step
 
 
 @functools.lru_cache(maxsize=16384)

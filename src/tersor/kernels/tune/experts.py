@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -21,6 +21,7 @@ __all__ = [
     "ExpertsConfig",
     "ExpertsProblem",
     "Sm80ExpertsConfig",
+    "choices",
     "choose_pair",
     "config",
     "deciding",
@@ -35,7 +36,6 @@ __all__ = [
 ORDERING = 2.0
 """Microseconds that it takes to put activations in order, where the kernel does not gather them."""
 _FEW_TOKENS, _EIGHTHS = 64, 8
-_MANY_TOKENS = 1 << 17
 _MOST_SCALE_GROUPS = {Tile(32, 1, 4, 1, 1): 1}
 """How many scales of a row in a block a tile has registers for, where it has for fewer than in a dense kernel."""
 
@@ -130,12 +130,12 @@ def tiles(problem: ExpertsProblem) -> tuple[Tile, ...]:
 def deciding(tokens: int) -> int:
     """Return the number of tokens whose tiles so many take: tiles of only so many numbers have to be compiled.
 
-    Up to 64 it is their own, then the next multiple of an eighth of the power of two below, and never more than 2^17.
+    Up to 64 it is their own, then the next multiple of an eighth of the power of two below.
     """
     if tokens <= _FEW_TOKENS:
         return tokens
     step = (1 << ((tokens - 1).bit_length() - 1)) // _EIGHTHS
-    return min(-(-tokens // step) * step, _MANY_TOKENS)
+    return -(-tokens // step) * step
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,11 +145,19 @@ def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[E
     Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time for as many
     tokens as are `deciding`.
     """
-    if schedule(chip) == SM80:
-        return experts_sm80.choose_pair(up, down, chip)
     tokens = deciding(up.tokens)
+    if schedule(chip) == SM80:
+        return experts_sm80.choose_pair(up, down, tokens, chip)
     chosen = _least(replace(up, tokens=tokens), replace(down, tokens=tokens), chip)
     return config(up, chosen[0], chip), config(down, chosen[1], chip)
+
+
+def choices(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> Iterator[tuple[EitherConfig, EitherConfig]]:
+    """Yield every pair, but for what follows from the number of tokens, that as many tokens or fewer have."""
+    tokens = 0
+    while tokens < up.tokens:
+        tokens = deciding(tokens + 1)
+        yield choose_pair(replace(up, tokens=tokens), replace(down, tokens=tokens), chip)
 
 
 @functools.lru_cache(maxsize=4096)
