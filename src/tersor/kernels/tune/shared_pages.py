@@ -10,7 +10,8 @@ from tersor.kernels.attention import PAGE, SHARED_QUERIES, Kind
 LEAST_ROWS = 4
 """Decoding rows of a step from which on it may pay."""
 
-# Fitted to an H200 (bench/results/attention_groups_h200.json); other chips differ in bandwidth, operations and multiprocessors, which `Chip` knows.
+# Fitted to an H200 (bench/results/attention_groups_h200.json); other chips differ in bandwidth, operations and
+# multiprocessors, which `Chip` knows.
 _ACHIEVED = 0.845
 """Share of the datasheet's bandwidth that attention reaches where every page is read by one row."""
 _AGAIN = 1.55
