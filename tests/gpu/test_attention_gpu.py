@@ -177,11 +177,11 @@ def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
 
 
 def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
-    lengths = (700, 3, 65, 2049)
+    lengths = (700, 3, 65, 2049, 300)
     with ops.using(batch_invariant=True):
-        step = Step(Case(head_dim=128, heads=8, lengths=lengths, counts=(1, 2, 1, 1)), "cuda")
+        step = Step(Case(head_dim=128, heads=8, lengths=lengths, counts=(1, 2, 1, 1, 250)), "cuda")
         together, rows, qkv = check(step), step.rows, step.qkv
-        for row, (first, end) in enumerate(((0, 1), (1, 3), (3, 4), (4, 5))):
+        for row, (first, end) in enumerate(((0, 1), (1, 3), (3, 4), (4, 5), (5, 255))):
             starts = torch.tensor([0, end - first], dtype=torch.int32, device="cuda")
             alone = slice(row, row + 1)
             step.rows = ops.Rows(starts, rows.lengths[alone], rows.pages[alone], end - first, lengths[row])
