@@ -30,7 +30,7 @@ from tersor.ops import serve_attention
 
 BATCHES = (1, 8, 32)
 CONTEXTS = (512, 2048, 8192)
-PREFILLS = ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192), (8, 256, 8192))
+PREFILLS = ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192), (8, 256, 8192), (8, 16, 8192), (1, 64, 8192))
 """Rows, new tokens of each, tokens of each text."""
 LEAST_BYTES = 300 << 20
 MOST_CACHES = 150
