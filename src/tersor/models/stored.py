@@ -84,6 +84,16 @@ class Stored:
         bias = self.vector(f"{module}.bias", dtype) if biased else None
         return Product(self.ready(self.matrix(module, dtype)), bias)
 
+    def router(self, module: str, biased: bool, wide: bool) -> Product:
+        """Return the product of a router; where `wide`, plain tensors are float32 unless they are stored in `dtype`."""
+        if not wide or self.is_packed(module):
+            return self.product(module, biased, torch.float32 if wide else None)
+        names = [plain_name(module, self._shapes[module]), *([f"{module}.bias"] if biased else [])]
+        read = [self._read(name) for name in names]
+        exact = self.dtype if all(one.dtype == self.dtype for one in read) else torch.float32
+        weight, bias = [one.to(exact) for one in read] if biased else (read[0].to(exact), None)
+        return Product(weight, bias)
+
     def partial(self, module: str, biased: bool) -> Product:
         """Return the product of a module whose input channels are cut; the bias is on the first rank alone."""
         return self.product(module, biased and self.ranks.first)
