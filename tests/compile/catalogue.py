@@ -277,7 +277,18 @@ def _routing() -> list[KernelSource]:
     ]
     tables = [routing.tables_source(routing.MOST_EXPERTS, index) for index in ("int32", "int64")]
     combining = [routing.combine_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
-    return [*(routing.route_source(*one) for one in choices), *tables, *combining]
+    return [*(routing.route_source(*one) for one in choices), *tables, *combining, *routers()]
+
+
+def routers() -> list[KernelSource]:
+    """Return kernels of routers' logits: the most registers of each kind, and one token, every dtype by turns."""
+    kinds = [
+        *(("bfloat16", False, False, channels) for channels in (2048, 7168, routing.MOST_ROUTER_CHANNELS)),
+        *(("float16", True, True, channels) for channels in (2048, 7168, routing.MOST_ROUTER_CHANNELS)),
+        *(("float16", False, True, 2880), ("bfloat16", True, True, 2880)),
+    ]
+    made = [routing.Router(target=name, float_weight=held, float_out=out, channels=h) for name, held, out, h in kinds]
+    return [routing.router_source(router, tokens) for router in made for tokens in (routing.ROUTER_TOKENS, 1)]
 
 
 _USUAL_HEADS = (attention.Kind(head_dim=128, dtype="float16"),)

@@ -1,5 +1,5 @@
-"""Around a product of experts: ahead of it experts/router.cuh (logits) and experts/route.cuh (choice and tables), behind
-it experts/combine.cuh.
+"""Around a product of experts: experts/router.cuh (logits) and experts/route.cuh (choice and tables) ahead of it,
+experts/combine.cuh behind it.
 
 As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -145,7 +145,7 @@ class Router:
 
 @functools.cache
 def router_source(router: Router, tokens: int) -> KernelSource:
-    """Return the kernel that makes the logits of so many tokens, the same one for many numbers of tokens and channels."""
+    """Return the kernel that makes logits, the same one for many numbers of tokens and channels."""
     rows, of_cta = router.share(tokens)
     kinds = f"{'float_' * router.float_weight}{router.target}{'_float' * router.float_out}"
     return KernelSource(

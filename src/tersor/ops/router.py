@@ -58,8 +58,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wid
     fits = weight.dim() == 2 and weight.shape[1] == x.shape[1]
     if not fits or weight.dtype not in known or weight.device != x.device:
         raise ShapeError(
-            f"router_logits: weight is {list(weight.shape)} {weight.dtype} on {weight.device}, expected [E, {x.shape[1]}] "
-            f"{' or '.join(map(str, dict.fromkeys(known)))} on {x.device}"
+            f"router_logits: weight is {list(weight.shape)} {weight.dtype} on {weight.device}, expected "
+            f"[E, {x.shape[1]}] {' or '.join(map(str, dict.fromkeys(known)))} on {x.device}"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != x.device):
         raise ShapeError(
