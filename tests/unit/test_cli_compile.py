@@ -18,7 +18,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Activations
 from tersor.hardware import CHIPS
 from tersor.kernels.jit import KernelSource
-from tersor.ops import warm
+from tersor.ops import Gate, warm
 
 QUANTIZATION = {
     "quant_method": "tersor",
@@ -87,7 +87,11 @@ def test_real_kernels_are_asked_for_in_both_dtypes_where_the_model_names_neither
 def test_8_bit_activations_and_joined_layers_have_kernels_of_their_own() -> None:
     scheme, chip = formats.get_scheme("fp6_e3m2"), CHIPS["NVIDIA H100"]
     plain = {source.name for source in warm.sources([scheme], ["float16"], chip)}
-    joined = {source.name for source in warm.sources([scheme], ["float16"], chip, fuse=True)}
+    joined = {source.name for source in warm.sources([scheme], ["float16"], chip, gate=Gate.SILU)}
+    tanh = {source.name for source in warm.sources([scheme], ["float16"], chip, gate=Gate.GELU_TANH)}
+    assert {name for name in tanh if name.endswith("_gated2")} and plain < tanh and not tanh & (joined - plain)
+    assert warm.gate_of({"text_config": {"hidden_activation": "gelu_pytorch_tanh"}}) is Gate.GELU_TANH
+    assert warm.gate_of({"hidden_act": "silu"}) is warm.gate_of({}) is Gate.SILU
     eight = {source.name for source in warm.sources([scheme], ["float16"], chip, Activations.E4M3)}
     assert plain < joined
     assert "tersor_quantize_activations_float16" in eight

@@ -111,9 +111,9 @@ class Stored:
     def gate_up(self, modules: Sequence[str], gate: Gate | None, biased: bool) -> GatedProduct | Activated:
         """Return gate and up, two modules or one that holds both, with what makes one of them.
 
-        A packed weight is interleaved for the kernel that computes silu(gate) * up at once.
+        A packed weight is interleaved for the kernel that computes both and what the gate makes of them.
         """
-        if gate is not Gate.SILU or not self.agree(modules) or not self.is_packed(modules[0]):
+        if gate is None or not self.agree(modules) or not self.is_packed(modules[0]):
             return Activated(self.products(modules, biased), gate)
         weights, biases = [self.matrix(module) for module in modules], []
         if biased:
@@ -121,7 +121,8 @@ class Stored:
         packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
         if len(packed) == 1:
             packed = packed[0].split([packed[0].shape[0] // 2] * 2)
-        return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), interleave(*biases) if biased else None)
+        bias = interleave(*biases) if biased else None
+        return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), bias, gate)
 
     def is_packed(self, module: str) -> bool:
         """Whether a module's weight is packed."""

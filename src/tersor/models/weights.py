@@ -89,19 +89,21 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class GatedProduct:
-    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U) in one launch.
+    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U), or what another gate makes of both, in one launch.
 
     Attributes:
         weight: `PackedWeight.gate_up` of both.
         bias: interleaved likewise, or `None`.
+        gate: how gate and up become one.
     """
 
     weight: PackedWeight
     bias: torch.Tensor | None = None
+    gate: Gate = Gate.SILU
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
-        return ops.gated_linear(x, self.weight, self.bias)
+        return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""

@@ -26,9 +26,9 @@ FEW_TOKENS = 256
 _MOST_LONG = 256
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
-Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, int]
-"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, whether the
-linear is gated, `Mode.key`."""
+Key: TypeAlias = tuple[int, torch.dtype, int, bool, int, int]
+"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, how gate and
+up become one or 0, `Mode.key`."""
 
 
 class Prepared:
@@ -119,14 +119,14 @@ class WeightType:
             self._long.clear()
 
     def _make(self, key: Key, wanted: tune.LinearConfig | None = None) -> Prepared:
-        n, dtype, index, aligned, gated, _ = key  # the mode is the current one
+        n, dtype, index, aligned, gate, _ = key  # the mode is the current one
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = found.decision.config
         if config is not None and not found.tokens:
             config = wanted or config
-            self._add_launches(found, config, n, index, dtype, aligned, gated)
+            self._add_launches(found, config, n, index, dtype, aligned, gate)
         return found
 
     def _add_launches(
@@ -137,14 +137,14 @@ class WeightType:
         index: int,
         dtype: torch.dtype,
         aligned: bool,
-        gated: bool,
+        gate: int,
     ) -> None:
         from tersor.kernels import dense, jit
 
         result = target_of(Activations.NATIVE, dtype)
         assert self.packing is not None and result is not None
         found.launch = dense.prepare_fused(
-            jit.get(dense.fused_source(self.packing, result, config, gated), index),
+            jit.get(dense.fused_source(self.packing, result, config, gate), index),
             config,
             bf16=result == "bfloat16",
             oc=self.oc,

@@ -88,12 +88,12 @@ def compile_ahead(
     chosen = Activations.of(activations)
     with open_source(model, revision) as source:
         schemes, dtypes = needs(model, source.config)
-        mixture = mixture_of(source.config, source.tensors)
+        mixture, gate = mixture_of(source.config, source.tensors), gate_of(source.config)
     for scheme in schemes:
         preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)
     wanted: dict[str, dict[KernelSource, None]] = {}
     for chip in chips:
-        needed = dict.fromkeys(sources(schemes, dtypes, chip, chosen, fuse))
+        needed = dict.fromkeys(sources(schemes, dtypes, chip, chosen, gate if fuse else None))
         if mixture is not None:
             needed.update(dict.fromkeys(mixture.sources(schemes, dtypes, chip, chosen)))
         if chosen is not Activations.NATIVE and not needed:
@@ -212,11 +212,19 @@ def mixture_of(config: Mapping[str, Any], names: Iterable[str]) -> Mixture | Non
         found: dict[str, Any] = {
             field: next((holder[key] for key in keys if key in holder), None) for field, keys in _SIZES.items()
         }
-        act = holder.get("hidden_act", holder.get("hidden_activation"))
-        gate = Gate.CLAMPED if holder.get("model_type") == "gpt_oss" else _GATES.get(act or "")
+        gate = Gate.CLAMPED if holder.get("model_type") == "gpt_oss" else _gate(holder)
         if gate is not None and all(isinstance(size, int) for size in found.values()):
             return Mixture(**found, gate=gate)
     return None
+
+
+def gate_of(config: Mapping[str, Any]) -> Gate:
+    """Return how gate and up become one in the MLPs of a config.json; silu where it says nothing that is known."""
+    return _gate(config) or _gate(config.get("text_config") or {}) or Gate.SILU
+
+
+def _gate(holder: Mapping[str, Any]) -> Gate | None:
+    return _GATES.get(holder.get("hidden_activation") or holder.get("hidden_act") or "")
 
 
 def sources(
@@ -224,7 +232,7 @@ def sources(
     dtypes: Iterable[str],
     chip: Chip,
     activations: Activations = Activations.NATIVE,
-    fuse: bool = False,
+    gate: Gate | None = None,
 ) -> list[KernelSource]:
     """Return the kernels that linears of these schemes can ask for on a chip, with activations of these dtypes.
 
@@ -232,14 +240,14 @@ def sources(
         schemes, dtypes: what `needs` returned.
         chip: the GPU.
         activations: what weights are multiplied with.
-        fuse: whether gated linears are among them.
+        gate: that of gated linears, which are among them then.
     """
     wanted = [
-        (scheme, getattr(torch, dtype), gated)
+        (scheme, getattr(torch, dtype), ending)
         for scheme in schemes
         for dtype in dtypes
-        for gated in ((False, True) if fuse else (False,))
+        for ending in ((0, int(gate)) if gate else (0,))
     ]
     return [
-        source for scheme, dtype, gated in wanted for source in kernels_for(scheme, dtype, chip, activations, gated)
+        source for scheme, dtype, ending in wanted for source in kernels_for(scheme, dtype, chip, activations, ending)
     ]
