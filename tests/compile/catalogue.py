@@ -314,7 +314,7 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
 
 
 def around_products() -> list[KernelSource]:
-    """Return kernels of norms, rows and sampling: the most registers of each kind, every dtype, by turns."""
+    """Return kernels of norms, rows, numbers and sampling: the most registers of each kind, every dtype, by turns."""
     norms = [
         small.norm_source(dtype, layer, channels)
         for channels, layer in ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
@@ -324,6 +324,7 @@ def around_products() -> list[KernelSource]:
     kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
     copies += [small.resolve_source(), small.keep_source()]
+    copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
 
 

@@ -1,4 +1,4 @@
-"""small/resolve.cuh and small/keep.cuh on a CPU, as C++."""
+"""small/resolve.cuh, small/keep.cuh and small/pointwise.cuh on a CPU, as C++."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from helpers.emulated import COMPILER, Emulated
 
 from tersor import ops
 from tersor.kernels import small
+from tersor.ops import Gate
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -39,3 +40,15 @@ def test_a_step_of_many_rows_begins_and_ends_as_the_torch_code_says(tmp_path: Pa
     keep(stream=0, drawn=results.data_ptr(), slots=slots.data_ptr(), newest=kept.data_ptr(), early=True)
     ops.keep(newest, slots, results)
     assert torch.equal(kept, newest)
+
+
+@pytest.mark.parametrize(("gate", "cap"), [(Gate.GELU_TANH, None), (Gate.CLAMPED, None), (None, 5.0), (None, None)])
+def test_numbers_become_what_the_torch_code_says(gate: Gate | None, cap: float | None, tmp_path: Path) -> None:
+    x = (torch.randn(3, 2 * 24 * 8, generator=torch.Generator().manual_seed(1)) * 9).bfloat16()
+    x[1, 3] = torch.nan
+    expected = ops.gated(x, gate) if gate is not None else ops.relu(x) if cap is None else ops.softcap(x, cap)
+    out = torch.full(expected.shape, -7.0, dtype=torch.bfloat16)
+    function = Emulated(small.pointwise_source("bfloat16", int(gate or 0), cap is not None), tmp_path, 900)
+    launch = small.prepare_pointwise(function, rows=3, channels=out.shape[1], cap=cap or 0.0)  # type: ignore[arg-type]
+    launch(stream=0, x=x.data_ptr(), out=out.data_ptr(), early=True)
+    torch.testing.assert_close(out, expected, rtol=2.0**-7, atol=1e-4, equal_nan=True)

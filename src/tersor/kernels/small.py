@@ -1,6 +1,6 @@
 """Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names,
-small/resolve.cuh and small/keep.cuh are the first and the last of a step, and small/all_reduce.cuh adds up what several
-GPUs have.
+small/pointwise.cuh makes a number of another or of two, small/resolve.cuh and small/keep.cuh are the first and the last
+of a step, and small/all_reduce.cuh adds up what several GPUs have.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -31,6 +31,7 @@ _NORM_THREADS = 512
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
 _TOKEN_THREADS = 256
+_POINTWISE_THREADS = 256
 
 
 def _pieces(channels: int) -> int:
@@ -77,6 +78,23 @@ def rows_source(target: str, index64: bool, positions: bool) -> KernelSource:
     )
 
 
+@functools.cache
+def pointwise_source(target: str, gate: int, softcap: bool) -> KernelSource:
+    """Return the kernel that makes one of gate and up, or, without a gate, caps numbers or has none below 0.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+        softcap: whether numbers are capped.
+    """
+    return KernelSource(
+        name=f"tersor_{f'gate_{gate}' if gate else 'softcap' if softcap else 'relu'}_{target}",
+        header="small/pointwise.cuh",
+        parameters={"BF16": target == "bfloat16", "EPILOGUE": gate, "SOFTCAP": softcap},
+        arguments="PPiif",
+    )
+
+
 def resolve_source() -> KernelSource:
     """Return the kernel that looks up the tokens of a step."""
     return _RESOLVE
@@ -117,13 +135,16 @@ def sources(target: str, channels: int) -> list[KernelSource]:
     norms = [norm_source(target, layer, channels) for layer in (False, True)]
     wide, learned = (False, True), (False, True)
     copies = [rows_source(target, index64, positions) for index64 in wide for positions in learned]
-    return [*norms, *copies, resolve_source(), keep_source()]
+    numbers = [pointwise_source(target, gate, False) for gate in range(5)] + [pointwise_source(target, 0, True)]
+    return [*norms, *copies, *numbers, resolve_source(), keep_source()]
 
 
 NormLaunch: TypeAlias = Callable[..., None]
 """Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
 RowsLaunch: TypeAlias = Callable[..., None]
 """Launches a copy of rows on one prepared problem: `launch` in `prepare_rows`."""
+PointwiseLaunch: TypeAlias = Callable[..., None]
+"""Launches what makes numbers of numbers on one prepared problem: `launch` in `prepare_pointwise`."""
 TokensLaunch: TypeAlias = Callable[..., None]
 """Launches what looks tokens up, or keeps them, on one prepared problem: `launch` in the functions below."""
 AllReduceLaunch: TypeAlias = Callable[..., None]
@@ -194,6 +215,32 @@ def prepare_rows(
             early: as in `prepare_norm`.
         """
         run(grid, block, 0, stream, (index, table, positions, starts, lengths, out, *sizes), early)
+
+    return launch
+
+
+def prepare_pointwise(function: Function, *, rows: int, channels: int, cap: float) -> PointwiseLaunch:
+    """Return what launches a gate, relu or soft cap of `rows` rows, at least one.
+
+    Args:
+        function: `pointwise_source`, loaded.
+        rows, channels: of the result.
+        cap: of a soft cap.
+    """
+    count = rows * (channels // CHANNELS)
+    grid, block, run = (-(-count // _POINTWISE_THREADS), 1, 1), (_POINTWISE_THREADS, 1, 1), function.launch
+    sizes = (channels // CHANNELS, count, cap)
+
+    def launch(*, stream: int, x: int, out: int, early: bool) -> None:
+        """Launch.
+
+        Args:
+            stream: handle of the stream.
+            x: address of [rows, channels], with a gate [rows, 2 channels].
+            out: address of [rows, channels].
+            early: as in `prepare_norm`.
+        """
+        run(grid, block, 0, stream, (x, out, *sizes), early)
 
     return launch
 

@@ -127,7 +127,7 @@ class Decoder:
             x = layer(x, cache, rows)
         logits = self.head(self.norm(x if places is None else ops.gather_rows(x, places)))
         softcap = self.config.softcap
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return logits if softcap is None else ops.softcap(logits, softcap)
 
     def caches(self, count: int, dtype: torch.dtype | None = None) -> list[PagedCache]:
         """Return `count` pages of zeros for every layer, in the decoder's dtype where none is given."""

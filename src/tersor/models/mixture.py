@@ -104,7 +104,7 @@ class Mixture:
         both = functional.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[experts]
-        inner = self.gate.combine(*both.chunk(2, dim=-1))
+        inner = ops.gated(both, self.gate)
         y = functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)
         if self.down_bias is not None:
             y = y + self.down_bias[experts]
@@ -137,7 +137,7 @@ class Mixture:
         return "torch has no kernel for the experts of such a device and dtype"
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        inner = self.gate.combine(*_product(self.gate_up, self.gate_up_bias, expert, x).chunk(2, dim=-1))
+        inner = ops.gated(_product(self.gate_up, self.gate_up_bias, expert, x), self.gate)
         return _product(self.down, self.down_bias, expert, inner)
 
     def tensors(self) -> Iterator[torch.Tensor]:

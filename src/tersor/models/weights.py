@@ -125,7 +125,7 @@ class Activated:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         y = self.product(x)
-        return functional.relu(y) if self.gate is None else self.gate.combine(*y.chunk(2, dim=-1))
+        return ops.relu(y) if self.gate is None else ops.gated(y, self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""

@@ -85,8 +85,9 @@ def _check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torc
             )
 
 
-def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Tell whether the kernels of `kernels.small` take rows [T, H] on a GPU and what stands beside them.
+def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None, most: int | None = small.MOST_CHANNELS) -> bool:
+    """Tell whether the kernels of `kernels.small` take rows [T, H] of at most `most` channels on a GPU and what stands
+    beside them.
 
     Autograd and `torch.compile` see the torch code, which they know.
     """
@@ -96,7 +97,7 @@ def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
         and x.shape[0] > 0
         and x.shape[1] > 0
         and x.shape[1] % small.CHANNELS == 0
-        and x.shape[1] <= small.MOST_CHANNELS
+        and (most is None or x.shape[1] <= most)
         and all(one.data_ptr() % 16 == 0 for one in tensors)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))

@@ -40,8 +40,7 @@ def router_logits(
     if (
         len(x) <= routing.ROUTER_TOKENS
         and len(weight)
-        and x.shape[1] <= routing.MOST_ROUTER_CHANNELS
-        and kernel_serves(x, weight, bias)
+        and kernel_serves(x, weight, bias, most=routing.MOST_ROUTER_CHANNELS)
     ):
         return _launched(x, weight, bias, wide)
     if wide:
