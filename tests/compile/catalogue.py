@@ -325,6 +325,7 @@ def around_products() -> list[KernelSource]:
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
     copies += [small.resolve_source(), small.keep_source()]
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
+    copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
 
 

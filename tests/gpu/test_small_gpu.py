@@ -12,8 +12,9 @@ import torch
 
 from tersor import ops
 from tersor.kernels import jit, small
-from tersor.ops import current
+from tersor.ops import current, heads
 from tersor.ops.attention_form import Rows
+from tersor.ops.heads import LatentHeads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -129,6 +130,41 @@ def test_numbers_are_those_of_the_torch_code(dtype: torch.dtype, monkeypatch: py
     assert asked.count(True) == 4 * 6
     odd = torch.randn(3, 12, device="cuda").to(dtype)
     assert ops.gated(odd, ops.Gate.SILU).shape == (3, 6) and not asked[-1]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("count", "fixed", "turned", "value"), [(16, 128, 64, 128), (3, 8, 32, 40), (128, 128, 64, 192)]
+)
+def test_heads_of_latent_vectors_are_those_of_the_torch_code(
+    count: int, fixed: int, turned: int, value: int, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = served(monkeypatch, "heads")
+    of = LatentHeads(heads=count, fixed=fixed, turned=turned, value=value, interleaved=interleaved)
+    generator = torch.Generator(device="cuda").manual_seed(count)
+    for tokens in TOKENS:
+        down = torch.randn(tokens, count * of.width + turned + 8, device="cuda", generator=generator).half()
+        both_parts = torch.randn(tokens, count * (fixed + value), device="cuda", generator=generator).half()
+        queries, turning = down[:, : count * of.width], down[:, count * of.width : -8]
+        y, expected = both(lambda: heads.side_by_side(queries, both_parts, turning, of))  # noqa: B023
+        assert torch.equal(y, expected)
+        mixed = y[:, -count * of.width :]
+        y, expected = both(lambda: heads.values_of(mixed, of))  # noqa: B023
+        assert torch.equal(y, expected)
+    assert asked.count(True) == len(TOKENS) * (1 if value == of.width else 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_norm_reads_rows_that_are_longer(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    down, weight = (
+        torch.randn(tokens, 1536 + 512 + 64, device="cuda").bfloat16(),
+        torch.ones(512, device="cuda").bfloat16(),
+    )
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: self if self.is_contiguous() else None)
+    inner = down[:, 1536:2048]
+    torch.testing.assert_close(
+        ops.rms_norm(inner, weight, 1e-6), ops.rms_norm(inner.clone(), weight, 1e-6), rtol=0, atol=0
+    )
 
 
 def test_other_rows_are_served_by_the_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from tersor import ops
 from tersor.errors import ShapeError
-from tersor.ops import Gate
+from tersor.ops import Gate, heads
 from tersor.ops.attention_form import Rows
+from tersor.ops.heads import LatentHeads
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -86,6 +87,18 @@ def test_gates_relu_and_soft_caps_are_rounded_once(dtype: torch.dtype) -> None:
     ):
         with pytest.raises(ShapeError, match=message):
             call()
+
+
+def test_heads_that_do_not_fit_are_one_line() -> None:
+    of = LatentHeads(heads=2, fixed=8, turned=16, value=8, interleaved=True)
+    queries, both, turning = torch.zeros(3, 48), torch.zeros(3, 32), torch.zeros(3, 16)
+    assert heads.side_by_side(queries, both, turning, of).shape == (3, 3 * 48)
+    with pytest.raises(ShapeError, match=r"^side_by_side: both is \[3, 30\] torch.float32, expected \[3, 32\]"):
+        heads.side_by_side(queries, both[:, :30], turning, of)
+    with pytest.raises(ShapeError, match=r"^side_by_side: turning is .* torch.float16, expected .* torch.float32"):
+        heads.side_by_side(queries, both, turning.half(), of)
+    with pytest.raises(ShapeError, match=r"^values_of: x is \[3, 16\], expected \[T, 48\]"):
+        heads.values_of(turning, of)
 
 
 def test_rows_are_gathered_by_an_index_and_zeros_where_it_names_none() -> None:

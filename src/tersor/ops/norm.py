@@ -124,7 +124,9 @@ def _launched(
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return _launched(x, weight, bias, residual, eps, offset, layer)
-    x, weight = x.contiguous(), weight.contiguous()
+    if x.stride(1) != 1 or x.stride(0) % small.CHANNELS:
+        x = x.contiguous()
+    weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     rows, channels = x.shape
@@ -134,6 +136,7 @@ def _launched(
     launch(
         stream=current.stream(index),
         x=x.data_ptr(),
+        stride=x.stride(0),
         weight=weight.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
