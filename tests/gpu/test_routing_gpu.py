@@ -219,6 +219,10 @@ def test_logits_are_those_of_a_float64_product_and_have_the_same_bits_beside_any
             some = ops.router_logits(x[:tokens], weight, bias, wide=wide)
             assert torch.equal(some, together[:tokens]), tokens
             assert torch.equal(some, ops.router_logits(x[:tokens], weight, bias, wide=wide))
+        with ops.using(batch_invariant=True):
+            assert torch.equal(
+                ops.router_logits(x.repeat(3, 1), weight, bias, wide=wide)[len(x) :], together.repeat(2, 1)
+            )
     with ops.using(reference=True):
         expected = ops.router_logits(x, weight, wide=wide)
     torch.testing.assert_close(ops.router_logits(x, weight, wide=wide), expected, rtol=0.01, atol=0.01)

@@ -122,6 +122,10 @@ def test_a_gpu_gets_few_tokens_and_torch_many_and_settled_weights_are_read_early
     assert gpu.last["ready"] == gpu.last["bias"] == 0
     launches = len(gpu.launches)
     torch.testing.assert_close(ops.router_logits(x.repeat(2, 1), weight)[:64], x @ weight.t())
+    with ops.using(batch_invariant=True):
+        ops.router_logits(x.repeat(2, 1), weight)
+    assert len(gpu.launches) == launches + 1 and gpu.last.grid == (3, 16, 1) and gpu.last["tokens"] == 128
+    launches += 1
     with ops.using(reference=True):
         ops.router_logits(x, weight)
     ops.router_logits(x[:, :20].contiguous(), weight[:, :20].contiguous())  # rows do not start on 16 bytes

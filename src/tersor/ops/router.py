@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from tersor.errors import ShapeError
 from tersor.kernels import jit, routing
-from tersor.ops import current
+from tersor.ops import current, mode
 from tersor.ops.norm import TARGETS, kernel_serves, launched_early
 from tersor.ops.settled import settled
 
@@ -22,7 +22,8 @@ def router_logits(
     """Return x @ W^T + bias, the logits of all experts; sums are float32.
 
     A kernel serves up to `kernels.routing.ROUTER_TOKENS` tokens: a step that decodes. It fetches its weights while the
-    kernel ahead still runs, and gives a token the same bits beside any others.
+    kernel ahead still runs, and gives a token the same bits beside any others: in the batch-invariant mode it serves
+    any number of tokens.
 
     Args:
         x: [T, H] float16, bfloat16 or float32.
@@ -38,7 +39,7 @@ def router_logits(
     """
     _check(x, weight, bias, wide)
     if (
-        len(x) <= routing.ROUTER_TOKENS
+        (len(x) <= routing.ROUTER_TOKENS or mode.current().batch_invariant)
         and len(weight)
         and kernel_serves(x, weight, bias, most=routing.MOST_ROUTER_CHANNELS)
     ):
