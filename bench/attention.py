@@ -2,10 +2,12 @@
 
     python bench/attention.py
     python bench/attention.py --heads 64 --kv-heads 8 --pages e4m3 --prefill
+    python bench/attention.py --groups
 
 A CUDA graph walks over caches that together do not fit the L2 cache, each launch as in a step: it starts before the one
 ahead has ended, norms nothing, rotates, appends one token a row, and attends. `roof` is the time of keys and values at
-the bandwidth that a large read reaches. With `--prefill`, rows of many tokens follow, in TFLOP/s of what they see.
+the bandwidth that a large read reaches. With `--prefill`, rows of many tokens follow, in TFLOP/s of what they see. With
+`--groups`, steps follow whose rows share pages (`bench/shared_pages.py`), and nothing else.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import os
 from typing import Any
 
 import results_file
+import shared_pages
 import torch
 
 from tersor import hardware, ops
 from tersor.bench import timing
-from tersor.kernels import attention, jit
+from tersor.kernels import attention, jit, shared_attention
 
 BATCHES = (1, 8, 32)
 CONTEXTS = (512, 2048, 8192)
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--batch", default=",".join(map(str, BATCHES)), help="rows of a step")
     parser.add_argument("--context", default=",".join(map(str, CONTEXTS)), help="tokens of each text")
     parser.add_argument("--prefill", action="store_true", help="time rows of many tokens, too")
+    parser.add_argument("--groups", action="store_true", help="time rows that share pages")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("timing needs a CUDA device")
@@ -54,7 +58,18 @@ def main() -> None:
     group = form.heads // form.kv_heads
     sources = {attention.decode_source(kind, kind.query_tiles(n * group), chip) for n in (1, attention.FEW_QUERIES)}
     sources |= {attention.append_source(kind), attention.prefill_source(kind, chip)}
+    if arguments.groups:
+        tiles = kind.query_tiles(group)
+        sources = {attention.decode_source(kind, tiles, chip, shares) for shares in (False, True)}
+        sources.add(shared_attention.shared_source(kind, chip))
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
+    gpu = torch.cuda.get_device_name().split()[-1].lower()
+    about = {"heads": form.heads, "kv_heads": form.kv_heads, "head_dim": form.head_dim, "pages": arguments.pages}
+    if arguments.groups:
+        with torch.inference_mode():
+            shared = shared_pages.measure(form, e4m3)
+        print(f"written to {results_file.write(f'attention_groups_{gpu}', {**about, 'rows': shared})}")
+        return
     bandwidth = timing.read_bandwidth()
     torch.cuda.empty_cache()
     print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s read")
@@ -76,8 +91,6 @@ def main() -> None:
             print(
                 f"{rows:4} rows of {fresh:5} of {length:6}: {microseconds:9.1f} us, {tflops:6.1f} TFLOP/s", flush=True
             )
-    gpu = torch.cuda.get_device_name().split()[-1].lower()
-    about = {"heads": form.heads, "kv_heads": form.kv_heads, "head_dim": form.head_dim, "pages": arguments.pages}
     print(f"written to {results_file.write(f'attention_{gpu}', {**about, 'rows': found})}")
 
 

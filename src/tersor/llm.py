@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -86,13 +87,17 @@ class LLM:
         with open_source(model, revision=revision) as source:
             self._team = team = gather(config, source)
             try:
-                built = build(source, config, team.device, team.ranks, team.line)
+                with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+                    if tokenizer is None and team.ranks.first:  # meanwhile: transformers takes seconds to import
+                        trusted = config.trust_remote_code
+                        loading = pool.submit(load_tokenizer, source.directory, trust_remote_code=trusted)
+                    built = build(source, config, team.device, team.ranks, team.line)
                 team.before_end(built.runner.release)
                 if not team.ranks.first:
                     built.runner.follow()
                     raise SystemExit(0)
                 if tokenizer is None:
-                    tokenizer = load_tokenizer(source.directory, trust_remote_code=config.trust_remote_code)
+                    tokenizer = loading.result()
                 generation = generation_config(source.directory)
             except BaseException:
                 team.close()

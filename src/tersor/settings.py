@@ -67,6 +67,13 @@ SETTINGS: dict[str, Setting] = {
             meaning="Set to 1 to make a token's result independent of how many other tokens a call has.",
         ),
         Setting(
+            name="TERSOR_FOLD_NORMS",
+            default="1",
+            parse=_one_of("0", "1"),
+            expects="0 or 1",
+            meaning="Set to 0 to run the norms of a decode step as kernels of their own.",
+        ),
+        Setting(
             name="TERSOR_HOOK",
             default="1",
             parse=_one_of("0", "1"),
@@ -75,7 +82,7 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting(
             name="TERSOR_JIT_JOBS",
-            default=min(8, os.cpu_count() or 1),
+            default=min(16, os.cpu_count() or 1),
             parse=_positive_int,
             expects="a positive integer",
             meaning="How many kernels are compiled at the same time.",

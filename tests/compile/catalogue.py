@@ -15,17 +15,17 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compile import mixtures
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, dense, experts, routing, sampling, small
+from tersor.kernels import attention, dense, experts, routing, sampling, shared_attention, small
 from tersor.kernels.jit import KernelSource
+from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
-from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS, SM90
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing, unsupported_reason
@@ -47,6 +47,7 @@ class Traits:
         group_size, scale_dtype: of the scales.
         gated: whether it ends with silu(gate) * up.
         few_tokens: 0 for the batch-invariant mode, in which wgmma multiplies few tokens, too.
+        norm: what it has of the norms around it.
     """
 
     tile: sm90.Tile | int
@@ -56,6 +57,7 @@ class Traits:
     scale_dtype: str = "float16"
     gated: bool = False
     few_tokens: int = FEW_TOKENS
+    norm: dense.Norm = dense.Norm.NONE
 
     @property
     def scheme(self) -> Scheme:
@@ -87,7 +89,7 @@ class Traits:
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
         if not self.few_tokens and tile.few:
             shared -= tile.exchange_bytes
-        return dense.sm90_source(packing, self.dtype, tile, slots, shared, self.gated, self.few_tokens)
+        return dense.sm90_source(packing, self.dtype, tile, slots, shared, self.gated, self.few_tokens, self.norm)
 
 
 def pairs(kernel: Traits) -> frozenset[Pair]:
@@ -243,11 +245,29 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
         found += [dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
         found += mixtures.all_sources(chip)
+        found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     around += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
     around += tuple(around_products()[first::turn])
     return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
+
+
+def normed() -> Iterator[Traits]:
+    """Yield kernels with norms in them: every tile with one ahead and one behind, formats and dtypes by turns."""
+    formats = itertools.cycle(
+        (("fp6_e3m2", None), ("int4", 128), ("fp4_e2m1", None), ("fp5_e2m2", None), ("uint4", 64))
+    )
+    dtypes, gates = itertools.cycle(decode_groups.PAIR_TARGETS), itertools.cycle((True, True, False))
+    for tile in sm90.tiles(0):
+        if tile.tokens > MOST_NORMED:
+            continue
+        for norm in (dense.Norm.OUT, dense.Norm.IN):
+            (name, size), dtype = next(formats), next(dtypes)
+            gated = norm is dense.Norm.IN and next(gates)
+            kernel = Traits(tile, name, dtype, size, gated=gated, norm=norm)
+            yield kernel if kernel.exists() else replace(kernel, group_size=None)
+        next(dtypes)
 
 
 def _dequantizing() -> list[KernelSource]:
@@ -304,12 +324,15 @@ _HEADS = (
 
 
 def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSource]:
-    """Return kernels of attention: fewest and most queries of a row of few tokens, and both for many."""
+    """Return kernels of attention: fewest and most queries of a row of few tokens, both for many, and pages shared."""
     found = []
     for turn, kind in enumerate(kinds):
-        ways = [attention.decode_source(kind, tiles, chip) for tiles in (1, kind.query_tiles(64))]
-        ways += [attention.append_source(kind), attention.prefill_source(kind, chip)]
-        found += ways if turn % 2 == 0 else [ways[1], ways[0], ways[3], ways[2]]
+        least, most = 1, kind.query_tiles(64)
+        found += [attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
+        found += [attention.append_source(kind), attention.prefill_source(kind, chip)]
+        found.append(shared_attention.shared_source(kind, chip))
+        if turn % 3 == 0:
+            found.append(attention.decode_source(kind, most if turn else least, chip, shares=True))
     return found
 
 

@@ -19,6 +19,8 @@ ARCH = "compute_90a"
 
 def whole(name: str) -> KernelSource:
     """A kernel whose parameters are those of a header that defines no kernel itself, of the schedule that it is of."""
+    if name == "attention/wide.cuh":
+        return attention.prefill_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), chip_named("H200"))
     if name.startswith("attention/"):
         return attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
     if name.startswith("sampling/"):

@@ -19,13 +19,13 @@ from tersor.formats import Activations, names
 from tersor.hardware import CHIPS
 from tersor.kernels import dense, experts, tune
 from tersor.kernels.jit import arch_for, cache, compile_many
-from tersor.kernels.tune import sm80, sm90
+from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import SCALE_TYPES, Packing, scales_in_block
 
 CAPABILITIES = tuple(sorted(catalogue.CHIP_OF))
 
-MOST_KERNELS = 390
+MOST_KERNELS = 430
 """Kernels that a fresh clone may have to compile, on average 0.4 CPU seconds each: some 120 in all."""
 MOST_SECONDS = 300.0
 """CPU seconds that those of one architecture may take; sm_90's take a third on a core of their own, and more beside a
@@ -240,6 +240,15 @@ def test_batch_invariant_kernels_are_those_that_the_mode_asks_for() -> None:
     assert {source.parameters["N_TILE"] for source in built & asked} == {8, 16}
     assert {source.parameters["SCALE_GROUPS"] for source in built & asked} == {0, scales_in_block(128)}
     assert {source.parameters["EPILOGUE"] for source in built & asked} == {0, 1}
+
+
+def test_every_tile_of_few_tokens_is_built_with_a_norm_ahead_and_with_one_behind() -> None:
+    kernels = [one for one in macros((9, 0), "sm90_linear") if one["NORM"]]
+    for tile in (tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
+        assert {one["NORM"] for one in kernels if of_tile(tile).items() <= one.items()} == {1, 2}, tile
+    assert met(kernels, "NORM", "BF16") == set(itertools.product((1, 2), (0, 1)))
+    assert met(kernels, "NORM", "EPILOGUE") == {(1, 0), (1, 1), (2, 0)}
+    assert len(met(kernels, "SCALE_GROUPS")) > 2
 
 
 def test_experts_kernels_meet_every_tile_gate_and_format_in_both_products() -> None:

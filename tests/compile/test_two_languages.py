@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from tersor.engine.shared_pages import shared_size
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, dense, routing, tune
+from tersor.kernels import attention, dense, routing, shared_attention, tune
 from tersor.kernels import experts as of_experts
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.tune import experts_sm80, sm80, sm90
@@ -242,7 +243,8 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
     grid = attention.grid_of(kind, problem, H200.sms)
     source, launched = attention.decode_source(kind, problem.query_tiles(kind), H200), Launched()
     launched.source = source
-    attention.prepare_decode(launched, problem, grid)(**common, partial=0, arrived=0, settled=False)  # type: ignore[arg-type]
+    parts = {"partial": 0, "shared": 0, "settled": False}
+    attention.prepare_decode(launched, problem, grid)(**common, **parts, arrived=0)  # type: ignore[arg-type]
     queries = attention.FEW_QUERIES * 24 // 2
     facts = {
         "pages::kTokens": attention.PAGE,
@@ -269,3 +271,12 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)
+    shared, read = Launched(), {name: at for name, at in common.items() if name not in ("sinks", "wide_sinks", "out")}
+    shared.source = shared_attention.shared_source(kind, H200)
+    shared_attention.prepare_shared(shared, problem, grid, 32, H200.sms)(**read, **parts)  # type: ignore[arg-type]
+    facts = {
+        "shared::kThreads": shared.block[0],
+        "shared::kQueries": attention.SHARED_QUERIES,
+        "1 + 3 * 7 + plan::kItemNumbers * 39": shared_size(7),
+    }
+    check(shared.source.header, shared.source, facts)

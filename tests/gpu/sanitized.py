@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import torch
 from helpers.sampling_rows import logits_of, moved, random_rows
+from helpers.sharing import share
 
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.kernels import dense
+from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
-from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block
 from tersor.ops import dispatch, grouped, routing
@@ -47,7 +48,10 @@ def attend() -> None:
         table = torch.arange(1, 11, dtype=torch.int32, device="cuda").view(2, 5)
         for counts in ((1, 1), (8, 3), (130, 2)):
             starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32, device="cuda")
-            rows = ops.Rows(starts, torch.tensor([300, 65]).int().cuda(), table, max(counts), 320)
+            rows = ops.Rows(starts, torch.tensor([300, 65]).int().cuda(), table.clone(), max(counts), 320)
+            if counts == (1, 1):
+                rows.pages[1, 0] = rows.pages[0, 0]
+                share(rows, form)
             qkv = torch.randn(sum(counts) + 1, form.qkv_channels, device="cuda").half()
             ops.attend(qkv, cache, rows, form, torch.ones(320, dim, device="cuda"))
 
@@ -75,6 +79,15 @@ def around() -> None:
     starts, lengths = torch.tensor([0, 2, 2, 3], device="cuda").int(), torch.tensor([9, 0, 1], device="cuda").int()
     rows = Rows(starts, lengths, torch.zeros(3, 1, device="cuda").int(), 2, 9)
     ops.lookup(torch.tensor([0, 2, 3, -1], device="cuda"), x, positions=x, rows=rows)
+
+
+def norms(x: torch.Tensor, weight: PackedWeight) -> None:
+    """Multiply with a norm behind the product, then with one ahead of it."""
+    oc, ic = weight.shape
+    behind, ahead = (ops.FoldedNorm.of(torch.ones(size, device="cuda").half(), 1e-5) for size in (oc, ic))
+    ops.linear_norm_out(x, weight, behind, residual=x[:, :oc])
+    squares = torch.rand(len(x), dense.squares_stride(ic), device="cuda")[:, : -(-ic // dense.SQUARED_CHANNELS)]
+    ops.linear_norm_in(ops.Deferred(x, x, squares, ahead), weight)
 
 
 def experts(activations: Activations) -> None:
@@ -131,6 +144,11 @@ def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *
             count = -(-oc // tile.rows)
             with ops.using(config=sm90.config(problem, tile, 0, 2, 2 * count, chip, True)):
                 ops.linear(x[: tile.tokens], weight)
+        if tile.tokens <= MOST_NORMED and not fp8:
+            for splits, ctas in ((1, 2), (2, 3)):
+                problem = dense.problem_of(scheme, (oc, ic), tile.tokens)
+                with ops.using(config=sm90.config(problem, tile, 0, splits, ctas, chip)):
+                    norms(x[: tile.tokens], weight)
     if not fp8:
         for tokens in sm80.TILES:
             problem = dense.problem_of(scheme, (oc, ic), tokens)

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
+from helpers.sharing import share
 
 from tersor import hardware, ops
 from tersor.kernels import attention as family
-from tersor.kernels import jit
+from tersor.kernels import jit, shared_attention
 from tersor.ops import current, serve_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -52,6 +53,26 @@ def cases() -> Iterator[Case]:
 CASES = list(cases())
 
 
+def sharing() -> Iterator[Case]:
+    """Rows in groups of two to 37, some of them within others, beside rows of their own, and padding; every form."""
+    groups = (((*range(20), *range(40, 57)), 3), (tuple(range(4, 11)), 33), ((20, 21), 1), ((22, 23, 24), 2))
+    lengths = [200 + 7 * row for row in range(60)]
+    lengths[4:11] = [33 * 64 + 1, 33 * 64 + 64, 33 * 64 + 65, 2500, 2200, 3000, 2300]
+    lengths[20:25], lengths[30] = [65, 128, 129, 130, 200], 0
+    for turn, form in enumerate(FORMS):
+        for dim, heads, kv_heads in ((128, 16, 4), (64, 3, 1), (80, 16, 1), (256, 16, 2), (96, 5, 5)):
+            counts = [1] * 60
+            if turn % 2:
+                counts[50:] = [8, 2, 1, 40, 1, 1, 170, 1, 1, 3]
+            some = replace(form, head_dim=dim, heads=heads, kv_heads=kv_heads, seed=turn, tail=turn)
+            if turn == 4:  # a window that hides nothing; that of turn 3 does
+                some = replace(some, form={**some.form, "window": 5000})
+            yield replace(some, lengths=tuple(lengths), counts=tuple(counts), prefixes=groups)
+
+
+SHARING = list(sharing())
+
+
 def kind_of(case: Case) -> family.Kind:
     """What a case's kernels are compiled for."""
     return family.Kind(head_dim=case.head_dim, dtype=str(case.dtype).removeprefix("torch."), e4m3=case.e4m3)
@@ -68,6 +89,11 @@ def compiled() -> None:
         sources.add(family.decode_source(kind, kind.query_tiles(queries), chip))
         if most > family.FEW_QUERIES:
             sources |= {family.append_source(kind), family.prefill_source(kind, chip)}
+    for case in SHARING:
+        kind, queries = kind_of(case), min(max(case.counts), family.FEW_QUERIES) * (case.heads // case.kv_heads)
+        sources |= {family.decode_source(kind, kind.query_tiles(queries), chip, True)}
+        sources |= {shared_attention.shared_source(kind, chip), family.append_source(kind)}
+        sources |= {family.prefill_source(kind, chip)}
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 
@@ -100,6 +126,15 @@ def check(step: Step) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_is_that_of_the_reference(case: Case) -> None:
     check(Step(case, "cuda"))
+
+
+@pytest.mark.parametrize("case", SHARING, ids=lambda case: str(case)[:50])
+def test_rows_that_read_pages_together_are_those_of_the_reference(case: Case) -> None:
+    step = Step(case, "cuda")
+    assert share(step.rows, step.form) is not None
+    found = check(step)
+    step.rows.settled = True
+    assert torch.equal(check(step), found)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 33])
@@ -153,13 +188,50 @@ def test_a_graph_follows_texts_that_grow(e4m3: bool) -> None:
 
 
 @pytest.mark.parametrize("e4m3", [False, True])
+def test_a_graph_follows_rows_that_share_other_pages(e4m3: bool) -> None:
+    """Rows change places and grow between replays, and read together more or less of what they share, or nothing."""
+    prefixes = ((tuple(range(40)), 5), (tuple(range(7, 30)), 12), ((20, 21), 14))
+    lengths = (*(970 + row % 40 for row in range(46)), 0, 0)
+    case = Case(head_dim=128, heads=8, lengths=lengths, counts=(1,) * 48, prefixes=prefixes, e4m3=e4m3)
+    step = Step(case, "cuda")
+    angles = torch.randn(2048, 64, device="cuda")
+    step.rotary = torch.cat([angles.cos(), angles.sin()], 1)
+    step.rows.most_length, step.rows.settled = step.rows.pages.shape[1] * ops.PAGE, True
+    share(step.rows, step.form)
+    graph, cache, told = torch.cuda.CUDAGraph(), step.copy_of_cache(), step.rows.shared
+    assert told is not None
+    ops.attend(*step.arguments(step.copy_of_cache()))
+    with torch.cuda.graph(graph):
+        found = ops.attend(*step.arguments(cache))
+    generator = torch.Generator().manual_seed(0)
+    for turn, (ctas, most) in enumerate(((264, 64), (1, 2), (8, 1), (600, 5), (264, 64), (30, 16))):
+        order = torch.randperm(48, generator=generator).cuda()
+        step.rows.pages.copy_(step.rows.pages[order])
+        step.rows.lengths.copy_(step.rows.lengths[order])
+        share(step.rows, step.form, ctas, most)
+        assert step.rows.shared is not None and bool(step.rows.shared[0]) == (most > 1)
+        told.copy_(step.rows.shared)
+        step.qkv.copy_(torch.randn(step.qkv.shape, generator=torch.Generator().manual_seed(turn)))
+        step.cache = ops.PagedCache(cache.pages.clone(), None if cache.scales is None else cache.scales.clone())
+        expected, pages = step.expected()
+        found.fill_(NAN)
+        graph.replay()
+        assert ((found.float() - expected).abs() <= tolerance(step, expected)).all()
+        assert same_pages(cache, pages) > 0.999
+        step.rows.lengths += (step.rows.lengths > 0).int()
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("counts", [(1,) * 6, (4, 1, 8, 1, 1, 2), (40, 1, 70, 1, 9, 1)])
 def test_launches_that_start_early_wait_for_what_they_read(
-    counts: tuple[int, ...], e4m3: bool, monkeypatch: pytest.MonkeyPatch
+    counts: tuple[int, ...], shares: bool, e4m3: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chain of steps with nothing between them, each of which reads what the one ahead of it wrote to pages."""
-    case = Case(head_dim=128, heads=8, lengths=(300, 129, 1100, 70, 65, 2), counts=counts, e4m3=e4m3)
+    lengths, prefixes = (300, 129, 1100, 70, 65, 2), (((1, 2, 3), 1),) if shares else ()
+    case = Case(head_dim=128, heads=8, lengths=lengths, counts=counts, e4m3=e4m3, prefixes=prefixes)
     step = Step(case, "cuda")
+    assert not shares or share(step.rows, step.form) is not None
     step.rotary = torch.ones(2000, 128, device="cuda")
     rows = [
         replace(step.rows, lengths=step.rows.lengths + turn, most_length=step.rows.most_length + turn)

@@ -26,6 +26,8 @@ class Case:
         norms, sinks: whether there are such.
         tail: tokens after the last row.
         seed: of all numbers.
+        prefixes: rows that begin with the same pages: some of them, and how many pages; what rows share already, they
+            share with those of a later prefix of more pages.
     """
 
     head_dim: int = 64
@@ -41,6 +43,7 @@ class Case:
     tail: int = 0
     seed: int = 0
     form: dict[str, Any] = field(default_factory=dict)
+    prefixes: tuple[tuple[tuple[int, ...], int], ...] = ()
 
     def __str__(self) -> str:
         kind = f"{self.head_dim}-{self.heads}-{self.kv_heads}-{str(self.dtype)[6:]}{'-e4m3' if self.e4m3 else ''}"
@@ -80,6 +83,8 @@ class Step:
         table = torch.zeros(len(needed), max(needed) + 1, dtype=torch.int32)
         for row, count in enumerate(needed):
             table[row, :count] = torch.tensor([numbers.pop() for _ in range(count)], dtype=torch.int32)
+        for among, pages in case.prefixes:
+            table[list(among), :pages] = table[among[0], :pages]
         cache = PagedCache.empty(sum(needed) + 3, self.form, torch.float8_e4m3fn if case.e4m3 else case.dtype)
         values = normal(*cache.pages.shape)
         cache.pages.copy_((100 * values).clamp(-448, 448) if case.e4m3 else values)

@@ -64,7 +64,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     macros = {
         "TERSOR_ENTRY": "entry",
         "__CUDA_ARCH__": arch,
-        **{key: int(value) for key, value in source.parameters.items()},
+        **{key: value if isinstance(value, str) else int(value) for key, value in source.parameters.items()},
     }
     defines = "\n".join(f"#define {key} {value}" for key, value in macros.items())
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"

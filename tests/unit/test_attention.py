@@ -13,7 +13,7 @@ from helpers.attention_cases import Case, Step
 from tersor import ops
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS, chip_named
-from tersor.kernels import attention
+from tersor.kernels import attention, shared_attention
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 H200 = chip_named("H200")
@@ -65,9 +65,9 @@ def test_the_operator_declares_what_it_writes() -> None:
         arguments = (
             step.qkv, step.cache.pages.nan_to_num(0) if step.cache.scales is None else step.cache.pages,
             None if step.cache.scales is None else step.cache.scales.nan_to_num(0), rows.starts, rows.lengths,
-            rows.pages, rows.most_queries, rows.most_length, rows.settled, step.rotary, *norms, step.sinks, form.heads,
-            form.kv_heads, form.head_dim, form.scale, form.rotary_dim, form.window, form.softcap, form.norm_eps,
-            form.norm_offset,
+            rows.pages, rows.most_queries, rows.most_length, rows.settled, None, step.rotary, *norms, step.sinks,
+            form.heads, form.kv_heads, form.head_dim, form.scale, form.rotary_dim, form.window, form.softcap,
+            form.norm_eps, form.norm_offset,
         )
         # fmt: on
         tests = ("test_schema", "test_faketensor") if step.cache.scales is None else ("test_faketensor",)
@@ -113,6 +113,8 @@ def test_a_form_a_page_or_a_row_that_does_not_fit_is_refused() -> None:
         ({"sinks": torch.ones(3)}, r"sinks are \[3\]"),
         ({"rows": replace(rows, starts=rows.starts[1:])}, "starts of rows"),
         ({"rows": replace(rows, lengths=rows.lengths.long())}, "int64, expected int32"),
+        ({"rows": replace(rows, shared=torch.zeros(10 + 5 * 3 + 1, dtype=torch.int32))}, r"1 \+ 3 x 3 \+ 5 C"),
+        ({"rows": replace(rows, shared=torch.zeros(10 + 5 * 3))}, r"shared pages of rows are \[25\] torch.float32"),
         ({"rows": replace(rows, most_length=1000)}, "of 1000, their tables hold 4 pages of 64"),
         ({"sinks": torch.ones(4, device="meta")}, "on cpu, another tensor of the call on meta"),
     ]
@@ -167,6 +169,16 @@ def test_splits_fill_the_gpu_and_are_few_where_rows_are_many() -> None:
     assert grid.counters == 16 and grid.part_queries == 4 and grid.floats == 16 * 16 * 4 * 130
 
 
+def test_rows_that_share_pages_have_room_for_the_parts_that_others_read() -> None:
+    kind = attention.Kind(head_dim=128, dtype="float16")
+    assert [attention.most_parts(rows) for rows in (1, 16, 32, 64, 256, 512)] == [32, 32, 32, 16, 4, 4]
+    grid = attention.grid_of(kind, problem(rows=256, shares=True), 132)
+    assert grid.splits == 1 and grid.slots == 5 and grid.counters == 256 * 8
+    assert grid.floats == 256 * 8 * 5 * 4 * 130
+    mixed = attention.grid_of(kind, problem(rows=20, shares=True, most_queries=500), 132)
+    assert mixed.splits == 1 and mixed.part_queries == 4  # rows of more tokens have no parts
+
+
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     for rows in (1, 32):
@@ -191,7 +203,7 @@ def test_queries_that_share_keys_go_together_as_far_as_registers_allow() -> None
 def test_rings_fit_every_chip(chip: Any, e4m3: bool) -> None:
     for dim, tiles in itertools.product(range(16, 257, 16), (1, 2, 4)):
         kind = attention.Kind(head_dim=dim, dtype="float16", e4m3=e4m3)
-        sources = [attention.prefill_source(kind, chip)]
+        sources = [attention.prefill_source(kind, chip), shared_attention.shared_source(kind, chip)]
         if tiles <= kind.query_tiles(64):
             sources.append(attention.decode_source(kind, tiles, chip))
         for source in sources:

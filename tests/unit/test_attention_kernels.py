@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
 from helpers.emulated import COMPILER, Emulated
+from helpers.sharing import share
 
 from tersor import ops
 from tersor.hardware import chip_named
 from tersor.kernels import attention, jit
 from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.shared_attention import shared_source
 from tersor.ops import current, dispatch, serve_attention
 from tersor.ops.workspace import Workspace
 
@@ -29,6 +32,7 @@ class Emulation(Workspace):
         arrived: counters of splits, zero between launches.
         splits: what a launch has at most; `None` is what `grid_of` says.
         arch: its compute capability, times 100.
+        chip: what is known of it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,6 +42,7 @@ class Emulation(Workspace):
         self.arrived = torch.zeros(1 << 12, dtype=torch.int32)
         self.splits: int | None = None
         self.arch = 900
+        self.chip = H200
         self._functions: dict[KernelSource, Emulated] = {}
 
     def get(self, source: KernelSource, index: int) -> Emulated:
@@ -68,7 +73,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     emulation = Emulation(folder)
     serve_attention._prepared.cache_clear()
     monkeypatch.setattr(dispatch, "environment_reason", lambda dtype, device: "")
-    monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: H200)
+    monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: emulation.chip)
     monkeypatch.setattr(jit, "get", emulation.get)
     monkeypatch.setattr(attention, "grid_of", emulation.grid)
     monkeypatch.setattr(current, "stream", lambda index: 0)
@@ -130,6 +135,80 @@ def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case
     assert any("prefill" in name for name in device.launched)
 
 
+SHARED = (
+    (
+        Case(
+            heads=8,
+            lengths=(65, 200, 129, 64, 0, 70, *[66] * 13),
+            counts=(1,) * 19,
+            prefixes=(((0, 1, 2, *range(6, 19)), 1),),
+            tail=1,
+            sinks=True,
+        ),
+        9,
+        1,
+    ),
+    (Case(head_dim=128, heads=8, lengths=(70,) * 37, counts=(1,) * 37, prefixes=((tuple(range(37)), 1),)), 1, 3),
+    (
+        Case(
+            head_dim=32,
+            heads=16,
+            kv_heads=1,
+            lengths=(2113, 7, 2200, 2113, 2180),
+            counts=(1, 3, 1, 1, 1),
+            prefixes=(((0, 2, 3, 4), 20), ((0, 4), 33)),
+            dtype=torch.bfloat16,
+            norms=True,
+        ),
+        40,
+        32,
+    ),
+    (
+        Case(
+            head_dim=96,
+            heads=6,
+            lengths=(300, 330, 90, 120, 260),
+            counts=(1, 1, 1, 8, 1),
+            prefixes=(((0, 1, 4), 2), ((0, 1), 4), ((2, 3), 1)),
+            e4m3=True,
+            dtype=torch.bfloat16,
+            form={"softcap": 4.0},
+        ),
+        3,
+        2,
+    ),
+    (Case(head_dim=256, heads=32, kv_heads=1, lengths=(200, 130), counts=(1, 1), prefixes=(((0, 1), 2),)), 1, 1),
+    (Case(lengths=(65, 70), counts=(1, 1), sinks=True), 1, 0),
+)
+
+
+@pytest.mark.parametrize(("case", "ctas", "items"), SHARED, ids=lambda one: str(one)[:30])
+def test_rows_that_read_pages_together_are_those_of_the_reference(
+    case: Case, ctas: int, items: int, device: Emulation
+) -> None:
+    device.chip = replace(H200, sms=-(-ctas // 2))
+    step = Step(case)
+    found = share(step.rows, step.form, ctas)
+    assert (len(found.items) if found else 0) == items
+    check(step, device)
+    assert [name for name in device.launched if "shared" in name]
+
+
+def test_a_layer_whose_window_hides_pages_reads_every_row_for_itself(device: Emulation) -> None:
+    case = Case(lengths=(130, 140), counts=(1, 1), prefixes=(((0, 1), 2),), form={"window": 139})
+    for window, names in ((139, 1), (140, 2)):
+        step = Step(replace(case, form={"window": window}))
+        share(step.rows, step.form)
+        device.launched.clear()
+        serve_attention._prepared.cache_clear()
+        check(step, device)
+        assert len(device.launched) == names
+    with ops.using(batch_invariant=True):
+        device.launched.clear()
+        check(step, device)
+        assert not any("shared" in name for name in device.launched)
+
+
 @pytest.mark.parametrize("case", [FEW[4], MANY[1]], ids=str)
 def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(case: Case, device: Emulation) -> None:
     device.arch = 800
@@ -172,7 +251,8 @@ def test_texts_grow_step_by_step_over_the_same_pages(device: Emulation) -> None:
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int) -> None:
     kind = attention.Kind(head_dim=64, dtype="float16")
-    sources = [attention.append_source(kind), attention.prefill_source(kind, H200)]
-    for source in [attention.decode_source(kind, tiles, H200), *sources]:
+    sources = [attention.append_source(kind), attention.prefill_source(kind, H200), shared_source(kind, H200)]
+    sources += [attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
+    for source in sources:
         text = nvrtc.compile_source(source, "compute_90a").data
         assert b"griddepcontrol.wait" in text and b"griddepcontrol.launch_dependents" in text

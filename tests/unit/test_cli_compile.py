@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import packed_models, tiny_lm
 from helpers.fakes import FakeGpu
 from helpers.jit_kernels import axpy
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Activations
 from tersor.hardware import CHIPS
 from tersor.kernels.jit import KernelSource
-from tersor.ops import Gate, warm
+from tersor.ops import warm
 
 QUANTIZATION = {
     "quant_method": "tersor",
@@ -87,11 +88,7 @@ def test_real_kernels_are_asked_for_in_both_dtypes_where_the_model_names_neither
 def test_8_bit_activations_and_joined_layers_have_kernels_of_their_own() -> None:
     scheme, chip = formats.get_scheme("fp6_e3m2"), CHIPS["NVIDIA H100"]
     plain = {source.name for source in warm.sources([scheme], ["float16"], chip)}
-    joined = {source.name for source in warm.sources([scheme], ["float16"], chip, gate=Gate.SILU)}
-    tanh = {source.name for source in warm.sources([scheme], ["float16"], chip, gate=Gate.GELU_TANH)}
-    assert {name for name in tanh if name.endswith("_gated2")} and plain < tanh and not tanh & (joined - plain)
-    assert warm.gate_of({"text_config": {"hidden_activation": "gelu_pytorch_tanh"}}) is Gate.GELU_TANH
-    assert warm.gate_of({"hidden_act": "silu"}) is warm.gate_of({}) is Gate.SILU
+    joined = {source.name for source in warm.sources([scheme], ["float16"], chip, fuse=True)}
     eight = {source.name for source in warm.sources([scheme], ["float16"], chip, Activations.E4M3)}
     assert plain < joined
     assert "tersor_quantize_activations_float16" in eight
@@ -118,6 +115,33 @@ def test_the_experts_of_a_mixture_have_the_kernels_that_any_number_of_tokens_cho
     assert gpt_oss is not None and gpt_oss.gate is ops.Gate.CLAMPED
     assert warm.mixture_of({**config, "hidden_act": "silu"}, ["model.layers.0.mlp.down_proj.weight_packed"]) is None
     assert warm.mixture_of({**config, "hidden_act": "relu"}, names) is None
+
+
+def test_kernels_of_the_engine_with_the_same_options_are_among_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        warm, "compile_many", lambda sources, arch, on_done: compiled.extend(source.name for source in sources)
+    )
+    model = packed_models.compressed(tiny_lm.TINY, tmp_path / "model", format="fp6_e3m2")
+    options = ["--kv-dtype", "fp8", "--dtype", "bfloat16", "--max-step-tokens", "64", "--tensor-parallel", "2"]
+    assert run(["compile", str(model), "--chip", "h200", "--json", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == len(compiled)
+    for kernel in ("attention_decode", "attention_prefill", "rms_norm", "rows", "sampling_peaks", "all_reduce"):
+        assert any(name.startswith(f"tersor_{kernel}") and "bfloat16" in name for name in compiled), kernel
+    assert all(name.endswith("_e4m3") for name in compiled if "attention" in name)
+
+
+def test_what_the_engine_does_not_load_is_compiled_for_transformers_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "kernels_for", lambda *arguments: [axpy(0)])
+    model = write_model(
+        tmp_path / "model", quantization_config=QUANTIZATION, dtype="float16", architectures=["BloomForCausalLM"]
+    )
+    assert run(["compile", model, *CACHED]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == 1
 
 
 def test_progress_starts_at_none_and_ends_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

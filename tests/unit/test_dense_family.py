@@ -53,7 +53,9 @@ def test_a_launch_puts_every_named_argument_where_the_header_has_it(
     given = dict(
         zip(("weight", "scale", "x", "x_stride", "x_scale", "bias", "residual", "y"), range(10, 18), strict=True)
     )
-    launch(stream=3, **given, partial=20, arrived=21, early=True)
+    names = ("norm_weight", "scaled", "squares", "norm_scale", "norm_eps")
+    norms = dict(zip(names, (30, 31, 32, 33.0, 34.0), strict=True))
+    launch(stream=3, **given, partial=20, arrived=21, early=True, **norms)
     ((stream, args),) = launched
     assert stream == 3
     found = dict(zip(argument_names(sources()[schedule]), args, strict=True))  # type: ignore[arg-type]
@@ -61,7 +63,7 @@ def test_a_launch_puts_every_named_argument_where_the_header_has_it(
     if schedule == "sm90":
         x_rows = sm90.box_rows(config, 8)
         fixed |= {"x_map": ("map", 12, 8, 2048, 13, x_rows), "x_rows": x_rows}
-        fixed |= {"whole_tiles": config.whole_tiles, "splits": config.splits}
+        fixed |= {"whole_tiles": config.whole_tiles, "splits": config.splits, **norms}
         taken = ("weight", "scale", "bias", "x_scale", "residual", "y")
     else:
         fixed |= {"x_aligned": True}

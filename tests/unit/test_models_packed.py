@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import decoders, packed_models, tiny_lm
+from helpers.fakes import FakeGpu
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tersor import models
 from tersor.errors import UnsupportedError
 from tersor.layouts import PackedWeight, StackedWeight
+from tersor.models import stored_experts
 from tersor.models.mixture import Mixture
 from tersor.models.weights import Activated, FeedForward, GatedProduct, Product, Products
 
@@ -55,6 +57,28 @@ def test_patterns_find_the_experts_of_mixtral_by_their_names_in_the_model(tmp_pa
     assert [mixture_of(decoder, index).down.scheme.name for index in range(2)] == ["fp6_e3m2", "int8"]
     reference = AutoModelForCausalLM.from_pretrained(made.packed).eval()
     assert decoders.difference(decoder, reference) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_experts_that_become_tiles_together_are_those_of_each(
+    case: str, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, options = CASES[case]
+    changes = {**LONG, "intermediate_size": 96} if name == "gpt_oss" else LONG
+    made = packed_models.case(name, tmp_path, options, **changes)
+    stream = mixture_of(models.load(made.packed, "cpu", torch.bfloat16), 1)
+    fake = FakeGpu("NVIDIA H200")
+    fake.install(monkeypatch)
+    fake.take_cpu_tensors(monkeypatch)
+    _, rows, channels = stream.down.shape
+    monkeypatch.setattr(stored_experts, "_TOGETHER", together * rows * channels)
+    tiles = mixture_of(models.load(made.packed, "cpu", torch.bfloat16), 1)
+    for found, before in ((tiles.gate_up, stream.gate_up), (tiles.down, stream.down)):
+        assert isinstance(found, StackedWeight) and isinstance(before, StackedWeight)
+        assert (found.layout, before.layout) == ("tiles_bfloat16", "stream")
+        wanted = before.to_layout("tiles_bfloat16")
+        assert torch.equal(found.data, wanted.data) and torch.equal(found.scale, wanted.scale)
 
 
 def test_experts_in_several_schemes_are_refused_by_name(tmp_path: Path) -> None:

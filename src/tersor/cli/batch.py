@@ -101,7 +101,7 @@ def command(
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
     )
-    with _shown() as (move, stop):
+    with _shown() as (move, stop), console.telling():
         report = batch.answer_file(
             model, input, output, config, chosen, revision=revision, on_progress=move, on_stop=stop
         )

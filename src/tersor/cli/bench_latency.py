@@ -75,9 +75,12 @@ def command(
     import torch
 
     from tersor.bench import timing
+    from tersor.engine import ahead
     from tersor.engine.runner import Runner
     from tersor.engine.sampler import Sampler
+    from tersor.models.kernels import Steps
     from tersor.models.random import random_decoder
+    from tersor.ops.attention_form import PAGE
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
     ours: list[Latency] = []
@@ -124,6 +127,10 @@ def command(
                 sampler = Sampler(max(batches) + 1, decoder.config.vocabulary, decoder.device)
                 runner = Runner(
                     decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
+                )
+                length = -(-max(contexts) // PAGE) * PAGE
+                ahead.compile_for(
+                    decoder, Steps(tokens=max(batches), queries=1, length=length, pages=pages.pages_dtype)
                 )
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":

@@ -189,6 +189,7 @@ def _engine(
     geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfig, where: torch.device, context: int
 ) -> Any:
     """Return a runner with random weights and pages for the longest text, and the limits of its engine."""
+    from tersor.engine import ahead
     from tersor.engine.limits import Limits
     from tersor.engine.memory import make_pages
     from tersor.engine.runner import Runner
@@ -207,6 +208,7 @@ def _engine(
         activations=config.activations,
         context=context,
     )
+    ahead.compile_for(decoder, ahead.steps_of(config, context))
     sampler = Sampler(config.max_rows + 1, geometry.vocabulary, where, most_length=context)
     runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=config.pages_dtype)
     limits = Limits(

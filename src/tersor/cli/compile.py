@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from tersor.cli import chips, console, options
+from tersor.engine.config import EngineConfig
+
+_ENGINE = EngineConfig()
 
 
 def command(
@@ -15,21 +18,32 @@ def command(
     chip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
-    activations: Annotated[str, typer.Option(help="16bit, or fp8 as with `generate --activations fp8`.")] = "16bit",
+    activations: Annotated[str, typer.Option(help="16bit, or fp8 as with `--activations fp8` elsewhere.")] = "16bit",
     fuse: Annotated[bool, typer.Option("--fuse", help="Compile what joined layers need, too: gate with up.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the engine's activations: auto, float16 or bfloat16.")] = "auto",
+    kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
+    max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
+    tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Taken as elsewhere; no code of a model is needed here.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fill the kernel cache."""
+    """Fill the kernel cache: for `generate`, and for `serve` and `batch` with the same options."""
+    from tersor.engine import ahead
     from tersor.formats import Activations
-    from tersor.ops import warm
 
-    chosen = Activations.of(activations)
+    config = EngineConfig(
+        dtype=dtype,
+        activations=str(Activations.of(activations)),
+        kv_dtype=kv_dtype,
+        max_rows=1,
+        max_step_tokens=max_step_tokens,
+        tensor_parallel=tensor_parallel,
+    )
     for_chips = chips.wanted(chip, "to compile for")
     with console.progress("compiling kernels") as move:
-        compiled = warm.compile_ahead(model, for_chips, activations=chosen, fuse=fuse, revision=revision, progress=move)
+        compiled = ahead.compile_ahead(model, for_chips, config, fuse=fuse, revision=revision, progress=move)
     if json:
         console.print_json(compiled.to_dict())
         return

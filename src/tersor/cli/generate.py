@@ -81,7 +81,8 @@ def command(
         cuda_graph=GRAPHS[cuda_graph],
         trust_remote_code=trust_remote_code,
     )
-    continuing = one_prompt.ready(found.directory, tokenizer, asked)
+    with console.telling():
+        continuing = one_prompt.ready(found.directory, tokenizer, asked)
     stream = continuing.stream() if samples == 1 else None
     if continuing.why:
         print(f"tersor: {continuing.why}", file=sys.stderr, flush=True)

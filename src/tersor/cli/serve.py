@@ -83,6 +83,7 @@ def command(
     )
     console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))
     load.quiet()
-    serving.serve_model(
-        model, server, engine, revision=revision, say=lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    with console.telling():
+        serving.serve_model(
+            model, server, engine, revision=revision, say=lambda line: print(line, file=sys.stderr, flush=True)
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tersor.checkpoint.source import Source
+from tersor.engine import ahead
 from tersor.engine.config import EngineConfig
 from tersor.engine.graphs import captures
 from tersor.engine.memory import make_pages
@@ -14,8 +15,10 @@ from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import FLOAT_DTYPES, float_dtype
+from tersor.kernels.jit import KernelSource
 from tersor.models import load
 from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.dispatch import kernel_chip
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Built:
 def build(
     source: Source, config: EngineConfig, device: torch.device, ranks: Ranks = ALONE, line: Line | None = None
 ) -> Built:
-    """Load a model, or a rank's part of it, and make its pages; all ranks do so at once.
+    """Load a model, or a rank's part of it, compile its kernels meanwhile, and make its pages; all ranks do so at once.
 
     Args:
         source: the checkpoint.
@@ -49,10 +52,18 @@ def build(
         UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and not possible.
         CheckpointError: no whole checkpoint.
         ShapeError: the model cannot be cut for so many ranks.
+        KernelError: a kernel does not compile.
         TersorError: it does not fit in the device's memory.
     """
     dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
-    decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
+    chip = kernel_chip(device)
+
+    def kernels() -> list[KernelSource]:
+        assert chip is not None
+        return ahead.kernels(source, config, chip, ranks.rank)
+
+    with ahead.compiling(kernels, chip):
+        decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
     context = min(config.max_length or decoder.config.context, decoder.config.context)
     sampler = None
     if ranks.first:

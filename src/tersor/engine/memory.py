@@ -12,38 +12,48 @@ CPU_BYTES = 1 << 30
 """Of all pages on a CPU, unless told."""
 SCRATCH = 2
 """Pages while a step is measured."""
+_MEASURED = 2
+"""Graphs behind the largest whose memory says what each further one takes: all use that of the largest again."""
+_UNIT = 2 << 20
+"""Bytes of a piece of the GPU's memory: less is not taken, nor seen."""
 
 
 def make_pages(runner: Runner, config: EngineConfig) -> int:
     """Give a runner its pages and, where steps are to be CUDA graphs, capture them; return how many pages.
 
-    Steps are captured twice: with a few pages, so that what graphs take is known before pages get the rest, and with
-    all of them. Every rank of a model gets as many pages as the one with the least room for them.
+    A few graphs are captured with a few pages, so that what all take is known before pages get the rest; then all are,
+    with all pages. Should they take more than that, pages are fewer, and graphs captured anew. Every rank of a model
+    gets as many pages as the one with the least room for them.
 
     Raises:
         TersorError: what is left holds no text.
     """
-    each = runner.page_bytes()
-    graphs = runner.device.type == "cuda" and config.cuda_graph is not False
-    if runner.device.type != "cuda":
+    device, each = runner.device, runner.page_bytes()
+    graphs, step = device.type == "cuda" and config.cuda_graph is not False, 0
+    if device.type != "cuda":
         pages = (config.kv_bytes or CPU_BYTES) // each
     else:
-        free = _free_bytes(runner, config, graphs)
+        free, step = _room(runner, config, graphs)
         pages = (free if config.kv_bytes is None else min(config.kv_bytes, free)) // each
-    pages = runner.ranks.least(pages, runner.device)
-    if pages < SCRATCH:
-        raise TersorError(
-            f"{max(pages, 0)} pages of {each / 1e6:.1f} MB fit beside the weights: use fewer rows (max_rows), fewer "
-            "tokens a step (max_step_tokens), or more of the memory (memory)"
-        )
-    runner.allocate(pages)
-    if graphs:
+    pages = runner.ranks.least(pages, device)
+    while True:
+        if pages < SCRATCH:
+            raise TersorError(
+                f"{max(pages, 0)} pages of {each / 1e6:.1f} MB fit beside the weights: use fewer rows (max_rows), "
+                "fewer tokens a step (max_step_tokens), or more of the memory (memory)"
+            )
+        runner.allocate(pages)
+        if not graphs:
+            return pages
         runner.capture()
-    return pages
+        left = runner.ranks.least(_left(device, config) - step, device)
+        if left >= 0:
+            return pages
+        pages -= -(left // each)
 
 
-def _free_bytes(runner: Runner, config: EngineConfig, graphs: bool) -> int:
-    """Return the bytes of a GPU that a step of the most tokens and graphs leave for pages."""
+def _room(runner: Runner, config: EngineConfig, graphs: bool) -> tuple[int, int]:
+    """Return the bytes of a GPU that a step of the most tokens and graphs leave for pages, and those of the step."""
     device = runner.device
     torch.cuda.empty_cache()
     runner.allocate(SCRATCH)
@@ -52,9 +62,22 @@ def _free_bytes(runner: Runner, config: EngineConfig, graphs: bool) -> int:
     runner.rehearse(config.max_step_tokens)
     torch.cuda.synchronize(device)
     step = torch.cuda.max_memory_allocated(device) - before
-    if graphs:
-        runner.capture()
+    room, sizes = 0, runner.sizes() if graphs else []
+    if sizes:
+        runner.capture(sizes[:1])
+        largest, few = _left(device, config), sizes[1 : 1 + _MEASURED]
+        if few:
+            runner.capture(few)
+            taken = max(largest - _left(device, config), _UNIT * len(few))
+            room = -taken * (len(sizes) - 1 - len(few)) // len(few)
+    room += _left(device, config) - step
+    room -= _UNIT * sum(1 if one.scales is None else 2 for one in runner.caches)  # each tensor of pages is whole pieces
+    runner.allocate(SCRATCH)
+    return room, step
+
+
+def _left(device: torch.device, config: EngineConfig) -> int:
+    """Return the bytes that an engine may still take of a GPU."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    runner.allocate(SCRATCH)
-    return int(config.memory * total) - (total - free) - step
+    return int(config.memory * total) - (total - free)

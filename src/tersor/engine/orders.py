@@ -21,6 +21,7 @@ class Order(NamedTuple):
     Attributes:
         graph: rows of the captured step that serves it; 0 where none does.
         tokens, rows, pages: of its `Layout`; no tokens mean that there is no step any more.
+        shares: whether rows read pages together, as in `Layout`: 0 or 1.
         draws: rows that draw.
         more: places of tokens whose logits are wanted beside, behind the step in its buffer.
         most_queries, most_length: tokens that a row has at most, and that a text can have.
@@ -30,6 +31,7 @@ class Order(NamedTuple):
     tokens: int
     rows: int
     pages: int
+    shares: int
     draws: int
     more: int
     most_queries: int
@@ -38,7 +40,7 @@ class Order(NamedTuple):
     @property
     def layout(self) -> Layout:
         """Where in the buffer the arrays of the step are."""
-        return Layout(self.tokens, self.rows, self.pages)
+        return Layout(self.tokens, self.rows, self.pages, bool(self.shares))
 
     @property
     def size(self) -> int:

@@ -8,27 +8,31 @@ it drew from where the device keeps them, a slot a request.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from tersor import ops
+from tersor.engine.captured import Captured, capture
 from tersor.engine.orders import END, Line, Order
 from tersor.engine.request import Step, prompt_targets
 from tersor.engine.sampler import Sampler
+from tersor.engine.shared_pages import SharedPages, shared_pages
 from tersor.engine.step_buffer import Layout, fill, rows_on
 from tersor.errors import TersorError
+from tersor.kernels.tune.shared_pages import LEAST_ROWS
 from tersor.models import Decoder
 from tersor.ops.attention_form import PAGE, PagedCache
 from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.serve_attention import sharing_costs
 
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
-WARM_UP = 2
-"""Forwards before a capture: they compile kernels and let libraries allocate what a capture must not."""
 
 
 def padded_rows(most: int) -> list[int]:
@@ -70,22 +74,14 @@ class Launched:
         return found
 
 
-@dataclass(slots=True)
-class _Graph:
-    """A captured step of decoding rows."""
-
-    graph: torch.cuda.CUDAGraph
-    buffer: torch.Tensor
-    layout: Layout
-    drawn: torch.Tensor
-
-
 class Runner:
     """Runs the steps of a scheduler on one device.
 
     Attributes:
         caches: keys and values of every layer, once `allocate` has made them.
         graphs: padded number of rows -> captured step.
+        sharing: the same of steps in which rows read pages together.
+        costs: of a layer, by which that is chosen; `None` where it never is.
         capture_seconds: what capturing all of them took.
         eager_reason: why there are none, or an empty string.
         workspace: memory of split products.
@@ -119,13 +115,18 @@ class Runner:
         self.kv_dtype = kv_dtype or decoder.dtype
         self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
-        self.graphs: dict[int, _Graph] = {}
+        self.graphs: dict[int, Captured] = {}
+        self.sharing: dict[int, Captured] = {}
         self.capture_seconds, self.eager_reason = 0.0, ""
         self._pages = -(-max_length // PAGE)
+        forms = [layer.attention.form for layer in decoder.layers]
+        self.costs = sharing_costs(forms, self._pages * PAGE, decoder.dtype, self.kv_dtype, decoder.device)
         self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
         self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
         self._staging: list[torch.Tensor] = []
         self._turn = 0
+        self._side: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def page_bytes(self) -> int:
         """Return bytes of a page, of all layers together."""
@@ -134,22 +135,32 @@ class Runner:
 
     def allocate(self, pages: int) -> None:
         """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
-        self.graphs, self.caches = {}, []
+        self.release()
         self.caches = self.decoder.caches(pages, self.kv_dtype)
 
     def release(self) -> None:
         """Let go of graphs and pages: no step can be launched any more. NCCL waits for graphs that hold its calls."""
-        self.graphs, self.caches = {}, []
+        self.graphs, self.sharing, self.caches, self._pool = {}, {}, [], None
+
+    def sizes(self) -> list[int]:
+        """Return the numbers of rows that have a graph, the largest first."""
+        return padded_rows(self.max_rows)[::-1]
 
     @torch.inference_mode()
     def rehearse(self, tokens: int) -> None:
-        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it."""
+        """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it.
+
+        A step of the most rows, which could read pages together, follows.
+        """
         count = min(-(-tokens // self.max_length), self.max_rows)
-        layout = Layout(tokens, count, self._pages)
-        views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
-        views["slots"].fill_(self.max_rows)
-        logits, lengths = self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE)
-        self._draw(logits, views, lengths, False)
+        layouts = [Layout(tokens, count, self._pages)]
+        if self.costs is not None and not ops.batch_invariant():
+            layouts.append(Layout(1, self.max_rows, self._pages, shares=True))
+        for layout in layouts:
+            views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
+            views["slots"].fill_(self.max_rows)
+            logits, lengths = self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE)
+            self._draw(logits, views, lengths, False)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, torch.Tensor] | None = None) -> Launched:
@@ -170,31 +181,34 @@ class Runner:
                 self._lines[request.slot, : len(request.pages)] = request.pages
         assert self.sampler is not None, "the first rank alone launches steps"
         self.sampler.prepare(step, masks)
-        captured, most_queries = self._graph_for(step), 1
+        size, most_queries = self._graph_size(step), 1
+        shared = self._shared(step, size or len(step.rows))
+        captured = None if size is None else (self.graphs if shared is None else self.sharing)[size]
         places, targets, asks = ([], [], []) if captured else _prompt_places(step)
         if captured is not None:
             layout = captured.layout
         else:
             longest = max(row.start + row.count for row in step.rows)
             most_queries = max(row.count for row in step.rows)
-            layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE))
+            layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE), shared is not None)
         order = Order(
             graph=layout.rows if captured else 0,
             tokens=layout.tokens,
             rows=layout.rows,
             pages=layout.pages,
+            shares=int(layout.shares),
             draws=len(step.drawing),
             more=len(places),
             most_queries=most_queries,
             most_length=layout.pages * PAGE,
         )
         staged = self._stage(order.size)
-        fill(staged.numpy()[: layout.size], layout, step, self._lines, self.max_rows)
+        fill(staged.numpy()[: layout.size], layout, step, self._lines, self.max_rows, shared)
         staged.numpy()[layout.size :] = places
         if self._line is not None:
             self._line.tell(order, staged)
         if captured is not None:
-            return self._publish(step, self._replay(captured, staged)[: order.draws])
+            return self._publish(step, captured.replay(staged)[: order.draws])
         return self._publish(step, *self._eager(step, order, staged, targets, asks))
 
     @torch.inference_mode()
@@ -209,25 +223,27 @@ class Runner:
             staged = self._stage(order.size)
             self._line.read(staged)
             if order.graph:
-                self._replay(self.graphs[order.graph], staged)
+                (self.sharing if order.shares else self.graphs)[order.graph].replay(staged)
                 continue
             logits, views, lengths = self._wanted(order, staged)
             if order.draws:
                 self._draw(logits[: order.draws], views, lengths[: order.draws], False)
 
-    def _replay(self, captured: _Graph, staged: torch.Tensor) -> torch.Tensor:
-        """Run a captured step; return the tokens drawn."""
-        captured.buffer.copy_(staged, non_blocking=True)
-        captured.graph.replay()
-        return captured.drawn
-
-    def _graph_for(self, step: Step) -> _Graph | None:
-        """Return the captured step that serves one, if it only decodes, nobody asks for more, and there is one."""
+    def _graph_size(self, step: Step) -> int | None:
+        """Return the rows of the captured step that serves one, if it only decodes and there is one."""
         if not self.graphs or step.decodes != len(step.rows):
             return None
         if any(row.request.params.logprobs is not None for row in step.drawing):
             return None
-        return self.graphs[next(size for size in self.graphs if size >= len(step.rows))]
+        return next(size for size in self.graphs if size >= len(step.rows))
+
+    def _shared(self, step: Step, rows: int) -> SharedPages | None:
+        """Return what decoding rows read together in a step padded to `rows` rows, where that is predicted to pay."""
+        if self.costs is None or step.decodes < LEAST_ROWS or ops.batch_invariant():
+            return None
+        decoding = step.rows[: step.decodes]
+        full = np.fromiter((row.start // PAGE for row in decoding), np.int32, len(decoding))
+        return shared_pages(self._lines[[row.request.slot for row in decoding]], full, rows, self.costs)
 
     def _eager(
         self, step: Step, order: Order, staged: torch.Tensor, targets: list[int], asks: list[int]
@@ -330,40 +346,29 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
-        """Capture a step for every padded number of rows, the largest first, in one memory pool.
+        """Capture a step for numbers of rows, the largest first, in the memory pool of those captured before.
+
+        A forward goes ahead of each: libraries load and allocate what a capture must not. All of them take one stream,
+        since a stream keeps memory for split sums. Where rows may read pages together, there is one more for that.
 
         Args:
-            sizes: numbers of rows; unless given, `padded_rows` up to the most.
+            sizes: numbers of rows; unless given, `sizes`.
 
         Raises:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
-        started, pool = time.perf_counter(), torch.cuda.graph_pool_handle()
+        started = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._side = self._side or torch.cuda.Stream(self.device)
         # The thread in which NCCL watches its calls may ask for their events meanwhile.
         mode = "global" if self.ranks.count == 1 else "thread_local"
-        for size in sorted(sizes or padded_rows(self.max_rows), reverse=True):
-            layout = Layout(size, size, self._pages)
-            buffer = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
-            views = layout.split(buffer)
-            views["starts"].copy_(torch.arange(size + 1))
-            views["places"].copy_(torch.arange(size))
-            views["slots"].fill_(self.max_rows)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                side = torch.cuda.Stream(self.device)
-                side.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UP):
-                        self._decode(views, size)
-                torch.cuda.current_stream(self.device).wait_stream(side)
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
-                    drawn = self._decode(views, size)
-            except torch.OutOfMemoryError:
-                raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
-            except RuntimeError as error:
-                line = str(error).splitlines()[0]
-                raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
-            self.graphs[size] = _Graph(graph, buffer, layout, drawn)
+        make = functools.partial(
+            capture, decode=self._decode, spare=self.max_rows, side=self._side, pool=self._pool, mode=mode
+        )
+        for size in sorted(sizes or self.sizes(), reverse=True):
+            self.graphs[size] = make(Layout(size, size, self._pages))
+            if self.costs is not None and size >= LEAST_ROWS and not ops.batch_invariant():
+                self.sharing[size] = make(Layout(size, size, self._pages, shares=True))
         self.graphs = dict(sorted(self.graphs.items()))
         self.capture_seconds += time.perf_counter() - started
 

@@ -1,7 +1,8 @@
 """One step as one buffer of 32-bit numbers: what the host sends to the device before a forward, in one copy.
 
-A step of up to R rows and T tokens, of texts of up to M pages, is six arrays side by side (`Layout`). A token that the
-device has drawn and the host has not read yet is named by the place where the device keeps it: -1 - slot.
+A step of up to R rows and T tokens, of texts of up to M pages, is six arrays side by side, and a seventh where rows
+read pages together (`Layout`). A token that the device has drawn and the host has not read yet is named by the place
+where the device keeps it: -1 - slot.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tersor.engine.shared_pages import SharedPages, shared_size, write_nothing
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +31,13 @@ class Layout:
         tokens: T, room for tokens.
         rows: R, room for rows.
         pages: M, room for the pages of a text.
+        shares: whether there is room for what rows read together.
     """
 
     tokens: int
     rows: int
     pages: int
+    shares: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -44,6 +49,7 @@ class Layout:
             "places": self.rows,
             "slots": self.rows,
             "pages": self.rows * self.pages,
+            "shared": shared_size(self.rows) if self.shares else 0,
         }
 
     @property
@@ -61,7 +67,14 @@ class Layout:
         return views
 
 
-def fill(buffer: NDArray[np.int32], layout: Layout, step: Step, lines: NDArray[np.int32], spare: int) -> None:
+def fill(
+    buffer: NDArray[np.int32],
+    layout: Layout,
+    step: Step,
+    lines: NDArray[np.int32],
+    spare: int,
+    shared: SharedPages | None = None,
+) -> None:
     """Write a step into a buffer; what it has no row for is padding.
 
     `places` and `slots` are of the rows that draw: where in the step their last token is, and which slot gets the token
@@ -73,6 +86,7 @@ def fill(buffer: NDArray[np.int32], layout: Layout, step: Step, lines: NDArray[n
         step: what is computed.
         lines: int32 [slots, M or more]: the pages of the text in every slot.
         spare: a slot that no request has.
+        shared: what rows read together, where the layout has room for it.
     """
     views, rows, total, draws = layout.split(buffer), step.rows, step.tokens, len(step.drawing)
     count = len(rows)
@@ -90,6 +104,10 @@ def fill(buffer: NDArray[np.int32], layout: Layout, step: Step, lines: NDArray[n
     views["places"][draws:] = 0
     views["slots"][:draws] = [row.request.slot for row in step.drawing]
     views["slots"][draws:] = spare
+    if shared is not None:
+        shared.write(views["shared"], layout.rows)
+    elif layout.shares:
+        write_nothing(views["shared"], layout.rows)
     tokens: list[int] = []
     for row in rows:
         tokens += tokens_of(row)
@@ -114,4 +132,5 @@ def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int)
     """
     from tersor.ops.attention_form import Rows
 
-    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length, settled=True)
+    shared = views["shared"] if len(views["shared"]) else None
+    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length, True, shared)

@@ -1,4 +1,5 @@
 """Attention over pages: attention/decode.cuh for rows of few new tokens; append.cuh, then prefill.cuh, for the others.
+Ahead of decode.cuh, what some of its rows read together (`kernels.shared_attention`).
 
 As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -21,11 +22,13 @@ FEW_QUERIES = 8
 MOST_DIM = 256
 INVARIANT_PAGES = 8
 """Pages of a split where a row's bits do not depend on the batch."""
+SHARED_QUERIES = 64
+"""Queries of one head of keys that read pages together at most: rows that share pages, times heads that share keys."""
 
 _WARPS = 4
 _TILE = 16
 """Tokens that a warp of decode.cuh multiplies at a time."""
-_QUERIES = 8
+QUERIES = 8
 """Columns of its products."""
 _MOST_STAGES = 4
 _MOST_SPLITS = 64
@@ -77,9 +80,9 @@ class Kind:
 
     def query_tiles(self, queries: int) -> int:
         """Return how many times 8 queries a CTA of decode.cuh takes, of so many that share keys."""
-        if queries <= _QUERIES:
+        if queries <= QUERIES:
             return 1
-        return 2 if queries <= 2 * _QUERIES or self.head_dim > 128 else 4
+        return 2 if queries <= 2 * QUERIES or self.head_dim > 128 else 4
 
     @property
     def row_tiles(self) -> int:
@@ -87,7 +90,12 @@ class Kind:
         return 2 if self.head_dim <= 128 else 1
 
 
-def _stages(chip: Chip, of_stage: int, rest: int, least: int, most: int) -> int:
+def most_parts(rows: int) -> int:
+    """Return in how many parts the pages that a row shares with others are read at most, in a step of so many rows."""
+    return max(4, min(1024 // rows, 32))
+
+
+def stages(chip: Chip, of_stage: int, rest: int, least: int, most: int) -> int:
     """Return the stages of a ring so that two CTAs fit an SM or, where those would have fewer than `least`, one."""
     both = (chip.shared_bytes - 2 * _RESERVED - 2 * rest) // (2 * of_stage)
     alone = (chip.shared_bytes - rest) // of_stage
@@ -95,22 +103,30 @@ def _stages(chip: Chip, of_stage: int, rest: int, least: int, most: int) -> int:
 
 
 @functools.cache
-def decode_source(kind: Kind, query_tiles: int, chip: Chip) -> KernelSource:
-    """Return the kernel for rows of few new tokens; its ring is as deep as the chip's shared memory allows."""
-    queries = _QUERIES * query_tiles
+def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False) -> KernelSource:
+    """Return the kernel for rows of few new tokens; its ring is as deep as the chip's shared memory allows.
+
+    Args:
+        kind: what all its kernels are compiled for.
+        query_tiles: of `Problem.query_tiles`.
+        chip: where it runs.
+        shares: whether some rows read pages together.
+    """
+    queries = QUERIES * query_tiles
     rest = queries * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
-    stages = _stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
+    depth = stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
     sums = 4 * _WARPS * queries * (kind.head_dim + 6)
     return KernelSource(
-        name=f"tersor_attention_decode_{query_tiles}_{kind.name}",
+        name=f"tersor_attention_decode_{query_tiles}_{'shares_' if shares else ''}{kind.name}",
         header="attention/decode.cuh",
         parameters={
             **kind.parameters,
             "QUERY_TILES": query_tiles,
-            "STAGES": stages,
-            "SHARED_BYTES": max(stages * _WARPS * kind.tokens_of_16, sums) + rest,
+            "STAGES": depth,
+            "SHARES": shares,
+            "SHARED_BYTES": max(depth * _WARPS * kind.tokens_of_16, sums) + rest,
         },
-        arguments="PPPPPPPPPPPPPqiiiiiiiiiiffff",
+        arguments="PPPPPPPPPPPPPPqiiiiiiiiiiiffff",
     )
 
 
@@ -130,15 +146,16 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
     """Return the kernel for rows of many new tokens that are in pages already."""
     rest = 64 * kind.row_tiles * kind.query_stride
     of_stage = 2 * PAGE * (kind.row_stride + (4 if kind.e4m3 else 0))
-    stages = _stages(chip, of_stage, rest, 1, 2)
+    depth = stages(chip, of_stage, rest, 1, 2)
     return KernelSource(
         name=f"tersor_attention_prefill_{kind.name}",
         header="attention/prefill.cuh",
         parameters={
             **kind.parameters,
             "ROW_TILES": kind.row_tiles,
-            "STAGES": stages,
-            "SHARED_BYTES": stages * of_stage + rest,
+            "PAGE_PARTS": 2 if kind.row_tiles == 2 and kind.head_dim > 96 else 1,
+            "STAGES": depth,
+            "SHARED_BYTES": depth * of_stage + rest,
         },
         arguments="PPPPPPPiiiiiff",
     )
@@ -155,6 +172,7 @@ class Problem:
         most_queries, most_pages: bounds of the rows.
         table_stride: pages of a row in the table.
         invariant: whether a row's bits must not depend on the others.
+        shares: whether some rows read pages together.
     """
 
     rows: int
@@ -171,6 +189,7 @@ class Problem:
     most_pages: int
     table_stride: int
     invariant: bool
+    shares: bool = False
 
     @property
     def scores(self) -> tuple[int, float, float]:
@@ -198,24 +217,28 @@ class Grid:
         splits: most parts of a row's text.
         items: parts of the queries that share keys.
         part_queries: queries of a split in what splits exchange.
-        floats, counters: float32 sums and counters that splits exchange; zero with one split.
+        slots: parts of a row in what splits exchange: its splits, and as many as may be read together with others.
+        floats, counters: float32 sums and counters that splits exchange; zero with one part.
     """
 
     splits: int
     items: int
     part_queries: int
+    slots: int
     floats: int
     counters: int
 
     @staticmethod
     def of(kind: Kind, problem: Problem, splits: int) -> Grid:
         """Return how a problem runs in at most so many splits."""
-        queries = _QUERIES * problem.query_tiles(kind)
+        queries = QUERIES * problem.query_tiles(kind)
         items = -(-problem.shared_queries // queries)
-        if splits == 1:
-            return Grid(1, items, 0, 0, 0)
-        groups, part_queries = problem.rows * problem.kv_heads * items, min(queries, problem.shared_queries + 1) & ~1
-        return Grid(splits, items, part_queries, groups * splits * part_queries * (kind.head_dim + 2), groups)
+        slots = splits + (most_parts(problem.rows) if problem.shares else 0)
+        if slots == 1:
+            return Grid(1, items, 0, 1, 0, 0)
+        of_row = problem.heads // problem.kv_heads if problem.shares else problem.shared_queries
+        groups, part_queries = problem.rows * problem.kv_heads * items, min(queries, of_row + 1) & ~1
+        return Grid(splits, items, part_queries, slots, groups * slots * part_queries * (kind.head_dim + 2), groups)
 
 
 def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
@@ -226,6 +249,8 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
         pages = min(pages, -(-(problem.window + FEW_QUERIES) // PAGE) + 1)
     if problem.invariant:
         splits = -(-pages // INVARIANT_PAGES)
+    elif problem.shares and problem.most_queries > 1:  # parts have room for rows of one new token
+        splits = 1
     else:
         splits = max(1, min(_CTAS_OF_SM * sms // groups, _MOST_SPLITS, pages))
     return Grid.of(kind, problem, splits)
@@ -246,7 +271,7 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
         grid: of `grid_of`.
     """
     size, block = (grid.splits, problem.kv_heads * grid.items, problem.rows), (32 * _WARPS, 1, 1)
-    shared, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
+    shared_bytes, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
     window, scale, soft = problem.scores
     pages = INVARIANT_PAGES if problem.invariant else 0
 
@@ -267,6 +292,7 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
         out: int,
         partial: int,
         arrived: int,
+        shared: int,
         settled: bool,
         early: bool,
     ) -> None:
@@ -281,17 +307,18 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
             sinks, wide_sinks: address, and whether they are float32.
             out: address of [tokens, heads * head_dim].
             partial, arrived: addresses of `Grid.floats` and `Grid.counters`, these zero, which they are again after.
+            shared: address of `Rows.shared`, whose parts are in `partial` already.
             settled: as in `Rows`.
             early: whether the kernel may start before the one ahead has ended.
         """
         # fmt: off
         arguments = (
-            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, sinks, out, partial, arrived, stride,
-            problem.table_stride, problem.tokens, problem.heads, problem.kv_heads, problem.rotary_dim, window,
-            wide_sinks, settled, grid.part_queries, pages, scale, soft, problem.eps, problem.offset,
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, sinks, out, partial, arrived, shared,
+            stride, problem.table_stride, problem.tokens, problem.heads, problem.kv_heads, problem.rotary_dim, window,
+            wide_sinks, settled, grid.part_queries, pages, grid.slots, scale, soft, problem.eps, problem.offset,
         )
         # fmt: on
-        run(size, block, shared, stream, arguments, early)
+        run(size, block, shared_bytes, stream, arguments, early)
 
     return launch
 

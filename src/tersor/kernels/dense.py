@@ -6,6 +6,7 @@ nothing of tensors; `ops` checks that a call is legal.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -26,6 +27,24 @@ from tersor.layouts.packing import Packing, target_of, unsupported_reason
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
 _QUANTIZE_THREADS = 256
+
+SQUARED_CHANNELS = 64
+"""Channels of a token whose squares one product adds up for the norm behind it."""
+
+
+class Norm(enum.IntEnum):
+    """What is folded into a product of the RMS norms around it; the value is NORM of cuda/dense/sm90_norm.cuh."""
+
+    NONE = 0
+    IN = 1
+    """Activations still lack the division of the norm ahead."""
+    OUT = 2
+    """The result is scaled and squared for the norm behind."""
+
+
+def squares_stride(channels: int) -> int:
+    """Return the floats from one token's sums of squares to the next: whole 16 bytes."""
+    return -(-channels // (4 * SQUARED_CHANNELS)) * 4
 
 
 @functools.cache
@@ -48,6 +67,7 @@ def sm90_source(
     shared_bytes: int,
     gate: int = 0,
     few_tokens: int = FEW_TOKENS,
+    norm: Norm = Norm.NONE,
 ) -> KernelSource:
     """Return the wgmma kernel for one packing, dtype of the result and tile; few tokens take mma.sync.
 
@@ -59,6 +79,7 @@ def sm90_source(
         shared_bytes: how much of it there is; the kernel checks that it adds up.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
+        norm: what is folded into it of the norms around it.
 
     Raises:
         ValueError: the packing is for other activations than the tile.
@@ -70,10 +91,11 @@ def sm90_source(
         name=(
             f"tersor_linear_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gate)}"
+            f"{'' if norm is Norm.NONE else f'_norm_{norm.name.lower()}'}"
         ),
         header="dense/sm90_linear.cuh",
-        parameters=sm90_macros(packing, result, tile, slots, shared_bytes, gate, few_tokens),
-        arguments="TPPPPPPPPiiiiiif",
+        parameters=sm90_macros(packing, result, tile, slots, shared_bytes, gate, few_tokens, int(norm)),
+        arguments="TPPPPPPPPiiiiiifPPPff",
     )
 
 
@@ -81,7 +103,9 @@ def _suffix(gate: int) -> str:
     return "" if not gate else "_gated" if gate == 1 else f"_gated{gate}"
 
 
-def fused_source(packing: Packing, result: str, config: tune.LinearConfig, gate: int = 0) -> KernelSource:
+def fused_source(
+    packing: Packing, result: str, config: tune.LinearConfig, gate: int = 0, norm: Norm = Norm.NONE
+) -> KernelSource:
     """Return the kernel that a configuration asks for.
 
     Args:
@@ -89,10 +113,11 @@ def fused_source(packing: Packing, result: str, config: tune.LinearConfig, gate:
         result: dtype of the result, `float16` or `bfloat16`.
         config: how the kernel runs.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+        norm: what is folded into it of the norms around it; the sm90 schedule alone has kernels for that.
     """
     if config.schedule == tune.SM90:
-        slots = sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
-        return sm90_source(packing, result, sm90.tile_of(config), slots, config.shared_bytes, gate, config.few_tokens)
+        tile, slots = sm90.tile_of(config), sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
+        return sm90_source(packing, result, tile, slots, config.shared_bytes, gate, config.few_tokens, norm)
     return sm80_source(packing, config.n_tile, config.weight_slots, config.shared_bytes, gate)
 
 
@@ -179,6 +204,11 @@ def prepare_fused(
         partial: int,
         arrived: int,
         early: bool,
+        norm_weight: int = 0,
+        scaled: int = 0,
+        squares: int = 0,
+        norm_scale: float = 0.0,
+        norm_eps: float = 0.0,
     ) -> None:
         """Launch; what is not there has the address 0.
 
@@ -191,6 +221,7 @@ def prepare_fused(
             partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
             early: whether the sm90 schedule may fetch weights before the kernel ahead has ended: not where that one
                 wrote them.
+            norm_weight, scaled, squares, norm_scale, norm_eps: `Norms` in cuda/dense/sm90_norm.cuh.
         """
         # fmt: off
         if maps_rows is None:
@@ -204,6 +235,7 @@ def prepare_fused(
                 maps_rows(x, n, ic, x_stride, element, box),
                 weight, scale, bias, x_scale, residual, y, partial, arrived,
                 oc, ic, n, whole_tiles, splits, box, factor,
+                norm_weight, scaled, squares, norm_scale, norm_eps,
             )
             run(grid, block, shared, stream, mapped, early, cluster)
         # fmt: on

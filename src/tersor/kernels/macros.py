@@ -21,13 +21,21 @@ def sm80_macros(
 
 
 def sm90_macros(
-    packing: Packing, result: str, tile: sm90.Tile, slots: sm90.Slots, shared_bytes: int, gate: int, few_tokens: int
+    packing: Packing,
+    result: str,
+    tile: sm90.Tile,
+    slots: sm90.Slots,
+    shared_bytes: int,
+    gate: int,
+    few_tokens: int,
+    norm: int = 0,
 ) -> dict[str, int | bool | str]:
     """Return the parameters of dense/sm90_linear.cuh, which other kernels on its rings have, too.
 
     Args:
         packing, result, tile, slots, shared_bytes, few_tokens: as in `kernels.dense.sm90_source`.
         gate: EPILOGUE of cuda/common/gate.cuh.
+        norm: NORM of cuda/dense/sm90_norm.cuh.
     """
     return {
         **packing.macros(),
@@ -46,4 +54,5 @@ def sm90_macros(
         "SHARED_BYTES": shared_bytes,
         "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
         "EPILOGUE": gate,
+        "NORM": norm,
     }

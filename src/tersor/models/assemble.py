@@ -13,7 +13,7 @@ from tersor.models.decoder import Attention, Decoder, DecoderLayer
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.names import Names
-from tersor.models.norm import NormWeights
+from tersor.models.norm import NormWeights, foldable
 from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
@@ -66,6 +66,9 @@ def _layer(
         attention = _attention(stored, config, names, start, form, rotary)
     else:
         attention = _latent(stored, config, names, start, form, config.latent, rotary)
+    if after is None and stored.ranks.count == 1:
+        first = foldable(first, attention.reader)
+        second = foldable(second, ffn.up if isinstance(ffn, FeedForward) else None)
     return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after, ranks=stored.ranks)
 
 

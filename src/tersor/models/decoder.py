@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from tersor import ops
+from tersor.layouts import PackedWeight
 from tersor.models.config import DecoderConfig
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights
-from tersor.models.weights import Embedding, FeedForward, Product, Products, Shared, tensors_of
+from tersor.models.norm import NormWeights, fold
+from tersor.models.weights import Embedding, FeedForward, Hidden, Product, Products, Shared, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 from tersor.ops.collective import ALONE, Ranks
 
@@ -37,12 +38,14 @@ class Attention:
     norms: tuple[torch.Tensor, torch.Tensor] | None = None
     sinks: torch.Tensor | None = None
 
-    def __call__(
-        self, x: torch.Tensor, cache: PagedCache, rows: Rows, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return [T, H] of x [T, H], with `residual` added; keys and values of x are written to their pages."""
-        mixed = ops.attend(self.qkv(x), cache, rows, self.form, self.rotary, self.norms, self.sinks)
-        return self.out(mixed, residual)
+    @property
+    def reader(self) -> Product | Products:
+        """What reads the rows that come in, and nothing else does."""
+        return self.qkv
+
+    def mixed(self, x: Hidden, cache: PagedCache, rows: Rows) -> torch.Tensor:
+        """Return the weighted values of x [T, H], which `out` reads; its keys and values are written to their pages."""
+        return ops.attend(self.qkv(x), cache, rows, self.form, self.rotary, self.norms, self.sinks)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory but the table."""
@@ -68,20 +71,58 @@ class DecoderLayer:
     out_norms: tuple[NormWeights, NormWeights] | None = None
     ranks: Ranks = ALONE
 
-    def __call__(self, x: torch.Tensor, cache: PagedCache, rows: Rows) -> torch.Tensor:
-        """Return [T, H] of x [T, H]."""
-        (before, between), ranks = self.norms, self.ranks
-        if self.out_norms is None:
-            x = ranks.sum(self.attention(before(x), cache, rows, residual=ranks.once(x)))
-            return ranks.sum(self.ffn(between(x), residual=ranks.once(x)))
-        after, last = self.out_norms
-        x = after(ranks.sum(self.attention(before(x), cache, rows)), residual=x)
-        return last(ranks.sum(self.ffn(between(x))), residual=x)
+    def __call__(self, x: Hidden, cache: PagedCache, rows: Rows, following: DecoderLayer | None = None) -> Hidden:
+        """Return [T, H] of x [T, H]; of both all but a division by the norm behind may be done.
+
+        Args:
+            x: what the layer ahead returned.
+            cache, rows: as for `ops.attend`.
+            following: the next layer, or `None`.
+        """
+        (before, between), attention, ffn, ranks = self.norms, self.attention, self.ffn, self.ranks
+        mixed = attention.mixed(_normed(before, x), cache, rows)
+        if self.out_norms is not None:
+            after, last = self.out_norms
+            y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
+            return last(ranks.sum(ffn(between(y))), residual=y)
+        x = self._added(attention.out, mixed, x, between, None if isinstance(ffn, Mixture) else ffn.up)
+        if isinstance(ffn, Mixture):
+            y = _plain(x)
+            return ranks.sum(ffn(between(y), residual=ranks.once(y)))
+        inner = ffn.up(_normed(between, x))
+        if following is None:
+            return self._added(ffn.down, inner, x)
+        return self._added(ffn.down, inner, x, following.norms[0], following.attention.reader)
+
+    def _added(
+        self,
+        product: Product,
+        x: torch.Tensor,
+        residual: Hidden,
+        norm: NormWeights | None = None,
+        reader: object = None,
+    ) -> Hidden:
+        """Return the product of x with the residual added, and what `reader` needs of the norm between the two."""
+        addend, ranks = _plain(residual), self.ranks
+        folded = fold(norm, x, product, reader) if norm is not None else None
+        if folded is None or not isinstance(product.weight, PackedWeight):
+            return ranks.sum(product(x, ranks.once(addend)))
+        return ops.linear_norm_out(x, product.weight, folded, product.bias, residual=addend)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory but the table."""
         for part in (*self.norms, self.attention, self.ffn, *(self.out_norms or ())):
             yield from part.tensors()
+
+
+def _plain(x: Hidden) -> torch.Tensor:
+    """Return rows as they are before a norm."""
+    return x.x if isinstance(x, ops.Deferred) else x
+
+
+def _normed(norm: NormWeights, x: Hidden) -> Hidden:
+    """Return rows as what is behind a norm reads them."""
+    return x if isinstance(x, ops.Deferred) else norm(x)
 
 
 class Decoder:
@@ -122,10 +163,11 @@ class Decoder:
         Returns:
             [S, V] in `dtype`.
         """
-        x = self.embedding(tokens, rows)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, cache, rows)
-        logits = self.head(self.norm(x if places is None else ops.gather_rows(x, places)))
+        x: Hidden = self.embedding(tokens, rows)
+        for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
+            x = layer(x, cache, rows, following)
+        y = _plain(x)
+        logits = self.head(self.norm(y if places is None else ops.gather_rows(y, places)))
         softcap = self.config.softcap
         return logits if softcap is None else ops.softcap(logits, softcap)
 

@@ -14,7 +14,7 @@ import torch
 from tersor import ops
 from tersor.models.config import Latent
 from tersor.models.norm import NormWeights
-from tersor.models.weights import Product, Products, tensors_of
+from tersor.models.weights import Hidden, Product, Products, tensors_of
 from tersor.ops import heads
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 
@@ -44,21 +44,25 @@ class LatentAttention:
     out: Product
     rotary: torch.Tensor | None
 
-    def __call__(
-        self, x: torch.Tensor, cache: PagedCache, rows: Rows, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return [T, H] of x [T, H], with `residual` added; keys and values of x are written to their pages."""
-        latent, of = self.latent, self._heads
+    @property
+    def reader(self) -> Product | Products:
+        """What reads the rows that come in, and nothing else does."""
+        return self.down
+
+    def mixed(self, x: Hidden, cache: PagedCache, rows: Rows) -> torch.Tensor:
+        """Return the weighted values of x [T, H], which `out` reads; its keys and values are written to their pages."""
+        latent, of = self.latent, self.heads
         first = latent.query or of.heads * of.width
         queries, inner, turning = self.down(x).split([first, latent.key_value, latent.turned], dim=-1)
         if self.query_norm is not None and self.query_up is not None:
             queries = self.query_up(self.query_norm(queries))
         both = self.key_value_up(self.key_value_norm(inner))
         qkv = heads.side_by_side(queries, both, turning, of)
-        return self.out(heads.values_of(ops.attend(qkv, cache, rows, self.form, self.rotary), of), residual)
+        return heads.values_of(ops.attend(qkv, cache, rows, self.form, self.rotary), of)
 
     @property
-    def _heads(self) -> heads.LatentHeads:
+    def heads(self) -> heads.LatentHeads:
+        """Sizes of the heads."""
         latent = self.latent
         return heads.LatentHeads(
             heads=self.form.heads,

@@ -54,7 +54,7 @@ def load(
         with open_source(model) as source:
             return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
     where = device if isinstance(device, torch.device) else resolve_device(device)
-    config, names, expected, schemes = _described(model)
+    config, names, expected, schemes = described(model)
     chosen = dtype or usual_dtype(model, where)
     multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
     try:
@@ -72,12 +72,16 @@ def check_cut(model: Source, ranks: int) -> None:
         UnsupportedError, CheckpointError: as for `load`.
         ShapeError: it cannot be cut for so many ranks.
     """
-    config, names, _, schemes = _described(model)
+    config, names, _, schemes = described(model)
     Share.of(config, names, schemes, 0, ranks)
 
 
-def _described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Scheme]]:
-    """Return what a checkpoint is: its config, names, tensors, and the schemes of those that are packed."""
+def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Scheme]]:
+    """Return what a checkpoint is: its config, names, tensors, and the schemes of those that are packed.
+
+    Raises:
+        UnsupportedError, CheckpointError: as for `load`.
+    """
     why = supported(model.config)
     if why:
         raise UnsupportedError(f"{model.label}: {why}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tersor import ops
+from tersor.layouts import PackedWeight
 from tersor.models.config import Norm
-from tersor.models.weights import tensors_of
+from tersor.models.weights import Activated, GatedProduct, Product, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,13 @@ class NormWeights:
         form: of the norm.
         weight: [H].
         bias: [H] of a centered norm, else `None`.
+        folded: the norm as the products around it take it, where it may be a part of those, else `None`.
     """
 
     form: Norm
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    folded: ops.FoldedNorm | None = None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return x [T, H] normed, with `residual` added."""
@@ -35,4 +38,45 @@ class NormWeights:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
-        yield from tensors_of(self.weight, self.bias)
+        yield from tensors_of(self.weight, self.bias, None if self.folded is None else self.folded.weight)
+
+
+def foldable(norm: NormWeights, reader: object) -> NormWeights:
+    """Return a norm as it was or, where what reads its result is one packed product, as a part of that, too."""
+    form = norm.form
+    if form.centered or _packed(reader) is None:
+        return norm
+    return replace(norm, folded=ops.FoldedNorm.of(norm.weight, form.eps, form.offset))
+
+
+def fold(norm: NormWeights, x: torch.Tensor, first: Product, reader: object) -> ops.FoldedNorm | None:
+    """Return a norm as the products around it take it, where kernels have it in both, else `None`.
+
+    Args:
+        norm: stands between the two.
+        x: activations [T, IC] of the first product.
+        first: the product whose result is normed.
+        reader: what reads the norm's result.
+    """
+    around = weights_around(norm, first, reader)
+    return norm.folded if around and ops.folds_norm(x, *around, _gate(reader)) else None
+
+
+def _gate(reader: object) -> int:
+    """Return how what reads a norm's result ends, where it is gate and up in one, or 0."""
+    return int(reader.gate) if isinstance(reader, GatedProduct) else 0
+
+
+def weights_around(norm: NormWeights, first: Product, reader: object) -> tuple[PackedWeight, PackedWeight] | None:
+    """Return the weights of the products that a norm may be a part of, or `None` where it may not; as for `fold`."""
+    second = _packed(reader)
+    if norm.folded is None or second is None or not isinstance(first.weight, PackedWeight):
+        return None
+    return first.weight, second
+
+
+def _packed(reader: object) -> PackedWeight | None:
+    """Return the weight of what reads a norm's result, where that is one packed product."""
+    product = reader.product if isinstance(reader, Activated) else reader
+    weight = product.weight if isinstance(product, Product | GatedProduct) else None
+    return weight if isinstance(weight, PackedWeight) else None

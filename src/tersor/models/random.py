@@ -7,7 +7,7 @@ what they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
 from tersor.models.share import Share
 from tersor.models.stored import Packed, Stored
+from tersor.models.weights import Matrix
 from tersor.ops.collective import ALONE, Ranks
 
 _STD = 0.02
@@ -108,6 +109,9 @@ class _Random(Stored):
         self._plain = {plain_name(module, shape): shape for module, shape in self._shapes.items()}
         self._vectors = {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
         self._embedding = names.base + names.embedding
+
+    def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
+        return [make(index) for index in indices]  # in this order, since it is that of the random numbers
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         shape, std = self._shapes[module][-2:], _EMBEDDING_STD if module == self._embedding else _STD

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 
 from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.source import StoredTensor
 from tersor.layouts.shard import Part, Span
+
+_Made = TypeVar("_Made")
 
 CHUNK = 16 << 20
 """Bytes that a thread reads and copies at once."""
@@ -29,6 +33,7 @@ class Reading:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
+        self._callers = ThreadPoolExecutor(THREADS, thread_name_prefix="read-each")
         self._own = threading.local()
 
     def __enter__(self) -> Reading:
@@ -37,6 +42,7 @@ class Reading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._callers.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
 
     def read(self, tensor: StoredTensor, rows: tuple[int, int] | None = None) -> torch.Tensor:
@@ -103,6 +109,14 @@ class Reading:
         else:
             list(self._pool.map(read, pieces))
         return result
+
+    def each(self, make: Callable[[int], _Made], indices: Sequence[int]) -> list[_Made]:
+        """Return what `make` returns for each index, called by a few threads: for tensors of less than a chunk each.
+
+        Raises:
+            CheckpointError: the disk does not give them.
+        """
+        return list(self._callers.map(make, indices))
 
     def _buffer(self) -> torch.Tensor:
         """Return this thread's memory for a chunk, pinned for a GPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -123,6 +123,10 @@ class Stored:
             packed = packed[0].split([packed[0].shape[0] // 2] * 2)
         bias = interleave(*biases) if biased else None
         return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), bias, gate)
+
+    def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
+        """Return what `make` reads for each index; it is called from several threads at once."""
+        return self._reading.each(make, indices)
 
     def is_packed(self, module: str) -> bool:
         """Whether a module's weight is packed."""

@@ -8,6 +8,7 @@ import torch
 
 from tersor.errors import UnsupportedError
 from tersor.layouts import PackedWeight, StackedWeight
+from tersor.layouts.blocks import UNIT_OC
 from tersor.models.config import DecoderConfig, Experts
 from tersor.models.mixture import Mixture
 from tersor.models.names import Names
@@ -15,6 +16,9 @@ from tersor.models.stored import Stored, joined
 from tersor.models.weights import FeedForward, Matrix, Stack
 from tersor.nn.experts import Rows
 from tersor.ops import Gate
+
+_TOGETHER = 1 << 25
+"""Codes of the experts that go to their layout at once."""
 
 
 def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, experts: Experts) -> Mixture:
@@ -47,10 +51,10 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
         else:
             halves = [stored.matrix(gate_up[index]), stored.matrix(gate_up[experts.count + index])]
         packed = [half for half in halves if isinstance(half, PackedWeight)]
-        return stored.ready(PackedWeight.gate_up(*packed) if together else joined(halves))
+        return PackedWeight.gate_up(*packed) if together else joined(halves)
 
     def of_down(index: int) -> Matrix:
-        return stored.ready(stored.expert(down[0], index) if names.fused else stored.matrix(down[index]))
+        return stored.expert(down[0], index) if names.fused else stored.matrix(down[index])
 
     gate_up_bias = down_bias = None
     if experts.biased:
@@ -61,8 +65,8 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
         form=experts,
         gate=config.gate,
         router=stored.router(start + names.router, experts.router_bias, experts.wide),
-        gate_up=_stacked(experts.count, of_gate_up),
-        down=_stacked(experts.count, of_down),
+        gate_up=_stacked(stored, experts.count, of_gate_up),
+        down=_stacked(stored, experts.count, of_down),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         choice_bias=stored.vector(start + names.choice_bias, torch.float32) if experts.choice_bias else None,
@@ -89,20 +93,30 @@ def _pairs(weight: Matrix) -> Sequence[Matrix]:
     ]
 
 
-def _stacked(count: int, make: Callable[[int], Matrix]) -> Stack:
-    """Return the weights of all experts; what one becomes is put in place before the next is made."""
+def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack:
+    """Return the weights of all experts, in the layout that their products are served from.
+
+    Experts are read side by side, and go to that layout as many at a time as have `_TOGETHER` codes: tiles are whole
+    units of rows, so those of several experts are those of each, and one expert alone is too little work for a GPU.
+    What they become is put in place before the next are made.
+    """
     first = make(0)
-    parts = (first,) if isinstance(first, torch.Tensor) else (first.data, first.scale, first.zero_point)
-    wholes = [None if part is None else part.new_empty(count, *part.shape) for part in parts]
-    for index in range(count):
-        made = make(index) if index else first
-        parts = (made,) if isinstance(made, torch.Tensor) else (made.data, made.scale, made.zero_point)
-        for whole, part in zip(wholes, parts, strict=True):
+    rows, channels = first.shape
+    together = max(1, min(_TOGETHER // (rows * channels), count)) if rows % UNIT_OC == 0 else 1
+    wholes: list[torch.Tensor | None] = []
+    for start in range(0, count, together):
+        last = min(start + together, count)
+        made = joined([*([] if start else [first]), *stored.each(make, range(start or 1, last))])
+        ready = stored.ready(made)
+        parts = (ready,) if isinstance(ready, torch.Tensor) else (ready.data, ready.scale, ready.zero_point)
+        own = [None if part is None else part.unflatten(0, (last - start, -1)) for part in parts]
+        wholes = wholes or [None if part is None else part.new_empty(count, *part.shape[1:]) for part in own]
+        for whole, part in zip(wholes, own, strict=True):
             if whole is not None and part is not None:
-                whole[index] = part
-    if isinstance(first, torch.Tensor):
+                whole[start:last] = part
+    if isinstance(ready, torch.Tensor):
         assert wholes[0] is not None
         return wholes[0]
     data, scale, zero_point = wholes
     assert data is not None and scale is not None
-    return StackedWeight(first.scheme, (count, *first.shape), data, scale, zero_point, first.layout)
+    return StackedWeight(ready.scheme, (count, rows, channels), data, scale, zero_point, ready.layout)

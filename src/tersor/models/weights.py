@@ -17,6 +17,8 @@ from tersor.ops.lookup import places
 
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
+Hidden: TypeAlias = torch.Tensor | ops.Deferred
+"""Rows [T, H] between layers, or those that wait for the division of the norm ahead of a product."""
 Stack: TypeAlias = torch.Tensor | StackedWeight
 """The weights [E, OC, IC] of all experts of a layer."""
 
@@ -33,10 +35,13 @@ class Product:
     weight: Matrix
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x [T, IC] multiplied, and `residual` [T, OC] added: [T, OC]."""
+    def __call__(self, x: Hidden, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x [T, IC] multiplied, and `residual` [T, OC] added, if x waits for no norm: [T, OC]."""
         if isinstance(self.weight, PackedWeight):
+            if isinstance(x, ops.Deferred):
+                return ops.linear_norm_in(x, self.weight, self.bias)
             return ops.linear(x, self.weight, self.bias, residual=residual)
+        assert isinstance(x, torch.Tensor), "norms are folded into packed weights"
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
         if self.bias is None:
@@ -62,7 +67,7 @@ class Shared:
     widths: tuple[int, ...]
     ranks: Ranks
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Hidden) -> torch.Tensor:
         """Return x [T, IC] multiplied: [T, sum of widths]."""
         return self.ranks.side_by_side(self.product(x), self.widths)
 
@@ -77,7 +82,7 @@ class Products:
 
     parts: tuple[Product, ...]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Hidden) -> torch.Tensor:
         """Return what the products make of x [T, IC], one behind the other: [T, sum of OC]."""
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
@@ -101,8 +106,10 @@ class GatedProduct:
     bias: torch.Tensor | None = None
     gate: Gate = Gate.SILU
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Hidden) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
+        if isinstance(x, ops.Deferred):
+            return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -122,7 +129,7 @@ class Activated:
     product: Product | Products
     gate: Gate | None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Hidden) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         y = self.product(x)
         return ops.relu(y) if self.gate is None else ops.gated(y, self.gate)

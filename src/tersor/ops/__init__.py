@@ -6,6 +6,7 @@ from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
+from tersor.ops.fold import Deferred, FoldedNorm, folds_norm, linear_norm_in, linear_norm_out
 from tersor.ops.gates import Gate
 from tersor.ops.gradient import wanted as gradient_wanted
 from tersor.ops.grouped import obstacle as experts_obstacle
@@ -27,6 +28,8 @@ __all__ = [
     "PAGE",
     "Allowed",
     "AttentionForm",
+    "Deferred",
+    "FoldedNorm",
     "Gate",
     "Listed",
     "Logprobs",
@@ -46,6 +49,7 @@ __all__ = [
     "experts",
     "experts_obstacle",
     "explain",
+    "folds_norm",
     "gated",
     "gated_linear",
     "gather_rows",
@@ -54,6 +58,8 @@ __all__ = [
     "kernels_for",
     "layer_norm",
     "linear",
+    "linear_norm_in",
+    "linear_norm_out",
     "logprobs",
     "lookup",
     "pairs_by_expert",

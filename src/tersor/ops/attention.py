@@ -15,9 +15,9 @@ from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 _library = torch.library.Library("tersor", "FRAGMENT")
 _library.define(
     "attend(Tensor qkv, Tensor(a!) pages, Tensor(b!)? scales, Tensor starts, Tensor lengths, Tensor table, "
-    "int most_queries, int most_length, bool settled, Tensor? rotary, Tensor? query_norm, Tensor? key_norm, "
-    "Tensor? sinks, int heads, int kv_heads, int head_dim, float scale, int rotary_dim, int? window, float? softcap, "
-    "float? norm_eps, float norm_offset) -> Tensor"
+    "int most_queries, int most_length, bool settled, Tensor? shared, Tensor? rotary, Tensor? query_norm, "
+    "Tensor? key_norm, Tensor? sinks, int heads, int kv_heads, int head_dim, float scale, int rotary_dim, int? window, "
+    "float? softcap, float? norm_eps, float norm_offset) -> Tensor"
 )
 
 _operator = torch.ops.tersor.attend
@@ -69,6 +69,7 @@ def attend(
         rows.most_queries,
         rows.most_length,
         rows.settled,
+        rows.shared,
         rotary,
         query_norm,
         key_norm,
@@ -100,6 +101,7 @@ def _arguments(
     most_queries: int,
     most_length: int,
     settled: bool,
+    shared: torch.Tensor | None,
     rotary: torch.Tensor | None,
     query_norm: torch.Tensor | None,
     key_norm: torch.Tensor | None,
@@ -126,7 +128,7 @@ def _arguments(
         norm_eps=norm_eps,
         norm_offset=norm_offset,
     )
-    rows = Rows(starts, lengths, table, most_queries, most_length, settled)
+    rows = Rows(starts, lengths, table, most_queries, most_length, settled, shared)
     norms = None if query_norm is None or key_norm is None else (query_norm, key_norm)
     return qkv, PagedCache(pages, scales), rows, form, rotary, norms, sinks
 

@@ -85,6 +85,14 @@ class Rows:
         settled: the host knows that no kernel which may still run when attention starts (those of the same chain of
             programmatic launches) writes the tensors above, or earlier tokens of a page: both are then read ahead of
             its end. So it is where another graph, or a copy, filled them.
+        shared: int32 [1 + 3 R + 5 C], which full pages of their beginnings rows of one new token read together, or
+            `None`. What attention gives does not depend on it, but for rounding. Side by side there are: how many items
+            there are; the rows in an order [R]; for every row the first page that nobody reads for it, and the number
+            of its parts [R, 2], 0 and 0 where it shares nothing; items [C, 5]. An item is some rows, the first of them
+            and their number in that order, some pages, the first and the end, and which part of the rows this is. All
+            its rows have these pages in their tables, and their new tokens are not in them; with the heads that share
+            keys, they are no more than `kernels.attention.SHARED_QUERIES` queries. Of every row the parts 0, 1, ...
+            are all there, up to `kernels.attention.most_parts`, and their pages are those before its own first one.
     """
 
     starts: torch.Tensor
@@ -93,3 +101,4 @@ class Rows:
     most_queries: int
     most_length: int
     settled: bool = False
+    shared: torch.Tensor | None = None

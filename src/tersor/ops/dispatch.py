@@ -128,14 +128,24 @@ def preferred_layout(
         UnsupportedError: weights of this scheme cannot be multiplied with such activations.
     """
     chosen = Activations.of(activations)
-    if chosen is not Activations.NATIVE:
+    if chosen is Activations.NATIVE and environment_reason(dtype, device):
+        return STREAM
+    return kernel_layout(scheme, dtype, chosen)
+
+
+def kernel_layout(scheme: Scheme, dtype: torch.dtype, activations: Activations) -> str:
+    """Return what `preferred_layout` does for a GPU that has kernels, in whatever mode.
+
+    Raises:
+        UnsupportedError: as there.
+    """
+    if activations is not Activations.NATIVE:
         why = packing.unsupported_reason(scheme, LAYOUTS[E4M3_LAYOUT])
         if why:
-            raise UnsupportedError(f"activations {chosen} with weights in {scheme.key()}: {why}")
+            raise UnsupportedError(f"activations {activations} with weights in {scheme.key()}: {why}")
         return E4M3_LAYOUT
-    if unsupported_reason(scheme, dtype, device):
-        return STREAM
-    return f"tiles_{target_of(chosen, dtype)}"
+    target = target_of(activations, dtype)
+    return STREAM if target is None or _decode_reason(scheme, dtype) else f"tiles_{target}"
 
 
 def decide(

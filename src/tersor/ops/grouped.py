@@ -44,12 +44,17 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
         return why
     chip = dispatch.kernel_chip(x.device)
     assert chip is not None  # since the device is supported
-    wanted = (E4M3_LAYOUT, f"tiles_{target_of(Activations.NATIVE, x.dtype)}")
+    return misfit(gate_up, down, x.dtype, chip)
+
+
+def misfit(gate_up: StackedWeight, down: StackedWeight, dtype: torch.dtype, chip: hardware.Chip) -> str:
+    """Return why no kernel of a chip takes all experts of a call with activations of a dtype, or an empty string."""
+    wanted = (E4M3_LAYOUT, f"tiles_{target_of(Activations.NATIVE, dtype)}")
     for name, weight in (("gate and up", gate_up), ("down", down)):
         if weight.layout == E4M3_LAYOUT and tune.schedule(chip) == SM80:
             return "8-bit activations need compute capability 9.0, this is {}.{}".format(*chip.capability)
         if weight.layout not in wanted:
-            return f"{name} lie in {weight.layout}, {x.dtype} activations need {wanted[1]}"
+            return f"{name} lie in {weight.layout}, {dtype} activations need {wanted[1]}"
     hidden, inner = gate_up.shape[2], down.shape[2]
     if hidden % _ALIGNED or inner % _ALIGNED:
         return f"rows of {hidden} and {inner} channels do not start on 16 bytes"

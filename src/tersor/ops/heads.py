@@ -44,6 +44,16 @@ class LatentHeads:
         """Channels of a query or key."""
         return self.fixed + self.turned
 
+    @property
+    def whole(self) -> bool:
+        """Whether the kernel that puts them side by side takes such sizes."""
+        return not (self.fixed % small.CHANNELS or self.value % small.CHANNELS or self.turned % _TURNED)
+
+    @property
+    def trims(self) -> bool:
+        """Whether the kernel that takes values out again takes such sizes."""
+        return not (self.value % small.CHANNELS or self.width % small.CHANNELS)
+
     def apart(self, x: torch.Tensor) -> torch.Tensor:
         """Return channels that turn in the order of `ops.attend`: the partners of the first half in the second."""
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
@@ -74,8 +84,7 @@ def side_by_side(queries: torch.Tensor, both: torch.Tensor, turning: torch.Tenso
             raise ShapeError(
                 f"side_by_side: {name} is {list(one.shape)} {one.dtype}, expected {[tokens, channels]} {queries.dtype}"
             )
-    whole = not (of.fixed % small.CHANNELS or of.value % small.CHANNELS or of.turned % _TURNED)
-    if whole and kernel_serves(queries, both, turning, most=None):
+    if of.whole and kernel_serves(queries, both, turning, most=None):
         return _launched(queries, both, turning, of)
     query_fixed, query_turned = queries.unflatten(-1, (heads, width)).split([of.fixed, of.turned], dim=-1)
     key_fixed, values = both.unflatten(-1, (heads, of.fixed + of.value)).split([of.fixed, of.value], dim=-1)
@@ -96,7 +105,7 @@ def values_of(mixed: torch.Tensor, of: LatentHeads) -> torch.Tensor:
         raise ShapeError(f"values_of: x is {list(mixed.shape)}, expected [T, {of.heads * of.width}]")
     if of.value == of.width:
         return mixed
-    if kernel_serves(mixed, most=None) and not (of.value % small.CHANNELS or of.width % small.CHANNELS):
+    if of.trims and kernel_serves(mixed, most=None):
         return _trimmed(mixed, of)
     return mixed.unflatten(-1, (of.heads, of.width))[..., : of.value].flatten(1)
 

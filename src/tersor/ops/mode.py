@@ -29,6 +29,8 @@ class Mode:
             lets `tune.choose` choose.
         early: whether weights may be fetched before the kernel ahead has ended (programmatic dependent launch), where
             that kernel cannot have written them; otherwise every launch waits for the one before.
+        fold_norms: whether a decoder's norms are part of the products around them where kernels have that
+            (`TERSOR_FOLD_NORMS=0` if not); otherwise each is a kernel of its own.
         workspace: device memory that launches borrow.
         key: what of all this decides who serves a call.
     """
@@ -37,6 +39,7 @@ class Mode:
     batch_invariant: bool = False
     config: LinearConfig | None = None
     early: bool = True
+    fold_norms: bool = True
     workspace: Workspace = SHARED
     key: int = field(init=False, repr=False, compare=False)
 
@@ -57,12 +60,13 @@ def current() -> Mode:
 def _read() -> Mode:
     """Read the environment, which costs as much as a launch, once."""
     global _process
-    _process = Mode(reference=_reference(), batch_invariant=settings.get("TERSOR_BATCH_INVARIANT") == "1")
+    _process = replace(_of_kernels(), batch_invariant=settings.get("TERSOR_BATCH_INVARIANT") == "1")
     return _process
 
 
-def _reference() -> bool:
-    return settings.get("TERSOR_KERNEL") == "reference"
+def _of_kernels() -> Mode:
+    reference, folds = settings.get("TERSOR_KERNEL") == "reference", settings.get("TERSOR_FOLD_NORMS") == "1"
+    return Mode(reference=reference, fold_norms=folds)
 
 
 def forget() -> None:
@@ -92,7 +96,7 @@ def set_batch_invariant(on: bool) -> None:
     CUDA graphs that were captured before keep the mode they were captured in, and so does who runs inside `using`.
     """
     global _process
-    _process = replace(_process or Mode(reference=_reference()), batch_invariant=bool(on))
+    _process = replace(_process or _of_kernels(), batch_invariant=bool(on))
 
 
 def batch_invariant() -> bool:

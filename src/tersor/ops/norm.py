@@ -95,14 +95,17 @@ def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None, most: int | Non
     return (
         x.dtype in TARGETS
         and x.shape[0] > 0
-        and x.shape[1] > 0
-        and x.shape[1] % small.CHANNELS == 0
-        and (most is None or x.shape[1] <= most)
+        and channels_fit(x.shape[1], most)
         and all(one.data_ptr() % 16 == 0 for one in tensors)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
         and dispatch.kernel_chip(x.device) is not None
     )
+
+
+def channels_fit(channels: int, most: int | None = small.MOST_CHANNELS) -> bool:
+    """Tell whether the kernels of `kernels.small` take rows of so many channels, of at most `most`."""
+    return channels > 0 and channels % small.CHANNELS == 0 and (most is None or channels <= most)
 
 
 def launched_early(device: torch.device) -> bool:

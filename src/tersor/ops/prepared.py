@@ -23,12 +23,19 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
+_NORM_STEP = 4
+"""Beyond `Mode.key`."""
 _MOST_LONG = 256
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
 Key: TypeAlias = tuple[int, torch.dtype, int, bool, int, int]
 """Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, how gate and
-up become one or 0, `Mode.key`."""
+up become one or 0, `mode_key`."""
+
+
+def mode_key(now: mode.Mode, norm: int) -> int:
+    """Return `Mode.key` with what is folded into the kernel of norms (`kernels.dense.Norm`); 0 adds nothing."""
+    return now.key + _NORM_STEP * norm
 
 
 class Prepared:
@@ -119,15 +126,25 @@ class WeightType:
             self._long.clear()
 
     def _make(self, key: Key, wanted: tune.LinearConfig | None = None) -> Prepared:
-        n, dtype, index, aligned, gate, _ = key  # the mode is the current one
+        n, dtype, index, aligned, gate, how = key  # the mode is the current one
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = found.decision.config
         if config is not None and not found.tokens:
-            config = wanted or config
-            self._add_launches(found, config, n, index, dtype, aligned, gate)
+            norm = how // _NORM_STEP
+            chosen = self._with_norm(n, wanted, device) if norm else wanted or config
+            if chosen is not None:
+                self._add_launches(found, chosen, n, index, dtype, aligned, gate, norm)
         return found
+
+    def _with_norm(self, n: int, wanted: tune.LinearConfig | None, device: torch.device) -> tune.LinearConfig | None:
+        """Return how a kernel with a norm in it runs, or `None` where there is none."""
+        if wanted is not None:
+            return wanted if tune.takes_norms(wanted) else None
+        chip = dispatch.kernel_chip(device)
+        assert self.packing is not None and chip is not None
+        return tune.choose_normed(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), chip)
 
     def _add_launches(
         self,
@@ -138,13 +155,14 @@ class WeightType:
         dtype: torch.dtype,
         aligned: bool,
         gate: int,
+        norm: int,
     ) -> None:
         from tersor.kernels import dense, jit
 
         result = target_of(Activations.NATIVE, dtype)
         assert self.packing is not None and result is not None
         found.launch = dense.prepare_fused(
-            jit.get(dense.fused_source(self.packing, result, config, gate), index),
+            jit.get(dense.fused_source(self.packing, result, config, gate, dense.Norm(norm)), index),
             config,
             bf16=result == "bfloat16",
             oc=self.oc,

@@ -76,7 +76,7 @@ def _launched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     (tokens, channels), experts = x.shape, len(weight)
-    router = _router(x.dtype, weight.dtype, wide, channels)
+    router = router_of(x.dtype, weight.dtype, wide, channels)
     function = jit.get(routing.router_source(router, tokens), index)
     launch = _launch(function, router, tokens=tokens, experts=experts)
     out = current.empty((tokens, experts), (experts, 1), torch.float32 if wide else x.dtype)
@@ -93,6 +93,7 @@ def _launched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
 
 
 @functools.cache
-def _router(dtype: torch.dtype, of_weight: torch.dtype, wide: bool, channels: int) -> routing.Router:
+def router_of(dtype: torch.dtype, of_weight: torch.dtype, wide: bool, channels: int) -> routing.Router:
+    """Return what kernels know of a router with activations and a weight of these dtypes."""
     target, float_weight = TARGETS[dtype], of_weight == torch.float32
     return routing.Router(target=target, float_weight=float_weight, float_out=wide, channels=channels)

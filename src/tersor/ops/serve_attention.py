@@ -5,14 +5,17 @@ reference.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from tersor import hardware
 from tersor.errors import ShapeError
-from tersor.kernels import attention, jit
+from tersor.kernels import attention, jit, shared_attention
 from tersor.kernels.attention import DecodeLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels.shared_attention import SharedLaunch
+from tersor.kernels.tune.shared_pages import SharedCosts, shared_costs
 from tersor.ops import attention_reference, current, dispatch, mode
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 
@@ -79,7 +82,7 @@ def check(
     ):
         if one is not None and (one.shape != (size,) or one.dtype not in _DTYPES):
             raise ShapeError(f"attend: {name} are {list(one.shape)} {one.dtype}, expected [{size}] floats")
-    others = (pages, scales, rows.starts, rows.lengths, rows.pages, rotary, sinks, *(norms or ()))
+    others = (pages, scales, rows.starts, rows.lengths, rows.pages, rows.shared, rotary, sinks, *(norms or ()))
     for one in others:
         if one is not None and one.device != qkv.device:
             raise ShapeError(f"attend: qkv is on {qkv.device}, another tensor of the call on {one.device}")
@@ -107,6 +110,14 @@ def _check_rows(rows: Rows) -> None:
     ):
         if one.shape != shape or one.dtype != torch.int32:
             raise ShapeError(f"attend: {name} of rows are {list(one.shape)} {one.dtype}, expected int32 {list(shape)}")
+    shared = rows.shared
+    if shared is not None:
+        items = shared.numel() - 1 - 3 * count
+        if shared.dim() != 1 or shared.dtype != torch.int32 or items < 0 or items % 5 or not shared.is_contiguous():
+            raise ShapeError(
+                f"attend: shared pages of rows are {list(shared.shape)} {shared.dtype}, expected contiguous int32 "
+                f"[1 + 3 x {count} + 5 C]"
+            )
     if rows.most_queries < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
         raise ShapeError(
             f"attend: rows have up to {rows.most_queries} new tokens of {rows.most_length}, their tables hold "
@@ -127,12 +138,9 @@ def obstacle(
     if why:
         return why
     pages, dtype = cache.pages, qkv.dtype
-    if form.head_dim % 16 or form.head_dim > attention.MOST_DIM:
-        return f"kernels take heads of 16, 32 to {attention.MOST_DIM} channels, not of {form.head_dim}"
-    if form.rotary_dim % 4:
-        return f"kernels rotate a multiple of 4 channels, not {form.rotary_dim}"
-    if pages.dtype not in (dtype, torch.float8_e4m3fn):
-        return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages.dtype}"
+    why = misfit(form, dtype, pages.dtype)
+    if why:
+        return why
     if not pages.is_contiguous() or pages.data_ptr() % 16:
         return "pages are not contiguous from 16 bytes on"
     if cache.scales is not None and (not cache.scales.is_contiguous() or cache.scales.data_ptr() % 16):
@@ -147,6 +155,17 @@ def obstacle(
     return ""
 
 
+def misfit(form: AttentionForm, dtype: torch.dtype, pages: torch.dtype) -> str:
+    """Return why no kernel serves a form with activations of a dtype and pages of another, or an empty string."""
+    if form.head_dim % 16 or form.head_dim > attention.MOST_DIM:
+        return f"kernels take heads of 16, 32 to {attention.MOST_DIM} channels, not of {form.head_dim}"
+    if form.rotary_dim % 4:
+        return f"kernels rotate a multiple of 4 channels, not {form.rotary_dim}"
+    if pages not in (dtype, torch.float8_e4m3fn):
+        return f"kernels take pages in {dtype}, as activations, or in float8_e4m3fn, not in {pages}"
+    return ""
+
+
 def _pairs(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is contiguous, and its numbers can be read by twos."""
     return tensor.is_contiguous() and tensor.data_ptr() % (2 * tensor.element_size()) == 0
@@ -157,11 +176,13 @@ class Prepared:
     """How calls of one form and size are served.
 
     Attributes:
+        shared: serves what rows read together; `None` where they do not.
         decode: serves rows of few new tokens, and padding.
         prefill: serves the others; `None` where there are none.
         floats, counters: as in `kernels.attention.Grid`.
     """
 
+    shared: SharedLaunch | None
     decode: DecodeLaunch
     prefill: PrefillLaunch | None
     floats: int
@@ -179,6 +200,7 @@ def _prepared(
     most_pages: int,
     table_stride: int,
     invariant: bool,
+    shares: bool,
 ) -> Prepared:
     chip = hardware.of_device(index)
     problem = Problem(
@@ -196,14 +218,19 @@ def _prepared(
         most_pages=most_pages,
         table_stride=table_stride,
         invariant=invariant,
+        shares=shares,
     )
     grid = attention.grid_of(kind, problem, chip.sms)
-    decode = jit.get(attention.decode_source(kind, problem.query_tiles(kind), chip), index)
-    prefill = None
+    tiles = problem.query_tiles(kind)
+    decode = jit.get(attention.decode_source(kind, tiles, chip, shares), index)
+    shared = prefill = None
+    if shares:
+        function = jit.get(shared_attention.shared_source(kind, chip), index)
+        shared = shared_attention.prepare_shared(function, problem, grid, attention.QUERIES * tiles, chip.sms)
     if most_queries > attention.FEW_QUERIES:
         append, product = attention.append_source(kind), attention.prefill_source(kind, chip)
         prefill = attention.prepare_prefill(jit.get(append, index), jit.get(product, index), problem)
-    return Prepared(attention.prepare_decode(decode, problem, grid), prefill, grid.floats, grid.counters)
+    return Prepared(shared, attention.prepare_decode(decode, problem, grid), prefill, grid.floats, grid.counters)
 
 
 def attend(
@@ -230,6 +257,9 @@ def attend(
         table = table.contiguous()
     kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[qkv.dtype], e4m3=cache.scales is not None)
     now, chip, stream = mode.current(), hardware.of_device(index), current.stream(index)
+    plan = rows.shared
+    if now.batch_invariant or not shares(form, rows.most_length):
+        plan = None
     prepared = _prepared(
         form,
         kind,
@@ -240,6 +270,7 @@ def attend(
         -(-rows.most_length // PAGE),
         table.stride(0),
         now.batch_invariant,
+        plan is not None,
     )
     partial = arrived = 0
     kept = None
@@ -247,7 +278,7 @@ def attend(
         partial, arrived, kept = now.workspace.split_sums(index, stream, prepared.floats, prepared.counters)
     channels = form.heads * form.head_dim
     out = current.empty((tokens, channels), (channels, 1), qkv.dtype)
-    common = {
+    read = {
         "stream": stream,
         "qkv": qkv.data_ptr(),
         "stride": qkv.stride(0),
@@ -258,16 +289,54 @@ def attend(
         "table": table.data_ptr(),
         "rotary": _address(rotary) if form.rotary_dim else 0,
         "norms": (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr()),
+        "early": now.early and chip.capability >= (9, 0),
+    }
+    common = {
+        **read,
         "sinks": _address(sinks),
         "wide_sinks": sinks is not None and sinks.dtype == torch.float32,
         "out": out.data_ptr(),
-        "early": now.early and chip.capability >= (9, 0),
     }
-    prepared.decode(**common, partial=partial, arrived=arrived, settled=rows.settled)
+    parts = {"partial": partial, "shared": _address(plan), "settled": rows.settled}
+    if prepared.shared is not None:
+        prepared.shared(**read, **parts)
+    prepared.decode(**common, **parts, arrived=arrived)
     if prepared.prefill is not None:
         prepared.prefill(**common)
     del kept  # the launch is under way
     return out
+
+
+def shares(form: AttentionForm, most_length: int) -> bool:
+    """Tell whether rows of texts of up to so many tokens can read pages together: not where a window hides some, nor
+    where the heads of one row are as many queries as a CTA takes.
+    """
+    return (form.window is None or form.window >= most_length) and _rows_of_item(form) > 1
+
+
+def _rows_of_item(form: AttentionForm) -> int:
+    """Return how many rows can read pages together in one CTA."""
+    return attention.SHARED_QUERIES // (form.heads // form.kv_heads)
+
+
+def sharing_costs(
+    forms: Sequence[AttentionForm], most_length: int, dtype: torch.dtype, pages: torch.dtype, device: torch.device
+) -> SharedCosts | None:
+    """Return what it costs that rows of decode steps read pages together, or `None` where no layer can.
+
+    Args:
+        forms: of all layers.
+        most_length: tokens of a text at most.
+        dtype, pages: of activations and of pages.
+        device: where the steps run.
+    """
+    form = next((one for one in forms if shares(one, most_length) and not misfit(one, dtype, pages)), None)
+    chip = dispatch.kernel_chip(device)
+    if form is None or chip is None or dtype == torch.float32:
+        return None
+    kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[dtype], e4m3=pages == torch.float8_e4m3fn)
+    every = [_rows_of_item(one) for one in forms]
+    return replace(shared_costs(kind, form.heads, form.kv_heads, chip), rows=min(one for one in every if one > 1))
 
 
 def _address(tensor: torch.Tensor | None) -> int:

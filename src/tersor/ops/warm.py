@@ -12,10 +12,9 @@ import torch
 
 from tersor.checkpoint import QuantizationConfig
 from tersor.checkpoint.names import stored_weights
-from tersor.checkpoint.source import open_source, quantization_of
+from tersor.checkpoint.source import Source, open_source, quantization_of
 from tersor.errors import InputError, UnsupportedError
 from tersor.formats import Activations, Scheme
-from tersor.kernels import experts
 from tersor.kernels.dense import kernels_for
 from tersor.kernels.jit import arch_for, cache, compile_many
 from tersor.kernels.routing import combine_source, tables_source
@@ -23,6 +22,7 @@ from tersor.kernels.tune import SM90
 from tersor.kernels.tune import experts as tune
 from tersor.layouts.gated import gated_rows
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
+from tersor.ops import needed
 from tersor.ops.dispatch import preferred_layout
 from tersor.ops.gates import Gate
 
@@ -68,6 +68,7 @@ def compile_ahead(
     activations: Activations | str = Activations.NATIVE,
     fuse: bool = False,
     revision: str | None = None,
+    also: Callable[[Source, Chip], Iterable[KernelSource]] = lambda source, chip: (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compiled:
     """Compile every kernel that a compressed model can ask for on some chips; needs NVRTC, but no GPU.
@@ -78,6 +79,7 @@ def compile_ahead(
         activations: what its weights will be multiplied with.
         fuse: whether layers that read the same activations are joined, too.
         revision: branch, tag or commit of a hub id.
+        also: returns what else the checkpoint needs on a chip.
         progress: told (kernels done, in all) at the start and after every kernel.
 
     Raises:
@@ -88,17 +90,20 @@ def compile_ahead(
     chosen = Activations.of(activations)
     with open_source(model, revision) as source:
         schemes, dtypes = needs(model, source.config)
-        mixture, gate = mixture_of(source.config, source.tensors), gate_of(source.config)
-    for scheme in schemes:
-        preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)
-    wanted: dict[str, dict[KernelSource, None]] = {}
-    for chip in chips:
-        needed = dict.fromkeys(sources(schemes, dtypes, chip, chosen, gate if fuse else None))
-        if mixture is not None:
-            needed.update(dict.fromkeys(mixture.sources(schemes, dtypes, chip, chosen)))
-        if chosen is not Activations.NATIVE and not needed:
-            raise UnsupportedError(f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them")
-        wanted.setdefault(arch_for(chip.capability), {}).update(needed)
+        mixture = mixture_of(source.config, source.tensors)
+        for scheme in schemes:
+            preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)
+        wanted: dict[str, dict[KernelSource, None]] = {}
+        for chip in chips:
+            found = dict.fromkeys(sources(schemes, dtypes, chip, chosen, fuse))
+            if mixture is not None:
+                found.update(dict.fromkeys(mixture.sources(schemes, dtypes, chip, chosen)))
+            if chosen is not Activations.NATIVE and not found:
+                raise UnsupportedError(
+                    f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them"
+                )
+            found.update(dict.fromkeys(also(source, chip)))
+            wanted.setdefault(arch_for(chip.capability), {}).update(found)
     total = sum(map(len, wanted.values()))
     known = sum(cache.load(cache.key(source, arch)) is not None for arch in wanted for source in wanted[arch])
     start = time.monotonic()
@@ -174,21 +179,13 @@ class Mixture:
                 target = target_of(activations, getattr(torch, dtype))
                 if target is None or unsupported_reason(scheme, target):
                     continue
-                if native and has_sm90:
-                    yield experts.gather_source()
-                yield from self._products(Packing.of(scheme, target), dtype, chip, activations)
-
-    def _products(self, packing: Packing, dtype: str, chip: Chip, activations: Activations) -> Iterator[KernelSource]:
-        shapes = ((self.experts, gated_rows(self.inner), self.hidden), (self.experts, self.hidden, self.inner))
-        for tokens in _TOKENS:
-            up, down = (tune.ExpertsProblem.of(packing, of, tokens, self.top_k, activations) for of in shapes)
-            first, second = tune.choose_pair(up, down, chip)
-            yield experts.source(packing, dtype, first, int(self.gate), False)
-            yield experts.source(packing, dtype, second, 0, activations is Activations.NATIVE)
+                both, shape = (Packing.of(scheme, target),) * 2, (self.experts, self.hidden, self.inner)
+                shapes = ((self.experts, gated_rows(self.inner), self.hidden), shape)
+                yield from needed.products(both, shapes, self.top_k, self.gate, dtype, _TOKENS, chip)
 
 
-_TOKENS = (*range(1, 65), *(2**power * part // 8 for power in range(6, 17) for part in range(9, 17)))
-"""Numbers of tokens that experts are prepared for: between them no other tile is chosen that matters."""
+_TOKENS = 1 << 16
+"""Up to so many tokens experts are prepared for."""
 _SIZES = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "top_k": ("num_experts_per_tok",),
@@ -212,19 +209,11 @@ def mixture_of(config: Mapping[str, Any], names: Iterable[str]) -> Mixture | Non
         found: dict[str, Any] = {
             field: next((holder[key] for key in keys if key in holder), None) for field, keys in _SIZES.items()
         }
-        gate = Gate.CLAMPED if holder.get("model_type") == "gpt_oss" else _gate(holder)
+        act = holder.get("hidden_act", holder.get("hidden_activation"))
+        gate = Gate.CLAMPED if holder.get("model_type") == "gpt_oss" else _GATES.get(act or "")
         if gate is not None and all(isinstance(size, int) for size in found.values()):
             return Mixture(**found, gate=gate)
     return None
-
-
-def gate_of(config: Mapping[str, Any]) -> Gate:
-    """Return how gate and up become one in the MLPs of a config.json; silu where it says nothing that is known."""
-    return _gate(config) or _gate(config.get("text_config") or {}) or Gate.SILU
-
-
-def _gate(holder: Mapping[str, Any]) -> Gate | None:
-    return _GATES.get(holder.get("hidden_activation") or holder.get("hidden_act") or "")
 
 
 def sources(
@@ -232,7 +221,7 @@ def sources(
     dtypes: Iterable[str],
     chip: Chip,
     activations: Activations = Activations.NATIVE,
-    gate: Gate | None = None,
+    fuse: bool = False,
 ) -> list[KernelSource]:
     """Return the kernels that linears of these schemes can ask for on a chip, with activations of these dtypes.
 
@@ -240,14 +229,14 @@ def sources(
         schemes, dtypes: what `needs` returned.
         chip: the GPU.
         activations: what weights are multiplied with.
-        gate: that of gated linears, which are among them then.
+        fuse: whether gated linears are among them.
     """
     wanted = [
-        (scheme, getattr(torch, dtype), ending)
+        (scheme, getattr(torch, dtype), gated)
         for scheme in schemes
         for dtype in dtypes
-        for ending in ((0, int(gate)) if gate else (0,))
+        for gated in ((False, True) if fuse else (False,))
     ]
     return [
-        source for scheme, dtype, ending in wanted for source in kernels_for(scheme, dtype, chip, activations, ending)
+        source for scheme, dtype, gated in wanted for source in kernels_for(scheme, dtype, chip, activations, gated)
     ]

@@ -13,7 +13,7 @@ memory.py      device memory that outlives every call
 
 from __future__ import annotations
 
-from tersor.kernels.jit.build import compile_many, obtain
+from tersor.kernels.jit.build import compile_many, missing, obtain
 from tersor.kernels.jit.module import Function, get
 from tersor.kernels.jit.nvrtc import Binary, CompileError, arch_for
 from tersor.kernels.jit.report import Resources
@@ -28,5 +28,6 @@ __all__ = [
     "arch_for",
     "compile_many",
     "get",
+    "missing",
     "obtain",
 ]

@@ -48,6 +48,23 @@ def _from_disk(source: KernelSource, arch: str) -> nvrtc.Binary:
     return binary
 
 
+def missing(sources: Iterable[KernelSource], arch: str) -> list[KernelSource]:
+    """Return the kernels, each once, that would have to be compiled: they are neither in memory nor on the disk.
+
+    What is on the disk is in memory then.
+    """
+    found = []
+    for source in dict.fromkeys(sources):
+        if (source, arch) in _memory:
+            continue
+        binary = cache.load(cache.key(source, arch))
+        if binary is None:
+            found.append(source)
+        else:
+            _memory.setdefault((source, arch), binary)
+    return found
+
+
 def compile_many(
     sources: Iterable[KernelSource],
     arch: str,

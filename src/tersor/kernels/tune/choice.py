@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
+from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune import schedules, sm90, table
-from tersor.kernels.tune.problem import LinearConfig, LinearProblem
+from tersor.kernels.tune.problem import SM90, LinearConfig, LinearProblem
 from tersor.kernels.tune.table import Table
 
+MOST_NORMED = 64
+"""Tokens of the widest tile that can have a norm in it (cuda/dense/sm90_norm.cuh), and so of a call."""
 _FEW_TOKENS = 64
 _STEP = 16
 """Beyond `_FEW_TOKENS` tokens the predicted configuration is that of the next multiple of so many, or of
@@ -27,10 +31,54 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     found = None if problem.batch_invariant else measured(problem, chip)
     if found is not None:
         return found
-    if problem.n > _FEW_TOKENS:
-        step = sm90.WIDE_STEP if problem.n > sm90.MANY_TOKENS else _STEP
-        problem = replace(problem, n=-(-problem.n // step) * step)
-    return _predicted(problem, chip)
+    return _predicted(replace(problem, n=_filled(problem.n)), chip)
+
+
+def takes_norms(config: LinearConfig) -> bool:
+    """Tell whether the kernel of a configuration may have norms in it: all tokens are in one tile of few."""
+    native = config.activations is Activations.NATIVE
+    return config.schedule == SM90 and native and config.token_tiles == 1 and config.n_tile <= MOST_NORMED
+
+
+def choose_normed(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
+    """Choose as `choose` of the configurations that may have norms in them; `None` where there are none.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    if problem.n > MOST_NORMED:
+        return None
+    usual = choose(problem, chip)
+    if takes_norms(usual):
+        return usual
+    options = [config for config in sm90.candidates(problem, chip) if takes_norms(config)]
+    return min(options, key=lambda config: schedules.seconds(problem, config, chip), default=None)
+
+
+def choices(problem: LinearProblem, chip: Chip, beyond: int = 0) -> Iterator[LinearConfig]:
+    """Yield every configuration, but for what follows from the number of tokens, that `choose` has for a problem of as
+    many tokens or fewer, and more than `beyond`; `fused` must say yes to all of them.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    known = None if problem.batch_invariant else users_table(chip)
+    for n in () if known is None else (n for n in known.measured(problem) if n > beyond):
+        found = _looked_up(replace(problem, n=n), chip)
+        if found is not None:
+            yield found
+    n = beyond
+    while n < problem.n:
+        n = _filled(n + 1)
+        yield _predicted(replace(problem, n=n), chip)
+
+
+def _filled(n: int) -> int:
+    """Return the number of tokens whose predicted configuration n tokens have."""
+    if n <= _FEW_TOKENS:
+        return n
+    step = sm90.WIDE_STEP if n > sm90.MANY_TOKENS else _STEP
+    return -(-n // step) * step
 
 
 @functools.lru_cache(maxsize=16384)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tersor.formats import Activations
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertsConfig",
     "ExpertsProblem",
     "Sm80ExpertsConfig",
+    "choices",
     "choose_pair",
     "config",
     "expected_blocks",
@@ -150,6 +152,39 @@ def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[E
     pairs = [pair for pair in best.values() if len(pair) == 2]
     chosen = min(pairs, key=lambda pair: seconds(up, pair[0], chip) + seconds(down, pair[1], chip))
     return config(up, chosen[0], chip), config(down, chosen[1], chip)
+
+
+def choices(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> Iterator[tuple[EitherConfig, EitherConfig]]:
+    """Yield every pair, but for what follows from the number of tokens, of as many tokens as problems have, or fewer.
+
+    Between two numbers of tokens (`_sampled`) that have the same tiles no other is looked for; between two that differ
+    all numbers are tried where they change.
+    """
+    most = up.tokens
+
+    def at(tokens: int) -> tuple[EitherConfig, EitherConfig]:
+        return choose_pair(replace(up, tokens=tokens), replace(down, tokens=tokens), chip)
+
+    def tiles_at(tokens: int) -> list[object]:
+        return [one.tile if isinstance(one, ExpertsConfig) else one.block_tokens for one in at(tokens)]
+
+    def between(first: int, last: int) -> Iterator[int]:
+        if last - first > 1 and tiles_at(first) != tiles_at(last):
+            middle = (first + last) // 2
+            yield middle
+            yield from between(first, middle)
+            yield from between(middle, last)
+
+    sampled = _sampled(most)
+    for first, last in zip(sampled, [*sampled[1:], most], strict=True):
+        yield at(first)
+        yield from map(at, between(first, last))
+
+
+def _sampled(most: int) -> list[int]:
+    """Return numbers of tokens up to `most`, which is one: all of the first 64, then sixteen of every octave."""
+    octaves = (2**power * part // 16 for power in range(6, most.bit_length()) for part in range(17, 33))
+    return [*(tokens for tokens in (*range(1, 65), *octaves) if tokens < most), most]
 
 
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip) -> float:

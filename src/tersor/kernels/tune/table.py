@@ -114,6 +114,10 @@ class Table:
             return None
         return _same_choice(below.config, schedules.candidates(problem, chip))
 
+    def measured(self, problem: LinearProblem) -> tuple[int, ...]:
+        """Return the numbers of tokens at which a problem was measured, whatever number it has itself."""
+        return tuple(self._measured.get(_any_tokens(problem), ()))
+
     def updated(self, choices: Iterable[Choice], environment: Mapping[str, Any]) -> Table:
         """Return a table with further choices, which replace those of the same problems."""
         merged = {**self.choices, **{choice.problem: choice for choice in choices}}

@@ -7,12 +7,14 @@
 // Tokens that were in pages before the launch are fetched while the kernel ahead still runs, where `settled` says that
 // no kernel which may still run writes them, nor the tables of rows. Keys and values of new tokens come from qkv:
 // each CTA whose split has some puts them among its 16 tokens, and one writes them to their page, which nobody reads in
-// this launch. A split without a token leaves at once, and so do rows of more tokens, which prefill.cuh serves.
-// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), STAGES of a ring, SHARED_BYTES.
+// this launch. A split without a token leaves at once, and so do rows of more tokens, which prefill.cuh serves. Where some
+// rows read pages together (SHARES), shared.cuh has left parts of them in `partial`, ahead of those of the splits.
+// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), STAGES of a ring, SHARES (0 or 1), SHARED_BYTES.
 #pragma once
 
 #include "attention/head.cuh"
 #include "attention/pages.cuh"
+#include "attention/plan.cuh"
 #include "attention/sinks.cuh"
 #include "attention/sums.cuh"
 #include "attention/tile.cuh"
@@ -26,9 +28,10 @@ struct Split {
     int count;       // splits of the row that have any
 };
 
-__device__ __forceinline__ Split split_of(int length, int known, int window, int splits, int split, int split_pages) {
+__device__ __forceinline__ Split split_of(
+    int length, int known, int window, int own, int splits, int split, int split_pages) {
     const int first_token = max(known + 1 - window, 0);  // the first that the first new token sees
-    const int first = first_token / pages::kTokens, end = (length + pages::kTokens - 1) / pages::kTokens;
+    const int first = max(first_token / pages::kTokens, own), end = (length + pages::kTokens - 1) / pages::kTokens;
     const int all = end - first;
     int each = split_pages;
     if (each == 0) each = max(max((all + splits - 1) / splits, min((all + 15) / 16, 4)), 1);
@@ -69,8 +72,9 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     const u16* __restrict__ key_norm,     // [HEAD_DIM]
     const void* __restrict__ sink_scores,  // as in sinks::Sinks
     u16* __restrict__ out,                // [tokens, heads, HEAD_DIM]
-    float* partial,                       // [rows, gridDim.y, gridDim.x, part_queries * (HEAD_DIM + 2)]
+    float* partial,                       // [rows, gridDim.y, slots, part_queries * (HEAD_DIM + 2)]
     u32* arrived,                         // [rows, gridDim.y], zero: splits that have come
+    const int* __restrict__ shared_plan,  // as in plan.cuh, where there is one
     long long stride,                     // elements from one token of qkv to the next
     int table_stride,
     int tokens,
@@ -82,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     int settled,
     int part_queries,                     // queries of a split in `partial`: an even number, as many as there may be
     int split_pages,                      // pages of a split in any batch, or 0: as many as make gridDim.x splits
+    int slots,                            // parts of a row: gridDim.x, and as many as may be read with others
     float scale,                          // of products, as pages::score takes it
     float soft,
     float eps,
@@ -95,7 +100,9 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     const int first = __ldcg(starts + row), fresh = __ldcg(starts + row + 1) - first, length = __ldcg(lengths + row);
     const int known = length - fresh, group = heads / kv_heads, base = item * kQueries;
     const bool padding = length == 0;
-    const Split split = split_of(length, known, window, gridDim.x, blockIdx.x, split_pages);
+    plan::Own own = {};
+    if constexpr (kShares) own = plan::own(shared_plan, gridDim.z, row);
+    const Split split = split_of(length, known, window, own.begin, gridDim.x, blockIdx.x, split_pages);
     const int queries = min(fresh * group - base, kQueries);
     const bool works = !padding && fresh <= pages::kMostFew && queries > 0 && split.first < split.end;
     const u32 memory = ptx::shared_address(attention_memory);
@@ -267,8 +274,8 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     const sinks::Sinks of_heads = {sink_scores, wide_sinks};
     const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
     const long long part = part_queries * (kDim + 2);
-    float* parts = partial + ticket * gridDim.x * part;
-    float* mine = parts + blockIdx.x * part;
+    float* parts = partial + ticket * slots * part;
+    float* mine = parts + (own.parts + blockIdx.x) * part;
     const auto result_of = [&](int query) {
         const int token = (base + query) / group, head = kv_head * group + (base + query) % group;
         return out + (static_cast<long long>(first + token) * heads + head) * kDim;
@@ -294,6 +301,21 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             total.w += four.w * factor;
         }
         if (alone) {
+            if constexpr (kShares) {
+                const float* scores = parts + part_queries * kDim + query;
+#pragma unroll 4
+                for (int i = 0; i < own.parts; ++i) {
+                    const float other = __ldcg(scores + i * part), most = fmaxf(largest, other);
+                    const float4 four = __ldcg(reinterpret_cast<const float4*>(parts + i * part + query * kDim + channel));
+                    const float factor = ptx::power_of_two(largest - most), of_other = ptx::power_of_two(other - most);
+                    weights = weights * factor + __ldcg(scores + i * part + part_queries) * of_other;
+                    total.x = total.x * factor + four.x * of_other;
+                    total.y = total.y * factor + four.y * of_other;
+                    total.z = total.z * factor + four.z * of_other;
+                    total.w = total.w * factor + four.w * of_other;
+                    largest = most;
+                }
+            }
             const float sink = of_heads.of(kv_head * group + (base + query) % group);
             write(result_of(query) + channel, total, sinks::last_factor(largest, weights, sink));
         } else {
@@ -311,6 +333,6 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     if (comes_last) arrived[ticket] = 0;
     for (int query = warp; query < queries; query += kWarps) {
         const float sink = of_heads.of(kv_head * group + (base + query) % group);
-        merge(parts, part_queries, query, split.count, sink, result_of(query));
+        merge(parts, part_queries, query, own.parts + split.count, sink, result_of(query));
     }
 }

@@ -14,6 +14,7 @@ using pages::kDim;
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles = QUERY_TILES;
+constexpr bool kShares = SHARES;
 constexpr int kQueries = 8 * kTiles;
 constexpr int kSteps = tile::kSteps;
 constexpr int kSumStride = kDim + 4;  // floats of a query's sums in shared memory: without bank conflicts

@@ -204,6 +204,11 @@ __device__ __forceinline__ void tensor_copy(u32 shared, const void* map, int col
         : "memory");
 }
 
+// Has L2 fetch the 32 bytes that an address is in.
+__device__ __forceinline__ void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+
 // Fetches a tensor map before its first copy.
 __device__ __forceinline__ void prefetch_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -5,6 +5,7 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "common/tile.cuh"
+#include "dense/sm90_norm.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {
@@ -123,9 +124,12 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-// The scales of a tile's tokens, for 8-bit activations. A CTA reads each once: they lie in a few sectors of one slice of
-// L2, which all CTAs would queue for. They, like residuals, are read past L1, which may hold what lay there before the
-// kernel ahead wrote them: an earlier kernel that still ran beside this one may have read it.
+constexpr bool kTokenScales = kFp8 || kNormIn;
+
+// The scales of a tile's tokens: of 8-bit activations, or what a norm divides by, which a warp that copies brings
+// (`scale_tokens`). A CTA reads each once: they lie in a few sectors of one slice of L2, which all CTAs would queue for.
+// They, like residuals, are read past L1, which may hold what lay there before the kernel ahead wrote them: an earlier
+// kernel that still ran beside this one may have read it.
 struct TileScales {
     float own = 0.0f;  // of token threadIdx.x of the tile
     float* shared;     // [kTokens], of all, once they are shared
@@ -135,7 +139,9 @@ struct TileScales {
         const int token = item.first_token + threadIdx.x;
         if (kFp8 && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
     }
-    __device__ __forceinline__ void share() const {
+    // `brought`: the barrier at which that warp tells.
+    __device__ __forceinline__ void share(u32 brought) const {
+        if constexpr (kNormIn) ptx::barrier_wait(brought, 0);  // for the first item, and so for all
         if constexpr (kFp8) {
             ptx::sync_threads<kFinishersBarrier, kFinishers>();  // those of the item before have been read
             if (threadIdx.x < kTokens) shared[threadIdx.x] = own;
@@ -149,7 +155,7 @@ struct TokenScales {
     float of[2] = {};
 
     __device__ __forceinline__ TokenScales(const TileScales& all, int tokens) {
-        if constexpr (kFp8) {
+        if constexpr (kTokenScales) {
             const float2 pair = *reinterpret_cast<const float2*>(all.shared + tokens * 8 + threadIdx.x % 4 * 2);
             of[0] = pair.x;
             of[1] = pair.y;
@@ -181,7 +187,7 @@ struct RowTerms {
     __device__ __forceinline__ float value(
         const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
         const float sum = sums[4 * tokens + 2 * half + odd];
-        return __fmaf_rn(kFp8 ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
+        return __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
     }
     // The same of an output channel: of a gated linear's there is one, of two rows.
     __device__ __forceinline__ float output(
@@ -201,35 +207,74 @@ struct RowTerms {
     }
 };
 
-// Rounds and stores few tokens: fragments are turned so that stores run along the rows.
-__device__ __forceinline__ void store_few(
-    const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens,
-    const u16* residual, u16* y) {
-    const int lane = threadIdx.x % 32, outputs = gate::outputs(terms.rows);
+// Where a lane stores few tokens: fragments are turned so that stores run along the rows.
+struct FewPlaces {
+    int outputs, first_channel, first_token;
+    long long first;
+
     // Channels 2 (lane % 4) and the next, token lane / 4 of the first group of eight.
-    const int first_channel = gate::outputs(terms.first_row) + lane % 4 * 2, first_token = item.first_token + lane / 4;
-    const long long first = static_cast<long long>(first_token) * outputs + first_channel;
+    __device__ __forceinline__ FewPlaces(const Item& item, const RowTerms& terms)
+        : outputs(gate::outputs(terms.rows)),
+          first_channel(gate::outputs(terms.first_row) + threadIdx.x % 4 * 2),
+          first_token(item.first_token + threadIdx.x % 32 / 4),
+          first(static_cast<long long>(first_token) * outputs + first_channel) {}
+    __device__ __forceinline__ int channel(int half) const { return first_channel + 8 * half; }
+    __device__ __forceinline__ bool there(const Item& item, int tokens, int half) const {
+        return first_token + tokens * 8 < item.end_token && channel(half) < outputs;
+    }
+    __device__ __forceinline__ long long at(int tokens, int half) const {
+        return first + static_cast<long long>(tokens) * 8 * outputs + 8 * half;
+    }
+};
+
+// What few tokens' results meet in memory: residuals and, where a norm is behind, its weights.
+struct Met {
     u32 added[kTokens / 8][kHalves] = {};
-    if (residual != nullptr) {
+    float2 weights[kHalves] = {};
+
+    __device__ __forceinline__ void load(
+        const Item& item, const RowTerms& terms, const u16* residual, const Norms& norms) {
+        const FewPlaces places(item, terms);
+        if constexpr (kNormOut) {
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+                if (places.channel(half) >= places.outputs) continue;
+                weights[half] = *reinterpret_cast<const float2*>(norms.weight + places.channel(half));
+            }
+        }
+        if (residual == nullptr) return;
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
             for (int half = 0; half < kHalves; ++half) {
-                const int channel = first_channel + 8 * half;
-                if (first_token + i * 8 >= item.end_token || channel >= outputs) continue;
-                const u16* source = residual + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
-                if (outputs % 2 == 0) {
+                if (!places.there(item, i, half)) continue;
+                const u16* source = residual + places.at(i, half);
+                if (places.outputs % 2 == 0) {
                     added[i][half] = __ldcg(reinterpret_cast<const u32*>(source));
                 } else {
                     added[i][half] = __ldcg(source);
-                    if (channel + 1 < outputs) added[i][half] |= static_cast<u32>(__ldcg(source + 1)) << 16;
+                    if (places.channel(half) + 1 < places.outputs) {
+                        added[i][half] |= static_cast<u32>(__ldcg(source + 1)) << 16;
+                    }
                 }
             }
         }
+    }
+};
+
+// Rounds and stores few tokens. `exchange` is for the norm behind, where there is one: then output channels are a
+// multiple of 8.
+__device__ __forceinline__ void store_few(
+    const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens, Met& met,
+    bool adds, u16* y, const Norms& norms, float* exchange) {
+    static_assert(!kNormOut || !gate::kGated, "a norm follows what a residual is added to");
+    const FewPlaces places(item, terms);
+    Squares squares;
+    if (adds) {
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
 #pragma unroll
-            for (int half = 0; half < kHalves; ++half) added[i][half] = ptx::transpose_8x8(added[i][half]);
+            for (int half = 0; half < kHalves; ++half) met.added[i][half] = ptx::transpose_8x8(met.added[i][half]);
         }
     }
 #pragma unroll
@@ -237,18 +282,26 @@ __device__ __forceinline__ void store_few(
         const TokenScales token_scales(of_tokens, i);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, added[i][half]));
-            const int channel = first_channel + 8 * half;
-            if (first_token + i * 8 >= item.end_token || channel >= outputs) continue;
-            u16* target = y + first + static_cast<long long>(i) * 8 * outputs + 8 * half;
-            if (outputs % 2 == 0) {
+            const u32 turned = ptx::transpose_8x8(terms.round(sums, i, half, token_scales, met.added[i][half]));
+            if (!places.there(item, i, half)) continue;
+            const long long at = places.at(i, half);
+            u16* target = y + at;
+            if constexpr (kNormOut) {
+                const float low = ptx::widen<kBf16>(static_cast<u16>(turned)) * met.weights[half].x;
+                const float high = ptx::widen<kBf16>(static_cast<u16>(turned >> 16)) * met.weights[half].y;
+                const u32 scaled = ptx::narrow<kBf16>(low) | static_cast<u32>(ptx::narrow<kBf16>(high)) << 16;
+                *reinterpret_cast<u32*>(norms.scaled + at) = scaled;
+                squares.add(i, turned);
+            }
+            if (kNormOut || places.outputs % 2 == 0) {
                 *reinterpret_cast<u32*>(target) = turned;
             } else {
                 target[0] = static_cast<u16>(turned);
-                if (channel + 1 < outputs) target[1] = static_cast<u16>(turned >> 16);
+                if (places.channel(half) + 1 < places.outputs) target[1] = static_cast<u16>(turned >> 16);
             }
         }
     }
+    if constexpr (kNormOut) squares.store(item, terms.rows, norms, exchange);
 }
 
 // Rounds and stores many tokens: a warpgroup turns kStoreTokens of them at a time in shared memory, so that every store

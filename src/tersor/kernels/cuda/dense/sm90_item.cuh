@@ -20,14 +20,15 @@ struct Operands {
     float* partial;           // sums of split items
     u32* arrived;             // a counter for each split tile
     float factor;             // the power of two that the decoded weights still lack
+    Norms norms;
 };
 
 // Where the CTA's shared memory is.
 struct Shared {
     char* slots;
-    float* token_scales;  // [kTokens] for 8-bit activations
+    float* token_scales;  // [kTokens] for 8-bit activations and where a norm is ahead
     u32 base;             // address of the slots
-    u32 room_barrier, gather_barrier;
+    u32 room_barrier, gather_barrier, norm_barrier;
 };
 
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
@@ -40,6 +41,15 @@ __device__ __forceinline__ void run_item(
     const int count = item.last_block - item.first_block;
     RowTerms terms(work.oc, item, of.row_scales, of.factor);
     bool holds_all = true;
+    // What results meet is fetched before sums are exchanged, which takes as long, where this CTA will have them. What
+    // the kernels ahead wrote is there once this warpgroup has had activations.
+    Met met;
+    const bool ahead = !kMany && !kFp8 && (item.parts == 1 || (gathered && item.part == 0));
+    const auto fetch = [&] {
+        if (!ahead || threadIdx.x >= kFinishers) return;
+        if (kFew && count <= threadIdx.x / 128) ptx::wait_for_earlier_kernels();
+        met.load(item, terms, of.residual, of.norms);
+    };
     if constexpr (kFp8 && kGroups > 0) {
         multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
     } else if constexpr (kFp8) {
@@ -47,10 +57,12 @@ __device__ __forceinline__ void run_item(
     } else if constexpr (kFew) {
         float turns[kRowGroups][kSums];
         multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc);
+        fetch();
         holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
     } else {
         const int row = terms.first_row + threadIdx.x % 32 / 4;
         multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(of.row_scales, row, work.oc));
+        fetch();
     }
     const TileScales of_tokens(shared.token_scales, of.x_scale, item);
     if (holds_all && gathered) {
@@ -60,11 +72,13 @@ __device__ __forceinline__ void run_item(
     }
     if (!holds_all) return;
     terms.add_bias(of.bias);
-    of_tokens.share();
+    of_tokens.share(shared.norm_barrier);
     if constexpr (kMany) {
         store_many(sums, item, terms, of_tokens, of.residual, of.y, slots + kExchangeAt);
     } else {
-        store_few(sums, item, terms, of_tokens, of.residual, of.y);
+        float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
+        if (!ahead) met.load(item, terms, of.residual, of.norms);
+        store_few(sums, item, terms, of_tokens, met, of.residual != nullptr, of.y, of.norms, exchange);
     }
 }
 

@@ -20,7 +20,8 @@
 // K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that
 // have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES
 // (what the launch asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
-// (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh).
+// (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), NORM (sm90_norm.cuh: 1 where x still lacks
+// the division of a norm, 2 where a norm of y follows; all tokens are in one tile then).
 #pragma once
 
 #include "common/ptx.cuh"
@@ -70,11 +71,16 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     int whole_tiles,                                  // of clusters, before those that are split
     int splits,
     int x_rows,                                       // rows of a box: a CTA's share of a tile's tokens
-    float factor) {                                   // the power of two that the decoded weights still lack
+    float factor,                                     // the power of two that the decoded weights still lack
+    const float* norm_weight,                         // this one and the rest: Norms in sm90_norm.cuh
+    u16* __restrict__ scaled,
+    float* squares,
+    float norm_scale,
+    float norm_eps) {
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
-    __shared__ __align__(8) float token_scales[kFp8 ? kTokens : 1];
+    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1) + kNormIn];
+    __shared__ __align__(8) float token_scales[kTokenScales ? kTokens : 1];
     const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
     const Work work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows};
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
@@ -82,7 +88,8 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
     const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots);
-    const Shared shared{slots, token_scales, base, room_barrier, room_barrier + 8};
+    const Shared shared{slots, token_scales, base, room_barrier, room_barrier + 8, room_barrier + 16};
+    const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
 
     // The next kernel had better start after this one's copies have: where few tokens leave it registers, ptxas can put that
     // later without spills.
@@ -102,11 +109,22 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
                 xs.start(kReaders * kCluster);
                 ptx::barrier_init(shared.room_barrier, kFinishers);
                 ptx::barrier_init(shared.gather_barrier, 1);
+                if constexpr (kNormIn) ptx::barrier_init(shared.norm_barrier, 32);
                 ptx::barrier_init_fence();
                 if (gathered) ptx::barrier_expect(shared.gather_barrier, (splits - 1) * kPartBytes);
             }
             __syncwarp();
             meet<true>(gathered);
+        }
+        if constexpr (kNormIn) {
+            if (warp == 3) {
+                ptx::wait_for_earlier_kernels();
+                scale_tokens(token_scales, norms, ic, n);
+                ptx::barrier_arrive(shared.norm_barrier);
+            }
+        }
+        if constexpr (kNormOut) {
+            if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_weights(norms, item, oc); });
         }
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, rank, weight);
@@ -119,7 +137,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
         if constexpr (kFew) ptx::launch_dependents();
         ptx::take_registers<kComputeRegisters>();
         const float* row_scales = reinterpret_cast<const float*>(scale);
-        const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor};
+        const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms};
         u32 use = 0;
         for_items(work, rank, [&](const Item& item) {
             run_item(work, item, rank, weights, xs, shared, of, use, gathered);

@@ -16,6 +16,7 @@ struct alignas(64) TensorMap {
 
 constexpr bool kBf16 = BF16;
 constexpr bool kFp8 = FP8;
+constexpr bool kNormIn = NORM == 1, kNormOut = NORM == 2;
 constexpr int kTokens = N_TILE;
 constexpr int kRowGroups = ROW_GROUPS;
 constexpr int kChannelGroups = K_GROUPS;

@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
-    const Shared shared{slots, token_scales, base, 0, 0};
+    const Shared shared{slots, token_scales, base, 0, 0, 0};
     Work work(oc, ic, table, most_blocks);
 
     // The next kernel may rely on the tables before this one has ended, so it is let go only once they are known here.
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             const long long rows_before = static_cast<long long>(item.matrix) * padded;
             const float* row_scales = reinterpret_cast<const float*>(scale) + rows_before * scales::kRowWords;
             const u16* biases = bias == nullptr ? nullptr : bias + static_cast<long long>(item.matrix) * oc;
-            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor};
+            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor, {}};
             run_item(work, item, 0, weights, xs, shared, of, use, false);
             use += item.last_block - item.first_block;
         });

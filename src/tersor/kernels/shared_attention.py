@@ -1,0 +1,85 @@
+"""What rows with a common beginning read together: attention/shared.cuh, ahead of attention/decode.cuh.
+
+As in `kernels.attention`: the kernel's source, its launch prepared for a problem, then the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
+from tersor.hardware import Chip
+from tersor.kernels.attention import PAGE, SHARED_QUERIES, Grid, Kind, Problem, stages
+from tersor.kernels.jit import Function, KernelSource
+
+_THREADS = 128
+_CTAS_OF_SM = 2
+
+
+@functools.cache
+def shared_source(kind: Kind, chip: Chip) -> KernelSource:
+    """Return the kernel for pages that rows of one new token begin with."""
+    rest = SHARED_QUERIES * kind.query_stride
+    of_stage = 2 * PAGE * (kind.row_stride + (4 if kind.e4m3 else 0))
+    depth = stages(chip, of_stage, rest, 1, 3)
+    return KernelSource(
+        name=f"tersor_attention_shared_{kind.name}",
+        header="attention/shared.cuh",
+        parameters={
+            **kind.parameters,
+            "ROW_TILES": 1,
+            "PAGE_PARTS": 2 if kind.head_dim > 192 else 1,
+            "STAGES": depth,
+            "SHARED_BYTES": depth * of_stage + rest,
+        },
+        arguments="PPPPPPPPPPqiiiiiiiiiiffff",
+    )
+
+
+SharedLaunch: TypeAlias = Callable[..., None]
+"""Launches shared.cuh on one prepared problem: `launch` in `prepare_shared`."""
+
+
+def prepare_shared(function: Function, problem: Problem, grid: Grid, item_queries: int, sms: int) -> SharedLaunch:
+    """Return what launches the common part of attention, whose parts decode.cuh adds up.
+
+    Args:
+        function: `shared_source`, loaded.
+        problem: what the host knows.
+        grid: of decode.cuh.
+        item_queries: queries that share keys in a CTA of decode.cuh.
+        sms: of the GPU.
+    """
+    size, block = (_CTAS_OF_SM * sms, 1, 1), (_THREADS, 1, 1)
+    shared_bytes, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
+    _, scale, soft = problem.scores
+
+    def launch(
+        *,
+        stream: int,
+        qkv: int,
+        stride: int,
+        pages_of_layer: int,
+        scales: int,
+        starts: int,
+        lengths: int,
+        table: int,
+        rotary: int,
+        norms: tuple[int, int],
+        partial: int,
+        shared: int,
+        settled: bool,
+        early: bool,
+    ) -> None:
+        """Launch; arguments are those of `attention.prepare_decode`."""
+        # fmt: off
+        arguments = (
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, norms[0], partial, shared, stride,
+            problem.table_stride, problem.rows, problem.heads, problem.kv_heads, problem.rotary_dim, settled,
+            grid.slots, grid.part_queries, item_queries, grid.items, scale, soft, problem.eps, problem.offset,
+        )
+        # fmt: on
+        run(size, block, shared_bytes, stream, arguments, early)
+
+    return launch

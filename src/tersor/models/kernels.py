@@ -1,0 +1,191 @@
+"""Which kernels can the steps of a decoder ask for? All parts of it are looked at; no number of a weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from tersor.hardware import Chip
+from tersor.kernels.dense import Norm
+from tersor.kernels.jit import KernelSource
+from tersor.kernels.routing import Choice
+from tersor.layouts import PackedWeight, StackedWeight
+from tersor.models.decoder import Decoder
+from tersor.models.latent import LatentAttention
+from tersor.models.mixture import Mixture
+from tersor.models.norm import NormWeights, weights_around
+from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
+from tersor.ops import mode, needed, serve_routing
+from tersor.ops.attention_form import AttentionForm
+
+_NO_NORM = frozenset({Norm.NONE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What steps there may be.
+
+    Attributes:
+        tokens: of a step at most.
+        queries: of a row in it at most.
+        length: tokens of a text at most, whole pages.
+        pages: dtype of keys and values; `None` is that of activations.
+        draws: whether tokens are drawn here.
+    """
+
+    tokens: int
+    queries: int
+    length: int
+    pages: torch.dtype | None = None
+    draws: bool = True
+
+
+def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]:
+    """Return every kernel that steps can ask for on a chip, each once.
+
+    Args:
+        decoder: with its weights, or an `outline`.
+        steps: what there may be.
+        chip: the GPU.
+    """
+    if mode.current().reference:
+        return []
+    dtype, hidden = decoder.dtype, decoder.config.hidden
+    found: dict[KernelSource, None] = {}
+    seen: set[Any] = set()
+    norms = _norms(decoder, chip)
+    for part in _parts((decoder.embedding, decoder.layers, decoder.norm, decoder.head)):
+        own = norms.get(id(part), _NO_NORM)
+        kind = _kind(part), own
+        if kind not in seen:
+            seen.add(kind)
+            found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own)))
+    found.update(dict.fromkeys(needed.tokens_of_steps()))
+    found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
+    if decoder.config.softcap is not None:
+        found.update(dict.fromkeys(needed.numbers(decoder.config.vocabulary, dtype, capped=True)))
+    found.update(dict.fromkeys(needed.sums(dtype, decoder.layers[0].ranks.count)))
+    if steps.draws:
+        found.update(dict.fromkeys(needed.draws(decoder.config.vocabulary, dtype)))
+    return list(found)
+
+
+def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
+    """Return identity of a product -> what it has of the norms around it in steps of few tokens, where it has any."""
+    found: dict[int, set[Norm]] = {}
+
+    def between(norm: NormWeights, first: Product, reader: object) -> None:
+        around = weights_around(norm, first, reader)
+        folds = around is not None and needed.folds_norm(*around, decoder.dtype, chip)
+        second = reader.product if isinstance(reader, Activated) else reader
+        for product, side in ((first, Norm.OUT), (second, Norm.IN)):
+            found.setdefault(id(product), set()).add(side if folds else Norm.NONE)
+
+    for layer in decoder.layers:
+        if isinstance(layer.ffn, FeedForward):
+            between(layer.norms[1], layer.attention.out, layer.ffn.up)
+    for layer, following in zip(decoder.layers, decoder.layers[1:], strict=False):
+        if isinstance(layer.ffn, FeedForward):
+            between(following.norms[0], layer.ffn.down, following.attention.reader)
+        else:
+            found.setdefault(id(following.attention.reader), set()).add(Norm.NONE)
+    return {product: frozenset(norms) for product, norms in found.items()}
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield the parts of a decoder that ask for kernels, in whatever they are."""
+    if isinstance(value, tuple):
+        for one in value:
+            yield from _parts(one)
+    elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | type):
+        if isinstance(value, Mixture | Activated | LatentAttention):
+            yield value
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name))
+
+
+def _kind(part: Any) -> Any:
+    """Return what decides which kernels a part asks for."""
+    if isinstance(part, Product | GatedProduct):
+        return _gate(part), _described(part.weight)
+    if isinstance(part, Activated):
+        return part.gate, _outputs(part.product)
+    if isinstance(part, LatentAttention):
+        return part.heads
+    if isinstance(part, NormWeights):
+        return part.form.centered, part.weight.shape
+    if isinstance(part, Mixture):
+        described = map(_described, (part.router.weight, part.gate_up, part.down))
+        return part.form, part.gate, part.router.weight.data.dtype, *described
+    return part if isinstance(part, AttentionForm) else id(part)
+
+
+def _described(weight: Any) -> Any:
+    return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
+
+
+def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip, norms: frozenset[Norm]) -> Iterator[KernelSource]:
+    """Yield the kernels of one part."""
+    if isinstance(part, Product | GatedProduct):
+        if isinstance(part.weight, PackedWeight):
+            yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
+    elif isinstance(part, NormWeights):
+        yield from needed.norm(len(part.weight), dtype, part.form.centered)
+    elif isinstance(part, AttentionForm):
+        yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, steps.length, chip)
+    elif isinstance(part, Embedding):
+        yield from _rows(part, dtype)
+    elif isinstance(part, Activated):
+        yield from needed.numbers(_outputs(part.product) // (2 if part.gate else 1), dtype, part.gate)
+    elif isinstance(part, LatentAttention):
+        yield from needed.latent_heads(part.heads, dtype)
+    else:
+        yield from _experts(part, dtype, steps, chip)
+
+
+def _gate(part: Product | GatedProduct) -> int:
+    """Return how gate and up become one in a product, or 0."""
+    return int(part.gate) if isinstance(part, GatedProduct) else 0
+
+
+def _outputs(product: Product | Products) -> int:
+    """Return the channels that a product makes."""
+    parts = product.parts if isinstance(product, Products) else (product,)
+    return sum(part.weight.shape[0] for part in parts)
+
+
+def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
+    channels = part.weight.shape[1]
+    together = part.ranks.count == 1 and not isinstance(part.weight, PackedWeight)
+    if together or not isinstance(part.weight, PackedWeight) or part.positions is not None:
+        yield from needed.rows(channels, dtype, torch.int64, together and part.positions is not None)
+
+
+def _experts(part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[KernelSource]:
+    choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
+    gate_up, down, router = part.gate_up, part.down, part.router.weight
+    if isinstance(router, torch.Tensor):
+        yield from needed.router(router, dtype, part.form.wide, steps.tokens)
+    if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
+        yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
+        return
+    yield from needed.route(choice, logits)
+    yield from needed.combine(dtype)
+    yield from needed.numbers(gate_up.shape[1] // 2, dtype, part.gate)
+    for weight in (gate_up, down):
+        if isinstance(weight, StackedWeight):
+            yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)
+
+
+def choice_of(part: Mixture) -> Choice:
+    """Return how the experts of a layer are chosen."""
+    form = part.form
+    biased = part.choice_bias is not None
+    return serve_routing.choice_of(
+        form.count, form.top_k, form.scoring, form.normalize, biased, form.groups, form.top_groups
+    )

@@ -1,0 +1,125 @@
+"""What parts would a checkpoint's decoder have on a GPU? The same parts in the same layouts, without memory.
+
+Shapes and layouts of weights can be asked for, and no number: packed ones have rows of no words, plain ones are on
+torch's meta device. Of layers that are equal in all of this the first and the last are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from tersor.formats import SCALE_DTYPES, Activations, Scheme
+from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts.shard import Part
+from tersor.models.assemble import assemble
+from tersor.models.config import DecoderConfig
+from tersor.models.decoder import Decoder
+from tersor.models.expected import Expected, plain_name
+from tersor.models.names import Names
+from tersor.models.reading import Reading
+from tersor.models.share import Share
+from tersor.models.stored import Packed, Stored
+from tersor.models.weights import Matrix
+from tersor.ops.attention_form import PAGE
+from tersor.ops.collective import Ranks
+from tersor.ops.dispatch import kernel_layout
+
+
+def outline(
+    config: DecoderConfig,
+    names: Names,
+    schemes: Mapping[str, Scheme],
+    dtype: torch.dtype,
+    activations: Activations = Activations.NATIVE,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Decoder:
+    """Return a decoder of every kind of layer that a checkpoint has, in their order.
+
+    Args:
+        config, names: of the checkpoint.
+        schemes: module -> scheme of its packed weight.
+        dtype: of activations and plain weights.
+        activations: what packed weights are multiplied with.
+        rank, ranks: which of how many ranks has these parts.
+
+    Raises:
+        ShapeError: it cannot be cut for so many ranks.
+        UnsupportedError: weights that are not multiplied with such activations; experts of a layer in several schemes.
+    """
+    starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
+    inside, few_schemes = _by_layer(starts, schemes)
+    kinds: dict[object, list[int]] = {}
+    for index, layer in enumerate(config.layers):
+        kinds.setdefault((layer, frozenset(inside[index].items())), []).append(index)
+    kept = sorted({index for alike in kinds.values() for index in (alike[0], alike[-1])})
+    for start, index in zip(starts, kept, strict=False):  # layers move up to where others are left out
+        few_schemes |= {start + name: scheme for name, scheme in inside[index].items()}
+    few = replace(config, layers=tuple(config.layers[index] for index in kept))
+    share = Share.of(few, names, few_schemes, rank, ranks)
+    with Reading(torch.device("cpu")) as reading:  # reads nothing
+        parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, Ranks(rank, ranks))
+        return assemble(parts, few, names, PAGE)
+
+
+def _by_layer(
+    starts: Sequence[str], schemes: Mapping[str, Scheme]
+) -> tuple[list[dict[str, Scheme]], dict[str, Scheme]]:
+    """Return the schemes of every layer, by names without its start, and those of modules that are in none."""
+    places = {start: index for index, start in enumerate(starts)}
+    parts = starts[0].count(".")
+    inside: list[dict[str, Scheme]] = [{} for _ in starts]
+    outside: dict[str, Scheme] = {}
+    for module, scheme in schemes.items():
+        start = "".join(f"{part}." for part in module.split(".")[:parts])
+        if start in places:
+            inside[places[start]][module.removeprefix(start)] = scheme
+        else:
+            outside[module] = scheme
+    return inside, outside
+
+
+class _Outlined(Stored):
+    """Weights of which there are shapes and layouts alone."""
+
+    def __init__(
+        self,
+        expected: Expected,
+        schemes: Mapping[str, Scheme],
+        reading: Reading,
+        dtype: torch.dtype,
+        activations: Activations,
+        share: Share,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__({}, reading, schemes, expected.matrices, dtype, activations, share, ranks)
+        self._plain = {plain_name(module, shape): shape for module, shape in self._shapes.items()}
+        self._vectors = {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
+
+    def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
+        """Return a weight in the layout that it has on a GPU."""
+        if isinstance(weight, torch.Tensor):
+            return weight
+        layout = kernel_layout(weight.scheme, self.dtype, self._activations)
+        if layout == STREAM:
+            return weight
+        words, scale = weight.data.new_empty(0), weight.scale.new_empty(0)
+        return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout)
+
+    def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
+        return [make(index) for index in indices]
+
+    def _packed(self, module: str, expert: int | None = None) -> Packed:
+        rows, scheme = self._shapes[module][-2], self._schemes[module]
+        scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])
+        zero_point = torch.empty(rows, 0, dtype=torch.uint8) if scheme.has_zero_point else None
+        return torch.empty(rows, 0, dtype=torch.int32), scale, zero_point
+
+    def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
+        if name in self._vectors:
+            return torch.empty(self._vectors[name], dtype=self.dtype)
+        shape = self._plain[name]
+        return torch.empty(shape if expert is None else (shape[2], shape[1]), dtype=self.dtype, device="meta")

@@ -1,0 +1,291 @@
+"""Which kernels can an operator ask for, in calls of up to so many tokens? Told ahead of the first, without a GPU.
+
+What serves a call is decided as in `dispatch`, `grouped`, `serve_attention` and `serve_routing`, by the same functions;
+the mode of linears is that of the moment (`mode.current`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+
+from tersor.formats import Activations, Scheme
+from tersor.hardware import Chip
+from tersor.kernels import attention as attention_kernels
+from tersor.kernels import dense, experts, routing, sampling, shared_attention, small, tune
+from tersor.kernels.dense import Norm
+from tersor.kernels.jit import KernelSource
+from tersor.kernels.routing import Choice
+from tersor.kernels.tune import experts as tune_experts
+from tersor.kernels.tune import sm80
+from tersor.layouts import STREAM, PackedWeight, StackedWeight
+from tersor.layouts.packing import Packing, target_of
+from tersor.ops import grouped, mode, serve_attention
+from tersor.ops.attention_form import AttentionForm
+from tersor.ops.dispatch import E4M3_LAYOUT
+from tersor.ops.fold import takes_norm
+from tersor.ops.gates import Gate
+from tersor.ops.heads import LatentHeads
+from tersor.ops.norm import TARGETS, channels_fit
+from tersor.ops.router import router_of
+
+_NAMES = {**TARGETS, torch.float32: "float32"}
+
+
+def linear(
+    weight: PackedWeight,
+    dtype: torch.dtype,
+    gate: int,
+    tokens: int,
+    chip: Chip,
+    norms: Collection[Norm] = (Norm.NONE,),
+) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.linear`, or of `ops.gated_linear`, with up to `tokens` tokens.
+
+    Args:
+        weight: as it lies on the GPU; no number of it is read.
+        dtype: of activations.
+        gate: how gate and up become one, or 0.
+        tokens: at least 1.
+        chip: the GPU.
+        norms: what calls of few tokens have of the norms around them (`ops.linear_norm_out`, `ops.linear_norm_in`).
+    """
+    few = tune.MOST_NORMED if Norm.NONE not in norms else 0
+    yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gate, tokens, chip, few)
+    packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
+    for norm in set(norms) - {Norm.NONE}:
+        for n in range(1, min(tokens, tune.MOST_NORMED) + 1):
+            config = tune.choose_normed(tune.LinearProblem.of(packing, weight.shape, n), chip)
+            if config is not None:
+                yield dense.fused_source(packing, TARGETS[dtype], config, gate, norm)
+
+
+def folds_norm(first: PackedWeight, second: PackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
+    """Tell whether a norm between two products is a part of them in calls of few tokens, as `ops.folds_norm` does."""
+    sides = ((first, Norm.OUT), (second, Norm.IN))
+    return (
+        mode.current().fold_norms and chip.capability == (9, 0) and all(takes_norm(w, dtype, side) for w, side in sides)
+    )
+
+
+def _matrix(
+    scheme: Scheme,
+    layout: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    gate: int,
+    tokens: int,
+    chip: Chip,
+    beyond: int = 0,
+) -> Iterator[KernelSource]:
+    result, now = target_of(Activations.NATIVE, dtype), mode.current()
+    if layout == STREAM or result is None or now.reference:
+        return
+    activations = _activations(layout)
+    native = activations is Activations.NATIVE
+    if not native and chip.capability != (9, 0):
+        return
+    packing = Packing.beside(activations, dtype, scheme)
+    problem = tune.LinearProblem.of(
+        packing,
+        shape,
+        tokens,
+        aligned=not native or shape[1] % 8 == 0,
+        activations=activations,
+        batch_invariant=now.batch_invariant,
+    )
+    if native:
+        problem = tune.launched(problem, chip)
+    if not tune.fused(problem, chip):
+        problem = replace(problem, n=sm80.TOKENS)
+        yield from (dense.dequantize_source(packing), dense.epilogue_source(packing, gate))
+    if not native:
+        yield dense.quantize_source(result)
+    for config in tune.choices(problem, chip, beyond):
+        yield dense.fused_source(packing, result, config, gate)
+
+
+def _activations(layout: str) -> Activations:
+    """Return what weights in a kernel layout are multiplied with."""
+    return Activations.E4M3 if layout == E4M3_LAYOUT else Activations.NATIVE
+
+
+def experts_of(
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    choice: Choice,
+    gate: Gate,
+    dtype: torch.dtype,
+    logits: torch.dtype,
+    tokens: int,
+    chip: Chip,
+) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.routed_experts` with up to `tokens` tokens.
+
+    Args:
+        gate_up, down: as they lie on the GPU; no number of them is read.
+        choice: how experts are chosen.
+        gate: how gate and up become one.
+        dtype, logits: dtypes of activations and of the router's logits.
+        tokens: at least 1.
+        chip: the GPU.
+    """
+    yield from route(choice, logits)
+    if dtype not in TARGETS or grouped.misfit(gate_up, down, dtype, chip):
+        for weight, ending in ((gate_up, int(gate)), (down, 0)):
+            yield from _matrix(weight.scheme, weight.layout, weight.matrix, dtype, ending, tokens, chip)
+        return
+    yield from combine(dtype)
+    packings = gate_up.packing, down.packing
+    yield from products(packings, (gate_up.shape, down.shape), choice.top_k, gate, TARGETS[dtype], tokens, chip)
+
+
+def products(
+    packings: tuple[Packing, Packing],
+    shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
+    top_k: int,
+    gate: Gate,
+    result: str,
+    tokens: int,
+    chip: Chip,
+) -> Iterator[KernelSource]:
+    """Yield the kernels of the two products of all experts, and what goes ahead of them.
+
+    Args:
+        packings, shapes: of gate and up, and of down; shapes are (E, OC, IC).
+        top_k: experts of a token.
+        gate: how gate and up become one.
+        result: dtype of activations as they come: `float16` or `bfloat16`.
+        tokens: up to so many.
+        chip: the GPU.
+    """
+    invariant = mode.current().batch_invariant
+    up, down = (
+        tune_experts.ExpertsProblem.of(packing, shape, tokens, top_k, _activations(packing.layout), invariant)
+        for packing, shape in zip(packings, shapes, strict=True)
+    )
+    quantized = [one.activations is not Activations.NATIVE for one in (up, down)]
+    if any(quantized):
+        yield dense.quantize_source(result)
+    for first, second in tune_experts.choices(up, down, chip):
+        yield experts.source(packings[0], result, first, int(gate), False)
+        yield experts.source(packings[1], result, second, 0, not any(quantized))
+        if not quantized[0] and not first.gathers:
+            yield experts.gather_source()
+
+
+def route(choice: Choice, logits: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernel that chooses experts by logits of a dtype."""
+    if choice.fits() and logits in _NAMES:
+        yield routing.route_source(choice, _NAMES[logits])
+
+
+def combine(dtype: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernel that adds up what the experts of a token gave."""
+    if dtype in TARGETS:
+        yield routing.combine_source(TARGETS[dtype])
+
+
+def attention(
+    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, queries: int, length: int, chip: Chip
+) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.attend`.
+
+    Args:
+        form: of the layer.
+        dtype, pages: dtypes of activations, and of keys and values.
+        queries: new tokens of a row at most.
+        length: tokens of a text at most, whole pages.
+        chip: the GPU.
+    """
+    if dtype not in TARGETS or serve_attention.misfit(form, dtype, pages):
+        return
+    kind = attention_kernels.Kind(head_dim=form.head_dim, dtype=TARGETS[dtype], e4m3=pages != dtype)
+    few, of_token = attention_kernels.FEW_QUERIES, form.heads // form.kv_heads
+    invariant = mode.current().batch_invariant
+    shares = serve_attention.shares(form, length) and not invariant
+    counts = [few] if invariant else range(1, min(queries, few) + 1)
+    for tiles in sorted({kind.query_tiles(count * of_token) for count in counts}):
+        yield attention_kernels.decode_source(kind, tiles, chip)
+        if shares:
+            yield attention_kernels.decode_source(kind, tiles, chip, shares=True)
+    if shares:
+        yield shared_attention.shared_source(kind, chip)
+    if queries > few:
+        yield attention_kernels.append_source(kind)
+        yield attention_kernels.prefill_source(kind, chip)
+
+
+def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, of rows of so many channels."""
+    if dtype in TARGETS and channels_fit(channels):
+        yield small.norm_source(TARGETS[dtype], layer, channels)
+
+
+def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.router_logits` with up to `tokens` tokens.
+
+    Args:
+        weight: [E, H]; no number of it is read.
+        dtype: of activations.
+        wide: whether logits are float32.
+        tokens: at least 1.
+    """
+    experts, channels = weight.shape
+    if dtype in TARGETS and experts and channels_fit(channels, routing.MOST_ROUTER_CHANNELS):
+        kind = router_of(dtype, weight.dtype, wide, channels)
+        counts = range(1, min(tokens, routing.ROUTER_TOKENS) + 1)
+        yield from dict.fromkeys(routing.router_source(kind, n) for n in counts)
+
+
+def numbers(
+    channels: int, dtype: torch.dtype, gate: Gate | None = None, capped: bool = False
+) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.gated`, `ops.softcap` or `ops.relu` with a result of so many channels.
+
+    Args:
+        channels, dtype: of the result.
+        gate: how gate and up become one, if it is that.
+        capped: whether it is a soft cap.
+    """
+    if dtype in TARGETS and channels_fit(channels, None):
+        yield small.pointwise_source(TARGETS[dtype], int(gate or 0), capped)
+
+
+def latent_heads(of: LatentHeads, dtype: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.heads` for heads of such sizes."""
+    if dtype in TARGETS and of.whole:
+        yield small.heads_source(of.interleaved)
+    if dtype in TARGETS and of.value != of.width and of.trims:
+        yield small.trim_source()
+
+
+def rows(channels: int, dtype: torch.dtype, index: torch.dtype, positions: bool = False) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.gather_rows` and `ops.lookup`.
+
+    Args:
+        channels, dtype: of the rows.
+        index: dtype of the index.
+        positions: whether rows of positions are added.
+    """
+    if dtype in TARGETS and channels_fit(channels):
+        yield small.rows_source(TARGETS[dtype], index == torch.int64, positions)
+
+
+def tokens_of_steps() -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.resolve` and `ops.keep`."""
+    yield from (small.resolve_source(), small.keep_source())
+
+
+def sums(dtype: torch.dtype, ranks: int) -> Iterator[KernelSource]:
+    """Yield the kernel that adds up small tensors of several GPUs."""
+    if dtype in TARGETS and 1 < ranks <= small.MOST_RANKS:
+        yield small.all_reduce_source(TARGETS[dtype], ranks)
+
+
+def draws(vocabulary: int, dtype: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernels that draw tokens by logits of a dtype, and find log probabilities."""
+    if vocabulary <= sampling.MOST_VOCABULARY:
+        yield from sampling.sources(_NAMES[dtype])
