@@ -250,6 +250,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
     around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     around += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
     around += tuple(around_products()[first::turn])
+    around += tuple(other_gates(chip)) if turn == 2 else ()
     return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
 
 
@@ -268,6 +269,15 @@ def normed() -> Iterator[Traits]:
             kernel = Traits(tile, name, dtype, size, gated=gated, norm=norm)
             yield kernel if kernel.exists() else replace(kernel, group_size=None)
         next(dtypes)
+
+
+def other_gates(chip: Chip) -> list[KernelSource]:
+    """Return kernels of gated linears that end with another gate than silu, whose ends alone differ: of some tiles."""
+    packings = [Packing.of(Scheme(get("fp6_e3m2")), "bfloat16"), Packing.of(Scheme(get("uint4"), 64), "float16")]
+    gates = range(2, 5)
+    made = [source for gate in gates for packing in packings for source in dense.sources(packing, chip, gate)]
+    kind = "sm90_linear" if chip.capability == (9, 0) else "sm80_linear"
+    return [source for source in made if kind in source.header][:: 9 if chip.capability == (9, 0) else 4]
 
 
 def _dequantizing() -> list[KernelSource]:
