@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tersor import hardware, ops
 from tersor.bench import timing
@@ -32,7 +33,7 @@ OWN = (40, 250)
 LEAST_BYTES = 300 << 20
 MOST_CACHES = 60
 MOST_BYTES = 24 << 30
-START = 4e-6
+START = 4.1e-6
 """Seconds that attention takes where there is nothing to read, which both ways have."""
 
 
@@ -149,7 +150,6 @@ def entry(case: Case, plan: SharedPages, costs: SharedCosts, apart: float, toget
         "tiles": plan.tiles,
         "parts": plan.parts,
         "turns": plan.turns(costs),
-        "full": plan.tiles * costs.tile > plan.turns(costs) * costs.turn,
     }
 
 
@@ -164,24 +164,30 @@ def line(row: dict[str, Any]) -> str:
 
 
 def fitted(found: list[dict[str, Any]]) -> dict[str, float]:
-    """Return constants that fit measured times best, errors taken relative to the times.
+    """Return constants, in seconds, of the least mean square of log(predicted / measured), of both ways together.
 
-    Rows by themselves take start + distinct page + again again. Of rows together the rest, without what they read by
-    themselves, is launch + tiles tile + parts part where many CTAs read, else launch + turns turn + parts part.
+    Rows by themselves take start + distinct page + again again. Rows together take start + alone page + launch +
+    parts part + the greater of tiles tile and turns turn.
     """
-    apart = _least([[1, row["distinct"], row["again"]] for row in found], [row["apart"] for row in found])
-    start, page, again = apart
-    rest = [row["together"] - start * 1e6 - row["read_alone"] * page * 1e6 for row in found]
-    full = [(row, left) for row, left in zip(found, rest, strict=True) if row["full"]]
-    launch, tile, part = _least([[1, row["tiles"], row["parts"]] for row, _ in full], [left for _, left in full])
-    few = [(row, left) for row, left in zip(found, rest, strict=True) if not row["full"]]
-    turn = statistics.median((left / 1e6 - launch - row["parts"] * part) / row["turns"] for row, left in few)
-    return {"start": start, "page": page, "again": again, "launch": launch, "tile": tile, "part": part, "turn": turn}
+    from scipy.optimize import minimize
 
+    names = ("start", "page", "again", "launch", "tile", "part", "turn")
+    count = {name: np.array([row[name] for row in found], np.float64) for name in found[0] if name != "chosen"}
 
-def _least(features: list[list[float]], times: list[float]) -> list[float]:
-    """Return the factors, in seconds, whose sums of features come closest to times in microseconds."""
-    weights = 1 / np.abs(np.array(times)).clip(1)
-    left = np.array(features, np.float64) * weights[:, None]
-    solved: list[float] = (np.linalg.lstsq(left, np.array(times) * weights, rcond=None)[0] * 1e-6).tolist()
-    return solved
+    def error(logs: NDArray[np.float64]) -> float:
+        cost = dict(zip(names, np.exp(logs), strict=True))
+        apart = cost["start"] + count["distinct"] * cost["page"] + count["again"] * cost["again"]
+        read = np.maximum(count["tiles"] * cost["tile"], count["turns"] * cost["turn"])
+        together = cost["start"] + count["read_alone"] * cost["page"] + cost["launch"] + read
+        together += count["parts"] * cost["part"]
+        off = np.log(apart / count["apart"]), np.log(together / count["together"])
+        return float(np.square(off).mean())
+
+    begun = np.log([4, 0.06, 0.04, 2, 0.08, 0.05, 0.9])
+    draw = np.random.default_rng(0)
+    runs = [
+        minimize(error, begun + draw.normal(0, 0.4, len(names)), method="Nelder-Mead", options={"maxiter": 8000})
+        for _ in range(12)
+    ]
+    best = min(runs, key=lambda run: run.fun)
+    return dict(zip(names, (np.exp(best.x) * 1e-6).tolist(), strict=True))

@@ -2,10 +2,12 @@
 
     python bench/sweep_experts.py OUT.csv --seconds 150
     python bench/sweep_experts.py --from OUT.csv
+    python bench/sweep_experts.py --from OUT.csv --fit --leave-out
 
 Both products of a layer are timed apart, each chained with itself by programmatic dependence over routings of its own,
 with as many experts' weights as L2 does not hold. Rows are appended as they are found. The loss of a layer is the time
-of the tiles that `tune.choose_pair` takes over the least time of any two that have as many tokens as each other.
+of the tiles that are predicted to be the fastest of those that were timed, over the least time of any two that have as
+many tokens as each other. Where the chooser takes tiles that were not timed, it is said.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import functools
 import math
 import statistics
 import time
-from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -31,6 +34,8 @@ from tersor.hardware import CHIPS, Chip
 from tersor.kernels import experts as family
 from tersor.kernels import jit
 from tersor.kernels.tune import experts as tune
+from tersor.kernels.tune import experts_sm90
+from tersor.kernels.tune.experts_sm90 import Constants, Load
 from tersor.kernels.tune.tile import Tile
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import Packing
@@ -44,6 +49,13 @@ WITHIN = 1.7
 """Tiles predicted to take up to so many times the least time are timed, fastest first."""
 MOST = 7
 L2_BYTES = 200 << 20
+SOFTNESS, STEEPNESS, FIDELITY = 0.02, 8.0, 0.3
+"""As in bench/costs.py: of a fit, how near predictions are undecided, what great losses cost, and what errors do."""
+GENERATIONS = 150
+Cell: TypeAlias = tuple[dict[Tile, float], dict[Tile, float]]
+"""Microseconds of the tiles of the first product and of the second."""
+Times: TypeAlias = dict[tuple[str, int], Cell]
+"""(model, tokens) -> times."""
 
 
 def problems(geometry: Geometry, tokens: int) -> tuple[tune.ExpertsProblem, tune.ExpertsProblem]:
@@ -54,9 +66,9 @@ def problems(geometry: Geometry, tokens: int) -> tuple[tune.ExpertsProblem, tune
     return up, down
 
 
-def plausible(problem: tune.ExpertsProblem, chip: Chip) -> list[Tile]:
-    """Return the tiles that may be the best, the one predicted to be it first."""
-    times = {tile: tune.seconds(problem, tile, chip) for tile in tune.tiles(problem)}
+def plausible(problem: tune.ExpertsProblem, first: bool, chip: Chip) -> list[Tile]:
+    """Return the tiles that may be the best for a layer's first product or its second, the likeliest first."""
+    times = {tile: tune.seconds(problem, tile, chip, first) for tile in tune.tiles(problem)}
     ranked = sorted(times, key=lambda tile: times[tile])
     return [tile for tile in ranked if times[tile] <= WITHIN * times[ranked[0]]][:MOST]
 
@@ -79,12 +91,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, help="CSV to append to")
     parser.add_argument("--from", dest="source", type=Path, action="append", help="judge the rows of such files")
+    parser.add_argument("--fit", action="store_true", help="find constants that lose less by --from; needs SciPy")
+    parser.add_argument("--leave-out", action="store_true", help="and fit without each model, to judge that one")
     parser.add_argument("--models", default=NAMES)
     parser.add_argument("--tokens", default=TOKENS)
     parser.add_argument("--seconds", type=float, default=150.0, help="no cell is begun after so many")
     arguments = parser.parse_args()
     if arguments.source:
-        judge(arguments.source)
+        times = read(arguments.source)
+        judge(times)
+        if arguments.fit or arguments.leave_out:
+            report_fit(times, arguments.leave_out)
         return
     if arguments.output is None:
         parser.error("say where the rows go, or --from which file they come")
@@ -109,14 +126,14 @@ def sweep(output: Path, models: list[str], tokens: list[int], seconds: float) ->
             sources = [
                 family.source(pair[at].packing, "float16", tune.config(problem, tile, chip), gate(at), bool(at))
                 for _, (at, problem) in cells
-                for tile in plausible(problem, chip)
+                for tile in plausible(problem, at == 0, chip)
             ]
             jit.compile_many(sources, jit.arch_for(chip.capability))
             for count, (at, problem) in cells:
                 if time.perf_counter() - started > seconds:
                     print(f"{seconds:.0f} s are over: {model} from {count} tokens on is not timed")
                     return
-                for tile in plausible(problem, chip):
+                for tile in plausible(problem, at == 0, chip):
                     took = timed(geometry, problem, pair[at], at, tile, chip)
                     sizes = (tile.tokens, tile.row_groups, tile.channel_groups, tile.resident)
                     rows.writerow((model, count, ("up", "down")[at], *sizes, f"{took:.3f}"))
@@ -149,35 +166,101 @@ def timed(
     return timing.graph_microseconds(calls, replays=5)
 
 
-def judge(sources: list[Path]) -> None:
-    """Print what the chooser loses in each cell, and over all."""
-    times: dict[tuple[str, int], dict[tuple[str, Tile], float]] = defaultdict(dict)
+def read(sources: Iterable[Path]) -> Times:
+    """Read sweeps."""
+    times: Times = {}
     for source in sources:
         with source.open(newline="") as file:
             for row in csv.DictReader(file):
                 sizes = [int(row[name]) for name in ("tile_tokens", "row_groups", "channel_groups")]
                 tile = Tile(*sizes, 1, int(row["resident"]))
-                times[row["model"], int(row["tokens"])][row["product"], tile] = float(row["microseconds"])
-    chip, losses = CHIPS["NVIDIA H200"], []
-    for (model, tokens), found in times.items():
-        configs = tune.choose_pair(*problems(MODELS[model], tokens), chip)
-        chosen = [found.get((product, config.tile)) for product, config in zip(("up", "down"), configs, strict=True)]
-        widths = {tile.tokens for _, tile in found}
-        sums = {width: [_least(found, product, width) for product in ("up", "down")] for width in widths}
-        best = min(sums, key=lambda width: sum(sums[width]))
-        if None in chosen:
-            print(f"{model:16} {tokens:6} chose a tile that was not timed: {_said(configs[0].tile)}")
-            continue
-        loss = sum(time for time in chosen if time is not None) / sum(sums[best]) - 1
-        losses.append(loss)
-        tiles = ", ".join(f"{_said(config.tile)} {took:.1f}" for config, took in zip(configs, chosen, strict=True))
-        print(f"{model:16} {tokens:6} {tiles:40} best width {best}: {sum(sums[best]):.1f} us  loss {100 * loss:5.1f} %")
-    if losses:
-        print(f"mean loss {100 * statistics.mean(losses):.1f} %, worst {100 * max(losses):.1f} %")
+                cell = times.setdefault((row["model"], int(row["tokens"])), ({}, {}))
+                cell[row["product"] == "down"][tile] = float(row["microseconds"])
+    return times
 
 
-def _least(found: dict[tuple[str, Tile], float], product: str, width: int) -> float:
-    return min((took for (of, tile), took in found.items() if of == product and tile.tokens == width), default=math.inf)
+def loss(
+    model: str, tokens: int, timed: Cell, chip: Chip = CHIPS["NVIDIA H200"]
+) -> tuple[float, tuple[Tile, Tile], tuple[Tile, Tile]]:
+    """Return what the choice among the timed tiles loses, a share of the least time; that choice, and the best one."""
+    choice = tune.least_pair(*problems(MODELS[model], tokens), *timed, chip)
+    pairs = [(up, down) for up in timed[0] for down in timed[1] if up.tokens == down.tokens]
+    took = {(up, down): timed[0][up] + timed[1][down] for up, down in pairs}
+    best = min(took, key=lambda pair: took[pair])
+    return took[choice] / took[best] - 1, choice, best
+
+
+def judge(times: Times, chip: Chip = CHIPS["NVIDIA H200"]) -> None:
+    """Print what the chooser loses in each cell, and over all."""
+    losses = []
+    for (model, tokens), timed in times.items():
+        lost, choice, best = loss(model, tokens, timed, chip)
+        losses.append(lost)
+        said, least = (
+            ", ".join(f"{_said(tile)} {timed[at][tile]:.1f}" for at, tile in enumerate(pair)) for pair in (choice, best)
+        )
+        print(f"{model:16} {tokens:6} {said:37} best {least:37} loss {100 * lost:5.1f} %")
+        taken = tuple(config.tile for config in tune.choose_pair(*problems(MODELS[model], tokens), chip))
+        if taken != choice:
+            print(f"{'':23} takes {', '.join(map(_said, taken))}, which were not timed")
+    print(f"mean loss {100 * statistics.mean(losses):.1f} %, worst {100 * max(losses):.1f} %")
+
+
+def fit(times: Times, chip: Chip = CHIPS["NVIDIA H200"], seed: int = 0) -> Constants:
+    """Return constants with which the choice among the timed tiles loses little.
+
+    Differential evolution (Storn and Price, 1997) from the present ones. What is made small is the mean over all cells
+    of the loss, of which a great one counts more than several that add up to it, and `FIDELITY` times the error of all
+    predictions. A choice is undecided between pairs of tiles that are predicted to be nearly as fast as each other.
+    """
+    import numpy as np
+    from scipy.optimize import differential_evolution
+
+    loads, measured, choices = [], [], []
+    for (model, tokens), timed in times.items():
+        places: tuple[dict[Tile, int], dict[Tile, int]] = ({}, {})
+        for at, problem in enumerate(problems(MODELS[model], tokens)):
+            for tile, took in timed[at].items():
+                places[at][tile] = len(loads)
+                loads.append(experts_sm90.load(problem, tile, chip, at == 0))
+                measured.append(took)
+        pairs = [(places[0][up], places[1][down]) for up in timed[0] for down in timed[1] if up.tokens == down.tokens]
+        choices.append(np.array(pairs).T)
+    all_loads, took = Load(*np.array(loads).T), np.array(measured)
+    ordering = [tune.ORDERING * (all_loads.rows[ups] == 0) for ups, _ in choices]
+
+    def goal(values: Sequence[float]) -> float:
+        predicted, total = experts_sm90.microseconds(all_loads, Constants(*values)), 0.0
+        for (ups, downs), ordered in zip(choices, ordering, strict=True):
+            of_pairs, sums = np.log(predicted[ups] + predicted[downs] + ordered), took[ups] + took[downs]
+            weights = np.exp((of_pairs.min() - of_pairs) / SOFTNESS)
+            lost = (weights * sums).sum() / weights.sum() / sums.min() - 1
+            total += lost + STEEPNESS * lost**2
+        return total / len(choices) + FIDELITY * float(np.abs(np.log(predicted / took)).mean())
+
+    now = astuple(experts_sm90.CONSTANTS)
+    found = differential_evolution(
+        goal,
+        [(value / 2, value * 2) for value in now],
+        x0=now,
+        maxiter=GENERATIONS,
+        popsize=8,
+        seed=seed,
+        polish=False,
+        tol=1e-5,
+    )
+    return Constants(*(float(f"{value:.3g}") for value in found.x))
+
+
+def report_fit(times: Times, leave_out: bool) -> None:
+    """Print fitted constants and what is lost with them, and likewise in each model by a fit to the others."""
+    for left in [None, *dict.fromkeys(model for model, _ in times)] if leave_out else [None]:
+        constants = fit({cell: timed for cell, timed in times.items() if cell[0] != left})
+        before, experts_sm90.CONSTANTS = experts_sm90.CONSTANTS, constants
+        judged = [loss(*cell, timed)[0] for cell, timed in times.items() if left in (None, cell[0])]
+        experts_sm90.CONSTANTS = before
+        of = f"in {left}, fitted to the others" if left else f"with {constants}"
+        print(f"mean loss {100 * statistics.mean(judged):.2f} %, worst {100 * max(judged):.1f} % {of}")
 
 
 def _said(tile: Any) -> str:

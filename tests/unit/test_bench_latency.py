@@ -9,6 +9,7 @@ import torch
 
 from tersor.bench import latency, report
 from tersor.cli import main
+from tersor.engine.request import Step
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import get_scheme
@@ -57,6 +58,34 @@ def test_every_batch_and_context_is_timed_with_the_bytes_that_it_reads() -> None
     assert [row.kv_bytes for row in rows] == [row.batch * row.context * layers * per_token for row in rows]
     embedding = sum(tensor.nbytes for tensor in made.decoder.embedding.tensors())
     assert {row.weight_bytes for row in rows} == {made.decoder.nbytes - embedding}
+
+
+def test_what_is_timed_is_whole_steps_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, free, most = 100.0, 0.0, 0
+    under_way: list[float] = []
+
+    class Device:
+        """Takes 3 seconds a step and does one at a time; the host takes no time but to wait."""
+
+        def launch(self, step: Step) -> Device:
+            nonlocal free, most
+            free = max(free, now) + 3
+            under_way.append(free)
+            most = max(most, len(under_way))
+            made = Device()
+            made.end = free
+            return made
+
+        def tokens(self) -> None:
+            nonlocal now
+            now = max(now, self.end)
+            under_way.remove(self.end)
+
+        end = 0.0
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    assert latency._timed(Device(), latency.decoding(1, 64, PAGE), 5) == 3  # type: ignore[arg-type]
+    assert most == 2 and not under_way
 
 
 def test_a_step_of_a_mixture_reads_the_experts_that_are_expected_to_be_hit() -> None:

@@ -134,15 +134,16 @@ def decoding(batch: int, context: int, page: int) -> Step:
 
 
 def _timed(runner: Runner, step: Step, steps: int) -> float:
-    """Return seconds a step, each launched before the one ahead of it is read."""
-    before = runner.launch(step)
+    """Return seconds a step, each launched before the one ahead is read: from the end of one to that of the last."""
+    before, launched = runner.launch(step), runner.launch(step)
+    before.tokens()
     started = time.perf_counter()
     for _ in range(steps):
-        launched = runner.launch(step)
+        before, launched = launched, runner.launch(step)
         before.tokens()
-        before = launched
-    before.tokens()
-    return (time.perf_counter() - started) / steps
+    seconds = (time.perf_counter() - started) / steps
+    launched.tokens()
+    return seconds
 
 
 def step_bytes(decoder: Decoder, batch: int) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tersor.formats import Activations
 from tersor.layouts.packing import Packing
 
 _LONG = 256
-"""Beyond so many tokens an expert, blocks are counted by the mean alone."""
+_FAR = 8.0
+"""Standard deviations from the mean beyond which nothing is counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +68,25 @@ def most_blocks(pairs: int, experts: int, width: int) -> int:
     return min(pairs, pairs // width + min(experts, pairs))
 
 
+class Expected(NamedTuple):
+    """What one expert is expected to get of tokens that go to experts at random.
+
+    Attributes:
+        hit: how likely that is any token at all.
+        blocks: mean number of blocks of its tokens.
+        variance: of the blocks of all experts together, for each of them: what one has more of tokens others lack.
+    """
+
+    hit: float
+    blocks: float
+    variance: float
+
+
 @functools.lru_cache(maxsize=65536)
-def expected_blocks(tokens: int, share: float, width: int) -> tuple[float, float]:
-    """Return how likely an expert gets a token at all, and how many blocks of `width` tokens it is expected to have.
+def expected_blocks(tokens: int, share: float, width: int) -> Expected:
+    """Return how likely an expert gets a token, and how many blocks of `width` tokens it is expected to have.
+
+    Beyond `_LONG` tokens an expert their number counts as normally distributed.
 
     Args:
         tokens: T.
@@ -76,14 +94,28 @@ def expected_blocks(tokens: int, share: float, width: int) -> tuple[float, float
         width: tokens in a block.
     """
     if share >= 1:
-        return 1.0, float(-(-tokens // width))
+        return Expected(1.0, float(-(-tokens // width)), 0.0)
     none = (1 - share) ** tokens
-    mean = tokens * share
+    mean, spread = tokens * share, tokens * share * (1 - share)
+    expected = square = product = 0.0  # blocks, their square, and blocks times tokens less the product of the means
     if mean > _LONG:
-        return 1 - none, mean / width + 0.5
-    expected, chance = 0.0, none
-    last = min(tokens, math.ceil(mean + 8 * math.sqrt(mean) + 8))
-    for count in range(1, last + 1):
-        chance *= (tokens - count + 1) / count * share / (1 - share)
-        expected += chance * -(-count // width)
-    return 1 - none, expected
+        deviation, reach = math.sqrt(spread), 0.0
+        before = int(max(0.0, mean - _FAR * deviation) // width)  # blocks that there are for certain
+        expected, square = float(before), float(before * before)
+        while reach < _FAR:
+            reach = (before * width + 0.5 - mean) / deviation
+            more = math.erfc(reach / math.sqrt(2)) / 2  # the chance that there is a block after those before it
+            expected += more
+            square += (2 * before + 1) * more
+            product += deviation * math.exp(-reach * reach / 2) / math.sqrt(2 * math.pi)
+            before += 1
+    else:
+        chance = none
+        for count in range(1, min(tokens, math.ceil(mean + _FAR * math.sqrt(mean) + _FAR)) + 1):
+            chance *= (tokens - count + 1) / count * share / (1 - share)
+            blocks = -(-count // width)
+            expected += chance * blocks
+            square += chance * blocks * blocks
+            product += chance * blocks * count
+        product -= expected * mean
+    return Expected(1 - none, expected, max(0.0, square - expected * expected - product * product / spread))

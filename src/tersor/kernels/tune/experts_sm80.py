@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.formats import Activations
 from tersor.hardware import Chip
@@ -112,7 +112,7 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
     those of further tokens of an expert, and all activations, from L2. The sums that splits exchange count as bytes of
     memory, written and read.
     """
-    hit, blocks_hit = expected_blocks(problem.tokens, problem.top_k / problem.experts, config.block_tokens)
+    hit, blocks_hit, _ = expected_blocks(problem.tokens, problem.top_k / problem.experts, config.block_tokens)
     expected = problem.experts * blocks_hit
     weight_bytes = 8 * (256 * problem.bits + 16 * problem.scale_bytes)
     blocks, from_memory = -(-problem.ic // BLOCK_IC), hit / blocks_hit
@@ -130,10 +130,17 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
     return run + exchanged / chip.bandwidth
 
 
-def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[Sm80ExpertsConfig, Sm80ExpertsConfig]:
+def choose_pair(
+    up: ExpertsProblem, down: ExpertsProblem, tokens: int, chip: Chip
+) -> tuple[Sm80ExpertsConfig, Sm80ExpertsConfig]:
     """Return the configurations of two products of the same tokens, which share the routing tables.
 
     Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time.
+
+    Args:
+        up, down: the products.
+        tokens: how many the tile is chosen for; the splits are for as many as there are.
+        chip: where they run.
     """
 
     def best(problem: ExpertsProblem) -> dict[int, tuple[float, Sm80ExpertsConfig]]:
@@ -144,6 +151,6 @@ def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[S
                 found[config.block_tokens] = time, config
         return found
 
-    first, second = best(up), best(down)
+    first, second = (best(replace(problem, tokens=tokens)) for problem in (up, down))
     tile = min(first, key=lambda tile: first[tile][0] + second[tile][0])
-    return first[tile][1], second[tile][1]
+    return best(up)[tile][1], best(down)[tile][1]
