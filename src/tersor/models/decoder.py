@@ -169,7 +169,7 @@ class Decoder:
         y = _plain(x)
         logits = self.head(self.norm(y if places is None else ops.gather_rows(y, places)))
         softcap = self.config.softcap
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return logits if softcap is None else ops.softcap(logits, softcap)
 
     def caches(self, count: int, dtype: torch.dtype | None = None) -> list[PagedCache]:
         """Return `count` pages of zeros for every layer, in the decoder's dtype where none is given."""
