@@ -85,7 +85,7 @@ def chains(
         return multiply(ops.rms_norm(ops.linear(x, first, residual=residual), weight, EPS), second)
 
     def folded(first: PackedWeight, second: PackedWeight) -> torch.Tensor:
-        return ops.linear_norm_in(ops.linear_norm_out(x, first, norm, residual=residual), second, gated=gated)
+        return ops.linear_norm_in(ops.linear_norm_out(x, first, norm, residual=residual), second, gate=int(gated))
 
     def without(first: PackedWeight, second: PackedWeight) -> torch.Tensor:
         return multiply(ops.linear(x, first, residual=residual), second)

@@ -29,6 +29,7 @@ from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune.problem import FEW_TOKENS, SM90
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing, unsupported_reason
+from tersor.ops.gates import Gate
 
 CHIP_OF = {chip.capability: chip for chip in CHIPS.values()}
 """Compute capability -> a chip: rings are as deep as its shared memory allows."""
@@ -45,7 +46,7 @@ class Traits:
         format: name of the element format.
         dtype: of the result, `float16` or `bfloat16`.
         group_size, scale_dtype: of the scales.
-        gated: whether it ends with silu(gate) * up.
+        gated: the gate that it ends with (`ops.Gate`), or 0.
         few_tokens: 0 for the batch-invariant mode, in which wgmma multiplies few tokens, too.
         norm: what it has of the norms around it.
     """
@@ -55,7 +56,7 @@ class Traits:
     dtype: str = "float16"
     group_size: int | None = None
     scale_dtype: str = "float16"
-    gated: bool = False
+    gated: int = 0
     few_tokens: int = FEW_TOKENS
     norm: dense.Norm = dense.Norm.NONE
 
@@ -104,7 +105,7 @@ def pairs(kernel: Traits) -> frozenset[Pair]:
         ("registers", group.registers),
         ("width", "light" if scheme.format.bits < 5 else "middle" if scheme.format.bits < 7 else "heavy"),
         ("zero points", scheme.has_zero_point),
-        ("gated", kernel.gated),
+        ("gated", bool(kernel.gated)),
     )
     found: set[Pair] = {(like, trait) for trait in with_tile} | {(tile, "some kernel")}
     found |= {(decode, sizes), (kernel.format, kernel.target)}
@@ -134,7 +135,7 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
         Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", "bfloat16"),
     ),
     "32 tokens, two CTAs of 384 threads, decode groups of 16 registers: one spilled while copying warps kept 40": (
-        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", gated=True),
+        Traits(sm90.Tile(32, 2, 1, 1, 2), "fp5_e2m2", gated=1),
         Traits(sm90.Tile(32, 2, 1, 1, 2), "fp7_e3m3", "bfloat16"),
     ),
     "scales in groups of 32 and 64 and few tokens: no registers for fragments read once": (
@@ -167,14 +168,14 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
     ),
     "whole blocks of activations in a slot, 80 or 96 tokens, 192 rows: a register or three spilled": (
         Traits(sm90.Tile(80, 3, 1, 1, 1), "fp5_e2m2", "bfloat16"),
-        Traits(sm90.Tile(96, 3, 1, 1, 1), "int3", gated=True),
+        Traits(sm90.Tile(96, 3, 1, 1, 1), "int3", gated=1),
         Traits(sm90.Tile(96, 3, 1, 1, 1), "fp7_e3m3"),
     ),
     "codes of 8 bits at 64 tokens, two CTAs of 384 threads: spills": (
         Traits(sm90.Tile(64, 1, 1, 1, 2), "int8"),
         Traits(sm90.Tile(64, 1, 1, 1, 2), "fp8_e5m2"),
         Traits(sm90.Tile(64, 1, 1, 1, 2), "fp8_e4m3", "bfloat16"),
-        Traits(sm90.Tile(256, 2, 1, 2, 1), "uint8", "bfloat16", gated=True),
+        Traits(sm90.Tile(256, 2, 1, 2, 1), "uint8", "bfloat16", gated=1),
         Traits(sm90.Tile(256, 2, 1, 2, 1), "fp8_e5m2"),
     ),
     "8-bit activations, the widest tile: two decode buffers and an odd block more spilled for fp4": (
@@ -195,7 +196,7 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
         Traits(32, "int4", "float16", 16),
     ),
     "batch-invariant: few tokens through wgmma": tuple(
-        Traits(sm90.Tile(tokens, 2, 1, 1, 2), "fp6_e3m2", "float16", group_size, gated=gated, few_tokens=0)
+        Traits(sm90.Tile(tokens, 2, 1, 1, 2), "fp6_e3m2", "float16", group_size, gated=int(gated), few_tokens=0)
         for tokens, group_size, gated in ((8, None, False), (8, 128, True), (16, None, True), (16, 128, False))
     ),
 }
@@ -203,13 +204,14 @@ FAULTS: dict[str, tuple[Traits, ...]] = {
 
 
 def candidates(tile: sm90.Tile | int) -> Iterator[Traits]:
-    """Yield kernels of a tile in their usual mode: all but dtypes of scales, which come by turns."""
+    """Yield kernels of a tile in their usual mode: all but dtypes of scales and gates, which come by turns."""
     dtypes, scale_dtypes = decode_groups.PAIR_TARGETS, tuple(SCALE_DTYPES)
     for (i, name), (j, dtype), (k, size), gated in itertools.product(
         *map(list, map(enumerate, (names(), dtypes, GROUP_SIZES))), (False, True)
     ):
         scale_dtype = scale_dtypes[(i + j + k) % len(scale_dtypes)] if size else "float16"
-        kernel = Traits(tile, name, dtype, size, scale_dtype, gated)
+        gate = 1 + (i + j + k) % len(Gate) if gated else 0
+        kernel = Traits(tile, name, dtype, size, scale_dtype, gate)
         if kernel.exists():
             yield kernel
 
@@ -297,7 +299,19 @@ def _routing() -> list[KernelSource]:
     ]
     tables = [routing.tables_source(routing.MOST_EXPERTS, index) for index in ("int32", "int64")]
     combining = [routing.combine_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
-    return [*(routing.route_source(*one) for one in choices), *tables, *combining]
+    return [*(routing.route_source(*one) for one in choices), *tables, *combining, *routers()]
+
+
+def routers() -> list[KernelSource]:
+    """Return kernels of routers' logits: the most registers of each kind, and one token, every dtype by turns."""
+    kinds = [
+        ("bfloat16", False, False, 7168),
+        ("float16", True, True, 7168),
+        ("float16", False, True, 2048),
+        ("bfloat16", True, True, routing.MOST_ROUTER_CHANNELS),
+    ]
+    made = [routing.Router(target=name, float_weight=held, float_out=out, channels=h) for name, held, out, h in kinds]
+    return [routing.router_source(router, tokens) for router in made for tokens in (routing.ROUTER_TOKENS, 1)]
 
 
 _USUAL_HEADS = (attention.Kind(head_dim=128, dtype="float16"),)
@@ -328,7 +342,7 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
 
 
 def around_products() -> list[KernelSource]:
-    """Return kernels of norms, rows and sampling: the most registers of each kind, every dtype, by turns."""
+    """Return kernels of norms, rows, numbers and sampling: the most registers of each kind, every dtype, by turns."""
     norms = [
         small.norm_source(dtype, layer, channels)
         for channels, layer in ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
@@ -338,6 +352,8 @@ def around_products() -> list[KernelSource]:
     kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
     copies += [small.resolve_source(), small.keep_source()]
+    copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
+    copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
 
 

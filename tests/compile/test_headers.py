@@ -27,7 +27,7 @@ def whole(name: str) -> KernelSource:
         return attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
-    sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gated=True)
+    sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gate=1)
     schedule = "sm80" if "sm80" in name else "sm90"
     return next(source for source in sources if source.header == f"dense/{schedule}_linear.cuh")
 

@@ -17,7 +17,7 @@ from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block
-from tersor.ops import dispatch, grouped, routing
+from tersor.ops import dispatch, grouped, heads, routing
 from tersor.ops.attention_form import Rows
 
 
@@ -62,6 +62,9 @@ def route(tokens: int) -> None:
     for found in (tables, routing.tables(index - 5, 60, 8)):
         for channels in (520, 37):
             routing.combine(torch.randn(6 * tokens, channels, device="cuda").half(), weights, found)
+    x, weight = torch.randn(tokens, 2056, device="cuda").half(), torch.randn(61, 2056, device="cuda").half()
+    ops.router_logits(x, weight, weight[:, 0].contiguous())
+    ops.router_logits(x, weight.float(), wide=True)
 
 
 def draw(vocabulary: int, dtype: torch.dtype) -> None:
@@ -73,12 +76,17 @@ def draw(vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def around() -> None:
-    """Normalise and look up rows."""
+    """Normalise and look up rows, make numbers of numbers, and put heads side by side."""
     x, weight = torch.randn(3, 5128, device="cuda").half(), torch.ones(5128, device="cuda").half()
     ops.rms_norm(ops.layer_norm(x, weight, weight, 1e-5), weight, 1e-6, residual=x)
     starts, lengths = torch.tensor([0, 2, 2, 3], device="cuda").int(), torch.tensor([9, 0, 1], device="cuda").int()
     rows = Rows(starts, lengths, torch.zeros(3, 1, device="cuda").int(), 2, 9)
     ops.lookup(torch.tensor([0, 2, 3, -1], device="cuda"), x, positions=x, rows=rows)
+    ops.softcap(ops.relu(x), 30.0)
+    ops.gated(x[:, :5120].contiguous(), ops.Gate.GELU_TANH)
+    of = heads.LatentHeads(heads=3, fixed=8, turned=16, value=8, interleaved=True)
+    qkv = heads.side_by_side(x[:, :72], x[:, 72:120], x[:, 120:136], of)
+    heads.values_of(qkv[:, :72].contiguous(), of)
 
 
 def norms(x: torch.Tensor, weight: PackedWeight) -> None:

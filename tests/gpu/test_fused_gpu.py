@@ -21,7 +21,7 @@ from tersor.kernels import jit, tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, gated
 from tersor.layouts.packing import LAYOUTS, Packing
-from tersor.ops import dispatch, prepared
+from tersor.ops import Gate, dispatch, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -63,18 +63,18 @@ def decision(packed: PackedWeight, n: int, dtype: torch.dtype) -> dispatch.Decis
     return dispatch.decide(packed.scheme, packed.layout, packed.shape, n, dtype, device, aligned)
 
 
-def compile_for(packed: PackedWeight, counts: tuple[int, ...], dtype: torch.dtype, gated: bool) -> None:
+def compile_for(packed: PackedWeight, counts: tuple[int, ...], dtype: torch.dtype, gate: int) -> None:
     """Compile side by side what calls with so many tokens would compile one after the other."""
     target = LAYOUTS[packed.layout]
     configs = [decision(packed, n, dtype).config for n in counts]
     sources = {
-        family.fused_source(Packing.of(packed.scheme, target), target, config, gated)
+        family.fused_source(Packing.of(packed.scheme, target), target, config, gate)
         for config in configs
         if config is not None
     }
     sources |= {
         family.dequantize_source(Packing.of(packed.scheme, target)),
-        family.epilogue_source(Packing.of(packed.scheme, target), gated),
+        family.epilogue_source(Packing.of(packed.scheme, target), gate),
     }
     jit.compile_many(sources, jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
@@ -161,6 +161,25 @@ def test_gated_linears(channels: int, ic: int, name: str, group: int | None, dty
         residual = tokens(n, channels, dtype, seed=n + 1)
         y = ops.gated_linear(x, packed, bias, residual=residual)
         check(y, exact + residual.double(), error + 2.0**-23 * residual.double().abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [Gate.GELU_TANH, Gate.GELU, Gate.CLAMPED])
+@pytest.mark.parametrize(("name", "group"), [("fp6_e3m2", None), ("uint4", 64)])
+def test_other_gates_are_those_of_the_decoded_product(
+    name: str, group: int | None, gate: Gate, dtype: torch.dtype, schedule: str
+) -> None:
+    weights = [random_weight(129, 1280, name, group, seed) for seed in (3, 4)]
+    packed = ready(PackedWeight.gate_up(*weights), dtype)
+    counts = (1, 9, 64, 300)
+    compile_for(packed, counts, dtype, int(gate))
+    biases = tokens(2, 129, dtype, seed=5)
+    for n in counts:
+        x = 4 * tokens(n, 1280, dtype, seed=n)
+        pairs = zip(weights, biases, strict=True)
+        parts = [x.double() @ decoded(one, packed, n, dtype).T + bias.double() for one, bias in pairs]
+        y = ops.gated_linear(x, packed, gated.interleave(*biases), gate=gate)
+        torch.testing.assert_close(y.double(), gate.combine(*parts), rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 @pytest.mark.parametrize("gated_rows", [False, True])

@@ -129,7 +129,7 @@ def test_every_tile_divides_by_the_norm_ahead_in_every_part(tile: sm90.Tile, gat
         for config in configs(weight, n, tile):
             with ops.using(config=config):
                 assert fold._prepared(x, weight, gated, Norm.IN) is not None
-                first, *others = (ops.linear_norm_in(rows, weight, bias, gated=gated) for _ in range(REPEATS))
+                first, *others = (ops.linear_norm_in(rows, weight, bias, gate=int(gated)) for _ in range(REPEATS))
             worst = float(((first.double() - exact).abs() / allowed).max())
             assert worst <= 1, f"{n} tokens, {config}: error is {worst:.2f} of what is allowed"
             assert all(torch.equal(first, other) for other in others), config

@@ -13,7 +13,7 @@ import torch
 from tersor import ops
 from tersor.kernels import jit
 from tersor.kernels import routing as family
-from tersor.kernels.routing import Choice
+from tersor.kernels.routing import Choice, Router
 from tersor.ops import current, routing, routing_reference, serve_routing
 from tersor.ops.tables import Tables
 
@@ -39,6 +39,10 @@ GROUPED: tuple[dict[str, Any], ...] = (
     {"groups": 2, "top_groups": 1, "biased": True},
 )
 POISON = -7
+ROUTERS = ((1, 8), (8, 4096), (60, 2048), (128, 2048), (127, 2880), (256, 7168), (513, 16384))
+"""Experts and channels of routers whose logits are made."""
+KINDS = ((False, False), (False, True), (True, True))
+"""Whether weights are float32, and whether logits are."""
 
 
 def cases() -> Iterator[tuple[int, int, torch.dtype, dict[str, Any]]]:
@@ -78,6 +82,12 @@ def compiled() -> None:
     }
     sources |= {family.tables_source(experts, index) for experts in EXPERTS for index in ("int32", "int64")}
     sources |= {family.combine_source("float16"), family.combine_source("bfloat16")}
+    sources |= {
+        family.router_source(Router(target=name, float_weight=held, float_out=wide, channels=channels), tokens)
+        for (_, channels), (held, wide), name in itertools.product(ROUTERS, KINDS, ("float16", "bfloat16"))
+        for tokens in TOKENS
+        if tokens <= family.ROUTER_TOKENS
+    }
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 
@@ -184,6 +194,75 @@ def test_sums_over_experts_are_those_of_the_reference(
         out = routing.combine(rows, weights, found, added)
         torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
         assert torch.equal(out, routing.combine(rows, weights, found, added))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("held_wide", "wide"), KINDS)
+@pytest.mark.parametrize(("experts", "channels"), ROUTERS)
+def test_logits_are_those_of_a_float64_product_and_have_the_same_bits_beside_any_others(
+    experts: int, channels: int, held_wide: bool, wide: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(size: tuple[int, ...], stride: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
+        return torch.full(size, torch.nan, dtype=of, device="cuda").as_strided(size, stride)
+
+    monkeypatch.setattr(current, "empty", full)
+    generator = torch.Generator(device="cuda").manual_seed(channels)
+    x = torch.randn(family.ROUTER_TOKENS, channels, device="cuda", generator=generator).to(dtype)
+    held = torch.float32 if held_wide else dtype
+    weight = (torch.randn(experts, channels, device="cuda", generator=generator) / channels**0.5).to(held)
+    for bias in (None, torch.randn(experts, device="cuda", generator=generator).to(held)):
+        together = ops.router_logits(x, weight, bias, wide=wide)
+        expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+        tolerance = {"rtol": 2e-5, "atol": 2e-5} if wide else {"rtol": torch.finfo(dtype).eps, "atol": 2e-5}
+        torch.testing.assert_close(together.double(), expected, **tolerance)
+        for tokens in [count for count in TOKENS if count <= len(x)]:
+            some = ops.router_logits(x[:tokens], weight, bias, wide=wide)
+            assert torch.equal(some, together[:tokens]), tokens
+            assert torch.equal(some, ops.router_logits(x[:tokens], weight, bias, wide=wide))
+        with ops.using(batch_invariant=True):
+            assert torch.equal(
+                ops.router_logits(x.repeat(3, 1), weight, bias, wide=wide)[len(x) :], together.repeat(2, 1)
+            )
+    with ops.using(reference=True):
+        expected = ops.router_logits(x, weight, wide=wide)
+    torch.testing.assert_close(ops.router_logits(x, weight, wide=wide), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_a_router_in_a_chain_reads_what_the_kernel_ahead_wrote(tokens: int) -> None:
+    """The weights of the second router are settled and read early; x never is."""
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    start = torch.randn(tokens, 2048, device="cuda", generator=generator).bfloat16()
+    first, back = (torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in ((128, 2048), 2048))
+    wide = (torch.randn(2048, 128, device="cuda", generator=generator) / 16).bfloat16()
+
+    def chain() -> torch.Tensor:
+        x = start
+        for _ in range(8):
+            logits = ops.router_logits(ops.rms_norm(x, back, 1e-6), first)
+            x = ops.rms_norm(ops.router_logits(logits, wide), back, 1e-6, residual=x)
+        return x
+
+    with ops.using(early=False):
+        expected = chain()
+    assert torch.equal(chain(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain()
+    for _ in range(5):
+        result.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(result, expected)
+    start.neg_()
+    graph.replay()
+    assert torch.equal(result, chain()) and not torch.equal(result, expected)
+
+
+def test_a_weight_that_was_just_written_is_not_read_early() -> None:
+    x, weight = torch.ones(1, 4096, device="cuda").half(), torch.zeros(64, 4096, device="cuda").half()
+    for turn in range(1, 40):
+        weight.fill_(turn / 4096)
+        assert (ops.router_logits(x, weight).float() - turn).abs().max() < 0.01 * turn
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 150])

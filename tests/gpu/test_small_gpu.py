@@ -12,8 +12,9 @@ import torch
 
 from tersor import ops
 from tersor.kernels import jit, small
-from tersor.ops import current
+from tersor.ops import current, heads
 from tersor.ops.attention_form import Rows
+from tersor.ops.heads import LatentHeads
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -54,8 +55,8 @@ def served(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
     module = importlib.import_module(f"tersor.ops.{name}")
     whole = module.kernel_serves
 
-    def noted(*tensors: torch.Tensor | None) -> bool:
-        asked.append(whole(*tensors))
+    def noted(*tensors: torch.Tensor | None, **most: Any) -> bool:
+        asked.append(whole(*tensors, **most))
         return asked[-1]
 
     monkeypatch.setattr(module, "kernel_serves", noted)
@@ -115,6 +116,57 @@ def test_rows_are_those_of_the_torch_code(
     assert asked.count(True) == 3 * 5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_are_those_of_the_torch_code(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = served(monkeypatch, "pointwise")
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    for tokens, channels in ((1, 16), (3, 4112), (300, 2 * 14336), (2, 256000)):
+        x = (torch.randn(tokens, channels, device="cuda", generator=generator) * 6).to(dtype)
+        x[0, 1] = torch.nan
+        calls = [lambda gate=gate: ops.gated(x, gate) for gate in ops.Gate]  # noqa: B023
+        for call in (*calls, lambda: ops.softcap(x, 30.0), lambda: ops.relu(x)):  # noqa: B023
+            y, expected = both(call)
+            torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-4, equal_nan=True)
+    assert asked.count(True) == 4 * 6
+    odd = torch.randn(3, 12, device="cuda").to(dtype)
+    assert ops.gated(odd, ops.Gate.SILU).shape == (3, 6) and not asked[-1]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("count", "fixed", "turned", "value"), [(16, 128, 64, 128), (3, 8, 32, 40), (128, 128, 64, 192)]
+)
+def test_heads_of_latent_vectors_are_those_of_the_torch_code(
+    count: int, fixed: int, turned: int, value: int, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = served(monkeypatch, "heads")
+    of = LatentHeads(heads=count, fixed=fixed, turned=turned, value=value, interleaved=interleaved)
+    generator = torch.Generator(device="cuda").manual_seed(count)
+    for tokens in TOKENS:
+        down = torch.randn(tokens, count * of.width + turned + 8, device="cuda", generator=generator).half()
+        both_parts = torch.randn(tokens, count * (fixed + value), device="cuda", generator=generator).half()
+        queries, turning = down[:, : count * of.width], down[:, count * of.width : -8]
+        y, expected = both(lambda: heads.side_by_side(queries, both_parts, turning, of))  # noqa: B023
+        assert torch.equal(y, expected)
+        mixed = y[:, -count * of.width :]
+        y, expected = both(lambda: heads.values_of(mixed, of))  # noqa: B023
+        assert torch.equal(y, expected)
+    assert asked.count(True) == len(TOKENS) * (1 if value == of.width else 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_norm_reads_rows_that_are_longer(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    down, weight = (
+        torch.randn(tokens, 1536 + 512 + 64, device="cuda").bfloat16(),
+        torch.ones(512, device="cuda").bfloat16(),
+    )
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: self if self.is_contiguous() else None)
+    inner = down[:, 1536:2048]
+    torch.testing.assert_close(
+        ops.rms_norm(inner, weight, 1e-6), ops.rms_norm(inner.clone(), weight, 1e-6), rtol=0, atol=0
+    )
+
+
 def test_other_rows_are_served_by_the_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = served(monkeypatch, "norm")
     for channels, dtype in ((12, torch.float16), (16392, torch.bfloat16), (64, torch.float32)):
@@ -136,7 +188,8 @@ def test_a_chain_that_is_replayed_as_a_graph_is_that_of_launches_that_wait() -> 
     def chain() -> torch.Tensor:
         x = ops.lookup(tokens, table, scale=2.0)
         for _ in range(10):
-            y = ops.rms_norm(x, weight, 1e-6)
+            y = ops.softcap(ops.relu(ops.rms_norm(x, weight, 1e-6)), 2.0)
+            y = ops.gated(torch.cat((y, y), dim=1), ops.Gate.SILU)
             x = ops.rms_norm(ops.layer_norm(y, weight, bias, 1e-5), weight, 1e-6, residual=x)
             x = ops.gather_rows(x, tokens % 9)
         return x

@@ -13,7 +13,7 @@ from tersor.kernels import dense as family
 from tersor.kernels import tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, gated
-from tersor.ops import dispatch, mode, reference
+from tersor.ops import Gate, dispatch, mode, reference
 
 SCHEMES = (("fp6_e3m2", None), ("int4", 32), ("uint4", 32), ("mxfp6_e2m3", None))
 TOKENS = (1, 7, 16, 17, 64, 65, 129, 1000, 5000)
@@ -115,6 +115,30 @@ def test_gated_linear_is_silu_of_the_gate_times_up(
         y = ops.gated_linear(x, both.to_layout(layout), bias, residual=residual)
         assert torch.allclose(y.double(), exact + residual, rtol=1e-5, atol=1e-4)
     assert torch.equal(ops.gated_linear(x[:, :0], both, residual=residual[:, :0]), torch.zeros(2, 0, channels))
+
+
+@pytest.mark.parametrize("gate", [Gate.GELU_TANH, Gate.GELU, Gate.CLAMPED])
+def test_other_gates_are_rounded_once_and_have_gradients(gate: Gate) -> None:
+    one, other = (packed("fp6_e3m2", 24, 96, None, seed) for seed in (3, 4))
+    generator = torch.Generator().manual_seed(int(gate))
+    x, residual, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 96), (5, 24), (16,)))
+    x, both = x / 4, PackedWeight.gate_up(one, other)
+    exact = gate.combine(*(x.double() @ part.dequantize().double().T for part in (one, other)))
+    y = ops.gated_linear(x.bfloat16(), both, gate=gate)
+    wide = x.bfloat16().double()
+    rounded = gate.combine(*(wide @ part.dequantize().double().T for part in (one, other))).bfloat16()
+    torch.testing.assert_close(y, rounded, rtol=2.0**-7, atol=1e-5)
+    assert torch.allclose(ops.gated_linear(x, both, residual=residual, gate=gate).double(), exact + residual, atol=1e-4)
+    for given in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        ops.gated_linear(given, both, residual=residual.to(given.dtype), gate=gate).sum().backward()
+        plain = x.double().requires_grad_()
+        gate.combine(*(plain @ part.dequantize().double().T for part in (one, other))).sum().backward()
+        assert given.grad is not None and plain.grad is not None
+        assert torch.allclose(given.grad.double(), plain.grad, atol=1e-3)
+    empty = torch.zeros(3, 0)
+    nothing = PackedWeight(one.scheme, (16, 0), torch.zeros(16, 0, dtype=torch.int32), torch.ones(16, 1))
+    y = ops.gated_linear(empty, nothing, bias, gate=gate)[0]
+    assert torch.allclose(y, gate.combine(bias[:8], bias[8:]), atol=1e-6)
 
 
 def test_nothing_to_multiply_leaves_bias_and_residual() -> None:

@@ -18,8 +18,8 @@ from tersor import formats, ops
 from tersor.compress import quantize_rtn
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
+from tersor.ops import Gate, mode, prepared
 from tersor.ops import dense as ops_dense
-from tersor.ops import mode, prepared
 from tersor.ops.workspace import SHARED
 
 HALF = torch.float16
@@ -112,7 +112,8 @@ def test_residuals_and_gated_calls_reach_the_kernel(gpu: FakeGpu) -> None:
         assert gpu.last["residual"] not in (0, odd.data_ptr()) and gpu.last["residual"] % 16 == 0
     assert ops.gated_linear(x, weight).shape == (3, 128)
     assert gpu.asked[0].endswith("_n8") and gpu.asked[-1].endswith("_n8_gated")
-    assert list(prepared.type_of(weight)._few) == [(3, HALF, -1, True, gated, 0) for gated in (False, True)]
+    assert ops.gated_linear(x, weight, gate=Gate.GELU_TANH).shape == (3, 128) and gpu.asked[-1].endswith("_n8_gated2")
+    assert list(prepared.type_of(weight)._few) == [(3, HALF, -1, True, gate, 0) for gate in range(3)]
 
 
 def test_batch_invariant_calls_copy_and_take_turns(gpu: FakeGpu) -> None:

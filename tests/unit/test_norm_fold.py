@@ -44,7 +44,7 @@ def test_a_folded_norm_is_the_norm_between_two_products(dtype: torch.dtype, gate
     assert rows.squares.shape == (5, 4) and rows.norm.weight.abs().max() < 1
     sums = [part.square().sum(-1) for part in rows.x.double().split(64, dim=-1)]
     torch.testing.assert_close(rows.squares.double(), torch.stack(sums, -1), rtol=1e-5, atol=0)
-    y = ops.linear_norm_in(rows, second, last, gated=gated)
+    y = ops.linear_norm_in(rows, second, last, gate=int(gated))
     wide = torch.nn.functional.rms_norm(rows.x.double(), (200,), None, 1e-5) * (weight.double() + 1)
     exact = wide @ second.dequantize().double().T + last.double()
     if gated:
@@ -108,7 +108,7 @@ def test_a_decoder_with_folded_norms_has_the_same_logits(
 def test_norms_are_folded_where_kernels_of_few_tokens_are_on_both_sides(gpu: FakeGpu) -> None:
     first, second = packed(512, 1024, layout="tiles_float16"), packed(768, 512, layout="tiles_float16")
     few, many = torch.zeros(3, 1024, dtype=HALF), torch.zeros(65, 1024, dtype=HALF)
-    assert ops.folds_norm(few, first, second) and ops.folds_norm(few, first, second, gated=True)
+    assert ops.folds_norm(few, first, second) and ops.folds_norm(few, first, second, gate=ops.Gate.SILU)
     assert [re.sub(r".*c\dr\d_", "", name) for name in gpu.asked] == ["norm_out", "norm_in", "gated_norm_in"]
     made = len(gpu.asked)
     assert not ops.folds_norm(many, first, second)
@@ -154,7 +154,7 @@ def test_what_products_hand_to_each_other_reaches_the_kernels(gpu: FakeGpu) -> N
     assert gpu.last["residual"] == residual.data_ptr() and gpu.last["n"] == 3
     assert rows.squares.shape == (3, 9) and rows.squares.stride() == (12, 1)
     bias = torch.zeros(768, dtype=HALF)
-    assert ops.linear_norm_in(rows, second, bias, gated=True).shape == (3, 384)
+    assert ops.linear_norm_in(rows, second, bias, gate=ops.Gate.SILU).shape == (3, 384)
     assert gpu.last["x_map"].address == rows.scaled.data_ptr() and gpu.last["bias"] == bias.data_ptr()
     assert gpu.last["squares"] == rows.squares.data_ptr()
     assert gpu.last["norm_scale"] == pytest.approx(norm.scale) and gpu.last["norm_eps"] == pytest.approx(norm.eps)

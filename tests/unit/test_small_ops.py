@@ -9,7 +9,9 @@ import torch
 
 from tersor import ops
 from tersor.errors import ShapeError
+from tersor.ops import Gate, heads
 from tersor.ops.attention_form import Rows
+from tersor.ops.heads import LatentHeads
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -68,6 +70,35 @@ def test_a_lookup_scales_rows_and_adds_that_of_the_tokens_position(dtype: torch.
             if position is not None and position + 2 < 10:
                 row = row + learned[position + 2].float()
             assert torch.equal(with_position, row.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_relu_and_soft_caps_are_rounded_once(dtype: torch.dtype) -> None:
+    x = (torch.randn(4, 36, generator=torch.Generator().manual_seed(2)) * 6).to(dtype)
+    gate, up = x.double().chunk(2, dim=1)
+    for one in Gate:
+        torch.testing.assert_close(ops.gated(x, one), one.combine(gate, up).to(dtype), **tolerance(dtype))
+    torch.testing.assert_close(ops.softcap(x, 3.0), (3 * torch.tanh(x.double() / 3)).to(dtype), **tolerance(dtype))
+    assert torch.equal(ops.relu(x), x.clamp(min=0)) and ops.relu(x[:0]).shape == (0, 36)
+    for call, message in (
+        (lambda: ops.gated(x[:, :5], Gate.SILU), r"^gated: x is \[4, 5\], expected \[T, 2 F\]"),
+        (lambda: ops.relu(x[0]), r"^relu: x is \[36\] .*, expected two dimensions"),
+        (lambda: ops.softcap(x.double(), 1.0), "^softcap: x is .* torch.float64"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            call()
+
+
+def test_heads_that_do_not_fit_are_one_line() -> None:
+    of = LatentHeads(heads=2, fixed=8, turned=16, value=8, interleaved=True)
+    queries, both, turning = torch.zeros(3, 48), torch.zeros(3, 32), torch.zeros(3, 16)
+    assert heads.side_by_side(queries, both, turning, of).shape == (3, 3 * 48)
+    with pytest.raises(ShapeError, match=r"^side_by_side: both is \[3, 30\] torch.float32, expected \[3, 32\]"):
+        heads.side_by_side(queries, both[:, :30], turning, of)
+    with pytest.raises(ShapeError, match=r"^side_by_side: turning is .* torch.float16, expected .* torch.float32"):
+        heads.side_by_side(queries, both, turning.half(), of)
+    with pytest.raises(ShapeError, match=r"^values_of: x is \[3, 16\], expected \[T, 48\]"):
+        heads.values_of(turning, of)
 
 
 def test_rows_are_gathered_by_an_index_and_zeros_where_it_names_none() -> None:

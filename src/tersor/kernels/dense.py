@@ -48,12 +48,12 @@ def squares_stride(channels: int) -> int:
 
 
 @functools.cache
-def sm80_source(packing: Packing, n_tile: int, stages: int, shared_bytes: int, gated: bool = False) -> KernelSource:
+def sm80_source(packing: Packing, n_tile: int, stages: int, shared_bytes: int, gate: int = 0) -> KernelSource:
     """Return the mma.sync kernel for one packing and tile; it checks that it has as much shared memory."""
     return KernelSource(
-        name=f"tersor_linear_sm80_{packing.scheme.format.name}_{packing.target}_n{n_tile}{_suffix(gated)}",
+        name=f"tersor_linear_sm80_{packing.scheme.format.name}_{packing.target}_n{n_tile}{_suffix(gate)}",
         header="dense/sm80_linear.cuh",
-        parameters=sm80_macros(packing, n_tile, stages, shared_bytes, int(gated)),
+        parameters=sm80_macros(packing, n_tile, stages, shared_bytes, gate),
         arguments="PPPPPPPPqiiiif",
     )
 
@@ -65,7 +65,7 @@ def sm90_source(
     tile: sm90.Tile,
     slots: sm90.Slots,
     shared_bytes: int,
-    gated: bool = False,
+    gate: int = 0,
     few_tokens: int = FEW_TOKENS,
     norm: Norm = Norm.NONE,
 ) -> KernelSource:
@@ -77,7 +77,7 @@ def sm90_source(
         tile: the compiled shape.
         slots: how its shared memory is dealt out.
         shared_bytes: how much of it there is; the kernel checks that it adds up.
-        gated: as in cuda/common/gate.cuh.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
         norm: what is folded into it of the norms around it.
 
@@ -90,21 +90,21 @@ def sm90_source(
     return KernelSource(
         name=(
             f"tersor_linear_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
-            f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gated)}"
+            f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gate)}"
             f"{'' if norm is Norm.NONE else f'_norm_{norm.name.lower()}'}"
         ),
         header="dense/sm90_linear.cuh",
-        parameters=sm90_macros(packing, result, tile, slots, shared_bytes, int(gated), few_tokens, int(norm)),
+        parameters=sm90_macros(packing, result, tile, slots, shared_bytes, gate, few_tokens, int(norm)),
         arguments="TPPPPPPPPiiiiiifPPPff",
     )
 
 
-def _suffix(gated: bool) -> str:
-    return "_gated" if gated else ""
+def _suffix(gate: int) -> str:
+    return "" if not gate else "_gated" if gate == 1 else f"_gated{gate}"
 
 
 def fused_source(
-    packing: Packing, result: str, config: tune.LinearConfig, gated: bool = False, norm: Norm = Norm.NONE
+    packing: Packing, result: str, config: tune.LinearConfig, gate: int = 0, norm: Norm = Norm.NONE
 ) -> KernelSource:
     """Return the kernel that a configuration asks for.
 
@@ -112,13 +112,13 @@ def fused_source(
         packing: of the weight, for the configuration's activations.
         result: dtype of the result, `float16` or `bfloat16`.
         config: how the kernel runs.
-        gated: as in cuda/common/gate.cuh.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
         norm: what is folded into it of the norms around it; the sm90 schedule alone has kernels for that.
     """
     if config.schedule == tune.SM90:
         tile, slots = sm90.tile_of(config), sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
-        return sm90_source(packing, result, tile, slots, config.shared_bytes, gated, config.few_tokens, norm)
-    return sm80_source(packing, config.n_tile, config.weight_slots, config.shared_bytes, gated)
+        return sm90_source(packing, result, tile, slots, config.shared_bytes, gate, config.few_tokens, norm)
+    return sm80_source(packing, config.n_tile, config.weight_slots, config.shared_bytes, gate)
 
 
 def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
@@ -151,13 +151,13 @@ def dequantize_source(packing: Packing) -> KernelSource:
 
 
 @functools.cache
-def epilogue_source(packing: Packing, gated: bool = False) -> KernelSource:
+def epilogue_source(packing: Packing, gate: int = 0) -> KernelSource:
     """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
     row_scale = packing.scale_bytes // 4 if packing.scheme.group_size is None else 0
     return KernelSource(
-        name=f"tersor_epilogue_{packing.target}{_suffix(gated)}",
+        name=f"tersor_epilogue_{packing.target}{_suffix(gate)}",
         header="dense/epilogue.cuh",
-        parameters={"BF16": packing.target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": int(gated)},
+        parameters={"BF16": packing.target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": gate},
         arguments="PPPPPiiif",
     )
 
@@ -308,7 +308,7 @@ def launch_epilogue(
     n: int,
     factor: float,
 ) -> None:
-    """Launch what makes y [n, oc], or [n, outputs] where gated, of float32 sums [n, slice_oc] from `first_oc` on."""
+    """Launch what makes y [n, oc], or [n, outputs] with a gate, of float32 sums [n, slice_oc] from `first_oc` on."""
     grid = (-(-slice_oc // 256), n, 1)
     arguments = (sums, scale, bias, residual, y, first_oc, slice_oc, oc, factor)
     function.launch(grid, (256, 1, 1), 0, stream, arguments)
@@ -340,7 +340,7 @@ def kernels_for(
     dtype: torch.dtype,
     chip: Chip,
     activations: Activations | str = Activations.NATIVE,
-    gated: bool = False,
+    gate: int = 0,
 ) -> list[KernelSource]:
     """Return the kernels that linears of a scheme can ask for on a chip; none where they cannot run.
 
@@ -351,7 +351,7 @@ def kernels_for(
         dtype: of the activations as they come, and of the result.
         chip: the GPU.
         activations: what the weight is multiplied with.
-        gated: as in cuda/common/gate.cuh.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
     """
     chosen = Activations.of(activations)
     result, target = target_of(Activations.NATIVE, dtype), target_of(chosen, dtype)
@@ -359,33 +359,33 @@ def kernels_for(
         return []
     packing = Packing.of(scheme, target)
     if chosen is Activations.NATIVE:
-        return list(sources(packing, chip, gated))
-    return list(quantized_sources(packing, result, chip, gated))
+        return list(sources(packing, chip, gate))
+    return list(quantized_sources(packing, result, chip, gate))
 
 
-def sources(packing: Packing, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
+def sources(packing: Packing, chip: Chip, gate: int = 0) -> Iterator[KernelSource]:
     """Yield every kernel that a linear with activations as they come can ask for on a chip, in its usual mode."""
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     for tokens in sm80.TILES:
         depth, _ = sm80.stages(tokens, bits, row_bytes, chip)
-        yield sm80_source(packing, tokens, depth, depth * sm80.stage_bytes(tokens, bits, row_bytes), gated)
+        yield sm80_source(packing, tokens, depth, depth * sm80.stage_bytes(tokens, bits, row_bytes), gate)
     if chip.capability == (9, 0):
-        yield from _sm90_sources(packing, packing.target, Activations.NATIVE, chip, gated)
+        yield from _sm90_sources(packing, packing.target, Activations.NATIVE, chip, gate)
     yield dequantize_source(packing)
-    yield epilogue_source(packing, gated)
+    yield epilogue_source(packing, gate)
 
 
-def quantized_sources(packing: Packing, result: str, chip: Chip, gated: bool = False) -> Iterator[KernelSource]:
+def quantized_sources(packing: Packing, result: str, chip: Chip, gate: int = 0) -> Iterator[KernelSource]:
     """Yield every kernel that a linear with e4m3 activations and a result of dtype `result` can ask for on a chip."""
     if chip.capability == (9, 0):
         yield quantize_source(result)
-        yield from _sm90_sources(packing, result, Activations.E4M3, chip, gated)
+        yield from _sm90_sources(packing, result, Activations.E4M3, chip, gate)
 
 
 def _sm90_sources(
-    packing: Packing, result: str, activations: Activations, chip: Chip, gated: bool
+    packing: Packing, result: str, activations: Activations, chip: Chip, gate: int
 ) -> Iterator[KernelSource]:
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     for tile in sm90.tiles(packing.scales_in_block, activations):
         slots, shared_bytes = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-        yield sm90_source(packing, result, tile, slots, shared_bytes, gated)
+        yield sm90_source(packing, result, tile, slots, shared_bytes, gate)

@@ -1,4 +1,5 @@
-"""Around a product of experts: experts/route.cuh ahead of it (choice and tables), experts/combine.cuh behind it.
+"""Around a product of experts: experts/router.cuh (logits) and experts/route.cuh (choice and tables) ahead of it,
+experts/combine.cuh behind it.
 
 As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -29,6 +30,18 @@ _WIDE, _WIDE_WARPS = 256, 20
 """Of more experts than these a CTA that chooses has at most so many warps."""
 _CHOICE_WARPS = 4
 """Warps of a CTA where no pairs are sorted."""
+
+ROUTER_TOKENS = 64
+"""Tokens up to which router.cuh makes logits: each of its CTAs reads its weights for a few of them."""
+_ROUTER_THREADS = 256
+_ROUTER_ROWS, _ROUTER_CTA_TOKENS = 4, 8
+"""Most experts and tokens of a CTA."""
+_ROUTER_REGISTERS = 64
+"""Most registers of a thread that hold weights, where a CTA has several experts."""
+_PIECE = 8
+"""Channels that are read together."""
+MOST_ROUTER_CHANNELS = 8 * _PIECE * _ROUTER_THREADS
+
 _COMBINE_THREADS = 64
 _COMBINE_CHANNELS = 8
 
@@ -101,12 +114,93 @@ def combine_source(target: str) -> KernelSource:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """What the logits of a router are made of.
+
+    Attributes:
+        target: dtype of activations, `float16` or `bfloat16`.
+        float_weight: whether weight and bias are float32; else they are of that dtype.
+        float_out: whether logits are float32; else they are of that dtype.
+        channels: of a token, a multiple of 8 and at most `MOST_ROUTER_CHANNELS`.
+    """
+
+    target: str
+    float_weight: bool
+    float_out: bool
+    channels: int
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of channels that a thread has at most: 1, 2, 4 or 8; the order of sums depends on it."""
+        return next(count for count in (1, 2, 4, 8) if self.channels <= _PIECE * _ROUTER_THREADS * count)
+
+    def share(self, tokens: int) -> tuple[int, int]:
+        """Return experts and tokens of a CTA: first of all experts, whose weights are read ahead of time."""
+        registers = self.pieces * (_PIECE if self.float_weight else _PIECE // 2)
+        wanted = 1 << (tokens - 1).bit_length()
+        rows = min(wanted, _ROUTER_ROWS, max(1, _ROUTER_REGISTERS // registers))
+        return rows, max(1, min(wanted // _ROUTER_ROWS, _ROUTER_CTA_TOKENS))
+
+
+@functools.cache
+def router_source(router: Router, tokens: int) -> KernelSource:
+    """Return the kernel that makes logits, the same one for many numbers of tokens and channels."""
+    rows, of_cta = router.share(tokens)
+    kinds = f"{'float_' * router.float_weight}{router.target}{'_float' * router.float_out}"
+    return KernelSource(
+        name=f"tersor_router_{kinds}_{router.pieces}_{rows}x{of_cta}",
+        header="experts/router.cuh",
+        parameters={
+            "BF16": router.target == "bfloat16",
+            "FLOAT_WEIGHT": router.float_weight,
+            "FLOAT_OUT": router.float_out,
+            "PIECES": router.pieces,
+            "ROWS": rows,
+            "TOKENS": of_cta,
+        },
+        arguments="PPPPiiii",
+    )
+
+
+RouterLaunch: TypeAlias = Callable[..., None]
+"""Launches a router's product on one prepared problem: `launch` in `prepare_router`."""
 RouteLaunch: TypeAlias = Callable[..., None]
 """Launches the choice of experts on one prepared problem: `launch` in `prepare_route`."""
 TablesLaunch: TypeAlias = Callable[..., None]
 """Launches the sort of an index on one prepared problem: `launch` in `prepare_tables`."""
 CombineLaunch: TypeAlias = Callable[..., None]
 """Launches the sum over experts on one prepared problem: `launch` in `prepare_combine`."""
+
+
+def prepare_router(function: Function, router: Router, *, tokens: int, experts: int) -> RouterLaunch:
+    """Return what launches the logits of `tokens` tokens.
+
+    Args:
+        function: `router_source`, loaded.
+        router: that of the source.
+        tokens: at least one; a source for others fits where a CTA's share of both is the same.
+        experts: at least one.
+    """
+    (rows, of_cta), channels = router.share(tokens), router.channels
+    threads = -(-channels // (_PIECE * router.pieces * 32)) * 32
+    grid, block, run = (-(-experts // rows), -(-tokens // of_cta), 1), (threads, 1, 1), function.launch
+
+    def launch(*, stream: int, x: int, weight: int, bias: int, out: int, ready: bool, early: bool) -> None:
+        """Launch; a bias that is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            x: address of [tokens, channels], on 16 bytes.
+            weight: address of [experts, channels], on 16 bytes.
+            bias: address of [experts].
+            out: address of [tokens, experts].
+            ready: whether weight and bias were there before the kernel ahead started.
+            early: as in `prepare_route`.
+        """
+        run(grid, block, 0, stream, (x, weight, bias, out, tokens, experts, channels, ready), early)
+
+    return launch
 
 
 def _sorting_warps(experts: int, pairs: int) -> int:

@@ -1,6 +1,7 @@
 """Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names,
-small/resolve.cuh and small/keep.cuh are the first and the last of a step, and small/all_reduce.cuh adds up what several
-GPUs have.
+small/pointwise.cuh makes a number of another or of two, small/heads.cuh and small/trim.cuh stand around attention with
+latent vectors, small/resolve.cuh and small/keep.cuh are the first and the last of a step, and small/all_reduce.cuh adds
+up what several GPUs have.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -31,6 +32,7 @@ _NORM_THREADS = 512
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
 _TOKEN_THREADS = 256
+_PIECE_THREADS = 256
 
 
 def _pieces(channels: int) -> int:
@@ -56,7 +58,7 @@ def _norm_source(target: str, layer: bool, pieces: int) -> KernelSource:
         name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}",
         header="small/norm.cuh",
         parameters={"BF16": target == "bfloat16", "LAYER": layer, "PIECES": pieces},
-        arguments="PPPPPiffi",
+        arguments="PPPPPqiffi",
     )
 
 
@@ -77,6 +79,43 @@ def rows_source(target: str, index64: bool, positions: bool) -> KernelSource:
     )
 
 
+@functools.cache
+def pointwise_source(target: str, gate: int, softcap: bool) -> KernelSource:
+    """Return the kernel that makes one of gate and up, or, without a gate, caps numbers or has none below 0.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+        softcap: whether numbers are capped.
+    """
+    return KernelSource(
+        name=f"tersor_{f'gate_{gate}' if gate else 'softcap' if softcap else 'relu'}_{target}",
+        header="small/pointwise.cuh",
+        parameters={"BF16": target == "bfloat16", "EPILOGUE": gate, "SOFTCAP": softcap},
+        arguments="PPiif",
+    )
+
+
+@functools.cache
+def heads_source(interleaved: bool) -> KernelSource:
+    """Return the kernel that puts heads of latent vectors side by side.
+
+    Args:
+        interleaved: whether partners of a rotation stand side by side, and come apart.
+    """
+    return KernelSource(
+        name=f"tersor_heads{'_interleaved' * interleaved}",
+        header="small/heads.cuh",
+        parameters={"INTERLEAVED": interleaved},
+        arguments="PPPPqqqiiiii",
+    )
+
+
+def trim_source() -> KernelSource:
+    """Return the kernel that copies the first channels of every head."""
+    return _TRIM
+
+
 def resolve_source() -> KernelSource:
     """Return the kernel that looks up the tokens of a step."""
     return _RESOLVE
@@ -88,6 +127,7 @@ def keep_source() -> KernelSource:
 
 
 _RESOLVE = KernelSource(name="tersor_resolve", header="small/resolve.cuh", parameters={}, arguments="PPPPPPPiii")
+_TRIM = KernelSource(name="tersor_trim", header="small/trim.cuh", parameters={}, arguments="PPiii")
 _KEEP = KernelSource(name="tersor_keep", header="small/keep.cuh", parameters={}, arguments="PPPi")
 
 
@@ -117,13 +157,19 @@ def sources(target: str, channels: int) -> list[KernelSource]:
     norms = [norm_source(target, layer, channels) for layer in (False, True)]
     wide, learned = (False, True), (False, True)
     copies = [rows_source(target, index64, positions) for index64 in wide for positions in learned]
-    return [*norms, *copies, resolve_source(), keep_source()]
+    numbers = [pointwise_source(target, gate, False) for gate in range(5)] + [pointwise_source(target, 0, True)]
+    heads = [heads_source(False), heads_source(True), trim_source()]
+    return [*norms, *copies, *numbers, *heads, resolve_source(), keep_source()]
 
 
 NormLaunch: TypeAlias = Callable[..., None]
 """Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
 RowsLaunch: TypeAlias = Callable[..., None]
 """Launches a copy of rows on one prepared problem: `launch` in `prepare_rows`."""
+PointwiseLaunch: TypeAlias = Callable[..., None]
+"""Launches what makes numbers of numbers on one prepared problem: `launch` in `prepare_pointwise`."""
+HeadsLaunch: TypeAlias = Callable[..., None]
+"""Launches what arranges heads on one prepared problem: `launch` in `prepare_heads` and `prepare_trim`."""
 TokensLaunch: TypeAlias = Callable[..., None]
 """Launches what looks tokens up, or keeps them, on one prepared problem: `launch` in the functions below."""
 AllReduceLaunch: TypeAlias = Callable[..., None]
@@ -148,18 +194,19 @@ def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, of
     grid, block, run = (rows, 1, 1), (threads, 1, 1), function.launch
 
     def launch(
-        *, stream: int, x: int, weight: int, bias: int, residual: int, out: int, ready: bool, early: bool
+        *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, ready: bool, early: bool
     ) -> None:
         """Launch; what is not there has the address 0.
 
         Args:
             stream: handle of the stream.
-            x, residual, out: addresses of [rows, channels].
+            x, stride: address of [rows, channels], and elements from one row to the next.
+            residual, out: addresses of [rows, channels].
             weight, bias: addresses of [channels].
             ready: whether weight and bias were there before the kernel ahead started.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
         """
-        run(grid, block, 0, stream, (x, weight, bias, residual, out, channels, eps, offset, ready), early)
+        run(grid, block, 0, stream, (x, weight, bias, residual, out, stride, channels, eps, offset, ready), early)
 
     return launch
 
@@ -194,6 +241,69 @@ def prepare_rows(
             early: as in `prepare_norm`.
         """
         run(grid, block, 0, stream, (index, table, positions, starts, lengths, out, *sizes), early)
+
+    return launch
+
+
+def prepare_pointwise(function: Function, *, rows: int, channels: int, cap: float) -> PointwiseLaunch:
+    """Return what launches a gate, relu or soft cap of `rows` rows, at least one.
+
+    Args:
+        function: `pointwise_source`, loaded.
+        rows, channels: of the result.
+        cap: of a soft cap.
+    """
+    count = rows * (channels // CHANNELS)
+    (grid, block), run = _of_pieces(count), function.launch
+    sizes = (channels // CHANNELS, count, cap)
+
+    def launch(*, stream: int, x: int, out: int, early: bool) -> None:
+        """Launch.
+
+        Args:
+            stream: handle of the stream.
+            x: address of [rows, channels], with a gate [rows, 2 channels].
+            out: address of [rows, channels].
+            early: as in `prepare_norm`.
+        """
+        run(grid, block, 0, stream, (x, out, *sizes), early)
+
+    return launch
+
+
+def _of_pieces(count: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return grid and block for a thread a piece."""
+    return (-(-count // _PIECE_THREADS), 1, 1), (_PIECE_THREADS, 1, 1)
+
+
+def prepare_heads(function: Function, *, tokens: int, heads: int, fixed: int, turned: int, value: int) -> HeadsLaunch:
+    """Return what launches the arrangement of the heads of `tokens` tokens, at least one.
+
+    Args:
+        function: `heads_source`, loaded.
+        tokens: how many.
+        heads, fixed, turned, value: as in `ops.heads.LatentHeads`; multiples of 8 channels, of those that turn of 16.
+    """
+    count = tokens * 3 * heads * (fixed + turned) // CHANNELS
+    (grid, block), run, sizes = _of_pieces(count), function.launch, (count, heads, fixed, turned, value)
+
+    def launch(
+        *, stream: int, queries: int, both: int, turning: int, out: int, strides: tuple[int, int, int], early: bool
+    ) -> None:
+        """Launch; addresses are those of `ops.heads.side_by_side`, each with elements from one token to the next."""
+        run(grid, block, 0, stream, (queries, both, turning, out, *strides, *sizes), early)
+
+    return launch
+
+
+def prepare_trim(function: Function, *, heads: int, width: int, kept: int) -> HeadsLaunch:
+    """Return what launches the copy of the first `kept` of the `width` channels of `heads` heads, at least one."""
+    count = heads * kept // CHANNELS
+    (grid, block), run, sizes = _of_pieces(count), function.launch, (count, width // CHANNELS, kept // CHANNELS)
+
+    def launch(*, stream: int, x: int, out: int, early: bool) -> None:
+        """Launch with addresses of [heads, width] and [heads, kept]; early as in `prepare_norm`."""
+        run(grid, block, 0, stream, (x, out, *sizes), early)
 
     return launch
 

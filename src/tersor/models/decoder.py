@@ -85,10 +85,11 @@ class DecoderLayer:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
             return last(ranks.sum(ffn(between(y))), residual=y)
-        x = self._added(attention.out, mixed, x, between, None if isinstance(ffn, Mixture) else ffn.up)
-        if isinstance(ffn, Mixture):
+        if not isinstance(ffn, FeedForward):  # experts
+            x = self._added(attention.out, mixed, x)
             y = _plain(x)
             return ranks.sum(ffn(between(y), residual=ranks.once(y)))
+        x = self._added(attention.out, mixed, x, between, ffn.up)
         inner = ffn.up(_normed(between, x))
         if following is None:
             return self._added(ffn.down, inner, x)
@@ -169,7 +170,7 @@ class Decoder:
         y = _plain(x)
         logits = self.head(self.norm(y if places is None else ops.gather_rows(y, places)))
         softcap = self.config.softcap
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return logits if softcap is None else ops.softcap(logits, softcap)
 
     def caches(self, count: int, dtype: torch.dtype | None = None) -> list[PagedCache]:
         """Return `count` pages of zeros for every layer, in the decoder's dtype where none is given."""

@@ -71,10 +71,8 @@ def _watched(decoder: Decoder, found: list[str]) -> Decoder:
         start = names.base + names.layer.format(layer=index)
         attention, ffn, out_norms = one.attention, one.ffn, one.out_norms
         if isinstance(attention, Attention):
-            qkv = watch(attention.qkv, start + _either(names.qkv))
-            attention = replace(attention, qkv=qkv, out=watch(attention.out, start + names.out))
-        else:
-            attention = watch(attention, start + names.out)
+            attention = replace(attention, qkv=watch(attention.qkv, start + _either(names.qkv)))
+        attention = replace(attention, out=watch(attention.out, start + names.out))
         if isinstance(ffn, FeedForward):
             up = watch(ffn.up, start + _either(names.gate_up))
             ffn = FeedForward(up, watch(ffn.down, start + names.down))

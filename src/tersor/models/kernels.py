@@ -14,9 +14,10 @@ from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.decoder import Decoder
+from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.norm import NormWeights, weights_around
-from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product
+from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
 from tersor.ops import mode, needed, serve_routing
 from tersor.ops.attention_form import AttentionForm
 
@@ -64,6 +65,8 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
             found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own)))
     found.update(dict.fromkeys(needed.tokens_of_steps()))
     found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
+    if decoder.config.softcap is not None:
+        found.update(dict.fromkeys(needed.numbers(decoder.config.vocabulary, dtype, capped=True)))
     found.update(dict.fromkeys(needed.sums(dtype, decoder.layers[0].ranks.count)))
     if steps.draws:
         found.update(dict.fromkeys(needed.draws(decoder.config.vocabulary, dtype)))
@@ -100,7 +103,7 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
     elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | type):
-        if isinstance(value, Mixture):
+        if isinstance(value, Mixture | Activated | LatentAttention):
             yield value
         for field in fields(value):
             yield from _parts(getattr(value, field.name))
@@ -109,11 +112,16 @@ def _parts(value: Any) -> Iterator[Any]:
 def _kind(part: Any) -> Any:
     """Return what decides which kernels a part asks for."""
     if isinstance(part, Product | GatedProduct):
-        return type(part), _described(part.weight)
+        return _gate(part), _described(part.weight)
+    if isinstance(part, Activated):
+        return part.gate, _outputs(part.product)
+    if isinstance(part, LatentAttention):
+        return part.heads
     if isinstance(part, NormWeights):
         return part.form.centered, part.weight.shape
     if isinstance(part, Mixture):
-        return part.form, part.gate, _described(part.gate_up), _described(part.down)
+        described = map(_described, (part.router.weight, part.gate_up, part.down))
+        return part.form, part.gate, part.router.weight.data.dtype, *described
     return part if isinstance(part, AttentionForm) else id(part)
 
 
@@ -125,15 +133,30 @@ def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip, norms: froze
     """Yield the kernels of one part."""
     if isinstance(part, Product | GatedProduct):
         if isinstance(part.weight, PackedWeight):
-            yield from needed.linear(part.weight, dtype, isinstance(part, GatedProduct), steps.tokens, chip, norms)
+            yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
     elif isinstance(part, NormWeights):
         yield from needed.norm(len(part.weight), dtype, part.form.centered)
     elif isinstance(part, AttentionForm):
         yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, steps.length, chip)
     elif isinstance(part, Embedding):
         yield from _rows(part, dtype)
+    elif isinstance(part, Activated):
+        yield from needed.numbers(_outputs(part.product) // (2 if part.gate else 1), dtype, part.gate)
+    elif isinstance(part, LatentAttention):
+        yield from needed.latent_heads(part.heads, dtype)
     else:
         yield from _experts(part, dtype, steps, chip)
+
+
+def _gate(part: Product | GatedProduct) -> int:
+    """Return how gate and up become one in a product, or 0."""
+    return int(part.gate) if isinstance(part, GatedProduct) else 0
+
+
+def _outputs(product: Product | Products) -> int:
+    """Return the channels that a product makes."""
+    parts = product.parts if isinstance(product, Products) else (product,)
+    return sum(part.weight.shape[0] for part in parts)
 
 
 def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
@@ -145,15 +168,18 @@ def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
 
 def _experts(part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[KernelSource]:
     choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
-    gate_up, down = part.gate_up, part.down
+    gate_up, down, router = part.gate_up, part.down, part.router.weight
+    if isinstance(router, torch.Tensor):
+        yield from needed.router(router, dtype, part.form.wide, steps.tokens)
     if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
         yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
         return
     yield from needed.route(choice, logits)
     yield from needed.combine(dtype)
+    yield from needed.numbers(gate_up.shape[1] // 2, dtype, part.gate)
     for weight in (gate_up, down):
         if isinstance(weight, StackedWeight):
-            yield from needed.linear(weight.expert(0), dtype, False, steps.tokens, chip)
+            yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)
 
 
 def choice_of(part: Mixture) -> Choice:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from tersor import ops
 from tersor.models.config import Latent
 from tersor.models.norm import NormWeights
 from tersor.models.weights import Hidden, Product, Products, tensors_of
+from tersor.ops import heads
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 
 
@@ -51,25 +51,26 @@ class LatentAttention:
 
     def mixed(self, x: Hidden, cache: PagedCache, rows: Rows) -> torch.Tensor:
         """Return the weighted values of x [T, H], which `out` reads; its keys and values are written to their pages."""
-        latent, heads, width = self.latent, self.form.heads, self.form.head_dim
-        first = latent.query or heads * width
+        latent, of = self.latent, self.heads
+        first = latent.query or of.heads * of.width
         queries, inner, turning = self.down(x).split([first, latent.key_value, latent.turned], dim=-1)
         if self.query_norm is not None and self.query_up is not None:
             queries = self.query_up(self.query_norm(queries))
-        query_fixed, query_turned = queries.unflatten(-1, (heads, width)).split([latent.fixed, latent.turned], dim=-1)
-        both = self.key_value_up(self.key_value_norm(inner)).unflatten(-1, (heads, latent.fixed + latent.value))
-        key_fixed, values = both.split([latent.fixed, latent.value], dim=-1)
-        key_turned = self._halves(turning)[:, None].expand(-1, heads, -1)
-        q = torch.cat((self._halves(query_turned), query_fixed), dim=-1)
-        k = torch.cat((key_turned, key_fixed), dim=-1)
-        v = functional.pad(values, (0, width - latent.value))
-        qkv = torch.stack((q, k, v), dim=1).flatten(1)
-        mixed = ops.attend(qkv, cache, rows, self.form, self.rotary)
-        return mixed.unflatten(-1, (heads, width))[..., : latent.value].flatten(1)
+        both = self.key_value_up(self.key_value_norm(inner))
+        qkv = heads.side_by_side(queries, both, turning, of)
+        return heads.values_of(ops.attend(qkv, cache, rows, self.form, self.rotary), of)
 
-    def _halves(self, x: torch.Tensor) -> torch.Tensor:
-        """Return channels that turn in the order of `ops.attend`: the partners of the first half in the second."""
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.latent.interleaved else x
+    @property
+    def heads(self) -> heads.LatentHeads:
+        """Sizes of the heads."""
+        latent = self.latent
+        return heads.LatentHeads(
+            heads=self.form.heads,
+            fixed=latent.fixed,
+            turned=latent.turned,
+            value=latent.value,
+            interleaved=latent.interleaved,
+        )
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory but the table."""

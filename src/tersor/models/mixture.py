@@ -29,7 +29,7 @@ class Mixture:
     Attributes:
         form: how many, and how they are chosen.
         gate: how gate and up become one.
-        router: gives a logit for each expert.
+        router: gives a logit for each expert; what is plain of it may be float32 where the form is wide.
         gate_up: [E, gated_rows(F), H] packed with gate and up interleaved, if `down` is packed too; else [E, 2 F, H]
             with those of the gate first.
         down: [E, H, F].
@@ -50,7 +50,7 @@ class Mixture:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [T, H] of x [T, H], with `residual` added."""
-        logits = self.router(x.float() if self.form.wide else x)
+        logits = self._logits(x)
         addend = residual if self.shared is None else self.shared(x, residual)
         if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
             return ops.routed_experts(
@@ -70,6 +70,13 @@ class Mixture:
         index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
         y = one_by_one(x, index, weights, self.form.count, self._run)
         return y if addend is None else y + addend
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the router makes of x [T, H]: [T, E], in float32 where its form is wide."""
+        weight, wide = self.router.weight, self.form.wide
+        if isinstance(weight, PackedWeight):
+            return self.router(x.float() if wide else x)
+        return ops.router_logits(x, weight, self.router.bias, wide=wide)
 
     @property
     def _aligned(self) -> bool:
@@ -97,7 +104,7 @@ class Mixture:
         both = functional.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
         if self.gate_up_bias is not None:
             both = both + self.gate_up_bias[experts]
-        inner = self.gate.combine(*both.chunk(2, dim=-1))
+        inner = ops.gated(both, self.gate)
         y = functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)
         if self.down_bias is not None:
             y = y + self.down_bias[experts]
@@ -130,7 +137,7 @@ class Mixture:
         return "torch has no kernel for the experts of such a device and dtype"
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        inner = self.gate.combine(*_product(self.gate_up, self.gate_up_bias, expert, x).chunk(2, dim=-1))
+        inner = ops.gated(_product(self.gate_up, self.gate_up_bias, expert, x), self.gate)
         return _product(self.down, self.down_bias, expert, inner)
 
     def tensors(self) -> Iterator[torch.Tensor]:

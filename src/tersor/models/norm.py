@@ -59,7 +59,12 @@ def fold(norm: NormWeights, x: torch.Tensor, first: Product, reader: object) -> 
         reader: what reads the norm's result.
     """
     around = weights_around(norm, first, reader)
-    return norm.folded if around and ops.folds_norm(x, *around, isinstance(reader, GatedProduct)) else None
+    return norm.folded if around and ops.folds_norm(x, *around, _gate(reader)) else None
+
+
+def _gate(reader: object) -> int:
+    """Return how what reads a norm's result ends, where it is gate and up in one, or 0."""
+    return int(reader.gate) if isinstance(reader, GatedProduct) else 0
 
 
 def weights_around(norm: NormWeights, first: Product, reader: object) -> tuple[PackedWeight, PackedWeight] | None:

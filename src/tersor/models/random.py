@@ -127,7 +127,8 @@ class _Random(Stored):
         shape = self._plain[name]
         if expert is not None:
             return self._normal((shape[2], shape[1]), _STD)
-        return self._normal(shape, _EMBEDDING_STD if name == f"{self._embedding}.weight" else _STD)
+        std = _EMBEDDING_STD if name == f"{self._embedding}.weight" else _STD
+        return self._normal(shape, std).to(self.dtype)  # as releases store it, routers too
 
     def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, device=self.device).mul_(std)

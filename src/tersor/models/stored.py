@@ -84,6 +84,16 @@ class Stored:
         bias = self.vector(f"{module}.bias", dtype) if biased else None
         return Product(self.ready(self.matrix(module, dtype)), bias)
 
+    def router(self, module: str, biased: bool, wide: bool) -> Product:
+        """Return the product of a router; where `wide`, plain tensors are float32 unless they are stored in `dtype`."""
+        if not wide or self.is_packed(module):
+            return self.product(module, biased, torch.float32 if wide else None)
+        names = [plain_name(module, self._shapes[module]), *([f"{module}.bias"] if biased else [])]
+        read = [self._read(name) for name in names]
+        exact = self.dtype if all(one.dtype == self.dtype for one in read) else torch.float32
+        weight, bias = [one.to(exact) for one in read] if biased else (read[0].to(exact), None)
+        return Product(weight, bias)
+
     def partial(self, module: str, biased: bool) -> Product:
         """Return the product of a module whose input channels are cut; the bias is on the first rank alone."""
         return self.product(module, biased and self.ranks.first)
@@ -101,9 +111,9 @@ class Stored:
     def gate_up(self, modules: Sequence[str], gate: Gate | None, biased: bool) -> GatedProduct | Activated:
         """Return gate and up, two modules or one that holds both, with what makes one of them.
 
-        A packed weight is interleaved for the kernel that computes silu(gate) * up at once.
+        A packed weight is interleaved for the kernel that computes both and what the gate makes of them.
         """
-        if gate is not Gate.SILU or not self.agree(modules) or not self.is_packed(modules[0]):
+        if gate is None or not self.agree(modules) or not self.is_packed(modules[0]):
             return Activated(self.products(modules, biased), gate)
         weights, biases = [self.matrix(module) for module in modules], []
         if biased:
@@ -111,7 +121,8 @@ class Stored:
         packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
         if len(packed) == 1:
             packed = packed[0].split([packed[0].shape[0] // 2] * 2)
-        return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), interleave(*biases) if biased else None)
+        bias = interleave(*biases) if biased else None
+        return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), bias, gate)
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
         """Return what `make` reads for each index; it is called from several threads at once."""

@@ -64,7 +64,7 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
     return Mixture(
         form=experts,
         gate=config.gate,
-        router=stored.product(start + names.router, experts.router_bias, torch.float32 if experts.wide else None),
+        router=stored.router(start + names.router, experts.router_bias, experts.wide),
         gate_up=_stacked(stored, experts.count, of_gate_up),
         down=_stacked(stored, experts.count, of_down),
         gate_up_bias=gate_up_bias,

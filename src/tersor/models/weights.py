@@ -94,21 +94,23 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class GatedProduct:
-    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U) in one launch.
+    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U), or what another gate makes of both, in one launch.
 
     Attributes:
         weight: `PackedWeight.gate_up` of both.
         bias: interleaved likewise, or `None`.
+        gate: how gate and up become one.
     """
 
     weight: PackedWeight
     bias: torch.Tensor | None = None
+    gate: Gate = Gate.SILU
 
     def __call__(self, x: Hidden) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         if isinstance(x, ops.Deferred):
-            return ops.linear_norm_in(x, self.weight, self.bias, gated=True)
-        return ops.gated_linear(x, self.weight, self.bias)
+            return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
+        return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
@@ -130,7 +132,7 @@ class Activated:
     def __call__(self, x: Hidden) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         y = self.product(x)
-        return functional.relu(y) if self.gate is None else self.gate.combine(*y.chunk(2, dim=-1))
+        return ops.relu(y) if self.gate is None else ops.gated(y, self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""

@@ -16,6 +16,8 @@ from tersor.ops.mode import Mode, batch_invariant, set_batch_invariant, using
 from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.newest import keep, resolve
 from tersor.ops.norm import layer_norm, rms_norm
+from tersor.ops.pointwise import gated, relu, softcap
+from tersor.ops.router import router_logits
 from tersor.ops.routing import route
 from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
 from tersor.ops.sampling_form import Allowed, Listed, Logprobs, SamplingRows
@@ -48,6 +50,7 @@ __all__ = [
     "experts_obstacle",
     "explain",
     "folds_norm",
+    "gated",
     "gated_linear",
     "gather_rows",
     "gradient_wanted",
@@ -61,11 +64,14 @@ __all__ = [
     "lookup",
     "pairs_by_expert",
     "preferred_layout",
+    "relu",
     "resolve",
     "rms_norm",
     "route",
     "routed_experts",
+    "router_logits",
     "serve_with",
     "set_batch_invariant",
+    "softcap",
     "using",
 ]

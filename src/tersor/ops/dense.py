@@ -15,12 +15,12 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library = torch.library.Library("tersor", "DEF")
 _library.define(
     "linear(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor? bias, str scheme, int oc, int ic, "
-    "str layout, Tensor? residual=None, bool gated=False) -> Tensor"
+    "str layout, Tensor? residual=None, int gate=0) -> Tensor"
 )
 
 
 def multiply(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
 ) -> torch.Tensor:
     """Serve a call of `ops.linear` or `ops.gated_linear`, through torch's dispatcher where anyone looks."""
     data, scale, zero_point = weight.data, weight.scale, weight.zero_point
@@ -31,8 +31,8 @@ def multiply(
     ):
         oc, ic = weight.shape
         key, layout = weight.scheme.key(), weight.layout
-        return _operator(x, data, scale, zero_point, bias, key, oc, ic, layout, residual, gated)
-    return serve.linear(x, data, scale, zero_point, bias, prepared.type_of(weight), residual, gated)
+        return _operator(x, data, scale, zero_point, bias, key, oc, ic, layout, residual, gate)
+    return serve.linear(x, data, scale, zero_point, bias, prepared.type_of(weight), residual, gate)
 
 
 def looked_at(*tensors: torch.Tensor | None) -> bool:
@@ -86,11 +86,11 @@ def _operator_of(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         ic: int,
         layout: str,
         residual: torch.Tensor | None = None,
-        gated: bool = False,
+        gate: int = 0,
     ) -> torch.Tensor:
         of = prepared.weight_type(scheme, oc, ic, layout)
         of.check(data)
-        return run(x, data, scale, zero_point, bias, of, residual, gated)
+        return run(x, data, scale, zero_point, bias, of, residual, gate)
 
     return implementation
 

@@ -23,15 +23,15 @@ def linear(
     bias: torch.Tensor | None,
     of: WeightType,
     residual: torch.Tensor | None,
-    gated: bool,
+    gate: int,
 ) -> torch.Tensor:
     """Return the result [N, outputs] of x [N, IC] with a weight in kernel tiles; arguments as in `serve.linear`."""
     assert of.packing is not None
     oc, n = of.oc, x.shape[0]
-    finish = jit.get(dense.epilogue_source(of.packing, gated), x.device)
+    finish = jit.get(dense.epilogue_source(of.packing, gate), x.device)
     stream = current.stream(x.get_device())
     bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(n, gated_channels(oc) if gated else oc)
+    y = x.new_empty(n, gated_channels(oc) if gate else oc)
     for first_oc, decoded in _slices(data, scale, of, x.dtype):
         sums = torch.mm(x, decoded.T, out_dtype=torch.float32)
         dense.launch_epilogue(

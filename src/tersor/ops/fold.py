@@ -74,18 +74,18 @@ class Deferred:
         return torch.rsqrt(self.squares.sum(-1, keepdim=True) * self.norm.scale + self.norm.eps)
 
 
-def folds_norm(x: torch.Tensor, first: PackedWeight, second: PackedWeight, gated: bool = False) -> bool:
+def folds_norm(x: torch.Tensor, first: PackedWeight, second: PackedWeight, gate: int = 0) -> bool:
     """Tell whether kernels have the norm between two products in them, in the current mode.
 
     Args:
         x: activations [T, IC] of the first product.
         first, second: weights of the products.
-        gated: whether the second is `ops.gated_linear`.
+        gate: how the second, `ops.gated_linear`, ends, or 0.
     """
     seen = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
     if seen or not mode.current().fold_norms:
         return False
-    sides = ((first, False, Norm.OUT), (second, gated, Norm.IN))
+    sides = ((first, 0, Norm.OUT), (second, gate, Norm.IN))
     return all(_prepared(x, *side) is not None for side in sides)
 
 
@@ -127,7 +127,7 @@ def linear_norm_out(
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return linear_norm_out(x, weight, norm, bias, residual=residual)
-    chosen = _prepared(x, weight, False, Norm.OUT)
+    chosen = _prepared(x, weight, 0, Norm.OUT)
     if chosen is None:
         y = multiply.linear(x, weight, bias, residual=residual)
         wide = y.float()
@@ -143,33 +143,33 @@ def linear_norm_out(
 
 
 def linear_norm_in(
-    rows: Deferred, weight: PackedWeight, bias: torch.Tensor | None = None, *, gated: bool = False
+    rows: Deferred, weight: PackedWeight, bias: torch.Tensor | None = None, *, gate: int = 0
 ) -> torch.Tensor:
-    """Return `ops.linear` of the norm's result or, where `gated`, `ops.gated_linear` of it.
+    """Return `ops.linear` of the norm's result or, with a gate, `ops.gated_linear` of it.
 
     Args:
         rows: what the product ahead returned.
         weight, bias: as for `ops.linear` or `ops.gated_linear`.
-        gated: see there.
+        gate: how gate and up become one, a `Gate`, or 0.
 
     Returns:
-        [T, OC] in the rows' dtype, or [T, F] where gated.
+        [T, OC] in the rows' dtype, or [T, F] with a gate.
 
     Raises:
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
     of, x, (oc, ic) = prepared.type_of(weight), rows.scaled, weight.shape
-    outputs = gated_channels(oc) if gated else oc
+    outputs = gated_channels(oc) if gate else oc
     _check("linear_norm_in", x, rows.norm, ic)
     serve.check(x, x.shape, weight.data, bias, of, None, outputs)
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return linear_norm_in(rows, weight, bias, gated=gated)
-    chosen = _prepared(x, weight, gated, Norm.IN)
+            return linear_norm_in(rows, weight, bias, gate=gate)
+    chosen = _prepared(x, weight, gate, Norm.IN)
     if chosen is None:
         wide, wide_bias = x.float() * rows.factors, None if bias is None else bias.float()
-        return dense.multiply(wide, weight, wide_bias, None, gated).to(x.dtype)
+        return dense.multiply(wide, weight, wide_bias, None, gate).to(x.dtype)
     norms = {"squares": rows.squares.data_ptr(), "norm_scale": rows.norm.scale, "norm_eps": rows.norm.eps}
     return _launched(chosen, x, weight, bias, None, outputs, **norms)
 
@@ -184,12 +184,12 @@ def _check(name: str, x: torch.Tensor, norm: FoldedNorm, channels: int) -> None:
         )
 
 
-def _prepared(x: torch.Tensor, weight: PackedWeight, gated: bool, norm: Norm) -> Prepared | None:
+def _prepared(x: torch.Tensor, weight: PackedWeight, gate: int, norm: Norm) -> Prepared | None:
     """Return the prepared call of a kernel with a norm in it, or `None` where the torch code serves."""
     now, n = mode.current(), len(x)
     if not 0 < n <= MOST_NORMED or not takes_norm(weight, x.dtype, norm):
         return None
-    key = (n, x.dtype, x.get_device(), True, gated, prepared.mode_key(now, norm))
+    key = (n, x.dtype, x.get_device(), True, gate, prepared.mode_key(now, norm))
     chosen = prepared.type_of(weight).prepared(key, now)
     return chosen if chosen.launch is not None else None
 

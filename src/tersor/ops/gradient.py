@@ -22,6 +22,7 @@ from tersor.layouts import PackedWeight
 from tersor.layouts.gated import interleave, separate
 from tersor.layouts.packing import LAYOUTS, target_of
 from tersor.ops import autocast, current, dispatch, prepared, reference, tensors
+from tersor.ops.gates import Gate
 
 _library = torch.library.Library("tersor", "FRAGMENT")
 _library.define(
@@ -103,14 +104,16 @@ class _Linear(_SingleLevelFunction):
         ic: int,
         layout: str,
         residual: torch.Tensor | None,
-        gated: bool,
+        gate: int,
     ) -> torch.Tensor:
         _refuse_scale(scale)
+        if gate not in (0, Gate.SILU):  # `ops.gated_linear` makes these of a linear where someone differentiates
+            raise UnsupportedError(f"tersor::linear has no derivative with the gate {gate}: call ops.gated_linear")
         # Only silu's derivative depends on what came in: a plain linear keeps no activations.
-        _save(ctx, data, scale, zero_point, *((x, bias) if gated else ()))
-        ctx.of, ctx.gated = (scheme, oc, ic, layout), gated
+        _save(ctx, data, scale, zero_point, *((x, bias) if gate else ()))
+        ctx.of, ctx.gated = (scheme, oc, ic, layout), bool(gate)
         with _below():
-            return _linear()(x, data, scale, zero_point, bias, scheme, oc, ic, layout, residual, gated)
+            return _linear()(x, data, scale, zero_point, bias, scheme, oc, ic, layout, residual, gate)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -238,7 +241,7 @@ def differentiable(function: Any, operator: Callable[[], Any], defaults: tuple[A
 
 def differentiable_linear() -> Callable[..., Any]:
     """Return the autograd kernel of `tersor::linear`, once that is defined."""
-    return differentiable(_Linear, _linear, (None, False))
+    return differentiable(_Linear, _linear, (None, 0))
 
 
 def _linear() -> Any:

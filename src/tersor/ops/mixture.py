@@ -17,7 +17,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Scheme
 from tersor.layouts import StackedWeight
 from tersor.layouts.gated import gated_channels
-from tersor.ops import autocast, current, dense, gradient, grouped, multiply, reference, routing, serve_routing
+from tersor.ops import autocast, current, dense, gradient, grouped, multiply, routing, serve_routing
 from tersor.ops.gates import Gate
 from tersor.ops.tables import Tables
 
@@ -230,13 +230,9 @@ def pairs_by_expert(index: torch.Tensor, experts: int) -> Iterator[tuple[int, to
 
 def _inner(x: torch.Tensor, layer: _Layer, expert: int) -> torch.Tensor:
     """Return gate and up of an expert as one, [N, F] in x's dtype."""
-    weight, gate = layer.gate_up.expert(expert), layer.gate
+    weight = layer.gate_up.expert(expert)
     bias = None if layer.gate_up_bias is None else layer.gate_up_bias[expert]
-    if gate is Gate.SILU:
-        return multiply.gated_linear(x, weight, bias)
-    if gradient.wanted(x) or x.is_cuda:
-        return gate.of_rows(multiply.linear(x, weight, bias))
-    return reference.linear(x, weight, bias, gated=True, gate=gate)
+    return multiply.gated_linear(x, weight, bias, gate=layer.gate)
 
 
 def _products(x: torch.Tensor, layer: _Layer, tables: Tables, top_k: int, chosen: grouped.Prepared) -> torch.Tensor:

@@ -12,16 +12,17 @@ import torch
 
 from tersor.errors import InputError
 from tersor.layouts import PackedWeight
-from tersor.ops import dense
+from tersor.ops import dense, gradient
+from tersor.ops.gates import Gate
 
 
 class Multiply(Protocol):
     """Multiplies with weights of one type."""
 
     def __call__(
-        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
     ) -> torch.Tensor:
-        """Return what `linear` returns or, where `gated`, what `gated_linear` does."""
+        """Return what `linear` returns where `gate` is 0, else what `gated_linear` does with that `Gate`."""
         ...
 
 
@@ -63,21 +64,28 @@ def linear(
         ShapeError: sizes, dtypes or devices that do not fit; the message names both sides.
     """
     multiply = _multiply.get(type(weight)) or _multiplier(weight)
-    return multiply(x, weight, bias, residual, False)
+    return multiply(x, weight, bias, residual, 0)
 
 
 def gated_linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    gate: Gate = Gate.SILU,
 ) -> torch.Tensor:
     """Multiply with gate and up at once: y = silu(x @ G^T + bias_G) * (x @ U^T + bias_U) + residual.
 
-    Everything but the sums' order is float32 arithmetic, rounded once; otherwise as `linear`.
+    Everything but the sums' order is float32 arithmetic, rounded once; otherwise as `linear`. Where someone
+    differentiates, gates but silu are those of a linear's result, which is rounded.
 
     Args:
         x: [..., IC], float16, bfloat16 or float32, any strides.
         weight: `PackedWeight.gate_up(gate, up)` of two weights [F, IC], on x's device, in any layout.
         bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.gated.interleave`), or `None`.
         residual: [..., F] in x's dtype, any strides, or `None`.
+        gate: what stands in place of silu(gate) * up.
 
     Returns:
         [..., F] in x's dtype, contiguous.
@@ -87,7 +95,10 @@ def gated_linear(
         ShapeError: sizes, dtypes or devices that do not fit, or a weight that cannot be a gated one.
     """
     multiply = _multiply.get(type(weight)) or _multiplier(weight)
-    return multiply(x, weight, bias, residual, True)
+    if gate is not Gate.SILU and gradient.wanted(x, bias, residual):
+        y = gate.of_rows(multiply(x, weight, bias, None, 0))
+        return y if residual is None else y + residual
+    return multiply(x, weight, bias, residual, int(gate))
 
 
 def _multiplier(weight: object) -> Multiply:

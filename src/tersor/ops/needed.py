@@ -27,7 +27,9 @@ from tersor.ops.attention_form import AttentionForm
 from tersor.ops.dispatch import E4M3_LAYOUT
 from tersor.ops.fold import takes_norm
 from tersor.ops.gates import Gate
+from tersor.ops.heads import LatentHeads
 from tersor.ops.norm import TARGETS, channels_fit
+from tersor.ops.router import router_of
 
 _NAMES = {**TARGETS, torch.float32: "float32"}
 
@@ -35,7 +37,7 @@ _NAMES = {**TARGETS, torch.float32: "float32"}
 def linear(
     weight: PackedWeight,
     dtype: torch.dtype,
-    gated: bool,
+    gate: int,
     tokens: int,
     chip: Chip,
     norms: Collection[Norm] = (Norm.NONE,),
@@ -45,19 +47,19 @@ def linear(
     Args:
         weight: as it lies on the GPU; no number of it is read.
         dtype: of activations.
-        gated: whether it is gate and up.
+        gate: how gate and up become one, or 0.
         tokens: at least 1.
         chip: the GPU.
         norms: what calls of few tokens have of the norms around them (`ops.linear_norm_out`, `ops.linear_norm_in`).
     """
     few = tune.MOST_NORMED if Norm.NONE not in norms else 0
-    yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gated, tokens, chip, few)
+    yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gate, tokens, chip, few)
     packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
     for norm in set(norms) - {Norm.NONE}:
         for n in range(1, min(tokens, tune.MOST_NORMED) + 1):
             config = tune.choose_normed(tune.LinearProblem.of(packing, weight.shape, n), chip)
             if config is not None:
-                yield dense.fused_source(packing, TARGETS[dtype], config, gated, norm)
+                yield dense.fused_source(packing, TARGETS[dtype], config, gate, norm)
 
 
 def folds_norm(first: PackedWeight, second: PackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
@@ -73,7 +75,7 @@ def _matrix(
     layout: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
-    gated: bool,
+    gate: int,
     tokens: int,
     chip: Chip,
     beyond: int = 0,
@@ -98,11 +100,11 @@ def _matrix(
         problem = tune.launched(problem, chip)
     if not tune.fused(problem, chip):
         problem = replace(problem, n=sm80.TOKENS)
-        yield from (dense.dequantize_source(packing), dense.epilogue_source(packing, gated))
+        yield from (dense.dequantize_source(packing), dense.epilogue_source(packing, gate))
     if not native:
         yield dense.quantize_source(result)
     for config in tune.choices(problem, chip, beyond):
-        yield dense.fused_source(packing, result, config, gated)
+        yield dense.fused_source(packing, result, config, gate)
 
 
 def _activations(layout: str) -> Activations:
@@ -132,8 +134,8 @@ def experts_of(
     """
     yield from route(choice, logits)
     if dtype not in TARGETS or grouped.misfit(gate_up, down, dtype, chip):
-        for weight, gated in ((gate_up, gate is Gate.SILU), (down, False)):
-            yield from _matrix(weight.scheme, weight.layout, weight.matrix, dtype, gated, tokens, chip)
+        for weight, ending in ((gate_up, int(gate)), (down, 0)):
+            yield from _matrix(weight.scheme, weight.layout, weight.matrix, dtype, ending, tokens, chip)
         return
     yield from combine(dtype)
     packings = gate_up.packing, down.packing
@@ -221,6 +223,44 @@ def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSourc
     """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, of rows of so many channels."""
     if dtype in TARGETS and channels_fit(channels):
         yield small.norm_source(TARGETS[dtype], layer, channels)
+
+
+def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.router_logits` with up to `tokens` tokens.
+
+    Args:
+        weight: [E, H]; no number of it is read.
+        dtype: of activations.
+        wide: whether logits are float32.
+        tokens: at least 1.
+    """
+    experts, channels = weight.shape
+    if dtype in TARGETS and experts and channels_fit(channels, routing.MOST_ROUTER_CHANNELS):
+        kind = router_of(dtype, weight.dtype, wide, channels)
+        counts = range(1, min(tokens, routing.ROUTER_TOKENS) + 1)
+        yield from dict.fromkeys(routing.router_source(kind, n) for n in counts)
+
+
+def numbers(
+    channels: int, dtype: torch.dtype, gate: Gate | None = None, capped: bool = False
+) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.gated`, `ops.softcap` or `ops.relu` with a result of so many channels.
+
+    Args:
+        channels, dtype: of the result.
+        gate: how gate and up become one, if it is that.
+        capped: whether it is a soft cap.
+    """
+    if dtype in TARGETS and channels_fit(channels, None):
+        yield small.pointwise_source(TARGETS[dtype], int(gate or 0), capped)
+
+
+def latent_heads(of: LatentHeads, dtype: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.heads` for heads of such sizes."""
+    if dtype in TARGETS and of.whole:
+        yield small.heads_source(of.interleaved)
+    if dtype in TARGETS and of.value != of.width and of.trims:
+        yield small.trim_source()
 
 
 def rows(channels: int, dtype: torch.dtype, index: torch.dtype, positions: bool = False) -> Iterator[KernelSource]:

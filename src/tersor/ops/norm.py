@@ -85,8 +85,9 @@ def _check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torc
             )
 
 
-def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Tell whether the kernels of `kernels.small` take rows [T, H] on a GPU and what stands beside them.
+def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None, most: int | None = small.MOST_CHANNELS) -> bool:
+    """Tell whether the kernels of `kernels.small` take rows [T, H] of at most `most` channels on a GPU and what stands
+    beside them.
 
     Autograd and `torch.compile` see the torch code, which they know.
     """
@@ -94,7 +95,7 @@ def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return (
         x.dtype in TARGETS
         and x.shape[0] > 0
-        and channels_fit(x.shape[1])
+        and channels_fit(x.shape[1], most)
         and all(one.data_ptr() % 16 == 0 for one in tensors)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
@@ -102,9 +103,9 @@ def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     )
 
 
-def channels_fit(channels: int) -> bool:
-    """Tell whether the kernels of `kernels.small` take rows of so many channels."""
-    return 0 < channels <= small.MOST_CHANNELS and channels % small.CHANNELS == 0
+def channels_fit(channels: int, most: int | None = small.MOST_CHANNELS) -> bool:
+    """Tell whether the kernels of `kernels.small` take rows of so many channels, of at most `most`."""
+    return channels > 0 and channels % small.CHANNELS == 0 and (most is None or channels <= most)
 
 
 def launched_early(device: torch.device) -> bool:
@@ -126,7 +127,9 @@ def _launched(
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return _launched(x, weight, bias, residual, eps, offset, layer)
-    x, weight = x.contiguous(), weight.contiguous()
+    if x.stride(1) != 1 or x.stride(0) % small.CHANNELS:
+        x = x.contiguous()
+    weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     rows, channels = x.shape
@@ -136,6 +139,7 @@ def _launched(
     launch(
         stream=current.stream(index),
         x=x.data_ptr(),
+        stride=x.stride(0),
         weight=weight.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),

@@ -28,9 +28,9 @@ _NORM_STEP = 4
 _MOST_LONG = 256
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
-Key: TypeAlias = tuple[int, torch.dtype, int, bool, bool, int]
-"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, whether the
-linear is gated, `mode_key`."""
+Key: TypeAlias = tuple[int, torch.dtype, int, bool, int, int]
+"""Tokens, dtype of activations, CUDA device (-1: none), whether rows of activations start on 16 bytes, how gate and
+up become one or 0, `mode_key`."""
 
 
 def mode_key(now: mode.Mode, norm: int) -> int:
@@ -126,7 +126,7 @@ class WeightType:
             self._long.clear()
 
     def _make(self, key: Key, wanted: tune.LinearConfig | None = None) -> Prepared:
-        n, dtype, index, aligned, gated, how = key  # the mode is the current one
+        n, dtype, index, aligned, gate, how = key  # the mode is the current one
         device = torch.device("cpu") if index < 0 else torch.device("cuda", index)
         shape = (self.oc, self.ic)
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
@@ -135,7 +135,7 @@ class WeightType:
             norm = how // _NORM_STEP
             chosen = self._with_norm(n, wanted, device) if norm else wanted or config
             if chosen is not None:
-                self._add_launches(found, chosen, n, index, dtype, aligned, gated, norm)
+                self._add_launches(found, chosen, n, index, dtype, aligned, gate, norm)
         return found
 
     def _with_norm(self, n: int, wanted: tune.LinearConfig | None, device: torch.device) -> tune.LinearConfig | None:
@@ -154,7 +154,7 @@ class WeightType:
         index: int,
         dtype: torch.dtype,
         aligned: bool,
-        gated: bool,
+        gate: int,
         norm: int,
     ) -> None:
         from tersor.kernels import dense, jit
@@ -162,7 +162,7 @@ class WeightType:
         result = target_of(Activations.NATIVE, dtype)
         assert self.packing is not None and result is not None
         found.launch = dense.prepare_fused(
-            jit.get(dense.fused_source(self.packing, result, config, gated, dense.Norm(norm)), index),
+            jit.get(dense.fused_source(self.packing, result, config, gate, dense.Norm(norm)), index),
             config,
             bf16=result == "bfloat16",
             oc=self.oc,

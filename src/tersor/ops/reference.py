@@ -24,9 +24,8 @@ def linear(
     weight: PackedWeight,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None = None,
-    gated: bool = False,
+    gate: int = 0,
     one_by_one: bool = False,
-    gate: Gate = Gate.SILU,
 ) -> torch.Tensor:
     """Return x @ W^T + bias + residual, accumulated in float32 (float64 for such x) and rounded once to x's dtype.
 
@@ -35,20 +34,19 @@ def linear(
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
         residual: as the result, or `None`.
-        gated: the weight is `PackedWeight.gate_up`, and of x @ W^T + bias the result has gate times up.
+        gate: a `Gate` where the weight is `PackedWeight.gate_up`: how gate and up of x @ W^T + bias become one; or 0.
         one_by_one: multiply each token on its own: a library's product may sum differently for other numbers of tokens.
-        gate: how gate and up become one, where gated.
 
     Returns:
-        [N, OC] in x's dtype, or [N, F] where gated.
+        [N, OC] in x's dtype, or [N, F] with a gate.
     """
     oc, ic = weight.shape
     wide, token_scale = x.to(torch.promote_types(x.dtype, torch.float32)), None
     if LAYOUTS.get(weight.layout) == decode_groups.FP8:
         codes, token_scale = Activations.E4M3.quantize(wide.to(torch.float32))
         wide = codes.to(torch.float32)
-    output = x.new_empty(x.shape[0], gated_channels(oc) if gated else oc)
-    unit = 2 * HALF if gated else 1
+    output = x.new_empty(x.shape[0], gated_channels(oc) if gate else oc)
+    unit = 2 * HALF if gate else 1
     rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1) // unit) * unit
     packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
     start = 0
@@ -60,8 +58,8 @@ def linear(
             part.mul_(token_scale)
         if bias is not None:
             part.add_(bias[first:last])
-        if gated:
-            part = gate.of_rows(part)
+        if gate:
+            part = Gate(gate).of_rows(part)
         end = start + part.shape[1]
         if residual is not None:
             part += residual[:, start:end]

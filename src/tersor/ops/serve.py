@@ -53,7 +53,7 @@ def linear(
     bias: torch.Tensor | None,
     of: WeightType,
     residual: torch.Tensor | None,
-    gated: bool,
+    gate: int,
 ) -> torch.Tensor:
     """Check a call and serve it.
 
@@ -63,21 +63,21 @@ def linear(
         bias: [OC] or `None`.
         of: the type of the weight.
         residual: [..., outputs] or `None`.
-        gated: whether the result is silu(gate) * up.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
 
     Returns:
-        [..., outputs] in x's dtype, contiguous; outputs are OC, or half as many channels where gated.
+        [..., outputs] in x's dtype, contiguous; outputs are OC, or half as many channels with a gate.
     """
     shape, oc, ic = x.shape, of.oc, of.ic
-    outputs = gated_channels(oc) if gated else oc
+    outputs = gated_channels(oc) if gate else oc
     check(x, shape, data, bias, of, residual, outputs)
     size = x.numel()
     if size == 0 or oc == 0:
-        return tensors.empty_result(x, bias, residual, gated, oc)
+        return tensors.empty_result(x, bias, residual, gate, oc)
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return linear(x, data, scale, zero_point, bias, of, residual, gated)
+            return linear(x, data, scale, zero_point, bias, of, residual, gate)
     now = mode.current()
     n, stride = size // ic, ic
     if not x.is_contiguous():
@@ -88,7 +88,7 @@ def linear(
     if now.batch_invariant and not aligned:
         x = tensors.aligned_rows(x, ic)
         stride, address, aligned = x.stride(0), x.data_ptr(), True
-    chosen = of.prepared((n, x.dtype, index, aligned, gated, now.key), now)
+    chosen = of.prepared((n, x.dtype, index, aligned, gate, now.key), now)
     launch = chosen.launch
     if residual is not None:
         residual = tensors.contiguous(residual)
@@ -96,14 +96,14 @@ def linear(
         x = x.reshape(-1, ic)
         added = None if residual is None else residual.view(-1, outputs)
         if chosen.tokens:
-            y = _in_turns(x, data, scale, zero_point, bias, of, added, gated, chosen.tokens)
+            y = _in_turns(x, data, scale, zero_point, bias, of, added, gate, chosen.tokens)
         elif chosen.decision.kernel == dispatch.DEQUANTIZE:
             from tersor.ops import dequantized
 
-            y = dequantized.linear(x, data, scale, bias, of, added, gated)
+            y = dequantized.linear(x, data, scale, bias, of, added, gate)
         else:
             weight = PackedWeight(of.scheme, (oc, ic), data, scale, zero_point, of.layout)
-            y = reference.linear(x, weight, bias, added, gated, now.batch_invariant)
+            y = reference.linear(x, weight, bias, added, gate, now.batch_invariant)
         return y.view(*shape[:-1], outputs)
     y = tensors.output(shape, n, outputs, x.dtype)
     stream = current.stream(index)
@@ -145,10 +145,10 @@ def shape_only(
     bias: torch.Tensor | None,
     of: WeightType,
     residual: torch.Tensor | None,
-    gated: bool,
+    gate: int,
 ) -> torch.Tensor:
     """Check a call and return an uninitialised result, as `linear` would make one: for tensors without memory."""
-    outputs = gated_channels(of.oc) if gated else of.oc
+    outputs = gated_channels(of.oc) if gate else of.oc
     check(x, x.shape, data, bias, of, residual, outputs)
     return x.new_empty(*x.shape[:-1], outputs)
 
@@ -161,12 +161,12 @@ def _in_turns(
     bias: torch.Tensor | None,
     of: WeightType,
     residual: torch.Tensor | None,
-    gated: bool,
+    gate: int,
     tokens: int,
 ) -> torch.Tensor:
     """Return the result [N, outputs] of several calls, each of at most `tokens` tokens."""
     parts = []
     for first in range(0, x.shape[0], tokens):
         added = None if residual is None else residual[first : first + tokens]
-        parts.append(linear(x[first : first + tokens], data, scale, zero_point, bias, of, added, gated))
+        parts.append(linear(x[first : first + tokens], data, scale, zero_point, bias, of, added, gate))
     return torch.cat(parts)

@@ -9,14 +9,14 @@ from tersor.ops.gates import Gate
 
 
 def empty_result(
-    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, oc: int
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int, oc: int
 ) -> torch.Tensor:
     """Return the result where x or the weight has no elements: that of the reference for sums of zero."""
     y = x.new_zeros(*x.shape[:-1], oc, dtype=torch.float32)
     if bias is not None:
         y = y + bias
-    if gated:
-        y = Gate.SILU.of_rows(y)
+    if gate:
+        y = Gate(gate).of_rows(y)
     return (y if residual is None else y + residual).to(x.dtype)
 
 

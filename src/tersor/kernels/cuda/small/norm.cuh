@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads) TERSOR_ENTRY(
     const u16* __restrict__ bias,      // [channels], or nothing
     const u16* __restrict__ residual,  // [rows, channels], or nothing
     u16* out,                          // [rows, channels]
+    long long stride,                  // elements from one row of x to the next
     int channels,                      // a multiple of 8
     float eps,
     float offset,
@@ -56,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads) TERSOR_ENTRY(
     load(weight, weights);
     if constexpr (LAYER) load(bias, biases);
     if (ready) launch::wait_for_earlier();
-    load(x + start, given);
+    load(x + blockIdx.x * stride, given);
     if constexpr (!LAYER) load(residual == nullptr ? nullptr : residual + start, added);
 
     float sum = 0.0f, mean = 0.0f;
