@@ -6,14 +6,17 @@
 
 A CUDA graph walks over caches that together do not fit the L2 cache, each launch as in a step: it starts before the one
 ahead has ended, norms nothing, rotates, appends one token a row, and attends. `roof` is the time of keys and values at
-the bandwidth that a large read reaches. With `--prefill`, rows of many tokens follow, in TFLOP/s of what they see. With
-`--groups`, steps follow whose rows share pages (`bench/shared_pages.py`), and nothing else.
+the bandwidth that a large read reaches. With `--prefill`, rows of many tokens follow, in TFLOP/s of what they see, by
+the kernel of the GPU and, where warpgroups multiply in that one, by the one in which warps do. With `--groups`, steps
+follow whose rows share pages (`bench/shared_pages.py`), and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import results_file
@@ -22,11 +25,12 @@ import torch
 
 from tersor import hardware, ops
 from tersor.bench import timing
-from tersor.kernels import attention, jit, shared_attention
+from tersor.kernels import attention, attention_sm90, jit, shared_attention
+from tersor.ops import serve_attention
 
 BATCHES = (1, 8, 32)
 CONTEXTS = (512, 2048, 8192)
-PREFILLS = ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192), (8, 256, 8192))
+PREFILLS = ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192), (8, 256, 8192), (8, 16, 8192), (1, 64, 8192))
 """Rows, new tokens of each, tokens of each text."""
 LEAST_BYTES = 300 << 20
 MOST_CACHES = 150
@@ -58,6 +62,10 @@ def main() -> None:
     group = form.heads // form.kv_heads
     sources = {attention.decode_source(kind, kind.query_tiles(n * group), chip) for n in (1, attention.FEW_QUERIES)}
     sources |= {attention.append_source(kind), attention.prefill_source(kind, chip)}
+    kernels = ["warps"]
+    if attention_sm90.takes(kind, chip):
+        kernels.insert(0, "warpgroups")
+        sources.add(attention_sm90.prefill_source(kind, chip))
     if arguments.groups:
         tiles = kind.query_tiles(group)
         sources = {attention.decode_source(kind, tiles, chip, shares) for shares in (False, True)}
@@ -82,16 +90,30 @@ def main() -> None:
                 found.append({"batch": batch, "context": context, "us": round(microseconds, 2), "roof": round(roof, 2)})
                 print(f"batch {batch:4} context {context:6}: {microseconds:8.2f} us, roof {roof:8.2f}", flush=True)
         for rows, fresh, length in PREFILLS if arguments.prefill else ():
-            microseconds, _ = measure(form, rows, fresh, length, e4m3)
             pairs = rows * (fresh * length - fresh * (fresh - 1) / 2)
-            tflops = 4 * pairs * form.heads * form.head_dim / microseconds / 1e6
-            found.append(
-                {"batch": rows, "new": fresh, "context": length, "us": round(microseconds, 1), "tflops": tflops}
-            )
-            print(
-                f"{rows:4} rows of {fresh:5} of {length:6}: {microseconds:9.1f} us, {tflops:6.1f} TFLOP/s", flush=True
-            )
+            for kernel in kernels:
+                with only(kernel):
+                    microseconds, _ = measure(form, rows, fresh, length, e4m3)
+                tflops = 4 * pairs * form.heads * form.head_dim / microseconds / 1e6
+                step = {"batch": rows, "new": fresh, "context": length, "kernel": kernel}
+                found.append({**step, "us": round(microseconds, 1), "tflops": round(tflops, 1)})
+                words = f"{rows:4} rows of {fresh:5} of {length:6}, {kernel:10}"
+                print(f"{words}: {microseconds:9.1f} us, {tflops:6.1f} TFLOP/s", flush=True)
     print(f"written to {results_file.write(f'attention_{gpu}', {**about, 'rows': found})}")
+
+
+@contextlib.contextmanager
+def only(kernel: str) -> Iterator[None]:
+    """Prefill by one kernel: `warpgroups`, or `warps` where another would serve, too."""
+    takes = attention_sm90.takes
+    if kernel == "warps":
+        attention_sm90.takes = lambda kind, chip: False
+    serve_attention._prepared.cache_clear()
+    try:
+        yield
+    finally:
+        attention_sm90.takes = takes
+        serve_attention._prepared.cache_clear()
 
 
 def measure(form: ops.AttentionForm, batch: int, fresh: int, length: int, e4m3: bool) -> tuple[float, int]:

@@ -8,7 +8,7 @@ import pytest
 
 from tersor.formats import get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, dense, jit, sampling
+from tersor.kernels import attention, attention_sm90, dense, jit, sampling
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.layouts.packing import Packing
 
@@ -19,6 +19,8 @@ ARCH = "compute_90a"
 
 def whole(name: str) -> KernelSource:
     """A kernel whose parameters are those of a header that defines no kernel itself, of the schedule that it is of."""
+    if name.startswith("attention/sm90"):
+        return attention_sm90.prefill_source(attention.Kind(head_dim=80, dtype="float16"), chip_named("H200"))
     if name == "attention/wide.cuh":
         return attention.prefill_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), chip_named("H200"))
     if name.startswith("attention/"):

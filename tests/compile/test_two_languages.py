@@ -14,9 +14,9 @@ import pytest
 from tersor.engine.shared_pages import shared_size
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, dense, routing, shared_attention, tune
+from tersor.kernels import attention, attention_sm90, dense, routing, shared_attention, tune
 from tersor.kernels import experts as of_experts
-from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.jit import KernelSource, nvrtc, tensor_map
 from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.kernels.tune.experts_problem import ExpertsProblem
 from tersor.layouts import decode_groups
@@ -28,6 +28,22 @@ H200 = chip_named("H200")
 ARCH = "compute_90a"
 """PTX: facts are checked, and nothing is made into machine code."""
 EMPTY = 'extern "C" __global__ void TERSOR_ENTRY(int* x) { *x = 0; }'
+PROBLEM = attention.Problem(
+    rows=3,
+    tokens=700,
+    heads=24,
+    kv_heads=2,
+    rotary_dim=0,
+    window=None,
+    softcap=None,
+    scale=1.0,
+    eps=0.0,
+    offset=0.0,
+    most_queries=500,
+    most_pages=20,
+    table_stride=20,
+    invariant=False,
+)
 
 
 def check(header: str, source: KernelSource, facts: Mapping[str, int | str]) -> None:
@@ -215,22 +231,7 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
 def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(head_dim: int, e4m3: bool) -> None:
     kind = attention.Kind(head_dim=head_dim, dtype="bfloat16", e4m3=e4m3)
-    problem = attention.Problem(
-        rows=3,
-        tokens=700,
-        heads=24,
-        kv_heads=2,
-        rotary_dim=0,
-        window=None,
-        softcap=None,
-        scale=1.0,
-        eps=0.0,
-        offset=0.0,
-        most_queries=500,
-        most_pages=20,
-        table_stride=20,
-        invariant=False,
-    )
+    problem = PROBLEM
     places = ("qkv", "pages_of_layer", "scales", "starts", "lengths", "table", "rotary", "sinks", "out")
     common = {
         "stream": 0,
@@ -259,7 +260,10 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
     check(source.header, source, facts)
     append, product = Launched(), Launched()
     append.source, product.source = attention.append_source(kind), attention.prefill_source(kind, H200)
-    attention.prepare_prefill(append, product, problem)(**common)  # type: ignore[arg-type]
+    read = {name: at for name, at in common.items() if name not in ("sinks", "wide_sinks", "out")}
+    seen = {name: at for name, at in common.items() if name not in ("qkv", "stride", "rotary", "norms")}
+    attention.prepare_append(append, problem)(**read, out=0)  # type: ignore[arg-type]
+    attention.prepare_prefill(product, problem)(**seen)  # type: ignore[arg-type]
     facts = {
         "append::kThreads": append.block[0],
         "(500 + append::kTokens - 1) / append::kTokens": append.grid[0],
@@ -271,7 +275,7 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)
-    shared, read = Launched(), {name: at for name, at in common.items() if name not in ("sinks", "wide_sinks", "out")}
+    shared = Launched()
     shared.source = shared_attention.shared_source(kind, H200)
     shared_attention.prepare_shared(shared, problem, grid, 32, H200.sms)(**read, **parts)  # type: ignore[arg-type]
     facts = {
@@ -280,3 +284,25 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "1 + 3 * 7 + plan::kItemNumbers * 39": shared_size(7),
     }
     check(shared.source.header, shared.source, facts)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_of_warpgroups_count_queries_and_threads_as_the_kernel_does(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, launched = attention.Kind(head_dim=head_dim, dtype="bfloat16"), Launched()
+    launched.source = attention_sm90.prefill_source(kind, H200)
+    monkeypatch.setattr(tensor_map, "rows", lambda *sizes: str(sizes).encode())
+    grid = attention_sm90.grid_of(kind, PROBLEM, 7, splits=3)
+    launch = attention_sm90.prepare_prefill(launched, kind, PROBLEM, grid)  # type: ignore[arg-type]
+    places = ("pages_of_layer", "scales", "starts", "lengths", "table", "sinks", "out", "partial", "taken")
+    launch(stream=0, page_count=5, wide_sinks=False, early=False, **dict.fromkeys(places, 0))
+    facts = {
+        "prefill::kThreads": launched.block[0],
+        "prefill::kQueries": attention_sm90.QUERIES,
+        "pages::kTokens": PAGE,
+        "prefill::kSharedBytes": launched.shared,
+        "prefill::kGroups * 128 * prefill::kPartFours * 4": grid.floats // ((grid.counters - 1) // 2 * 3),
+    }
+    assert launched.grid == (7, 1, 1)
+    check(launched.source.header, launched.source, facts)

@@ -13,7 +13,7 @@ from helpers.sharing import share
 
 from tersor import hardware, ops
 from tersor.kernels import attention as family
-from tersor.kernels import jit, shared_attention
+from tersor.kernels import attention_sm90, jit, shared_attention
 from tersor.ops import current, serve_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -51,6 +51,19 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+PREFILLS = (
+    Case(head_dim=128, heads=8, kv_heads=2, lengths=(3000,), counts=(3000,)),
+    Case(head_dim=128, heads=8, lengths=(2500, 1100), counts=(1500, 1100), dtype=torch.bfloat16, form={"window": 300}),
+    Case(head_dim=64, heads=40, kv_heads=1, lengths=(5000, 70), counts=(9, 70), sinks=True),
+    Case(head_dim=128, heads=32, kv_heads=8, lengths=(*range(40, 140), 900), counts=(*(1, 30) * 50, 700)),
+    Case(head_dim=128, heads=32, kv_heads=8, lengths=(9000,), counts=(20,), dtype=torch.bfloat16, sinks=True),
+    Case(head_dim=80, heads=6, kv_heads=2, lengths=(1000, 9), counts=(513, 9), norms=True, form={"softcap": 5.0}),
+    Case(head_dim=128, heads=8, kv_heads=2, lengths=(3000, 70), counts=(1000, 70), dtype=torch.bfloat16, e4m3=True),
+    Case(head_dim=256, heads=4, kv_heads=2, lengths=(1000,), counts=(700,), e4m3=True, form={"window": 300}),
+    Case(head_dim=192, heads=6, kv_heads=6, lengths=(1000, 200), counts=(700, 11), dtype=torch.bfloat16),
+    Case(head_dim=256, heads=8, kv_heads=4, lengths=(1000, 640), counts=(700, 640), form={"window": 129}),
+)
+"""Steps of many new tokens: long rows, windows, many rows of which most have few, heads that fill tiles together."""
 
 
 def sharing() -> Iterator[Case]:
@@ -83,17 +96,21 @@ def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
     chip = hardware.of_device(0)
     sources = set()
-    for case in CASES:
+    for case in (*CASES, *PREFILLS):
         kind, most = kind_of(case), max(case.counts)
         queries = min(most, family.FEW_QUERIES) * (case.heads // case.kv_heads)
         sources.add(family.decode_source(kind, kind.query_tiles(queries), chip))
         if most > family.FEW_QUERIES:
             sources |= {family.append_source(kind), family.prefill_source(kind, chip)}
+            if attention_sm90.takes(kind, chip):
+                sources.add(attention_sm90.prefill_source(kind, chip))
     for case in SHARING:
         kind, queries = kind_of(case), min(max(case.counts), family.FEW_QUERIES) * (case.heads // case.kv_heads)
         sources |= {family.decode_source(kind, kind.query_tiles(queries), chip, True)}
         sources |= {shared_attention.shared_source(kind, chip), family.append_source(kind)}
         sources |= {family.prefill_source(kind, chip)}
+        if attention_sm90.takes(kind, chip):
+            sources.add(attention_sm90.prefill_source(kind, chip))
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 
@@ -128,6 +145,18 @@ def test_a_step_is_that_of_the_reference(case: Case) -> None:
     check(Step(case, "cuda"))
 
 
+@pytest.mark.parametrize("case", PREFILLS, ids=lambda case: f"{case.head_dim}-{case.heads}-{len(case.counts)}")
+@pytest.mark.parametrize("warpgroups", [True, False])
+def test_many_new_tokens_are_those_of_the_reference(
+    warpgroups: bool, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not warpgroups:
+        monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    serve_attention._prepared.cache_clear()
+    check(Step(case, "cuda"))
+    serve_attention._prepared.cache_clear()
+
+
 @pytest.mark.parametrize("case", SHARING, ids=lambda case: str(case)[:50])
 def test_rows_that_read_pages_together_are_those_of_the_reference(case: Case) -> None:
     step = Step(case, "cuda")
@@ -148,11 +177,11 @@ def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
 
 
 def test_a_row_has_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
-    lengths = (700, 3, 65, 2049)
+    lengths = (700, 3, 65, 2049, 300)
     with ops.using(batch_invariant=True):
-        step = Step(Case(head_dim=128, heads=8, lengths=lengths, counts=(1, 2, 1, 1)), "cuda")
+        step = Step(Case(head_dim=128, heads=8, lengths=lengths, counts=(1, 2, 1, 1, 250)), "cuda")
         together, rows, qkv = check(step), step.rows, step.qkv
-        for row, (first, end) in enumerate(((0, 1), (1, 3), (3, 4), (4, 5))):
+        for row, (first, end) in enumerate(((0, 1), (1, 3), (3, 4), (4, 5), (5, 255))):
             starts = torch.tensor([0, end - first], dtype=torch.int32, device="cuda")
             alone = slice(row, row + 1)
             step.rows = ops.Rows(starts, rows.lengths[alone], rows.pages[alone], end - first, lengths[row])

@@ -31,8 +31,8 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
@@ -74,6 +74,9 @@ ucontext_t scheduler;
 int now;
 std::function<void()> body;
 std::mt19937 random;
+std::function<void()> before_block = [] {}, after_block = [] {};
+std::function<void(const unsigned char*, const void*, int)> before_write;  // where, of what, how many bytes
+std::function<void()> before_landing = [] {};
 
 inline void yield() { swapcontext(&fibers[now].context, &scheduler); }
 inline int meet(Barrier& barrier, int all) {
@@ -95,6 +98,7 @@ inline void run_block(int threads) {
     if (static_cast<int>(fibers.size()) != threads) fibers = std::vector<Fiber>(threads);
     warps = std::vector<Exchange>(threads / 32);
     block = {};
+    before_block();
     memset(attention_memory, 255, sizeof attention_memory);
     for (Fiber& fiber : fibers) {
         getcontext(&fiber.context);
@@ -117,6 +121,7 @@ inline void run_block(int threads) {
             left += !fibers[now].done;
         }
     }
+    after_block();
 }
 inline void run(Dim grid, int threads, unsigned seed, std::function<void()> kernel) {
     random.seed(seed);
@@ -153,7 +158,11 @@ inline u16 float_to_bfloat(float x) {
 }
 template <bool kBf16> float wide(u16 x) { return kBf16 ? __uint_as_float(static_cast<u32>(x) << 16) : half_to_float(x); }
 inline u16 half_of(u32 word, int i) { return static_cast<u16>(word >> 16 * i); }
-inline void put(u32 shared, const void* from, int bytes) { memcpy(attention_memory + shared, from, bytes); }
+inline void write(unsigned char* to, const void* from, int bytes) {
+    if (before_write) before_write(to, from, bytes);
+    memcpy(to, from, bytes);
+}
+inline void put(u32 shared, const void* from, int bytes) { write(attention_memory + shared, from, bytes); }
 inline u32 word_at(u32 shared) {
     if (shared % 4) { fprintf(stderr, "a word at %u\n", shared); abort(); }
     u32 word;
@@ -242,11 +251,13 @@ inline void copy_async_commit() {
     fibers[now].open.clear();
 }
 template <int kPending> void copy_async_wait() {
+    before_landing();
     auto& groups = fibers[now].groups;
     while (static_cast<int>(groups.size()) > kPending) {
         for (const Copy& one : groups.front()) {
-            memset(one.to, 0, one.all);
-            memcpy(one.to, one.from, one.bytes);
+            unsigned char landed[16] = {};
+            memcpy(landed, one.from, one.bytes);
+            write(one.to, landed, one.all);
         }
         groups.pop_front();
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import shutil
+import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,29 @@ from tersor.kernels.jit import KernelSource
 COMPILER = shutil.which("c++") or shutil.which("g++")
 CUDA = Path(jit.__file__).parents[1] / "cuda"
 HERE = Path(__file__).parent
-REPLACED = ("common/ptx.cuh", "common/launch.cuh", "attention/instructions.cuh", "small/flags.cuh")
-"""Headers of which `emulated.hpp` has all that is used."""
-_TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float"}
-_CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+REPLACED = {
+    "common/ptx.cuh": "emulated.hpp",
+    "common/launch.cuh": "emulated.hpp",
+    "attention/instructions.cuh": "emulated.hpp",
+    "small/flags.cuh": "emulated.hpp",
+    "attention/sm90_instructions.cuh": "emulated_sm90.hpp",
+}
+"""Headers, and what has all of them that is used."""
+_TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float", "T": "const void*"}
+_CTYPES = {
+    "P": ctypes.c_void_p,
+    "i": ctypes.c_int,
+    "q": ctypes.c_longlong,
+    "f": ctypes.c_float,
+    "T": ctypes.c_char_p,
+}
+_MAP = struct.Struct("Q3q2i80x")
+"""`Map` in `emulated_sm90.hpp`, in as many bytes as a driver's."""
+
+
+def tensor_map(address: int, rows: int, columns: int, stride: int, element: int, box_rows: int) -> bytes:
+    """Stand for `jit.tensor_map.rows`."""
+    return _MAP.pack(address, rows, columns, stride, element, box_rows)
 
 
 class Emulated:
@@ -30,14 +50,14 @@ class Emulated:
         parts = (text, source.digest(), *(path.read_text() for path in sorted(HERE.glob("emulated*.hpp"))))
         name = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         library = folder / f"{name}.so"
-        for replaced in REPLACED:
+        for replaced, by in REPLACED.items():
             place = folder / replaced
             place.parent.mkdir(exist_ok=True)
-            place.write_text('#pragma once\n#include "emulated.hpp"\n')
+            place.write_text(f'#pragma once\n#include "{by}"\n')
         if not library.exists():
             unit = folder / f"{name}.cpp"
             unit.write_text(text)
-            options = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
             includes = [f"-I{place}" for place in (folder, HERE, CUDA)]
             assert COMPILER is not None
             subprocess.run([COMPILER, *options, *includes, str(unit), "-o", str(library)], check=True)
@@ -51,7 +71,7 @@ class Emulated:
         block: tuple[int, int, int],
         shared_bytes: int,
         stream: int,
-        args: Sequence[int | float],
+        args: Sequence[int | float | bytes],
         programmatic: bool = False,
     ) -> None:
         """Run every block, one after the other, in an order that the seed decides."""
@@ -68,7 +88,13 @@ def _translation(source: KernelSource, arch: int) -> str:
     }
     defines = "\n".join(f"#define {key} {value}" for key, value in macros.items())
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
+    if source.header.startswith("attention/sm90"):
+        language = "emulated_sm90.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
+    given = [
+        f"{'Mapped{' if letter == 'T' else 'pass('}{name}{'}' if letter == 'T' else ')'}"
+        for letter, name in zip(source.arguments, names, strict=True)
+    ]
     taken = ", ".join(f"{_TYPES[letter]} {name}" for letter, name in zip(source.arguments, names, strict=True))
     return f"""{defines}
 #include "{language}"
@@ -77,10 +103,14 @@ struct Any {{
     const void* p;
     template <class T> operator T*() const {{ return static_cast<T*>(const_cast<void*>(p)); }}
 }};
+struct Mapped {{
+    const void* p;
+    template <class T> operator T() const {{ T map; memcpy(&map, p, sizeof map); return map; }}
+}};
 static Any pass(const void* p) {{ return {{p}}; }}
 template <class T> static T pass(T x) {{ return x; }}
 extern "C" void run(int x, int y, int z, int threads, int seed, {taken}) {{
     const Dim grid = {{unsigned(x), unsigned(y), unsigned(z)}};
-    emulated::run(grid, threads, seed, [=] {{ entry({", ".join(f"pass({name})" for name in names)}); }});
+    emulated::run(grid, threads, seed, [=] {{ entry({", ".join(given)}); }});
 }}
 """

@@ -13,7 +13,7 @@ from helpers.attention_cases import Case, Step
 from tersor import ops
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS, chip_named
-from tersor.kernels import attention, shared_attention
+from tersor.kernels import attention, attention_sm90, shared_attention
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 H200 = chip_named("H200")
@@ -198,12 +198,29 @@ def test_queries_that_share_keys_go_together_as_far_as_registers_allow() -> None
     assert attention.grid_of(small, problem(most_queries=500), 132).items == 1
 
 
+def test_what_a_tile_sees_is_dealt_out_where_tiles_leave_multiprocessors_idle() -> None:
+    kind = attention.Kind(head_dim=128, dtype="float16")
+
+    def splits(**changes: Any) -> int:
+        known = {"rows": 1, "tokens": 64, "most_queries": 64, "most_pages": 128}
+        return attention_sm90.grid_of(kind, problem(**known | changes), 132).splits
+
+    assert splits() == 132 // (2 * 8)
+    assert splits(most_pages=32) == 32 // 2 // 4
+    assert splits(rows=16, tokens=8192, most_queries=512) == splits(window=256) == splits(invariant=True) == 1
+    mixed = attention_sm90.grid_of(kind, problem(rows=200, tokens=210, most_queries=11, most_pages=128), 132)
+    assert mixed.ctas == 132 and mixed.splits == 1 and mixed.counters == 1 + 2 * 8 * (210 * 4 // 128 + 210 // 9)
+
+
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 @pytest.mark.parametrize("e4m3", [False, True])
 def test_rings_fit_every_chip(chip: Any, e4m3: bool) -> None:
     for dim, tiles in itertools.product(range(16, 257, 16), (1, 2, 4)):
         kind = attention.Kind(head_dim=dim, dtype="float16", e4m3=e4m3)
         sources = [attention.prefill_source(kind, chip), shared_attention.shared_source(kind, chip)]
+        if attention_sm90.takes(kind, chip):
+            sources.append(attention_sm90.prefill_source(kind, chip))
+            assert int(sources[-1].parameters["SLOTS"]) >= 4, sources[-1].name
         if tiles <= kind.query_tiles(64):
             sources.append(attention.decode_source(kind, tiles, chip))
         for source in sources:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.attention_cases import NAN, Case, Step, same_pages, tolerance
-from helpers.emulated import COMPILER, Emulated
+from helpers.emulated import COMPILER, Emulated, tensor_map
 from helpers.sharing import share
 
 from tersor import ops
 from tersor.hardware import chip_named
-from tersor.kernels import attention, jit
+from tersor.kernels import attention, attention_sm90, jit
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.shared_attention import shared_source
 from tersor.ops import current, dispatch, serve_attention
@@ -30,7 +30,7 @@ class Emulation(Workspace):
     Attributes:
         launched: names of the kernels, in order.
         arrived: counters of splits, zero between launches.
-        splits: what a launch has at most; `None` is what `grid_of` says.
+        splits: what a launch has at most, of either kind; `None` is what `grid_of` says.
         arch: its compute capability, times 100.
         chip: what is known of it.
     """
@@ -59,8 +59,11 @@ class Emulation(Workspace):
     def grid(self, kind: Any, problem: Any, sms: int) -> attention.Grid:
         return grid_of(kind, problem, sms) if self.splits is None else attention.Grid.of(kind, problem, self.splits)
 
+    def wide_grid(self, kind: Any, problem: Any, sms: int) -> attention_sm90.Grid:
+        return wide_grid_of(kind, problem, 3, self.splits)  # three SMs, so that each has several tiles in turn
 
-grid_of = attention.grid_of
+
+grid_of, wide_grid_of = attention.grid_of, attention_sm90.grid_of
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,8 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: emulation.chip)
     monkeypatch.setattr(jit, "get", emulation.get)
     monkeypatch.setattr(attention, "grid_of", emulation.grid)
+    monkeypatch.setattr(attention_sm90, "grid_of", emulation.wide_grid)
+    monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(current, "empty", lambda size, stride, dtype: torch.full(size, NAN, dtype=dtype))
     with ops.using(workspace=emulation, reference=False):
@@ -110,8 +115,18 @@ FEW = (
 MANY = (
     Case(lengths=(100, 70, 40, 0), counts=(50, 1, 40, 20), tail=3),
     Case(head_dim=80, lengths=(120, 70), counts=(20, 1), e4m3=True, norms=True, sinks=True, form={"window": 50}),
-    Case(head_dim=128, heads=2, kv_heads=1, lengths=(140,), counts=(70,), dtype=torch.bfloat16, form={"softcap": 4.0}),
     Case(head_dim=256, heads=2, kv_heads=1, lengths=(80,), counts=(20,), dtype=torch.bfloat16, e4m3=True),
+)
+OLDER = (
+    Case(head_dim=128, heads=2, kv_heads=1, lengths=(140,), counts=(70,), dtype=torch.bfloat16, form={"softcap": 4.0}),
+    MANY[2],
+)
+WIDE = (
+    Case(head_dim=128, heads=4, kv_heads=1, lengths=(700,), counts=(9,), dtype=torch.bfloat16, sinks=True),
+    Case(head_dim=80, heads=6, kv_heads=2, lengths=(300, 130), counts=(90, 60), form={"window": 70}),
+    Case(head_dim=256, heads=2, kv_heads=2, lengths=(210, 9), counts=(150, 9), form={"softcap": 5.0}),
+    Case(head_dim=128, heads=4, kv_heads=2, lengths=(400, 64), counts=(80, 64), dtype=torch.bfloat16, e4m3=True),
+    Case(heads=3, kv_heads=1, lengths=(*(1,) * 33, 64, *(3,) * 3, 129), counts=(*(1,) * 33, 12, *(2,) * 3, 43)),
 )
 
 
@@ -133,6 +148,28 @@ def test_many_splits_become_one_result(length: int, device: Emulation) -> None:
 def test_rows_of_many_tokens_and_few_beside_them_are_those_of_the_reference(case: Case, device: Emulation) -> None:
     check(Step(case), device)
     assert any("prefill" in name for name in device.launched)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_tiles_of_products_of_warpgroups_are_those_of_the_reference(case: Case, device: Emulation) -> None:
+    device.splits = 1
+    check(Step(case), device)
+    assert any("sm90_prefill" in name for name in device.launched)
+
+
+@pytest.mark.parametrize("case", [WIDE[0], WIDE[2]], ids=str)
+def test_parts_of_what_a_tile_sees_become_one_result(case: Case, device: Emulation) -> None:
+    device.splits = 4  # of which some tiles take fewer
+    check(Step(case), device)
+
+
+@pytest.mark.parametrize("case", OLDER, ids=str)
+def test_rows_of_many_tokens_are_those_of_the_reference_where_warps_multiply(
+    case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    check(Step(case), device)
+    assert not any("sm90_prefill" in name for name in device.launched)
 
 
 SHARED = (
@@ -210,8 +247,11 @@ def test_a_layer_whose_window_hides_pages_reads_every_row_for_itself(device: Emu
 
 
 @pytest.mark.parametrize("case", [FEW[4], MANY[1]], ids=str)
-def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(case: Case, device: Emulation) -> None:
+def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(
+    case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device.arch = 800
+    monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
     check(Step(case), device)
 
 
@@ -251,7 +291,8 @@ def test_texts_grow_step_by_step_over_the_same_pages(device: Emulation) -> None:
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int) -> None:
     kind = attention.Kind(head_dim=64, dtype="float16")
-    sources = [attention.append_source(kind), attention.prefill_source(kind, H200), shared_source(kind, H200)]
+    sources = [module.prefill_source(kind, H200) for module in (attention, attention_sm90)]
+    sources += [attention.append_source(kind), shared_source(kind, H200)]
     sources += [attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
     for source in sources:
         text = nvrtc.compile_source(source, "compute_90a").data

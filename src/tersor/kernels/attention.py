@@ -1,6 +1,8 @@
 """Attention over pages: attention/decode.cuh for rows of few new tokens; append.cuh, then prefill.cuh, for the others.
 Ahead of decode.cuh, what some of its rows read together (`kernels.shared_attention`).
 
+On compute capability 9.0 `kernels.attention_sm90` has another kernel in place of prefill.cuh.
+
 As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
 
@@ -258,8 +260,10 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
 
 DecodeLaunch: TypeAlias = Callable[..., None]
 """Launches decode.cuh on one prepared problem: `launch` in `prepare_decode`."""
+AppendLaunch: TypeAlias = Callable[..., None]
+"""Launches append.cuh on one prepared problem: `launch` in `prepare_append`."""
 PrefillLaunch: TypeAlias = Callable[..., None]
-"""Launches append.cuh and prefill.cuh on one prepared problem: `launch` in `prepare_prefill`."""
+"""Launches prefill.cuh, or sm90_prefill.cuh, on one prepared problem: `launch` in their modules' `prepare_prefill`."""
 
 
 def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLaunch:
@@ -323,20 +327,15 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
     return launch
 
 
-def prepare_prefill(append: Function, function: Function, problem: Problem) -> PrefillLaunch:
-    """Return what launches attention of the rows of many new tokens, in two kernels.
+def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
+    """Return what launches append.cuh.
 
     Args:
-        append: `append_source`, loaded.
-        function: `prefill_source`, loaded.
+        function: `append_source`, loaded.
         problem: what the host knows.
     """
-    parameters = function.source.parameters
-    tiles = -(-problem.most_queries // (64 * int(parameters["ROW_TILES"])))
-    size, block = (tiles, problem.heads, problem.rows), (32 * _WARPS, 1, 1)
-    append_size, append_block = (-(-problem.most_queries // _APPEND_TOKENS), problem.rows, 1), (_APPEND_THREADS, 1, 1)
-    shared, run, run_append = int(parameters["SHARED_BYTES"]), function.launch, append.launch
-    window, scale, soft = problem.scores
+    size, block = (-(-problem.most_queries // _APPEND_TOKENS), problem.rows, 1), (_APPEND_THREADS, 1, 1)
+    run = function.launch
 
     def launch(
         *,
@@ -350,6 +349,41 @@ def prepare_prefill(append: Function, function: Function, problem: Problem) -> P
         table: int,
         rotary: int,
         norms: tuple[int, int],
+        out: int,
+        early: bool,
+    ) -> None:
+        """Launch; arguments are those of `prepare_decode`."""
+        # fmt: off
+        run(size, block, 0, stream, (
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.table_stride,
+            problem.heads, problem.kv_heads, problem.rotary_dim, problem.eps, problem.offset,
+        ), early)
+        # fmt: on
+
+    return launch
+
+
+def prepare_prefill(function: Function, problem: Problem) -> PrefillLaunch:
+    """Return what launches attention of the rows of many new tokens, which append.cuh has brought to pages.
+
+    Args:
+        function: `prefill_source`, loaded.
+        problem: what the host knows.
+    """
+    parameters = function.source.parameters
+    tiles = -(-problem.most_queries // (64 * int(parameters["ROW_TILES"])))
+    size, block = (tiles, problem.heads, problem.rows), (32 * _WARPS, 1, 1)
+    shared, run = int(parameters["SHARED_BYTES"]), function.launch
+    window, scale, soft = problem.scores
+
+    def launch(
+        *,
+        stream: int,
+        pages_of_layer: int,
+        scales: int,
+        starts: int,
+        lengths: int,
+        table: int,
         sinks: int,
         wide_sinks: bool,
         out: int,
@@ -357,10 +391,6 @@ def prepare_prefill(append: Function, function: Function, problem: Problem) -> P
     ) -> None:
         """Launch; arguments are those of `prepare_decode`."""
         # fmt: off
-        run_append(append_size, append_block, 0, stream, (
-            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.table_stride,
-            problem.heads, problem.kv_heads, problem.rotary_dim, problem.eps, problem.offset,
-        ), early)
         run(size, block, shared, stream, (
             pages_of_layer, scales, starts, lengths, table, sinks, out, problem.table_stride, problem.heads,
             problem.kv_heads, window, wide_sinks, scale, soft,

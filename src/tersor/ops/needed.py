@@ -14,7 +14,7 @@ import torch
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import attention as attention_kernels
-from tersor.kernels import dense, experts, routing, sampling, shared_attention, small, tune
+from tersor.kernels import attention_sm90, dense, experts, routing, sampling, shared_attention, small, tune
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
@@ -215,7 +215,8 @@ def attention(
         yield shared_attention.shared_source(kind, chip)
     if queries > few:
         yield attention_kernels.append_source(kind)
-        yield attention_kernels.prefill_source(kind, chip)
+        family = attention_sm90 if attention_sm90.takes(kind, chip) else attention_kernels
+        yield family.prefill_source(kind, chip)
 
 
 def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSource]:

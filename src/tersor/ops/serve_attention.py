@@ -12,8 +12,8 @@ import torch
 
 from tersor import hardware
 from tersor.errors import ShapeError
-from tersor.kernels import attention, jit, shared_attention
-from tersor.kernels.attention import DecodeLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels import attention, attention_sm90, jit, shared_attention
+from tersor.kernels.attention import AppendLaunch, DecodeLaunch, Kind, PrefillLaunch, Problem
 from tersor.kernels.shared_attention import SharedLaunch
 from tersor.kernels.tune.shared_pages import SharedCosts, shared_costs
 from tersor.ops import attention_reference, current, dispatch, mode
@@ -23,6 +23,8 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: 
 _PAGE_DTYPES = (*_DTYPES, torch.float8_e4m3fn)
 _PREPARED = 1024
 """Prepared launches that are kept."""
+_OF_APPEND = ("qkv", "stride", "rotary", "norms")
+"""Arguments of append.cuh, behind which prefill reads pages and queries alone."""
 
 Norms = tuple[torch.Tensor, torch.Tensor]
 
@@ -178,13 +180,17 @@ class Prepared:
     Attributes:
         shared: serves what rows read together; `None` where they do not.
         decode: serves rows of few new tokens, and padding.
-        prefill: serves the others; `None` where there are none.
-        floats, counters: as in `kernels.attention.Grid`.
+        append, prefill: serve the others, one after the other; `None` where there are none.
+        behind: floats and counters ahead of those that the kernel of `kernels.attention_sm90` has; `None` where another
+            prefills.
+        floats, counters: as in `kernels.attention.Grid`, and those of prefill.
     """
 
     shared: SharedLaunch | None
     decode: DecodeLaunch
+    append: AppendLaunch | None
     prefill: PrefillLaunch | None
+    behind: tuple[int, int] | None
     floats: int
     counters: int
 
@@ -223,14 +229,22 @@ def _prepared(
     grid = attention.grid_of(kind, problem, chip.sms)
     tiles = problem.query_tiles(kind)
     decode = jit.get(attention.decode_source(kind, tiles, chip, shares), index)
-    shared = prefill = None
+    shared = None
     if shares:
         function = jit.get(shared_attention.shared_source(kind, chip), index)
         shared = shared_attention.prepare_shared(function, problem, grid, attention.QUERIES * tiles, chip.sms)
-    if most_queries > attention.FEW_QUERIES:
-        append, product = attention.append_source(kind), attention.prefill_source(kind, chip)
-        prefill = attention.prepare_prefill(jit.get(append, index), jit.get(product, index), problem)
-    return Prepared(shared, attention.prepare_decode(decode, problem, grid), prefill, grid.floats, grid.counters)
+    once = attention.prepare_decode(decode, problem, grid)
+    if most_queries <= attention.FEW_QUERIES:
+        return Prepared(shared, once, None, None, None, grid.floats, grid.counters)
+    append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem)
+    if not attention_sm90.takes(kind, chip):
+        product = jit.get(attention.prefill_source(kind, chip), index)
+        prefill = attention.prepare_prefill(product, problem)
+        return Prepared(shared, once, append, prefill, None, grid.floats, grid.counters)
+    product = jit.get(attention_sm90.prefill_source(kind, chip), index)
+    wide, behind = attention_sm90.grid_of(kind, problem, chip.sms), (-(-grid.floats // 4) * 4, grid.counters)
+    prefill = attention_sm90.prepare_prefill(product, kind, problem, wide)
+    return Prepared(shared, once, append, prefill, behind, behind[0] + wide.floats, behind[1] + wide.counters)
 
 
 def attend(
@@ -301,8 +315,15 @@ def attend(
     if prepared.shared is not None:
         prepared.shared(**read, **parts)
     prepared.decode(**common, **parts, arrived=arrived)
-    if prepared.prefill is not None:
-        prepared.prefill(**common)
+    if prepared.append is not None and prepared.prefill is not None:
+        prepared.append(**read, out=out.data_ptr())
+        seen = {name: given for name, given in common.items() if name not in _OF_APPEND}
+        if prepared.behind is None:
+            prepared.prefill(**seen)
+        else:
+            floats, counters = prepared.behind
+            places = {"partial": partial + 4 * floats, "taken": arrived + 4 * counters}
+            prepared.prefill(**seen, **places, page_count=cache.pages.shape[0])
     del kept  # the launch is under way
     return out
 

@@ -1,0 +1,150 @@
+"""Attention of rows of many new tokens on compute capability 9.0: attention/sm90_prefill.cuh, behind append.cuh.
+
+As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from tersor.hardware import Chip
+from tersor.kernels.attention import FEW_QUERIES, PAGE, Kind, PrefillLaunch, Problem
+from tersor.kernels.jit import Function, KernelSource, tensor_map
+
+LEAST_DIM = 64
+QUERIES = 128
+"""Queries of a tile: those of all heads that share keys, token by token."""
+
+_THREADS = 384
+_MAP_BYTES = 128
+_MOST_SLOTS = 8
+_GROUPS = 2
+"""Warpgroups that multiply, of 128 threads."""
+_ITEM_SLOTS, _ITEM_BYTES, _BARRIER_BYTES, _LAST_BYTES = 2, 32, 16, 16
+_RAW_SLOTS = 2
+_LEAST_BLOCKS, _MOST_SPLITS = 4, 16
+"""Of a part, where the longest text is dealt out."""
+
+
+def takes(kind: Kind, chip: Chip) -> bool:
+    """Tell whether the kernel serves such heads and pages on a chip; prefill.cuh serves all."""
+    return chip.capability == (9, 0) and kind.head_dim >= LEAST_DIM
+
+
+@functools.cache
+def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
+    """Return the kernel for rows of many new tokens that are in pages already, of a `Kind` that it takes."""
+    row, block_pages = -(-kind.head_dim // 64) * 128, _block_pages(kind)
+    query_slots = 2 if kind.head_dim <= 192 else 1
+    slot, query_slot = block_pages * PAGE * row, QUERIES * row
+    rest = query_slots * (query_slot + _BARRIER_BYTES) + _ITEM_SLOTS * (_ITEM_BYTES + _BARRIER_BYTES)
+    raw_slots = (_RAW_SLOTS if kind.head_dim <= 192 else 1) if kind.e4m3 else 0
+    rest += _LAST_BYTES + raw_slots * (block_pages * PAGE * (kind.head_dim + 4) + _BARRIER_BYTES)
+    slots = min((chip.shared_bytes - rest) // (slot + _BARRIER_BYTES), _MOST_SLOTS)
+    return KernelSource(
+        name=f"tersor_attention_sm90_prefill_{kind.name}",
+        header="attention/sm90_prefill.cuh",
+        parameters={
+            **kind.parameters,
+            "BLOCK_PAGES": block_pages,
+            "SLOTS": slots,
+            "QUERY_SLOTS": query_slots,
+            "RAW_SLOTS": raw_slots,
+            "SHARED_BYTES": slots * (slot + _BARRIER_BYTES) + rest,
+        },
+        arguments="TPPPPPPPPPiiiiiiiff",
+    )
+
+
+def _block_pages(kind: Kind) -> int:
+    """Return pages whose keys meet queries at a time."""
+    return 2 if kind.head_dim <= 128 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How the kernel runs.
+
+    Attributes:
+        ctas: that take tiles, or parts of what they see, in turn.
+        splits: most parts of a tile.
+        floats, counters: float32 sums that parts exchange, and counters, zero between launches.
+    """
+
+    ctas: int
+    splits: int
+    floats: int
+    counters: int
+
+
+def grid_of(kind: Kind, problem: Problem, sms: int, splits: int | None = None) -> Grid:
+    """Return how a problem runs on a GPU of so many SMs.
+
+    Args:
+        kind: what the kernel is compiled for.
+        problem: what the host knows.
+        sms: multiprocessors.
+        splits: most parts of a tile, instead of as many as fill the GPU.
+    """
+    group = problem.heads // problem.kv_heads
+    of_row = -(-problem.most_queries * group // QUERIES)
+    together = problem.tokens * group // QUERIES + min(problem.rows, problem.tokens // (FEW_QUERIES + 1))
+    tiles = max(1, min(problem.rows * of_row, together)) * problem.kv_heads
+    if splits is None:
+        pages = max(problem.most_pages, 1)
+        if problem.window is not None:
+            pages = min(pages, (problem.window + QUERIES // group) // PAGE + 2)
+        most = min(sms // tiles, pages // _block_pages(kind) // _LEAST_BLOCKS, _MOST_SPLITS)
+        splits = 1 if problem.invariant else max(1, most)
+    floats = 0 if splits == 1 else tiles * splits * QUERIES * (kind.head_dim + 8)
+    return Grid(min(sms, tiles * splits), splits, floats, 1 + _GROUPS * tiles)
+
+
+def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid) -> PrefillLaunch:
+    """Return what launches attention of the rows of many new tokens, which append.cuh has brought to pages.
+
+    Args:
+        function: `prefill_source` of this module, loaded.
+        kind: what it is compiled for.
+        problem: what the host knows.
+        grid: of `grid_of`.
+    """
+    size, block = (grid.ctas, 1, 1), (_THREADS, 1, 1)
+    shared, run, maps_rows = int(function.source.parameters["SHARED_BYTES"]), function.launch, tensor_map.rows
+    window, scale, soft = problem.scores
+    none, dim = bytes(_MAP_BYTES), kind.head_dim
+    element = tensor_map.BFLOAT16 if kind.dtype == "bfloat16" else tensor_map.FLOAT16
+
+    def launch(
+        *,
+        stream: int,
+        pages_of_layer: int,
+        page_count: int,
+        scales: int,
+        starts: int,
+        lengths: int,
+        table: int,
+        sinks: int,
+        wide_sinks: bool,
+        out: int,
+        partial: int,
+        taken: int,
+        early: bool,
+    ) -> None:
+        """Launch; arguments are those of `kernels.attention.prepare_decode`, and others.
+
+        Args:
+            page_count: how many pages there are.
+            partial, taken: addresses of `Grid.floats`, a multiple of 16, and `Grid.counters`, zero again after.
+        """
+        tokens = page_count * 2 * problem.kv_heads * PAGE
+        pages = none if kind.e4m3 else maps_rows(pages_of_layer, tokens, dim, dim, element, PAGE)
+        # fmt: off
+        run(size, block, shared, stream, (
+            pages, pages_of_layer, scales, starts, lengths, table, sinks, out, partial, taken, problem.rows,
+            problem.table_stride, problem.heads, problem.kv_heads, window, wide_sinks, grid.splits, scale, soft,
+        ), early)
+        # fmt: on
+
+    return launch
