@@ -74,7 +74,7 @@ def grid(count: int) -> tuple[Figure, list[Any]]:
     return figure, panels[:count]
 
 
-def legend(figure: Figure, panels: list[Any]) -> None:
+def legend(figure: Figure, panels: Iterable[Any]) -> None:
     """Name below a figure what its panels draw, each name once."""
     known: dict[str, Any] = {}
     for panel in panels:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor import plots
-from tersor.bench.plot import described, to_draw
+from tersor.bench.plot import described, legend, to_draw
 from tersor.bench.plot_latency import format_words
 from tersor.bench.throughput import ORDERS, rate, roof
 
@@ -36,10 +36,11 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     names = dict.fromkeys(row["workload"] for row in rows)
     loads = {name: [row for row in rows if row["workload"] == name] for name in names}
     heights = [_AROUND + _BAR * len(mine) for mine in loads.values()]
-    figure = Figure(figsize=(8.4, sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(8.4, sum(heights) + 0.8), layout="constrained")
     panels = figure.subplots(len(loads), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for panel, (name, mine) in zip(panels, loads.items(), strict=True):
         _panel(panel, name, mine)
+    legend(figure, panels)
     models = ", ".join(dict.fromkeys(row["name"] for row in rows))
     gpu = result["environment"].get("gpu", "no GPU")
     figure.suptitle(f"{models} on one {gpu}: requests a second, more is better", fontsize=12)
@@ -52,7 +53,7 @@ def _panel(panel: Any, name: str, rows: list[dict[str, Any]]) -> None:
     places = range(len(rows))
     rates = [rate(row) for row in rows]
     bars = panel.barh(places, rates, height=0.7, color=[_COLOURS[row["order"]] for row in rows])
-    panel.bar_label(bars, labels=[f"{each:.3g}" for each in rates], padding=3, fontsize=8)
+    panel.bar_label(bars, labels=[_short(each) for each in rates], padding=3, fontsize=8)
     roofs = [(most, place) for place, row in zip(places, rows, strict=True) if (most := roof(row)) is not None]
     if roofs:
         panel.plot(
@@ -62,9 +63,8 @@ def _panel(panel: Any, name: str, rows: list[dict[str, Any]]) -> None:
             markersize=14,
             markeredgewidth=2,
             color="black",
-            label="roofline",
+            label="roofline: the most that this GPU could answer",
         )
-        panel.legend(loc="lower right", frameon=False, fontsize=8)
     panel.set_yticks(places, [f"{format_words(row['format'])}, {row['order']}" for row in rows])
     panel.invert_yaxis()
     panel.set_xlim(0, 1.12 * max([*rates, *(most for most, _ in roofs)]))
@@ -73,3 +73,8 @@ def _panel(panel: Any, name: str, rows: list[dict[str, Any]]) -> None:
     panel.set_xlabel("requests a second", fontsize=8)
     panel.grid(alpha=0.25, axis="x")
     panel.set_axisbelow(True)
+
+
+def _short(number: float) -> str:
+    """Return a number with three digits, or all those before its point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"

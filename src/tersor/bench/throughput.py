@@ -270,7 +270,7 @@ def roof(row: dict[str, Any]) -> float | None:
 
 
 def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells of the table."""
+    """Return headings, some of two lines, and cells of the table."""
     cells = [
         [
             row["workload"],
@@ -290,8 +290,8 @@ def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in found["rows"]
     ]
-    heads = ["workload", "format", "order", "requests/s", "roofline requests/s", "of roofline", "tokens/s", "drawn/s"]
-    return [*heads, "reuse", "of optimum", "preempted", "tokens a step", "pages", "plan s"], cells
+    heads = ["workload", "format", "order", "requests/s", "roofline\nrequests/s", "of\nroofline", "tokens/s", "drawn/s"]
+    return [*heads, "reuse", "of\noptimum", "preempted", "tokens\na step", "pages", "plan s"], cells
 
 
 def _percent(part: float | None, whole: float | None, digits: int) -> str:
