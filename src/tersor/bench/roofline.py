@@ -26,9 +26,9 @@ METHOD = (
     "roofline: the longer of two times that a workload takes at least. Of the tensor cores: the operations of linears, "
     "over the datasheet's peak for the activations, and of attention, over that for 16 bits; every prefix that prompts "
     "share is computed once, logits are made of drawn tokens alone. Of the memory: weights read once a step, in the "
-    "fewest steps that so many rows allow (of experts those expected to be hit by uniform routing), and keys and "
-    "values read by steps that decode, those that requests share once for as many of them as a step has rows, beside "
-    "a window a row's own alone; over the bandwidth of a large read in the same run"
+    "fewest steps that the rows of a step allow (of experts those expected to be hit by uniform routing), and keys and "
+    "values that steps read to decode, those of a shared prefix once a step for all its requests (in layers with a "
+    "window only what is not shared), over the bandwidth of a large read in the same run"
 )
 
 
