@@ -1,8 +1,11 @@
-"""How many pages will the requests that run need at most? What admission asks before it lets the next one in.
+"""How many pages will the requests that run need, and when? What admission asks before it lets the next one in.
 
 Prompts are known, answers are not: each is taken to draw its `max_tokens` times a quantile of what earlier ones drew
 of theirs. Requests grow together, and each gives its pages back when it ends, so that the most pages are in use at the
 end of one of them: just before, all that end no earlier have grown by as much (Past-Future Scheduler, ASPLOS 2025).
+
+One that would lose its pages before its end may still be worth admitting: what it draws until then need not be drawn in
+a later step that few rows share, and what it has to compute again are the tokens of its text so far.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ from tersor.engine.groups import Pins, Plan
 from tersor.engine.prefix_tree import Integers
 from tersor.errors import InputError
 
+EVEN = 48
+"""Tokens of prompts that take as long as what a step takes by itself: reading the weights, and launches."""
+
 _BINS = 128
+_FOREVER = 1 << 62
 
 
 class OutputLengths:
@@ -46,52 +53,69 @@ class OutputLengths:
 
 
 class Admission:
-    """Which requests of a plan run, and the most pages that they will need together.
+    """Which requests of a plan run, and the pages that they will need together.
 
     A prompt's own pages count from its admission; pages of a shared prefix from that of its first request until the
-    last that needs them ends, so for as long as one of them waits.
+    last that needs them ends, so for as long as one of them waits. Each position runs as one row or as several, its
+    continuations, which draw side by side and share the full pages of the prompt.
     """
 
-    def __init__(self, plan: Plan, pages: int, most: ArrayLike, lengths: OutputLengths | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        pages: int,
+        most: ArrayLike,
+        lengths: OutputLengths | None = None,
+        *,
+        rows: ArrayLike = 1,
+        even: int = EVEN,
+    ) -> None:
         """Begin with nothing admitted.
 
         Args:
             plan: of all requests.
             pages: how many there are.
-            most: int64 [M]: `max_tokens` of each position, or one number for all; 0 of those that draw nothing.
+            most: int64 [M]: tokens that all rows of each position may draw, or one number for all; 0 of those that draw
+                nothing.
             lengths: what was learnt of earlier requests; `None` begins anew.
+            rows: int64 [M]: of each position, at least 1, or one number for all.
+            even: as `EVEN`.
         """
         self.pages, self.lengths = pages, lengths or OutputLengths()
-        self._plan, self._pins = plan, Pins(plan)
+        self._plan, self._pins, self._even = plan, Pins(plan), even
         self._most = np.broadcast_to(np.asarray(most, dtype=np.int64), plan.order.shape)
+        self._rows = np.broadcast_to(np.asarray(rows, dtype=np.int64), plan.order.shape)
         self._drawn = np.zeros(plan.order.size, dtype=np.int64)
         self._own = plan.lengths - plan.depths[plan.nodes]
+        self._together = np.where(self._rows > 1, self._own // plan.page * plan.page, 0)  # of the own tokens
         self._running: dict[int, None] = {}
+        self._away: dict[int, int] = {}
         self._waiting = (plan.stops - plan.firsts).tolist()  # of each node, positions that were not admitted
         self._resident: dict[int, None] = {}
         # Pages that everybody needs who draws all that it may, without a look at who ends when.
-        self._whole = (-(-(self._own + self._most) // plan.page)).tolist()
+        each = -(-self._most // self._rows)
+        whole = self._rows * -(-(self._own - self._together + each) // plan.page) + self._together // plan.page
+        self._whole = whole.tolist()
         self._node_sizes = self._sizes(list(range(plan.parents.size))).tolist()
         self._bound = 0
+        # Rows that there are on average where a position and all after it run together, as far as the longest draws.
+        longest = np.maximum.accumulate(each[::-1])[::-1]
+        self._later = (np.cumsum(self._most[::-1])[::-1] / np.maximum(1, longest)).tolist()
 
     def high_water(self, *more: int) -> int:
         """Return the most pages that will be in use if `more` positions are admitted now and nothing after them."""
-        running = np.array([*self._running, *more], dtype=np.int64)
-        if not running.size:
-            return int(sum(self._sizes(list(self._resident))))
-        drawn = self._drawn[running]
-        left = self.lengths.expected(self._most[running], drawn) - drawn
-        ends = np.unique(left)[::-1]
-        longest_first = np.argsort(-left, kind="stable")
-        tokens = np.cumsum((self._own[running] + drawn + self._plan.page - 1)[longest_first])  # page - 1: rounded up
-        count = np.searchsorted(-left[longest_first], -ends, side="right")
-        pages = (tokens[count - 1] + count * ends) // self._plan.page
-        shared, until = self._shared(running, left, more)
-        if shared.size:
-            order = np.argsort(-until, kind="stable")
-            sums = np.concatenate([[0], np.cumsum(shared[order])])
-            pages = pages + sums[np.searchsorted(-until[order], -ends, side="right")]
-        return int(pages.max())
+        return int(self._foreseen(more)[1].max())
+
+    def lasts(self, *more: int) -> int:
+        """Return after how many steps the pages do not suffice if `more` are admitted now; 2^62 where they always do."""
+        ends, pages, rows = self._foreseen(more)
+        over = np.flatnonzero(pages > self.pages)
+        if not over.size:
+            return _FOREVER
+        place = int(over[-1])  # the earliest: ends descend
+        earlier = int(ends[place + 1]) if place + 1 < ends.size else 0
+        excess = int(pages[place] - self.pages) * self._plan.page
+        return max(earlier, int(ends[place]) - -(-excess // max(1, int(rows[place]))))
 
     def fits(self, position: int) -> bool:
         """Whether the pages suffice, as far as can be foreseen, if this position is admitted now."""
@@ -99,6 +123,21 @@ class Admission:
         if self._bound + self._whole[position] + new <= self.pages:
             return True
         return self.high_water(position) <= self.pages
+
+    def pays(self, position: int) -> bool:
+        """Whether admitting a position that does not fit saves more than computing it again costs, if that comes."""
+        return self._gains(int(self._own[position]), position)
+
+    def returns(self, position: int, tokens: int) -> bool:
+        """Whether one row of a position that lost its pages should have some again, to compute so many tokens."""
+        self._away[position] -= 1
+        gains = self._gains(tokens)
+        self._away[position] += 1
+        return gains
+
+    def lost(self, away: dict[int, int]) -> None:
+        """Note how many rows of which positions that run have no pages now."""
+        self._away = away
 
     def admit(self, position: int) -> None:
         """Note that a position runs from now on."""
@@ -117,6 +156,7 @@ class Admission:
     def end(self, position: int) -> list[int]:
         """Note that a position that ran ended, and return the nodes whose pages are free now, the deepest first."""
         del self._running[position]
+        self._away.pop(position, None)
         self._bound -= self._whole[position]
         if self._most[position]:  # it was to draw
             self.lengths.observe(int(self._drawn[position]), int(self._most[position]))
@@ -125,6 +165,53 @@ class Admission:
             del self._resident[node]
             self._bound -= self._node_sizes[node]
         return freed
+
+    def _gains(self, tokens: int, *more: int) -> bool:
+        """Whether what is drawn until the pages are used up is worth computing so many tokens, and those drawn, again.
+
+        A token drawn now is not drawn later, where a step of as many rows as there are now, or as are left then, takes
+        as long as `even` tokens of prompts beside its rows.
+        """
+        steps = self.lasts(*more)
+        if steps == _FOREVER:
+            return True
+        now = sum(int(self._rows[one]) for one in (*self._running, *more)) - sum(self._away.values())
+        following = more[0] if more else self._next
+        later = (self._later[following] if following < len(self._later) else 0.0) + sum(self._away.values())
+        rows = max(1.0, min(now, later))
+        return steps * (self._even - rows) > tokens * rows
+
+    @property
+    def _next(self) -> int:
+        """The first position that was not admitted: they are admitted in order."""
+        return self._plan.order.size - self._waiting[0]
+
+    def _foreseen(self, more: tuple[int, ...]) -> tuple[Integers, Integers, Integers]:
+        """Return the steps after which requests end, the last first, and pages and rows that there are just before."""
+        running = np.array([*self._running, *more], dtype=np.int64)
+        rows = self._rows[running]
+        if self._away:
+            rows = rows - np.array([self._away.get(position, 0) for position in running.tolist()], dtype=np.int64)
+            running, rows = running[rows > 0], rows[rows > 0]
+        if not running.size:
+            nothing = np.zeros(1, dtype=np.int64)
+            return nothing, nothing + sum(self._sizes(list(self._resident))), nothing
+        drawn, all_rows = self._drawn[running], self._rows[running]
+        left = -(-(self.lengths.expected(self._most[running], drawn) - drawn) // all_rows)
+        ends = np.unique(left)[::-1]
+        longest_first = np.argsort(-left, kind="stable")
+        together, page = self._together[running], self._plan.page
+        each = self._own[running] - together - (-drawn // all_rows) + page - 1  # page - 1: rounded up
+        tokens = np.cumsum((together + rows * each)[longest_first])
+        counts = np.cumsum(rows[longest_first])
+        last = np.searchsorted(-left[longest_first], -ends, side="right") - 1
+        pages = (tokens[last] + counts[last] * ends) // page
+        shared, until = self._shared(running, left, more)
+        if shared.size:
+            order = np.argsort(-until, kind="stable")
+            sums = np.concatenate([[0], np.cumsum(shared[order])])
+            pages = pages + sums[np.searchsorted(-until[order], -ends, side="right")]
+        return ends, pages, counts[last]
 
     def _sizes(self, nodes: list[int]) -> NDArray[np.int64]:
         places = np.array(nodes, dtype=np.int64)
@@ -140,6 +227,7 @@ class Admission:
         np.maximum.at(until, self._plan.nodes[running], left)
         nodes = sorted(joined, reverse=True)  # a parent stands before its children
         forever = left.max()
+        until[self._plan.nodes[list(self._away)]] = forever
         for node in nodes:
             if self._waiting[node] > joined[node]:
                 until[node] = forever

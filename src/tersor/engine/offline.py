@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from tersor.engine import groups
+from tersor.engine.admission import whenever
 from tersor.engine.batch_items import Item
 from tersor.engine.core import Core
 from tersor.engine.dispatch import expected_output
 from tersor.engine.forecast import Admission, OutputLengths
 from tersor.engine.outputs import Answer, RequestOutput
+from tersor.engine.request import Request
 from tersor.errors import TersorError
 
 SPARE = 4
@@ -56,7 +59,9 @@ class OfflineEngine:
         expected = np.minimum(most, [expected_output(item) for item in items])
         self.plan = plan = groups.plan([item.tokens for item in items], expected, page=limits.page_size)
         pages = self.core.scheduler.cache.pages.usable
-        job = _Job(self.core, items, plan, Admission(plan, pages, most[plan.order], self._lengths))
+        rows = np.array([item.rows for item in items], dtype=np.int64)
+        admission = Admission(plan, pages, most[plan.order], self._lengths, rows=rows[plan.order])
+        job = _Job(self.core, items, plan, admission)
         self.plan_seconds = time.perf_counter() - begun
         try:
             while job.go_on(stopping()):
@@ -91,8 +96,9 @@ class _Job:
         self._drawn: dict[int, int] = {}
         self._pinned: dict[int, array[int]] = {}
         self._refused: list[Answer] = []
-        self._wait = 0
+        self._wait = self._wait_away = 0
         self._stopped = False
+        core.scheduler.admission.may_return = self._may_return
 
     def go_on(self, stop: bool) -> bool:
         """Hand over what fits, or nothing more where it is to stop; return whether the core has anything to do."""
@@ -128,8 +134,11 @@ class _Job:
         for tokens in self._pinned.values():
             self._core.scheduler.unpin(tokens)
         self._pinned.clear()
+        self._core.scheduler.admission.may_return = whenever
 
     def _feed(self) -> None:
+        if self._core.scheduler.admission.preempted:
+            return  # they go first
         if self._wait and self._open:
             self._wait -= 1
             return
@@ -139,7 +148,7 @@ class _Job:
                 if not known:
                     self._look()
                     known = True
-                if not self._admission.fits(self._next):
+                if not (self._admission.fits(self._next) or self._admission.pays(self._next)):
                     self._wait = _PATIENCE
                     return
             self._begin(self._next)
@@ -165,10 +174,25 @@ class _Job:
     def _item(self, position: int) -> Item:
         return self._items[int(self._plan.order[position])]
 
+    def _may_return(self, request: Request) -> bool:
+        """Whether a request that was preempted is to go on, as `Admission.may_return`."""
+        if self._wait_away:
+            self._wait_away -= 1
+            return False
+        self._look()
+        position = self._open[request.id]
+        again = request.length - int(self._plan.depths[self._plan.nodes[position]])
+        if self._admission.returns(position, again):
+            return True
+        self._wait_away = _PATIENCE
+        return False
+
     def _look(self) -> None:
-        """Tell the forecast what was drawn since it was asked last."""
+        """Tell the forecast what was drawn since it was asked last, and who has no pages."""
         for name, position in self._open.items():
             self._drew(position, self._core.drawn(name) or 0)
+        away = Counter(self._open[request.id] for request in self._core.scheduler.admission.preempted)
+        self._admission.lost(dict(away))
 
     def _drew(self, position: int, drawn: int) -> None:
         self._admission.drew(position, drawn - self._drawn[position])
@@ -179,7 +203,7 @@ class _Job:
         position = self._open.pop(name)
         del self._drawn[position]
         self._rows -= self._item(position).rows
-        self._wait = 0
+        self._wait = self._wait_away = 0
         for node in self._admission.end(position):
             self._core.scheduler.unpin(self._pinned.pop(node))
 
