@@ -25,13 +25,14 @@ class Admission:
     Attributes:
         waiting: those that have not begun.
         preempted: those that have, which go first.
-        may_return: whether one of them may have pages now, where there are some; it is not asked where nobody has any.
+        may_return: whether one of them may have pages now, where there are some, so many of which it finds; it is not
+            asked where nobody has any.
     """
 
     def __init__(self, cache: PrefixCache) -> None:
         self.waiting = Waiting()
         self.preempted = Waiting()
-        self.may_return: Callable[[Request], bool] = whenever
+        self.may_return: Callable[[Request, int], bool] = whenever
         self._cache = cache
         self._size = cache.pages.size
         self._computing: dict[bytes, Request] = {}
@@ -77,7 +78,7 @@ class Admission:
             if queue is self.waiting and self._wait(request, len(found)):
                 continue
             fits = alone or (
-                self._fits(request, found, reserved) and (queue is self.waiting or self.may_return(request))
+                self._fits(request, found, reserved) and (queue is self.waiting or self.may_return(request, len(found)))
             )
             return (request, found) if fits else None
         return None
@@ -178,7 +179,7 @@ class Admission:
         return left >= growth(request, held) + reserved
 
 
-def whenever(request: Request) -> bool:
+def whenever(request: Request, found: int) -> bool:
     """Let a request that was preempted go on as soon as there are pages."""
     return True
 

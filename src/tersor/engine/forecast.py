@@ -17,8 +17,8 @@ from tersor.engine.groups import Pins, Plan
 from tersor.engine.prefix_tree import Integers
 from tersor.errors import InputError
 
-EVEN = 48
-"""Tokens of prompts that take as long as what a step takes by itself: reading the weights, and launches."""
+STEP, LEAST = 49, 91
+"""What a step takes beside its tokens, and at least, in tokens of prompts that take as long: of 8B on an H200."""
 
 _BINS = 128
 _FOREVER = 1 << 62
@@ -68,7 +68,6 @@ class Admission:
         lengths: OutputLengths | None = None,
         *,
         rows: ArrayLike = 1,
-        even: int = EVEN,
     ) -> None:
         """Begin with nothing admitted.
 
@@ -79,17 +78,18 @@ class Admission:
                 nothing.
             lengths: what was learnt of earlier requests; `None` begins anew.
             rows: int64 [M]: of each position, at least 1, or one number for all.
-            even: as `EVEN`.
         """
         self.pages, self.lengths = pages, lengths or OutputLengths()
-        self._plan, self._pins, self._even = plan, Pins(plan), even
+        self._plan, self._pins = plan, Pins(plan)
         self._most = np.broadcast_to(np.asarray(most, dtype=np.int64), plan.order.shape)
         self._rows = np.broadcast_to(np.asarray(rows, dtype=np.int64), plan.order.shape)
         self._drawn = np.zeros(plan.order.size, dtype=np.int64)
         self._own = plan.lengths - plan.depths[plan.nodes]
         self._together = np.where(self._rows > 1, self._own // plan.page * plan.page, 0)  # of the own tokens
         self._running: dict[int, None] = {}
-        self._away: dict[int, int] = {}
+        self._active = self._rows.copy()  # of each position, rows that have pages
+        self._each = np.zeros(plan.order.size, dtype=np.int64)  # tokens that each of them has drawn
+        self._away = 0
         self._waiting = (plan.stops - plan.firsts).tolist()  # of each node, positions that were not admitted
         self._resident: dict[int, None] = {}
         # Pages that everybody needs who draws all that it may, without a look at who ends when.
@@ -126,17 +126,24 @@ class Admission:
 
     def pays(self, position: int) -> bool:
         """Whether admitting a position that does not fit saves more than computing it again costs, if that comes."""
-        return self._gains(int(self._own[position]), position)
+        rows = int(self._rows[position])
+        together = int(self._together[position])
+        tokens = together + rows * (int(self._own[position]) - together)
+        return self._gains(rows, self.lasts(position), tokens, position)
 
     def returns(self, position: int, tokens: int) -> bool:
         """Whether one row of a position that lost its pages should have some again, to compute so many tokens."""
-        self._away[position] -= 1
-        gains = self._gains(tokens)
-        self._away[position] += 1
-        return gains
+        self._active[position] += 1
+        steps = self.lasts()
+        self._active[position] -= 1
+        return self._gains(1, steps, tokens, self._next)
 
-    def lost(self, away: dict[int, int]) -> None:
-        """Note how many rows of which positions that run have no pages now."""
+    def stands(self, position: int, active: int, drawn: int) -> None:
+        """Note how many rows of a position that runs have pages, and how many tokens each of them has drawn."""
+        self._active[position], self._each[position] = active, drawn
+
+    def lost(self, away: int) -> None:
+        """Note how many rows of all positions that run have lost their pages."""
         self._away = away
 
     def admit(self, position: int) -> None:
@@ -152,11 +159,11 @@ class Admission:
     def drew(self, position: int, count: int = 1) -> None:
         """Note that a position that runs has so many more tokens."""
         self._drawn[position] += count
+        self._each[position] = -(-self._drawn[position] // self._rows[position])
 
     def end(self, position: int) -> list[int]:
         """Note that a position that ran ended, and return the nodes whose pages are free now, the deepest first."""
         del self._running[position]
-        self._away.pop(position, None)
         self._bound -= self._whole[position]
         if self._most[position]:  # it was to draw
             self.lengths.observe(int(self._drawn[position]), int(self._most[position]))
@@ -166,20 +173,19 @@ class Admission:
             self._bound -= self._node_sizes[node]
         return freed
 
-    def _gains(self, tokens: int, *more: int) -> bool:
-        """Whether what is drawn until the pages are used up is worth computing so many tokens, and those drawn, again.
+    def _gains(self, begun: int, steps: int, tokens: int, following: int) -> bool:
+        """Whether what rows that begin draw in so many steps is worth computing again, and so many tokens with it.
 
-        A token drawn now is not drawn later, where a step of as many rows as there are now, or as are left then, takes
-        as long as `even` tokens of prompts beside its rows.
+        A token drawn now is not drawn later, in steps of as many rows as there are now, or as are left then: those of
+        `following` and all after it, and those that have lost their pages.
         """
-        steps = self.lasts(*more)
         if steps == _FOREVER:
             return True
-        now = sum(int(self._rows[one]) for one in (*self._running, *more)) - sum(self._away.values())
-        following = more[0] if more else self._next
-        later = (self._later[following] if following < len(self._later) else 0.0) + sum(self._away.values())
+        now = int(self._active[list(self._running)].sum())
+        later = (self._later[following] if following < len(self._later) else 0.0) + self._away
         rows = max(1.0, min(now, later))
-        return steps * (self._even - rows) > tokens * rows
+        longer = _cost(now + begun) - _cost(now)
+        return steps * (begun * (_cost(rows) / rows - 1) - longer) > tokens
 
     @property
     def _next(self) -> int:
@@ -189,19 +195,16 @@ class Admission:
     def _foreseen(self, more: tuple[int, ...]) -> tuple[Integers, Integers, Integers]:
         """Return the steps after which requests end, the last first, and pages and rows that there are just before."""
         running = np.array([*self._running, *more], dtype=np.int64)
-        rows = self._rows[running]
-        if self._away:
-            rows = rows - np.array([self._away.get(position, 0) for position in running.tolist()], dtype=np.int64)
-            running, rows = running[rows > 0], rows[rows > 0]
+        running = running[self._active[running] > 0]
         if not running.size:
             nothing = np.zeros(1, dtype=np.int64)
             return nothing, nothing + sum(self._sizes(list(self._resident))), nothing
-        drawn, all_rows = self._drawn[running], self._rows[running]
-        left = -(-(self.lengths.expected(self._most[running], drawn) - drawn) // all_rows)
+        rows, drawn = self._active[running], self._each[running]
+        left = self.lengths.expected(-(-self._most[running] // self._rows[running]), drawn) - drawn
         ends = np.unique(left)[::-1]
         longest_first = np.argsort(-left, kind="stable")
         together, page = self._together[running], self._plan.page
-        each = self._own[running] - together - (-drawn // all_rows) + page - 1  # page - 1: rounded up
+        each = self._own[running] - together + drawn + page - 1  # page - 1: rounded up
         tokens = np.cumsum((together + rows * each)[longest_first])
         counts = np.cumsum(rows[longest_first])
         last = np.searchsorted(-left[longest_first], -ends, side="right") - 1
@@ -227,10 +230,16 @@ class Admission:
         np.maximum.at(until, self._plan.nodes[running], left)
         nodes = sorted(joined, reverse=True)  # a parent stands before its children
         forever = left.max()
-        until[self._plan.nodes[list(self._away)]] = forever
+        if self._away:
+            until[list(self._resident)] = forever
         for node in nodes:
             if self._waiting[node] > joined[node]:
                 until[node] = forever
             parent = self._plan.parents[node]
             until[parent] = max(until[parent], until[node])
         return self._sizes(nodes), until[nodes]
+
+
+def _cost(rows: float) -> float:
+    """Return what a step of so many rows that decode takes, in tokens of prompts that take as long."""
+    return max(LEAST, STEP + rows)

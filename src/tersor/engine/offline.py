@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -22,7 +21,7 @@ from tersor.engine.core import Core
 from tersor.engine.dispatch import expected_output
 from tersor.engine.forecast import Admission, OutputLengths
 from tersor.engine.outputs import Answer, RequestOutput
-from tersor.engine.request import Request
+from tersor.engine.request import PREEMPTED, Request
 from tersor.errors import TersorError
 
 SPARE = 4
@@ -104,7 +103,7 @@ class _Job:
         """Hand over what fits, or nothing more where it is to stop; return whether the core has anything to do."""
         if stop and not self._stopped:
             self._stopped = True
-            for name in [name for name in self._open if self._core.drawn(name) is None]:
+            for name in [name for name in self._open if not self._core.begun(name)]:
                 self._core.abort(name)
                 self._forget(name)
         if not self._stopped:
@@ -174,15 +173,16 @@ class _Job:
     def _item(self, position: int) -> Item:
         return self._items[int(self._plan.order[position])]
 
-    def _may_return(self, request: Request) -> bool:
+    def _may_return(self, request: Request, found: int) -> bool:
         """Whether a request that was preempted is to go on, as `Admission.may_return`."""
         if self._wait_away:
             self._wait_away -= 1
             return False
         self._look()
         position = self._open[request.id]
-        again = request.length - int(self._plan.depths[self._plan.nodes[position]])
-        if self._admission.returns(position, again):
+        away = sum(one.state == PREEMPTED for one in self._core.requests(request.id))
+        prompt = max(0, len(request.prompt) - found * self._plan.page)  # the first that returns computes it for all
+        if self._admission.returns(position, prompt // away + len(request.output)):
             return True
         self._wait_away = _PATIENCE
         return False
@@ -190,9 +190,16 @@ class _Job:
     def _look(self) -> None:
         """Tell the forecast what was drawn since it was asked last, and who has no pages."""
         for name, position in self._open.items():
-            self._drew(position, self._core.drawn(name) or 0)
-        away = Counter(self._open[request.id] for request in self._core.scheduler.admission.preempted)
-        self._admission.lost(dict(away))
+            requests = self._core.requests(name)
+            drawn = [len(one.output) for one in requests]
+            self._drew(position, sum(drawn))
+            having = [
+                count
+                for one, count in zip(requests, drawn, strict=True)
+                if one.state != PREEMPTED and one.finish_reason is None
+            ]
+            self._admission.stands(position, len(having), -(-sum(having) // max(1, len(having))))
+        self._admission.lost(len(self._core.scheduler.admission.preempted))
 
     def _drew(self, position: int, drawn: int) -> None:
         self._admission.drew(position, drawn - self._drawn[position])
