@@ -20,6 +20,12 @@ from tersor.errors import InputError
 STEP, LEAST = 49, 91
 """What a step takes beside its tokens, and at least, in tokens of prompts that take as long: of 8B on an H200."""
 
+PATIENCE = 16
+"""Steps after which a request that did not fit is looked at again, though none has ended."""
+
+_WAVES, _STRETCHES = 3, 20
+"""How often those that wait have to fill the pages for ages to be spread, and the parts of a life that are counted."""
+
 _BINS = 128
 _FOREVER = 1 << 62
 
@@ -92,10 +98,10 @@ class Admission:
         self._away = 0
         self._waiting = (plan.stops - plan.firsts).tolist()  # of each node, positions that were not admitted
         self._resident: dict[int, None] = {}
-        # Pages that everybody needs who draws all that it may, without a look at who ends when.
-        each = -(-self._most // self._rows)
-        whole = self._rows * -(-(self._own - self._together + each) // plan.page) + self._together // plan.page
-        self._whole = whole.tolist()
+        # Pages that everybody needs at its begin, and who draws all that it may, without a look at who ends when.
+        each, rest = -(-self._most // self._rows), self._own - self._together
+        self._begin = (self._rows * -(-rest // plan.page) + self._together // plan.page).tolist()
+        self._whole = (self._rows * -(-(rest + each) // plan.page) + self._together // plan.page).tolist()
         self._node_sizes = self._sizes(list(range(plan.parents.size))).tolist()
         self._bound = 0
         # Rows that there are on average where a position and all after it run together, as far as the longest draws.
@@ -117,12 +123,41 @@ class Admission:
         excess = int(pages[place] - self.pages) * self._plan.page
         return max(earlier, int(ends[place]) - -(-excess // max(1, int(rows[place]))))
 
+    def admits(self, position: int) -> bool:
+        """Whether a position that nobody is before should be admitted now."""
+        return not self.crowds(position) and (self.fits(position) or self.pays(position))
+
     def fits(self, position: int) -> bool:
         """Whether the pages suffice, as far as can be foreseen, if this position is admitted now."""
         new = sum(self._node_sizes[node] for node in self._plan.path(position) if node not in self._resident)
         if self._bound + self._whole[position] + new <= self.pages:
             return True
         return self.high_water(position) <= self.pages
+
+    def crowds(self, position: int) -> bool:
+        """Whether a position should wait lest too many end together.
+
+        Requests that begin together need their last pages together, and most pages are idle before. Where the rest fill
+        the pages a few times over, no more begin in a stretch of a long life than would if ages were spread evenly.
+        Where few rows fit, losing pages costs less than that.
+        """
+        begin, whole, rows = self._begin[position], self._whole[position], int(self._rows[position])
+        waves = self._later[position] * whole / (rows * self.pages)
+        if waves < _WAVES or whole < 2 * begin or self.pages * rows < (LEAST - STEP) * whole:
+            return False
+        lives = -(-self._most // self._rows)
+        life = int(self.lengths.expected(lives[position]))
+        stretch = life // _STRETCHES
+        if stretch < PATIENCE:
+            return False
+        free = self.pages - sum(self._node_sizes[node] for node in self._resident)
+        even = 2 * free * stretch * whole // (life * (begin + whole))
+        if even < whole:
+            return False
+        running = np.array(list(self._running), dtype=np.int64)
+        left = self.lengths.expected(lives[running], self._each[running]) - self._each[running]
+        near = running[abs(left - life) < stretch].tolist()
+        return sum(self._whole[one] for one in near) + whole > even
 
     def pays(self, position: int) -> bool:
         """Whether admitting a position that does not fit saves more than computing it again costs, if that comes."""

@@ -3,7 +3,8 @@
     for output in OfflineEngine(core).run(items, lambda: False): ...
 
 `groups.plan` says who shares what. Requests are handed to the core one by one, as they are expected to fit in its pages
-together (`forecast`), so that few of them wait there. A shared prefix is pinned from its first request to its last.
+together, or to be worth it though they do not (`forecast`), so that few of them wait there; one that loses its pages
+has some again on the same terms. A shared prefix is pinned from its first request to its last.
 """
 
 from __future__ import annotations
@@ -19,16 +20,13 @@ from tersor.engine.admission import whenever
 from tersor.engine.batch_items import Item
 from tersor.engine.core import Core
 from tersor.engine.dispatch import expected_output
-from tersor.engine.forecast import Admission, OutputLengths
+from tersor.engine.forecast import PATIENCE, Admission, OutputLengths
 from tersor.engine.outputs import Answer, RequestOutput
 from tersor.engine.request import PREEMPTED, Request
 from tersor.errors import TersorError
 
 SPARE = 4
 """One more for so many rows is handed over, to begin while a prefix that others wait for is computed."""
-
-_PATIENCE = 16
-"""Steps after which a request that did not fit is looked at again, though none has ended."""
 
 
 class OfflineEngine:
@@ -147,8 +145,8 @@ class _Job:
                 if not known:
                     self._look()
                     known = True
-                if not (self._admission.fits(self._next) or self._admission.pays(self._next)):
-                    self._wait = _PATIENCE
+                if not self._admission.admits(self._next):
+                    self._wait = PATIENCE
                     return
             self._begin(self._next)
             self._next += 1
@@ -184,7 +182,7 @@ class _Job:
         prompt = max(0, len(request.prompt) - found * self._plan.page)  # the first that returns computes it for all
         if self._admission.returns(position, prompt // away + len(request.output)):
             return True
-        self._wait_away = _PATIENCE
+        self._wait_away = PATIENCE
         return False
 
     def _look(self) -> None:
