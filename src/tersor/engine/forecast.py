@@ -89,6 +89,7 @@ class Admission:
         self._plan, self._pins = plan, Pins(plan)
         self._most = np.broadcast_to(np.asarray(most, dtype=np.int64), plan.order.shape)
         self._rows = np.broadcast_to(np.asarray(rows, dtype=np.int64), plan.order.shape)
+        self._lives = -(-self._most // self._rows)  # tokens that each row may draw
         self._drawn = np.zeros(plan.order.size, dtype=np.int64)
         self._own = plan.lengths - plan.depths[plan.nodes]
         self._together = np.where(self._rows > 1, self._own // plan.page * plan.page, 0)  # of the own tokens
@@ -99,13 +100,13 @@ class Admission:
         self._waiting = (plan.stops - plan.firsts).tolist()  # of each node, positions that were not admitted
         self._resident: dict[int, None] = {}
         # Pages that everybody needs at its begin, and who draws all that it may, without a look at who ends when.
-        each, rest = -(-self._most // self._rows), self._own - self._together
+        rest = self._own - self._together
         self._begin = (self._rows * -(-rest // plan.page) + self._together // plan.page).tolist()
-        self._whole = (self._rows * -(-(rest + each) // plan.page) + self._together // plan.page).tolist()
+        self._whole = (self._rows * -(-(rest + self._lives) // plan.page) + self._together // plan.page).tolist()
         self._node_sizes = self._sizes(list(range(plan.parents.size))).tolist()
         self._bound = 0
         # Rows that there are on average where a position and all after it run together, as far as the longest draws.
-        longest = np.maximum.accumulate(each[::-1])[::-1]
+        longest = np.maximum.accumulate(self._lives[::-1])[::-1]
         self._later = (np.cumsum(self._most[::-1])[::-1] / np.maximum(1, longest)).tolist()
 
     def high_water(self, *more: int) -> int:
@@ -113,7 +114,7 @@ class Admission:
         return int(self._foreseen(more)[1].max())
 
     def lasts(self, *more: int) -> int:
-        """Return after how many steps the pages do not suffice if `more` are admitted now; 2^62 where they always do."""
+        """Return after how many steps pages do not suffice if `more` are admitted now; 2^62 where they always do."""
         ends, pages, rows = self._foreseen(more)
         over = np.flatnonzero(pages > self.pages)
         if not over.size:
@@ -145,8 +146,7 @@ class Admission:
         waves = self._later[position] * whole / (rows * self.pages)
         if waves < _WAVES or whole < 2 * begin or self.pages * rows < (LEAST - STEP) * whole:
             return False
-        lives = -(-self._most // self._rows)
-        life = int(self.lengths.expected(lives[position]))
+        life = int(self.lengths.expected(self._lives[position]))
         stretch = life // _STRETCHES
         if stretch < PATIENCE:
             return False
@@ -155,7 +155,7 @@ class Admission:
         if even < whole:
             return False
         running = np.array(list(self._running), dtype=np.int64)
-        left = self.lengths.expected(lives[running], self._each[running]) - self._each[running]
+        left = self.lengths.expected(self._lives[running], self._each[running]) - self._each[running]
         near = running[abs(left - life) < stretch].tolist()
         return sum(self._whole[one] for one in near) + whole > even
 
@@ -235,7 +235,7 @@ class Admission:
             nothing = np.zeros(1, dtype=np.int64)
             return nothing, nothing + sum(self._sizes(list(self._resident))), nothing
         rows, drawn = self._active[running], self._each[running]
-        left = self.lengths.expected(-(-self._most[running] // self._rows[running]), drawn) - drawn
+        left = self.lengths.expected(self._lives[running], drawn) - drawn
         ends = np.unique(left)[::-1]
         longest_first = np.argsort(-left, kind="stable")
         together, page = self._together[running], self._plan.page

@@ -177,7 +177,9 @@ class _Job:
             self._wait_away -= 1
             return False
         self._look()
-        position = self._open[request.id]
+        position = self._open.get(request.id)
+        if position is None:
+            return True
         away = sum(one.state == PREEMPTED for one in self._core.requests(request.id))
         prompt = max(0, len(request.prompt) - found * self._plan.page)  # the first that returns computes it for all
         if self._admission.returns(position, prompt // away + len(request.output)):
