@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny_lm
 
-from tersor import nn
+from tersor import LLM, SamplingParams, nn
 from tersor.convert import quantize
 from tersor.evaluate import EngineModel, engine_model, evaluate
 from tersor.evaluate.predictors import TransformersModel
@@ -66,6 +66,25 @@ def test_pages_of_fewer_bits_cost_more_and_the_reference_keeps_its_own(
     assert eighth.kl is not None and eighth.kl_error is not None and eighth.kl_reverse is not None
     assert 1e-4 < eighth.kl < 1e-1 and eighth.kl > 100 * half.kl and eighth.kl_error > 0
     assert eighth.kl_reverse == pytest.approx(eighth.kl, rel=0.2)
+
+
+@torch.inference_mode()
+def test_a_window_in_fp8_is_predicted_as_an_engine_that_reads_it_in_steps_predicts_it(
+    model: EngineModel, windows: torch.Tensor
+) -> None:
+    options = {"device": "cpu", "kv_dtype": "fp8", "kv_bytes": 1 << 22, "max_rows": 1, "max_step_tokens": 47}
+    llm = LLM(tiny_lm.TINY, tokenizer=tiny_lm.tokenizer(), **options)
+    (output,) = llm.generate([windows[0].tolist()], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    given = [
+        entry[token].logprob for token, entry in zip(windows[0].tolist(), output.prompt_logprobs, strict=True) if entry
+    ]
+    plain, eighth = (
+        one.logits(windows[0])[:-1].log_softmax(-1).gather(1, windows[0, 1:, None])[:, 0]
+        for one in (model, model.keeping(torch.float8_e4m3fn))
+    )
+    far = float((plain - torch.tensor(given)).abs().max())
+    assert float((eighth - torch.tensor(given)).abs().max()) < 0.01 * far
+    assert far > 0.1
 
 
 def test_a_model_whose_pages_stay_as_they_are_is_asked_once_a_window(
