@@ -278,7 +278,7 @@ inline void barrier_wait(u32 barrier, u32 parity) {
             if (!boxes.empty()) {
                 patience = 0;
                 land(other ? emulated::random() % boxes.size() : mine[emulated::random() % mine.size()]);
-            } else if (patience > 10000000) {
+            } else if (patience > 2000000) {
                 fail("everybody waits", barrier);
             }
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import pytest
 import torch
 from helpers.usage import refused_in_one_line
 
-from tersor.bench import throughput, workloads
+from tersor import hardware
+from tersor.bench import throughput, timing, workloads
+from tersor.bench.roofline import Speeds
 from tersor.bench.throughput import Throughput
+from tersor.cli import bench_throughput
 from tersor.cli.main import run
 from tersor.engine.limits import Limits
 from tersor.engine.request import Step
+from tersor.formats import Activations
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -103,9 +108,45 @@ def test_the_verb_measures_every_order_and_shows_it_again(tmp_path: Path, capsys
     assert {row["output_tokens"] for row in found["rows"]} == {96}
     assert found["rows"][0]["reuse"] == pytest.approx(found["rows"][0]["optimum"])
     assert found["workloads"]["micro"]["members"] == 4
+    assert found["speeds"] is None and found["rooflines"] == {}
+    assert {row["roofline_seconds"] for row in found["rows"]} == {None}
     assert run(["bench", "throughput", "--from", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out
     assert "planned" in shown and "100.0 %" in shown and "requests/s" in shown
+
+
+def test_what_a_gpu_does_at_most_is_its_datasheet_and_what_was_measured_whose_memory_is_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda where: nullcontext(done.append(str(where))))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(timing, "read_bandwidth", lambda: float(bool(done.append("read"))) + 4e12)
+    monkeypatch.setattr(hardware, "of_device", lambda index: {1: hardware.chip_named("h200")}[index])
+    speeds = bench_throughput._speeds(torch.device("cuda:1"), Activations.E4M3)
+    assert speeds == Speeds(linear_peak=1978.8e12, attention_peak=989.4e12, bandwidth=4e12)
+    assert done == ["cuda:1", "read", "emptied"]
+
+
+def test_on_a_gpu_every_run_has_the_roofline_of_its_workload_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speeds = Speeds(linear_peak=1e12, attention_peak=1e12, bandwidth=2e9)
+    monkeypatch.setattr(bench_throughput, "_speeds", lambda where, activations: speeds)
+    threads = torch.get_num_threads()
+    assert run(words(tmp_path, "--workload", "micro", "--order", "planned,shuffled", "--json")) == 0
+    torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out)
+    assert found["speeds"] == {"linear_peak": 1e12, "attention_peak": 1e12, "bandwidth": 2e9}
+    (least,) = found["rooflines"].values()
+    assert least["seconds"] == (least["weight_bytes"] + least["kv_bytes"]) / 2e9  # the memory is what is slow here
+    layer, head = 4 * 32 * 32 + 3 * 32 * 64, 300 * 32
+    assert least["linear_operations"] == 2 * (layer * (6 * 128 + 24 * 20 + 24 * 3) + head * 24 * 4)
+    assert {row["roofline_seconds"] for row in found["rows"]} == {least["seconds"]}
+    for row in found["rows"]:
+        assert row["seconds"] > least["seconds"] and row["steps"] >= least["steps"] == 12
+        assert row["steps"] * row["step_tokens"] >= 6 * 128 + 24 * 20 + 24 * 3
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_kernels_of_the_engine_with_the_same_options_are_among_them(
     options = ["--kv-dtype", "fp8", "--dtype", "bfloat16", "--max-step-tokens", "64", "--tensor-parallel", "2"]
     assert run(["compile", str(model), "--chip", "h200", "--json", *options]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == len(compiled)
-    for kernel in ("attention_decode", "attention_prefill", "rms_norm", "rows", "sampling_peaks", "all_reduce"):
+    for kernel in ("attention_decode", "attention_sm90_prefill", "rms_norm", "rows", "sampling_peaks", "all_reduce"):
         assert any(name.startswith(f"tersor_{kernel}") and "bfloat16" in name for name in compiled), kernel
     assert all(name.endswith("_e4m3") for name in compiled if "attention" in name)
 

@@ -58,6 +58,8 @@ OUTPUTS: dict[str, Callable[[str], list[str]]] = {
     "quantize -o": lambda path: ["quantize", TINY, "-o", path],
     "eval --plot": lambda path: ["eval", TINY, "--text", TEXT, "--plot", path],
     "bench linear --plot": lambda path: ["bench", "linear", "8x32", "--plot", path],
+    "bench latency --plot": lambda path: ["bench", "latency", "--plot", path],
+    "bench throughput --plot": lambda path: ["bench", "throughput", "--plot", path],
     "bench linear --output": lambda path: ["bench", "linear", "8x32", "--dry-run", "--chip", "h200", "-o", path],
     "bench tune --output": lambda path: ["bench", "tune", "8x32", "--output", path],
 }

@@ -19,7 +19,7 @@ from tersor.engine.runner import Runner
 from tersor.models import Decoder
 from tersor.models.mixture import Mixture
 from tersor.models.weights import tensors_of
-from tersor.ops.attention_form import PAGE
+from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache
 
 KIND = "tersor bench latency"
 VERSION = 1
@@ -168,10 +168,13 @@ def kv_bytes(runner: Runner, batch: int, context: int) -> int:
     total = 0
     for layer, cache in zip(runner.decoder.layers, runner.caches, strict=True):
         form = layer.attention.form
-        seen = min(context, form.window or context)
-        token = 2 * form.kv_heads * (form.head_dim * cache.pages.element_size() + (0 if cache.scales is None else 4))
-        total += batch * seen * token
+        total += batch * min(context, form.window or context) * token_bytes(form, cache)
     return total
+
+
+def token_bytes(form: AttentionForm, cache: PagedCache) -> int:
+    """Return the bytes of keys and values that a token has in the pages of a layer."""
+    return 2 * form.kv_heads * (form.head_dim * cache.pages.element_size() + (0 if cache.scales is None else 4))
 
 
 def result(
@@ -190,13 +193,17 @@ def result(
     return report.result(KIND, VERSION, method, facts, rows, skipped, versions)
 
 
+def roof(row: dict[str, Any], bandwidth: float | None) -> float | None:
+    """Return the milliseconds that the bytes of a row take to read, or `None` where one or the other is not known."""
+    known = bandwidth is not None and row["weight_bytes"] is not None
+    return (row["weight_bytes"] + row["kv_bytes"]) / bandwidth * 1e3 if known else None
+
+
 def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells of the table."""
-    bandwidth = found["read_bandwidth"]
     cells = []
     for row in found["rows"]:
-        known = bandwidth is not None and row["weight_bytes"] is not None
-        roof = (row["weight_bytes"] + row["kv_bytes"]) / bandwidth * 1e3 if known else None
+        least = roof(row, found["read_bandwidth"])
         cells.append(
             [
                 row["name"],
@@ -204,8 +211,8 @@ def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 str(row["context"]),
                 str(row["batch"]),
                 f"{row['milliseconds']:.3f}",
-                "-" if roof is None else f"{roof:.3f}",
-                "-" if roof is None else f"{100 * roof / row['milliseconds']:.0f} %",
+                "-" if least is None else f"{least:.3f}",
+                "-" if least is None else f"{100 * least / row['milliseconds']:.0f} %",
                 f"{row['batch'] / row['milliseconds'] * 1e3:.0f}",
             ]
         )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tersor import plots
 from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL
 from tersor.bench.linear import roof
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ACROSS = 4
 """Panels beside each other."""
@@ -28,25 +33,53 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         path: a .png, .pdf or .svg file; its metadata hold `description(result)`.
 
     Raises:
-        InputError, UnsupportedError: as `tersor.plots.check_plot`.
+        InputError: there are no times, or as `tersor.plots.check_plot`.
+        UnsupportedError: as there.
         OutputError: the file cannot be written.
     """
+    shapes = list(dict.fromkeys((row["oc"], row["ic"]) for row in to_draw(result, path)))
+    figure, panels = grid(len(shapes))
+    for panel, shape in zip(panels, shapes, strict=True):
+        _panel(panel, result, shape)
+    legend(figure, panels)
+    gpu = result["environment"].get("gpu", "no GPU")
+    title = f"One linear layer on one {gpu}, {result['dtype']}: time by number of tokens, less is better"
+    figure.suptitle(title, fontsize=12)
+    plots.save(figure, path, description(result))
+
+
+def to_draw(result: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a result, of which a picture can be written.
+
+    Raises:
+        InputError: there are none, or as `tersor.plots.check_plot`.
+        UnsupportedError: as there.
+    """
     plots.check_plot(path)
+    if not result["rows"]:
+        raise InputError(f"{path}: there are no times to draw")
+    return result["rows"]
+
+
+def grid(count: int) -> tuple[Figure, list[Any]]:
+    """Return a figure and `count` of its panels, some beside each other."""
     from matplotlib.figure import Figure
 
-    rows = result["rows"]
-    shapes = list(dict.fromkeys((row["oc"], row["ic"]) for row in rows))
-    across = min(_ACROSS, len(shapes))
-    down = -(-len(shapes) // across)
+    across = min(_ACROSS, count)
+    down = -(-count // across)
     figure = Figure(figsize=(max(4.2 * across, 8.4), 3.5 * down + 1.2), layout="constrained")
     panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels[:count]
+
+
+def legend(figure: Figure, panels: Iterable[Any]) -> None:
+    """Name below a figure what its panels draw, each name once."""
     known: dict[str, Any] = {}
-    for panel, shape in zip(panels, shapes, strict=False):
-        _panel(panel, result, shape)
+    for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
-    for panel in panels[len(shapes) :]:
-        panel.set_axis_off()
     figure.legend(
         list(known.values()),
         list(known),
@@ -56,17 +89,22 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
         fontsize=9,
         handlelength=3.5,
     )
-    gpu = result["environment"].get("gpu", "no GPU")
-    title = f"One linear layer on one {gpu}, {result['dtype']}: time by number of tokens, less is better"
-    figure.suptitle(title, fontsize=12)
-    plots.save(figure, path, description(result))
 
 
 def description(result: dict[str, Any]) -> str:
     """Return what a picture says of the times that it shows: the commit they are of, and a hash of the rows drawn."""
-    drawn = sorted(
-        (row["oc"], row["ic"], row["n"], row["kernel"], row["chain"], row["microseconds"]) for row in result["rows"]
-    )
+    keys = ("oc", "ic", "n", "kernel", "chain", "microseconds")
+    return described(result, [tuple(row[key] for key in keys) for row in result["rows"]])
+
+
+def described(result: dict[str, Any], times: Iterable[tuple[Any, ...]]) -> str:
+    """Return a description of a picture of a result.
+
+    Args:
+        result: what was measured; its environment names the commit.
+        times: what is drawn of each row, in any order.
+    """
+    drawn = sorted(times)
     digest = hashlib.sha256(json.dumps(drawn, allow_nan=False).encode()).hexdigest()[:16]
     return f"commit {result['environment']['commit']}, {len(drawn)} times, sha256 {digest}"
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tersor.bench import report
+from tersor.bench import report, roofline
 from tersor.bench.workloads import SHUFFLED, SORTED, Workload, sort_key
 from tersor.engine import groups
 from tersor.engine.batch_items import Item
@@ -29,7 +29,8 @@ METHOD = (
     "requests a second of one run over all requests of a workload, from tokens to tokens: planning or sorting "
     "included, loading and a run of a few requests before it not; random weights in the format, random tokens, as many "
     "drawn as the workload says; reuse: prompt tokens found in pages, of all; optimum: what neighbours in sorted order "
-    "have in common, the most that any sharing could save; high water: most pages that requests held, or pins kept"
+    "have in common, the most that any sharing could save; high water: most pages that requests held, or pins kept; "
+    f"{roofline.METHOD}"
 )
 
 VLLM_METHOD = (
@@ -63,6 +64,7 @@ class Throughput:
         step_tokens: of a step, on average.
         high_water: pages in use, at most, of `pages`.
         pages: that there are.
+        roofline_seconds: that such a run takes at least (`roofline.Speeds.seconds`); `None` on a CPU and of vLLM.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Throughput:
     step_tokens: float | None = None
     high_water: int | None = None
     pages: int | None = None
+    roofline_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +149,15 @@ def optimum(workload: Workload, page: int = PAGE) -> float:
     return (shared + (workload.samples - 1) * workload.tokens) / (workload.samples * workload.tokens)
 
 
-def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name: str, format: str) -> Throughput:
+def measure(
+    runner: Runner,
+    limits: Limits,
+    workload: Workload,
+    order: str,
+    name: str,
+    format: str,
+    roofline_seconds: float | None = None,
+) -> Throughput:
     """Answer a workload once.
 
     Args:
@@ -155,6 +166,7 @@ def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name
         workload: what is asked.
         order: one of `ORDERS`.
         name, format: of the model.
+        roofline_seconds: of the workload, where they are known.
 
     Raises:
         InputError: there is no such order.
@@ -208,6 +220,7 @@ def measure(runner: Runner, limits: Limits, workload: Workload, order: str, name
         step_tokens=counted.tokens / counted.steps,
         high_water=counted.high_water,
         pages=scheduler.cache.pages.usable,
+        roofline_seconds=roofline_seconds,
     )
 
 
@@ -242,14 +255,30 @@ def result(
     return report.result(KIND, VERSION, method, facts, rows, skipped, versions)
 
 
+def rate(row: dict[str, Any]) -> float:
+    """Return requests a second of a row."""
+    return row["requests"] / row["seconds"]
+
+
+def roof(row: dict[str, Any]) -> float | None:
+    """Return the most requests a second that a row could have; `None` where its roofline is not known.
+
+    Results that were written before there were rooflines have none.
+    """
+    least = row.get("roofline_seconds")
+    return row["requests"] / least if least else None
+
+
 def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells of the table."""
+    """Return headings, some of two lines, and cells of the table."""
     cells = [
         [
             row["workload"],
             row["format"],
             row["order"],
-            f"{row['requests'] / row['seconds']:.2f}",
+            f"{rate(row):.2f}",
+            "-" if (most := roof(row)) is None else f"{most:.2f}",
+            _percent(rate(row), most, 0),
             f"{(row['prompt_tokens'] + row['output_tokens']) / row['seconds']:.0f}",
             f"{row['output_tokens'] / row['seconds']:.0f}",
             _percent(row["reuse"], 1, 1),
@@ -261,8 +290,8 @@ def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in found["rows"]
     ]
-    heads = ["workload", "format", "order", "requests/s", "tokens/s", "drawn/s", "reuse", "of optimum", "preempted"]
-    return [*heads, "tokens a step", "pages", "plan s"], cells
+    heads = ["workload", "format", "order", "requests/s", "roofline\nrequests/s", "of\nroofline", "tokens/s", "drawn/s"]
+    return [*heads, "reuse", "of\noptimum", "preempted", "tokens\na step", "pages", "plan s"], cells
 
 
 def _percent(part: float | None, whole: float | None, digits: int) -> str:

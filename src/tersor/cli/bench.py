@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,3 +103,10 @@ def check_folder(option: str, path: Path) -> None:
             raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     except OSError as error:
         raise OutputError(f"{option} {path}: cannot be written: {error.strerror}") from None
+
+
+def say_written(json: bool, *paths: Path | None) -> None:
+    """Name the files that were written, on stdout unless JSON stands there."""
+    for path in paths:
+        if path is not None:
+            print(f"written to {path}", file=sys.stderr if json else sys.stdout)

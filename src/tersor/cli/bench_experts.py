@@ -102,8 +102,7 @@ def command(
                 if output is not None:
                     report.write(output, report.text(result))
     show(result, json)
-    if output is not None:
-        print(f"written to {output}", file=sys.stderr if json else sys.stdout)
+    bench.say_written(json, output)
 
 
 def show(result: dict[str, Any], json: bool) -> None:

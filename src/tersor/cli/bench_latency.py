@@ -43,10 +43,12 @@ def command(
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw milliseconds a step over rows (.png, .pdf, .svg).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time decode steps of whole models with random weights, or show what was timed."""
+    from tersor import plots
     from tersor.bench import latency, report, saved
     from tersor.bench.vllm import rows as rival
     from tersor.bench.vllm import variants as rivals
@@ -64,10 +66,15 @@ def command(
         geometries.geometry(name)
     multiplied = Activations.of(activations)
     named = rivals.named(against)
+    if plot is not None:
+        plots.check_plot(plot)
     if output is not None:
         bench.check_folder("--output", output)
     if taken is not None:
-        show(saved.read(taken, latency.KIND, latency.VERSION), json)
+        result = saved.read(taken, latency.KIND, latency.VERSION)
+        if output is not None:
+            report.write(output, report.text(result))
+        _give(result, json, plot, output)
         return
     variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
@@ -140,9 +147,17 @@ def command(
                 del decoder, sampler, runner
                 torch.cuda.empty_cache()
                 write()
-    show(found(), json)
-    if output is not None:
-        print(f"written to {output}", file=sys.stderr if json else sys.stdout)
+    _give(found(), json, plot, output)
+
+
+def _give(result: dict[str, Any], json: bool, plot: Path | None, output: Path | None) -> None:
+    """Show a result, draw it where that is asked for, and name the files."""
+    from tersor.bench import plot_latency
+
+    show(result, json)
+    if plot is not None:
+        plot_latency.plot(result, plot)
+    bench.say_written(json, output, plot)
 
 
 def show(result: dict[str, Any], json: bool) -> None:

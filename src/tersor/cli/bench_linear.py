@@ -103,10 +103,10 @@ def command(
                 result = linear.result(found, dtype=dtype or DTYPE, read_bandwidth=bandwidth)
                 if output is not None:
                     report.write(output, report.text(result))
+    show(result, json)
     if plot is not None:
         drawing.plot(result, plot)
-    show(result, json)
-    _say_written(json, output, plot)
+    bench.say_written(json, output, plot)
 
 
 def show(result: dict[str, Any], json: bool) -> None:
@@ -163,11 +163,4 @@ def _show_forecast(rows: list[dict[str, Any]], chip: hardware.Chip, output: Path
     else:
         print(f"{chip.name}, {chip.bandwidth / 1e12:.2f} TB/s by its datasheet; nothing is timed")
         console.print_table(*linear.forecast_columns(rows))
-    _say_written(json, output)
-
-
-def _say_written(json: bool, *paths: Path | None) -> None:
-    """Name the files that were written, on stdout unless JSON stands there."""
-    for path in paths:
-        if path is not None:
-            print(f"written to {path}", file=sys.stderr if json else sys.stdout)
+    bench.say_written(json, output)

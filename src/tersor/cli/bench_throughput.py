@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,9 @@ from tersor.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from tersor.bench.roofline import Speeds
     from tersor.bench.throughput import Skipped, Throughput
+    from tersor.formats import Activations
     from tersor.models.config import DecoderConfig
 
 WORKLOAD = "micro-small"
@@ -52,11 +54,13 @@ def command(
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Run nothing: show what --output wrote.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw requests a second (.png, .pdf, .svg).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Answer workloads with random weights, planned and not, or show what was measured."""
-    from tersor.bench import report, saved, throughput, workloads
+    from tersor import plots
+    from tersor.bench import report, roofline, saved, throughput, workloads
     from tersor.bench.vllm import rows as rival
     from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
@@ -80,10 +84,15 @@ def command(
         memory=memory,
         kv_bytes=kv_bytes,
     )
+    if plot is not None:
+        plots.check_plot(plot)
     if output is not None:
         bench.check_folder("--output", output)
     if taken is not None:
-        show(saved.read(taken, throughput.KIND, throughput.VERSION), json)
+        result = saved.read(taken, throughput.KIND, throughput.VERSION)
+        if output is not None:
+            report.write(output, report.text(result))
+        _give(result, json, plot, output)
         return
     described = _described(model)
     geometry = DecoderConfig.from_dict(described)
@@ -121,16 +130,22 @@ def command(
                 theirs.append(row)
                 move(len(theirs), len(variants) * len(asked) * len(unplanned))
                 write()
+    speeds = _speeds(where, Activations.NATIVE if scheme is None else multiplied)
+    rooflines: dict[str, Any] = {}
+    facts |= {"speeds": None if speeds is None else asdict(speeds), "rooflines": rooflines}
     with console.progress("answering") as move:
         runner, limits = _engine(geometry, scheme, head, config, where, context)
         for load in asked:
+            seconds = None
+            if speeds is not None:
+                least = roofline.work(load, runner, max_rows)
+                seconds = speeds.seconds(least)
+                rooflines[load.name] = {**asdict(least), "seconds": seconds}
             for each in orders:
                 move(len(ours), len(asked) * len(orders))
-                ours.append(throughput.measure(runner, limits, load, each, model, shown))
+                ours.append(throughput.measure(runner, limits, load, each, model, shown, seconds))
                 write()
-    show(found(), json)
-    if output is not None:
-        print(f"written to {output}", file=sys.stderr if json else sys.stdout)
+    _give(found(), json, plot, output)
 
 
 def _sizes(given: list[str]) -> dict[str, Any]:
@@ -185,6 +200,22 @@ def _plain(config: EngineConfig, where: torch.device) -> torch.dtype:
     return float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
 
 
+def _speeds(where: torch.device, activations: Activations) -> Speeds | None:
+    """Return what a GPU does at most, whose memory is free but for 4 GB; `None` on a CPU."""
+    import torch
+
+    from tersor import hardware
+    from tersor.bench import timing
+    from tersor.bench.roofline import Speeds
+
+    if where.type == "cpu":
+        return None
+    with torch.cuda.device(where):
+        bandwidth = timing.read_bandwidth()
+        torch.cuda.empty_cache()  # weights and pages get what was read
+        return Speeds.of(hardware.of_device(torch.cuda.current_device()), activations, bandwidth)
+
+
 def _engine(
     geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfig, where: torch.device, context: int
 ) -> Any:
@@ -221,6 +252,16 @@ def _engine(
     return runner, limits
 
 
+def _give(result: dict[str, Any], json: bool, plot: Path | None, output: Path | None) -> None:
+    """Show a result, draw it where that is asked for, and name the files."""
+    from tersor.bench import plot_throughput
+
+    show(result, json)
+    if plot is not None:
+        plot_throughput.plot(result, plot)
+    bench.say_written(json, output, plot)
+
+
 def show(result: dict[str, Any], json: bool) -> None:
     """Print a result: as JSON where that is asked for, else as a table; what did not run goes to stderr."""
     from tersor.bench import throughput
@@ -231,5 +272,8 @@ def show(result: dict[str, Any], json: bool) -> None:
         console.print_json(result)
         return
     models = ", ".join(dict.fromkeys(row["name"] for row in result["rows"]))
-    print(f"{result['environment'].get('gpu', 'no GPU')}, {models}, {result['engine']['max_rows']} rows a step")
+    speeds = result.get("speeds")
+    reached = "" if speeds is None else f"; a large read reaches {speeds['bandwidth'] / 1e12:.2f} TB/s"
+    gpu = result["environment"].get("gpu", "no GPU")
+    print(f"{gpu}, {models}, {result['engine']['max_rows']} rows a step{reached}")
     console.print_table(*throughput.columns(result))

@@ -186,6 +186,7 @@ __device__ __forceinline__ void copy_pages(
         const Seen seen(item, group, window, splits);
         if (item.part >= seen.parts) continue;
         items.wait_emptied(item_at);
+        __syncwarp();  // or a lane that comes late waits for the emptying after
         if (lane == 0) {
             item.store(items.address(item_at));
             ptx::barrier_arrive(items.filled(item_at));
