@@ -1,4 +1,4 @@
-"""Which texts follow these prompts? A model, its tokenizer and an engine, asked from Python.
+"""Which texts follow these prompts, and what is their last state? A model and its engine, asked from Python.
 
 import tersor
 
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,12 +28,12 @@ from tersor.engine.config import EngineConfig
 from tersor.engine.core import Core
 from tersor.engine.limits import Limits
 from tersor.engine.offline import OfflineEngine
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer, EmbeddingRequestOutput, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
 from tersor.engine.scheduler import Scheduler
 from tersor.engine.workers import gather
-from tersor.errors import CheckpointError, InputError
+from tersor.errors import CheckpointError, InputError, TersorError
 from tersor.integrations.transformers.load import load_tokenizer
 from tersor.ops.attention_form import PAGE
 
@@ -163,10 +164,39 @@ class LLM:
         found: dict[str, RequestOutput] = {}
         with closing(self._answered(items)) as outputs:
             for output in outputs:
+                assert isinstance(output, RequestOutput)
                 output.prompt = listed[int(output.request_id)][0]
                 found[output.request_id] = output
                 if on_finished is not None:
                     on_finished(output)
+        return [found[item.key] for item in items]
+
+    def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[EmbeddingRequestOutput]:
+        """Return the last state of each prompt, in their order.
+
+        It is the last token's row behind the model's last norm, at length 1: sentence-transformers' last-token pooling
+        and normalization, and what vLLM makes of a decoder that is to embed. A token that the tokenizer puts behind a
+        text is its last. Prompts that begin alike compute what they share once, as in `generate`.
+
+        Args:
+            prompts: texts, or lists of tokens; one alone is a list of one.
+
+        Raises:
+            InputError: a prompt that can never be served, or a stream that is open; nothing runs.
+            TersorError: a state is not finite.
+        """
+        self._check_free()
+        listed = self._listed(prompts)
+        items = [Item(f"{index}", tokens, None) for index, (_, tokens) in enumerate(listed)]
+        for item in items:
+            self.core.check(f"prompt {item.key}", item.tokens.size, None)
+        found: dict[str, EmbeddingRequestOutput] = {}
+        with closing(self._answered(items)) as outputs:
+            for output in outputs:
+                assert isinstance(output, EmbeddingRequestOutput)
+                if output.error is not None:
+                    raise TersorError(f"prompt {output.request_id}: {output.error}")
+                found[output.request_id] = replace(output, prompt=listed[int(output.request_id)][0])
         return [found[item.key] for item in items]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput]:
@@ -202,19 +232,18 @@ class LLM:
         if self.core.unfinished:
             raise InputError("a stream of this model is open: read it to its end, or close it, before asking again")
 
-    def _answered(self, items: list[Item]) -> Generator[RequestOutput]:
+    def _answered(self, items: list[Item]) -> Generator[Answer]:
         """Yield outputs as they end: by a plan where prompts may share prefixes, else in the order of arrival."""
         if self.config.prefix_caching and len(items) > 1:
-            for output in answer_once(OfflineEngine(self.core), items, lambda: False):
-                assert isinstance(output, RequestOutput)
-                yield output
+            yield from answer_once(OfflineEngine(self.core), items, lambda: False)
             return
+        asked = {item.key: item for item in items}
         try:
             for item in items:
-                assert item.params is not None
                 self.core.add(item.key, item.tokens.tolist(), item.params)
             while self.core.unfinished:
-                yield from self.core.step(partial=False)
+                for output in self.core.step(partial=False):
+                    yield asked[output.request_id].answer(output)
         except BaseException:
             for item in items:
                 self.core.abort(item.key)

@@ -75,6 +75,7 @@ def test_prompts_of_odd_lengths_ask_for_no_kernel_that_a_start_did_not_compile(
         assert all(len(one.token_ids) == 9 for output in outputs for one in output.outputs)
         for prompt in prompts[::4]:  # alone
             model.generate([prompt], params)
+    assert len(model.embed(prompts)) == len(prompts)
     assert compiled[sides[0] :] == []
     model.close()
     monkeypatch.setattr(build, "_memory", {})

@@ -24,7 +24,7 @@ PARAMS = [
 
 
 def answers(model: tersor.LLM) -> list[Any]:
-    """Return tokens of all answers, and log probabilities of tokens that were drawn or are in prompts."""
+    """Return tokens of all answers, and log probabilities of tokens that were drawn or are in prompts; last states."""
     found: list[Any] = []
     for output in model.generate(PROMPTS, PARAMS):
         for one in output.outputs:
@@ -33,6 +33,7 @@ def answers(model: tersor.LLM) -> list[Any]:
             found.append((list(one.token_ids), [entry[token].logprob for token, entry in pairs]))
         for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False):
             found.append(([token], [] if entry is None else [entry[token].logprob]))
+    found += [(one.prompt_token_ids, one.outputs.embedding.tolist()) for one in model.embed(PROMPTS)]
     return found
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tersor.engine.batch_file import Report, run_batch
 from tersor.engine.batch_items import BatchEngine, Item
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.openai_body import CHAT, Ask
-from tersor.engine.outputs import CompletionOutput, RequestOutput
+from tersor.engine.openai_body import CHAT, EMBEDDINGS, Ask
+from tersor.engine.outputs import Answer, CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError
 
@@ -59,7 +60,7 @@ class Echo:
         self.many, self.after, self.ran = many, after, 0
         self.random = random.Random(seed)
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
         waiting, running = list(items)[::-1], list[Item]()
         while True:
             while waiting and len(running) < self.many and not stopping():
@@ -70,9 +71,10 @@ class Echo:
             self.ran += 1
             self.after(self.ran)
 
-    def answer(self, item: Item) -> RequestOutput | Embedded:
+    def answer(self, item: Item) -> Answer:
         if item.params is None:
-            return Embedded(item.key, item.tokens.size, [float(item.tokens.sum()), 0.5])
+            state = EmbeddingOutput(np.array([item.tokens.sum(), 0.5], np.float32))
+            return EmbeddingRequestOutput(item.key, None, item.tokens.tolist(), state)
         if 0 in item.tokens:
             return RequestOutput(item.key, None, item.tokens.tolist(), [CompletionOutput(0)], error="no pages")
         outputs = []
@@ -111,7 +113,8 @@ MIXED = [
     *(request(f"q{i}", f"prompt {i}", n=1 + i % 3, max_tokens=1 + i % 7) for i in range(40)),
     "this is not JSON",
     request("q3", "the name is taken"),
-    *(request(f"many{i}", [f"part {i}", "b", "c"]) for i in range(10)),
+    *(request(f"many{i}", [f"part {i}", "b", "c"]) for i in range(5)),
+    *(request(f"many{i}", None) | {"url": EMBEDDINGS, "body": {"input": ["a", f"b {i}", "c"]}} for i in range(5, 10)),
     *(request(f"fails{i}", [[0, i]]) for i in range(5)),
     request("streams", "a", stream=True),
 ]
@@ -124,7 +127,7 @@ class Mortal(Echo):
         super().__init__()
         self.mark = mark
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
         for count, answer in enumerate(super().run(items, stopping)):
             if count == 5 and not self.mark.exists():
                 self.mark.touch()

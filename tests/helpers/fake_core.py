@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import torch
+
 from helpers import tiny_lm
 from tersor.engine.core import Core
 from tersor.engine.limits import Limits
@@ -32,6 +34,11 @@ class Fake:
         logprobs: None = field(default=None, init=False)
         prompt_logprobs: None = field(default=None, init=False)
         bad: int | None
+
+        @property
+        def states(self) -> torch.Tensor | None:
+            texts = [self.step.drawing[place].request.prompt for place in self.step.embedding]
+            return torch.tensor([[sum(text), len(text)] for text in texts]).float() if texts else None
 
         def tokens(self) -> list[int]:
             return [

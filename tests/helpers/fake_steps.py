@@ -126,7 +126,9 @@ def scheduler(**limits: Any) -> Scheduler:
 
 def add(to: Scheduler, id: str, prompt: list[int], max_tokens: int | None = 4, **options: Any) -> Request:
     """Add a request with one continuation and return it."""
-    fields = {name: options.pop(name) for name in ("stop_tokens", "salt", "priority", "ahead") if name in options}
+    fields = {
+        name: options.pop(name) for name in ("stop_tokens", "salt", "priority", "ahead", "embeds") if name in options
+    }
     (request,) = continuations(id, prompt, SamplingParams(max_tokens=max_tokens, **options), **fields)
     to.add(request)
     return request

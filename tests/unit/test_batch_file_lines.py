@@ -61,7 +61,11 @@ GOOD = ask("good", prompt="hello")
         (ask("good"), "duplicate_custom_id", "custom_id 'good' is that of line 1, too"),
         (ask(method="GET"), "invalid_method", "method is 'GET', expected 'POST'"),
         (ask(url="/v1/completion"), "invalid_url", "did you mean '/v1/completions'"),
-        (ask(url=CHAT, messages=[{"role": "user", "content": "x"}]), "invalid_url", "one a file"),
+        (ask(url="/v1/embeddings", input=["a", ""]), "invalid_request", "input is empty"),
+        (ask(url="/v1/embeddings", input="a", dimensions=2), "invalid_request", "dimensions is not supported"),
+        (ask(url="/v1/embeddings", input="a", encoding_format="f4"), "invalid_request", "expected float or base64"),
+        (ask(url="/v1/embeddings", input=[[256]]), "invalid_request", "token 256 is none of the model's, 0 to 255"),
+        (ask(url="/v1/embeddings", input="a" * 65), "context_length_exceeded", "the prompt has 65 tokens, and"),
         ({**ask(), "body": 3}, "invalid_request", "body is a number, expected an object"),
         ({**ask(), "body": {}}, "invalid_request", "body has no prompt"),
         (ask(prompt="a", user="nobody"), "invalid_request", "nobody asks"),
@@ -112,7 +116,7 @@ def test_the_reason_of_a_template_is_one_line(tmp_path: Path) -> None:
         ask("f", CHAT, messages=[{"role": "user", "content": 3}]),
         ask("g", CHAT, messages=[{"role": "user", "content": "x"}], top_logprobs=2),
     )
-    assert batch.url is None or not batch.lines
+    assert not batch.lines
     assert [bad.message for bad in batch.bad] == [
         "the template says: the last message must be a user's",
         "messages is empty",

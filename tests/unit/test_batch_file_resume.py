@@ -17,8 +17,7 @@ from helpers.batches import MIXED, Echo, go, read, write
 from tersor.engine import batch_store
 from tersor.engine.batch_file import Progress, Report, draining
 from tersor.engine.batch_items import Item
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer
 from tersor.errors import InputError, OutputError, TersorError
 
 
@@ -147,7 +146,7 @@ def test_failed_requests_run_again_only_when_asked(tmp_path: Path) -> None:
     assert engine.ran == 0
 
     class Mended(Echo):
-        def answer(self, item: Item) -> RequestOutput | Embedded:
+        def answer(self, item: Item) -> Answer:
             return super().answer(Item(item.key, item.tokens + 1, item.params))
 
     report = go(tmp_path, Mended(), resume=True, retry_failed=True)
@@ -230,7 +229,7 @@ def test_an_engine_that_ends_early_or_answers_twice_loses_and_doubles_nothing(tm
     write(tmp_path / "in.jsonl", MIXED[:20])
 
     class Odd(Echo):
-        def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+        def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
             for item in items[:7]:
                 yield self.answer(item)
                 yield self.answer(items[0])

@@ -18,7 +18,7 @@ from tersor.engine.threaded import ThreadedEngine
 from tersor.llm import LLM
 from tersor.server.dialect import ModelDialect
 
-COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETE, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
@@ -44,12 +44,19 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "may call": (CHAT, {"messages": [USER], "tools": TOOLS, **GREEDY, "parallel_tool_calls": False}),
     "no call": (CHAT, {"messages": [USER], "tools": TOOLS, "tool_choice": "none", **GREEDY}),
     "service": (CHAT, {"messages": [USER], **GREEDY, "store": True, "cache_salt": "a", "modalities": ["text"]}),
+    "state": (EMBED, {"input": "The rule", "model": "tiny-lm", "user": "a", "cache_salt": "b"}),
+    "states": (EMBED, {"input": [[40, 41, 42], [40], [40, 41, 42]], "encoding_format": "float"}),
     "bad role": (CHAT, {"messages": [{"role": "robot", "content": "x"}]}),
     "bad option": (CHAT, {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}),
     "bad tools": (CHAT, {"messages": [USER], "tool_choice": "required"}),
     "bad name": (COMPLETE, {"prompt": "x", "max_tokns": 3}),
     "bad token": (COMPLETE, {"prompt": "x", "logit_bias": {"99999": 1}}),
     "bad number": (COMPLETE, {"prompt": "x", "temperature": -1}),
+    "bad dimensions": (EMBED, {"input": "x", "dimensions": 64}),
+    "bad input": (EMBED, {"input": ["x", ""]}),
+    "bad format": (EMBED, {"input": "x", "encoding_format": "f2"}),
+    "bad state": (EMBED, {"input": [[99999]]}),
+    "too long to embed": (EMBED, {"input": "x" * 5000}),
     "too long": (COMPLETE, {"prompt": "x", "max_tokens": 5000}),
 }
 
@@ -66,23 +73,14 @@ def model() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def answered(model: LLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a batch answers to each body, or the line that says why not."""
-    folder = tmp_path_factory.mktemp("batch")
-    info = model.info
+    """What a batch answers to each body, or the line that says why not; all of them are in one file."""
+    folder, info = tmp_path_factory.mktemp("batch"), model.info
     dialect = ModelDialect(model.tokenizer, info.context, info.vocabulary, defaults=model.core.defaults)
-    found: dict[str, Any] = {}
-    for url in (COMPLETE, CHAT):
-        lines = [
-            {"custom_id": name, "method": "POST", "url": url, "body": body}
-            for name, (where, body) in BODIES.items()
-            if where == url
-        ]
-        source, output = write(folder / f"{url[4:8]}.jsonl", lines), folder / f"{url[4:8]}.out.jsonl"
-        run_batch(source, output, OfflineEngine(model.core), dialect, model=info.name, identity={})
-        found |= {one["custom_id"]: one["response"]["body"] for one in read(output)}
-        errors = output.with_name(f"{output.stem}.errors.jsonl")
-        found |= {one["custom_id"]: one["error"]["message"] for one in read(errors)}
-    return found
+    lines = [{"custom_id": name, "method": "POST", "url": url, "body": body} for name, (url, body) in BODIES.items()]
+    source, output = write(folder / "in.jsonl", lines), folder / "out.jsonl"
+    run_batch(source, output, OfflineEngine(model.core), dialect, model=info.name, identity={})
+    answers = {one["custom_id"]: one["response"]["body"] for one in read(output)}
+    return answers | {one["custom_id"]: one["error"]["message"] for one in read(folder / "out.errors.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -110,4 +108,4 @@ def test_a_batch_answers_what_the_server_answers(name: str, answered: dict[str, 
         assert alike(answered[name], response.json())
     else:
         assert isinstance(answered[name], str), "the server refuses it"
-        assert name.startswith("bad") or name == "too long", json.dumps(response.json())
+        assert name.startswith(("bad", "too long")), json.dumps(response.json())

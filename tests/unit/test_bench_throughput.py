@@ -43,6 +43,7 @@ class Nothing:
     step: Step
     logprobs: None = field(default=None, init=False)
     prompt_logprobs: None = field(default=None, init=False)
+    states: None = field(default=None, init=False)
 
     def tokens(self) -> list[int]:
         return [5] * len(self.step.drawing)

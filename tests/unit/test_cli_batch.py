@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.batches import read, write
@@ -255,15 +256,18 @@ def test_the_command_itself_can_be_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["--data-parallel", "--tensor-parallel"])
 def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, how: str) -> None:
-    write(tmp_path / "in.jsonl", LINES[:24])
+    states = {**ask(100), "url": "/v1/embeddings", "body": {"input": ["The rule", "A rule"]}}
+    write(tmp_path / "in.jsonl", [*LINES[:24], states])
     assert run(words(tmp_path, how, "2")) == 0
     assert not multiprocessing.active_children()
-    two = {name: json.loads(line)["response"]["body"]["choices"] for name, line in answered(tmp_path).items()}
+    two = {name: json.loads(line)["response"]["body"] for name, line in answered(tmp_path).items()}
     for path in tmp_path.glob("out*"):
         path.unlink()
     assert run(words(tmp_path)) == 0
-    one = {name: json.loads(line)["response"]["body"]["choices"] for name, line in answered(tmp_path).items()}
-    assert one == two
+    one = {name: json.loads(line)["response"]["body"] for name, line in answered(tmp_path).items()}
+    found, wanted = ([state["embedding"] for state in each.pop("r100")["data"]] for each in (one, two))
+    assert {name: body["choices"] for name, body in one.items()} == {name: two[name]["choices"] for name in two}
+    assert np.allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

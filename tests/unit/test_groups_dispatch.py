@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers.batches import MIXED, Echo, MakeMortal, MakeNone, MakeSlow, go, rea
 from tersor.engine.batch_items import Item
 from tersor.engine.dispatch import TRIES, Dispatch, Done, Event, Lost, run_over
 from tersor.engine.groups import plan
+from tersor.engine.outputs import EmbeddingRequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.processes import Processes
 from tersor.errors import InputError, TersorError
@@ -94,11 +96,11 @@ def test_requests_of_a_piece_are_in_the_order_of_the_plan() -> None:
 
 
 def test_a_request_that_ends_its_engine_fails_alone() -> None:
-    items = some_items(64, 4)
+    items = [replace(item, params=None) if item.key == "40" else item for item in some_items(64, 4)]
     workers = Pretended(2, random.Random(1), deadly=["17", "40"])
-    answers = {answer.request_id: answer.error for answer in run_over(workers, items, lambda: False)}
-    assert len(answers) == 64
-    failed = {key: error for key, error in answers.items() if error}
+    answers = {answer.request_id: answer for answer in run_over(workers, items, lambda: False)}
+    assert len(answers) == 64 and isinstance(answers["40"], EmbeddingRequestOutput)
+    failed = {key: answer.error for key, answer in answers.items() if answer.error}
     assert failed == dict.fromkeys(["17", "40"], f"its engine was lost {TRIES} times: bad luck")
 
 

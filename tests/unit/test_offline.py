@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,8 @@ from helpers.fake_core import core, solo
 from tersor.engine.batch_items import Item
 from tersor.engine.core import Core
 from tersor.engine.offline import OfflineEngine
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer, EmbeddingRequestOutput, RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.errors import InputError
 
 
 def some_items(count: int, **params: int) -> list[Item]:
@@ -33,7 +33,7 @@ def some_items(count: int, **params: int) -> list[Item]:
     return items
 
 
-def audited(engine: Core, outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
+def audited(engine: Core, outputs: Iterator[Answer]) -> Iterator[Answer]:
     for output in outputs:
         engine.scheduler.audit()
         yield output
@@ -103,6 +103,24 @@ def test_a_run_that_nobody_reads_to_its_end_leaves_the_core_empty() -> None:
     assert engine.stats().pages_used == 0
 
 
-def test_prompts_are_not_embedded() -> None:
-    with pytest.raises(InputError, match="makes no embeddings"):
-        list(OfflineEngine(core()).run([Item("a", np.arange(3, dtype=np.int32), None)], lambda: False))
+@pytest.mark.parametrize("pages", [12, 40])
+def test_last_states_are_asked_for_among_texts_and_draw_nothing(pages: int) -> None:
+    engine, items = core(pages=pages), some_items(60)
+    items = [replace(item, params=None) if int(item.key) % 3 else item for item in items]
+    long = Item("long", np.arange(20, 90, dtype=np.int32), None)
+    answers = audited(engine, OfflineEngine(engine).run([*items, long], lambda: False))
+    found = {output.request_id: output for output in answers}
+    drawn = 0
+    for item in items:
+        output = found.pop(item.key)
+        if item.params is None:
+            assert isinstance(output, EmbeddingRequestOutput) and output.error is None
+            state = np.array([item.tokens.sum(), item.tokens.size], np.float32)
+            np.testing.assert_allclose(output.outputs.embedding, state / np.linalg.norm(state), rtol=1e-6)
+        else:
+            assert isinstance(output, RequestOutput) and item.params.max_tokens is not None
+            assert output.outputs[0].token_ids == solo(item.tokens.tolist(), item.params.max_tokens)
+            drawn += item.params.max_tokens
+    assert engine.stats().generated_tokens == drawn
+    assert isinstance(found["long"], EmbeddingRequestOutput) and found["long"].outputs.embedding.size == 0
+    assert found["long"].error == "long: the prompt has 70 tokens, and the context is 60"

@@ -62,6 +62,18 @@ def test_another_order_is_taken() -> None:
     assert [row.request.id for step in loop.steps for row in step.rows] == ["b", "c", "a"]
 
 
+def test_a_last_state_is_one_row_of_a_prompt_as_long_as_the_context_and_counts_no_token() -> None:
+    plan = scheduler(context=9, max_step_tokens=8)
+    request = add(plan, "a", prompt_of(9), 5, embeds=True)
+    with pytest.raises(InputError, match="the prompt has 10 tokens, and the context is 9"):
+        add(plan, "b", prompt_of(10), embeds=True)
+    loop = Loop(plan)
+    loop.run()
+    assert [planned(step) for step in loop.steps] == [[("a", 0, 8, False)], [("a", 8, 1, True)]]
+    assert [step.embedding for step in loop.steps] == [[], [0]]
+    assert request.finish_reason == STOP and stats(plan).generated_tokens == 0
+
+
 def test_a_text_of_known_length_has_no_wasted_row() -> None:
     plan = scheduler()
     request = add(plan, "a", prompt_of(3), 3)

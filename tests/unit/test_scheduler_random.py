@@ -62,6 +62,7 @@ def arrivals(draw: random.Random, limits: Limits) -> list[Arrival]:
             stop_tokens=frozenset((END,)) if draw.random() < 0.5 else frozenset(),
             salt=draw.choice((None, None, "a")),
             priority=draw.choice((0, 0, 0, 1)),
+            embeds=draw.random() < 0.15,
             ahead=draw.random() < 0.9,
             expected_tokens=draw.choice((0, 0, 5)),
         )

@@ -34,6 +34,7 @@ class Counting:
         step: Step
         logprobs: None = field(default=None, init=False)
         prompt_logprobs: None = field(default=None, init=False)
+        states: None = field(default=None, init=False)
 
         def tokens(self) -> list[int]:
             return [row.start + row.count for row in self.step.drawing]

@@ -16,7 +16,7 @@ from tersor.engine.batch_items import Item
 from tersor.engine.core import Core, Launched
 from tersor.engine.limits import Limits
 from tersor.engine.offline import OfflineEngine
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.request import Step
 from tersor.engine.scheduler import Scheduler
@@ -233,7 +233,8 @@ def _queued(core: Core, items: Sequence[Item]) -> Iterator[RequestOutput]:
         yield from core.step(partial=False)
 
 
-def _drawn(output: RequestOutput) -> int:
+def _drawn(output: Answer) -> int:
+    assert isinstance(output, RequestOutput)
     if output.error is not None:
         raise TersorError(f"request {output.request_id} failed: {output.error}")
     return sum(len(one.token_ids) for one in output.outputs)

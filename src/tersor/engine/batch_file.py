@@ -21,10 +21,10 @@ from typing import Any
 from tersor import files
 from tersor.engine import openai_answer
 from tersor.engine.batch_items import BatchEngine, Item, answer_once
-from tersor.engine.batch_lines import BadLine, BatchInput, Dialect, Line, embeds, read_batch
+from tersor.engine.batch_lines import BadLine, BatchInput, Dialect, Line, read_batch
 from tersor.engine.batch_store import Store, errors_path, manifest_path
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import ABORT, ERROR, RequestOutput
+from tersor.engine.openai_body import EMBEDDINGS
+from tersor.engine.outputs import ABORT, ERROR, Answer, EmbeddingRequestOutput, RequestOutput
 from tersor.errors import InputError, TersorError
 from tersor.version import __version__
 
@@ -216,7 +216,7 @@ class _Job:
         self._on_progress = on_progress
         settled = store.answered | store.failed
         self._lines = {line.number: line for line in batch.lines if line.custom_id not in settled}
-        self._parts: dict[int, dict[int, RequestOutput | Embedded]] = {}
+        self._parts: dict[int, dict[int, Answer]] = {}
         self._before, self._begun, self._drawn = 0, time.monotonic(), 0
 
     @property
@@ -253,7 +253,7 @@ class _Job:
                 f"the engine ended with {len(self._lines)} requests not answered: run again with --resume to go on"
             )
 
-    def _take(self, answer: RequestOutput | Embedded) -> None:
+    def _take(self, answer: Answer) -> None:
         number, part = map(int, answer.request_id.split("."))
         line = self._lines.get(number)
         if line is None:  # answered already: a lost worker's answer that came after all, or a prompt that failed
@@ -274,8 +274,8 @@ class _Job:
 
     def _answer(self, line: Line, answers: list[Any]) -> dict[str, Any]:
         name = self._name(line.custom_id)
-        if embeds(self._batch):
-            body = openai_answer.embeddings(line.ask, answers, model=self._model)
+        if line.ask.url == EMBEDDINGS:
+            body = openai_answer.embeddings(answers, model=self._model, as_base64=line.ask.base64)
         else:
             body = self._dialect.answer(line.ask, answers, name=name, model=self._model, created=self._store.created)
         response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
@@ -292,8 +292,8 @@ class _Job:
         return hashlib.sha256(f"{self._batch.sha256}\0{name}".encode()).hexdigest()[:24]
 
 
-def _failed(answer: RequestOutput | Embedded) -> str | None:
-    if answer.error is not None or isinstance(answer, Embedded):
+def _failed(answer: Answer) -> str | None:
+    if answer.error is not None or isinstance(answer, EmbeddingRequestOutput):
         return answer.error
     ended = {one.finish_reason for one in answer.outputs} & {ERROR, ABORT, None}
     return f"the engine ended it with {ended.pop() or 'nothing'}" if ended else None

@@ -12,8 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer, EmbeddingRequestOutput, RequestOutput
 from tersor.engine.params import SamplingParams
 
 
@@ -24,18 +23,27 @@ class Item:
     Attributes:
         key: becomes the `request_id` of its output.
         tokens: int32 [length].
-        params: how tokens are drawn, with a seed where they are; `None` asks for the last state, as an `Embedded`.
+        params: how tokens are drawn, with a seed where they are; `None` asks for the last state instead.
     """
 
     key: str
     tokens: NDArray[np.int32]
     params: SamplingParams | None
 
+    @property
+    def rows(self) -> int:
+        """Rows that it takes in an engine: one a continuation."""
+        return 1 if self.params is None else self.params.n
+
+    def answer(self, output: RequestOutput) -> Answer:
+        """Return what an engine told of it as what it asks for."""
+        return EmbeddingRequestOutput.of(output) if self.params is None else output
+
 
 class BatchEngine(Protocol):
     """What answers the prompts of a batch."""
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterable[RequestOutput | Embedded]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterable[Answer]:
         """Yield the finished output of every item, in any order; one that fails says so in `error`.
 
         Once `stopping()` is true no further item is begun: what runs is finished, and the rest has no output.
@@ -60,9 +68,7 @@ def question(item: Item) -> bytes | None:
     return digest.digest()
 
 
-def answer_once(
-    engine: BatchEngine, items: Sequence[Item], stopping: Callable[[], bool]
-) -> Iterator[RequestOutput | Embedded]:
+def answer_once(engine: BatchEngine, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
     """Yield the outputs of all items as `BatchEngine.run` does, where a question that is asked twice is run once.
 
     Equal prompts have one answer where it is greedy, or the last state.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.engine.openai_body import CHAT, EMBEDDINGS, URLS, Ask, check_defaults, parse
+from tersor.engine.openai_body import CHAT, URLS, Ask, check_defaults, parse
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError, did_you_mean
@@ -112,13 +112,11 @@ class BatchInput:
     """What is in a batch file.
 
     Attributes:
-        url: of all requests; `None` where no line is one.
         lines: the requests, in order.
         bad: the lines that are none, in order.
         sha256: of the file.
     """
 
-    url: str | None = None
     lines: list[Line] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     sha256: str = ""
@@ -180,13 +178,12 @@ def _take(
         if custom_id in seen:
             raise _LineError("duplicate_custom_id", f"custom_id {custom_id!r} is that of line {seen[custom_id]}, too")
         seen[custom_id] = number
-        url = _url(entry, result.url)
+        url = _url(entry)
         ask = parse(url, entry.get("body"), defaults)
         dialect.check(url, entry["body"])
         params = dialect.params(ask)
         if models and ask.model is not None and ask.model not in models:
             raise _LineError("model_not_found", f"model is {ask.model!r}, and this batch runs {', '.join(models)}")
-        result.url = url
         result.lines.append(_line(number, custom_id, ask, params, dialect))
     except InputError as error:
         code = error.code if isinstance(error, _LineError) else "invalid_request"
@@ -213,15 +210,13 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _url(entry: dict[str, Any], before: str | None) -> str:
+def _url(entry: dict[str, Any]) -> str:
     if entry.get("method") != "POST":
         raise _LineError("invalid_method", f"method is {entry.get('method')!r}, expected 'POST'")
     url = entry.get("url")
     if url not in URLS:
         near = did_you_mean(url, URLS) if isinstance(url, str) else ""
         raise _LineError("invalid_url", f"url is {url!r}{near}: use {', '.join(URLS)}")
-    if before is not None and url != before:
-        raise _LineError("invalid_url", f"url is {url!r}, that of the lines before is {before!r}: one a file")
     return url
 
 
@@ -258,8 +253,3 @@ def _seeded(params: SamplingParams | None, name: str) -> SamplingParams | None:
     if params is None or params.greedy or params.seed is not None:
         return params
     return replace(params, seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
-
-
-def embeds(batch: BatchInput) -> bool:
-    """Whether the requests of a batch ask for embeddings."""
-    return batch.url == EMBEDDINGS

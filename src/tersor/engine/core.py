@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tersor.engine.grammar import Grammars, Matcher
 from tersor.engine.options import resolved, seed_of
 from tersor.engine.outputs import ABORT, ERROR, STOP, Logprob, Logprobs, RequestOutput
@@ -29,17 +32,28 @@ if TYPE_CHECKING:
     from tersor.engine.workers import Team
 
 
+_NOTHING = SamplingParams(
+    max_tokens=1, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=0, ignore_eos=True
+)
+"""How the token is drawn that nobody asks for, behind a prompt whose last state is asked for."""
+
+_LEAST = np.float32(1e-12)
+"""What a row of zeros is divided by."""
+
+
 class Launched(Protocol):
     """A step under way: `runner.Launched`.
 
     Attributes:
         step: which.
         logprobs, prompt_logprobs: `ops.Logprobs`, or `None`, once it has ended.
+        states: float32 [rows of `step.embedding`, H], or `None`, once it has ended.
     """
 
     step: Step
     logprobs: Any
     prompt_logprobs: Any
+    states: Any
 
     def tokens(self) -> list[int]:
         """Wait for it and return the tokens of its rows that draw, -1 where logits were not finite."""
@@ -124,20 +138,20 @@ class Core:
             self._seeds += 1
         return params
 
-    def check(self, request_id: str, prompt_tokens: int, params: SamplingParams) -> None:
+    def check(self, request_id: str, prompt_tokens: int, params: SamplingParams | None) -> None:
         """Check whether a request by itself can be served.
 
         Args:
             request_id: for the message.
             prompt_tokens: how many tokens its prompt has.
-            params: how to draw.
+            params: how to draw; `None` asks for the last state.
 
         Raises:
             InputError: it can never be.
             UnsupportedError: its grammar needs xgrammar.
         """
-        self.scheduler.extent(request_id, prompt_tokens, params.max_tokens)
-        if params.grammar is not None:
+        self.scheduler.extent(request_id, prompt_tokens, 0 if params is None else params.max_tokens)
+        if params is not None and params.grammar is not None:
             self.check_grammar(params.grammar)
 
     def drawn(self, request_id: str) -> int | None:
@@ -151,7 +165,7 @@ class Core:
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | None,
         *,
         prompt: str | None = None,
         salt: str | None = None,
@@ -162,7 +176,7 @@ class Core:
         Args:
             request_id: a name that no other open request has.
             prompt_token_ids: at least one token.
-            params: how to draw.
+            params: how to draw; `None` asks for the last state, `RequestOutput.embedding`, and no token.
             prompt: its text, for the output.
             salt: prompts share keys and values only with prompts of the same salt.
             priority: less is sooner.
@@ -170,7 +184,8 @@ class Core:
         Raises:
             InputError: a request that can never be served; nothing of it stays.
         """
-        params = self.settled(params)
+        embeds = params is None
+        params = self.settled(params or _NOTHING)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         matchers = []
         if params.grammar is not None:
@@ -182,6 +197,7 @@ class Core:
             stop_tokens=ends,
             salt=salt,
             priority=priority,
+            embeds=embeds,
             ahead=params.grammar is None,
         )
         try:
@@ -193,7 +209,8 @@ class Core:
             raise
         self._matchers.update(zip(requests, matchers, strict=False))
         tokens = list(prompt_token_ids)
-        streams = [Stream(self.tokenizer, tokens, params, self.eos, request.index) for request in requests]
+        tokenizer = None if embeds else self.tokenizer
+        streams = [Stream(tokenizer, tokens, params, self.eos, request.index) for request in requests]
         output = RequestOutput(request_id, prompt, tokens, [stream.output for stream in streams])
         one = self._open[request_id] = _Open(output, streams, requests)
         self._of.update({request: (one, stream) for request, stream in zip(requests, streams, strict=True)})
@@ -269,11 +286,16 @@ class Core:
                 self.scheduler.end(row.request, ERROR)
                 self._of[row.request][0].output.error = "the model's logits are not finite"
                 self._end(row.request, ERROR)
+        states = {} if launched.states is None else dict(zip(step.embedding, launched.states.numpy(), strict=True))
         for place in self.scheduler.finish(step, drawn):
             request = step.drawing[place].request
             one, stream = self._of[request]
             one.output.num_cached_tokens = max(one.output.num_cached_tokens, request.num_cached)
             self._news[id(one)] = one
+            if request.embeds:
+                one.output.embedding = _at_length_1(states[place])
+                self._end(request, STOP)
+                continue
             logprobs = None
             if request.params.logprobs is not None:
                 logprobs = self._logprobs(launched.logprobs, place, drawn[place], request.params.logprobs)
@@ -315,6 +337,11 @@ class Core:
         for rank, (other, value) in enumerate(best, 1):
             entry.setdefault(other, Logprob(value, rank, text(other)))
         return entry
+
+
+def _at_length_1(state: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a row divided by its Euclidean norm; by itself, so that no other request changes a bit of it."""
+    return state / max(np.linalg.norm(state), _LEAST)
 
 
 def _copied(output: RequestOutput) -> RequestOutput:

@@ -18,8 +18,7 @@ import numpy as np
 from tersor.engine import groups, shares
 from tersor.engine.batch_items import Item
 from tersor.engine.groups import Plan
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer, RequestOutput
 from tersor.errors import TersorError
 
 TRIES = 3
@@ -49,7 +48,7 @@ class Lost:
     final: bool = False
 
 
-Event = RequestOutput | Embedded | Done | Lost
+Event = Answer | Done | Lost
 
 
 class Workers(Protocol):
@@ -133,9 +132,7 @@ class Dispatch:
         return float(sum(self._sums[stop] - self._sums[start] for start, stop in share))
 
 
-def run_over(
-    workers: Workers, items: Sequence[Item], stopping: Callable[[], bool]
-) -> Iterator[RequestOutput | Embedded]:
+def run_over(workers: Workers, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
     """Yield the outputs of all items, each once, in the order in which workers finish them (`BatchEngine.run`).
 
     Raises:
@@ -160,7 +157,7 @@ def run_over(
                 raise TersorError(f"no worker is left: {reason}")
             return
         for worker, event in workers.wait(_WAIT):
-            if isinstance(event, RequestOutput | Embedded):
+            if isinstance(event, Answer):
                 if dispatch.answered(worker, positions[event.request_id]):
                     yield event
                 continue
@@ -181,8 +178,6 @@ def expected_output(item: Item) -> int:
     return item.params.n * (item.params.max_tokens or GUESSED_OUTPUT) if item.params else 0
 
 
-def _failed(item: Item, reason: str) -> RequestOutput | Embedded:
+def _failed(item: Item, reason: str) -> Answer:
     error = f"its engine was lost {TRIES} times: {reason}"
-    if item.params is None:
-        return Embedded(item.key, item.tokens.size, [], error)
-    return RequestOutput(item.key, None, item.tokens.tolist(), [], error=error)
+    return item.answer(RequestOutput(item.key, None, item.tokens.tolist(), [], error=error))

@@ -58,7 +58,7 @@ class Admission:
         Args:
             plan: of all requests.
             pages: how many there are.
-            most: int64 [M]: `max_tokens` of each position, or one number for all.
+            most: int64 [M]: `max_tokens` of each position, or one number for all; 0 of those that draw nothing.
             lengths: what was learnt of earlier requests; `None` begins anew.
         """
         self.pages, self.lengths = pages, lengths or OutputLengths()
@@ -118,7 +118,8 @@ class Admission:
         """Note that a position that ran ended, and return the nodes whose pages are free now, the deepest first."""
         del self._running[position]
         self._bound -= self._whole[position]
-        self.lengths.observe(int(self._drawn[position]), int(self._most[position]))
+        if self._most[position]:  # it was to draw
+            self.lengths.observe(int(self._drawn[position]), int(self._most[position]))
         freed = self._pins.end(position)
         for node in freed:
             del self._resident[node]

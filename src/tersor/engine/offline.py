@@ -19,8 +19,8 @@ from tersor.engine.batch_items import Item
 from tersor.engine.core import Core
 from tersor.engine.dispatch import expected_output
 from tersor.engine.forecast import Admission, OutputLengths
-from tersor.engine.outputs import RequestOutput
-from tersor.errors import InputError, TersorError
+from tersor.engine.outputs import Answer, RequestOutput
+from tersor.errors import TersorError
 
 SPARE = 4
 """One more for so many rows is handed over, to begin while a prefix that others wait for is computed."""
@@ -44,11 +44,10 @@ class OfflineEngine:
         self.plan_seconds = 0.0
         self._lengths = OutputLengths()
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
         """Yield the outputs of all items, in the order in which they finish; one that cannot be served says so.
 
         Raises:
-            InputError: an item asks for its last state.
             TersorError: the engine fails.
         """
         begun = time.perf_counter()
@@ -63,8 +62,9 @@ class OfflineEngine:
             while job.go_on(stopping()):
                 yield from job.refused()
                 for output in self.core.step(partial=False):
-                    if job.ended(output):
-                        yield output
+                    item = job.ended(output)
+                    if item is not None:
+                        yield item.answer(output)
             yield from job.refused()
         finally:
             job.close()
@@ -73,7 +73,7 @@ class OfflineEngine:
 def _most(item: Item, context: int) -> int:
     """Tokens that an item may draw, of all its continuations."""
     if item.params is None:
-        raise InputError("this engine makes no embeddings: it draws tokens")
+        return 0
     room = max(1, context - item.tokens.size)
     return item.params.n * min(room, item.params.max_tokens or room)
 
@@ -90,7 +90,7 @@ class _Job:
         self._open: dict[str, int] = {}
         self._drawn: dict[int, int] = {}
         self._pinned: dict[int, array[int]] = {}
-        self._refused: list[RequestOutput] = []
+        self._refused: list[Answer] = []
         self._wait = 0
         self._stopped = False
 
@@ -105,19 +105,19 @@ class _Job:
             self._feed()
         return bool(self._open) or self._core.unfinished
 
-    def refused(self) -> list[RequestOutput]:
+    def refused(self) -> list[Answer]:
         """Return outputs of requests that the core did not take, once."""
         refused, self._refused = self._refused, []
         return refused
 
-    def ended(self, output: RequestOutput) -> bool:
-        """Note that a request has ended; return whether it is one of this run that still counts."""
-        if output.request_id not in self._open:
-            return False
-        drawn = sum(len(one.token_ids) for one in output.outputs)
-        self._drew(self._open[output.request_id], drawn)
+    def ended(self, output: RequestOutput) -> Item | None:
+        """Note that a request has ended; return its item, or `None` where it is none of this run that still counts."""
+        position = self._open.get(output.request_id)
+        if position is None:
+            return None
+        self._drew(position, sum(len(one.token_ids) for one in output.outputs))
         self._forget(output.request_id)
-        return True
+        return self._item(position)
 
     def close(self) -> None:
         """Leave the core as it was: nothing of this run in it, and nothing pinned."""
@@ -146,12 +146,11 @@ class _Job:
             self._next += 1
 
     def _begin(self, position: int) -> None:
-        item = self._items[int(self._plan.order[position])]
-        assert item.params is not None
+        item = self._item(position)
         self._admission.admit(position)
         self._drawn[position] = 0
         self._open[item.key] = position
-        self._rows += item.params.n
+        self._rows += item.rows
         for node in self._plan.path(position):
             if node not in self._pinned:
                 self._pinned[node] = prefix = _unsigned(item.tokens[: self._plan.depths[node]])
@@ -159,8 +158,12 @@ class _Job:
         try:
             self._core.add(item.key, _unsigned(item.tokens), item.params)
         except TersorError as error:
-            self._refused.append(RequestOutput(item.key, None, item.tokens.tolist(), [], error=str(error)))
+            refused = RequestOutput(item.key, None, item.tokens.tolist(), [], error=str(error))
+            self._refused.append(item.answer(refused))
             self._forget(item.key)
+
+    def _item(self, position: int) -> Item:
+        return self._items[int(self._plan.order[position])]
 
     def _look(self) -> None:
         """Tell the forecast what was drawn since it was asked last."""
@@ -175,8 +178,7 @@ class _Job:
         """Let a request go, and prefixes that were for it alone."""
         position = self._open.pop(name)
         del self._drawn[position]
-        params = self._items[int(self._plan.order[position])].params
-        self._rows -= params.n if params else 0
+        self._rows -= self._item(position).rows
         self._wait = 0
         for node in self._admission.end(position):
             self._core.scheduler.unpin(self._pinned.pop(node))

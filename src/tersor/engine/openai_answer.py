@@ -4,39 +4,27 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tersor.engine.openai_body import Ask
+from tersor.engine.outputs import EmbeddingRequestOutput
 
 
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """The last state of a prompt.
+def embeddings(answers: Sequence[EmbeddingRequestOutput], *, model: str, as_base64: bool = False) -> dict[str, Any]:
+    """Return the body that answers a request of embeddings.
 
-    Attributes:
-        request_id: as it was given.
-        prompt_tokens: how many tokens it has.
-        vector: float32 [hidden].
-        error: why the request failed, or `None`.
+    Args:
+        answers: one a prompt.
+        model: its name.
+        as_base64: whether numbers are base64 of little-endian float32 instead of a list.
     """
-
-    request_id: str
-    prompt_tokens: int
-    vector: Sequence[float] | np.ndarray
-    error: str | None = None
-
-
-def embeddings(ask: Ask, answers: Sequence[Embedded], *, model: str) -> dict[str, Any]:
-    """Return the body that answers a request of embeddings, one answer a prompt."""
     data = []
     for index, answer in enumerate(answers):
-        vector = np.asarray(answer.vector, dtype="<f4")
-        shown: Any = base64.b64encode(vector.tobytes()).decode() if ask.base64 else vector.tolist()
+        vector = np.asarray(answer.outputs.embedding, dtype="<f4")
+        shown: Any = base64.b64encode(vector.tobytes()).decode() if as_base64 else vector.tolist()
         data.append({"object": "embedding", "index": index, "embedding": shown})
-    tokens = sum(answer.prompt_tokens for answer in answers)
+    tokens = sum(len(answer.prompt_token_ids) for answer in answers)
     return {
         "object": "list",
         "data": data,

@@ -269,7 +269,14 @@ _OPTIONS: Mapping[str, _Field] = {
     "reasoning_effort": _TEXT,
 }
 
-_LACKING: Mapping[str, Any] = {"stream": False, "echo": False, "best_of": 1, "suffix": "", "modalities": ["text"]}
+_LACKING: Mapping[str, Any] = {
+    "stream": False,
+    "echo": False,
+    "best_of": 1,
+    "suffix": "",
+    "modalities": ["text"],
+    "dimensions": None,  # a state that is cut means nothing, but of models that were taught so
+}
 """Fields that only may say what is so without them."""
 
 _FIELDS: Mapping[str, Mapping[str, _Field]] = {

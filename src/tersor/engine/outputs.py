@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 """Why a continuation ended: a stop text or token; `max_tokens` or the context; `abort`; a step that failed."""
@@ -62,6 +66,7 @@ class RequestOutput:
         prompt_logprobs: one entry a token of the prompt, `None` for the first, where asked for.
         num_cached_tokens: tokens of the prompt whose keys and values were there already.
         error: why the request failed, or `None`.
+        embedding: what `EmbeddingOutput` holds, where the last state was asked for and not a text.
     """
 
     request_id: str
@@ -71,8 +76,55 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    embedding: NDArray[np.float32] | None = None
 
     @property
     def finished(self) -> bool:
         """Whether nothing more comes."""
         return all(one.finish_reason is not None for one in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """The last state of a prompt.
+
+    Attributes:
+        embedding: float32 [hidden size], of length 1: the row of the last token behind the model's last norm, which is
+            what its head reads.
+    """
+
+    embedding: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """A prompt whose last state was asked for.
+
+    Attributes:
+        request_id: as it was given.
+        prompt: its text, where it was text.
+        prompt_token_ids: its tokens.
+        outputs: the state; without one number where the request failed.
+        num_cached_tokens: tokens of the prompt whose keys and values were there already.
+        error: why the request failed, or `None`.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> EmbeddingRequestOutput:
+        """Return what an engine told of such a request."""
+        state, error = output.embedding, output.error
+        if state is None:
+            state, error = np.empty(0, np.float32), error or "the engine ended it with nothing"
+        found, cached = EmbeddingOutput(state), output.num_cached_tokens
+        return cls(output.request_id, output.prompt, output.prompt_token_ids, found, cached, error)
+
+
+Answer: TypeAlias = RequestOutput | EmbeddingRequestOutput
+"""What a prompt gets: texts, or its last state."""

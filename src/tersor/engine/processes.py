@@ -11,8 +11,7 @@ from typing import Any
 
 from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.dispatch import Done, Event, Lost, run_over
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer
 from tersor.errors import InputError, TersorError
 
 RESTARTS = 3
@@ -44,7 +43,7 @@ class Processes:
         for worker in range(count):
             self._start(worker)
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
         """Yield the outputs of all items, in any order.
 
         Raises:

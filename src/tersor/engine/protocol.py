@@ -49,7 +49,12 @@ class AsyncEngine(Protocol):
         """Return how the engine stands; cheap, since pages ask often."""
 
     def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str, salt: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None,
+        *,
+        request_id: str,
+        salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt.
 
@@ -61,7 +66,8 @@ class AsyncEngine(Protocol):
 
         Args:
             prompt_token_ids: at least one token.
-            params: how to draw; a seed holds whatever else runs.
+            params: how to draw; a seed holds whatever else runs. `None` asks for the last state: of the one output,
+                which is finished, its `embedding`.
             request_id: a name that no other open request has.
             salt: prompts share keys and values only with prompts of the same salt.
 

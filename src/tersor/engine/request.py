@@ -35,6 +35,7 @@ class Request:
         stop_tokens: a token that ends the text when it is drawn.
         salt: only requests with the same salt share pages.
         priority: less is sooner.
+        embeds: whether its prompt's last state is asked for; the one token that is drawn then is dropped.
         ahead: whether a token may be drawn before the host has read the one before it; not so where the host has to
             say what may come next (a grammar).
         expected_tokens: tokens that it is predicted to draw, for which room is kept when others are admitted; 0 where
@@ -68,6 +69,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     salt: str | None = None
     priority: int = 0
+    embeds: bool = False
     ahead: bool = True
     expected_tokens: int = 0
     output: list[int] = field(default_factory=list)
@@ -92,6 +94,11 @@ class Request:
     expected_pages: int = 0
 
     @property
+    def most_tokens(self) -> int | None:
+        """Tokens that it may draw and keep; `None` is what there is room for."""
+        return 0 if self.embeds else self.params.max_tokens
+
+    @property
     def known(self) -> int:
         """Tokens of the text that the host has read; one after them is on the device alone."""
         return len(self.prompt) + len(self.output)
@@ -112,6 +119,7 @@ def continuations(
     stop_tokens: frozenset[int] = frozenset(),
     salt: str | None = None,
     priority: int = 0,
+    embeds: bool = False,
     ahead: bool = True,
     expected_tokens: int = 0,
 ) -> list[Request]:
@@ -136,6 +144,7 @@ def continuations(
             stop_tokens=stop_tokens,
             salt=salt,
             priority=priority,
+            embeds=embeds,
             ahead=ahead,
             expected_tokens=expected_tokens,
         )
@@ -186,6 +195,11 @@ class Step:
     drawing: list[Row] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     grown: list[Request] = field(default_factory=list)
+
+    @property
+    def embedding(self) -> list[int]:
+        """Places in `drawing` of rows whose requests ask for their last state."""
+        return [place for place, row in enumerate(self.drawing) if row.request.embeds]
 
 
 def prompt_targets(row: Row) -> range:

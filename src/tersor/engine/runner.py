@@ -20,10 +20,10 @@ import torch
 from tersor import ops
 from tersor.engine.captured import Captured, capture
 from tersor.engine.orders import END, Line, Order
-from tersor.engine.request import Step, prompt_targets
+from tersor.engine.request import Step
 from tersor.engine.sampler import Sampler
 from tersor.engine.shared_pages import SharedPages, shared_pages
-from tersor.engine.step_buffer import Layout, fill, rows_on
+from tersor.engine.step_buffer import Layout, fill, prompt_places, rows_on
 from tersor.errors import TersorError
 from tersor.kernels.tune.shared_pages import LEAST_ROWS
 from tersor.models import Decoder
@@ -50,6 +50,7 @@ class Launched:
         drawn: int64 [rows that draw], on the host once `event` has come.
         logprobs: of the tokens drawn, where a row asks for them.
         prompt_logprobs: of tokens of prompts, in the order of rows and of their tokens, where a row asks for them.
+        states: float32 [rows of `step.embedding`, H]: their last states, where there are such rows.
         event: `None` on a CPU.
         ranks: that computed it.
     """
@@ -58,6 +59,7 @@ class Launched:
     drawn: torch.Tensor
     logprobs: ops.Logprobs | None
     prompt_logprobs: ops.Logprobs | None
+    states: torch.Tensor | None
     event: torch.cuda.Event | None
     ranks: Ranks
 
@@ -159,7 +161,7 @@ class Runner:
         for layout in layouts:
             views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
             views["slots"].fill_(self.max_rows)
-            logits, lengths = self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE)
+            logits, _, lengths = self._logits(views, count, min(tokens, self.max_length), self._pages * PAGE)
             self._draw(logits, views, lengths, False)
 
     @torch.inference_mode()
@@ -184,7 +186,7 @@ class Runner:
         size, most_queries = self._graph_size(step), 1
         shared = self._shared(step, size or len(step.rows))
         captured = None if size is None else (self.graphs if shared is None else self.sharing)[size]
-        places, targets, asks = ([], [], []) if captured else _prompt_places(step)
+        places, targets, asks = ([], [], []) if captured else prompt_places(step)
         if captured is not None:
             layout = captured.layout
         else:
@@ -225,7 +227,7 @@ class Runner:
             if order.graph:
                 (self.sharing if order.shares else self.graphs)[order.graph].replay(staged)
                 continue
-            logits, views, lengths = self._wanted(order, staged)
+            logits, _, views, lengths = self._wanted(order, staged)
             if order.draws:
                 self._draw(logits[: order.draws], views, lengths[: order.draws], False)
 
@@ -233,7 +235,7 @@ class Runner:
         """Return the rows of the captured step that serves one, if it only decodes and there is one."""
         if not self.graphs or step.decodes != len(step.rows):
             return None
-        if any(row.request.params.logprobs is not None for row in step.drawing):
+        if any(row.request.embeds or row.request.params.logprobs is not None for row in step.drawing):
             return None
         return next(size for size in self.graphs if size >= len(step.rows))
 
@@ -247,10 +249,10 @@ class Runner:
 
     def _eager(
         self, step: Step, order: Order, staged: torch.Tensor, targets: list[int], asks: list[int]
-    ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None]:
-        """Run a step that is no graph; return tokens, their log probabilities and those of prompts."""
+    ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None, torch.Tensor | None]:
+        """Run a step that is no graph; return tokens, their log probabilities, those of prompts, and last states."""
         draws = order.draws
-        logits, views, lengths = self._wanted(order, staged)
+        logits, states, views, lengths = self._wanted(order, staged)
         read = None
         if targets:
             of_targets, of_asks = (
@@ -259,19 +261,25 @@ class Runner:
             )
             read = ops.logprobs(logits[draws:], of_targets, of_asks)
         if not draws:
-            return torch.empty(0, dtype=torch.int64, device=self.device), None, read
+            return torch.empty(0, dtype=torch.int64, device=self.device), None, read, None
         asked = any(row.request.params.logprobs is not None for row in step.drawing)
         drawn, logprobs = self._draw(logits[:draws], views, lengths[:draws], asked)
-        return drawn, logprobs, read
+        embedding = step.embedding
+        if not embedding:
+            return drawn, logprobs, read, None
+        wanted = torch.tensor(embedding).to(self.device, non_blocking=True)
+        return drawn, logprobs, read, states.index_select(0, wanted).float()
 
-    def _wanted(self, order: Order, staged: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Run the model on a step that is no graph; return logits where they are wanted, the step's arrays, lengths."""
+    def _wanted(
+        self, order: Order, staged: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Run the model on a step that is no graph; return logits and states where wanted, its arrays, lengths."""
         numbers = staged.to(self.device, non_blocking=True)
         views = order.layout.split(numbers)
         if order.more:
             views["places"] = torch.cat([views["places"][: order.draws], numbers[order.layout.size :]])
-        logits, lengths = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
-        return logits, views, lengths
+        logits, states, lengths = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
+        return logits, states, views, lengths
 
     def _stage(self, size: int) -> torch.Tensor:
         """Return memory of the host for a step's buffer that no copy reads any more."""
@@ -290,16 +298,17 @@ class Runner:
         most_queries: int,
         most_length: int,
         everywhere: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the model; return logits [count, V] at the first places, and how long the texts there are, int32 [count].
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the model; return logits [count, V], last states [count, H] and lengths of texts, int32 [count].
 
-        They are all tokens in their order where logits are wanted `everywhere`.
+        All are of the first places; of all tokens in their order where they are wanted `everywhere`.
         """
         places = views["places"][:count]
         tokens, lengths = ops.resolve(views["tokens"], self._newest, views["starts"], views["lengths"], places)
         rows = rows_on(views, most_queries, most_length)
         with ops.using(workspace=self.workspace):
-            return self.decoder(tokens, rows, self.caches, None if everywhere else places), lengths
+            states = self.decoder.states(tokens, rows, self.caches, None if everywhere else places)
+            return self.decoder.logits(states), states, lengths
 
     def _draw(
         self, logits: torch.Tensor, views: dict[str, torch.Tensor], lengths: torch.Tensor, logprobs: bool
@@ -319,7 +328,7 @@ class Runner:
 
     def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
-        logits, lengths = self._logits(views, count, 1, self._pages * PAGE, everywhere=True)
+        logits, _, lengths = self._logits(views, count, 1, self._pages * PAGE, everywhere=True)
         return self._draw(logits, views, lengths, False)[0]
 
     def _publish(
@@ -328,10 +337,11 @@ class Runner:
         drawn: torch.Tensor,
         logprobs: ops.Logprobs | None = None,
         prompt_logprobs: ops.Logprobs | None = None,
+        states: torch.Tensor | None = None,
     ) -> Launched:
         """Begin to copy what a step gave to the host."""
         if self.device.type != "cuda":
-            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, None, self.ranks)
+            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, states, None, self.ranks)
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -340,9 +350,9 @@ class Runner:
         of_drawn, of_prompts = (
             None if one is None else ops.Logprobs(*map(copied, one)) for one in (logprobs, prompt_logprobs)
         )
-        host, event = copied(drawn), torch.cuda.Event()
+        host, of_states, event = copied(drawn), None if states is None else copied(states), torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        return Launched(step, host, of_drawn, of_prompts, event, self.ranks)
+        return Launched(step, host, of_drawn, of_prompts, of_states, event, self.ranks)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
@@ -371,22 +381,3 @@ class Runner:
                 self.sharing[size] = make(Layout(size, size, self._pages, shares=True))
         self.graphs = dict(sorted(self.graphs.items()))
         self.capture_seconds += time.perf_counter() - started
-
-
-def _prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:
-    """Return where in a step tokens stand whose successor in a prompt has a log probability that is asked for.
-
-    Returns:
-        Places, the tokens that follow there, and how many of the most probable ones are asked for beside each.
-    """
-    places: list[int] = []
-    targets: list[int] = []
-    asks: list[int] = []
-    at = 0
-    for row in step.rows:
-        for target in prompt_targets(row):
-            places.append(at + target - 1 - row.start)
-            targets.append(row.request.prompt[target])
-            asks.append(row.request.params.prompt_logprobs or 0)
-        at += row.count
-    return places, targets, asks

@@ -64,8 +64,7 @@ class Scheduler:
         self.steps: deque[Step] = deque()
         self.unfinished = 0
         self.prompt_tokens = self.cached_tokens = self.drawn_tokens = self.preemptions = 0
-        self._order = order
-        self._arrivals = 0
+        self._order, self._arrivals = order, 0
         self._live: dict[str, list[Request]] = {}
         self._slots = list(range(limits.max_rows - 1, -1, -1))
         self._stale = False  # whether one that is not running may be in `running`
@@ -79,7 +78,7 @@ class Scheduler:
             InputError: it has no prompt, can never fit, or one of the same id and index is there.
         """
         name, prompt, expected = request.id, len(request.prompt), request.expected_tokens
-        limit, need = self.extent(name, prompt, request.params.max_tokens)
+        limit, need = self.extent(name, prompt, request.most_tokens)
         same = self._live.get(name, [])
         if any(one.index == request.index for one in same):
             raise InputError(f"{name}: there is a request of this id already")
@@ -103,7 +102,7 @@ class Scheduler:
         Args:
             name: of the request.
             prompt: tokens of its prompt.
-            most: tokens that it may draw; `None` is what there is room for.
+            most: tokens that it may draw; `None` is what there is room for, 0 asks for its last state alone.
 
         Raises:
             InputError: it has no prompt, or can never fit.
@@ -111,10 +110,10 @@ class Scheduler:
         limits, pages = self.limits, self.cache.pages
         if not prompt:
             raise InputError(f"{name}: the prompt has no tokens")
-        if prompt >= limits.context:
+        if prompt + (most != 0) > limits.context:
             raise InputError(f"{name}: the prompt has {prompt} tokens, and the context is {limits.context}")
-        limit = limits.storable if most is None else min(prompt + most, limits.context)
-        need = pages.needed(max(limit, prompt + 1) - 1)
+        limit = max(limits.storable if most is None else min(prompt + most, limits.context), prompt + 1)
+        need = pages.needed(limit - 1)
         if need > pages.usable:
             raise InputError(
                 f"{name}: a prompt of {prompt} tokens and up to {max(limit - prompt, 1)} more need {need} pages of "
@@ -220,7 +219,8 @@ class Scheduler:
                 if token in request.stop_tokens:
                     self.end(request, STOP)
                 elif request.known == request.limit:
-                    self.end(request, LENGTH)
+                    self.drawn_tokens -= request.embeds
+                    self.end(request, STOP if request.embeds else LENGTH)
         self.drawn_tokens += len(counted)
         return counted
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tersor.engine.request import prompt_targets
 from tersor.engine.shared_pages import SharedPages, shared_size, write_nothing
 
 if TYPE_CHECKING:
@@ -134,3 +135,22 @@ def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int)
 
     shared = views["shared"] if len(views["shared"]) else None
     return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length, True, shared)
+
+
+def prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:
+    """Return where in a step tokens stand whose successor in a prompt has a log probability that is asked for.
+
+    Returns:
+        Places, the tokens that follow there, and how many of the most probable ones are asked for beside each.
+    """
+    places: list[int] = []
+    targets: list[int] = []
+    asks: list[int] = []
+    at = 0
+    for row in step.rows:
+        for target in prompt_targets(row):
+            places.append(at + target - 1 - row.start)
+            targets.append(row.request.prompt[target])
+            asks.append(row.request.params.prompt_logprobs or 0)
+        at += row.count
+    return places, targets, asks

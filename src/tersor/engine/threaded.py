@@ -64,7 +64,12 @@ class ThreadedEngine:
         self._core.check_grammar(grammar)
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str, salt: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None,
+        *,
+        request_id: str,
+        salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt."""
         self._check()
@@ -107,7 +112,7 @@ class ThreadedEngine:
         if self._closing:
             raise TersorError("the engine is closed")
 
-    def _add(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str | None) -> None:
+    def _add(self, request_id: str, prompt: list[int], params: SamplingParams | None, salt: str | None) -> None:
         try:
             self._core.add(request_id, prompt, params, salt=salt)
         except TersorError as error:

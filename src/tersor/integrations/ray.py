@@ -15,8 +15,7 @@ import numpy as np
 
 from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.dispatch import Done, Event, Lost, run_over
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.errors import InputError, TersorError, UnsupportedError
 
@@ -78,7 +77,7 @@ class RayEngines:
         self._running: dict[Any, int] = {}
         self._stopped = False
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
         """Yield the outputs of all items, in any order.
 
         Raises:

@@ -153,22 +153,32 @@ class Decoder:
     def __call__(
         self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the logits that follow some of a step's tokens.
+        """Return the logits that follow some of a step's tokens, [S, V] in `dtype`; arguments are those of `states`."""
+        return self.logits(self.states(tokens, rows, caches, places))
+
+    def states(
+        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the last states of some of a step's tokens, behind the last norm: what the head reads.
 
         Args:
             tokens: int64 [T] of all rows, and padding.
             rows: whose tokens they are.
             caches: pages of every layer; keys and values of the tokens are written to them.
-            places: int64 or int32 [S], the tokens whose logits are wanted; `None` for all.
+            places: int64 or int32 [S], the tokens whose states are wanted; `None` for all.
 
         Returns:
-            [S, V] in `dtype`.
+            [S, H] in `dtype`.
         """
         x: Hidden = self.embedding(tokens, rows)
         for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
             x = layer(x, cache, rows, following)
         y = _plain(x)
-        logits = self.head(self.norm(y if places is None else ops.gather_rows(y, places)))
+        return self.norm(y if places is None else ops.gather_rows(y, places))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits [S, V] of last states [S, H], both in `dtype`."""
+        logits = self.head(states)
         softcap = self.config.softcap
         return logits if softcap is None else ops.softcap(logits, softcap)
 

@@ -19,10 +19,10 @@ from tersor.server.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt of a request: its tokens and how to answer it."""
+    """One prompt of a request: its tokens, and how to answer it, or `None` for its last state."""
 
     tokens: list[int]
-    params: SamplingParams
+    params: SamplingParams | None
     salt: str | None = None
 
 

@@ -22,11 +22,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tersor.engine.protocol import AsyncEngine
 from tersor.errors import TersorError
-from tersor.server import chat, completions
+from tersor.server import chat, completions, embeddings
 from tersor.server.api import Api
 from tersor.server.errors import ApiError, of_validation
 from tersor.server.options import ServerOptions
-from tersor.server.requests import ChatRequest, CompletionRequest
+from tersor.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from tersor.server.sse import GONE
 from tersor.server.tokenizing import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
@@ -100,6 +100,10 @@ def _add_endpoints(app: FastAPI, api: Api) -> None:
     @app.post("/v1/completions")
     async def plain_completions(request: Request) -> Response:
         return await completions.complete(api, await _body(api, request, CompletionRequest), request)
+
+    @app.post("/v1/embeddings")
+    async def states(request: Request) -> Response:
+        return await embeddings.embed(api, await _body(api, request, EmbeddingRequest), request)
 
     @app.post("/tokenize")
     async def tokens_of(request: Request) -> Response:

@@ -13,8 +13,7 @@ from tersor.engine.batch_file import Progress, Report, run_batch
 from tersor.engine.batch_items import BatchEngine, Item
 from tersor.engine.config import EngineConfig
 from tersor.engine.offline import OfflineEngine
-from tersor.engine.openai_answer import Embedded
-from tersor.engine.outputs import RequestOutput
+from tersor.engine.outputs import Answer
 from tersor.engine.processes import Processes
 from tersor.engine.workers import check_first
 from tersor.errors import InputError, UnsupportedError
@@ -94,7 +93,7 @@ class _Later:
     def __init__(self, make: Callable[[], BatchEngine]) -> None:
         self._make = make
 
-    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[RequestOutput | Embedded]:
+    def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
         yield from self._make().run(items, stopping)
 
 

@@ -60,7 +60,7 @@ async def complete(api: Api, request: CompletionRequest, http: Request) -> Respo
     if request.max_tokens is not None and request.max_tokens < 0:
         raise ApiError(400, f"max_tokens is {request.max_tokens}: it must be at least 0", param="max_tokens")
     prompts = [await api.prompts.run(_prepare, api, request, one) for one in given]
-    await api.check_grammar(prompts[0].job.params.grammar)
+    await api.check_grammar(request.response_format.grammar() if request.response_format else None)
     if request.stream:
         return EventStream(_chunks(api, request, prompts), api.told)
     return JSONResponse(await until_gone(http.receive, _whole(api, request, prompts)))

@@ -6,7 +6,7 @@ counts as one that is not there. Beyond OpenAI's there are options of `SamplingP
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -62,10 +62,24 @@ class ResponseFormat(_Body):
         return {"json_schema": self.json_schema.schema_}
 
 
-class Drawing(_Body):
-    """What chat and plain completions share."""
+class Asking(_Body):
+    """What all requests share: which model, who may find what was read, and what changes no answer."""
 
     model: str | None = None
+    cache_salt: str | None = None
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+class Drawing(Asking):
+    """What chat and plain completions share."""
+
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     max_tokens: int | None = None
     temperature: float | None = None
@@ -87,15 +101,6 @@ class Drawing(_Body):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
-    cache_salt: str | None = None
-
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -151,27 +156,53 @@ class Drawing(_Body):
         return SamplingParams(**{**fields, **others})
 
 
-class CompletionRequest(Drawing):
-    """Body of `/v1/completions`. A prompt is a text or tokens, or a list of either."""
+Given: TypeAlias = str | list[int] | list[str] | list[list[int]]
+"""A text or tokens, or a list of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+
+def _listed(given: Given) -> list[str] | list[list[int]]:
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [given]  # type: ignore[list-item]
+    return given  # type: ignore[return-value]
+
+
+class CompletionRequest(Drawing):
+    """Body of `/v1/completions`."""
+
+    prompt: Given
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: int | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts as a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        return _listed(self.prompt)
 
     def check(self, vocabulary: int) -> None:
         """As for all, and `best_of` must be `n`: nothing is drawn only to be thrown away."""
         super().check(vocabulary)
         if self.best_of not in (None, self.n):
             raise ApiError(400, f"best_of is {self.best_of}: only n, {self.n}, is supported", param="best_of")
+
+
+class EmbeddingRequest(Asking):
+    """Body of `/v1/embeddings`."""
+
+    input: Given
+    encoding_format: Literal["float", "base64"] = "float"
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Return the inputs as a list.
+
+        Raises:
+            ApiError: there is none, or one is empty.
+        """
+        found = _listed(self.input)
+        if not found or not all(found):
+            raise ApiError(400, "input is empty: give a text or tokens", param="input")
+        return found
 
 
 class FunctionCall(_Body):
