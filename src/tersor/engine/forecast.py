@@ -96,7 +96,7 @@ class Admission:
         self._running: dict[int, None] = {}
         self._active = self._rows.copy()  # of each position, rows that have pages
         self._each = np.zeros(plan.order.size, dtype=np.int64)  # tokens that each of them has drawn
-        self._away = 0
+        self._away = self._next = 0
         self._waiting = (plan.stops - plan.firsts).tolist()  # of each node, positions that were not admitted
         self._resident: dict[int, None] = {}
         # Pages that everybody needs at its begin, and who draws all that it may, without a look at who ends when.
@@ -182,8 +182,9 @@ class Admission:
         self._away = away
 
     def admit(self, position: int) -> None:
-        """Note that a position runs from now on."""
+        """Note that a position runs from now on: the first of those that wait."""
         self._running[position] = None
+        self._next = position + 1
         self._bound += self._whole[position]
         for node in self._plan.path(position):
             self._waiting[node] -= 1
@@ -221,11 +222,6 @@ class Admission:
         rows = max(1.0, min(now, later))
         longer = _cost(now + begun) - _cost(now)
         return steps * (begun * (_cost(rows) / rows - 1) - longer) > tokens
-
-    @property
-    def _next(self) -> int:
-        """The first position that was not admitted: they are admitted in order."""
-        return self._plan.order.size - self._waiting[0]
 
     def _foreseen(self, more: tuple[int, ...]) -> tuple[Integers, Integers, Integers]:
         """Return the steps after which requests end, the last first, and pages and rows that there are just before."""
