@@ -7,7 +7,7 @@ else and does not wait.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tersor.engine import prefix
 from tersor.engine.prefix import PrefixCache
@@ -25,11 +25,14 @@ class Admission:
     Attributes:
         waiting: those that have not begun.
         preempted: those that have, which go first.
+        may_return: whether one of them may have pages now, where there are some, so many of which it finds; it is not
+            asked where nobody has any.
     """
 
     def __init__(self, cache: PrefixCache) -> None:
         self.waiting = Waiting()
         self.preempted = Waiting()
+        self.may_return: Callable[[Request, int], bool] = whenever
         self._cache = cache
         self._size = cache.pages.size
         self._computing: dict[bytes, Request] = {}
@@ -74,7 +77,9 @@ class Admission:
             found = self._find(request)
             if queue is self.waiting and self._wait(request, len(found)):
                 continue
-            fits = alone or self._fits(request, found, reserved)
+            fits = alone or (
+                self._fits(request, found, reserved) and (queue is self.waiting or self.may_return(request, len(found)))
+            )
             return (request, found) if fits else None
         return None
 
@@ -172,6 +177,11 @@ class Admission:
         cache, held = self._cache, self._cache.pages.needed(request.length)
         left = cache.available - cache.unheld(found) - (held - len(found))
         return left >= growth(request, held) + reserved
+
+
+def whenever(request: Request, found: int) -> bool:
+    """Let a request that was preempted go on as soon as there are pages."""
+    return True
 
 
 def growth(request: Request, held: int) -> int:

@@ -154,12 +154,13 @@ class Core:
         if params is not None and params.grammar is not None:
             self.check_grammar(params.grammar)
 
-    def drawn(self, request_id: str) -> int | None:
-        """Return how many tokens an open request has drawn in all its continuations; `None` before one has begun."""
-        requests = self._open[request_id].requests
-        if all(request.state in (WAITING, DELAYED) for request in requests):
-            return None
-        return sum(len(request.output) for request in requests)
+    def requests(self, request_id: str) -> Sequence[Request]:
+        """Return the continuations of an open request, those that have ended as well."""
+        return self._open[request_id].requests
+
+    def begun(self, request_id: str) -> bool:
+        """Whether an open request has ever had pages."""
+        return any(request.state not in (WAITING, DELAYED) for request in self.requests(request_id))
 
     def add(
         self,

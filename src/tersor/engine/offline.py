@@ -3,7 +3,8 @@
     for output in OfflineEngine(core).run(items, lambda: False): ...
 
 `groups.plan` says who shares what. Requests are handed to the core one by one, as they are expected to fit in its pages
-together (`forecast`), so that few of them wait there. A shared prefix is pinned from its first request to its last.
+together, or to be worth it though they do not (`forecast`), so that few of them wait there; one that loses its pages
+has some again on the same terms. A shared prefix is pinned from its first request to its last.
 """
 
 from __future__ import annotations
@@ -15,18 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from tersor.engine import groups
+from tersor.engine.admission import whenever
 from tersor.engine.batch_items import Item
 from tersor.engine.core import Core
 from tersor.engine.dispatch import expected_output
-from tersor.engine.forecast import Admission, OutputLengths
+from tersor.engine.forecast import PATIENCE, Admission, OutputLengths
 from tersor.engine.outputs import Answer, RequestOutput
+from tersor.engine.request import PREEMPTED, Request
 from tersor.errors import TersorError
 
 SPARE = 4
 """One more for so many rows is handed over, to begin while a prefix that others wait for is computed."""
-
-_PATIENCE = 16
-"""Steps after which a request that did not fit is looked at again, though none has ended."""
 
 
 class OfflineEngine:
@@ -56,7 +56,9 @@ class OfflineEngine:
         expected = np.minimum(most, [expected_output(item) for item in items])
         self.plan = plan = groups.plan([item.tokens for item in items], expected, page=limits.page_size)
         pages = self.core.scheduler.cache.pages.usable
-        job = _Job(self.core, items, plan, Admission(plan, pages, most[plan.order], self._lengths))
+        rows = np.array([item.rows for item in items], dtype=np.int64)
+        admission = Admission(plan, pages, most[plan.order], self._lengths, rows=rows[plan.order])
+        job = _Job(self.core, items, plan, admission)
         self.plan_seconds = time.perf_counter() - begun
         try:
             while job.go_on(stopping()):
@@ -91,14 +93,15 @@ class _Job:
         self._drawn: dict[int, int] = {}
         self._pinned: dict[int, array[int]] = {}
         self._refused: list[Answer] = []
-        self._wait = 0
+        self._wait = self._wait_away = 0
         self._stopped = False
+        core.scheduler.admission.may_return = self._may_return
 
     def go_on(self, stop: bool) -> bool:
         """Hand over what fits, or nothing more where it is to stop; return whether the core has anything to do."""
         if stop and not self._stopped:
             self._stopped = True
-            for name in [name for name in self._open if self._core.drawn(name) is None]:
+            for name in [name for name in self._open if not self._core.begun(name)]:
                 self._core.abort(name)
                 self._forget(name)
         if not self._stopped:
@@ -128,8 +131,11 @@ class _Job:
         for tokens in self._pinned.values():
             self._core.scheduler.unpin(tokens)
         self._pinned.clear()
+        self._core.scheduler.admission.may_return = whenever
 
     def _feed(self) -> None:
+        if self._core.scheduler.admission.preempted:
+            return  # they go first
         if self._wait and self._open:
             self._wait -= 1
             return
@@ -139,8 +145,8 @@ class _Job:
                 if not known:
                     self._look()
                     known = True
-                if not self._admission.fits(self._next):
-                    self._wait = _PATIENCE
+                if not self._admission.admits(self._next):
+                    self._wait = PATIENCE
                     return
             self._begin(self._next)
             self._next += 1
@@ -165,10 +171,35 @@ class _Job:
     def _item(self, position: int) -> Item:
         return self._items[int(self._plan.order[position])]
 
+    def _may_return(self, request: Request, found: int) -> bool:
+        """Whether a request that was preempted is to go on, as `Admission.may_return`."""
+        if self._wait_away:
+            self._wait_away -= 1
+            return False
+        self._look()
+        position = self._open.get(request.id)
+        if position is None:
+            return True
+        away = sum(one.state == PREEMPTED for one in self._core.requests(request.id))
+        prompt = max(0, len(request.prompt) - found * self._plan.page)  # the first that returns computes it for all
+        if self._admission.returns(position, prompt // away + len(request.output)):
+            return True
+        self._wait_away = PATIENCE
+        return False
+
     def _look(self) -> None:
-        """Tell the forecast what was drawn since it was asked last."""
+        """Tell the forecast what was drawn since it was asked last, and who has no pages."""
         for name, position in self._open.items():
-            self._drew(position, self._core.drawn(name) or 0)
+            requests = self._core.requests(name)
+            drawn = [len(one.output) for one in requests]
+            self._drew(position, sum(drawn))
+            having = [
+                count
+                for one, count in zip(requests, drawn, strict=True)
+                if one.state != PREEMPTED and one.finish_reason is None
+            ]
+            self._admission.stands(position, len(having), -(-sum(having) // max(1, len(having))))
+        self._admission.lost(len(self._core.scheduler.admission.preempted))
 
     def _drew(self, position: int, drawn: int) -> None:
         self._admission.drew(position, drawn - self._drawn[position])
@@ -179,7 +210,7 @@ class _Job:
         position = self._open.pop(name)
         del self._drawn[position]
         self._rows -= self._item(position).rows
-        self._wait = 0
+        self._wait = self._wait_away = 0
         for node in self._admission.end(position):
             self._core.scheduler.unpin(self._pinned.pop(node))
 
