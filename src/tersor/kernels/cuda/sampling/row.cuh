@@ -140,14 +140,33 @@ __device__ __forceinline__ bool filtered(float temperature, int top_k, float top
     return temperature >= numbers::kLeastTemperature && ((top_k > 0 && top_k < vocabulary) || top_p < 1.0f || min_p > 0.0f);
 }
 
-// What the first pass over a row leaves for the second.
+// How a row is filtered: not at all, or its token is drawn already; by top-k, with or without others; by top-p without
+// top-k; by min-p alone.
+enum Kind : u32 { kDrawn, kByCount, kBySum, kByWeight };
+
+__device__ __forceinline__ u32 kind_of(int top_k, float top_p, int vocabulary) {
+    return top_k > 0 && top_k < vocabulary ? kByCount : top_p < 1.0f ? kBySum : kByWeight;
+}
+
+// What a part of the weights is in whole units: 1 at least.
+__device__ __forceinline__ u64 share(float part, u64 total) {
+    return max(__double2ull_ru(__dmul_rn(static_cast<double>(part), __ull2double_rn(total))), static_cast<u64>(1));
+}
+
+// What passes over a row leave for later ones.
 struct State {
-    u64 total;     // of the weights of all tokens
+    u64 need;      // what the greatest tokens of `bin` must weigh together
+    u64 best;      // score and token (numbers::pair_of) of what is kept in any case
+    u64 of_bin;    // the same of the tokens of `bin`
     u32 count;     // of candidates
     u32 arrived;
     u32 peak;      // key of the greatest logit
-    u32 cut;       // candidates have this key at least
-    u32 filtered;  // 0: the token is drawn already
+    u32 cut;       // at least top-k tokens have this key at least
+    u32 filtered;  // Kind
+    u32 bin;       // where the least logit lies that top-p keeps
+    u32 greatest;  // key of the tokens of `bin`
+    u32 inverse;   // and of the least ~key
+    float a_unit;  // bins of 2^-x a unit of x
     u32 unused;
 };
 
