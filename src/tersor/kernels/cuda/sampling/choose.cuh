@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     const auto wanted = wanted_of(__ldcg(top_k + slot), __ldcg(top_p + slot), __ldcg(min_p + slot), vocabulary);
     const float scale = __fdiv_rn(numbers::kLog2E, __ldcg(temperature + slot));
     const float peak = numbers::value_of(__ldcg(&state->peak)), a_unit = __ldcg(&state->a_unit);
-    const u32 cut = __ldcg(&state->cut), bin = __ldcg(&state->bin);
+    const u32 cut = __ldcg(&state->cut), bin = kind == row::kBySum ? __ldcg(&state->bin) : bins::kBins;
     const u64 stream = numbers::stream_of(__ldcg(seeds + slot), __ldcg(positions + row));
     const auto of = row::row_of(
         row, slot, logits, stride, vocabulary, aligned, starts, ends, placed, listed, allowed, allowed_rows, words);
@@ -139,47 +139,54 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     const auto heavy = [&](float value) {
         return !wanted.weight || (below(value) <= wanted.far && weight(value) >= wanted.weight);
     };
-    // The score and token of a kept token, or 0 of one that cannot win.
-    const auto run = [&](float value, int token) -> u64 {
-        const float scaled = __fmul_rn(value, scale);
+    // Whether a token, were it kept, could win.
+    const auto able = [&](float value, int token) {
         const u64 word = numbers::word_of(stream, token);
-        if (scaled + numbers::most_noise(word) < floor) return 0;
-        return numbers::pair_of(__fadd_rn(scaled, numbers::noise_of(word)), token);
+        return !(__fmul_rn(value, scale) + numbers::most_noise(word) < floor);
+    };
+    const auto score = [&](float value, int token) {
+        const float noise = numbers::noise_of(numbers::word_of(stream, token));
+        return numbers::pair_of(__fadd_rn(__fmul_rn(value, scale), noise), token);
     };
     u64 best = 0, of_bin = 0;
     u32 greatest = 0, inverse = 0;
     // Takes logits of a thread, minus infinity for none, of tokens first, first + 1 ...; all lanes of a warp call it.
     const auto offer = [&](const auto& values, int first) {
         constexpr int kCount = sizeof(values) / sizeof(values[0]);
-        u32 taken = 0;
-        bool more = false;
+        u32 taken = 0, run = 0;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            if (values[i] == numbers::lowest()) continue;
-            if (kind == row::kByCount) {
-                taken |= static_cast<u32>(numbers::key_of(values[i]) >= cut) << i;
-                continue;
-            }
             const float x = below(values[i]);
-            const u32 own = kind == row::kBySum ? bins::bin_of(x, a_unit) : 0;
-            if (kind == row::kBySum && own >= bin) {
-                if (own != bin || !(x < 41.0f)) continue;
-                taken |= 1u << i;
+            bool takes = values[i] != numbers::lowest() && numbers::key_of(values[i]) >= cut, runs = false;
+            if (kind != row::kByCount) {
+                const u32 own = kind == row::kBySum ? bins::bin_of(x, a_unit) : 0;
+                takes = own == bin && x < 41.0f;
+                runs = values[i] != numbers::lowest() && x <= wanted.far && (own < bin || takes);
+            }
+            taken |= static_cast<u32>(takes) << i;
+            if (runs) run |= static_cast<u32>(able(values[i], first + i)) << i;
+            if (takes) {
                 greatest = max(greatest, numbers::key_of(values[i]));
                 inverse = max(inverse, ~numbers::key_of(values[i]));
-                if (heavy(values[i])) of_bin = max(of_bin, run(values[i], first + i));
-            } else if (heavy(values[i])) {
-                const u64 score = run(values[i], first + i);
-                more |= score > best;
-                best = max(best, score);
             }
         }
+        bool more = false;
+        row::each_set(run, values, [&](float value, int i) {
+            if (!heavy(value)) return;
+            const u64 pair = score(value, first + i);
+            if (taken >> i & 1) {
+                of_bin = max(of_bin, pair);
+            } else {
+                more |= pair > best;
+                best = max(best, pair);
+            }
+        });
         if (__any_sync(~0u, more)) {
             const u32 most = __reduce_max_sync(~0u, static_cast<u32>(best >> 32));
             if (lane == 0) atomicMax(&reached, most);
             __syncwarp();
         }
-        if (kind != row::kByWeight && __any_sync(~0u, taken != 0)) {
+        if (__any_sync(~0u, taken != 0)) {
             u32 lanes[kCount], all = 0, place = 0;
 #pragma unroll
             for (int i = 0; i < kCount; ++i) all += __popc(lanes[i] = __ballot_sync(~0u, taken >> i & 1));
@@ -298,7 +305,7 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     }
 
     const auto draw = [&](float value, int token) {
-        if (numbers::key_of(value) >= kept && heavy(value)) best = max(best, run(value, token));
+        if (numbers::key_of(value) >= kept && able(value, token) && heavy(value)) best = max(best, score(value, token));
     };
     if (!drawn && whole) {
         row::each(of, threadIdx.x, kThreads, draw);

@@ -44,7 +44,7 @@ __device__ __forceinline__ float polynomial(const float (&terms)[kTerms], float 
 __device__ __forceinline__ u64 weight_of(float x) {
     constexpr float kTerms[] = {0.6931459903717041f, -0.24020171165466309f, 0.05536210909485817f, -0.00928252749145031f,
                                 0.0009762839181348681f};
-    if (!(x < 41.0f)) return 0;
+    x = fminf(x, 41.0f);
     const int whole = __float2int_rz(x);
     const float part = __fsub_rn(x, static_cast<float>(whole));
     const float power = __fsub_rn(1.0f, __fmul_rn(part, polynomial(kTerms, part)));

@@ -25,15 +25,15 @@ constexpr int kMostWanted = 2400;
 constexpr int kLeastBit = 15;      // cuts are that coarse
 
 // Scores, logit / temperature + noise, of which the greatest wins. Noise costs much, and a word of random bits little
-// beside it, which bounds the noise: what cannot win has none computed.
+// beside it, which bounds the noise: what cannot win has none computed, and 0 for a score.
 struct Race {
     float scale;
     u64 stream;
     float floor;  // what a score must be at least
 
-    __device__ __forceinline__ u64 run(float value, int token) const {
-        const float scaled = __fmul_rn(value, scale);
+    __device__ __forceinline__ u64 score(float value, int token) const {
         const u64 word = numbers::word_of(stream, token);
+        const float scaled = __fmul_rn(value, scale);
         if (scaled + numbers::most_noise(word) < floor) return 0;
         return numbers::pair_of(__fadd_rn(scaled, numbers::noise_of(word)), token);
     }
@@ -150,12 +150,12 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
         }
         const u32 of_slice = reduce::most_of_block<kWarps>(numbers::key_of(reached), counts[0]);
         race.floor = numbers::floor_below(numbers::value_of(of_slice));
+        u32 able = 0;
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) {
-            if (values[i] != numbers::lowest() && !(most[i] < race.floor)) {
-                best = max(best, race.run(values[i], first + i));
-            }
+            able |= static_cast<u32>(values[i] != numbers::lowest() && !(most[i] < race.floor)) << i;
         }
+        row::each_set(able, values, [&](float value, int i) { best = max(best, race.score(value, first + i)); });
     } else {
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) {
@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
         if (token < 0) continue;
         const float value = __ldcg(of.values + i);
         wrong |= !(value < numbers::infinity());
-        if (value != numbers::lowest()) best = max(best, noisy ? race.run(value, token) : numbers::pair_of(value, token));
+        if (value != numbers::lowest()) best = max(best, noisy ? race.score(value, token) : numbers::pair_of(value, token));
     }
     best = reduce::most_of_block<kWarps>(wrong ? numbers::kWrong : best, memory);
     if (threadIdx.x == 0) partial[static_cast<long long>(row) * slices + slice] = best;

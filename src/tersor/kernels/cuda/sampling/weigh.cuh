@@ -46,24 +46,31 @@ extern "C" __global__ void __launch_bounds__(weigh::kThreads, 2) TERSOR_ENTRY(
         row, slot, logits, stride, vocabulary, aligned, starts, ends, placed, listed, allowed, allowed_rows, words);
     bins::clear<kThreads>(sums);
 
-    u64 rest = 0, held = 0;  // of the last bin, where most tokens are; of tokens side by side in one bin
-    int bin = 0;
-    row::each(of, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads, [&](float value, int) {
-        const float x = __fmul_rn(__fsub_rn(peak, value), scale);
-        const u64 weighs = numbers::weight_of(x);
-        const int own = bins::bin_of(x, a_unit);
-        if (own == bins::kBins - 1) {
-            rest += weighs;
-        } else if (weighs != 0) {
-            if (own != bin) {
-                if (held != 0) bins::add(sums, bin, held);
-                bin = own;
-                held = 0;
-            }
-            held += weighs;
+    u64 rest = 0;  // of the last bin, where most tokens are
+    row::each_chunk(of, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads, [&](const auto& values, int) {
+        constexpr int kCount = sizeof(values) / sizeof(float);
+        u64 weights[kCount], sum = 0;
+        int own[kCount];
+        bool alike = true;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const float x = __fmul_rn(__fsub_rn(peak, values[i]), scale);  // infinity of none: it weighs nothing
+            weights[i] = numbers::weight_of(x);
+            own[i] = bins::bin_of(x, a_unit);
+            if (own[i] == bins::kBins - 1) rest += weights[i];
+            alike &= own[i] == own[0];
+            sum += weights[i];
+        }
+        if (alike && own[0] == bins::kBins - 1) return;
+        if (alike) {  // where all tokens are, atomics wait for each other
+            bins::add(sums, own[0], sum);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            if (own[i] != bins::kBins - 1) bins::add(sums, own[i], weights[i]);
         }
     });
-    if (held != 0) bins::add(sums, bin, held);
     rest = reduce::sum_of_warp(rest);
     if (threadIdx.x % 32 == 0 && rest != 0) bins::add(sums, bins::kBins - 1, rest);
     __syncthreads();
