@@ -176,11 +176,16 @@ def prepare_peaks(function: Function, *, rows: int, vocabulary: int, words: int,
     return launch
 
 
+def _ctas(rows: int, vocabulary: int, multiprocessors: int) -> int:
+    """Return how many share a row: two of all fit a multiprocessor."""
+    return min(max(2 * multiprocessors // rows, 1), -(-vocabulary // _CHOOSE_SLICE))
+
+
 def prepare_weigh(
     function: Function, *, rows: int, vocabulary: int, words: int, aligned: bool, multiprocessors: int
 ) -> Launch:
     """Return what launches `weigh_source`; arguments as in `prepare_peaks`, and how many multiprocessors there are."""
-    ctas = min(max(2 * multiprocessors // rows, 1), -(-vocabulary // _CHOOSE_SLICE))  # two fit a multiprocessor
+    ctas = _ctas(rows, vocabulary, multiprocessors)
     grid, block, run = (ctas, rows, 1), (_CHOOSE_THREADS, 1, 1), function.launch
 
     def launch(
@@ -198,7 +203,7 @@ def prepare_choose(
     function: Function, *, rows: int, vocabulary: int, words: int, aligned: bool, multiprocessors: int
 ) -> Launch:
     """Return what launches `choose_source`; arguments as in `prepare_weigh`."""
-    ctas = min(max(multiprocessors // rows, 1), -(-vocabulary // _CHOOSE_SLICE))  # one fits a multiprocessor
+    ctas = _ctas(rows, vocabulary, multiprocessors)
     grid, block, run = (ctas, rows, 1), (_CHOOSE_THREADS, 1, 1), function.launch
 
     def launch(

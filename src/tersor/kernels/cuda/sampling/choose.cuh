@@ -18,28 +18,15 @@ namespace choose {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSlice = kThreads * row::kChunk;
-constexpr int kOfThread = 16;
-constexpr int kCandidates = kThreads * kOfThread;  // of a row
-constexpr float kUnit = 1099511627776.0f;          // the weight of the greatest logit
+constexpr int kCandidates = 16 * kThreads;  // of a row
+constexpr float kUnit = 1099511627776.0f;   // the weight of the greatest logit
 constexpr int kUnitBits = 40;
+constexpr int kCtas = INPUT == 2 ? 1 : 2;  // of a multiprocessor: chunks of float32 have more registers
 
-// The greatest key that amounts of at least `need` reach; `each(f)` calls f(key, amount) for a thread's. Keys are alike
-// in their last `constant` bits.
-template <class Each>
-__device__ __forceinline__ u32 search(const Each& each, u64 need, int constant, u64 (*memory)[kWarps + 2]) {
-    u32 cut = 0;
-    for (int bit = 31; bit >= constant; --bit) {
-        const u32 tried = cut | 1u << bit;
-        u64 reached = 0;
-        each([&](u32 key, u64 amount) { reached += key >= tried ? amount : 0; });
-        if (reduce::sum_of_block<kWarps>(reached, memory[bit % 2]) >= need) cut = tried;
-    }
-    return cut;
-}
-
-// The same by bins, some bits of keys at a time; all of the sum where less is there than need_of(sum) asks for.
+// The greatest key that amounts of need_of(their sum) reach, or of all, where that is more; `each(f)` calls f(key, amount)
+// for a thread's. Keys are alike in their last `constant` bits.
 template <class Each, class Need>
-__device__ __forceinline__ u32 search_bins(
+__device__ __forceinline__ u32 search(
     const Each& each, const Need& need_of, int constant, bins::Sums& sums, u64 (&memory)[kWarps + 2]) {
     u32 cut = 0;
     u64 need = 0;
@@ -66,26 +53,20 @@ __device__ __forceinline__ u32 search_bins(
     return cut;
 }
 
-struct Wanted {
-    int top_k;    // 0: all
-    float top_p;  // 1: all
-    u64 weight;   // of a token at least; 0: all
-    float far;    // with an x beyond it no token 2^-x weighs as much
-};
+// What a token weighs at least; 0: all are heavy enough.
+__device__ __forceinline__ u64 least_weight(float min_p) {
+    return __double2ull_ru(__dmul_rn(static_cast<double>(fmaxf(min_p, 0.0f)), static_cast<double>(kUnit)));
+}
 
-__device__ __forceinline__ Wanted wanted_of(int top_k, float top_p, float min_p, int vocabulary) {
-    Wanted wanted = {top_k > 0 && top_k < vocabulary ? top_k : 0, top_p, 0, numbers::infinity()};
-    if (min_p > 0.0f) {
-        wanted.weight = __double2ull_ru(__dmul_rn(static_cast<double>(min_p), static_cast<double>(kUnit)));
-        const int zeros = __clz(static_cast<int>(wanted.weight >> 16));  // 2^40 has 7
-        if (zeros < 32) wanted.far = static_cast<float>(kUnitBits - 16 - 31 + zeros) + 0.5f;
-    }
-    return wanted;
+// With an x beyond it no token of 2^-x weighs as much.
+__device__ __forceinline__ float far_of(u64 weight) {
+    const int zeros = __clz(static_cast<int>(weight >> 16));  // 2^40 has 7
+    return zeros == 32 ? numbers::infinity() : static_cast<float>(kUnitBits - 16 - 31 + zeros) + 0.5f;
 }
 
 }  // namespace choose
 
-extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(choose::kThreads, choose::kCtas) TERSOR_ENTRY(
     const void* __restrict__ logits,
     const int* __restrict__ slots,
     const int* __restrict__ starts,
@@ -110,15 +91,16 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     int aligned) {
     using namespace choose;
     __shared__ bins::Sums sums;
-    __shared__ u64 memory[2][kWarps + 2];
-    __shared__ u32 reached;  // the key of a score of a token that is kept
+    __shared__ u64 memory[kWarps + 2];
+    __shared__ u32 reached;            // the key of a score of a token that is kept
+    __shared__ u32 greatest, inverse;  // of candidates, as in row::State
     launch::start_next();
     launch::wait_for_earlier();
     row::State* const state = static_cast<row::State*>(states_) + blockIdx.y;
     const u32 kind = __ldcg(&state->filtered);
     if (kind == row::kDrawn) return;
     const int row = blockIdx.y, lane = threadIdx.x % 32, slot = row::slot_of(slots, row);
-    const auto wanted = wanted_of(__ldcg(top_k + slot), __ldcg(top_p + slot), __ldcg(min_p + slot), vocabulary);
+    const float least = __ldcg(min_p + slot), far = far_of(least_weight(least));
     const float scale = __fdiv_rn(numbers::kLog2E, __ldcg(temperature + slot));
     const float peak = numbers::value_of(__ldcg(&state->peak)), a_unit = __ldcg(&state->a_unit);
     const u32 cut = __ldcg(&state->cut), bin = kind == row::kBySum ? __ldcg(&state->bin) : bins::kBins;
@@ -129,15 +111,16 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     const auto weight = [&](float value) { return numbers::weight_of(below(value)); };
     candidates += static_cast<long long>(row) * kCandidates;
 
-    if (threadIdx.x == 0) reached = numbers::key_of(__fmul_rn(peak, scale) + numbers::kLeastNoise);
+    if (threadIdx.x == 0) {
+        reached = numbers::key_of(__fmul_rn(peak, scale) + numbers::kLeastNoise);
+        greatest = inverse = 0;
+    }
     __syncthreads();
-    u32* const shared_reached = &reached;
-    const auto floor_now = [&] {
-        return numbers::floor_below(numbers::value_of(*static_cast<volatile u32*>(shared_reached)));
-    };
+    const auto now = [](u32& shared) { return *static_cast<volatile u32*>(&shared); };
+    const auto floor_now = [&] { return numbers::floor_below(numbers::value_of(now(reached))); };
     float floor = floor_now();
     const auto heavy = [&](float value) {
-        return !wanted.weight || (below(value) <= wanted.far && weight(value) >= wanted.weight);
+        return !(least > 0.0f) || weight(value) >= least_weight(least);
     };
     // Whether a token, were it kept, could win.
     const auto able = [&](float value, int token) {
@@ -149,7 +132,6 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
         return numbers::pair_of(__fadd_rn(__fmul_rn(value, scale), noise), token);
     };
     u64 best = 0, of_bin = 0;
-    u32 greatest = 0, inverse = 0;
     // Takes logits of a thread, minus infinity for none, of tokens first, first + 1 ...; all lanes of a warp call it.
     const auto offer = [&](const auto& values, int first) {
         constexpr int kCount = sizeof(values) / sizeof(values[0]);
@@ -161,14 +143,10 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
             if (kind != row::kByCount) {
                 const u32 own = kind == row::kBySum ? bins::bin_of(x, a_unit) : 0;
                 takes = own == bin && x < 41.0f;
-                runs = values[i] != numbers::lowest() && x <= wanted.far && (own < bin || takes);
+                runs = values[i] != numbers::lowest() && x <= far && (own < bin || takes);
             }
             taken |= static_cast<u32>(takes) << i;
             if (runs) run |= static_cast<u32>(able(values[i], first + i)) << i;
-            if (takes) {
-                greatest = max(greatest, numbers::key_of(values[i]));
-                inverse = max(inverse, ~numbers::key_of(values[i]));
-            }
         }
         bool more = false;
         row::each_set(run, values, [&](float value, int i) {
@@ -194,9 +172,11 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
             place = __shfl_sync(~0u, place, 0);
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                const u32 own = place + __popc(lanes[i] & ((1u << lane) - 1));
-                if ((taken >> i & 1) && own < kCandidates) {
-                    candidates[own] = {numbers::key_of(values[i]), static_cast<u32>(first + i)};
+                const u32 own = place + __popc(lanes[i] & ((1u << lane) - 1)), key = numbers::key_of(values[i]);
+                if (taken >> i & 1) {
+                    if (own < kCandidates) candidates[own] = {key, static_cast<u32>(first + i)};
+                    if (key > now(greatest)) atomicMax(&greatest, key);
+                    if (~key > now(inverse)) atomicMax(&inverse, ~key);
                 }
                 place += __popc(lanes[i]);
             }
@@ -222,101 +202,65 @@ extern "C" __global__ void __launch_bounds__(choose::kThreads) TERSOR_ENTRY(
     if (kind != row::kByCount) {
         best = reduce::most_of_warp(best);
         of_bin = reduce::most_of_warp(of_bin);
-        greatest = __reduce_max_sync(~0u, greatest);
-        inverse = __reduce_max_sync(~0u, inverse);
         if (lane == 0 && best != 0) atomicMax(&state->best, best);
-        if (lane == 0 && greatest != 0) {
-            if (of_bin != 0) atomicMax(&state->of_bin, of_bin);
-            atomicMax(&state->greatest, greatest);
-            atomicMax(&state->inverse, inverse);
-        }
+        if (lane == 0 && of_bin != 0) atomicMax(&state->of_bin, of_bin);
     }
     __syncthreads();
+    if (threadIdx.x == 0 && greatest != 0) {
+        atomicMax(&state->greatest, greatest);
+        atomicMax(&state->inverse, inverse);
+    }
     const bool last = threadIdx.x == 0 && ptx::arrive(&state->arrived) == gridDim.x - 1;
     if (!__syncthreads_or(last)) return;
 
     best = threadIdx.x == 0 ? __ldcg(&state->best) : 0;
     const u32 count = __ldcg(&state->count);
+    const int k = kind == row::kByCount ? __ldcg(top_k + slot) : 0;
+    const float p = __ldcg(top_p + slot);
     const int constant = of.listed ? 0 : row::kConstantBits;
-    bool whole = count > kCandidates || (static_cast<int>(count) < wanted.top_k && cut > numbers::kHidden);
+    bool whole = count > kCandidates || (static_cast<int>(count) < k && cut > numbers::kHidden);
     bool drawn = kind == row::kByWeight;
     if (whole && kind == row::kBySum && __ldcg(&state->greatest) == ~__ldcg(&state->inverse)) {
         if (threadIdx.x == 0) best = max(best, __ldcg(&state->of_bin));
         drawn = true;
     }
     u32 kept = numbers::kNone;  // the least key that is kept
-    if (!drawn && !whole) {
-        u32 keys[kOfThread];
-        u64 weights[kOfThread];
-        const auto mine = [&](const auto& f) {
-#pragma unroll
-            for (int i = 0; i < kOfThread; ++i) {
-                if (i * kThreads < count) f(i);
-            }
-        };
-        mine([&](int i) {
-            const u32 place = threadIdx.x + i * kThreads;
-            keys[i] = place < count ? __ldcg(&candidates[place].x) : numbers::kNone;
-        });
-        if (static_cast<int>(count) > wanted.top_k && wanted.top_k) {
-            kept = search(
-                [&](const auto& f) { mine([&](int i) { f(keys[i], static_cast<u64>(1)); }); }, wanted.top_k, constant,
-                memory);
+    const auto every = [&](const auto& f) {
+        if (whole) {
+            row::each(of, threadIdx.x, kThreads, f);
+            return;
         }
-        if (wanted.top_p < 1.0f) {
-            u64 held = 0;
-            mine([&](int i) {
-                const bool takes = keys[i] != numbers::kNone && keys[i] >= kept;
-                weights[i] = takes ? weight(numbers::value_of(keys[i])) : 0;
-                held += weights[i];
-            });
-            __syncthreads();
-            held = reduce::sum_of_block<kWarps>(held, memory[0]);
-            __syncthreads();
-            const u64 need = kind == row::kBySum ? __ldcg(&state->need) : row::share(wanted.top_p, held);
-            const u32 least = search(
-                [&](const auto& f) { mine([&](int i) { f(keys[i], weights[i]); }); }, need, constant, memory);
-            kept = max(kept, least);
-        }
-    } else if (!drawn && kind == row::kBySum) {
-        const auto those = [&](const auto& f) {
-            row::each(of, threadIdx.x, kThreads, [&](float value, int) {
-                if (bins::bin_of(below(value), a_unit) == bin) f(numbers::key_of(value), weight(value));
-            });
-        };
-        kept = search_bins(those, [&](u64) { return __ldcg(&state->need); }, constant, sums, memory[0]);
-    } else if (!drawn) {
-        const auto ones = [&](const auto& f) {
-            row::each(of, threadIdx.x, kThreads, [&](float value, int) { f(numbers::key_of(value), 1ull); });
-        };
-        const u64 most = wanted.top_k;
-        kept = search_bins(ones, [&](u64) { return most; }, constant, sums, memory[0]);
-        if (wanted.top_p < 1.0f) {
-            const auto those = [&](const auto& f) {
-                row::each(of, threadIdx.x, kThreads, [&](float value, int) {
-                    const u32 key = numbers::key_of(value);
-                    if (key >= kept) f(key, weight(value));
-                });
-            };
-            const u32 least = search_bins(
-                those, [&](u64 total) { return row::share(wanted.top_p, total); }, constant, sums, memory[0]);
-            kept = max(kept, least);
-        }
-    }
-
-    const auto draw = [&](float value, int token) {
-        if (numbers::key_of(value) >= kept && able(value, token) && heavy(value)) best = max(best, score(value, token));
-    };
-    if (!drawn && whole) {
-        row::each(of, threadIdx.x, kThreads, draw);
-    } else if (!drawn) {
         for (u32 place = threadIdx.x; place < count; place += kThreads) {
-            const uint2 candidate = {__ldcg(&candidates[place].x), __ldcg(&candidates[place].y)};
-            draw(numbers::value_of(candidate.x), static_cast<int>(candidate.y));
+            f(numbers::value_of(__ldcg(&candidates[place].x)), static_cast<int>(__ldcg(&candidates[place].y)));
         }
+    };
+    if (!drawn && k && (whole || static_cast<int>(count) > k)) {
+        const u64 most = k;
+        const auto ones = [&](const auto& f) {
+            every([&](float value, int) { f(numbers::key_of(value), static_cast<u64>(1)); });
+        };
+        kept = search(ones, [&](u64) { return most; }, constant, sums, memory);
+    }
+    if (!drawn && p < 1.0f) {
+        const bool by_sum = kind == row::kBySum;
+        const u64 of_bin_alone = __ldcg(&state->need);
+        const auto those = [&](const auto& f) {
+            every([&](float value, int) {
+                const u32 key = numbers::key_of(value);
+                if (by_sum ? bins::bin_of(below(value), a_unit) == bin : key >= kept) f(key, weight(value));
+            });
+        };
+        const auto need_of = [&](u64 total) { return by_sum ? of_bin_alone : row::share(p, total); };
+        kept = max(kept, search(those, need_of, constant, sums, memory));
+    }
+    if (!drawn) {
+        every([&](float value, int token) {
+            if (numbers::key_of(value) < kept || !able(value, token) || !heavy(value)) return;
+            best = max(best, score(value, token));
+        });
     }
     __syncthreads();
-    best = reduce::most_of_block<kWarps>(best, memory[0]);
+    best = reduce::most_of_block<kWarps>(best, memory);
     if (threadIdx.x == 0) {
         const int token = best == 0 ? -1 : numbers::token_of(best);
         out[row] = token;
