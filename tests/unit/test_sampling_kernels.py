@@ -107,7 +107,7 @@ def test_rows_find_their_options_in_their_slots() -> None:
     "options",
     [
         {"top_p": 0.99},
-        {"top_p": 0.6, "min_p": 0.3},
+        {"top_p": 0.6, "min_p": 0.9},
         {"top_k": 9000},
         {"top_k": 9500, "top_p": 0.7},
         {"min_p": 1e-4},
@@ -129,6 +129,20 @@ def test_the_bin_where_top_p_ends_may_have_more_tokens_than_there_are_candidates
     logits[3] = torch.randn(10000, generator=generator) * 0.3 - 2.0
     logits[3, ::8] = torch.rand(1250, generator=generator) * 1e-3
     check(logits, plain(4, top_p=top_p))
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("options", [{"top_p": 0.5}, {"top_k": 5001}, {"top_p": 0.6}])
+def test_what_is_kept_ends_at_one_token_more_or_less(options: dict[str, float]) -> None:
+    """Two logits that differ have one weight; a token of many equal ones is asked for; light ones sum up to a heavy."""
+    logits = torch.full((8, 10000), -torch.inf)
+    if "top_k" in options:
+        logits[:, ::2], logits[:, 1::2] = 1.0, 0.99
+    elif options["top_p"] == 0.5:
+        logits[:, 5], logits[:, 7000] = -1e-9, 0.0
+    else:
+        logits[:, 8000], logits[:, :9000:30] = 5.9, 0.0  # 2^31.5 in units of 2^-40 of the greatest
+    check(logits, plain(8, **options))
 
 
 @pytest.mark.usefixtures("emulation")
