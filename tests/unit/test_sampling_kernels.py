@@ -121,7 +121,7 @@ def test_rows_of_which_most_is_kept_are_drawn_by_several_ctas(options: dict[str,
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("top_p", [0.02, 0.6, 0.98])
 def test_the_bin_where_top_p_ends_may_have_more_tokens_than_there_are_candidates(top_p: float) -> None:
-    """Rows: all equal; two values of which one has most tokens; more values than bins can tell apart; most are below."""
+    """Rows: all equal; two values of which one has most tokens; more values than bins tell apart; most are below."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.full((4, 10000), 0.75)
     logits[1, ::8] = 2.0
