@@ -1,6 +1,5 @@
-// Sums of whole numbers by bin in the shared memory of a CTA, and the bin in which the sum of all before reaches what is
-// needed: a radix select in which what is counted may have a weight. Sums have no order, so they are exact and the same
-// every time.
+// Sums of whole numbers by bin in the shared memory of a CTA, and the bin with which the sum of all before it reaches
+// what is needed: a radix select in which what is counted may have a weight. Sums are exact, so their order is nothing.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -70,14 +69,15 @@ __device__ __forceinline__ Found reaching(const Of& of, const Need& need_of, u64
     return {static_cast<int>(memory[kWarps]), memory[kWarps + 1]};
 }
 
-// Bins of x >= 0: 0 has the least ones, and the last has all from (kBins - 1) / a_unit on. What is above in one is above
-// in the other, however they are rounded.
+// Bins of x >= 0: 0 has the least ones, and the last has all from (kBins - 1) / a_unit on. However x is rounded, none
+// of a lower bin is greater.
 __device__ __forceinline__ int bin_of(float x, float a_unit) {
     return __float2int_rz(fminf(__fmul_rn(x, a_unit), static_cast<float>(kBins - 1)));
 }
 
-// Bins a unit for top_p of tokens that weigh 2^-x, of which `near` is the x of one of the greatest few thousand. No more
-// than 1 - top_p of the sum lies where vocabulary * 2^-x is less than that, so the last bin is not needed in general.
+// Bins a unit of x for tokens that weigh 2^-x, of which `near` is the x of one of the greatest few thousand; 0: unknown.
+// Beyond an x at which vocabulary * 2^-x is 1 - top_p of the greatest weight there is no token that top_p needs. Any
+// number is right; this one leaves few tokens in a bin.
 __device__ __forceinline__ float a_unit_of(float top_p, int vocabulary, float near) {
     const float tokens = static_cast<float>(vocabulary) / (1.0f - top_p);
     const float far = static_cast<float>(static_cast<int>(__float_as_uint(tokens) >> 23) - 125);  // over log2(tokens)

@@ -1,8 +1,8 @@
 // The last pass over rows with top-k, top-p or min-p. Candidates go to a list: with top-k what reaches the cut of
-// peaks.cuh, and with top-p the tokens of the bin of weigh.cuh, in which the least logit lies that is kept; what is kept
-// in any case, as all tokens of earlier bins, is drawn from at once. The CTA of a row that ends last finds the least
+// peaks.cuh, and with top-p the tokens of the bin of weigh.cuh, in which the least logit lies that is kept. What is kept
+// in any case, as are all tokens of earlier bins, is drawn from at once. The CTA of a row that ends last finds the least
 // logit that is kept, and draws among the candidates, too. Where these are more than there is room for, or fewer than
-// top-k asks for, it searches the whole row instead; but tokens of one bin whose logits are all equal are all kept.
+// top-k asks for, it searches the whole row instead; but of a bin whose logits are all equal all tokens are kept.
 // Kept is what reaches the k-th greatest logit; of that, the greatest logits, all equal ones of them, whose weights
 // reach top_p of the sum; and of that what weighs at least min_p of the greatest. Weights are integers, so sums have no
 // order. Parameters: INPUT (row.cuh).
@@ -23,8 +23,8 @@ constexpr float kUnit = 1099511627776.0f;   // the weight of the greatest logit
 constexpr int kUnitBits = 40;
 constexpr int kCtas = INPUT == 2 ? 1 : 2;  // of a multiprocessor: chunks of float32 have more registers
 
-// The greatest key that amounts of need_of(their sum) reach, or of all, where that is more; `each(f)` calls f(key, amount)
-// for a thread's. Keys are alike in their last `constant` bits.
+// The greatest key that amounts of need_of(their sum) reach, or of all, where that is more; `each(f)` calls
+// f(key, amount) for a thread's. Keys are alike in their last `constant` bits.
 template <class Each, class Need>
 __device__ __forceinline__ u32 search(
     const Each& each, const Need& need_of, int constant, bins::Sums& sums, u64 (&memory)[kWarps + 2]) {

@@ -79,8 +79,8 @@ __device__ __forceinline__ float noise_of(u64 word) {
     return -__fadd_rn(__fmul_rn(fraction, polynomial(kLogarithm, fraction)), exponent);
 }
 
-// Bounds of the noise that a word makes. Where its upper half begins with a one, the noise is above what zeros the lower
-// half begins with, by 1.6 at most; else it is at most 0.1, and no noise is less than kLeastNoise.
+// Bounds of the noise that a word makes. Where its upper half begins with a one, the noise is as much as there are zeros
+// ahead of the lower half, and 1.6 more at most; else it is at most 0.1, and no noise is less than kLeastNoise.
 constexpr float kLeastNoise = -5.1f;
 __device__ __forceinline__ float zeros_of(u64 word) {
     return static_cast<float>(__clz(static_cast<int>(static_cast<u32>(word))));

@@ -1,7 +1,7 @@
 // The first pass over rows of logits: each CTA has a slice of a row, and the one that ends last draws the row's token
 // where none is filtered: the most probable one, or the one with the greatest logit / temperature + noise. For rows with
-// top-k, top-p or min-p it leaves what the second pass (choose.cuh) begins with: the greatest logit, and a cut that
-// leaves few candidates. The k-th greatest of the maxima of groups of logits is exceeded by k logits at least.
+// top-k, top-p or min-p it leaves what later passes (weigh.cuh, choose.cuh) begin with: the greatest logit, and a cut
+// that leaves few candidates. The k-th greatest of the maxima of groups of logits is exceeded by k logits at least.
 // Parameters: INPUT (row.cuh).
 #pragma once
 
@@ -167,7 +167,8 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
         if (token < 0) continue;
         const float value = __ldcg(of.values + i);
         wrong |= !(value < numbers::infinity());
-        if (value != numbers::lowest()) best = max(best, noisy ? race.score(value, token) : numbers::pair_of(value, token));
+        if (value == numbers::lowest()) continue;
+        best = max(best, noisy ? race.score(value, token) : numbers::pair_of(value, token));
     }
     best = reduce::most_of_block<kWarps>(wrong ? numbers::kWrong : best, memory);
     if (threadIdx.x == 0) partial[static_cast<long long>(row) * slices + slice] = best;

@@ -108,9 +108,9 @@ __device__ __forceinline__ bool values_of(const Chunk& chunk, float (&values)[kC
     return wrong;
 }
 
-// Calls f(values, first) with the logits of tokens first, first + 1 ..., minus infinity where none is or may be drawn: of
-// the chunks worker, worker + workers ... of the row, and one by one of its list. Returns whether one of them is NaN or
-// infinity. A chunk is fetched while the one before is looked at.
+// Calls f(values, first) with the logits of tokens first, first + 1 ..., minus infinity where none is or may be drawn:
+// of the chunks worker, worker + workers ... of the row, and one by one of its list. Returns whether one of them is NaN
+// or infinity. A chunk is fetched while the one before is looked at.
 template <class F>
 __device__ __forceinline__ bool each_chunk(const Row& row, int worker, int workers, const F& f) {
     bool wrong = false;
