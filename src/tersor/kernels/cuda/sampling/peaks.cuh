@@ -120,11 +120,11 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     const bool noisy = heat >= numbers::kLeastTemperature && !filtered;
     float values[row::kChunk];
     bool wrong = row::values_of(chunk, values);
-    if (filtered) {
-        float most = values[0];
+    float most_logit = values[0];
 #pragma unroll
-        for (int i = 1; i < row::kChunk; ++i) most = fmaxf(most, values[i]);
-        u32 group = numbers::key_of(most);
+    for (int i = 1; i < row::kChunk; ++i) most_logit = fmaxf(most_logit, values[i]);
+    if (filtered) {
+        u32 group = numbers::key_of(most_logit);
 #pragma unroll
         for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) group = max(group, __shfl_xor_sync(~0u, group, lanes));
         if (lane % kGroupLanes == 0) {
@@ -156,11 +156,11 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
             able |= static_cast<u32>(values[i] != numbers::lowest() && !(most[i] < race.floor)) << i;
         }
         row::each_set(able, values, [&](float value, int i) { best = max(best, race.score(value, first + i)); });
-    } else {
+    } else if (most_logit != numbers::lowest()) {
+        int place = row::kChunk - 1;  // the first of equals
 #pragma unroll
-        for (int i = 0; i < row::kChunk; ++i) {
-            if (values[i] != numbers::lowest()) best = max(best, numbers::pair_of(values[i], first + i));
-        }
+        for (int i = row::kChunk - 2; i >= 0; --i) place = values[i] == most_logit ? i : place;
+        best = numbers::pair_of(most_logit, first + place);
     }
     for (int i = slice * kThreads + threadIdx.x; i < of.listed; i += slices * kThreads) {
         const int token = __ldcg(of.tokens + i);
