@@ -77,7 +77,7 @@ def test_what_a_model_needs_is_compiled_once(
 
 
 def test_real_kernels_are_asked_for_in_both_dtypes_where_the_model_names_neither() -> None:
-    schemes, dtypes = warm.needs("m", {"quantization_config": {**QUANTIZATION, "overrides": {}}, "dtype": "float32"})
+    schemes, dtypes = warm.needs({"quantization_config": {**QUANTIZATION, "overrides": {}}, "dtype": "float32"})
     assert dtypes == ["float16", "bfloat16"]
     names = [source.name for source in warm.sources(schemes, dtypes, CHIPS["NVIDIA A100"])]
     assert len(names) >= 4
@@ -133,6 +133,18 @@ def test_kernels_of_the_engine_with_the_same_options_are_among_them(
     assert all(name.endswith("_e4m3") for name in compiled if "attention" in name)
 
 
+def test_a_plain_model_has_kernels_in_the_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        warm, "compile_many", lambda sources, arch, on_done: compiled.extend(source.name for source in sources)
+    )
+    assert run(["compile", str(tiny_lm.TINY), "--chip", "h200", "--max-step-tokens", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["schemes"] == []
+    assert any("attention_decode" in name for name in compiled) and not any("linear" in name for name in compiled)
+
+
 def test_what_the_engine_does_not_load_is_compiled_for_transformers_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +178,7 @@ def test_8_bit_activations_are_refused_on_a_chip_without_kernels_for_them(tmp_pa
         (["MODEL", "--chip", "NVIDIA H10"], "unknown chip 'NVIDIA H10', did you mean 'NVIDIA H100'?"),
         (["MODEL"], "torch sees no GPU to compile for: name one with --chip (NVIDIA A100"),
         (["MODEL", "--chip", "h100", "--activations", "fp7"], "activations 'fp7', did you mean 'fp8'?"),
-        (["PLAIN", "--chip", "h100"], "is not compressed, so it needs no kernels: run tersor quantize first"),
+        (["PLAIN", "--chip", "h100"], "is not compressed and runs through transformers, so it needs no kernels"),
         (["no/such/folder/anywhere", "--chip", "h100"], "no directory no/such/folder/anywhere"),
         ([], "Missing argument 'MODEL'"),
     ],

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import tiny_lm
+from helpers import own_code, tiny_lm
 
 from tersor.cli.main import run
 
@@ -30,9 +30,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(output)
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command line that must fail with status 2 and one line, and return the line."""
-    assert run(arguments) == 2
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
+    """Run a command line that must fail with one line, and return the line."""
+    assert run(arguments) == status
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("tersor: ")
     return captured.err
@@ -57,7 +57,7 @@ def test_a_table_and_a_picture(text: str, packed: str, tmp_path: Path, capsys: p
     pytest.importorskip("matplotlib")
     assert run([*arguments, "--plot", str(picture)]) == 0
     table = capsys.readouterr().out
-    assert "4 windows of 64 tokens" in table
+    assert "4 windows of 64 tokens" in table and "keys and values" not in table
     assert re.search(r"int4 +4\.05 +5\.6 MB +\d+\.\d{3} \+- \d", table)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -68,6 +68,49 @@ def test_without_a_reference_there_is_no_comparison(text: str, capsys: pytest.Ca
     assert "perplexity" in out and "KL" not in out
     assert run(["eval", str(tiny_lm.TINY), "--text", text, *SHORT, "--json"]) == 0
     assert "kl" not in json.loads(capsys.readouterr().out)["models"][0]
+
+
+def test_keys_and_values_in_fp8_are_compared_with_a_reference_that_keeps_them_as_they_are(
+    text: str, packed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", str(tiny_lm.TINY), packed, "--text", text, "--reference", str(tiny_lm.TINY), *SHORT]
+    found = {}
+    for kept in ("auto", "fp8"):
+        assert run([*arguments, "--kv-dtype", kept, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["kv_dtype"] == kept
+        found[kept] = result["models"]
+    (plain, weights), (pages, both) = found["auto"], found["fp8"]
+    assert plain["kl"] == 0 and pages["kl"] > pages["kl_error"] > 0
+    assert pages["reference_perplexity"] == both["reference_perplexity"] == plain["perplexity"] != pages["perplexity"]
+    assert both["kl"] != weights["kl"] > pages["kl"]
+    assert 4 < both["bits_per_weight"] < 4.1 and pages["bits_per_weight"] == 16
+    assert run(["eval", str(tiny_lm.TINY), "--text", text, *SHORT, "--kv-dtype", "fp8"]) == 0
+    table = capsys.readouterr().out
+    assert f"{pages['perplexity']:.3f}" in table and "; keys and values: fp8\n" in table
+
+
+def test_activations_of_a_model_that_is_its_own_reference_are_those_asked_for(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tersor.convert import quantize
+
+    output = tmp_path / "fp6"
+    quantize(tiny_lm.TINY, output, format="fp6_e3m2")
+    arguments = ["eval", str(output), "--text", text, "--reference", str(output), *SHORT, "--json"]
+    assert run([*arguments, "--activations", "fp8"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["kl"] > 0
+
+
+def test_keys_and_values_of_a_model_that_the_engine_does_not_have_are_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_lm.copy(tmp_path / "model")
+    arguments = ["eval", str(model), "--text", text, *SHORT, "--kv-dtype"]
+    assert "kv_dtype 'fp9', did you mean 'fp8'?" in refused([*arguments, "fp9"], capsys)
+    own_code.edit(model / "config.json", {"architectures": ["OtherForCausalLM"]})
+    line = refused([*arguments, "fp8"], capsys, status=1)
+    assert "model: kv_dtype asks for the engine, and OtherForCausalLM runs through transformers: " in line
 
 
 def test_bad_input_is_one_line(

@@ -34,6 +34,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> str:
         ["eval", "MODEL", "--text", "TEXT", "--window", "16"],
         ["eval", "MODEL", "--text", "TEXT", "--window", "16", "--reference", str(tiny_lm.TINY), "--json"],
         ["eval", str(tiny_lm.TINY), "--text", "TEXT", "--window", "16", "--reference", "MODEL"],
+        ["eval", "MODEL", "--text", "TEXT", "--window", "16", "--kv-dtype", "fp8"],
         ["demo", "--model", "MODEL", "--format", "int4", "--max-tokens", "64", "--window", "32"],
     ],
     ids=lambda words: " ".join(words[:1] + words[-1:]),

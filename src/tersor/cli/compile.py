@@ -13,7 +13,7 @@ _ENGINE = EngineConfig()
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Compressed checkpoint directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
     revision: options.Revision = None,
     chip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")

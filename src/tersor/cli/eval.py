@@ -32,18 +32,26 @@ def command(
     activations: Annotated[
         str, typer.Option(help="16bit; fp8: linears quantise activations to e4m3, one scale a token.")
     ] = "16bit",
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Run in the engine, keys and values as auto, float16, bfloat16, float32 or fp8; --reference's as auto."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw size against quality (.png, .pdf, .svg).")] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
     from tersor import evaluate, nn, plots
+    from tersor.engine.config import EngineConfig
     from tersor.evaluate import plot as drawing
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
 
-    Activations.of(activations)
+    multiplied = Activations.of(activations)
+    pages = EngineConfig(kv_dtype=kv_dtype or "auto").pages_dtype
     torch_device = resolve_device(device)
     load.resolve_dtype(dtype, torch_device)
     content = evaluate.read_text(text)
@@ -63,6 +71,15 @@ def command(
         )
         for name, found in found_by_name.items()
     }
+
+    def ready(name: str, multiplied: Activations) -> Any:
+        directory = found_by_name[name].directory
+        if kv_dtype is not None:
+            return evaluate.engine_model(directory, torch_device, dtype, activations=multiplied)
+        return load.ready_model(
+            directory, torch_device, dtype, activations=multiplied, trust_remote_code=trust_remote_code
+        )
+
     base = None
     if reference is not None:
         for name in models:
@@ -71,40 +88,37 @@ def command(
                     f"{name} and the reference {reference} split the text into different tokens: "
                     "compare models of one tokenizer"
                 )
-        base = load.ready_model(
-            found_by_name[reference].directory, torch_device, dtype, trust_remote_code=trust_remote_code
-        )
+        base = ready(reference, Activations.NATIVE)
     results: list[dict[str, Any]] = []
     points: list[drawing.Point] = []
     for name in models:
-        model = base
-        if model is None or name != reference:
-            model = load.ready_model(
-                found_by_name[name].directory,
-                torch_device,
-                dtype,
-                activations=activations,
-                trust_remote_code=trust_remote_code,
-            )
+        same = base is not None and name == reference and multiplied is Activations.NATIVE
+        model: Any = base if same else ready(name, multiplied)
+        if isinstance(model, evaluate.EngineModel):
+            model, bits = model.keeping(pages), model.bits_per_weight
+        else:
+            bits = nn.bits_per_weight(model)
         with console.progress(_label(name)) as move:
             quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
-        bits = nn.bits_per_weight(model) or found_by_name[name].plain_bits
-        size = found_by_name[name].weight_bytes
-        results.append({"model": name, "weight_bytes": size, "bits_per_weight": bits, **quality.to_dict()})
-        points.append(drawing.Point(label=_label(name), size=size, quality=quality))
+        found = found_by_name[name]
+        size = {"weight_bytes": found.weight_bytes, "bits_per_weight": bits or found.plain_bits}
+        results.append({"model": name, **size, **quality.to_dict()})
+        points.append(drawing.Point(label=_label(name), size=found.weight_bytes, quality=quality))
         del model
         gc.collect()
     if plot is not None:
         drawing.plot(points, plot)
     if json:
-        console.print_json({"text": str(text), "reference": reference, "device": str(torch_device), "models": results})
+        facts = {"text": str(text), "reference": reference, "device": str(torch_device), "kv_dtype": kv_dtype}
+        console.print_json({**facts, "models": results})
         return
     rows = [
         row(_label(result["model"]), result["weight_bytes"], result["bits_per_weight"], point.quality)
         for result, point in zip(results, points, strict=True)
     ]
     first = points[0].quality
-    print(f"{text}: {first.windows} windows of {first.window} tokens; +- is one standard error over windows")
+    kept = "" if kv_dtype is None else f"; keys and values: {kv_dtype}"
+    print(f"{text}: {first.windows} windows of {first.window} tokens; +- is one standard error over windows{kept}")
     console.print_table(columns(reference is not None), rows)
 
 

@@ -138,7 +138,7 @@ def compile_ahead(
     revision: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> warm.Compiled:
-    """Compile every kernel that a compressed model can ask for, in the engine and in transformers.
+    """Compile every kernel that a model can ask for, in the engine and, where it is compressed, in transformers.
 
     Args:
         model: a checkpoint directory, or a hub id, which is downloaded.

@@ -128,8 +128,8 @@ def tokens_of(row: Row) -> Sequence[int]:
 def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int) -> Rows:
     """Return the rows of a step whose buffer is on the device.
 
-    They are settled: a copy has brought them, and pages hold what steps before this one wrote. A step's first kernels
-    are torch's, which begin when all before them has ended.
+    They are settled: a copy has brought them, and pages hold what steps before this one wrote. A step's first kernel
+    stands behind that copy, or is the first of a graph, so it starts when all before it has ended.
     """
     from tersor.ops.attention_form import Rows
 

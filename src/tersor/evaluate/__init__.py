@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from tersor.evaluate.predictors import EngineModel, engine_model
 from tersor.evaluate.quality import Quality, evaluate
 from tersor.evaluate.windows import cut_windows, read_text
 
-__all__ = ["Quality", "cut_windows", "evaluate", "read_text"]
+__all__ = ["EngineModel", "Quality", "cut_windows", "engine_model", "evaluate", "read_text"]

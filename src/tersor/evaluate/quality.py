@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor.errors import InputError, TersorError
-from tersor.integrations.transformers.finite import first_not_finite
+from tersor.evaluate.predictors import EngineModel, Predictor, TransformersModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,10 +70,10 @@ class Quality:
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | EngineModel,
     windows: torch.Tensor,
     *,
-    reference: PreTrainedModel | None = None,
+    reference: PreTrainedModel | EngineModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """Measure `model` on `windows`, against `reference` when there is one.
@@ -81,7 +81,7 @@ def evaluate(
     Holds the logits of one window a model, whatever the length of the text.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or the engine's (`engine_model`).
         windows: int64 [windows, window], from `windows.cut_windows`.
         reference: the model to compare with; same vocabulary, any device.
         progress: called with (windows done, windows in all) after every window.
@@ -92,19 +92,22 @@ def evaluate(
         TersorError: logits that are not finite, a perplexity or divergence that is infinite, or too little GPU memory
             for a window.
     """
-    models = {"model": model} if reference is None else {"model": model, "reference": reference}
-    for role, part in models.items():
-        _check(part, windows, role)
-    if reference is not None and _vocabulary(model) != _vocabulary(reference):
-        raise InputError(
-            f"the model has a vocabulary of {_vocabulary(model)} tokens and the reference one of "
-            f"{_vocabulary(reference)}: compare models of one family"
-        )
+    one = _predictor(model)
+    _check(one, windows, "model")
+    other = None
+    if reference is not None:
+        other = one if reference is model else _predictor(reference)
+        _check(other, windows, "reference")
+        if one.vocabulary != other.vocabulary:
+            raise InputError(
+                f"the model has a vocabulary of {one.vocabulary} tokens and the reference one of "
+                f"{other.vocabulary}: compare models of one family"
+            )
     means = []
     count, window = windows.shape
     for index, tokens in enumerate(windows):
         try:
-            means.append(_measure(model, reference, tokens, index))
+            means.append(_measure(one, other, tokens, index))
         except torch.OutOfMemoryError:
             raise TersorError(f"GPU memory ran out in a window of {window} tokens: use a smaller one") from None
         if progress is not None:
@@ -112,28 +115,26 @@ def evaluate(
     return _summary(torch.tensor(means, dtype=torch.float64), window)
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().vocab_size)
+def _predictor(model: PreTrainedModel | EngineModel) -> Predictor:
+    return model if isinstance(model, EngineModel) else TransformersModel(model)
 
 
-def _check(model: PreTrainedModel, windows: torch.Tensor, role: str) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check(model: Predictor, windows: torch.Tensor, role: str) -> None:
+    limit = model.positions
     if limit is not None and windows.shape[1] > limit:
         raise InputError(f"a window of {windows.shape[1]} tokens exceeds the {role}'s {limit} positions")
     largest = int(windows.max())
-    if largest >= _vocabulary(model):
+    if largest >= model.vocabulary:
         raise InputError(
-            f"the text holds token {largest} but the {role} has a vocabulary of {_vocabulary(model)}: "
+            f"the text holds token {largest} but the {role} has a vocabulary of {model.vocabulary}: "
             "the tokenizer belongs to another model"
         )
 
 
-def _measure(
-    model: PreTrainedModel, reference: PreTrainedModel | None, tokens: torch.Tensor, index: int
-) -> list[float]:
-    """Means over the window `tokens`; its logits live no longer than this call."""
-    logits = _logits(model, tokens)
-    other = None if reference is None else logits if reference is model else _logits(reference, tokens)
+def _measure(model: Predictor, reference: Predictor | None, tokens: torch.Tensor, index: int) -> list[float]:
+    """Means over the window `tokens`; its logits, of which the last predict nothing, live no longer than this call."""
+    logits = model.logits(tokens)[:-1]
+    other = None if reference is None else logits if reference is model else reference.logits(tokens)[:-1]
     means = _window_means(logits, other, tokens[1:])
     if not all(math.isfinite(mean) for mean in means):
         if math.isfinite(means[0]) and reference is not None and other is not None:
@@ -143,14 +144,13 @@ def _measure(
 
 
 def _failure(
-    model: PreTrainedModel, role: str, logits: torch.Tensor, tokens: torch.Tensor, index: int, nll: float
+    model: Predictor, role: str, logits: torch.Tensor, tokens: torch.Tensor, index: int, nll: float
 ) -> TersorError:
     """Say where a window went wrong: at which token, and in which layer first."""
     finite = logits.amax(dim=-1).isfinite()
     if not bool(finite.all()):
         token = int((~finite).nonzero()[0]) + 1
-        watched = isinstance(model, torch.nn.Module)
-        where = first_not_finite(model, tokens.unsqueeze(0).to(model.device)) if watched else ""
+        where = model.not_finite(tokens)
         return TersorError(
             f"{role}window {index} gives logits that are not finite, from token {token} on{where}: try bfloat16 or "
             "float32"
@@ -160,12 +160,6 @@ def _failure(
             f"window {index}: the KL divergence is infinite, since one model excludes tokens that the other does not"
         )
     return TersorError(f"{role}window {index} holds a token of probability zero, so the perplexity is infinite")
-
-
-def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [window - 1, vocabulary] of the predictions of tokens 2..window, in the model's dtype."""
-    output = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False)
-    return output.logits[0, :-1]
 
 
 def _window_means(logits: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor) -> list[float]:

@@ -29,16 +29,8 @@ def first_not_finite(decoder: Decoder, tokens: Sequence[int]) -> str:
     found: list[str] = []
     try:
         count, device = len(tokens), decoder.device
-        pages = -(-count // PAGE)
-        rows = Rows(
-            starts=torch.tensor([0, count], dtype=torch.int32, device=device),
-            lengths=torch.tensor([count], dtype=torch.int32, device=device),
-            pages=torch.arange(1, pages + 1, dtype=torch.int32, device=device)[None],
-            most_queries=count,
-            most_length=count,
-        )
         ids, last = (torch.tensor(numbers, device=device) for numbers in (tokens, [count - 1]))
-        _watched(decoder, found)(ids, rows, decoder.caches(pages + 1), last)
+        _watched(decoder, found)(ids, Rows.of_text(count, device), decoder.caches(-(-count // PAGE)), last)
     except torch.OutOfMemoryError:
         return ""
     return f", first in {found[0]}" if found else ""

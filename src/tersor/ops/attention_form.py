@@ -102,3 +102,14 @@ class Rows:
     most_length: int
     settled: bool = False
     shared: torch.Tensor | None = None
+
+    @staticmethod
+    def of_text(count: int, device: torch.device) -> Rows:
+        """Return the rows of a step that computes a whole text of `count` tokens, in pages from the first one on."""
+        return Rows(
+            starts=torch.tensor([0, count], dtype=torch.int32, device=device),
+            lengths=torch.tensor([count], dtype=torch.int32, device=device),
+            pages=torch.arange(-(-count // PAGE), dtype=torch.int32, device=device)[None],
+            most_queries=count,
+            most_length=count,
+        )

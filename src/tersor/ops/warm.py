@@ -71,7 +71,7 @@ def compile_ahead(
     also: Callable[[Source, Chip], Iterable[KernelSource]] = lambda source, chip: (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compiled:
-    """Compile every kernel that a compressed model can ask for on some chips; needs NVRTC, but no GPU.
+    """Compile every kernel that a model can ask for on some chips; needs NVRTC, but no GPU.
 
     Args:
         model: a checkpoint directory, or a hub id, which is downloaded.
@@ -83,13 +83,13 @@ def compile_ahead(
         progress: told (kernels done, in all) at the start and after every kernel.
 
     Raises:
-        InputError: no such model, or one that Tersor did not compress.
+        InputError: no such model, or one that needs no kernel.
         KernelError: a kernel does not compile.
         UnsupportedError: NVRTC is not installed, or weights or chip do not take such activations.
     """
     chosen = Activations.of(activations)
     with open_source(model, revision) as source:
-        schemes, dtypes = needs(model, source.config)
+        schemes, dtypes = needs(source.config)
         mixture = mixture_of(source.config, source.tensors)
         for scheme in schemes:
             preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)
@@ -98,13 +98,15 @@ def compile_ahead(
             found = dict.fromkeys(sources(schemes, dtypes, chip, chosen, fuse))
             if mixture is not None:
                 found.update(dict.fromkeys(mixture.sources(schemes, dtypes, chip, chosen)))
-            if chosen is not Activations.NATIVE and not found:
+            if schemes and chosen is not Activations.NATIVE and not found:
                 raise UnsupportedError(
                     f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them"
                 )
             found.update(dict.fromkeys(also(source, chip)))
             wanted.setdefault(arch_for(chip.capability), {}).update(found)
     total = sum(map(len, wanted.values()))
+    if not total:
+        raise InputError(f"{model} is not compressed and runs through transformers, so it needs no kernels")
     known = sum(cache.load(cache.key(source, arch)) is not None for arch in wanted for source in wanted[arch])
     start = time.monotonic()
     done = 0
@@ -128,21 +130,17 @@ def compile_ahead(
     )
 
 
-def needs(model: str | Path, config: dict[str, Any]) -> tuple[list[Scheme], list[str]]:
-    """Return the schemes that a checkpoint uses and the dtypes that its activations may have.
+def needs(config: dict[str, Any]) -> tuple[list[Scheme], list[str]]:
+    """Return the schemes that a checkpoint uses, none where it is plain, and the dtypes that its activations may have.
 
     Args:
-        model: what a message calls it.
         config: its config.json.
-
-    Raises:
-        InputError: it is not compressed.
     """
     quantization = quantization_of(config)
-    if quantization is None:
-        raise InputError(f"{model} is not compressed, so it needs no kernels: run tersor quantize first")
-    parsed = QuantizationConfig.from_dict(quantization)
-    schemes = dict.fromkeys([parsed.scheme, *(override.scheme for override in parsed.overrides)])
+    schemes: dict[Scheme, None] = {}
+    if quantization is not None:
+        parsed = QuantizationConfig.from_dict(quantization)
+        schemes = dict.fromkeys([parsed.scheme, *(override.scheme for override in parsed.overrides)])
     holders = [config, config.get("text_config") or {}]
     stored = next((holder[key] for holder in holders for key in ("dtype", "torch_dtype") if holder.get(key)), None)
     return list(schemes), [stored] if stored in KERNEL_DTYPES else list(KERNEL_DTYPES)
