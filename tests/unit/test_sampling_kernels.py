@@ -86,7 +86,12 @@ def check(logits: torch.Tensor, rows: SamplingRows) -> None:
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize(
     ("count", "vocabulary", "dtype", "spread"),
-    [(24, 1000, torch.bfloat16, 3.0), (24, 1003, torch.float32, 1.0), (12, 7, torch.float32, 2.0), (12, 70, torch.bfloat16, 0.0)],
+    [
+        (24, 1000, torch.bfloat16, 3.0),
+        (24, 1003, torch.float32, 1.0),
+        (12, 7, torch.float32, 2.0),
+        (12, 70, torch.bfloat16, 0.0),
+    ],
 )
 def test_tokens_are_those_of_the_reference_for_rows_of_every_kind(
     count: int, vocabulary: int, dtype: torch.dtype, spread: float
