@@ -110,6 +110,24 @@ def test_many_launches_one_after_the_other_draw_the_same_tokens() -> None:
         assert torch.equal(ops.draw(logits, rows), first)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 32, 150])
+def test_flat_rows_are_drawn_by_all_their_ctas(count: int, dtype: torch.dtype) -> None:
+    """Logits by spread: flat ones; very flat ones; few values of bfloat16; all equal; at 3.5 most are far below few."""
+    cases = ((1.0, 0.9, 0.0), (0.05, 0.999, 0.3), (0.01, 0.5, 0.0), (0.0, 0.7, 0.0), (3.5, 0.9, 0.0))
+    for spread, top_p, min_p in cases:
+        rows = moved(plain(count, temperature=0.8, top_p=top_p, min_p=min_p), "cuda")
+        generator = torch.Generator("cuda").manual_seed(count)
+        logits = torch.randn(count, 128256, device="cuda", generator=generator) * spread + 9.0
+        if spread == 3.5:
+            logits = torch.where(torch.arange(128256, device="cuda") % 16 == 0, 9.0 + logits * 1e-6, logits * 0.1 - 1.0)
+        logits = logits.to(dtype)
+        with ops.using(reference=True):
+            expected = ops.draw(logits, rows)
+        for _ in range(10):
+            assert torch.equal(ops.draw(logits, rows), expected), spread
+
+
 def test_prompt_logprobs_are_those_of_given_tokens() -> None:
     logits = logits_of(500, 32000, torch.bfloat16, 3.0, 4).cuda()
     targets = torch.randint(-1, 32001, (500,), device="cuda")

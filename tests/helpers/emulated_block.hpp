@@ -27,6 +27,11 @@ template <class T> T atomicAdd(T* place, T value) {
     *place += value;
     return before;
 }
+template <class T> T atomicMax(T* place, T value) {
+    const T before = *place;
+    *place = std::max(before, value);
+    return before;
+}
 
 template <class F> u32 over_warp(u32 value, const F& join) {
     const auto& words = emulated::share({value});

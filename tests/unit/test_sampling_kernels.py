@@ -14,7 +14,7 @@ from tersor import ops
 from tersor.hardware import chip_named
 from tersor.kernels import jit
 from tersor.kernels.jit import KernelSource
-from tersor.ops import SamplingRows, current, dispatch, mode
+from tersor.ops import Allowed, SamplingRows, current, dispatch, mode
 from tersor.ops.attention_form import Rows
 from tersor.ops.workspace import Workspace
 
@@ -86,7 +86,12 @@ def check(logits: torch.Tensor, rows: SamplingRows) -> None:
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize(
     ("count", "vocabulary", "dtype", "spread"),
-    [(24, 1000, torch.bfloat16, 3.0), (24, 1003, torch.float32, 1.0), (12, 7, torch.float32, 2.0)],
+    [
+        (24, 1000, torch.bfloat16, 3.0),
+        (24, 1003, torch.float32, 1.0),
+        (12, 7, torch.float32, 2.0),
+        (12, 70, torch.bfloat16, 0.0),
+    ],
 )
 def test_tokens_are_those_of_the_reference_for_rows_of_every_kind(
     count: int, vocabulary: int, dtype: torch.dtype, spread: float
@@ -103,9 +108,60 @@ def test_rows_find_their_options_in_their_slots() -> None:
 
 
 @pytest.mark.usefixtures("emulation")
-@pytest.mark.parametrize("options", [{"top_p": 0.99}, {"top_k": 9000}, {"top_k": 9500, "top_p": 0.7}, {"min_p": 1e-4}])
-def test_a_row_of_which_more_is_kept_than_there_are_candidates_is_searched_whole(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.99},
+        {"top_p": 0.6, "min_p": 0.9},
+        {"top_k": 9000},
+        {"top_k": 9500, "top_p": 0.7},
+        {"min_p": 1e-4},
+        {"top_p": 0.0},
+    ],
+)
+def test_rows_of_which_most_is_kept_are_drawn_by_several_ctas(options: dict[str, float]) -> None:
     check(logits_of(2, 10000, torch.bfloat16, 0.4, 5), plain(2, temperature=1.3, **options))
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("top_p", [0.02, 0.6, 0.98])
+def test_the_bin_where_top_p_ends_may_have_more_tokens_than_there_are_candidates(top_p: float) -> None:
+    """Rows: all equal; two values of which one has most tokens; more values than bins tell apart; most are below."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.full((4, 10000), 0.75)
+    logits[1, ::8] = 2.0
+    logits[2] = torch.rand(10000, generator=generator) * 1e-10
+    logits[3] = torch.randn(10000, generator=generator) * 0.3 - 2.0
+    logits[3, ::8] = torch.rand(1250, generator=generator) * 1e-3
+    check(logits, plain(4, top_p=top_p))
+
+
+@pytest.mark.usefixtures("emulation")
+@pytest.mark.parametrize("options", [{"top_p": 0.5}, {"top_k": 5001}, {"top_p": 0.6}])
+def test_what_is_kept_ends_at_one_token_more_or_less(options: dict[str, float]) -> None:
+    """Two logits that differ have one weight; a token of many equal ones is asked for; light ones sum up to a heavy."""
+    logits = torch.full((8, 10000), -torch.inf)
+    if "top_k" in options:
+        logits[:, ::2], logits[:, 1::2] = 1.0, 0.99
+    elif options["top_p"] == 0.5:
+        logits[:, 5], logits[:, 7000] = -1e-9, 0.0
+    else:
+        logits[:, 8000], logits[:, :9000:30] = 5.9, 0.0  # 2^31.5 in units of 2^-40 of the greatest
+    check(logits, plain(8, **options))
+
+
+@pytest.mark.usefixtures("emulation")
+def test_top_p_sees_allowed_tokens_only() -> None:
+    """Rows: one token is allowed; none is; every other one; the only one that is has a penalty."""
+    logits = logits_of(4, 10000, torch.bfloat16, 0.3, 6)
+    bits = torch.zeros(4, 313, dtype=torch.int32)
+    bits[0, 200], bits[2], bits[3, 3] = 1 << 9, 0x55555555, 1
+    rows = plain(4, top_p=0.9, min_p=0.01)
+    rows.allowed = Allowed(bits=bits, rows=torch.arange(4, dtype=torch.int32))
+    rows.listed = random_rows(4, 10000, 6).listed
+    assert rows.listed is not None
+    rows.listed.tokens[rows.listed.starts[3]], rows.listed.biases[rows.listed.starts[3]] = 96, -1.0
+    check(logits, rows)
 
 
 def test_norms_and_rows_are_those_of_the_torch_code(emulation: Emulation) -> None:

@@ -1,4 +1,4 @@
-"""Drawing tokens: sampling/adjust.cuh, then peaks.cuh, then choose.cuh for rows that are filtered; logprobs.cuh beside.
+"""Drawing tokens: sampling/adjust.cuh, peaks.cuh, then weigh.cuh and choose.cuh for filtered rows; logprobs.cuh beside.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -27,7 +27,8 @@ _GROUP_LANES = 8
 _CHOOSE_THREADS = 512
 _CHOOSE_SLICE = _CHOOSE_THREADS * CHUNK
 _CANDIDATES = 16 * _CHOOSE_THREADS
-_STATE_BYTES = 32
+_BINS = 1 << 11
+_STATE_BYTES = 64
 _LOGPROBS_THREADS = 1024
 
 
@@ -40,7 +41,13 @@ def adjust_source(dtype: str) -> KernelSource:
 @functools.cache
 def peaks_source(dtype: str) -> KernelSource:
     """Return the kernel that draws tokens of rows that are not filtered, from logits of a dtype."""
-    return _source("peaks", dtype, "PPPPPPPPPPPPPPPPPPPPqiii")
+    return _source("peaks", dtype, "PPPPPPPPPPPPPPPPPPPPPqiii")
+
+
+@functools.cache
+def weigh_source(dtype: str) -> KernelSource:
+    """Return the kernel that sums the weights of rows with top-p, from logits of a dtype."""
+    return _source("weigh", dtype, "PPPPPPPPPPPPqiii")
 
 
 @functools.cache
@@ -57,7 +64,7 @@ def logprobs_source(dtype: str) -> KernelSource:
 
 def sources(dtype: str) -> list[KernelSource]:
     """Return all of them for logits of a dtype: what a start compiles side by side."""
-    return [kind(dtype) for kind in (choose_source, peaks_source, adjust_source, logprobs_source)]
+    return [kind(dtype) for kind in (choose_source, weigh_source, peaks_source, adjust_source, logprobs_source)]
 
 
 def _source(kind: str, dtype: str, arguments: str) -> KernelSource:
@@ -74,13 +81,14 @@ class Scratch:
     """Where a draw keeps what its kernels tell each other: bytes from the start of one piece of memory, on 16 bytes.
 
     Attributes:
-        states, partial, groups, candidates, placed, values: places of what the headers call so.
+        states, partial, groups, weights, candidates, placed, values: places of what the headers call so.
         nbytes: of all.
     """
 
     states: int
     partial: int
     groups: int
+    weights: int
     candidates: int
     placed: int
     values: int
@@ -89,13 +97,14 @@ class Scratch:
     @staticmethod
     @functools.lru_cache(1024)
     def of(rows: int, vocabulary: int, listed: int, filters: bool) -> Scratch:
-        """Return the places for `rows` rows and a list of `listed` tokens; without filters there are no candidates."""
+        """Return the places for `rows` rows and a list of `listed` tokens; those of filters only with them."""
         slices = -(-vocabulary // _SLICE)
         groups = _PEAKS_THREADS // _GROUP_LANES
         sizes = {
             "states": _STATE_BYTES * rows,
             "partial": 8 * rows * slices,
             "groups": 4 * rows * slices * groups,
+            "weights": 8 * rows * _BINS * filters,
             "candidates": 8 * rows * _CANDIDATES * filters,
             "placed": 4 * listed,
             "values": 4 * listed,
@@ -148,7 +157,7 @@ def prepare_peaks(function: Function, *, rows: int, vocabulary: int, words: int,
 
     def launch(
         *, stream: int, logits: int, stride: int, row: tuple[int, ...], options: tuple[int, ...], partial: int,
-        groups: int, arrived: int, states: int, out: tuple[int, int], early: bool,
+        groups: int, arrived: int, states: int, weights: int, out: tuple[int, int], early: bool,
     ) -> None:  # fmt: skip
         """Launch; what is not there has the address 0.
 
@@ -156,12 +165,36 @@ def prepare_peaks(function: Function, *, rows: int, vocabulary: int, words: int,
             stream, logits, stride, early: as in `prepare_adjust`.
             row: addresses of slots, starts, ends, placed, values, bits and rows of bits.
             options: addresses of temperature, top_k, top_p, min_p, seeds and positions.
-            partial, groups, states: addresses in the scratch.
+            partial, groups, states, weights: addresses in the scratch.
             arrived: address of a counter a row, zero before and after.
             out: addresses of int64 [rows] and, for the same tokens, of a place a slot.
         """
         sizes = (stride, vocabulary, words, aligned)
-        run(grid, block, 0, stream, (logits, *row, *options, partial, groups, arrived, states, *out, *sizes), early)
+        scratch = (partial, groups, arrived, states, weights)
+        run(grid, block, 0, stream, (logits, *row, *options, *scratch, *out, *sizes), early)
+
+    return launch
+
+
+def _ctas(rows: int, vocabulary: int, multiprocessors: int) -> int:
+    """Return how many share a row: two of all fit a multiprocessor."""
+    return min(max(2 * multiprocessors // rows, 1), -(-vocabulary // _CHOOSE_SLICE))
+
+
+def prepare_weigh(
+    function: Function, *, rows: int, vocabulary: int, words: int, aligned: bool, multiprocessors: int
+) -> Launch:
+    """Return what launches `weigh_source`; arguments as in `prepare_peaks`, and how many multiprocessors there are."""
+    ctas = _ctas(rows, vocabulary, multiprocessors)
+    grid, block, run = (ctas, rows, 1), (_CHOOSE_THREADS, 1, 1), function.launch
+
+    def launch(
+        *, stream: int, logits: int, stride: int, row: tuple[int, ...], options: tuple[int, ...], states: int,
+        weights: int, early: bool,
+    ) -> None:  # fmt: skip
+        """Launch; arguments as in `prepare_peaks`, and the address of the weights in the scratch."""
+        sizes, (temperature, _, top_p, *_) = (stride, vocabulary, words, aligned), options
+        run(grid, block, 0, stream, (logits, *row, temperature, top_p, states, weights, *sizes), early)
 
     return launch
 
@@ -169,8 +202,8 @@ def prepare_peaks(function: Function, *, rows: int, vocabulary: int, words: int,
 def prepare_choose(
     function: Function, *, rows: int, vocabulary: int, words: int, aligned: bool, multiprocessors: int
 ) -> Launch:
-    """Return what launches `choose_source`; arguments as in `prepare_peaks`, and how many multiprocessors there are."""
-    ctas = min(max(multiprocessors // rows, 1), -(-vocabulary // _CHOOSE_SLICE))  # one fits a multiprocessor
+    """Return what launches `choose_source`; arguments as in `prepare_weigh`."""
+    ctas = _ctas(rows, vocabulary, multiprocessors)
     grid, block, run = (ctas, rows, 1), (_CHOOSE_THREADS, 1, 1), function.launch
 
     def launch(

@@ -22,6 +22,7 @@ _PREPARED = 1024
 
 _adjust_launch = functools.lru_cache(_PREPARED)(sampling.prepare_adjust)
 _peaks_launch = functools.lru_cache(_PREPARED)(sampling.prepare_peaks)
+_weigh_launch = functools.lru_cache(_PREPARED)(sampling.prepare_weigh)
 _choose_launch = functools.lru_cache(_PREPARED)(sampling.prepare_choose)
 _logprobs_launch = functools.lru_cache(_PREPARED)(sampling.prepare_logprobs)
 
@@ -225,6 +226,7 @@ def _draw(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, _Seen
         for one in (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.positions)
     )  # fmt: skip
     sizes = {"rows": count, "vocabulary": vocabulary, "words": words, "aligned": _aligned(logits)}
+    states, weights = base + places.states, base + places.weights if rows.filters else 0
     launch = _peaks_launch(jit.get(sampling.peaks_source(dtype), index), **sizes)
     launch(
         **common,
@@ -233,13 +235,16 @@ def _draw(logits: torch.Tensor, rows: SamplingRows) -> tuple[torch.Tensor, _Seen
         partial=base + places.partial,
         groups=base + places.groups,
         arrived=arrived,
-        states=base + places.states,
+        states=states,
+        weights=weights,
         out=outs,
     )
     if rows.filters:
+        again = {**common, "row": seen.row, "options": options, "states": states}
+        launch = _weigh_launch(jit.get(sampling.weigh_source(dtype), index), **sizes, multiprocessors=chip.sms)
+        launch(**again, weights=weights)
         launch = _choose_launch(jit.get(sampling.choose_source(dtype), index), **sizes, multiprocessors=chip.sms)
-        candidates, states = base + places.candidates, base + places.states
-        launch(**common, row=seen.row, options=options, states=states, candidates=candidates, out=outs)
+        launch(**again, candidates=base + places.candidates, out=outs)
     return out, seen
 
 

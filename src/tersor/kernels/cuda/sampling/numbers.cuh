@@ -44,7 +44,7 @@ __device__ __forceinline__ float polynomial(const float (&terms)[kTerms], float 
 __device__ __forceinline__ u64 weight_of(float x) {
     constexpr float kTerms[] = {0.6931459903717041f, -0.24020171165466309f, 0.05536210909485817f, -0.00928252749145031f,
                                 0.0009762839181348681f};
-    if (!(x < 41.0f)) return 0;
+    x = fminf(x, 41.0f);
     const int whole = __float2int_rz(x);
     const float part = __fsub_rn(x, static_cast<float>(whole));
     const float power = __fsub_rn(1.0f, __fmul_rn(part, polynomial(kTerms, part)));
@@ -79,11 +79,21 @@ __device__ __forceinline__ float noise_of(u64 word) {
     return -__fadd_rn(__fmul_rn(fraction, polynomial(kLogarithm, fraction)), exponent);
 }
 
-// No noise is less than kLeastNoise, none of a word is more than this.
+// Bounds of the noise that a word makes. Where its upper half begins with a one, the noise is as much as there are zeros
+// ahead of the lower half, and 1.6 more at most; else it is at most 0.1, and no noise is less than kLeastNoise.
 constexpr float kLeastNoise = -5.1f;
-__device__ __forceinline__ float most_noise(u64 word) {
-    return static_cast<int>(word >> 32) < 0 ? static_cast<float>(__clz(static_cast<int>(static_cast<u32>(word)))) + 1.6f
-                                            : 0.1f;
+__device__ __forceinline__ float zeros_of(u64 word) {
+    return static_cast<float>(__clz(static_cast<int>(static_cast<u32>(word))));
 }
+__device__ __forceinline__ float most_noise(u64 word) {
+    return static_cast<int>(word >> 32) < 0 ? zeros_of(word) + 1.6f : 0.1f;
+}
+__device__ __forceinline__ float least_noise(u64 word) {
+    return static_cast<int>(word >> 32) < 0 ? zeros_of(word) - 0.1f : kLeastNoise;
+}
+
+// Who has a score less than this cannot win over one whose score is at least `reached`, however both are rounded; NaN,
+// which nothing is less than, where infinity is reached.
+__device__ __forceinline__ float floor_below(float reached) { return reached - 0.1f - fabsf(reached) * 1e-6f; }
 
 }  // namespace numbers

@@ -1,11 +1,12 @@
 // The first pass over rows of logits: each CTA has a slice of a row, and the one that ends last draws the row's token
 // where none is filtered: the most probable one, or the one with the greatest logit / temperature + noise. For rows with
-// top-k, top-p or min-p it leaves what the second pass (choose.cuh) begins with: the greatest logit, and a cut that
-// leaves few candidates. The k-th greatest of the maxima of groups of logits is exceeded by k logits at least.
+// top-k, top-p or min-p it leaves what later passes (weigh.cuh, choose.cuh) begin with: the greatest logit, and a cut
+// that leaves few candidates. The k-th greatest of the maxima of groups of logits is exceeded by k logits at least.
 // Parameters: INPUT (row.cuh).
 #pragma once
 
 #include "common/launch.cuh"
+#include "sampling/bins.cuh"
 #include "sampling/reduce.cuh"
 #include "sampling/row.cuh"
 
@@ -23,20 +24,16 @@ constexpr int kOfThread = kMostGroups / kThreads;
 constexpr int kMostWanted = 2400;
 constexpr int kLeastBit = 15;      // cuts are that coarse
 
-// The greatest pair of logit / temperature + noise and token among a thread's logits. What cannot be the greatest of
-// its warp, whatever its noise, has none computed.
+// Scores, logit / temperature + noise, of which the greatest wins. Noise costs much, and a word of random bits little
+// beside it, which bounds the noise: what cannot win has none computed, and 0 for a score.
 struct Race {
     float scale;
     u64 stream;
-    float floor;
+    float floor;  // what a score must be at least
 
-    __device__ __forceinline__ void start(float of_warp) {
-        const float most = __fmul_rn(of_warp, scale);
-        floor = most + numbers::kLeastNoise - 0.1f - fabsf(most) * 1e-6f;
-    }
-    __device__ __forceinline__ u64 run(float value, int token) const {
-        const float scaled = __fmul_rn(value, scale);
+    __device__ __forceinline__ u64 score(float value, int token) const {
         const u64 word = numbers::word_of(stream, token);
+        const float scaled = __fmul_rn(value, scale);
         if (scaled + numbers::most_noise(word) < floor) return 0;
         return numbers::pair_of(__fadd_rn(scaled, numbers::noise_of(word)), token);
     }
@@ -88,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     u32* groups,                            // [rows, slices, groups of a slice]
     u32* arrived,                           // [rows], zeros
     void* states_,                          // row::State [rows]
+    uint4* weights,                         // [rows, kBins] numbers of 64 bits, for weigh.cuh; or nothing
     long long* out,                         // [rows]
     long long* newest,                      // [slots]: as out, or nothing
     long long stride,
@@ -114,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
         if (slice == 0 && threadIdx.x == 0) {
             out[row] = -1;
             if (newest != nullptr) newest[slot] = -1;
-            states[row].filtered = 0;
+            states[row].filtered = row::kDrawn;
         }
         return;
     }
@@ -122,15 +120,17 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     const bool noisy = heat >= numbers::kLeastTemperature && !filtered;
     float values[row::kChunk];
     bool wrong = row::values_of(chunk, values);
-    float most = values[0];
+    float most_logit = values[0];
 #pragma unroll
-    for (int i = 1; i < row::kChunk; ++i) most = fmaxf(most, values[i]);
-    u32 group = numbers::key_of(most);
+    for (int i = 1; i < row::kChunk; ++i) most_logit = fmaxf(most_logit, values[i]);
+    if (filtered) {
+        u32 group = numbers::key_of(most_logit);
 #pragma unroll
-    for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) group = max(group, __shfl_xor_sync(~0u, group, lanes));
-    if (filtered && lane % kGroupLanes == 0) {
-        const long long place = static_cast<long long>(row) * slices + slice;
-        groups[place * kOfSlice + threadIdx.x / 32 * kOfWarp + lane / kGroupLanes] = group;
+        for (int lanes = 1; lanes < kGroupLanes; lanes *= 2) group = max(group, __shfl_xor_sync(~0u, group, lanes));
+        if (lane % kGroupLanes == 0) {
+            const long long place = static_cast<long long>(row) * slices + slice;
+            groups[place * kOfSlice + threadIdx.x / 32 * kOfWarp + lane / kGroupLanes] = group;
+        }
     }
 
     u64 best = 0;
@@ -138,24 +138,37 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     if (noisy) {
         race.scale = __fdiv_rn(numbers::kLog2E, heat);
         race.stream = numbers::stream_of(__ldcg(seeds + slot), __ldcg(positions + row));
-        race.start(numbers::value_of(__reduce_max_sync(~0u, group)));
+        float reached = numbers::lowest(), most[row::kChunk];
+        u64 place = race.stream + (static_cast<u64>(first) + 1) * numbers::kGolden;
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) {
-            if (values[i] != numbers::lowest()) best = max(best, race.run(values[i], first + i));
+            const float scaled = __fmul_rn(values[i], race.scale);
+            const u64 word = numbers::mixed(place);  // word_of(stream, first + i)
+            most[i] = scaled + numbers::most_noise(word);
+            reached = fmaxf(reached, scaled + numbers::least_noise(word));
+            place += numbers::kGolden;
         }
-        race.floor = numbers::lowest();
-    } else {
+        const u32 of_slice = reduce::most_of_block<kWarps>(numbers::key_of(reached), counts[0]);
+        race.floor = numbers::floor_below(numbers::value_of(of_slice));
+        u32 able = 0;
 #pragma unroll
         for (int i = 0; i < row::kChunk; ++i) {
-            if (values[i] != numbers::lowest()) best = max(best, numbers::pair_of(values[i], first + i));
+            able |= static_cast<u32>(values[i] != numbers::lowest() && !(most[i] < race.floor)) << i;
         }
+        row::each_set(able, values, [&](float value, int i) { best = max(best, race.score(value, first + i)); });
+    } else if (most_logit != numbers::lowest()) {
+        int place = row::kChunk - 1;  // the first of equals
+#pragma unroll
+        for (int i = row::kChunk - 2; i >= 0; --i) place = values[i] == most_logit ? i : place;
+        best = numbers::pair_of(most_logit, first + place);
     }
     for (int i = slice * kThreads + threadIdx.x; i < of.listed; i += slices * kThreads) {
         const int token = __ldcg(of.tokens + i);
         if (token < 0) continue;
         const float value = __ldcg(of.values + i);
         wrong |= !(value < numbers::infinity());
-        if (value != numbers::lowest()) best = max(best, noisy ? race.run(value, token) : numbers::pair_of(value, token));
+        if (value == numbers::lowest()) continue;
+        best = max(best, noisy ? race.score(value, token) : numbers::pair_of(value, token));
     }
     best = reduce::most_of_block<kWarps>(wrong ? numbers::kWrong : best, memory);
     if (threadIdx.x == 0) partial[static_cast<long long>(row) * slices + slice] = best;
@@ -169,12 +182,18 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
     }
     best = reduce::most_of_block<kWarps>(best, memory);
     const bool waits = filtered && best != 0 && best != numbers::kWrong;
+    const u32 kind = waits ? row::kind_of(k, p, vocabulary) : row::kDrawn;
     u32 cut = 0;
-    if (waits && (p < 1.0f || (k > 0 && k < vocabulary))) {
+    if (kind == row::kByCount || kind == row::kBySum) {
         const int count = slices * kOfSlice;
         int wanted = min(max(count - count / 16, 1), kMostWanted);
         if (k > 0) wanted = min(wanted, k);
         cut = cut_of(groups + static_cast<long long>(row) * count, count, wanted, counts);
+    }
+    if (kind == row::kBySum && weights != nullptr) {
+        weights += static_cast<long long>(row) * (bins::kBins / 2);
+#pragma unroll
+        for (int i = threadIdx.x; i < bins::kBins / 2; i += kThreads) weights[i] = {};
     }
     if (threadIdx.x == 0) {
         arrived[row] = 0;
@@ -186,7 +205,11 @@ extern "C" __global__ void __launch_bounds__(peaks::kThreads) TERSOR_ENTRY(
         row::State state = {};
         state.peak = static_cast<u32>(best >> 32);
         state.cut = cut;
-        state.filtered = waits;
+        state.filtered = kind;
+        if (kind == row::kBySum) {
+            const float below = cut > numbers::kHidden ? numbers::value_of(state.peak) - numbers::value_of(cut) : 0.0f;
+            state.a_unit = bins::a_unit_of(p, vocabulary, below * __fdiv_rn(numbers::kLog2E, heat));
+        }
         states[row] = state;
     }
 }

@@ -108,31 +108,52 @@ __device__ __forceinline__ bool values_of(const Chunk& chunk, float (&values)[kC
     return wrong;
 }
 
-// Calls f(value, token) for every logit that is not minus infinity of the chunks worker, worker + workers ... of the
-// row and of its list, and returns whether one of them is NaN or infinity. A chunk is fetched while the one before is
-// looked at.
+// Calls f(values, first) with the logits of tokens first, first + 1 ..., minus infinity where none is or may be drawn:
+// of the chunks worker, worker + workers ... of the row, and one by one of its list. Returns whether one of them is NaN
+// or infinity. A chunk is fetched while the one before is looked at.
 template <class F>
-__device__ __forceinline__ bool each(const Row& row, int worker, int workers, const F& f) {
+__device__ __forceinline__ bool each_chunk(const Row& row, int worker, int workers, const F& f) {
     bool wrong = false;
     Chunk chunk = fetch(row, worker * kChunk);
     for (int first = worker * kChunk; first < row.vocabulary; first += workers * kChunk) {
         const Chunk next = fetch(row, first + workers * kChunk);
         float values[kChunk];
         wrong |= values_of(chunk, values);
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-            if (values[i] != numbers::lowest()) f(values[i], first + i);
-        }
+        f(values, first);
         chunk = next;
     }
     for (int i = worker; i < row.listed; i += workers) {
         const int token = __ldcg(row.tokens + i);
         if (token < 0) continue;
-        const float value = __ldcg(row.values + i);
-        wrong |= !(value < numbers::infinity());
-        if (value != numbers::lowest()) f(value, token);
+        const float one[1] = {__ldcg(row.values + i)};
+        wrong |= !(one[0] < numbers::infinity());
+        f(one, token);
     }
     return wrong;
+}
+
+// The same with f(value, token) for every logit that is not minus infinity.
+template <class F>
+__device__ __forceinline__ bool each(const Row& row, int worker, int workers, const F& f) {
+    return each_chunk(row, worker, workers, [&](const auto& values, int first) {
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(values) / sizeof(float)); ++i) {
+            if (values[i] != numbers::lowest()) f(values[i], first + i);
+        }
+    });
+}
+
+// Calls f(value, i) for those values whose bit is set: few, so the code of f is there but once.
+template <int kCount, class F>
+__device__ __forceinline__ void each_set(u32 bits, const float (&values)[kCount], const F& f) {
+    while (bits != 0) {
+        const int i = 31 - __clz(static_cast<int>(bits));
+        float value = values[0];
+#pragma unroll
+        for (int other = 1; other < kCount; ++other) value = i == other ? values[other] : value;
+        f(value, i);
+        bits ^= 1u << i;
+    }
 }
 
 // Whether some tokens may not be drawn: not of the most probable token alone, nor of all.
@@ -140,14 +161,33 @@ __device__ __forceinline__ bool filtered(float temperature, int top_k, float top
     return temperature >= numbers::kLeastTemperature && ((top_k > 0 && top_k < vocabulary) || top_p < 1.0f || min_p > 0.0f);
 }
 
-// What the first pass over a row leaves for the second.
+// How a row is filtered: not at all, or its token is drawn already; by top-k, with or without others; by top-p without
+// top-k; by min-p alone.
+enum Kind : u32 { kDrawn, kByCount, kBySum, kByWeight };
+
+__device__ __forceinline__ u32 kind_of(int top_k, float top_p, int vocabulary) {
+    return top_k > 0 && top_k < vocabulary ? kByCount : top_p < 1.0f ? kBySum : kByWeight;
+}
+
+// What a part of the weights is in whole units: 1 at least.
+__device__ __forceinline__ u64 share(float part, u64 total) {
+    return max(__double2ull_ru(__dmul_rn(static_cast<double>(part), __ull2double_rn(total))), static_cast<u64>(1));
+}
+
+// What passes over a row leave for later ones.
 struct State {
-    u64 total;     // of the weights of all tokens
+    u64 need;      // what the greatest tokens of `bin` must weigh together
+    u64 best;      // score and token (numbers::pair_of) of what is kept in any case
+    u64 of_bin;    // the same of the tokens of `bin`
     u32 count;     // of candidates
     u32 arrived;
     u32 peak;      // key of the greatest logit
-    u32 cut;       // candidates have this key at least
-    u32 filtered;  // 0: the token is drawn already
+    u32 cut;       // at least top-k tokens have this key at least
+    u32 filtered;  // Kind
+    u32 bin;       // where the least logit lies that top-p keeps
+    u32 greatest;  // key of the tokens of `bin`
+    u32 inverse;   // and of the least ~key
+    float a_unit;  // bins of 2^-x a unit of x
     u32 unused;
 };
 
