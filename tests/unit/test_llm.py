@@ -93,7 +93,7 @@ def test_few_pages_and_small_steps_change_no_token(planned: bool) -> None:
     few = LLM(tiny_lm.TINY, device="cpu", **options)
     prompts = PROMPTS[:2]
     outputs = few.generate(prompts, SamplingParams(max_tokens=135, temperature=0, ignore_eos=True))
-    assert few.core.scheduler.limits.pages == 5 and (few.core.stats().preemptions == 0) == planned
+    assert few.core.scheduler.limits.pages == 5 and few.core.stats().preemptions > 0
     assert texts(outputs) == [expected(prompt, 135) for prompt in prompts]
     few.core.scheduler.audit()
 
