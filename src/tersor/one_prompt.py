@@ -20,7 +20,7 @@ from tersor.engine.outputs import ERROR, STOP, CompletionOutput, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.sampling import Sampling
 from tersor.errors import CheckpointError, TersorError, UnsupportedError
-from tersor.formats import FLOAT_DTYPES, float_dtype
+from tersor.formats import float_dtype_or_auto
 from tersor.integrations.transformers import load
 from tersor.llm import LLM, generation_config
 from tersor.models import DecoderConfig
@@ -163,9 +163,7 @@ def _passed_over(source: Source) -> str:
 
 def _dtype(source: Source, asked: Asked) -> torch.dtype:
     """Return the dtype of activations."""
-    if asked.dtype == "auto":
-        return usual_dtype(source, asked.device)
-    return float_dtype(asked.dtype, ("auto", *FLOAT_DTYPES))
+    return float_dtype_or_auto(asked.dtype) or usual_dtype(source, asked.device)
 
 
 class _ByTransformers:

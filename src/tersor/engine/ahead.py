@@ -15,7 +15,7 @@ import torch
 from tersor.checkpoint.source import Source
 from tersor.engine.config import EngineConfig
 from tersor.errors import CheckpointError, UnsupportedError
-from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
+from tersor.formats import Activations, float_dtype_or_auto
 from tersor.hardware import Chip
 from tersor.kernels.jit import KernelSource, arch_for, compile_many, missing
 from tersor.models.decoder import Decoder
@@ -48,9 +48,7 @@ def kernels(model: Source, config: EngineConfig, chip: Chip, rank: int = 0) -> l
         ShapeError: the model cannot be cut for so many ranks.
     """
     decoder, names, _, schemes = described(model)
-    dtype = usual_dtype(model, torch.device("cuda"))
-    if config.dtype != "auto":
-        dtype = float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
+    dtype = float_dtype_or_auto(config.dtype) or usual_dtype(model, torch.device("cuda"))
     parts = outline(decoder, names, schemes, dtype, Activations.of(config.activations), rank, config.tensor_parallel)
     return kernels_of(parts, steps_of(config, decoder.context, draws=rank == 0), chip)
 

@@ -14,7 +14,7 @@ from tersor.engine.memory import make_pages
 from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
-from tersor.formats import FLOAT_DTYPES, float_dtype
+from tersor.formats import float_dtype_or_auto
 from tersor.kernels.jit import KernelSource
 from tersor.models import load
 from tersor.ops.collective import ALONE, Ranks
@@ -55,7 +55,7 @@ def build(
         KernelError: a kernel does not compile.
         TersorError: it does not fit in the device's memory.
     """
-    dtype = None if config.dtype == "auto" else float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
+    dtype = float_dtype_or_auto(config.dtype)
     chip = kernel_chip(device)
 
     def kernels() -> list[KernelSource]:

@@ -11,7 +11,7 @@ import torch
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.errors import UnsupportedError
-from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
+from tersor.formats import Activations, float_dtype_or_auto
 from tersor.integrations.transformers import finite as by_module
 from tersor.models import Decoder
 from tersor.models import finite as by_part
@@ -145,8 +145,8 @@ def engine_model(
         why = obstacle(source, Asked(prompt=[], device=device, dtype=dtype))
         if why:
             raise UnsupportedError(f"{source.label}: kv_dtype asks for the engine, and {why}")
-        chosen = None if dtype == "auto" else float_dtype(dtype, ("auto", *FLOAT_DTYPES))
-        return EngineModel(load_decoder(source, device, chosen, activations=activations), _bits(source))
+        decoder = load_decoder(source, device, float_dtype_or_auto(dtype), activations=activations)
+        return EngineModel(decoder, _bits(source))
 
 
 def _bits(source: Source) -> float | None:

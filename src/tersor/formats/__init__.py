@@ -1,7 +1,7 @@
 """What does this bit pattern mean? Element formats, scales, exact encode and decode, tolerances."""
 
 from tersor.formats.activations import Activations
-from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype
+from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_dtype_or_auto
 from tersor.formats.element import ElementFormat, get, names
 from tersor.formats.encoded import Encoded, dequantize
 from tersor.formats.scheme import (
@@ -26,6 +26,7 @@ __all__ = [
     "dequantize",
     "dtype_name",
     "float_dtype",
+    "float_dtype_or_auto",
     "get",
     "get_scheme",
     "names",

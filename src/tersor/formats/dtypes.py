@@ -32,6 +32,15 @@ def float_dtype(name: str, choices: Iterable[str] = FLOAT_DTYPES) -> torch.dtype
     return FLOAT_DTYPES[name]
 
 
+def float_dtype_or_auto(name: str) -> torch.dtype | None:
+    """Return the dtype called `name`, or `None` for `auto`.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return None if name == "auto" else float_dtype(name, ("auto", *FLOAT_DTYPES))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return what torch and config.json call a dtype, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ import torch
 from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.source import open_source
 from tersor.errors import CheckpointError, InputError, TersorError
-from tersor.formats import FLOAT_DTYPES, Activations, float_dtype
+from tersor.formats import Activations, float_dtype_or_auto
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import foreign, replace
 from tersor.integrations.transformers import fuse as fusing
@@ -19,10 +19,6 @@ from tersor.integrations.transformers.architecture import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-DTYPES = ("auto", *FLOAT_DTYPES)
-"""What `--dtype` takes."""
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -34,9 +30,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
     Raises:
         InputError: not a dtype.
     """
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    return float_dtype(name, DTYPES)
+    return float_dtype_or_auto(name) or (torch.float32 if device.type == "cpu" else "auto")
 
 
 @dataclass(frozen=True, slots=True)
