@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_configs import DENSE, MIXTURE
 
 from tersor.bench import latency, report
 from tersor.cli import main
@@ -16,28 +17,6 @@ from tersor.formats import get_scheme
 from tersor.models import DecoderConfig
 from tersor.models.random import random_decoder
 from tersor.ops.attention_form import PAGE
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-DENSE = {"architectures": ["LlamaForCausalLM"], **SIZES}
-MIXTURE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    **SIZES,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
 
 
 def runner(config: dict[str, object], batches: list[int], contexts: list[int]) -> Runner:

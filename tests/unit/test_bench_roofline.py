@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_configs import DENSE, MIXTURE
 
 from tersor.bench import latency, roofline
 from tersor.bench.roofline import Speeds, Work
@@ -18,27 +19,6 @@ from tersor.hardware import chip_named
 from tersor.models import DecoderConfig
 from tersor.models.random import random_decoder
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-DENSE = {"architectures": ["LlamaForCausalLM"], **SIZES}
-MIXTURE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    **SIZES,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
 ATTENTION = 64 * 64 + 2 * 32 * 64 + 64 * 64  # weights of queries, keys, values and output
 LAYER = ATTENTION + 3 * 128 * 64
 HEAD = 96 * 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,30 @@ def check_folder(option: str, path: Path) -> None:
             raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
     except OSError as error:
         raise OutputError(f"{option} {path}: cannot be written: {error.strerror}") from None
+
+
+def give(
+    result: dict[str, Any],
+    show: Callable[[dict[str, Any], bool], None],
+    draw: Callable[[dict[str, Any], Path], None],
+    *,
+    json: bool,
+    plot: Path | None,
+    output: Path | None,
+) -> None:
+    """Show a result, draw it where that is asked for, and name the files.
+
+    Args:
+        result: what was measured.
+        show: prints it, as JSON where that is asked for.
+        draw: writes its picture.
+        json: whether JSON is asked for.
+        plot, output: files of the picture, and of the result, which is written already; `None` without.
+    """
+    show(result, json)
+    if plot is not None:
+        draw(result, plot)
+    say_written(json, output, plot)
 
 
 def say_written(json: bool, *paths: Path | None) -> None:

@@ -49,7 +49,7 @@ def command(
 ) -> None:
     """Time decode steps of whole models with random weights, or show what was timed."""
     from tersor import plots
-    from tersor.bench import latency, report, saved
+    from tersor.bench import latency, plot_latency, report, saved
     from tersor.bench.vllm import rows as rival
     from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
@@ -74,7 +74,7 @@ def command(
         result = saved.read(taken, latency.KIND, latency.VERSION)
         if output is not None:
             report.write(output, report.text(result))
-        _give(result, json, plot, output)
+        bench.give(result, show, plot_latency.plot, json=json, plot=plot, output=output)
         return
     variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
@@ -147,17 +147,7 @@ def command(
                 del decoder, sampler, runner
                 torch.cuda.empty_cache()
                 write()
-    _give(found(), json, plot, output)
-
-
-def _give(result: dict[str, Any], json: bool, plot: Path | None, output: Path | None) -> None:
-    """Show a result, draw it where that is asked for, and name the files."""
-    from tersor.bench import plot_latency
-
-    show(result, json)
-    if plot is not None:
-        plot_latency.plot(result, plot)
-    bench.say_written(json, output, plot)
+    bench.give(found(), show, plot_latency.plot, json=json, plot=plot, output=output)
 
 
 def show(result: dict[str, Any], json: bool) -> None:

@@ -103,10 +103,7 @@ def command(
                 result = linear.result(found, dtype=dtype or DTYPE, read_bandwidth=bandwidth)
                 if output is not None:
                     report.write(output, report.text(result))
-    show(result, json)
-    if plot is not None:
-        drawing.plot(result, plot)
-    bench.say_written(json, output, plot)
+    bench.give(result, show, drawing.plot, json=json, plot=plot, output=output)
 
 
 def show(result: dict[str, Any], json: bool) -> None:

@@ -60,7 +60,7 @@ def command(
 ) -> None:
     """Answer workloads with random weights, planned and not, or show what was measured."""
     from tersor import plots
-    from tersor.bench import report, roofline, saved, throughput, workloads
+    from tersor.bench import plot_throughput, report, roofline, saved, throughput, workloads
     from tersor.bench.vllm import rows as rival
     from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
@@ -92,7 +92,7 @@ def command(
         result = saved.read(taken, throughput.KIND, throughput.VERSION)
         if output is not None:
             report.write(output, report.text(result))
-        _give(result, json, plot, output)
+        bench.give(result, show, plot_throughput.plot, json=json, plot=plot, output=output)
         return
     described = _described(model)
     geometry = DecoderConfig.from_dict(described)
@@ -145,7 +145,7 @@ def command(
                 move(len(ours), len(asked) * len(orders))
                 ours.append(throughput.measure(runner, limits, load, each, model, shown, seconds))
                 write()
-    _give(found(), json, plot, output)
+    bench.give(found(), show, plot_throughput.plot, json=json, plot=plot, output=output)
 
 
 def _sizes(given: list[str]) -> dict[str, Any]:
@@ -193,11 +193,9 @@ def _plain(config: EngineConfig, where: torch.device) -> torch.dtype:
     """Return the dtype of activations."""
     import torch
 
-    from tersor.formats import FLOAT_DTYPES, float_dtype
+    from tersor.formats import float_dtype_or_auto
 
-    if config.dtype == "auto":
-        return torch.float32 if where.type == "cpu" else torch.float16
-    return float_dtype(config.dtype, ("auto", *FLOAT_DTYPES))
+    return float_dtype_or_auto(config.dtype) or (torch.float32 if where.type == "cpu" else torch.float16)
 
 
 def _speeds(where: torch.device, activations: Activations) -> Speeds | None:
@@ -250,16 +248,6 @@ def _engine(
         context=context,
     )
     return runner, limits
-
-
-def _give(result: dict[str, Any], json: bool, plot: Path | None, output: Path | None) -> None:
-    """Show a result, draw it where that is asked for, and name the files."""
-    from tersor.bench import plot_throughput
-
-    show(result, json)
-    if plot is not None:
-        plot_throughput.plot(result, plot)
-    bench.say_written(json, output, plot)
 
 
 def show(result: dict[str, Any], json: bool) -> None:
