@@ -52,7 +52,7 @@ def test_a_product_of_quantised_rows_is_that_of_the_norm(dtype: torch.dtype) -> 
 def test_what_does_not_fit_is_one_line_that_names_both_sides() -> None:
     rows, weight = ops.Quantized.of(torch.randn(3, 96)), packed(32, 96)
     for given, message in (
-        (replace(rows, codes=rows.codes.float()), r"codes are \[3, 96\] torch.float32, expected \[T, IC\] float8_e4m3fn"),
+        (replace(rows, codes=rows.codes.float()), r"codes are \[3, 96\] torch.float32, .* float8_e4m3fn"),
         (replace(rows, scales=rows.scales[:2]), r"scales are \[2\] .*, expected \[3\] torch.float32 on cpu"),
         (ops.Quantized.of(torch.randn(3, 64)), r"x has shape \[3, 64\], expected \[..., 96\]"),
     ):

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
+from tersor.hardware import Chip
 from tersor.kernels.jit import Function, KernelSource
 
 CHANNELS = 8
@@ -30,8 +31,8 @@ ALL_REDUCE_BYTES = 4096 + 2 * MOST_REDUCED
 
 _NORM_THREADS = 512
 _NORM_RESIDENT = {1: 4, 2: 2, 4: 1}
-"""Pieces of a thread -> CTAs of so many threads that a multiprocessor has registers for."""
-_MOST_RESIDENT = 16
+"""Pieces of a thread -> CTAs of so many threads whose registers a multiprocessor has room for."""
+_MOST_RESIDENT = 16  # compute capability 8.6
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
 _TOKEN_THREADS = 256
@@ -186,9 +187,7 @@ def _threads(pieces: int, most: int) -> int:
     return min(-(-pieces // 32) * 32, most)
 
 
-def prepare_norm(
-    function: Function, *, rows: int, channels: int, eps: float, offset: float, sms: int
-) -> NormLaunch:
+def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, offset: float, chip: Chip) -> NormLaunch:
     """Return what launches the norm of `rows` rows, at least one.
 
     Args:
@@ -196,12 +195,12 @@ def prepare_norm(
         rows, channels: sizes.
         eps: is added to the mean of squares.
         offset: is added to the weights.
-        sms: multiprocessors of the GPU.
+        chip: the GPU.
     """
     pieces = _pieces(channels)
     threads = _threads(-(-channels // (CHANNELS * pieces)), _NORM_THREADS)
-    resident = min(_NORM_RESIDENT[pieces] * _NORM_THREADS // threads, _MOST_RESIDENT)
-    grid, block, run = (min(rows, sms * resident), 1, 1), (threads, 1, 1), function.launch
+    resident = min(min(_NORM_RESIDENT[pieces] * _NORM_THREADS, chip.sm_threads) // threads, _MOST_RESIDENT)
+    grid, block, run = (min(rows, chip.sms * resident), 1, 1), (threads, 1, 1), function.launch
 
     def launch(
         *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, out_stride: int,

@@ -84,8 +84,8 @@ class DecoderLayer:
         if self.out_norms is not None:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
-            rows_in = normed(between, y, ffn.up) if isinstance(ffn, FeedForward) else between(y)
-            return last(ranks.sum(ffn(rows_in)), residual=y)
+            made = ffn(normed(between, y, ffn.up)) if isinstance(ffn, FeedForward) else ffn(between(y))
+            return last(ranks.sum(made), residual=y)
         if not isinstance(ffn, FeedForward):  # experts
             x = self._added(attention.out, mixed, x)
             y = _plain(x)

@@ -207,4 +207,4 @@ def _launched(
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, ic)
     y = current.empty((n, outputs), (outputs, 1), x.dtype)
-    return serve.launched(chosen, weight, bias, residual, y, x=x.data_ptr(), x_stride=ic, **norms)
+    return serve.launched(chosen, weight, bias, residual, y, x=x.data_ptr(), x_stride=ic, x_scale=0, **norms)

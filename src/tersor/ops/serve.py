@@ -162,7 +162,7 @@ def launched(
     *,
     x: int,
     x_stride: int,
-    x_scale: int = 0,
+    x_scale: int,
     **norms: float,
 ) -> torch.Tensor:
     """Launch a fused kernel on the current device, that of y, for rows that are not plain activations; return y.

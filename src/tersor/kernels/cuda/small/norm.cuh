@@ -4,7 +4,7 @@
 // With E4M3 what was rounded becomes e4m3 with a scale for each row (common/e4m3.cuh), and is not written itself.
 // A CTA has a row in registers, with the weights of all its rows; while it works on one the next is under way.
 // Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES (16 bytes that a thread has, at most), E4M3 (0 or 1),
-// RESIDENT (CTAs that a multiprocessor has room for).
+// RESIDENT (CTAs of 512 threads whose registers a multiprocessor has room for).
 #pragma once
 
 #include "common/e4m3.cuh"
@@ -15,6 +15,8 @@ namespace norms {
 
 constexpr int kMostThreads = 512;
 constexpr int kWarps = kMostThreads / 32;
+constexpr int kRoom = (__CUDA_ARCH__ % 100 == 0 && __CUDA_ARCH__ <= 1000 ? 2048 : 1536) / kMostThreads;
+constexpr int kResident = RESIDENT < kRoom ? RESIDENT : kRoom;
 
 // What all threads of the CTA have, added up or the largest of it, which all of them get. Of two calls that follow each
 // other each has its own `parts`: a thread that writes to them has seen everyone leave the call before the last.
@@ -39,7 +41,7 @@ __device__ __forceinline__ float over_block(float value, float* parts) {
 
 }  // namespace norms
 
-extern "C" __global__ void __launch_bounds__(norms::kMostThreads, RESIDENT) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kResident) TERSOR_ENTRY(
     const u16* __restrict__ x,         // [rows, channels]
     const u16* __restrict__ weight,    // [channels]
     const u16* __restrict__ bias,      // [channels], or nothing
