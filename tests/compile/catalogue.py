@@ -358,11 +358,10 @@ def around_products() -> list[KernelSource]:
 
 
 def quantizing() -> list[KernelSource]:
-    """Return kernels that make e4m3 of rows: alone, and of a norm's result, the most registers and usual rows."""
-    dtypes = decode_groups.PAIR_TARGETS
-    sizes = itertools.product((4096, 8192, small.MOST_CHANNELS), (False, True), dtypes)
-    norms = [small.norm_source(dtype, layer, channels, e4m3=True) for channels, layer, dtype in sizes]
-    return [*(dense.quantize_source(dtype) for dtype in dtypes), *norms]
+    """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
+    kinds = itertools.product((4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True)))
+    norms = [small.norm_source(*kind, size, e4m3=True) for size, kind in kinds]
+    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *norms]
 
 
 def _epilogues() -> list[KernelSource]:

@@ -129,6 +129,16 @@ def test_other_norms_do_not_quantise(gpu: FakeGpu) -> None:
         assert not ops.takes_e4m3(x.detach(), (product,), weight)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "most"), [("NVIDIA H200", 4 * 132), ("NVIDIA GeForce RTX 4090", 3 * 128)], indirect=["gpu"]
+)
+def test_a_norm_of_many_rows_has_as_many_ctas_as_there_is_room_for(gpu: FakeGpu, most: int) -> None:
+    weight = torch.ones(4096).half()
+    for rows, ctas in ((most - 1, most - 1), (most + 1, most), (3 * most, most)):
+        ops.rms_norm(torch.ones(rows, 4096).half(), weight, 1e-6)
+        assert gpu.last.grid == (ctas, 1, 1) and gpu.last["rows"] == rows
+
+
 @pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
 def test_a_gpu_without_such_products_does_not_quantise(gpu: FakeGpu) -> None:
     x, weight = torch.randn(3, 96).half(), torch.ones(96).half()

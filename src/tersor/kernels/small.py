@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
-from tersor.hardware import Chip
 from tersor.kernels.jit import Function, KernelSource
 
 CHANNELS = 8
@@ -187,7 +186,9 @@ def _threads(pieces: int, most: int) -> int:
     return min(-(-pieces // 32) * 32, most)
 
 
-def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, offset: float, chip: Chip) -> NormLaunch:
+def prepare_norm(
+    function: Function, *, rows: int, channels: int, eps: float, offset: float, sms: int, sm_threads: int
+) -> NormLaunch:
     """Return what launches the norm of `rows` rows, at least one.
 
     Args:
@@ -195,12 +196,12 @@ def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, of
         rows, channels: sizes.
         eps: is added to the mean of squares.
         offset: is added to the weights.
-        chip: the GPU.
+        sms, sm_threads: multiprocessors of the GPU, and threads that each has room for.
     """
     pieces = _pieces(channels)
     threads = _threads(-(-channels // (CHANNELS * pieces)), _NORM_THREADS)
-    resident = min(min(_NORM_RESIDENT[pieces] * _NORM_THREADS, chip.sm_threads) // threads, _MOST_RESIDENT)
-    grid, block, run = (min(rows, chip.sms * resident), 1, 1), (threads, 1, 1), function.launch
+    resident = min(min(_NORM_RESIDENT[pieces] * _NORM_THREADS, sm_threads) // threads, _MOST_RESIDENT)
+    grid, block, run = (min(rows, sms * resident), 1, 1), (threads, 1, 1), function.launch
 
     def launch(
         *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, out_stride: int,

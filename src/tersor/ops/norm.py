@@ -149,7 +149,8 @@ def launched(
     (rows, channels), chip = x.shape, dispatch.kernel_chip(x.device)
     assert chip is not None
     function = jit.get(small.norm_source(TARGETS[x.dtype], layer, channels, e4m3), index)
-    launch = _launch(function, rows=rows, channels=channels, eps=float(eps), offset=float(offset), chip=chip)
+    sizes = {"rows": rows, "channels": channels, "sms": chip.sms, "sm_threads": chip.sm_threads}
+    launch = _launch(function, eps=float(eps), offset=float(offset), **sizes)
     out_stride = codes_stride(channels) if e4m3 else channels
     out = current.empty((rows, channels), (out_stride, 1), torch.float8_e4m3fn if e4m3 else x.dtype)
     scales = current.empty((rows,), (1,), torch.float32) if e4m3 else None
