@@ -1,5 +1,5 @@
-"""Attention on compute capability 9.0 by products of warpgroups: attention/sm90_prefill.cuh for rows of many new tokens,
-behind append.cuh, and the source of sm90_shared.cuh (`kernels.shared_attention`).
+"""Attention by products of warpgroups on compute capability 9.0: attention/sm90_prefill.cuh, behind append.cuh, of rows
+of many new tokens. Also the source of sm90_shared.cuh, which `kernels.shared_attention` launches.
 
 As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """

@@ -1,5 +1,5 @@
-"""What rows with a common beginning read together: attention/shared.cuh, on compute capability 9.0 sm90_shared.cuh, ahead
-of attention/decode.cuh.
+"""What rows with a common beginning read together: attention/shared.cuh, or sm90_shared.cuh, ahead of
+attention/decode.cuh.
 
 As in `kernels.attention`: the kernel's source, its launch prepared for a problem, then the launch.
 """
