@@ -27,7 +27,7 @@ using namespace prefill;
 static_assert(kGroups == 1 && kBlockPages == 1 && QUERY_SLOTS == 1);
 constexpr int kCopyRegisters = 56;
 constexpr int kComputeRegisters = 200;
-constexpr int kAtOnce = kDim > 192 ? 1 : kDim > 128 ? 2 : 4;  // queries that a warp has under way
+constexpr int kAtOnce = kDim > 192 ? 1 : kDim > 128 ? 2 : kDim > 64 ? 4 : 8;  // queries that a warp has under way
 constexpr int kAhead = SLOTS / 2;            // pages of an item ahead of the search for the next
 
 // What there is to do, the same in all CTAs: items, each with every head of keys.
