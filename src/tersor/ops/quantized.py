@@ -57,7 +57,7 @@ def takes_e4m3(
 
     Args:
         x: [T, H], before the norm.
-        weights: of all that reads the norm's result, at least one.
+        weights: of all that reads the norm's result.
         norm_weight, norm_bias: of the norm.
     """
     chip = dispatch.kernel_chip(x.device)
