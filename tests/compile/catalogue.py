@@ -22,7 +22,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, attention_sm90, dense, experts, routing, sampling, shared_attention, small
+from tersor.kernels import attention, attention_sm90, dense, experts, norms, routing, sampling, shared_attention, small
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -343,25 +343,32 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
 
 def around_products() -> list[KernelSource]:
     """Return kernels of norms, rows, numbers and sampling: the most registers of each kind, every dtype, by turns."""
-    norms = [
-        small.norm_source(dtype, layer, channels)
-        for channels, layer in ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
-        for dtype in decode_groups.PAIR_TARGETS
-    ]
+    sizes = ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
+    sizes += tuple(itertools.product((1024, 2048, 4096, 5120, 8192), (False, True)))
+    pairs = itertools.product(enumerate(sizes), decode_groups.PAIR_TARGETS)
+    normed = [_norm(dtype, *size, False, turn > 3) for (turn, size), dtype in pairs]
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
     kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
     copies += [small.resolve_source(), small.keep_source()]
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
-    return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
+    return [*normed, *copies, *itertools.chain.from_iterable(kinds), *sums]
 
 
 def quantizing() -> list[KernelSource]:
     """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
-    kinds = itertools.product((4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True)))
-    norms = [small.norm_source(*kind, size, e4m3=True) for size, kind in kinds]
-    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *norms]
+    kinds = itertools.product(
+        (4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True)), (False, True)
+    )
+    normed = {_norm(dtype, size, layer, True, many) for size, (dtype, layer), many in kinds}
+    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *sorted(normed, key=repr)]
+
+
+def _norm(dtype: str, channels: int, layer: bool, e4m3: bool, many: bool) -> KernelSource:
+    """Return the kernel that normalises few rows or many."""
+    warps = norms.ctas_of_warps(1 << 20, channels, layer, e4m3, 132) if many else 0
+    return norms.norm_source(dtype, layer, channels, e4m3, warps)
 
 
 def _epilogues() -> list[KernelSource]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tersor import ops
-from tersor.kernels import jit, small
+from tersor.kernels import jit, norms, small
 from tersor.ops import current, heads
 from tersor.ops.attention_form import Rows
 from tersor.ops.heads import LatentHeads
@@ -21,13 +22,22 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 DTYPES = (torch.float16, torch.bfloat16)
 CHANNELS = (8, 256, 264, 2304, 4096, 4104, 5120, 8192, 16384)
 TOKENS = (1, 2, 31, 300)
+MANY = 2500
+
+
+def most_warps(name: str, layer: bool, channels: int) -> int:
+    """What norms of `MANY` rows ask for."""
+    sms = torch.cuda.get_device_properties().multi_processor_count
+    return norms.ctas_of_warps(MANY, channels, layer, False, sms)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Compile side by side what the tests below would compile one after the other."""
     names = ("float16", "bfloat16")
-    sources = {source for name in names for count in CHANNELS for source in small.sources(name, count)}
+    sources = {source for name in names for source in small.sources(name)}
+    kinds = itertools.product(names, (False, True), CHANNELS)
+    sources |= {norms.norm_source(*kind, warps=warps) for kind in kinds for warps in {0, most_warps(*kind)}}
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
 
 
@@ -63,7 +73,7 @@ def served(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
     return asked
 
 
-def norms(tokens: int, channels: int, dtype: torch.dtype) -> Iterator[Callable[[], torch.Tensor]]:
+def norms_of(tokens: int, channels: int, dtype: torch.dtype) -> Iterator[Callable[[], torch.Tensor]]:
     """Every kind of norm of one size."""
     generator = torch.Generator(device="cuda").manual_seed(channels + tokens)
 
@@ -82,11 +92,34 @@ def norms(tokens: int, channels: int, dtype: torch.dtype) -> Iterator[Callable[[
 def test_norms_are_those_of_the_torch_code(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = served(monkeypatch, "norm")
     for tokens in TOKENS:
-        for call in norms(tokens, channels, dtype):
+        for call in norms_of(tokens, channels, dtype):
             y, expected = both(call)
             torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=2e-5)
             assert torch.equal(y, call()), "a launch that is repeated gives other bits"
     assert asked.count(True) == 2 * len(TOKENS) * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [264, 2304, 4096, 5120, 8192])
+def test_a_row_that_is_normalised_has_the_same_bits_alone_and_among_many(channels: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(channels)
+    x, residual = (torch.randn(2, MANY, channels, device="cuda", generator=generator) * 3 + 1).to(dtype)
+    weight, bias = torch.randn(2, channels, device="cuda", generator=generator).to(dtype)
+
+    def found(first: int, end: int) -> list[torch.Tensor]:
+        """Every kind of norm of some rows."""
+        own, added = x[first:end], residual[first:end]
+        results = [ops.rms_norm(own, weight, 1e-6), ops.rms_norm(own, weight, 1e-6, offset=1.0, residual=added)]
+        results += [ops.layer_norm(own, weight, bias, 1e-5), ops.layer_norm(own, weight, None, 1e-5)]
+        if torch.cuda.get_device_capability() == (9, 0):
+            narrow = ops.rms_norm_e4m3(own, weight, 1e-6), ops.layer_norm_e4m3(own, weight, bias, 1e-5)
+            results += [part for one in narrow for part in (one.codes.view(torch.uint8), one.scales)]
+        return results
+
+    together = found(0, MANY)
+    for first, end in ((0, 1), (1, 2), (MANY // 2, MANY // 2 + 300), (MANY - 1, MANY)):
+        for alone, many in zip(found(first, end), together, strict=True):
+            assert torch.equal(alone, many[first:end])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

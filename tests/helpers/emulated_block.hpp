@@ -11,6 +11,7 @@
 inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
 inline u64 max(u64 a, u64 b) { return a > b ? a : b; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

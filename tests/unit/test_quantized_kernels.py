@@ -11,7 +11,7 @@ from helpers.emulated import COMPILER, Emulated
 
 from tersor import ops
 from tersor.formats import Activations
-from tersor.kernels import dense, small
+from tersor.kernels import dense, norms
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -25,14 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def normed(
-    x: torch.Tensor, layer: bool, e4m3: bool, ready: bool, folder: Path, **beside: torch.Tensor | None
+    x: torch.Tensor, layer: bool, e4m3: bool, ready: bool, folder: Path, warps: int = 0, **beside: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """What the kernel of a norm writes of rows, several of which are one CTA's: results, or codes and scales."""
     rows, channels = x.shape
     stride = dense.codes_stride(channels) if e4m3 else channels
-    function = Emulated(small.norm_source(NAMES[x.dtype], layer, channels, e4m3), folder, 900)
-    sizes = {"rows": rows, "channels": channels, "sms": 1, "sm_threads": 2048}
-    launch = small.prepare_norm(function, eps=1e-5, offset=0.0 if layer else 1.0, **sizes)  # type: ignore[arg-type]
+    function = Emulated(norms.norm_source(NAMES[x.dtype], layer, channels, e4m3, warps), folder, 900)
+    sizes = {"rows": rows, "channels": channels, "sms": 1, "sm_threads": 2048, "warps": warps}
+    launch = norms.prepare_norm(function, eps=1e-5, offset=0.0 if layer else 1.0, **sizes)  # type: ignore[arg-type]
     out = torch.full((rows, stride), 0x5A, dtype=torch.uint8) if e4m3 else torch.full((rows, stride), -7, dtype=x.dtype)
     scales = torch.full((rows,), torch.nan)
     places = {name: 0 if one is None else one.data_ptr() for name, one in beside.items()}
@@ -90,6 +90,34 @@ def test_a_norm_that_quantises_gives_the_bits_of_a_norm_and_of_quantising(
     both_codes, both_scales = quantised(alone, folder)
     assert torch.equal(codes, both_codes)
     assert torch.equal(scales.view(torch.int32), both_scales.contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "dtype", "layer", "e4m3"),
+    [
+        (9, 264, torch.float16, False, True),
+        (11, 264, torch.bfloat16, True, False),
+        (13, 4096, torch.bfloat16, False, False),
+        (5, 5120, torch.float16, True, True),
+        (6, 5120, torch.bfloat16, False, True),
+        (5, 8192, torch.float16, False, False),
+    ],
+)
+def test_a_warp_gives_a_row_the_bits_that_a_cta_gives_it(
+    rows: int, channels: int, dtype: torch.dtype, layer: bool, e4m3: bool, folder: Path
+) -> None:
+    """Warps of one CTA have all rows, some two or three of them."""
+    x = rows_of(rows, channels, dtype)
+    weight, bias = torch.randn(2, channels, generator=torch.Generator().manual_seed(1)).to(dtype)
+    residual, warps = x.flip(0).contiguous(), norms.ctas_of_warps(rows, channels, layer, e4m3, sms=0)
+    assert warps > 0
+    for ready, more in ((True, False), (False, True)):
+        beside = {"weight": weight, "bias": bias if layer and more else None}
+        beside["residual"] = residual if more and not layer else None
+        few = normed(x, layer, e4m3, ready, folder, **beside)
+        many = normed(x, layer, e4m3, ready, folder, 1, **beside)
+        for one, other in zip(few, many, strict=True):
+            assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize(

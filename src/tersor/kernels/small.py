@@ -1,4 +1,4 @@
-"""Between the products of a decoder: small/norm.cuh normalises rows, small/rows.cuh copies those that an index names,
+"""Between the products of a decoder, beside norms (`kernels.norms`): small/rows.cuh copies those that an index names,
 small/pointwise.cuh makes a number of another or of two, small/heads.cuh and small/trim.cuh stand around attention with
 latent vectors, small/resolve.cuh and small/keep.cuh are the first and the last of a step, and small/all_reduce.cuh adds
 up what several GPUs have.
@@ -28,43 +28,10 @@ ALL_REDUCE_CTAS = 32
 ALL_REDUCE_BYTES = 4096 + 2 * MOST_REDUCED
 """Of the buffer that peers read and write, zero at first."""
 
-_NORM_THREADS = 512
-_NORM_RESIDENT = {1: 4, 2: 2, 4: 1}
-"""Pieces of a thread -> CTAs of so many threads whose registers a multiprocessor has room for."""
-_MOST_RESIDENT = 16  # compute capability 8.6
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
 _TOKEN_THREADS = 256
 _PIECE_THREADS = 256
-
-
-def _pieces(channels: int) -> int:
-    """Return how many pieces of a row a thread that normalises has at most: 1, 2 or 4."""
-    return next(count for count in (1, 2, 4) if channels <= CHANNELS * _NORM_THREADS * count)
-
-
-@functools.cache
-def norm_source(target: str, layer: bool, channels: int, e4m3: bool = False) -> KernelSource:
-    """Return the kernel that normalises rows of so many channels, the same one for many numbers of them.
-
-    Args:
-        target: `float16` or `bfloat16`.
-        layer: whether it is a layer norm; else it is an RMS norm.
-        channels: at most `MOST_CHANNELS`.
-        e4m3: whether the result becomes e4m3 with a scale a row, on compute capability 9.0 alone.
-    """
-    return _norm_source(target, layer, _pieces(channels), e4m3)
-
-
-@functools.cache
-def _norm_source(target: str, layer: bool, pieces: int, e4m3: bool) -> KernelSource:
-    parameters = {"BF16": target == "bfloat16", "LAYER": layer, "PIECES": pieces, "E4M3": e4m3}
-    return KernelSource(
-        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}{'_e4m3' * e4m3}",
-        header="small/norm.cuh",
-        parameters={**parameters, "RESIDENT": _NORM_RESIDENT[pieces]},
-        arguments="PPPPPPqqiiffi",
-    )
 
 
 @functools.cache
@@ -157,18 +124,15 @@ def all_reduce_source(target: str, ranks: int) -> KernelSource:
     )
 
 
-def sources(target: str, channels: int) -> list[KernelSource]:
-    """Return all of them for rows of a dtype, of which those that are normalised have so many channels."""
-    norms = [norm_source(target, layer, channels) for layer in (False, True)]
+def sources(target: str) -> list[KernelSource]:
+    """Return all of them for rows of a dtype."""
     wide, learned = (False, True), (False, True)
     copies = [rows_source(target, index64, positions) for index64 in wide for positions in learned]
     numbers = [pointwise_source(target, gate, False) for gate in range(5)] + [pointwise_source(target, 0, True)]
     heads = [heads_source(False), heads_source(True), trim_source()]
-    return [*norms, *copies, *numbers, *heads, resolve_source(), keep_source()]
+    return [*copies, *numbers, *heads, resolve_source(), keep_source()]
 
 
-NormLaunch: TypeAlias = Callable[..., None]
-"""Launches a norm on one prepared problem: `launch` in `prepare_norm`."""
 RowsLaunch: TypeAlias = Callable[..., None]
 """Launches a copy of rows on one prepared problem: `launch` in `prepare_rows`."""
 PointwiseLaunch: TypeAlias = Callable[..., None]
@@ -184,45 +148,6 @@ AllReduceLaunch: TypeAlias = Callable[..., None]
 def _threads(pieces: int, most: int) -> int:
     """Return whole warps for so many pieces, at most `most` threads."""
     return min(-(-pieces // 32) * 32, most)
-
-
-def prepare_norm(
-    function: Function, *, rows: int, channels: int, eps: float, offset: float, sms: int, sm_threads: int
-) -> NormLaunch:
-    """Return what launches the norm of `rows` rows, at least one.
-
-    Args:
-        function: `norm_source`, loaded.
-        rows, channels: sizes.
-        eps: is added to the mean of squares.
-        offset: is added to the weights.
-        sms, sm_threads: multiprocessors of the GPU, and threads that each has room for.
-    """
-    pieces = _pieces(channels)
-    threads = _threads(-(-channels // (CHANNELS * pieces)), _NORM_THREADS)
-    resident = min(min(_NORM_RESIDENT[pieces] * _NORM_THREADS, sm_threads) // threads, _MOST_RESIDENT)
-    grid, block, run = (min(rows, sms * resident), 1, 1), (threads, 1, 1), function.launch
-
-    def launch(
-        *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, out_stride: int,
-        ready: bool, early: bool, scales: int = 0,
-    ) -> None:  # fmt: skip
-        """Launch; what is not there has the address 0.
-
-        Args:
-            stream: handle of the stream.
-            x, stride: address of [rows, channels], and elements from one row to the next.
-            residual: address of [rows, channels].
-            weight, bias: addresses of [channels].
-            out, out_stride: address of [rows, channels], of bytes with e4m3, and elements from one row to the next.
-            ready: whether weight and bias were there before the kernel ahead started.
-            early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
-            scales: address of float32 [rows], with e4m3.
-        """
-        addresses = (x, weight, bias, residual, out, scales)
-        run(grid, block, 0, stream, (*addresses, stride, out_stride, rows, channels, eps, offset, ready), early)
-
-    return launch
 
 
 def prepare_rows(

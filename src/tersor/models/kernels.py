@@ -158,7 +158,7 @@ def _asked(
         if isinstance(part.weight, PackedWeight):
             yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
     elif isinstance(part, NormWeights):
-        yield from needed.norm(len(part.weight), dtype, part.form.centered, chip, readers)
+        yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):
         yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, steps.length, chip)
     elif isinstance(part, Embedding):

@@ -14,7 +14,7 @@ import torch
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import attention as attention_kernels
-from tersor.kernels import attention_sm90, dense, experts, routing, sampling, shared_attention, small, tune
+from tersor.kernels import attention_sm90, dense, experts, norms, routing, sampling, shared_attention, small, tune
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
@@ -220,11 +220,12 @@ def attention(
 
 
 def norm(
-    channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
+    rows: int, channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
 ) -> Iterator[KernelSource]:
-    """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, or of those as e4m3.
+    """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as e4m3.
 
     Args:
+        rows: at most.
         channels, dtype: of rows.
         layer: whether it is a layer norm.
         chip: the GPU.
@@ -232,7 +233,8 @@ def norm(
     """
     if dtype in TARGETS and channels_fit(channels):
         e4m3 = bool(readers) and chip.capability == (9, 0) and all(one.layout == E4M3_LAYOUT for one in readers)
-        yield small.norm_source(TARGETS[dtype], layer, channels, e4m3)
+        for warps in (0, norms.ctas_of_warps(rows, channels, layer, e4m3, chip.sms)):
+            yield norms.norm_source(TARGETS[dtype], layer, channels, e4m3, warps)
 
 
 def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) -> Iterator[KernelSource]:

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from tersor.errors import ShapeError
-from tersor.kernels import jit, small
+from tersor.kernels import jit, norms, small
 from tersor.kernels.dense import codes_stride
 from tersor.ops import current, dispatch, mode
 from tersor.ops.settled import settled
@@ -18,7 +18,7 @@ from tersor.ops.settled import settled
 TARGETS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """Dtypes of rows that kernels take, and their names."""
 
-_launch = functools.lru_cache(1024)(small.prepare_norm)
+_launch = functools.lru_cache(1024)(norms.prepare_norm)
 
 
 def rms_norm(
@@ -148,9 +148,10 @@ def launched(
     residual = None if residual is None else residual.contiguous()
     (rows, channels), chip = x.shape, dispatch.kernel_chip(x.device)
     assert chip is not None
-    function = jit.get(small.norm_source(TARGETS[x.dtype], layer, channels, e4m3), index)
+    warps = norms.ctas_of_warps(rows, channels, layer, e4m3, chip.sms)
+    function = jit.get(norms.norm_source(TARGETS[x.dtype], layer, channels, e4m3, warps), index)
     sizes = {"rows": rows, "channels": channels, "sms": chip.sms, "sm_threads": chip.sm_threads}
-    launch = _launch(function, eps=float(eps), offset=float(offset), **sizes)
+    launch = _launch(function, eps=float(eps), offset=float(offset), **sizes, warps=warps)
     out_stride = codes_stride(channels) if e4m3 else channels
     out = current.empty((rows, channels), (out_stride, 1), torch.float8_e4m3fn if e4m3 else x.dtype)
     scales = current.empty((rows,), (1,), torch.float32) if e4m3 else None

@@ -1,4 +1,4 @@
-// Normalises rows. In float32, rounded once:
+// Normalises few rows; norm_rows.cuh has many. In float32, rounded once:
 //   y = residual + x / sqrt(mean(x^2) + eps) * (weight + offset)             (RMS norm)
 //   y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias              (layer norm)
 // With E4M3 what was rounded becomes e4m3 with a scale for each row (common/e4m3.cuh), and is not written itself.
@@ -9,12 +9,11 @@
 
 #include "common/e4m3.cuh"
 #include "common/launch.cuh"
-#include "small/pieces.cuh"
+#include "small/norms.cuh"
 
 namespace norms {
 
-constexpr int kMostThreads = 512;
-constexpr int kWarps = kMostThreads / 32;
+constexpr int kMostThreads = kWarps * 32;
 constexpr int kRoom = (__CUDA_ARCH__ % 100 == 0 && __CUDA_ARCH__ <= 1000 ? 2048 : 1536) / kMostThreads;
 constexpr int kResident = RESIDENT < kRoom ? RESIDENT : kRoom;
 
@@ -56,17 +55,16 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
     float offset,
     int ready) {  // whether weight and bias were there before the kernel ahead started
     using namespace norms;
-    using pieces::kChannels;
     __shared__ float parts[2][kWarps];
     launch::start_next();
     const int count = channels / kChannels;
-    pieces::Piece given[PIECES], weights[PIECES], biases[PIECES];
-    const auto load = [&](const u16* row, pieces::Piece(&into)[PIECES]) {
+    Words given[PIECES], weights[PIECES], biases[PIECES];
+    const auto load = [&](const u16* row, Words(&into)[PIECES]) {
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
             const int piece = threadIdx.x + i * blockDim.x;
             into[i] = {};
-            if (piece < count && row != nullptr) into[i] = pieces::load(row, piece);
+            if (piece < count && row != nullptr) into[i] = norms::load(row, piece);
         }
     };
     if (!ready) launch::wait_for_earlier();
@@ -76,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
     load(x + blockIdx.x * stride, given);
     int turn = 0;  // of parts
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-        pieces::Piece next[PIECES], added[PIECES];
+        Words next[PIECES], added[PIECES];
         const int following = row + static_cast<int>(gridDim.x);
         load(following < rows ? x + following * stride : nullptr, next);
         if constexpr (!LAYER) load(residual == nullptr ? nullptr : residual + 1LL * row * channels, added);
@@ -85,9 +83,8 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
         if constexpr (LAYER) {
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) {
-#pragma unroll
-                for (int k = 0; k < kChannels; ++k) sum += ptx::widen<BF16>(given[i].values[k]);
-                e4m3::keep_packed(given[i].values);
+                add_values(given[i], sum);
+                keep(given[i]);
             }
             mean = over_block<false>(sum, parts[turn]) / static_cast<float>(channels);
             turn ^= 1;
@@ -95,42 +92,26 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
         }
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
-            if (static_cast<int>(threadIdx.x + i * blockDim.x) < count) {
-#pragma unroll
-                for (int k = 0; k < kChannels; ++k) {
-                    const float value = ptx::widen<BF16>(given[i].values[k]) - mean;
-                    sum += value * value;
-                }
-            }
-            e4m3::keep_packed(given[i].values);
+            if (static_cast<int>(threadIdx.x + i * blockDim.x) < count) add_squares(given[i], mean, sum);
+            keep(given[i]);
         }
         sum = over_block<false>(sum, parts[turn]);
         turn ^= 1;
-        const float factor = 1.0f / sqrtf(sum / static_cast<float>(channels) + eps);
+        const float by = factor(sum, channels, eps);
+        float magnitude = 0.0f;  // what is beyond a row is zero
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
             const int piece = threadIdx.x + i * blockDim.x;
             if (piece >= count) continue;
-#pragma unroll
-            for (int k = 0; k < kChannels; ++k) {
-                const float value = (ptx::widen<BF16>(given[i].values[k]) - mean) * factor;
-                float result = value * (ptx::widen<BF16>(weights[i].values[k]) + offset);
-                if constexpr (LAYER) {
-                    result += ptx::widen<BF16>(biases[i].values[k]);
-                } else {
-                    result += ptx::widen<BF16>(added[i].values[k]);
-                }
-                given[i].values[k] = ptx::narrow<BF16>(result);
-            }
-            if constexpr (!E4M3) pieces::store(static_cast<u16*>(out) + row * out_stride, piece, given[i]);
+            float wide[kChannels];
+            widen_weights(weights[i], offset, wide);
+            given[i] = finish<true>(given[i], wide, LAYER ? biases[i] : added[i], mean, by, magnitude);
+            if constexpr (!E4M3) store(static_cast<u16*>(out) + row * out_stride, piece, given[i]);
         }
         if constexpr (E4M3) {
-            float magnitude = 0.0f;  // what is beyond a row is zero
 #pragma unroll
-            for (int i = 0; i < PIECES; ++i) {
-                magnitude = e4m3::largest(given[i].values, magnitude);
-                e4m3::keep_packed(given[i].values);
-            }
+            for (int i = 0; i < PIECES; ++i) keep(given[i]);
+            magnitude = rounded(magnitude);
             magnitude = over_block<true>(magnitude, parts[turn]);
             turn ^= 1;
             if (threadIdx.x == 0) scales[row] = e4m3::scale(magnitude);
@@ -139,14 +120,14 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) {
                 const int piece = threadIdx.x + i * blockDim.x;
-                if (piece < count) codes[piece] = e4m3::encode(given[i].values, inverse);
+                if (piece < count) codes[piece] = encode(given[i], inverse);
             }
         }
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
             given[i] = next[i];
-            e4m3::keep_packed(weights[i].values);
-            if constexpr (LAYER) e4m3::keep_packed(biases[i].values);
+            keep(weights[i]);
+            if constexpr (LAYER) keep(biases[i]);
         }
     }
 }
