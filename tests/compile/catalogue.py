@@ -343,26 +343,25 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
 
 def around_products() -> list[KernelSource]:
     """Return kernels of norms, rows, numbers and sampling: the most registers of each kind, every dtype, by turns."""
-    sizes = ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
-    sizes += tuple(itertools.product((1024, 2048, 4096, 5120, 8192), (False, True)))
-    pairs = itertools.product(enumerate(sizes), decode_groups.PAIR_TARGETS)
-    normed = [_norm(dtype, *size, False, turn > 3) for (turn, size), dtype in pairs]
+    few = ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
+    many = ((1024, False), (4096, True), (8192, False), (8192, True))
+    kinds = [(size, False) for size in few] + [(size, True) for size in many]
+    normed = [_norm(dtype, *size, False, warps) for size, warps in kinds for dtype in decode_groups.PAIR_TARGETS]
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
-    kinds = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
+    draws = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
     sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
     copies += [small.resolve_source(), small.keep_source()]
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
-    return [*normed, *copies, *itertools.chain.from_iterable(kinds), *sums]
+    return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums]
 
 
 def quantizing() -> list[KernelSource]:
     """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
-    kinds = itertools.product(
-        (4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True)), (False, True)
-    )
-    normed = {_norm(dtype, size, layer, True, many) for size, (dtype, layer), many in kinds}
-    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *sorted(normed, key=repr)]
+    sizes, forms = (4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True))
+    normed = [_norm(dtype, size, layer, True, False) for size in sizes for dtype, layer in forms]
+    normed += [_norm("bfloat16", size, size == 4096, True, True) for size in (4096, 8192)]
+    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *normed]
 
 
 def _norm(dtype: str, channels: int, layer: bool, e4m3: bool, many: bool) -> KernelSource:

@@ -133,10 +133,14 @@ def test_other_norms_do_not_quantise(gpu: FakeGpu) -> None:
     ("gpu", "most"), [("NVIDIA H200", 4 * 132), ("NVIDIA GeForce RTX 4090", 3 * 128)], indirect=["gpu"]
 )
 def test_a_norm_of_many_rows_has_as_many_ctas_as_there_is_room_for(gpu: FakeGpu, most: int) -> None:
+    """As long as a CTA has a row; then four warps of a CTA have one each, and all have as many in turn."""
     weight = torch.ones(4096).half()
-    for rows, ctas in ((most - 1, most - 1), (most + 1, most), (3 * most, most)):
+    sms = most // (most // 128)
+    for rows, ctas, threads in ((most - 1, most - 1, 512), (most + 1, most, 512), (8 * sms, 2 * sms, 128)):
         ops.rms_norm(torch.ones(rows, 4096).half(), weight, 1e-6)
-        assert gpu.last.grid == (ctas, 1, 1) and gpu.last["rows"] == rows
+        assert gpu.last.grid == (ctas, 1, 1) and gpu.last.block == (threads, 1, 1) and gpu.last["rows"] == rows
+    ops.rms_norm(torch.ones(17 * sms, 4096).half(), weight, 1e-6)
+    assert gpu.last.grid == (-(-17 * sms // 8), 1, 1)
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)

@@ -72,24 +72,22 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
     float offset,
     int ready) {
     using namespace norms;
-    __shared__ float4 weights[2 * kOfLane * 32];  // with the offset; of a piece the second half stands behind all first ones
+    __shared__ float4 weights[2 * kOfLane * 32];  // with the offset: first halves of all pieces, then second ones
     __shared__ uint4 biases[LAYER ? kOfLane * 32 : 1];
     launch::start_next();
     const int lane = threadIdx.x % 32, count = channels / kChannels;
     const auto has = [&](int i) { return i < kSure || i * 32 + lane < count; };
-    const auto share = [&] {
-        for (int piece = threadIdx.x; piece < count; piece += kRows * 32) {
-            float wide[kChannels];
-            widen_weights(load(weight, piece), offset, wide);
-            weights[piece] = {wide[0], wide[1], wide[2], wide[3]};
-            weights[kOfLane * 32 + piece] = {wide[4], wide[5], wide[6], wide[7]};
-            if constexpr (LAYER) {
-                biases[piece] = bias == nullptr ? uint4{} : __ldcg(reinterpret_cast<const uint4*>(bias) + piece);
-            }
+    if (!ready) launch::wait_for_earlier();
+    for (int piece = threadIdx.x; piece < count; piece += kRows * 32) {
+        float wide[kChannels];
+        widen_weights(load(weight, piece), offset, wide);
+        weights[piece] = {wide[0], wide[1], wide[2], wide[3]};
+        weights[kOfLane * 32 + piece] = {wide[4], wide[5], wide[6], wide[7]};
+        if constexpr (LAYER) {
+            biases[piece] = bias == nullptr ? uint4{} : __ldcg(reinterpret_cast<const uint4*>(bias) + piece);
         }
-    };
-    if (ready) share();
-    launch::wait_for_earlier();
+    }
+    if (ready) launch::wait_for_earlier();
     int row = blockIdx.x * kRows + threadIdx.x / 32;
     Words given[kOfLane];
 #pragma unroll
@@ -97,7 +95,6 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
         given[i] = {};
         if (has(i) && row < rows) given[i] = load(x + row * stride, i * 32 + lane);
     }
-    if (!ready) share();
     __syncthreads();
 #pragma unroll 1
     for (; row < rows; row += gridDim.x * kRows) {
