@@ -111,7 +111,7 @@ class LLM:
         limits = Limits(
             pages=built.pages,
             page_size=PAGE,
-            max_rows=config.max_rows,
+            max_rows=built.runner.max_rows,
             max_step_tokens=config.max_step_tokens,
             context=built.context,
             share_prefixes=config.prefix_caching,
