@@ -236,7 +236,7 @@ class Core:
         step = self.scheduler.schedule()
         launched = None if step is None else self.runner.launch(step, self._masks(step))
         if self._under_way is not None:
-            self._read(self._under_way)
+            self._read(self._under_way, late=not partial)
         self._under_way = launched
         news, self._news = self._news, {}
         outputs = []
@@ -278,7 +278,8 @@ class Core:
         matcher = self._matchers.get(request)
         return matcher is not None and matcher.accept(token)
 
-    def _read(self, launched: Launched) -> None:
+    def _read(self, launched: Launched, *, late: bool) -> None:
+        """Take what a step drew; texts that nobody sees before their end may come `late`."""
         step, drawn = launched.step, launched.tokens()
         if launched.prompt_logprobs is not None:
             self._read_prompts(step, launched.prompt_logprobs)
@@ -300,7 +301,7 @@ class Core:
             logprobs = None
             if request.params.logprobs is not None:
                 logprobs = self._logprobs(launched.logprobs, place, drawn[place], request.params.logprobs)
-            if stream.push(drawn[place], logprobs) or self._whole(request, drawn[place]):
+            if stream.push(drawn[place], logprobs, late=late) or self._whole(request, drawn[place]):
                 self.scheduler.end(request, STOP)
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)
