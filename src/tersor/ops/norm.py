@@ -91,16 +91,14 @@ def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None, most: int | Non
 
     Autograd and `torch.compile` see the torch code, which they know.
     """
-    tensors = [x, *(other for other in others if other is not None)]
-    return (
-        x.dtype in TARGETS
-        and x.shape[0] > 0
-        and channels_fit(x.shape[1], most)
-        and all(one.data_ptr() % 16 == 0 for one in tensors)
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
-        and dispatch.kernel_chip(x.device) is not None
-    )
+    shape = x.shape
+    if x.dtype not in TARGETS or not shape[0] or not channels_fit(shape[1], most) or torch.compiler.is_compiling():
+        return False
+    graded = torch.is_grad_enabled()
+    for one in (x, *others):
+        if one is not None and (one.data_ptr() % 16 or (graded and one.requires_grad)):
+            return False
+    return dispatch.kernel_chip(x.device) is not None
 
 
 def channels_fit(channels: int, most: int | None = small.MOST_CHANNELS) -> bool:
