@@ -198,6 +198,13 @@ inline bool __any_sync(u32, bool given) {
     for (int lane = 0; lane < 32; ++lane) any |= words[lane][0] != 0;
     return any;
 }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline u32 __ballot_sync(u32, bool given) {
+    const auto& words = emulated::share({given});
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<u32>(words[lane][0] != 0) << lane;
+    return bits;
+}
 
 namespace launch {
 inline void start_next() {}

@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from tersor.hardware import Chip
-from tersor.kernels.attention import FEW_QUERIES, PAGE, Kind, PrefillLaunch, Problem
+from tersor.kernels.attention import PAGE, Kind, PrefillLaunch, Problem
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 
 LEAST_DIM = 64
@@ -88,9 +88,7 @@ def grid_of(kind: Kind, problem: Problem, sms: int, splits: int | None = None) -
         splits: most parts of a tile, instead of as many as fill the GPU.
     """
     group = problem.heads // problem.kv_heads
-    of_row = -(-problem.most_queries * group // QUERIES)
-    together = problem.tokens * group // QUERIES + min(problem.rows, problem.tokens // (FEW_QUERIES + 1))
-    tiles = max(1, min(problem.rows * of_row, together)) * problem.kv_heads
+    tiles = problem.tiles(QUERIES, group) * problem.kv_heads
     if splits is None:
         pages = max(problem.most_pages, 1)
         if problem.window is not None:
