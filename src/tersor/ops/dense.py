@@ -51,10 +51,7 @@ def looked_at(*tensors: torch.Tensor | None) -> bool:
     graded = _grad_enabled()
     for one in tensors:
         if one is not None and (
-            type(one) not in _PLAIN
-            or not (one.is_cuda or one.is_cpu)
-            or one.is_neg()
-            or (graded and one.requires_grad)
+            type(one) not in _PLAIN or not (one.is_cuda or one.is_cpu) or one.is_neg() or (graded and one.requires_grad)
         ):
             return True
     return False
