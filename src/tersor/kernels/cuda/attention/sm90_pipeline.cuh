@@ -24,7 +24,7 @@ struct alignas(64) TensorMap {
 
 using pages::kDim;
 
-constexpr int kGroups = 2;              // warpgroups that multiply
+constexpr int kGroups = GROUPS;         // warpgroups that multiply
 constexpr int kQueries = 64 * kGroups;  // of a tile
 constexpr int kBlockPages = BLOCK_PAGES;
 constexpr int kBlock = kBlockPages * pages::kTokens;  // tokens whose keys, or values, are in a slot
