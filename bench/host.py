@@ -5,7 +5,7 @@
 Enqueues calls without waiting for the GPU, on a shape so small that the GPU is never behind, and divides: microseconds
 a call, the best of several rounds. `launch` is the kernel's launch alone, `linear` is `tersor.ops.linear`, `layer` a
 `PackedLinear`, `operator` the registered operator through torch's dispatcher, and `torch` a plain `nn.Linear`.
-`fresh` is `tersor.ops.linear` with a number of tokens that was not seen before, which most steps that read prompts have.
+`fresh` is `tersor.ops.linear` with a number of tokens not seen before, which most steps that read prompts have.
 """
 
 from __future__ import annotations
