@@ -34,7 +34,8 @@ class EngineConfig:
         memory: share of the GPU's memory that weights, graphs and pages may take together.
         kv_bytes: bytes of all pages of a rank, instead of what `memory` leaves; on a CPU 1 GiB unless given.
         prefix_caching: whether pages of prompts are kept for requests that begin the same.
-        cuda_graph: whether steps that only decode are CUDA graphs; `None` is where they can be, on a GPU.
+        cuda_graph: whether steps of few rows that only decode are CUDA graphs (`runner.GRAPH_ROWS`); `None` is where
+            they can be, on a GPU.
         seed: of requests that give none; `None` draws fresh ones.
         trust_remote_code: whether a tokenizer may run Python code that comes with the model.
         tensor_parallel: ranks that compute the model together, each with a part of every layer: a process and a GPU

@@ -1,4 +1,4 @@
-"""From a step to tokens: its tensors, the forward, and one CUDA graph for every padded number of rows that only decode.
+"""From a step to tokens: its tensors, the forward, and a CUDA graph for every padded number of few rows that decode.
 
 Where several ranks compute a model, the first tells the others what it launches (`orders`), and they launch the same;
 it alone draws, since it alone has a sampler, and tokens go to the others on the device. Nothing here waits for the
