@@ -75,7 +75,7 @@ def _environment_reason(dtype: torch.dtype, device: torch.device) -> str:
         return "TERSOR_KERNEL is set to reference"
     if device.type != "cuda":
         return f"kernels need a CUDA device, this is {device.type}"
-    if target_of(Activations.NATIVE, dtype) is None:
+    if dtype not in packing.NATIVE:
         return f"kernels take float16 and bfloat16 activations, not {dtype}"
     return ""
 

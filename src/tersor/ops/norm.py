@@ -10,6 +10,7 @@ import functools
 import torch
 
 from tersor.errors import ShapeError
+from tersor.hardware import Chip
 from tersor.kernels import jit, small
 from tersor.kernels.dense import codes_stride
 from tersor.ops import current, dispatch, mode
@@ -89,19 +90,24 @@ def check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torch
 
 
 def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None, most: int | None = small.MOST_CHANNELS) -> bool:
-    """Tell whether the kernels of `kernels.small` take rows [T, H] of at most `most` channels on a GPU and what stands
-    beside them.
+    """Tell whether `serving_chip` is any."""
+    return serving_chip(x, *others, most=most) is not None
+
+
+def serving_chip(x: torch.Tensor, *others: torch.Tensor | None, most: int | None = small.MOST_CHANNELS) -> Chip | None:
+    """Return the GPU whose kernels of `kernels.small` take rows [T, H] of at most `most` channels and what is beside
+    them; `None` where the torch code serves.
 
     Autograd and `torch.compile` see the torch code, which they know.
     """
     shape = x.shape
     if x.dtype not in TARGETS or not shape[0] or not channels_fit(shape[1], most) or torch.compiler.is_compiling():
-        return False
+        return None
     graded = torch.is_grad_enabled()
     for one in (x, *others):
         if one is not None and (one.data_ptr() % 16 or (graded and one.requires_grad)):
-            return False
-    return dispatch.kernel_chip(x.device) is not None
+            return None
+    return dispatch.kernel_chip(x.device)
 
 
 def channels_fit(channels: int, most: int | None = small.MOST_CHANNELS) -> bool:
