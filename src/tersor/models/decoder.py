@@ -88,7 +88,7 @@ class DecoderLayer:
         if not isinstance(ffn, FeedForward):  # experts
             x = self._added(attention.out, mixed, x)
             y = _plain(x)
-            return ranks.sum(ffn(between(y), residual=ranks.once(y)))
+            return ranks.sum(ffn(y, residual=ranks.once(y), norm=between))
         x = self._added(attention.out, mixed, x, between, ffn.up)
         inner = ffn.up(_normed(between, x))
         if following is None:

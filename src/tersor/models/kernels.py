@@ -15,7 +15,7 @@ from tersor.kernels.routing import Choice
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
-from tersor.models.mixture import Mixture
+from tersor.models.mixture import Mixture, gain_of
 from tersor.models.norm import NormWeights, weights_around
 from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
 from tersor.ops import mode, needed, serve_routing
@@ -74,7 +74,7 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
 
 
 def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
-    """Return identity of a product -> what it has of the norms around it in steps of few tokens, where it has any."""
+    """Return identity of a product, or of experts -> what it has of the norms around it in steps of few tokens."""
     found: dict[int, set[Norm]] = {}
 
     def between(norm: NormWeights, first: Product, reader: object) -> None:
@@ -87,6 +87,8 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
     for layer in decoder.layers:
         if isinstance(layer.ffn, FeedForward):
             between(layer.norms[1], layer.attention.out, layer.ffn.up)
+        elif layer.out_norms is None and gain_of(layer.norms[1]) is not None:
+            found.setdefault(id(layer.ffn), set()).add(Norm.IN)
     for layer, following in zip(decoder.layers, decoder.layers[1:], strict=False):
         if isinstance(layer.ffn, FeedForward):
             between(following.norms[0], layer.ffn.down, following.attention.reader)
@@ -145,7 +147,7 @@ def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip, norms: froze
     elif isinstance(part, LatentAttention):
         yield from needed.latent_heads(part.heads, dtype)
     else:
-        yield from _experts(part, dtype, steps, chip)
+        yield from _experts(part, dtype, steps, chip, norms)
 
 
 def _gate(part: Product | GatedProduct) -> int:
@@ -166,12 +168,17 @@ def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
         yield from needed.rows(channels, dtype, torch.int64, together and part.positions is not None)
 
 
-def _experts(part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[KernelSource]:
+def _experts(
+    part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip, of_norms: frozenset[Norm]
+) -> Iterator[KernelSource]:
     choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
     gate_up, down, router = part.gate_up, part.down, part.router.weight
     if isinstance(router, torch.Tensor):
         yield from needed.router(router, dtype, part.form.wide, steps.tokens)
     if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
+        if isinstance(router, torch.Tensor) and not needed.experts_misfit(gate_up, down, dtype, chip):
+            for norms in sorted({norm is Norm.IN for norm in of_norms}):
+                yield from needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
         yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
         return
     yield from needed.route(choice, logits)

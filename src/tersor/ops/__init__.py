@@ -4,6 +4,7 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
+from tersor.ops.decide import Decision, Gain, decide, decided_experts
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.fold import Deferred, FoldedNorm, folds_norm, linear_norm_in, linear_norm_out
@@ -28,8 +29,10 @@ __all__ = [
     "PAGE",
     "Allowed",
     "AttentionForm",
+    "Decision",
     "Deferred",
     "FoldedNorm",
+    "Gain",
     "Gate",
     "Listed",
     "Logprobs",
@@ -43,6 +46,8 @@ __all__ = [
     "attend",
     "attention_obstacle",
     "batch_invariant",
+    "decide",
+    "decided_experts",
     "draw",
     "draw_with_logprobs",
     "embedding",
