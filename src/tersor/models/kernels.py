@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tersor.hardware import Chip
+from tersor.kernels.deciding import MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
@@ -173,12 +174,16 @@ def _experts(
 ) -> Iterator[KernelSource]:
     choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
     gate_up, down, router = part.gate_up, part.down, part.router.weight
+    packed = isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight)
     if isinstance(router, torch.Tensor):
-        yield from needed.router(router, dtype, part.form.wide, steps.tokens)
-    if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
-        if isinstance(router, torch.Tensor) and not needed.experts_misfit(gate_up, down, dtype, chip):
+        decided: list[KernelSource] = []
+        if packed and not needed.experts_misfit(gate_up, down, dtype, chip):
             for norms in sorted({norm is Norm.IN for norm in of_norms}):
-                yield from needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
+                decided += needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
+        yield from decided
+        beyond = MOST_TOKENS if decided else 0
+        yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)
+    if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
         yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
         return
     yield from needed.route(choice, logits)

@@ -230,7 +230,9 @@ def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSourc
         yield small.norm_source(TARGETS[dtype], layer, channels)
 
 
-def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) -> Iterator[KernelSource]:
+def router(
+    weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int, beyond: int = 0
+) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.router_logits` with up to `tokens` tokens.
 
     Args:
@@ -238,11 +240,12 @@ def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) ->
         dtype: of activations.
         wide: whether logits are float32.
         tokens: at least 1.
+        beyond: calls of up to so many tokens are not made.
     """
     experts, channels = weight.shape
     if dtype in TARGETS and experts and channels_fit(channels, routing.MOST_ROUTER_CHANNELS):
         kind = router_of(dtype, weight.dtype, wide, channels)
-        counts = range(1, min(tokens, routing.ROUTER_TOKENS) + 1)
+        counts = range(beyond + 1, min(tokens, routing.ROUTER_TOKENS) + 1)
         yield from dict.fromkeys(routing.router_source(kind, n) for n in counts)
 
 
