@@ -1,4 +1,5 @@
-"""Ahead of the experts of a layer, where tokens are few: experts/decide.cuh, which norms, makes logits, chooses and sorts.
+"""Around the experts of a layer, where tokens are few: experts/decide.cuh norms, makes logits, chooses and sorts ahead of
+them, experts/combine_norm.cuh adds up behind them and norms the sum.
 
 As in `kernels.routing`, whose `Router` and `Choice` it joins: a kernel's source, its launch prepared for a problem, then
 the launch, by addresses and sizes.
@@ -13,12 +14,15 @@ from typing import TypeAlias
 
 from tersor.kernels.jit import Function, KernelSource
 from tersor.kernels.routing import INPUTS, PIECE, ROUTER_THREADS, Choice, Router, sorting_warps
+from tersor.kernels.small import norm_pieces, norm_threads
 
 MOST_TOKENS = 32
 """Tokens up to which one launch decides."""
 MOST_EXPERTS = 256
 MOST_NORMED_CHANNELS = 4096
 """Of a row that the launch norms, too: a thread has two pieces of it at most."""
+MOST_SUMMED_CHANNELS = 8192
+"""Of a row that is normed behind the sum over experts: a thread has two pieces of it at most."""
 
 _CTA_TOKENS = 4
 """Most tokens of a CTA, which has their rows in registers: half as many beside more weights than `_FEW_REGISTERS`."""
@@ -154,6 +158,75 @@ def prepare(
             tokens, router.channels, block_tokens, ready, scale, eps, offset,
         )
         # fmt: on
+        run(grid, block, 0, stream, arguments, early)
+
+    return launch
+
+
+@functools.cache
+def combine_source(target: str, channels: int) -> KernelSource:
+    """Return the kernel that adds up what the experts of a token gave and norms the sum, of so many channels.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        channels: at most `MOST_SUMMED_CHANNELS`.
+    """
+    return _combine_source(target, norm_pieces(channels))
+
+
+@functools.cache
+def _combine_source(target: str, pieces: int) -> KernelSource:
+    return KernelSource(
+        name=f"tersor_combine_experts_norm_{target}_{pieces}",
+        header="experts/combine_norm.cuh",
+        parameters={"BF16": target == "bfloat16", "PIECES": pieces},
+        arguments="PPPPPPPPiiffi",
+    )
+
+
+CombineLaunch: TypeAlias = Callable[..., None]
+"""Launches the sum over experts and its norm on one prepared problem: `launch` in `prepare_combine`."""
+
+
+def prepare_combine(
+    function: Function, *, tokens: int, top_k: int, channels: int, eps: float, offset: float
+) -> CombineLaunch:
+    """Return what launches the sum over the experts of `tokens` tokens, at least one, and its norm.
+
+    Args:
+        function: `combine_source`, loaded.
+        tokens, top_k, channels: sizes, at least one each; channels are those of the source, a multiple of 8.
+        eps, offset: as in `prepare`.
+    """
+    grid, block, run = (tokens, 1, 1), (norm_threads(channels), 1, 1), function.launch
+
+    def launch(
+        *,
+        stream: int,
+        y: int,
+        weights: int,
+        position: int,
+        blocks: int,
+        addend: int,
+        gain: int,
+        out: int,
+        normed: int,
+        ready: bool,
+        early: bool,
+    ) -> None:
+        """Launch; an addend that is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            y: address of [tokens * top_k, channels], sorted by expert, on 16 bytes.
+            weights: address of float32 [tokens, top_k].
+            position, blocks: addresses of the tables.
+            addend, out, normed: addresses of [tokens, channels], on 16 bytes.
+            gain: address of [channels], on 16 bytes.
+            ready: whether gain, weights and tables were there before the kernel ahead started.
+            early: as in `prepare`.
+        """
+        arguments = (y, weights, position, blocks, addend, gain, out, normed, top_k, channels, eps, offset, ready)
         run(grid, block, 0, stream, arguments, early)
 
     return launch

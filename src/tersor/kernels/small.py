@@ -35,9 +35,14 @@ _TOKEN_THREADS = 256
 _PIECE_THREADS = 256
 
 
-def _pieces(channels: int) -> int:
+def norm_pieces(channels: int) -> int:
     """Return how many pieces of a row a thread that normalises has at most: 1, 2 or 4."""
     return next(count for count in (1, 2, 4) if channels <= CHANNELS * _NORM_THREADS * count)
+
+
+def norm_threads(channels: int) -> int:
+    """Return the threads of a CTA that normalises a row; the order of sums depends on them."""
+    return _threads(-(-channels // (CHANNELS * norm_pieces(channels))), _NORM_THREADS)
 
 
 @functools.cache
@@ -49,7 +54,7 @@ def norm_source(target: str, layer: bool, channels: int) -> KernelSource:
         layer: whether it is a layer norm; else it is an RMS norm.
         channels: at most `MOST_CHANNELS`.
     """
-    return _norm_source(target, layer, _pieces(channels))
+    return _norm_source(target, layer, norm_pieces(channels))
 
 
 @functools.cache
@@ -190,8 +195,7 @@ def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, of
         eps: is added to the mean of squares.
         offset: is added to the weights.
     """
-    threads = _threads(-(-channels // (CHANNELS * _pieces(channels))), _NORM_THREADS)
-    grid, block, run = (rows, 1, 1), (threads, 1, 1), function.launch
+    grid, block, run = (rows, 1, 1), (norm_threads(channels), 1, 1), function.launch
 
     def launch(
         *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, ready: bool, early: bool

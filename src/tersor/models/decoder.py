@@ -13,7 +13,7 @@ from tersor.models.config import DecoderConfig
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.norm import NormWeights, fold
-from tersor.models.weights import Embedding, FeedForward, Hidden, Product, Products, Shared, tensors_of
+from tersor.models.weights import Between, Embedding, FeedForward, Hidden, Product, Products, Shared, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 from tersor.ops.collective import ALONE, Ranks
 
@@ -71,8 +71,8 @@ class DecoderLayer:
     out_norms: tuple[NormWeights, NormWeights] | None = None
     ranks: Ranks = ALONE
 
-    def __call__(self, x: Hidden, cache: PagedCache, rows: Rows, following: DecoderLayer | None = None) -> Hidden:
-        """Return [T, H] of x [T, H]; of both all but a division by the norm behind may be done.
+    def __call__(self, x: Between, cache: PagedCache, rows: Rows, following: DecoderLayer | None = None) -> Between:
+        """Return [T, H] of x [T, H]; of both the norm behind may be done, or all but a division by it.
 
         Args:
             x: what the layer ahead returned.
@@ -88,7 +88,9 @@ class DecoderLayer:
         if not isinstance(ffn, FeedForward):  # experts
             x = self._added(attention.out, mixed, x)
             y = _plain(x)
-            return ranks.sum(ffn(y, residual=ranks.once(y), norm=between))
+            behind = following.norms[0] if following is not None and ranks.count == 1 else None
+            z = ffn(y, residual=ranks.once(y), norm=between, behind=behind)
+            return z if isinstance(z, ops.Normed) else ranks.sum(z)
         x = self._added(attention.out, mixed, x, between, ffn.up)
         inner = ffn.up(_normed(between, x))
         if following is None:
@@ -99,7 +101,7 @@ class DecoderLayer:
         self,
         product: Product,
         x: torch.Tensor,
-        residual: Hidden,
+        residual: Between,
         norm: NormWeights | None = None,
         reader: object = None,
     ) -> Hidden:
@@ -116,13 +118,15 @@ class DecoderLayer:
             yield from part.tensors()
 
 
-def _plain(x: Hidden) -> torch.Tensor:
+def _plain(x: Between) -> torch.Tensor:
     """Return rows as they are before a norm."""
-    return x.x if isinstance(x, ops.Deferred) else x
+    return x if isinstance(x, torch.Tensor) else x.x
 
 
-def _normed(norm: NormWeights, x: Hidden) -> Hidden:
+def _normed(norm: NormWeights, x: Between) -> Hidden:
     """Return rows as what is behind a norm reads them."""
+    if isinstance(x, ops.Normed):
+        return x.y
     return x if isinstance(x, ops.Deferred) else norm(x)
 
 
@@ -170,7 +174,7 @@ class Decoder:
         Returns:
             [S, H] in `dtype`.
         """
-        x: Hidden = self.embedding(tokens, rows)
+        x: Between = self.embedding(tokens, rows)
         for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
             x = layer(x, cache, rows, following)
         y = _plain(x)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tersor.hardware import Chip
-from tersor.kernels.deciding import MOST_TOKENS
+from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
@@ -88,13 +88,17 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
     for layer in decoder.layers:
         if isinstance(layer.ffn, FeedForward):
             between(layer.norms[1], layer.attention.out, layer.ffn.up)
-        elif layer.out_norms is None and gain_of(layer.norms[1]) is not None:
+        elif layer.out_norms is None and gain_of(layer.norms[1], MOST_NORMED_CHANNELS) is not None:
             found.setdefault(id(layer.ffn), set()).add(Norm.IN)
+        else:
+            found.setdefault(id(layer.ffn), set()).add(Norm.NONE)
     for layer, following in zip(decoder.layers, decoder.layers[1:], strict=False):
         if isinstance(layer.ffn, FeedForward):
             between(following.norms[0], layer.ffn.down, following.attention.reader)
         else:
             found.setdefault(id(following.attention.reader), set()).add(Norm.NONE)
+            if layer.out_norms is None and layer.ranks.count == 1 and gain_of(following.norms[0]) is not None:
+                found.setdefault(id(layer.ffn), set()).add(Norm.OUT)
     return {product: frozenset(norms) for product, norms in found.items()}
 
 
@@ -178,8 +182,10 @@ def _experts(
     if isinstance(router, torch.Tensor):
         decided: list[KernelSource] = []
         if packed and not needed.experts_misfit(gate_up, down, dtype, chip):
-            for norms in sorted({norm is Norm.IN for norm in of_norms}):
+            for norms in sorted({norm is Norm.IN for norm in of_norms - {Norm.OUT}}):
                 decided += needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
+        if decided and Norm.OUT in of_norms:
+            decided += needed.decided_sum(down.shape[1], dtype)
         yield from decided
         beyond = MOST_TOKENS if decided else 0
         yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.kernels.deciding import MOST_NORMED_CHANNELS
+from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_SUMMED_CHANNELS
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import Experts
 from tersor.models.norm import NormWeights
@@ -51,16 +51,21 @@ class Mixture:
     shared: FeedForward | None = None
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, norm: NormWeights | None = None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm: NormWeights | None = None,
+        behind: NormWeights | None = None,
+    ) -> torch.Tensor | ops.Normed:
         """Return [T, H] of x [T, H], with `residual` added.
 
         Args:
             x: what experts and router read, before the norm where there is one.
             residual: [T, H] or `None`.
             norm: what x goes through first, or `None`.
+            behind: what the result goes through next, or `None`: where a kernel does that at once, both are returned.
         """
-        gain = None if norm is None else gain_of(norm)
+        gain = None if norm is None else gain_of(norm, MOST_NORMED_CHANNELS)
         if norm is not None and gain is None:
             x, norm = norm(x), None
         decided = self._decided(x, gain)
@@ -68,7 +73,8 @@ class Mixture:
             assert isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight)
             addend = residual if self.shared is None else self.shared(decided.x, residual)
             biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
-            return ops.decided_experts(decided, self.gate_up, self.down, addend=addend, **biases)
+            last = None if behind is None else gain_of(behind)
+            return ops.decided_experts(decided, self.gate_up, self.down, addend=addend, behind=last, **biases)
         x = x if norm is None else norm(x)
         logits = self._logits(x)
         addend = residual if self.shared is None else self.shared(x, residual)
@@ -185,10 +191,15 @@ class Mixture:
         yield from () if self.shared is None else self.shared.tensors()
 
 
-def gain_of(norm: NormWeights) -> ops.Gain | None:
-    """Return a norm as what decides ahead of experts has it, or `None` where it is none that may be a part of that."""
+def gain_of(norm: NormWeights, most: int = MOST_SUMMED_CHANNELS) -> ops.Gain | None:
+    """Return an RMS norm as the launches around experts have it, or `None`.
+
+    Args:
+        norm: any.
+        most: channels that a launch takes.
+    """
     form = norm.form
-    if form.centered or len(norm.weight) > MOST_NORMED_CHANNELS:
+    if form.centered or len(norm.weight) > most:
         return None
     return ops.Gain(norm.weight, form.eps, form.offset)
 

@@ -18,7 +18,9 @@ from tersor.ops.lookup import places
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
-"""Rows [T, H] between layers, or those that wait for the division of the norm ahead of a product."""
+"""Rows [T, H] that a product reads, or those that wait for the division of the norm ahead of it."""
+Between: TypeAlias = Hidden | ops.Normed
+"""Rows [T, H] between layers, with the norm behind them or without."""
 Stack: TypeAlias = torch.Tensor | StackedWeight
 """The weights [E, OC, IC] of all experts of a layer."""
 

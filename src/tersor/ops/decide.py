@@ -25,6 +25,7 @@ from tersor.ops.settled import settled
 from tersor.ops.tables import Tables, elements
 
 _launch = functools.lru_cache(1024)(deciding.prepare)
+_combine_launch = functools.lru_cache(1024)(deciding.prepare_combine)
 
 
 class Gain(NamedTuple):
@@ -38,6 +39,19 @@ class Gain(NamedTuple):
     weight: torch.Tensor
     eps: float
     offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """Rows, and what a norm behind them makes of them.
+
+    Attributes:
+        x: [T, H], before the norm: what residuals are.
+        y: [T, H] in the same dtype, behind it.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,19 +183,58 @@ def decided_experts(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     addend: torch.Tensor | None = None,
-) -> torch.Tensor:
+    behind: Gain | None = None,
+) -> torch.Tensor | Normed:
     """Run tokens through the experts that were decided on: [T, H], as `ops.routed_experts` returns it.
 
     Args:
         decision: of `decide`, with these experts.
         gate_up, down, gate_up_bias, down_bias, addend: as for `ops.routed_experts`.
+        behind: the norm that the result goes through, in the same launch as the last sum, or `None`.
+
+    Returns:
+        [T, H], or with a norm behind that and the normed rows where a kernel makes both.
     """
     index = decision.x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return decided_experts(
-                decision, gate_up, down, gate_up_bias=gate_up_bias, down_bias=down_bias, addend=addend
+                decision,
+                gate_up,
+                down,
+                gate_up_bias=gate_up_bias,
+                down_bias=down_bias,
+                addend=addend,
+                behind=behind,
             )
     tables, top_k = decision.tables, decision.index.shape[1]
     y = grouped.products(decision.x, gate_up, down, tables, top_k, gate_up_bias, down_bias, decision.chosen)
-    return serve_routing.combine(y, decision.weights, tables, addend, ready=True)
+    if behind is None or not kernel_serves(y, addend, behind.weight, most=deciding.MOST_SUMMED_CHANNELS) or behind.weight.dtype != y.dtype:
+        return serve_routing.combine(y, decision.weights, tables, addend, ready=True)
+    return _combined(y, decision, addend, behind)
+
+
+def _combined(y: torch.Tensor, decision: Decision, addend: torch.Tensor | None, norm: Gain) -> Normed:
+    """Launch the sum over experts and its norm on the current device, that of y."""
+    (tokens, top_k), channels, index = decision.weights.shape, y.shape[1], y.get_device()
+    addend = None if addend is None else addend.contiguous()
+    gain, eps, offset = norm
+    function = jit.get(deciding.combine_source(TARGETS[y.dtype], channels), index)
+    sizes = {"tokens": tokens, "top_k": top_k, "channels": channels}
+    launch = _combine_launch(function, **sizes, eps=float(eps), offset=float(offset))
+    out, normed = (current.empty((tokens, channels), (channels, 1), y.dtype) for _ in range(2))
+    _, position, blocks = decision.tables.addresses
+    launch(
+        stream=current.stream(index),
+        y=y.data_ptr(),
+        weights=decision.weights.data_ptr(),
+        position=position,
+        blocks=blocks,
+        addend=0 if addend is None else addend.data_ptr(),
+        gain=gain.data_ptr(),
+        out=out.data_ptr(),
+        normed=normed.data_ptr(),
+        ready=settled(gain, gain),
+        early=launched_early(y.device),
+    )
+    return Normed(out, normed)

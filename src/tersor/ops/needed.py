@@ -268,6 +268,12 @@ def decide(
     yield from dict.fromkeys(deciding.source(decider, n) for n in counts)
 
 
+def decided_sum(channels: int, dtype: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.decided_experts` that adds up and norms, of rows of so many channels."""
+    if dtype in TARGETS and channels_fit(channels, deciding.MOST_SUMMED_CHANNELS):
+        yield deciding.combine_source(TARGETS[dtype], channels)
+
+
 def numbers(
     channels: int, dtype: torch.dtype, gate: Gate | None = None, capped: bool = False
 ) -> Iterator[KernelSource]:
