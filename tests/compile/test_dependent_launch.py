@@ -6,7 +6,7 @@ PTX is asked: both instructions are volatile there, and ptxas keeps them.
 from __future__ import annotations
 
 import pytest
-from compile import catalogue
+from compile import catalogue, mixtures
 from helpers.fakes import argument_names
 
 from tersor.kernels.jit import KernelSource, nvrtc
@@ -14,7 +14,11 @@ from tersor.kernels.jit import KernelSource, nvrtc
 ARCH = "compute_90a"
 
 
-@pytest.mark.parametrize("source", [*catalogue.around_products(), *catalogue.routers()], ids=lambda source: source.name)
+@pytest.mark.parametrize(
+    "source",
+    [*catalogue.around_products(), *catalogue.routers(), *mixtures.deciders()],
+    ids=lambda source: source.name,
+)
 def test_a_kernel_triggers_the_next_and_waits_before_it_touches_memory(source: KernelSource) -> None:
     """The trigger comes first; ahead of the first wait nothing is stored or loaded."""
     text = nvrtc.compile_source(source, ARCH).data.decode()

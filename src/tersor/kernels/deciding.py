@@ -1,8 +1,8 @@
-"""Around the experts of a layer, where tokens are few: experts/decide.cuh norms, makes logits, chooses and sorts ahead of
-them, experts/combine_norm.cuh adds up behind them and norms the sum.
+"""Around the experts of a layer, where tokens are few: experts/decide.cuh norms, makes logits, chooses and sorts ahead
+of them, experts/combine_norm.cuh adds up behind them and norms the sum.
 
-As in `kernels.routing`, whose `Router` and `Choice` it joins: a kernel's source, its launch prepared for a problem, then
-the launch, by addresses and sizes.
+As in `kernels.routing`, whose `Router` and `Choice` meet here: a kernel's source, its launch prepared for a problem,
+then the launch, by addresses and sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tersor.kernels.jit import Function, KernelSource
-from tersor.kernels.routing import INPUTS, PIECE, ROUTER_THREADS, Choice, Router, sorting_warps
+from tersor.kernels.routing import INPUTS, PIECE, Choice, Router, sorting_warps
 from tersor.kernels.small import norm_pieces, norm_threads
 
 MOST_TOKENS = 32

@@ -209,9 +209,15 @@ def decided_experts(
             )
     tables, top_k = decision.tables, decision.index.shape[1]
     y = grouped.products(decision.x, gate_up, down, tables, top_k, gate_up_bias, down_bias, decision.chosen)
-    if behind is None or not kernel_serves(y, addend, behind.weight, most=deciding.MOST_SUMMED_CHANNELS) or behind.weight.dtype != y.dtype:
+    if behind is None or not _norms(y, addend, behind):
         return serve_routing.combine(y, decision.weights, tables, addend, ready=True)
     return _combined(y, decision, addend, behind)
+
+
+def _norms(y: torch.Tensor, addend: torch.Tensor | None, norm: Gain) -> bool:
+    """Tell whether a kernel norms the sum of what experts gave, [P, H], and an addend."""
+    known = norm.weight.dtype == y.dtype
+    return known and kernel_serves(y, addend, norm.weight, most=deciding.MOST_SUMMED_CHANNELS)
 
 
 def _combined(y: torch.Tensor, decision: Decision, addend: torch.Tensor | None, norm: Gain) -> Normed:
