@@ -139,7 +139,7 @@ def deciders() -> list[KernelSource]:
         ("float16", False, False, 4096, routing.Choice(experts=128, top_k=8), True),
         ("bfloat16", False, False, 2048, routing.Choice(experts=128, top_k=8), True),
         ("float16", True, True, 7168, deepseek, False),
-        ("bfloat16", False, True, 16384, most, False),
+        ("bfloat16", False, True, deciding.MOST_CHANNELS, most, False),
     ]
     found = []
     for turn, (target, held, wide, channels, choice, norms) in enumerate(kinds):

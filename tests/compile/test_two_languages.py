@@ -230,7 +230,7 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
 
 def test_a_launch_that_decides_counts_threads_tokens_and_channels_as_the_kernel_does() -> None:
     choice = routing.Choice(experts=deciding.MOST_EXPERTS, top_k=routing.MOST_TOP_K)
-    widths = {deciding.MOST_NORMED_CHANNELS: True, routing.MOST_ROUTER_CHANNELS: False}
+    widths = {deciding.MOST_NORMED_CHANNELS: True, deciding.MOST_CHANNELS: False}
     for channels, norms in widths.items():
         router = routing.Router(target="float16", float_weight=False, float_out=False, channels=channels)
         decider, launched = deciding.Decider(router=router, choice=choice, norms=norms), Launched()

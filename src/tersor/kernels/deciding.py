@@ -19,8 +19,8 @@ from tersor.kernels.small import norm_pieces, norm_threads
 MOST_TOKENS = 32
 """Tokens up to which one launch decides."""
 MOST_EXPERTS = 256
-MOST_NORMED_CHANNELS = 4096
-"""Of a row that the launch norms, too: a thread has two pieces of it at most."""
+MOST_CHANNELS, MOST_NORMED_CHANNELS = 8192, 4096
+"""Of a row, and of one that the launch norms, too: a thread has four pieces of it at most, or two."""
 MOST_SUMMED_CHANNELS = 8192
 """Of a row that is normed behind the sum over experts: a thread has two pieces of it at most."""
 
@@ -48,7 +48,7 @@ class Decider:
     def fits(self, tokens: int) -> bool:
         """Tell whether one launch decides for so many tokens."""
         few = 0 < tokens <= MOST_TOKENS and self.choice.experts <= MOST_EXPERTS and self.choice.fits()
-        return few and (not self.norms or self.router.channels <= MOST_NORMED_CHANNELS)
+        return few and self.router.channels <= (MOST_NORMED_CHANNELS if self.norms else MOST_CHANNELS)
 
     @property
     def logits(self) -> str:
