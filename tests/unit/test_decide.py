@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import decoders
 from helpers.emulated import COMPILER, Emulated
 from helpers.fakes import FakeGpu, pretended
+from helpers.small_decoders import config_of
 
 from tersor import ops
 from tersor.compress.rtn import quantize_rtn
@@ -21,6 +23,7 @@ from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import Experts, Norm
 from tersor.models.mixture import Mixture
 from tersor.models.norm import NormWeights
+from tersor.models.random import random_decoder
 from tersor.models.weights import Product
 from tersor.ops import routing_reference, serve_routing
 from tersor.ops.tables import Tables, elements
@@ -236,3 +239,40 @@ def test_a_layer_norm_goes_ahead_of_what_decides_and_a_packed_router_decides_not
     assert gpu.launches[1]["gain"] == 0 and gpu.launches[1]["x"] == gpu.launches[0]["out"]
     with pytest.raises(ShapeError, match=r"^router_logits: weight is \[4, 64\] torch.float32"):
         ops.decide(x, (torch.zeros(4, 64), None), (mixture.gate_up, mixture.down), 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3"])
+def test_a_decoder_has_each_norm_once_whoever_computes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder(config_of(name), get_scheme("fp6_e3m2"), "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for one in (norm.weight for layer in decoder.layers for norm in layer.norms):
+        one.copy_(torch.randn(len(one), generator=generator))
+    texts = decoders.texts(256)
+    expected = torch.cat(decoders.logits(decoder, texts))
+    calls: list[bool] = []
+
+    def decide(
+        x: torch.Tensor,
+        router: tuple[torch.Tensor, torch.Tensor | None],
+        experts: Any,
+        top_k: int,
+        *,
+        norm: ops.Gain,
+        gate: ops.Gate,
+        wide: bool,
+        **choice: Any,
+    ) -> ops.Decision:
+        rows = ops.rms_norm(x, norm.weight, norm.eps, offset=norm.offset)
+        index, weights = ops.route(ops.router_logits(rows, *router, wide=wide), top_k, **choice)
+        return ops.Decision(rows, index, weights, None, gate)  # type: ignore[arg-type]
+
+    def decided(found: ops.Decision, *stacks: Any, behind: ops.Gain | None, **beside: Any) -> Any:
+        calls.append(behind is not None)
+        y = ops.experts(found.x, *stacks, found.index, found.weights, gate=found.chosen, **beside)  # type: ignore[arg-type]
+        return y if behind is None else ops.Normed(y, ops.rms_norm(y, behind.weight, behind.eps, offset=behind.offset))
+
+    monkeypatch.setattr(ops, "decide", decide)
+    monkeypatch.setattr(ops, "decided_experts", decided)
+    assert torch.equal(torch.cat(decoders.logits(decoder, texts)), expected)
+    mixtures = sum(isinstance(layer.ffn, Mixture) for layer in decoder.layers)
+    assert calls and calls.count(False) * mixtures == len(calls)  # the last layer's alone is not normed

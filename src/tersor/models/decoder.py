@@ -84,10 +84,9 @@ class DecoderLayer:
         if self.out_norms is not None:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
-            return last(ranks.sum(ffn(between(y))), residual=y)
+            return last(ranks.sum(_plain(ffn(between(y)))), residual=y)
         if not isinstance(ffn, FeedForward):  # experts
-            x = self._added(attention.out, mixed, x)
-            y = _plain(x)
+            y = _plain(self._added(attention.out, mixed, x))
             behind = following.norms[0] if following is not None and ranks.count == 1 else None
             z = ffn(y, residual=ranks.once(y), norm=between, behind=behind)
             return z if isinstance(z, ops.Normed) else ranks.sum(z)

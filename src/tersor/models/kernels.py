@@ -178,14 +178,8 @@ def _experts(
 ) -> Iterator[KernelSource]:
     choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
     gate_up, down, router = part.gate_up, part.down, part.router.weight
-    packed = isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight)
     if isinstance(router, torch.Tensor):
-        decided: list[KernelSource] = []
-        if packed and not needed.experts_misfit(gate_up, down, dtype, chip):
-            for norms in sorted({norm is Norm.IN for norm in of_norms - {Norm.OUT}}):
-                decided += needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
-        if decided and Norm.OUT in of_norms:
-            decided += needed.decided_sum(down.shape[1], dtype)
+        decided = list(_decided(part, router, choice, dtype, steps, chip, of_norms))
         yield from decided
         beyond = MOST_TOKENS if decided else 0
         yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)
@@ -198,6 +192,29 @@ def _experts(
     for weight in (gate_up, down):
         if isinstance(weight, StackedWeight):
             yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)
+
+
+def _decided(
+    part: Mixture,
+    router: torch.Tensor,
+    choice: Choice,
+    dtype: torch.dtype,
+    steps: Steps,
+    chip: Chip,
+    of_norms: frozenset[Norm],
+) -> Iterator[KernelSource]:
+    """Yield the kernels around experts of few tokens, which have the norms ahead of them and behind."""
+    gate_up, down = part.gate_up, part.down
+    if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
+        return
+    if needed.experts_misfit(gate_up, down, dtype, chip):
+        return
+    found: list[KernelSource] = []
+    for norms in sorted({norm is Norm.IN for norm in of_norms - {Norm.OUT}}):
+        found += needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
+    if found and Norm.OUT in of_norms:
+        found += needed.decided_sum(down.shape[1], dtype)
+    yield from found
 
 
 def choice_of(part: Mixture) -> Choice:
