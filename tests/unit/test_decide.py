@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Decider, torch.dtype, tuple[int, ...]]] = {
             router=Router(target="float16", float_weight=True, float_out=True, channels=72), choice=GROUPED, norms=False
         ),
         torch.float16,
-        (2, 19),
+        (19,),
     ),
 }
 
@@ -125,12 +125,9 @@ def results(
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("channels", "top_k", "dtype"), [(328, 3, torch.float16), (4104, 9, torch.bfloat16)])
-def test_a_sum_that_is_normed_has_the_bits_of_two_launches(
-    channels: int, top_k: int, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    generator = torch.Generator().manual_seed(channels)
-    tokens, target = 2, str(dtype).removeprefix("torch.")
+def test_a_sum_that_is_normed_has_the_bits_of_two_launches(tmp_path: Path) -> None:
+    tokens, top_k, channels, dtype, target = 2, 9, 4104, torch.bfloat16, "bfloat16"
+    generator = torch.Generator().manual_seed(0)
     index = torch.tensor([*range(top_k - 1), 99, *range(top_k)], dtype=torch.int32).view(tokens, top_k)
     tables = routing_of(index, 16)
     y = torch.randn(tokens * top_k, channels, generator=generator).to(dtype)
