@@ -245,7 +245,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
-        found += [dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
+        found += quantizing()
         found += mixtures.all_sources(chip)
         found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
@@ -355,6 +355,13 @@ def around_products() -> list[KernelSource]:
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
+
+
+def quantizing() -> list[KernelSource]:
+    """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
+    kinds = itertools.product((4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True)))
+    norms = [small.norm_source(*kind, size, e4m3=True) for size, kind in kinds]
+    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *norms]
 
 
 def _epilogues() -> list[KernelSource]:

@@ -251,7 +251,9 @@ def test_a_launch_that_decides_counts_threads_tokens_and_channels_as_the_kernel_
 
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
-def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(head_dim: int, e4m3: bool) -> None:
+def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(
+    head_dim: int, e4m3: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = attention.Kind(head_dim=head_dim, dtype="bfloat16", e4m3=e4m3)
     problem = PROBLEM
     places = ("qkv", "pages_of_layer", "scales", "starts", "lengths", "table", "rotary", "sinks", "out")
@@ -297,15 +299,19 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)
-    shared = Launched()
-    shared.source = shared_attention.shared_source(kind, H200)
-    shared_attention.prepare_shared(shared, problem, grid, 32, H200.sms)(**read, **parts)  # type: ignore[arg-type]
-    facts = {
-        "shared::kThreads": shared.block[0],
-        "shared::kQueries": attention.SHARED_QUERIES,
-        "1 + 3 * 7 + plan::kItemNumbers * 39": shared_size(7),
-    }
-    check(shared.source.header, shared.source, facts)
+    monkeypatch.setattr(tensor_map, "rows", lambda *sizes: str(sizes).encode())
+    for chip in (H200, chip_named("A100")):
+        shared = Launched()
+        shared.source = shared_attention.shared_source(kind, chip)
+        launch = shared_attention.prepare_shared(shared, kind, problem, grid, 32, chip.sms)  # type: ignore[arg-type]
+        launch(**read, **parts, page_count=5)  # type: ignore[arg-type]
+        facts = {
+            "shared::kThreads": shared.block[0],
+            "shared::kQueries": attention.SHARED_QUERIES,
+            "SHARED_BYTES": shared.shared,
+            "1 + 3 * 7 + plan::kItemNumbers * 39": shared_size(7),
+        }
+        check(shared.source.header, shared.source, facts)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

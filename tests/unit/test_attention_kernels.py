@@ -214,9 +214,24 @@ SHARED = (
         3,
         2,
     ),
+    (
+        Case(
+            heads=9,
+            kv_heads=3,
+            lengths=(3350, 3264),
+            counts=(1, 1),
+            prefixes=(((0, 1), 50),),
+            dtype=torch.bfloat16,
+            norms=True,
+            rotary_dim=32,
+        ),
+        1,
+        1,
+    ),
     (Case(head_dim=256, heads=32, kv_heads=1, lengths=(200, 130), counts=(1, 1), prefixes=(((0, 1), 2),)), 1, 1),
     (Case(lengths=(65, 70), counts=(1, 1), sinks=True), 1, 0),
 )
+"""Cases, CTAs, and into how many items what is read together is cut."""
 
 
 @pytest.mark.parametrize(("case", "ctas", "items"), SHARED, ids=lambda one: str(one)[:30])
@@ -228,7 +243,19 @@ def test_rows_that_read_pages_together_are_those_of_the_reference(
     found = share(step.rows, step.form, ctas)
     assert (len(found.items) if found else 0) == items
     check(step, device)
-    assert [name for name in device.launched if "shared" in name]
+    assert sum("shared" in name for name in device.launched) == 1
+
+
+@pytest.mark.parametrize("case", [SHARED[3][0], SHARED[5][0]], ids=str)
+def test_rows_that_read_pages_together_are_those_of_the_reference_where_warps_multiply(
+    case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    step = Step(case)
+    assert share(step.rows, step.form, 2) is not None
+    check(step, device)
+    assert any("shared" in name for name in device.launched)
+    assert not any("sm90_shared" in name for name in device.launched)
 
 
 def test_a_layer_whose_window_hides_pages_reads_every_row_for_itself(device: Emulation) -> None:

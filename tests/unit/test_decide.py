@@ -22,13 +22,14 @@ from tersor.kernels.routing import Choice, Router
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import Experts, Norm
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights
+from tersor.models.norm import NormWeights, gain_of
 from tersor.models.random import random_decoder
 from tersor.models.weights import Product
 from tersor.ops import routing_reference, serve_routing
 from tersor.ops.tables import Tables, elements
 
 BLOCK = 8
+NORM: dict[str, Any] = {"eps": 1e-5, "offset": 1.0, "sms": 132, "sm_threads": 2048}
 
 gpu = pretended("NVIDIA H200")
 """Tensors of the CPU pass for those of an H200, or of the chip a test names."""
@@ -93,10 +94,11 @@ def test_one_launch_gives_the_bits_of_three_and_leaves_its_words_zero(name: str,
         rows = x
         if gain is not None:
             norm = Emulated(small.norm_source(router.target, False, router.channels), tmp_path, 900)
-            run = small.prepare_norm(norm, rows=tokens, channels=router.channels, eps=1e-5, offset=1.0)  # type: ignore[arg-type]
+            run = small.prepare_norm(norm, rows=tokens, channels=router.channels, **NORM)  # type: ignore[arg-type]
             rows = expected[0]
             beside = addresses(weight=gain, bias=None, residual=None, out=rows)
-            run(stream=0, x=x.data_ptr(), stride=router.channels, **beside, ready=True, early=True)
+            strides = {"stride": router.channels, "out_stride": router.channels}
+            run(stream=0, x=x.data_ptr(), **strides, **beside, ready=True, early=True)
         logits = torch.full((tokens, choice.experts), torch.nan, dtype=made)
         product = Emulated(routing.router_source(router, tokens), tmp_path, 900)
         run = routing.prepare_router(product, router, tokens=tokens, experts=choice.experts)  # type: ignore[arg-type]
@@ -146,7 +148,7 @@ def test_a_sum_that_is_normed_has_the_bits_of_two_launches(tmp_path: Path) -> No
     combine = Emulated(routing.combine_source(target), tmp_path, 900)
     first = routing.prepare_combine(combine, **sizes, aligned=True)  # type: ignore[arg-type]
     norm = Emulated(small.norm_source(target, False, channels), tmp_path, 900)
-    second = small.prepare_norm(norm, rows=tokens, channels=channels, eps=1e-5, offset=1.0)  # type: ignore[arg-type]
+    second = small.prepare_norm(norm, rows=tokens, channels=channels, **NORM)  # type: ignore[arg-type]
     for addend in (None, addends):
         out, normed, expected, expected_normed = (torch.full_like(addends, 7.0) for _ in range(4))
         given: dict[str, Any] = {"stream": 0, **addresses(y=y, weights=weights, addend=addend), "ready": True}
@@ -154,7 +156,7 @@ def test_a_sum_that_is_normed_has_the_bits_of_two_launches(tmp_path: Path) -> No
         once(**given, **addresses(gain=gain, out=out, normed=normed))
         first(**given, **addresses(out=expected))
         places = addresses(x=expected, weight=gain, bias=None, residual=None, out=expected_normed)
-        second(stream=0, stride=channels, **places, ready=True, early=True)
+        second(stream=0, stride=channels, out_stride=channels, **places, ready=True, early=True)
         assert torch.equal(out, expected) and out.isfinite().all()
         assert torch.equal(normed.view(torch.int16), expected_normed.view(torch.int16))
 
@@ -188,7 +190,7 @@ def test_experts_of_few_tokens_are_four_launches_with_the_norms_around_them(gpu:
     x = torch.randn(6, 64).half()
     for settled in (False, True):
         gpu.launches.clear()
-        y = mixture(x, residual=x, norm=norms[0], behind=norms[1])
+        y = mixture(x, residual=x, norm=norms[0], behind=gain_of(norms[1]))
         first, *_, last = gpu.launches
         assert isinstance(y, ops.Normed) and len(gpu.launches) == 4 and first.programmatic and last.programmatic
         assert first.kernel == "tersor_decide_norm_softmax_float16_float16_2_of_4_1_4x2"
@@ -221,7 +223,7 @@ def test_what_no_launch_decides_goes_one_way_after_the_other(
     torch.manual_seed(0)
     mixture, norm = layer(torch.float16), norm_of(64, torch.float16)
     with ops.using(**way):
-        mixture(torch.randn(tokens, 64).half(), norm=norm, behind=norm)
+        mixture(torch.randn(tokens, 64).half(), norm=norm, behind=gain_of(norm))
     kernels = [one.kernel for one in gpu.launches]
     assert len(kernels) == launches and kernels.count("tersor_rms_norm_float16_1") == (launches == 6)
     assert [name for name in kernels if "_decide_" in name] == kernels[:1] * (launches in (4, 5))
@@ -231,7 +233,7 @@ def test_a_layer_norm_goes_ahead_of_what_decides_and_a_packed_router_decides_not
     torch.manual_seed(0)
     mixture, norm = layer(torch.float16), norm_of(64, torch.float16, centered=True)
     x = torch.randn(2, 64).half()
-    assert isinstance(mixture(x, norm=norm, behind=norm), torch.Tensor)
+    assert isinstance(mixture(x, norm=norm, behind=gain_of(norm)), torch.Tensor)
     assert [one.kernel.split("_")[1] for one in gpu.launches][:2] == ["layer", "decide"]
     assert gpu.launches[1]["gain"] == 0 and gpu.launches[1]["x"] == gpu.launches[0]["out"]
     with pytest.raises(ShapeError, match=r"^router_logits: weight is \[4, 64\] torch.float32"):

@@ -35,7 +35,7 @@ QUERIES = 8
 _MOST_STAGES = 4
 _MOST_SPLITS = 64
 _CTAS_OF_SM = 2
-_APPEND_THREADS, _APPEND_TOKENS = 256, 4
+_APPEND_THREADS = 256
 _LOG2E = math.log2(math.e)
 _RESERVED = 1024
 """Bytes of shared memory that the driver takes from every CTA."""
@@ -139,7 +139,7 @@ def append_source(kind: Kind) -> KernelSource:
         name=f"tersor_attention_append_{kind.name}",
         header="attention/append.cuh",
         parameters=kind.parameters,
-        arguments="PPPPPPPPPPqiiiiff",
+        arguments="PPPPPPPPPPqiiiiiff",
     )
 
 
@@ -159,7 +159,7 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
             "STAGES": depth,
             "SHARED_BYTES": depth * of_stage + rest,
         },
-        arguments="PPPPPPPiiiiiff",
+        arguments="PPPPPPPiiiiiiff",
     )
 
 
@@ -205,6 +205,17 @@ class Problem:
     def shared_queries(self) -> int:
         """Most queries of a row of few tokens that share keys."""
         return min(self.most_queries, FEW_QUERIES) * (self.heads // self.kv_heads)
+
+    def tiles(self, queries: int, of_token: int = 1) -> int:
+        """Return in how many tiles the rows of many new tokens are at most, 1 or more.
+
+        Args:
+            queries: of a tile, which has those of one row alone.
+            of_token: queries of a new token.
+        """
+        of_row = -(-self.most_queries * of_token // queries)
+        together = self.tokens * of_token // queries + min(self.rows, self.tokens // (FEW_QUERIES + 1))
+        return max(1, min(self.rows * of_row, together))
 
     def query_tiles(self, kind: Kind) -> int:
         """Return `QUERY_TILES` of decode.cuh, that of any step where a row's bits must not depend on the others."""
@@ -334,7 +345,7 @@ def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
         function: `append_source`, loaded.
         problem: what the host knows.
     """
-    size, block = (-(-problem.most_queries // _APPEND_TOKENS), problem.rows, 1), (_APPEND_THREADS, 1, 1)
+    size, block = (problem.tokens, 1, 1), (_APPEND_THREADS, 1, 1)
     run = function.launch
 
     def launch(
@@ -355,8 +366,8 @@ def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
         """Launch; arguments are those of `prepare_decode`."""
         # fmt: off
         run(size, block, 0, stream, (
-            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.table_stride,
-            problem.heads, problem.kv_heads, problem.rotary_dim, problem.eps, problem.offset,
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.rows,
+            problem.table_stride, problem.heads, problem.kv_heads, problem.rotary_dim, problem.eps, problem.offset,
         ), early)
         # fmt: on
 
@@ -371,8 +382,7 @@ def prepare_prefill(function: Function, problem: Problem) -> PrefillLaunch:
         problem: what the host knows.
     """
     parameters = function.source.parameters
-    tiles = -(-problem.most_queries // (64 * int(parameters["ROW_TILES"])))
-    size, block = (tiles, problem.heads, problem.rows), (32 * _WARPS, 1, 1)
+    size, block = (problem.tiles(64 * int(parameters["ROW_TILES"])), problem.heads, 1), (32 * _WARPS, 1, 1)
     shared, run = int(parameters["SHARED_BYTES"]), function.launch
     window, scale, soft = problem.scores
 
@@ -392,8 +402,8 @@ def prepare_prefill(function: Function, problem: Problem) -> PrefillLaunch:
         """Launch; arguments are those of `prepare_decode`."""
         # fmt: off
         run(size, block, shared, stream, (
-            pages_of_layer, scales, starts, lengths, table, sinks, out, problem.table_stride, problem.heads,
-            problem.kv_heads, window, wide_sinks, scale, soft,
+            pages_of_layer, scales, starts, lengths, table, sinks, out, problem.rows, problem.table_stride,
+            problem.heads, problem.kv_heads, window, wide_sinks, scale, soft,
         ), early)
         # fmt: on
 

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_SUMMED_CHANNELS
+from tersor.kernels.deciding import MOST_NORMED_CHANNELS
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import Experts
-from tersor.models.norm import NormWeights
+from tersor.models.norm import NormWeights, gain_of
 from tersor.models.weights import FeedForward, Product, Stack, tensors_of
 from tersor.nn.experts import one_by_one
 from tersor.ops import Gate, routing
@@ -55,7 +55,7 @@ class Mixture:
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
         norm: NormWeights | None = None,
-        behind: NormWeights | None = None,
+        behind: ops.Gain | None = None,
     ) -> torch.Tensor | ops.Normed:
         """Return [T, H] of x [T, H], with `residual` added.
 
@@ -73,8 +73,7 @@ class Mixture:
             assert isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight)
             addend = residual if self.shared is None else self.shared(decided.x, residual)
             biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
-            last = None if behind is None else gain_of(behind)
-            return ops.decided_experts(decided, self.gate_up, self.down, addend=addend, behind=last, **biases)
+            return ops.decided_experts(decided, self.gate_up, self.down, addend=addend, behind=behind, **biases)
         x = x if norm is None else norm(x)
         logits = self._logits(x)
         addend = residual if self.shared is None else self.shared(x, residual)
@@ -189,19 +188,6 @@ class Mixture:
         yield from self.router.tensors()
         yield from tensors_of(self.gate_up, self.down, self.gate_up_bias, self.down_bias, self.choice_bias)
         yield from () if self.shared is None else self.shared.tensors()
-
-
-def gain_of(norm: NormWeights, most: int = MOST_SUMMED_CHANNELS) -> ops.Gain | None:
-    """Return an RMS norm as the launches around experts have it, or `None`.
-
-    Args:
-        norm: any.
-        most: channels that a launch takes.
-    """
-    form = norm.form
-    if form.centered or len(norm.weight) > most:
-        return None
-    return ops.Gain(norm.weight, form.eps, form.offset)
 
 
 def _product(stack: Stack, bias: torch.Tensor | None, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,11 @@ from tersor.ops.lookup import places
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
-"""Rows [T, H] that a product reads, or those that wait for the division of the norm ahead of it."""
+"""Rows [T, H] for a product, or those that wait for the division of the norm ahead of it."""
 Between: TypeAlias = Hidden | ops.Normed
-"""Rows [T, H] between layers, with the norm behind them or without."""
+"""Rows [T, H] between layers; the norm behind them may be done."""
+Given: TypeAlias = Hidden | ops.Quantized
+"""Rows [T, H] as a product takes them: those of a norm may be quantised."""
 Stack: TypeAlias = torch.Tensor | StackedWeight
 """The weights [E, OC, IC] of all experts of a layer."""
 
@@ -37,13 +39,15 @@ class Product:
     weight: Matrix
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: Hidden, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return x [T, IC] multiplied, and `residual` [T, OC] added, if x waits for no norm: [T, OC]."""
         if isinstance(self.weight, PackedWeight):
             if isinstance(x, ops.Deferred):
                 return ops.linear_norm_in(x, self.weight, self.bias)
+            if isinstance(x, ops.Quantized):
+                return ops.linear_e4m3(x, self.weight, self.bias, residual=residual)
             return ops.linear(x, self.weight, self.bias, residual=residual)
-        assert isinstance(x, torch.Tensor), "norms are folded into packed weights"
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for packed weights"
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
         if self.bias is None:
@@ -69,7 +73,7 @@ class Shared:
     widths: tuple[int, ...]
     ranks: Ranks
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return x [T, IC] multiplied: [T, sum of widths]."""
         return self.ranks.side_by_side(self.product(x), self.widths)
 
@@ -84,7 +88,7 @@ class Products:
 
     parts: tuple[Product, ...]
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return what the products make of x [T, IC], one behind the other: [T, sum of OC]."""
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
@@ -108,10 +112,12 @@ class GatedProduct:
     bias: torch.Tensor | None = None
     gate: Gate = Gate.SILU
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         if isinstance(x, ops.Deferred):
             return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
+        if isinstance(x, ops.Quantized):
+            return ops.linear_e4m3(x, self.weight, self.bias, gate=self.gate)
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -131,7 +137,7 @@ class Activated:
     product: Product | Products
     gate: Gate | None
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         y = self.product(x)
         return ops.relu(y) if self.gate is None else ops.gated(y, self.gate)
@@ -148,7 +154,7 @@ class FeedForward:
     up: GatedProduct | Activated
     down: Product
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [T, H] of x [T, H], with `residual` added."""
         return self.down(self.up(x), residual)
 

@@ -224,10 +224,20 @@ def attention(
         yield family.prefill_source(kind, chip)
 
 
-def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSource]:
-    """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, of rows of so many channels."""
+def norm(
+    channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
+) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, or of those as e4m3.
+
+    Args:
+        channels, dtype: of rows.
+        layer: whether it is a layer norm.
+        chip: the GPU.
+        readers: the weights of what reads the result, where that is packed products alone.
+    """
     if dtype in TARGETS and channels_fit(channels):
-        yield small.norm_source(TARGETS[dtype], layer, channels)
+        e4m3 = bool(readers) and chip.capability == (9, 0) and all(one.layout == E4M3_LAYOUT for one in readers)
+        yield small.norm_source(TARGETS[dtype], layer, channels, e4m3)
 
 
 def router(

@@ -232,7 +232,7 @@ def _prepared(
     shared = None
     if shares:
         function = jit.get(shared_attention.shared_source(kind, chip), index)
-        shared = shared_attention.prepare_shared(function, problem, grid, attention.QUERIES * tiles, chip.sms)
+        shared = shared_attention.prepare_shared(function, kind, problem, grid, attention.QUERIES * tiles, chip.sms)
     once = attention.prepare_decode(decode, problem, grid)
     if most_queries <= attention.FEW_QUERIES:
         return Prepared(shared, once, None, None, None, grid.floats, grid.counters)
@@ -313,7 +313,7 @@ def attend(
     }
     parts = {"partial": partial, "shared": _address(plan), "settled": rows.settled}
     if prepared.shared is not None:
-        prepared.shared(**read, **parts)
+        prepared.shared(**read, **parts, page_count=cache.pages.shape[0])
     prepared.decode(**common, **parts, arrived=arrived)
     if prepared.append is not None and prepared.prefill is not None:
         prepared.append(**read, out=out.data_ptr())

@@ -5,7 +5,7 @@
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
-#include "small/block_sum.cuh"
+#include "small/over_block.cuh"
 #include "small/pieces.cuh"
 
 namespace combine {
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads) TERSOR_ENTRY(
             squares += value * value;
         }
     }
-    const float total = norms::sum_of_block(squares, warp_sums);
+    const float total = norms::over_block<false>(squares, warp_sums);
     const float factor = 1.0f / sqrtf(total / static_cast<float>(channels) + eps);
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
