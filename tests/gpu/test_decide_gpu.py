@@ -85,7 +85,7 @@ def inputs(case: int, tokens: int) -> tuple[torch.Tensor, dict[str, Any], Gain |
 
     held = torch.float32 if wide else dtype
     weight = (normal(experts, channels) / channels**0.5).to(held)
-    weight[experts // 2 :: 3] = weight[0]
+    weight[experts // 2 :: 3] = weight[0].clone()
     x = (3 * normal(tokens, channels)).to(dtype)
     x[-1, 0] = torch.nan if tokens == 7 else -0.0
     gain = Gain(normal(channels).to(dtype), 1e-6, 0.5) if norms else None
