@@ -14,8 +14,8 @@ import torch
 from tersor import ops
 from tersor.kernels import deciding, jit, routing, small
 from tersor.kernels.deciding import Decider
-from tersor.ops import current, decide, grouped, serve_routing
-from tersor.ops.decide import Gain
+from tersor.ops import current, grouped, serve_routing
+from tersor.ops.deciding import Gain, _combined
 from tersor.ops.router import router_of
 from tersor.ops.routing import combine, route_tables
 
@@ -140,7 +140,7 @@ def steps(case: int, tokens: int) -> Iterator[Any]:
         for _ in range(12):
             found = ops.decide(rows, norm=gain, **given)
             assert found is not None
-            summed = decide._combined(y, found, rows, gain)
+            summed = _combined(y, found, rows, gain)
             rows = summed.x + 0 * summed.y if tokens == 2 else summed.y
         return rows
 

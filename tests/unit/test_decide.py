@@ -275,3 +275,12 @@ def test_a_decoder_has_each_norm_once_whoever_computes_it(name: str, monkeypatch
     assert torch.equal(torch.cat(decoders.logits(decoder, texts)), expected)
     mixtures = sum(isinstance(layer.ffn, Mixture) for layer in decoder.layers)
     assert calls and calls.count(False) * mixtures == len(calls)  # the last layer's alone is not normed
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
+def test_older_gpus_decide_in_one_launch_that_is_not_programmatic(gpu: FakeGpu) -> None:
+    torch.manual_seed(0)
+    norm = norm_of(64, torch.float16)
+    layer(torch.float16)(torch.randn(2, 64).half(), norm=norm, behind=gain_of(norm))
+    assert [one.kernel.split("_")[1] for one in gpu.launches] == ["decide", "experts", "experts", "combine"]
+    assert not gpu.launches[0].programmatic and not gpu.last.programmatic
