@@ -10,8 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
-from tersor.kernels import small
 from tersor.kernels.jit import Function, KernelSource
+from tersor.kernels.small import norm_pieces, norm_threads
 
 _THREADS = 512
 _RESIDENT = {1: 4, 2: 2, 4: 1}
@@ -27,15 +27,9 @@ _FEWER_CTAS = ((4, 7), (8, 5), (16, 3), (24, 2))
 norm they are fewer."""
 
 
-def _pieces(channels: int) -> int:
-    """Return how many pieces of a row a thread that normalises has at most: 1, 2 or 4."""
-    return next(count for count in (1, 2, 4) if channels <= small.CHANNELS * _THREADS * count)
-
-
 def _of_lane(channels: int) -> int:
     """Return how many pieces of a row a lane has, of a warp that normalises it alone."""
-    pieces = _pieces(channels)
-    return pieces * -(-channels // (small.CHANNELS * pieces * 32))
+    return norm_pieces(channels) * norm_threads(channels) // 32
 
 
 def ctas_of_warps(rows: int, channels: int, layer: bool, e4m3: bool, sms: int) -> int:
@@ -60,11 +54,11 @@ def norm_source(target: str, layer: bool, channels: int, e4m3: bool = False, war
     Args:
         target: `float16` or `bfloat16`.
         layer: whether it is a layer norm; else it is an RMS norm.
-        channels: at most `small.MOST_CHANNELS`.
+        channels: at most `kernels.small.MOST_CHANNELS`.
         e4m3: whether the result becomes e4m3 with a scale a row, on compute capability 9.0 alone.
         warps: `ctas_of_warps`.
     """
-    return _norm_source(target, layer, _pieces(channels), e4m3, _of_lane(channels) if warps else 0, warps)
+    return _norm_source(target, layer, norm_pieces(channels), e4m3, _of_lane(channels) if warps else 0, warps)
 
 
 @functools.cache
@@ -85,7 +79,15 @@ NormLaunch: TypeAlias = Callable[..., None]
 
 
 def prepare_norm(
-    function: Function, *, rows: int, channels: int, eps: float, offset: float, sms: int, sm_threads: int, warps: int
+    function: Function,
+    *,
+    rows: int,
+    channels: int,
+    eps: float,
+    offset: float,
+    sms: int,
+    sm_threads: int,
+    warps: int = 0,
 ) -> NormLaunch:
     """Return what launches the norm of `rows` rows, at least one.
 
@@ -101,8 +103,8 @@ def prepare_norm(
         threads, ctas = 32 * _ROWS_OF_CTA, -(-rows // _ROWS_OF_CTA)
         ctas = -(-ctas // -(-ctas // (sms * warps)))  # all have as many rows
     else:
-        pieces = _pieces(channels)
-        threads = 32 * _of_lane(channels) // pieces
+        pieces = norm_pieces(channels)
+        threads = norm_threads(channels)
         ctas = min(rows, sms * min(min(_RESIDENT[pieces] * _THREADS, sm_threads) // threads, _MOST_RESIDENT))
     grid, block, run = (ctas, 1, 1), (threads, 1, 1), function.launch
 

@@ -28,10 +28,21 @@ ALL_REDUCE_CTAS = 32
 ALL_REDUCE_BYTES = 4096 + 2 * MOST_REDUCED
 """Of the buffer that peers read and write, zero at first."""
 
+_NORM_THREADS = 512
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
 _TOKEN_THREADS = 256
 _PIECE_THREADS = 256
+
+
+def norm_pieces(channels: int) -> int:
+    """Return how many pieces of a row a thread that normalises has at most: 1, 2 or 4."""
+    return next(count for count in (1, 2, 4) if channels <= CHANNELS * _NORM_THREADS * count)
+
+
+def norm_threads(channels: int) -> int:
+    """Return the threads of a CTA that normalises a row; the order of sums depends on them."""
+    return _threads(-(-channels // (CHANNELS * norm_pieces(channels))), _NORM_THREADS)
 
 
 @functools.cache

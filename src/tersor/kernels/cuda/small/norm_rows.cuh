@@ -8,6 +8,7 @@
 #include "common/e4m3.cuh"
 #include "common/launch.cuh"
 #include "small/norms.cuh"
+#include "small/over_block.cuh"
 
 namespace norms {
 

@@ -8,7 +8,6 @@
 
 namespace norms {
 
-constexpr int kWarps = 16;  // of a CTA of norm.cuh, at most
 using pieces::kChannels;
 
 struct Words {
@@ -48,7 +47,7 @@ __device__ __forceinline__ void add_squares(const Words& words, float mean, floa
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
         const float value = widen(words, k) - mean;
-        sum = __fmaf_rn(value, value, sum);
+        sum += value * value;
     }
 }
 
@@ -74,7 +73,7 @@ __device__ __forceinline__ Words finish(
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const float value = (widen(words, 2 * i + k) - mean) * by;
-            values[k] = __fmaf_rn(value, weights[2 * i + k], kAdds ? widen(added, 2 * i + k) : 0.0f);
+            values[k] = value * weights[2 * i + k] + (kAdds ? widen(added, 2 * i + k) : 0.0f);
             if constexpr (E4M3) largest = fmaxf(largest, fabsf(values[k]));
         }
         result.pairs[i] = ptx::narrow<BF16>(values[0]) | u32{ptx::narrow<BF16>(values[1])} << 16;
