@@ -17,12 +17,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from compile import mixtures
+from compile import around, mixtures
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, attention_sm90, dense, experts, norms, routing, sampling, shared_attention, small
+from tersor.kernels import attention, attention_sm90, dense, experts, routing, shared_attention
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -245,14 +245,14 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
-        found += quantizing()
+        found += around.quantizing()
         found += mixtures.all_sources(chip)
         found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
-    around = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
-    around += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
-    around += tuple(around_products()[first::turn])
-    return list(dict.fromkeys((*found, *around, *_older_experts(capability))))
+    others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
+    others += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
+    others += tuple(around.products()[first::turn])
+    return list(dict.fromkeys((*found, *others, *_older_experts(capability))))
 
 
 def normed() -> Iterator[Traits]:
@@ -339,35 +339,6 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
         if attention_sm90.takes(kind, chip):
             found.append(attention_sm90.prefill_source(kind, chip))
     return found
-
-
-def around_products() -> list[KernelSource]:
-    """Return kernels of norms, rows, numbers and sampling: the most registers of each kind, every dtype, by turns."""
-    few = ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
-    many = ((1024, False), (4096, True), (8192, False), (8192, True))
-    kinds = [(size, False) for size in few] + [(size, True) for size in many]
-    normed = [_norm(dtype, *size, False, warps) for size, warps in kinds for dtype in decode_groups.PAIR_TARGETS]
-    copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
-    draws = zip(*map(sampling.sources, (*sampling.INPUTS, "float32")), strict=True)
-    sums = [small.all_reduce_source(*kind) for kind in (("float16", 2), ("bfloat16", small.MOST_RANKS))]
-    copies += [small.resolve_source(), small.keep_source()]
-    copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
-    copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
-    return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums]
-
-
-def quantizing() -> list[KernelSource]:
-    """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
-    sizes, forms = (4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True))
-    normed = [_norm(dtype, size, layer, True, False) for size in sizes for dtype, layer in forms]
-    normed += [_norm("bfloat16", size, size == 4096, True, True) for size in (4096, 8192)]
-    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *normed]
-
-
-def _norm(dtype: str, channels: int, layer: bool, e4m3: bool, many: bool) -> KernelSource:
-    """Return the kernel that normalises few rows or many."""
-    warps = norms.ctas_of_warps(1 << 20, channels, layer, e4m3, 132) if many else 0
-    return norms.norm_source(dtype, layer, channels, e4m3, warps)
 
 
 def _epilogues() -> list[KernelSource]:

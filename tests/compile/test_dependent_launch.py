@@ -12,7 +12,7 @@ from helpers.fakes import argument_names
 from tersor.kernels.jit import KernelSource, nvrtc
 
 ARCH = "compute_90a"
-SOURCES = [*catalogue.around_products(), *catalogue.routers(), *catalogue.quantizing(), *mixtures.deciders()]
+SOURCES = [*around.products(), *catalogue.routers(), *around.quantizing(), *mixtures.deciders()]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
