@@ -104,6 +104,19 @@ def stages(chip: Chip, of_stage: int, rest: int, least: int, most: int) -> int:
     return min(both, most) if both >= least else max(min(alone, least), 1)
 
 
+def _decode_rest(kind: Kind, query_tiles: int) -> int:
+    return QUERIES * query_tiles * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
+
+
+EARLY_PARTS = TABLE_AHEAD = True
+
+
+def decode_room(kind: Kind, query_tiles: int, chip: Chip) -> tuple[int, int]:
+    """Return CTAs of a multiprocessor, and the depth of their rings."""
+    rest = _decode_rest(kind, query_tiles)
+    return 2, stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
+
+
 @functools.cache
 def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False) -> KernelSource:
     """Return the kernel for rows of few new tokens; its ring is as deep as the chip's shared memory allows.
@@ -115,8 +128,8 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False
         shares: whether some rows read pages together.
     """
     queries = QUERIES * query_tiles
-    rest = queries * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
-    depth = stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
+    rest = _decode_rest(kind, query_tiles)
+    ctas, depth = decode_room(kind, query_tiles, chip)
     sums = 4 * _WARPS * queries * (kind.head_dim + 6)
     return KernelSource(
         name=f"tersor_attention_decode_{query_tiles}_{'shares_' if shares else ''}{kind.name}",
@@ -124,8 +137,11 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False
         parameters={
             **kind.parameters,
             "QUERY_TILES": query_tiles,
+            "CTAS": ctas,
             "STAGES": depth,
             "SHARES": shares,
+            "EARLY_PARTS": EARLY_PARTS,
+            "TABLE_AHEAD": TABLE_AHEAD,
             "SHARED_BYTES": max(depth * _WARPS * kind.tokens_of_16, sums) + rest,
         },
         arguments="PPPPPPPPPPPPPPqiiiiiiiiiiiffff",

@@ -9,7 +9,8 @@
 // each CTA whose split has some puts them among its 16 tokens, and one writes them to their page, which nobody reads in
 // this launch. A split without a token leaves at once, and so do rows of more tokens, which prefill.cuh serves. Where some
 // rows read pages together (SHARES), shared.cuh has left parts of them in `partial`, ahead of those of the splits.
-// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), STAGES of a ring, SHARES (0 or 1), SHARED_BYTES.
+// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), CTAS of a multiprocessor, STAGES of a ring, SHARES (0 or 1),
+// SHARED_BYTES.
 #pragma once
 
 #include "attention/head.cuh"
@@ -60,7 +61,7 @@ __device__ __forceinline__ void put_new(u32 place, u32 fresh, u32 fresh_scales, 
 
 }  // namespace decode
 
-extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(decode::kThreads, CTAS) TERSOR_ENTRY(
     const u16* __restrict__ qkv,          // [tokens, heads + 2 kv heads, HEAD_DIM]: queries, keys, values
     unsigned char* all,                   // pages
     float* scales,                        // [P, 2, kv heads, 64], of pages in e4m3
@@ -102,6 +103,12 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     const bool padding = length == 0;
     plan::Own own = {};
     if constexpr (kShares) own = plan::own(shared_plan, gridDim.z, row);
+    int ahead[2] = {};  // the first pages of the table, a lane has every 32nd: read beside what says which are needed
+    const int* whole_table = table + static_cast<long long>(row) * table_stride;
+    if constexpr (TABLE_AHEAD) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) ahead[i] = lane + 32 * i < table_stride ? __ldcg(whole_table + lane + 32 * i) : 0;
+    }
     const Split split = split_of(length, known, window, own.begin, gridDim.x, blockIdx.x, split_pages);
     const int queries = min(fresh * group - base, kQueries);
     const bool works = !padding && fresh <= pages::kMostFew && queries > 0 && split.first < split.end;
@@ -122,8 +129,22 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             ptx::copy_async_commit();
             return;
         }
-        if (i % 32 == 0) page_of_lane = i + lane < pages_left ? __ldcg(row_table + i + lane) : 0;
-        const int page = __shfl_sync(~0u, page_of_lane, i % 32);
+        int page;
+        if constexpr (TABLE_AHEAD) {
+            const int number = split.first + i;
+            if (number < 64) {
+                page = __shfl_sync(~0u, number < 32 ? ahead[0] : ahead[1], number % 32);
+            } else {
+                if (number % 32 == 0 || i == 0) {
+                    const int mine = number / 32 * 32 + lane;
+                    page_of_lane = mine < table_stride ? __ldcg(whole_table + mine) : 0;
+                }
+                page = __shfl_sync(~0u, page_of_lane, number % 32);
+            }
+        } else {
+            if (i % 32 == 0) page_of_lane = i + lane < pages_left ? __ldcg(row_table + i + lane) : 0;
+            page = __shfl_sync(~0u, page_of_lane, i % 32);
+        }
         const int there = known - (split.first + i) * pages::kTokens - slot;
         tile::fetch(ring + i % STAGES * tile::kBytes, all, scales, page, kv_heads, kv_head, slot, there);
     };
@@ -191,11 +212,27 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             if (writes) scales[at] = of_token;
         }
     };
+    Sums sums = {};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sums.largest[t][i] = pages::lowest();
+    }
+    const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
+    const long long part = part_queries * (kDim + 2);
+    float* parts = partial + ticket * slots * part;
+    const bool takes_parts = kShares && EARLY_PARTS && blockIdx.x == 0;
+    const auto take_parts = [&] {
+#pragma unroll 1
+        for (int i = warp; i < own.parts; i += kWarps) add_part(sums, parts + i * part, part_queries, queries);
+    };
+    if (takes_parts && warp >= jobs) take_parts();
     for (int job = warp; job < jobs; job += 2 * kWarps) {
         const bool two = job + kWarps < jobs;
         const head::Raw one = head::load(source_of(job), form_of(job), position_of(job));
         head::Raw other = {};
         if (two) other = head::load(source_of(job + kWarps), form_of(job + kWarps), position_of(job + kWarps));
+        if (takes_parts && job == warp) take_parts();
         give(job, one);
         if (two) give(job + kWarps, other);
     }
@@ -218,14 +255,10 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
         }
     }
     int last[kTiles][2];
-    Sums sums = {};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            last[t][i] = known + min((base + 8 * t + 2 * (lane % 4) + i) / group, fresh - 1);
-            sums.largest[t][i] = pages::lowest();
-        }
+        for (int i = 0; i < 2; ++i) last[t][i] = known + min((base + 8 * t + 2 * (lane % 4) + i) / group, fresh - 1);
     }
 #pragma unroll 1
     for (int i = 0; i < pages_left; ++i) {
@@ -272,9 +305,6 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     __syncthreads();
     const bool alone = split.count == 1;
     const sinks::Sinks of_heads = {sink_scores, wide_sinks};
-    const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
-    const long long part = part_queries * (kDim + 2);
-    float* parts = partial + ticket * slots * part;
     float* mine = parts + (own.parts + blockIdx.x) * part;
     const auto result_of = [&](int query) {
         const int token = (base + query) / group, head = kv_head * group + (base + query) % group;
@@ -301,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             total.w += four.w * factor;
         }
         if (alone) {
-            if constexpr (kShares) {
+            if constexpr (kShares && !EARLY_PARTS) {
                 const float* scores = parts + part_queries * kDim + query;
 #pragma unroll 4
                 for (int i = 0; i < own.parts; ++i) {
@@ -333,6 +363,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     if (comes_last) arrived[ticket] = 0;
     for (int query = warp; query < queries; query += kWarps) {
         const float sink = of_heads.of(kv_head * group + (base + query) % group);
-        merge(parts, part_queries, query, own.parts + split.count, sink, result_of(query));
+        const int skipped = EARLY_PARTS ? own.parts : 0;
+        merge(parts + skipped * part, part_queries, query, own.parts + split.count - skipped, sink, result_of(query));
     }
 }

@@ -141,6 +141,38 @@ __device__ __forceinline__ void add_tile(
     }
 }
 
+// Adds what others found for `count` queries, as it lies in a part, to a warp's sums.
+__device__ __forceinline__ void add_part(Sums& sums, const float* part, int part_queries, int count) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int query = 8 * t + 2 * (lane % 4) + i;
+            if (query >= count) continue;
+            const float* from = part + query * kDim;
+            float found[kSteps][2];
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                found[step][0] = __ldcg(from + 16 * step + tile::channel_of(0));
+                found[step][1] = __ldcg(from + 16 * step + tile::channel_of(1));
+            }
+            const float other = __ldcg(part + part_queries * kDim + query);
+            const float weight = __ldcg(part + part_queries * (kDim + 1) + query);
+            const float largest = fmaxf(sums.largest[t][i], other);
+            const float factor = ptx::power_of_two(sums.largest[t][i] - finite(largest));
+            const float of_other = ptx::power_of_two(other - finite(largest));
+            sums.largest[t][i] = largest;
+            sums.weights[t][i] = sums.weights[t][i] * factor + (lane < 4 ? weight * of_other : 0.0f);
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                sums.outputs[step][t][i] = sums.outputs[step][t][i] * factor + found[step][0] * of_other;
+                sums.outputs[step][t][i + 2] = sums.outputs[step][t][i + 2] * factor + found[step][1] * of_other;
+            }
+        }
+    }
+}
+
 // Adds up what `count` splits of a row found, by one warp for one query, and writes the result. Of each split there are
 // sums of `part_queries` queries, then their largest scores, then their sums of weights.
 __device__ __forceinline__ void merge(
