@@ -65,9 +65,9 @@ def test_the_operator_declares_what_it_writes() -> None:
         arguments = (
             step.qkv, step.cache.pages.nan_to_num(0) if step.cache.scales is None else step.cache.pages,
             None if step.cache.scales is None else step.cache.scales.nan_to_num(0), rows.starts, rows.lengths,
-            rows.pages, rows.most_queries, rows.most_length, rows.settled, None, step.rotary, *norms, step.sinks,
-            form.heads, form.kv_heads, form.head_dim, form.scale, form.rotary_dim, form.window, form.softcap,
-            form.norm_eps, form.norm_offset,
+            rows.pages, rows.most_queries, rows.most_length, rows.settled, None, rows.most_few, step.rotary, *norms,
+            step.sinks, form.heads, form.kv_heads, form.head_dim, form.scale, form.rotary_dim, form.window,
+            form.softcap, form.norm_eps, form.norm_offset,
         )
         # fmt: on
         tests = ("test_schema", "test_faketensor") if step.cache.scales is None else ("test_faketensor",)

@@ -188,6 +188,7 @@ class Problem:
         heads, kv_heads, rotary_dim, window, softcap, scale, eps, offset: of the form; `eps` and `offset` mean nothing
             without norms.
         most_queries, most_pages: bounds of the rows.
+        most_few: bound of the new tokens of rows that have up to FEW_QUERIES.
         table_stride: pages of a row in the table.
         invariant: whether a row's bits must not depend on the others.
         shares: whether some rows read pages together.
@@ -208,6 +209,7 @@ class Problem:
     table_stride: int
     invariant: bool
     shares: bool = False
+    most_few: int = FEW_QUERIES
 
     @property
     def scores(self) -> tuple[int, float, float]:
@@ -218,9 +220,14 @@ class Problem:
         return window, self.scale / self.softcap, self.softcap * _LOG2E
 
     @property
+    def few(self) -> int:
+        """Most new tokens of a row of few."""
+        return min(self.most_few, self.most_queries, FEW_QUERIES)
+
+    @property
     def shared_queries(self) -> int:
         """Most queries of a row of few tokens that share keys."""
-        return min(self.most_queries, FEW_QUERIES) * (self.heads // self.kv_heads)
+        return self.few * (self.heads // self.kv_heads)
 
     def query_tiles(self, kind: Kind) -> int:
         """Return `QUERY_TILES` of decode.cuh, that of any step where a row's bits must not depend on the others."""
@@ -267,7 +274,7 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
         pages = min(pages, -(-(problem.window + FEW_QUERIES) // PAGE) + 1)
     if problem.invariant:
         splits = -(-pages // INVARIANT_PAGES)
-    elif problem.shares and problem.most_queries > 1:  # parts have room for rows of one new token
+    elif problem.shares and problem.few > 1:  # parts have room for rows of one new token
         splits = 1
     else:
         splits = max(1, min(_CTAS_OF_SM * sms // groups, _MOST_SPLITS, pages))

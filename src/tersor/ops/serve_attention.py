@@ -120,10 +120,10 @@ def _check_rows(rows: Rows) -> None:
                 f"attend: shared pages of rows are {list(shared.shape)} {shared.dtype}, expected contiguous int32 "
                 f"[1 + 3 x {count} + 5 C]"
             )
-    if rows.most_queries < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
+    if min(rows.most_queries, rows.most_few or 0) < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
         raise ShapeError(
-            f"attend: rows have up to {rows.most_queries} new tokens of {rows.most_length}, their tables hold "
-            f"{rows.pages.shape[1]} pages of {PAGE}"
+            f"attend: rows have up to {rows.most_queries} new tokens (few: {rows.most_few}) of {rows.most_length}, their "
+            f"tables hold {rows.pages.shape[1]} pages of {PAGE}"
         )
 
 
@@ -203,6 +203,7 @@ def _prepared(
     rows: int,
     tokens: int,
     most_queries: int,
+    most_few: int,
     most_pages: int,
     table_stride: int,
     invariant: bool,
@@ -221,6 +222,7 @@ def _prepared(
         eps=form.norm_eps or 0.0,
         offset=form.norm_offset,
         most_queries=most_queries,
+        most_few=most_few,
         most_pages=most_pages,
         table_stride=table_stride,
         invariant=invariant,
@@ -270,6 +272,7 @@ def attend(
     if table.stride(1) != 1:
         table = table.contiguous()
     kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[qkv.dtype], e4m3=cache.scales is not None)
+    most = max(rows.most_queries, 1)
     now, chip, stream = mode.current(), hardware.of_device(index), current.stream(index)
     plan = rows.shared
     if now.batch_invariant or not shares(form, rows.most_length):
@@ -280,7 +283,8 @@ def attend(
         index,
         count,
         tokens,
-        max(rows.most_queries, 1),
+        most,
+        most if rows.most_few is None else max(min(rows.most_few, most), 1),
         -(-rows.most_length // PAGE),
         table.stride(0),
         now.batch_invariant,
