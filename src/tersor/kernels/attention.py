@@ -108,13 +108,10 @@ def _decode_rest(kind: Kind, query_tiles: int) -> int:
     return QUERIES * query_tiles * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
 
 
-EARLY_PARTS = TABLE_AHEAD = True
-
-
-def decode_room(kind: Kind, query_tiles: int, chip: Chip) -> tuple[int, int]:
-    """Return CTAs of a multiprocessor, and the depth of their rings."""
+def decode_room(kind: Kind, query_tiles: int, chip: Chip) -> tuple[int, int, bool]:
+    """Return CTAs of a multiprocessor, the depth of their rings, and whether they take items in turn."""
     rest = _decode_rest(kind, query_tiles)
-    return 2, stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
+    return 2, stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES), False
 
 
 @functools.cache
@@ -129,7 +126,8 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False
     """
     queries = QUERIES * query_tiles
     rest = _decode_rest(kind, query_tiles)
-    ctas, depth = decode_room(kind, query_tiles, chip)
+    ctas, depth, turns = decode_room(kind, query_tiles, chip)
+    ring = depth * _WARPS * kind.tokens_of_16
     sums = 4 * _WARPS * queries * (kind.head_dim + 6)
     return KernelSource(
         name=f"tersor_attention_decode_{query_tiles}_{'shares_' if shares else ''}{kind.name}",
@@ -140,11 +138,10 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False
             "CTAS": ctas,
             "STAGES": depth,
             "SHARES": shares,
-            "EARLY_PARTS": EARLY_PARTS,
-            "TABLE_AHEAD": TABLE_AHEAD,
-            "SHARED_BYTES": max(depth * _WARPS * kind.tokens_of_16, sums) + rest,
+            "TURNS": turns,
+            "SHARED_BYTES": (ring + sums + 16 if turns else max(ring, sums)) + rest,
         },
-        arguments="PPPPPPPPPPPPPPqiiiiiiiiiiiffff",
+        arguments="PPPPPPPPPPPPPPqiiiiiiiiiiiiiiiffff",
     )
 
 
@@ -289,15 +286,24 @@ PrefillLaunch: TypeAlias = Callable[..., None]
 """Launches prefill.cuh, or sm90_prefill.cuh, on one prepared problem: `launch` in their modules' `prepare_prefill`."""
 
 
-def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLaunch:
+def ctas_in_turn(source: KernelSource, problem: Problem, grid: Grid, sms: int) -> int:
+    """Return how many CTAs of decode.cuh take items in turn, on so many SMs; 0 where every item has one of its own."""
+    ctas = int(source.parameters["CTAS"]) * sms
+    items = grid.splits * problem.kv_heads * grid.items * problem.rows
+    return ctas if source.parameters["TURNS"] and items > ctas else 0
+
+
+def prepare_decode(function: Function, problem: Problem, grid: Grid, ctas: int = 0) -> DecodeLaunch:
     """Return what launches attention of the rows of few new tokens, and writes zeros for padding.
 
     Args:
         function: `decode_source`, loaded.
         problem: what the host knows.
         grid: of `grid_of`.
+        ctas: of `ctas_in_turn`.
     """
-    size, block = (grid.splits, problem.kv_heads * grid.items, problem.rows), (32 * _WARPS, 1, 1)
+    row_items = problem.kv_heads * grid.items
+    size, block = (ctas, 1, 1) if ctas else (grid.splits, row_items, problem.rows), (32 * _WARPS, 1, 1)
     shared_bytes, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
     window, scale, soft = problem.scores
     pages = INVARIANT_PAGES if problem.invariant else 0
@@ -342,7 +348,8 @@ def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLa
         arguments = (
             qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, sinks, out, partial, arrived, shared,
             stride, problem.table_stride, problem.tokens, problem.heads, problem.kv_heads, problem.rotary_dim, window,
-            wide_sinks, settled, grid.part_queries, pages, grid.slots, scale, soft, problem.eps, problem.offset,
+            wide_sinks, settled, grid.part_queries, pages, grid.slots, grid.splits, row_items, problem.rows, ctas > 0,
+            scale, soft, problem.eps, problem.offset,
         )
         # fmt: on
         run(size, block, shared_bytes, stream, arguments, early)

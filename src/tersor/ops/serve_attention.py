@@ -235,7 +235,10 @@ def _prepared(
     if shares:
         function = jit.get(shared_attention.shared_source(kind, chip), index)
         shared = shared_attention.prepare_shared(function, problem, grid, attention.QUERIES * tiles, chip.sms)
-    once = attention.prepare_decode(decode, problem, grid)
+    ctas = attention.ctas_in_turn(decode.source, problem, grid, chip.sms)
+    once = attention.prepare_decode(decode, problem, grid, ctas)
+    if ctas:
+        grid = replace(grid, counters=problem.rows * problem.kv_heads * grid.items + 2)
     if most_queries <= attention.FEW_QUERIES:
         return Prepared(shared, once, None, None, None, grid.floats, grid.counters)
     append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem)
