@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from helpers.attention_cases import Case, Step
 
 from tersor import ops
+from tersor.engine import request
+from tersor.engine.params import SamplingParams
+from tersor.engine.step_buffer import most_tokens
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import attention, attention_sm90, shared_attention
@@ -115,6 +119,7 @@ def test_a_form_a_page_or_a_row_that_does_not_fit_is_refused() -> None:
         ({"rows": replace(rows, lengths=rows.lengths.long())}, "int64, expected int32"),
         ({"rows": replace(rows, shared=torch.zeros(10 + 5 * 3 + 1, dtype=torch.int32))}, r"1 \+ 3 x 3 \+ 5 C"),
         ({"rows": replace(rows, shared=torch.zeros(10 + 5 * 3))}, r"shared pages of rows are \[25\] torch.float32"),
+        ({"rows": replace(rows, most_few=-1)}, "few: -1"),
         ({"rows": replace(rows, most_length=1000)}, "of 1000, their tables hold 4 pages of 64"),
         ({"sinks": torch.ones(4, device="meta")}, "on cpu, another tensor of the call on meta"),
     ]
@@ -177,6 +182,27 @@ def test_rows_that_share_pages_have_room_for_the_parts_that_others_read() -> Non
     assert grid.floats == 256 * 8 * 5 * 4 * 130
     mixed = attention.grid_of(kind, problem(rows=20, shares=True, most_queries=500), 132)
     assert mixed.splits == 1 and mixed.part_queries == 4  # rows of more tokens have no parts
+
+
+def test_rows_of_one_token_are_served_as_such_beside_long_prompts_where_the_host_says_so() -> None:
+    kind = attention.Kind(head_dim=128, dtype="float16")
+    alone, beside = problem(rows=20, shares=True), problem(rows=20, shares=True, most_queries=500, most_few=1)
+    assert beside.query_tiles(kind) == 1 and attention.grid_of(kind, beside, 132) == attention.grid_of(kind, alone, 132)
+    assert [problem(most_queries=500, most_few=few).query_tiles(kind) for few in (2, 4, 8, 500)] == [1, 2, 4, 4]
+    one = request.Request(id="", prompt=array("i", [1]), params=SamplingParams())
+    rows = [request.Row(one, 0, count, 0, False) for count in (1, 2, 9, 300)]
+    assert most_tokens(request.Step(rows)) == (300, 2) and most_tokens(request.Step(rows[2:])) == (300, 1)
+
+
+def test_ctas_take_items_in_turn_where_there_are_more_items_than_ctas() -> None:
+    kind = attention.Kind(head_dim=128, dtype="float16")
+    source = attention.decode_source(kind, 1, H200)
+    per_sm = int(source.parameters["CTAS"])
+    ctas = {}
+    for rows in (1, 16, 64, 1024):
+        step = problem(rows=rows)
+        ctas[rows] = attention.ctas_in_turn(source, step, attention.grid_of(kind, step, 132), 132)
+    assert ctas == {1: 0, 16: 0, 64: 132 * per_sm, 1024: 132 * per_sm}
 
 
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:

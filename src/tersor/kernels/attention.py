@@ -35,6 +35,8 @@ QUERIES = 8
 _MOST_STAGES = 4
 _MOST_SPLITS = 64
 _CTAS_OF_SM = 2
+_NEXT = 16
+"""Bytes of shared memory by which the threads of a CTA of decode.cuh learn what is next."""
 _APPEND_THREADS, _APPEND_TOKENS = 256, 4
 _LOG2E = math.log2(math.e)
 _RESERVED = 1024
@@ -108,10 +110,27 @@ def _decode_rest(kind: Kind, query_tiles: int) -> int:
     return QUERIES * query_tiles * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
 
 
+def _decode_sums(kind: Kind, query_tiles: int) -> int:
+    return 4 * _WARPS * QUERIES * query_tiles * (kind.head_dim + 6)
+
+
 def decode_room(kind: Kind, query_tiles: int, chip: Chip) -> tuple[int, int, bool]:
-    """Return CTAs of a multiprocessor, the depth of their rings, and whether they take items in turn."""
-    rest = _decode_rest(kind, query_tiles)
-    return 2, stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES), False
+    """Return the CTAs of an SM that decode.cuh runs in, the stages of their rings, and whether they take items in turn.
+
+    Then sums have a place beside the ring. CTAs do where as many of them have two stages of it then, or all that there
+    were, and where registers hold what they have to know of the next item: with one tile of queries.
+    """
+    of_stage, rest = _WARPS * kind.tokens_of_16, _decode_rest(kind, query_tiles)
+
+    def room(beside: int) -> tuple[int, int]:
+        depth = stages(chip, of_stage, beside, 2, _MOST_STAGES)
+        ctas = (chip.shared_bytes + _RESERVED) // (depth * of_stage + beside + _RESERVED)
+        return min(ctas, _CTAS_OF_SM), depth
+
+    once, turns = room(rest), room(rest + _decode_sums(kind, query_tiles) + _NEXT)
+    if query_tiles == 1 and turns[0] == once[0] and turns[1] >= min(once[1], 2):
+        return *turns, True
+    return *once, False
 
 
 @functools.cache
@@ -124,11 +143,9 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False
         chip: where it runs.
         shares: whether some rows read pages together.
     """
-    queries = QUERIES * query_tiles
-    rest = _decode_rest(kind, query_tiles)
+    rest, sums = _decode_rest(kind, query_tiles), _decode_sums(kind, query_tiles)
     ctas, depth, turns = decode_room(kind, query_tiles, chip)
     ring = depth * _WARPS * kind.tokens_of_16
-    sums = 4 * _WARPS * queries * (kind.head_dim + 6)
     return KernelSource(
         name=f"tersor_attention_decode_{query_tiles}_{'shares_' if shares else ''}{kind.name}",
         header="attention/decode.cuh",
@@ -139,7 +156,7 @@ def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False
             "STAGES": depth,
             "SHARES": shares,
             "TURNS": turns,
-            "SHARED_BYTES": (ring + sums + 16 if turns else max(ring, sums)) + rest,
+            "SHARED_BYTES": (ring + sums + _NEXT if turns else max(ring, sums)) + rest,
         },
         arguments="PPPPPPPPPPPPPPqiiiiiiiiiiiiiiiffff",
     )

@@ -122,8 +122,8 @@ def _check_rows(rows: Rows) -> None:
             )
     if min(rows.most_queries, rows.most_few or 0) < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
         raise ShapeError(
-            f"attend: rows have up to {rows.most_queries} new tokens (few: {rows.most_few}) of {rows.most_length}, their "
-            f"tables hold {rows.pages.shape[1]} pages of {PAGE}"
+            f"attend: rows have up to {rows.most_queries} new tokens (few: {rows.most_few}) of {rows.most_length}, "
+            f"their tables hold {rows.pages.shape[1]} pages of {PAGE}"
         )
 
 
