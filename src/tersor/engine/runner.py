@@ -301,7 +301,8 @@ class Runner:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the model; return logits [count, V], last states [count, H] and lengths of texts, int32 [count].
 
-        All are of the first places; of all tokens in their order where they are wanted `everywhere`. `most`: as in `Order`.
+        All are of the first places; of all tokens in their order where they are wanted `everywhere`.
+        `most` is that of `Order`.
         """
         places = views["places"][:count]
         tokens, lengths = ops.resolve(views["tokens"], self._newest, views["starts"], views["lengths"], places)
