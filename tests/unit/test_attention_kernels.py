@@ -138,6 +138,27 @@ def test_rows_of_few_tokens_are_those_of_the_reference(case: Case, splits: int, 
     assert all("decode" in name for name in device.launched)
 
 
+TURNS = (
+    (Case(head_dim=128, heads=8, lengths=(200, 1, 64, 65, 0, 63, 700, 0, 130), counts=(1,) * 9, tail=2), 1),
+    (Case(heads=4, kv_heads=4, lengths=(5000, 30, 0, 4100), counts=(1,) * 4, e4m3=True, sinks=True), 3),
+    (Case(lengths=(300, 30, 20, 64, 129), counts=(1, 1, 12, 2, 4), norms=True), 3),
+    (Case(lengths=(65, 200, 129, 70, *[66] * 6), counts=(1,) * 10, prefixes=(((0, 1, 2, *range(4, 10)), 1),)), 1),
+)
+
+
+@pytest.mark.parametrize(("case", "splits"), TURNS, ids=lambda one: str(one)[:40])
+def test_items_that_ctas_take_in_turn_are_those_of_the_reference(case: Case, splits: int, device: Emulation) -> None:
+    device.chip, device.splits = replace(H200, sms=1), splits
+    step = Step(case)
+    step.rows.most_few = max(count for count in case.counts if count <= attention.FEW_QUERIES)
+    if case.prefixes:
+        assert share(step.rows, step.form) is not None
+    found = check(step, device)
+    step.rows.settled = True
+    assert torch.equal(check(step, device), found)
+    assert all("decode_1" in name for name in device.launched if "decode" in name)
+
+
 @pytest.mark.parametrize("length", [700, 8500])
 def test_many_splits_become_one_result(length: int, device: Emulation) -> None:
     device.splits = 64  # of which the device takes 11, and 34

@@ -9,8 +9,12 @@
 // each CTA whose split has some puts them among its 16 tokens, and one writes them to their page, which nobody reads in
 // this launch. A split without a token leaves at once, and so do rows of more tokens, which prefill.cuh serves. Where some
 // rows read pages together (SHARES), shared.cuh has left parts of them in `partial`, ahead of those of the splits.
-// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), CTAS of a multiprocessor, STAGES of a ring, SHARES (0 or 1),
-// SHARED_BYTES.
+//
+// What a CTA works on is an item (items.cuh). Where there are more items than CTAs that fit the GPU (TURNS), each takes
+// them in turn, the shortest of them more: the ring never runs dry, since pages of the next item, whose numbers have been
+// looked up in time, follow those of the item, while its sums meet beside the ring, and its result is written.
+// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), CTAS of a multiprocessor, STAGES of a ring, TURNS and SHARES
+// (0 or 1), SHARED_BYTES.
 #pragma once
 
 #include "attention/head.cuh"
