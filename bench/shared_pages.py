@@ -71,7 +71,7 @@ class Case:
         """Return how groups are read together, which none of them refuses."""
         full = np.full(self.rows, (self.length - 1) // PAGE, np.int32)
         willing = replace(costs, tile=costs.tile * 1e-3, part=costs.part * 1e-3)
-        found = best(self.table().numpy(), full, self.rows, willing)
+        found = best(self.table().numpy(), full, self.rows, costs, willing)
         assert found is not None
         return found
 

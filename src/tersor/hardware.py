@@ -2,8 +2,8 @@
 
 Sources of `CHIPS`, for each fact or chip:
 
-- Compute capability and shared memory of a block: NVIDIA CUDA C++ Programming Guide 13.0, table "Technical
-  Specifications per Compute Capability".
+- Compute capability, shared memory of a block, threads of a multiprocessor: NVIDIA CUDA C++ Programming Guide 13.0,
+  table "Technical Specifications per Compute Capability".
 - A100: datasheet "NVIDIA A100 Tensor Core GPU" (2021), whitepaper "NVIDIA A100 Tensor Core GPU Architecture".
 - H100: datasheets "NVIDIA H100 Tensor Core GPU" (SXM and PCIe) and "NVIDIA H100 NVL", product brief PB-11773-001 (the
   NVL's 3,938 GB/s), whitepaper "NVIDIA H100 Tensor Core GPU Architecture".
@@ -64,6 +64,12 @@ class Chip:
     int8_ops: float
     nvlink: float
     pcie: float
+
+    @property
+    def sm_threads(self) -> int:
+        """Threads that a multiprocessor has room for, at least."""
+        major, minor = self.capability
+        return 2048 if minor == 0 and major <= 10 else 1536
 
 
 def _ampere(name: str, gib: int, bandwidth: float) -> Chip:

@@ -22,7 +22,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, attention_sm90, dense, experts, routing, sampling, shared_attention, small
+from tersor.kernels import attention, attention_sm90, decode_attention, dense, experts, routing, sampling, shared_attention, small
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -245,7 +245,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
-        found += [dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
+        found += quantizing()
         found += mixtures.all_sources(chip)
         found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
@@ -331,11 +331,13 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
     found = []
     for turn, kind in enumerate(kinds):
         least, most = 1, kind.query_tiles(64)
-        found += [attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
+        found += [decode_attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
         found += [attention.append_source(kind), attention.prefill_source(kind, chip)]
         found.append(shared_attention.shared_source(kind, chip))
+        if kind.e4m3:
+            found.append(decode_attention.decode_source(kind, least, chip, crowded=True))
         if turn % 3 == 0:
-            found.append(attention.decode_source(kind, most if turn else least, chip, shares=True))
+            found.append(decode_attention.decode_source(kind, most if turn else least, chip, shares=True))
         if attention_sm90.takes(kind, chip):
             found.append(attention_sm90.prefill_source(kind, chip))
     return found
@@ -355,6 +357,13 @@ def around_products() -> list[KernelSource]:
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
     return [*norms, *copies, *itertools.chain.from_iterable(kinds), *sums]
+
+
+def quantizing() -> list[KernelSource]:
+    """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
+    kinds = itertools.product((4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True)))
+    norms = [small.norm_source(*kind, size, e4m3=True) for size, kind in kinds]
+    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *norms]
 
 
 def _epilogues() -> list[KernelSource]:

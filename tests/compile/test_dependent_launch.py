@@ -12,9 +12,10 @@ from helpers.fakes import argument_names
 from tersor.kernels.jit import KernelSource, nvrtc
 
 ARCH = "compute_90a"
+SOURCES = [*catalogue.around_products(), *catalogue.routers(), *catalogue.quantizing()]
 
 
-@pytest.mark.parametrize("source", [*catalogue.around_products(), *catalogue.routers()], ids=lambda source: source.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_a_kernel_triggers_the_next_and_waits_before_it_touches_memory(source: KernelSource) -> None:
     """The trigger comes first; ahead of the first wait nothing is stored or loaded."""
     text = nvrtc.compile_source(source, ARCH).data.decode()

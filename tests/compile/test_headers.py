@@ -8,7 +8,7 @@ import pytest
 
 from tersor.formats import get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, dense, jit, sampling
+from tersor.kernels import attention, attention_sm90, decode_attention, dense, jit, sampling
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.layouts.packing import Packing
 
@@ -24,7 +24,7 @@ def whole(name: str) -> KernelSource:
     if name == "attention/wide.cuh":
         return attention.prefill_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), chip_named("H200"))
     if name.startswith("attention/"):
-        return attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
+        return decode_attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
     sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gate=1)

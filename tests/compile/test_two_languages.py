@@ -14,7 +14,7 @@ import pytest
 from tersor.engine.shared_pages import shared_size
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, dense, routing, shared_attention, tune
+from tersor.kernels import attention, attention_sm90, decode_attention, dense, routing, shared_attention, tune
 from tersor.kernels import experts as of_experts
 from tersor.kernels.jit import KernelSource, nvrtc, tensor_map
 from tersor.kernels.tune import experts_sm80, sm80, sm90
@@ -229,7 +229,9 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
 
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("head_dim", [80, 128, 256])
-def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(head_dim: int, e4m3: bool) -> None:
+def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do(
+    head_dim: int, e4m3: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = attention.Kind(head_dim=head_dim, dtype="bfloat16", e4m3=e4m3)
     problem = PROBLEM
     places = ("qkv", "pages_of_layer", "scales", "starts", "lengths", "table", "rotary", "sinks", "out")
@@ -241,11 +243,11 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "early": False,
         **dict.fromkeys(places, 0),
     }
-    grid = attention.grid_of(kind, problem, H200.sms)
-    source, launched = attention.decode_source(kind, problem.query_tiles(kind), H200), Launched()
+    grid = decode_attention.grid_of(kind, problem, H200.sms)
+    source, launched = decode_attention.decode_source(kind, problem.query_tiles(kind), H200), Launched()
     launched.source = source
     parts = {"partial": 0, "shared": 0, "settled": False}
-    attention.prepare_decode(launched, problem, grid)(**common, **parts, arrived=0)  # type: ignore[arg-type]
+    decode_attention.prepare_decode(launched, problem, grid)(**common, **parts, arrived=0)  # type: ignore[arg-type]
     queries = attention.FEW_QUERIES * 24 // 2
     facts = {
         "pages::kTokens": attention.PAGE,
@@ -275,15 +277,19 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)
-    shared = Launched()
-    shared.source = shared_attention.shared_source(kind, H200)
-    shared_attention.prepare_shared(shared, problem, grid, 32, H200.sms)(**read, **parts)  # type: ignore[arg-type]
-    facts = {
-        "shared::kThreads": shared.block[0],
-        "shared::kQueries": attention.SHARED_QUERIES,
-        "1 + 3 * 7 + plan::kItemNumbers * 39": shared_size(7),
-    }
-    check(shared.source.header, shared.source, facts)
+    monkeypatch.setattr(tensor_map, "rows", lambda *sizes: str(sizes).encode())
+    for chip in (H200, chip_named("A100")):
+        shared = Launched()
+        shared.source = shared_attention.shared_source(kind, chip)
+        launch = shared_attention.prepare_shared(shared, kind, problem, grid, 32, chip.sms)  # type: ignore[arg-type]
+        launch(**read, **parts, page_count=5)  # type: ignore[arg-type]
+        facts = {
+            "shared::kThreads": shared.block[0],
+            "shared::kQueries": attention.SHARED_QUERIES,
+            "SHARED_BYTES": shared.shared,
+            "1 + 3 * 7 + plan::kItemNumbers * 39": shared_size(7),
+        }
+        check(shared.source.header, shared.source, facts)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

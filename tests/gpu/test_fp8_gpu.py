@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.integrations.transformers import replace
-from tersor.kernels import dense
+from tersor.kernels import dense, jit
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
-from tersor.ops import dispatch
+from tersor.ops import current, dispatch
+from tersor.ops.norm import TARGETS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -141,3 +143,95 @@ def test_calls_upon_each_other_have_their_own_scales(n: int) -> None:
     for _ in range(20):
         found = [ops.linear(x, weight) for x in sources]
         assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(sources)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels write lies in memory full of NaN."""
+
+    def full(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        reach = 1 + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+        memory = torch.full((reach * dtype.itemsize,), 255, dtype=torch.uint8, device="cuda")
+        return memory.view(dtype).as_strided(size, stride)
+
+    monkeypatch.setattr(current, "empty", full)
+
+
+def two_steps(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, as bytes, and scales that the kernel which quantises alone makes of rows."""
+    n, ic = plain.shape
+    row = dense.codes_stride(ic)
+    memory = torch.full((n * (row + 4),), 255, dtype=torch.uint8, device="cuda")
+    launch = dense.prepare_quantize(jit.get(dense.quantize_source(TARGETS[plain.dtype]), 0), n=n, ic=ic)
+    launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=ic, codes=memory.data_ptr())
+    return memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [264, 4096, 5120, 14336])
+def test_a_norm_that_quantises_gives_the_bits_of_two_steps(channels: int, dtype: torch.dtype, poisoned: None) -> None:
+    generator = torch.Generator(device="cuda").manual_seed(channels)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+
+    product, _ = packed("fp6_e3m2", None, 200, channels)
+    for tokens in (1, 7, 33, 985, 2500):
+        x, residual, weight, bias = (
+            some(tokens, channels) * 3 + 1,
+            some(tokens, channels),
+            some(channels),
+            some(channels),
+        )
+        x[tokens // 2, 1] = math.nan
+        x[tokens - 1] = 0
+        assert ops.takes_e4m3(x, (product,), weight)
+        pairs: list[tuple[Callable[[], ops.Quantized], torch.Tensor]] = [
+            (lambda: ops.rms_norm_e4m3(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)),  # noqa: B023
+            (
+                lambda: ops.rms_norm_e4m3(x, weight, 1e-6, offset=1.0, residual=residual),  # noqa: B023
+                ops.rms_norm(x, weight, 1e-6, offset=1.0, residual=residual),
+            ),
+            (lambda: ops.layer_norm_e4m3(x, weight, bias, 1e-5), ops.layer_norm(x, weight, bias, 1e-5)),  # noqa: B023
+        ]
+        for call, plain in pairs:
+            codes, scales = two_steps(plain)
+            expected, expected_scales = Activations.E4M3.quantize(plain.float().cpu())
+            torch.testing.assert_close(
+                codes.contiguous().view(torch.float8_e4m3fn).float().cpu(),
+                expected.float(),
+                rtol=0,
+                atol=0,
+                equal_nan=True,
+            )
+            assert torch.equal(scales.cpu(), expected_scales[:, 0])
+            for _ in range(20):
+                rows = call()
+                assert torch.equal(rows.codes.view(torch.uint8), codes) and torch.equal(rows.scales, scales)
+            y = ops.linear_e4m3(rows, product)
+            torch.testing.assert_close(y, ops.linear(plain, product), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_chain_of_norms_that_quantise_is_that_of_launches_that_wait() -> None:
+    """Each step reads what the kernel just ahead wrote, and a graph replays them."""
+    there, back = (packed("fp6_e3m2", None, *shape)[0] for shape in ((512, 1024), (1024, 512)))
+    weights = [torch.randn(size, device="cuda").half() for size in (1024, 512)]
+    x = torch.randn(700, 1024, device="cuda").half()
+
+    def chain() -> torch.Tensor:
+        y = x
+        for _ in range(10):
+            inner = ops.linear_e4m3(ops.rms_norm_e4m3(y, weights[0], 1e-6), there)
+            y = ops.linear_e4m3(ops.rms_norm_e4m3(inner, weights[1], 1e-6), back, residual=y)
+        return y
+
+    with ops.using(early=False):
+        expected = chain()
+    assert expected.isfinite().all() and torch.equal(chain(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain()
+    for _ in range(5):
+        result.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(result, expected)

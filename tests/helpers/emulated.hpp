@@ -198,6 +198,13 @@ inline bool __any_sync(u32, bool given) {
     for (int lane = 0; lane < 32; ++lane) any |= words[lane][0] != 0;
     return any;
 }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline u32 __ballot_sync(u32, bool given) {
+    const auto& words = emulated::share({given});
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<u32>(words[lane][0] != 0) << lane;
+    return bits;
+}
 
 namespace launch {
 inline void start_next() {}
@@ -230,6 +237,17 @@ inline u32 widen_e4m3_pair(u16 pair) {
         halves[i] = float_to_half((code & 127) == 127 ? NAN : code >> 7 ? -size : size);
     }
     return halves[0] | halves[1] << 16;
+}
+inline u32 to_e4m3(float low, float high) {
+    u32 codes[2];
+    for (int i = 0; i < 2; ++i) {
+        const float x = i ? high : low, size = fabsf(x);
+        const int least = size < ldexpf(1, -6) ? -9 : ilogbf(size) - 3;  // power of the last place
+        const int places = static_cast<int>(nearbyintf(ldexpf(size, -least)));  // 16 carries into the exponent
+        codes[i] = size >= 448.0f ? 0x7e : least == -9 ? places : (least + 9) * 8 + places;
+        codes[i] = x != x ? 0x7f : codes[i] | __float_as_uint(x) >> 31 << 7;
+    }
+    return codes[0] | codes[1] << 8;
 }
 inline float power_of_two(float x) { return exp2f(x); }
 inline u32 load_shared(u32 shared) { return word_at(shared); }

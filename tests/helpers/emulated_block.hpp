@@ -11,7 +11,6 @@
 inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
 inline u64 max(u64 a, u64 b) { return a > b ? a : b; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -44,9 +43,6 @@ inline u32 __reduce_max_sync(u32, u32 value) {
 }
 inline u32 __reduce_add_sync(u32, u32 value) {
     return over_warp(value, [](u32 a, u32 b) { return a + b; });
-}
-inline u32 __ballot_sync(u32, bool given) {
-    return over_warp(given ? 1u << emulated::now % 32 : 0u, [](u32 a, u32 b) { return a | b; });
 }
 inline int __syncthreads_count(bool given) {
     static int counts[2];

@@ -14,14 +14,6 @@
 
 #define __grid_constant__
 
-inline int __popc(u32 x) { return __builtin_popcount(x); }
-inline u32 __ballot_sync(u32, bool given) {
-    const auto& words = emulated::share({given});
-    u32 bits = 0;
-    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<u32>(words[lane][0] != 0) << lane;
-    return bits;
-}
-
 namespace emulated {
 
 [[noreturn]] inline void fail(const char* what, u64 where = 0) {

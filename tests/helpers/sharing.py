@@ -15,7 +15,7 @@ from tersor.ops.attention_form import AttentionForm, Rows
 def eager_costs(rows: int, kv_heads: int = 1, ctas: int = 264, part: float = 0.0) -> SharedCosts:
     """Costs by which up to so many rows read together all that they share, in as many parts as keep CTAs busy."""
     return SharedCosts(
-        rows=rows, kv_heads=kv_heads, ctas=ctas, page=1.0, again=1.0, tile=0.3, part=part, launch=0.0, turn=1e-3
+        rows=rows, kv_heads=kv_heads, ctas=ctas, page=1.0, again=1.0, tile=1e-6, part=part, launch=0.0, turn=1e-3
     )
 
 

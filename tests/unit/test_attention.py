@@ -17,7 +17,7 @@ from tersor.engine.params import SamplingParams
 from tersor.engine.step_buffer import most_tokens
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS, chip_named
-from tersor.kernels import attention, attention_sm90, shared_attention
+from tersor.kernels import attention, attention_sm90, decode_attention, shared_attention
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 H200 = chip_named("H200")
@@ -166,28 +166,28 @@ def test_what_kernels_do_not_take_has_a_reason(kind: str, monkeypatch: pytest.Mo
 
 def test_splits_fill_the_gpu_and_are_few_where_rows_are_many() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
-    splits = {rows: attention.grid_of(kind, problem(rows=rows), 132).splits for rows in (1, 2, 8, 16, 32, 256)}
+    splits = {rows: decode_attention.grid_of(kind, problem(rows=rows), 132).splits for rows in (1, 2, 8, 16, 32, 256)}
     assert splits == {1: 32, 2: 16, 8: 4, 16: 2, 32: 1, 256: 1}
-    assert attention.grid_of(kind, problem(rows=1, most_pages=3), 132).splits == 3
-    assert attention.grid_of(kind, problem(), 132).counters == 0
-    grid = attention.grid_of(kind, problem(rows=2), 132)
+    assert decode_attention.grid_of(kind, problem(rows=1, most_pages=3), 132).splits == 3
+    assert decode_attention.grid_of(kind, problem(), 132).counters == 0
+    grid = decode_attention.grid_of(kind, problem(rows=2), 132)
     assert grid.counters == 16 and grid.part_queries == 4 and grid.floats == 16 * 16 * 4 * 130
 
 
 def test_rows_that_share_pages_have_room_for_the_parts_that_others_read() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     assert [attention.most_parts(rows) for rows in (1, 16, 32, 64, 256, 512)] == [32, 32, 32, 16, 4, 4]
-    grid = attention.grid_of(kind, problem(rows=256, shares=True), 132)
+    grid = decode_attention.grid_of(kind, problem(rows=256, shares=True), 132)
     assert grid.splits == 1 and grid.slots == 5 and grid.counters == 256 * 8
     assert grid.floats == 256 * 8 * 5 * 4 * 130
-    mixed = attention.grid_of(kind, problem(rows=20, shares=True, most_queries=500), 132)
+    mixed = decode_attention.grid_of(kind, problem(rows=20, shares=True, most_queries=500), 132)
     assert mixed.splits == 1 and mixed.part_queries == 4  # rows of more tokens have no parts
 
 
 def test_rows_of_one_token_are_served_as_such_beside_long_prompts_where_the_host_says_so() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     alone, beside = problem(rows=20, shares=True), problem(rows=20, shares=True, most_queries=500, most_few=1)
-    assert beside.query_tiles(kind) == 1 and attention.grid_of(kind, beside, 132) == attention.grid_of(kind, alone, 132)
+    assert beside.query_tiles(kind) == 1 and decode_attention.grid_of(kind, beside, 132) == decode_attention.grid_of(kind, alone, 132)
     assert [problem(most_queries=500, most_few=few).query_tiles(kind) for few in (2, 4, 8, 500)] == [1, 2, 4, 4]
     one = request.Request(id="", prompt=array("i", [1]), params=SamplingParams())
     rows = [request.Row(one, 0, count, 0, False) for count in (1, 2, 9, 300)]
@@ -196,22 +196,22 @@ def test_rows_of_one_token_are_served_as_such_beside_long_prompts_where_the_host
 
 def test_ctas_take_items_in_turn_where_there_are_more_items_than_ctas() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
-    source = attention.decode_source(kind, 1, H200)
+    source = decode_attention.decode_source(kind, 1, H200)
     per_sm = int(source.parameters["CTAS"])
     ctas = {}
     for rows in (1, 16, 64, 1024):
         step = problem(rows=rows)
-        ctas[rows] = attention.ctas_in_turn(source, step, attention.grid_of(kind, step, 132), 132)
+        ctas[rows] = decode_attention.ctas_in_turn(source, step, decode_attention.grid_of(kind, step, 132), 132)
     assert ctas == {1: 0, 16: 0, 64: 132 * per_sm, 1024: 132 * per_sm}
 
 
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     for rows in (1, 32):
-        assert attention.grid_of(kind, problem(rows=rows, invariant=True), 132).splits == 4
+        assert decode_attention.grid_of(kind, problem(rows=rows, invariant=True), 132).splits == 4
     tiles = {problem(most_queries=most, invariant=True).query_tiles(kind) for most in (1, 2, 8, 500)}
     assert tiles == {4}
-    windowed = attention.grid_of(kind, problem(invariant=True, window=100), 132)
+    windowed = decode_attention.grid_of(kind, problem(invariant=True, window=100), 132)
     assert windowed.splits * attention.INVARIANT_PAGES * PAGE >= 100 + attention.FEW_QUERIES + 2 * (PAGE - 1)
 
 
@@ -219,9 +219,9 @@ def test_queries_that_share_keys_go_together_as_far_as_registers_allow() -> None
     small, large = (attention.Kind(head_dim=dim, dtype="float16") for dim in (128, 256))
     assert [small.query_tiles(count) for count in (1, 8, 9, 16, 17, 64)] == [1, 1, 2, 2, 4, 4]
     assert [large.query_tiles(count) for count in (8, 9, 64)] == [1, 2, 2]
-    assert attention.grid_of(small, problem(most_queries=8), 132).items == 1
-    assert attention.grid_of(small, problem(most_queries=8, kv_heads=1), 132).items == 8
-    assert attention.grid_of(small, problem(most_queries=500), 132).items == 1
+    assert decode_attention.grid_of(small, problem(most_queries=8), 132).items == 1
+    assert decode_attention.grid_of(small, problem(most_queries=8, kv_heads=1), 132).items == 8
+    assert decode_attention.grid_of(small, problem(most_queries=500), 132).items == 1
 
 
 def test_what_a_tile_sees_is_dealt_out_where_tiles_leave_multiprocessors_idle() -> None:
@@ -248,7 +248,7 @@ def test_rings_fit_every_chip(chip: Any, e4m3: bool) -> None:
             sources.append(attention_sm90.prefill_source(kind, chip))
             assert int(sources[-1].parameters["SLOTS"]) >= 4, sources[-1].name
         if tiles <= kind.query_tiles(64):
-            sources.append(attention.decode_source(kind, tiles, chip))
+            sources.append(decode_attention.decode_source(kind, tiles, chip))
         for source in sources:
             assert int(source.parameters["SHARED_BYTES"]) <= chip.shared_bytes, (source.name, chip.name)
 

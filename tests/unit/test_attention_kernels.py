@@ -14,7 +14,7 @@ from helpers.sharing import share
 
 from tersor import ops
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, jit
+from tersor.kernels import attention, attention_sm90, decode_attention, jit
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.shared_attention import shared_source
 from tersor.ops import current, dispatch, serve_attention
@@ -56,14 +56,14 @@ class Emulation(Workspace):
         partial = torch.full((floats,), NAN)
         return partial.data_ptr(), self.arrived.data_ptr(), partial
 
-    def grid(self, kind: Any, problem: Any, sms: int) -> attention.Grid:
-        return grid_of(kind, problem, sms) if self.splits is None else attention.Grid.of(kind, problem, self.splits)
+    def grid(self, kind: Any, problem: Any, sms: int) -> decode_attention.Grid:
+        return grid_of(kind, problem, sms) if self.splits is None else decode_attention.Grid.of(kind, problem, self.splits)
 
     def wide_grid(self, kind: Any, problem: Any, sms: int) -> attention_sm90.Grid:
         return wide_grid_of(kind, problem, 3, self.splits)  # three SMs, so that each has several tiles in turn
 
 
-grid_of, wide_grid_of = attention.grid_of, attention_sm90.grid_of
+grid_of, wide_grid_of = decode_attention.grid_of, attention_sm90.grid_of
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(dispatch, "environment_reason", lambda dtype, device: "")
     monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: emulation.chip)
     monkeypatch.setattr(jit, "get", emulation.get)
-    monkeypatch.setattr(attention, "grid_of", emulation.grid)
+    monkeypatch.setattr(decode_attention, "grid_of", emulation.grid)
     monkeypatch.setattr(attention_sm90, "grid_of", emulation.wide_grid)
     monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
     monkeypatch.setattr(current, "stream", lambda index: 0)
@@ -235,9 +235,24 @@ SHARED = (
         3,
         2,
     ),
+    (
+        Case(
+            heads=9,
+            kv_heads=3,
+            lengths=(3350, 3264),
+            counts=(1, 1),
+            prefixes=(((0, 1), 50),),
+            dtype=torch.bfloat16,
+            norms=True,
+            rotary_dim=32,
+        ),
+        1,
+        1,
+    ),
     (Case(head_dim=256, heads=32, kv_heads=1, lengths=(200, 130), counts=(1, 1), prefixes=(((0, 1), 2),)), 1, 1),
     (Case(lengths=(65, 70), counts=(1, 1), sinks=True), 1, 0),
 )
+"""Cases, CTAs, and into how many items what is read together is cut."""
 
 
 @pytest.mark.parametrize(("case", "ctas", "items"), SHARED, ids=lambda one: str(one)[:30])
@@ -249,7 +264,19 @@ def test_rows_that_read_pages_together_are_those_of_the_reference(
     found = share(step.rows, step.form, ctas)
     assert (len(found.items) if found else 0) == items
     check(step, device)
-    assert [name for name in device.launched if "shared" in name]
+    assert sum("shared" in name for name in device.launched) == 1
+
+
+@pytest.mark.parametrize("case", [SHARED[3][0], SHARED[5][0]], ids=str)
+def test_rows_that_read_pages_together_are_those_of_the_reference_where_warps_multiply(
+    case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    step = Step(case)
+    assert share(step.rows, step.form, 2) is not None
+    check(step, device)
+    assert any("shared" in name for name in device.launched)
+    assert not any("sm90_shared" in name for name in device.launched)
 
 
 def test_a_layer_whose_window_hides_pages_reads_every_row_for_itself(device: Emulation) -> None:
@@ -314,7 +341,7 @@ def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int
     kind = attention.Kind(head_dim=64, dtype="float16")
     sources = [module.prefill_source(kind, H200) for module in (attention, attention_sm90)]
     sources += [attention.append_source(kind), shared_source(kind, H200)]
-    sources += [attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
+    sources += [decode_attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
     for source in sources:
         text = nvrtc.compile_source(source, "compute_90a").data
         assert b"griddepcontrol.wait" in text and b"griddepcontrol.launch_dependents" in text

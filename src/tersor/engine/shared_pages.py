@@ -116,7 +116,13 @@ def shared_pages(
     return None if found is None or found.saved(costs) <= 0 else found
 
 
-def best(tables: NDArray[np.int32], full: NDArray[np.int32], rows: int, costs: SharedCosts) -> SharedPages | None:
+def best(
+    tables: NDArray[np.int32],
+    full: NDArray[np.int32],
+    rows: int,
+    costs: SharedCosts,
+    nodes: SharedCosts | None = None,
+) -> SharedPages | None:
     """Choose what rows read together, whether that saves as much as the kernel for it costs or not; `None` is nothing.
 
     Args:
@@ -124,11 +130,12 @@ def best(tables: NDArray[np.int32], full: NDArray[np.int32], rows: int, costs: S
         full: int32 [R], leading pages of every row that the step does not write.
         rows: of the step, R or more; what there is room for depends on it.
         costs: of a layer.
+        nodes: by which nodes are chosen, instead; items are as long as `costs` say.
     """
     if len(tables) < 2 or costs.rows < 2 or len(set(tables[full > 0, 0].tolist())) == int((full > 0).sum()):
         return None
     order, common = _sorted(tables, full)
-    readings = _readings(_tree(common), costs)
+    readings = _readings(_tree(common), nodes or costs)
     if not readings:
         return None
     length = _item_pages(readings, costs, most_parts(rows))
@@ -197,14 +204,15 @@ def _readings(roots: list[_Node], costs: SharedCosts) -> list[_Reading]:
 
 
 def _item_pages(readings: list[_Reading], costs: SharedCosts, most: int) -> int:
-    """Return the pages of an item with which the last CTA is done first."""
+    """Return the pages of an item with which all that is read together is predicted to take least time."""
     pages = np.array([one.node.depth - one.begin for one in readings])
-    ctas = np.array([_tiles(one.node, costs) for one in readings]) * costs.kv_heads
+    tiles = np.array([_tiles(one.node, costs) for one in readings])
     rows = np.array([one.node.end - one.node.first for one in readings])
     lengths = -(-pages.max() // np.arange(1, most + 1))
     parts = -(-pages // lengths[:, None])
-    turns = -(-(parts @ ctas) // costs.ctas) * (lengths + AHEAD)
-    return int(lengths[np.argmin(turns * costs.turn + parts @ rows * costs.part)])
+    turns = -(-(parts @ tiles) * costs.kv_heads // costs.ctas) * (lengths + AHEAD)
+    reading = np.maximum(turns * costs.turn, pages @ tiles * costs.tile)
+    return int(lengths[np.argmin(reading + parts @ rows * costs.part)])
 
 
 def _planned(

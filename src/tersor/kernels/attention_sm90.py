@@ -1,4 +1,5 @@
-"""Attention of rows of many new tokens on compute capability 9.0: attention/sm90_prefill.cuh, behind append.cuh.
+"""Attention by products of warpgroups on compute capability 9.0: attention/sm90_prefill.cuh, behind append.cuh, of rows
+of many new tokens. Also the source of sm90_shared.cuh, which `kernels.shared_attention` launches.
 
 As in `kernels.dense`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -9,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from tersor.hardware import Chip
-from tersor.kernels.attention import FEW_QUERIES, PAGE, Kind, PrefillLaunch, Problem
+from tersor.kernels.attention import PAGE, SHARED_QUERIES, Kind, PrefillLaunch, Problem
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 
 LEAST_DIM = 64
@@ -47,6 +48,7 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
         header="attention/sm90_prefill.cuh",
         parameters={
             **kind.parameters,
+            "GROUPS": _GROUPS,
             "BLOCK_PAGES": block_pages,
             "SLOTS": slots,
             "QUERY_SLOTS": query_slots,
@@ -55,6 +57,51 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
         },
         arguments="TPPPPPPPPPiiiiiiiff",
     )
+
+
+SHARED_THREADS = 256
+"""Of a CTA of sm90_shared.cuh."""
+_SHARED_MOST_SLOTS, _SHARED_LEAST_SLOTS, _SHARED_RAW_SLOTS = 12, 4, 3
+_RESERVED = 1024
+"""Bytes of shared memory that the driver takes from every CTA."""
+
+
+@functools.cache
+def shared_source(kind: Kind, chip: Chip) -> KernelSource:
+    """Return the kernel for pages that rows of one new token begin with, of a `Kind` that `takes` tells of."""
+    row = -(-kind.head_dim // 64) * 128
+    slot, raw_slots = PAGE * row, _SHARED_RAW_SLOTS if kind.e4m3 else 0
+    rest = SHARED_QUERIES * row + _BARRIER_BYTES + _ITEM_SLOTS * (_ITEM_BYTES + _BARRIER_BYTES) + _LAST_BYTES
+    rest += raw_slots * (PAGE * (kind.head_dim + 4) + _BARRIER_BYTES)
+    of_two, alone = chip.shared_bytes // 2 - _RESERVED - rest, chip.shared_bytes - rest
+    slots = min(of_two // (slot + _BARRIER_BYTES), _SHARED_MOST_SLOTS)
+    resident = 2 if slots >= _SHARED_LEAST_SLOTS else 1
+    if resident == 1:
+        slots = min(alone // (slot + _BARRIER_BYTES), _SHARED_MOST_SLOTS)
+    return KernelSource(
+        name=f"tersor_attention_sm90_shared_{kind.name}",
+        header="attention/sm90_shared.cuh",
+        parameters={
+            **kind.parameters,
+            "GROUPS": 1,
+            "BLOCK_PAGES": 1,
+            "SLOTS": slots,
+            "QUERY_SLOTS": 1,
+            "RAW_SLOTS": raw_slots,
+            "RESIDENT": resident,
+            "SHARED_BYTES": slots * (slot + _BARRIER_BYTES) + rest,
+        },
+        arguments="TPPPPPPPPPPqiiiiiiiiiiffff",
+    )
+
+
+def map_of(kind: Kind, problem: Problem, pages_of_layer: int, page_count: int) -> bytes:
+    """Return the tensor map of all tokens of pages, boxes of a page x 128 bytes; zeros where numbers are in e4m3."""
+    if kind.e4m3:
+        return bytes(_MAP_BYTES)
+    tokens = page_count * 2 * problem.kv_heads * PAGE
+    element = tensor_map.BFLOAT16 if kind.dtype == "bfloat16" else tensor_map.FLOAT16
+    return tensor_map.rows(pages_of_layer, tokens, kind.head_dim, kind.head_dim, element, PAGE)
 
 
 def _block_pages(kind: Kind) -> int:
@@ -88,9 +135,7 @@ def grid_of(kind: Kind, problem: Problem, sms: int, splits: int | None = None) -
         splits: most parts of a tile, instead of as many as fill the GPU.
     """
     group = problem.heads // problem.kv_heads
-    of_row = -(-problem.most_queries * group // QUERIES)
-    together = problem.tokens * group // QUERIES + min(problem.rows, problem.tokens // (FEW_QUERIES + 1))
-    tiles = max(1, min(problem.rows * of_row, together)) * problem.kv_heads
+    tiles = problem.tiles(QUERIES, group) * problem.kv_heads
     if splits is None:
         pages = max(problem.most_pages, 1)
         if problem.window is not None:
@@ -111,10 +156,8 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
         grid: of `grid_of`.
     """
     size, block = (grid.ctas, 1, 1), (_THREADS, 1, 1)
-    shared, run, maps_rows = int(function.source.parameters["SHARED_BYTES"]), function.launch, tensor_map.rows
+    shared, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
     window, scale, soft = problem.scores
-    none, dim = bytes(_MAP_BYTES), kind.head_dim
-    element = tensor_map.BFLOAT16 if kind.dtype == "bfloat16" else tensor_map.FLOAT16
 
     def launch(
         *,
@@ -132,14 +175,13 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
         taken: int,
         early: bool,
     ) -> None:
-        """Launch; arguments are those of `kernels.attention.prepare_decode`, and others.
+        """Launch; arguments are those of `kernels.decode_attention.prepare_decode`, and others.
 
         Args:
             page_count: how many pages there are.
             partial, taken: addresses of `Grid.floats`, a multiple of 16, and `Grid.counters`, zero again after.
         """
-        tokens = page_count * 2 * problem.kv_heads * PAGE
-        pages = none if kind.e4m3 else maps_rows(pages_of_layer, tokens, dim, dim, element, PAGE)
+        pages = map_of(kind, problem, pages_of_layer, page_count)
         # fmt: off
         run(size, block, shared, stream, (
             pages, pages_of_layer, scales, starts, lengths, table, sinks, out, partial, taken, problem.rows,

@@ -26,7 +26,8 @@ from tersor.layouts.packing import Packing, target_of, unsupported_reason
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
-_QUANTIZE_THREADS = 256
+_QUANTIZE_CHANNELS = 32
+_QUANTIZE_THREADS = 1024
 
 SQUARED_CHANNELS = 64
 """Channels of a token whose squares one product adds up for the norm behind it."""
@@ -254,7 +255,8 @@ def codes_stride(ic: int) -> int:
 
 def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
     """Return what launches the quantising of activations [n, ic] to e4m3."""
-    grid, block, row = (n, 1, 1), (_QUANTIZE_THREADS, 1, 1), codes_stride(ic)
+    warps = -(-ic // (32 * _QUANTIZE_CHANNELS))
+    grid, block, row = (n, 1, 1), (min(32 * warps, _QUANTIZE_THREADS), 1, 1), codes_stride(ic)
     run = function.launch
 
     def launch(*, stream: int, x: int, x_stride: int, codes: int, order: int = 0, top_k: int = 1) -> int:
@@ -268,8 +270,8 @@ def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
             top_k: what those numbers are divided by.
         """
         scales_at = codes + n * row
-        aligned = not (x % 16 or x_stride % 8)
-        run(grid, block, 0, stream, (x, order, codes, scales_at, x_stride, row, ic, aligned, top_k), True)
+        whole = not (x % 16 or x_stride % 8 or ic % 8)
+        run(grid, block, 0, stream, (x, order, codes, scales_at, x_stride, row, ic, whole, top_k), True)
         return scales_at
 
     return launch

@@ -29,6 +29,9 @@ ALL_REDUCE_BYTES = 4096 + 2 * MOST_REDUCED
 """Of the buffer that peers read and write, zero at first."""
 
 _NORM_THREADS = 512
+_NORM_RESIDENT = {1: 4, 2: 2, 4: 1}
+"""Pieces of a thread -> CTAs of so many threads whose registers a multiprocessor has room for."""
+_MOST_RESIDENT = 16  # compute capability 8.6
 _ROWS_THREADS = 256
 _ALL_REDUCE_THREADS = 512
 _TOKEN_THREADS = 256
@@ -41,24 +44,26 @@ def _pieces(channels: int) -> int:
 
 
 @functools.cache
-def norm_source(target: str, layer: bool, channels: int) -> KernelSource:
+def norm_source(target: str, layer: bool, channels: int, e4m3: bool = False) -> KernelSource:
     """Return the kernel that normalises rows of so many channels, the same one for many numbers of them.
 
     Args:
         target: `float16` or `bfloat16`.
         layer: whether it is a layer norm; else it is an RMS norm.
         channels: at most `MOST_CHANNELS`.
+        e4m3: whether the result becomes e4m3 with a scale a row, on compute capability 9.0 alone.
     """
-    return _norm_source(target, layer, _pieces(channels))
+    return _norm_source(target, layer, _pieces(channels), e4m3)
 
 
 @functools.cache
-def _norm_source(target: str, layer: bool, pieces: int) -> KernelSource:
+def _norm_source(target: str, layer: bool, pieces: int, e4m3: bool) -> KernelSource:
+    parameters = {"BF16": target == "bfloat16", "LAYER": layer, "PIECES": pieces, "E4M3": e4m3}
     return KernelSource(
-        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}",
+        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}{'_e4m3' * e4m3}",
         header="small/norm.cuh",
-        parameters={"BF16": target == "bfloat16", "LAYER": layer, "PIECES": pieces},
-        arguments="PPPPPqiffi",
+        parameters={**parameters, "RESIDENT": _NORM_RESIDENT[pieces]},
+        arguments="PPPPPPqqiiffi",
     )
 
 
@@ -181,7 +186,9 @@ def _threads(pieces: int, most: int) -> int:
     return min(-(-pieces // 32) * 32, most)
 
 
-def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, offset: float) -> NormLaunch:
+def prepare_norm(
+    function: Function, *, rows: int, channels: int, eps: float, offset: float, sms: int, sm_threads: int
+) -> NormLaunch:
     """Return what launches the norm of `rows` rows, at least one.
 
     Args:
@@ -189,24 +196,31 @@ def prepare_norm(function: Function, *, rows: int, channels: int, eps: float, of
         rows, channels: sizes.
         eps: is added to the mean of squares.
         offset: is added to the weights.
+        sms, sm_threads: multiprocessors of the GPU, and threads that each has room for.
     """
-    threads = _threads(-(-channels // (CHANNELS * _pieces(channels))), _NORM_THREADS)
-    grid, block, run = (rows, 1, 1), (threads, 1, 1), function.launch
+    pieces = _pieces(channels)
+    threads = _threads(-(-channels // (CHANNELS * pieces)), _NORM_THREADS)
+    resident = min(min(_NORM_RESIDENT[pieces] * _NORM_THREADS, sm_threads) // threads, _MOST_RESIDENT)
+    grid, block, run = (min(rows, sms * resident), 1, 1), (threads, 1, 1), function.launch
 
     def launch(
-        *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, ready: bool, early: bool
-    ) -> None:
+        *, stream: int, x: int, stride: int, weight: int, bias: int, residual: int, out: int, out_stride: int,
+        ready: bool, early: bool, scales: int = 0,
+    ) -> None:  # fmt: skip
         """Launch; what is not there has the address 0.
 
         Args:
             stream: handle of the stream.
             x, stride: address of [rows, channels], and elements from one row to the next.
-            residual, out: addresses of [rows, channels].
+            residual: address of [rows, channels].
             weight, bias: addresses of [channels].
+            out, out_stride: address of [rows, channels], of bytes with e4m3, and elements from one row to the next.
             ready: whether weight and bias were there before the kernel ahead started.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
+            scales: address of float32 [rows], with e4m3.
         """
-        run(grid, block, 0, stream, (x, weight, bias, residual, out, stride, channels, eps, offset, ready), early)
+        addresses = (x, weight, bias, residual, out, scales)
+        run(grid, block, 0, stream, (*addresses, stride, out_stride, rows, channels, eps, offset, ready), early)
 
     return launch
 

@@ -12,8 +12,8 @@ from tersor.layouts import PackedWeight
 from tersor.models.config import DecoderConfig
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights, fold
-from tersor.models.weights import Embedding, FeedForward, Hidden, Product, Products, Shared, tensors_of
+from tersor.models.norm import NormWeights, fold, normed
+from tersor.models.weights import Embedding, FeedForward, Given, Hidden, Product, Products, Shared, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 from tersor.ops.collective import ALONE, Ranks
 
@@ -43,7 +43,7 @@ class Attention:
         """What reads the rows that come in, and nothing else does."""
         return self.qkv
 
-    def mixed(self, x: Hidden, cache: PagedCache, rows: Rows) -> torch.Tensor:
+    def mixed(self, x: Given, cache: PagedCache, rows: Rows) -> torch.Tensor:
         """Return the weighted values of x [T, H], which `out` reads; its keys and values are written to their pages."""
         return ops.attend(self.qkv(x), cache, rows, self.form, self.rotary, self.norms, self.sinks)
 
@@ -80,17 +80,18 @@ class DecoderLayer:
             following: the next layer, or `None`.
         """
         (before, between), attention, ffn, ranks = self.norms, self.attention, self.ffn, self.ranks
-        mixed = attention.mixed(_normed(before, x), cache, rows)
+        mixed = attention.mixed(normed(before, x, attention.reader), cache, rows)
         if self.out_norms is not None:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
-            return last(ranks.sum(ffn(between(y))), residual=y)
+            made = ffn(normed(between, y, ffn.up)) if isinstance(ffn, FeedForward) else ffn(between(y))
+            return last(ranks.sum(made), residual=y)
         if not isinstance(ffn, FeedForward):  # experts
             x = self._added(attention.out, mixed, x)
             y = _plain(x)
             return ranks.sum(ffn(between(y), residual=ranks.once(y)))
         x = self._added(attention.out, mixed, x, between, ffn.up)
-        inner = ffn.up(_normed(between, x))
+        inner = ffn.up(normed(between, x, ffn.up))
         if following is None:
             return self._added(ffn.down, inner, x)
         return self._added(ffn.down, inner, x, following.norms[0], following.attention.reader)
@@ -119,11 +120,6 @@ class DecoderLayer:
 def _plain(x: Hidden) -> torch.Tensor:
     """Return rows as they are before a norm."""
     return x.x if isinstance(x, ops.Deferred) else x
-
-
-def _normed(norm: NormWeights, x: Hidden) -> Hidden:
-    """Return rows as what is behind a norm reads them."""
-    return x if isinstance(x, ops.Deferred) else norm(x)
 
 
 class Decoder:

@@ -16,7 +16,7 @@ from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights, weights_around
+from tersor.models.norm import NormWeights, weights_around, weights_read
 from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
 from tersor.ops import mode, needed, serve_routing
 from tersor.ops.attention_form import AttentionForm
@@ -56,13 +56,14 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
     dtype, hidden = decoder.dtype, decoder.config.hidden
     found: dict[KernelSource, None] = {}
     seen: set[Any] = set()
-    norms = _norms(decoder, chip)
+    norms, readers = _norms(decoder, chip), _readers(decoder)
     for part in _parts((decoder.embedding, decoder.layers, decoder.norm, decoder.head)):
         own = norms.get(id(part), _NO_NORM)
-        kind = _kind(part), own
+        read = readers.get(id(part), ())
+        kind = _kind(part), own, frozenset(weight.layout for weight in read)
         if kind not in seen:
             seen.add(kind)
-            found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own)))
+            found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own, read)))
     found.update(dict.fromkeys(needed.tokens_of_steps()))
     found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
     if decoder.config.softcap is not None:
@@ -93,6 +94,21 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
         else:
             found.setdefault(id(following.attention.reader), set()).add(Norm.NONE)
     return {product: frozenset(norms) for product, norms in found.items()}
+
+
+def _readers(decoder: Decoder) -> dict[int, tuple[PackedWeight, ...]]:
+    """Return identity of a norm -> the weights of the packed products that read its result, if nothing else does."""
+    found: dict[int, tuple[PackedWeight, ...]] = {}
+    for layer in decoder.layers:
+        attention, ffn = layer.attention, layer.ffn
+        pairs: list[tuple[NormWeights | None, object]] = [(layer.norms[0], attention.reader)]
+        if isinstance(ffn, FeedForward):
+            pairs.append((layer.norms[1], ffn.up))
+        if isinstance(attention, LatentAttention):
+            pairs.append((attention.query_norm, attention.query_up))
+            pairs.append((attention.key_value_norm, attention.key_value_up))
+        found.update((id(norm), weights_read(reader)) for norm, reader in pairs)
+    return found
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -129,13 +145,20 @@ def _described(weight: Any) -> Any:
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
 
 
-def _asked(part: Any, dtype: torch.dtype, steps: Steps, chip: Chip, norms: frozenset[Norm]) -> Iterator[KernelSource]:
+def _asked(
+    part: Any,
+    dtype: torch.dtype,
+    steps: Steps,
+    chip: Chip,
+    norms: frozenset[Norm],
+    readers: tuple[PackedWeight, ...],
+) -> Iterator[KernelSource]:
     """Yield the kernels of one part."""
     if isinstance(part, Product | GatedProduct):
         if isinstance(part.weight, PackedWeight):
             yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
     elif isinstance(part, NormWeights):
-        yield from needed.norm(len(part.weight), dtype, part.form.centered)
+        yield from needed.norm(len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):
         yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, steps.length, chip)
     elif isinstance(part, Embedding):

@@ -13,8 +13,8 @@ import torch
 
 from tersor import ops
 from tersor.models.config import Latent
-from tersor.models.norm import NormWeights
-from tersor.models.weights import Hidden, Product, Products, tensors_of
+from tersor.models.norm import NormWeights, normed
+from tersor.models.weights import Given, Product, Products, tensors_of
 from tersor.ops import heads
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 
@@ -49,14 +49,14 @@ class LatentAttention:
         """What reads the rows that come in, and nothing else does."""
         return self.down
 
-    def mixed(self, x: Hidden, cache: PagedCache, rows: Rows) -> torch.Tensor:
+    def mixed(self, x: Given, cache: PagedCache, rows: Rows) -> torch.Tensor:
         """Return the weighted values of x [T, H], which `out` reads; its keys and values are written to their pages."""
         latent, of = self.latent, self.heads
         first = latent.query or of.heads * of.width
         queries, inner, turning = self.down(x).split([first, latent.key_value, latent.turned], dim=-1)
         if self.query_norm is not None and self.query_up is not None:
-            queries = self.query_up(self.query_norm(queries))
-        both = self.key_value_up(self.key_value_norm(inner))
+            queries = self.query_up(normed(self.query_norm, queries, self.query_up))
+        both = self.key_value_up(normed(self.key_value_norm, inner, self.key_value_up))
         qkv = heads.side_by_side(queries, both, turning, of)
         return heads.values_of(ops.attend(qkv, cache, rows, self.form, self.rotary), of)
 

@@ -10,7 +10,7 @@ import torch
 from tersor import ops
 from tersor.layouts import PackedWeight
 from tersor.models.config import Norm
-from tersor.models.weights import Activated, GatedProduct, Product, tensors_of
+from tersor.models.weights import Activated, GatedProduct, Given, Hidden, Product, Products, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,39 @@ class NormWeights:
         y = ops.layer_norm(x, self.weight, self.bias, self.form.eps)
         return y if residual is None else y + residual
 
+    def e4m3(self, x: torch.Tensor) -> ops.Quantized:
+        """Return x [T, H] normed, as e4m3."""
+        if not self.form.centered:
+            return ops.rms_norm_e4m3(x, self.weight, self.form.eps, offset=self.form.offset)
+        return ops.layer_norm_e4m3(x, self.weight, self.bias, self.form.eps)
+
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
         yield from tensors_of(self.weight, self.bias, None if self.folded is None else self.folded.weight)
+
+
+def normed(norm: NormWeights, x: Hidden, reader: object) -> Given:
+    """Return rows [T, H] normed, as what reads them takes them: as e4m3 where a kernel makes that of them at once.
+
+    Args:
+        norm: stands before the reader.
+        x: rows, whose norm may be done but for a division.
+        reader: what reads the norm's result, and nothing else does.
+    """
+    if isinstance(x, ops.Deferred):
+        return x
+    weights = weights_read(reader) if isinstance(norm, NormWeights) else ()
+    if weights and ops.takes_e4m3(x, weights, norm.weight, norm.bias):
+        return norm.e4m3(x)
+    return norm(x)
+
+
+def weights_read(reader: object) -> tuple[PackedWeight, ...]:
+    """Return the weights of what reads a norm's result, where that is packed products alone, else none."""
+    product = reader.product if isinstance(reader, Activated) else reader
+    parts = product.parts if isinstance(product, Products) else (product,)
+    packed = tuple(weight for part in parts if (weight := _packed(part)) is not None)
+    return packed if len(packed) == len(parts) else ()
 
 
 def foldable(norm: NormWeights, reader: object) -> NormWeights:

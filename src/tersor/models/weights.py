@@ -19,6 +19,8 @@ Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
 """Rows [T, H] between layers, or those that wait for the division of the norm ahead of a product."""
+Given: TypeAlias = Hidden | ops.Quantized
+"""Rows [T, H] as a product takes them: those of a norm may be quantised."""
 Stack: TypeAlias = torch.Tensor | StackedWeight
 """The weights [E, OC, IC] of all experts of a layer."""
 
@@ -35,13 +37,15 @@ class Product:
     weight: Matrix
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: Hidden, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return x [T, IC] multiplied, and `residual` [T, OC] added, if x waits for no norm: [T, OC]."""
         if isinstance(self.weight, PackedWeight):
             if isinstance(x, ops.Deferred):
                 return ops.linear_norm_in(x, self.weight, self.bias)
+            if isinstance(x, ops.Quantized):
+                return ops.linear_e4m3(x, self.weight, self.bias, residual=residual)
             return ops.linear(x, self.weight, self.bias, residual=residual)
-        assert isinstance(x, torch.Tensor), "norms are folded into packed weights"
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for packed weights"
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
         if self.bias is None:
@@ -67,7 +71,7 @@ class Shared:
     widths: tuple[int, ...]
     ranks: Ranks
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return x [T, IC] multiplied: [T, sum of widths]."""
         return self.ranks.side_by_side(self.product(x), self.widths)
 
@@ -82,7 +86,7 @@ class Products:
 
     parts: tuple[Product, ...]
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return what the products make of x [T, IC], one behind the other: [T, sum of OC]."""
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
@@ -106,10 +110,12 @@ class GatedProduct:
     bias: torch.Tensor | None = None
     gate: Gate = Gate.SILU
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         if isinstance(x, ops.Deferred):
             return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
+        if isinstance(x, ops.Quantized):
+            return ops.linear_e4m3(x, self.weight, self.bias, gate=self.gate)
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -129,7 +135,7 @@ class Activated:
     product: Product | Products
     gate: Gate | None
 
-    def __call__(self, x: Hidden) -> torch.Tensor:
+    def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
         y = self.product(x)
         return ops.relu(y) if self.gate is None else ops.gated(y, self.gate)
@@ -146,7 +152,7 @@ class FeedForward:
     up: GatedProduct | Activated
     down: Product
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [T, H] of x [T, H], with `residual` added."""
         return self.down(self.up(x), residual)
 

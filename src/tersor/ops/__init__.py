@@ -17,6 +17,7 @@ from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.newest import keep, resolve
 from tersor.ops.norm import layer_norm, rms_norm
 from tersor.ops.pointwise import gated, relu, softcap
+from tersor.ops.quantized import Quantized, layer_norm_e4m3, linear_e4m3, rms_norm_e4m3, takes_e4m3
 from tersor.ops.router import router_logits
 from tersor.ops.routing import route
 from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
@@ -35,6 +36,7 @@ __all__ = [
     "Logprobs",
     "Mode",
     "PagedCache",
+    "Quantized",
     "Reason",
     "Rows",
     "SamplingRows",
@@ -57,7 +59,9 @@ __all__ = [
     "keep",
     "kernels_for",
     "layer_norm",
+    "layer_norm_e4m3",
     "linear",
+    "linear_e4m3",
     "linear_norm_in",
     "linear_norm_out",
     "logprobs",
@@ -67,11 +71,13 @@ __all__ = [
     "relu",
     "resolve",
     "rms_norm",
+    "rms_norm_e4m3",
     "route",
     "routed_experts",
     "router_logits",
     "serve_with",
     "set_batch_invariant",
     "softcap",
+    "takes_e4m3",
     "using",
 ]

@@ -22,7 +22,6 @@ from tersor.layouts.packing import LAYOUTS
 from tersor.ops import current, dense, mode, multiply, prepared, serve, tensors
 from tersor.ops.norm import TARGETS
 from tersor.ops.prepared import Prepared
-from tersor.ops.settled import settled
 
 _ALIGNED_CHANNELS = 8
 """Rows that go from product to product have a multiple of so many channels."""
@@ -207,27 +206,5 @@ def _launched(
     n, ic = x.shape
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, ic)
-    index, now = x.get_device(), mode.current()
-    stream, partial, arrived = current.stream(index), 0, 0
     y = current.empty((n, outputs), (outputs, 1), x.dtype)
-    if chosen.floats:
-        partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else tensors.contiguous(residual)
-    assert chosen.launch is not None
-    chosen.launch(
-        stream=stream,
-        weight=weight.data.data_ptr(),
-        scale=weight.scale.data_ptr(),
-        x=x.data_ptr(),
-        x_stride=ic,
-        x_scale=0,
-        bias=0 if bias is None else bias.data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
-        y=y.data_ptr(),
-        partial=partial,
-        arrived=arrived,
-        early=settled(weight.data, weight.scale) and now.early,
-        **norms,
-    )
-    return y
+    return serve.launched(chosen, weight, bias, residual, y, x=x.data_ptr(), x_stride=ic, x_scale=0, **norms)

@@ -14,7 +14,17 @@ import torch
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import attention as attention_kernels
-from tersor.kernels import attention_sm90, dense, experts, routing, sampling, shared_attention, small, tune
+from tersor.kernels import (
+    attention_sm90,
+    decode_attention,
+    dense,
+    experts,
+    routing,
+    sampling,
+    shared_attention,
+    small,
+    tune,
+)
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
@@ -208,9 +218,10 @@ def attention(
     shares = serve_attention.shares(form, length) and not invariant
     counts = [few] if invariant else range(1, min(queries, few) + 1)
     for tiles in sorted({kind.query_tiles(count * of_token) for count in counts}):
-        yield attention_kernels.decode_source(kind, tiles, chip)
+        crowds = (False, True) if kind.e4m3 and not invariant else (False,)
+        yield from dict.fromkeys(decode_attention.decode_source(kind, tiles, chip, crowded=one) for one in crowds)
         if shares:
-            yield attention_kernels.decode_source(kind, tiles, chip, shares=True)
+            yield decode_attention.decode_source(kind, tiles, chip, shares=True)
     if shares:
         yield shared_attention.shared_source(kind, chip)
     if queries > few:
@@ -219,10 +230,20 @@ def attention(
         yield family.prefill_source(kind, chip)
 
 
-def norm(channels: int, dtype: torch.dtype, layer: bool) -> Iterator[KernelSource]:
-    """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, of rows of so many channels."""
+def norm(
+    channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
+) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.layer_norm`, or of `ops.rms_norm`, or of those as e4m3.
+
+    Args:
+        channels, dtype: of rows.
+        layer: whether it is a layer norm.
+        chip: the GPU.
+        readers: the weights of what reads the result, where that is packed products alone.
+    """
     if dtype in TARGETS and channels_fit(channels):
-        yield small.norm_source(TARGETS[dtype], layer, channels)
+        e4m3 = bool(readers) and chip.capability == (9, 0) and all(one.layout == E4M3_LAYOUT for one in readers)
+        yield small.norm_source(TARGETS[dtype], layer, channels, e4m3)
 
 
 def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) -> Iterator[KernelSource]:

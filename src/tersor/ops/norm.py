@@ -11,6 +11,7 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.kernels import jit, small
+from tersor.kernels.dense import codes_stride
 from tersor.ops import current, dispatch, mode
 from tersor.ops.settled import settled
 
@@ -43,9 +44,9 @@ def rms_norm(
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit.
     """
-    _check("rms_norm", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
+    check("rms_norm", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
     if kernel_serves(x, weight, residual):
-        return _launched(x, weight, None, residual, eps, offset)
+        return launched(x, weight, None, residual, eps, offset)[0]
     wide = x.float()
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (weight.float() + offset)
     return (y if residual is None else y + residual.float()).to(x.dtype)
@@ -65,16 +66,18 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit.
     """
-    _check("layer_norm", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
+    check("layer_norm", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
     if kernel_serves(x, weight, bias):
-        return _launched(x, weight, bias, None, eps, 0.0, layer=True)
+        return launched(x, weight, bias, None, eps, 0.0, layer=True)[0]
     wide = x.float()
     wide = wide - wide.mean(-1, keepdim=True)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torch.Size]) -> None:
+def check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torch.Size]) -> None:
+    """Raise ShapeError where rows [T, H] have no dtype of a norm, or what stands beside them another shape, dtype or
+    device than is named."""
     if x.dim() != 2 or x.dtype not in (*TARGETS, torch.float32):
         raise ShapeError(f"{name}: x is {list(x.shape)} {x.dtype}, expected [T, H] in float16, bfloat16 or float32")
     for role, (tensor, shape) in others.items():
@@ -114,7 +117,7 @@ def launched_early(device: torch.device) -> bool:
     return chip is not None and mode.current().early and chip.capability >= (9, 0)
 
 
-def _launched(
+def launched(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -122,20 +125,35 @@ def _launched(
     eps: float,
     offset: float,
     layer: bool = False,
-) -> torch.Tensor:
+    e4m3: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Launch the kernel of a norm on rows that `kernel_serves`.
+
+    Args:
+        x, weight, bias, residual, eps, offset: as for `rms_norm` and `layer_norm`.
+        layer: whether it is a layer norm.
+        e4m3: whether the result becomes e4m3; compute capability 9.0 alone has that.
+
+    Returns:
+        [T, H] in x's dtype and `None`; with e4m3 float8_e4m3fn [T, H] in rows of whole 16 bytes, and float32 [T].
+    """
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return _launched(x, weight, bias, residual, eps, offset, layer)
+            return launched(x, weight, bias, residual, eps, offset, layer, e4m3)
     if x.stride(1) != 1 or x.stride(0) % small.CHANNELS:
         x = x.contiguous()
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    rows, channels = x.shape
-    function = jit.get(small.norm_source(TARGETS[x.dtype], layer, channels), index)
-    launch = _launch(function, rows=rows, channels=channels, eps=float(eps), offset=float(offset))
-    out = current.empty((rows, channels), (channels, 1), x.dtype)
+    (rows, channels), chip = x.shape, dispatch.kernel_chip(x.device)
+    assert chip is not None
+    function = jit.get(small.norm_source(TARGETS[x.dtype], layer, channels, e4m3), index)
+    sizes = {"rows": rows, "channels": channels, "sms": chip.sms, "sm_threads": chip.sm_threads}
+    launch = _launch(function, eps=float(eps), offset=float(offset), **sizes)
+    out_stride = codes_stride(channels) if e4m3 else channels
+    out = current.empty((rows, channels), (out_stride, 1), torch.float8_e4m3fn if e4m3 else x.dtype)
+    scales = current.empty((rows,), (1,), torch.float32) if e4m3 else None
     launch(
         stream=current.stream(index),
         x=x.data_ptr(),
@@ -144,7 +162,9 @@ def _launched(
         bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
         out=out.data_ptr(),
+        out_stride=out_stride,
         ready=settled(weight, weight if bias is None else bias),
         early=launched_early(x.device),
+        scales=0 if scales is None else scales.data_ptr(),
     )
-    return out
+    return out, scales

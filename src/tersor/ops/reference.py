@@ -40,14 +40,49 @@ def linear(
     Returns:
         [N, OC] in x's dtype, or [N, F] with a gate.
     """
-    oc, ic = weight.shape
-    wide, token_scale = x.to(torch.promote_types(x.dtype, torch.float32)), None
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if LAYOUTS.get(weight.layout) == decode_groups.FP8:
         codes, token_scale = Activations.E4M3.quantize(wide.to(torch.float32))
-        wide = codes.to(torch.float32)
-    output = x.new_empty(x.shape[0], gated_channels(oc) if gate else oc)
+        return of_codes(codes, token_scale, x.dtype, weight, bias, residual, gate, one_by_one)
+    return _blocks(wide, None, x.dtype, weight, bias, residual, gate, one_by_one)
+
+
+def of_codes(
+    codes: torch.Tensor,
+    token_scale: torch.Tensor,
+    dtype: torch.dtype,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gate: int = 0,
+    one_by_one: bool = False,
+) -> torch.Tensor:
+    """Return what `linear` does of activations that were quantised before.
+
+    Args:
+        codes: float8_e4m3fn [N, IC].
+        token_scale: float32 [N, 1].
+        dtype: of the result.
+        weight, bias, residual, gate, one_by_one: as for `linear`.
+    """
+    return _blocks(codes.to(torch.float32), token_scale, dtype, weight, bias, residual, gate, one_by_one)
+
+
+def _blocks(
+    wide: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: int,
+    one_by_one: bool,
+) -> torch.Tensor:
+    """Return the product of wide activations [N, IC], each token times its scale [N, 1], a block of rows at a time."""
+    oc, ic = weight.shape
+    output = wide.new_empty(wide.shape[0], gated_channels(oc) if gate else oc, dtype=dtype)
     unit = 2 * HALF if gate else 1
-    rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1) // unit) * unit
+    rows = max(1, BLOCK_ELEMENTS.get(wide.device.type, 1 << 18) // max(ic, 1) // unit) * unit
     packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
     start = 0
     for first in range(0, oc, rows):

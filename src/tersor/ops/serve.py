@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from tersor.errors import ShapeError
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.ops import current, dispatch, mode, reference, tensors
-from tersor.ops.prepared import WeightType
+from tersor.ops.prepared import Prepared, WeightType
 from tersor.ops.settled import settled
 
 _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class Described(Protocol):
+    """Activations, of which a call's check asks no more than this."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations as they come, and of the result."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        ...
+
+
 def check(
-    x: torch.Tensor,
+    x: Described,
     shape: torch.Size,
     data: torch.Tensor,
     bias: torch.Tensor | None,
@@ -133,6 +149,52 @@ def linear(
         partial=partial,
         arrived=arrived,
         early=settled(data, scale) and now.early,
+    )
+    return y
+
+
+def launched(
+    chosen: Prepared,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    x: int,
+    x_stride: int,
+    x_scale: int,
+    **norms: float,
+) -> torch.Tensor:
+    """Launch a fused kernel on the current device, that of y, for rows that are not plain activations; return y.
+
+    Args:
+        chosen: what serves the call; it has a launch.
+        weight, bias: as for `ops.linear`.
+        residual: [N, outputs] or `None`.
+        y: [N, outputs], written.
+        x, x_stride, x_scale, norms: arguments of the launch (`kernels.dense.prepare_fused`).
+    """
+    index, now = y.get_device(), mode.current()
+    stream, partial, arrived = current.stream(index), 0, 0
+    if chosen.floats:
+        partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else tensors.contiguous(residual)
+    assert chosen.launch is not None
+    chosen.launch(
+        stream=stream,
+        weight=weight.data.data_ptr(),
+        scale=weight.scale.data_ptr(),
+        x=x,
+        x_stride=x_stride,
+        x_scale=x_scale,
+        bias=0 if bias is None else bias.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        y=y.data_ptr(),
+        partial=partial,
+        arrived=arrived,
+        early=settled(weight.data, weight.scale) and now.early,
+        **norms,
     )
     return y
 

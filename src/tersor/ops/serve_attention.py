@@ -12,8 +12,9 @@ import torch
 
 from tersor import hardware
 from tersor.errors import ShapeError
-from tersor.kernels import attention, attention_sm90, jit, shared_attention
-from tersor.kernels.attention import AppendLaunch, DecodeLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels import attention, attention_sm90, decode_attention, jit, shared_attention
+from tersor.kernels.attention import AppendLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels.decode_attention import DecodeLaunch
 from tersor.kernels.shared_attention import SharedLaunch
 from tersor.kernels.tune.shared_pages import SharedCosts, shared_costs
 from tersor.ops import attention_reference, current, dispatch, mode
@@ -183,7 +184,7 @@ class Prepared:
         append, prefill: serve the others, one after the other; `None` where there are none.
         behind: floats and counters ahead of those that the kernel of `kernels.attention_sm90` has; `None` where another
             prefills.
-        floats, counters: as in `kernels.attention.Grid`, and those of prefill.
+        floats, counters: as in `kernels.decode_attention.Grid`, and those of prefill.
     """
 
     shared: SharedLaunch | None
@@ -228,17 +229,14 @@ def _prepared(
         invariant=invariant,
         shares=shares,
     )
-    grid = attention.grid_of(kind, problem, chip.sms)
-    tiles = problem.query_tiles(kind)
-    decode = jit.get(attention.decode_source(kind, tiles, chip, shares), index)
+    grid = decode_attention.grid_of(kind, problem, chip.sms)
+    tiles, crowded = problem.query_tiles(kind), decode_attention.is_crowded(kind, problem, grid, chip.sms)
+    decode = jit.get(decode_attention.decode_source(kind, tiles, chip, shares, crowded), index)
     shared = None
     if shares:
         function = jit.get(shared_attention.shared_source(kind, chip), index)
-        shared = shared_attention.prepare_shared(function, problem, grid, attention.QUERIES * tiles, chip.sms)
-    ctas = attention.ctas_in_turn(decode.source, problem, grid, chip.sms)
-    once = attention.prepare_decode(decode, problem, grid, ctas)
-    if ctas:
-        grid = replace(grid, counters=problem.rows * problem.kv_heads * grid.items + 2)
+        shared = shared_attention.prepare_shared(function, kind, problem, grid, attention.QUERIES * tiles, chip.sms)
+    once = decode_attention.prepare_decode(decode, problem, grid)
     if most_queries <= attention.FEW_QUERIES:
         return Prepared(shared, once, None, None, None, grid.floats, grid.counters)
     append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem)
@@ -320,7 +318,7 @@ def attend(
     }
     parts = {"partial": partial, "shared": _address(plan), "settled": rows.settled}
     if prepared.shared is not None:
-        prepared.shared(**read, **parts)
+        prepared.shared(**read, **parts, page_count=cache.pages.shape[0])
     prepared.decode(**common, **parts, arrived=arrived)
     if prepared.append is not None and prepared.prefill is not None:
         prepared.append(**read, out=out.data_ptr())

@@ -1,16 +1,17 @@
 // Ahead of prefill.cuh: keys and values of the new tokens of rows with many come to their pages, and queries, normed and
-// rotated, to where their results will be. A CTA has a few tokens, a warp one head at a time.
+// rotated, to where their results will be. A CTA has one token, a warp two heads at a time.
 // Parameters: those of pages.cuh.
 #pragma once
 
 #include "attention/head.cuh"
 #include "attention/pages.cuh"
+#include "attention/rows.cuh"
 #include "common/launch.cuh"
 
 namespace append {
 
 constexpr int kThreads = 256;
-constexpr int kTokens = 4;  // of a CTA
+constexpr int kWarps = kThreads / 32;
 
 }  // namespace append
 
@@ -26,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
     const u16* __restrict__ key_norm,
     u16* __restrict__ queries,           // [tokens, heads, HEAD_DIM], rounded as products take them
     long long stride,
+    int rows,
     int table_stride,
     int heads,
     int kv_heads,
@@ -35,37 +37,42 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
     using namespace append;
     launch::start_next();
     launch::wait_for_earlier();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.y;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x;
+    if (token >= __ldcg(starts + rows)) return;
+    const int row = rows::row_of(starts, rows, token);
     const int first = __ldcg(starts + row), fresh = __ldcg(starts + row + 1) - first, length = __ldcg(lengths + row);
-    const int base = blockIdx.x * kTokens, known = length - fresh;
-    if (length == 0 || fresh <= pages::kMostFew || base >= fresh) return;
-    const int of_token = heads + 2 * kv_heads, jobs = min(fresh - base, kTokens) * of_token;
-    const int* row_table = table + static_cast<long long>(row) * table_stride;
-    const auto load = [&](int job) {
-        const int token = base + job / of_token, head = job % of_token;
-        const u16* norm = head < heads ? query_norm : head < heads + kv_heads ? key_norm : nullptr;
-        const float* turns = head < heads + kv_heads ? rotary : nullptr;
-        const u16* from = qkv + (first + token) * stride + head * pages::kDim;
-        return head::load(from, {turns, norm, rotary_dim, eps, offset}, known + token);
+    if (length == 0 || fresh <= pages::kMostFew) return;
+    const int position = length - fresh + token - first;
+    const int page = __ldcg(table + static_cast<long long>(row) * table_stride + position / pages::kTokens);
+    const u16* of_token = qkv + token * stride;
+    const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
+    const auto form_of = [&](int head) {
+        const bool turned = head < heads + kv_heads;
+        const u16* norm = head < heads ? query_norm : turned ? key_norm : nullptr;
+        return head::Form{turned ? rotary : nullptr, norm, rotary_dim, eps, offset};
     };
-    const auto give = [&](int job, const head::Raw& raw) {
-        const int token = base + job / of_token, head = job % of_token, position = known + token;
-        const u16* norm = head < heads ? query_norm : head < heads + kv_heads ? key_norm : nullptr;
-        const float* turns = head < heads + kv_heads ? rotary : nullptr;
-        const head::Ready ready = head::finish(raw, {turns, norm, rotary_dim, eps, offset});
+    const auto load = [&](int head) { return head::load(of_token + head * pages::kDim, form_of(head), turns); };
+    const auto give = [&](int head, const head::Raw& raw) {
+        const head::Ready ready = head::finish(raw, form_of(head));
         if (head < heads) {
-            u16* to = queries + (static_cast<long long>(first + token) * heads + head) * pages::kDim;
+            u16* to = queries + (static_cast<long long>(token) * heads + head) * pages::kDim;
             head::give_query(ready, [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });
             return;
         }
         const int half = (head - heads) / kv_heads, kv_head = (head - heads) % kv_heads;
-        const int page = __ldcg(row_table + position / pages::kTokens);
         const long long at = pages::row_of(page, half, kv_heads, kv_head, position % pages::kTokens);
         const float scale =
             head::give_page(ready, [&](int channel, u32 pair) { head::write_pair(all, at, channel, pair); });
         if (pages::kE4m3 && lane == 0) scales[at] = scale;
     };
-    constexpr int kWarps = kThreads / 32;
+    const int all_heads = heads + 2 * kv_heads;
 #pragma unroll 1
-    for (int job = warp; job < jobs; job += kWarps) give(job, load(job));
+    for (int head = warp; head < all_heads; head += 2 * kWarps) {
+        const bool two = head + kWarps < all_heads;
+        const head::Raw one = load(head);
+        head::Raw other = {};
+        if (two) other = load(head + kWarps);
+        give(head, one);
+        if (two) give(head + kWarps, other);
+    }
 }

@@ -18,12 +18,32 @@ struct Form {
     float offset;  // is added to the weights
 };
 
-// A head as it came, with what it is multiplied by.
-struct Raw {
-    u32 own[kOfLane], other[kOfLane];  // other: the channels that it turns with
-    u32 weight[kOfLane], other_weight[kOfLane];
+// Cosines and sines of the pairs that a lane has, of one position.
+struct Turns {
     float2 cosine[kOfLane], sine[kOfLane];
 };
+
+// A head as it came, with what it is multiplied by.
+struct Raw {
+    u32 own[kOfLane], other[kOfLane];  // other: the channels that it turns with, where no lane has them (kWithin)
+    u32 weight[kOfLane], other_weight[kOfLane];
+    Turns turns;
+};
+
+// Where all channels of such a head are rotated, what a pair turns with is in the same lane or 16 lanes further.
+constexpr bool kSameLane = pages::kDim % 128 == 0;
+constexpr bool kWithin = kSameLane || pages::kDim == 64;
+
+__device__ __forceinline__ bool within(int rotary_dim) { return kWithin && rotary_dim == pages::kDim; }
+
+// Of what a lane has of all channels, what its pairs turn with.
+__device__ __forceinline__ u32 turned_with(const u32 (&own)[kOfLane], int i) {
+    if constexpr (kSameLane) {
+        return own[(i + kOfLane / 2) % kOfLane];
+    } else {
+        return __shfl_xor_sync(~0u, own[i], 16);
+    }
+}
 
 __device__ __forceinline__ int partner(int channel, int rotary_dim) {
     const int half = rotary_dim / 2;
@@ -39,24 +59,42 @@ __device__ __forceinline__ u32 load_pair(const u16* row, int channel) {
     return __ldcg(reinterpret_cast<const u32*>(row + channel));
 }
 
-__device__ __forceinline__ Raw load(const u16* row, const Form& form, int position) {
+__device__ __forceinline__ Turns load_turns(const float* rotary, int rotary_dim, int position) {
+    Turns turns = {};
+    if (rotary == nullptr) return turns;
+    const float* of_position = rotary + static_cast<long long>(position) * rotary_dim;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        if (channel >= rotary_dim) continue;
+        const float* place = of_position + min(channel, partner(channel, rotary_dim));
+        turns.cosine[i] = __ldcg(reinterpret_cast<const float2*>(place));
+        turns.sine[i] = __ldcg(reinterpret_cast<const float2*>(place + rotary_dim / 2));
+    }
+    return turns;
+}
+
+// A head of a token, whose position has these turns.
+__device__ __forceinline__ Raw load(const u16* row, const Form& form, const Turns& turns) {
     Raw raw = {};
+    raw.turns = turns;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
         const int channel = 2 * (threadIdx.x % 32 + 32 * i);
         if (channel >= pages::kDim) continue;
         raw.own[i] = load_pair(row, channel);
         if (form.norm != nullptr) raw.weight[i] = load_pair(form.norm, channel);
-        if (form.rotary != nullptr && channel < form.rotary_dim) {
-            const int other = partner(channel, form.rotary_dim), half = form.rotary_dim / 2;
-            const float* turns = form.rotary + static_cast<long long>(position) * form.rotary_dim + min(channel, other);
+        if (form.rotary != nullptr && channel < form.rotary_dim && !within(form.rotary_dim)) {
+            const int other = partner(channel, form.rotary_dim);
             raw.other[i] = load_pair(row, other);
             if (form.norm != nullptr) raw.other_weight[i] = load_pair(form.norm, other);
-            raw.cosine[i] = __ldcg(reinterpret_cast<const float2*>(turns));
-            raw.sine[i] = __ldcg(reinterpret_cast<const float2*>(turns + half));
         }
     }
     return raw;
+}
+
+__device__ __forceinline__ Raw load(const u16* row, const Form& form, int position) {
+    return load(row, form, load_turns(form.rotary, form.rotary_dim, position));
 }
 
 // What a head is after norm and rotation.
@@ -81,9 +119,11 @@ __device__ __forceinline__ Ready finish(const Raw& raw, const Form& form) {
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
         const int channel = 2 * (threadIdx.x % 32 + 32 * i);
-        float2 own = widen(raw.own[i]), other = widen(raw.other[i]);
+        const bool near = within(form.rotary_dim);
+        float2 own = widen(raw.own[i]), other = widen(near ? turned_with(raw.own, i) : raw.other[i]);
         if (form.norm != nullptr) {
-            const float2 weight = widen(raw.weight[i]), other_weight = widen(raw.other_weight[i]);
+            const u32 other_pair = near ? turned_with(raw.weight, i) : raw.other_weight[i];
+            const float2 weight = widen(raw.weight[i]), other_weight = widen(other_pair);
             own.x *= factor * (weight.x + form.offset);
             own.y *= factor * (weight.y + form.offset);
             other.x *= factor * (other_weight.x + form.offset);
@@ -91,8 +131,8 @@ __device__ __forceinline__ Ready finish(const Raw& raw, const Form& form) {
         }
         if (form.rotary != nullptr && channel < form.rotary_dim) {
             const float sign = channel < form.rotary_dim / 2 ? -1.0f : 1.0f;
-            own.x = own.x * raw.cosine[i].x + sign * other.x * raw.sine[i].x;
-            own.y = own.y * raw.cosine[i].y + sign * other.y * raw.sine[i].y;
+            own.x = own.x * raw.turns.cosine[i].x + sign * other.x * raw.turns.sine[i].x;
+            own.y = own.y * raw.turns.cosine[i].y + sign * other.y * raw.turns.sine[i].y;
         }
         ready.values[i] = own;
     }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/pages.cuh"
+#include "attention/rows.cuh"
 #include "attention/sinks.cuh"
 #include "attention/wide.cuh"
 #include "common/launch.cuh"
@@ -41,8 +42,9 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
     const int* __restrict__ starts,
     const int* __restrict__ lengths,
     const int* __restrict__ table,
-    const void* __restrict__ sink_scores,  
+    const void* __restrict__ sink_scores,
     u16* out,                             // holds the queries, and gets the results
+    int rows,
     int table_stride,
     int heads,
     int kv_heads,
@@ -55,10 +57,10 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
     launch::start_next();
     launch::wait_for_earlier();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = blockIdx.z, head = blockIdx.y, kv_head = head / (heads / kv_heads);
-    const int base = (gridDim.x - 1 - blockIdx.x) * kQueries;  // those that see most tokens come first
+    const auto [row, base] = rows::tile_of(starts, lengths, rows, kQueries, blockIdx.x);
+    if (row < 0) return;
+    const int head = blockIdx.y, kv_head = head / (heads / kv_heads);
     const int first = __ldcg(starts + row), fresh = __ldcg(starts + row + 1) - first, length = __ldcg(lengths + row);
-    if (length == 0 || fresh <= pages::kMostFew || base >= fresh) return;
     const int known = length - fresh, queries = min(fresh - base, kQueries);
     const int first_seen = known + base, last_seen = first_seen + queries - 1;  // by the first query, by the last
     const int first_page = max(first_seen + 1 - window, 0) / pages::kTokens;

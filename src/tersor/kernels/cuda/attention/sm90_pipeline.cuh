@@ -11,6 +11,7 @@
 
 #include "attention/instructions.cuh"
 #include "attention/pages.cuh"
+#include "attention/rows.cuh"
 #include "attention/sm90_instructions.cuh"
 #include "common/ring.cuh"
 
@@ -23,7 +24,7 @@ struct alignas(64) TensorMap {
 
 using pages::kDim;
 
-constexpr int kGroups = 2;              // warpgroups that multiply
+constexpr int kGroups = GROUPS;         // warpgroups that multiply
 constexpr int kQueries = 64 * kGroups;  // of a tile
 constexpr int kBlockPages = BLOCK_PAGES;
 constexpr int kBlock = kBlockPages * pages::kTokens;  // tokens whose keys, or values, are in a slot
@@ -155,13 +156,8 @@ private:
             fresh_ = __ldcg(starts_ + row + 1) - first_;
             length_ = __ldcg(lengths_ + row);
         }
-        end_ = 0;
-        if (length_ != 0 && fresh_ > pages::kMostFew) end_ = (fresh_ * group_ + kQueries - 1) / kQueries * kv_heads_;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const u32 other = __shfl_sync(~0u, end_, (lane - distance) & 31);
-            if (lane >= distance) end_ += other;
-        }
+        const bool many = length_ != 0 && fresh_ > pages::kMostFew;
+        end_ = rows::summed(many ? (fresh_ * group_ + kQueries - 1) / kQueries * kv_heads_ : 0);
     }
 
     const int *starts_, *lengths_;

@@ -9,8 +9,8 @@
 //     1 that copies: a warp that finds tiles and keeps a ring of keys and values full, through a tensor map with a 128-byte
 //         swizzle, and three warps that copy queries (sm90_queries.cuh) and make fp16 numbers of pages in e4m3
 //
-// Parameters: those of pages.cuh, BLOCK_PAGES whose keys meet queries at a time (1 or 2), SLOTS of keys or values,
-// QUERY_SLOTS, RAW_SLOTS of keys or values in e4m3, SHARED_BYTES.
+// Parameters: those of pages.cuh, GROUPS that multiply (2), BLOCK_PAGES whose keys meet queries at a time (1 or 2), SLOTS of
+// keys or values, QUERY_SLOTS, RAW_SLOTS of keys or values in e4m3, SHARED_BYTES.
 #pragma once
 
 #include "attention/sm90_pipeline.cuh"

@@ -15,7 +15,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles = QUERY_TILES;
 constexpr bool kShares = SHARES;
-constexpr bool kTurns = TURNS;
+constexpr bool kEarly = kShares && kTiles == 1;  // numbers of pages, and parts, are asked for as soon as they can be
 constexpr int kQueries = 8 * kTiles;
 constexpr int kSteps = tile::kSteps;
 constexpr int kSumStride = kDim + 4;  // floats of a query's sums in shared memory: without bank conflicts
@@ -23,13 +23,10 @@ constexpr bool kQueriesStay = kTiles * kSteps * 2 <= 32;  // in registers
 constexpr int kChains = kTiles == 1 ? 2 : 1;              // of products that wait for each other
 constexpr int kRingBytes = kWarps * STAGES * tile::kBytes;
 constexpr int kSumsBytes = kWarps * kQueries * (kSumStride + 2) * 4;
-constexpr int kMeetingAt = kTurns ? kRingBytes : 0;  // of sums: where rings were, unless the next item's pages come there
-constexpr int kRoom = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
-constexpr int kQueriesAt = kTurns ? kRingBytes + kSumsBytes : kRoom;
+constexpr int kQueriesAt = kRingBytes > kSumsBytes ? kRingBytes : kSumsBytes;
 constexpr int kNewAt = kQueriesAt + kQueries * pages::kQueryStride;
 constexpr int kNewScalesAt = kNewAt + pages::kMostFew * 2 * pages::kRowStride;
-constexpr int kNextAt = kNewScalesAt + pages::kMostFew * 2 * 4;
-constexpr int kSharedBytes = kNextAt + (kTurns ? 16 : 0);
+constexpr int kSharedBytes = kNewScalesAt + pages::kMostFew * 2 * 4;
 static_assert(kSharedBytes == SHARED_BYTES);
 
 // What remains of sums, largest scores and sums of weights: the result of one head and token, four channels of it.

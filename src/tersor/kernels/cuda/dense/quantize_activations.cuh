@@ -1,23 +1,23 @@
-// Activations as e4m3 with a scale for each token: scale = largest magnitude / 448, code = round(x * 448 / largest).
-// One CTA a row of codes. A token with an infinity or a NaN gets NaNs. Parameters: BF16 (1: bf16 activations, 0: fp16).
+// Activations as e4m3 with a scale for each token (common/e4m3.cuh). One CTA a row of codes, with threads for all pieces
+// of a row: all of it is under way at once. Parameters: BF16 (1: bf16 activations, 0: fp16).
 #pragma once
 
-#include "common/ptx.cuh"
+#include "common/e4m3.cuh"
+#include "common/launch.cuh"
 
 namespace quantize {
 
-constexpr int kThreads = 256;
-constexpr int kKept = 4;  // pieces of 8 channels that a thread keeps in registers; of longer rows the rest is read twice
-constexpr float kMax = 448.0f;
+constexpr int kMostThreads = 1024;
+constexpr int kKept = 4;  // pieces of 8 channels that a thread keeps in registers; longer rows are read twice
 
-struct Piece {
+struct alignas(16) Piece {
     u16 values[8];
 };
 
 // Channels first .. first + 7 of a row; zeros beyond its end. Read past L1, as residuals are (sm90_finish.cuh).
-__device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool aligned) {
+__device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool whole) {
     Piece piece;
-    if (aligned && first + 8 <= ic) {
+    if (whole) {
         *reinterpret_cast<uint4*>(piece.values) = __ldcg(reinterpret_cast<const uint4*>(row + first));
     } else {
 #pragma unroll
@@ -26,30 +26,17 @@ __device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool al
     return piece;
 }
 
-__device__ __forceinline__ float largest(const Piece& piece, float before) {
+__device__ __forceinline__ float largest_of_warp(float magnitude) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) before = fmaxf(before, fabsf(ptx::widen<BF16>(piece.values[i])));
-    return before;
-}
-
-__device__ __forceinline__ uint2 encode(const Piece& piece, float factor) {
-    u32 words[2];
-#pragma unroll
-    for (int word = 0; word < 2; ++word) {
-        u32 pairs[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u16* values = piece.values + 4 * word + 2 * i;
-            pairs[i] = ptx::to_e4m3(ptx::widen<BF16>(values[0]) * factor, ptx::widen<BF16>(values[1]) * factor);
-        }
-        words[word] = pairs[0] | pairs[1] << 16;
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        magnitude = fmaxf(magnitude, __shfl_xor_sync(~0u, magnitude, lanes));
     }
-    return {words[0], words[1]};
+    return magnitude;
 }
 
 }  // namespace quantize
 
-extern "C" __global__ void __launch_bounds__(quantize::kThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_ENTRY(
     const u16* __restrict__ x,    // [tokens, IC]
     const int* order,             // [N] or null: row i is that of token order[i] / top_k, or of token i
     unsigned char* codes,         // [N, codes_stride], the last bytes of a row are padding
@@ -57,41 +44,53 @@ extern "C" __global__ void __launch_bounds__(quantize::kThreads) TERSOR_ENTRY(
     long long stride,
     long long codes_stride,       // a multiple of 16, at least IC
     int ic,
-    int aligned,                  // whether rows of x start on 16 bytes
+    int whole,                    // whether rows of x are whole pieces that start on 16 bytes
     int top_k) {
     using namespace quantize;
-    __shared__ float of_warp[kThreads / 32];
-    ptx::launch_dependents();
-    ptx::wait_for_earlier_kernels();
+    __shared__ float of_warp[kMostThreads / 32];
+    launch::start_next();
+    launch::wait_for_earlier();
     const long long token = blockIdx.x;
     const u16* row = x + (order == nullptr ? token : __ldcg(order + token) / top_k) * stride;
+    const int start = threadIdx.x * 8, step = blockDim.x * 8, lane = threadIdx.x % 32;
+    const bool keeps = whole && ic <= kKept * step;
     Piece kept[kKept];
     float magnitude = 0.0f;
+    if (keeps) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-        kept[i] = load(row, (i * kThreads + threadIdx.x) * 8, ic, aligned);
-        magnitude = largest(kept[i], magnitude);
-    }
-    for (int first = (kKept * kThreads + threadIdx.x) * 8; first < ic; first += kThreads * 8) {
-        magnitude = largest(load(row, first, ic, aligned), magnitude);
-    }
+        for (int i = 0; i < kKept; ++i) {
+            kept[i] = {};
+            if (start + i * step < ic) kept[i] = load(row, start + i * step, ic, true);
+        }
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        magnitude = fmaxf(magnitude, __shfl_xor_sync(~0u, magnitude, lanes));
+        for (int i = 0; i < kKept; ++i) {
+            magnitude = e4m3::largest(kept[i].values, magnitude);
+            e4m3::keep_packed(kept[i].values);
+        }
+    } else {
+#pragma unroll 1
+        for (int first = start; first < ic; first += step) {
+            magnitude = e4m3::largest(load(row, first, ic, whole).values, magnitude);
+        }
     }
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = magnitude;
+    magnitude = largest_of_warp(magnitude);
+    if (lane == 0) of_warp[threadIdx.x / 32] = magnitude;
     __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < kThreads / 32; ++warp) magnitude = fmaxf(magnitude, of_warp[warp]);
-    if (threadIdx.x == 0) scales[token] = magnitude / kMax;
-    const float factor = magnitude > 0.0f ? kMax / magnitude : 0.0f;
+    magnitude = largest_of_warp(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f);
+    if (threadIdx.x == 0) scales[token] = e4m3::scale(magnitude);
+    const float factor = e4m3::factor(magnitude);
     unsigned char* target = codes + token * codes_stride;
+    if (keeps) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-        const int first = (i * kThreads + threadIdx.x) * 8;
-        if (first < ic) *reinterpret_cast<uint2*>(target + first) = encode(kept[i], factor);
-    }
-    for (int first = (kKept * kThreads + threadIdx.x) * 8; first < ic; first += kThreads * 8) {
-        *reinterpret_cast<uint2*>(target + first) = encode(load(row, first, ic, aligned), factor);
+        for (int i = 0; i < kKept; ++i) {
+            const int first = start + i * step;
+            if (first < ic) *reinterpret_cast<uint2*>(target + first) = e4m3::encode(kept[i].values, factor);
+        }
+    } else {
+#pragma unroll 1
+        for (int first = start; first < ic; first += step) {
+            const Piece again = load(row, first, ic, whole);
+            *reinterpret_cast<uint2*>(target + first) = e4m3::encode(again.values, factor);
+        }
     }
 }

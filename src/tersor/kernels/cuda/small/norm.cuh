@@ -1,9 +1,13 @@
-// Normalises rows: a CTA has one, in registers. In float32, rounded once:
+// Normalises rows. In float32, rounded once:
 //   y = residual + x / sqrt(mean(x^2) + eps) * (weight + offset)             (RMS norm)
 //   y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias              (layer norm)
-// Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES (16 bytes that a thread has, at most).
+// With E4M3 what was rounded becomes e4m3 with a scale for each row (common/e4m3.cuh), and is not written itself.
+// A CTA has a row in registers, with the weights of all its rows; while it works on one the next is under way.
+// Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES (16 bytes that a thread has, at most), E4M3 (0 or 1),
+// RESIDENT (CTAs of 512 threads whose registers a multiprocessor has room for).
 #pragma once
 
+#include "common/e4m3.cuh"
 #include "common/launch.cuh"
 #include "small/pieces.cuh"
 
@@ -11,40 +15,52 @@ namespace norms {
 
 constexpr int kMostThreads = 512;
 constexpr int kWarps = kMostThreads / 32;
+constexpr int kRoom = (__CUDA_ARCH__ % 100 == 0 && __CUDA_ARCH__ <= 1000 ? 2048 : 1536) / kMostThreads;
+constexpr int kResident = RESIDENT < kRoom ? RESIDENT : kRoom;
 
-// The sum over all threads of the CTA, which all of them get; `sums` is used by nothing else.
-__device__ __forceinline__ float sum_of_block(float value, float* sums) {
+// What all threads of the CTA have, added up or the largest of it, which all of them get. Of two calls that follow each
+// other each has its own `parts`: a thread that writes to them has seen everyone leave the call before the last.
+template <bool kLargest>
+__device__ __forceinline__ float over_block(float value, float* parts) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
-    if (lane == 0) sums[threadIdx.x / 32] = value;
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        const float other = __shfl_xor_sync(~0u, value, lanes);
+        value = kLargest ? fmaxf(value, other) : value + other;
+    }
+    if (lane == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
-    float total = lane < static_cast<int>(blockDim.x) / 32 ? sums[lane] : 0.0f;
+    float total = lane < static_cast<int>(blockDim.x) / 32 ? parts[lane] : 0.0f;
 #pragma unroll
-    for (int lanes = kWarps / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
+    for (int lanes = kWarps / 2; lanes > 0; lanes /= 2) {
+        const float other = __shfl_xor_sync(~0u, total, lanes);
+        total = kLargest ? fmaxf(total, other) : total + other;
+    }
     return __shfl_sync(~0u, total, 0);
 }
 
 }  // namespace norms
 
-extern "C" __global__ void __launch_bounds__(norms::kMostThreads) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kResident) TERSOR_ENTRY(
     const u16* __restrict__ x,         // [rows, channels]
     const u16* __restrict__ weight,    // [channels]
     const u16* __restrict__ bias,      // [channels], or nothing
     const u16* __restrict__ residual,  // [rows, channels], or nothing
-    u16* out,                          // [rows, channels]
+    void* out,                         // u16 or e4m3 [rows, out_stride]
+    float* scales,                     // [rows] with E4M3, else nothing
     long long stride,                  // elements from one row of x to the next
-    int channels,                      // a multiple of 8
+    long long out_stride,              // elements from one row of out to the next
+    int rows,
+    int channels,  // a multiple of 8
     float eps,
     float offset,
     int ready) {  // whether weight and bias were there before the kernel ahead started
     using namespace norms;
     using pieces::kChannels;
-    __shared__ float first_sums[kWarps], second_sums[kWarps];
+    __shared__ float parts[2][kWarps];
     launch::start_next();
     const int count = channels / kChannels;
-    const long long start = static_cast<long long>(blockIdx.x) * channels;
-    pieces::Piece given[PIECES], weights[PIECES], biases[PIECES], added[PIECES];
+    pieces::Piece given[PIECES], weights[PIECES], biases[PIECES];
     const auto load = [&](const u16* row, pieces::Piece(&into)[PIECES]) {
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
@@ -58,45 +74,79 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads) TERSOR_ENTRY(
     if constexpr (LAYER) load(bias, biases);
     if (ready) launch::wait_for_earlier();
     load(x + blockIdx.x * stride, given);
-    if constexpr (!LAYER) load(residual == nullptr ? nullptr : residual + start, added);
+    int turn = 0;  // of parts
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+        pieces::Piece next[PIECES], added[PIECES];
+        const int following = row + static_cast<int>(gridDim.x);
+        load(following < rows ? x + following * stride : nullptr, next);
+        if constexpr (!LAYER) load(residual == nullptr ? nullptr : residual + 1LL * row * channels, added);
 
-    float sum = 0.0f, mean = 0.0f;
-    if constexpr (LAYER) {
+        float sum = 0.0f, mean = 0.0f;
+        if constexpr (LAYER) {
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+#pragma unroll
+                for (int k = 0; k < kChannels; ++k) sum += ptx::widen<BF16>(given[i].values[k]);
+                e4m3::keep_packed(given[i].values);
+            }
+            mean = over_block<false>(sum, parts[turn]) / static_cast<float>(channels);
+            turn ^= 1;
+            sum = 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
+            if (static_cast<int>(threadIdx.x + i * blockDim.x) < count) {
 #pragma unroll
-            for (int k = 0; k < kChannels; ++k) sum += ptx::widen<BF16>(given[i].values[k]);
+                for (int k = 0; k < kChannels; ++k) {
+                    const float value = ptx::widen<BF16>(given[i].values[k]) - mean;
+                    sum += value * value;
+                }
+            }
+            e4m3::keep_packed(given[i].values);
         }
-        mean = sum_of_block(sum, first_sums) / static_cast<float>(channels);
-        sum = 0.0f;
-    }
+        sum = over_block<false>(sum, parts[turn]);
+        turn ^= 1;
+        const float factor = 1.0f / sqrtf(sum / static_cast<float>(channels) + eps);
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-        if (static_cast<int>(threadIdx.x + i * blockDim.x) < count) {
+        for (int i = 0; i < PIECES; ++i) {
+            const int piece = threadIdx.x + i * blockDim.x;
+            if (piece >= count) continue;
 #pragma unroll
             for (int k = 0; k < kChannels; ++k) {
-                const float value = ptx::widen<BF16>(given[i].values[k]) - mean;
-                sum += value * value;
+                const float value = (ptx::widen<BF16>(given[i].values[k]) - mean) * factor;
+                float result = value * (ptx::widen<BF16>(weights[i].values[k]) + offset);
+                if constexpr (LAYER) {
+                    result += ptx::widen<BF16>(biases[i].values[k]);
+                } else {
+                    result += ptx::widen<BF16>(added[i].values[k]);
+                }
+                given[i].values[k] = ptx::narrow<BF16>(result);
+            }
+            if constexpr (!E4M3) pieces::store(static_cast<u16*>(out) + row * out_stride, piece, given[i]);
+        }
+        if constexpr (E4M3) {
+            float magnitude = 0.0f;  // what is beyond a row is zero
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                magnitude = e4m3::largest(given[i].values, magnitude);
+                e4m3::keep_packed(given[i].values);
+            }
+            magnitude = over_block<true>(magnitude, parts[turn]);
+            turn ^= 1;
+            if (threadIdx.x == 0) scales[row] = e4m3::scale(magnitude);
+            const float inverse = e4m3::factor(magnitude);
+            uint2* const codes = reinterpret_cast<uint2*>(static_cast<unsigned char*>(out) + row * out_stride);
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                const int piece = threadIdx.x + i * blockDim.x;
+                if (piece < count) codes[piece] = e4m3::encode(given[i].values, inverse);
             }
         }
-    }
-    const float factor = 1.0f / sqrtf(sum_of_block(sum, second_sums) / static_cast<float>(channels) + eps);
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-        const int piece = threadIdx.x + i * blockDim.x;
-        if (piece >= count) continue;
-        pieces::Piece rounded;
-#pragma unroll
-        for (int k = 0; k < kChannels; ++k) {
-            const float value = (ptx::widen<BF16>(given[i].values[k]) - mean) * factor;
-            float result = value * (ptx::widen<BF16>(weights[i].values[k]) + offset);
-            if constexpr (LAYER) {
-                result += ptx::widen<BF16>(biases[i].values[k]);
-            } else {
-                result += ptx::widen<BF16>(added[i].values[k]);
-            }
-            rounded.values[k] = ptx::narrow<BF16>(result);
+        for (int i = 0; i < PIECES; ++i) {
+            given[i] = next[i];
+            e4m3::keep_packed(weights[i].values);
+            if constexpr (LAYER) e4m3::keep_packed(biases[i].values);
         }
-        pieces::store(out + start, piece, rounded);
     }
 }

@@ -1,0 +1,164 @@
+"""How do a norm's rows meet products with 8-bit activations? As e4m3 with a scale a row, which the norm's kernel makes.
+
+The definition is two steps, the norm rounded to the activations' dtype and `Activations.quantize`; a kernel that does
+both gives the same bits, and a product of what it leaves those of `ops.linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from tersor.errors import ShapeError
+from tersor.formats import Activations
+from tersor.kernels.dense import codes_stride
+from tersor.layouts import PackedWeight
+from tersor.layouts.gated import gated_channels
+from tersor.ops import current, dispatch, mode, norm, prepared, reference, serve, tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Rows of activations as e4m3: row t is about codes[t] * scales[t].
+
+    Attributes:
+        codes: float8_e4m3fn [T, H].
+        scales: float32 [T].
+        dtype: of the rows before, and of the results of products.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: torch.Tensor) -> Quantized:
+        """Return rows x [T, H] quantised by the torch code."""
+        codes, scales = Activations.E4M3.quantize(x.float())
+        return Quantized(codes, scales.view(-1), x.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, H]."""
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.codes.device
+
+
+def takes_e4m3(
+    x: torch.Tensor, weights: Iterable[PackedWeight], norm_weight: torch.Tensor, norm_bias: torch.Tensor | None = None
+) -> bool:
+    """Tell whether a kernel makes e4m3 of rows in their norm, and all products of them take that, in the current mode.
+
+    Args:
+        x: [T, H], before the norm.
+        weights: of all that reads the norm's result.
+        norm_weight, norm_bias: of the norm.
+    """
+    chip = dispatch.kernel_chip(x.device)
+    return (
+        chip is not None
+        and chip.capability == (9, 0)
+        and all(weight.layout == dispatch.E4M3_LAYOUT for weight in weights)
+        and norm.kernel_serves(x, norm_weight, norm_bias)
+    )
+
+
+def rms_norm_e4m3(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> Quantized:
+    """Return `ops.rms_norm` of every row as e4m3; arguments and errors are those there. It has no gradient."""
+    norm.check("rms_norm_e4m3", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
+    if takes_e4m3(x, (), weight) and norm.kernel_serves(x, residual):
+        return _quantized(x, norm.launched(x, weight, None, residual, eps, offset, e4m3=True))
+    return Quantized.of(norm.rms_norm(x, weight, eps, offset=offset, residual=residual))
+
+
+def layer_norm_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Quantized:
+    """Return `ops.layer_norm` of every row as e4m3; arguments and errors are those there. It has no gradient."""
+    norm.check("layer_norm_e4m3", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
+    if takes_e4m3(x, (), weight, bias):
+        return _quantized(x, norm.launched(x, weight, bias, None, eps, 0.0, layer=True, e4m3=True))
+    return Quantized.of(norm.layer_norm(x, weight, bias, eps))
+
+
+def _quantized(x: torch.Tensor, made: tuple[torch.Tensor, torch.Tensor | None]) -> Quantized:
+    codes, scales = made
+    assert scales is not None
+    return Quantized(codes, scales, x.dtype)
+
+
+def linear_e4m3(
+    rows: Quantized,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    gate: int = 0,
+) -> torch.Tensor:
+    """Return `ops.linear` or, with a gate, `ops.gated_linear` of rows that are quantised. It has no gradient.
+
+    Args:
+        rows: of the activations.
+        weight: in the layout for e4m3 activations.
+        bias, residual: as for `ops.linear` or `ops.gated_linear`; residual is [T, outputs].
+        gate: how gate and up become one, a `Gate`, or 0.
+
+    Returns:
+        [T, OC] in the rows' dtype, or [T, F] with a gate.
+
+    Raises:
+        ShapeError: sizes, dtypes, devices or a layout that do not fit; the message names both sides.
+    """
+    of, (oc, ic) = prepared.type_of(weight), weight.shape
+    outputs = gated_channels(oc) if gate else oc
+    _check(rows, weight)
+    serve.check(rows, rows.shape, weight.data, bias, of, residual, outputs)
+    codes, scales, dtype, n = rows.codes, rows.scales, rows.dtype, len(rows.codes)
+    if n == 0 or oc == 0:
+        return tensors.empty_result(scales.new_empty(n, ic, dtype=dtype), bias, residual, gate, oc)
+    index = codes.get_device()
+    if index >= 0 and current.device() != index:
+        with torch.cuda.device(index):
+            return linear_e4m3(rows, weight, bias, residual=residual, gate=gate)
+    now = mode.current()
+    chosen = of.prepared((n, dtype, index, True, gate, now.key), now)
+    if chosen.launch is None:
+        scale = scales.view(-1, 1)
+        return reference.of_codes(codes, scale, dtype, weight, bias, residual, gate, now.batch_invariant)
+    if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
+        codes = _aligned(codes)
+    scales = scales.contiguous()
+    y = current.empty((n, outputs), (outputs, 1), dtype)
+    x = {"x": codes.data_ptr(), "x_stride": codes.stride(0), "x_scale": scales.data_ptr()}
+    return serve.launched(chosen, weight, bias, residual, y, **x)
+
+
+def _check(rows: Quantized, weight: PackedWeight) -> None:
+    codes, scales = rows.codes, rows.scales
+    if codes.dim() != 2 or codes.dtype != Activations.E4M3.dtype:
+        raise ShapeError(f"linear_e4m3: codes are {list(codes.shape)} {codes.dtype}, expected [T, IC] float8_e4m3fn")
+    if scales.shape != codes.shape[:1] or scales.dtype != torch.float32 or scales.device != codes.device:
+        raise ShapeError(
+            f"linear_e4m3: scales are {list(scales.shape)} {scales.dtype} on {scales.device}, expected "
+            f"[{len(codes)}] torch.float32 on {codes.device}"
+        )
+    if weight.layout != dispatch.E4M3_LAYOUT:
+        raise ShapeError(f"linear_e4m3: the weight lies in {weight.layout}, expected {dispatch.E4M3_LAYOUT}")
+
+
+def _aligned(codes: torch.Tensor) -> torch.Tensor:
+    """Return a copy of codes [T, IC] whose rows start on 16 bytes."""
+    rows, channels = codes.shape
+    copy = codes.new_empty(rows, codes_stride(channels))[:, :channels]
+    return copy.copy_(codes)

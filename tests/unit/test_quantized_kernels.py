@@ -1,0 +1,120 @@
+"""Kernels of norms, and those that make e4m3 of rows, on a CPU, as C++: alone and both in one, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.emulated import COMPILER, Emulated
+
+from tersor import ops
+from tersor.formats import Activations
+from tersor.kernels import dense, small
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a kernel that several tests launch is compiled once."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+def normed(
+    x: torch.Tensor, layer: bool, e4m3: bool, ready: bool, folder: Path, **beside: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """What the kernel of a norm writes of rows, several of which are one CTA's: results, or codes and scales."""
+    rows, channels = x.shape
+    stride = dense.codes_stride(channels) if e4m3 else channels
+    function = Emulated(small.norm_source(NAMES[x.dtype], layer, channels, e4m3), folder, 900)
+    sizes = {"rows": rows, "channels": channels, "sms": 1, "sm_threads": 2048}
+    launch = small.prepare_norm(function, eps=1e-5, offset=0.0 if layer else 1.0, **sizes)  # type: ignore[arg-type]
+    out = torch.full((rows, stride), 0x5A, dtype=torch.uint8) if e4m3 else torch.full((rows, stride), -7, dtype=x.dtype)
+    scales = torch.full((rows,), torch.nan)
+    places = {name: 0 if one is None else one.data_ptr() for name, one in beside.items()}
+    places |= {"x": x.data_ptr(), "out": out.data_ptr(), "scales": scales.data_ptr() if e4m3 else 0}
+    launch(stream=0, stride=x.stride(0), out_stride=stride, ready=ready, early=True, **places)
+    return [out[:, :channels], scales] if e4m3 else [out]
+
+
+def quantised(x: torch.Tensor, folder: Path, order: torch.Tensor | None = None, top_k: int = 1) -> list[torch.Tensor]:
+    """The codes, as bytes, and the scales that the kernel makes of rows."""
+    n, ic = len(x if order is None else order), x.shape[1]
+    row = dense.codes_stride(ic)
+    memory = torch.full((n * (row + 4),), 0x5A, dtype=torch.uint8)
+    function = Emulated(dense.quantize_source(NAMES[x.dtype]), folder, 900)
+    launch = dense.prepare_quantize(function, n=n, ic=ic)  # type: ignore[arg-type]
+    places = {"x": x.data_ptr(), "codes": memory.data_ptr(), "order": 0 if order is None else order.data_ptr()}
+    assert launch(stream=0, x_stride=x.stride(0), top_k=top_k, **places) == memory.data_ptr() + n * row
+    return [memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)]
+
+
+def rows_of(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of several sizes within longer ones, of which one is zeros and two have what is not finite."""
+    generator = torch.Generator().manual_seed(channels)
+    wide = torch.randn(rows, channels + 8, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
+    wide[0] = 0
+    wide[1, 3], wide[2, 5] = math.nan, -math.inf
+    return wide.to(dtype)[:, :channels]
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "dtype", "layer", "more"),
+    [
+        (19, 264, torch.float16, False, True),
+        (19, 264, torch.bfloat16, True, True),
+        (5, 4096, torch.bfloat16, False, False),
+        (4, 8200, torch.float16, True, False),
+    ],
+)
+def test_a_norm_that_quantises_gives_the_bits_of_a_norm_and_of_quantising(
+    rows: int, channels: int, dtype: torch.dtype, layer: bool, more: bool, folder: Path
+) -> None:
+    """`more` is a bias or a residual, and weights that were there before the kernel ahead."""
+    x = rows_of(rows, channels, dtype)
+    weight, bias = torch.randn(2, channels, generator=torch.Generator().manual_seed(1)).to(dtype)
+    residual = x.flip(0).contiguous()
+    beside = {"weight": weight, "bias": bias if layer and more else None}
+    beside["residual"] = residual if more and not layer else None
+    (alone,) = normed(x, layer, False, more, folder, **beside)
+    if layer:
+        expected = ops.layer_norm(x, weight, beside["bias"], 1e-5)
+    else:
+        expected = ops.rms_norm(x, weight, 1e-5, offset=1.0, residual=beside["residual"])
+    torch.testing.assert_close(alone, expected, rtol=torch.finfo(dtype).eps, atol=2e-5, equal_nan=True)
+    codes, scales = normed(x, layer, True, more, folder, **beside)
+    both_codes, both_scales = quantised(alone, folder)
+    assert torch.equal(codes, both_codes)
+    assert torch.equal(scales.view(torch.int32), both_scales.contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [
+        (8, torch.float16),
+        (100, torch.bfloat16),
+        (1001, torch.float16),
+        (14336, torch.bfloat16),
+        (33000, torch.float16),
+    ],
+)
+def test_rows_are_quantised_as_the_torch_code_says(channels: int, dtype: torch.dtype, folder: Path) -> None:
+    x = rows_of(3, channels, dtype)
+    for rows in (x, x.contiguous()):
+        codes, scales = quantised(rows, folder)
+        expected, expected_scales = Activations.E4M3.quantize(rows.float())
+        found = codes.contiguous().view(torch.float8_e4m3fn).float()
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(scales, expected_scales[:, 0])
+
+
+def test_rows_of_pairs_are_those_of_their_tokens(folder: Path) -> None:
+    x, order = rows_of(5, 136, torch.float16), torch.tensor([9, 0, 3, 7, 6, 2, 5], dtype=torch.int32)
+    codes, scales = quantised(x, folder, order, top_k=2)
+    of_tokens, of_tokens_scales = quantised(x, folder)
+    tokens = order.long() // 2
+    assert torch.equal(codes, of_tokens[tokens]) and torch.equal(scales, of_tokens_scales[tokens])
