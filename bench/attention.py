@@ -60,8 +60,8 @@ def main() -> None:
     e4m3, chip = arguments.pages == "e4m3", hardware.of_device(0)
     kind = attention.Kind(head_dim=form.head_dim, dtype="float16", e4m3=e4m3)
     group = form.heads // form.kv_heads
-    counts = {kind.query_tiles(n * group) for n in (1, attention.FEW_QUERIES)}
-    sources = {decode_attention.decode_source(kind, tiles, chip, crowded=one) for tiles in counts for one in (False, True)}
+    most = {kind.query_tiles(n * group) for n in (1, attention.FEW_QUERIES)}
+    sources = {decode_attention.decode_source(kind, tiles, chip, False, one) for tiles in most for one in (False, True)}
     sources |= {attention.append_source(kind), attention.prefill_source(kind, chip)}
     kernels = ["warps"]
     if attention_sm90.takes(kind, chip):

@@ -22,7 +22,17 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, attention_sm90, decode_attention, dense, experts, routing, sampling, shared_attention, small
+from tersor.kernels import (
+    attention,
+    attention_sm90,
+    decode_attention,
+    dense,
+    experts,
+    routing,
+    sampling,
+    shared_attention,
+    small,
+)
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -337,7 +347,7 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
         if kind.e4m3:
             found.append(decode_attention.decode_source(kind, least, chip, crowded=True))
         if turn % 3 == 0:
-            found.append(decode_attention.decode_source(kind, most if turn else least, chip, shares=True))
+            found += [decode_attention.decode_source(kind, tiles, chip, shares=True) for tiles in (least, most)]
         if attention_sm90.takes(kind, chip):
             found.append(attention_sm90.prefill_source(kind, chip))
     return found

@@ -24,7 +24,8 @@ def whole(name: str) -> KernelSource:
     if name == "attention/wide.cuh":
         return attention.prefill_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), chip_named("H200"))
     if name.startswith("attention/"):
-        return decode_attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
+        kind = attention.Kind(head_dim=128, dtype="float16", e4m3=True)
+        return decode_attention.decode_source(kind, 1, chip_named("H200"))
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
     sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gate=1)

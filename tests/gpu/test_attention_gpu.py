@@ -170,7 +170,8 @@ def test_rows_that_read_pages_together_are_those_of_the_reference(case: Case) ->
 def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
     splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_attention, "grid_of", lambda kind, problem, sms: decode_attention.Grid.of(kind, problem, splits))
+    grid_of = decode_attention.Grid.of
+    monkeypatch.setattr(decode_attention, "grid_of", lambda kind, problem, sms: grid_of(kind, problem, splits))
     serve_attention._prepared.cache_clear()
     check(Step(Case(head_dim=128, heads=8, lengths=LENGTHS, counts=(1,) * len(LENGTHS)), "cuda"))
     serve_attention._prepared.cache_clear()

@@ -16,7 +16,7 @@ from tersor.engine import request
 from tersor.engine.params import SamplingParams
 from tersor.engine.step_buffer import most_tokens
 from tersor.errors import ShapeError
-from tersor.hardware import CHIPS, chip_named
+from tersor.hardware import CHIPS, Chip, chip_named
 from tersor.kernels import attention, attention_sm90, decode_attention, shared_attention
 from tersor.ops.attention_form import PAGE, AttentionForm
 
@@ -187,22 +187,36 @@ def test_rows_that_share_pages_have_room_for_the_parts_that_others_read() -> Non
 def test_rows_of_one_token_are_served_as_such_beside_long_prompts_where_the_host_says_so() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     alone, beside = problem(rows=20, shares=True), problem(rows=20, shares=True, most_queries=500, most_few=1)
-    assert beside.query_tiles(kind) == 1 and decode_attention.grid_of(kind, beside, 132) == decode_attention.grid_of(kind, alone, 132)
+    grids = [decode_attention.grid_of(kind, one, 132) for one in (alone, beside)]
+    assert beside.query_tiles(kind) == 1 and grids[0] == grids[1]
     assert [problem(most_queries=500, most_few=few).query_tiles(kind) for few in (2, 4, 8, 500)] == [1, 2, 4, 4]
     one = request.Request(id="", prompt=array("i", [1]), params=SamplingParams())
     rows = [request.Row(one, 0, count, 0, False) for count in (1, 2, 9, 300)]
     assert most_tokens(request.Step(rows)) == (300, 2) and most_tokens(request.Step(rows[2:])) == (300, 1)
 
 
-def test_ctas_take_items_in_turn_where_there_are_more_items_than_ctas() -> None:
-    kind = attention.Kind(head_dim=128, dtype="float16")
-    source = decode_attention.decode_source(kind, 1, H200)
-    per_sm = int(source.parameters["CTAS"])
-    ctas = {}
-    for rows in (1, 16, 64, 1024):
-        step = problem(rows=rows)
-        ctas[rows] = decode_attention.ctas_in_turn(source, step, decode_attention.grid_of(kind, step, 132), 132)
-    assert ctas == {1: 0, 16: 0, 64: 132 * per_sm, 1024: 132 * per_sm}
+def test_short_ctas_are_three_on_an_sm_where_as_many_pages_are_under_way() -> None:
+    def ring(
+        tiles: int = 1, head_dim: int = 128, chip: Chip = H200, e4m3: bool = False, **how: bool
+    ) -> tuple[Any, ...]:
+        kind = attention.Kind(head_dim=head_dim, dtype="float16", e4m3=e4m3)
+        parameters = decode_attention.decode_source(kind, tiles, chip, **how).parameters
+        assert int(parameters["CTAS"]) * (int(parameters["SHARED_BYTES"]) + 1024) <= chip.shared_bytes + 1024
+        return parameters["CTAS"], parameters["STAGES"]
+
+    assert ring() == ring(tiles=2, shares=True) == (2, 3) and ring(shares=True) == (3, 2)
+    assert ring(e4m3=True) == (2, 4) and ring(e4m3=True, shares=True) == ring(e4m3=True, crowded=True) == (3, 3)
+    assert ring(head_dim=96, shares=True) == ring(head_dim=96) == (2, 4)
+    assert ring(shares=True, chip=chip_named("A100")) == (2, 2)
+
+
+def test_many_ctas_of_e4m3_pages_are_a_crowd() -> None:
+    def crowded(e4m3: bool = True, **what: Any) -> bool:
+        kind, step = attention.Kind(head_dim=128, dtype="float16", e4m3=e4m3), problem(**what)
+        return decode_attention.is_crowded(kind, step, decode_attention.grid_of(kind, step, 132), 132)
+
+    assert [crowded(rows=rows) for rows in (1, 16, 32, 66, 67, 256)] == [False] * 4 + [True] * 2
+    assert not crowded(rows=256, e4m3=False) and not crowded(rows=256, invariant=True)
 
 
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:

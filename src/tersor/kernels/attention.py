@@ -1,7 +1,7 @@
 """Attention over pages: append.cuh, then prefill.cuh, for rows of many new tokens, and what all its kernels are told.
 
-`kernels.decode_attention` has decode.cuh for rows of few new tokens and, ahead of it, `kernels.shared_attention` what some
-of them read together.
+`kernels.decode_attention` has decode.cuh for rows of few new tokens and, ahead of it, `kernels.shared_attention` what
+some of them read together.
 
 On compute capability 9.0 `kernels.attention_sm90` has another kernel in place of prefill.cuh.
 

@@ -73,8 +73,8 @@ def _ring(kind: Kind, query_tiles: int, chip: Chip, short: bool) -> tuple[int, i
     """Return the CTAs of an SM and the stages of their rings.
 
     Where CTAs are `short`, since many follow each other or others read pages for them, three on an SM hide more of how
-    they begin and end than two with deeper rings, unless those have more pages under way. Registers allow three with one
-    tile of queries.
+    they begin and end than two with deeper rings, unless those have more pages under way. Registers allow three with
+    one tile of queries.
     """
     of_stage, rest = _WARPS * kind.tokens_of_16, _rest(kind, query_tiles)
     depth = stages(chip, of_stage, rest, 2, _MOST_STAGES)
@@ -134,8 +134,8 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
 def is_crowded(kind: Kind, problem: Problem, grid: Grid, sms: int) -> bool:
     """Tell whether so many CTAs of e4m3 pages follow each other that `decode_source` has more of them on an SM.
 
-    CTAs of 16-bit pages are no faster then: they wait for memory alone. Where a row's bits must not depend on the others,
-    any number of rows has one kernel.
+    CTAs of 16-bit pages are no faster then: they wait for memory alone. Where a row's bits must not depend on the
+    others, any number of rows has one kernel.
     """
     ctas = grid.splits * grid.items * problem.kv_heads * problem.rows
     return kind.e4m3 and not problem.invariant and ctas > _CROWD * _CTAS_OF_SM * sms

@@ -89,7 +89,7 @@ def prepare_shared(
         settled: bool,
         early: bool,
     ) -> None:
-        """Launch; arguments are those of `decode_attention.prepare_decode`, and `page_count`: how many pages there are."""
+        """Launch; arguments are those of `decode_attention.prepare_decode`, and `page_count`: pages that there are."""
         maps = (attention_sm90.map_of(kind, problem, pages_of_layer, page_count),) if by_groups else ()
         # fmt: off
         arguments = (
