@@ -11,6 +11,7 @@ from helpers import checkpoints, decoders, packed_models
 from transformers import AutoModelForCausalLM
 
 from tersor import models
+from tersor.models.weights import Product
 
 LONG = {"max_position_embeddings": 256}
 YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 10000.0}
@@ -93,3 +94,26 @@ def test_a_decoder_says_why_the_host_waits_in_a_step(tmp_path: Path) -> None:
     assert models.load(odd, "cpu", torch.bfloat16).waits == aligned
     half = packed_models.compressed(plain, tmp_path / "half", ignore=["w2"])
     assert models.load(half, "cpu").waits == "only one of the two weights of its experts is packed"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "qwen3_moe", "deepseek_v3"])
+def test_behind_its_attention_the_last_layer_has_the_tokens_that_are_wanted_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = models.load(packed_models.plain(name, tmp_path / "plain", **LONG), "cpu")
+    text = decoders.texts(decoder.config.vocabulary)[0]
+    every = decoders.whole(decoder, text)
+    outputs: list[int] = []
+    call = Product.__call__
+
+    def recording(self: Product, x: Any, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self is decoder.layers[-1].attention.out:
+            outputs.append(len(x))
+        return call(self, x, residual)
+
+    monkeypatch.setattr(Product, "__call__", recording)
+    for places in ([17, 3], []):
+        found = decoders.whole(decoder, text, places)
+        assert found.shape == (len(places), every.shape[1])
+        torch.testing.assert_close(found, every[places], rtol=1e-4, atol=1e-5)
+    assert outputs == [2]

@@ -71,16 +71,28 @@ class DecoderLayer:
     out_norms: tuple[NormWeights, NormWeights] | None = None
     ranks: Ranks = ALONE
 
-    def __call__(self, x: Hidden, cache: PagedCache, rows: Rows, following: DecoderLayer | None = None) -> Hidden:
+    def __call__(
+        self,
+        x: Hidden,
+        cache: PagedCache,
+        rows: Rows,
+        following: DecoderLayer | None = None,
+        places: torch.Tensor | None = None,
+    ) -> Hidden:
         """Return [T, H] of x [T, H]; of both all but a division by the norm behind may be done.
 
         Args:
             x: what the layer ahead returned.
             cache, rows: as for `ops.attend`.
             following: the next layer, or `None`.
+            places: int64 or int32 [S], the tokens of which something is wanted: [S, H] is returned; `None` for all.
         """
         (before, between), attention, ffn, ranks = self.norms, self.attention, self.ffn, self.ranks
         mixed = attention.mixed(normed(before, x, attention.reader), cache, rows)
+        if places is not None:
+            mixed, x = ops.gather_rows(mixed, places), ops.gather_rows(_plain(x), places)
+            if not len(places):  # in the middle of prompts
+                return x
         if self.out_norms is not None:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
@@ -167,10 +179,12 @@ class Decoder:
             [S, H] in `dtype`.
         """
         x: Hidden = self.embedding(tokens, rows)
+        few = places if places is not None and len(places) < len(tokens) else None
         for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
-            x = layer(x, cache, rows, following)
+            # Of other tokens the last layer has but keys and values to leave in pages.
+            x = layer(x, cache, rows, following, few if following is None else None)
         y = _plain(x)
-        return self.norm(y if places is None else ops.gather_rows(y, places))
+        return self.norm(y if places is None or few is not None else ops.gather_rows(y, places))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits [S, V] of last states [S, H], both in `dtype`."""

@@ -1,5 +1,5 @@
 // Ahead of prefill.cuh: keys and values of the new tokens of rows with many come to their pages, and queries, normed and
-// rotated, to where their results will be. A CTA has one token, a warp two heads at a time.
+// rotated, to where their results will be. A CTA has one token; its heads are under way before it is known whose it is.
 // Parameters: those of pages.cuh.
 #pragma once
 
@@ -12,6 +12,7 @@ namespace append {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kAtOnce = 12 / head::kOfLane < 6 ? 12 / head::kOfLane : 6;  // heads that a warp has under way
 
 }  // namespace append
 
@@ -37,23 +38,31 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
     using namespace append;
     launch::start_next();
     launch::wait_for_earlier();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x, all_heads = heads + 2 * kv_heads;
+    const auto form_of = [&](int head) {
+        const bool turned = head < heads + kv_heads;
+        const u16* norm = head < heads ? query_norm : turned ? key_norm : nullptr;
+        return head::Form{turned ? rotary : nullptr, norm, rotary_dim, eps, offset};
+    };
+    head::Own own[kAtOnce];
+    const auto load = [&](int first_head) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int head = first_head + i * kWarps;
+            if (head < all_heads) own[i] = head::load_own(qkv + token * stride + head * pages::kDim, form_of(head));
+        }
+    };
+    load(warp);
     if (token >= __ldcg(starts + rows)) return;
     const int row = rows::row_of(starts, rows, token);
     const int first = __ldcg(starts + row), fresh = __ldcg(starts + row + 1) - first, length = __ldcg(lengths + row);
     if (length == 0 || fresh <= pages::kMostFew) return;
     const int position = length - fresh + token - first;
     const int page = __ldcg(table + static_cast<long long>(row) * table_stride + position / pages::kTokens);
-    const u16* of_token = qkv + token * stride;
     const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
-    const auto form_of = [&](int head) {
-        const bool turned = head < heads + kv_heads;
-        const u16* norm = head < heads ? query_norm : turned ? key_norm : nullptr;
-        return head::Form{turned ? rotary : nullptr, norm, rotary_dim, eps, offset};
-    };
-    const auto load = [&](int head) { return head::load(of_token + head * pages::kDim, form_of(head), turns); };
-    const auto give = [&](int head, const head::Raw& raw) {
-        const head::Ready ready = head::finish(raw, form_of(head));
+    const head::Weights of_queries = head::load_weights(form_of(0)), of_keys = head::load_weights(form_of(heads));
+    const auto give = [&](int head, const head::Own& one) {
+        const head::Ready ready = head::finish(one, turns, head < heads ? of_queries : of_keys, form_of(head));
         if (head < heads) {
             u16* to = queries + (static_cast<long long>(token) * heads + head) * pages::kDim;
             head::give_query(ready, [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });
@@ -65,14 +74,12 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
             head::give_page(ready, [&](int channel, u32 pair) { head::write_pair(all, at, channel, pair); });
         if (pages::kE4m3 && lane == 0) scales[at] = scale;
     };
-    const int all_heads = heads + 2 * kv_heads;
 #pragma unroll 1
-    for (int head = warp; head < all_heads; head += 2 * kWarps) {
-        const bool two = head + kWarps < all_heads;
-        const head::Raw one = load(head);
-        head::Raw other = {};
-        if (two) other = load(head + kWarps);
-        give(head, one);
-        if (two) give(head + kWarps, other);
+    for (int first_head = warp; first_head < all_heads; first_head += kAtOnce * kWarps) {
+        if (first_head != warp) load(first_head);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (first_head + i * kWarps < all_heads) give(first_head + i * kWarps, own[i]);
+        }
     }
 }

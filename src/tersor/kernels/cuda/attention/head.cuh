@@ -18,16 +18,26 @@ struct Form {
     float offset;  // is added to the weights
 };
 
+// A head as it came.
+struct Own {
+    u32 pairs[kOfLane], others[kOfLane];  // others: what they turn with, where no lane has it (kWithin)
+};
+
 // Cosines and sines of the pairs that a lane has, of one position.
 struct Turns {
     float2 cosine[kOfLane], sine[kOfLane];
 };
 
-// A head as it came, with what it is multiplied by.
+// Weights of the RMS norm, of the pairs that a lane has.
+struct Weights {
+    u32 pairs[kOfLane], others[kOfLane];
+};
+
+// A head with what it is multiplied by.
 struct Raw {
-    u32 own[kOfLane], other[kOfLane];  // other: the channels that it turns with, where no lane has them (kWithin)
-    u32 weight[kOfLane], other_weight[kOfLane];
+    Own own;
     Turns turns;
+    Weights weights;
 };
 
 // Where all channels of such a head are rotated, what a pair turns with is in the same lane or 16 lanes further.
@@ -74,27 +84,34 @@ __device__ __forceinline__ Turns load_turns(const float* rotary, int rotary_dim,
     return turns;
 }
 
-// A head of a token, whose position has these turns.
-__device__ __forceinline__ Raw load(const u16* row, const Form& form, const Turns& turns) {
-    Raw raw = {};
-    raw.turns = turns;
+// What `from` has where a lane has pairs, and where what they turn with is.
+__device__ __forceinline__ void load_pairs(
+    u32 (&pairs)[kOfLane], u32 (&others)[kOfLane], const u16* from, const Form& form) {
+    const bool apart = form.rotary != nullptr && !within(form.rotary_dim);
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) {
         const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        pairs[i] = others[i] = 0;
         if (channel >= pages::kDim) continue;
-        raw.own[i] = load_pair(row, channel);
-        if (form.norm != nullptr) raw.weight[i] = load_pair(form.norm, channel);
-        if (form.rotary != nullptr && channel < form.rotary_dim && !within(form.rotary_dim)) {
-            const int other = partner(channel, form.rotary_dim);
-            raw.other[i] = load_pair(row, other);
-            if (form.norm != nullptr) raw.other_weight[i] = load_pair(form.norm, other);
-        }
+        pairs[i] = load_pair(from, channel);
+        if (apart && channel < form.rotary_dim) others[i] = load_pair(from, partner(channel, form.rotary_dim));
     }
-    return raw;
+}
+
+__device__ __forceinline__ Own load_own(const u16* row, const Form& form) {
+    Own own;
+    load_pairs(own.pairs, own.others, row, form);
+    return own;
+}
+
+__device__ __forceinline__ Weights load_weights(const Form& form) {
+    Weights weights = {};
+    if (form.norm != nullptr) load_pairs(weights.pairs, weights.others, form.norm, form);
+    return weights;
 }
 
 __device__ __forceinline__ Raw load(const u16* row, const Form& form, int position) {
-    return load(row, form, load_turns(form.rotary, form.rotary_dim, position));
+    return {load_own(row, form), load_turns(form.rotary, form.rotary_dim, position), load_weights(form)};
 }
 
 // What a head is after norm and rotation.
@@ -102,14 +119,14 @@ struct Ready {
     float2 values[kOfLane];
 };
 
-__device__ __forceinline__ Ready finish(const Raw& raw, const Form& form) {
+__device__ __forceinline__ Ready finish(const Own& own, const Turns& turns, const Weights& weights, const Form& form) {
     float factor = 1.0f;
     if (form.norm != nullptr) {
         float squares = 0.0f;
 #pragma unroll
         for (int i = 0; i < kOfLane; ++i) {
-            const float2 own = widen(raw.own[i]);
-            squares += own.x * own.x + own.y * own.y;
+            const float2 pair = widen(own.pairs[i]);
+            squares += pair.x * pair.x + pair.y * pair.y;
         }
 #pragma unroll
         for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
@@ -120,23 +137,27 @@ __device__ __forceinline__ Ready finish(const Raw& raw, const Form& form) {
     for (int i = 0; i < kOfLane; ++i) {
         const int channel = 2 * (threadIdx.x % 32 + 32 * i);
         const bool near = within(form.rotary_dim);
-        float2 own = widen(raw.own[i]), other = widen(near ? turned_with(raw.own, i) : raw.other[i]);
+        float2 pair = widen(own.pairs[i]), other = widen(near ? turned_with(own.pairs, i) : own.others[i]);
         if (form.norm != nullptr) {
-            const u32 other_pair = near ? turned_with(raw.weight, i) : raw.other_weight[i];
-            const float2 weight = widen(raw.weight[i]), other_weight = widen(other_pair);
-            own.x *= factor * (weight.x + form.offset);
-            own.y *= factor * (weight.y + form.offset);
+            const u32 of_other = near ? turned_with(weights.pairs, i) : weights.others[i];
+            const float2 weight = widen(weights.pairs[i]), other_weight = widen(of_other);
+            pair.x *= factor * (weight.x + form.offset);
+            pair.y *= factor * (weight.y + form.offset);
             other.x *= factor * (other_weight.x + form.offset);
             other.y *= factor * (other_weight.y + form.offset);
         }
         if (form.rotary != nullptr && channel < form.rotary_dim) {
             const float sign = channel < form.rotary_dim / 2 ? -1.0f : 1.0f;
-            own.x = own.x * raw.turns.cosine[i].x + sign * other.x * raw.turns.sine[i].x;
-            own.y = own.y * raw.turns.cosine[i].y + sign * other.y * raw.turns.sine[i].y;
+            pair.x = pair.x * turns.cosine[i].x + sign * other.x * turns.sine[i].x;
+            pair.y = pair.y * turns.cosine[i].y + sign * other.y * turns.sine[i].y;
         }
-        ready.values[i] = own;
+        ready.values[i] = pair;
     }
     return ready;
+}
+
+__device__ __forceinline__ Ready finish(const Raw& raw, const Form& form) {
+    return finish(raw.own, raw.turns, raw.weights, form);
 }
 
 // NaN stays NaN.
