@@ -18,6 +18,7 @@ from tersor.engine.step_buffer import most_tokens
 from tersor.errors import ShapeError
 from tersor.hardware import CHIPS, Chip, chip_named
 from tersor.kernels import attention, attention_sm90, decode_attention, shared_attention
+from tersor.ops import needed
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 H200 = chip_named("H200")
@@ -196,27 +197,34 @@ def test_rows_of_one_token_are_served_as_such_beside_long_prompts_where_the_host
 
 
 def test_short_ctas_are_three_on_an_sm_where_as_many_pages_are_under_way() -> None:
-    def ring(
-        tiles: int = 1, head_dim: int = 128, chip: Chip = H200, e4m3: bool = False, **how: bool
-    ) -> tuple[Any, ...]:
-        kind = attention.Kind(head_dim=head_dim, dtype="float16", e4m3=e4m3)
+    def ring(tiles: int = 1, dim: int = 128, chip: Chip = H200, e4m3: bool = False, **how: bool) -> tuple[Any, Any]:
+        kind = attention.Kind(head_dim=dim, dtype="float16", e4m3=e4m3)
         parameters = decode_attention.decode_source(kind, tiles, chip, **how).parameters
         assert int(parameters["CTAS"]) * (int(parameters["SHARED_BYTES"]) + 1024) <= chip.shared_bytes + 1024
         return parameters["CTAS"], parameters["STAGES"]
 
     assert ring() == ring(tiles=2, shares=True) == (2, 3) and ring(shares=True) == (3, 2)
     assert ring(e4m3=True) == (2, 4) and ring(e4m3=True, shares=True) == ring(e4m3=True, crowded=True) == (3, 3)
-    assert ring(head_dim=96, shares=True) == ring(head_dim=96) == (2, 4)
+    assert ring(dim=96, shares=True) == ring(dim=96) == (2, 4)
     assert ring(shares=True, chip=chip_named("A100")) == (2, 2)
 
 
-def test_many_ctas_of_e4m3_pages_are_a_crowd() -> None:
-    def crowded(e4m3: bool = True, **what: Any) -> bool:
-        kind, step = attention.Kind(head_dim=128, dtype="float16", e4m3=e4m3), problem(**what)
-        return decode_attention.is_crowded(kind, step, decode_attention.grid_of(kind, step, 132), 132)
+def test_a_crowd_of_ctas_of_e4m3_pages_has_a_kernel_that_is_compiled_ahead() -> None:
+    form = AttentionForm(heads=32, kv_heads=8, head_dim=128, scale=0.1, rotary_dim=128)
 
-    assert [crowded(rows=rows) for rows in (1, 16, 32, 66, 67, 256)] == [False] * 4 + [True] * 2
-    assert not crowded(rows=256, e4m3=False) and not crowded(rows=256, invariant=True)
+    def crowded(rows: int, pages: torch.dtype = torch.float8_e4m3fn, queries: int = 1) -> bool:
+        sources = list(needed.attention(form, torch.float16, pages, rows, queries, 512, H200))
+        names = [source.name for source in sources if "_decode_" in source.name]
+        assert len(set(names)) == len(names) and names[0].startswith("tersor_attention_decode_1_128")
+        return any("_1_crowded_" in name for name in names)
+
+    assert [crowded(rows) for rows in (1, 66, 67, 256)] == [False, False, True, True]
+    assert crowded(256, queries=500) and not crowded(256, torch.float16)
+    with ops.using(batch_invariant=True):
+        assert not any(
+            "crowded" in one.name
+            for one in needed.attention(form, torch.float16, torch.float8_e4m3fn, 256, 1, 512, H200)
+        )
 
 
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:

@@ -141,11 +141,8 @@ def test_rows_of_few_tokens_are_those_of_the_reference(case: Case, splits: int, 
 
 
 def test_rows_of_one_token_are_those_of_the_reference_beside_a_prompt(device: Emulation) -> None:
-    case = Case(
-        lengths=(65, 200, 129, 170, *[66] * 6),
-        counts=(1, 1, 1, 40, *[1] * 6),
-        prefixes=(((0, 1, 2, *range(4, 10)), 1),),
-    )
+    prefixes = (((0, 1, 2, *range(4, 10)), 1),)
+    case = Case(lengths=(65, 200, 129, 170, *[66] * 6), counts=(1, 1, 1, 40, *[1] * 6), prefixes=prefixes)
     step = Step(case)
     step.rows.most_few = 1
     assert share(step.rows, step.form) is not None

@@ -64,7 +64,14 @@ def steps_of(config: EngineConfig, context: int, *, draws: bool = True) -> Steps
     longest = min(config.max_length or context, context)
     queries = min(config.max_step_tokens, longest)
     length = -(-longest // PAGE) * PAGE
-    return Steps(tokens=config.max_step_tokens, queries=queries, length=length, pages=config.pages_dtype, draws=draws)
+    return Steps(
+        tokens=config.max_step_tokens,
+        rows=config.max_rows,
+        queries=queries,
+        length=length,
+        pages=config.pages_dtype,
+        draws=draws,
+    )
 
 
 def compile_all(sources: Sequence[KernelSource], chip: Chip, stop: threading.Event | None = None) -> None:

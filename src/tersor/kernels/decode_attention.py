@@ -131,14 +131,13 @@ def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
     return Grid.of(kind, problem, splits)
 
 
-def is_crowded(kind: Kind, problem: Problem, grid: Grid, sms: int) -> bool:
+def is_crowded(kind: Kind, rows: int, kv_heads: int, invariant: bool, sms: int) -> bool:
     """Tell whether so many CTAs of e4m3 pages follow each other that `decode_source` has more of them on an SM.
 
     CTAs of 16-bit pages are no faster then: they wait for memory alone. Where a row's bits must not depend on the
-    others, any number of rows has one kernel.
+    others (`invariant`), any number of rows has one kernel.
     """
-    ctas = grid.splits * grid.items * problem.kv_heads * problem.rows
-    return kind.e4m3 and not problem.invariant and ctas > _CROWD * _CTAS_OF_SM * sms
+    return kind.e4m3 and not invariant and rows * kv_heads > _CROWD * _CTAS_OF_SM * sms
 
 
 DecodeLaunch: TypeAlias = Callable[..., None]

@@ -199,13 +199,14 @@ def combine(dtype: torch.dtype) -> Iterator[KernelSource]:
 
 
 def attention(
-    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, queries: int, length: int, chip: Chip
+    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, rows: int, queries: int, length: int, chip: Chip
 ) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.attend`.
 
     Args:
         form: of the layer.
         dtype, pages: dtypes of activations, and of keys and values.
+        rows: of a step at most.
         queries: new tokens of a row at most.
         length: tokens of a text at most, whole pages.
         chip: the GPU.
@@ -218,7 +219,7 @@ def attention(
     shares = serve_attention.shares(form, length) and not invariant
     counts = [few] if invariant else range(1, min(queries, few) + 1)
     for tiles in sorted({kind.query_tiles(count * of_token) for count in counts}):
-        crowds = (False, True) if kind.e4m3 and not invariant else (False,)
+        crowds = {False, decode_attention.is_crowded(kind, rows, form.kv_heads, invariant, chip.sms)}
         yield from dict.fromkeys(decode_attention.decode_source(kind, tiles, chip, crowded=one) for one in crowds)
         if shares:
             yield decode_attention.decode_source(kind, tiles, chip, shares=True)

@@ -230,7 +230,8 @@ def _prepared(
         shares=shares,
     )
     grid = decode_attention.grid_of(kind, problem, chip.sms)
-    tiles, crowded = problem.query_tiles(kind), decode_attention.is_crowded(kind, problem, grid, chip.sms)
+    tiles = problem.query_tiles(kind)
+    crowded = decode_attention.is_crowded(kind, rows, form.kv_heads, invariant, chip.sms)
     decode = jit.get(decode_attention.decode_source(kind, tiles, chip, shares, crowded), index)
     shared = None
     if shares:
