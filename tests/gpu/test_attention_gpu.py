@@ -166,6 +166,21 @@ def test_rows_that_read_pages_together_are_those_of_the_reference(case: Case) ->
     assert torch.equal(check(step), found)
 
 
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("shares", [False, True])
+def test_many_rows_of_one_token_stand_beside_a_prompt(shares: bool, e4m3: bool) -> None:
+    """The host knows that rows of few have one new token; CTAs of e4m3 pages are a crowd."""
+    lengths, counts = (*(641 + 3 * row for row in range(80)), 900), (*(1,) * 80, 360)
+    prefixes = (((*range(30), *range(40, 80)), 10),)
+    case = Case(head_dim=128, heads=32, kv_heads=8, lengths=lengths, counts=counts, e4m3=e4m3, prefixes=prefixes)
+    step = Step(case, "cuda")
+    step.rows.most_few = 1
+    assert not shares or share(step.rows, step.form) is not None
+    found = check(step)
+    step.rows.settled = True
+    assert torch.equal(check(step), found)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 33])
 def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
     splits: int, monkeypatch: pytest.MonkeyPatch
