@@ -77,12 +77,12 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
         const u16* from = place_in_out(min(query, queries - 1)) + piece * 8;
         ptx::copy_async_16_zero_fill(placed + query * pages::kQueryStride + piece * 16, from, query < queries ? 16 : 0);
     }
-    const int table_at = row * table_stride + first_page;
+    const int* row_table = table + static_cast<long long>(row) * table_stride + first_page;
     const auto place_of = [&](int i, int half) { return memory + (i % STAGES * 2 + half) * kSlotBytes; };
     const auto fetch_half = [&](int i, int half) {
         if (first_page + i < end_page) {
             const int there = length - (first_page + i) * pages::kTokens;
-            fetch(place_of(i, half), all, scales, __ldcg(table + table_at + i), half, kv_heads, kv_head, there);
+            fetch(place_of(i, half), all, scales, __ldcg(row_table + i), half, kv_heads, kv_head, there);
         }
         ptx::copy_async_commit();
     };
