@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
     const int known = length - fresh, queries = min(fresh - base, kQueries);
     const int first_seen = known + base, last_seen = first_seen + queries - 1;  // by the first query, by the last
     const int first_page = max(first_seen + 1 - window, 0) / pages::kTokens;
-    const int end_page = last_seen / pages::kTokens + 1;
+    const int count = last_seen / pages::kTokens + 1 - first_page;
     const u32 memory = ptx::shared_address(attention_memory), placed = memory + kQueriesAt;
     const int token = first + base;
     const auto place_in_out = [&](int query) {  // found anew where it is needed: registers are few in between
@@ -77,11 +77,12 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
         const u16* from = place_in_out(min(query, queries - 1)) + piece * 8;
         ptx::copy_async_16_zero_fill(placed + query * pages::kQueryStride + piece * 16, from, query < queries ? 16 : 0);
     }
+    const int from_first_page = length - first_page * pages::kTokens;  // tokens
     const int* row_table = table + static_cast<long long>(row) * table_stride + first_page;
     const auto place_of = [&](int i, int half) { return memory + (i % STAGES * 2 + half) * kSlotBytes; };
     const auto fetch_half = [&](int i, int half) {
-        if (first_page + i < end_page) {
-            const int there = length - (first_page + i) * pages::kTokens;
+        if (i < count) {
+            const int there = from_first_page - i * pages::kTokens;
             fetch(place_of(i, half), all, scales, __ldcg(row_table + i), half, kv_heads, kv_head, there);
         }
         ptx::copy_async_commit();
@@ -95,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
     const float factor = soft == 0.0f ? scale : 1.0f;
     const int warp_queries = warp * 16 * kTiles;
 #pragma unroll 1
-    for (int i = 0; first_page + i < end_page; ++i) {
+    for (int i = 0; i < count; ++i) {
         ptx::copy_async_wait<2 * STAGES - 2>();
         __syncthreads();
         fetch_half(i + STAGES - 1, 1);
