@@ -5,11 +5,13 @@
 Enqueues calls without waiting for the GPU, on a shape so small that the GPU is never behind, and divides: microseconds
 a call, the best of several rounds. `launch` is the kernel's launch alone, `linear` is `tersor.ops.linear`, `layer` a
 `PackedLinear`, `operator` the registered operator through torch's dispatcher, and `torch` a plain `nn.Linear`.
+`fresh` is `tersor.ops.linear` with a number of tokens not seen before, which most steps that read prompts have.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from tersor import formats, ops
 from tersor.compress import quantize_rtn
+from tersor.kernels.tune import choice
 from tersor.layouts import PackedWeight
 from tersor.nn import PackedLinear
 from tersor.ops import mode, prepared
@@ -26,6 +29,8 @@ from tersor.ops import mode, prepared
 OC, IC = 256, 512
 CALLS = 200
 ROUNDS = 50
+FRESH = range(272, 2048, 16)
+"""Numbers of tokens, each of which has its tile predicted."""
 
 
 def main() -> None:
@@ -44,6 +49,7 @@ def main() -> None:
         for n in (int(n) for n in arguments.n.split(",")):
             row: dict[str, Any] = {"n": n}
             row |= {name: round(microseconds(call), 2) for name, call in candidates(weight, n).items()}
+            row["fresh"] = round(fresh(weight), 1)
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     gpu = torch.cuda.get_device_name().split()[-1].lower()
@@ -104,6 +110,26 @@ def microseconds(call: Callable[[], object]) -> float:
         samples.append((time.perf_counter() - start) / CALLS * 1e6)
     torch.cuda.synchronize()
     return min(samples)
+
+
+def fresh(weight: PackedWeight) -> float:
+    """Return the time of one call on the host with a number of tokens that nothing is prepared for: the median.
+
+    Kernels are there, and costs of tiles are read.
+    """
+    x = torch.randn(FRESH[-1], IC, dtype=torch.float16, device="cuda")
+    samples: list[float] = []
+    for _ in range(2):
+        prepared.forget()
+        choice.forget()
+        samples.clear()
+        for n in FRESH:
+            rows = x[:n]
+            start = time.perf_counter()
+            ops.linear(rows, weight)
+            samples.append((time.perf_counter() - start) * 1e6)
+        torch.cuda.synchronize()
+    return statistics.median(samples)
 
 
 if __name__ == "__main__":

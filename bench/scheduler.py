@@ -26,7 +26,7 @@ STEPS = 512
 def main() -> None:
     """Parse the command line, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", default="1,32,128,512", help="numbers of requests")
+    parser.add_argument("--requests", default="1,32,128,512,1024", help="numbers of requests")
     arguments = parser.parse_args()
     for count in (int(count) for count in arguments.requests.split(",")):
         print("  ".join(f"{key} {value:.0f}" for key, value in measure(count).items()), flush=True)

@@ -26,6 +26,7 @@ from tersor.engine.batch_items import Item, answer_once
 from tersor.engine.build import build
 from tersor.engine.config import EngineConfig
 from tersor.engine.core import Core
+from tersor.engine.garbage import left_alone
 from tersor.engine.limits import Limits
 from tersor.engine.offline import OfflineEngine
 from tersor.engine.outputs import Answer, EmbeddingRequestOutput, RequestOutput
@@ -111,7 +112,7 @@ class LLM:
         limits = Limits(
             pages=built.pages,
             page_size=PAGE,
-            max_rows=config.max_rows,
+            max_rows=built.runner.max_rows,
             max_step_tokens=config.max_step_tokens,
             context=built.context,
             share_prefixes=config.prefix_caching,
@@ -241,9 +242,10 @@ class LLM:
         try:
             for item in items:
                 self.core.add(item.key, item.tokens.tolist(), item.params)
-            while self.core.unfinished:
-                for output in self.core.step(partial=False):
-                    yield asked[output.request_id].answer(output)
+            with left_alone():
+                while self.core.unfinished:
+                    for output in self.core.step(partial=False):
+                        yield asked[output.request_id].answer(output)
         except BaseException:
             for item in items:
                 self.core.abort(item.key)

@@ -309,7 +309,7 @@ def _routing() -> list[KernelSource]:
     ]
     tables = [routing.tables_source(routing.MOST_EXPERTS, index) for index in ("int32", "int64")]
     combining = [routing.combine_source(dtype) for dtype in decode_groups.PAIR_TARGETS]
-    return [*(routing.route_source(*one) for one in choices), *tables, *combining, *routers()]
+    return [*(routing.route_source(*one) for one in choices), *tables, *combining, *routers(), *mixtures.deciders()]
 
 
 def routers() -> list[KernelSource]:

@@ -15,7 +15,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import Chip
-from tersor.kernels import experts
+from tersor.kernels import deciding, experts, routing
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm90
@@ -128,6 +128,27 @@ def chosen() -> tuple[Traits, ...]:
     every = (*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3))
     options = {kernel: pairs(kernel) for tile in every for kernel in candidates(tile)}
     return (*found, *choose(options, set[Pair]().union(*options.values()), met))
+
+
+def deciders() -> list[KernelSource]:
+    """Return kernels around experts of few tokens: the most registers of each kind, and one token, dtypes by turns."""
+    deepseek = routing.Choice(experts=256, top_k=8, sigmoid=True, biased=True, groups=8, top_groups=4)
+    most = routing.Choice(experts=256, top_k=16, biased=True)
+    kinds = [
+        ("bfloat16", True, True, 4096, routing.Choice(experts=256, top_k=16, normalize=False), True),
+        ("float16", False, False, 4096, routing.Choice(experts=128, top_k=8), True),
+        ("bfloat16", False, False, 2048, routing.Choice(experts=128, top_k=8), True),
+        ("float16", True, True, 7168, deepseek, False),
+        ("bfloat16", False, True, deciding.MOST_CHANNELS, most, False),
+    ]
+    found = []
+    for turn, (target, held, wide, channels, choice, norms) in enumerate(kinds):
+        router = routing.Router(target=target, float_weight=held, float_out=wide, channels=channels)
+        decider = deciding.Decider(router=router, choice=choice, norms=norms)
+        found += [deciding.source(decider, tokens) for tokens in (deciding.MOST_TOKENS, turn + 1)]
+    sizes = (4096, deciding.MOST_SUMMED_CHANNELS)
+    found += [deciding.combine_source(target, size) for target in decode_groups.PAIR_TARGETS for size in sizes]
+    return found
 
 
 def all_sources(chip: Chip) -> list[KernelSource]:

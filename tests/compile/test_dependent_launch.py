@@ -6,13 +6,13 @@ PTX is asked: both instructions are volatile there, and ptxas keeps them.
 from __future__ import annotations
 
 import pytest
-from compile import catalogue
+from compile import catalogue, mixtures
 from helpers.fakes import argument_names
 
 from tersor.kernels.jit import KernelSource, nvrtc
 
 ARCH = "compute_90a"
-SOURCES = [*catalogue.around_products(), *catalogue.routers(), *catalogue.quantizing()]
+SOURCES = [*catalogue.around_products(), *catalogue.routers(), *catalogue.quantizing(), *mixtures.deciders()]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)

@@ -8,7 +8,7 @@ import pytest
 
 from tersor.formats import get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, decode_attention, dense, jit, sampling
+from tersor.kernels import attention, attention_sm90, deciding, decode_attention, dense, jit, routing, sampling
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.layouts.packing import Packing
 
@@ -26,6 +26,10 @@ def whole(name: str) -> KernelSource:
     if name.startswith("attention/"):
         kind = attention.Kind(head_dim=128, dtype="float16", e4m3=True)
         return decode_attention.decode_source(kind, 1, chip_named("H200"))
+    if name in ("experts/choice.cuh", "experts/logits.cuh"):
+        router = routing.Router(target="float16", float_weight=True, float_out=True, channels=4096)
+        choice = routing.Choice(experts=60, top_k=4, biased=True, groups=4, top_groups=2)
+        return deciding.source(deciding.Decider(router=router, choice=choice, norms=True), 1)
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
     sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gate=1)

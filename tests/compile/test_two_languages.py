@@ -7,6 +7,7 @@ compared by tests/unit/test_decode_header.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,17 @@ import pytest
 from tersor.engine.shared_pages import shared_size
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, decode_attention, dense, routing, shared_attention, tune
+from tersor.kernels import (
+    attention,
+    attention_sm90,
+    deciding,
+    decode_attention,
+    dense,
+    routing,
+    shared_attention,
+    small,
+    tune,
+)
 from tersor.kernels import experts as of_experts
 from tersor.kernels.jit import KernelSource, nvrtc, tensor_map
 from tersor.kernels.tune import experts_sm80, sm80, sm90
@@ -225,6 +236,27 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
     launch(stream=0, y=0, weights=0, position=0, blocks=0, addend=0, out=0, ready=False, early=False)
     facts = {"combine::kThreads": launched.block[0], "4096 / combine::kThreads / combine::kChannels": launched.grid[1]}
     check(source.header, source, facts)
+
+
+def test_a_launch_that_decides_counts_threads_tokens_and_channels_as_the_kernel_does() -> None:
+    choice = routing.Choice(experts=deciding.MOST_EXPERTS, top_k=routing.MOST_TOP_K)
+    widths = {deciding.MOST_NORMED_CHANNELS: True, deciding.MOST_CHANNELS: False}
+    for channels, norms in widths.items():
+        router = routing.Router(target="float16", float_weight=False, float_out=False, channels=channels)
+        decider, launched = deciding.Decider(router=router, choice=choice, norms=norms), Launched()
+        numbers = {"tokens": deciding.MOST_TOKENS, "block_tokens": 8, "scale": 1.0, "eps": 0.0, "offset": 0.0}
+        launch = deciding.prepare(launched, decider, **numbers)  # type: ignore[arg-type]
+        places = ("x", "weight", "bias", "preferred", "gain", "normed", "index", "weights", "logits")
+        tables = dict.fromkeys(("order", "position", "blocks"), 0)
+        launch(stream=0, ready=False, early=False, **dict.fromkeys(places, 0), **tables)
+        source, (rows, tokens) = deciding.source(decider, deciding.MOST_TOKENS), decider.share(deciding.MOST_TOKENS)
+        assert launched.grid[0] == deciding.MOST_EXPERTS // rows * deciding.MOST_TOKENS // tokens + 1
+        facts: dict[str, int | str] = {"decide::kMostThreads": launched.block[0], "ROWS": rows, "TOKENS": tokens}
+        check(source.header, source, facts | {"decide::kFewTokens": deciding.MOST_TOKENS})
+    assert not replace(decider, norms=True).fits(1) and not decider.fits(deciding.MOST_TOKENS + 1)
+    norm = small.norm_threads(deciding.MOST_NORMED_CHANNELS)
+    assert norm == 32 * 16 and small.norm_pieces(deciding.MOST_NORMED_CHANNELS) == 1  # decide::kNormWarps
+    assert small.norm_pieces(deciding.MOST_SUMMED_CHANNELS) == 2
 
 
 @pytest.mark.parametrize("e4m3", [False, True])

@@ -12,7 +12,7 @@ from helpers.sharing import share
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
-from tersor.kernels import dense
+from tersor.kernels import deciding, dense
 from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import PackedWeight, StackedWeight
@@ -65,6 +65,21 @@ def route(tokens: int) -> None:
     x, weight = torch.randn(tokens, 2056, device="cuda").half(), torch.randn(61, 2056, device="cuda").half()
     ops.router_logits(x, weight, weight[:, 0].contiguous())
     ops.router_logits(x, weight.float(), wide=True)
+    if tokens <= deciding.MOST_TOKENS:
+        decided(x, weight)
+
+
+def decided(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Decide by a router for experts that are two stacks, run them, and norm their sum."""
+    sizes, gain = ((2 * 136, x.shape[1]), (x.shape[1], 136)), ops.Gain(x[0], 1e-6)
+    pair = []
+    for size in sizes:
+        one = PackedWeight.from_encoded(quantize_rtn(torch.randn(*size), formats.get_scheme("fp6_e3m2")))
+        stack = StackedWeight.stack([one] * len(weight)).to_layout("tiles_float16")
+        pair.append(replace(stack, data=stack.data.cuda(), scale=stack.scale.cuda()))
+    found = ops.decide(x, (weight, None), (pair[0], pair[1]), 6, norm=gain)
+    assert found is not None
+    ops.decided_experts(found, pair[0], pair[1], addend=x, behind=gain)
 
 
 def draw(vocabulary: int, dtype: torch.dtype) -> None:

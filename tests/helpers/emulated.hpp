@@ -77,6 +77,7 @@ std::mt19937 random;
 std::function<void()> before_block = [] {}, after_block = [] {};
 std::function<void(const unsigned char*, const void*, int)> before_write;  // where, of what, how many bytes
 std::function<void()> before_landing = [] {};
+bool last_waits = false;  // the last block, for what the others write
 
 inline void yield() { swapcontext(&fibers[now].context, &scheduler); }
 inline int meet(Barrier& barrier, int all) {
@@ -133,6 +134,7 @@ inline void run(Dim grid, int threads, unsigned seed, std::function<void()> kern
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
     std::shuffle(blocks.begin(), blocks.end(), random);
+    if (last_waits) std::stable_partition(blocks.begin(), blocks.end(), [&](const Dim& one) { return one.x < grid.x - 1; });
     for (const Dim& one : blocks) { blockIdx = one; run_block(threads); }
 }
 

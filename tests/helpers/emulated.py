@@ -21,6 +21,7 @@ REPLACED = {
     "common/launch.cuh": "emulated.hpp",
     "attention/instructions.cuh": "emulated.hpp",
     "small/flags.cuh": "emulated.hpp",
+    "experts/words.cuh": "emulated_block.hpp",
     "attention/sm90_instructions.cuh": "emulated_sm90.hpp",
 }
 """Headers, and what has all of them that is used."""
@@ -110,6 +111,7 @@ struct Mapped {{
 static Any pass(const void* p) {{ return {{p}}; }}
 template <class T> static T pass(T x) {{ return x; }}
 extern "C" void run(int x, int y, int z, int threads, int seed, {taken}) {{
+    emulated::last_waits = {int(source.header == "experts/decide.cuh")};
     const Dim grid = {{unsigned(x), unsigned(y), unsigned(z)}};
     emulated::run(grid, threads, seed, [=] {{ entry({", ".join(given)}); }});
 }}

@@ -8,9 +8,13 @@
 #define __shared__ static
 #define __restrict__
 
+struct int2 { int x, y; };
+struct int4 { int x, y, z, w; };
+
 inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
 inline u64 max(u64 a, u64 b) { return a > b ? a : b; }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -41,8 +45,21 @@ template <class F> u32 over_warp(u32 value, const F& join) {
 inline u32 __reduce_max_sync(u32, u32 value) {
     return over_warp(value, [](u32 a, u32 b) { return max(a, b); });
 }
+inline u32 __reduce_min_sync(u32, u32 value) {
+    return over_warp(value, [](u32 a, u32 b) { return min(a, b); });
+}
 inline u32 __reduce_add_sync(u32, u32 value) {
     return over_warp(value, [](u32 a, u32 b) { return a + b; });
+}
+template <class T> T __shfl_up_sync(u32 mask, T value, int lanes) {
+    const int lane = emulated::now % 32;
+    return __shfl_sync(mask, value, lane < lanes ? lane : lane - lanes);
+}
+inline u32 __match_any_sync(u32, int value) {
+    const auto& words = emulated::share({static_cast<u32>(value)});
+    u32 peers = 0;
+    for (int lane = 0; lane < 32; ++lane) peers |= (words[lane][0] == static_cast<u32>(value)) << lane;
+    return peers;
 }
 inline int __syncthreads_count(bool given) {
     static int counts[2];
@@ -52,3 +69,12 @@ inline int __syncthreads_count(bool given) {
     emulated::meet(emulated::block, blockDim.x);
     return counts[turn];
 }
+
+// Between CTAs of a launch, of which the last one waits and, here, is run when all others have ended.
+namespace words {
+inline void put(u32* place, u32 word) { *place = word; }
+inline u32 look(const u32* place) {
+    if (*place == 0) { fprintf(stderr, "a CTA waits for a word that does not come\n"); abort(); }
+    return *place;
+}
+}  // namespace words

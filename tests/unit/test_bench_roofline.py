@@ -19,8 +19,10 @@ from tersor.hardware import chip_named
 from tersor.models import DecoderConfig
 from tersor.models.random import random_decoder
 
-ATTENTION = 64 * 64 + 2 * 32 * 64 + 64 * 64  # weights of queries, keys, values and output
+QKV = 64 * 64 + 2 * 32 * 64  # weights
+ATTENTION = QKV + 64 * 64
 LAYER = ATTENTION + 3 * 128 * 64
+FIRST, LAST = LAYER + QKV, LAYER - QKV  # of two layers what all tokens need, and what is behind the last attention
 HEAD = 96 * 64
 TOKEN = 2 * 2 * 16 * 4  # bytes of keys and values of two heads of 16 float32 numbers, in a layer
 
@@ -51,7 +53,7 @@ SHARED = workload([[1, 2, 3, 4, 5], [7, 8], [1, 2, 3, 9]], [3, 1, 5])
 def test_one_request_is_read_and_multiplied_token_by_token() -> None:
     made = runner(DENSE)
     found = roofline.work(ALONE, made, 4)
-    assert found.linear_operations == 2 * (2 * LAYER * (3 + 3) + HEAD * 4)
+    assert found.linear_operations == 2 * (FIRST * (3 + 3) + (LAST + HEAD) * 4)
     seen = 1 + 2 + 3 + 4 + 5 + 6  # by the last token but the one drawn at last
     assert found.attention_operations == 2 * seen * 4 * 4 * 16
     assert found.steps == 4
@@ -62,7 +64,7 @@ def test_one_request_is_read_and_multiplied_token_by_token() -> None:
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step() -> None:
     found = roofline.work(SHARED, runner(DENSE), 4)
     computed, decoded = 3 + 2 + 1 + 2, 2 + 0 + 4
-    assert found.linear_operations == 2 * (2 * LAYER * (computed + decoded) + HEAD * (3 + 1 + 5))
+    assert found.linear_operations == 2 * (FIRST * (computed + decoded) + (LAST + HEAD) * (3 + 1 + 5))
     seen = (1 + 2 + 3) + (4 + 5) + 4 + (1 + 2) + (6 + 7) + (5 + 6 + 7 + 8)
     assert found.attention_operations == 2 * seen * 4 * 4 * 16
     assert found.steps == 5  # as many as the longest answer, where 9 tokens would fit in 3
@@ -87,7 +89,7 @@ def test_beside_a_window_no_token_sees_more_and_no_shared_prefix_is_counted() ->
 
 def test_continuations_read_their_prompt_once_a_step() -> None:
     found = roofline.work(workload([[1, 2, 3]], [4], samples=3), runner(DENSE), 4)
-    assert found.linear_operations == 2 * (2 * LAYER * (3 + 3 * 3) + HEAD * (1 + 3 * 3))
+    assert found.linear_operations == 2 * (FIRST * (3 + 3 * 3) + (LAST + HEAD) * (1 + 3 * 3))
     assert found.steps == 4
     assert found.kv_bytes == 2 * TOKEN * (3 * 3 + 3 * (1 + 2 + 3))
 
@@ -96,7 +98,7 @@ def test_of_experts_those_of_a_token_are_multiplied_and_those_hit_are_read() -> 
     made = runner(MIXTURE)
     found = roofline.work(ALONE, made, 4)
     layer = ATTENTION + 8 * 64 + 2 * 3 * 32 * 64
-    assert found.linear_operations == 2 * (2 * layer * 6 + HEAD * 4)
+    assert found.linear_operations == 2 * ((layer + QKV) * 6 + (layer - QKV + HEAD) * 4)
     dense, full = latency.step_bytes(made.decoder, 0), latency.step_bytes(made.decoder, 4)
     assert found.weight_bytes == 4 * dense + (full - dense)  # the rows of four steps would fill one
     assert found.weight_bytes <= 4 * latency.step_bytes(made.decoder, 1)

@@ -142,8 +142,8 @@ def test_on_a_gpu_every_run_has_the_roofline_of_its_workload_beside_it(
     assert found["speeds"] == {"linear_peak": 1e12, "attention_peak": 1e12, "bandwidth": 2e9}
     (least,) = found["rooflines"].values()
     assert least["seconds"] == (least["weight_bytes"] + least["kv_bytes"]) / 2e9  # the memory is what is slow here
-    layer, head = 4 * 32 * 32 + 3 * 32 * 64, 300 * 32
-    assert least["linear_operations"] == 2 * (layer * (6 * 128 + 24 * 20 + 24 * 3) + head * 24 * 4)
+    qkv, behind = 3 * 32 * 32, 32 * 32 + 3 * 32 * 64 + 300 * 32  # of the only layer, and the head
+    assert least["linear_operations"] == 2 * (qkv * (6 * 128 + 24 * 20 + 24 * 3) + behind * 24 * 4)
     assert {row["roofline_seconds"] for row in found["rows"]} == {least["seconds"]}
     for row in found["rows"]:
         assert row["seconds"] > least["seconds"] and row["steps"] >= least["steps"] == 12

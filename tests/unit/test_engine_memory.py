@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.small_decoders import config_of
 
+from tersor.cli import batch, bench_throughput, serve
 from tersor.engine.config import EngineConfig
-from tersor.engine.memory import make_pages
+from tersor.engine.memory import make_pages, row_bytes, rows_of
 from tersor.engine.runner import Runner, padded_rows
 from tersor.errors import TersorError
+from tersor.formats import get_scheme
+from tersor.models.random import random_decoder
 from tersor.ops.collective import ALONE
 
 TOTAL, WEIGHTS, PAGE, STEP, PIECE = 100 << 30, 10 << 30, 8 << 20, 3 << 30, 2 << 20
@@ -89,3 +94,51 @@ def test_a_gpu_without_room_for_pages_is_an_error_that_says_what_to_do(monkeypat
     machine = Machine(monkeypatch, 80 << 30, lambda size: 0)
     with pytest.raises(TersorError, match=r"pages of 8\.4 MB fit beside the weights: use fewer rows"):
         make_pages(machine, EngineConfig())  # type: ignore[arg-type]
+
+
+def test_graphs_end_at_256_rows_and_larger_steps_run_without_one() -> None:
+    assert padded_rows(20) == [1, 2, 4, 8, 16, 20]
+    assert padded_rows(1024) == padded_rows(256) and max(padded_rows(1024)) == 256
+    runner = object.__new__(Runner)
+    runner.graphs = dict.fromkeys(padded_rows(1024))  # type: ignore[arg-type]
+    draws = SimpleNamespace(request=SimpleNamespace(embeds=False, params=SimpleNamespace(logprobs=None)))
+    for rows, size in ((1, 1), (250, 256), (256, 256), (257, None), (1024, None)):
+        step = SimpleNamespace(decodes=rows, rows=[draws] * rows, drawing=[draws] * rows)
+        assert runner._graph_size(step) == size  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "used", "rows"),
+    [
+        ({}, WEIGHTS, 1024),
+        ({}, BUDGET - (4 << 30), 512),  # a twentieth of what is left holds the logits of 800 rows
+        ({}, BUDGET - (1 << 30), 256),
+        ({}, BUDGET, 256),
+        ({"max_step_tokens": 300}, WEIGHTS, 300),
+        ({"max_rows": 700}, BUDGET, 700),
+    ],
+)
+def test_rows_are_1024_unless_told_or_where_their_logits_would_take_much_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, int], used: int, rows: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (TOTAL - used, TOTAL))
+    config = SimpleNamespace(vocabulary=128256, softcap=None)
+    decoder = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    assert row_bytes(decoder) == 128256 * 2 + 16032  # type: ignore[arg-type]
+    assert rows_of(EngineConfig(**options), decoder) == rows  # type: ignore[arg-type]
+
+
+def test_a_server_has_256_rows_and_a_batch_as_many_as_pay() -> None:
+    verbs = (serve, batch, bench_throughput)
+    assert [signature(verb.command).parameters["max_rows"].default for verb in verbs] == [256, None, 1024]
+
+
+def test_the_logits_of_all_rows_are_in_what_a_step_takes() -> None:
+    decoder = random_decoder(config_of("llama"), get_scheme("fp6_e3m2"), "cpu", torch.float32)
+    runner = Runner(decoder, None, max_rows=40, max_length=64)
+    runner.allocate(2)
+    given: list[int] = []
+    decoder.logits = lambda states: given.append(len(states)) or states  # type: ignore[assignment,func-returns-value]
+    runner.rehearse(100)
+    assert given == [2, 40]

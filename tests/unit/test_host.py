@@ -73,7 +73,7 @@ def test_a_server_that_sees_every_number_of_tokens_keeps_its_decode_steps(
     assert all(call(n) is found for n, found in decode.items())
     assert len(of._long) == prepared._MOST_LONG
     assert len(gpu.asked) - started == 8192 - 256  # 300 was never made again
-    assert len({key for key in of._long if key[0] != 300 and key[0] <= 8192 - 256}) == 0
+    assert len({key for key in of._long if key[0] != 300 and key[0] <= 8192 - prepared._MOST_LONG}) == 0
 
 
 def test_every_address_is_read_at_every_call(gpu: FakeGpu) -> None:

@@ -203,8 +203,20 @@ def test_few_tokens_take_four_launches(gpu: FakeGpu, layer: tuple[StackedWeight,
     assert below["x_map"].address == up["y"] and below["bias"] == 0 and below["x_rows"] == 8
     assert (up["oc"], up["ic"], below["oc"], below["ic"]) == (2 * INNER, HIDDEN, HIDDEN, INNER)
     assert (combine["y"], combine["out"], combine["ready"]) == (below["y"], y.data_ptr(), 1)
+    assert (up["following"], below["following"]) == (down.data.data_ptr(), 0)
     assert combine["position"] == route["position"] and all(launch.programmatic for launch in gpu.launches)
     assert up.grid == below.grid or up.grid[0] % 132 == below.grid[0] % 132 == 0
+    assert up["following_bytes"] * EXPERTS == down.data.nbytes and up["following_bytes"] % 16 == 0
+
+
+def test_the_second_products_weights_are_fetched_ahead_where_half_of_l2_has_room(
+    gpu: FakeGpu, layer: tuple[StackedWeight, StackedWeight]
+) -> None:
+    gate_up, down = on_gpu(layer)
+    gpu.chips[0] = replace(gpu.chips[0], l2_bytes=2 * down.data.nbytes // EXPERTS)
+    for tokens, fetched in ((1, 1), (2, 0)):
+        ops.routed_experts(torch.randn(tokens, HIDDEN).half(), torch.randn(tokens, EXPERTS), gate_up, down, 1)
+        assert gpu.launches[-3]["following"] == fetched * down.data.data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from helpers import tiny_lm
 
@@ -82,3 +85,30 @@ def test_half_a_character_waits_for_the_other_half() -> None:
     assert stream.output.text == "caf\u00e9 \u4f60"
     cut = run(SamplingParams(), tokens[:-1]).output.text
     assert cut.startswith("caf\u00e9") and cut != "caf\u00e9 \u4f60"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stop_token_ids": [TOKENS[5]]}, {"stop": ["return"]}, {"skip_special_tokens": False}]
+)
+def test_a_text_that_comes_late_is_the_same(options: dict[str, Any]) -> None:
+    tokens = [*TOKENS, *TOKENIZER.encode("caf\u00e9 \u4f60", add_special_tokens=False)]
+    for cut in (*range(1, len(TOKENS), 3), len(tokens) - 1, len(tokens)):
+        soon, late = (Stream(TOKENIZER, TOKENS[:4], SamplingParams(**options), (0,)) for _ in range(2))
+        for token in tokens[:cut]:
+            ends = soon.push(token)
+            assert late.push(token, late=True) == ends
+            if ends:
+                break
+        for stream in (soon, late):
+            stream.finish(LENGTH)
+        assert late.output == soon.output
+
+
+def test_tokens_whose_text_may_wait_are_decoded_once() -> None:
+    decoded: list[list[int]] = []
+    stream = Stream(SimpleNamespace(decode=lambda ids, **_: decoded.append(ids) or ""), [], SamplingParams(), ())  # type: ignore[arg-type]
+    for token in TOKENS:
+        assert not stream.push(token, late=True)
+    assert not decoded
+    stream.finish(LENGTH)
+    assert decoded == [[], TOKENS]

@@ -191,6 +191,17 @@ def test_every_number_of_tokens_has_a_batch_invariant_configuration(activations:
     assert len({config.splits for config in configs}) == len({config.few_tokens for config in configs}) == 1
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("activations", list(Activations))
+def test_what_is_predicted_is_the_first_candidate_of_the_least_time(activations: Activations, invariant: bool) -> None:
+    for shape, n in (((6144, 4096), 7), ((28672, 4096), 300), ((4096, 14336), 1008), ((256, 512), 8192)):
+        problem = family.problem_of(SCHEMES[0], shape, n, activations=activations, batch_invariant=invariant)
+        options = list(sm90.candidates(problem, H200))
+        best = min(options, key=lambda config: seconds(problem, config, H200))
+        assert predict(problem, H200) == best
+    assert sm90.predict(replace(problem, aligned=False), H200) is None
+
+
 def test_a_step_of_tokens_shares_its_choice_and_fills_the_same_tiles() -> None:
     problem, chosen = problem_of(8192, 8192, 1), set()
     for n in range(1, 4097):

@@ -25,10 +25,11 @@ from tersor.models.names import NAMES
 METHOD = (
     "roofline: the longer of two times that a workload takes at least. Of the tensor cores: the operations of linears, "
     "over the datasheet's peak for the activations, and of attention, over that for 16 bits; every prefix that prompts "
-    "share is computed once, logits are made of drawn tokens alone. Of the memory: weights read once a step, in the "
-    "fewest steps that the rows of a step allow (of experts those expected to be hit by uniform routing), and keys and "
-    "values that steps read to decode, those of a shared prefix once a step for all its requests (in layers with a "
-    "window only what is not shared), over the bandwidth of a large read in the same run"
+    "share is computed once; logits, and what the last layer does behind its attention, are made where tokens are "
+    "drawn alone. Of the memory: weights read once a step, in the fewest steps that the rows of a step allow (of "
+    "experts those expected to be hit by uniform routing), and keys and values that steps read to decode, those of a "
+    "shared prefix once a step for all its requests (in layers with a window only what is not shared), over the "
+    "bandwidth of a large read in the same run"
 )
 
 
@@ -96,7 +97,7 @@ def work(load: Workload, runner: Runner, max_rows: int) -> Work:
     texts = _Texts.of(load, max_rows)
     logits = len(load.prompts) + texts.decoded
     steps = max(-(-logits // max_rows), int(load.outputs.max()))
-    layers, head = _weights(config)
+    everywhere, drawing = _weights(config)
     value = None if config.latent is None else config.latent.value
     attention, kv = 0, 0
     forms = [layer.attention for layer in config.layers]
@@ -108,7 +109,7 @@ def work(load: Workload, runner: Runner, max_rows: int) -> Work:
     dense = latency.step_bytes(decoder, 0)
     experts = latency.step_bytes(decoder, max_rows) - dense  # of a full step: fewer rows hit more of them a row
     return Work(
-        linear_operations=2 * (layers * (texts.computed + texts.decoded) + head * logits),
+        linear_operations=2 * (everywhere * (texts.computed + texts.decoded) + drawing * logits),
         attention_operations=attention,
         steps=steps,
         weight_bytes=steps * dense + round(logits / max_rows * experts),
@@ -117,15 +118,24 @@ def work(load: Workload, runner: Runner, max_rows: int) -> Work:
 
 
 def _weights(config: DecoderConfig) -> tuple[int, int]:
-    """Return how many weights a token is multiplied with: of all layers, and of the output head."""
-    names = NAMES[config.architecture]
+    """Return how many weights a token is multiplied with, and how many more one after which another is drawn."""
+    names, last = NAMES[config.architecture], len(config.layers) - 1
     outside = (names.head, names.base + names.embedding)
-    matrices = Expected.of(config, names).matrices.items()
-    layers = sum(int(np.prod(shape)) for module, shape in matrices if module not in outside)
-    for experts in (layer.experts for layer in config.layers):
+    of_layer = names.base + names.layer.format(layer=last)
+    latent = (names.query, names.query_down, names.query_up, names.key_value_down, names.key_value_up)
+    ahead = {of_layer + module for module in (*names.qkv, *latent)}
+    layers = drawing = 0
+    for module, shape in Expected.of(config, names).matrices.items():
+        weights = 0 if module in outside else int(np.prod(shape))
+        if module.startswith(of_layer) and module not in ahead:
+            drawing += weights
+        else:
+            layers += weights
+    for number, experts in enumerate(layer.experts for layer in config.layers):
         if experts is not None:
-            layers -= (experts.count - experts.top_k) * 3 * experts.ffn * config.hidden
-    return layers, config.vocabulary * config.hidden
+            idle = (experts.count - experts.top_k) * 3 * experts.ffn * config.hidden
+            layers, drawing = layers - idle * (number != last), drawing - idle * (number == last)
+    return layers, drawing + config.vocabulary * config.hidden
 
 
 @dataclass(frozen=True, slots=True)

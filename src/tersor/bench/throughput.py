@@ -14,6 +14,7 @@ from tersor.bench.workloads import SHUFFLED, SORTED, Workload, sort_key
 from tersor.engine import groups
 from tersor.engine.batch_items import Item
 from tersor.engine.core import Core, Launched
+from tersor.engine.garbage import left_alone
 from tersor.engine.limits import Limits
 from tersor.engine.offline import OfflineEngine
 from tersor.engine.outputs import Answer, RequestOutput
@@ -229,8 +230,9 @@ def _queued(core: Core, items: Sequence[Item]) -> Iterator[RequestOutput]:
     for item in items:
         assert item.params is not None
         core.add(item.key, item.tokens.tolist(), item.params)
-    while core.unfinished:
-        yield from core.step(partial=False)
+    with left_alone():
+        while core.unfinished:
+            yield from core.step(partial=False)
 
 
 def _drawn(output: Answer) -> int:

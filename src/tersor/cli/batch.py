@@ -50,7 +50,7 @@ def command(
     activations: options.Activations = _ENGINE.activations,
     kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
     max_length: options.MaxLength = _ENGINE.max_length,
-    max_rows: options.MaxRows = _ENGINE.max_rows,
+    max_rows: options.ManyRows = _ENGINE.max_rows,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,

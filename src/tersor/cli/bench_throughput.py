@@ -11,7 +11,7 @@ import typer
 
 from tersor.cli import bench, console, options
 from tersor.cli.bench_latency import FORMAT, MODEL, PLAIN
-from tersor.engine.config import EngineConfig
+from tersor.engine.config import MANY_ROWS, EngineConfig
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="auto (float16; on a CPU float32), or one of them or bfloat16.")] = "auto",
     activations: options.Activations = _ENGINE.activations,
     kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
-    max_rows: options.MaxRows = _ENGINE.max_rows,
+    max_rows: options.MaxRows = MANY_ROWS,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
@@ -220,7 +220,7 @@ def _engine(
     """Return a runner with random weights and pages for the longest text, and the limits of its engine."""
     from tersor.engine import ahead
     from tersor.engine.limits import Limits
-    from tersor.engine.memory import make_pages
+    from tersor.engine.memory import make_pages, rows_of
     from tersor.engine.runner import Runner
     from tersor.engine.sampler import Sampler
     from tersor.models.random import random_decoder
@@ -238,12 +238,13 @@ def _engine(
         context=context,
     )
     ahead.compile_for(decoder, ahead.steps_of(config, context))
-    sampler = Sampler(config.max_rows + 1, geometry.vocabulary, where, most_length=context)
-    runner = Runner(decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=config.pages_dtype)
+    rows = rows_of(config, decoder)
+    sampler = Sampler(rows + 1, geometry.vocabulary, where, most_length=context)
+    runner = Runner(decoder, sampler, max_rows=rows, max_length=context, kv_dtype=config.pages_dtype)
     limits = Limits(
         pages=make_pages(runner, config),
         page_size=PAGE,
-        max_rows=config.max_rows,
+        max_rows=rows,
         max_step_tokens=config.max_step_tokens,
         context=context,
     )

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tersor.engine.config import MANY_ROWS
+
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as if it were yours.")
 ]
@@ -25,6 +27,9 @@ Activations = Annotated[str, typer.Option(help="16bit; fp8: linears quantise act
 KvDtype = Annotated[str, typer.Option(help="Keys and values: auto, float16, bfloat16, float32 or fp8.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text; else the model's context.")]
 MaxRows = Annotated[int, typer.Option(help="Requests of a step at most.")]
+ManyRows = Annotated[
+    int | None, typer.Option(help=f"Requests of a step at most; else {MANY_ROWS}, or fewer where memory is short.")
+]
 MaxStepTokens = Annotated[int, typer.Option(help="Tokens of a step at most; longer prompts are read in several.")]
 Memory = Annotated[float, typer.Option(help="Share of the GPU's memory for weights, graphs and pages together.")]
 KvBytes = Annotated[

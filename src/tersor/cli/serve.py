@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli import console, options
-from tersor.engine.config import EngineConfig
+from tersor.engine.config import SERVED_ROWS, EngineConfig
 from tersor.errors import UnsupportedError
 from tersor.server.options import ServerOptions
 
@@ -39,7 +39,7 @@ def command(
     activations: options.Activations = _ENGINE.activations,
     kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
     max_length: options.MaxLength = _ENGINE.max_length,
-    max_rows: options.MaxRows = _ENGINE.max_rows,
+    max_rows: options.MaxRows = SERVED_ROWS,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,

@@ -10,7 +10,7 @@ from tersor.checkpoint.source import Source
 from tersor.engine import ahead
 from tersor.engine.config import EngineConfig
 from tersor.engine.graphs import captures
-from tersor.engine.memory import make_pages
+from tersor.engine.memory import make_pages, rows_of
 from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
@@ -65,12 +65,10 @@ def build(
     with ahead.compiling(kernels, chip):
         decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
     context = min(config.max_length or decoder.config.context, decoder.config.context)
-    sampler = None
+    sampler, rows = None, rows_of(config, decoder, ranks)
     if ranks.first:
-        sampler = Sampler(config.max_rows + 1, decoder.config.vocabulary, device, most_length=context)
+        sampler = Sampler(rows + 1, decoder.config.vocabulary, device, most_length=context)
     kv_dtype = config.pages_dtype
-    runner = Runner(
-        decoder, sampler, max_rows=config.max_rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line
-    )
+    runner = Runner(decoder, sampler, max_rows=rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line)
     graphs = captures(runner, config)
     return Built(runner, make_pages(runner, replace(config, cuda_graph=graphs)), context)

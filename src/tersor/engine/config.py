@@ -10,6 +10,10 @@ from tersor.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+MANY_ROWS = 1024
+"""Rows of a step where prompts are many and known at once: the more of them, the less often weights are read."""
+SERVED_ROWS = 256
+"""Rows of a step of a server, where every row that decodes waits for all others."""
 KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
 """What keys and values are kept in: that of the activations, another, or e4m3 with a scale a token and head."""
 
@@ -24,12 +28,14 @@ class EngineConfig:
         activations: what linears multiply: 16bit, or fp8.
         kv_dtype: what keys and values are kept in, one of `KV_DTYPES`.
         max_length: tokens of the longest text, prompt and answer; `None` is the model's context.
-        max_rows: requests of a step at most.
+        max_rows: requests of a step at most; `None` is `MANY_ROWS`, or fewer where what rows take would be much of the
+            memory (`memory.rows_of`).
         max_step_tokens: tokens of a step at most; longer prompts are read in several.
         memory: share of the GPU's memory that weights, graphs and pages may take together.
         kv_bytes: bytes of all pages of a rank, instead of what `memory` leaves; on a CPU 1 GiB unless given.
         prefix_caching: whether pages of prompts are kept for requests that begin the same.
-        cuda_graph: whether steps that only decode are CUDA graphs; `None` is where they can be, on a GPU.
+        cuda_graph: whether steps of few rows that only decode are CUDA graphs (`runner.GRAPH_ROWS`); `None` is where
+            they can be, on a GPU.
         seed: of requests that give none; `None` draws fresh ones.
         trust_remote_code: whether a tokenizer may run Python code that comes with the model.
         tensor_parallel: ranks that compute the model together, each with a part of every layer: a process and a GPU
@@ -41,7 +47,7 @@ class EngineConfig:
     activations: str = "16bit"
     kv_dtype: str = "auto"
     max_length: int | None = None
-    max_rows: int = 256
+    max_rows: int | None = None
     max_step_tokens: int = 8192
     memory: float = 0.9
     kv_bytes: int | None = None
@@ -61,7 +67,7 @@ class EngineConfig:
                 raise InputError(f"{name} is {value}: it must be at least 1")
         if not 0 < self.memory <= 1:
             raise InputError(f"memory is {self.memory}: it must be above 0 and at most 1")
-        if self.max_rows > self.max_step_tokens:
+        if self.max_rows is not None and self.max_rows > self.max_step_tokens:
             raise InputError(
                 f"max_rows is {self.max_rows}: a row has a token, and max_step_tokens is {self.max_step_tokens}"
             )

@@ -236,7 +236,7 @@ class Core:
         step = self.scheduler.schedule()
         launched = None if step is None else self.runner.launch(step, self._masks(step))
         if self._under_way is not None:
-            self._read(self._under_way)
+            self._read(self._under_way, late=not partial)
         self._under_way = launched
         news, self._news = self._news, {}
         outputs = []
@@ -278,7 +278,8 @@ class Core:
         matcher = self._matchers.get(request)
         return matcher is not None and matcher.accept(token)
 
-    def _read(self, launched: Launched) -> None:
+    def _read(self, launched: Launched, *, late: bool) -> None:
+        """Take what a step drew; where nobody sees requests before they end, texts may come `late`."""
         step, drawn = launched.step, launched.tokens()
         if launched.prompt_logprobs is not None:
             self._read_prompts(step, launched.prompt_logprobs)
@@ -289,18 +290,19 @@ class Core:
                 self._end(row.request, ERROR)
         states = {} if launched.states is None else dict(zip(step.embedding, launched.states.numpy(), strict=True))
         for place in self.scheduler.finish(step, drawn):
-            request = step.drawing[place].request
+            request, token = step.drawing[place].request, drawn[place]
             one, stream = self._of[request]
             one.output.num_cached_tokens = max(one.output.num_cached_tokens, request.num_cached)
-            self._news[id(one)] = one
+            if not late:
+                self._news[id(one)] = one
             if request.embeds:
                 one.output.embedding = _at_length_1(states[place])
                 self._end(request, STOP)
                 continue
             logprobs = None
             if request.params.logprobs is not None:
-                logprobs = self._logprobs(launched.logprobs, place, drawn[place], request.params.logprobs)
-            if stream.push(drawn[place], logprobs) or self._whole(request, drawn[place]):
+                logprobs = self._logprobs(launched.logprobs, place, token, request.params.logprobs)
+            if stream.push(token, logprobs, late=late) or (self._matchers and self._whole(request, token)):
                 self.scheduler.end(request, STOP)
             if request.finish_reason is not None:
                 self._end(request, request.finish_reason)

@@ -4,18 +4,52 @@ from __future__ import annotations
 
 import torch
 
-from tersor.engine.config import EngineConfig
+from tersor.engine.config import MANY_ROWS, EngineConfig
 from tersor.engine.runner import Runner
 from tersor.errors import TersorError
+from tersor.models import Decoder
+from tersor.ops.collective import ALONE, Ranks
 
 CPU_BYTES = 1 << 30
 """Of all pages on a CPU, unless told."""
 SCRATCH = 2
 """Pages while a step is measured."""
+LEAST_ROWS = 256
+"""Rows of a step, however much of the memory they take, unless told."""
+_SHARE_OF_ROWS = 0.05
+"""Of the memory that weights leave, what rows may take before they become fewer."""
 _MEASURED = 2
 """Graphs behind the largest whose memory says what each further one takes: all use that of the largest again."""
 _UNIT = 2 << 20
 """Bytes of a piece of the GPU's memory: less is not taken, nor seen."""
+
+
+def rows_of(config: EngineConfig, decoder: Decoder, ranks: Ranks = ALONE) -> int:
+    """Return how many rows a step has at most, on every rank as many: those asked for, or `MANY_ROWS`.
+
+    They are halved, down to `LEAST_ROWS`, while what they take is more than a twentieth of the memory that weights
+    leave: pages are worth more there. No step has more rows than tokens.
+
+    Args:
+        config: of the engine.
+        decoder: the model, in memory.
+        ranks: that compute it together.
+    """
+    if config.max_rows is not None:
+        return config.max_rows
+    device = decoder.device
+    room = (config.kv_bytes or CPU_BYTES) if device.type != "cuda" else _left(device, config)
+    rows = MANY_ROWS
+    while rows > LEAST_ROWS and rows * row_bytes(decoder) > _SHARE_OF_ROWS * room:
+        rows //= 2
+    return ranks.least(min(rows, config.max_step_tokens), device)
+
+
+def row_bytes(decoder: Decoder) -> int:
+    """Return the bytes that one more row of a step takes beside those of its tokens and pages: logits in the dtype of
+    activations, twice where they are capped, and a bit for every token that a grammar allows."""
+    model = decoder.config
+    return model.vocabulary * decoder.dtype.itemsize * (1 if model.softcap is None else 2) + -(-model.vocabulary // 8)
 
 
 def make_pages(runner: Runner, config: EngineConfig) -> int:

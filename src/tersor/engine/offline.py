@@ -21,6 +21,7 @@ from tersor.engine.batch_items import Item
 from tersor.engine.core import Core
 from tersor.engine.dispatch import expected_output
 from tersor.engine.forecast import PATIENCE, Admission, OutputLengths
+from tersor.engine.garbage import left_alone
 from tersor.engine.outputs import Answer, RequestOutput
 from tersor.engine.request import PREEMPTED, Request
 from tersor.errors import TersorError
@@ -61,13 +62,14 @@ class OfflineEngine:
         job = _Job(self.core, items, plan, admission)
         self.plan_seconds = time.perf_counter() - begun
         try:
-            while job.go_on(stopping()):
+            with left_alone():
+                while job.go_on(stopping()):
+                    yield from job.refused()
+                    for output in self.core.step(partial=False):
+                        item = job.ended(output)
+                        if item is not None:
+                            yield item.answer(output)
                 yield from job.refused()
-                for output in self.core.step(partial=False):
-                    item = job.ended(output)
-                    if item is not None:
-                        yield item.answer(output)
-            yield from job.refused()
         finally:
             job.close()
 

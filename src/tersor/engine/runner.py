@@ -1,4 +1,4 @@
-"""From a step to tokens: its tensors, the forward, and one CUDA graph for every padded number of rows that only decode.
+"""From a step to tokens: its tensors, the forward, and a CUDA graph for every padded number of few rows that decode.
 
 Where several ranks compute a model, the first tells the others what it launches (`orders`), and they launch the same;
 it alone draws, since it alone has a sampler, and tokens go to the others on the device. Nothing here waits for the
@@ -35,9 +35,15 @@ IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
 
 
+GRAPH_ROWS = 256
+"""Rows of the largest captured step. Larger ones run without a graph: the device is busy with one of them for longer
+than the host needs for the launches of the next, and each graph would cost start-up time and memory."""
+
+
 def padded_rows(most: int) -> list[int]:
-    """Return the numbers of rows that have a graph: 1, 2, 4, then steps of 8, 16, 32 and 64, up to `most`."""
-    sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, 257, 32), *range(320, 4097, 64)]
+    """Return the numbers of rows that have a graph: 1, 2, 4, then steps of 8, 16 and 32, up to `most` or GRAPH_ROWS."""
+    most = min(most, GRAPH_ROWS)
+    sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, GRAPH_ROWS, 32)]
     return [*(size for size in sizes if size < most), most]
 
 
@@ -152,16 +158,14 @@ class Runner:
     def rehearse(self, tokens: int) -> None:
         """Read prompts of so many tokens together, all of them padding: what a step takes can be measured by it.
 
-        A step of the most rows, which could read pages together, follows.
+        A step of the most rows follows, all of which draw, and could read pages together where rows can.
         """
-        count = min(-(-tokens // self.max_length), self.max_rows)
-        layouts, most = [Layout(tokens, count, self._pages)], min(tokens, self.max_length)
-        if self.costs is not None and not ops.batch_invariant():
-            layouts.append(Layout(1, self.max_rows, self._pages, shares=True))
-        for layout in layouts:
+        shares, most = self.costs is not None and not ops.batch_invariant(), min(tokens, self.max_length)
+        few = min(-(-tokens // self.max_length), self.max_rows)
+        for layout in (Layout(tokens, few, self._pages), Layout(1, self.max_rows, self._pages, shares)):
             views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
             views["slots"].fill_(self.max_rows)
-            logits, _, lengths = self._logits(views, count, (most, most, self._pages * PAGE))
+            logits, _, lengths = self._logits(views, layout.rows, (most, most, self._pages * PAGE))
             self._draw(logits, views, lengths, False)
 
     @torch.inference_mode()
@@ -238,7 +242,7 @@ class Runner:
             return None
         if any(row.request.embeds or row.request.params.logprobs is not None for row in step.drawing):
             return None
-        return next(size for size in self.graphs if size >= len(step.rows))
+        return next((size for size in self.graphs if size >= len(step.rows)), None)
 
     def _shared(self, step: Step, rows: int) -> SharedPages | None:
         """Return what decoding rows read together in a step padded to `rows` rows, where that is predicted to pay."""

@@ -91,30 +91,45 @@ def fill(
         shared: what rows read together, where the layout has room for it.
     """
     views, rows, total, draws = layout.split(buffer), step.rows, step.tokens, len(step.drawing)
-    count = len(rows)
-    counts = np.fromiter((row.count for row in rows), np.int32, count)
+    count, decodes = len(rows), step.decodes
+    prompts = rows[decodes:]
+    slots = np.array([row.request.slot for row in rows], np.int32)
+    counts = np.ones(count, np.int32)
+    counts[decodes:] = [row.count for row in prompts]
+    drawing = np.ones(count, np.bool_)
+    drawing[decodes:] = [row.draws for row in prompts]
     ends = counts.cumsum(dtype=np.int32)
     views["starts"][0] = 0
     views["starts"][1 : count + 1] = ends
     views["starts"][count + 1 :] = total
-    views["lengths"][:count] = np.fromiter((row.start for row in rows), np.int32, count) + counts
+    views["lengths"][:count] = [row.start for row in rows]
+    views["lengths"][:count] += counts
     views["lengths"][count:] = 0
-    views["pages"][:count] = lines[[row.request.slot for row in rows], : layout.pages]
+    views["pages"][:count] = lines[slots, : layout.pages]
     views["pages"][count:] = 0
-    drawing = np.fromiter((row.draws for row in rows), np.bool_, count)
     views["places"][:draws] = (ends - 1)[drawing]
     views["places"][draws:] = 0
-    views["slots"][:draws] = [row.request.slot for row in step.drawing]
+    views["slots"][:draws] = slots[drawing]
     views["slots"][draws:] = spare
     if shared is not None:
         shared.write(views["shared"], layout.rows)
     elif layout.shares:
         write_nothing(views["shared"], layout.rows)
+    views["tokens"][:decodes] = [_last_token(row) for row in rows[:decodes]]
     tokens: list[int] = []
-    for row in rows:
+    for row in prompts:
         tokens += tokens_of(row)
-    views["tokens"][:total] = tokens
+    views["tokens"][decodes:total] = tokens
     views["tokens"][total:] = 0
+
+
+def _last_token(row: Row) -> int:
+    """Return the token of a row that has one: most rows that decode have what the device drew a step ago."""
+    request = row.request
+    if row.start == len(request.prompt) + len(request.output):
+        return -1 - request.slot
+    (token,) = tokens_of(row)
+    return token
 
 
 def tokens_of(row: Row) -> Sequence[int]:
@@ -153,6 +168,8 @@ def prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:
     places: list[int] = []
     targets: list[int] = []
     asks: list[int] = []
+    if not step.prompt_logits:
+        return places, targets, asks
     at = 0
     for row in step.rows:
         for target in prompt_targets(row):

@@ -29,6 +29,10 @@ class Detokenizer:
         self._before = 0  # _ids[_before:_shown] is the piece before, which gives context
         self._shown = len(self._ids)  # text up to here has been returned
 
+    def add(self, token: int) -> None:
+        """Add a token whose text can wait for the next one that is pushed, or for the end."""
+        self._ids.append(token)
+
     def push(self, token: int) -> str:
         """Add a token and return the text that has become complete, possibly none."""
         self._ids.append(token)

@@ -57,7 +57,7 @@ def source(packing: Packing, result: str, config: tune.EitherConfig, gate: int, 
             "GATHERS_TOKENS": config.gathers and gate > 0,
             "TABLES_READY": tables_ready,
         },
-        arguments="TPPPPPPPPPiiiiiif",
+        arguments="TPPPPPPPPPPqiiiiiif",
     )
 
 
@@ -139,6 +139,8 @@ def prepare(
         partial: int,
         arrived: int,
         early: bool,
+        following: int = 0,
+        following_bytes: int = 0,
     ) -> None:
         """Launch; what is not there has the address 0.
 
@@ -152,6 +154,9 @@ def prepare(
             y: address of [pairs, outputs] in the dtype of the result.
             partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
             early: whether the launch may start before the kernel ahead has ended: not where that one wrote weights.
+            following: address of the packed codes of the product behind, which this one has L2 fetch; the sm80 schedule
+                does not.
+            following_bytes: of them that are of one expert, a multiple of 16.
         """
         # fmt: off
         if maps_rows is None:
@@ -163,7 +168,7 @@ def prepare(
         else:
             mapped = (
                 maps_rows(x, rows, ic, x_stride, element, box),
-                weight, scale, bias, x_scale, order, blocks, y, partial, arrived,
+                weight, scale, bias, x_scale, order, blocks, y, partial, arrived, following, following_bytes,
                 oc, ic, top_k, box, most_blocks, splits, factor,
             )
             run(grid, block, shared, stream, mapped, early and may_be_early)

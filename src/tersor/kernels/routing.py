@@ -33,14 +33,14 @@ _CHOICE_WARPS = 4
 
 ROUTER_TOKENS = 64
 """Tokens up to which router.cuh makes logits: each of its CTAs reads its weights for a few of them."""
-_ROUTER_THREADS = 256
+ROUTER_THREADS = 256
 _ROUTER_ROWS, _ROUTER_CTA_TOKENS = 4, 8
 """Most experts and tokens of a CTA."""
 _ROUTER_REGISTERS = 64
 """Most registers of a thread that hold weights, where a CTA has several experts."""
-_PIECE = 8
+PIECE = 8
 """Channels that are read together."""
-MOST_ROUTER_CHANNELS = 8 * _PIECE * _ROUTER_THREADS
+MOST_ROUTER_CHANNELS = 8 * PIECE * ROUTER_THREADS
 
 _COMBINE_THREADS = 64
 _COMBINE_CHANNELS = 8
@@ -133,13 +133,17 @@ class Router:
     @property
     def pieces(self) -> int:
         """Pieces of channels that a thread has at most: 1, 2, 4 or 8; the order of sums depends on it."""
-        return next(count for count in (1, 2, 4, 8) if self.channels <= _PIECE * _ROUTER_THREADS * count)
+        return next(count for count in (1, 2, 4, 8) if self.channels <= PIECE * ROUTER_THREADS * count)
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that hold weights of one expert."""
+        return self.pieces * (PIECE if self.float_weight else PIECE // 2)
 
     def share(self, tokens: int) -> tuple[int, int]:
         """Return experts and tokens of a CTA: first of all experts, whose weights are read ahead of time."""
-        registers = self.pieces * (_PIECE if self.float_weight else _PIECE // 2)
         wanted = 1 << (tokens - 1).bit_length()
-        rows = min(wanted, _ROUTER_ROWS, max(1, _ROUTER_REGISTERS // registers))
+        rows = min(wanted, _ROUTER_ROWS, max(1, _ROUTER_REGISTERS // self.registers))
         return rows, max(1, min(wanted // _ROUTER_ROWS, _ROUTER_CTA_TOKENS))
 
 
@@ -183,7 +187,7 @@ def prepare_router(function: Function, router: Router, *, tokens: int, experts: 
         experts: at least one.
     """
     (rows, of_cta), channels = router.share(tokens), router.channels
-    threads = -(-channels // (_PIECE * router.pieces * 32)) * 32
+    threads = -(-channels // (PIECE * router.pieces * 32)) * 32
     grid, block, run = (-(-experts // rows), -(-tokens // of_cta), 1), (threads, 1, 1), function.launch
 
     def launch(*, stream: int, x: int, weight: int, bias: int, out: int, ready: bool, early: bool) -> None:
@@ -203,7 +207,7 @@ def prepare_router(function: Function, router: Router, *, tokens: int, experts: 
     return launch
 
 
-def _sorting_warps(experts: int, pairs: int) -> int:
+def sorting_warps(experts: int, pairs: int) -> int:
     """Return the least warps of a CTA that sorts: a thread for every expert and one for none, or one warp."""
     return 1 if pairs <= WARP_PAIRS else -(-(experts + 1) // 32)
 
@@ -223,7 +227,7 @@ def prepare_route(function: Function, choice: Choice, *, tokens: int, block_toke
         warps = min(tokens, _CHOICE_WARPS)
         ctas, counters = -(-tokens // warps), 0
     elif tokens <= FEW_TOKENS:
-        ctas, warps = 1, max(min(tokens, most), _sorting_warps(choice.experts, pairs))
+        ctas, warps = 1, max(min(tokens, most), sorting_warps(choice.experts, pairs))
         counters = 0 if pairs <= WARP_PAIRS else warps * (choice.experts + 1)
     else:
         ctas, warps, counters = -(-tokens // most), most, most * (choice.experts + 1)
@@ -275,7 +279,7 @@ def prepare_tables(function: Function, *, experts: int, pairs: int, block_tokens
         block_tokens: most tokens of a block of one expert.
     """
     few = pairs <= WARP_PAIRS
-    warps = 1 if few else max(_sorting_warps(experts, pairs), min(-(-pairs // 32), _WARPS))
+    warps = 1 if few else max(sorting_warps(experts, pairs), min(-(-pairs // 32), _WARPS))
     grid, block = (1, 1, 1), (32 * warps, 1, 1)
     shared, run = 0 if few else 4 * warps * (experts + 1), function.launch
 

@@ -38,9 +38,14 @@ _TOKEN_THREADS = 256
 _PIECE_THREADS = 256
 
 
-def _pieces(channels: int) -> int:
+def norm_pieces(channels: int) -> int:
     """Return how many pieces of a row a thread that normalises has at most: 1, 2 or 4."""
     return next(count for count in (1, 2, 4) if channels <= CHANNELS * _NORM_THREADS * count)
+
+
+def norm_threads(channels: int) -> int:
+    """Return the threads of a CTA that normalises a row; the order of sums depends on them."""
+    return _threads(-(-channels // (CHANNELS * norm_pieces(channels))), _NORM_THREADS)
 
 
 @functools.cache
@@ -53,7 +58,7 @@ def norm_source(target: str, layer: bool, channels: int, e4m3: bool = False) -> 
         channels: at most `MOST_CHANNELS`.
         e4m3: whether the result becomes e4m3 with a scale a row, on compute capability 9.0 alone.
     """
-    return _norm_source(target, layer, _pieces(channels), e4m3)
+    return _norm_source(target, layer, norm_pieces(channels), e4m3)
 
 
 @functools.cache
@@ -198,8 +203,8 @@ def prepare_norm(
         offset: is added to the weights.
         sms, sm_threads: multiprocessors of the GPU, and threads that each has room for.
     """
-    pieces = _pieces(channels)
-    threads = _threads(-(-channels // (CHANNELS * pieces)), _NORM_THREADS)
+    pieces = norm_pieces(channels)
+    threads = norm_threads(channels)
     resident = min(min(_NORM_RESIDENT[pieces] * _NORM_THREADS, sm_threads) // threads, _MOST_RESIDENT)
     grid, block, run = (min(rows, sms * resident), 1, 1), (threads, 1, 1), function.launch
 

@@ -113,9 +113,13 @@ class Packing:
         }
 
 
+NATIVE = {decode_groups.TARGETS[name]: name for name in decode_groups.PAIR_TARGETS}
+"""Dtype of activations as they come -> the target for it."""
+
+
 def target_of(activations: Activations, dtype: torch.dtype) -> str | None:
     """Return the decode target for activations that come in `dtype`; `None` where no kernel takes that dtype."""
-    native = next((name for name in decode_groups.PAIR_TARGETS if decode_groups.TARGETS[name] == dtype), None)
+    native = NATIVE.get(dtype)
     return native if activations is Activations.NATIVE or native is None else decode_groups.FP8
 
 

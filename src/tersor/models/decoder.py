@@ -12,8 +12,8 @@ from tersor.layouts import PackedWeight
 from tersor.models.config import DecoderConfig
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights, fold, normed
-from tersor.models.weights import Embedding, FeedForward, Given, Hidden, Product, Products, Shared, tensors_of
+from tersor.models.norm import NormWeights, behind_sum, fold, normed
+from tersor.models.weights import Between, Embedding, FeedForward, Given, Hidden, Product, Products, Shared, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 from tersor.ops.collective import ALONE, Ranks
 
@@ -73,13 +73,13 @@ class DecoderLayer:
 
     def __call__(
         self,
-        x: Hidden,
+        x: Between,
         cache: PagedCache,
         rows: Rows,
         following: DecoderLayer | None = None,
         places: torch.Tensor | None = None,
-    ) -> Hidden:
-        """Return [T, H] of x [T, H]; of both all but a division by the norm behind may be done.
+    ) -> Between:
+        """Return [T, H] of x [T, H]; of both the norm behind may be done, or all but a division by it.
 
         Args:
             x: what the layer ahead returned.
@@ -96,12 +96,15 @@ class DecoderLayer:
         if self.out_norms is not None:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
-            made = ffn(normed(between, y, ffn.up)) if isinstance(ffn, FeedForward) else ffn(between(y))
+            made = ffn(normed(between, y, ffn.up)) if isinstance(ffn, FeedForward) else _plain(ffn(between(y)))
             return last(ranks.sum(made), residual=y)
         if not isinstance(ffn, FeedForward):  # experts
-            x = self._added(attention.out, mixed, x)
-            y = _plain(x)
-            return ranks.sum(ffn(between(y), residual=ranks.once(y)))
+            y = _plain(self._added(attention.out, mixed, x))
+            behind = None
+            if following is not None and ranks.count == 1:
+                behind = behind_sum(following.norms[0], following.attention.reader)
+            z = ffn(y, residual=ranks.once(y), norm=between, behind=behind)
+            return z if isinstance(z, ops.Normed) else ranks.sum(z)
         x = self._added(attention.out, mixed, x, between, ffn.up)
         inner = ffn.up(normed(between, x, ffn.up))
         if following is None:
@@ -112,7 +115,7 @@ class DecoderLayer:
         self,
         product: Product,
         x: torch.Tensor,
-        residual: Hidden,
+        residual: Between,
         norm: NormWeights | None = None,
         reader: object = None,
     ) -> Hidden:
@@ -129,9 +132,9 @@ class DecoderLayer:
             yield from part.tensors()
 
 
-def _plain(x: Hidden) -> torch.Tensor:
+def _plain(x: Between) -> torch.Tensor:
     """Return rows as they are before a norm."""
-    return x.x if isinstance(x, ops.Deferred) else x
+    return x if isinstance(x, torch.Tensor) else x.x
 
 
 class Decoder:
@@ -178,7 +181,7 @@ class Decoder:
         Returns:
             [S, H] in `dtype`.
         """
-        x: Hidden = self.embedding(tokens, rows)
+        x: Between = self.embedding(tokens, rows)
         few = places if places is not None and len(places) < len(tokens) else None
         for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
             # Of other tokens the last layer has but keys and values to leave in pages.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tersor.hardware import Chip
+from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
@@ -16,7 +17,7 @@ from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
-from tersor.models.norm import NormWeights, weights_around, weights_read
+from tersor.models.norm import NormWeights, behind_sum, gain_of, weights_around, weights_read
 from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
 from tersor.ops import mode, needed, serve_routing
 from tersor.ops.attention_form import AttentionForm
@@ -77,7 +78,7 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
 
 
 def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
-    """Return identity of a product -> what it has of the norms around it in steps of few tokens, where it has any."""
+    """Return identity of a product, or of experts -> what it has of the norms around it in steps of few tokens."""
     found: dict[int, set[Norm]] = {}
 
     def between(norm: NormWeights, first: Product, reader: object) -> None:
@@ -90,11 +91,18 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
     for layer in decoder.layers:
         if isinstance(layer.ffn, FeedForward):
             between(layer.norms[1], layer.attention.out, layer.ffn.up)
+        elif layer.out_norms is None and gain_of(layer.norms[1], MOST_NORMED_CHANNELS) is not None:
+            found.setdefault(id(layer.ffn), set()).add(Norm.IN)
+        else:
+            found.setdefault(id(layer.ffn), set()).add(Norm.NONE)
     for layer, following in zip(decoder.layers, decoder.layers[1:], strict=False):
         if isinstance(layer.ffn, FeedForward):
             between(following.norms[0], layer.ffn.down, following.attention.reader)
         else:
             found.setdefault(id(following.attention.reader), set()).add(Norm.NONE)
+            behind = behind_sum(following.norms[0], following.attention.reader)
+            if layer.out_norms is None and layer.ranks.count == 1 and behind is not None:
+                found.setdefault(id(layer.ffn), set()).add(Norm.OUT)
     return {product: frozenset(norms) for product, norms in found.items()}
 
 
@@ -170,7 +178,7 @@ def _asked(
     elif isinstance(part, LatentAttention):
         yield from needed.latent_heads(part.heads, dtype)
     else:
-        yield from _experts(part, dtype, steps, chip)
+        yield from _experts(part, dtype, steps, chip, norms)
 
 
 def _gate(part: Product | GatedProduct) -> int:
@@ -191,11 +199,16 @@ def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
         yield from needed.rows(channels, dtype, torch.int64, together and part.positions is not None)
 
 
-def _experts(part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip) -> Iterator[KernelSource]:
+def _experts(
+    part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip, of_norms: frozenset[Norm]
+) -> Iterator[KernelSource]:
     choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
     gate_up, down, router = part.gate_up, part.down, part.router.weight
     if isinstance(router, torch.Tensor):
-        yield from needed.router(router, dtype, part.form.wide, steps.tokens)
+        decided = list(_decided(part, router, choice, dtype, steps, chip, of_norms))
+        yield from decided
+        beyond = MOST_TOKENS if decided else 0
+        yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)
     if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
         yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
         return
@@ -205,6 +218,29 @@ def _experts(part: Mixture, dtype: torch.dtype, steps: Steps, chip: Chip) -> Ite
     for weight in (gate_up, down):
         if isinstance(weight, StackedWeight):
             yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)
+
+
+def _decided(
+    part: Mixture,
+    router: torch.Tensor,
+    choice: Choice,
+    dtype: torch.dtype,
+    steps: Steps,
+    chip: Chip,
+    of_norms: frozenset[Norm],
+) -> Iterator[KernelSource]:
+    """Yield the kernels around experts of few tokens, which have the norms ahead of them and behind."""
+    gate_up, down = part.gate_up, part.down
+    if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
+        return
+    if needed.experts_misfit(gate_up, down, dtype, chip):
+        return
+    found: list[KernelSource] = []
+    for norms in sorted({norm is Norm.IN for norm in of_norms - {Norm.OUT}}):
+        found += needed.decide(router, dtype, part.form.wide, choice, norms, steps.tokens)
+    if found and Norm.OUT in of_norms:
+        found += needed.decided_sum(down.shape[1], dtype)
+    yield from found
 
 
 def choice_of(part: Mixture) -> Choice:

@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
+from tersor.kernels.deciding import MOST_NORMED_CHANNELS
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import Experts
+from tersor.models.norm import NormWeights, gain_of
 from tersor.models.weights import FeedForward, Product, Stack, tensors_of
 from tersor.nn.experts import one_by_one
 from tersor.ops import Gate, routing
@@ -48,8 +50,31 @@ class Mixture:
     choice_bias: torch.Tensor | None = None
     shared: FeedForward | None = None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [T, H] of x [T, H], with `residual` added."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        norm: NormWeights | None = None,
+        behind: ops.Gain | None = None,
+    ) -> torch.Tensor | ops.Normed:
+        """Return [T, H] of x [T, H], with `residual` added.
+
+        Args:
+            x: what experts and router read, before the norm where there is one.
+            residual: [T, H] or `None`.
+            norm: what x goes through first, or `None`.
+            behind: what the result goes through next, or `None`: where a kernel does that at once, both are returned.
+        """
+        gain = None if norm is None else gain_of(norm, MOST_NORMED_CHANNELS)
+        if norm is not None and gain is None:
+            x, norm = norm(x), None
+        decided = self._decided(x, gain)
+        if decided is not None:
+            assert isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight)
+            addend = residual if self.shared is None else self.shared(decided.x, residual)
+            biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+            return ops.decided_experts(decided, self.gate_up, self.down, addend=addend, behind=behind, **biases)
+        x = x if norm is None else norm(x)
         logits = self._logits(x)
         addend = residual if self.shared is None else self.shared(x, residual)
         if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
@@ -70,6 +95,24 @@ class Mixture:
         index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
         y = one_by_one(x, index, weights, self.form.count, self._run)
         return y if addend is None else y + addend
+
+    def _decided(self, x: torch.Tensor, norm: ops.Gain | None) -> ops.Decision | None:
+        """Return what one launch decides of x [T, H], before a norm if there is one; `None` where none does that."""
+        router, gate_up, down = self.router, self.gate_up, self.down
+        if isinstance(router.weight, PackedWeight):
+            return None
+        if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
+            return None
+        return ops.decide(
+            x,
+            (router.weight, router.bias),
+            (gate_up, down),
+            gate=self.gate,
+            wide=self.form.wide,
+            norm=norm,
+            bias=self.choice_bias,
+            **self._choice(),
+        )
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the router makes of x [T, H]: [T, E], in float32 where its form is wide."""

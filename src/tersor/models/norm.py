@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from tersor import ops
+from tersor.kernels.deciding import MOST_SUMMED_CHANNELS
 from tersor.layouts import PackedWeight
 from tersor.models.config import Norm
-from tersor.models.weights import Activated, GatedProduct, Given, Hidden, Product, Products, tensors_of
+from tersor.models.weights import Activated, Between, GatedProduct, Given, Product, Products, tensors_of
+from tersor.ops.dispatch import E4M3_LAYOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +49,48 @@ class NormWeights:
         yield from tensors_of(self.weight, self.bias, None if self.folded is None else self.folded.weight)
 
 
-def normed(norm: NormWeights, x: Hidden, reader: object) -> Given:
+def normed(norm: NormWeights, x: Between, reader: object) -> Given:
     """Return rows [T, H] normed, as what reads them takes them: as e4m3 where a kernel makes that of them at once.
 
     Args:
         norm: stands before the reader.
-        x: rows, whose norm may be done but for a division.
+        x: rows, whose norm may be done, or all of it but a division.
         reader: what reads the norm's result, and nothing else does.
     """
+    if isinstance(x, ops.Normed):
+        return x.y
     if isinstance(x, ops.Deferred):
         return x
     weights = weights_read(reader) if isinstance(norm, NormWeights) else ()
     if weights and ops.takes_e4m3(x, weights, norm.weight, norm.bias):
         return norm.e4m3(x)
     return norm(x)
+
+
+def gain_of(norm: NormWeights, most: int = MOST_SUMMED_CHANNELS) -> ops.Gain | None:
+    """Return an RMS norm as the launches around experts have it, or `None`.
+
+    Args:
+        norm: any.
+        most: channels that a launch takes.
+    """
+    form = norm.form
+    if form.centered or len(norm.weight) > most:
+        return None
+    return ops.Gain(norm.weight, form.eps, form.offset)
+
+
+def behind_sum(norm: NormWeights, reader: object) -> ops.Gain | None:
+    """Return a norm as the launch has it that adds up what experts gave; `None` where it is a part of no such launch.
+
+    Args:
+        norm: stands between that sum and the reader.
+        reader: what reads the norm's result: not where it takes e4m3, of which the norm makes it.
+    """
+    weights = weights_read(reader)
+    if weights and all(one.layout == E4M3_LAYOUT for one in weights):
+        return None
+    return gain_of(norm)
 
 
 def weights_read(reader: object) -> tuple[PackedWeight, ...]:

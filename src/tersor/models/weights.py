@@ -18,7 +18,9 @@ from tersor.ops.lookup import places
 Matrix: TypeAlias = torch.Tensor | PackedWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
-"""Rows [T, H] between layers, or those that wait for the division of the norm ahead of a product."""
+"""Rows [T, H] for a product, or those that wait for the division of the norm ahead of it."""
+Between: TypeAlias = Hidden | ops.Normed
+"""Rows [T, H] between layers; the norm behind them may be done."""
 Given: TypeAlias = Hidden | ops.Quantized
 """Rows [T, H] as a product takes them: those of a norm may be quantised."""
 Stack: TypeAlias = torch.Tensor | StackedWeight

@@ -4,6 +4,7 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
+from tersor.ops.deciding import Decision, Gain, Normed, decide, decided_experts
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.fold import Deferred, FoldedNorm, folds_norm, linear_norm_in, linear_norm_out
@@ -29,12 +30,15 @@ __all__ = [
     "PAGE",
     "Allowed",
     "AttentionForm",
+    "Decision",
     "Deferred",
     "FoldedNorm",
+    "Gain",
     "Gate",
     "Listed",
     "Logprobs",
     "Mode",
+    "Normed",
     "PagedCache",
     "Quantized",
     "Reason",
@@ -45,6 +49,8 @@ __all__ = [
     "attend",
     "attention_obstacle",
     "batch_invariant",
+    "decide",
+    "decided_experts",
     "draw",
     "draw_with_logprobs",
     "embedding",

@@ -24,11 +24,7 @@ def multiply(
 ) -> torch.Tensor:
     """Serve a call of `ops.linear` or `ops.gated_linear`, through torch's dispatcher where anyone looks."""
     data, scale, zero_point = weight.data, weight.scale, weight.zero_point
-    if (
-        torch.compiler.is_compiling()
-        or must_dispatch(x, bias)
-        or (residual is not None and must_dispatch(residual, None))
-    ):
+    if looked_at(x, bias, residual):
         oc, ic = weight.shape
         key, layout = weight.scheme.key(), weight.layout
         return _operator(x, data, scale, zero_point, bias, key, oc, ic, layout, residual, gate)
@@ -36,31 +32,29 @@ def multiply(
 
 
 def looked_at(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether someone has to see an operator of these tensors, as a trace or an autograd graph of any of them."""
-    return torch.compiler.is_compiling() or any(
-        tensor is not None and must_dispatch(tensor, None) for tensor in tensors
-    )
-
-
-def must_dispatch(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Tell whether someone has to see the operator: a mode, a transform, a trace, autograd, autocast or a subclass.
+    """Tell whether someone has to see an operator of these tensors: a mode, a transform, a trace, autograd, autocast or
+    a subclass.
 
     Where nobody does, the dispatcher would only cost time.
     """
-    if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu) or x.is_neg():
-        return True
-    if bias is not None and (type(bias) not in _PLAIN or bias.is_neg() or (bias.requires_grad and _grad_enabled())):
-        return True
-    return (
-        _dispatch_modes() > 0
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
         or _function_modes() > 0
         or _transform() is not None
         or _trace() is not None
         or _profiled()
         or _autocast()
         or forward_ad._current_level >= 0
-        or (x.requires_grad and _grad_enabled())
-    )
+    ):
+        return True
+    graded = _grad_enabled()
+    for one in tensors:
+        if one is not None and (
+            type(one) not in _PLAIN or not (one.is_cuda or one.is_cpu) or one.is_neg() or (graded and one.requires_grad)
+        ):
+            return True
+    return False
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack

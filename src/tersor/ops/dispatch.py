@@ -75,7 +75,7 @@ def _environment_reason(dtype: torch.dtype, device: torch.device) -> str:
         return "TERSOR_KERNEL is set to reference"
     if device.type != "cuda":
         return f"kernels need a CUDA device, this is {device.type}"
-    if target_of(Activations.NATIVE, dtype) is None:
+    if dtype not in packing.NATIVE:
         return f"kernels take float16 and bfloat16 activations, not {dtype}"
     return ""
 
@@ -105,9 +105,10 @@ def kernel_chip(device: torch.device) -> hardware.Chip | None:
     Args:
         device: of the tensors.
     """
-    if _environment_reason(torch.float16, device) or _device_reason(_index(device)):
+    if _environment_reason(torch.float16, device):
         return None
-    return hardware.of_device(_index(device))
+    index = _index(device)
+    return None if _device_reason(index) else hardware.of_device(index)
 
 
 def preferred_layout(
@@ -246,4 +247,5 @@ def explain(
 
 
 def _index(device: torch.device) -> int:
-    return device.index if device.index is not None else torch.cuda.current_device()
+    index: int | None = device.index
+    return torch.cuda.current_device() if index is None else index

@@ -81,6 +81,8 @@ def folds_norm(x: torch.Tensor, first: PackedWeight, second: PackedWeight, gate:
         first, second: weights of the products.
         gate: how the second, `ops.gated_linear`, ends, or 0.
     """
+    if x.shape[0] > MOST_NORMED:
+        return False
     seen = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
     if seen or not mode.current().fold_norms:
         return False

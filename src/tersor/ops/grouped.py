@@ -16,7 +16,7 @@ import torch
 
 from tersor import hardware
 from tersor.formats import Activations
-from tersor.kernels.tune import SM80
+from tersor.kernels.tune import SM80, SM90
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.layouts import StackedWeight
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tersor.kernels.experts import ExpertsLaunch, GatherLaunch
 
 _MOST_PREPARED = 512
+_FETCHED = 0.5
+"""Of L2, what the weights of the second product may take that the first one has it fetch."""
 _ALIGNED = 8
 """Elements of 16 bits in the 16 bytes on which the copy engine wants rows to start."""
 
@@ -79,12 +81,14 @@ class Prepared:
         block_tokens: tokens of a block of the routing tables.
         up, down: the products.
         gather: launches what puts tokens in order; `None` where the first product fetches or quantises them.
+        fetches: whether the first product has L2 fetch the weights of the second.
     """
 
     block_tokens: int
     up: Product
     down: Product
     gather: GatherLaunch | None
+    fetches: bool = False
 
 
 _prepared: OrderedDict[Any, Prepared] = OrderedDict()
@@ -197,7 +201,14 @@ def _make(
     if up.quantize is None and not up.config.gathers:
         function = jit.get(experts.gather_source(), index)
         gather = experts.prepare_gather(function, pairs=tokens * top_k, ic=gate_up.shape[2], top_k=top_k)
-    return Prepared(up.config.block_tokens, up, down_product, gather)
+    most = min(tokens * top_k, down.experts) * _expert_bytes(down)
+    fetches = native and tune.schedule(chip) == SM90 and most <= chip.l2_bytes * _FETCHED
+    return Prepared(up.config.block_tokens, up, down_product, gather, fetches)
+
+
+def _expert_bytes(weight: StackedWeight) -> int:
+    """Return the bytes of the packed codes of one expert."""
+    return weight.data.nbytes // weight.experts
 
 
 def products(
@@ -238,7 +249,8 @@ def products(
         chosen.gather(stream=stream, x=x.data_ptr(), x_stride=x.stride(0), order=order, y=given.data_ptr())
     channels = gated_channels(gate_up.shape[1])
     inner = current.empty((pairs + block_tokens, channels), (channels, 1), x.dtype)
-    run(chosen.up, gate_up, gate_up_bias, given.data_ptr(), stride, x_scale, tables, inner)
+    behind = down if chosen.fetches else None
+    run(chosen.up, gate_up, gate_up_bias, given.data_ptr(), stride, x_scale, tables, inner, behind)
     passed, stride, x_scale = inner, channels, 0
     if chosen.down.quantize is not None:
         passed, x_scale = _quantized(chosen.down, inner, pairs, block_tokens)
@@ -270,6 +282,7 @@ def run(
     x_scale: int,
     tables: Tables,
     y: torch.Tensor,
+    behind: StackedWeight | None = None,
 ) -> None:
     """Launch a product on the current device and stream.
 
@@ -280,6 +293,7 @@ def run(
         x, x_stride, x_scale: as in `kernels.experts.prepare`.
         tables: of the pairs, with blocks of as many tokens as the product's.
         y: at least [P, outputs], written.
+        behind: the weight of the next product, which this one has L2 fetch, or `None`.
     """
     now, config, index = mode.current(), product.config, y.get_device()
     stream, partial, arrived = current.stream(index), 0, 0
@@ -302,4 +316,6 @@ def run(
         partial=partial,
         arrived=arrived,
         early=settled(weight.data, weight.scale) and now.early,
+        following=0 if behind is None else behind.data.data_ptr(),
+        following_bytes=0 if behind is None else _expert_bytes(behind),
     )

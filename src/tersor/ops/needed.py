@@ -16,6 +16,7 @@ from tersor.hardware import Chip
 from tersor.kernels import attention as attention_kernels
 from tersor.kernels import (
     attention_sm90,
+    deciding,
     decode_attention,
     dense,
     experts,
@@ -143,13 +144,18 @@ def experts_of(
         chip: the GPU.
     """
     yield from route(choice, logits)
-    if dtype not in TARGETS or grouped.misfit(gate_up, down, dtype, chip):
+    if experts_misfit(gate_up, down, dtype, chip):
         for weight, ending in ((gate_up, int(gate)), (down, 0)):
             yield from _matrix(weight.scheme, weight.layout, weight.matrix, dtype, ending, tokens, chip)
         return
     yield from combine(dtype)
     packings = gate_up.packing, down.packing
     yield from products(packings, (gate_up.shape, down.shape), choice.top_k, gate, TARGETS[dtype], tokens, chip)
+
+
+def experts_misfit(gate_up: StackedWeight, down: StackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
+    """Tell whether no kernel takes all experts of a layer at once."""
+    return dtype not in TARGETS or bool(grouped.misfit(gate_up, down, dtype, chip))
 
 
 def products(
@@ -247,7 +253,9 @@ def norm(
         yield small.norm_source(TARGETS[dtype], layer, channels, e4m3)
 
 
-def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) -> Iterator[KernelSource]:
+def router(
+    weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int, beyond: int = 0
+) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.router_logits` with up to `tokens` tokens.
 
     Args:
@@ -255,12 +263,38 @@ def router(weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int) ->
         dtype: of activations.
         wide: whether logits are float32.
         tokens: at least 1.
+        beyond: calls of up to so many tokens are not made.
     """
     experts, channels = weight.shape
     if dtype in TARGETS and experts and channels_fit(channels, routing.MOST_ROUTER_CHANNELS):
         kind = router_of(dtype, weight.dtype, wide, channels)
-        counts = range(1, min(tokens, routing.ROUTER_TOKENS) + 1)
+        counts = range(beyond + 1, min(tokens, routing.ROUTER_TOKENS) + 1)
         yield from dict.fromkeys(routing.router_source(kind, n) for n in counts)
+
+
+def decide(
+    weight: torch.Tensor, dtype: torch.dtype, wide: bool, choice: Choice, norms: bool, tokens: int
+) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.decide` with up to `tokens` tokens.
+
+    Args:
+        weight, dtype, wide: as for `router`.
+        choice: how experts are chosen.
+        norms: whether rows are normed first.
+        tokens: at least 1.
+    """
+    if dtype not in TARGETS or not channels_fit(weight.shape[1], routing.MOST_ROUTER_CHANNELS):
+        return
+    kind = router_of(dtype, weight.dtype, wide, weight.shape[1])
+    decider = deciding.Decider(router=kind, choice=choice, norms=norms)
+    counts = (n for n in range(1, min(tokens, deciding.MOST_TOKENS) + 1) if decider.fits(n))
+    yield from dict.fromkeys(deciding.source(decider, n) for n in counts)
+
+
+def decided_sum(channels: int, dtype: torch.dtype) -> Iterator[KernelSource]:
+    """Yield the kernel of `ops.decided_experts` that adds up and norms, of rows of so many channels."""
+    if dtype in TARGETS and channels_fit(channels, deciding.MOST_SUMMED_CHANNELS):
+        yield deciding.combine_source(TARGETS[dtype], channels)
 
 
 def numbers(

@@ -10,6 +10,7 @@ import functools
 import torch
 
 from tersor.errors import ShapeError
+from tersor.hardware import Chip
 from tersor.kernels import jit, small
 from tersor.kernels.dense import codes_stride
 from tersor.ops import current, dispatch, mode
@@ -89,21 +90,24 @@ def check(name: str, x: torch.Tensor, **others: tuple[torch.Tensor | None, torch
 
 
 def kernel_serves(x: torch.Tensor, *others: torch.Tensor | None, most: int | None = small.MOST_CHANNELS) -> bool:
-    """Tell whether the kernels of `kernels.small` take rows [T, H] of at most `most` channels on a GPU and what stands
-    beside them.
+    """Tell whether `serving_chip` is any."""
+    return serving_chip(x, *others, most=most) is not None
+
+
+def serving_chip(x: torch.Tensor, *others: torch.Tensor | None, most: int | None = small.MOST_CHANNELS) -> Chip | None:
+    """Return the GPU whose kernels of `kernels.small` take rows [T, H] of at most `most` channels and what is beside
+    them; `None` where the torch code serves.
 
     Autograd and `torch.compile` see the torch code, which they know.
     """
-    tensors = [x, *(other for other in others if other is not None)]
-    return (
-        x.dtype in TARGETS
-        and x.shape[0] > 0
-        and channels_fit(x.shape[1], most)
-        and all(one.data_ptr() % 16 == 0 for one in tensors)
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
-        and dispatch.kernel_chip(x.device) is not None
-    )
+    shape = x.shape
+    if x.dtype not in TARGETS or not shape[0] or not channels_fit(shape[1], most) or torch.compiler.is_compiling():
+        return None
+    graded = torch.is_grad_enabled()
+    for one in (x, *others):
+        if one is not None and (one.data_ptr() % 16 or (graded and one.requires_grad)):
+            return None
+    return dispatch.kernel_chip(x.device)
 
 
 def channels_fit(channels: int, most: int | None = small.MOST_CHANNELS) -> bool:

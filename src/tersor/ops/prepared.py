@@ -25,7 +25,7 @@ FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
 _NORM_STEP = 4
 """Beyond `Mode.key`."""
-_MOST_LONG = 256
+_MOST_LONG = 1024
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
 Key: TypeAlias = tuple[int, torch.dtype, int, bool, int, int]

@@ -60,13 +60,16 @@ def takes_e4m3(
         weights: of all that reads the norm's result.
         norm_weight, norm_bias: of the norm.
     """
-    chip = dispatch.kernel_chip(x.device)
-    return (
-        chip is not None
-        and chip.capability == (9, 0)
-        and all(weight.layout == dispatch.E4M3_LAYOUT for weight in weights)
-        and norm.kernel_serves(x, norm_weight, norm_bias)
-    )
+    for weight in weights:
+        if weight.layout != dispatch.E4M3_LAYOUT:
+            return False
+    return _serves(x, norm_weight, norm_bias)
+
+
+def _serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Tell whether a kernel makes e4m3 of rows in their norm."""
+    chip = norm.serving_chip(x, *others)
+    return chip is not None and chip.capability == (9, 0)
 
 
 def rms_norm_e4m3(
@@ -79,7 +82,7 @@ def rms_norm_e4m3(
 ) -> Quantized:
     """Return `ops.rms_norm` of every row as e4m3; arguments and errors are those there. It has no gradient."""
     norm.check("rms_norm_e4m3", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
-    if takes_e4m3(x, (), weight) and norm.kernel_serves(x, residual):
+    if _serves(x, weight, residual):
         return _quantized(x, norm.launched(x, weight, None, residual, eps, offset, e4m3=True))
     return Quantized.of(norm.rms_norm(x, weight, eps, offset=offset, residual=residual))
 
@@ -87,7 +90,7 @@ def rms_norm_e4m3(
 def layer_norm_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Quantized:
     """Return `ops.layer_norm` of every row as e4m3; arguments and errors are those there. It has no gradient."""
     norm.check("layer_norm_e4m3", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
-    if takes_e4m3(x, (), weight, bias):
+    if _serves(x, weight, bias):
         return _quantized(x, norm.launched(x, weight, bias, None, eps, 0.0, layer=True, e4m3=True))
     return Quantized.of(norm.layer_norm(x, weight, bias, eps))
 

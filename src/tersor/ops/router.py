@@ -37,7 +37,7 @@ def router_logits(
     Raises:
         ShapeError: shapes, dtypes or devices that do not fit.
     """
-    _check(x, weight, bias, wide)
+    check(x, weight, bias, wide)
     if (
         (len(x) <= routing.ROUTER_TOKENS or mode.current().batch_invariant)
         and len(weight)
@@ -49,7 +49,8 @@ def router_logits(
     return functional.linear(x, weight, bias)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool) -> None:
+def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool) -> None:
+    """Raise ShapeError where the tensors of `router_logits` do not fit each other."""
     if x.dim() != 2 or x.dtype not in (*TARGETS, torch.float32):
         raise ShapeError(
             f"router_logits: x is {list(x.shape)} {x.dtype}, expected [T, H] in float16, bfloat16 or float32"

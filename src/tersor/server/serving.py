@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from tersor.engine.config import EngineConfig
+from tersor.engine.garbage import left_alone
 from tersor.engine.protocol import AsyncEngine
 from tersor.errors import TersorError
 from tersor.server.app import create_app
@@ -108,7 +109,8 @@ def serve_model(
             say(f"{name} answers at http://{host}:{port}, context {llm.info.context} tokens")
             if options.api_key is None and not _is_own(options.host):
                 say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")
-            serve(engine, options, place)
+            with left_alone():
+                serve(engine, options, place)
 
 
 def _is_own(host: str) -> bool:

@@ -42,8 +42,10 @@ def predict(problem: LinearProblem, chip: Chip) -> LinearConfig:
 
     Chips that have the sm90 schedule take it wherever it can run.
     """
-    options = tuple(sm90.candidates(problem, chip)) or tuple(sm80.candidates(problem, chip))
-    return min(options, key=lambda config: seconds(problem, config, chip))
+    found = sm90.predict(problem, chip)
+    if found is not None:
+        return found
+    return min(sm80.candidates(problem, chip), key=lambda config: sm80.seconds(problem, config, chip))
 
 
 def candidates(problem: LinearProblem, chip: Chip) -> tuple[LinearConfig, ...]:

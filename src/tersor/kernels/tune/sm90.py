@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from tersor.formats import Activations
 from tersor.hardware import Chip
@@ -22,6 +26,7 @@ __all__ = [
     "config",
     "fitting",
     "invariant_splits",
+    "predict",
     "seconds",
     "tile_of",
     "tile_tokens",
@@ -125,6 +130,46 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
 
     A batch-invariant problem has wgmma, one channel group and the same splits of all tiles, whatever n.
     """
+    return (_chosen(problem, run, chip) for run in _runs(problem, chip))
+
+
+def predict(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
+    """Return the candidate of the least predicted time, the first of equal ones; `None` where there are none."""
+    best, least = None, math.inf
+    for tile, runs in itertools.groupby(_runs(problem, chip), key=_TILE):
+        timed = _timed(problem, tile, chip)
+        for run in runs:
+            predicted = timed(run.whole_tiles, run.splits, run.gathered)
+            if predicted < least:
+                best, least = run, predicted
+    return None if best is None else _chosen(problem, best, chip)
+
+
+class _Run(NamedTuple):
+    """A candidate before its configuration is made: of those that are predicted, one is chosen."""
+
+    tile: Tile
+    whole_tiles: int
+    splits: int
+    ctas: int
+    gathered: bool
+
+
+_TILE = operator.attrgetter("tile")
+
+
+def _chosen(problem: LinearProblem, run: _Run, chip: Chip) -> LinearConfig:
+    """Return the configuration of a candidate."""
+    tile = run.tile
+    found = config(problem, tile, run.whole_tiles, run.splits, run.ctas, chip, run.gathered)
+    if not problem.batch_invariant:
+        return found
+    unused = tile.exchange_bytes if tile.few else 0  # wgmma hands no sums over
+    return replace(found, few_tokens=0, shared_bytes=found.shared_bytes - unused)
+
+
+def _runs(problem: LinearProblem, chip: Chip) -> Iterator[_Run]:
+    """Yield the candidates, those of a tile one after the other."""
     if chip.capability != (9, 0) or not problem.aligned:
         return
     available = tiles(problem.scale_groups, problem.activations)
@@ -135,10 +180,7 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         count = -(-problem.oc // (tile.rows * tile.cluster)) * -(-problem.n // tile.tokens)
         if fixed:
             if tile.channel_groups == 1 and not tile.fast_sums:
-                ctas = min(count * fixed, slots) * tile.cluster
-                turning = config(problem, tile, 0, fixed, ctas, chip)
-                unused = tile.exchange_bytes if tile.few else 0  # wgmma hands no sums over
-                yield replace(turning, few_tokens=0, shared_bytes=turning.shared_bytes - unused)
+                yield _Run(tile, 0, fixed, min(count * fixed, slots) * tile.cluster, False)
             continue
         rest = count % slots
         splittings = [
@@ -146,11 +188,12 @@ def candidates(problem: LinearProblem, chip: Chip) -> Iterator[LinearConfig]:
         ]
         if count > slots and rest:
             splittings += [(count - rest, splits) for splits in range(2, min(_MAX_LAST_SPLITS, blocks) + 1)]
+        gathered = tile.gathered
         for whole, splits in splittings:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
             room = slots if splits == 2 else slots * _CLUSTER_ROOM
             fits = whole == 0 and _CLUSTER_FILL * chip.sms <= count * splits <= room
-            yield config(problem, tile, whole, splits, ctas, chip, fits and 1 < splits <= tile.gathered)
+            yield _Run(tile, whole, splits, ctas, fits and 1 < splits <= gathered)
 
 
 def fitting(available: Sequence[Tile], n: int) -> list[Tile]:
@@ -161,7 +204,7 @@ def fitting(available: Sequence[Tile], n: int) -> list[Tile]:
     """
     widest = max(tile.tokens for tile in available)
     holding = min((tile.tokens for tile in available if n <= tile.tokens), default=widest)
-    found: dict[tuple[Tile, int], Tile] = {}
+    found: dict[tuple[object, ...], Tile] = {}
     for tile in sorted(available, key=lambda tile: tile.tokens):
         count = -(-n // tile.tokens)
         if tile.tokens > _WIDER * holding or tile.tokens < min(holding, _LEAST):
@@ -170,7 +213,8 @@ def fitting(available: Sequence[Tile], n: int) -> list[Tile]:
             continue
         if n > MANY_TOKENS and tile.tokens % WIDE_STEP:
             continue
-        found.setdefault((replace(tile, tokens=0), count), tile)
+        same = (tile.row_groups, tile.channel_groups, tile.cluster, tile.resident, tile.activations, count)
+        found.setdefault(same, tile)
     return list(found.values())
 
 
@@ -189,37 +233,51 @@ def seconds(problem: LinearProblem, config: LinearConfig, chip: Chip) -> float:
     from L2 count in part: activations, and weights for all token tiles but one. To that come what a launch, each
     further wave and the exchange of split sums cost.
     """
-    tile = tile_of(config)
-    costs = cost.of(chip.name)[tile]
+    return _timed(problem, tile_of(config), chip)(config.whole_tiles, config.splits, config.gathered)
+
+
+def _timed(problem: LinearProblem, tile: Tile, chip: Chip) -> Callable[[int, int, bool], float]:
+    """Return what makes of whole tiles, splits and whether these are gathered the seconds of a problem with a tile.
+
+    What does not depend on those three is worked out once: a tile has up to 15 splits, and every new number of tokens
+    has a dozen tiles to choose from.
+    """
+    costs, rows, cluster = cost.of(chip.name)[tile], tile.rows, tile.cluster
     blocks = -(-problem.ic // BLOCK_IC)
-    multiprocessors, slots = chip.sms // tile.cluster, chip.sms * tile.resident // tile.cluster
-    shares = (config.token_tiles * config.row_tiles // tile.cluster - config.whole_tiles) * config.splits
-    tokens = tile_tokens(tile, problem.n)
-    from_memory = (1 + _WEIGHTS_FROM_L2 * (config.token_tiles - 1)) / config.token_tiles
+    multiprocessors, slots = chip.sms // cluster, chip.sms * tile.resident // cluster
+    token_tiles = -(-problem.n // tile.tokens)
+    count_of_tiles = token_tiles * -(-problem.oc // (rows * cluster))
+    from_memory = (1 + _WEIGHTS_FROM_L2 * (token_tiles - 1)) / token_tiles
     block_bytes = from_memory * tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
-    block_bytes += _X_FROM_L2 * tokens * BLOCK_IC * problem.activations.bits / 8
-    total, waves = costs.start, 0
+    block_bytes += _X_FROM_L2 * tile_tokens(tile, problem.n) * BLOCK_IC * problem.activations.bits / 8
+    start, share, bandwidth = costs.start, _SHARE[tile.resident], chip.bandwidth * _ACHIEVED
     if tile.e4m3:
-        total += _QUANTISED_MILLION * problem.n * problem.ic * 1e-6
-    for items, length in ((config.whole_tiles, blocks), (shares, -(-blocks // config.splits))):
-        for count, clusters in ((items // slots, slots), (1, items % slots)):
-            if not count or not clusters:
-                continue
-            busiest = -(-clusters // multiprocessors)
-            block = busiest * costs.block
-            if clusters <= multiprocessors:
-                block += costs.lonely
-            shares_taken = max(clusters, busiest * multiprocessors / _SHARE[tile.resident])
-            memory = shares_taken * tile.cluster * block_bytes / (chip.bandwidth * _ACHIEVED) * 1e6
-            total += count * length * max(block, memory)
-            waves += count
-    total += (waves - 1) * costs.item
-    if config.gathered:
-        total += (config.splits - 1) * (costs.gather + _GATHER_KILOBYTE * tile.rows * tile.tokens * 4 / 1024)
-    elif config.splits > 1:
-        exchanged = shares * tile.cluster * tile.rows * tile.tokens * 8e-6
-        total += costs.exchange + costs.part * config.splits + costs.exchange_megabyte * exchanged
-    return total * 1e-6
+        start += _QUANTISED_MILLION * problem.n * problem.ic * 1e-6
+
+    def predicted(whole_tiles: int, splits: int, gathered: bool) -> float:
+        shares = (count_of_tiles - whole_tiles) * splits
+        total, waves = start, 0
+        for items, length in ((whole_tiles, blocks), (shares, -(-blocks // splits))):
+            for count, clusters in ((items // slots, slots), (1, items % slots)):
+                if not count or not clusters:
+                    continue
+                busiest = -(-clusters // multiprocessors)
+                block = busiest * costs.block
+                if clusters <= multiprocessors:
+                    block += costs.lonely
+                shares_taken = max(clusters, busiest * multiprocessors / share)
+                memory = shares_taken * cluster * block_bytes / bandwidth * 1e6
+                total += count * length * max(block, memory)
+                waves += count
+        total += (waves - 1) * costs.item
+        if gathered:
+            total += (splits - 1) * (costs.gather + _GATHER_KILOBYTE * rows * tile.tokens * 4 / 1024)
+        elif splits > 1:
+            exchanged = shares * cluster * rows * tile.tokens * 8e-6
+            total += costs.exchange + costs.part * splits + costs.exchange_megabyte * exchanged
+        return total * 1e-6
+
+    return predicted
 
 
 _MOST_SCALE_GROUPS = {

@@ -12,6 +12,7 @@
 #include "common/ring.cuh"
 #include "dense/sm90_item.cuh"
 #include "dense/sm90_pipeline.cuh"
+#include "experts/fetch.cuh"
 #include "experts/sm90_work.cuh"
 
 namespace linear {
@@ -64,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     u16* __restrict__ y,                              // [P, OC], or half as many channels where gated; contiguous
     float* partial,                                   // sums of split items
     u32* arrived,                                     // a counter for each split tile, zero before and after
+    const char* following,                            // packed codes of the product behind, to be fetched, or null
+    long long following_bytes,                        // of one expert
     int oc,
     int ic,
     int top_k,
@@ -100,7 +103,10 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         __syncwarp();
         meet();
         if (ptx::elect()) {
-            if (warp == 0) copy_weights<true>(weights, work, 0, weight);
+            if (warp == 0) {
+                copy_weights<true>(weights, work, 0, weight);
+                if (following != nullptr) fetch_experts(work, following, following_bytes);
+            }
             if (warp == 1) {
                 if constexpr (GATHERS_TOKENS) {
                     copy_tokens(xs, work, x_map, order, top_k, block_tokens);
