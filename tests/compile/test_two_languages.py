@@ -298,14 +298,11 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
     seen = {name: at for name, at in common.items() if name not in ("qkv", "stride", "rotary", "norms")}
     attention.prepare_append(append, problem)(**read, out=0)  # type: ignore[arg-type]
     attention.prepare_prefill(product, problem)(**seen)  # type: ignore[arg-type]
-    facts = {
-        "append::kThreads": append.block[0],
-        "(500 + append::kTokens - 1) / append::kTokens": append.grid[0],
-    }
-    check(append.source.header, append.source, facts)
+    assert append.grid[0] == problem.tokens and product.grid[0] == problem.tiles(64 * kind.row_tiles)
+    check(append.source.header, append.source, {"append::kThreads": append.block[0]})
     facts = {
         "prefill::kThreads": product.block[0],
-        "(500 + prefill::kQueries - 1) / prefill::kQueries": product.grid[0],
+        "prefill::kQueries": 64 * kind.row_tiles,
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tersor.checkpoint.source import Source
-from tersor.engine.config import EngineConfig
+from tersor.engine.config import MANY_ROWS, EngineConfig
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import Activations, float_dtype_or_auto
 from tersor.hardware import Chip
@@ -66,7 +66,7 @@ def steps_of(config: EngineConfig, context: int, *, draws: bool = True) -> Steps
     length = -(-longest // PAGE) * PAGE
     return Steps(
         tokens=config.max_step_tokens,
-        rows=config.max_rows,
+        rows=min(config.max_rows or MANY_ROWS, config.max_step_tokens),
         queries=queries,
         length=length,
         pages=config.pages_dtype,
