@@ -25,7 +25,7 @@ import torch
 
 from tersor import hardware, ops
 from tersor.bench import timing
-from tersor.kernels import attention, attention_sm90, jit, shared_attention
+from tersor.kernels import attention, attention_sm90, decode_attention, jit, shared_attention
 from tersor.ops import serve_attention
 
 BATCHES = (1, 8, 32)
@@ -60,7 +60,8 @@ def main() -> None:
     e4m3, chip = arguments.pages == "e4m3", hardware.of_device(0)
     kind = attention.Kind(head_dim=form.head_dim, dtype="float16", e4m3=e4m3)
     group = form.heads // form.kv_heads
-    sources = {attention.decode_source(kind, kind.query_tiles(n * group), chip) for n in (1, attention.FEW_QUERIES)}
+    most = {kind.query_tiles(n * group) for n in (1, attention.FEW_QUERIES)}
+    sources = {decode_attention.decode_source(kind, tiles, chip, False, one) for tiles in most for one in (False, True)}
     sources |= {attention.append_source(kind), attention.prefill_source(kind, chip)}
     kernels = ["warps"]
     if attention_sm90.takes(kind, chip):
@@ -68,7 +69,7 @@ def main() -> None:
         sources.add(attention_sm90.prefill_source(kind, chip))
     if arguments.groups:
         tiles = kind.query_tiles(group)
-        sources = {attention.decode_source(kind, tiles, chip, shares) for shares in (False, True)}
+        sources = {decode_attention.decode_source(kind, tiles, chip, shares) for shares in (False, True)}
         sources.add(shared_attention.shared_source(kind, chip))
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
     gpu = torch.cuda.get_device_name().split()[-1].lower()

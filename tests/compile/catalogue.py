@@ -23,6 +23,7 @@ from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels import attention, attention_sm90, dense, experts, routing, shared_attention
+from tersor.kernels.decode_attention import decode_source
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -331,11 +332,12 @@ def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSour
     found = []
     for turn, kind in enumerate(kinds):
         least, most = 1, kind.query_tiles(64)
-        found += [attention.decode_source(kind, tiles, chip) for tiles in (least, most)]
+        found += [decode_source(kind, tiles, chip) for tiles in (least, most)]
         found += [attention.append_source(kind), attention.prefill_source(kind, chip)]
         found.append(shared_attention.shared_source(kind, chip))
+        found += [decode_source(kind, least, chip, crowded=True)] if kind.e4m3 else []
         if turn % 3 == 0:
-            found.append(attention.decode_source(kind, most if turn else least, chip, shares=True))
+            found += [decode_source(kind, tiles, chip, shares=True) for tiles in (least, most)]
         if attention_sm90.takes(kind, chip):
             found.append(attention_sm90.prefill_source(kind, chip))
     return found

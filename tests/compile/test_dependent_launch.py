@@ -6,7 +6,7 @@ PTX is asked: both instructions are volatile there, and ptxas keeps them.
 from __future__ import annotations
 
 import pytest
-from compile import catalogue, mixtures
+from compile import around, catalogue, mixtures
 from helpers.fakes import argument_names
 
 from tersor.kernels.jit import KernelSource, nvrtc

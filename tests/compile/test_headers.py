@@ -8,7 +8,7 @@ import pytest
 
 from tersor.formats import get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, deciding, dense, jit, routing, sampling
+from tersor.kernels import attention, attention_sm90, deciding, decode_attention, dense, jit, routing, sampling
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.layouts.packing import Packing
 
@@ -24,7 +24,8 @@ def whole(name: str) -> KernelSource:
     if name == "attention/wide.cuh":
         return attention.prefill_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), chip_named("H200"))
     if name.startswith("attention/"):
-        return attention.decode_source(attention.Kind(head_dim=128, dtype="float16", e4m3=True), 1, chip_named("H200"))
+        kind = attention.Kind(head_dim=128, dtype="float16", e4m3=True)
+        return decode_attention.decode_source(kind, 1, chip_named("H200"))
     if name in ("experts/choice.cuh", "experts/logits.cuh"):
         router = routing.Router(target="float16", float_weight=True, float_out=True, channels=4096)
         choice = routing.Choice(experts=60, top_k=4, biased=True, groups=4, top_groups=2)

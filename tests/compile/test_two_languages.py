@@ -15,7 +15,17 @@ import pytest
 from tersor.engine.shared_pages import shared_size
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, deciding, dense, routing, shared_attention, small, tune
+from tersor.kernels import (
+    attention,
+    attention_sm90,
+    deciding,
+    decode_attention,
+    dense,
+    routing,
+    shared_attention,
+    small,
+    tune,
+)
 from tersor.kernels import experts as of_experts
 from tersor.kernels.jit import KernelSource, nvrtc, tensor_map
 from tersor.kernels.tune import experts_sm80, sm80, sm90
@@ -265,11 +275,11 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
         "early": False,
         **dict.fromkeys(places, 0),
     }
-    grid = attention.grid_of(kind, problem, H200.sms)
-    source, launched = attention.decode_source(kind, problem.query_tiles(kind), H200), Launched()
+    grid = decode_attention.grid_of(kind, problem, H200.sms)
+    source, launched = decode_attention.decode_source(kind, problem.query_tiles(kind), H200), Launched()
     launched.source = source
     parts = {"partial": 0, "shared": 0, "settled": False}
-    attention.prepare_decode(launched, problem, grid)(**common, **parts, arrived=0)  # type: ignore[arg-type]
+    decode_attention.prepare_decode(launched, problem, grid)(**common, **parts, arrived=0)  # type: ignore[arg-type]
     queries = attention.FEW_QUERIES * 24 // 2
     facts = {
         "pages::kTokens": attention.PAGE,
@@ -288,14 +298,11 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
     seen = {name: at for name, at in common.items() if name not in ("qkv", "stride", "rotary", "norms")}
     attention.prepare_append(append, problem)(**read, out=0)  # type: ignore[arg-type]
     attention.prepare_prefill(product, problem)(**seen)  # type: ignore[arg-type]
-    facts = {
-        "append::kThreads": append.block[0],
-        "(500 + append::kTokens - 1) / append::kTokens": append.grid[0],
-    }
-    check(append.source.header, append.source, facts)
+    assert append.grid[0] == problem.tokens and product.grid[0] == problem.tiles(64 * kind.row_tiles)
+    check(append.source.header, append.source, {"append::kThreads": append.block[0]})
     facts = {
         "prefill::kThreads": product.block[0],
-        "(500 + prefill::kQueries - 1) / prefill::kQueries": product.grid[0],
+        "prefill::kQueries": 64 * kind.row_tiles,
         "prefill::kSlotBytes * 2": (kind.row_stride + (4 if e4m3 else 0)) * 2 * PAGE,
     }
     check(product.source.header, product.source, facts)

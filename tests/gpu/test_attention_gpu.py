@@ -13,7 +13,7 @@ from helpers.sharing import share
 
 from tersor import hardware, ops
 from tersor.kernels import attention as family
-from tersor.kernels import attention_sm90, jit, shared_attention
+from tersor.kernels import attention_sm90, decode_attention, jit, shared_attention
 from tersor.ops import current, serve_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -99,14 +99,14 @@ def compiled() -> None:
     for case in (*CASES, *PREFILLS):
         kind, most = kind_of(case), max(case.counts)
         queries = min(most, family.FEW_QUERIES) * (case.heads // case.kv_heads)
-        sources.add(family.decode_source(kind, kind.query_tiles(queries), chip))
+        sources.add(decode_attention.decode_source(kind, kind.query_tiles(queries), chip))
         if most > family.FEW_QUERIES:
             sources |= {family.append_source(kind), family.prefill_source(kind, chip)}
             if attention_sm90.takes(kind, chip):
                 sources.add(attention_sm90.prefill_source(kind, chip))
     for case in SHARING:
         kind, queries = kind_of(case), min(max(case.counts), family.FEW_QUERIES) * (case.heads // case.kv_heads)
-        sources |= {family.decode_source(kind, kind.query_tiles(queries), chip, True)}
+        sources |= {decode_attention.decode_source(kind, kind.query_tiles(queries), chip, True)}
         sources |= {shared_attention.shared_source(kind, chip), family.append_source(kind)}
         sources |= {family.prefill_source(kind, chip)}
         if attention_sm90.takes(kind, chip):
@@ -166,11 +166,27 @@ def test_rows_that_read_pages_together_are_those_of_the_reference(case: Case) ->
     assert torch.equal(check(step), found)
 
 
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("shares", [False, True])
+def test_many_rows_of_one_token_stand_beside_a_prompt(shares: bool, e4m3: bool) -> None:
+    """The host knows that rows of few have one new token; CTAs of e4m3 pages are a crowd."""
+    lengths, counts = (*(641 + 3 * row for row in range(80)), 900), (*(1,) * 80, 360)
+    prefixes = (((*range(30), *range(40, 80)), 10),)
+    case = Case(head_dim=128, heads=32, kv_heads=8, lengths=lengths, counts=counts, e4m3=e4m3, prefixes=prefixes)
+    step = Step(case, "cuda")
+    step.rows.most_few = 1
+    assert not shares or share(step.rows, step.form) is not None
+    found = check(step)
+    step.rows.settled = True
+    assert torch.equal(check(step), found)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 33])
 def test_texts_in_any_number_of_splits_are_the_same_within_rounding(
     splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family, "grid_of", lambda kind, problem, sms: family.Grid.of(kind, problem, splits))
+    grid_of = decode_attention.Grid.of
+    monkeypatch.setattr(decode_attention, "grid_of", lambda kind, problem, sms: grid_of(kind, problem, splits))
     serve_attention._prepared.cache_clear()
     check(Step(Case(head_dim=128, heads=8, lengths=LENGTHS, counts=(1,) * len(LENGTHS)), "cuda"))
     serve_attention._prepared.cache_clear()

@@ -135,7 +135,8 @@ def test_steps_ask_for_what_is_compiled_ahead(
         config = replace(config, layers=(*config.layers, config.layers[-1]))
     activations = Activations.E4M3 if way == "fp8" else Activations.NATIVE
     pages = torch.float8_e4m3fn if way == "fp8" else None
-    schemes, steps = schemes_of(config, scheme), Steps(tokens=TOKENS, queries=LENGTH, length=128, pages=pages)
+    schemes = schemes_of(config, scheme)
+    steps = Steps(tokens=TOKENS, rows=ROWS, queries=LENGTH, length=128, pages=pages)
     with ops.using(batch_invariant=way == "invariant"):
         asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
         parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
@@ -171,5 +172,5 @@ def test_of_layers_that_are_equal_the_first_and_the_last_are_looked_at() -> None
     schemes["model.layers.4.mlp.down_proj"] = get_scheme("int8")
     parts = outline(config, names, schemes, torch.bfloat16)
     assert [part.ffn.down.weight.scheme.name for part in parts.layers] == ["fp6_e3m2", "int8", "fp6_e3m2"]
-    sources = kernels_of(parts, Steps(tokens=8, queries=8, length=64), CHIPS["NVIDIA H200"])
+    sources = kernels_of(parts, Steps(tokens=8, rows=8, queries=8, length=64), CHIPS["NVIDIA H200"])
     assert any("linear_sm90_int8" in source.name for source in sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 from helpers.attention_cases import Case, Step
 
 from tersor import ops
+from tersor.engine import request
+from tersor.engine.params import SamplingParams
+from tersor.engine.step_buffer import most_tokens
 from tersor.errors import ShapeError
-from tersor.hardware import CHIPS, chip_named
-from tersor.kernels import attention, attention_sm90, shared_attention
+from tersor.hardware import CHIPS, Chip, chip_named
+from tersor.kernels import attention, attention_sm90, decode_attention, shared_attention
+from tersor.ops import needed
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 H200 = chip_named("H200")
@@ -65,9 +70,9 @@ def test_the_operator_declares_what_it_writes() -> None:
         arguments = (
             step.qkv, step.cache.pages.nan_to_num(0) if step.cache.scales is None else step.cache.pages,
             None if step.cache.scales is None else step.cache.scales.nan_to_num(0), rows.starts, rows.lengths,
-            rows.pages, rows.most_queries, rows.most_length, rows.settled, None, step.rotary, *norms, step.sinks,
-            form.heads, form.kv_heads, form.head_dim, form.scale, form.rotary_dim, form.window, form.softcap,
-            form.norm_eps, form.norm_offset,
+            rows.pages, rows.most_queries, rows.most_length, rows.settled, None, rows.most_few, step.rotary, *norms,
+            step.sinks, form.heads, form.kv_heads, form.head_dim, form.scale, form.rotary_dim, form.window,
+            form.softcap, form.norm_eps, form.norm_offset,
         )
         # fmt: on
         tests = ("test_schema", "test_faketensor") if step.cache.scales is None else ("test_faketensor",)
@@ -115,6 +120,7 @@ def test_a_form_a_page_or_a_row_that_does_not_fit_is_refused() -> None:
         ({"rows": replace(rows, lengths=rows.lengths.long())}, "int64, expected int32"),
         ({"rows": replace(rows, shared=torch.zeros(10 + 5 * 3 + 1, dtype=torch.int32))}, r"1 \+ 3 x 3 \+ 5 C"),
         ({"rows": replace(rows, shared=torch.zeros(10 + 5 * 3))}, r"shared pages of rows are \[25\] torch.float32"),
+        ({"rows": replace(rows, most_few=-1)}, "few: -1"),
         ({"rows": replace(rows, most_length=1000)}, "of 1000, their tables hold 4 pages of 64"),
         ({"sinks": torch.ones(4, device="meta")}, "on cpu, another tensor of the call on meta"),
     ]
@@ -161,31 +167,73 @@ def test_what_kernels_do_not_take_has_a_reason(kind: str, monkeypatch: pytest.Mo
 
 def test_splits_fill_the_gpu_and_are_few_where_rows_are_many() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
-    splits = {rows: attention.grid_of(kind, problem(rows=rows), 132).splits for rows in (1, 2, 8, 16, 32, 256)}
+    splits = {rows: decode_attention.grid_of(kind, problem(rows=rows), 132).splits for rows in (1, 2, 8, 16, 32, 256)}
     assert splits == {1: 32, 2: 16, 8: 4, 16: 2, 32: 1, 256: 1}
-    assert attention.grid_of(kind, problem(rows=1, most_pages=3), 132).splits == 3
-    assert attention.grid_of(kind, problem(), 132).counters == 0
-    grid = attention.grid_of(kind, problem(rows=2), 132)
+    assert decode_attention.grid_of(kind, problem(rows=1, most_pages=3), 132).splits == 3
+    assert decode_attention.grid_of(kind, problem(), 132).counters == 0
+    grid = decode_attention.grid_of(kind, problem(rows=2), 132)
     assert grid.counters == 16 and grid.part_queries == 4 and grid.floats == 16 * 16 * 4 * 130
 
 
 def test_rows_that_share_pages_have_room_for_the_parts_that_others_read() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     assert [attention.most_parts(rows) for rows in (1, 16, 32, 64, 256, 512)] == [32, 32, 32, 16, 4, 4]
-    grid = attention.grid_of(kind, problem(rows=256, shares=True), 132)
+    grid = decode_attention.grid_of(kind, problem(rows=256, shares=True), 132)
     assert grid.splits == 1 and grid.slots == 5 and grid.counters == 256 * 8
     assert grid.floats == 256 * 8 * 5 * 4 * 130
-    mixed = attention.grid_of(kind, problem(rows=20, shares=True, most_queries=500), 132)
+    mixed = decode_attention.grid_of(kind, problem(rows=20, shares=True, most_queries=500), 132)
     assert mixed.splits == 1 and mixed.part_queries == 4  # rows of more tokens have no parts
+
+
+def test_rows_of_one_token_are_served_as_such_beside_long_prompts_where_the_host_says_so() -> None:
+    kind = attention.Kind(head_dim=128, dtype="float16")
+    alone, beside = problem(rows=20, shares=True), problem(rows=20, shares=True, most_queries=500, most_few=1)
+    grids = [decode_attention.grid_of(kind, one, 132) for one in (alone, beside)]
+    assert beside.query_tiles(kind) == 1 and grids[0] == grids[1]
+    assert [problem(most_queries=500, most_few=few).query_tiles(kind) for few in (2, 4, 8, 500)] == [1, 2, 4, 4]
+    one = request.Request(id="", prompt=array("i", [1]), params=SamplingParams())
+    rows = [request.Row(one, 0, count, 0, False) for count in (1, 2, 9, 300)]
+    assert most_tokens(request.Step(rows)) == (300, 2) and most_tokens(request.Step(rows[2:])) == (300, 1)
+
+
+def test_short_ctas_are_three_on_an_sm_where_as_many_pages_are_under_way() -> None:
+    def ring(tiles: int = 1, dim: int = 128, chip: Chip = H200, e4m3: bool = False, **how: bool) -> tuple[Any, Any]:
+        kind = attention.Kind(head_dim=dim, dtype="float16", e4m3=e4m3)
+        parameters = decode_attention.decode_source(kind, tiles, chip, **how).parameters
+        assert int(parameters["CTAS"]) * (int(parameters["SHARED_BYTES"]) + 1024) <= chip.shared_bytes + 1024
+        return parameters["CTAS"], parameters["STAGES"]
+
+    assert ring() == ring(tiles=2, shares=True) == (2, 3) and ring(shares=True) == (3, 2)
+    assert ring(e4m3=True) == (2, 4) and ring(e4m3=True, shares=True) == ring(e4m3=True, crowded=True) == (3, 3)
+    assert ring(dim=96, shares=True) == ring(dim=96) == (2, 4)
+    assert ring(shares=True, chip=chip_named("A100")) == (2, 2)
+
+
+def test_a_crowd_of_ctas_of_e4m3_pages_has_a_kernel_that_is_compiled_ahead() -> None:
+    form = AttentionForm(heads=32, kv_heads=8, head_dim=128, scale=0.1, rotary_dim=128)
+
+    def crowded(rows: int, pages: torch.dtype = torch.float8_e4m3fn, queries: int = 1) -> bool:
+        sources = list(needed.attention(form, torch.float16, pages, rows, queries, 512, H200))
+        names = [source.name for source in sources if "_decode_" in source.name]
+        assert len(set(names)) == len(names) and names[0].startswith("tersor_attention_decode_1_128")
+        return any("_1_crowded_" in name for name in names)
+
+    assert [crowded(rows) for rows in (1, 66, 67, 256)] == [False, False, True, True]
+    assert crowded(256, queries=500) and not crowded(256, torch.float16)
+    with ops.using(batch_invariant=True):
+        assert not any(
+            "crowded" in one.name
+            for one in needed.attention(form, torch.float16, torch.float8_e4m3fn, 256, 1, 512, H200)
+        )
 
 
 def test_a_split_is_as_long_in_any_batch_where_that_is_asked_for() -> None:
     kind = attention.Kind(head_dim=128, dtype="float16")
     for rows in (1, 32):
-        assert attention.grid_of(kind, problem(rows=rows, invariant=True), 132).splits == 4
+        assert decode_attention.grid_of(kind, problem(rows=rows, invariant=True), 132).splits == 4
     tiles = {problem(most_queries=most, invariant=True).query_tiles(kind) for most in (1, 2, 8, 500)}
     assert tiles == {4}
-    windowed = attention.grid_of(kind, problem(invariant=True, window=100), 132)
+    windowed = decode_attention.grid_of(kind, problem(invariant=True, window=100), 132)
     assert windowed.splits * attention.INVARIANT_PAGES * PAGE >= 100 + attention.FEW_QUERIES + 2 * (PAGE - 1)
 
 
@@ -193,9 +241,9 @@ def test_queries_that_share_keys_go_together_as_far_as_registers_allow() -> None
     small, large = (attention.Kind(head_dim=dim, dtype="float16") for dim in (128, 256))
     assert [small.query_tiles(count) for count in (1, 8, 9, 16, 17, 64)] == [1, 1, 2, 2, 4, 4]
     assert [large.query_tiles(count) for count in (8, 9, 64)] == [1, 2, 2]
-    assert attention.grid_of(small, problem(most_queries=8), 132).items == 1
-    assert attention.grid_of(small, problem(most_queries=8, kv_heads=1), 132).items == 8
-    assert attention.grid_of(small, problem(most_queries=500), 132).items == 1
+    assert decode_attention.grid_of(small, problem(most_queries=8), 132).items == 1
+    assert decode_attention.grid_of(small, problem(most_queries=8, kv_heads=1), 132).items == 8
+    assert decode_attention.grid_of(small, problem(most_queries=500), 132).items == 1
 
 
 def test_what_a_tile_sees_is_dealt_out_where_tiles_leave_multiprocessors_idle() -> None:
@@ -222,7 +270,7 @@ def test_rings_fit_every_chip(chip: Any, e4m3: bool) -> None:
             sources.append(attention_sm90.prefill_source(kind, chip))
             assert int(sources[-1].parameters["SLOTS"]) >= 4, sources[-1].name
         if tiles <= kind.query_tiles(64):
-            sources.append(attention.decode_source(kind, tiles, chip))
+            sources.append(decode_attention.decode_source(kind, tiles, chip))
         for source in sources:
             assert int(source.parameters["SHARED_BYTES"]) <= chip.shared_bytes, (source.name, chip.name)
 

@@ -14,7 +14,7 @@ from helpers.sharing import share
 
 from tersor import ops
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, jit
+from tersor.kernels import attention, attention_sm90, decode_attention, jit
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.shared_attention import shared_source
 from tersor.ops import current, dispatch, serve_attention
@@ -56,14 +56,16 @@ class Emulation(Workspace):
         partial = torch.full((floats,), NAN)
         return partial.data_ptr(), self.arrived.data_ptr(), partial
 
-    def grid(self, kind: Any, problem: Any, sms: int) -> attention.Grid:
-        return grid_of(kind, problem, sms) if self.splits is None else attention.Grid.of(kind, problem, self.splits)
+    def grid(self, kind: Any, problem: Any, sms: int) -> decode_attention.Grid:
+        if self.splits is None:
+            return grid_of(kind, problem, sms)
+        return decode_attention.Grid.of(kind, problem, self.splits)
 
     def wide_grid(self, kind: Any, problem: Any, sms: int) -> attention_sm90.Grid:
         return wide_grid_of(kind, problem, 3, self.splits)  # three SMs, so that each has several tiles in turn
 
 
-grid_of, wide_grid_of = attention.grid_of, attention_sm90.grid_of
+grid_of, wide_grid_of = decode_attention.grid_of, attention_sm90.grid_of
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(dispatch, "environment_reason", lambda dtype, device: "")
     monkeypatch.setattr(serve_attention.hardware, "of_device", lambda index: emulation.chip)
     monkeypatch.setattr(jit, "get", emulation.get)
-    monkeypatch.setattr(attention, "grid_of", emulation.grid)
+    monkeypatch.setattr(decode_attention, "grid_of", emulation.grid)
     monkeypatch.setattr(attention_sm90, "grid_of", emulation.wide_grid)
     monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
     monkeypatch.setattr(current, "stream", lambda index: 0)
@@ -136,6 +138,18 @@ def test_rows_of_few_tokens_are_those_of_the_reference(case: Case, splits: int, 
     device.splits = splits
     check(Step(case), device)
     assert all("decode" in name for name in device.launched)
+
+
+def test_rows_of_one_token_are_those_of_the_reference_beside_a_prompt(device: Emulation) -> None:
+    prefixes = (((0, 1, 2, *range(4, 10)), 1),)
+    case = Case(lengths=(65, 200, 129, 170, *[66] * 6), counts=(1, 1, 1, 40, *[1] * 6), prefixes=prefixes)
+    step = Step(case)
+    step.rows.most_few = 1
+    assert share(step.rows, step.form) is not None
+    found = check(step, device)
+    step.rows.settled = True
+    assert torch.equal(check(step, device), found)
+    assert [name for name in device.launched if "decode" in name] == ["tersor_attention_decode_1_shares_64_float16"]
 
 
 @pytest.mark.parametrize("length", [700, 8500])
@@ -320,7 +334,7 @@ def test_every_kernel_waits_for_the_one_ahead_and_lets_the_next_start(tiles: int
     kind = attention.Kind(head_dim=64, dtype="float16")
     sources = [module.prefill_source(kind, H200) for module in (attention, attention_sm90)]
     sources += [attention.append_source(kind), shared_source(kind, H200)]
-    sources += [attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
+    sources += [decode_attention.decode_source(kind, tiles, H200, shares) for shares in (False, True)]
     for source in sources:
         text = nvrtc.compile_source(source, "compute_90a").data
         assert b"griddepcontrol.wait" in text and b"griddepcontrol.launch_dependents" in text

@@ -136,8 +136,9 @@ def command(
                     decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
                 )
                 length = -(-max(contexts) // PAGE) * PAGE
+                most = max(batches)
                 ahead.compile_for(
-                    decoder, Steps(tokens=max(batches), queries=1, length=length, pages=pages.pages_dtype)
+                    decoder, Steps(tokens=most, rows=most, queries=1, length=length, pages=pages.pages_dtype)
                 )
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":

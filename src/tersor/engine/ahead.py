@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tersor.checkpoint.source import Source
-from tersor.engine.config import EngineConfig
+from tersor.engine.config import MANY_ROWS, EngineConfig
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import Activations, float_dtype_or_auto
 from tersor.hardware import Chip
@@ -64,7 +64,14 @@ def steps_of(config: EngineConfig, context: int, *, draws: bool = True) -> Steps
     longest = min(config.max_length or context, context)
     queries = min(config.max_step_tokens, longest)
     length = -(-longest // PAGE) * PAGE
-    return Steps(tokens=config.max_step_tokens, queries=queries, length=length, pages=config.pages_dtype, draws=draws)
+    return Steps(
+        tokens=config.max_step_tokens,
+        rows=min(config.max_rows or MANY_ROWS, config.max_step_tokens),
+        queries=queries,
+        length=length,
+        pages=config.pages_dtype,
+        draws=draws,
+    )
 
 
 def compile_all(sources: Sequence[KernelSource], chip: Chip, stop: threading.Event | None = None) -> None:

@@ -24,7 +24,8 @@ class Order(NamedTuple):
         shares: whether rows read pages together, as in `Layout`: 0 or 1.
         draws: rows that draw.
         more: places of tokens whose logits are wanted beside, behind the step in its buffer.
-        most_queries, most_length: tokens that a row has at most, and that a text can have.
+        most_queries, most_few, most_length: tokens that a row has at most, those that a row of few has, as in
+            `ops.Rows`, and those that a text can have.
     """
 
     graph: int
@@ -35,7 +36,13 @@ class Order(NamedTuple):
     draws: int
     more: int
     most_queries: int
+    most_few: int
     most_length: int
+
+    @property
+    def most(self) -> tuple[int, int, int]:
+        """The last three, as `step_buffer.rows_on` takes them."""
+        return self.most_queries, self.most_few, self.most_length
 
     @property
     def layout(self) -> Layout:

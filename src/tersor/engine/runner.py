@@ -23,7 +23,7 @@ from tersor.engine.orders import END, Line, Order
 from tersor.engine.request import Step
 from tersor.engine.sampler import Sampler
 from tersor.engine.shared_pages import SharedPages, shared_pages
-from tersor.engine.step_buffer import Layout, fill, prompt_places, rows_on
+from tersor.engine.step_buffer import Layout, fill, most_tokens, prompt_places, rows_on
 from tersor.errors import TersorError
 from tersor.kernels.tune.shared_pages import LEAST_ROWS
 from tersor.models import Decoder
@@ -160,12 +160,12 @@ class Runner:
 
         A step of the most rows follows, all of which draw, and could read pages together where rows can.
         """
-        shares = self.costs is not None and not ops.batch_invariant()
+        shares, most = self.costs is not None and not ops.batch_invariant(), min(tokens, self.max_length)
         few = min(-(-tokens // self.max_length), self.max_rows)
         for layout in (Layout(tokens, few, self._pages), Layout(1, self.max_rows, self._pages, shares)):
             views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
             views["slots"].fill_(self.max_rows)
-            logits, _, lengths = self._logits(views, layout.rows, min(tokens, self.max_length), self._pages * PAGE)
+            logits, _, lengths = self._logits(views, layout.rows, (most, most, self._pages * PAGE))
             self._draw(logits, views, lengths, False)
 
     @torch.inference_mode()
@@ -187,7 +187,7 @@ class Runner:
                 self._lines[request.slot, : len(request.pages)] = request.pages
         assert self.sampler is not None, "the first rank alone launches steps"
         self.sampler.prepare(step, masks)
-        size, most_queries = self._graph_size(step), 1
+        size, most = self._graph_size(step), (1, 1)
         shared = self._shared(step, size or len(step.rows))
         captured = None if size is None else (self.graphs if shared is None else self.sharing)[size]
         places, targets, asks = ([], [], []) if captured else prompt_places(step)
@@ -195,7 +195,7 @@ class Runner:
             layout = captured.layout
         else:
             longest = max(row.start + row.count for row in step.rows)
-            most_queries = max(row.count for row in step.rows)
+            most = most_tokens(step)
             layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE), shared is not None)
         order = Order(
             graph=layout.rows if captured else 0,
@@ -205,7 +205,8 @@ class Runner:
             shares=int(layout.shares),
             draws=len(step.drawing),
             more=len(places),
-            most_queries=most_queries,
+            most_queries=most[0],
+            most_few=most[1],
             most_length=layout.pages * PAGE,
         )
         staged = self._stage(order.size)
@@ -282,7 +283,7 @@ class Runner:
         views = order.layout.split(numbers)
         if order.more:
             views["places"] = torch.cat([views["places"][: order.draws], numbers[order.layout.size :]])
-        logits, states, lengths = self._logits(views, order.draws + order.more, order.most_queries, order.most_length)
+        logits, states, lengths = self._logits(views, order.draws + order.more, order.most)
         return logits, states, views, lengths
 
     def _stage(self, size: int) -> torch.Tensor:
@@ -299,17 +300,17 @@ class Runner:
         self,
         views: dict[str, torch.Tensor],
         count: int,
-        most_queries: int,
-        most_length: int,
+        most: tuple[int, int, int],
         everywhere: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the model; return logits [count, V], last states [count, H] and lengths of texts, int32 [count].
 
         All are of the first places; of all tokens in their order where they are wanted `everywhere`.
+        `most` is that of `Order`.
         """
         places = views["places"][:count]
         tokens, lengths = ops.resolve(views["tokens"], self._newest, views["starts"], views["lengths"], places)
-        rows = rows_on(views, most_queries, most_length)
+        rows = rows_on(views, *most)
         with ops.using(workspace=self.workspace):
             states = self.decoder.states(tokens, rows, self.caches, None if everywhere else places)
             return self.decoder.logits(states), states, lengths
@@ -332,7 +333,7 @@ class Runner:
 
     def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
-        logits, _, lengths = self._logits(views, count, 1, self._pages * PAGE, everywhere=True)
+        logits, _, lengths = self._logits(views, count, (1, 1, self._pages * PAGE), everywhere=True)
         return self._draw(logits, views, lengths, False)[0]
 
     def _publish(

@@ -15,6 +15,7 @@ import numpy as np
 
 from tersor.engine.request import prompt_targets
 from tersor.engine.shared_pages import SharedPages, shared_size, write_nothing
+from tersor.kernels.attention import FEW_QUERIES
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +141,14 @@ def tokens_of(row: Row) -> Sequence[int]:
     return [*request.tokens(row.start, end - 1), -1 - request.slot]
 
 
-def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int) -> Rows:
-    """Return the rows of a step whose buffer is on the device.
+def most_tokens(step: Step) -> tuple[int, int]:
+    """Return the most new tokens that a row of a step has, and those of rows of few, as `ops.Rows.most_few`."""
+    counts = [row.count for row in step.rows]
+    return max(counts), max((count for count in counts if count <= FEW_QUERIES), default=1)
+
+
+def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_few: int, most_length: int) -> Rows:
+    """Return the rows of a step whose buffer is on the device, with what the host knows of them.
 
     They are settled: a copy has brought them, and pages hold what steps before this one wrote. A step's first kernel
     stands behind that copy, or is the first of a graph, so it starts when all before it has ended.
@@ -149,7 +156,7 @@ def rows_on(views: dict[str, torch.Tensor], most_queries: int, most_length: int)
     from tersor.ops.attention_form import Rows
 
     shared = views["shared"] if len(views["shared"]) else None
-    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length, True, shared)
+    return Rows(views["starts"], views["lengths"], views["pages"], most_queries, most_length, True, shared, most_few)
 
 
 def prompt_places(step: Step) -> tuple[list[int], list[int], list[int]]:

@@ -1,5 +1,7 @@
-"""Attention over pages: attention/decode.cuh for rows of few new tokens; append.cuh, then prefill.cuh, for the others.
-Ahead of decode.cuh, what some of its rows read together (`kernels.shared_attention`).
+"""Attention over pages: append.cuh, then prefill.cuh, for rows of many new tokens, and what all its kernels are told.
+
+`kernels.decode_attention` has decode.cuh for rows of few new tokens and, ahead of it, `kernels.shared_attention` what
+some of them read together.
 
 On compute capability 9.0 `kernels.attention_sm90` has another kernel in place of prefill.cuh.
 
@@ -32,9 +34,6 @@ _TILE = 16
 """Tokens that a warp of decode.cuh multiplies at a time."""
 QUERIES = 8
 """Columns of its products."""
-_MOST_STAGES = 4
-_MOST_SPLITS = 64
-_CTAS_OF_SM = 2
 _APPEND_THREADS = 256
 _LOG2E = math.log2(math.e)
 _RESERVED = 1024
@@ -99,37 +98,13 @@ def most_parts(rows: int) -> int:
 
 def stages(chip: Chip, of_stage: int, rest: int, least: int, most: int) -> int:
     """Return the stages of a ring so that two CTAs fit an SM or, where those would have fewer than `least`, one."""
-    both = (chip.shared_bytes - 2 * _RESERVED - 2 * rest) // (2 * of_stage)
-    alone = (chip.shared_bytes - rest) // of_stage
-    return min(both, most) if both >= least else max(min(alone, least), 1)
+    both = stages_beside(chip, of_stage, rest, 2)
+    return min(both, most) if both >= least else max(min((chip.shared_bytes - rest) // of_stage, least), 1)
 
 
-@functools.cache
-def decode_source(kind: Kind, query_tiles: int, chip: Chip, shares: bool = False) -> KernelSource:
-    """Return the kernel for rows of few new tokens; its ring is as deep as the chip's shared memory allows.
-
-    Args:
-        kind: what all its kernels are compiled for.
-        query_tiles: of `Problem.query_tiles`.
-        chip: where it runs.
-        shares: whether some rows read pages together.
-    """
-    queries = QUERIES * query_tiles
-    rest = queries * kind.query_stride + 2 * FEW_QUERIES * (kind.row_stride + 4)
-    depth = stages(chip, _WARPS * kind.tokens_of_16, rest, 2, _MOST_STAGES)
-    sums = 4 * _WARPS * queries * (kind.head_dim + 6)
-    return KernelSource(
-        name=f"tersor_attention_decode_{query_tiles}_{'shares_' if shares else ''}{kind.name}",
-        header="attention/decode.cuh",
-        parameters={
-            **kind.parameters,
-            "QUERY_TILES": query_tiles,
-            "STAGES": depth,
-            "SHARES": shares,
-            "SHARED_BYTES": max(depth * _WARPS * kind.tokens_of_16, sums) + rest,
-        },
-        arguments="PPPPPPPPPPPPPPqiiiiiiiiiiiffff",
-    )
+def stages_beside(chip: Chip, of_stage: int, rest: int, ctas: int) -> int:
+    """Return the most stages with which rings of so many CTAs, and the `rest` of their shared memory, fit an SM."""
+    return (chip.shared_bytes - ctas * (_RESERVED + rest)) // (ctas * of_stage)
 
 
 @functools.cache
@@ -175,6 +150,7 @@ class Problem:
         table_stride: pages of a row in the table.
         invariant: whether a row's bits must not depend on the others.
         shares: whether some rows read pages together.
+        most_few: bound of the new tokens of rows that have up to FEW_QUERIES.
     """
 
     rows: int
@@ -192,6 +168,7 @@ class Problem:
     table_stride: int
     invariant: bool
     shares: bool = False
+    most_few: int = FEW_QUERIES
 
     @property
     def scores(self) -> tuple[int, float, float]:
@@ -202,9 +179,14 @@ class Problem:
         return window, self.scale / self.softcap, self.softcap * _LOG2E
 
     @property
+    def few(self) -> int:
+        """Most new tokens of a row of few."""
+        return min(self.most_few, self.most_queries, FEW_QUERIES)
+
+    @property
     def shared_queries(self) -> int:
         """Most queries of a row of few tokens that share keys."""
-        return min(self.most_queries, FEW_QUERIES) * (self.heads // self.kv_heads)
+        return self.few * (self.heads // self.kv_heads)
 
     def tiles(self, queries: int, of_token: int = 1) -> int:
         """Return in how many tiles the rows of many new tokens are at most, 1 or more.
@@ -222,120 +204,10 @@ class Problem:
         return kind.query_tiles(FEW_QUERIES * (self.heads // self.kv_heads) if self.invariant else self.shared_queries)
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How decode.cuh runs.
-
-    Attributes:
-        splits: most parts of a row's text.
-        items: parts of the queries that share keys.
-        part_queries: queries of a split in what splits exchange.
-        slots: parts of a row in what splits exchange: its splits, and as many as may be read together with others.
-        floats, counters: float32 sums and counters that splits exchange; zero with one part.
-    """
-
-    splits: int
-    items: int
-    part_queries: int
-    slots: int
-    floats: int
-    counters: int
-
-    @staticmethod
-    def of(kind: Kind, problem: Problem, splits: int) -> Grid:
-        """Return how a problem runs in at most so many splits."""
-        queries = QUERIES * problem.query_tiles(kind)
-        items = -(-problem.shared_queries // queries)
-        slots = splits + (most_parts(problem.rows) if problem.shares else 0)
-        if slots == 1:
-            return Grid(1, items, 0, 1, 0, 0)
-        of_row = problem.heads // problem.kv_heads if problem.shares else problem.shared_queries
-        groups, part_queries = problem.rows * problem.kv_heads * items, min(queries, of_row + 1) & ~1
-        return Grid(splits, items, part_queries, slots, groups * slots * part_queries * (kind.head_dim + 2), groups)
-
-
-def grid_of(kind: Kind, problem: Problem, sms: int) -> Grid:
-    """Return how a problem runs on a GPU of so many SMs."""
-    groups = problem.rows * problem.kv_heads * Grid.of(kind, problem, 1).items
-    pages = max(problem.most_pages, 1)
-    if problem.window is not None:  # pages that the tokens of a row of few can see
-        pages = min(pages, -(-(problem.window + FEW_QUERIES) // PAGE) + 1)
-    if problem.invariant:
-        splits = -(-pages // INVARIANT_PAGES)
-    elif problem.shares and problem.most_queries > 1:  # parts have room for rows of one new token
-        splits = 1
-    else:
-        splits = max(1, min(_CTAS_OF_SM * sms // groups, _MOST_SPLITS, pages))
-    return Grid.of(kind, problem, splits)
-
-
-DecodeLaunch: TypeAlias = Callable[..., None]
-"""Launches decode.cuh on one prepared problem: `launch` in `prepare_decode`."""
 AppendLaunch: TypeAlias = Callable[..., None]
 """Launches append.cuh on one prepared problem: `launch` in `prepare_append`."""
 PrefillLaunch: TypeAlias = Callable[..., None]
 """Launches prefill.cuh, or sm90_prefill.cuh, on one prepared problem: `launch` in their modules' `prepare_prefill`."""
-
-
-def prepare_decode(function: Function, problem: Problem, grid: Grid) -> DecodeLaunch:
-    """Return what launches attention of the rows of few new tokens, and writes zeros for padding.
-
-    Args:
-        function: `decode_source`, loaded.
-        problem: what the host knows.
-        grid: of `grid_of`.
-    """
-    size, block = (grid.splits, problem.kv_heads * grid.items, problem.rows), (32 * _WARPS, 1, 1)
-    shared_bytes, run = int(function.source.parameters["SHARED_BYTES"]), function.launch
-    window, scale, soft = problem.scores
-    pages = INVARIANT_PAGES if problem.invariant else 0
-
-    def launch(
-        *,
-        stream: int,
-        qkv: int,
-        stride: int,
-        pages_of_layer: int,
-        scales: int,
-        starts: int,
-        lengths: int,
-        table: int,
-        rotary: int,
-        norms: tuple[int, int],
-        sinks: int,
-        wide_sinks: bool,
-        out: int,
-        partial: int,
-        arrived: int,
-        shared: int,
-        settled: bool,
-        early: bool,
-    ) -> None:
-        """Launch; what is not there has the address 0.
-
-        Args:
-            stream: handle of the stream.
-            qkv, stride: address of [tokens, (heads + 2 kv heads) * head_dim], and elements from a token to the next.
-            pages_of_layer, scales: addresses of the pages and of what their e4m3 numbers are multiplied with.
-            starts, lengths, table: addresses of `Rows`.
-            rotary, norms: addresses of the float32 table, and of the weights for queries and keys.
-            sinks, wide_sinks: address, and whether they are float32.
-            out: address of [tokens, heads * head_dim].
-            partial, arrived: addresses of `Grid.floats` and `Grid.counters`, these zero, which they are again after.
-            shared: address of `Rows.shared`, whose parts are in `partial` already.
-            settled: as in `Rows`.
-            early: whether the kernel may start before the one ahead has ended.
-        """
-        # fmt: off
-        arguments = (
-            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, sinks, out, partial, arrived, shared,
-            stride, problem.table_stride, problem.tokens, problem.heads, problem.kv_heads, problem.rotary_dim, window,
-            wide_sinks, settled, grid.part_queries, pages, grid.slots, scale, soft, problem.eps, problem.offset,
-        )
-        # fmt: on
-        run(size, block, shared_bytes, stream, arguments, early)
-
-    return launch
 
 
 def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
@@ -363,7 +235,7 @@ def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
         out: int,
         early: bool,
     ) -> None:
-        """Launch; arguments are those of `prepare_decode`."""
+        """Launch; arguments are those of `decode_attention.prepare_decode`."""
         # fmt: off
         run(size, block, 0, stream, (
             qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.rows,
@@ -399,7 +271,7 @@ def prepare_prefill(function: Function, problem: Problem) -> PrefillLaunch:
         out: int,
         early: bool,
     ) -> None:
-        """Launch; arguments are those of `prepare_decode`."""
+        """Launch; arguments are those of `decode_attention.prepare_decode`."""
         # fmt: off
         run(size, block, shared, stream, (
             pages_of_layer, scales, starts, lengths, table, sinks, out, problem.rows, problem.table_stride,

@@ -175,7 +175,7 @@ def prepare_prefill(function: Function, kind: Kind, problem: Problem, grid: Grid
         taken: int,
         early: bool,
     ) -> None:
-        """Launch; arguments are those of `kernels.attention.prepare_decode`, and others.
+        """Launch; arguments are those of `kernels.decode_attention.prepare_decode`, and others.
 
         Args:
             page_count: how many pages there are.

@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 from tersor.hardware import Chip
 from tersor.kernels import attention_sm90
-from tersor.kernels.attention import PAGE, SHARED_QUERIES, Grid, Kind, Problem, stages
+from tersor.kernels.attention import PAGE, SHARED_QUERIES, Kind, Problem, stages
+from tersor.kernels.decode_attention import Grid
 from tersor.kernels.jit import Function, KernelSource
 
 _THREADS = 128
@@ -88,7 +89,7 @@ def prepare_shared(
         settled: bool,
         early: bool,
     ) -> None:
-        """Launch; arguments are those of `attention.prepare_decode`, and `page_count`: how many pages there are."""
+        """Launch; arguments are those of `decode_attention.prepare_decode`, and `page_count`: pages that there are."""
         maps = (attention_sm90.map_of(kind, problem, pages_of_layer, page_count),) if by_groups else ()
         # fmt: off
         arguments = (

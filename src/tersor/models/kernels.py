@@ -31,13 +31,15 @@ class Steps:
 
     Attributes:
         tokens: of a step at most.
-        queries: of a row in it at most.
+        rows: of a step at most.
+        queries: tokens of a row in it at most.
         length: tokens of a text at most, whole pages.
         pages: dtype of keys and values; `None` is that of activations.
         draws: whether tokens are drawn here.
     """
 
     tokens: int
+    rows: int
     queries: int
     length: int
     pages: torch.dtype | None = None
@@ -168,7 +170,7 @@ def _asked(
     elif isinstance(part, NormWeights):
         yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):
-        yield from needed.attention(part, dtype, steps.pages or dtype, steps.queries, steps.length, chip)
+        yield from needed.attention(part, dtype, steps.pages or dtype, steps.rows, steps.queries, steps.length, chip)
     elif isinstance(part, Embedding):
         yield from _rows(part, dtype)
     elif isinstance(part, Activated):

@@ -15,9 +15,9 @@ from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 _library = torch.library.Library("tersor", "FRAGMENT")
 _library.define(
     "attend(Tensor qkv, Tensor(a!) pages, Tensor(b!)? scales, Tensor starts, Tensor lengths, Tensor table, "
-    "int most_queries, int most_length, bool settled, Tensor? shared, Tensor? rotary, Tensor? query_norm, "
-    "Tensor? key_norm, Tensor? sinks, int heads, int kv_heads, int head_dim, float scale, int rotary_dim, int? window, "
-    "float? softcap, float? norm_eps, float norm_offset) -> Tensor"
+    "int most_queries, int most_length, bool settled, Tensor? shared, int? most_few, Tensor? rotary, "
+    "Tensor? query_norm, Tensor? key_norm, Tensor? sinks, int heads, int kv_heads, int head_dim, float scale, "
+    "int rotary_dim, int? window, float? softcap, float? norm_eps, float norm_offset) -> Tensor"
 )
 
 _operator = torch.ops.tersor.attend
@@ -70,6 +70,7 @@ def attend(
         rows.most_length,
         rows.settled,
         rows.shared,
+        rows.most_few,
         rotary,
         query_norm,
         key_norm,
@@ -102,6 +103,7 @@ def _arguments(
     most_length: int,
     settled: bool,
     shared: torch.Tensor | None,
+    most_few: int | None,
     rotary: torch.Tensor | None,
     query_norm: torch.Tensor | None,
     key_norm: torch.Tensor | None,
@@ -128,7 +130,7 @@ def _arguments(
         norm_eps=norm_eps,
         norm_offset=norm_offset,
     )
-    rows = Rows(starts, lengths, table, most_queries, most_length, settled, shared)
+    rows = Rows(starts, lengths, table, most_queries, most_length, settled, shared, most_few)
     norms = None if query_norm is None or key_norm is None else (query_norm, key_norm)
     return qkv, PagedCache(pages, scales), rows, form, rotary, norms, sinks
 

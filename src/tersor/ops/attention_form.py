@@ -93,6 +93,8 @@ class Rows:
             its rows have these pages in their tables, and their new tokens are not in them; with the heads that share
             keys, they are no more than `kernels.attention.SHARED_QUERIES` queries. Of every row the parts 0, 1, ...
             are all there, up to `kernels.attention.most_parts`, and their pages are those before its own first one.
+        most_few: the host knows that no row of up to `kernels.attention.FEW_QUERIES` new tokens has more; `None` is
+            what `most_queries` says of them. Where long prompts stand beside rows of one token, it makes those faster.
     """
 
     starts: torch.Tensor
@@ -102,6 +104,7 @@ class Rows:
     most_length: int
     settled: bool = False
     shared: torch.Tensor | None = None
+    most_few: int | None = None
 
     @staticmethod
     def of_text(count: int, device: torch.device) -> Rows:

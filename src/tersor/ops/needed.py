@@ -17,6 +17,7 @@ from tersor.kernels import attention as attention_kernels
 from tersor.kernels import (
     attention_sm90,
     deciding,
+    decode_attention,
     dense,
     experts,
     norms,
@@ -205,13 +206,14 @@ def combine(dtype: torch.dtype) -> Iterator[KernelSource]:
 
 
 def attention(
-    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, queries: int, length: int, chip: Chip
+    form: AttentionForm, dtype: torch.dtype, pages: torch.dtype, rows: int, queries: int, length: int, chip: Chip
 ) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.attend`.
 
     Args:
         form: of the layer.
         dtype, pages: dtypes of activations, and of keys and values.
+        rows: of a step at most.
         queries: new tokens of a row at most.
         length: tokens of a text at most, whole pages.
         chip: the GPU.
@@ -224,9 +226,10 @@ def attention(
     shares = serve_attention.shares(form, length) and not invariant
     counts = [few] if invariant else range(1, min(queries, few) + 1)
     for tiles in sorted({kind.query_tiles(count * of_token) for count in counts}):
-        yield attention_kernels.decode_source(kind, tiles, chip)
+        crowds = {False, decode_attention.is_crowded(kind, rows, form.kv_heads, invariant, chip.sms)}
+        yield from dict.fromkeys(decode_attention.decode_source(kind, tiles, chip, crowded=one) for one in crowds)
         if shares:
-            yield attention_kernels.decode_source(kind, tiles, chip, shares=True)
+            yield decode_attention.decode_source(kind, tiles, chip, shares=True)
     if shares:
         yield shared_attention.shared_source(kind, chip)
     if queries > few:

@@ -12,8 +12,9 @@ import torch
 
 from tersor import hardware
 from tersor.errors import ShapeError
-from tersor.kernels import attention, attention_sm90, jit, shared_attention
-from tersor.kernels.attention import AppendLaunch, DecodeLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels import attention, attention_sm90, decode_attention, jit, shared_attention
+from tersor.kernels.attention import AppendLaunch, Kind, PrefillLaunch, Problem
+from tersor.kernels.decode_attention import DecodeLaunch
 from tersor.kernels.shared_attention import SharedLaunch
 from tersor.kernels.tune.shared_pages import SharedCosts, shared_costs
 from tersor.ops import attention_reference, current, dispatch, mode
@@ -120,10 +121,10 @@ def _check_rows(rows: Rows) -> None:
                 f"attend: shared pages of rows are {list(shared.shape)} {shared.dtype}, expected contiguous int32 "
                 f"[1 + 3 x {count} + 5 C]"
             )
-    if rows.most_queries < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
+    if min(rows.most_queries, rows.most_few or 0) < 0 or not 0 <= rows.most_length <= rows.pages.shape[1] * PAGE:
         raise ShapeError(
-            f"attend: rows have up to {rows.most_queries} new tokens of {rows.most_length}, their tables hold "
-            f"{rows.pages.shape[1]} pages of {PAGE}"
+            f"attend: rows have up to {rows.most_queries} new tokens (few: {rows.most_few}) of {rows.most_length}, "
+            f"their tables hold {rows.pages.shape[1]} pages of {PAGE}"
         )
 
 
@@ -183,7 +184,7 @@ class Prepared:
         append, prefill: serve the others, one after the other; `None` where there are none.
         behind: floats and counters ahead of those that the kernel of `kernels.attention_sm90` has; `None` where another
             prefills.
-        floats, counters: as in `kernels.attention.Grid`, and those of prefill.
+        floats, counters: as in `kernels.decode_attention.Grid`, and those of prefill.
     """
 
     shared: SharedLaunch | None
@@ -203,6 +204,7 @@ def _prepared(
     rows: int,
     tokens: int,
     most_queries: int,
+    most_few: int,
     most_pages: int,
     table_stride: int,
     invariant: bool,
@@ -221,19 +223,21 @@ def _prepared(
         eps=form.norm_eps or 0.0,
         offset=form.norm_offset,
         most_queries=most_queries,
+        most_few=most_few,
         most_pages=most_pages,
         table_stride=table_stride,
         invariant=invariant,
         shares=shares,
     )
-    grid = attention.grid_of(kind, problem, chip.sms)
+    grid = decode_attention.grid_of(kind, problem, chip.sms)
     tiles = problem.query_tiles(kind)
-    decode = jit.get(attention.decode_source(kind, tiles, chip, shares), index)
+    crowded = decode_attention.is_crowded(kind, rows, form.kv_heads, invariant, chip.sms)
+    decode = jit.get(decode_attention.decode_source(kind, tiles, chip, shares, crowded), index)
     shared = None
     if shares:
         function = jit.get(shared_attention.shared_source(kind, chip), index)
         shared = shared_attention.prepare_shared(function, kind, problem, grid, attention.QUERIES * tiles, chip.sms)
-    once = attention.prepare_decode(decode, problem, grid)
+    once = decode_attention.prepare_decode(decode, problem, grid)
     if most_queries <= attention.FEW_QUERIES:
         return Prepared(shared, once, None, None, None, grid.floats, grid.counters)
     append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem)
@@ -270,6 +274,7 @@ def attend(
     if table.stride(1) != 1:
         table = table.contiguous()
     kind = Kind(head_dim=form.head_dim, dtype=_DTYPES[qkv.dtype], e4m3=cache.scales is not None)
+    most = max(rows.most_queries, 1)
     now, chip, stream = mode.current(), hardware.of_device(index), current.stream(index)
     plan = rows.shared
     if now.batch_invariant or not shares(form, rows.most_length):
@@ -280,7 +285,8 @@ def attend(
         index,
         count,
         tokens,
-        max(rows.most_queries, 1),
+        most,
+        most if rows.most_few is None else max(min(rows.most_few, most), 1),
         -(-rows.most_length // PAGE),
         table.stride(0),
         now.batch_invariant,

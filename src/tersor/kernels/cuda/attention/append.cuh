@@ -62,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
     const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
     const head::Weights of_queries = head::load_weights(form_of(0)), of_keys = head::load_weights(form_of(heads));
     const auto give = [&](int head, const head::Own& one) {
-        const head::Ready ready = head::finish(one, turns, head < heads ? of_queries : of_keys, form_of(head));
+        const head::Weights weights = head::one_of(head < heads, of_queries, of_keys);
+        const head::Ready ready = head::finish(one, turns, weights, form_of(head));
         if (head < heads) {
             u16* to = queries + (static_cast<long long>(token) * heads + head) * pages::kDim;
             head::give_query(ready, [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });

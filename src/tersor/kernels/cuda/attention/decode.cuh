@@ -8,8 +8,10 @@
 // no kernel which may still run writes them, nor the tables of rows. Keys and values of new tokens come from qkv:
 // each CTA whose split has some puts them among its 16 tokens, and one writes them to their page, which nobody reads in
 // this launch. A split without a token leaves at once, and so do rows of more tokens, which prefill.cuh serves. Where some
-// rows read pages together (SHARES), shared.cuh has left parts of them in `partial`, ahead of those of the splits.
-// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), STAGES of a ring, SHARES (0 or 1), SHARED_BYTES.
+// rows read pages together (SHARES), shared.cuh has left parts of them in `partial`, ahead of those of the splits: the
+// first split adds them up while its pages are under way, whose numbers have been asked for beside the row's lengths.
+// Parameters: those of pages.cuh, QUERY_TILES (1, 2 or 4), CTAS of a multiprocessor, STAGES of a ring, SHARES (0 or 1),
+// SHARED_BYTES.
 #pragma once
 
 #include "attention/head.cuh"
@@ -60,7 +62,7 @@ __device__ __forceinline__ void put_new(u32 place, u32 fresh, u32 fresh_scales, 
 
 }  // namespace decode
 
-extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
+extern "C" __global__ void __launch_bounds__(decode::kThreads, CTAS) TERSOR_ENTRY(
     const u16* __restrict__ qkv,          // [tokens, heads + 2 kv heads, HEAD_DIM]: queries, keys, values
     unsigned char* all,                   // pages
     float* scales,                        // [P, 2, kv heads, 64], of pages in e4m3
@@ -102,37 +104,57 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     const bool padding = length == 0;
     plan::Own own = {};
     if constexpr (kShares) own = plan::own(shared_plan, gridDim.z, row);
+    int first_pages[2] = {};  // a lane has every 32nd of the row's first 64
+    if constexpr (kEarly) {
+        const int* row_table = table + static_cast<long long>(row) * table_stride;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (lane + 32 * i < table_stride) first_pages[i] = __ldcg(row_table + lane + 32 * i);
+        }
+    }
     const Split split = split_of(length, known, window, own.begin, gridDim.x, blockIdx.x, split_pages);
     const int queries = min(fresh * group - base, kQueries);
     const bool works = !padding && fresh <= pages::kMostFew && queries > 0 && split.first < split.end;
     const u32 memory = ptx::shared_address(attention_memory);
     const u32 ring = memory + warp * STAGES * tile::kBytes;
 
-    // The warp's tokens of page i of the split; a lane has the number of every 32nd page.
+    // The warp's tokens of page i of the split; a lane has the number of every 32nd page, counted from the split's first or,
+    // where rows share pages, from the row's.
     const int slot = warp * tile::kTokens;
     int pages_left = 0, page_of_lane = 0;
     if (works) {
         pages_left = split.end - split.first;
         if ((split.end - 1) * pages::kTokens + slot >= length) --pages_left;
     }
-    const int* row_table = table + static_cast<long long>(row) * table_stride + split.first;
+    const int* split_table = table + static_cast<long long>(row) * table_stride + split.first;
+    const auto page_of = [&](int i) {
+        if constexpr (kEarly) {
+            const int at = split.first + i;
+            if (at < 64) return __shfl_sync(~0u, at < 32 ? first_pages[0] : first_pages[1], at % 32);
+            if (at % 32 == 0 || i == 0) {
+                const int mine = i - at % 32 + lane;
+                page_of_lane = mine < pages_left ? __ldcg(split_table + mine) : 0;
+            }
+            return __shfl_sync(~0u, page_of_lane, at % 32);
+        }
+        if (i % 32 == 0) page_of_lane = i + lane < pages_left ? __ldcg(split_table + i + lane) : 0;
+        return __shfl_sync(~0u, page_of_lane, i % 32);
+    };
     const auto fetch = [&](int i) {
         if (i >= pages_left) {
             ptx::copy_async_commit();
             ptx::copy_async_commit();
             return;
         }
-        if (i % 32 == 0) page_of_lane = i + lane < pages_left ? __ldcg(row_table + i + lane) : 0;
-        const int page = __shfl_sync(~0u, page_of_lane, i % 32);
         const int there = known - (split.first + i) * pages::kTokens - slot;
-        tile::fetch(ring + i % STAGES * tile::kBytes, all, scales, page, kv_heads, kv_head, slot, there);
+        tile::fetch(ring + i % STAGES * tile::kBytes, all, scales, page_of(i), kv_heads, kv_head, slot, there);
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) fetch(i);
     int new_pages[2] = {};  // the last but one page and the last: at most 8 new tokens are in no other
     if (works) {
-        new_pages[0] = __ldcg(row_table + max(split.end - split.first - 2, 0));
-        new_pages[1] = __ldcg(row_table + split.end - split.first - 1);
+        new_pages[0] = __ldcg(split_table + max(split.end - split.first - 2, 0));
+        new_pages[1] = __ldcg(split_table + split.end - split.first - 1);
     }
     if (settled) launch::wait_for_earlier();
 
@@ -191,14 +213,31 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             if (writes) scales[at] = of_token;
         }
     };
+    Sums sums = {};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sums.largest[t][i] = pages::lowest();
+    }
+    const bool takes_parts = kShares && blockIdx.x == 0;
+    const auto take_parts = [&] {
+        const long long ticket = static_cast<long long>(row) * gridDim.y + blockIdx.y;
+        const long long part = part_queries * (kDim + 2);
+        const float* parts = partial + ticket * slots * part;
+#pragma unroll 1
+        for (int i = warp; i < own.parts; i += kWarps) add_part(sums, parts + i * part, part_queries, queries);
+    };
+    if (kEarly && takes_parts && warp >= jobs) take_parts();
     for (int job = warp; job < jobs; job += 2 * kWarps) {
         const bool two = job + kWarps < jobs;
         const head::Raw one = head::load(source_of(job), form_of(job), position_of(job));
         head::Raw other = {};
         if (two) other = head::load(source_of(job + kWarps), form_of(job + kWarps), position_of(job + kWarps));
+        if (kEarly && takes_parts && job == warp) take_parts();
         give(job, one);
         if (two) give(job + kWarps, other);
     }
+    if (!kEarly && takes_parts) take_parts();
     for (int i = threadIdx.x; i < (kQueries - queries) * pages::kQueryStride / 4; i += kThreads) {
         ptx::store_shared(memory + kQueriesAt + queries * pages::kQueryStride + i * 4, 0);
     }
@@ -218,14 +257,10 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
         }
     }
     int last[kTiles][2];
-    Sums sums = {};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            last[t][i] = known + min((base + 8 * t + 2 * (lane % 4) + i) / group, fresh - 1);
-            sums.largest[t][i] = pages::lowest();
-        }
+        for (int i = 0; i < 2; ++i) last[t][i] = known + min((base + 8 * t + 2 * (lane % 4) + i) / group, fresh - 1);
     }
 #pragma unroll 1
     for (int i = 0; i < pages_left; ++i) {
@@ -301,21 +336,6 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
             total.w += four.w * factor;
         }
         if (alone) {
-            if constexpr (kShares) {
-                const float* scores = parts + part_queries * kDim + query;
-#pragma unroll 4
-                for (int i = 0; i < own.parts; ++i) {
-                    const float other = __ldcg(scores + i * part), most = fmaxf(largest, other);
-                    const float4 four = __ldcg(reinterpret_cast<const float4*>(parts + i * part + query * kDim + channel));
-                    const float factor = ptx::power_of_two(largest - most), of_other = ptx::power_of_two(other - most);
-                    weights = weights * factor + __ldcg(scores + i * part + part_queries) * of_other;
-                    total.x = total.x * factor + four.x * of_other;
-                    total.y = total.y * factor + four.y * of_other;
-                    total.z = total.z * factor + four.z * of_other;
-                    total.w = total.w * factor + four.w * of_other;
-                    largest = most;
-                }
-            }
             const float sink = of_heads.of(kv_head * group + (base + query) % group);
             write(result_of(query) + channel, total, sinks::last_factor(largest, weights, sink));
         } else {
@@ -333,6 +353,6 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads, 2) TERSOR_ENTRY(
     if (comes_last) arrived[ticket] = 0;
     for (int query = warp; query < queries; query += kWarps) {
         const float sink = of_heads.of(kv_head * group + (base + query) % group);
-        merge(parts, part_queries, query, own.parts + split.count, sink, result_of(query));
+        merge(parts + own.parts * part, part_queries, query, split.count, sink, result_of(query));
     }
 }

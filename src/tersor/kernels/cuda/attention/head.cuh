@@ -33,6 +33,17 @@ struct Weights {
     u32 pairs[kOfLane], others[kOfLane];
 };
 
+// Number by number, since a choice of places would have both in memory.
+__device__ __forceinline__ Weights one_of(bool first, const Weights& one, const Weights& other) {
+    Weights chosen;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        chosen.pairs[i] = first ? one.pairs[i] : other.pairs[i];
+        chosen.others[i] = first ? one.others[i] : other.others[i];
+    }
+    return chosen;
+}
+
 // A head with what it is multiplied by.
 struct Raw {
     Own own;

@@ -66,20 +66,23 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
     const int first_page = max(first_seen + 1 - window, 0) / pages::kTokens;
     const int count = last_seen / pages::kTokens + 1 - first_page;
     const u32 memory = ptx::shared_address(attention_memory), placed = memory + kQueriesAt;
-    u16* of_head = out + (static_cast<long long>(first + base) * heads + head) * kDim;
-    const long long token_stride = static_cast<long long>(heads) * kDim;
+    const int token = first + base;
+    const auto place_in_out = [&](int query) {  // found anew where it is needed: registers are few in between
+        return out + (static_cast<long long>(token + query) * heads + head) * kDim;
+    };
 
     constexpr int kQueryPieces = kDim / 8;
     for (int i = threadIdx.x; i < kQueries * kQueryPieces; i += kThreads) {
         const int query = i / kQueryPieces, piece = i % kQueryPieces;
-        const u16* from = of_head + min(query, queries - 1) * token_stride + piece * 8;
+        const u16* from = place_in_out(min(query, queries - 1)) + piece * 8;
         ptx::copy_async_16_zero_fill(placed + query * pages::kQueryStride + piece * 16, from, query < queries ? 16 : 0);
     }
+    const int from_first_page = length - first_page * pages::kTokens;  // tokens
     const int* row_table = table + static_cast<long long>(row) * table_stride + first_page;
     const auto place_of = [&](int i, int half) { return memory + (i % STAGES * 2 + half) * kSlotBytes; };
     const auto fetch_half = [&](int i, int half) {
         if (i < count) {
-            const int there = length - (first_page + i) * pages::kTokens;
+            const int there = from_first_page - i * pages::kTokens;
             fetch(place_of(i, half), all, scales, __ldcg(row_table + i), half, kv_heads, kv_head, there);
         }
         ptx::copy_async_commit();
@@ -134,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(prefill::kThreads) TERSOR_ENTRY(
             const float last = sinks::last_factor(sums.largest[t][half] * factor, weights, sink);
             const int query = warp_queries + 16 * t + 8 * half + lane / 4;
             if (query >= queries) continue;
-            u16* to = of_head + query * token_stride;
+            u16* to = place_in_out(query);
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 const float* low = sums.outputs[t][2 * step] + 2 * half;

@@ -57,10 +57,10 @@ extern "C" __global__ void __launch_bounds__(shared::kThreads, 2) TERSOR_ENTRY(
     if (!settled) launch::wait_for_earlier();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = heads / kv_heads;
     const u32 memory = ptx::shared_address(attention_memory), placed = memory + kQueriesAt;
-    const int count = __ldcg(shared_plan) * kv_heads;
     bool waits = settled;
+    // How many items there are is read again at each, where it does not cost the pages that pass by a register.
 #pragma unroll 1
-    for (int work = blockIdx.x; work < count; work += gridDim.x) {
+    for (int work = blockIdx.x; work < __ldcg(shared_plan) * kv_heads; work += gridDim.x) {
         const plan::Item item = plan::item(shared_plan, rows, work / kv_heads);
         const int kv_head = work % kv_heads, queries = item.rows * group, pages_left = item.end - item.begin;
         const int* members = plan::order(shared_plan) + item.first;

@@ -149,9 +149,11 @@ __device__ __forceinline__ void make_queries(
     u32 placed, const u16* qkv, long long stride, const head::Form& form, const Members& members, int kv_head, int group,
     int queries) {
     const int warp = threadIdx.x / 32;
+    const head::Weights weights = head::load_weights(form);
 #pragma unroll 1
     for (int first = warp; first < queries; first += 4 * kAtOnce) {
-        head::Raw raw[kAtOnce];
+        head::Own own[kAtOnce];
+        head::Turns turns[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int query = first + 4 * i;
@@ -159,14 +161,15 @@ __device__ __forceinline__ void make_queries(
             const int member = query / group;
             const long long token = Members::of(members.token, member);
             const u16* from = qkv + token * stride + (kv_head * group + query - member * group) * kDim;
-            raw[i] = head::load(from, form, Members::of(members.position, member));
+            own[i] = head::load_own(from, form);
+            turns[i] = head::load_turns(form.rotary, form.rotary_dim, Members::of(members.position, member));
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int query = first + 4 * i;
             if (query >= queries) continue;
             const u32 row = placed + query * 128;
-            head::give_query(head::finish(raw[i], form), [&](int at, u32 pair) {
+            head::give_query(head::finish(own[i], turns[i], weights, form), [&](int at, u32 pair) {
                 const u32 piece = row + at / 64 * kQueryPieceBytes;
                 ptx::store_shared(piece + (at % 64 / 8 ^ query % 8) * 16 + at % 8 * 2, pair);
             });

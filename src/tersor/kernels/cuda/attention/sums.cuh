@@ -15,6 +15,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles = QUERY_TILES;
 constexpr bool kShares = SHARES;
+constexpr bool kEarly = kShares && kTiles == 1;  // numbers of pages, and parts, are asked for as soon as they can be
 constexpr int kQueries = 8 * kTiles;
 constexpr int kSteps = tile::kSteps;
 constexpr int kSumStride = kDim + 4;  // floats of a query's sums in shared memory: without bank conflicts
@@ -136,6 +137,38 @@ __device__ __forceinline__ void add_tile(
                 if (t > 0 && 8 * t >= count) continue;
                 ptx::multiply_add<pages::kBf16Products>(
                     sums.outputs[step + i][t], fragments[i], weights[t][0], weights[t][1]);
+            }
+        }
+    }
+}
+
+// Adds what others found for `count` queries, as it lies in a part, to a warp's sums.
+__device__ __forceinline__ void add_part(Sums& sums, const float* part, int part_queries, int count) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int query = 8 * t + 2 * (lane % 4) + i;
+            if (query >= count) continue;
+            const float* from = part + query * kDim;
+            float found[kSteps][2];
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                found[step][0] = __ldcg(from + 16 * step + tile::channel_of(0));
+                found[step][1] = __ldcg(from + 16 * step + tile::channel_of(1));
+            }
+            const float other = __ldcg(part + part_queries * kDim + query);
+            const float weight = __ldcg(part + part_queries * (kDim + 1) + query);
+            const float largest = fmaxf(sums.largest[t][i], other);
+            const float factor = ptx::power_of_two(sums.largest[t][i] - finite(largest));
+            const float of_other = ptx::power_of_two(other - finite(largest));
+            sums.largest[t][i] = largest;
+            sums.weights[t][i] = sums.weights[t][i] * factor + (lane < 4 ? weight * of_other : 0.0f);
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                sums.outputs[step][t][i] = sums.outputs[step][t][i] * factor + found[step][0] * of_other;
+                sums.outputs[step][t][i + 2] = sums.outputs[step][t][i + 2] * factor + found[step][1] * of_other;
             }
         }
     }
