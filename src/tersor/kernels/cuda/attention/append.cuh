@@ -53,10 +53,10 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
         }
     };
     load(warp);
-    if (token >= __ldcg(starts + rows)) return;
     const int row = rows::row_of(starts, rows, token);
-    const int first = __ldcg(starts + row), fresh = __ldcg(starts + row + 1) - first, length = __ldcg(lengths + row);
-    if (length == 0 || fresh <= pages::kMostFew) return;
+    const int first = __ldcg(starts + row), end = __ldcg(starts + row + 1), length = __ldcg(lengths + row);
+    const int fresh = end - first;
+    if (token >= end || length == 0 || fresh <= pages::kMostFew) return;  // padding is found in the last row
     const int position = length - fresh + token - first;
     const int page = __ldcg(table + static_cast<long long>(row) * table_stride + position / pages::kTokens);
     const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
