@@ -91,12 +91,14 @@ def draw(vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def around() -> None:
-    """Normalise rows, a CTA several in turn, and look rows up, make numbers of numbers, and put heads side by side."""
+    """Normalise rows, a CTA or a warp several in turn, look rows up, make numbers of numbers, put heads side by side."""
     x, weight = torch.randn(3, 5128, device="cuda").half(), torch.ones(5128, device="cuda").half()
     ops.rms_norm(ops.layer_norm(x, weight, weight, 1e-5), weight, 1e-6, residual=x)
     x_many, ones = torch.randn(140, 8200, device="cuda").half(), torch.ones(8200, device="cuda").half()
     ops.rms_norm_e4m3(ops.layer_norm(x_many, ones, ones, 1e-5), ones, 1e-6, residual=x_many)
     ops.layer_norm_e4m3(x_many, ones, None, 1e-5)
+    x_most, ones = torch.randn(1100, 520, device="cuda").half(), torch.ones(520, device="cuda").half()
+    ops.rms_norm_e4m3(ops.layer_norm(x_most, ones, ones, 1e-5), ones, 1e-6, residual=x_most)
     starts, lengths = torch.tensor([0, 2, 2, 3], device="cuda").int(), torch.tensor([9, 0, 1], device="cuda").int()
     rows = Rows(starts, lengths, torch.zeros(3, 1, device="cuda").int(), 2, 9)
     ops.lookup(torch.tensor([0, 2, 3, -1], device="cuda"), x, positions=x, rows=rows)
