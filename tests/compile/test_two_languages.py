@@ -21,6 +21,7 @@ from tersor.kernels import (
     deciding,
     decode_attention,
     dense,
+    norms,
     routing,
     shared_attention,
     small,
@@ -238,12 +239,22 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
     check(source.header, source, facts)
 
 
+def test_warps_that_normalise_rows_are_as_many_as_the_kernel_counts_on() -> None:
+    launched, source = Launched(), norms.norm_source("float16", False, 5120, warps=3)
+    sizes = {"rows": 2112, "channels": 5120, "eps": 0.0, "offset": 0.0, "sms": 132, "sm_threads": 2048}
+    places = dict.fromkeys(("x", "stride", "weight", "bias", "residual", "out", "out_stride"), 0)
+    norms.prepare_norm(launched, **sizes, warps=3)(stream=0, **places, ready=False, early=False)  # type: ignore[arg-type]
+    facts = {"32 * norms::kRows": launched.block[0], "norms::kOfLane * 256": 5120}
+    assert launched.grid == (264, 1, 1)
+    check(source.header, source, facts)
+
+
 def test_a_launch_that_decides_counts_threads_tokens_and_channels_as_the_kernel_does() -> None:
     choice = routing.Choice(experts=deciding.MOST_EXPERTS, top_k=routing.MOST_TOP_K)
     widths = {deciding.MOST_NORMED_CHANNELS: True, deciding.MOST_CHANNELS: False}
-    for channels, norms in widths.items():
+    for channels, gains in widths.items():
         router = routing.Router(target="float16", float_weight=False, float_out=False, channels=channels)
-        decider, launched = deciding.Decider(router=router, choice=choice, norms=norms), Launched()
+        decider, launched = deciding.Decider(router=router, choice=choice, norms=gains), Launched()
         numbers = {"tokens": deciding.MOST_TOKENS, "block_tokens": 8, "scale": 1.0, "eps": 0.0, "offset": 0.0}
         launch = deciding.prepare(launched, decider, **numbers)  # type: ignore[arg-type]
         places = ("x", "weight", "bias", "preferred", "gain", "normed", "index", "weights", "logits")

@@ -91,7 +91,7 @@ def draw(vocabulary: int, dtype: torch.dtype) -> None:
 
 
 def around() -> None:
-    """Normalise rows, a CTA or a warp several in turn, look rows up, make numbers of numbers, put heads side by side."""
+    """Normalise rows, a CTA or a warp several in turn, look rows up, make numbers, put heads side by side."""
     x, weight = torch.randn(3, 5128, device="cuda").half(), torch.ones(5128, device="cuda").half()
     ops.rms_norm(ops.layer_norm(x, weight, weight, 1e-5), weight, 1e-6, residual=x)
     x_many, ones = torch.randn(140, 8200, device="cuda").half(), torch.ones(8200, device="cuda").half()
