@@ -66,6 +66,7 @@ class Emulation(Workspace):
 
 
 grid_of, wide_grid_of = decode_attention.grid_of, attention_sm90.grid_of
+tokens_of_append = attention.tokens_of_append
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(jit, "get", emulation.get)
     monkeypatch.setattr(decode_attention, "grid_of", emulation.grid)
     monkeypatch.setattr(attention_sm90, "grid_of", emulation.wide_grid)
+    monkeypatch.setattr(attention, "tokens_of_append", lambda tokens, sms: 5)
     monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(current, "empty", lambda size, stride, dtype: torch.full(size, NAN, dtype=dtype))
@@ -182,6 +184,7 @@ def test_rows_of_many_tokens_are_those_of_the_reference_where_warps_multiply(
     case: Case, device: Emulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_sm90, "takes", lambda kind, chip: False)
+    monkeypatch.setattr(attention, "tokens_of_append", tokens_of_append)
     check(Step(case), device)
     assert not any("sm90_prefill" in name for name in device.launched)
 

@@ -35,6 +35,8 @@ _TILE = 16
 QUERIES = 8
 """Columns of its products."""
 _APPEND_THREADS = 256
+_APPEND_CTAS, _MOST_APPENDED = 4, 8
+"""CTAs of append.cuh that an SM has before one takes several tokens, and how many at most."""
 _LOG2E = math.log2(math.e)
 _RESERVED = 1024
 """Bytes of shared memory that the driver takes from every CTA."""
@@ -114,7 +116,7 @@ def append_source(kind: Kind) -> KernelSource:
         name=f"tersor_attention_append_{kind.name}",
         header="attention/append.cuh",
         parameters=kind.parameters,
-        arguments="PPPPPPPPPPqiiiiiff",
+        arguments="PPPPPPPPPPqiiiiiiff",
     )
 
 
@@ -210,14 +212,21 @@ PrefillLaunch: TypeAlias = Callable[..., None]
 """Launches prefill.cuh, or sm90_prefill.cuh, on one prepared problem: `launch` in their modules' `prepare_prefill`."""
 
 
-def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
+def tokens_of_append(tokens: int, sms: int) -> int:
+    """Return how many tokens a CTA of append.cuh has in turn, of so many in a step on a GPU of so many SMs."""
+    return max(1, min(tokens // (_APPEND_CTAS * sms), _MOST_APPENDED))
+
+
+def prepare_append(function: Function, problem: Problem, sms: int) -> AppendLaunch:
     """Return what launches append.cuh.
 
     Args:
         function: `append_source`, loaded.
         problem: what the host knows.
+        sms: of the GPU.
     """
-    size, block = (problem.tokens, 1, 1), (_APPEND_THREADS, 1, 1)
+    each = tokens_of_append(problem.tokens, sms)
+    size, block = (-(-problem.tokens // each), 1, 1), (_APPEND_THREADS, 1, 1)
     run = function.launch
 
     def launch(
@@ -238,7 +247,7 @@ def prepare_append(function: Function, problem: Problem) -> AppendLaunch:
         """Launch; arguments are those of `decode_attention.prepare_decode`."""
         # fmt: off
         run(size, block, 0, stream, (
-            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.rows,
+            qkv, pages_of_layer, scales, starts, lengths, table, rotary, *norms, out, stride, problem.rows, each,
             problem.table_stride, problem.heads, problem.kv_heads, problem.rotary_dim, problem.eps, problem.offset,
         ), early)
         # fmt: on

@@ -240,7 +240,7 @@ def _prepared(
     once = decode_attention.prepare_decode(decode, problem, grid)
     if most_queries <= attention.FEW_QUERIES:
         return Prepared(shared, once, None, None, None, grid.floats, grid.counters)
-    append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem)
+    append = attention.prepare_append(jit.get(attention.append_source(kind), index), problem, chip.sms)
     if not attention_sm90.takes(kind, chip):
         product = jit.get(attention.prefill_source(kind, chip), index)
         prefill = attention.prepare_prefill(product, problem)

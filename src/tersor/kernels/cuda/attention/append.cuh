@@ -1,5 +1,6 @@
 // Ahead of prefill.cuh: keys and values of the new tokens of rows with many come to their pages, and queries, normed and
-// rotated, to where their results will be. A CTA has one token; its heads are under way before it is known whose it is.
+// rotated, to where their results will be. A CTA has a few tokens in turn, the heads of one under way while those of the
+// one ahead are worked on, those of the first before it is known whose it is.
 // Parameters: those of pages.cuh.
 #pragma once
 
@@ -12,7 +13,7 @@ namespace append {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kAtOnce = 12 / head::kOfLane < 6 ? 12 / head::kOfLane : 6;  // heads that a warp has under way
+constexpr int kAtOnce = head::kOfLane > 2 ? 2 : 6;  // heads that a warp has under way
 
 }  // namespace append
 
@@ -29,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
     u16* __restrict__ queries,           // [tokens, heads, HEAD_DIM], rounded as products take them
     long long stride,
     int rows,
+    int each,                            // tokens of a CTA
     int table_stride,
     int heads,
     int kv_heads,
@@ -38,49 +40,63 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
     using namespace append;
     launch::start_next();
     launch::wait_for_earlier();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x, all_heads = heads + 2 * kv_heads;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, all_heads = heads + 2 * kv_heads;
     const auto form_of = [&](int head) {
         const bool turned = head < heads + kv_heads;
         const u16* norm = head < heads ? query_norm : turned ? key_norm : nullptr;
         return head::Form{turned ? rotary : nullptr, norm, rotary_dim, eps, offset};
     };
-    head::Own own[kAtOnce];
-    const auto load = [&](int first_head) {
+    const auto load = [&](head::Own (&own)[kAtOnce], int token, int first_head) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int head = first_head + i * kWarps;
             if (head < all_heads) own[i] = head::load_own(qkv + token * stride + head * pages::kDim, form_of(head));
         }
     };
-    load(warp);
-    const int row = rows::row_of(starts, rows, token);
-    const int first = __ldcg(starts + row), end = __ldcg(starts + row + 1), length = __ldcg(lengths + row);
-    const int fresh = end - first;
-    if (token >= end || length == 0 || fresh <= pages::kMostFew) return;  // padding is found in the last row
-    const int position = length - fresh + token - first;
-    const int page = __ldcg(table + static_cast<long long>(row) * table_stride + position / pages::kTokens);
-    const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
+    int token = blockIdx.x * each;
+    head::Own own[kAtOnce];
+    load(own, token, warp);
+    int row = rows::row_of(starts, rows, token), first = __ldcg(starts + row), end = __ldcg(starts + row + 1);
+    int length = __ldcg(lengths + row);
+    const int last = min(token + each, __ldcg(starts + rows));  // padding is not brought anywhere
     const head::Weights of_queries = head::load_weights(form_of(0)), of_keys = head::load_weights(form_of(heads));
-    const auto give = [&](int head, const head::Own& one) {
-        const head::Weights weights = head::one_of(head < heads, of_queries, of_keys);
-        const head::Ready ready = head::finish(one, turns, weights, form_of(head));
-        if (head < heads) {
-            u16* to = queries + (static_cast<long long>(token) * heads + head) * pages::kDim;
-            head::give_query(ready, [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });
-            return;
-        }
-        const int half = (head - heads) / kv_heads, kv_head = (head - heads) % kv_heads;
-        const long long at = pages::row_of(page, half, kv_heads, kv_head, position % pages::kTokens);
-        const float scale =
-            head::give_page(ready, [&](int channel, u32 pair) { head::write_pair(all, at, channel, pair); });
-        if (pages::kE4m3 && lane == 0) scales[at] = scale;
-    };
 #pragma unroll 1
-    for (int first_head = warp; first_head < all_heads; first_head += kAtOnce * kWarps) {
-        if (first_head != warp) load(first_head);
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (first_head + i * kWarps < all_heads) give(first_head + i * kWarps, own[i]);
+    for (; token < last; ++token) {
+        head::Own next[kAtOnce];
+        if (token + 1 < last) load(next, token + 1, warp);
+        while (token >= end) {
+            first = end;
+            end = __ldcg(starts + ++row + 1);
+            length = __ldcg(lengths + row);
         }
+        const int fresh = end - first, position = length - fresh + token - first;
+        if (length != 0 && fresh > pages::kMostFew) {
+            const int page = __ldcg(table + static_cast<long long>(row) * table_stride + position / pages::kTokens);
+            const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
+            const auto give = [&](int head, const head::Own& one) {
+                const head::Weights weights = head::one_of(head < heads, of_queries, of_keys);
+                const head::Ready ready = head::finish(one, turns, weights, form_of(head));
+                if (head < heads) {
+                    u16* to = queries + (static_cast<long long>(token) * heads + head) * pages::kDim;
+                    head::give_query(ready, [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });
+                    return;
+                }
+                const int half = (head - heads) / kv_heads, kv_head = (head - heads) % kv_heads;
+                const long long at = pages::row_of(page, half, kv_heads, kv_head, position % pages::kTokens);
+                const float scale =
+                    head::give_page(ready, [&](int channel, u32 pair) { head::write_pair(all, at, channel, pair); });
+                if (pages::kE4m3 && lane == 0) scales[at] = scale;
+            };
+#pragma unroll 1
+            for (int first_head = warp; first_head < all_heads; first_head += kAtOnce * kWarps) {
+                if (first_head != warp) load(own, token, first_head);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    if (first_head + i * kWarps < all_heads) give(first_head + i * kWarps, own[i]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) own[i] = next[i];
     }
 }
