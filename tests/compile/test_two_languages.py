@@ -240,7 +240,7 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
 
 
 def test_warps_that_normalise_rows_are_as_many_as_the_kernel_counts_on() -> None:
-    launched, source = Launched(), norms.norm_source("float16", False, 5120, warps=3)
+    launched, source = Launched(), norms.norm_source("float16", False, 5120, True, 3)
     sizes = {"rows": 2112, "channels": 5120, "eps": 0.0, "offset": 0.0, "sms": 132, "sm_threads": 2048}
     places = dict.fromkeys(("x", "stride", "weight", "bias", "residual", "out", "out_stride"), 0)
     norms.prepare_norm(launched, **sizes, warps=3)(stream=0, **places, ready=False, early=False)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""Norms of rows: small/norm.cuh has a CTA for each of few rows, small/norm_rows.cuh a warp for each of many. A row gets
-the same bits from both.
+"""Norms of rows: small/norm.cuh has a CTA for each row, small/norm_rows.cuh a warp for each of many that an RMS norm
+makes e4m3 of. A row gets the same bits from both.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -17,14 +17,13 @@ _THREADS = 512
 _RESIDENT = {1: 4, 2: 2, 4: 1}
 """Pieces of a thread -> CTAs of so many threads whose registers a multiprocessor has room for."""
 _MOST_RESIDENT = 16  # compute capability 8.6
-_MANY = 8
+_MANY = 12
 """Rows for each multiprocessor from which on they are many."""
 _ROWS_OF_CTA = 4
 """Warps of a CTA that have a row each."""
-_CTAS = ((4, 8), (8, 6), (16, 4), (24, 3), (32, 3))
-_FEWER_CTAS = ((4, 7), (8, 5), (16, 3), (24, 2))
-"""Pieces of a lane at most, and CTAs of such warps whose registers a multiprocessor has room for; with e4m3 of a layer
-norm they are fewer."""
+_CTAS = ((4, 8), (8, 6), (16, 4), (20, 3))
+"""Pieces of a lane at most, and CTAs of such warps whose registers a multiprocessor has room for; with more pieces a CTA
+for each row is as fast."""
 
 
 def _of_lane(channels: int) -> int:
@@ -32,19 +31,17 @@ def _of_lane(channels: int) -> int:
     return norm_pieces(channels) * norm_threads(channels) // 32
 
 
-def ctas_of_warps(rows: int, channels: int, layer: bool, e4m3: bool, sms: int) -> int:
+def ctas_of_warps(rows: int, channels: int, sms: int) -> int:
     """Return how many CTAs of warps that have a row each are to be on a multiprocessor: 0 where a CTA has a row.
 
     Args:
-        rows: how many.
-        channels, layer, e4m3: as for `norm_source`.
+        rows: how many, which become e4m3 by an RMS norm without a residual.
+        channels: of a row.
         sms: multiprocessors of the GPU.
     """
-    of_lane, room = _of_lane(channels), _FEWER_CTAS if layer and e4m3 else _CTAS
     if rows < _MANY * sms:
         return 0
-    found = next((count for most, count in room if of_lane <= most), 0)
-    return found - (e4m3 and of_lane > 24 and found > 0)
+    return next((count for most, count in _CTAS if _of_lane(channels) <= most), 0)
 
 
 @functools.cache
@@ -56,20 +53,25 @@ def norm_source(target: str, layer: bool, channels: int, e4m3: bool = False, war
         layer: whether it is a layer norm; else it is an RMS norm.
         channels: at most `kernels.small.MOST_CHANNELS`.
         e4m3: whether the result becomes e4m3 with a scale a row, on compute capability 9.0 alone.
-        warps: `ctas_of_warps`.
+        warps: `ctas_of_warps` for such rows, or 0.
     """
     return _norm_source(target, layer, norm_pieces(channels), e4m3, _of_lane(channels) if warps else 0, warps)
 
 
 @functools.cache
 def _norm_source(target: str, layer: bool, pieces: int, e4m3: bool, of_lane: int, warps: int) -> KernelSource:
-    parameters = {"BF16": target == "bfloat16", "LAYER": layer, "PIECES": pieces, "E4M3": e4m3}
-    own = {"WARPS": of_lane // pieces, "RESIDENT": warps} if warps else {"RESIDENT": _RESIDENT[pieces]}
-    kind = f"{target}_{pieces}" if not warps else f"{target}_rows_{of_lane}"
+    parameters = {"BF16": target == "bfloat16", "PIECES": pieces, "E4M3": e4m3}
+    if warps:
+        return KernelSource(
+            name=f"tersor_rms_norm_rows_{target}_{of_lane}",
+            header="small/norm_rows.cuh",
+            parameters={**parameters, "WARPS": of_lane // pieces, "RESIDENT": warps},
+            arguments="PPPPqqiiffi",
+        )
     return KernelSource(
-        name=f"tersor_{'layer' if layer else 'rms'}_norm_{kind}{'_e4m3' * e4m3}",
-        header="small/norm_rows.cuh" if warps else "small/norm.cuh",
-        parameters={**parameters, **own},
+        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}{'_e4m3' * e4m3}",
+        header="small/norm.cuh",
+        parameters={**parameters, "LAYER": layer, "RESIDENT": _RESIDENT[pieces]},
         arguments="PPPPPPqqiiffi",
     )
 
@@ -124,7 +126,7 @@ def prepare_norm(
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
             scales: address of float32 [rows], with e4m3.
         """
-        addresses = (x, weight, bias, residual, out, scales)
+        addresses = (x, weight, out, scales) if warps else (x, weight, bias, residual, out, scales)
         run(grid, block, 0, stream, (*addresses, stride, out_stride, rows, channels, eps, offset, ready), early)
 
     return launch

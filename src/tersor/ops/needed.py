@@ -252,7 +252,8 @@ def norm(
     """
     if dtype in TARGETS and channels_fit(channels):
         e4m3 = bool(readers) and chip.capability == (9, 0) and all(one.layout == E4M3_LAYOUT for one in readers)
-        for warps in dict.fromkeys((0, norms.ctas_of_warps(rows, channels, layer, e4m3, chip.sms))):
+        of_warps = norms.ctas_of_warps(rows, channels, chip.sms) if e4m3 and not layer else 0
+        for warps in dict.fromkeys((0, of_warps)):
             yield norms.norm_source(TARGETS[dtype], layer, channels, e4m3, warps)
 
 

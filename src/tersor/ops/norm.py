@@ -152,7 +152,7 @@ def launched(
     residual = None if residual is None else residual.contiguous()
     (rows, channels), chip = x.shape, dispatch.kernel_chip(x.device)
     assert chip is not None
-    warps = norms.ctas_of_warps(rows, channels, layer, e4m3, chip.sms)
+    warps = norms.ctas_of_warps(rows, channels, chip.sms) if e4m3 and not layer and residual is None else 0
     function = jit.get(norms.norm_source(TARGETS[x.dtype], layer, channels, e4m3, warps), index)
     sizes = {"rows": rows, "channels": channels, "sms": chip.sms, "sm_threads": chip.sm_threads}
     launch = _launch(function, eps=float(eps), offset=float(offset), **sizes, warps=warps)

@@ -1,8 +1,8 @@
-// Normalises many rows: what norm.cuh computes, bit for bit, but a warp has a row, and nobody waits for a CTA.
-// A lane has what thread `lane` of every warp there would have, and its sums are added in the order of that CTA. While a
-// row is written the next one comes to the same registers. Weights stand in shared memory.
-// Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES and WARPS (of that CTA: 16 bytes that a thread has,
-// and warps), E4M3 (0 or 1), RESIDENT (CTAs of a multiprocessor).
+// The RMS norm of many rows as e4m3: what norm.cuh makes of them without a residual, bit for bit, but a warp has a row, and
+// nobody waits for a CTA. A lane has what thread `lane` of every warp there would have, and its sums are added in the order
+// of that CTA. While a row is written the next one comes to the same registers. Weights stand in shared memory.
+// Parameters: BF16 (1: bf16, 0: fp16), E4M3 (1), PIECES and WARPS (of that CTA: 16 bytes that a thread has, and warps),
+// RESIDENT (CTAs of a multiprocessor).
 #pragma once
 
 #include "common/e4m3.cuh"
@@ -15,8 +15,8 @@ namespace norms {
 constexpr int kRows = 4;  // of a CTA at a time
 constexpr int kOfLane = PIECES * WARPS;
 constexpr int kSure = PIECES * (WARPS - 1);  // of those a lane has so many in any row
-constexpr int kAtOnce = 4;                   // pieces of a residual that are under way together
-static_assert(WARPS <= kWarps);
+constexpr int kAtOnce = 8;                   // pieces whose numbers are made together
+static_assert(E4M3 && WARPS <= kWarps);
 
 // Of 2 kHalf sums of every lane, lanes whose bit of 2 kHalf is set hand the first ones to their partners and keep the
 // others, until a lane has one: of warp lane / 2.
@@ -61,9 +61,7 @@ __device__ __forceinline__ float largest_of_warp(float value) {
 extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR_ENTRY(
     const u16* __restrict__ x,  // as in norm.cuh, like all the rest
     const u16* __restrict__ weight,
-    const u16* __restrict__ bias,
-    const u16* __restrict__ residual,
-    void* out,
+    unsigned char* out,
     float* scales,
     long long stride,
     long long out_stride,
@@ -74,7 +72,6 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
     int ready) {
     using namespace norms;
     __shared__ float4 weights[2 * kOfLane * 32];  // with the offset: first halves of all pieces, then second ones
-    __shared__ uint4 biases[LAYER ? kOfLane * 32 : 1];
     launch::start_next();
     const int lane = threadIdx.x % 32, count = channels / kChannels;
     const auto has = [&](int i) { return i < kSure || i * 32 + lane < count; };
@@ -84,9 +81,6 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
         widen_weights(load(weight, piece), offset, wide);
         weights[piece] = {wide[0], wide[1], wide[2], wide[3]};
         weights[kOfLane * 32 + piece] = {wide[4], wide[5], wide[6], wide[7]};
-        if constexpr (LAYER) {
-            biases[piece] = bias == nullptr ? uint4{} : __ldcg(reinterpret_cast<const uint4*>(bias) + piece);
-        }
     }
     if (ready) launch::wait_for_earlier();
     int row = blockIdx.x * kRows + threadIdx.x / 32;
@@ -99,76 +93,36 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
     __syncthreads();
 #pragma unroll 1
     for (; row < rows; row += gridDim.x * kRows) {
-        float mean = 0.0f;
-        if constexpr (LAYER) {
-            float sums[kWarps] = {};
-#pragma unroll
-            for (int i = 0; i < kOfLane; ++i) {
-                pause(i);
-                add_values(given[i], sums[i % WARPS]);
-                keep(given[i]);
-            }
-            mean = over_warps(sums) / static_cast<float>(channels);
-        }
         float sums[kWarps] = {};
 #pragma unroll
         for (int i = 0; i < kOfLane; ++i) {
             pause(i);
-            if (has(i)) add_squares(given[i], mean, sums[i % WARPS]);
+            if (has(i)) add_squares(given[i], 0.0f, sums[i % WARPS]);
             keep(given[i]);
         }
         const float by = factor(over_warps(sums), channels, eps);
-        const int following = row + gridDim.x * kRows;
-        const u16* const next = x + following * stride;
-        const auto refill = [&](int i) {
-            if (has(i) && following < rows) given[i] = load(next, i * 32 + lane);
-        };
         float magnitude = 0.0f;
 #pragma unroll
-        for (int first = 0; first < kOfLane; first += kAtOnce) {
-            pause(first);
-            Words added[kAtOnce];
-            if (!LAYER && residual != nullptr) {
-#pragma unroll
-                for (int i = 0; i < kAtOnce && first + i < kOfLane; ++i) {
-                    added[i] = {};
-                    if (has(first + i)) added[i] = load(residual + 1LL * row * channels, (first + i) * 32 + lane);
-                }
-            }
-#pragma unroll
-            for (int i = first; i < first + kAtOnce && i < kOfLane; ++i) {
-                if (!has(i)) continue;
-                const int piece = i * 32 + lane;
-                const float4 low = weights[piece], high = weights[kOfLane * 32 + piece];
-                const float wide[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-                Words result;
-                if constexpr (LAYER) {
-                    result = finish<true>(given[i], wide, words_of(biases[piece]), mean, by, magnitude);
-                } else if (residual != nullptr) {
-                    result = finish<true>(given[i], wide, added[i - first], mean, by, magnitude);
-                } else {
-                    result = finish<false>(given[i], wide, result, mean, by, magnitude);
-                }
-                if constexpr (E4M3) {
-                    given[i] = result;
-                    keep(given[i]);
-                } else {
-                    store(static_cast<u16*>(out) + row * out_stride, piece, result);
-                    refill(i);
-                }
-            }
+        for (int i = 0; i < kOfLane; ++i) {
+            pause(i);
+            if (!has(i)) continue;
+            const float4 low = weights[i * 32 + lane], high = weights[(kOfLane + i) * 32 + lane];
+            const float wide[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            const Words result = finish<false>(given[i], wide, {}, 0.0f, by, magnitude);
+            given[i] = result;
+            keep(given[i]);
         }
-        if constexpr (E4M3) {
-            magnitude = largest_of_warp(rounded(magnitude));
-            if (lane == 0) scales[row] = e4m3::scale(magnitude);
-            const float inverse = e4m3::factor(magnitude);
-            uint2* const codes = reinterpret_cast<uint2*>(static_cast<unsigned char*>(out) + row * out_stride);
+        magnitude = largest_of_warp(rounded(magnitude));
+        if (lane == 0) scales[row] = e4m3::scale(magnitude);
+        const float inverse = e4m3::factor(magnitude);
+        const int following = row + gridDim.x * kRows;
+        const u16* const next = x + following * stride;
+        uint2* const codes = reinterpret_cast<uint2*>(out + row * out_stride);
 #pragma unroll
-            for (int i = 0; i < kOfLane; ++i) {
-                pause(i);
-                if (has(i)) codes[i * 32 + lane] = encode(given[i], inverse);
-                refill(i);
-            }
+        for (int i = 0; i < kOfLane; ++i) {
+            pause(i);
+            if (has(i)) codes[i * 32 + lane] = encode(given[i], inverse);
+            if (has(i) && following < rows) given[i] = load(next, i * 32 + lane);
         }
     }
 }
