@@ -10,6 +10,7 @@ import torch
 
 from tersor.engine.step_buffer import Layout
 from tersor.errors import TersorError
+from tersor.ops.capture import capturing
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ def capture(
         with torch.cuda.stream(side):
             decode(views, size)
         torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+        with capturing(graph, pool=pool, capture_error_mode=mode):
             drawn = decode(views, size)
     except torch.OutOfMemoryError:
         raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None

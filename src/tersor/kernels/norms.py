@@ -22,8 +22,8 @@ _MANY = 12
 _ROWS_OF_CTA = 4
 """Warps of a CTA that have a row each."""
 _CTAS = ((4, 8), (8, 6), (16, 4), (20, 3))
-"""Pieces of a lane at most, and CTAs of such warps whose registers a multiprocessor has room for; with more pieces a CTA
-for each row is as fast."""
+"""Pieces of a lane at most, and CTAs of such warps whose registers a multiprocessor has room for; with more a CTA for
+each row is as fast."""
 
 
 def _of_lane(channels: int) -> int:

@@ -22,6 +22,7 @@ from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
 from tersor.integrations.transformers.sampler import Sampler, usable
 from tersor.integrations.transformers.step_experts import StepExperts
+from tersor.ops.capture import capturing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,7 +200,7 @@ class Decoder:
             torch.cuda.current_stream(self.device).wait_stream(side)
             if generator is not None:
                 graph.register_generator_state(generator)
-            capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+            capture = capturing(graph, capture_error_mode="thread_local")
             with torch.cuda.device(self.device), capture, FilledScalars():
                 self._forward()
             self.graph = graph
