@@ -74,17 +74,23 @@ extern "C" __global__ void __launch_bounds__(append::kThreads) TERSOR_ENTRY(
             const int page = __ldcg(table + static_cast<long long>(row) * table_stride + position / pages::kTokens);
             const head::Turns turns = head::load_turns(rotary, rotary_dim, position);
             const auto give = [&](int head, const head::Own& one) {
-                const head::Weights weights = head::one_of(head < heads, of_queries, of_keys);
-                const head::Ready ready = head::finish(one, turns, weights, form_of(head));
+                const int half = head >= heads + kv_heads, kv_head = head - heads - half * kv_heads;
+                const auto ready = [&] {
+                    const head::Weights weights = head::one_of(head < heads, of_queries, of_keys);
+                    return head::finish(one, turns, weights, form_of(head));
+                };
                 if (head < heads) {
                     u16* to = queries + (static_cast<long long>(token) * heads + head) * pages::kDim;
-                    head::give_query(ready, [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });
+                    head::give_query(ready(), [&](int place, u32 pair) { *reinterpret_cast<u32*>(to + place) = pair; });
                     return;
                 }
-                const int half = (head - heads) / kv_heads, kv_head = (head - heads) % kv_heads;
                 const long long at = pages::row_of(page, half, kv_heads, kv_head, position % pages::kTokens);
-                const float scale =
-                    head::give_page(ready, [&](int channel, u32 pair) { head::write_pair(all, at, channel, pair); });
+                const auto store = [&](int channel, u32 pair) { head::write_pair(all, at, channel, pair); };
+                if (!pages::kE4m3 && half == 1) {  // values are written as they came
+                    head::give_pairs(one, store);
+                    return;
+                }
+                const float scale = head::give_page(ready(), store);
                 if (pages::kE4m3 && lane == 0) scales[at] = scale;
             };
 #pragma unroll 1

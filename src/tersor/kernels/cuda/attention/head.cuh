@@ -131,6 +131,21 @@ struct Ready {
 };
 
 __device__ __forceinline__ Ready finish(const Own& own, const Turns& turns, const Weights& weights, const Form& form) {
+    if constexpr (kSameLane) {
+        if (form.rotary != nullptr && form.norm == nullptr && within(form.rotary_dim)) {  // what most models have
+            constexpr int kHalf = kOfLane / 2;
+            Ready turned;
+#pragma unroll
+            for (int i = 0; i < kHalf; ++i) {
+                const float2 low = widen(own.pairs[i]), high = widen(own.pairs[i + kHalf]);
+                const float2 cosine = turns.cosine[i], sine = turns.sine[i];
+                turned.values[i] = make_float2(low.x * cosine.x - high.x * sine.x, low.y * cosine.y - high.y * sine.y);
+                turned.values[i + kHalf] =
+                    make_float2(high.x * cosine.x + low.x * sine.x, high.y * cosine.y + low.y * sine.y);
+            }
+            return turned;
+        }
+    }
     float factor = 1.0f;
     if (form.norm != nullptr) {
         float squares = 0.0f;
@@ -189,6 +204,16 @@ __device__ __forceinline__ void give_query(const Ready& ready, const Store& stor
             values.y = within_fp16(values.y);
         }
         store(pages::place_of(channel), ptx::narrow_pair<pages::kBf16Products>(values.x, values.y));
+    }
+}
+
+// Hands pairs as they came to `store(channel, pair)`.
+template <class Store>
+__device__ __forceinline__ void give_pairs(const Own& own, const Store& store) {
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+        const int channel = 2 * (threadIdx.x % 32 + 32 * i);
+        if (channel < pages::kDim) store(channel, own.pairs[i]);
     }
 }
 
