@@ -35,7 +35,7 @@ _TILE = 16
 QUERIES = 8
 """Columns of its products."""
 _APPEND_THREADS = 256
-_APPEND_CTAS, _MOST_APPENDED = 4, 8
+_APPEND_CTAS, _MOST_APPENDED = 2, 8
 """CTAs of append.cuh that an SM has before one takes several tokens, and how many at most."""
 _LOG2E = math.log2(math.e)
 _RESERVED = 1024
