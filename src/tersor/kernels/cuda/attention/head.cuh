@@ -241,7 +241,7 @@ __device__ __forceinline__ float give_page(const Ready& ready, const Store& stor
         if (channel >= pages::kDim) continue;
         const float2 values = ready.values[i];
         if constexpr (pages::kE4m3) {
-            store(channel, pages::to_e4m3(values.x / scale) | pages::to_e4m3(values.y / scale) << 8);
+            store(channel, pages::to_e4m3_pair(values.x / scale, values.y / scale));
         } else {
             store(channel, ptx::narrow_pair<BF16>(values.x, values.y));
         }

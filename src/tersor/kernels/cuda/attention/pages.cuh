@@ -74,6 +74,15 @@ __device__ __forceinline__ u32 to_e4m3(float value) {
     return code | (bits >> 24 & 0x80);
 }
 
+// Two of them, the first in the low byte.
+__device__ __forceinline__ u32 to_e4m3_pair(float low, float high) {
+    if constexpr (kWidens) {
+        return ptx::to_e4m3(low, high);
+    } else {
+        return to_e4m3(low) | to_e4m3(high) << 8;
+    }
+}
+
 // A scaled product becomes a score in powers of two: `soft` is softcap * log2(e) or 0, and then `scale` has its inverse.
 __device__ __forceinline__ float score(float product, float scale, float soft) {
     const float x = product * scale;
