@@ -295,7 +295,7 @@ def test_the_verb_of_workloads_shows_vllm_beside_tersor(
         ("vllm humming fp6_e3m2", "shuffled"),
         ("vllm 16bit", "shuffled"),
     ]
-    assert found["environment"]["vllm"] == "0.26.0"
+    assert found["environment"]["vllm"] == "0.26.0" and not list(tmp_path.glob("tersor-random-*"))
     shown = capsys.readouterr().out
     assert run(["bench", "throughput", "--from", str(path)]) == 0
     assert capsys.readouterr().out in shown and "vllm humming fp6_e3m2" in shown

@@ -59,14 +59,14 @@ def test_transformers_finds_every_tensor_and_no_other(config: dict[str, Any], tm
 
 
 def test_a_checkpoint_is_in_memory_where_there_is_room_and_else_on_disk(places: dict[str, int]) -> None:
-    assert random_checkpoint.roomy(DENSE, 64, HALF).name == "memory"
+    assert random_checkpoint.place(DENSE, 64, HALF).name == "memory"
     places["available"] = 8 << 30
-    assert random_checkpoint.roomy(DENSE, 64, HALF).name == "disk"
+    assert random_checkpoint.place(DENSE, 64, HALF).name == "disk"
     places |= {"available": 1 << 40, "memory": 1 << 26}
     with random_checkpoint.temporary(DENSE, 64, HALF) as folder:
         assert folder.parent.name == "disk"
     random_checkpoint.MEMORY.rmdir()
-    assert random_checkpoint.roomy(DENSE, 64, HALF).name == "disk"
+    assert random_checkpoint.place(DENSE, 64, HALF).name == "disk"
 
 
 def test_where_no_folder_has_room_a_rival_is_refused_before_anything_runs(
@@ -75,7 +75,7 @@ def test_where_no_folder_has_room_a_rival_is_refused_before_anything_runs(
     monkeypatch.setattr(variants.contenders, "need_installed", lambda package, distribution: None)
     monkeypatch.setattr(bench, "need_gpu", lambda instead: None)
     places |= {"memory": 1 << 26, "disk": 17 << 30}
-    small = random_checkpoint.roomy(GEOMETRIES["llama-3-8b"], 512, HALF)
+    small = random_checkpoint.place(GEOMETRIES["llama-3-8b"], 512, HALF)
     assert small.name == "disk"
     words = ["bench", "latency", "llama-3-8b", "llama-3-70b", "--against", "vllm"]
     message = f"{small} has room for 17.18 GB: free some, or name a folder that has room in TMPDIR"
@@ -98,6 +98,7 @@ def test_a_checkpoint_is_gone_whichever_signal_ends_the_work(ending: signal.Sign
             random_checkpoint.temporary(DENSE, 64, HALF) as folder,
         ):
             assert (folder / "config.json").exists()
+            assert ending is signal.SIGINT or signal.getsignal(ending) != usual  # or it would end the tests
             os.kill(os.getpid(), ending)
             raise AssertionError("the signal ended nothing")
         assert not folder.exists() and signal.getsignal(ending) == usual

@@ -97,7 +97,7 @@ def write(config: Mapping[str, Any], context: int, folder: Path, dtype: torch.dt
         raise OutputError(f"cannot write random weights to {folder}: {error}") from None
 
 
-def roomy(config: Mapping[str, Any], context: int, dtype: torch.dtype) -> Path:
+def place(config: Mapping[str, Any], context: int, dtype: torch.dtype) -> Path:
     """Return a folder that has room for a checkpoint: in memory, else the system's for temporary files.
 
     Args:
@@ -130,11 +130,11 @@ def temporary(config: Mapping[str, Any], context: int, dtype: torch.dtype, gpu: 
     Raises:
         OutputError: there is no room, or a file cannot be written.
     """
-    place = roomy(config, context, dtype)
+    where = place(config, context, dtype)
     device = resolve_device()
     if device.type == "cuda" and gpu is not None:
         device = torch.device("cuda", gpu)
-    with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="tersor-random-", dir=place) as folder:
+    with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="tersor-random-", dir=where) as folder:
         write(config, context, Path(folder), dtype, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # whoever loads it has the GPU

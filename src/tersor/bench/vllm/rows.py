@@ -37,7 +37,7 @@ def check_room(
         OutputError: there is no room for those of one.
     """
     for config in configs:
-        random_checkpoint.roomy(config, _longest(contexts, steps), float_dtype(dtype))
+        random_checkpoint.place(config, _longest(contexts, steps), float_dtype(dtype))
 
 
 def latencies(
