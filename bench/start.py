@@ -19,19 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import results_file
 import torch
-from safetensors.torch import save_file
 
 import tersor
-from tersor.bench.vllm.process import described
+from tersor.bench import random_checkpoint
 from tersor.checkpoint.source import read_config
+from tersor.hardware import resolve_device
 from tersor.models import DecoderConfig, geometries
-from tersor.models.expected import Expected, plain_name, stored_shape
 from tersor.models.names import NAMES
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-lm"
@@ -82,28 +80,13 @@ def written(geometry: str, format: str, folder: Path) -> Path:
     plain, packed = folder / "plain", folder / "packed"
     plain.mkdir()
     own = read_config(Path(geometry)) if Path(geometry).is_dir() else geometries.config_json(geometry)
-    raw = described(own, 2048)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = DecoderConfig.from_dict(raw)
-    names = NAMES[config.architecture]
-    expected = Expected.of(config, names)
-    shapes = {plain_name(module, shape): stored_shape(shape) for module, shape in expected.matrices.items()}
-    shapes |= expected.vectors
-    files: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, shape in shapes.items():
-        files[name.split(".layers.")[-1].split(".")[0] if ".layers." in name else "rest"][name] = shape
-    for part, of_part in files.items():
-        tensors = {
-            name: torch.randn(shape, device=device).mul_(0.02).bfloat16().cpu() for name, shape in of_part.items()
-        }
-        save_file(tensors, plain / f"model-{part}.safetensors")
-    index = {"weight_map": {name: f"model-{part}.safetensors" for part, own in files.items() for name in own}}
-    (plain / "model.safetensors.index.json").write_text(json.dumps(index))
-    (plain / "config.json").write_text(json.dumps({**raw, "dtype": "float16"}))
+    device = resolve_device()
+    random_checkpoint.write(own, 2048, plain, torch.float16, device)
     for name in TOKENIZER:
         shutil.copy(EXAMPLE / name, plain / name)
-    overrides = {} if config.tied else {names.head: format}
-    tersor.quantize(plain, packed, format=format, overrides=overrides, device=device)
+    config = DecoderConfig.from_dict(own)
+    overrides = {} if config.tied else {NAMES[config.architecture].head: format}
+    tersor.quantize(plain, packed, format=format, overrides=overrides, device=device.type)
     shutil.rmtree(plain)
     return packed
 

@@ -1,6 +1,7 @@
 """A package that has of vLLM what is asked of it: a file for `vllm/__init__.py`, which imports nothing of the tests.
 
-A token takes 2 ms and 0.1 ms a row, by a clock of its own. What is asked is kept in `asked.jsonl` beside it.
+A token takes 2 ms and 0.1 ms a row, by a clock of its own. What is asked is kept in `asked.jsonl` beside it, and of the
+weights what they are: name -> dtype, shape, mean and standard deviation. A quantization may be the name of a fault.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from safetensors import safe_open
 
 TokensPrompt = dict
 ROOM = 1000
@@ -23,6 +26,17 @@ time.perf_counter = lambda: _now
 def _keep(**what: Any) -> None:
     with (Path(__file__).parent / "asked.jsonl").open("a") as file:
         file.write(json.dumps(what) + "\n")
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {}
+    for name, file in index.items():
+        with safe_open(folder / file, "np") as tensors:
+            tensor = tensors.get_tensor(name)
+        values = tensor.astype("float32")
+        found[name] = [str(tensor.dtype), list(tensor.shape), float(values.mean()), float(values.std())]
+    return found
 
 
 class SamplingParams(SimpleNamespace):
@@ -39,13 +53,14 @@ class LLM:
         print("INFO: vLLM says much")
         os.write(1, b"and its libraries do\n")
         config = json.loads((Path(options["model"]) / "config.json").read_text())
+        weights = _weights(Path(options["model"]))
         variables = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "CUDA_VISIBLE"))}
-        _keep(llm=options, config=config, environment=variables, pid=os.getpid())
-        if options["dtype"] == "refused":
-            raise ValueError("no such dtype\nsays vLLM")
-        if options["dtype"] == "crashed":
+        _keep(llm=options, config=config, weights=weights, environment=variables, pid=os.getpid())
+        self._fault = options.get("quantization")
+        if self._fault == "refused":
+            raise ValueError("no such format\nsays vLLM")
+        if self._fault == "crashed":
             os._exit(3)
-        self._dtype = options["dtype"]
         self._known: set[tuple[int, ...]] = set()
         cache = SimpleNamespace(kv_cache_size_tokens=ROOM)
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
@@ -54,7 +69,7 @@ class LLM:
         """Answer."""
         global _now
         assert not use_tqdm
-        if self._dtype == "slow" and len(prompts) > 1:
+        if self._fault == "slow" and len(prompts) > 1:
             time.sleep(60)
         tokens = [prompt["prompt_token_ids"] for prompt in prompts]
         _keep(prompts=tokens, params=[vars(one) for one in params])
@@ -63,7 +78,7 @@ class LLM:
             blocks = [tuple(prompt[:end]) for end in range(_BLOCK, len(prompt), _BLOCK)]
             cached = _BLOCK * sum(block in self._known for block in blocks)
             self._known.update(blocks)
-            drawn = one.max_tokens - (self._dtype == "short")
+            drawn = one.max_tokens - (self._fault == "short")
             outputs = [SimpleNamespace(token_ids=[7] * drawn)] * one.n
             found.append(SimpleNamespace(outputs=outputs, num_cached_tokens=cached))
         _now += max(one.max_tokens for one in params) * (2 + 0.1 * len(prompts)) / 1e3

@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers.usage import refused_in_one_line
 
-from tersor.bench import latency, throughput, timing, workloads
-from tersor.bench.vllm import process, rows, variants
+from tersor.bench import latency, random_checkpoint, throughput, timing, workloads
+from tersor.bench.vllm import rows, variants
 from tersor.bench.vllm.variants import Variant
 from tersor.cli import bench
 from tersor.cli.main import run
@@ -42,6 +42,10 @@ PLAIN = Variant(format="vllm 16bit")
 Asked = Callable[[], list[dict[str, Any]]]
 
 
+def _faulty(fault: str) -> Variant:
+    return Variant(format="vllm", options={"quantization": fault})
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Put a vLLM and a humming on the path; the call returns what was asked of vLLM, in order."""
@@ -58,11 +62,12 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     for name in [name for name in os.environ if name.startswith(("VLLM_", "CUDA_VISIBLE"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(random_checkpoint, "MEMORY", tmp_path / "no memory")
     return lambda: [json.loads(line) for line in (place / "vllm" / "asked.jsonl").read_text().splitlines()]
 
 
 def test_a_step_is_what_more_tokens_take_and_rows_that_do_not_fit_are_not_timed(asked: Asked, tmp_path: Path) -> None:
-    found = list(rows.latencies(PLAIN, TINY, "tiny", [1, 4], [100, 300], 8, kv_dtype="fp8", cuda_graph=False))
+    found = list(rows.latencies([PLAIN], TINY, "tiny", [1, 4], [100, 300], 8, kv_dtype="fp8", cuda_graph=False))
     times = [row for row in found if isinstance(row, latency.Latency)]
     assert [(row.format, row.context, row.batch) for row in times] == [
         ("vllm 16bit", 100, 1),
@@ -76,7 +81,6 @@ def test_a_step_is_what_more_tokens_take_and_rows_that_do_not_fit_are_not_timed(
     start, *runs = asked()
     folder = start["llm"].pop("model")
     assert start["llm"] == {
-        "load_format": "dummy",
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "seed": 0,
@@ -94,7 +98,7 @@ def test_a_step_is_what_more_tokens_take_and_rows_that_do_not_fit_are_not_timed(
     assert all(run["params"][0]["temperature"] == 0 and run["params"][0]["ignore_eos"] for run in runs)
     assert {len(prompt) for run in runs[7:14] for prompt in run["prompts"]} == {96}
     assert len({tuple(prompt) for prompt in runs[7]["prompts"]}) == 4 and runs[7]["prompts"] == runs[13]["prompts"]
-    assert not Path(folder).exists() and not list(tmp_path.glob("tersor-vllm-*"))
+    assert not Path(folder).exists() and not list(tmp_path.glob("tersor-*"))
 
 
 def test_a_workload_is_answered_with_the_same_tokens_in_every_order_with_empty_pages(
@@ -103,7 +107,7 @@ def test_a_workload_is_answered_with_the_same_tokens_in_every_order_with_empty_p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     load = workloads.make("micro", requests=12, vocabulary=300, prefix=32, own=10, output=3, members=4)
     engine = EngineConfig(max_rows=7, max_step_tokens=64, memory=0.5, kv_bytes=4096)
-    found = list(rows.throughputs(PLAIN, TINY, "tiny", [load], ["sorted", "shuffled"], engine, gpu=1))
+    found = list(rows.throughputs([PLAIN], TINY, "tiny", [load], ["sorted", "shuffled"], engine, gpu=1))
     times = [row for row in found if isinstance(row, throughput.Throughput)]
     assert [(row.order, row.requests, row.prompt_tokens, row.output_tokens) for row in times] == [
         ("sorted", 12, 504, 36),
@@ -125,7 +129,7 @@ def test_a_workload_is_answered_with_the_same_tokens_in_every_order_with_empty_p
 
 def test_outputs_of_a_workload_stay_with_their_prompts(asked: Asked) -> None:
     load = workloads.make("snippet", requests=9, vocabulary=300, prefix=20, own=5, output=9, members=2)
-    list(rows.throughputs(PLAIN, TINY, "tiny", [load], ["sorted"], EngineConfig()))
+    list(rows.throughputs([PLAIN], TINY, "tiny", [load], ["sorted"], EngineConfig()))
     (run,) = asked()[2:]
     lengths = {tuple(prompt.tolist()): int(output) for prompt, output in zip(load.prompts, load.outputs, strict=True)}
     assert [one["max_tokens"] for one in run["params"]] == [lengths[tuple(prompt)] for prompt in run["prompts"]]
@@ -134,7 +138,7 @@ def test_outputs_of_a_workload_stay_with_their_prompts(asked: Asked) -> None:
 
 def test_several_answers_to_a_prompt_are_one_request(asked: Asked) -> None:
     load = workloads.make("sampling", requests=2, vocabulary=300, prompt=40, output=4, samples=3)
-    (row,) = rows.throughputs(PLAIN, TINY, "tiny", [load], ["shuffled"], EngineConfig())
+    (row,) = rows.throughputs([PLAIN], TINY, "tiny", [load], ["shuffled"], EngineConfig())
     assert isinstance(row, throughput.Throughput) and row.reuse is None
     assert row.output_tokens == 3 * int(load.outputs.sum())
     assert all(one["n"] == 3 and one["temperature"] == 1 for one in asked()[2]["params"])
@@ -167,7 +171,7 @@ def test_vllm_makes_its_weights_in_the_format_that_a_name_says(
     name: str, activations: str, format: str, quantization: str, variables: dict[str, str], asked: Asked
 ) -> None:
     (variant,) = variants.variants(variants.named(name), [get_scheme("fp6_e3m2"), None], activations)
-    (row,) = rows.latencies(variant, TINY, "tiny", [1], [20], 2)
+    (row,) = rows.latencies([variant], TINY, "tiny", [1], [20], 2)
     assert row.format == format
     start = asked()[0]
     assert start["llm"]["quantization"] == quantization
@@ -175,35 +179,65 @@ def test_vllm_makes_its_weights_in_the_format_that_a_name_says(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "why"),
+    ("fault", "why"),
     [
-        ("refused", "ValueError: no such dtype says vLLM (its words: "),
+        ("refused", "ValueError: no such format says vLLM (its words: "),
         ("crashed", "its process ended with status 3 (its words: "),
         ("short", "RuntimeError: 2 tokens were drawn, expected 3 (its words: "),
     ],
 )
 def test_what_vllm_does_not_run_is_said_in_a_line_with_the_place_of_its_words(
-    dtype: str, why: str, asked: Asked
+    fault: str, why: str, asked: Asked, tmp_path: Path
 ) -> None:
-    (row,) = rows.latencies(PLAIN, TINY, "tiny", [1], [20], 2, dtype=dtype)
+    row, after = rows.latencies([_faulty(fault), PLAIN], TINY, "tiny", [1], [20], 2)
     assert isinstance(row, latency.Skipped) and row.why.startswith(why)
+    assert isinstance(after, latency.Latency)  # what failed took the weights of nobody
+    assert not list(tmp_path.glob("tersor-random-*"))
     words = Path(row.why.removeprefix(why).removesuffix(")")).read_text()
     assert "INFO: vLLM says much" in words and "and its libraries do" in words
 
 
 def test_vllm_ends_with_who_asked_it(asked: Asked) -> None:
-    times = rows.latencies(PLAIN, TINY, "tiny", [1, 2], [20], 2, dtype="slow")
+    times = rows.latencies([_faulty("slow")], TINY, "tiny", [1, 2], [20], 2)
     next(times)
+    assert Path(asked()[0]["llm"]["model"]).exists()
     times.close()
+    assert not Path(asked()[0]["llm"]["model"]).exists()
     with pytest.raises(ProcessLookupError):
         os.kill(asked()[0]["pid"], 0)
+
+
+def test_one_checkpoint_of_weights_like_those_of_tersor_serves_every_format(asked: Asked) -> None:
+    both = variants.variants(variants.named("vllm,vllm:fp8"), [])
+    assert len(list(rows.latencies(both, {**TINY, "tie_word_embeddings": False}, "tiny", [1], [20], 2))) == 2
+    first, second = (one for one in asked() if "llm" in one)
+    assert first["llm"]["model"] == second["llm"]["model"] and first["weights"] == second["weights"]
+    assert first["config"]["dtype"] == "float16" and "load_format" not in first["llm"]
+    spreads = {}
+    for name, (dtype, shape, mean, spread) in first["weights"].items():
+        assert dtype == "float16"
+        own = 8.0 if name == "model.embed_tokens.weight" else 0.0 if len(shape) == 1 else 0.02
+        assert (mean, spread) == (pytest.approx(float(len(shape) == 1), abs=0.1 * own), pytest.approx(own, rel=0.1)), (
+            name
+        )
+        spreads[name] = shape
+    layer = "model.layers.0."
+    assert spreads == {
+        "model.embed_tokens.weight": [300, 32],
+        **{f"{layer}self_attn.{part}_proj.weight": [32, 32] for part in "qkvo"},
+        **{f"{layer}mlp.{part}_proj.weight": [64, 32] for part in ("gate", "up")},
+        f"{layer}mlp.down_proj.weight": [32, 64],
+        **{f"{layer}{part}_layernorm.weight": [32] for part in ("input", "post_attention")},
+        "model.norm.weight": [32],
+        "lm_head.weight": [300, 32],
+    }
 
 
 def test_transformers_reads_every_geometry_as_it_is_described(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     for name, config in GEOMETRIES.items():
-        (tmp_path / "config.json").write_text(json.dumps(process.described(config, 64)))
+        (tmp_path / "config.json").write_text(json.dumps(random_checkpoint.described(config, 64)))
         read = AutoConfig.from_pretrained(tmp_path).to_dict()
         found, known = DecoderConfig.from_dict(read), geometry(name)
         assert (found.layers, found.hidden, found.ffn, found.vocabulary, found.tied, found.norm, found.context) == (
@@ -222,6 +256,7 @@ def test_the_verb_times_vllm_first_and_shows_both(
         return made(DecoderConfig.from_dict(TINY), scheme, "cpu", torch.float32, **own)
 
     monkeypatch.setattr(random, "random_decoder", small)
+    monkeypatch.setitem(GEOMETRIES, "llama-3-8b", TINY)
     monkeypatch.setattr(bench, "need_gpu", lambda instead: None)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e12)
     cells = ["--batch", "1,2", "--context", "32", "--steps", "2", "--cuda-graph", "off"]
@@ -233,7 +268,7 @@ def test_the_verb_times_vllm_first_and_shows_both(
     assert [row["format"] for row in found["rows"]] == formats
     assert found["environment"]["vllm"] == "0.26.0" and "vLLM" in found["method"]
     assert started == [len(asked())]
-    assert asked()[0]["config"]["hidden_size"] == 4096
+    assert asked()[0]["config"]["hidden_size"] == 32
     assert run(["bench", "latency", "--from", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "vllm fp8" in shown and "2.200" in shown
@@ -260,7 +295,7 @@ def test_the_verb_of_workloads_shows_vllm_beside_tersor(
         ("vllm humming fp6_e3m2", "shuffled"),
         ("vllm 16bit", "shuffled"),
     ]
-    assert found["environment"]["vllm"] == "0.26.0"
+    assert found["environment"]["vllm"] == "0.26.0" and not list(tmp_path.glob("tersor-random-*"))
     shown = capsys.readouterr().out
     assert run(["bench", "throughput", "--from", str(path)]) == 0
     assert capsys.readouterr().out in shown and "vllm humming fp6_e3m2" in shown

@@ -25,14 +25,15 @@ KIND = "tersor bench latency"
 VERSION = 1
 METHOD = (
     "milliseconds a decode step, median of the runs of a loop in which a step is launched while the one before it "
-    "runs, as the engine does, its tokens drawn greedily and read by the host; random weights in the format, every row "
-    "with a text of `context` tokens, pages of texts in random order; roofline: bytes of the weights that a step reads "
-    "(of experts those expected to be hit by uniform routing) and of the keys and values of its rows, over the "
-    "bandwidth of a large read in the same run"
+    "runs, as the engine does, its tokens drawn greedily and read by the host; normal random weights in the format, "
+    "every row with a text of `context` tokens, pages of texts in random order; roofline: bytes of the weights that a "
+    "step reads (of experts those expected to be hit by uniform routing) and of the keys and values of its rows, over "
+    "the bandwidth of a large read in the same run"
 )
 VLLM_METHOD = (
-    "vLLM in a process of its own, random weights, the output head in 16 bits: the time that so many more tokens of "
-    "every row take, by the steps, the texts being of `context` tokens in the middle of them; median of the runs"
+    "vLLM in a process of its own, which loads a checkpoint of random weights of the same distribution and makes its "
+    "format of them, the output head in 16 bits: the time that so many more tokens of every row take, by the steps, "
+    "the texts being of `context` tokens in the middle of them; median of the runs"
 )
 RUNS, STEPS = 3, 32
 

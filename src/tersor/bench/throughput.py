@@ -28,15 +28,17 @@ KIND = "tersor bench throughput"
 VERSION = 1
 METHOD = (
     "requests a second of one run over all requests of a workload, from tokens to tokens: planning or sorting "
-    "included, loading and a run of a few requests before it not; random weights in the format, random tokens, as many "
-    "drawn as the workload says; reuse: prompt tokens found in pages, of all; optimum: what neighbours in sorted order "
-    "have in common, the most that any sharing could save; high water: most pages that requests held, or pins kept; "
+    "included, loading and a run of a few requests before it not; normal random weights in the format, random tokens, "
+    "as many drawn as the workload says; reuse: prompt tokens found in pages, of all; optimum: what neighbours in "
+    "sorted order have in common, the most that any sharing could save; high water: most pages that requests held, or "
+    "pins kept; "
     f"{roofline.METHOD}"
 )
 
 VLLM_METHOD = (
-    "vLLM in a process of its own, random weights, the output head in 16 bits, the same tokens, requests handed over "
-    "all at once, pages kept by its prefix cache; sorting included, loading and a run of a few requests before it not"
+    "vLLM in a process of its own, which loads a checkpoint of random weights of the same distribution and makes its "
+    "format of them, the output head in 16 bits, the same tokens, requests handed over all at once, pages kept by its "
+    "prefix cache; sorting included, loading and a run of a few requests before it not"
 )
 
 PLANNED = "planned"

@@ -79,6 +79,8 @@ def command(
     variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
     kernel_dtype = bench.dtype_named(dtype)
+    if variants:
+        rival.check_room([geometries.config_json(name) for name in names], contexts, steps, dtype=dtype)
     import torch
 
     from tersor.bench import timing
@@ -100,24 +102,23 @@ def command(
         if output is not None:
             report.write(output, report.text(found()))
 
-    with console.progress("timing vllm") as move:  # first, while all of the GPU's memory is free
+    with console.progress("timing vllm") as move:  # first, while the GPU's memory is free
         cells = len(names) * len(variants) * len(batches) * len(contexts)
         for name in names:
-            for variant in variants:
-                for row in rival.latencies(
-                    variant,
-                    geometries.config_json(name),
-                    name,
-                    batches,
-                    contexts,
-                    steps,
-                    dtype=dtype,
-                    kv_dtype=kv_dtype,
-                    cuda_graph=cuda_graph == "on",
-                ):
-                    theirs.append(row)
-                    move(len(theirs), cells)
-                    write()
+            for row in rival.latencies(
+                variants,
+                geometries.config_json(name),
+                name,
+                batches,
+                contexts,
+                steps,
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                cuda_graph=cuda_graph == "on",
+            ):
+                theirs.append(row)
+                move(len(theirs), cells)
+                write()
     facts["read_bandwidth"] = timing.read_bandwidth()
     with console.progress("timing") as move:
         for name in names:

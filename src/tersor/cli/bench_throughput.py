@@ -122,14 +122,13 @@ def command(
         if output is not None:
             report.write(output, report.text(found()))
 
-    with console.progress("answering by vllm") as move:  # first, while all of the GPU's memory is free
-        for variant in variants:
-            for row in rival.throughputs(
-                variant, described, model, asked, unplanned, config, dtype=plain, gpu=where.index
-            ):
-                theirs.append(row)
-                move(len(theirs), len(variants) * len(asked) * len(unplanned))
-                write()
+    with console.progress("answering by vllm") as move:  # first, while the GPU's memory is free
+        for row in rival.throughputs(
+            variants, described, model, asked, unplanned, config, dtype=plain, gpu=where.index
+        ):
+            theirs.append(row)
+            move(len(theirs), len(variants) * len(asked) * len(unplanned))
+            write()
     speeds = _speeds(where, Activations.NATIVE if scheme is None else multiplied)
     rooflines: dict[str, Any] = {}
     facts |= {"speeds": None if speeds is None else asdict(speeds), "rooflines": rooflines}

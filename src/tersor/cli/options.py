@@ -48,6 +48,9 @@ AgainstVllm = Annotated[
     str | None,
     typer.Option(
         "--against",
-        help="Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming; default: none.",
+        help=(
+            "Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming; default: none. Random "
+            "weights for them are in memory (/dev/shm), or else in TMPDIR, while they run."
+        ),
     ),
 ]

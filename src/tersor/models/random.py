@@ -36,6 +36,34 @@ _EMBEDDING_STD = 8.0
 goes to the experts of one."""
 
 
+class Draws:
+    """The numbers of random weights, in float32: whoever makes such a model, here or for another program, has them."""
+
+    def __init__(self, device: torch.device, seed: int, embedding: str) -> None:
+        """Begin with a seed.
+
+        Args:
+            device: of the numbers.
+            seed: the same draws in the same order give the same numbers.
+            embedding: module of the embedding of tokens.
+        """
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._embedding = embedding
+
+    def matrix(self, module: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return normal numbers for the weight of a module, larger ones for an embedding."""
+        return self._normal(shape, _EMBEDDING_STD if module == self._embedding else _STD)
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return ones for the weight of a norm, and normal numbers for what else `Expected.vectors` names."""
+        if len(shape) == 1 and name.endswith(".weight"):
+            return torch.ones(shape, device=self._generator.device)
+        return self._normal(shape, _STD)
+
+    def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator, device=self._generator.device).mul_(std)
+
+
 def random_decoder(
     model: str | DecoderConfig,
     scheme: Scheme | None,
@@ -105,33 +133,25 @@ class _Random(Stored):
         ranks: Ranks,
     ) -> None:
         super().__init__({}, reading, schemes, expected.matrices, dtype, activations, share, ranks)
-        self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._plain = {plain_name(module, shape): shape for module, shape in self._shapes.items()}
+        self._draws = Draws(self.device, seed, names.base + names.embedding)
+        self._plain = {plain_name(module, shape): (module, shape) for module, shape in self._shapes.items()}
         self._vectors = {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
-        self._embedding = names.base + names.embedding
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
         return [make(index) for index in indices]  # in this order, since it is that of the random numbers
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
-        shape, std = self._shapes[module][-2:], _EMBEDDING_STD if module == self._embedding else _STD
-        weight = PackedWeight.from_encoded(quantize_rtn(self._normal(shape, std), self._schemes[module]))
+        drawn = self._draws.matrix(module, self._shapes[module][-2:])
+        weight = PackedWeight.from_encoded(quantize_rtn(drawn, self._schemes[module]))
         return weight.data, weight.scale, weight.zero_point
 
     def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
         if name in self._vectors:
-            shape = self._vectors[name]
-            if len(shape) == 1 and name.endswith(".weight"):  # of a norm
-                return torch.ones(shape, device=self.device)
-            return self._normal(shape, _STD)
-        shape = self._plain[name]
+            return self._draws.vector(name, self._vectors[name])
+        module, shape = self._plain[name]
         if expert is not None:
-            return self._normal((shape[2], shape[1]), _STD)
-        std = _EMBEDDING_STD if name == f"{self._embedding}.weight" else _STD
-        return self._normal(shape, std).to(self.dtype)  # as releases store it, routers too
-
-    def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
-        return torch.randn(shape, generator=self._generator, device=self.device).mul_(std)
+            return self._draws.matrix(module, (shape[2], shape[1]))
+        return self._draws.matrix(module, shape).to(self.dtype)  # as releases store it, routers too
 
 
 def _copied(layer: DecoderLayer) -> DecoderLayer:

@@ -15,16 +15,12 @@ from typing import Any
 
 from tersor.bench.contenders import UnfitError
 from tersor.bench.vllm.variants import Variant
-from tersor.checkpoint.source import CONFIG_NAME, QUANTIZATION_KEYS
-from tersor.models.architectures import model_type
-from tersor.models.config import DecoderConfig
 
 _INSIDE = "tersor.bench.vllm.inside"
 _GRACE = 60.0
 """Seconds that the process has to give the GPU back after its last answer."""
 
 _COMMON: dict[str, Any] = {
-    "load_format": "dummy",  # random weights
     "skip_tokenizer_init": True,
     "enable_prefix_caching": True,
     "seed": 0,
@@ -34,7 +30,7 @@ _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 def answers(
     variant: Variant,
-    config: Mapping[str, Any],
+    model: Path,
     context: int,
     options: Mapping[str, Any],
     task: str,
@@ -46,7 +42,7 @@ def answers(
 
     Args:
         variant: the format of its weights.
-        config: config.json of the model.
+        model: folder of its 16-bit checkpoint, which it quantises as it loads.
         context: tokens of the longest text.
         options: of `vllm.LLM`, beside those that every run has.
         task, arguments: one of `inside.TASKS`, and what it takes, as JSON values.
@@ -57,9 +53,8 @@ def answers(
         UnfitError: vLLM does not run this, or its process ended; the message names the file with its words.
     """
     with tempfile.TemporaryDirectory(prefix="tersor-vllm-") as folder:
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(described(config, context)), encoding="utf-8")
         asked = Path(folder) / "asked.json"
-        own = {**_COMMON, "model": folder, "max_model_len": context, **options, **variant.options}
+        own = {**_COMMON, "model": str(model), "max_model_len": context, **options, **variant.options}
         variables = {**_ENVIRONMENT, **(environment or {}), **variant.environment}
         asked.write_text(
             json.dumps({"llm": own, "environment": variables, "gpu": gpu, "task": task, "arguments": dict(arguments)}),
@@ -75,22 +70,6 @@ def answers(
             os.unlink(log)
             raise
         os.unlink(log)
-
-
-def described(config: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """Return a config.json that transformers and vLLM read as Tersor reads this one, for plain weights.
-
-    Args:
-        config: config.json, which need not name its type.
-        context: tokens of a text that the model must have positions for.
-    """
-    read = DecoderConfig.from_dict(config)
-    return {
-        **{name: value for name, value in config.items() if name not in QUANTIZATION_KEYS},
-        "architectures": [read.architecture],
-        "model_type": model_type(config),
-        "max_position_embeddings": max(read.context, context),
-    }
 
 
 def _run(asked: Path, words: Any) -> Iterator[dict[str, Any]]:

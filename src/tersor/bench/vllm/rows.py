@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tersor.bench import latency, throughput
+from tersor.bench import latency, random_checkpoint, throughput
 from tersor.bench.contenders import UnfitError
 from tersor.bench.latency import Latency
 from tersor.bench.throughput import Throughput
@@ -14,6 +14,7 @@ from tersor.bench.vllm.variants import Variant
 from tersor.bench.workloads import SHUFFLED, SORTED, Workload
 from tersor.engine.config import EngineConfig
 from tersor.errors import InputError
+from tersor.formats import float_dtype
 from tersor.models.config import DecoderConfig
 
 ORDERS = (SORTED, SHUFFLED)
@@ -23,8 +24,24 @@ _ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Of one GPU: with a process of its own, the engine would begin with the first rows that it is sent."""
 
 
+def check_room(
+    configs: Sequence[Mapping[str, Any]], contexts: Sequence[int], steps: int = latency.STEPS, *, dtype: str = "float16"
+) -> None:
+    """Refuse `latencies` of models, each of whose random weights must have a place, before the first is timed.
+
+    Args:
+        configs: config.json of the models.
+        contexts, steps, dtype: as of `latencies`.
+
+    Raises:
+        OutputError: there is no room for those of one.
+    """
+    for config in configs:
+        random_checkpoint.place(config, _longest(contexts, steps), float_dtype(dtype))
+
+
 def latencies(
-    variant: Variant,
+    variants: Sequence[Variant],
     config: Mapping[str, Any],
     name: str,
     batches: Sequence[int],
@@ -35,17 +52,22 @@ def latencies(
     kv_dtype: str = "auto",
     cuda_graph: bool = True,
 ) -> Iterator[Latency | latency.Skipped]:
-    """Time vLLM's decode steps of a model with random weights.
+    """Time vLLM's decode steps of a model with random weights, the same ones in every format.
 
     Args:
-        variant: the format of the weights.
+        variants: the formats of the weights; without one, none are made.
         config: config.json of the model.
         name: of the model, for the rows.
         batches, contexts: every pair is timed.
         steps: of a run.
-        dtype, kv_dtype: of activations, and of keys and values.
+        dtype, kv_dtype: of activations and of what is quantised, and of keys and values.
         cuda_graph: whether vLLM compiles the model and runs it as CUDA graphs.
+
+    Raises:
+        OutputError: there is no room for the weights.
     """
+    if not variants:
+        return
     options = {
         "dtype": dtype,
         "kv_cache_dtype": kv_dtype,
@@ -60,26 +82,34 @@ def latencies(
         "runs": latency.RUNS,
         "vocabulary": DecoderConfig.from_dict(config).vocabulary,
     }
-    longest = max(contexts) + steps + 1
-    try:
-        for found in answers(variant, config, longest, options, "latency", arguments, _ONE_PROCESS):
-            batch, context = found["batch"], found["context"]
-            if "why" in found:
-                what = f"{batch} rows of {context} tokens"
-                yield latency.Skipped(name=name, format=variant.format, what=what, why=found["why"])
-                continue
-            yield Latency(
-                name=name,
-                format=variant.format,
-                batch=batch,
-                context=context,
-                milliseconds=found["milliseconds"],
-                weight_bytes=None,
-                kv_bytes=None,
-                cuda_graph=cuda_graph,
-            )
-    except UnfitError as error:
-        yield latency.Skipped(name=name, format=variant.format, what="", why=str(error))
+    longest = _longest(contexts, steps)
+    with random_checkpoint.temporary(config, longest, float_dtype(dtype)) as model:
+        for variant in variants:
+            try:
+                for found in answers(variant, model, longest, options, "latency", arguments, _ONE_PROCESS):
+                    yield _latency(found, name, variant.format, cuda_graph)
+            except UnfitError as error:
+                yield latency.Skipped(name=name, format=variant.format, what="", why=str(error))
+
+
+def _longest(contexts: Sequence[int], steps: int) -> int:
+    return max(contexts) + steps + 1
+
+
+def _latency(found: Mapping[str, Any], name: str, format: str, cuda_graph: bool) -> Latency | latency.Skipped:
+    batch, context = found["batch"], found["context"]
+    if "why" in found:
+        return latency.Skipped(name=name, format=format, what=f"{batch} rows of {context} tokens", why=found["why"])
+    return Latency(
+        name=name,
+        format=format,
+        batch=batch,
+        context=context,
+        milliseconds=found["milliseconds"],
+        weight_bytes=None,
+        kv_bytes=None,
+        cuda_graph=cuda_graph,
+    )
 
 
 def check_orders(orders: Sequence[str]) -> list[str]:
@@ -95,7 +125,7 @@ def check_orders(orders: Sequence[str]) -> list[str]:
 
 
 def throughputs(
-    variant: Variant,
+    variants: Sequence[Variant],
     config: Mapping[str, Any],
     name: str,
     loads: Sequence[Workload],
@@ -105,18 +135,23 @@ def throughputs(
     dtype: str = "float16",
     gpu: int | None = None,
 ) -> Iterator[Throughput | throughput.Skipped]:
-    """Answer workloads by vLLM, with random weights.
+    """Answer workloads by vLLM, with random weights, the same ones in every format.
 
     Args:
-        variant: the format of the weights.
+        variants: the formats of the weights; without one, none are made.
         config: config.json of the model.
         name: of the model, for the rows.
         loads: what is asked.
         orders: of `ORDERS`.
         engine: rows and tokens of a step, memory, and what keys and values are kept in, as Tersor has them.
-        dtype: of activations.
+        dtype: of activations and of what is quantised.
         gpu: which of those that torch sees.
+
+    Raises:
+        OutputError: there is no room for the weights.
     """
+    if not variants:
+        return
     options: dict[str, Any] = {
         "dtype": dtype,
         "kv_cache_dtype": engine.kv_dtype,
@@ -134,22 +169,28 @@ def throughputs(
     asked = {load.name: load for load in loads}
     best = {load.name: throughput.optimum(load) for load in loads}
     longest = max(map(throughput.context_of, loads))
-    try:
-        for found in answers(variant, config, longest, options, "throughput", arguments, gpu=gpu):
-            load = asked[found["workload"]]
-            total = load.samples * load.tokens
-            yield Throughput(
-                name=name,
-                format=variant.format,
-                workload=load.name,
-                order=found["order"],
-                requests=len(load.prompts),
-                prompt_tokens=total,
-                output_tokens=load.samples * int(load.outputs.sum()),
-                seconds=found["seconds"],
-                plan_seconds=found["plan_seconds"],
-                reuse=None if found["cached"] is None else found["cached"] / total,
-                optimum=best[load.name],
-            )
-    except UnfitError as error:
-        yield throughput.Skipped(name=name, format=variant.format, why=str(error))
+    with random_checkpoint.temporary(config, longest, float_dtype(dtype), gpu) as model:
+        for variant in variants:
+            try:
+                for found in answers(variant, model, longest, options, "throughput", arguments, gpu=gpu):
+                    load = asked[found["workload"]]
+                    yield _throughput(found, name, variant.format, load, best[load.name])
+            except UnfitError as error:
+                yield throughput.Skipped(name=name, format=variant.format, why=str(error))
+
+
+def _throughput(found: Mapping[str, Any], name: str, format: str, load: Workload, best: float) -> Throughput:
+    total = load.samples * load.tokens
+    return Throughput(
+        name=name,
+        format=format,
+        workload=load.name,
+        order=found["order"],
+        requests=len(load.prompts),
+        prompt_tokens=total,
+        output_tokens=load.samples * int(load.outputs.sum()),
+        seconds=found["seconds"],
+        plan_seconds=found["plan_seconds"],
+        reuse=None if found["cached"] is None else found["cached"] / total,
+        optimum=best,
+    )

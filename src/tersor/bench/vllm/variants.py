@@ -21,7 +21,7 @@ _HUMMING_WEIGHTS, _HUMMING_ACTIVATIONS = "VLLM_HUMMING_ONLINE_QUANT_CONFIG", "VL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """vLLM with weights in one format, made of 16-bit ones as it loads them; the output head stays in 16 bits.
+    """vLLM with weights in one format, made of a 16-bit checkpoint as it loads it; the output head stays in 16 bits.
 
     Attributes:
         format: what rows call it.
