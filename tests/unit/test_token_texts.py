@@ -20,7 +20,8 @@ BROKEN = "\ufffd"
 def of_bytes() -> PreTrainedTokenizerBase:
     """A byte-level tokenizer with tokens that were added: some special, some with letters that stand for bytes."""
     tokenizer = load.load_tokenizer(tiny_lm.TINY)
-    tokenizer.add_tokens([" added \u65e5", "\u0120q", f"x{BROKEN}", AddedToken("<|tool|>", special=True)])
+    added = [" added \u65e5", "\u0120q", "\u00ac!", f"x{BROKEN}"]
+    tokenizer.add_tokens([*added, AddedToken("<|tool|>", special=True)])
     return tokenizer
 
 
@@ -64,6 +65,13 @@ def test_after_any_bytes_the_text_so_far_is_the_decoded_whole_up_to_a_broken_end
     assert held > 60
 
 
+def test_a_token_that_ends_a_character_of_the_prompt_adds_what_comes_after_it() -> None:
+    tokenizer = of_bytes()
+    first, second, last = tokenizer.convert_tokens_to_ids(["\u00e2", "\u0124", "\u00ac!"])  # letters for bytes
+    assert decode(tokenizer, [first, second, last], True) == "\u20ac!"
+    assert Detokenizer(tokenizer, [first, second]).push(last) == "!"
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_spaces_that_depend_on_the_token_before_and_bytes_of_pieces_are_those_of_the_whole(skip: bool) -> None:
     tokenizer, choose = of_pieces(), random.Random(1)
@@ -87,9 +95,13 @@ def test_a_text_is_made_once_for_all_requests() -> None:
 
 def test_tokens_that_are_added_later_are_text_too() -> None:
     tokenizer = load.load_tokenizer(tiny_lm.TINY)
-    assert Detokenizer(tokenizer).push(8192) == ""
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push(8192), detokenizer.push(100)] == ["", decode(tokenizer, [100], True)]
+    assert TokenTexts.of(tokenizer, skip_special_tokens=True)[8192] == ""
     tokenizer.add_tokens(["later"])
-    assert Detokenizer(tokenizer).push(8192) == "later"
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push(8192), detokenizer.flush()] == ["later", ""]
+    assert TokenTexts.of(tokenizer, skip_special_tokens=True)[8192] == "later"
 
 
 class Shouting(PreTrainedTokenizerFast):
