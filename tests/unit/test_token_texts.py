@@ -95,8 +95,7 @@ def test_a_text_is_made_once_for_all_requests() -> None:
 
 def test_tokens_that_are_added_later_are_text_too() -> None:
     tokenizer = load.load_tokenizer(tiny_lm.TINY)
-    detokenizer = Detokenizer(tokenizer)
-    assert [detokenizer.push(8192), detokenizer.push(100)] == ["", decode(tokenizer, [100], True)]
+    assert Detokenizer(tokenizer).push(8192) == ""
     assert TokenTexts.of(tokenizer, skip_special_tokens=True)[8192] == ""
     tokenizer.add_tokens(["later"])
     detokenizer = Detokenizer(tokenizer)

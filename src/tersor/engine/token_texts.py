@@ -66,12 +66,13 @@ _MADE: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[bool, int],
 _MADE = weakref.WeakKeyDictionary()
 """The texts of each tokenizer there is, by whether special tokens are left out and how many tokens it has by now."""
 
+_PLAIN = ("transformers.tokenization_utils_base", "transformers.tokenization_utils_tokenizers")
+"""Where `decode` and `_decode` of a class are defined that adds nothing to what the Rust library makes of tokens."""
+
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return what decodes for a tokenizer in Rust, `None` where its class has a say in it, too."""
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
     kind = type(tokenizer)
-    if not issubclass(kind, PreTrainedTokenizerFast) or kind.decode is not PreTrainedTokenizerBase.decode:
-        return None
-    return tokenizer.backend_tokenizer if kind._decode is PreTrainedTokenizerFast._decode else None
+    methods = (getattr(kind, "decode", None), getattr(kind, "_decode", None))
+    plain = tuple(getattr(method, "__module__", None) for method in methods) == _PLAIN
+    return tokenizer.backend_tokenizer if plain else None
