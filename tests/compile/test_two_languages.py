@@ -309,7 +309,9 @@ def test_launches_of_attention_count_pages_queries_and_threads_as_the_kernels_do
     seen = {name: at for name, at in common.items() if name not in ("qkv", "stride", "rotary", "norms")}
     attention.prepare_append(append, problem, 132)(**read, out=0)  # type: ignore[arg-type]
     attention.prepare_prefill(product, problem)(**seen)  # type: ignore[arg-type]
-    assert append.grid[0] == problem.tokens and product.grid[0] == problem.tiles(64 * kind.row_tiles)
+    each = attention.tokens_of_append(problem.tokens, 132)
+    assert each > 1 and append.grid[0] == -(-problem.tokens // each)
+    assert product.grid[0] == problem.tiles(64 * kind.row_tiles)
     check(append.source.header, append.source, {"append::kThreads": append.block[0]})
     facts = {
         "prefill::kThreads": product.block[0],

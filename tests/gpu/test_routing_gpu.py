@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.chains import check_chain
 
 from tersor import ops
 from tersor.kernels import jit
@@ -243,19 +244,11 @@ def test_a_router_in_a_chain_reads_what_the_kernel_ahead_wrote(tokens: int) -> N
             x = ops.rms_norm(ops.router_logits(logits, wide), back, 1e-6, residual=x)
         return x
 
-    with ops.using(early=False):
-        expected = chain()
-    assert torch.equal(chain(), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = chain()
-    for _ in range(5):
-        result.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(result, expected)
+    graph, result = check_chain(chain)
+    before = result.clone()
     start.neg_()
     graph.replay()
-    assert torch.equal(result, chain()) and not torch.equal(result, expected)
+    assert torch.equal(result, chain()) and not torch.equal(result, before)
 
 
 def test_a_weight_that_was_just_written_is_not_read_early() -> None:
@@ -280,13 +273,4 @@ def test_a_chain_that_is_replayed_as_a_graph_is_that_of_launches_that_wait(token
             logits = routing.combine(y, weights, routing.tables(index, 64, 8), logits)
         return logits
 
-    with ops.using(early=False):
-        expected = chain()
-    assert torch.equal(chain(), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = chain()
-    for _ in range(5):
-        result.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(result, expected)
+    check_chain(chain)

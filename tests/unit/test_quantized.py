@@ -133,14 +133,21 @@ def test_other_norms_do_not_quantise(gpu: FakeGpu) -> None:
     ("gpu", "most"), [("NVIDIA H200", 4 * 132), ("NVIDIA GeForce RTX 4090", 3 * 128)], indirect=["gpu"]
 )
 def test_a_norm_of_many_rows_has_as_many_ctas_as_there_is_room_for(gpu: FakeGpu, most: int) -> None:
-    """As long as a CTA has a row; then four warps of a CTA have one each, and all have as many in turn."""
     weight = torch.ones(4096).half()
-    sms = most // (most // 128)
-    for rows, ctas, threads in ((most - 1, most - 1, 512), (most + 1, most, 512), (8 * sms, 2 * sms, 128)):
+    for rows in (most - 1, most + 1, 17 * most):
         ops.rms_norm(torch.ones(rows, 4096).half(), weight, 1e-6)
-        assert gpu.last.grid == (ctas, 1, 1) and gpu.last.block == (threads, 1, 1) and gpu.last["rows"] == rows
-    ops.rms_norm(torch.ones(17 * sms, 4096).half(), weight, 1e-6)
-    assert gpu.last.grid == (-(-17 * sms // 8), 1, 1)
+        assert gpu.last.grid == (min(rows, most), 1, 1) and gpu.last.block == (512, 1, 1) and gpu.last["rows"] == rows
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200"], indirect=True)
+def test_of_many_rows_that_a_norm_makes_e4m3_of_four_warps_of_a_cta_have_one_each(gpu: FakeGpu) -> None:
+    """All have as many in turn; beside a residual a CTA has a row."""
+    weight, rows = torch.ones(4096).half(), torch.ones(17 * 132, 4096).half()
+    for given, ctas, threads in ((rows[: 12 * 132 - 1], 528, 512), (rows[: 12 * 132], 3 * 132, 128), (rows, 281, 128)):
+        ops.rms_norm_e4m3(given, weight, 1e-6)
+        assert gpu.last.grid == (ctas, 1, 1) and gpu.last.block == (threads, 1, 1) and gpu.last["rows"] == len(given)
+    ops.rms_norm_e4m3(rows, weight, 1e-6, residual=rows)
+    assert gpu.last.block == (512, 1, 1)
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
