@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -84,6 +85,17 @@ def test_held_text_comes_out_at_the_end() -> None:
 def test_a_stop_text_that_overlaps_itself() -> None:
     shown, stop_filter = run(("aab",), "a", "a", "a", "b", "c")
     assert "".join(shown) == "a" and stop_filter.found
+
+
+def test_exactly_the_longest_end_that_begins_a_stop_text_is_held_back() -> None:
+    choose = random.Random(0)
+    for _ in range(300):
+        stops = tuple("".join(choose.choices("ab", k=choose.randrange(1, 6))) + "c" for _ in range(2))
+        text = "".join(choose.choices("ab", k=8))
+        cut = choose.randrange(8)
+        shown, _ = run(stops, text[:cut], text[cut:])
+        begins = [at for at in range(9) if any(stop.startswith(text[at:]) for stop in stops)]
+        assert "".join(shown) == text[: begins[0]]
 
 
 def test_without_stop_texts_everything_passes() -> None:

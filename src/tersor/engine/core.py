@@ -22,6 +22,7 @@ from tersor.engine.request import DELAYED, WAITING, Request, Step, continuations
 from tersor.engine.scheduler import Scheduler
 from tersor.engine.stats import EngineStats, stats
 from tersor.engine.stream import Stream
+from tersor.engine.token_texts import TokenTexts
 from tersor.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Core:
         self.defaults, self.seed, self.vocabulary = defaults or {}, seed, vocabulary
         self.team = team
         self._seeds = 0  # made so far
+        self._names = None if tokenizer is None else TokenTexts(tokenizer.decode, joined=False)
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
         self._under_way: Launched | None = None
@@ -333,7 +335,7 @@ class Core:
         """Return the log probabilities of one token, and of the most probable ones beside it."""
 
         def text(token: int) -> str:
-            return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+            return "" if self._names is None else self._names[token]
 
         entry = {token: Logprob(float(found.chosen[place]), int(found.ranks[place]), text(token))}
         best = zip(found.tokens[place, :wanted].tolist(), found.values[place, :wanted].tolist(), strict=True)

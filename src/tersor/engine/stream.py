@@ -53,7 +53,7 @@ class Stream:
             token: which.
             logprobs: of it and of others, where they were asked for.
             late: whether its text may wait until the end, where nothing in the text can end the continuation: all
-                tokens are decoded at once then, which takes a tenth of the time.
+                tokens are decoded at once then, which takes half the time.
         """
         output = self.output
         output.token_ids.append(token)

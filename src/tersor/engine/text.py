@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tersor.engine.token_texts import TokenTexts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -18,13 +20,14 @@ class Detokenizer:
 
     A piece is held back while it ends in the replacement character, that is in the middle of a multi-byte
     character. Every piece is decoded together with the piece before it, since a token's text can depend on
-    its left neighbour (a leading space); the first piece is decoded with the end of the prompt.
+    its left neighbour (a leading space); the first piece is decoded with the end of the prompt. Where tokens
+    are bytes and nothing else, the text of one that is whole characters is looked up.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._texts = TokenTexts.of(tokenizer, skip_special_tokens=skip_special_tokens)
         self._ids = list(prompt[-_CONTEXT:])
         self._before = 0  # _ids[_before:_shown] is the piece before, which gives context
         self._shown = len(self._ids)  # text up to here has been returned
@@ -35,8 +38,11 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that has become complete, possibly none."""
+        alone = self._texts.joined and len(self._ids) == self._shown  # nothing is held back
         self._ids.append(token)
-        text = self._pending()
+        text = self._texts[token] if alone else ""
+        if not text or _BROKEN in text:
+            text = self._pending()
         if not text or text.endswith(_BROKEN):
             return ""
         self._before, self._shown = self._shown, len(self._ids)
@@ -49,13 +55,9 @@ class Detokenizer:
         return text
 
     def _pending(self) -> str:
-        context = self._decode(self._ids[self._before : self._shown])
-        return self._decode(self._ids[self._before :])[len(context) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        texts, context = self._texts, self._ids[self._before : self._shown]
+        before = texts[context[0]] if len(context) == 1 else texts.together(context)
+        return texts.together(self._ids[self._before :])[len(before) :]
 
 
 class StopFilter:
@@ -74,6 +76,8 @@ class StopFilter:
         """Add text and return what can be shown: nothing that may begin a stop text, nothing after one."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
@@ -92,5 +96,7 @@ class StopFilter:
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest end of the held text that begins `stop`."""
-        longest = min(len(self._held), len(stop) - 1)
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+        place = self._held.find(stop[0], max(0, len(self._held) - len(stop) + 1))
+        while place >= 0 and not stop.startswith(self._held[place:]):
+            place = self._held.find(stop[0], place + 1)
+        return len(self._held) - place if place >= 0 else 0
