@@ -37,6 +37,7 @@ def test_every_batch_and_context_is_timed_with_the_bytes_that_it_reads() -> None
     assert [row.kv_bytes for row in rows] == [row.batch * row.context * layers * per_token for row in rows]
     embedding = sum(tensor.nbytes for tensor in made.decoder.embedding.tensors())
     assert {row.weight_bytes for row in rows} == {made.decoder.nbytes - embedding}
+    assert all(0.9 < float(cache.pages[1:].std()) < 1.1 for cache in made.caches)  # not the zeros of new pages
 
 
 def test_what_is_timed_is_whole_steps_one_behind_the_other(monkeypatch: pytest.MonkeyPatch) -> None:

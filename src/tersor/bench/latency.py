@@ -26,9 +26,9 @@ VERSION = 1
 METHOD = (
     "milliseconds a decode step, median of the runs of a loop in which a step is launched while the one before it "
     "runs, as the engine does, its tokens drawn greedily and read by the host; normal random weights in the format, "
-    "every row with a text of `context` tokens, pages of texts in random order; roofline: bytes of the weights that a "
-    "step reads (of experts those expected to be hit by uniform routing) and of the keys and values of its rows, over "
-    "the bandwidth of a large read in the same run"
+    "every row with a text of `context` tokens, pages of normal random numbers in random order; roofline: bytes of the "
+    "weights that a step reads (of experts those expected to be hit by uniform routing) and of the keys and values of "
+    "its rows, over the bandwidth of a large read in the same run"
 )
 VLLM_METHOD = (
     "vLLM in a process of its own, which loads a checkpoint of random weights of the same distribution and makes its "
@@ -36,6 +36,8 @@ VLLM_METHOD = (
     "the texts being of `context` tokens in the middle of them; median of the runs"
 )
 RUNS, STEPS = 3, 32
+_FILLED = 512
+"""Pages of a layer that are written at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ def measure(
         steps: of a run.
         progress: told how many pairs are done, of how many.
     """
+    fill(runner.caches)
     cells = [(batch, context) for context in contexts for batch in batches]
     for done, (batch, context) in enumerate(cells):
         if progress is not None:
@@ -113,6 +116,15 @@ def measure(
             kv_bytes=kv_bytes(runner, batch, context),
             cuda_graph=bool(runner.graphs),
         )
+
+
+def fill(caches: Sequence[PagedCache]) -> None:
+    """Write normal numbers to all pages, as texts leave them: a GPU at its power limit is faster with zeros."""
+    for cache in caches:
+        for part in cache.pages.split(_FILLED):
+            part.copy_(torch.randn(part.shape, device=part.device))
+        if cache.scales is not None:
+            cache.scales.fill_(1.0)
 
 
 def pages_for(batches: Sequence[int], contexts: Sequence[int]) -> int:
