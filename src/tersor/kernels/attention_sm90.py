@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from tersor.hardware import Chip
-from tersor.kernels.attention import PAGE, SHARED_QUERIES, Kind, PrefillLaunch, Problem
+from tersor.kernels.attention import PAGE, SHARED_QUERIES, Kind, PrefillLaunch, Problem, stages_beside
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 
 LEAST_DIM = 64
@@ -36,13 +36,10 @@ def takes(kind: Kind, chip: Chip) -> bool:
 @functools.cache
 def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
     """Return the kernel for rows of many new tokens that are in pages already, of a `Kind` that it takes."""
-    row, block_pages = -(-kind.head_dim // 64) * 128, _block_pages(kind)
-    query_slots = 2 if kind.head_dim <= 192 else 1
-    slot, query_slot = block_pages * PAGE * row, QUERIES * row
-    rest = query_slots * (query_slot + _BARRIER_BYTES) + _ITEM_SLOTS * (_ITEM_BYTES + _BARRIER_BYTES)
+    block_pages, query_slots = _block_pages(kind), 2 if kind.head_dim <= 192 else 1
     raw_slots = (_RAW_SLOTS if kind.head_dim <= 192 else 1) if kind.e4m3 else 0
-    rest += _LAST_BYTES + raw_slots * (block_pages * PAGE * (kind.head_dim + 4) + _BARRIER_BYTES)
-    slots = min((chip.shared_bytes - rest) // (slot + _BARRIER_BYTES), _MOST_SLOTS)
+    slot, rest = _memory(kind, block_pages, query_slots * QUERIES, query_slots, raw_slots)
+    slots = min((chip.shared_bytes - rest) // slot, _MOST_SLOTS)
     return KernelSource(
         name=f"tersor_attention_sm90_prefill_{kind.name}",
         header="attention/sm90_prefill.cuh",
@@ -53,7 +50,7 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
             "SLOTS": slots,
             "QUERY_SLOTS": query_slots,
             "RAW_SLOTS": raw_slots,
-            "SHARED_BYTES": slots * (slot + _BARRIER_BYTES) + rest,
+            "SHARED_BYTES": slots * slot + rest,
         },
         arguments="TPPPPPPPPPiiiiiiiff",
     )
@@ -62,22 +59,16 @@ def prefill_source(kind: Kind, chip: Chip) -> KernelSource:
 SHARED_THREADS = 256
 """Of a CTA of sm90_shared.cuh."""
 _SHARED_MOST_SLOTS, _SHARED_LEAST_SLOTS, _SHARED_RAW_SLOTS = 12, 4, 3
-_RESERVED = 1024
-"""Bytes of shared memory that the driver takes from every CTA."""
 
 
 @functools.cache
 def shared_source(kind: Kind, chip: Chip) -> KernelSource:
     """Return the kernel for pages that rows of one new token begin with, of a `Kind` that `takes` tells of."""
-    row = -(-kind.head_dim // 64) * 128
-    slot, raw_slots = PAGE * row, _SHARED_RAW_SLOTS if kind.e4m3 else 0
-    rest = SHARED_QUERIES * row + _BARRIER_BYTES + _ITEM_SLOTS * (_ITEM_BYTES + _BARRIER_BYTES) + _LAST_BYTES
-    rest += raw_slots * (PAGE * (kind.head_dim + 4) + _BARRIER_BYTES)
-    of_two, alone = chip.shared_bytes // 2 - _RESERVED - rest, chip.shared_bytes - rest
-    slots = min(of_two // (slot + _BARRIER_BYTES), _SHARED_MOST_SLOTS)
-    resident = 2 if slots >= _SHARED_LEAST_SLOTS else 1
-    if resident == 1:
-        slots = min(alone // (slot + _BARRIER_BYTES), _SHARED_MOST_SLOTS)
+    raw_slots = _SHARED_RAW_SLOTS if kind.e4m3 else 0
+    slot, rest = _memory(kind, 1, SHARED_QUERIES, 1, raw_slots)
+    of_two, alone = stages_beside(chip, slot, rest, 2), (chip.shared_bytes - rest) // slot
+    resident = 2 if of_two >= _SHARED_LEAST_SLOTS else 1
+    slots = min(of_two if resident == 2 else alone, _SHARED_MOST_SLOTS)
     return KernelSource(
         name=f"tersor_attention_sm90_shared_{kind.name}",
         header="attention/sm90_shared.cuh",
@@ -89,7 +80,7 @@ def shared_source(kind: Kind, chip: Chip) -> KernelSource:
             "QUERY_SLOTS": 1,
             "RAW_SLOTS": raw_slots,
             "RESIDENT": resident,
-            "SHARED_BYTES": slots * (slot + _BARRIER_BYTES) + rest,
+            "SHARED_BYTES": slots * slot + rest,
         },
         arguments="TPPPPPPPPPPqiiiiiiiiiiffff",
     )
@@ -102,6 +93,21 @@ def map_of(kind: Kind, problem: Problem, pages_of_layer: int, page_count: int) -
     tokens = page_count * 2 * problem.kv_heads * PAGE
     element = tensor_map.BFLOAT16 if kind.dtype == "bfloat16" else tensor_map.FLOAT16
     return tensor_map.rows(pages_of_layer, tokens, kind.head_dim, kind.head_dim, element, PAGE)
+
+
+def _memory(kind: Kind, block_pages: int, queries: int, query_slots: int, raw_slots: int) -> tuple[int, int]:
+    """Return bytes of shared memory, barriers included: of a slot of keys or values, and of all that is beside them.
+
+    Args:
+        kind: what the kernel is compiled for.
+        block_pages: pages in a slot.
+        queries: in all slots of queries.
+        query_slots, raw_slots: of queries, and of keys or values in e4m3.
+    """
+    row = -(-kind.head_dim // 64) * 128
+    raw = block_pages * PAGE * (kind.head_dim + 4) + _BARRIER_BYTES
+    rest = queries * row + query_slots * _BARRIER_BYTES + raw_slots * raw + _LAST_BYTES
+    return block_pages * PAGE * row + _BARRIER_BYTES, rest + _ITEM_SLOTS * (_ITEM_BYTES + _BARRIER_BYTES)
 
 
 def _block_pages(kind: Kind) -> int:

@@ -23,6 +23,15 @@ __device__ __forceinline__ float largest(const u16 (&values)[8], float before) {
     return before;
 }
 
+// The largest of what the lanes of a warp have, which all of them get.
+__device__ __forceinline__ float largest_of_warp(float magnitude) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        magnitude = fmaxf(magnitude, __shfl_xor_sync(~0u, magnitude, lanes));
+    }
+    return magnitude;
+}
+
 __device__ __forceinline__ float scale(float magnitude) {
     return magnitude / kMax;
 }

@@ -26,14 +26,6 @@ __device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool wh
     return piece;
 }
 
-__device__ __forceinline__ float largest_of_warp(float magnitude) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        magnitude = fmaxf(magnitude, __shfl_xor_sync(~0u, magnitude, lanes));
-    }
-    return magnitude;
-}
-
 }  // namespace quantize
 
 extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_ENTRY(
@@ -73,10 +65,10 @@ extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_E
             magnitude = e4m3::largest(load(row, first, ic, whole).values, magnitude);
         }
     }
-    magnitude = largest_of_warp(magnitude);
+    magnitude = e4m3::largest_of_warp(magnitude);
     if (lane == 0) of_warp[threadIdx.x / 32] = magnitude;
     __syncthreads();
-    magnitude = largest_of_warp(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f);
+    magnitude = e4m3::largest_of_warp(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f);
     if (threadIdx.x == 0) scales[token] = e4m3::scale(magnitude);
     const float factor = e4m3::factor(magnitude);
     unsigned char* target = codes + token * codes_stride;

@@ -1,4 +1,4 @@
-// Normalises few rows; norm_rows.cuh has many. In float32, rounded once:
+// Normalises rows; of many, an RMS norm makes e4m3 by norm_rows.cuh. In float32, rounded once:
 //   y = residual + x / sqrt(mean(x^2) + eps) * (weight + offset)             (RMS norm)
 //   y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias              (layer norm)
 // With E4M3 what was rounded becomes e4m3 with a scale for each row (common/e4m3.cuh), and is not written itself.

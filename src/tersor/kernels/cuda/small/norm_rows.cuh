@@ -50,12 +50,6 @@ __device__ __forceinline__ void pause(int i) {
     if (i % kAtOnce == 0) __syncwarp();
 }
 
-__device__ __forceinline__ float largest_of_warp(float value) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, lanes));
-    return value;
-}
-
 }  // namespace norms
 
 extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR_ENTRY(
@@ -112,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
             given[i] = result;
             keep(given[i]);
         }
-        magnitude = largest_of_warp(rounded(magnitude));
+        magnitude = e4m3::largest_of_warp(rounded(magnitude));
         if (lane == 0) scales[row] = e4m3::scale(magnitude);
         const float inverse = e4m3::factor(magnitude);
         const int following = row + gridDim.x * kRows;
