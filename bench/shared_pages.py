@@ -33,7 +33,7 @@ OWN = (40, 250)
 LEAST_BYTES = 300 << 20
 MOST_CACHES = 60
 MOST_BYTES = 24 << 30
-START = 4.1e-6
+START = 3.94e-6
 """Seconds that attention takes where there is nothing to read, which both ways have."""
 
 

@@ -250,8 +250,7 @@ def test_a_fit_finds_the_costs_by_which_times_were_made(monkeypatch: pytest.Monk
     for case in list(bench.cases())[::3]:
         plan = case.plan(H200)
         apart = case.apart(true)
-        full = plan.tiles * H200.tile > plan.turns(H200) * H200.turn  # as the fit takes it to be
-        together = plan.tiles * true.tile if full else plan.turns(H200) * true.turn
+        together = max(plan.tiles * true.tile, plan.turns(H200) * true.turn)
         both = (
             apart - plan.pages * true.page - plan.again * true.again + together + plan.parts * true.part + true.launch
         )

@@ -16,7 +16,7 @@ from tersor.kernels.jit import Function, KernelSource
 from tersor.kernels.routing import INPUTS, PIECE, Choice, Router, sorting_warps
 from tersor.kernels.small import norm_pieces, norm_threads
 
-MOST_TOKENS = 32
+MOST_TOKENS = 16
 """Tokens up to which one launch decides."""
 MOST_EXPERTS = 256
 MOST_CHANNELS, MOST_NORMED_CHANNELS = 8192, 4096

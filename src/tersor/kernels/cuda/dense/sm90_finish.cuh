@@ -262,11 +262,10 @@ struct Met {
     }
 };
 
-// Rounds and stores few tokens. `exchange` is for the norm behind, where there is one: then output channels are a
-// multiple of 8.
+// Rounds and stores few tokens. Where a norm is behind, output channels are a multiple of 8.
 __device__ __forceinline__ void store_few(
     const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens, Met& met,
-    bool adds, u16* y, const Norms& norms, float* exchange) {
+    bool adds, u16* y, const Norms& norms) {
     static_assert(!kNormOut || !gate::kGated, "a norm follows what a residual is added to");
     const FewPlaces places(item, terms);
     Squares squares;
@@ -301,7 +300,7 @@ __device__ __forceinline__ void store_few(
             }
         }
     }
-    if constexpr (kNormOut) squares.store(item, terms.rows, norms, exchange);
+    if constexpr (kNormOut) squares.store(item, terms.rows, norms);
 }
 
 // Rounds and stores many tokens: a warpgroup turns kStoreTokens of them at a time in shared memory, so that every store

@@ -76,9 +76,8 @@ __device__ __forceinline__ void run_item(
     if constexpr (kMany) {
         store_many(sums, item, terms, of_tokens, of.residual, of.y, slots + kExchangeAt);
     } else {
-        float* exchange = reinterpret_cast<float*>(slots + kExchangeAt);
         if (!ahead) met.load(item, terms, of.residual, of.norms);
-        store_few(sums, item, terms, of_tokens, met, of.residual != nullptr, of.y, of.norms, exchange);
+        store_few(sums, item, terms, of_tokens, met, of.residual != nullptr, of.y, of.norms);
     }
 }
 

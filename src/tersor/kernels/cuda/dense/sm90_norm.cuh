@@ -83,10 +83,14 @@ struct Squares {
         of[tokens] = __fmaf_rn(high, high, __fmaf_rn(low, low, of[tokens]));
     }
 
-    // Adds up what the lanes and warps of each warpgroup have, 64 rows, and stores it. `exchange` is where warpgroups
-    // handed their sums over, if they did: there a warp writes where it alone has read.
-    __device__ __forceinline__ void store(const Item& item, int rows, const Norms& norms, float* exchange) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
+    // Adds up what the lanes and warps of each warpgroup have, 64 rows, and stores it. There is little memory: where sums
+    // of all tokens and warps do not fit, warps add in turn, to the sums of as many tokens as do.
+    __device__ __forceinline__ void store(const Item& item, int rows, const Norms& norms) {
+        constexpr int kWarps = 4, kFloats = 128;
+        constexpr bool kFit = kRowGroups * kWarps * kTokens <= kFloats;
+        constexpr int kAtOnce = kTokens < 32 ? kTokens : 32;
+        __shared__ float sums[kNormOut ? kRowGroups * (kFit ? kWarps * kTokens : kAtOnce) : 1];
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps, group = threadIdx.x / 128;
         const int unit = item.first_row / tile::kUnitRows + group;
         const auto put = [&](int token, float sum) {
             token += item.first_token;
@@ -99,33 +103,35 @@ struct Squares {
             of[i] += __shfl_xor_sync(~0u, of[i], 1);
             of[i] += __shfl_xor_sync(~0u, of[i], 2);
         }
-        if constexpr (kTurns > 1) {
-            float* own = exchange + group * (kTurns - 1) * kSums * 128;
-            const auto place = [&](int token, int of_warp) {
-                return own + token / 32 * 128 + of_warp * 32 + token % 32;
-            };
+        if constexpr (kFit) {
+            float* own = sums + group * kWarps * kTokens;
+            // Those of the item before have been read: all have met since where warpgroups hand their sums over.
+            if constexpr (kTurns == 1) ptx::sync_one_of<kGroupBarriers, 128>(group);
             if (lane % 4 == 0) {
 #pragma unroll
-                for (int i = 0; i < kTokens / 8; ++i) *place(i * 8 + lane / 4, warp) = of[i];
+                for (int i = 0; i < kTokens / 8; ++i) own[warp * kTokens + i * 8 + lane / 4] = of[i];
             }
             ptx::sync_one_of<kGroupBarriers, 128>(group);
             const int token = threadIdx.x % 128;
-            if (token < kTokens) put(token, *place(token, 0) + *place(token, 1) + *place(token, 2) + *place(token, 3));
+            if (token < kTokens) {
+                float sum = own[token];
+#pragma unroll
+                for (int i = 1; i < kWarps; ++i) sum += own[i * kTokens + token];
+                put(token, sum);
+            }
         } else {
-            // There is little memory: warps add in turn, to the sums of as many tokens as fit.
-            constexpr int kAtOnce = kTokens < 32 ? kTokens : 32;
-            __shared__ float sums[kNormOut && kTurns == 1 ? kRowGroups * kAtOnce : 1];
+            float* own = sums + group * kAtOnce;
 #pragma unroll
             for (int first = 0; first < kTokens; first += kAtOnce) {
 #pragma unroll
-                for (int turn = 0; turn < 4; ++turn) {
+                for (int turn = 0; turn < kWarps; ++turn) {
                     ptx::sync_one_of<kGroupBarriers, 128>(group);
                     if (warp != turn || lane % 4 != 0) continue;
 #pragma unroll
                     for (int i = 0; i < kAtOnce / 8 && first / 8 + i < kTokens / 8; ++i) {
-                        float& sum = sums[group * kAtOnce + i * 8 + lane / 4];
+                        float& sum = own[i * 8 + lane / 4];
                         const float added = turn > 0 ? sum + of[first / 8 + i] : of[first / 8 + i];
-                        if (turn < 3) {
+                        if (turn + 1 < kWarps) {
                             sum = added;
                         } else {
                             put(first + i * 8 + lane / 4, added);
