@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,27 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load.load_tokenizer(bare)
     assert "no tokenizer" in one_line(caught)
+
+
+def test_a_tokenizer_that_names_its_class_needs_no_configuration_of_the_model(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    named = {**json.loads((tiny_lm.TINY / "tokenizer_config.json").read_text())}
+    for kind in ("PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizerFast", None):
+        model = tiny_lm.copy(tmp_path / str(kind))
+        (model / "tokenizer_config.json").write_text(json.dumps({**named, "tokenizer_class": kind}))
+        found, expected = load.load_tokenizer(model), AutoTokenizer.from_pretrained(model)
+        text = "One day, a cat\u2019s 3 friends"
+        assert type(found) is type(expected) and found.eos_token_id == expected.eos_token_id
+        assert found(text)["input_ids"] == expected(text)["input_ids"]
+    program = f"""
+import sys
+from tersor.integrations.transformers.load import load_tokenizer
+load_tokenizer({str(tiny_lm.TINY)!r})
+print([name for name in sys.modules if name.startswith(("torch.distributed.fsdp", "torch._dynamo", "sklearn"))])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_tokenizer_that_is_not_json(tmp_path: Path) -> None:

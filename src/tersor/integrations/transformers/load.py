@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor.checkpoint.header import WEIGHT_DTYPES
-from tersor.checkpoint.source import open_source
+from tersor.checkpoint.source import open_source, read_config
 from tersor.errors import CheckpointError, InputError, TersorError
 from tersor.formats import Activations, float_dtype_or_auto
 from tersor.hardware import resolve_device
@@ -18,7 +19,7 @@ from tersor.integrations.transformers import fuse as fusing
 from tersor.integrations.transformers.architecture import model_class
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -183,11 +184,34 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         raise CheckpointError(f"{path}: has no tokenizer: copy tokenizer.json and tokenizer_config.json there")
     try:
         with foreign.unasked():
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            config = _config_for_tokenizer(directory)
+            return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code)
     except Exception as error:  # likewise
         if foreign.is_refusal(error):
             raise CheckpointError(f"{path}: the tokenizer {foreign.REFUSAL}") from None
         raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+
+
+def _config_for_tokenizer(directory: Path) -> PreTrainedConfig | None:
+    """Return what `AutoTokenizer` reads of a model's configuration, where the tokenizer names its own class.
+
+    That saves seconds: for the configuration of an architecture transformers imports what trains models over many GPUs,
+    and with it half of torch. `None` leaves the configuration to transformers.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        model, own = read_config(directory), json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
+    except (CheckpointError, OSError, ValueError):
+        return None
+    if not isinstance(own, dict) or not own.get("tokenizer_class") or "auto_map" in own:
+        return None
+    if not isinstance(model.get("model_type"), str):
+        return None
+    told = {name: model[name] for name in ("model_name", "tokenizer_class") if name in model}
+    config = PreTrainedConfig(**told, name_or_path=str(directory))
+    config.model_type = model["model_type"]
+    return config
 
 
 def _one_line(error: Exception) -> str:
