@@ -4,6 +4,7 @@ from tersor.formats.activations import Activations
 from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_dtype_or_auto
 from tersor.formats.element import ElementFormat, get, names
 from tersor.formats.encoded import Encoded, dequantize
+from tersor.formats.mix import MOST_LEVELS, Assignment, Mix
 from tersor.formats.scheme import (
     SCALE_DTYPES,
     ScaleError,
@@ -17,10 +18,13 @@ from tersor.formats.tolerance import product_tolerance
 
 __all__ = [
     "FLOAT_DTYPES",
+    "MOST_LEVELS",
     "SCALE_DTYPES",
     "Activations",
+    "Assignment",
     "ElementFormat",
     "Encoded",
+    "Mix",
     "ScaleError",
     "Scheme",
     "dequantize",

@@ -1,7 +1,8 @@
 """Multiply with a packed weight of any type: `linear`, and `gated_linear` for gate and up at once.
 
-The type of the weight says which operator multiplies: `PackedWeight` has `tersor::linear` (`ops.dense`). Another type
-of weight (mixed, sparse) comes with an operator of its own and is entered here with `serve_with`.
+The type of the weight says which operator multiplies: `PackedWeight` has `tersor::linear` (`ops.dense`), `MixedWeight`
+one such product a row set (`ops.mixed`). Another type of weight comes with an operator of its own and is entered here
+with `serve_with`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from tersor.errors import InputError
-from tersor.layouts import PackedWeight
-from tersor.ops import dense, gradient
+from tersor.layouts import MixedWeight, PackedWeight
+from tersor.ops import dense, gradient, mixed
 from tersor.ops.gates import Gate
 
 
@@ -26,7 +27,7 @@ class Multiply(Protocol):
         ...
 
 
-_multiply: dict[type, Multiply] = {PackedWeight: dense.multiply}
+_multiply: dict[type, Multiply] = {PackedWeight: dense.multiply, MixedWeight: mixed.multiply}
 """Type of the weight -> who multiplies with it."""
 
 
@@ -41,7 +42,11 @@ def serve_with(weight_class: type, multiply: Multiply) -> None:
 
 
 def linear(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, *, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: PackedWeight | MixedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply activations with a packed weight: y = x @ W^T + bias + residual.
 
@@ -52,7 +57,7 @@ def linear(
 
     Args:
         x: [..., IC], float16, bfloat16, float32 or float64 (whose sums are float64), any strides.
-        weight: packed weight [OC, IC] on x's device, in any layout.
+        weight: packed weight [OC, IC] on x's device, dense or mixed, in any layout.
         bias: [OC] in x's dtype, or `None`.
         residual: [..., OC] in x's dtype, any strides, or `None`; added in float32 before the one rounding.
 
@@ -69,7 +74,7 @@ def linear(
 
 def gated_linear(
     x: torch.Tensor,
-    weight: PackedWeight,
+    weight: PackedWeight | MixedWeight,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
@@ -82,7 +87,8 @@ def gated_linear(
 
     Args:
         x: [..., IC], float16, bfloat16 or float32, any strides.
-        weight: `PackedWeight.gate_up(gate, up)` of two weights [F, IC], on x's device, in any layout.
+        weight: `gate_up(gate, up)` of two weights [F, IC] (`PackedWeight`, `MixedWeight`), on x's device, in any
+            layout.
         bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.gated.interleave`), or `None`.
         residual: [..., F] in x's dtype, any strides, or `None`.
         gate: what stands in place of silu(gate) * up.
