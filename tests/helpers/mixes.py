@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from helpers import checkpoints
 from tersor.compress import encode
+from tersor.convert import quantize
 from tersor.formats import Assignment, Mix, Scheme, get_scheme
+from tersor.integrations.transformers.architecture import read_architecture
 from tersor.layouts import MixedWeight, PackedWeight
 
 MIX = Mix((get_scheme("uint3", 32), get_scheme("fp5_e2m2"), get_scheme("int8", 64)))
@@ -17,10 +26,10 @@ def matrix(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, IC, generator=torch.Generator().manual_seed(seed))
 
 
-def levels(rows: int, seed: int = 0, levels: int = 3) -> Assignment:
+def levels(rows: int, seed: int = 0, mix: Mix = MIX) -> Assignment:
     """Return random levels of so many output features."""
-    drawn = torch.randint(levels, (rows,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Assignment(MIX, bytes(drawn.tolist()))
+    drawn = torch.randint(len(mix.levels), (rows,), generator=torch.Generator().manual_seed(seed))
+    return Assignment(mix, bytes(drawn.tolist()))
 
 
 def pack(weight: torch.Tensor, scheme: Scheme) -> PackedWeight:
@@ -37,3 +46,38 @@ def mixed(weight: torch.Tensor, assignment: Assignment) -> MixedWeight:
         if assignment.rows[number]
     ]
     return MixedWeight.of(assignment, sets)
+
+
+SMALL = Mix((get_scheme("uint3", 32), get_scheme("fp5_e2m2"), get_scheme("int8")))
+"""Levels that fit the small models of `helpers.checkpoints`."""
+
+
+def compressed(
+    kind: str, directory: Path, ignore: Sequence[str] = (), **config: Any
+) -> tuple[Path, Path, dict[str, Assignment]]:
+    """Save a small model and a mix of it by random levels; return both directories and the levels of every module.
+
+    Gate and up of a channel have one level.
+    """
+    source = checkpoints.save(kind, directory / "model", **config)
+    assignments = {
+        name: levels(linear.shape[0], zlib.crc32(name.replace("up_proj", "gate_proj").encode()), mix=SMALL)
+        for name, linear in read_architecture(source).linears.items()
+        if name != "lm_head" and not any(re.search(pattern, name) for pattern in ignore)
+    }
+    quantize(source, directory / "mixed", assignments=assignments, ignore=ignore)
+    return source, directory / "mixed", assignments
+
+
+def plain_weights(source: Path, assignments: Mapping[str, Assignment]) -> dict[str, torch.Tensor]:
+    """Return what the weights of a model decode to, each row encoded alone, by name of the tensor."""
+    tensors = checkpoints.weights(source)
+    found = {}
+    for name, assignment in assignments.items():
+        weight = tensors[f"{name}.weight"]
+        rows = [
+            encode(row[None].float(), assignment.mix.levels[level]).dequantize()
+            for row, level in zip(weight, assignment.level, strict=True)
+        ]
+        found[f"{name}.weight"] = torch.cat(rows)
+    return found

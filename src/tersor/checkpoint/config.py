@@ -5,17 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from tersor.errors import CheckpointError, FormatError, InputError, did_you_mean
-from tersor.formats import Scheme, get_scheme
+from tersor.formats import Mix, Scheme, get_scheme
 
 QUANT_METHOD = "tersor"
-VERSION = 1
+VERSION = 2
+"""The newest version that is read; mixed weights need it. All else is written as version 1, which older readers know."""
+MIXED_FORMAT = "mixed"
+"""What `format` says where every output feature has a scheme of its own, one of `levels`."""
 _REQUIRED = ("quant_method", "version", "format")
-_KEYS = (*_REQUIRED, "group_size", "scale_dtype", "overrides", "ignore", "provenance")
+_KEYS = (*_REQUIRED, "group_size", "scale_dtype", "levels", "overrides", "ignore", "provenance")
 _SCHEME_KEYS = ("format", "group_size", "scale_dtype")
 _GROUP = re.compile(r"g-?[0-9]{1,9}")
+
+
+Represented: TypeAlias = Scheme | Mix
+"""How a weight is represented: in one scheme, or each output feature at one of the levels of a mix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +38,25 @@ class QuantizationConfig:
     """Which module is stored how.
 
     Attributes:
-        scheme: the scheme of every linear module that neither an override nor `ignore` names.
+        scheme: the scheme, or the mix, of every linear module that neither an override nor `ignore` names.
         overrides: schemes for other modules; the first whose pattern `re.search` finds in the module name decides.
         ignore: patterns of modules left as they are; they win over overrides.
         provenance: who made the checkpoint, from what, how: free text values.
     """
 
-    scheme: Scheme
+    scheme: Represented
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def resolve(self, *names: str) -> Scheme | None:
-        """Return the scheme of a linear module, `None` where it is left alone.
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that a weight, or a part of one, may have; one may stand there twice."""
+        own = self.scheme.levels if isinstance(self.scheme, Mix) else (self.scheme,)
+        return (*own, *(override.scheme for override in self.overrides))
+
+    def resolve(self, *names: str) -> Represented | None:
+        """Return the scheme of a linear module, or its mix; `None` where it is left alone.
 
         Args:
             names: the module's name (without `.weight`), and others that patterns may find it by.
@@ -59,8 +72,8 @@ class QuantizationConfig:
         """Return the value of `quantization_config`, ready for JSON."""
         return {
             "quant_method": QUANT_METHOD,
-            "version": VERSION,
-            **scheme_to_dict(self.scheme),
+            "version": VERSION if isinstance(self.scheme, Mix) else 1,
+            **_represented_to_dict(self.scheme),
             "overrides": {pattern: scheme_to_dict(scheme) for pattern, scheme in _in_sorted_order(self.overrides)},
             "ignore": list(self.ignore),
             "provenance": dict(self.provenance),
@@ -98,7 +111,7 @@ class QuantizationConfig:
         if not isinstance(provenance, Mapping):
             raise CheckpointError(f"{where}: provenance is {provenance!r}, not an object")
         return QuantizationConfig(
-            scheme=_scheme({key: raw.get(key) for key in _SCHEME_KEYS}, where),
+            scheme=_represented(raw, where),
             overrides=tuple(
                 Override(
                     check_pattern(pattern, f"{where}: overrides"),
@@ -124,6 +137,12 @@ def _in_sorted_order(overrides: Sequence[Override]) -> list[tuple[str, Scheme]]:
         scoped = [re.sub(r"^\(\?([aiLmsux]+)\)(.*)", r"(?\1:\2)", pattern) for pattern in patterns]
         patterns = [f"(?#{number:0{digits}}){pattern}" for number, pattern in enumerate(scoped)]
     return [(pattern, override.scheme) for pattern, override in zip(patterns, overrides, strict=True)]
+
+
+def _represented_to_dict(scheme: Represented) -> dict[str, Any]:
+    if isinstance(scheme, Mix):
+        return {"format": MIXED_FORMAT, "levels": [scheme_to_dict(level) for level in scheme.levels]}
+    return scheme_to_dict(scheme)
 
 
 def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
@@ -266,6 +285,25 @@ def _scheme(entry: Any, where: str) -> Scheme:
         return get_scheme(name, group_size, scale_dtype)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
+
+
+def _represented(raw: Mapping[str, Any], where: str) -> Represented:
+    levels = raw.get("levels")
+    if raw["format"] != MIXED_FORMAT:
+        if levels is not None:
+            raise CheckpointError(f"{where}: format {raw['format']!r} has no levels; {MIXED_FORMAT!r} has")
+        return _scheme({key: raw.get(key) for key in _SCHEME_KEYS}, where)
+    beside = [key for key in _SCHEME_KEYS[1:] if raw.get(key) is not None]
+    if beside:
+        raise CheckpointError(
+            f"{where}: {beside[0]} stands beside format {MIXED_FORMAT!r}: it belongs into every level"
+        )
+    if not isinstance(levels, Sequence) or isinstance(levels, str):
+        raise CheckpointError(f"{where}: levels is {levels!r}, not a list")
+    try:
+        return Mix(tuple(_scheme(entry, f"{where}: level {index}") for index, entry in enumerate(levels)))
+    except FormatError as error:
+        raise FormatError(str(error) if where in str(error) else f"{where}: {error}") from None
 
 
 def _check_keys(raw: Mapping[str, Any], known: Iterable[str], required: Iterable[str], where: str) -> None:

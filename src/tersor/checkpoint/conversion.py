@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tersor.checkpoint.config import Override, QuantizationConfig, finds
+from tersor.checkpoint.config import Override, QuantizationConfig, Represented, finds
 from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
+from tersor.checkpoint.names import Form
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
-from tersor.formats import Scheme
+from tersor.formats import Assignment, Mix, Scheme
 
 _GROUP_MULTIPLE = 8
 
@@ -26,7 +27,8 @@ class Step:
     Attributes:
         source: the tensor and the file it is read from.
         layer: the linear layer, or the embedding asked for, whose weight the tensor is, or `None`.
-        scheme: the scheme that the weight is compressed to, or `None`: the tensor is copied byte by byte.
+        scheme: the scheme, or the levels of output features, that the weight is compressed to, or `None`: the tensor is
+            copied byte by byte.
         stored: the tensors that a compressed weight becomes.
         note: why the tensor is copied, where that is worth a word.
         linear: whether the tensor is the weight of a linear layer, or of several.
@@ -34,10 +36,16 @@ class Step:
 
     source: StoredTensor
     layer: LinearLayer | None
-    scheme: Scheme | None
+    scheme: Form | None
     stored: Stored | None
     note: str = ""
     linear: bool = False
+
+    @property
+    def one_scheme(self) -> Scheme | None:
+        """The scheme of all output features, `None` where the tensor is copied."""
+        assert not isinstance(self.scheme, Assignment), "a mix is asked for by its assignments alone"
+        return self.scheme
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -68,8 +76,12 @@ class Conversion:
 
     @property
     def layers(self) -> list[tuple[LinearLayer, Scheme | None]]:
-        """Every linear layer, and every embedding asked for, with its scheme."""
-        return [(step.layer, step.scheme) for step in self.steps if step.layer is not None]
+        """Every linear layer but mixed ones, and every embedding asked for, with its scheme."""
+        return [
+            (step.layer, step.scheme)
+            for step in self.steps
+            if step.layer is not None and not isinstance(step.scheme, Assignment)
+        ]
 
     @property
     def input_bytes(self) -> int:
@@ -86,14 +98,24 @@ def make_conversion(
     source: Source,
     architecture: Architecture,
     *,
-    scheme: Scheme,
+    scheme: Represented,
     ignore: Sequence[str],
     overrides: Sequence[Override],
     export: Export,
     shard_bytes: int,
     provenance: dict[str, str],
+    assignments: Mapping[str, Assignment] | None = None,
 ) -> Conversion:
     """Decide what becomes of every tensor of a checkpoint.
+
+    Args:
+        source, architecture: the checkpoint, and what its config.json builds.
+        scheme: of every linear layer that nothing else is said of, or the mix of their output features.
+        ignore, overrides: patterns of layers to leave alone, and of layers with schemes of their own.
+        export: the format of the output.
+        shard_bytes: bytes of tensors in a file.
+        provenance: what config.json says of how the checkpoint was made.
+        assignments: module -> the levels of its output features, where `scheme` is a mix.
 
     Raises:
         CheckpointError: the checkpoint lacks tensors that the model needs, or has them in another shape.
@@ -127,11 +149,13 @@ def make_conversion(
             continue
         if layer.embedding:
             _check_embedding(tensor, layer, architecture)
-        _check_weight(tensor, layer, chosen)
+        form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen
+        for level in form.mix.levels if isinstance(form, Assignment) else (form,):
+            _check_weight(tensor, layer, level)
         export.check_layer(layer)
-        stored = export.store(layer, chosen)
+        stored = export.store_mixed(layer, form) if isinstance(form, Assignment) else export.store(layer, form)
         _check_names(stored.specs, source, tensor)
-        steps.append(Step(tensor, layer, chosen, stored, linear=linear))
+        steps.append(Step(tensor, layer, form, stored, linear=linear))
     if not any(step.scheme for step in steps):
         reasons = Counter(step.note for step in steps if step.linear)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the model has none"
@@ -256,6 +280,28 @@ def _reason(layer: LinearLayer) -> str:
     if layer.obstacle and layer.skipped is not Skipped.TOWER:
         return layer.obstacle
     return "" if layer.skipped is None else layer.skipped.value
+
+
+def _assigned(layer: LinearLayer, mix: Mix, assignments: Mapping[str, Assignment]) -> Assignment:
+    """Return the levels of a layer's output features.
+
+    Raises:
+        InputError: there are none, or they are not those of this layer and mix.
+    """
+    if layer.stacked or re.search(r"\.experts\.\d+\.", layer.module):
+        raise InputError(
+            f"{layer.module} is a layer's experts, which have one scheme: give them an override, such as "
+            r"'\.experts\b=uint4:g128'"
+        )
+    found = assignments.get(layer.module)
+    if found is None:
+        raise InputError(f"{layer.module} has no levels: score it, give it an override or ignore it")
+    if found.mix != mix or len(found.level) != layer.shape[0]:
+        raise InputError(
+            f"{layer.module}: {len(found.level)} output features at levels {found.key()}, expected {layer.shape[0]} at "
+            f"levels {mix.key()}"
+        )
+    return found
 
 
 def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig
+from tersor.checkpoint.config import MIXED_FORMAT, QUANT_METHOD, QuantizationConfig
 from tersor.checkpoint.header import DTYPE_BITS
+from tersor.checkpoint.mixed import check_stored, read_form
 from tersor.checkpoint.modules import Architecture
-from tersor.checkpoint.names import Storage, stored_weights
+from tersor.checkpoint.names import DENSE, Storage, stored_tensors, stored_weights
 from tersor.checkpoint.released import compression_of
 from tersor.checkpoint.source import Source, open_source
 from tersor.errors import CheckpointError
+from tersor.formats import Assignment, Scheme
 
 ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
 
@@ -28,10 +30,11 @@ class Item:
     Attributes:
         name: the tensor's name; that of a compressed weight is what it was called before.
         shape: the tensor's shape; that of a compressed weight is (OC, IC).
-        format: key of the scheme, or the safetensors dtype.
+        format: key of the scheme, `mixed`, or the safetensors dtype.
         bits_per_weight: bits stored for each element, scales counted.
         nbytes: bytes on disk.
         compressed: whether the item is a compressed weight.
+        levels: of a mixed weight, key of the scheme of every level that it has, and output features at that level.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Item:
     bits_per_weight: float
     nbytes: int
     compressed: bool
+    levels: tuple[tuple[str, int], ...] = ()
 
     @property
     def numel(self) -> int:
@@ -169,18 +173,35 @@ def _compressed(
     config: QuantizationConfig,
     architecture: Architecture,
 ) -> Item:
-    scheme = config.resolve(*architecture.names_of(module))
-    if scheme is None:
+    represented = config.resolve(*architecture.names_of(module))
+    if represented is None:
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
-    marker = source.tensors[f"{stem}.{storage.marker}"].spec
-    names = [f"{stem}.{own}" for own in storage.names_of(scheme)]
+    form = read_form(source.tensors, stem, storage, represented)
+    if isinstance(form, Assignment):
+        if module not in architecture.linears:
+            raise CheckpointError(f"{source.directory}: {stem} is mixed, and {module} is no linear layer")
+        return _mixed(source, name, stem, form, architecture.linears[module].shape[-1])
+    return _dense(source, name, stem, module, form, architecture)
+
+
+def _mixed(source: Source, name: str, stem: str, form: Assignment, ic: int) -> Item:
+    shape = (len(form.level), ic)
+    check_stored(source.tensors, stem, form, shape)
+    nbytes = sum(source.tensors[f"{stem}.{own}"].spec.nbytes for own in stored_tensors(form, *shape))
+    levels = tuple((scheme.key(), rows) for scheme, rows in zip(form.mix.levels, form.rows, strict=True) if rows)
+    return Item(name, shape, MIXED_FORMAT, 8 * nbytes / math.prod(shape), nbytes, True, levels)
+
+
+def _dense(source: Source, name: str, stem: str, module: str, scheme: Scheme, architecture: Architecture) -> Item:
+    marker = source.tensors[f"{stem}.{DENSE.marker}"].spec
+    names = [f"{stem}.{own}" for own in DENSE.names_of(scheme)]
     missing = [own for own in names if own not in source.tensors]
     if missing:
         raise CheckpointError(f"{source.directory}: {missing[0]} is missing beside {marker.name}")
     experts = marker.shape[:-2]
-    oc, largest = storage.largest_weight(scheme, marker.shape[-2:])
+    oc, largest = DENSE.largest_weight(scheme, marker.shape[-2:])
     ic = _input_channels(architecture, module, largest)
-    form = storage.marker_form(scheme, oc, ic)
+    form = DENSE.marker_form(scheme, oc, ic)
     if marker.dtype != form.safetensors_dtype or marker.shape != (*experts, *form.shape) or len(experts) > 1:
         raise CheckpointError(
             f"{source.directory}: {marker.name} has dtype {marker.dtype} and shape {list(marker.shape)}, which is "

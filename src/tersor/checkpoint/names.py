@@ -1,25 +1,33 @@
 """What does a checkpoint store of a weight? Names, shapes and dtypes of its tensors, said here and nowhere else.
 
-A compressed weight `<stem>.weight` becomes several tensors `<stem>.<name>`. Which ones, its `Storage` says: today every
-weight is dense, and another kind of stored weight is another `Storage` in `STORAGES`. The weights of all experts of a
-layer that a model keeps as one tensor `<stem>`, with three axes, become the same tensors with one axis more in front.
+A compressed weight `<stem>.weight` becomes several tensors `<stem>.<name>`. Which ones, its `Storage` says. Of a mixed
+weight the rows of each level are a dense weight of their own, whose stem is `<stem>.levels.<level>`. The weights of all
+experts of a layer that a model keeps as one tensor `<stem>`, with three axes, become the tensors of a dense weight with
+one axis more in front.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from tersor.formats import SCALE_DTYPES, Encoded, Scheme
+from tersor.formats import MOST_LEVELS, SCALE_DTYPES, Assignment, Encoded, Scheme
 from tersor.formats.scheme import ROW_ELEMENTS
 from tersor.layouts import stream
 
 PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 """Names of the tensors that stand for a dense weight, on disk and in a state dict."""
+
+LEVEL, LEVELS = "weight_level", "levels"
+"""Name of the tensor that says the level of every output feature of a mixed weight, and of what holds its levels."""
+
+Form: TypeAlias = Scheme | Assignment
+"""What decides which tensors a weight has: its scheme, or the levels of its output features."""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -78,28 +86,17 @@ class Storage(ABC):
     names: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def names_of(self, scheme: Scheme) -> tuple[str, ...]:
-        """Return the names of the tensors that every weight in a scheme has, the marker first."""
-
-    @abstractmethod
-    def marker_form(self, scheme: Scheme, oc: int, ic: int) -> TensorForm:
-        """Return shape and dtype of the marker of a weight [oc, ic]."""
-
-    @abstractmethod
-    def tensors(self, scheme: Scheme, oc: int, ic: int) -> dict[str, TensorForm]:
+    def tensors(self, form: Any, oc: int, ic: int) -> dict[str, TensorForm]:
         """Return shape and dtype of every tensor of a weight [oc, ic], the marker first.
 
+        Args:
+            form: of the weight, of the kind that is stored so.
+            oc, ic: its shape.
+
         Raises:
-            FormatError: the group size does not divide `ic`.
+            FormatError: a group size does not divide `ic`.
+            ShapeError: another number of output features has levels.
         """
-
-    @abstractmethod
-    def pack(self, encoded: Encoded) -> dict[str, torch.Tensor]:
-        """Return the tensors of rows of a weight, on the device of their codes, the marker first."""
-
-    @abstractmethod
-    def largest_weight(self, scheme: Scheme, marker: tuple[int, ...]) -> tuple[int, int]:
-        """Return (OC, IC) of the largest weight whose marker has that shape, (0, 0) where none has."""
 
 
 class Dense(Storage):
@@ -110,27 +107,31 @@ class Dense(Storage):
     names = (PACKED, SCALE, ZERO_POINT)
 
     def names_of(self, scheme: Scheme) -> tuple[str, ...]:
+        """Return the names of the tensors that every weight in a scheme has, the marker first."""
         return self.names if scheme.has_zero_point else (PACKED, SCALE)
 
     def marker_form(self, scheme: Scheme, oc: int, ic: int) -> TensorForm:
+        """Return shape and dtype of the marker of a weight [oc, ic]."""
         return TensorForm((oc, stream.row_words(ic, scheme.format.bits)), torch.int32)
 
-    def tensors(self, scheme: Scheme, oc: int, ic: int) -> dict[str, TensorForm]:
-        groups = (oc, scheme.groups(ic))
+    def tensors(self, form: Scheme, oc: int, ic: int) -> dict[str, TensorForm]:
+        groups = (oc, form.groups(ic))
         forms = {
-            PACKED: self.marker_form(scheme, oc, ic),
-            SCALE: TensorForm(groups, SCALE_DTYPES[scheme.scale_dtype]),
+            PACKED: self.marker_form(form, oc, ic),
+            SCALE: TensorForm(groups, SCALE_DTYPES[form.scale_dtype]),
             ZERO_POINT: TensorForm(groups, torch.uint8),
         }
-        return {name: forms[name] for name in self.names_of(scheme)}
+        return {name: forms[name] for name in self.names_of(form)}
 
     def pack(self, encoded: Encoded) -> dict[str, torch.Tensor]:
+        """Return the tensors of rows of a weight, on the device of their codes, the marker first."""
         tensors = {PACKED: stream.pack(encoded.codes, encoded.scheme.format.bits), SCALE: encoded.scale}
         if encoded.zero_point is not None:
             tensors[ZERO_POINT] = encoded.zero_point
         return tensors
 
     def largest_weight(self, scheme: Scheme, marker: tuple[int, ...]) -> tuple[int, int]:
+        """Return (OC, IC) of the largest weight whose marker has that shape, (0, 0) where none has."""
         if len(marker) != 2:
             return 0, 0
         return marker[0], marker[1] // scheme.format.bits * ROW_ELEMENTS
@@ -138,41 +139,81 @@ class Dense(Storage):
 
 DENSE = Dense()
 
-STORAGES: tuple[Storage, ...] = (DENSE,)
+
+class Mixed(Storage):
+    """A byte for every output feature says its level; the rows of each level are a dense weight, in their order."""
+
+    name = "mixed"
+    marker = LEVEL
+    names = (LEVEL, *(f"{LEVELS}.{level}.{name}" for level in range(MOST_LEVELS) for name in Dense.names))
+
+    def tensors(self, form: Assignment, oc: int, ic: int) -> dict[str, TensorForm]:
+        form.check(oc)
+        forms = {LEVEL: TensorForm((oc,), torch.uint8)}
+        for level, (scheme, rows) in enumerate(zip(form.mix.levels, form.rows, strict=True)):
+            if rows:
+                dense = DENSE.tensors(scheme, rows, ic)
+                forms |= {f"{level_stem(level)}.{name}": tensor for name, tensor in dense.items()}
+        return forms
+
+    def rows(self, stem: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
+        """Return level -> its rows, of the levels that a weight has.
+
+        Args:
+            stem: of the weight.
+            shapes: of all tensors of a checkpoint, by name.
+        """
+        markers = {level: f"{stem}.{level_stem(level)}.{PACKED}" for level in range(MOST_LEVELS)}
+        return {level: shapes[name][0] for level, name in markers.items() if name in shapes}
+
+
+MIXED = Mixed()
+
+STORAGES: tuple[Storage, ...] = (DENSE, MIXED)
 """Every kind of stored weight."""
 
 
-def stored_tensors(scheme: Scheme, oc: int, ic: int, storage: Storage = DENSE) -> dict[str, TensorForm]:
+def level_stem(level: int) -> str:
+    """Return the stem of the rows of a level, behind that of their weight."""
+    return f"{LEVELS}.{level}"
+
+
+def stored_tensors(form: Form, oc: int, ic: int) -> dict[str, TensorForm]:
     """Return name -> shape and dtype of the tensors that stand for a weight [oc, ic] on disk.
 
     Raises:
-        FormatError: the group size does not divide `ic`.
+        FormatError: a group size does not divide `ic`.
+        ShapeError: another number of output features has levels.
     """
-    return storage.tensors(scheme, oc, ic)
+    return MIXED.tensors(form, oc, ic) if isinstance(form, Assignment) else DENSE.tensors(form, oc, ic)
 
 
-def stored_forms(scheme: Scheme, shape: tuple[int, ...], storage: Storage = DENSE) -> dict[str, TensorForm]:
+def stored_forms(form: Form, shape: tuple[int, ...]) -> dict[str, TensorForm]:
     """Return name -> shape and dtype of the tensors that stand for a weight (OC, IC), or for those of experts.
 
     Args:
-        scheme: element format and scales.
+        form: of the weight.
         shape: (OC, IC), or (E, OC, IC) of E experts in one tensor.
-        storage: how the weight is stored.
 
     Raises:
-        FormatError: the group size does not divide IC.
+        FormatError, ShapeError: as for `stored_tensors`.
     """
     *experts, oc, ic = shape
-    forms = stored_tensors(scheme, oc, ic, storage)
-    return {name: TensorForm((*experts, *form.shape), form.dtype) for name, form in forms.items()}
+    tensors = stored_tensors(form, oc, ic)
+    return {name: TensorForm((*experts, *tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def stored_weights(names: Iterable[str]) -> dict[str, Storage]:
-    """Return stem -> storage of the compressed weights whose tensors have these names, in the order of the names."""
+    """Return stem -> storage of the compressed weights whose tensors have these names, in the order of the names.
+
+    The rows of a level are a part of a mixed weight, and no weight of their own.
+    """
     storages = {f".{storage.marker}": storage for storage in STORAGES}
-    found = {}
+    found: dict[str, Storage] = {}
     for name in names:
         stem, dot, own = name.rpartition(".")
         if dot + own in storages:
             found[stem] = storages[dot + own]
-    return found
+    mixed = {stem for stem, storage in found.items() if storage is MIXED}
+    level = re.compile(rf"\.{LEVELS}\.\d+$")
+    return {stem: storage for stem, storage in found.items() if level.sub("", stem) not in mixed or stem in mixed}

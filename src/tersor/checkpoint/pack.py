@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from tersor.checkpoint.names import DENSE, Storage, stored_tensors
+from tersor.checkpoint.names import DENSE, level_stem, stored_tensors
 from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
 from tersor.errors import NonFiniteError
-from tersor.formats import Encoded, Scheme
+from tersor.formats import Assignment, Encoded, ScaleError, Scheme
 
 _SHOWN_ROWS = 3
 
@@ -24,12 +24,14 @@ class Packed:
         squared_error: sum over all weights w of (w - dequantised w)^2.
         squared_norm: sum over all weights w of w^2.
         underflowed: numbers, in the whole weight, of the rows whose scales underflow (`Encoded.underflowed`).
+        starts: of rows of a mixed weight, name -> which row of the whole tensor is the first of these.
     """
 
     tensors: dict[str, torch.Tensor]
     squared_error: float
     squared_norm: float
     underflowed: tuple[int, ...] = ()
+    starts: Mapping[str, int] = field(default_factory=dict)
 
 
 def pack(
@@ -40,7 +42,6 @@ def pack(
     *,
     first_row: int = 0,
     block_elements: int | None = None,
-    storage: Storage = DENSE,
 ) -> Packed:
     """Encode a weight, or some of its rows, and pack every block while its codes are in the cache.
 
@@ -50,7 +51,6 @@ def pack(
         weight: [rows, IC], any float dtype, any device.
         scheme: element format and scales.
         recipe, statistics, first_row, block_elements: as `compress.encode_blocks` takes them.
-        storage: how the weight is stored.
 
     Returns:
         The tensors of these rows, on the weight's device.
@@ -64,14 +64,14 @@ def pack(
     count, ic = weight.shape
     tensors = {
         name: torch.empty(form.shape, dtype=form.dtype, device=weight.device)
-        for name, form in stored_tensors(scheme, count, ic, storage).items()
+        for name, form in stored_tensors(scheme, count, ic).items()
     }
 
     underflowed: list[int] = []
 
     def take(start: int, block: Encoded) -> None:
         underflowed.extend(first_row + start + row for row in block.underflowed)
-        packed = storage.pack(block)
+        packed = DENSE.pack(block)
         if len(block.codes) == count:
             tensors.update(packed)
             return
@@ -84,19 +84,68 @@ def pack(
     return Packed(tensors, error, norm, tuple(sorted(underflowed)))
 
 
+def pack_mixed(
+    weight: torch.Tensor,
+    assignment: Assignment,
+    recipe: str = DEFAULT_RECIPE,
+    statistics: Statistics | None = None,
+    *,
+    first_row: int = 0,
+    block_elements: int | None = None,
+) -> Packed:
+    """Encode rows of a weight, each at its level, and pack those of every level.
+
+    Args:
+        weight: [rows, IC], any float dtype, any device.
+        assignment: the level of every output feature of the whole weight.
+        recipe, statistics, block_elements: as `compress.encode_blocks` takes them, for the rows of each level.
+        first_row: which output feature the first row is.
+
+    Returns:
+        The tensors of these rows but for `weight_level`, which the assignment is.
+
+    Raises:
+        As `pack` does.
+    """
+    count, mix = len(weight), assignment.mix
+    level = torch.tensor(list(assignment.level[first_row : first_row + count]), device=weight.device)
+    tensors: dict[str, torch.Tensor] = {}
+    starts: dict[str, int] = {}
+    error, norm = 0.0, 0.0
+    underflowed: list[int] = []
+    for number, scheme in enumerate(mix.levels):
+        features = (level == number).nonzero().flatten()
+        if not len(features):
+            continue
+        rows = (features + first_row).tolist()
+        try:
+            packed = pack(weight[features], scheme, recipe, statistics, block_elements=block_elements)
+        except NonFiniteError as failure:
+            row, column = failure.index
+            raise NonFiniteError((rows[row], column), failure.value) from None
+        except ScaleError as failure:
+            raise ScaleError(rows[failure.row], failure.reason) from None
+        first = assignment.level.count(number, 0, first_row)
+        for name, tensor in packed.tensors.items():
+            tensors[f"{level_stem(number)}.{name}"] = tensor
+            starts[f"{level_stem(number)}.{name}"] = first
+        error, norm = error + packed.squared_error, norm + packed.squared_norm
+        underflowed += [rows[row] for row in packed.underflowed]
+    return Packed(tensors, error, norm, tuple(sorted(underflowed)), starts)
+
+
 def pack_stack(
     weight: torch.Tensor,
     scheme: Scheme,
     recipe: str = DEFAULT_RECIPE,
     *,
     transposed: bool = False,
-    storage: Storage = DENSE,
 ) -> Packed:
     """Encode and pack the weights of all experts of a layer, each on its own.
 
     Args:
         weight: [E, OC, IC], or [E, IC, OC] where `transposed`; any float dtype, any device.
-        scheme, recipe, storage: as for `pack`.
+        scheme, recipe: as for `pack`.
         transposed: whether an expert's weight is [IC, OC].
 
     Returns:
@@ -112,7 +161,7 @@ def pack_stack(
     for expert, own in enumerate(weight):
         matrix = own.T if transposed else own
         try:
-            packed = pack(matrix, scheme, recipe, storage=storage)
+            packed = pack(matrix, scheme, recipe)
         except NonFiniteError as failure:
             index = failure.index[::-1] if transposed else failure.index
             raise NonFiniteError((expert, *index), failure.value) from None
@@ -125,8 +174,9 @@ def pack_stack(
     return Packed(tensors, error, norm, tuple(underflowed))
 
 
-def underflow_words(rows: Sequence[int], scheme: Scheme) -> str:
+def underflow_words(rows: Sequence[int], form: Scheme | Assignment) -> str:
     """Say which rows have scales that underflow, and what helps."""
+    scheme = form.mix.levels[form.level[rows[0]]] if isinstance(form, Assignment) else form
     shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
     wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"

@@ -36,7 +36,7 @@ def command(
     if full:
         lines = [_line(item.name, [item]) for item in found.items]
     else:
-        named = ((item.name, (item.shape, item.format), item) for item in found.items)
+        named = ((item.name, (item.shape, item.format, item.levels), item) for item in found.items)
         lines = [_line(name, items) for name, items in collapse(named)]
     console.print_table(["tensor", "count", "shape", "format", "bits/weight", "size"], lines)
     print(_totals(found))
@@ -48,10 +48,17 @@ def _line(name: str, items: list[Item]) -> list[str]:
         name.removesuffix(".weight"),
         str(len(items)),
         shape_words(first.shape),
-        scheme_words(first.format) if first.compressed else first.format,
+        _format_words(first),
         f"{first.bits_per_weight:.3f}",
         console.size(sum(item.nbytes for item in items)),
     ]
+
+
+def _format_words(item: Item) -> str:
+    """Say how an item is represented: of a mixed weight how many output features each level has."""
+    if item.levels:
+        return "mixed: " + "; ".join(f"{rows} x {scheme_words(key)}" for key, rows in item.levels)
+    return scheme_words(item.format) if item.compressed else item.format
 
 
 def _summary(found: Inspection) -> str:

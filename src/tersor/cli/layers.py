@@ -53,9 +53,15 @@ def shape_words(shape: Sequence[int]) -> str:
 
 
 def scheme_words(key: str) -> str:
-    """Write a scheme's key for people: `fp6_e3m2, row, float16`; an `mx` format's name says it all."""
+    """Write a scheme's key for people: `fp6_e3m2, row, float16`; an `mx` format's name says it all.
+
+    The key of a mix is `mixed`, with how many levels there are.
+    """
     from tersor.formats import Scheme
 
+    levels = key.count("+") + 1
+    if levels > 1:
+        return f"mixed, {levels} levels"
     scheme = Scheme.from_key(key)
     if scheme.is_mx:
         return scheme.name

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from tersor.checkpoint.config import MIXED_FORMAT, Represented
 from tersor.checkpoint.conversion import Conversion
 from tersor.checkpoint.exports import Export
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
+from tersor.formats import Mix, Scheme
 from tersor.version import __version__
 
 _LOADING = """
@@ -40,19 +42,30 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         export: whose names and metadata the checkpoint has.
         recipe: how codes were chosen, a key of `compress.RECIPES`.
     """
-    scheme = conversion.config.scheme
+    said, levels = _said(conversion.config.scheme)
     base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
-    front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {scheme.name}", "---"]
-    group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
+    front = ["---", *base, "library_name: transformers", "tags:", "- tersor", f"- {said}", "---"]
     body = [
-        f"# {source.label} in {scheme.name}",
+        f"# {source.label} in {said}",
         "",
-        f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
-        f"{get_recipe(recipe).summary} by Tersor {__version__}.",
+        f"Linear weights are {levels}, {get_recipe(recipe).summary} by Tersor {__version__}.",
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
     return "\n".join([*front, "", *body, ""])
+
+
+def _said(scheme: Represented) -> tuple[str, str]:
+    """Return the name of what weights are represented in, and what it means in words."""
+    if isinstance(scheme, Mix):
+        levels = "; ".join(map(_codes, scheme.levels))
+        return MIXED_FORMAT, f"a mix, each output feature one of: {levels};"
+    return scheme.name, _codes(scheme)
+
+
+def _codes(scheme: Scheme) -> str:
+    group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
+    return f"{scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}"
 
 
 def _before(conversion: Conversion) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tersor import files
-from tersor.checkpoint.config import finds, parse_ignore, parse_overrides
+from tersor.checkpoint.config import Represented, finds, parse_ignore, parse_overrides
 from tersor.checkpoint.conversion import Conversion, Step, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.released import Released, read_released
@@ -25,12 +25,13 @@ from tersor.checkpoint.source import (
 from tersor.checkpoint.writer import output_error
 from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.beside import model_dtype, write_beside
+from tersor.convert.mix import fingerprint, mix_of
 from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
 from tersor.errors import InputError, OutputError
-from tersor.formats import Scheme, get_scheme
+from tersor.formats import Assignment, get_scheme
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
@@ -75,6 +76,7 @@ def quantize(
     revision: str | None = ...,
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
+    assignments: Mapping[str, Assignment] | None = ...,
 ) -> Report: ...
 
 
@@ -96,6 +98,7 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    assignments: Mapping[str, Assignment] | None = None,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
@@ -126,6 +129,8 @@ def quantize(
         revision: branch, tag or commit of a Hub id.
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
+        assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
+            makes them): what has no override gets its levels in place of `format`.
 
     Returns:
         What was done, tensor by tensor.
@@ -135,7 +140,12 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
+    mix = mix_of(assignments)
+    if mix is not None and (group_size, scale_dtype) != (None, None):
+        raise InputError("group size and scale dtype belong into every level where output features have levels")
     if isinstance(model, nn.Module):
+        if mix is not None:
+            raise InputError("output features get levels in a checkpoint on disk: a module is compressed in place")
         _check_in_place(output, resume, export, shard_size)
         return quantize_module(
             model,
@@ -166,7 +176,7 @@ def quantize(
         chosen_export = get_export(export, model_dtype(source))
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
-        scheme = get_scheme(format, group_size, scale_dtype)
+        scheme = mix or get_scheme(format, group_size, scale_dtype)
         conversion = make_conversion(
             source,
             read_architecture(source.directory, trust_remote_code=trust_remote_code),
@@ -182,6 +192,7 @@ def quantize(
                 **({"source_revision": revision} if revision is not None else {}),
                 **({"source_method": released.method} if released is not None else {}),
             },
+            assignments=assignments,
         )
         if released is not None:
             _check_growth(source, conversion, released, patterns)
@@ -199,6 +210,7 @@ def quantize(
             "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
+            **({"levels of output features": fingerprint(assignments)} if assignments else {}),
             "source's compression": dict(released.settings) if released is not None else None,
             "weights": source.fingerprint(),
         }
@@ -227,7 +239,7 @@ def _write(
     companions: Sequence[Path],
     work: Workplace,
     chosen_export: Export,
-    scheme: Scheme,
+    scheme: Represented,
     recipe: str,
     destination: Path,
     device: torch.device,

@@ -145,7 +145,7 @@ def _quantize(
         shard_bytes=1 << 62,
         provenance={"tersor": __version__, "algorithm": algorithm, "source": live.label(model)},
     )
-    schemes = {step.layer.module: step.scheme for step in conversion.steps if step.layer and step.scheme}
+    schemes = {step.layer.module: step.one_scheme for step in conversion.steps if step.layer and step.one_scheme}
     for step in conversion.steps:
         _check(model, step)
     rows = {step.source.spec.name: _row(step, kept) for step in conversion.steps}
@@ -240,7 +240,8 @@ def _check(model: nn.Module, step: Step) -> None:
         NonFiniteError: it holds a NaN or an infinity.
         FormatError: a scale does not fit its dtype.
     """
-    if step.scheme is None:
+    scheme = step.one_scheme
+    if scheme is None:
         return
     name, weight = step.source.spec.name, _weight(model, step)
     if weight.device.type == "meta":
@@ -250,9 +251,9 @@ def _check(model: nn.Module, step: Step) -> None:
         found = tuple(int(axis) for axis in (~torch.isfinite(weight)).nonzero()[0])
         turned = step.layer is not None and step.layer.transposed and not step.layer.stacked
         raise NonFiniteError(found[::-1] if turned else found, float(weight[found]), f"{name!r}")
-    extent = max(high, 0.0) - min(low, 0.0) if step.scheme.has_zero_point else max(abs(low), abs(high))
+    extent = max(high, 0.0) - min(low, 0.0) if scheme.has_zero_point else max(abs(low), abs(high))
     try:
-        store_scales(torch.tensor([[extent / step.scheme.format.max]]), step.scheme)
+        store_scales(torch.tensor([[extent / scheme.format.max]]), scheme)
     except FormatError as error:
         raise FormatError(f"{name!r}: {error}") from None
 
@@ -273,8 +274,8 @@ def _replace(
     total, done = sum(step.source.spec.nbytes for step in steps), 0
     rows = {}
     for step in steps:
-        assert step.layer is not None and step.scheme is not None
-        name, scheme = step.layer.module, step.scheme
+        name, scheme = step.layer.module if step.layer else "", step.one_scheme
+        assert step.layer is not None and scheme is not None
         weight = _weight(model, step)
         home = weight.device
         moved = weight if device is None else weight.to(device)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import LinearLayer
 from tersor.checkpoint.names import TORCH_DTYPES
-from tersor.checkpoint.pack import Packed, pack, underflow_words
+from tersor.checkpoint.pack import Packed, pack, pack_mixed, underflow_words
 from tersor.checkpoint.reader import element_bytes
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.writer import ShardWriter
@@ -29,6 +30,7 @@ from tersor.compress import get_recipe
 from tersor.compress.workers import worker_pool
 from tersor.convert.report import Row
 from tersor.errors import FormatError, NonFiniteError
+from tersor.formats import Assignment
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
@@ -255,21 +257,24 @@ class Pipeline:
     def _pack(self, weight: torch.Tensor, step: Step, block: _Block) -> Packed:
         """Encode and pack a block's rows [rows, IC] on the pipeline's device."""
         assert step.scheme is not None
+        pack_rows = pack_mixed if isinstance(step.scheme, Assignment) else pack
+        form: Any = step.scheme  # what the one or the other takes
         if self._device.type == "cpu":
             elements = self._pass_elements
-            return pack(weight, step.scheme, self._recipe, first_row=block.start, block_elements=elements)
+            return pack_rows(weight, form, self._recipe, first_row=block.start, block_elements=elements)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream()):
             moved = weight.to(self._device, non_blocking=True)
-            packed = pack(moved, step.scheme, self._recipe, first_row=block.start, block_elements=moved.numel())
+            packed = pack_rows(moved, form, self._recipe, first_row=block.start, block_elements=moved.numel())
             tensors = {name: tensor.cpu() for name, tensor in packed.tensors.items()}
         return replace(packed, tensors=tensors)
 
     def _store(self, writer: ShardWriter, step: Step, block: _Block, packed: Packed) -> None:
         assert step.stored is not None
-        for name, spec in step.stored.tensors.items():
+        for name, tensor in packed.tensors.items():
+            spec = step.stored.tensors[name]
             row_bytes = spec.nbytes // math.prod(spec.shape[:-1])
-            rows = packed.tensors[name].view(torch.uint8)[:, :row_bytes].contiguous()
-            writer.write(spec.name, block.start * row_bytes, rows.numpy().data)
+            rows = tensor.view(torch.uint8)[:, :row_bytes].contiguous()
+            writer.write(spec.name, packed.starts.get(name, block.start) * row_bytes, rows.numpy().data)
 
     def _buffer(self, nbytes: int) -> torch.Tensor:
         """Return this thread's input buffer, uint8 [nbytes]; pinned when weights go to a GPU."""

@@ -140,7 +140,7 @@ def needs(config: dict[str, Any]) -> tuple[list[Scheme], list[str]]:
     schemes: dict[Scheme, None] = {}
     if quantization is not None:
         parsed = QuantizationConfig.from_dict(quantization)
-        schemes = dict.fromkeys([parsed.scheme, *(override.scheme for override in parsed.overrides)])
+        schemes = dict.fromkeys(parsed.schemes)
     holders = [config, config.get("text_config") or {}]
     stored = next((holder[key] for holder in holders for key in ("dtype", "torch_dtype") if holder.get(key)), None)
     return list(schemes), [stored] if stored in KERNEL_DTYPES else list(KERNEL_DTYPES)

@@ -10,12 +10,12 @@ from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.exports import joined
 from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer
-from tersor.checkpoint.names import stored_forms
+from tersor.checkpoint.names import LEVEL, Form, stored_forms
 from tersor.errors import FormatError
-from tersor.formats import Scheme
+from tersor.formats import Assignment, Scheme
 
 Layers = Sequence[tuple[LinearLayer, "Scheme | None"]]
-"""Every linear layer of the model, and every embedding asked for, with its scheme, `None` where it is left alone."""
+"""Every linear layer but mixed ones, and every embedding asked for, with its scheme, `None` where it is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,15 @@ class Export:
             FormatError: the format cannot say this scheme.
         """
         return Stored(own_tensors(layer, scheme))
+
+    def store_mixed(self, layer: LinearLayer, assignment: Assignment) -> Stored:
+        """Return the tensors of a layer whose output features have different schemes.
+
+        Raises:
+            FormatError: the format cannot say that.
+        """
+        own = own_tensors(layer, assignment)
+        return Stored(own, ((own.pop(LEVEL), assignment.level),))
 
     def check_layer(self, layer: LinearLayer) -> None:
         """Check that the format can hold a compressed layer of this kind; comes before `store`.
@@ -105,6 +114,9 @@ class ForeignExport(Export):
                 "'experts', or export a checkpoint that stores experts one by one"
             )
 
+    def store_mixed(self, layer: LinearLayer, assignment: Assignment) -> Stored:
+        raise FormatError(f"{self.name} cannot say a mix of schemes in one layer ({layer.served}): leave levels out")
+
     def refuse(self, scheme: Scheme, layer: LinearLayer) -> FormatError:
         """Return the error for a layer whose scheme the format cannot say."""
         return FormatError(f"{self.name} cannot say {_words(scheme)} ({layer.served}); it can say {self.can}")
@@ -142,14 +154,14 @@ def default_scheme(config: QuantizationConfig, used: Iterable[Scheme]) -> Scheme
     What is asked for and not used need not be a scheme that the format can say.
     """
     schemes = list(used)
-    return config.scheme if config.scheme in schemes else schemes[0]
+    return next((scheme for scheme in schemes if scheme == config.scheme), schemes[0])
 
 
-def own_tensors(layer: LinearLayer, scheme: Scheme) -> dict[str, TensorSpec]:
+def own_tensors(layer: LinearLayer, form: Form) -> dict[str, TensorSpec]:
     """Return Tersor's own name -> the tensor of a compressed layer as Tersor's own checkpoint stores it."""
     return {
-        name: TensorSpec(f"{layer.stem}.{name}", form.safetensors_dtype, form.shape)
-        for name, form in stored_forms(scheme, layer.shape).items()
+        name: TensorSpec(f"{layer.stem}.{name}", tensor.safetensors_dtype, tensor.shape)
+        for name, tensor in stored_forms(form, layer.shape).items()
     }
 
 

@@ -1,0 +1,159 @@
+"""Which level gets every output feature of a model? From scores, a budget, and what kernels multiply as one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tersor.checkpoint.config import parse_scheme
+from tersor.checkpoint.names import MERGED
+from tersor.compress.allocate import Allocation, Floats, Fused, allocate, allocate_by_count, feasible
+from tersor.errors import InputError
+from tersor.formats import Assignment, Mix
+from tersor.layouts.blocks import UNIT_OC
+
+LEVELS = ("uint3:g128", "uint4:g128", "fp5_e2m2", "fp6_e2m3", "int8")
+"""Levels whose mixes lose least at 4 to 6 bits, by the losses measured of each format."""
+
+_PAIRED = "gate_up_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """What every output feature of a model gets, and what that takes and loses.
+
+    Attributes:
+        assignments: module -> the level of each of its output features.
+        allocation: bytes and losses, those of a free choice beside.
+    """
+
+    assignments: dict[str, Assignment]
+    allocation: Allocation
+
+    @property
+    def shares(self) -> list[float]:
+        """Which part of all output features each level has."""
+        rows = np.sum([found.rows for found in self.assignments.values()], axis=0)
+        return [float(count / rows.sum()) for count in rows]
+
+
+def parse_levels(levels: Iterable[str] = LEVELS, group_size: int | None = None, scale_dtype: str | None = None) -> Mix:
+    """Return the mix of levels given as `FORMAT[:gN|:row][:SCALE_DTYPE]`.
+
+    Args:
+        levels: what the user gave.
+        group_size, scale_dtype: of levels that name none.
+
+    Raises:
+        InputError: no list, or fewer than two.
+        FormatError: an unknown format, or a level that stands there twice.
+    """
+    if isinstance(levels, str) or not isinstance(levels, Iterable):
+        raise InputError(f"levels is {levels!r}: give a list such as ['uint4:g128', 'int8']")
+    schemes = tuple(parse_scheme(text, group_size, scale_dtype, f"level {text!r}") for text in levels)
+    if len(schemes) < 2:
+        raise InputError("a mix has at least two levels: for one, give it as the format")
+    return Mix(schemes)
+
+
+def assign(
+    scores: Mapping[str, torch.Tensor],
+    channels: Mapping[str, int],
+    mix: Mix,
+    *,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    shares: Sequence[float] | None = None,
+) -> Mixing:
+    """Give every output feature a level.
+
+    Queries, keys and values of one attention fill units of rows together; rows of gate and up of one channel get one
+    level. Both are how kernels multiply them.
+
+    Args:
+        scores: module -> loss of each of its output features at every level of the mix, [levels, OC] (`Salience.mean`).
+        channels: module -> IC.
+        mix: the levels.
+        target_bits: true bits a weight, on average over all modules.
+        target_bytes: bytes of all modules, where no bits are given.
+        shares: in place of a budget, which part of all features gets each level, by MixLLM's count rule.
+
+    Raises:
+        InputError: not one of the three is given, a budget that is not feasible (the line says what is), or modules
+            without a score.
+        FormatError: a group size does not divide the input channels of a module.
+        ShapeError: scores of the wrong shape.
+    """
+    if [target_bits, target_bytes, shares].count(None) != 2:
+        raise InputError("give one of target bits, target bytes, and shares of output features")
+    layers = fused({name: score.double().cpu().numpy() for name, score in scores.items()}, channels)
+    if shares is not None:
+        found = allocate_by_count(layers, mix.levels, shares, UNIT_OC)
+    else:
+        weights = sum(layer.rows * layer.ic for layer in layers)
+        budget = target_bytes if target_bits is None else int(target_bits * weights / 8)
+        assert budget is not None
+        found = allocate(layers, mix.levels, budget, UNIT_OC)
+    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in found.chosen.items()}, found)
+
+
+def feasible_bits(scores: Mapping[str, torch.Tensor], channels: Mapping[str, int], mix: Mix) -> tuple[float, float]:
+    """Return the true bits a weight that the smallest and the largest levels take.
+
+    Raises:
+        FormatError: a group size does not divide the input channels of a module.
+    """
+    layers = fused({name: score.double().cpu().numpy() for name, score in scores.items()}, channels)
+    weights = sum(layer.rows * layer.ic for layer in layers)
+    smallest, largest = feasible(layers, mix.levels, UNIT_OC)
+    return 8 * smallest / weights, 8 * largest / weights
+
+
+def fused(losses: Mapping[str, Floats], channels: Mapping[str, int]) -> list[Fused]:
+    """Return modules by what kernels multiply as one: `checkpoint.names.MERGED`, where all parts are there.
+
+    Args:
+        losses: module -> [levels, OC].
+        channels: module -> IC.
+
+    Raises:
+        InputError: a module without input channels.
+    """
+    unknown = [name for name in losses if name not in channels]
+    if unknown:
+        raise InputError(f"{unknown[0]} has scores, and no layer of the model is called so")
+    left, found = dict(losses), []
+    for name in losses:
+        parent, dot, leaf = name.rpartition(".")
+        for merged, parts in MERGED.items():
+            members = [parent + dot + part for part in parts]
+            alike = len({channels.get(member) for member in members}) == 1
+            if leaf in parts and alike and all(member in left for member in members):
+                found.append(Fused({one: left.pop(one) for one in members}, channels[name], paired=merged == _PAIRED))
+        if name in left:
+            found.append(Fused({name: left.pop(name)}, channels[name]))
+    return found
+
+
+def mix_of(assignments: Mapping[str, Assignment] | None) -> Mix | None:
+    """Return the mix that all assignments have, `None` where there are none.
+
+    Raises:
+        InputError: they have several.
+    """
+    mixes = {found.mix for found in (assignments or {}).values()}
+    if len(mixes) > 1:
+        raise InputError(f"output features have levels of {len(mixes)} mixes: a checkpoint has one")
+    return mixes.pop() if mixes else None
+
+
+def fingerprint(assignments: Mapping[str, Assignment]) -> str:
+    """Return what tells the levels of all output features from others: a SHA-256 in hexadecimal."""
+    made = hashlib.sha256()
+    for name, found in sorted(assignments.items()):
+        made.update(f"{name} {len(found.level)} ".encode() + found.level)
+    return made.hexdigest()
