@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from helpers import checkpoints
+from helpers import checkpoints, packed_models
 from tersor.compress import encode
 from tersor.convert import quantize
 from tersor.formats import Assignment, Mix, Scheme, get_scheme
@@ -59,7 +59,7 @@ def compressed(
 
     Gate and up of a channel have one level.
     """
-    source = checkpoints.save(kind, directory / "model", **config)
+    source = packed_models.plain(kind, directory / "model", **config)
     assignments = {
         name: levels(linear.shape[0], zlib.crc32(name.replace("up_proj", "gate_proj").encode()), mix=SMALL)
         for name, linear in read_architecture(source).linears.items()
@@ -70,14 +70,15 @@ def compressed(
 
 
 def plain_weights(source: Path, assignments: Mapping[str, Assignment]) -> dict[str, torch.Tensor]:
-    """Return what the weights of a model decode to, each row encoded alone, by name of the tensor."""
-    tensors = checkpoints.weights(source)
+    """Return what the weights [OC, IC] of a model decode to, each row encoded alone, by name of the module."""
+    tensors, linears = checkpoints.weights(source), read_architecture(source).linears
     found = {}
     for name, assignment in assignments.items():
         weight = tensors[f"{name}.weight"]
+        weight = weight.T if linears[name].transposed else weight
         rows = [
             encode(row[None].float(), assignment.mix.levels[level]).dequantize()
             for row, level in zip(weight, assignment.level, strict=True)
         ]
-        found[f"{name}.weight"] = torch.cat(rows)
+        found[name] = torch.cat(rows)
     return found

@@ -44,7 +44,7 @@ def test_every_row_is_stored_at_its_level_in_the_order_of_features(
     tensors, plain = checkpoints.weights(mixed), plain_weights(source, assignments)
     assert len(assignments) == 14 and stored_weights(tensors) == dict.fromkeys(stored_weights(tensors), MIXED)
     for name, assignment in assignments.items():
-        weight = plain[f"{name}.weight"]
+        weight = plain[name]
         for own, form in stored_tensors(assignment, *weight.shape).items():
             stored = tensors.pop(f"{name}.{own}")
             assert (tuple(stored.shape), stored.dtype) == (form.shape, form.dtype)
@@ -193,5 +193,5 @@ def test_the_rows_of_a_level_are_a_dense_weight(saved: tuple[Path, Path, dict[st
             zero_point = tensors.get(f"{stem}.weight_zero_point")
             encoded = Encoded(scheme, codes, tensors[f"{stem}.weight_scale"], zero_point, 0.0, 0.0)
             sets.append(PackedWeight.from_encoded(encoded))
-    expected = plain_weights(source, {name: assignment})[f"{name}.weight"]
+    expected = plain_weights(source, {name: assignment})[name]
     assert torch.equal(MixedWeight.of(assignment, sets).dequantize(), expected)

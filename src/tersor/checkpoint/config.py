@@ -12,7 +12,7 @@ from tersor.formats import Mix, Scheme, get_scheme
 
 QUANT_METHOD = "tersor"
 VERSION = 2
-"""The newest version that is read; mixed weights need it. All else is written as version 1, which older readers know."""
+"""The newest version that is read: that of mixed weights. The others are written as 1, which older readers know."""
 MIXED_FORMAT = "mixed"
 """What `format` says where every output feature has a scheme of its own, one of `levels`."""
 _REQUIRED = ("quant_method", "version", "format")

@@ -3,6 +3,17 @@
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack, Rows
 from tersor.nn.linear import PackedLinear
+from tersor.nn.mixed import MixedLinear, RowSet
 from tersor.nn.packed import PackedModule, bits_per_weight
 
-__all__ = ["PackedEmbedding", "PackedLinear", "PackedModule", "PackedStack", "Rows", "TiedLinear", "bits_per_weight"]
+__all__ = [
+    "MixedLinear",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PackedModule",
+    "PackedStack",
+    "RowSet",
+    "Rows",
+    "TiedLinear",
+    "bits_per_weight",
+]

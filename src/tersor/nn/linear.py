@@ -96,24 +96,6 @@ class PackedLinear(MultipliedModule):
             bias = cast_bias(bias, dtype)
         return ops.linear(x, weight, bias)
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Put the packed weight into the layout that serves activations of `dtype` on the module's device.
-
-        Does nothing when it is there already, on the meta device, and while a CUDA graph is captured (every layout
-        gives the right result; this one is fastest).
-        """
-        weight = self.packed_weight()
-        device = weight.data.device
-        if self._ready_for == dtype or device.type == "meta":
-            return
-        layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
-        if layout != weight.layout:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return
-            self._set_weight(weight.to_layout(layout))
-            self.packed_weight()  # what is held now is what is ready
-        self._ready_for = dtype
-
     def extra_repr(self) -> str:
         """Say shape, scheme and layout."""
         words = [

@@ -96,6 +96,11 @@ class PackedModule(nn.Module):
         return PackedWeight(self.scheme, (oc, ic), data, scale, self.weight_zero_point, self.layout)
 
     @property
+    def stored_bits(self) -> float:
+        """Bits that a checkpoint has for the weight, scales counted."""
+        return self.scheme.bits_per_weight(self.shape[-1]) * math.prod(self.shape)
+
+    @property
     def as_stored(self) -> bool:
         """Whether the buffers hold what is on disk."""
         return self.layout == STREAM
@@ -221,13 +226,30 @@ class MultipliedModule(PackedModule):
         self.activations = Activations.of(activations)
         self._ready_for = None
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Put the packed weight into the layout that serves activations of `dtype` on the module's device.
+
+        Does nothing when it is there already, on the meta device, and while a CUDA graph is captured (every layout
+        gives the right result; this one is fastest).
+        """
+        weight = self.packed_weight()
+        device = weight.data.device
+        if self._ready_for == dtype or device.type == "meta":
+            return
+        layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
+        if layout != weight.layout:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return
+            self._set_weight(weight.to_layout(layout))
+            self.packed_weight()  # what is held now is what is ready
+        self._ready_for = dtype
+
 
 def bits_per_weight(model: nn.Module) -> float | None:
     """Return the mean stored bits of a compressed weight, scales counted; None where none is compressed."""
     bits, weights = 0.0, 0
     for module in model.modules():
         if isinstance(module, PackedModule) and module.in_state_dict:
-            count = math.prod(module.shape)
-            bits += module.scheme.bits_per_weight(module.shape[-1]) * count
-            weights += count
+            bits += module.stored_bits
+            weights += math.prod(module.shape)
     return bits / weights if weights else None

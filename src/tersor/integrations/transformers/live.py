@@ -151,7 +151,7 @@ def replace(
         tensors: by their names.
         stacked: whether they are the weights of all experts.
     """
-    new: PackedModule
+    new: nn.Module
     if stacked:
         owner = name.rpartition(".")[0]
         old, experts = model.get_submodule(owner), replacing.fused_experts(model, owner)
@@ -162,6 +162,7 @@ def replace(
         old = model.get_submodule(name)
         new = replacing.swap_packed(model, name, scheme)
         move_hooks(old, new)
+    assert isinstance(new, PackedModule)
     for key, tensor in tensors.items():
         setattr(new, key, tensor)
     if not stacked:

@@ -13,7 +13,8 @@ from torch import nn
 from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.conversion import make_conversion
 from tersor.checkpoint.exports import get_export
-from tersor.checkpoint.names import DENSE, TORCH_DTYPES, Storage, stored_weights
+from tersor.checkpoint.mixed import read_form
+from tersor.checkpoint.names import DENSE, LEVEL, TORCH_DTYPES, Form, Storage, stored_weights
 from tersor.checkpoint.source import Source
 from tersor.compress import DEFAULT_RECIPE
 from tersor.errors import CheckpointError, UnsupportedError
@@ -26,6 +27,7 @@ from tersor.integrations.transformers.placement import Place, Placement
 from tersor.integrations.transformers.replace import fused_experts, packable, swap_packed, swap_stack, swap_tied
 from tersor.integrations.transformers.routers import choose_by_logits
 from tersor.nn.experts import PackedStack
+from tersor.nn.mixed import MixedLinear
 from tersor.nn.packed import PackedModule
 from tersor.version import __version__
 
@@ -67,23 +69,26 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     stems = stored_weights(source.tensors)
     if not stems:
         raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
-    schemes = {}
+    forms: dict[str, Form] = {}
     for stem, module in architecture.modules_of(stems).items():
-        scheme = config.resolve(*architecture.names_of(module))
-        if scheme is None:
+        represented = config.resolve(*architecture.names_of(module))
+        if represented is None:
             raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
-        schemes[stem] = scheme
+        forms[stem] = read_form(source.tensors, stem, stems[stem], represented)
     placement = Placement(model)
     places = placement.place(stems)
-    heads = find_ties(model, source, placement, {place.module: schemes[place.stem] for place in places})
+    heads = find_ties(model, source, placement, {place.module: forms[place.stem] for place in places})
     expected = {}
     for place in places:
-        layer: PackedModule
+        layer: PackedModule | MixedLinear
+        form = forms[place.stem]
         if place.stacked:
-            layer = swap_stack(model, place.module, schemes[place.stem])
+            if not isinstance(form, Scheme):
+                raise UnsupportedError(f"{place.stem} holds a layer's experts, which have one scheme, not a mix")
+            layer = swap_stack(model, place.module, form)
             placement.rename_stacked(place, layer.own_tensors())
         else:
-            layer = swap_packed(model, place.module, schemes[place.stem], storage=stems[place.stem])
+            layer = swap_packed(model, place.module, form, storage=stems[place.stem])
         mark_initialized(layer)
         _check_stored(source, place, stems[place.stem], layer)
         expected.update({f"{place.stem}.{name}": f"{place.module}.{name}" for name in layer.own_tensors()})
@@ -126,14 +131,15 @@ def decide_compression(
         step = chosen[place.stem]
         owner, _, name = place.parameter.rpartition(".")
         module = fused_experts(model, owner) if place.stacked else model.get_submodule(owner)
-        if place.stacked and step.scheme is not None:
-            placement.rename_stacked(place, DENSE.names_of(step.scheme))
+        scheme = step.one_scheme
+        if place.stacked and scheme is not None:
+            placement.rename_stacked(place, DENSE.names_of(scheme))
         if not place.stacked and not packable(module):
             raise UnsupportedError(f"{place.module} is a {type(module).__name__}, which cannot run packed: ignore it")
         shape, dtype = getattr(module, name).shape, TORCH_DTYPES[step.source.spec.dtype]
         setattr(module, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
-        if step.scheme is not None:
-            schemes[place.module] = step.scheme
+        if scheme is not None:
+            schemes[place.module] = scheme
     heads = find_ties(model, source, placement, schemes)
     placement.refresh({place.weight: place.parameter for place in places})
     _check_complete(placement, source)
@@ -160,6 +166,8 @@ def check_loaded(model: nn.Module) -> None:
         CheckpointError: one has not.
     """
     for name, module in model.named_modules():
+        if isinstance(module, MixedLinear) and module.weight_level.device.type == "meta":
+            raise CheckpointError(f"{name}.{LEVEL} was not loaded: the checkpoint lacks it")
         if not isinstance(module, PackedModule) or not module.in_state_dict:
             continue
         for key, form in module.own_tensors().items():
@@ -198,7 +206,7 @@ def restore_dtypes(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
             parameter.data = parameter.data.to(wanted)
 
 
-def find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+def find_ties(model: Any, source: Source, placement: Placement, forms: Mapping[str, Form]) -> dict[str, str]:
     """Take packed modules out of what transformers ties, and put packed heads where a packed embedding is shared.
 
     A head with a weight of its own in the checkpoint keeps it, whatever config.json says.
@@ -207,7 +215,7 @@ def find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping
         model: on the meta device.
         source: its checkpoint.
         placement: names in the checkpoint -> names in the model.
-        schemes: of the modules that are packed, or will be, by name.
+        forms: of the modules that are packed, or will be, by name.
 
     Returns:
         Output head -> embedding whose packed weight it will share.
@@ -220,15 +228,17 @@ def find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping
     heads = {}
     for target, origin in list(ties.items()):
         head, embedding = target.removesuffix(_WEIGHT), origin.removesuffix(_WEIGHT)
-        if head not in schemes and embedding not in schemes:
+        if head not in forms and embedding not in forms:
             continue
-        if embedding not in schemes and origin not in stored:
+        if embedding not in forms and origin not in stored:
             raise UnsupportedError(f"{embedding} has only the weight of {head}, which is packed: ignore {head}")
         del ties[target]
-        if head in schemes or target in stored:
+        if head in forms or target in stored:
             model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
             continue
-        mark_initialized(swap_tied(model, head, embedding, schemes[embedding]))
+        form = forms[embedding]
+        assert isinstance(form, Scheme), "the rows of an embedding have one scheme"
+        mark_initialized(swap_tied(model, head, embedding, form))
         heads[head] = embedding
     if heads:
         # Kept from what transformers ties in later calls as well; the config still says that they are tied.
@@ -241,7 +251,7 @@ def find_ties(model: Any, source: Source, placement: Placement, schemes: Mapping
     return heads
 
 
-def _check_stored(source: Source, place: Place, storage: Storage, layer: PackedModule) -> None:
+def _check_stored(source: Source, place: Place, storage: Storage, layer: PackedModule | MixedLinear) -> None:
     forms = layer.own_tensors()
     for name, form in forms.items():
         tensor = source.tensors.get(f"{place.stem}.{name}")

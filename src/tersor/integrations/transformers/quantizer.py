@@ -314,9 +314,10 @@ class _Compress(ConversionOps):
 
 
 def _packed_layers(model: nn.Module) -> dict[str, Any]:
-    from tersor.nn import PackedLinear, PackedStack
+    from tersor.nn import MixedLinear, PackedLinear, PackedStack
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedStack)}
+    kinds = PackedLinear | MixedLinear | PackedStack
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _to_cpu(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.checkpoint.names import DENSE, Storage
+from tersor.checkpoint.names import DENSE, MIXED, Form, Storage
 from tersor.errors import UnsupportedError
-from tersor.formats import Activations, Scheme
+from tersor.formats import Activations, Assignment, Scheme
 from tersor.integrations.transformers.architecture import is_conv1d, linear_shape, packable_embedding
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.fuse import unfuse
@@ -18,9 +18,10 @@ from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
+from tersor.nn.mixed import MixedLinear, RowSet
 from tersor.nn.packed import PackedModule
 
-LINEARS: dict[str, type[PackedLinear]] = {DENSE.name: PackedLinear}
+LINEARS: dict[str, type[Any]] = {DENSE.name: PackedLinear, MIXED.name: MixedLinear}
 """Name of a way to store a weight (`checkpoint.names`) -> the layer that holds a weight stored so."""
 
 
@@ -30,14 +31,14 @@ def packable(module: nn.Module) -> bool:
 
 
 def swap_packed(
-    model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None, storage: Storage = DENSE
-) -> PackedModule:
+    model: nn.Module, name: str, form: Form, dtype: torch.dtype | None = None, storage: Storage = DENSE
+) -> PackedModule | MixedLinear:
     """Replace a linear layer or an embedding of a model by a packed one on the same device.
 
     Args:
         model: holds the module.
         name: the module's name in the model.
-        scheme: of the packed module.
+        form: scheme of the packed module, or the levels of its output features.
         dtype: of activations; that of the old weight when `None`.
         storage: how the weight of a linear layer is stored, which decides the class of the packed one.
 
@@ -47,14 +48,16 @@ def swap_packed(
     """
     old = model.get_submodule(name)
     if not isinstance(old, nn.Embedding):
-        return swap_linear(model, name, scheme, dtype, storage)
+        return swap_linear(model, name, form, dtype, storage)
+    if isinstance(form, Assignment):
+        raise UnsupportedError(f"{name} is a {type(old).__name__}, which has one scheme: store it dense")
     if not packable_embedding(old):
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
     scale = getattr(old, "scalar_embed_scale", None)
     new = PackedEmbedding(
         old.num_embeddings,
         old.embedding_dim,
-        scheme,
+        form,
         old.padding_idx,
         None if scale is None else float(scale),
         type(old),
@@ -93,14 +96,14 @@ def swap_tied(model: nn.Module, name: str, embedding: str, scheme: Scheme) -> Ti
 
 
 def swap_linear(
-    model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None, storage: Storage = DENSE
-) -> PackedLinear:
+    model: nn.Module, name: str, form: Form, dtype: torch.dtype | None = None, storage: Storage = DENSE
+) -> PackedLinear | MixedLinear:
     """Replace a linear layer of a model by a packed one on the same device, which keeps the bias.
 
     Args:
         model: holds the layer.
         name: the layer's name in the model.
-        scheme: of the packed layer.
+        form: scheme of the packed layer, or the levels of its output features.
         dtype: of activations; that of the old weight when `None`.
         storage: how the weight is stored.
 
@@ -114,7 +117,8 @@ def swap_linear(
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     oc, ic = shape
-    new = LINEARS[storage.name](ic, oc, scheme, device=weight.device, dtype=dtype or weight.dtype)
+    new: PackedLinear | MixedLinear
+    new = LINEARS[storage.name](ic, oc, form, device=weight.device, dtype=dtype or weight.dtype)
     new.bias = getattr(old, "bias", None)
     new.transposed = is_conv1d(old)
     new.train(old.training)
@@ -165,7 +169,7 @@ def multiply_with(model: nn.Module, activations: Activations | str) -> None:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | PackedStack) and (module.in_state_dict or isinstance(module, PackedLinear))
+        if isinstance(module, PackedLinear | RowSet) or (isinstance(module, PackedStack) and module.in_state_dict)
     }
     for name, module in linears.items():
         try:
@@ -189,7 +193,7 @@ def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
             shared[module] = plain.weight
             model.set_submodule(name, plain)
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | MixedLinear):
             source = module.source if isinstance(module, TiedLinear) else None
             model.set_submodule(name, _plain(module, dtype, None if source is None else shared[source]))
 
@@ -207,11 +211,11 @@ def turned(layer: nn.Module) -> nn.Module:
     return new.train(layer.training)
 
 
-def plain_module(module: PackedModule, dtype: torch.dtype) -> nn.Module:
+def plain_module(module: PackedModule | MixedLinear, dtype: torch.dtype) -> nn.Module:
     """Return what a packed linear or embedding stands for, decoded to `dtype`; an output head gets its own weight."""
     if isinstance(module, PackedEmbedding):
         return _plain_embedding(module, dtype)
-    assert isinstance(module, PackedLinear)
+    assert isinstance(module, PackedLinear | MixedLinear)
     return _plain(module, dtype, None)
 
 
@@ -226,7 +230,7 @@ def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embeddin
     return plain.train(module.training)
 
 
-def _plain(module: PackedLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:
+def _plain(module: PackedLinear | MixedLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:
     weight = module.packed_weight().dequantize(dtype) if shared is None else shared
     with torch.device("meta"):
         plain: nn.Module
