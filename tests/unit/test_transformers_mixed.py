@@ -113,7 +113,7 @@ def test_a_layer_wraps_a_mixed_weight(saved: Saved, loaded: Any) -> None:
     assert own(torch.randn(2, 3, layer.in_features, device="cpu")).shape == (2, 3, layer.out_features)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
-    assert layer.to("meta")(x.to("meta")).shape == (3, layer.out_features)
+    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (3, layer.out_features)
 
 
 def test_config_and_tensors_that_disagree_are_refused(saved: Saved, tmp_path: Path) -> None:
@@ -129,3 +129,15 @@ def test_config_and_tensors_that_disagree_are_refused(saved: Saved, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "part")
     assert sum(isinstance(module, MixedLinear) for module in model.modules()) == len(some)
     assert checkpoints.weights(tmp_path / "part")
+
+
+def test_an_adapter_is_merged_by_decoding(loaded: Any, plain: Any) -> None:
+    peft = pytest.importorskip("peft")
+    leaf = next(name for name, module in loaded.named_modules() if isinstance(module, MixedLinear)).rpartition(".")[2]
+    config = peft.LoraConfig(r=2, target_modules=[leaf], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(copy.deepcopy(loaded), config)
+    assert any(parameter.requires_grad for parameter in adapted.parameters())
+    before = logits(adapted)
+    assert not torch.allclose(before, logits(plain), atol=1e-3)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), before, rtol=1e-4, atol=1e-4)

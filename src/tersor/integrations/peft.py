@@ -24,6 +24,7 @@ from tersor.integrations.transformers.replace import is_conv1d, plain_module, tu
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
+from tersor.nn.mixed import MixedLinear
 from tersor.nn.packed import PackedModule
 
 _REWRITES = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga", "mica")
@@ -35,7 +36,7 @@ class _OverPacked:
 
     base_layer: nn.Module
     merged_adapters: list[str]
-    _packed: tuple[PackedModule, ...] = ()
+    _packed: tuple[PackedModule | MixedLinear, ...] = ()
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return _features(module)
@@ -69,7 +70,7 @@ class _OverPacked:
         if not adapter_names:
             return
         base = self.base_layer
-        if isinstance(base, PackedModule):
+        if isinstance(base, PackedModule | MixedLinear):
             self._packed, self.base_layer = (base,), plain_module(base, base.dtype)
         # A Conv1D keeps [IC, OC]; deltas are [OC, IC], like the packed weight.
         if is_conv1d(self.base_layer):
@@ -95,7 +96,7 @@ class _OverPacked:
 
 
 class PackedLoraLinear(_OverPacked, Linear):
-    """LoRA over a `PackedLinear`, whatever kind of layer that stands for."""
+    """LoRA over a `PackedLinear` or a `MixedLinear`, whatever kind of layer that stands for."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(base_layer, PackedPart) and base_layer.join.gated:
@@ -124,6 +125,7 @@ def _features(module: Any) -> tuple[int, int]:
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     PackedLinear: PackedLoraLinear,
+    MixedLinear: PackedLoraLinear,
     PackedEmbedding: PackedLoraEmbedding,
 }
 """Packed layer -> the LoRA layer over it."""
@@ -155,7 +157,7 @@ def _telling(create: Any) -> Any:
             raise UnsupportedError(
                 "an adapter over the fused experts of a layer is not possible: leave them out of target_modules"
             )
-        if isinstance(base, PackedModule):
+        if isinstance(base, PackedModule | MixedLinear):
             lora_config._register_custom_module({**LAYERS, **(lora_config._custom_modules or {})})
         return create(lora_config, adapter_name, target, **kwargs)
 
@@ -174,7 +176,7 @@ def _counting(include: Any) -> Any:
         config.target_modules |= {
             name
             for name, module in model.named_modules()
-            if isinstance(module, PackedLinear)
+            if isinstance(module, PackedLinear | MixedLinear)
             and module is not head
             and not any(name.startswith(f"{outer}.") for outer in wrapped_already)
         }
