@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from tersor.errors import ShapeError
-from tersor.formats import Scheme
+from tersor.formats import Assignment, Scheme
 from tersor.formats.scheme import ROW_ELEMENTS
 from tersor.layouts.blocks import BLOCK_IC, UNIT_OC
 
@@ -75,13 +75,17 @@ class Part:
         return Part(self.rows, words), Part(self.rows, groups)
 
 
-def quantum(scheme: Scheme | None) -> int:
+def quantum(form: Scheme | Assignment | None) -> int:
     """Return the input channels that a weight is cut in: whole words of the stream, and whole scale groups.
 
     Args:
-        scheme: of a packed weight; `None` is a plain one, whose rows keep to `ALIGNED` channels.
+        form: of a packed weight, whose levels are all cut alike where it is mixed; `None` is a plain one, whose rows
+            keep to `ALIGNED` channels.
     """
-    return ALIGNED if scheme is None else math.lcm(ROW_ELEMENTS, scheme.group_size or 1)
+    if form is None:
+        return ALIGNED
+    schemes = form.mix.levels if isinstance(form, Assignment) else (form,)
+    return math.lcm(ROW_ELEMENTS, *(scheme.group_size or 1 for scheme in schemes))
 
 
 def cut(size: int, ranks: int, unit: int = 1, *, tile: int = BLOCK_IC, what: str = "channels") -> tuple[Span, ...]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.header import WEIGHT_DTYPES
-from tersor.checkpoint.names import PACKED, TORCH_DTYPES, stored_forms
+from tersor.checkpoint.mixed import read_form
+from tersor.checkpoint.names import MIXED, STORAGES, TORCH_DTYPES, Form, stored_forms
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError
-from tersor.formats import Scheme
+from tersor.formats import Assignment
 from tersor.models.config import DecoderConfig, Experts, Latent, Residual
 from tersor.models.names import Names
 
@@ -124,7 +125,7 @@ class Expected:
 
 def check(
     expected: Expected, stored: Mapping[str, StoredTensor], quantization: QuantizationConfig | None, names: Names
-) -> dict[str, Scheme]:
+) -> dict[str, Form]:
     """Hold what a checkpoint should have against what is stored, before anything is read.
 
     Args:
@@ -134,25 +135,31 @@ def check(
         names: of the architecture.
 
     Returns:
-        The scheme of every module whose weight is packed.
+        The scheme of every module whose weight is packed, or the levels of its output features.
 
     Raises:
         CheckpointError: tensors are missing or left over, or have another shape or dtype; the line names one.
     """
-    schemes: dict[str, Scheme] = {}
+    forms: dict[str, Form] = {}
     wanted: dict[str, tuple[tuple[int, ...], str]] = {}  # name -> shape, and dtype where only one is right
     for module, shape in expected.matrices.items():
-        if quantization is None or f"{module}.{PACKED}" not in stored:
+        storage = next((one for one in STORAGES if f"{module}.{one.marker}" in stored), None)
+        if quantization is None or storage is None:
             plain = plain_name(module, shape)
             wanted[plain] = (stored_shape(shape), "")
             continue
         called = names.pattern_name(module)
-        scheme = quantization.resolve(called, *([called.rpartition(".")[0]] if len(shape) == 3 else []))
-        if scheme is None:
-            raise CheckpointError(f"tensor {module}.{PACKED} is packed, and quantization_config leaves {called} alone")
-        schemes[module] = scheme
-        for name, form in stored_forms(scheme, shape).items():
-            wanted[f"{module}.{name}"] = (form.shape, form.safetensors_dtype)
+        represented = quantization.resolve(called, *([called.rpartition(".")[0]] if len(shape) == 3 else []))
+        if represented is None:
+            tensor = f"{module}.{storage.marker}"
+            raise CheckpointError(f"tensor {tensor} is packed, and quantization_config leaves {called} alone")
+        if storage is MIXED and (len(shape) == 3 or module == names.base + names.embedding):
+            raise CheckpointError(f"{module} is stored mixed, and has one scheme in every decoder")
+        form = forms[module] = read_form(stored, module, storage, represented)
+        if isinstance(form, Assignment) and len(form.level) != shape[0]:
+            raise CheckpointError(f"{module} has levels of {len(form.level)} output features, and {shape[0]} of them")
+        for name, tensor_form in stored_forms(form, shape).items():
+            wanted[f"{module}.{name}"] = (tensor_form.shape, tensor_form.safetensors_dtype)
     wanted |= {name: (shape, "") for name, shape in expected.vectors.items()}
     _check_names(wanted, stored, names)
     for name, (shape, dtype) in wanted.items():
@@ -163,7 +170,7 @@ def check(
                 f"{stored[name].file.path}: tensor {name!r} is {spec.dtype} {list(spec.shape)}, and the model of "
                 f"config.json has {dtype or 'floats'} {list(shape)}"
             )
-    return schemes
+    return forms
 
 
 def plain_name(module: str, shape: tuple[int, ...]) -> str:

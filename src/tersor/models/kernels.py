@@ -13,7 +13,7 @@ from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
-from tersor.layouts import PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
@@ -128,7 +128,7 @@ def _parts(value: Any) -> Iterator[Any]:
             yield from _parts(one)
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
-    elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | type):
+    elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | MixedWeight | type):
         if isinstance(value, Mixture | Activated | LatentAttention):
             yield value
         for field in fields(value):
@@ -147,11 +147,14 @@ def _kind(part: Any) -> Any:
         return part.form.centered, part.weight.shape
     if isinstance(part, Mixture):
         described = map(_described, (part.router.weight, part.gate_up, part.down))
-        return part.form, part.gate, part.router.weight.data.dtype, *described
+        router = part.router.weight
+        return part.form, part.gate, router.dtype if isinstance(router, torch.Tensor) else None, *described
     return part if isinstance(part, AttentionForm) else id(part)
 
 
 def _described(weight: Any) -> Any:
+    if isinstance(weight, MixedWeight):
+        return tuple(map(_described, weight.sets))
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
 
 
@@ -167,6 +170,9 @@ def _asked(
     if isinstance(part, Product | GatedProduct):
         if isinstance(part.weight, PackedWeight):
             yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
+        elif isinstance(part.weight, MixedWeight):
+            for rows in part.weight.sets:
+                yield from needed.linear(rows, dtype, _gate(part), steps.tokens, chip)
     elif isinstance(part, NormWeights):
         yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):

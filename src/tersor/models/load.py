@@ -7,9 +7,10 @@ import os
 import torch
 
 from tersor.checkpoint.config import QuantizationConfig
+from tersor.checkpoint.names import Form
 from tersor.checkpoint.source import Source, open_source, quantization_of, stated_dtype
 from tersor.errors import TersorError, UnsupportedError
-from tersor.formats import FLOAT_DTYPES, Activations, Scheme
+from tersor.formats import FLOAT_DTYPES, Activations
 from tersor.hardware import resolve_device
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig, supported
@@ -76,8 +77,8 @@ def check_cut(model: Source, ranks: int) -> None:
     Share.of(config, names, schemes, 0, ranks)
 
 
-def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Scheme]]:
-    """Return what a checkpoint is: its config, names, tensors, and the schemes of those that are packed.
+def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Form]]:
+    """Return what a checkpoint is: its config, names, tensors, and schemes or levels of those that are packed.
 
     Raises:
         UnsupportedError, CheckpointError: as for `load`.

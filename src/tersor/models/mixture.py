@@ -99,7 +99,7 @@ class Mixture:
     def _decided(self, x: torch.Tensor, norm: ops.Gain | None) -> ops.Decision | None:
         """Return what one launch decides of x [T, H], before a norm if there is one; `None` where none does that."""
         router, gate_up, down = self.router, self.gate_up, self.down
-        if isinstance(router.weight, PackedWeight):
+        if not isinstance(router.weight, torch.Tensor):
             return None
         if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
             return None
@@ -117,7 +117,7 @@ class Mixture:
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the router makes of x [T, H]: [T, E], in float32 where its form is wide."""
         weight, wide = self.router.weight, self.form.wide
-        if isinstance(weight, PackedWeight):
+        if not isinstance(weight, torch.Tensor):
             return self.router(x.float() if wide else x)
         return ops.router_logits(x, weight, self.router.bias, wide=wide)
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
+from tersor.checkpoint.names import Form
 from tersor.formats import SCALE_DTYPES, Activations, Scheme
-from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -31,7 +32,7 @@ from tersor.ops.dispatch import kernel_layout
 def outline(
     config: DecoderConfig,
     names: Names,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, Form],
     dtype: torch.dtype,
     activations: Activations = Activations.NATIVE,
     rank: int = 0,
@@ -41,7 +42,7 @@ def outline(
 
     Args:
         config, names: of the checkpoint.
-        schemes: module -> scheme of its packed weight.
+        schemes: module -> scheme of its packed weight, or the levels of its output features.
         dtype: of activations and plain weights.
         activations: what packed weights are multiplied with.
         rank, ranks: which of how many ranks has these parts.
@@ -65,14 +66,12 @@ def outline(
         return assemble(parts, few, names, PAGE)
 
 
-def _by_layer(
-    starts: Sequence[str], schemes: Mapping[str, Scheme]
-) -> tuple[list[dict[str, Scheme]], dict[str, Scheme]]:
+def _by_layer(starts: Sequence[str], schemes: Mapping[str, Form]) -> tuple[list[dict[str, Form]], dict[str, Form]]:
     """Return the schemes of every layer, by names without its start, and those of modules that are in none."""
     places = {start: index for index, start in enumerate(starts)}
     parts = starts[0].count(".")
-    inside: list[dict[str, Scheme]] = [{} for _ in starts]
-    outside: dict[str, Scheme] = {}
+    inside: list[dict[str, Form]] = [{} for _ in starts]
+    outside: dict[str, Form] = {}
     for module, scheme in schemes.items():
         start = "".join(f"{part}." for part in module.split(".")[:parts])
         if start in places:
@@ -88,7 +87,7 @@ class _Outlined(Stored):
     def __init__(
         self,
         expected: Expected,
-        schemes: Mapping[str, Scheme],
+        schemes: Mapping[str, Form],
         reading: Reading,
         dtype: torch.dtype,
         activations: Activations,
@@ -103,6 +102,9 @@ class _Outlined(Stored):
         """Return a weight in the layout that it has on a GPU."""
         if isinstance(weight, torch.Tensor):
             return weight
+        if isinstance(weight, MixedWeight):
+            sets = tuple(one for one in map(self.ready, weight.sets) if isinstance(one, PackedWeight))
+            return replace(weight, sets=sets)
         layout = kernel_layout(weight.scheme, self.dtype, self._activations)
         if layout == STREAM:
             return weight
@@ -113,7 +115,9 @@ class _Outlined(Stored):
         return [make(index) for index in indices]
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
-        rows, scheme = self._shapes[module][-2], self._schemes[module]
+        return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
+
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
         scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])
         zero_point = torch.empty(rows, 0, dtype=torch.uint8) if scheme.has_zero_point else None
         return torch.empty(rows, 0, dtype=torch.int32), scale, zero_point

@@ -142,7 +142,7 @@ class _Random(Stored):
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         drawn = self._draws.matrix(module, self._shapes[module][-2:])
-        weight = PackedWeight.from_encoded(quantize_rtn(drawn, self._schemes[module]))
+        weight = PackedWeight.from_encoded(quantize_rtn(drawn, self._scheme(module)))
         return weight.data, weight.scale, weight.zero_point
 
     def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:

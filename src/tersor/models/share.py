@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tersor.formats import Scheme
+from tersor.checkpoint.names import Form
 from tersor.layouts.shard import Heads, Part, Span, cut, cut_heads, cut_rows, quantum
 from tersor.models.config import DecoderConfig, Experts, Latent
 from tersor.models.names import Names
@@ -35,13 +35,13 @@ class Share:
     parts: dict[str, Part] = field(default_factory=dict)
 
     @staticmethod
-    def of(config: DecoderConfig, names: Names, schemes: Mapping[str, Scheme], rank: int, ranks: int) -> Share:
+    def of(config: DecoderConfig, names: Names, schemes: Mapping[str, Form], rank: int, ranks: int) -> Share:
         """Return what a rank has.
 
         Args:
             config: of the whole decoder.
             names: of its checkpoint.
-            schemes: module -> scheme of its packed weight.
+            schemes: module -> scheme of its packed weight, or the levels of its output features.
             rank, ranks: which of how many.
 
         Raises:
@@ -123,7 +123,7 @@ def _feed_forward(
     down: str,
     config: DecoderConfig,
     channels: int,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, Form],
     rank: int,
     ranks: int,
 ) -> dict[str, Part]:
@@ -142,7 +142,7 @@ def _experts(
     names: Names,
     start: str,
     experts: Experts,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, Form],
     rank: int,
     ranks: int,
 ) -> dict[str, Part]:

@@ -8,12 +8,12 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from tersor import ops
-from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT
+from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, Form, level_stem
 from tersor.checkpoint.source import StoredTensor
-from tersor.formats import Activations, Scheme
-from tersor.layouts import PackedWeight
+from tersor.formats import Activations, Assignment, Mix, Scheme
+from tersor.layouts import MixedWeight, PackedWeight
 from tersor.layouts.gated import interleave
-from tersor.layouts.shard import Part
+from tersor.layouts.shard import Part, Span
 from tersor.models.expected import plain_name
 from tersor.models.reading import Reading
 from tersor.models.share import Share
@@ -23,7 +23,7 @@ from tersor.ops.collective import ALONE, Ranks
 
 Packed: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Codes, scales and zero points in the stored stream."""
-_Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, torch.Tensor | PackedWeight)
+_Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, MixedWeight, torch.Tensor | PackedWeight | MixedWeight)
 
 
 class Stored:
@@ -39,7 +39,7 @@ class Stored:
         self,
         tensors: Mapping[str, StoredTensor],
         reading: Reading,
-        schemes: Mapping[str, Scheme],
+        forms: Mapping[str, Form],
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         activations: Activations,
@@ -51,12 +51,12 @@ class Stored:
         Args:
             tensors: name -> tensor.
             reading: reads them to the device.
-            schemes: module -> scheme of its packed weight.
+            forms: module -> scheme of its packed weight, or the levels of its output features.
             shapes: module -> shape of its whole weight.
             dtype, share, ranks: see the attributes.
             activations: what packed weights are multiplied with.
         """
-        self._tensors, self._schemes = tensors, schemes
+        self._tensors, self._forms = tensors, forms
         self._shapes = {module: share.shape(module, shape) for module, shape in shapes.items()}
         self._activations, self.share, self.ranks = activations, share, ranks
         self._reading, self.device, self.dtype = reading, reading.device, dtype
@@ -67,17 +67,22 @@ class Stored:
 
     def matrix(self, module: str, dtype: torch.dtype | None = None) -> Matrix:
         """Return the weight [OC, IC] of a module: a packed one in the stored stream, a plain one as `vector` does."""
-        if module not in self._schemes:
+        form = self._forms.get(module)
+        if form is None:
             plain = plain_name(module, self._shapes[module])
             return self._read(plain, self.share.parts.get(module)).to(dtype or self.dtype)
+        if isinstance(form, Assignment):
+            return self._mixed(module, form)
         oc, ic = self._shapes[module]
-        return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module))
+        return PackedWeight(form, (oc, ic), *self._packed(module))
 
     def ready(self, weight: _Kind) -> _Kind:
         """Return a weight in the layout that its products are served from."""
         if isinstance(weight, torch.Tensor):
             return weight
-        return weight.to_layout(ops.preferred_layout(weight.scheme, self.dtype, self.device, self._activations))
+        if isinstance(weight, MixedWeight):
+            return weight.to_layout(self._layout)
+        return weight.to_layout(self._layout(weight.scheme))
 
     def product(self, module: str, biased: bool, dtype: torch.dtype | None = None) -> Product:
         """Return the product with a module's weight and bias, plain tensors in `dtype` or else in that of all."""
@@ -111,17 +116,21 @@ class Stored:
     def gate_up(self, modules: Sequence[str], gate: Gate | None, biased: bool) -> GatedProduct | Activated:
         """Return gate and up, two modules or one that holds both, with what makes one of them.
 
-        A packed weight is interleaved for the kernel that computes both and what the gate makes of them.
+        A packed weight is interleaved for the kernel that computes both and what the gate makes of them; a mixed one
+        where both rows of every channel have one level.
         """
         if gate is None or not self.agree(modules) or not self.is_packed(modules[0]):
             return Activated(self.products(modules, biased), gate)
-        weights, biases = [self.matrix(module) for module in modules], []
+        halves, biases = _halves([self.matrix(module) for module in modules]), []
+        mixed = [half for half in halves if isinstance(half, MixedWeight)]
+        if mixed and mixed[0].assignment != mixed[1].assignment:
+            return Activated(self.products(modules, biased), gate)
         if biased:
             biases = [half for module in modules for half in self.vector(f"{module}.bias").chunk(3 - len(modules))]
-        packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
-        if len(packed) == 1:
-            packed = packed[0].split([packed[0].shape[0] // 2] * 2)
         bias = interleave(*biases) if biased else None
+        if mixed:
+            return GatedProduct(self.ready(MixedWeight.gate_up(*mixed)), bias, gate)
+        packed = [half for half in halves if isinstance(half, PackedWeight)]
         return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), bias, gate)
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
@@ -130,27 +139,67 @@ class Stored:
 
     def is_packed(self, module: str) -> bool:
         """Whether a module's weight is packed."""
-        return module in self._schemes
+        return module in self._forms
 
     def agree(self, modules: Sequence[str]) -> bool:
-        """Whether the weights of modules are all plain, or all packed in one scheme."""
-        return len({self._schemes.get(module) for module in modules}) == 1
+        """Whether the weights of modules are all plain, all packed in one scheme, or all mixes of the same levels."""
+        kinds: set[Scheme | Mix | None] = set()
+        for form in map(self._forms.get, modules):
+            kinds.add(form.mix if isinstance(form, Assignment) else form)
+        return len(kinds) == 1
+
+    def is_mixed(self, module: str) -> bool:
+        """Whether output features of a module's weight have different schemes."""
+        return isinstance(self._forms.get(module), Assignment)
 
     def expert(self, module: str, index: int) -> Matrix:
         """Return the weight [OC, IC] of one expert, of a module that holds those of all."""
-        if module not in self._schemes:
+        form = self._forms.get(module)
+        if form is None:
             part = self.share.parts.get(module)
             stored = self._read(plain_name(module, self._shapes[module]), part and part.transposed(), index)
             return stored.t().to(self.dtype).contiguous()
+        assert isinstance(form, Scheme), "all experts of a layer in one have one scheme"
         _, oc, ic = self._shapes[module]
-        return PackedWeight(self._schemes[module], (oc, ic), *self._packed(module, index))
+        return PackedWeight(form, (oc, ic), *self._packed(module, index))
+
+    def _layout(self, scheme: Scheme) -> str:
+        """Return the layout that products with weights of a scheme are served from."""
+        return ops.preferred_layout(scheme, self.dtype, self.device, self._activations)
+
+    def _mixed(self, module: str, form: Assignment) -> MixedWeight:
+        """Return a mixed weight, or the rank's part of one, of whose row sets no other rows are read."""
+        part, ic = self.share.parts.get(module, Part()), self._shapes[module][1]
+        spans: tuple[Span, ...] = part.rows or ((0, len(form.level)),)
+        sets = []
+        for level, scheme in enumerate(form.mix.levels):
+            rows = form.spans(level, spans)
+            count = sum(last - first for first, last in rows)
+            if count:
+                own = Part(rows if part.rows else None, part.columns)
+                packed = self._row_set(f"{module}.{level_stem(level)}", scheme, count, own)
+                sets.append(PackedWeight(scheme, (count, ic), *packed))
+        return MixedWeight.of(form.of(spans), sets)
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         """Return codes, scales and zero points of a packed weight, or of one expert in a module that holds all."""
-        part, scheme = self.share.parts.get(module), self._schemes[module]
+        part, scheme = self.share.parts.get(module), self._scheme(module)
+        return self._words(module, scheme, part, expert)
+
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
+        """Return codes, scales and zero points of so many rows of a level, which are that part of what is stored."""
+        return self._words(stem, scheme, None if part == Part() else part)
+
+    def _words(self, stem: str, scheme: Scheme, part: Part | None, expert: int | None = None) -> Packed:
         words, groups = (None, None) if part is None else part.stored(scheme)
-        zeros = self._read(f"{module}.{ZERO_POINT}", groups, expert) if scheme.has_zero_point else None
-        return self._read(f"{module}.{PACKED}", words, expert), self._read(f"{module}.{SCALE}", groups, expert), zeros
+        zeros = self._read(f"{stem}.{ZERO_POINT}", groups, expert) if scheme.has_zero_point else None
+        return self._read(f"{stem}.{PACKED}", words, expert), self._read(f"{stem}.{SCALE}", groups, expert), zeros
+
+    def _scheme(self, module: str) -> Scheme:
+        """Return the scheme of a dense packed weight."""
+        form = self._forms[module]
+        assert isinstance(form, Scheme)
+        return form
 
     def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
         """Return a stored tensor, or the matrix of one expert in it, or a part of either; nothing else is read."""
@@ -164,7 +213,22 @@ class Stored:
 
 def joined(weights: Sequence[Matrix]) -> Matrix:
     """Return weights of one kind (`Stored.agree`) one after the other in one, a packed one in the stored stream."""
+    mixed = [weight for weight in weights if isinstance(weight, MixedWeight)]
+    if mixed:
+        return MixedWeight.stack(mixed)
     packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
     return (
         PackedWeight.stack(packed) if packed else torch.cat([one for one in weights if isinstance(one, torch.Tensor)])
     )
+
+
+def _halves(weights: Sequence[Matrix]) -> Sequence[Matrix]:
+    """Return gate and up, packed or mixed, of two weights or of one that holds both, the gate first."""
+    if len(weights) == 2:
+        return weights
+    (both,) = weights
+    half = both.shape[0] // 2
+    if isinstance(both, MixedWeight):
+        return [both.cut(Part(rows=(span,))) for span in ((0, half), (half, 2 * half))]
+    assert isinstance(both, PackedWeight)
+    return both.split([half] * 2)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tersor.errors import UnsupportedError
-from tersor.layouts import PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.models.config import DecoderConfig, Experts
 from tersor.models.mixture import Mixture
@@ -25,7 +25,7 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
     """Return the experts of the layer whose names start with `start`.
 
     Raises:
-        UnsupportedError: gate and up, or down, of its experts are stored in several schemes.
+        UnsupportedError: gate and up, or down, of its experts are stored in several schemes, or mixed.
     """
     assert config.gate is not None
     if names.fused:
@@ -36,6 +36,9 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
             [start + name.format(expert=index) for index in range(experts.count)] for name in names.expert
         )
         gate_up = gate_names + up_names
+    mixed = next((module for module in (*gate_up, *down) if stored.is_mixed(module)), None)
+    if mixed is not None:
+        raise UnsupportedError(f"{mixed} is stored mixed: the engine takes one scheme for all experts of a layer")
     for modules in (gate_up, down):
         if not stored.agree(modules):
             raise UnsupportedError(
@@ -83,6 +86,7 @@ def _pairs(weight: Matrix) -> Sequence[Matrix]:
     """Return gate and up [F, IC] of a weight [2 F, IC] in which their rows take turns."""
     if isinstance(weight, torch.Tensor):
         return [weight[0::2], weight[1::2]]
+    assert isinstance(weight, PackedWeight)
     shape = (weight.shape[0] // 2, weight.shape[1])
     return [
         PackedWeight(weight.scheme, shape, data, scale, zero_point)
@@ -108,6 +112,7 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
         last = min(start + together, count)
         made = joined([*([] if start else [first]), *stored.each(make, range(start or 1, last))])
         ready = stored.ready(made)
+        assert not isinstance(ready, MixedWeight), "experts have one scheme"
         parts = (ready,) if isinstance(ready, torch.Tensor) else (ready.data, ready.scale, ready.zero_point)
         own = [None if part is None else part.unflatten(0, (last - start, -1)) for part in parts]
         wholes = wholes or [None if part is None else part.new_empty(count, *part.shape[1:]) for part in own]
@@ -117,6 +122,7 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
     if isinstance(ready, torch.Tensor):
         assert wholes[0] is not None
         return wholes[0]
+    assert isinstance(ready, PackedWeight)
     data, scale, zero_point = wholes
     assert data is not None and scale is not None
     return StackedWeight(ready.scheme, (count, rows, channels), data, scale, zero_point, ready.layout)

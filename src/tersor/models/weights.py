@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.layouts import PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
 from tersor.ops import Gate, Rows
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.lookup import places
 
-Matrix: TypeAlias = torch.Tensor | PackedWeight
+Matrix: TypeAlias = torch.Tensor | PackedWeight | MixedWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
 """Rows [T, H] for a product, or those that wait for the division of the norm ahead of it."""
@@ -47,7 +47,9 @@ class Product:
             if isinstance(x, ops.Quantized):
                 return ops.linear_e4m3(x, self.weight, self.bias, residual=residual)
             return ops.linear(x, self.weight, self.bias, residual=residual)
-        assert isinstance(x, torch.Tensor), "what else a norm leaves is for packed weights"
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
+        if isinstance(self.weight, MixedWeight):
+            return ops.linear(x, self.weight, self.bias, residual=residual)
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
         if self.bias is None:
@@ -100,24 +102,26 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class GatedProduct:
-    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U), or what another gate makes of both, in one launch.
+    """silu(x @ G^T + bias_G) * (x @ U^T + bias_U), or what another gate makes of both, in one launch a row set.
 
     Attributes:
-        weight: `PackedWeight.gate_up` of both.
+        weight: `PackedWeight.gate_up` of both, or that of mixed weights.
         bias: interleaved likewise, or `None`.
         gate: how gate and up become one.
     """
 
-    weight: PackedWeight
+    weight: PackedWeight | MixedWeight
     bias: torch.Tensor | None = None
     gate: Gate = Gate.SILU
 
     def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
-        if isinstance(x, ops.Deferred):
-            return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
-        if isinstance(x, ops.Quantized):
-            return ops.linear_e4m3(x, self.weight, self.bias, gate=self.gate)
+        if isinstance(self.weight, PackedWeight):
+            if isinstance(x, ops.Deferred):
+                return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
+            if isinstance(x, ops.Quantized):
+                return ops.linear_e4m3(x, self.weight, self.bias, gate=self.gate)
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -169,7 +173,7 @@ class Embedding:
     """Rows of a weight [V, H], and of learned positions where a model has them.
 
     Attributes:
-        weight: plain, or packed in the stored stream.
+        weight: plain, or packed in the stored stream, in one scheme.
         dtype: of the rows.
         scale: they are multiplied by it.
         positions: [P, H], or `None`; its row `first` is added to a text's first token.
@@ -178,7 +182,7 @@ class Embedding:
         ranks: that have some of the rows each.
     """
 
-    weight: Matrix
+    weight: torch.Tensor | PackedWeight
     dtype: torch.dtype
     scale: float = 1.0
     positions: torch.Tensor | None = None
@@ -220,6 +224,8 @@ def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:
     for weight in weights:
         if isinstance(weight, torch.Tensor):
             yield weight
+        elif isinstance(weight, MixedWeight):
+            yield from tensors_of(*weight.sets, weight.features, weight.places)
         elif weight is not None:
             held = (weight.data, weight.scale, weight.zero_point)
             yield from (tensor for tensor in held if tensor is not None)
