@@ -22,7 +22,7 @@ from tersor.checkpoint.source import open_source
 from tersor.cli.main import main
 from tersor.compress.allocate import Fused
 from tersor.convert import quantize
-from tersor.convert.mix import assign, fused, parse_levels
+from tersor.convert.mix import assign, fused, mixable, parse_levels
 from tersor.errors import CheckpointError, FormatError, InputError
 from tersor.formats import Assignment, Encoded, Mix, get_scheme
 from tersor.integrations.transformers.architecture import read_architecture
@@ -109,6 +109,25 @@ def test_the_mix_of_a_budget_or_of_shares_is_that_of_the_features(
         assign(scores, {"a": 64}, SMALL, target_bits=2)
     with pytest.raises(InputError, match="b has scores, and no layer of the model is called so"):
         assign({"b": scores["a"]}, {"a": 64}, SMALL, target_bits=4)
+
+
+def test_a_model_of_a_size_is_scored_assigned_and_written(
+    saved: tuple[Path, Path, dict[str, Assignment]], tmp_path: Path
+) -> None:
+    source, _, assignments = saved
+    found = mixable(source, ignore=["0.self_attn.q_proj"], overrides={"0.mlp.up_proj": "int4"})
+    assert set(assignments) - set(found.shapes) == {f"model.layers.0.{one}_proj" for one in ("self_attn.q", "mlp.up")}
+    found, random = mixable(source), torch.Generator().manual_seed(0)
+    assert found.channels == {name: 96 if "down" in name else 64 for name in assignments}
+    scores = {
+        name: torch.rand(1, oc, generator=random) ** 4 * torch.tensor([[16.0], [2.0], [0.1]])
+        for name, (oc, _) in found.shapes.items()
+    }
+    mixing = assign(scores, found.channels, SMALL, target_bytes=90_000 - found.other_bytes)
+    report = quantize(source, tmp_path / "sized", assignments=mixing.assignments)
+    assert report.bytes_after == found.other_bytes + mixing.allocation.nbytes - mixing.allocation.padding
+    assert 85_000 < report.bytes_after <= 90_000
+    assert mixing.allocation.free_loss <= mixing.allocation.loss
 
 
 def test_levels_are_parsed_like_overrides() -> None:

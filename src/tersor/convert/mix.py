@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from tersor.checkpoint.config import parse_scheme
+from tersor.checkpoint.config import parse_ignore, parse_overrides, parse_scheme
+from tersor.checkpoint.conversion import make_conversion
+from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.names import MERGED
+from tersor.checkpoint.source import open_source
 from tersor.compress.allocate import Allocation, Floats, Fused, allocate, allocate_by_count, feasible
 from tersor.errors import InputError
-from tersor.formats import Assignment, Mix
+from tersor.formats import Assignment, Mix, get_scheme
+from tersor.integrations.transformers.architecture import read_architecture
 from tersor.layouts.blocks import UNIT_OC
 
 LEVELS = ("uint3:g128", "uint4:g128", "fp5_e2m2", "fp6_e2m3", "int8")
@@ -60,6 +66,61 @@ def parse_levels(levels: Iterable[str] = LEVELS, group_size: int | None = None, 
     return Mix(schemes)
 
 
+@dataclass(frozen=True, slots=True)
+class Mixable:
+    """What of a checkpoint gets levels.
+
+    Attributes:
+        shapes: module -> (OC, IC).
+        other_bytes: bytes of all other tensors of the checkpoint that is written.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    other_bytes: int
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Module -> IC."""
+        return {module: shape[-1] for module, shape in self.shapes.items()}
+
+
+def mixable(
+    model: str | os.PathLike[str],
+    *,
+    ignore: Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Mixable:
+    """Return which modules of a checkpoint have to be scored: those that `quantize` would give levels.
+
+    Args:
+        model, ignore, overrides, revision, trust_remote_code: as `quantize` takes them.
+
+    Raises:
+        InputError: a bad checkpoint, or patterns that find nothing.
+    """
+    any_scheme = get_scheme("int8")
+    with open_source(model, revision) as source:
+        conversion = make_conversion(
+            source,
+            read_architecture(source.directory, trust_remote_code=trust_remote_code),
+            scheme=any_scheme,
+            ignore=parse_ignore(ignore),
+            overrides=parse_overrides(overrides),
+            export=get_export("tersor"),
+            shard_bytes=1 << 62,
+            provenance={},
+        )
+    chosen = [
+        (step, step.layer)
+        for step in conversion.steps
+        if step.layer is not None and conversion.config.resolve(*step.layer.names) is any_scheme
+    ]
+    written = sum(step.output_bytes for step, _ in chosen)
+    return Mixable({layer.module: layer.shape for _, layer in chosen}, conversion.output_bytes - written)
+
+
 def assign(
     scores: Mapping[str, torch.Tensor],
     channels: Mapping[str, int],
@@ -79,7 +140,7 @@ def assign(
         channels: module -> IC.
         mix: the levels.
         target_bits: true bits a weight, on average over all modules.
-        target_bytes: bytes of all modules, where no bits are given.
+        target_bytes: bytes of all modules, where no bits are given: those of a checkpoint but for `other_bytes`.
         shares: in place of a budget, which part of all features gets each level, by MixLLM's count rule.
 
     Raises:
