@@ -85,6 +85,8 @@ def test_levels_and_sets_that_do_not_fit_are_refused() -> None:
         Assignment(MIX, bytes([0, 1, 3]))
     with pytest.raises(ShapeError, match="2 levels for 3 output features"):
         Assignment(MIX, bytes([0, 1])).check(3)
+    with pytest.raises(ShapeError, match="row sets"):
+        MixedWeight.of(Assignment(MIX, b""), [])
     with pytest.raises(ShapeError, match=r"row sets .* expected rows \[\('uint3:g32:float16', 4\)\] of one IC"):
         MixedWeight.of(Assignment(MIX, bytes(4)), [pack(matrix(3), MIX.levels[0])])
 

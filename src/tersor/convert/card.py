@@ -59,7 +59,7 @@ def _said(scheme: Represented) -> tuple[str, str]:
     """Return the name of what weights are represented in, and what it means in words."""
     if isinstance(scheme, Mix):
         levels = "; ".join(map(_codes, scheme.levels))
-        return MIXED_FORMAT, f"a mix, each output feature one of: {levels};"
+        return MIXED_FORMAT, f"a mix, each output feature one of: {levels}"
     return scheme.name, _codes(scheme)
 
 

@@ -55,7 +55,7 @@ class MixedWeight:
         rows = {scheme: count for scheme, count in zip(assignment.mix.levels, assignment.rows, strict=True) if count}
         expected = {scheme: gated_rows(count) if gated else count for scheme, count in rows.items()}
         found = {one.scheme: one.shape[0] for one in sets}
-        if list(found.items()) != list(expected.items()) or len({one.shape[1] for one in sets}) > 1:
+        if list(found.items()) != list(expected.items()) or len({one.shape[1] for one in sets}) != 1:
             raise ShapeError(
                 f"row sets {[(one.scheme.key(), list(one.shape)) for one in sets]}, expected rows "
                 f"{[(scheme.key(), count) for scheme, count in expected.items()]} of one IC"
