@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 
+from tersor.compress.gptq import HESSIAN, quantize_gptq
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.workers import worker_pool
 from tersor.errors import InputError, NonFiniteError, did_you_mean
@@ -47,6 +48,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     DEFAULT_RECIPE: Recipe(lambda weight, scheme, _: quantize_rtn(weight, scheme), "rounded to nearest"),
+    "gptq": Recipe(quantize_gptq, "calibrated by GPTQ", (HESSIAN,), all_rows=True),
 }
 """Every recipe by the name that `quantize(algorithm=...)` and `--algorithm` take."""
 
