@@ -64,6 +64,21 @@ class Plan:
         return f"{count} windows of {window} tokens of {source_label(self.calibration.source)}"
 
     @property
+    def provenance(self) -> dict[str, str]:
+        """What config.json says of it."""
+        return {"calibration": self.words, "effort": self.calibration.effort, "seed": str(self.calibration.seed)}
+
+    def disk_bytes(self, directory: Path) -> int:
+        """Return how many bytes more are taken while the work lasts: by finished blocks, and by gradients."""
+        needed = sum(task.step.output_bytes for task in self.tasks)
+        if self.calibration.effort == "high":
+            hidden = self.model.model.config.get_text_config().hidden_size
+            stream = self.ids.numel() * hidden * self.model.dtype.itemsize
+            needed += (len(self.model.blocks) + 2) * stream
+        there = sum(path.stat().st_size for path in Store.folder(directory).glob("*"))
+        return max(0, needed - there)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the result depends on, as JSON values: the tokens, the options, and what computes."""
         device = self.model.device

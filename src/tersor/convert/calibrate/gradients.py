@@ -56,11 +56,6 @@ class Gradients:
         """
         self._model, self._store, self._ids, self._seed = model, store, ids, seed
 
-    @staticmethod
-    def nbytes(blocks: int, streams: Streams) -> int:
-        """Return how much of the disk is taken at most."""
-        return (blocks + 2) * streams.original.nbytes
-
     def prepare(
         self, streams: Streams, first: int, load: Callable[[int], None], done: Callable[[int], None]
     ) -> None:

@@ -39,13 +39,18 @@ class Store:
         Raises:
             OutputError: the disk does not let us write.
         """
-        self.directory = workplace / _FOLDER
+        self.directory = self.folder(workplace)
         self._log = workplace / LOG_NAME
         self._open: dict[int, SafetensorsFile] = {}
         try:
             self.directory.mkdir(exist_ok=True)
         except OSError as error:
             raise output_error(error, self.directory) from None
+
+    @staticmethod
+    def folder(workplace: Path) -> Path:
+        """Return where the folder is, or will be."""
+        return workplace / _FOLDER
 
     def path(self, kind: str, block: int) -> Path:
         """Return the file of a kind, such as `block`, that belongs to a block."""
