@@ -1,4 +1,4 @@
-"""How much does each output of a layer matter? Gradients of the model's loss, block by block from the last to the first.
+"""How much does each output of a layer matter? Gradients of the model's loss, block by block, the last one first.
 
 Labels are drawn from the model itself, so that the second moments of the gradients are those of the Fisher information
 (YAQA, arXiv 2505.22988; GuidedQuant, arXiv 2505.07004). What goes into each block, and the gradient of what comes out
@@ -56,9 +56,7 @@ class Gradients:
         """
         self._model, self._store, self._ids, self._seed = model, store, ids, seed
 
-    def prepare(
-        self, streams: Streams, first: int, load: Callable[[int], None], done: Callable[[int], None]
-    ) -> None:
+    def prepare(self, streams: Streams, first: int, load: Callable[[int], None], done: Callable[[int], None]) -> None:
         """Compute and keep the gradient of what comes out of every block that is not finished.
 
         What an interrupted run left is taken up.
@@ -97,9 +95,7 @@ class Gradients:
     def _keep(self, kind: str, block: int, value: torch.Tensor) -> None:
         write_tensors(self._store.path(kind, block), {_VALUE: value}, {})
 
-    def _forward(
-        self, streams: Streams, load: Callable[[int], None], done: Callable[[int], None]
-    ) -> torch.Tensor:
+    def _forward(self, streams: Streams, load: Callable[[int], None], done: Callable[[int], None]) -> torch.Tensor:
         """Keep what goes into every block; return what comes out of the last."""
         for block in range(len(self._model.blocks)):
             self._keep(_INPUT, block, streams.original)
@@ -142,7 +138,11 @@ class Gradients:
         found = {site: _Moments() for site in sites if not site.part}
         self._backward(streams, block, streams.original, gradient, found)
         count, window = self._ids.shape
-        return {site: moments.importance(count, window) for site, moments in found.items() if moments.tokens == count * window}
+        return {
+            site: moments.importance(count, window)
+            for site, moments in found.items()
+            if moments.tokens == count * window
+        }
 
     def _backward(
         self,
@@ -200,9 +200,7 @@ class _Moments:
         mean = squares.mean()
         weights = squares.clamp(_LEAST * mean, _MOST * mean) if bool(mean > 0) else torch.ones_like(squares)
         hessian = self._sums / self.tokens
-        return Importance(
-            (weights / weights.mean()).view(count, window), hessian[0] if len(hessian) == 1 else hessian
-        )
+        return Importance((weights / weights.mean()).view(count, window), hessian[0] if len(hessian) == 1 else hessian)
 
 
 def _parts(features: int) -> int:

@@ -51,9 +51,9 @@ def watched(
             handle.remove()
 
 
-def find_groups(model: BlockModel, layer: nn.Module, sites: Iterable[Site], hidden: torch.Tensor, call: Call) -> list[
-    Group
-]:
+def find_groups(
+    model: BlockModel, layer: nn.Module, sites: Iterable[Site], hidden: torch.Tensor, call: Call
+) -> list[Group]:
     """Return a block's sites in the order in which they run, those with the same input in one group.
 
     A site that does not run is in no group.

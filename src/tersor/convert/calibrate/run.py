@@ -1,4 +1,4 @@
-"""A model is calibrated block by block: what its layers read is summed up, their codes are chosen, the next block comes.
+"""A model is calibrated block by block: what layers read is summed up, their codes are chosen, the next block comes.
 
 Two streams of hidden states pass through the blocks, those of the original model and those of the compressed one. In a
 block, layers that read the same are a group; a group's statistics are taken with the groups ahead of it compressed, so
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.conversion import Step
+from tersor.checkpoint.names import DENSE
 from tersor.compress import Encoded, encode_blocks
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
@@ -26,7 +27,7 @@ from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.sums import Sums
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
-from tersor.errors import FormatError, InputError, NonFiniteError
+from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
 from tersor.integrations.transformers.blocks import BlockModel
 
 _OUTPUT_HESSIAN = "output_hessian"
@@ -86,8 +87,9 @@ class Run:
             seed: of the labels of that pass.
 
         Raises:
-            InputError: activations that are not finite, a model whose blocks cannot run alone, weights that cannot be
-                compressed, or finished blocks that now compute something else.
+            InputError: activations that are not finite, a model whose blocks cannot run alone, or weights that cannot
+                be compressed.
+            TersorError: finished blocks now compute something else.
             CheckpointError: the source cannot be read.
             OutputError: the output cannot be written.
         """
@@ -143,7 +145,7 @@ class Run:
         streams.advance(block, self._model.blocks[block], twin)
         self._model.drop(block)
         if tasks and self._store.record(block)["digest"] != streams.digest():
-            raise InputError(
+            raise TersorError(
                 f"{self._store.directory.parent} cannot be continued: block {block} now computes something else than "
                 "in the interrupted run (another machine or library); remove it"
             )
@@ -169,8 +171,7 @@ class Run:
             "seconds": round(time.monotonic() - started, 3),
             "layers": [each.line for each in done.values()],
             "steps": {
-                index: [each.squared_error, each.squared_norm, sorted(each.underflowed)]
-                for index, each in done.items()
+                index: [each.squared_error, each.squared_norm, sorted(each.underflowed)] for index, each in done.items()
             },
             "digest": streams.digest(),
         }
@@ -212,7 +213,7 @@ class Run:
             self._check(task, statistics)
             started = time.monotonic()
             weight = matrices(task.step, read_tensor(task.step)).to(device)
-            found[task.index] = self._code(task, [(weight, statistics)])
+            found[task.index] = self._code(task, weight, statistics)
             self._line(found[task.index], task, started, {"tokens": sums.get(task.site, plain).tokens})
         return found
 
@@ -238,7 +239,7 @@ class Run:
                 self._check(task, statistics)
                 whole = stored.get(task.index)
                 weight = matrices(task.step, read_tensor(task.step)) if whole is None else whole[expert]
-                parts[task.index].append(self._code(task, [(weight.to(self._model.device), statistics)], expert))
+                parts[task.index].append(self._code(task, weight.to(self._model.device), statistics, expert))
                 tokens[task.index].append(count)
         found = {}
         for task in tasks:
@@ -259,14 +260,13 @@ class Run:
             raise InputError(f"what {task.name} reads of this text holds a NaN or an infinity, or is too large to sum")
 
     def _code(
-        self, task: Task, weights: Sequence[tuple[torch.Tensor, Mapping[str, torch.Tensor]]], expert: int = 0
+        self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0
     ) -> _Coded:
-        """Choose codes for a weight [OC, IC] with these statistics, and pack them."""
+        """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
         assert scheme is not None
         taken: list[Encoded] = []
-        ((weight, statistics),) = weights
-        oc = weight.shape[0]
+        first = expert * len(weight) if task.expert is None else 0
         try:
             encode_blocks(
                 weight,
@@ -274,12 +274,12 @@ class Run:
                 lambda _, encoded: taken.append(encoded),
                 self._recipe,
                 statistics,
-                first_row=expert * oc if task.expert is None else 0,
+                first_row=first,
                 block_elements=weight.numel(),
             )
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
-        return _coded(taken[0], expert * oc if task.expert is None else 0)
+        return _coded(taken[0], first)
 
     def _line(self, coded: _Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
@@ -312,8 +312,6 @@ class Run:
 
 
 def _coded(encoded: Encoded, first_row: int) -> _Coded:
-    from tersor.checkpoint.names import DENSE
-
     tensors = {name: tensor.contiguous() for name, tensor in DENSE.pack(encoded).items()}
     underflowed = [first_row + row for row in encoded.underflowed]
     line: dict[str, Any] = {}
@@ -344,6 +342,3 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-Load = Callable[[int], None]

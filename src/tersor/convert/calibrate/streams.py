@@ -55,7 +55,7 @@ class Streams:
         return self._calls[batch.stop - batch.start][block]
 
     def each(self, block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Call]]:
-        """Yield for every batch the original's and the compressed model's hidden states, on the device, and the call."""
+        """Yield for every batch the hidden states of the original and of the compressed model, and the call."""
         device = self._model.device
         for batch in self.batches:
             yield (

@@ -80,9 +80,7 @@ def parameters_of(conversion: Conversion, targets: Mapping[str, Target]) -> list
 def find_tasks(conversion: Conversion, targets: Mapping[str, Target], model: BlockModel) -> list[Task]:
     """Return what is to be calibrated: every linear layer of a decoder block that gets a scheme, in order of blocks."""
     tasks = []
-    for index, (step, parameter) in enumerate(
-        zip(conversion.steps, parameters_of(conversion, targets), strict=True)
-    ):
+    for index, (step, parameter) in enumerate(zip(conversion.steps, parameters_of(conversion, targets), strict=True)):
         block = model.block_of(parameter)
         if step.scheme is None or step.layer is None or block is None or step.layer.embedding:
             continue
