@@ -33,7 +33,7 @@ class _Enough(Exception):
 
 @contextlib.contextmanager
 def watched(
-    layer: nn.Module, modules: Iterable[str], take: Callable[[str, list[torch.Tensor]], None]
+    layer: nn.Module, modules: Iterable[str], take: Callable[[str, list[torch.Tensor]], object]
 ) -> Iterator[None]:
     """Call `take` with a module's name and the tensors that it is called with, before it computes."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -34,8 +37,9 @@ class Sums:
         x = inputs.float()
         difference = originals.float() - x
         left = x if weights is None else x * weights[:, None]
-        self.hessian.addmm_(left.T, x)
-        self.shift.addmm_(difference.T, left)
+        with _tensor_cores(x.device):
+            self.hessian.addmm_(left.T, x)
+            self.shift.addmm_(difference.T, left)
         self.tokens += len(x)
 
     def statistics(self, prior: torch.Tensor | None = None, count: int = 0) -> dict[str, torch.Tensor]:
@@ -48,3 +52,15 @@ class Sums:
         total = max(self.tokens + (count if prior is not None else 0), 1)
         hessian = self.hessian if prior is None or not count else self.hessian + prior * count
         return {"hessian": hessian / total, "shift": self.shift / total}
+
+
+@contextlib.contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Let a GPU multiply in TF32, which has all bits of a 16-bit activation, and add in float32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
