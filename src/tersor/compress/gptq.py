@@ -18,22 +18,13 @@ import torch
 
 from tersor.compress.grid import Grid
 from tersor.compress.hessian import INPUT_DAMPING, Hessian, check_finite, exact_products
-from tersor.compress.refine import Judged, Layer
+from tersor.compress.refine import Layer
 from tersor.compress.rtn import quantize_rtn
+from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, SHIFT
 from tersor.compress.sweeps import Choice
 from tersor.compress.two_sided import OutputHessian, refine_two_sided
 from tersor.errors import InputError
 from tersor.formats import SCALE_DTYPES, Encoded, Objective, Scheme, store_scales
-
-HESSIAN = "hessian"
-"""Statistic: float32 [IC, IC], the mean over tokens of w x x^T, x the compressed model's inputs, w a token's weight."""
-
-SHIFT = "shift"
-"""Statistic, optional: float32 [IC, IC], the mean over tokens of w (x' - x) x^T, x' the original model's inputs."""
-
-OUTPUT_HESSIAN = "output_hessian"
-"""Statistic, optional: the mean over tokens of g g^T, g the gradients of the layer's outputs; float32 [OC, OC], or its
-P blocks along the diagonal [P, OC / P, OC / P]."""
 
 PROPAGATION = 0.5
 """The share of the step towards the original's outputs that is taken: the whole of it fits the calibration's noise."""

@@ -65,7 +65,7 @@ class Grid:
         return torch.clamp(wanted.round_(), low, high)
 
     def ends(self, zero_point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the smallest and largest values beside zero points, float32 of their shape (0 where there are none)."""
+        """Return the smallest and largest values beside zero points (0 where there are none), float32."""
         if self.scheme.has_zero_point:
             return -zero_point, self.scheme.format.max - zero_point
         return torch.full_like(zero_point, float(self.table[0])), torch.full_like(zero_point, float(self.table[-1]))

@@ -1,7 +1,8 @@
 """The second-moment matrix of a layer's inputs, or of its output gradients, made fit for rounding against it.
 
 What calibration sums up may be singular (fewer tokens than channels), have channels that never fire, or channels a
-thousand times louder than the others. Here it is checked, damped, ordered and factored once for all passes over a weight.
+thousand times louder than the others. Here it is checked, damped, ordered and factored once for all passes over a
+weight.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Hessian:
         return len(self.order)
 
     def weights(self) -> torch.Tensor:
-        """Return 1 / U_jj^2, float32 [n] in natural order: what an error of channel j costs that later ones cannot mend."""
+        """Return 1 / U_jj^2, float32 [n] in natural order: what an error of a channel costs that no later one mends."""
         weights = torch.empty_like(self.factor.diagonal())
         weights[self.order] = self.factor.diagonal().square().reciprocal()
         return weights

@@ -76,7 +76,9 @@ class Layer:
 
     def round(self, target: torch.Tensor) -> Judged:
         """Choose scales by the search, and codes column by column; the target is float32 [IC, rows]."""
-        scale, zero_point = (part.T.contiguous() for part in self.grid.search(self.rows(target), self.hessian.weights()))
+        scale, zero_point = (
+            part.T.contiguous() for part in self.grid.search(self.rows(target), self.hessian.weights())
+        )
         values = round_columns(target, scale, zero_point, self.grid, self.hessian, self.groups)
         return self.judge(target, Choice(values, scale, zero_point))
 

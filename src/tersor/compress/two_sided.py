@@ -44,9 +44,10 @@ class OutputHessian:
         """
         given = matrix if matrix.ndim == 3 else matrix.unsqueeze(0)
         pieces = [Hessian.of(piece, OUTPUT_DAMPING, name) for piece in given]
-        units = [piece.unit if bool(sums.any()) else 0.0 for piece, sums in zip(pieces, given, strict=True)]
-        unit = sum(units) / len(units) or 1.0
-        shares = torch.tensor(units, device=matrix.device).div_(unit).clamp_(min=OUTPUT_DAMPING).view(-1, 1, 1)
+        sums = [piece.unit if bool(part.any()) else 0.0 for piece, part in zip(pieces, given, strict=True)]
+        unit = sum(sums) / len(sums) or 1.0
+        units = [one if one > 0 else OUTPUT_DAMPING * unit for one in sums]
+        shares = torch.tensor(units, device=matrix.device).div_(unit).view(-1, 1, 1)
         size = pieces[0].size
         return OutputHessian(
             torch.stack([piece.order + index * size for index, piece in enumerate(pieces)]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,12 @@ class Objective:
 
     before: float
     after: float
+
+    @staticmethod
+    def sum(blocks: Iterable[Objective]) -> Objective:
+        """Return the loss of a weight whose blocks of rows were encoded one by one."""
+        parts = list(blocks)
+        return Objective(math.fsum(part.before for part in parts), math.fsum(part.after for part in parts))
 
 
 @dataclass(frozen=True, slots=True)
