@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from tersor.compress.statistics import HESSIAN, SHIFT, LayerSums
 from tersor.convert.calibrate.inputs import ExpertInputs, Group, inputs_of
 from tersor.convert.calibrate.streams import Streams
-from tersor.convert.calibrate.sums import Sums
 from tersor.integrations.transformers.blocks import BlockModel
 
 _SUM_BYTES = 8 << 30
@@ -45,18 +45,23 @@ def expert_statistics(
     size = max(1, _SUM_BYTES // (8 * channels * channels))
     for first in range(0, original.count, size):
         chosen = range(first, min(first + size, original.count))
-        sums = {expert: Sums(channels, model.device) for expert in chosen}
+        sums = {expert: LayerSums.of(channels, shift=True, device=model.device) for expert in chosen}
         for own, other, call in streams.each(block):
             theirs = inputs_of(model, layers[0], group, own, call)
             ours = inputs_of(model, layers[1], group, other, call)
             for expert in chosen:
                 rows = compressed.rows(ours, expert)
                 if len(rows):
-                    sums[expert].add(compressed.of(ours, expert, rows), original.of(theirs, expert, rows))
-        total = sum(each.tokens for each in sums.values())
-        shared = sum((each.hessian for each in sums.values()), torch.zeros(channels, channels, device=model.device))
-        shared /= max(total, 1)
+                    sums[expert].add(compressed.of(ours, expert, rows), original=original.of(theirs, expert, rows))
+        every = LayerSums.of(channels, shift=True, device=model.device)
+        for each in sums.values():
+            every.merge(each)
+        shared = every.sums[HESSIAN].mean()
         for expert in chosen:
-            own_sums = sums.pop(expert)
-            missing = max(0, channels - own_sums.tokens)
-            yield expert, own_sums.tokens, own_sums.statistics(shared, missing)
+            found = sums.pop(expert)
+            statistics, missing = found.statistics(), max(0, channels - found.tokens)
+            if missing:
+                share = found.tokens / channels
+                statistics[HESSIAN] = statistics[HESSIAN] * share + shared * (1 - share)
+                statistics[SHIFT] = statistics[SHIFT] * share
+            yield expert, found.tokens, statistics

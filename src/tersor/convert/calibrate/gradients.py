@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersor.compress.statistics import Moments
 from tersor.convert.calibrate.store import Store, read_tensor, remove, write_tensors
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site
@@ -135,14 +136,10 @@ class Gradients:
             sites: of its layers. Experts, and layers that do not see every token once, get nothing.
         """
         gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
-        found = {site: _Moments() for site in sites if not site.part}
+        found = {site: _Seen() for site in sites if not site.part}
         self._backward(streams, block, streams.original, gradient, found)
         count, window = self._ids.shape
-        return {
-            site: moments.importance(count, window)
-            for site, moments in found.items()
-            if moments.tokens == count * window
-        }
+        return {site: seen.importance(count, window) for site, seen in found.items() if seen.tokens == count * window}
 
     def _backward(
         self,
@@ -150,13 +147,13 @@ class Gradients:
         block: int,
         inputs: torch.Tensor,
         gradient: torch.Tensor,
-        moments: dict[Site, _Moments] | None,
+        taken: dict[Site, _Seen] | None,
     ) -> None:
-        """Replace the gradient of a block's outputs by that of its inputs; with `moments` add to them instead."""
+        """Replace the gradient of a block's outputs by that of its inputs; with `taken` add to that instead."""
         layer, device = self._model.blocks[block], self._model.device
         for batch in streams.batches:
             hidden = inputs[batch].to(device).requires_grad_(True)
-            handles = [_watch(layer.get_submodule(site.module), own) for site, own in (moments or {}).items()]
+            handles = [_watch(layer.get_submodule(site.module), own) for site, own in (taken or {}).items()]
             try:
                 with torch.enable_grad():
                     output = self._model.run(layer, hidden, streams.calls(batch, block))
@@ -167,7 +164,7 @@ class Gradients:
             if not bool(found.isfinite().all()):
                 name = self._model.name_of(block, "")
                 raise InputError(f"gradients of windows {batch.start} on hold a NaN or an infinity, first in {name}")
-            if moments is None:
+            if taken is None:
                 gradient[batch] = found.cpu()
 
     def forget(self, block: int) -> None:
@@ -175,32 +172,30 @@ class Gradients:
         remove(self._store.path(_GRADIENT, block))
 
 
-class _Moments:
-    """Second moments of the gradients of a layer's outputs while they are summed up."""
+class _Seen:
+    """What the gradients of a layer's outputs sum up to, and the mean square of every token's."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.moments: Moments | None = None
         self._squares: list[torch.Tensor] = []
-        self._sums: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.moments is None else self.moments.tokens
 
     def add(self, gradient: torch.Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1]).float()
-        self._squares.append(g.square().mean(dim=1).cpu())
-        parts = _parts(g.shape[1])
-        blocks = g.view(len(g), parts, -1).transpose(0, 1)
-        if self._sums is None:
-            width = blocks.shape[-1]
-            self._sums = torch.zeros(parts, width, width, device=g.device)
-        self._sums.baddbmm_(blocks.transpose(1, 2), blocks)
-        self.tokens += len(g)
+        features = gradient.shape[-1]
+        if self.moments is None:
+            self.moments = Moments(features, gradient.device, _parts(features))
+        self.moments.add(gradient)
+        self._squares.append(gradient.reshape(-1, features).float().square().mean(dim=1).cpu())
 
     def importance(self, count: int, window: int) -> Importance:
-        assert self._sums is not None
+        assert self.moments is not None
         squares = torch.cat(self._squares)
         mean = squares.mean()
         weights = squares.clamp(_LEAST * mean, _MOST * mean) if bool(mean > 0) else torch.ones_like(squares)
-        hessian = self._sums / self.tokens
-        return Importance((weights / weights.mean()).view(count, window), hessian[0] if len(hessian) == 1 else hessian)
+        return Importance((weights / weights.mean()).view(count, window), self.moments.mean())
 
 
 def _parts(features: int) -> int:
@@ -208,10 +203,10 @@ def _parts(features: int) -> int:
     return next(parts for parts in range(1, features + 1) if features % parts == 0 and features // parts <= _WIDEST)
 
 
-def _watch(module: nn.Module, moments: _Moments) -> Any:
-    """Add the gradient of a layer's output to its moments when it is there."""
+def _watch(module: nn.Module, seen: _Seen) -> Any:
+    """Add the gradient of a layer's output to what was seen when it is there."""
 
     def look(_: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        output.register_hook(moments.add)
+        output.register_hook(seen.add)
 
     return module.register_forward_hook(look)

@@ -19,18 +19,16 @@ from torch import nn
 from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.names import DENSE
 from tersor.compress import Encoded, encode_blocks
+from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.streams import Streams
-from tersor.convert.calibrate.sums import Sums
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
 from tersor.integrations.transformers.blocks import BlockModel
-
-_OUTPUT_HESSIAN = "output_hessian"
 
 
 @dataclass(slots=True)
@@ -194,22 +192,22 @@ class Run:
             return self._experts(block, layers, group, tasks, streams)
         weighted = {site: found for site, found in importance.items() if site in group.sites}
         device, channels = self._model.device, tasks[0].channels
-        sums = {site: Sums(channels, device) for site in weighted}
-        plain = Sums(channels, device)
+        sums = {site: LayerSums.of(channels, shift=True, device=device) for site in weighted}
+        plain = LayerSums.of(channels, shift=True, device=device)
         for batch, (own, other, call) in zip(streams.batches, streams.each(block), strict=True):
             original, compressed = (
                 inputs_of(self._model, layer, group, hidden, call)[0].flatten(0, -2)
                 for layer, hidden in zip(layers, (own, other), strict=True)
             )
             for site, added in sums.items():
-                added.add(compressed, original, weighted[site].weights[batch].flatten().to(device))
+                added.add(compressed, weighted[site].weights[batch].flatten().to(device), original)
             if len(sums) < len(group.sites):
-                plain.add(compressed, original)
+                plain.add(compressed, original=original)
         found = {}
         for task in tasks:
             statistics = sums.get(task.site, plain).statistics()
             if task.site in weighted:
-                statistics[_OUTPUT_HESSIAN] = weighted[task.site].hessian
+                statistics[OUTPUT_HESSIAN] = weighted[task.site].hessian
             self._check(task, statistics)
             started = time.monotonic()
             weight = matrices(task.step, read_tensor(task.step)).to(device)
@@ -256,7 +254,7 @@ class Run:
         return found
 
     def _check(self, task: Task, statistics: Mapping[str, torch.Tensor]) -> None:
-        if not bool(statistics["hessian"].diagonal().isfinite().all()):
+        if not bool(statistics[HESSIAN].diagonal().isfinite().all()):
             raise InputError(f"what {task.name} reads of this text holds a NaN or an infinity, or is too large to sum")
 
     def _code(
