@@ -49,6 +49,7 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         f"# {source.label} in {said}",
         "",
         f"Linear weights are {levels}, {get_recipe(recipe).summary} by Tersor {__version__}.",
+        *_calibrated(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
@@ -66,6 +67,15 @@ def _said(scheme: Represented) -> tuple[str, str]:
 def _codes(scheme: Scheme) -> str:
     group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
     return f"{scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}"
+
+
+def _calibrated(conversion: Conversion) -> list[str]:
+    said = conversion.config.provenance
+    if "calibration" not in said:
+        return []
+    return [
+        f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
+    ]
 
 
 def _before(conversion: Conversion) -> list[str]:

@@ -3,7 +3,7 @@
 from tersor.formats.activations import Activations
 from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_dtype_or_auto
 from tersor.formats.element import ElementFormat, get, names
-from tersor.formats.encoded import Encoded, dequantize
+from tersor.formats.encoded import Encoded, Objective, dequantize
 from tersor.formats.mix import MOST_LEVELS, Assignment, Mix
 from tersor.formats.scheme import (
     SCALE_DTYPES,
@@ -25,6 +25,7 @@ __all__ = [
     "ElementFormat",
     "Encoded",
     "Mix",
+    "Objective",
     "ScaleError",
     "Scheme",
     "dequantize",
