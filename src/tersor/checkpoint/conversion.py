@@ -288,11 +288,7 @@ def _assigned(layer: LinearLayer, mix: Mix, assignments: Mapping[str, Assignment
     Raises:
         InputError: there are none, or they are not those of this layer and mix.
     """
-    if layer.stacked or re.search(r"\.experts\.\d+\.", layer.module):
-        raise InputError(
-            f"{layer.module} is a layer's experts, which have one scheme: give them an override, such as "
-            r"'\.experts\b=uint4:g128'"
-        )
+    check_mixable(layer)
     found = assignments.get(layer.module)
     if found is None:
         raise InputError(f"{layer.module} has no levels: score it, give it an override or ignore it")
@@ -302,6 +298,19 @@ def _assigned(layer: LinearLayer, mix: Mix, assignments: Mapping[str, Assignment
             f"levels {mix.key()}"
         )
     return found
+
+
+def check_mixable(layer: LinearLayer) -> None:
+    """Hold that the output features of a layer may have different schemes.
+
+    Raises:
+        InputError: it is one of the experts of a layer.
+    """
+    if layer.stacked or re.search(r"\.experts\.\d+\.", layer.module):
+        raise InputError(
+            f"{layer.module} is a layer's experts, which have one scheme: give them an override, such as "
+            r"'\.experts\b=uint4:g128'"
+        )
 
 
 def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:

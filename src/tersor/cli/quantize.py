@@ -72,6 +72,20 @@ def command(
         str, typer.Option(help="normal; high: a backward pass says which outputs matter, at three times the time.")
     ] = "normal",
     seed: Annotated[int, typer.Option(help="Of the labels that the backward pass draws.")] = 0,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT[:gN]",
+            help="A format that output features may get where there is a target, by what each loses on the calibration "
+            "text; repeatable. uint3:g128, uint4:g128, fp5_e2m2, fp6_e2m3 and int8 if not given.",
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="True bits a weight, scales and padding counted, that all features take.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Size of the checkpoint in place of bits, such as 5GB or 500MB.")
+    ] = None,
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
@@ -112,6 +126,9 @@ def command(
                 revision=revision,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
+                levels=level or (),
+                target_bits=target_bits,
+                target_size=None if target_size is None else parse_size(target_size),
             )
     except KeyboardInterrupt:
         partial = partial_directory(Path(output)) if output is not None else None

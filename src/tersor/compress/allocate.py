@@ -99,15 +99,7 @@ def allocate(layers: Sequence[Fused], levels: Sequence[Scheme], budget: int, uni
     """
     for layer in layers:
         _check(layer, len(levels))
-    smallest, largest = feasible(layers, levels, unit)
-    if not smallest <= budget <= largest:
-        weights = sum(layer.rows * layer.ic for layer in layers)
-        side = "below what the smallest levels take" if budget < smallest else "above what the largest levels take"
-        raise InputError(
-            f"a budget of {budget / 1e9:.4g} GB, {8 * budget / weights:.3f} bits a weight, is {side}: feasible are "
-            f"{smallest / 1e9:.4g} to {largest / 1e9:.4g} GB, {8 * smallest / weights:.3f} to "
-            f"{8 * largest / weights:.3f} bits"
-        )
+    check_budget(layers, levels, budget, unit)
     free_loss = _spend([_Blocks(replace(layer, paired=False), levels) for layer in layers], budget).loss
     pairs = _spend([_Blocks(layer, levels) for layer in layers], budget)
     blocks = [_Blocks(layer, levels, unit, pairs.price) for layer in layers]
@@ -153,12 +145,30 @@ def allocate_by_count(
     return replace(found, free_loss=found.loss, pairs_loss=found.loss)
 
 
-def feasible(layers: Sequence[Fused], levels: Sequence[Scheme], unit: int = 64) -> tuple[int, int]:
-    """Return the bytes of all weights at the smallest level and at the largest.
+def check_budget(
+    layers: Sequence[Fused], levels: Sequence[Scheme], budget: int, unit: int = 64, beside: int = 0
+) -> None:
+    """Hold that a budget is feasible; of the losses only the number of features matters.
+
+    `beside` is how many bytes the sizes in the line count beside these weights.
 
     Raises:
+        InputError: it is below what the smallest levels take, or above what the largest do; the line says the range.
         FormatError: a group size does not divide the input channels of a layer.
     """
+    smallest, largest = feasible(layers, levels, unit)
+    if not smallest <= budget <= largest:
+        weights = sum(layer.rows * layer.ic for layer in layers)
+        side = "below what the smallest levels take" if budget < smallest else "above what the largest levels take"
+        raise InputError(
+            f"a budget of {(budget + beside) / 1e9:.4g} GB, {8 * budget / weights:.3f} bits a weight, is {side}: "
+            f"feasible are {(smallest + beside) / 1e9:.4g} to {(largest + beside) / 1e9:.4g} GB, "
+            f"{8 * smallest / weights:.3f} to {8 * largest / weights:.3f} bits"
+        )
+
+
+def feasible(layers: Sequence[Fused], levels: Sequence[Scheme], unit: int = 64) -> tuple[int, int]:
+    """Return the bytes of all weights at the smallest level and at the largest."""
     smallest = largest = 0
     for layer in layers:
         row = row_bytes(levels, layer.ic)
@@ -169,11 +179,7 @@ def feasible(layers: Sequence[Fused], levels: Sequence[Scheme], unit: int = 64) 
 
 
 def row_bytes(levels: Sequence[Scheme], ic: int) -> Bytes:
-    """Return the bytes of a row of `ic` input channels at each level: codes, scales and zero points.
-
-    Raises:
-        FormatError: a group size does not divide `ic`.
-    """
+    """Return the bytes of a row of `ic` input channels at each level: codes, scales and zero points."""
     return np.array([round(scheme.bits_per_weight(ic) * ic / 8) for scheme in levels], dtype=np.int64)
 
 

@@ -16,9 +16,17 @@ from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.released import read_released
 from tersor.checkpoint.source import Source, open_source
-from tersor.compress import DEFAULT_RECIPE
+from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.beside import model_dtype, write_beside
-from tersor.convert.calibrate import Calibration, Plan, calibrate, check_options, discard, plan
+from tersor.convert.calibrate import (
+    Calibration,
+    Plan,
+    calibrate,
+    check_options,
+    discard,
+    plan,
+    planned_again,
+)
 from tersor.convert.checks import (
     DEFAULT_SHARD_BYTES,
     check_apart,
@@ -28,11 +36,12 @@ from tersor.convert.checks import (
     check_shard_bytes,
     check_space,
 )
-from tersor.convert.mix import fingerprint, mix_of
+from tersor.convert.mix import STAND_IN, fingerprint, mix_of
 from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
+from tersor.convert.target import parse_target
 from tersor.errors import InputError
 from tersor.formats import Assignment, get_scheme
 from tersor.hardware import resolve_device
@@ -82,6 +91,9 @@ def quantize(
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
     assignments: Mapping[str, Assignment] | None = ...,
+    levels: Sequence[str] = ...,
+    target_bits: float | None = ...,
+    target_size: float | None = ...,
 ) -> Report: ...
 
 
@@ -109,6 +121,9 @@ def quantize(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
     assignments: Mapping[str, Assignment] | None = None,
+    levels: Sequence[str] = (),
+    target_bits: float | None = None,
+    target_size: float | None = None,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
@@ -149,6 +164,10 @@ def quantize(
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
+        levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
+            text; where there is a target and none is given, those of `convert.mix.LEVELS`.
+        target_bits: true bits a weight that all of them take.
+        target_size: bytes of the checkpoint's tensors, in place of bits.
 
     Returns:
         What was done, tensor by tensor.
@@ -158,7 +177,14 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
+    target = parse_target(levels, target_bits, target_size, group_size, scale_dtype)
     mix = mix_of(assignments)
+    if target is not None and mix is not None:
+        raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
+    if target is not None and dry_run:
+        raise InputError("a dry run scores no output features: leave the target out")
+    if target is not None and export != "tersor":
+        raise InputError(f"{export} cannot say a mix of schemes in one layer: leave the target out")
     if mix is not None and (group_size, scale_dtype) != (None, None):
         raise InputError("group size and scale dtype belong into every level where output features have levels")
     text = None
@@ -167,7 +193,7 @@ def quantize(
     elif (calibration_tokens, calibration_window, effort, seed) != (None, None, "normal", 0):
         raise InputError("calibration tokens, window, effort and seed say nothing without a calibration text")
     if isinstance(model, nn.Module):
-        if mix is not None:
+        if mix is not None or target is not None:
             raise InputError("output features get levels in a checkpoint on disk: a module is compressed in place")
         check_in_place(output, resume, export, shard_size)
         if text is not None:
@@ -186,7 +212,7 @@ def quantize(
         )
     get_export(export)
     if not dry_run or text is not None:
-        check_options(algorithm, text)
+        check_options(algorithm, text, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
     get_scheme(format, group_size, scale_dtype)
@@ -202,7 +228,7 @@ def quantize(
         chosen_export = get_export(export, model_dtype(source))
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
-        scheme = mix or get_scheme(format, group_size, scale_dtype)
+        scheme: Represented = mix or (STAND_IN if target else get_scheme(format, group_size, scale_dtype))
         architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
         provenance = {
             "tersor": __version__,
@@ -233,7 +259,10 @@ def quantize(
             return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
         given = None
         if text is not None:
-            given = plan(source, architecture, conversion, text, where, trust_remote_code=trust_remote_code)
+            scored = target is not None
+            given = plan(
+                source, architecture, conversion, text, where, trust_remote_code=trust_remote_code, scored=scored
+            )
             provenance.update(given.provenance)
         identity = {
             "tersor": __version__,
@@ -243,12 +272,33 @@ def quantize(
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
             **({"levels of output features": fingerprint(assignments)} if assignments else {}),
+            **(target.identity(conversion) if target is not None else {}),
             "source's compression": dict(released.settings) if released is not None else None,
             **(given.identity if given is not None else {}),
             "weights": source.fingerprint(),
         }
+        if target is not None:
+            assert given is not None
+            target.check(conversion, given)
+            provenance["target"] = target.words
         work = Workplace(destination, identity, resume)
         try:
+            if target is not None:
+                assert given is not None
+                assignments = target.assign(conversion, given, work, progress)
+                scheme = mix_of(assignments) or scheme
+                conversion = make_conversion(
+                    source,
+                    architecture,
+                    scheme=scheme,
+                    ignore=patterns,
+                    overrides=parse_overrides(overrides, group_size, scale_dtype),
+                    export=chosen_export,
+                    shard_bytes=shard_bytes,
+                    provenance=provenance,
+                    assignments=assignments,
+                )
+                given = planned_again(given, source, architecture, conversion)
             return _write(
                 source,
                 conversion,
@@ -287,7 +337,7 @@ def _write(
         unfinished = first < len(names)
         check_space(conversion, work, given.disk_bytes(work.directory) if given is not None and unfinished else 0)
         ready = None
-        if given is not None and unfinished:
+        if given is not None and unfinished and get_recipe(recipe).needs:
             ready = calibrate(given, conversion, recipe, work.directory, progress)
         # What calibration does not reach, such as an embedding that is asked for, is rounded to nearest.
         rounding = DEFAULT_RECIPE if given is not None else recipe

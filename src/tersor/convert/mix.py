@@ -12,18 +12,23 @@ import numpy as np
 import torch
 
 from tersor.checkpoint.config import parse_ignore, parse_overrides, parse_scheme
-from tersor.checkpoint.conversion import make_conversion
+from tersor.checkpoint.conversion import Conversion, check_mixable, make_conversion
 from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.names import MERGED
 from tersor.checkpoint.source import open_source
-from tersor.compress.allocate import Allocation, Floats, Fused, allocate, allocate_by_count, feasible
+from tersor.compress.allocate import Allocation, Floats, Fused, allocate, allocate_by_count
 from tersor.errors import InputError
 from tersor.formats import Assignment, Mix, get_scheme
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.layouts.blocks import UNIT_OC
 
-LEVELS = ("uint3:g128", "uint4:g128", "fp5_e2m2", "fp6_e2m3", "int8")
-"""Levels whose mixes lose least at 4 to 6 bits, by the losses measured of each format."""
+LEVELS = ("uint3", "uint4", "fp5_e2m2:row", "fp6_e2m3:row", "int8:row")
+"""Levels whose mixes lose least at 4 to 6 bits, by the losses measured of each format; the first two in groups."""
+_GROUPS = (128, 96, 64, 32)
+"""Group sizes for them, of which the first is taken that divides the input channels of every module."""
+
+STAND_IN = get_scheme("int8")
+"""In place of a mix, where a conversion is made before output features have levels."""
 
 _PAIRED = "gate_up_proj"
 
@@ -40,6 +45,21 @@ class Mixing:
     assignments: dict[str, Assignment]
     allocation: Allocation
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was chosen and what it takes and loses, as JSON values; losses are nats a token."""
+        found, mix = self.allocation, next(iter(self.assignments.values())).mix
+        return {
+            "levels": [scheme.key() for scheme in mix.levels],
+            "shares": self.shares,
+            "bits_per_weight": found.bits,
+            "bytes": found.nbytes,
+            "padding_bytes": found.padding,
+            "loss": found.loss,
+            "loss_without_units": found.pairs_loss,
+            "loss_without_pairs_and_units": found.free_loss,
+            "layers": {name: list(own.rows) for name, own in self.assignments.items()},
+        }
+
     @property
     def shares(self) -> list[float]:
         """Which part of all output features each level has."""
@@ -47,7 +67,7 @@ class Mixing:
         return [float(count / rows.sum()) for count in rows]
 
 
-def parse_levels(levels: Iterable[str] = LEVELS, group_size: int | None = None, scale_dtype: str | None = None) -> Mix:
+def parse_levels(levels: Iterable[str], group_size: int | None = None, scale_dtype: str | None = None) -> Mix:
     """Return the mix of levels given as `FORMAT[:gN|:row][:SCALE_DTYPE]`.
 
     Args:
@@ -64,6 +84,22 @@ def parse_levels(levels: Iterable[str] = LEVELS, group_size: int | None = None, 
     if len(schemes) < 2:
         raise InputError("a mix has at least two levels: for one, give it as the format")
     return Mix(schemes)
+
+
+def usual_mix(channels: Iterable[int], scale_dtype: str | None = None) -> Mix:
+    """Return the mix of `LEVELS` for modules of so many input channels, in the largest groups that fit all of them.
+
+    Raises:
+        InputError: no group size fits.
+    """
+    known = sorted(set(channels))
+    size = next((size for size in _GROUPS if all(count % size == 0 for count in known)), None)
+    if size is None:
+        raise InputError(
+            f"no groups of {', '.join(map(str, _GROUPS))} divide all of {', '.join(map(str, known))} input channels: "
+            "give levels, such as --level uint4:g16 --level int8"
+        )
+    return parse_levels(LEVELS, size, scale_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +119,23 @@ class Mixable:
         """Module -> IC."""
         return {module: shape[-1] for module, shape in self.shapes.items()}
 
+    @staticmethod
+    def of(conversion: Conversion) -> Mixable:
+        """Return what gets levels where a conversion has `STAND_IN`.
+
+        Raises:
+            InputError: experts, which have one scheme.
+        """
+        chosen = [
+            (step, step.layer)
+            for step in conversion.steps
+            if step.layer is not None and conversion.config.resolve(*step.layer.names) is STAND_IN
+        ]
+        for _, layer in chosen:
+            check_mixable(layer)
+        written = sum(step.output_bytes for step, _ in chosen)
+        return Mixable({layer.module: layer.shape for _, layer in chosen}, conversion.output_bytes - written)
+
 
 def mixable(
     model: str | os.PathLike[str],
@@ -98,27 +151,21 @@ def mixable(
         model, ignore, overrides, revision, trust_remote_code: as `quantize` takes them.
 
     Raises:
-        InputError: a bad checkpoint, or patterns that find nothing.
+        InputError: a bad checkpoint, patterns that find nothing, or experts, which have one scheme.
     """
-    any_scheme = get_scheme("int8")
     with open_source(model, revision) as source:
-        conversion = make_conversion(
-            source,
-            read_architecture(source.directory, trust_remote_code=trust_remote_code),
-            scheme=any_scheme,
-            ignore=parse_ignore(ignore),
-            overrides=parse_overrides(overrides),
-            export=get_export("tersor"),
-            shard_bytes=1 << 62,
-            provenance={},
+        return Mixable.of(
+            make_conversion(
+                source,
+                read_architecture(source.directory, trust_remote_code=trust_remote_code),
+                scheme=STAND_IN,
+                ignore=parse_ignore(ignore),
+                overrides=parse_overrides(overrides),
+                export=get_export("tersor"),
+                shard_bytes=1 << 62,
+                provenance={},
+            )
         )
-    chosen = [
-        (step, step.layer)
-        for step in conversion.steps
-        if step.layer is not None and conversion.config.resolve(*step.layer.names) is any_scheme
-    ]
-    written = sum(step.output_bytes for step, _ in chosen)
-    return Mixable({layer.module: layer.shape for _, layer in chosen}, conversion.output_bytes - written)
 
 
 def assign(
@@ -160,18 +207,6 @@ def assign(
         assert budget is not None
         found = allocate(layers, mix.levels, budget, UNIT_OC)
     return Mixing({name: Assignment(mix, level.tobytes()) for name, level in found.chosen.items()}, found)
-
-
-def feasible_bits(scores: Mapping[str, torch.Tensor], channels: Mapping[str, int], mix: Mix) -> tuple[float, float]:
-    """Return the true bits a weight that the smallest and the largest levels take.
-
-    Raises:
-        FormatError: a group size does not divide the input channels of a module.
-    """
-    layers = fused({name: score.double().cpu().numpy() for name, score in scores.items()}, channels)
-    weights = sum(layer.rows * layer.ic for layer in layers)
-    smallest, largest = feasible(layers, mix.levels, UNIT_OC)
-    return 8 * smallest / weights, 8 * largest / weights
 
 
 def fused(losses: Mapping[str, Floats], channels: Mapping[str, int]) -> list[Fused]:

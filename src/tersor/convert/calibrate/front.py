@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,25 @@ from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate.run import Run
+from tersor.convert.calibrate.scores import Scoring
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
 from tersor.convert.pipeline import Progress, Ready
 from tersor.errors import InputError
+from tersor.formats import Mix
 from tersor.formats.dtypes import float_dtype
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.integrations.transformers.load import load_tokenizer
 
 
-def check_options(algorithm: str, calibration: Calibration | None) -> None:
-    """Check that a text is there where the algorithm needs one, and nowhere else.
+def check_options(algorithm: str, calibration: Calibration | None, *, scored: bool = False) -> None:
+    """Check that a text is there where the algorithm, or a score, needs one, and nowhere else.
+
+    Args:
+        algorithm: a key of `compress.RECIPES`.
+        calibration: the text.
+        scored: whether output features are scored.
 
     Raises:
         InputError: it is not so, or there is no such algorithm.
@@ -35,7 +42,9 @@ def check_options(algorithm: str, calibration: Calibration | None) -> None:
     needs = get_recipe(algorithm).needs
     if needs and calibration is None:
         raise InputError(f"algorithm {algorithm!r} needs a text to calibrate on: add --calibration FILE")
-    if not needs and calibration is not None:
+    if scored and calibration is None:
+        raise InputError("a target needs a text by which output features are scored: add --calibration FILE")
+    if not needs and not scored and calibration is not None:
         raise InputError(f"algorithm {algorithm!r} takes no calibration text: leave it out, or use --algorithm gptq")
 
 
@@ -49,6 +58,7 @@ class Plan:
         tasks: what is calibrated.
         parameters: for every step of the conversion the parameter that its tensor becomes, or a part of.
         calibration: what was asked for.
+        scored: whether output features are scored, by a backward pass.
     """
 
     ids: torch.Tensor
@@ -56,6 +66,12 @@ class Plan:
     tasks: tuple[Task, ...]
     parameters: tuple[str, ...]
     calibration: Calibration
+    scored: bool = False
+
+    @property
+    def backward(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.scored or self.calibration.effort == "high"
 
     @property
     def words(self) -> str:
@@ -71,7 +87,7 @@ class Plan:
     def disk_bytes(self, directory: Path) -> int:
         """Return how many bytes more are taken while the work lasts: by finished blocks, and by gradients."""
         needed = sum(task.step.output_bytes for task in self.tasks)
-        if self.calibration.effort == "high":
+        if self.backward:
             hidden = self.model.model.config.get_text_config().hidden_size
             stream = self.ids.numel() * hidden * self.model.dtype.itemsize
             needed += (len(self.model.blocks) + 2) * stream
@@ -101,6 +117,7 @@ def plan(
     device: torch.device,
     *,
     trust_remote_code: bool,
+    scored: bool = False,
 ) -> Plan:
     """Read the text and build the model, so that whatever is wrong is said before the work starts.
 
@@ -115,14 +132,44 @@ def plan(
         for step, parameter in zip(conversion.steps, parameters, strict=True)
         if step.scheme is not None
     ]
-    dtype = _dtype(source, device, calibration.effort)
+    dtype = _dtype(source, device, scored or calibration.effort == "high")
     model = BlockModel(source.directory, device, dtype, weights, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source.directory, trust_remote_code=trust_remote_code)
     count, window = calibration.shape(model.positions)
     vocabulary = int(model.model.config.get_text_config().vocab_size)
     ids = read_windows(calibration.source, tokenizer, count, window, vocabulary)
     tasks = find_tasks(conversion, targets, model)
-    return Plan(ids, model, tuple(tasks), tuple(parameters), calibration)
+    return Plan(ids, model, tuple(tasks), tuple(parameters), calibration, scored)
+
+
+def planned_again(given: Plan, source: Source, architecture: Architecture, conversion: Conversion) -> Plan:
+    """Return the same calibration for another conversion of the same tensors."""
+    targets = architecture.find(source.tensors)
+    parameters = parameters_of(conversion, targets)
+    return replace(given, tasks=tuple(find_tasks(conversion, targets, given.model)), parameters=tuple(parameters))
+
+
+def score(
+    given: Plan, conversion: Conversion, modules: Container[str], mix: Mix, directory: Path, progress: Progress | None
+) -> dict[str, torch.Tensor]:
+    """Return what each output feature of modules loses at each level of a mix, float64 [levels, OC].
+
+    Args:
+        given: what to do.
+        conversion: of any schemes; what becomes of every tensor is of no account here.
+        modules: which are scored.
+        mix: the levels.
+        directory: where the output is made; scores stand in its folder `calibration`.
+        progress: called after every block.
+
+    Raises:
+        InputError, CheckpointError, OutputError: as `Scoring.run` says.
+    """
+    steps = list(zip(conversion.steps, given.parameters, strict=True))
+    tasks = [task for task in given.tasks if task.name in modules]
+    scoring = Scoring(given.model, steps, tasks, mix, Store(directory), progress)
+    keep = given.calibration.effort == "high"
+    return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=keep)
 
 
 def calibrate(
@@ -194,10 +241,10 @@ def _log(
     }
 
 
-def _dtype(source: Source, device: torch.device, effort: str) -> torch.dtype:
+def _dtype(source: Source, device: torch.device, gradients: bool) -> torch.dtype:
     """Return the dtype that blocks compute in: float32 on a CPU, else the model's.
 
     Gradients are too small for float16: there bfloat16 takes its place.
     """
     dtype = torch.float32 if device.type == "cpu" else float_dtype(model_dtype(source))
-    return torch.bfloat16 if dtype == torch.float16 and effort == "high" else dtype
+    return torch.bfloat16 if dtype == torch.float16 and gradients else dtype

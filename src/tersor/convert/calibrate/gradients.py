@@ -7,9 +7,9 @@ of it, is kept on disk, a file a block, so that memory does not grow with the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site
 from tersor.errors import InputError
 from tersor.integrations.transformers.blocks import BlockModel
+
+Take: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes what goes into a linear layer [..., IC] and the gradient of what comes out [..., OC]."""
 
 _INPUT, _GRADIENT = "input", "gradient"
 _VALUE = "value"
@@ -137,9 +140,20 @@ class Gradients:
         """
         gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
         found = {site: _Seen() for site in sites if not site.part}
-        self._backward(streams, block, streams.original, gradient, found)
+        self._backward(streams, block, streams.original, gradient, {site: seen.add for site, seen in found.items()})
         count, window = self._ids.shape
         return {site: seen.importance(count, window) for site, seen in found.items() if seen.tokens == count * window}
+
+    def visit(self, streams: Streams, block: int, take: Mapping[Site, Take]) -> None:
+        """Run a loaded block backward; give away what goes into its linear layers, and gradients of what comes out.
+
+        Args:
+            streams: at the entry of the block.
+            block: its number.
+            take: called for every batch and layer.
+        """
+        gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
+        self._backward(streams, block, streams.original, gradient, take)
 
     def _backward(
         self,
@@ -147,7 +161,7 @@ class Gradients:
         block: int,
         inputs: torch.Tensor,
         gradient: torch.Tensor,
-        taken: dict[Site, _Seen] | None,
+        taken: Mapping[Site, Take] | None,
     ) -> None:
         """Replace the gradient of a block's outputs by that of its inputs; with `taken` add to that instead."""
         layer, device = self._model.blocks[block], self._model.device
@@ -183,7 +197,7 @@ class _Seen:
     def tokens(self) -> int:
         return 0 if self.moments is None else self.moments.tokens
 
-    def add(self, gradient: torch.Tensor) -> None:
+    def add(self, _: torch.Tensor, gradient: torch.Tensor) -> None:
         features = gradient.shape[-1]
         if self.moments is None:
             self.moments = Moments(features, gradient.device, _parts(features))
@@ -203,10 +217,11 @@ def _parts(features: int) -> int:
     return next(parts for parts in range(1, features + 1) if features % parts == 0 and features // parts <= _WIDEST)
 
 
-def _watch(module: nn.Module, seen: _Seen) -> Any:
-    """Add the gradient of a layer's output to what was seen when it is there."""
+def _watch(module: nn.Module, take: Take) -> Any:
+    """Give away what goes into a layer and the gradient of its output, when that is there."""
 
     def look(_: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        output.register_hook(seen.add)
+        given = arguments[0].detach()
+        output.register_hook(lambda gradient: take(given, gradient))
 
     return module.register_forward_hook(look)

@@ -20,6 +20,7 @@ from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.names import DENSE
 from tersor.compress import Encoded, encode_blocks
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
+from tersor.convert.calibrate.coded import CodedRows, code_mixed
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
@@ -28,6 +29,7 @@ from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
+from tersor.formats import Assignment
 from tersor.integrations.transformers.blocks import BlockModel
 
 
@@ -263,6 +265,11 @@ class Run:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
         assert scheme is not None
+        if isinstance(scheme, Assignment):
+            try:
+                return _joined(code_mixed(weight, scheme, self._recipe, statistics))
+            except (NonFiniteError, FormatError) as error:
+                raise located(task.step, error) from None
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
@@ -316,6 +323,18 @@ def _coded(encoded: Encoded, first_row: int) -> _Coded:
     if encoded.objective is not None:
         line = {"objective_before": encoded.objective.before, "objective_after": encoded.objective.after}
     return _Coded(tensors, encoded.squared_error, encoded.squared_norm, underflowed, line)
+
+
+def _joined(levels: Sequence[CodedRows]) -> _Coded:
+    """Put the rows of all levels of a weight together."""
+    parts = [_coded(level.encoded, 0) for level in levels]
+    return _Coded(
+        {name: tensor for level in levels for name, tensor in level.tensors.items()},
+        sum(part.squared_error for part in parts),
+        sum(part.squared_norm for part in parts),
+        [level.features[row] for level, part in zip(levels, parts, strict=True) for row in part.underflowed],
+        {key: sum(part.line[key] for part in parts) for key in parts[0].line},
+    )
 
 
 def _stacked(parts: Sequence[_Coded]) -> _Coded:

@@ -11,6 +11,8 @@ from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
 from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
+from tersor.convert.calibrate.coded import decode_mixed
+from tersor.formats import Assignment
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.layouts import PackedWeight
 
@@ -130,9 +132,13 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     assert step.layer is not None and step.scheme is not None
     *experts, oc, ic = step.layer.shape
 
+    form = step.scheme
+    if isinstance(form, Assignment):
+        return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
+    scheme = form
+
     def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        assert step.scheme is not None
-        return PackedWeight(step.scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
+        return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
 
     if not experts:
         return matrices(step, one(tensors))

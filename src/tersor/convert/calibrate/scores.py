@@ -1,0 +1,138 @@
+"""What does every output feature of a model lose at every level? One backward pass, one product a level.
+
+The model runs forward and backward block by block, as for `gradients`; each block then gives its inputs and gradients
+to `compress.salience`. The scores are kept in the store, so that an interrupted run takes them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from tersor.checkpoint.conversion import Step
+from tersor.checkpoint.reader import SafetensorsFile
+from tersor.compress.salience import Salience, rounding_error
+from tersor.convert.calibrate.gradients import Gradients, Take
+from tersor.convert.calibrate.store import Store, write_tensors
+from tersor.convert.calibrate.streams import Streams
+from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
+from tersor.convert.pipeline import Progress, located
+from tersor.errors import FormatError, InputError, NonFiniteError
+from tersor.formats import Mix
+from tersor.integrations.transformers.blocks import BlockModel
+
+
+class Scoring:
+    """The scores of all linear layers of one model's blocks."""
+
+    def __init__(
+        self,
+        model: BlockModel,
+        steps: Sequence[tuple[Step, str]],
+        tasks: Sequence[Task],
+        mix: Mix,
+        store: Store,
+        progress: Progress | None,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            model: built, nothing loaded.
+            steps: every tensor of the checkpoint and the parameter that it becomes, as for `run.Run`.
+            tasks: the linear layers that are scored.
+            mix: the levels.
+            store: where scores and gradients are kept.
+            progress: called after every block.
+        """
+        self._model, self._tasks, self._mix, self._store = model, tasks, mix, store
+        self._progress = progress
+        self._steps: dict[int | None, list[tuple[Step, str]]] = {}
+        for step, parameter in steps:
+            outside = step.layer is not None and step.layer.tower
+            if parameter and not outside:
+                self._steps.setdefault(model.block_of(parameter), []).append((step, parameter))
+        self._done = self._total = 0
+
+    @torch.no_grad()
+    def run(self, ids: torch.Tensor, *, seed: int, keep_gradients: bool) -> dict[str, torch.Tensor]:
+        """Return module -> what each output feature loses at each level, float64 [levels, OC], nats a token.
+
+        Args:
+            ids: int64 [W, T], the windows.
+            seed: of the labels that the model draws.
+            keep_gradients: whether they are needed again.
+
+        Raises:
+            InputError: activations or gradients that are not finite, or a model whose blocks cannot run alone.
+            CheckpointError: the source cannot be read.
+            OutputError: the disk is full or does not let us write.
+        """
+        path = self._store.path("scores", 0)
+        if path.exists():
+            with SafetensorsFile(path) as file:
+                return {name: file.read(name) for name in file.tensors}
+        count = len(self._model.blocks)
+        self._total = 3 * sum(map(self._nbytes, range(count)))
+        self._load(None)
+        self._model.tie()
+        streams = Streams(self._model, ids)
+        backward = Gradients(self._model, self._store, ids, seed)
+        backward.prepare(streams, 0, self._load, lambda block: self._advance(self._nbytes(block)))
+        found: dict[str, torch.Tensor] = {}
+        for block in range(count):
+            self._load(block)
+            found |= self._score(block, streams, backward)
+            streams.forward(block, self._model.blocks[block])
+            self._model.drop(block)
+            self._advance(self._nbytes(block))
+        write_tensors(path, found, {})
+        if not keep_gradients:
+            for block in range(count):
+                backward.forget(block)
+        return found
+
+    def _score(self, block: int, streams: Streams, backward: Gradients) -> dict[str, torch.Tensor]:
+        """Return the scores of one loaded block's layers."""
+        sums: dict[str, Salience] = {}
+        take: dict[Site, Take] = {}
+        for task in self._tasks:
+            if task.block != block:
+                continue
+            weight = matrices(task.step, read_tensor(task.step)).to(self._model.device)
+            try:
+                deltas = [rounding_error(weight.float(), scheme) for scheme in self._mix.levels]
+            except (NonFiniteError, FormatError) as error:
+                raise located(task.step, error) from None
+            own = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
+            take[task.site] = _adding(own, deltas)
+        backward.visit(streams, block, take)
+        found = {name: own.mean() for name, own in sums.items()}
+        for name, score in found.items():
+            if not bool(score.isfinite().all()):
+                raise InputError(f"the score of {name} holds a NaN or an infinity on this text")
+        return found
+
+    def _load(self, block: int | None) -> None:
+        self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(block, [])})
+
+    def _nbytes(self, block: int) -> int:
+        return sum(step.source.spec.nbytes for step, _ in self._steps.get(block, []))
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total, "scores of output features")
+
+
+def _adding(own: Salience, deltas: Sequence[torch.Tensor]) -> Take:
+    def add(x: torch.Tensor, gradient: torch.Tensor) -> None:
+        own.add(x.flatten(0, -2), gradient.flatten(0, -2), deltas)
+
+    return add
+
+
+def unscored(shapes: Mapping[str, tuple[int, ...]], tasks: Sequence[Task]) -> list[str]:
+    """Return the modules that would get levels, and are in no decoder block."""
+    known = {task.name for task in tasks if not task.site.part}
+    return [module for module in shapes if module not in known]

@@ -1,0 +1,180 @@
+"""One command from a budget to a mix: features are scored on a text, levels assigned, codes chosen, all resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import calibrated, checkpoints
+from helpers.mixes import SMALL
+from transformers import AutoModelForCausalLM
+
+from tersor import compress
+from tersor.checkpoint.inspect import inspect
+from tersor.compress import encode
+from tersor.compress.salience import expected_kl
+from tersor.convert import quantize
+from tersor.convert.calibrate import scores
+from tersor.convert.calibrate.run import Run
+from tersor.convert.calibrate.text import read_windows
+from tersor.convert.mix import usual_mix
+from tersor.errors import FormatError, InputError
+from tersor.formats import Mix
+from tersor.integrations.transformers.architecture import read_architecture
+from tersor.nn import MixedLinear
+
+LEVELS = ["uint3:g32", "fp5_e2m2", "int8"]
+TEXT: dict[str, Any] = {"calibration_tokens": 96, "calibration_window": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of wide layers, so that there are several units of rows, and a text."""
+    made = tmp_path_factory.mktemp("target")
+    calibrated.model("llama", made / "model", hidden_size=128, intermediate_size=192)
+    calibrated.text(made / "text.txt")
+    return made
+
+
+def run(folder: Path, name: str, **options: Any) -> Path:
+    """Compress the model of the folder, and return the directory."""
+    given = {"levels": LEVELS, "target_bits": 5.0, "calibration": folder / "text.txt", **TEXT, **options}
+    quantize(folder / "model", folder / name, **given)
+    return folder / name
+
+
+def log(output: Path) -> dict[str, Any]:
+    """Return what a run wrote of its mix."""
+    return json.loads((output / "tersor-mix.json").read_text())
+
+
+def test_a_budget_of_bits_is_spent_by_scores_that_are_the_expected_kl(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    whole = scores.Scoring.run
+
+    def spying(self: scores.Scoring, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        seen.update(whole(self, *args, **kwargs))
+        return seen
+
+    monkeypatch.setattr(scores.Scoring, "run", spying)
+    output = run(folder, "rounded")
+    found = log(output)
+    assert found["bits_per_weight"] <= 5.0 and found["bits_per_weight"] == pytest.approx(5.0, abs=0.2)
+    assert found["loss_without_pairs_and_units"] <= found["loss_without_units"] <= found["loss"]
+    assert sum(found["shares"]) == pytest.approx(1) and max(found["shares"]) < 0.95
+    stored = inspect(output, read_architecture)
+    items = [item for item in stored.items if item.levels]
+    levels = {item.name.removesuffix(".weight"): sum(rows for _, rows in item.levels) for item in items}
+    assert levels == {name: sum(rows) for name, rows in found["layers"].items()} and len(levels) == 14
+    assert stored.compressed_bits_per_weight == pytest.approx(found["bits_per_weight"], abs=0.05)
+    assert stored.provenance["target"] == "5 true bits a weight" and not (output / "calibration").exists()
+
+    # The same by one backward pass of the whole model, of one layer.
+    name = "model.layers.1.mlp.up_proj"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    layer, total = model.get_submodule(name), torch.zeros(192, dtype=torch.float64)
+    kept: dict[str, torch.Tensor] = {}
+    layer.register_forward_hook(lambda _, given, out: (kept.update(x=given[0], y=out), out.retain_grad())[0])
+    tokens = [int(word[1:]) for word in (folder / "text.txt").read_text().split()]
+    delta = encode(layer.weight.detach(), SMALL.levels[0]).dequantize() - layer.weight.detach()
+    windows = windows_of(folder, tokens)
+    for number, window in enumerate(windows):
+        log_p = model(window[None]).logits[0].log_softmax(-1)
+        drawn = torch.rand(len(log_p), 1, generator=torch.Generator().manual_seed(number))
+        sums = log_p.detach().exp().cumsum(-1)
+        labels = torch.searchsorted(sums, drawn * sums[:, -1:]).clamp_(max=sums.shape[1] - 1)
+        model.zero_grad()
+        (-log_p.gather(1, labels).sum()).backward()
+        total += expected_kl(kept["x"][0].detach(), kept["y"].grad[0], delta)
+    torch.testing.assert_close(seen[name][0], total / sum(map(len, windows)), rtol=1e-3, atol=1e-9)
+
+
+def windows_of(folder: Path, tokens: list[int]) -> list[torch.Tensor]:
+    """Return the windows that calibration takes of the text: three of 32 tokens."""
+    ids = read_windows(str(folder / "text.txt"), calibrated.tokenizer(), 3, 32, calibrated.VOCABULARY)
+    assert set(ids.flatten().tolist()) <= {*tokens, 1}
+    return list(ids)
+
+
+def test_gptq_beneath_a_mix_loses_less_and_a_size_is_met(folder: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    text = torch.tensor([[int(word[1:]) for word in (folder / "text.txt").read_text().split()[:96]]])
+    size = 240_000
+    outputs = [run(folder, name, target_bits=None, target_size=size, algorithm=name) for name in ("rtn", "gptq")]
+    errors = []
+    for output in outputs:
+        nbytes = sum(tensor.nbytes for tensor in checkpoints.weights(output).values())
+        assert 0.97 * size < nbytes <= size
+        model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        assert sum(isinstance(module, MixedLinear) for module in model.modules()) == 14
+        with torch.no_grad():
+            errors.append(float((model(text).logits - plain(text).logits).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+    lines = json.loads((outputs[1] / "tersor-calibration.json").read_text())["layers"]
+    assert len(lines) == 14 and all(line["objective_after"] <= line["objective_before"] for line in lines)
+
+
+@pytest.mark.parametrize("effort", ["normal", "high"])
+def test_an_interrupted_run_goes_on_with_the_same_scores_and_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, effort: str
+) -> None:
+    monkeypatch.setitem(compress.RECIPES, "gptq", calibrated.quick(compress.RECIPES["gptq"]))
+    options = {"algorithm": "gptq", "effort": effort}
+    whole = run(folder, f"whole-{effort}", **options)
+    block = Run._block
+
+    def failing(self: Run, number: int, *args: Any) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        block(self, number, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_block", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, f"again-{effort}", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(scores.Scoring, "_score", lambda *args: pytest.fail("scored twice"))
+        again = run(folder, f"again-{effort}", resume=True, **options)
+    for name in ("model.safetensors", "config.json", "tersor-mix.json"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_cannot_be_met_is_said_before_anything_is_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scores.Scoring, "run", lambda *args, **kwargs: pytest.fail("scored"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"target_bits": 2.0}, "2.000 bits a weight, is below what the smallest levels take: feasible are"),
+        ({"target_bits": 12.0}, "above what the largest levels take"),
+        ({"target_bits": None, "target_size": 10_000}, "below what the smallest levels take"),
+        ({"target_bits": 4.5, "target_size": 10_000}, "keep one of them"),
+        ({"target_bits": -1.0}, "target bits -1.0 is not a positive number"),
+        ({"target_bits": None}, "levels need a target"),
+        ({"levels": ["int8"]}, "at least two levels"),
+        ({"levels": ["uint4:g48", "int8"]}, "group size 48 does not divide the 128"),
+        ({"calibration": None, "calibration_tokens": None, "calibration_window": None}, "add --calibration FILE"),
+        ({"dry_run": True}, "a dry run scores no output features"),
+        ({"export": "humming"}, "humming cannot say a mix"),
+    ]
+    for options, words in cases:
+        with pytest.raises(InputError, match=words):
+            run(folder, "refused", **options)
+        assert not (folder / "refused").exists() and not (folder / "refused.partial").exists()
+    calibrated.model("mixtral", tmp_path / "model")
+    calibrated.text(tmp_path / "text.txt")
+    with pytest.raises(InputError, match="experts, which have one scheme: give them an override"):
+        run(tmp_path, "refused")
+
+
+def test_the_usual_levels_have_the_largest_groups_that_fit() -> None:
+    assert [level.group_size for level in usual_mix([576, 1536]).levels] == [96, 96, None, None, None]
+    assert isinstance(usual_mix([4096, 14336]), Mix) and usual_mix([4096]).levels[1].group_size == 128
+    with pytest.raises(InputError, match="no groups of 128, 96, 64, 32 divide all of 40, 64 input channels"):
+        usual_mix([64, 40])
+    with pytest.raises(FormatError, match="unknown scale dtype"):
+        usual_mix([64], "half")
