@@ -35,6 +35,12 @@ def test_scores_are_the_formulas_of_their_papers() -> None:
     assert torch.allclose(taylor(x, grad, delta), (change + change**2 / 2).abs(), rtol=1e-4)
 
 
+def test_inputs_of_bfloat16_give_nearly_the_same() -> None:
+    x, grad = batch(256)
+    found = expected_kl(x.bfloat16(), grad.bfloat16(), errors()[0])
+    torch.testing.assert_close(found, expected_kl(x, grad, errors()[0]), rtol=0.03, atol=0)
+
+
 def test_batches_add_up_to_what_all_tokens_give() -> None:
     x, grad = batch()
     whole, parts, rest = (Salience(levels=2, features=5) for _ in range(3))

@@ -48,13 +48,14 @@ def taylor(x: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> torch.Te
 
 
 def _pulls(x: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Return g_tc (delta_c . x_t), float32 [T, OC]."""
+    """Return g_tc (delta_c . x_t), float32 [T, OC]; of bfloat16 inputs by a product of bfloat16, for tensor cores."""
     if x.dim() != 2 or grad.dim() != 2 or delta.dim() != 2 or grad.shape != (len(x), len(delta)):
         raise ShapeError(
             f"salience of inputs {list(x.shape)}, gradients {list(grad.shape)} and a rounding error "
             f"{list(delta.shape)}: expected [T, IC], [T, OC] and [OC, IC]"
         )
-    return (x.to(torch.float32) @ delta.to(torch.float32).T).mul_(grad)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    return (x.to(dtype) @ delta.to(dtype).T).to(torch.float32).mul_(grad)
 
 
 SCORES: dict[str, Summand] = {"kl": expected_kl, "taylor": taylor}
