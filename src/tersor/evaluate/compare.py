@@ -1,4 +1,4 @@
-"""Which of two models is nearer to the reference? Differences on the same windows, far more certain than the two errors.
+"""Which of two models is nearer to the reference? Differences on the same windows, more certain than the two errors.
 
 Both models read the same windows, so what makes a window hard for one makes it hard for the other, and cancels in the
 difference. With d_i the difference of the two means over window i and n windows, the difference has the standard error

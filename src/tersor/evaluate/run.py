@@ -20,7 +20,7 @@ from tersor.evaluate.predictors import EngineModel, Predictor, TransformersModel
 from tersor.evaluate.quality import Quality, evaluate
 from tersor.evaluate.subjects import Subject
 from tersor.evaluate.windows import cut_windows
-from tersor.formats import dtype_name
+from tersor.formats import Activations, dtype_name
 from tersor.integrations.transformers import load
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -98,6 +98,18 @@ class Judgement:
     models: list[Judged]
     reference: Judged | None = None
     noise_floor: NoiseFloor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that was measured, of every two models too, as JSON can hold it."""
+        labels = [one.subject.label for one in self.models]
+        return {
+            "models": [one.to_dict() for one in self.models],
+            **({} if self.reference is None else {"reference_model": self.reference.to_dict()}),
+            **({} if self.noise_floor is None else {"noise_floor": self.noise_floor.to_dict()}),
+            "comparisons": [
+                {"first": labels[i], "other": labels[j], **found.to_dict()} for i, j, found in self.comparisons()
+            ],
+        }
 
     def comparisons(self) -> list[tuple[int, int, Comparison]]:
         """Return (i, j, model j against model i) for every two models i < j that read the same tokens."""
@@ -233,13 +245,11 @@ class Judge:
 
 def _same(one: Subject, other: Subject | None) -> bool:
     """Tell whether two subjects compute the same; keys and values of whoever says nothing are as `auto`."""
-    if other is None:
-        return False
-    return (one.name, one.activations, one.kv_dtype or "auto") == (
-        other.name,
-        other.activations,
-        other.kv_dtype or "auto",
-    )
+    return other is not None and _computed(one) == _computed(other)
+
+
+def _computed(one: Subject) -> tuple[str, Activations, str]:
+    return one.name, one.activations, one.kv_dtype or "auto"
 
 
 def _own(quality: Quality) -> Quality:

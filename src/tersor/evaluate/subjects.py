@@ -20,7 +20,7 @@ class Subject:
     Attributes:
         name: a checkpoint directory or a hub id.
         activations: what packed linears multiply with.
-        kv_dtype: of keys and values in the engine, one of `engine.config.KV_DTYPES`; `None` does not ask for the engine.
+        kv_dtype: of keys and values in the engine, one of `engine.config.KV_DTYPES`; `None` asks for no engine.
         way: what stands behind @, as it was given; empty where nothing does.
     """
 
