@@ -21,7 +21,14 @@ from tersor.evaluate.predictors import Predictor
 ROUNDED = torch.bfloat16
 """What inputs of products are rounded to."""
 
-_INPUT_OF = {"aten::linear": 0, "aten::mm": 0, "aten::addmm": 1, "tersor::linear": 0, "tersor::experts": 0}
+_INPUT_OF = {
+    "aten::linear": 0,
+    "aten::matmul": 0,
+    "aten::mm": 0,
+    "aten::addmm": 1,
+    "tersor::linear": 0,
+    "tersor::experts": 0,
+}
 """Operator that multiplies rows of activations with a weight -> which argument the rows are."""
 
 
@@ -31,7 +38,10 @@ class _Rounding(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        place = _INPUT_OF.get(func._schema.name)
+        name = func._schema.name
+        place = _INPUT_OF.get(name)
+        if name == "aten::matmul" and args[1].dim() != 2:
+            place = None
         if place is not None and args[place].is_floating_point():
             rounded = args[place].to(ROUNDED).to(args[place].dtype)
             args = (*args[:place], rounded, *args[place + 1 :])
