@@ -131,12 +131,12 @@ def command(
             progress=console.progress,
         )
     facts = {"text": None if text is None else str(text), "reference": reference, "device": str(torch_device)}
+    facts |= {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype}
     result = {
         "kind": KIND,
         "version": VERSION,
         "environment": report.environment(),
         **facts,
-        "kv_dtype": kv_dtype,
         **({} if judgement is None else judgement.to_dict()),
         **({} if chosen is None else {"limit": limit, "tasks": [score.to_dict() for score in scores]}),
     }
@@ -176,13 +176,14 @@ def show_judgement(judgement: Judgement, source: str, kept: str = "") -> None:
         print("flips: another most probable token; loss: perplexity above the reference's")
     if floor is not None:
         print(f"noise floor: the reference with {floor.rounding}; a KL below it says nothing")
-    differences = [(judgement.models[j].subject.label, found) for i, j, found in judgement.comparisons() if i == 0]
-    if differences:
-        print()
-        console.print_table(
-            difference_columns(judgement.models[0].subject.label, compared),
-            [difference_row(label, found) for label, found in differences],
-        )
+    labels = [one.subject.label for one in judgement.models]
+    found = {j: comparison for i, j, comparison in judgement.comparisons() if i == 0}
+    if found:
+        differences = [difference_row(labels[j], comparison) for j, comparison in found.items()]
+        console.print_table(difference_columns(labels[0], compared), differences)
+    for j, label in enumerate(labels):
+        if j and j not in found:
+            print(f"{label} reads other tokens than {labels[0]}, and is not compared with it")
 
 
 def columns(compared: bool) -> list[str]:
