@@ -69,6 +69,7 @@ def test_json_of_two_models_against_a_reference(text: str, packed: str, capsys: 
     assert floor["rounding"] == "inputs of products in bfloat16" and 0 < floor["kl"] < compressed["kl"] / 100
     (difference,) = result["comparisons"]
     assert (difference["first"], difference["other"], difference["windows"]) == ("tiny-lm", "int4", 4)
+    assert difference["models"] == [0, 1]
     assert difference["kl_difference"] == compressed["kl"] and difference["kl_better"] == 4
     assert difference["log_perplexity_difference"] == pytest.approx(math.log(compressed["perplexity_ratio"]))
     assert compressed["kl"] > compressed["kl_error"] > 0

@@ -107,7 +107,8 @@ class Judgement:
             **({} if self.reference is None else {"reference_model": self.reference.to_dict()}),
             **({} if self.noise_floor is None else {"noise_floor": self.noise_floor.to_dict()}),
             "comparisons": [
-                {"first": labels[i], "other": labels[j], **found.to_dict()} for i, j, found in self.comparisons()
+                {"first": labels[i], "other": labels[j], "models": [i, j], **found.to_dict()}
+                for i, j, found in self.comparisons()
             ],
         }
 
