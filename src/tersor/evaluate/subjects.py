@@ -54,7 +54,6 @@ def subject(text: str, *, activations: Activations | str = Activations.NATIVE, k
     Raises:
         InputError: an option that there is not or that is given twice, or a value that it cannot have.
     """
-    chosen = {"activations": str(activations), "kv-dtype": kv_dtype}
     name, at, way = text.rpartition("@")
     if not at or Path(text).exists() or ("=" not in way and "/" in way):
         name, way = text, ""
@@ -76,9 +75,9 @@ def subject(text: str, *, activations: Activations | str = Activations.NATIVE, k
             _CHECKS[option](given[option])
         except InputError as error:
             raise InputError(f"{text!r}: {error}") from None
-    chosen |= given
-    one = Subject(name=name, activations=Activations.of(chosen["activations"]), kv_dtype=chosen["kv-dtype"], way=way)
-    _ = one.pages
+    multiplied, kept = given.get("activations", activations), given.get("kv-dtype", kv_dtype)
+    one = Subject(name=name, activations=Activations.of(multiplied), kv_dtype=kept, way=way)
+    _ = one.pages  # refuses what keys and values cannot be kept in
     return one
 
 
