@@ -21,15 +21,8 @@ from tersor.evaluate.predictors import Predictor
 ROUNDED = torch.bfloat16
 """What inputs of products are rounded to."""
 
-_INPUT_OF = {
-    "aten::linear": 0,
-    "aten::matmul": 0,
-    "aten::mm": 0,
-    "aten::addmm": 1,
-    "tersor::linear": 0,
-    "tersor::experts": 0,
-}
-"""Operator that multiplies rows of activations with a weight -> which argument the rows are."""
+_INPUT_OF = {"aten::linear": 0, "aten::matmul": 0, "aten::mm": 0, "aten::addmm": 1}
+"""Operator of torch that multiplies rows of activations with a weight -> which argument the rows are."""
 
 
 class _Rounding(TorchDispatchMode):
@@ -38,14 +31,23 @@ class _Rounding(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = func._schema.name
-        place = _INPUT_OF.get(name)
-        if name == "aten::matmul" and args[1].dim() != 2:
-            place = None
+        place = _rows_of(func._schema, args)
         if place is not None and args[place].is_floating_point():
             rounded = args[place].to(ROUNDED).to(args[place].dtype)
             args = (*args[:place], rounded, *args[place + 1 :])
         return func(*args, **(kwargs or {}))
+
+
+def _rows_of(schema: Any, args: tuple[Any, ...]) -> int | None:
+    """Return which argument of an operator is rows that a weight multiplies, `None` where there are none.
+
+    Operators of Tersor call such rows `x`, whatever the kind of weight.
+    """
+    if schema.name.startswith("tersor::"):
+        return 0 if schema.arguments[0].name == "x" else None
+    if schema.name == "aten::matmul" and args[1].dim() != 2:
+        return None
+    return _INPUT_OF.get(schema.name)
 
 
 @dataclass(frozen=True, slots=True)
