@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tersor.checkpoint.conversion import Conversion
-from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.modules import Target
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.convert.beside import model_dtype
@@ -95,7 +95,7 @@ class Plan:
 
 def plan(
     source: Source,
-    architecture: Architecture,
+    targets: Mapping[str, Target],
     conversion: Conversion,
     calibration: Calibration,
     device: torch.device,
@@ -104,11 +104,18 @@ def plan(
 ) -> Plan:
     """Read the text and build the model, so that whatever is wrong is said before the work starts.
 
+    Args:
+        source: what is compressed.
+        targets: where its tensors go in the model.
+        conversion: what becomes of them.
+        calibration: what was asked for.
+        device: where blocks compute.
+        trust_remote_code: whether Python code that comes with the model is run.
+
     Raises:
         InputError: the text is not as asked for, or the model cannot be calibrated.
         UnsupportedError: a dataset is asked for, and its package is not installed.
     """
-    targets = architecture.find(source.tensors)
     parameters = parameters_of(conversion, targets)
     weights = [
         (parameter, step.source.spec.numel)
