@@ -1,4 +1,4 @@
-"""Refined GPTQ: never worse than round to nearest, equal to a plain loop, at a minimum of every code and scale alone."""
+"""Refined GPTQ: never worse than round to nearest, equal to a plain loop, at a minimum of each code and scale alone."""
 
 from __future__ import annotations
 
