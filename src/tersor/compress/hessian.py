@@ -102,11 +102,12 @@ def _factor(ordered: torch.Tensor, damping: float, name: str) -> tuple[torch.Ten
     The Cholesky factor of the matrix read backwards, itself read backwards, is an upper triangular R with R R^T the
     matrix, so that U is the inverse of R: one factorisation, and no inverse of the matrix is made.
     """
-    identity = torch.eye(len(ordered), dtype=torch.float64, device=ordered.device)
     while damping <= _MOST_DAMPING:
-        damped = ordered + damping * identity
+        damped = ordered.clone()
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
+            identity = torch.eye(len(ordered), dtype=ordered.dtype, device=ordered.device)
             return damped, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         damping *= _DAMPING_STEP
     raise InputError(f"statistics {name!r} are not positive semidefinite: they are no sum of x x^T over tokens")
