@@ -64,7 +64,7 @@ class Run:
             tasks: what is to be calibrated.
             recipe: how codes are chosen, a key of `compress.RECIPES`.
             store: what is finished.
-            progress: called after every weight.
+            progress: called after every block.
         """
         self._model, self._tasks, self._recipe, self._store = model, tasks, recipe, store
         self._progress = progress
