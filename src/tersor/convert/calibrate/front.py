@@ -20,7 +20,7 @@ from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
 from tersor.convert.pipeline import Progress, Ready
-from tersor.errors import InputError
+from tersor.errors import InputError, TersorError
 from tersor.formats.dtypes import float_dtype
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.integrations.transformers.load import load_tokenizer
@@ -146,11 +146,16 @@ def calibrate(
 
     Raises:
         InputError, CheckpointError, OutputError: as `Run.run` says.
+        TersorError: as it says, and where the device's memory runs out.
     """
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
     run = Run(given.model, steps, given.tasks, recipe, store, progress)
-    run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
+    try:
+        run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
+    except torch.OutOfMemoryError:
+        device = given.model.device
+        raise TersorError(f"the memory of {device} ran out: free some, and run again with --resume") from None
     ready: dict[int, Ready] = {}
     records = [store.record(block) for block in sorted({task.block for task in given.tasks})]
     for record in records:
