@@ -257,12 +257,12 @@ def quantize(
             files = tuple(name for name, _ in conversion.shards)
             seconds = time.monotonic() - started
             return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
+        targets = architecture.find(source.tensors) if text is not None else {}
+        del architecture  # with the model behind it
         given = None
         if text is not None:
             scored = target is not None
-            given = plan(
-                source, architecture, conversion, text, where, trust_remote_code=trust_remote_code, scored=scored
-            )
+            given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=scored)
             provenance.update(given.provenance)
         identity = {
             "tersor": __version__,
@@ -289,7 +289,7 @@ def quantize(
                 scheme = mix_of(assignments) or scheme
                 conversion = make_conversion(
                     source,
-                    architecture,
+                    read_architecture(source.directory, trust_remote_code=trust_remote_code),
                     scheme=scheme,
                     ignore=patterns,
                     overrides=parse_overrides(overrides, group_size, scale_dtype),
@@ -298,7 +298,7 @@ def quantize(
                     provenance=provenance,
                     assignments=assignments,
                 )
-                given = planned_again(given, source, architecture, conversion)
+                given = planned_again(given, targets, conversion)
             return _write(
                 source,
                 conversion,
