@@ -85,9 +85,7 @@ def test_a_budget_of_bits_is_spent_by_scores_that_are_the_expected_kl(
     windows = windows_of(folder, tokens)
     for number, window in enumerate(windows):
         log_p = model(window[None]).logits[0].log_softmax(-1)
-        drawn = torch.rand(len(log_p), 1, generator=torch.Generator().manual_seed(number))
-        sums = log_p.detach().exp().cumsum(-1)
-        labels = torch.searchsorted(sums, drawn * sums[:, -1:]).clamp_(max=sums.shape[1] - 1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(number))
         model.zero_grad()
         (-log_p.gather(1, labels).sum()).backward()
         total += expected_kl(kept["x"][0].detach(), kept["y"].grad[0], delta)
