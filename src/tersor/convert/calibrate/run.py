@@ -7,10 +7,8 @@ that it sees all errors that it can make up for.
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.names import DENSE
 from tersor.compress import Encoded, encode_blocks
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
+from tersor.convert.calibrate.bits import deterministic
 from tersor.convert.calibrate.coded import CodedRows, code_mixed
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
@@ -98,7 +97,7 @@ class Run:
         first = next((block for block in range(count) if self._of(block) and not self._store.has(block)), count)
         if first == count:
             return
-        with _deterministic(self._model.device):
+        with deterministic(self._model.device):
             self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(None, [])})
             self._model.tie()
             streams = Streams(self._model, ids)
@@ -348,23 +347,3 @@ def _stacked(parts: Sequence[_Coded]) -> _Coded:
         [row for part in parts for row in part.underflowed],
         {key: sum(line[key] for line in lines) for key in lines[0]},
     )
-
-
-@contextlib.contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have a GPU compute the same bits every time, where it has a way to."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    setting: Any = torch.utils.deterministic
-    filled = setting.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    setting.fill_uninitialized_memory = False
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic")
-            yield
-    finally:
-        setting.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

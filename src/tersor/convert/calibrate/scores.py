@@ -13,6 +13,7 @@ import torch
 from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.compress.salience import Salience, rounding_error
+from tersor.convert.calibrate.bits import deterministic
 from tersor.convert.calibrate.gradients import Gradients, Take
 from tersor.convert.calibrate.store import Store, write_tensors
 from tersor.convert.calibrate.streams import Streams
@@ -74,22 +75,28 @@ class Scoring:
                 return {name: file.read(name) for name in file.tensors}
         count = len(self._model.blocks)
         self._total = 3 * sum(map(self._nbytes, range(count)))
+        backward = Gradients(self._model, self._store, ids, seed)
+        with deterministic(self._model.device):
+            found = self._scores(ids, backward)
+        write_tensors(path, found, {})
+        if not keep_gradients:
+            for block in range(count):
+                backward.forget(block)
+        return found
+
+    def _scores(self, ids: torch.Tensor, backward: Gradients) -> dict[str, torch.Tensor]:
+        """Run forward and backward through the model, and then score block by block."""
         self._load(None)
         self._model.tie()
         streams = Streams(self._model, ids)
-        backward = Gradients(self._model, self._store, ids, seed)
         backward.prepare(streams, 0, self._load, lambda block: self._advance(self._nbytes(block)))
         found: dict[str, torch.Tensor] = {}
-        for block in range(count):
+        for block in range(len(self._model.blocks)):
             self._load(block)
             found |= self._score(block, streams, backward)
             streams.forward(block, self._model.blocks[block])
             self._model.drop(block)
             self._advance(self._nbytes(block))
-        write_tensors(path, found, {})
-        if not keep_gradients:
-            for block in range(count):
-                backward.forget(block)
         return found
 
     def _score(self, block: int, streams: Streams, backward: Gradients) -> dict[str, torch.Tensor]:
