@@ -53,15 +53,15 @@ class Activations(str, enum.Enum):
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantise activations: one scale a token, its largest magnitude over the largest code, 448 or 127.
 
-        A code is x times the largest code over the largest magnitude, two roundings to float32, then rounded to the
-        nearest code, ties to even. A token of zeros has scale 0 and codes 0.
+        A code is x times f, the largest code over the largest magnitude, rounded to the nearest code, ties to even; f is
+        a float32, and so is the product for e4m3, but exact for int8. A token of zeros has scale 0 and codes 0.
 
         Args:
             x: float32 [N, IC].
 
         Returns:
             Codes [N, IC] in `dtype`, and scales, float32 [N, 1]: x is about codes * scales. A token with an infinity or
-            a NaN gets NaNs in its codes or, of int8, which has none, a scale that is not finite, and codes 0.
+            a NaN gets NaNs, in its codes or, of int8, which has none, as its scale.
         """
         if self not in _CODES:
             raise ValueError(f"activations {self.value} are not quantised")
@@ -86,9 +86,9 @@ _CODES: dict[Activations, tuple[torch.dtype, float]] = {
 
 
 def _whole(x: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 codes and scales; a token whose largest magnitude has no finite inverse in float32 has codes 0."""
+    """Return int8 codes and scales; a token whose largest magnitude has no inverse in float32 has codes 0."""
     magnitude = x.abs().amax(dim=1, keepdim=True)  # NaN where there is one
     factor = largest / magnitude
     factor = torch.where(factor.isfinite(), factor, 0.0)
-    codes = (x * factor).round().nan_to_num(nan=0.0)
-    return codes.to(torch.int8), magnitude / largest
+    codes = (x.double() * factor.double()).round().nan_to_num(nan=0.0)  # the product is exact
+    return codes.to(torch.int8), torch.where(magnitude.isfinite(), magnitude / largest, float("nan"))

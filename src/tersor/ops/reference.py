@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import Activations
-from tersor.layouts import STREAM, PackedWeight, decode_groups
+from tersor.layouts import STREAM, PackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import HALF, gated_channels
-from tersor.layouts.packing import LAYOUTS
+from tersor.layouts.packing import activations_of
 from tersor.ops.gates import Gate
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -30,7 +30,7 @@ def linear(
     """Return x @ W^T + bias + residual, accumulated in float32 (float64 for such x) and rounded once to x's dtype.
 
     Args:
-        x: [N, IC], any float dtype; first quantised to e4m3 where the weight lies in the layout for such activations.
+        x: [N, IC], any float dtype; first quantised to e4m3 or int8 where the weight lies in the layout for that.
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
         residual: as the result, or `None`.
@@ -41,8 +41,9 @@ def linear(
         [N, OC] in x's dtype, or [N, F] with a gate.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if LAYOUTS.get(weight.layout) == decode_groups.FP8:
-        codes, token_scale = Activations.E4M3.quantize(wide.to(torch.float32))
+    activations = activations_of(weight.layout)
+    if activations is not Activations.NATIVE:
+        codes, token_scale = activations.quantize(wide.to(torch.float32))
         return of_codes(codes, token_scale, x.dtype, weight, bias, residual, gate, one_by_one)
     return _blocks(wide, None, x.dtype, weight, bias, residual, gate, one_by_one)
 
@@ -60,7 +61,7 @@ def of_codes(
     """Return what `linear` does of activations that were quantised before.
 
     Args:
-        codes: float8_e4m3fn [N, IC].
+        codes: float8_e4m3fn or int8 [N, IC].
         token_scale: float32 [N, 1].
         dtype: of the result.
         weight, bias, residual, gate, one_by_one: as for `linear`.
