@@ -69,7 +69,7 @@ class Traits:
     @property
     def target(self) -> str:
         """What codes are decoded to."""
-        return decode_groups.FP8 if isinstance(self.tile, sm90.Tile) and self.tile.e4m3 else self.dtype
+        return decode_groups.FP8 if isinstance(self.tile, sm90.Tile) and self.tile.bytewise else self.dtype
 
     def exists(self) -> bool:
         """Whether an operator can ask for such a kernel."""
@@ -117,7 +117,7 @@ def pairs(kernel: Traits) -> frozenset[Pair]:
         if tile == max(sm80.TILES):
             found.add((_tokens(tile), decode))
     else:  # nor had narrow ones for bytes; the widest take ten times as long as others, and have what FAULTS names
-        narrow = tile.e4m3 and width(tile) < 128
+        narrow = tile.bytewise and width(tile) < 128
         found.add((_tokens(tile) if narrow else like, sizes))
         if width(tile) < 256:
             found.add((_tokens(tile), decode))

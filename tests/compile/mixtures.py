@@ -50,7 +50,7 @@ class Traits:
     @property
     def target(self) -> str:
         """What codes are decoded to."""
-        return decode_groups.FP8 if self.tile.e4m3 else self.dtype
+        return decode_groups.FP8 if self.tile.bytewise else self.dtype
 
     @property
     def scheme(self) -> Scheme:
@@ -72,7 +72,7 @@ class Traits:
 
     def source(self, chip: Chip) -> KernelSource:
         """Return the kernel, with the rings that it has on a chip."""
-        ready = self.gate == 0 and not self.tile.e4m3
+        ready = self.gate == 0 and not self.tile.bytewise
         config = tune.config(self.problem, self.tile, chip)
         return experts.source(Packing.of(self.scheme, self.target), self.dtype, config, self.gate, ready)
 

@@ -61,13 +61,13 @@ def of_tile(tile: sm90.Tile) -> dict[str, int]:
         "K_GROUPS": tile.channel_groups,
         "CLUSTER": tile.cluster,
         "RESIDENT": tile.resident,
-        "FP8": int(tile.e4m3),
+        "FP8": int(tile.bytewise),
     }
 
 
 def grouped(tile: sm90.Tile) -> set[int]:
     """How many scales of a row in a block a tile can have."""
-    counts = (0, 1, 2, 4) if tile.e4m3 else (0, 1, 2, 4, 8)
+    counts = (0, 1, 2, 4) if tile.bytewise else (0, 1, 2, 4, 8)
     return {count for count in counts if tile in sm90.tiles(count, tile.activations)}
 
 
@@ -158,12 +158,12 @@ def test_tiles_of_the_sm90_schedule_meet_every_group_size_dtype_and_size_of_deco
     ]
     assert all(of_each)
     kernels = list(itertools.chain.from_iterable(of_each))
-    if not tile.e4m3 or tile.tokens >= 128:
+    if not tile.bytewise or tile.tokens >= 128:
         assert met(kernels, "SCALE_GROUPS") == {(count,) for one in like for count in grouped(one)}
     assert met(kernels, "BF16") == {(0,), (1,)}
     assert {kernel["EPILOGUE"] > 0 for kernel in kernels} == {False, True}
-    assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.e4m3 else {(0,), (1,)})
-    assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.e4m3 else {(8,), (16,)})
+    assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.bytewise else {(0,), (1,)})
+    assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.bytewise else {(8,), (16,)})
     bits = {kernel["BITS"] for kernel in kernels}
     assert min(bits) < 5 and bits & {5, 6} and max(bits) > 6
 
@@ -267,7 +267,7 @@ def test_experts_kernels_meet_every_tile_gate_and_format_in_both_products() -> N
     assert met(kernels, "EPILOGUE", "BF16") == set(itertools.product(range(5), (0, 1)))
     for fp8 in (0, 1):
         of_kind = [kernel for kernel in kernels if kernel["FP8"] == fp8]
-        for tokens in {width(tile) for tile in alone if tile.e4m3 == fp8}:
+        for tokens in {width(tile) for tile in alone if tile.bytewise == fp8}:
             products = {bool(kernel["EPILOGUE"]) for kernel in of_kind if tokens // 2 < kernel["N_TILE"] <= tokens}
             assert products == {True, False}, tokens
         assert met(of_kind, "EPILOGUE") == {(gate,) for gate in range(5)}

@@ -145,15 +145,15 @@ def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> N
             "linear::kPartBytes": tile.part_bytes,
             "linear::kSums * linear::kFinishers * 2": dense.parts(config, problem.n)[0] // dense.parts(config, 1)[1],
         }
-        if tile.e4m3:
+        if tile.bytewise:
             facts["linear::kSettles"] = not tile.fast_sums
-        check("dense/sm90_multiply.cuh" if tile.e4m3 else "dense/sm90_pipeline.cuh", source, facts)
+        check("dense/sm90_multiply.cuh" if tile.bytewise else "dense/sm90_pipeline.cuh", source, facts)
 
 
 @pytest.mark.parametrize(("name", "operand"), [("fp6_e2m3", "kE4m3"), ("fp6_e3m2", "kE5m2")])
 def test_weights_beside_8_bit_activations_are_of_the_type_that_their_table_makes(name: str, operand: str) -> None:
     assert f"k{decode_groups.decode_group(get(name), decode_groups.FP8).operand.capitalize()}" == operand
-    source = next(source for tile, source in sm90_sources(get_scheme(name)).items() if tile.e4m3)
+    source = next(source for tile, source in sm90_sources(get_scheme(name)).items() if tile.bytewise)
     check("dense/sm90_multiply.cuh", source, {"linear::kOperand": f"wgmma::{operand}"})
 
 

@@ -272,7 +272,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert least <= weight_slots <= 16
             assert least * tile.x_slots_of_block <= x_slots <= 16
             # two barriers of 8 bytes a slot, two more, a flag, and the scales of 8-bit activations
-            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.e4m3 * tile.tokens <= tile.static_bytes
+            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.bytewise * tile.tokens <= tile.static_bytes
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0
             assert tile.threads <= 1024
 
@@ -296,7 +296,7 @@ def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
         assert config.ctas <= chip.sms * config.resident
         rows, tile = sm90.box_rows(config, problem.n), sm90.tile_of(config)
         assert 1 <= rows <= min(problem.n, 256)
-        boxes = max(1, config.cluster * tile.x_slots_of_block // (1 if tile.e4m3 else 2))
+        boxes = max(1, config.cluster * tile.x_slots_of_block // (1 if tile.bytewise else 2))
         tokens = boxes * rows  # of a tile
         assert tokens <= tile.tokens
         assert boxes == 1 or rows % 8 == 0 or rows == problem.n

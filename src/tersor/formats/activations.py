@@ -53,8 +53,8 @@ class Activations(str, enum.Enum):
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantise activations: one scale a token, its largest magnitude over the largest code, 448 or 127.
 
-        A code is x times f, the largest code over the largest magnitude, rounded to the nearest code, ties to even; f is
-        a float32, and so is the product for e4m3, but exact for int8. A token of zeros has scale 0 and codes 0.
+        A code is x times f, the largest code over the largest magnitude, rounded to the nearest code, ties to even. f
+        is a float32, and so is the product for e4m3; for int8 it is exact. A token of zeros has scale 0 and codes 0.
 
         Args:
             x: float32 [N, IC].

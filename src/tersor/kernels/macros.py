@@ -5,7 +5,6 @@ from __future__ import annotations
 from tersor.kernels.tune import sm90
 from tersor.layouts.packing import Packing
 
-
 _BYTE_WEIGHTS = {"e4m3": 4, "e5m2": 5, "int8": 8}
 """Type of decoded weights beside 8-bit activations -> BYTE_WEIGHT of dense/sm90_linear.cuh."""
 

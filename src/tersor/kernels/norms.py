@@ -128,7 +128,8 @@ def prepare_norm(
             x, stride: address of [rows, channels], and elements from one row to the next.
             residual: address of [rows, channels].
             weight, bias: addresses of [channels].
-            out, out_stride: address of [rows, channels], of bytes where the result becomes those, and elements from one row to the next.
+            out, out_stride: address of [rows, channels], of bytes where the result becomes those, and elements from one
+                row to the next.
             ready: whether weight and bias were there before the kernel ahead started.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
             scales: address of float32 [rows], where the result becomes bytes.

@@ -1,12 +1,12 @@
 """How do a lane's packed words become registers of numbers? What kernels/cuda/decode.cuh does with decode_tables.py.
 
-A register holds two 16-bit floats, four 8-bit ones or four int8. A code's bits are put where that float (or, for integers, the
-mantissa of a 16-bit float) wants them, by rotating a packed word, XOR-ing at most two other rotated words, and masking:
-about one instruction a weight, half of one where four share a register. Copying sign, exponent and mantissa bits under
-the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's epilogue applies
-(FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead). A symmetric integer beside int8 stands in the
-top bits of its byte, in two's complement, and so is a number times a power of two; one with a zero point stands in the
-lowest bits, and the zero point is taken from four of them at once.
+A register holds two 16-bit floats, four 8-bit ones or four int8. A code's bits are put where that float (or, for
+integers, the mantissa of a 16-bit float) wants them, by rotating a packed word, XOR-ing at most two other rotated
+words, and masking: about one instruction a weight, half of one where four share a register. Copying sign, exponent and
+mantissa bits under the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's
+epilogue applies (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead). A symmetric integer beside
+int8 stands in the top bits of its byte, in two's complement, and so is a number times a power of two; one with a zero
+point stands in the lowest bits, and the zero point is taken from four of them at once.
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
 tables were found by annealing for few instructions; `packing` inverts them once.

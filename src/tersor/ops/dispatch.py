@@ -126,7 +126,7 @@ def preferred_layout(
     Args:
         scheme: of the weight.
         dtype, device: of the activations, as they come.
-        activations: `16bit`, or `fp8` or `int8`: the operator quantises them so, one scale a token, before it multiplies.
+        activations: `16bit`, or `fp8` or `int8`: the operator quantises them, one scale a token, before it multiplies.
 
     Raises:
         InputError: no such activations.

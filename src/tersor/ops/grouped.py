@@ -172,7 +172,9 @@ def product_of(
     native, pairs = config.activations is Activations.NATIVE, tokens * top_k
     quantize = None
     if not native:
-        quantize = dense.prepare_quantize(jit.get(dense.quantize_source(result, config.activations), index), n=pairs, ic=ic)
+        quantize = dense.prepare_quantize(
+            jit.get(dense.quantize_source(result, config.activations), index), n=pairs, ic=ic
+        )
     source = experts.source(weight.packing, result, config, gate, tables_ready and native)
     launch = experts.prepare(
         jit.get(source, index),

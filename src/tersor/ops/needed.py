@@ -34,9 +34,9 @@ from tersor.kernels.tune import experts as tune_experts
 from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
 from tersor.layouts.packing import Packing, activations_of, target_of
-from tersor.ops import grouped, mode, serve_attention
+from tersor.ops import grouped, mode, quantized, serve_attention
 from tersor.ops.attention_form import AttentionForm
-from tersor.ops.dispatch import E4M3_LAYOUT, overflow_reason
+from tersor.ops.dispatch import overflow_reason
 from tersor.ops.fold import takes_norm
 from tersor.ops.gates import Gate
 from tersor.ops.heads import LatentHeads
@@ -237,7 +237,7 @@ def attention(
 def norm(
     rows: int, channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
 ) -> Iterator[KernelSource]:
-    """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as e4m3.
+    """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as bytes.
 
     Args:
         rows: at most.
@@ -247,10 +247,10 @@ def norm(
         readers: the weights of what reads the result, where that is packed products alone.
     """
     if dtype in TARGETS and channels_fit(channels):
-        e4m3 = bool(readers) and chip.capability == (9, 0) and all(one.layout == E4M3_LAYOUT for one in readers)
-        of_warps = norms.ctas_of_warps(rows, channels, chip.sms) if e4m3 and not layer else 0
+        made = quantized.common_activations(readers) if chip.capability == (9, 0) else Activations.NATIVE
+        of_warps = norms.ctas_of_warps(rows, channels, chip.sms) if made.dtype and not layer else 0
         for warps in dict.fromkeys((0, of_warps)):
-            yield norms.norm_source(TARGETS[dtype], layer, channels, e4m3, warps)
+            yield norms.norm_source(TARGETS[dtype], layer, channels, made, warps)
 
 
 def router(

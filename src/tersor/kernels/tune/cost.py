@@ -3,8 +3,8 @@
 A chip without a file of its own has the costs of an H200; what differs in bandwidth and multiprocessors the model takes
 from `Chip`. `bench/costs.py` fits a file to times that `bench/sweep.py` takes on such a chip.
 
-Where a file has no tiles for int8 activations they are those for e4m3, and cost as much: they move the same bytes and ask
-the same of the tensor cores.
+Where a file has no tiles for int8 activations they are those for e4m3, and cost as much: they move the same bytes and
+ask the same of the tensor cores.
 """
 
 from __future__ import annotations
