@@ -250,7 +250,7 @@ WHOLE = (
     Traits(_whole(256, 2, 1), "uint3", "bfloat16"),
     Traits(_whole(256, 2, 1), "int4", "float16"),
 )
-"""Kernels with int8 activations: they have the tiles of those with e4m3, so that few meet what is new, decoders and sums."""
+"""Kernels with int8 activations: they have the tiles of those with e4m3, so few meet what is new, decoders and sums."""
 
 
 def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
