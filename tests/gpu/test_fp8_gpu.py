@@ -163,9 +163,8 @@ def two_steps(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n, ic = plain.shape
     row = dense.codes_stride(ic)
     memory = torch.full((n * (row + 4),), 255, dtype=torch.uint8, device="cuda")
-    launch = dense.prepare_quantize(
-        jit.get(dense.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0), n=n, ic=ic
-    )
+    function = jit.get(dense.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
+    launch = dense.prepare_quantize(function, n=n, ic=ic)
     launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=ic, codes=memory.data_ptr())
     return memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)
 

@@ -56,63 +56,68 @@ struct Multiply;
 #define TERSOR_NAMES_120 TERSOR_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define TERSOR_NAMES_128 TERSOR_NAMES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
-// The sums themselves, in registers of a constraint C.
-#define TERSOR_SUMS_AT(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
-#define TERSOR_SUMS_4(C) TERSOR_SUMS_AT(C, 0)
-#define TERSOR_SUMS_8(C) TERSOR_SUMS_AT(C, 0), TERSOR_SUMS_AT(C, 4)
-#define TERSOR_SUMS_16(C) TERSOR_SUMS_8(C), TERSOR_SUMS_AT(C, 8), TERSOR_SUMS_AT(C, 12)
-#define TERSOR_SUMS_24(C) TERSOR_SUMS_16(C), TERSOR_SUMS_AT(C, 16), TERSOR_SUMS_AT(C, 20)
-#define TERSOR_SUMS_32(C) TERSOR_SUMS_24(C), TERSOR_SUMS_AT(C, 24), TERSOR_SUMS_AT(C, 28)
-#define TERSOR_SUMS_40(C) TERSOR_SUMS_32(C), TERSOR_SUMS_AT(C, 32), TERSOR_SUMS_AT(C, 36)
-#define TERSOR_SUMS_48(C) TERSOR_SUMS_40(C), TERSOR_SUMS_AT(C, 40), TERSOR_SUMS_AT(C, 44)
-#define TERSOR_SUMS_56(C) TERSOR_SUMS_48(C), TERSOR_SUMS_AT(C, 48), TERSOR_SUMS_AT(C, 52)
-#define TERSOR_SUMS_64(C) TERSOR_SUMS_56(C), TERSOR_SUMS_AT(C, 56), TERSOR_SUMS_AT(C, 60)
-#define TERSOR_SUMS_72(C) TERSOR_SUMS_64(C), TERSOR_SUMS_AT(C, 64), TERSOR_SUMS_AT(C, 68)
-#define TERSOR_SUMS_80(C) TERSOR_SUMS_72(C), TERSOR_SUMS_AT(C, 72), TERSOR_SUMS_AT(C, 76)
-#define TERSOR_SUMS_88(C) TERSOR_SUMS_80(C), TERSOR_SUMS_AT(C, 80), TERSOR_SUMS_AT(C, 84)
-#define TERSOR_SUMS_96(C) TERSOR_SUMS_88(C), TERSOR_SUMS_AT(C, 88), TERSOR_SUMS_AT(C, 92)
-#define TERSOR_SUMS_104(C) TERSOR_SUMS_96(C), TERSOR_SUMS_AT(C, 96), TERSOR_SUMS_AT(C, 100)
-#define TERSOR_SUMS_112(C) TERSOR_SUMS_104(C), TERSOR_SUMS_AT(C, 104), TERSOR_SUMS_AT(C, 108)
-#define TERSOR_SUMS_120(C) TERSOR_SUMS_112(C), TERSOR_SUMS_AT(C, 112), TERSOR_SUMS_AT(C, 116)
-#define TERSOR_SUMS_128(C) TERSOR_SUMS_120(C), TERSOR_SUMS_AT(C, 120), TERSOR_SUMS_AT(C, 124)
+// The sums themselves, float32 but where TERSOR_SUM says otherwise.
+#define TERSOR_SUM "+f"
+#define TERSOR_SUMS_AT(i) TERSOR_SUM(d[i]), TERSOR_SUM(d[i + 1]), TERSOR_SUM(d[i + 2]), TERSOR_SUM(d[i + 3])
+#define TERSOR_SUMS_4 TERSOR_SUMS_AT(0)
+#define TERSOR_SUMS_8 TERSOR_SUMS_AT(0), TERSOR_SUMS_AT(4)
+#define TERSOR_SUMS_16 TERSOR_SUMS_8, TERSOR_SUMS_AT(8), TERSOR_SUMS_AT(12)
+#define TERSOR_SUMS_24 TERSOR_SUMS_16, TERSOR_SUMS_AT(16), TERSOR_SUMS_AT(20)
+#define TERSOR_SUMS_32 TERSOR_SUMS_24, TERSOR_SUMS_AT(24), TERSOR_SUMS_AT(28)
+#define TERSOR_SUMS_40 TERSOR_SUMS_32, TERSOR_SUMS_AT(32), TERSOR_SUMS_AT(36)
+#define TERSOR_SUMS_48 TERSOR_SUMS_40, TERSOR_SUMS_AT(40), TERSOR_SUMS_AT(44)
+#define TERSOR_SUMS_56 TERSOR_SUMS_48, TERSOR_SUMS_AT(48), TERSOR_SUMS_AT(52)
+#define TERSOR_SUMS_64 TERSOR_SUMS_56, TERSOR_SUMS_AT(56), TERSOR_SUMS_AT(60)
+#define TERSOR_SUMS_72 TERSOR_SUMS_64, TERSOR_SUMS_AT(64), TERSOR_SUMS_AT(68)
+#define TERSOR_SUMS_80 TERSOR_SUMS_72, TERSOR_SUMS_AT(72), TERSOR_SUMS_AT(76)
+#define TERSOR_SUMS_88 TERSOR_SUMS_80, TERSOR_SUMS_AT(80), TERSOR_SUMS_AT(84)
+#define TERSOR_SUMS_96 TERSOR_SUMS_88, TERSOR_SUMS_AT(88), TERSOR_SUMS_AT(92)
+#define TERSOR_SUMS_104 TERSOR_SUMS_96, TERSOR_SUMS_AT(96), TERSOR_SUMS_AT(100)
+#define TERSOR_SUMS_112 TERSOR_SUMS_104, TERSOR_SUMS_AT(104), TERSOR_SUMS_AT(108)
+#define TERSOR_SUMS_120 TERSOR_SUMS_112, TERSOR_SUMS_AT(112), TERSOR_SUMS_AT(116)
+#define TERSOR_SUMS_128 TERSOR_SUMS_120, TERSOR_SUMS_AT(120), TERSOR_SUMS_AT(124)
 
 // The overload of one width: COLUMNS, SUMS (half as many) and the names of the operands behind the sums.
-#define TERSOR_RUN(SUM, C, K, TYPES, LAST, COLUMNS, SUMS, A, B, ADDS)                                                \
+#define TERSOR_RUN(SUM, K, TYPES, LAST, COLUMNS, SUMS, A, B, ADDS)                                                   \
     static __device__ __forceinline__ void run(SUM (&d)[SUMS], const u32* a, u64 b, int accumulate) {                \
         asm volatile(                                                                                                \
             "{ .reg .pred p; setp.ne.b32 p, " ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k" K "."       \
             TYPES " {" TERSOR_NAMES_##SUMS "}, {" A "}, " B ", p" LAST "; }"                                         \
-            : TERSOR_SUMS_##SUMS(C)                                                                                  \
+            : TERSOR_SUMS_##SUMS                                                                                     \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                  \
     }
 
-#define TERSOR_MULTIPLY(KIND, SUM, C, K, TYPES, LAST)                                                                \
+#define TERSOR_MULTIPLY(KIND, SUM, K, TYPES, LAST)                                                                   \
 template <>                                                                                                          \
 struct Multiply<KIND> {                                                                                              \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 8, 4, "%4, %5, %6, %7", "%8", "%9")                                           \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 16, 8, "%8, %9, %10, %11", "%12", "%13")                                      \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 32, 16, "%16, %17, %18, %19", "%20", "%21")                                   \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 48, 24, "%24, %25, %26, %27", "%28", "%29")                                   \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 64, 32, "%32, %33, %34, %35", "%36", "%37")                                   \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 80, 40, "%40, %41, %42, %43", "%44", "%45")                                   \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 96, 48, "%48, %49, %50, %51", "%52", "%53")                                   \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 112, 56, "%56, %57, %58, %59", "%60", "%61")                                  \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 128, 64, "%64, %65, %66, %67", "%68", "%69")                                  \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 144, 72, "%72, %73, %74, %75", "%76", "%77")                                  \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 160, 80, "%80, %81, %82, %83", "%84", "%85")                                  \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 176, 88, "%88, %89, %90, %91", "%92", "%93")                                  \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 192, 96, "%96, %97, %98, %99", "%100", "%101")                                \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 208, 104, "%104, %105, %106, %107", "%108", "%109")                           \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 224, 112, "%112, %113, %114, %115", "%116", "%117")                           \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 240, 120, "%120, %121, %122, %123", "%124", "%125")                           \
-    TERSOR_RUN(SUM, C, K, TYPES, LAST, 256, 128, "%128, %129, %130, %131", "%132", "%133")                           \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 8, 4, "%4, %5, %6, %7", "%8", "%9")                                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 16, 8, "%8, %9, %10, %11", "%12", "%13")                                         \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 32, 16, "%16, %17, %18, %19", "%20", "%21")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 48, 24, "%24, %25, %26, %27", "%28", "%29")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 64, 32, "%32, %33, %34, %35", "%36", "%37")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 80, 40, "%40, %41, %42, %43", "%44", "%45")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 96, 48, "%48, %49, %50, %51", "%52", "%53")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 112, 56, "%56, %57, %58, %59", "%60", "%61")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 128, 64, "%64, %65, %66, %67", "%68", "%69")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 144, 72, "%72, %73, %74, %75", "%76", "%77")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 160, 80, "%80, %81, %82, %83", "%84", "%85")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 176, 88, "%88, %89, %90, %91", "%92", "%93")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 192, 96, "%96, %97, %98, %99", "%100", "%101")                                   \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 208, 104, "%104, %105, %106, %107", "%108", "%109")                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 224, 112, "%112, %113, %114, %115", "%116", "%117")                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 240, 120, "%120, %121, %122, %123", "%124", "%125")                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 256, 128, "%128, %129, %130, %131", "%132", "%133")                              \
 };
 
-TERSOR_MULTIPLY(kFloat16, float, "+f", "16", "f32.f16.f16", ", 1, 1, 0")
-TERSOR_MULTIPLY(kBfloat16, float, "+f", "16", "f32.bf16.bf16", ", 1, 1, 0")
-TERSOR_MULTIPLY(kE4m3, float, "+f", "32", "f32.e4m3.e4m3", ", 1, 1")
-TERSOR_MULTIPLY(kE5m2, float, "+f", "32", "f32.e5m2.e4m3", ", 1, 1")
-TERSOR_MULTIPLY(kInt8, int, "+r", "32", "s32.s8.s8", "")
+TERSOR_MULTIPLY(kFloat16, float, "16", "f32.f16.f16", ", 1, 1, 0")
+TERSOR_MULTIPLY(kBfloat16, float, "16", "f32.bf16.bf16", ", 1, 1, 0")
+TERSOR_MULTIPLY(kE4m3, float, "32", "f32.e4m3.e4m3", ", 1, 1")
+TERSOR_MULTIPLY(kE5m2, float, "32", "f32.e5m2.e4m3", ", 1, 1")
+#undef TERSOR_SUM
+#define TERSOR_SUM "+r"
+TERSOR_MULTIPLY(kInt8, int, "32", "s32.s8.s8", "")
+#undef TERSOR_SUM
+#define TERSOR_SUM "+f"
 #undef TERSOR_MULTIPLY
 #undef TERSOR_RUN
 
