@@ -246,7 +246,7 @@ WHOLE = (
     Traits(_whole(112, 1, 2), "int7", "float16", gated=2),
     Traits(_whole(128, 2, 1), "int8", "float16"),
     Traits(_whole(128, 2, 1), "uint5", "bfloat16", 32, gated=3),
-    Traits(_whole(160, 3, 1), "uint7", "float16", gated=4),
+    Traits(_whole(144, 3, 1), "uint7", "float16", gated=4),
     Traits(_whole(256, 2, 1), "uint3", "bfloat16"),
     Traits(_whole(256, 2, 1), "int4", "float16"),
 )
