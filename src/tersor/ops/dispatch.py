@@ -145,11 +145,11 @@ def kernel_layout(scheme: Scheme, dtype: torch.dtype, activations: Activations) 
         UnsupportedError: as there.
     """
     if activations is not Activations.NATIVE:
-        target = packing.BYTEWISE[activations]
-        why = packing.unsupported_reason(scheme, target)
+        bytewise = packing.BYTEWISE[activations]
+        why = packing.unsupported_reason(scheme, bytewise)
         if why:
             raise UnsupportedError(f"activations {activations} with weights in {scheme.key()}: {why}")
-        return f"tiles_{target}"
+        return f"tiles_{bytewise}"
     target = target_of(activations, dtype)
     return STREAM if target is None or _decode_reason(scheme, dtype) else f"tiles_{target}"
 
