@@ -66,7 +66,8 @@ def test_what_does_not_fit_is_one_line_that_names_both_sides() -> None:
 
 
 def decoder_of(name: str, dtype: torch.dtype = torch.bfloat16, activations: Activations = Activations.E4M3) -> Decoder:
-    return random_decoder(config_of(name), get_scheme("fp6_e3m2"), "cpu", dtype, activations=activations, context=64)
+    scheme = get_scheme("uint4", 32) if activations is Activations.INT8 else get_scheme("fp6_e3m2")
+    return random_decoder(config_of(name), scheme, "cpu", dtype, activations=activations, context=64)
 
 
 def logits_of(decoder: Decoder) -> torch.Tensor:
@@ -94,18 +95,20 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ("name", "norms"), [("llama", 4), ("gemma2", 4), ("opt", 4), ("qwen3-moe", 2), ("deepseek-v3", 7)]
 )
 def test_a_decoders_logits_are_those_of_two_steps(name: str, norms: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = decoder_of(name)
+    decoder = decoder_of(name, activations=Activations.INT8 if name == "opt" else Activations.E4M3)
     expected = logits_of(decoder)
     with counted(monkeypatch) as made:
         assert torch.equal(logits_of(decoder), expected)
     assert len(made) == norms, "of two layers"
 
 
-def test_a_layer_quantises_in_its_norms_and_launches_it_elsewhere_alone(gpu: FakeGpu) -> None:
-    logits_of(decoder_of("llama"))
-    kinds = ("rms_norm_bfloat16_1_e4m3", "quantize_activations", "linear")
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_a_layer_quantises_in_its_norms_and_launches_it_elsewhere_alone(gpu: FakeGpu, kind: str) -> None:
+    logits_of(decoder_of("llama", activations=Activations.INT8 if kind == "int8" else Activations.E4M3))
+    normed = f"rms_norm_bfloat16_1_{kind}"
+    kinds = (normed, "quantize_activations", "linear")
     names = [next((kind for kind in kinds if kind in launch.kernel), "") for launch in gpu.launches]
-    layer = ["rms_norm_bfloat16_1_e4m3", "linear", "quantize_activations", "linear"]
+    layer = [normed, "linear", "quantize_activations", "linear"]
     assert [name for name in names if name] == 2 * 2 * layer
     first = next(number for number, name in enumerate(names) if name)
     norm, product = gpu.launches[first : first + 2]
