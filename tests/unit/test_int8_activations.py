@@ -70,6 +70,9 @@ def test_the_layout_says_that_activations_are_whole_numbers(name: str, group_siz
     expected = (sums.double() * row_scales).sum(dim=2) * scale.double() + bias.double()
     y = ops.linear(x, weight.to_layout(dispatch.INT8_LAYOUT), bias)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    if group_size is None:
+        exact = (sums[:, :, 0].float() * scale) * row_scales.T.float()
+        assert torch.equal(ops.linear(x, weight.to_layout(dispatch.INT8_LAYOUT)), exact)
     assert not torch.allclose(y, ops.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
