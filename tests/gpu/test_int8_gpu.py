@@ -105,7 +105,7 @@ def test_odd_sizes_and_strides() -> None:
     assert ops.linear(torch.empty(0, 8192, device="cuda").half(), weight).shape == (0, 128)
 
 
-@pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", None), ("uint4", 128)])
+@pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", 128)])
 @pytest.mark.parametrize("tile", sm90.tiles(0, INT8), ids=str)
 def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile, name: str, group_size: int | None) -> None:
     """A few CTAs that take several items each, split tiles among them; whole sums do not depend on that."""
