@@ -14,7 +14,7 @@
 
 namespace linear {
 
-static_assert(!kNormIn || !kFp8, "the scales of 8-bit activations are elsewhere");
+static_assert(!kNormIn || !kBytewise, "the scales of 8-bit activations are elsewhere");
 static_assert(!(kNormIn || kNormOut) || !kMany, "norms are folded into products of few tokens");
 
 // What a launch has of the norms around it.
