@@ -1,4 +1,4 @@
-"""Print the README's table of measured times from a results file of `tersor bench linear` or `bench experts`.
+"""Print the README's table of measured times from a results file of `tersor bench linear`, `experts` or `latency`.
 
     python bench/readme_table.py [RESULTS.json]
 
@@ -44,7 +44,42 @@ def table(result: dict[str, Any], name: str) -> str:
         result: what the verb wrote.
         name: the results file, which the caption names.
     """
-    return (experts_table if result.get("kind") == "tersor bench experts" else linear_table)(result, name)
+    tables = {"tersor bench experts": experts_table, "tersor bench latency": latency_table}
+    return tables.get(result.get("kind", ""), linear_table)(result, name)
+
+
+def latency_table(result: dict[str, Any], name: str) -> str:
+    """Return the table of decode steps of whole models: milliseconds a step."""
+    times = {(row["name"], row["context"], row["batch"], row["format"]): row for row in result["rows"]}
+    cells = [key[:3] for key in times if key[3] == FORMAT]
+    rivals = list(dict.fromkeys(key[3] for key in times if key[3] != FORMAT))
+    heads = ["model", "context", "rows", f"Tersor {FORMAT}", *rivals, "tokens a second", "read time"]
+    facts = result["environment"]
+    caption = (
+        f"A decode step of a whole model, all of its linears and the head in {FORMAT}, random weights, milliseconds on "
+        f"one {facts['gpu']}, torch {facts['torch']}, commit {facts['commit']} (`bench/results/{name}`). Read time: "
+        f"the bytes of weights, keys and values over the {result['read_bandwidth'] / 1e12:.2f} TB/s of a large read."
+    )
+    lines = [
+        *textwrap.wrap(caption, 120),
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    for model, context, batch in cells:
+        found = [times.get((model, context, batch, kind)) for kind in (FORMAT, *rivals)]
+        ours = times[model, context, batch, FORMAT]
+        least = (ours["weight_bytes"] + ours["kv_bytes"]) / result["read_bandwidth"] * 1e3
+        cells_of_row = [
+            model,
+            str(context),
+            str(batch),
+            *("-" if row is None else f"{row['milliseconds']:.2f}" for row in found),
+            f"{batch / ours['milliseconds'] * 1e3:.0f}",
+            f"{least:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells_of_row) + " |")
+    return "\n".join(lines)
 
 
 def experts_table(result: dict[str, Any], name: str) -> str:

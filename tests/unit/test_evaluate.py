@@ -15,6 +15,7 @@ from helpers import tiny_lm
 
 from tersor.errors import InputError, TersorError
 from tersor.evaluate import Quality, cut_windows, evaluate
+from tersor.evaluate import quality as quality_module
 
 TEXT = "def square(x):\n    return x * x\n\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x\n" * 20
 
@@ -101,16 +102,77 @@ def test_divergence_is_not_symmetric_and_counts_every_row() -> None:
     assert quality.tokens == 598
 
 
-def test_agreement_and_its_error() -> None:
+def test_the_median_is_of_windows_and_the_percentile_of_tokens() -> None:
+    """After token i the model has moved by i + 1 steps from a reference that says the same after every token."""
+    reference = torch.zeros(4, 4)
+    table = torch.eye(4) * torch.arange(4.0).unsqueeze(1)
+    windows = torch.tensor([[0, 0, 0], [1, 1, 0], [3, 3, 0], [0, 2, 0], [0, 3, 0]])
+    quality = evaluate(Bigram(table), windows, reference=Bigram(reference))
+    after = [(math.log(3 + math.exp(move)) - move / 4) - math.log(4) for move in range(4)]
+    means = [(after[one] + after[two]) / 2 for one, two in ((0, 0), (1, 1), (3, 3), (0, 2), (0, 3))]
+    assert quality.per_window is not None
+    assert quality.per_window.kl == pytest.approx(means, rel=1e-12, abs=1e-15)
+    assert quality.kl_median == pytest.approx(statistics.median(means), rel=1e-12)
+    assert quality.kl_median != pytest.approx(statistics.mean(means), rel=0.1)
+    tokens = sorted([after[0]] * 4 + [after[1]] * 2 + [after[2]] + [after[3]] * 3)
+    assert quality.kl_p99 == pytest.approx(tokens[-1], rel=1e-12)
+    assert quality.kl == pytest.approx(statistics.mean(tokens), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_divergence_far_below_what_float32_resolves_is_exact(dtype: torch.dtype) -> None:
+    """Logits are taken as they are, in the dtype of the model, and all that follows is float64."""
+    step = 2.0**-7 if dtype is torch.bfloat16 else 2.0**-20
+    logits = torch.zeros(3, 3)
+    logits[:, 0] = 1.0
+    other = logits.clone()
+    other[:, 0] += step
+    model, reference = Bigram(other), Bigram(logits)
+    for one in (model, reference):
+        one.table = one.table.to(dtype)
+    quality = evaluate(model, torch.tensor([[0, 1, 2]]), reference=reference)
+    q = [math.e / (math.e + 2), 1 / (math.e + 2)]
+    exact = math.log1p(q[0] * math.expm1(step)) - q[0] * step  # log of the ratio of the sums, less the mean gap
+    assert quality.kl == pytest.approx(exact, rel=1e-3)
+    assert quality.kl < 1e-5 and (dtype is torch.bfloat16 or 0 < quality.kl < 1e-12)
+
+
+def test_rows_are_compared_in_pieces_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = torch.randint(0, 5, (2, 40), generator=torch.Generator().manual_seed(1))
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
+    whole = evaluate(Bigram(table), windows, reference=Bigram(table.flip(0)))
+    monkeypatch.setattr(quality_module, "CHUNK", 15)
+    pieces = evaluate(Bigram(table), windows, reference=Bigram(table.flip(0)))
+    assert whole.to_dict() == pytest.approx(pieces.to_dict(), rel=1e-12)
+    assert whole.kl_p99 == pieces.kl_p99 > whole.kl > 0
+
+
+def test_means_of_windows_are_kept_and_make_the_summary() -> None:
+    windows = torch.tensor([[0, 0, 2], [1, 2, 2], [2, 1, 0]])
+    quality = evaluate(constant(0.5, 0.25, 0.25), windows, reference=constant(0.25, 0.25, 0.5))
+    kept = quality.per_window
+    assert kept is not None and kept.reference_nll is not None and "per_window" not in quality.to_dict()
+    assert {name: len(values) for name, values in kept.to_dict().items()} == dict.fromkeys(
+        ("nll", "reference_nll", "kl", "kl_reverse", "flips"), 3
+    )
+    assert quality.perplexity == pytest.approx(math.exp(statistics.mean(kept.nll)))
+    assert quality.reference_perplexity == pytest.approx(math.exp(statistics.mean(kept.reference_nll)))
+    alone = evaluate(constant(0.5, 0.25, 0.25), windows)
+    assert alone.per_window is not None and alone.per_window.to_dict() == {"nll": list(kept.nll)}
+
+
+def test_flips_and_their_error() -> None:
     table = torch.zeros(2, 2)
     table[0, 0] = table[1, 1] = 1.0
     other = torch.zeros(2, 2)
     other[:, 0] = 1.0  # agrees after token 0 only
     windows = torch.tensor([[0, 0, 0, 1, 0], [1, 1, 1, 1, 0], [0, 0, 1, 1, 0]])
     quality = evaluate(Bigram(table), windows, reference=Bigram(other))
-    fractions = [3 / 4, 0.0, 2 / 4]
-    assert quality.top1_agreement == pytest.approx(statistics.mean(fractions))
-    assert quality.top1_agreement_error == pytest.approx(statistics.stdev(fractions) / math.sqrt(3))
+    fractions = [1 / 4, 1.0, 2 / 4]
+    assert quality.flips == pytest.approx(statistics.mean(fractions))
+    assert quality.flips_error == pytest.approx(statistics.stdev(fractions) / math.sqrt(3))
+    assert quality.top1_agreement == pytest.approx(1 - quality.flips)
+    assert quality.to_dict()["top1_agreement_error"] == quality.flips_error
 
 
 def test_one_window_has_no_standard_error() -> None:

@@ -200,7 +200,7 @@ def script() -> Any:
 
 def test_the_table_of_results_is_the_one_of_the_file(script: Any) -> None:
     tables = MARKER.findall(README)
-    assert len(tables) == 2 and ROOT / tables[0][0] == script.RESULTS
+    assert len(tables) == 3 and ROOT / tables[0][0] == script.RESULTS
     for name, shown in tables:
         results = ROOT / name
         assert shown.strip() == script.table(json.loads(results.read_text(encoding="utf-8")), results.name)
@@ -243,3 +243,16 @@ def test_the_table_of_experts_takes_the_faster_of_a_rivals_ways(script: Any) -> 
     result = {"kind": "tersor bench experts", "environment": environment, "read_bandwidth": 4e12, "rows": rows}
     text = script.table(result, "experts_h200.json")
     assert text.splitlines()[-1] == "| olmoe | 8 | 8 | 10.0 | 25.0 | 2.50x | 1.0 |" and "humming" not in text
+
+
+def test_the_table_of_decode_steps_has_a_column_for_every_rival(script: Any) -> None:
+    def row(format: str, batch: int, time: float, bytes: int | None) -> dict[str, Any]:
+        facts = {"name": "llama-3-8b", "context": 512, "milliseconds": time}
+        return {**facts, "format": format, "batch": batch, "weight_bytes": bytes, "kv_bytes": bytes}
+
+    rows = [row("fp6_e3m2", 1, 1.5, 2 << 30), row("fp6_e3m2", 8, 2.0, 2 << 30), row("vllm 16bit", 8, 4.0, None)]
+    environment = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "commit": "abc1234"}
+    result = {"kind": "tersor bench latency", "environment": environment, "read_bandwidth": 4 * 2**40, "rows": rows}
+    lines = script.table(result, "latency_h200.json").splitlines()
+    assert lines[-2] == "| llama-3-8b | 512 | 1 | 1.50 | - | 667 | 0.98 |"
+    assert lines[-1] == "| llama-3-8b | 512 | 8 | 2.00 | 4.00 | 4000 | 0.98 |"

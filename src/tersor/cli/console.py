@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,3 +144,23 @@ def plus_minus(value: float | None, error: float | None, digits: int) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
+
+
+def measured(value: float | None, error: float | None = None, *, sign: bool = False) -> str:
+    """A value with as many digits as its standard error makes sense of: two of the error's, else four of its own.
+
+    Args:
+        value: `None` shows as `-`.
+        error: `None` where there is none.
+        sign: whether a plus is shown.
+    """
+    if value is None:
+        return "-"
+    digits = _decimals(error, 2) if error else _decimals(value, 4)
+    shown = f"{value:{'+' if sign and value else ''}.{digits}f}"
+    return shown if error is None else f"{shown} +- {error:.{digits}f}"
+
+
+def _decimals(value: float, significant: int) -> int:
+    """Return how many decimals show so many significant digits, from 0 to 9."""
+    return min(max(significant - 1 - math.floor(math.log10(abs(value))), 0), 9) if value else 0

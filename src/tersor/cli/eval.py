@@ -1,8 +1,7 @@
-"""`tersor eval`: how well do models predict a text, and how far are they from a reference?"""
+"""`tersor eval`: how well do models predict a text, how far are they from a reference, and how do they do at tasks?"""
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,18 +11,45 @@ from tersor.cli import console, options
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
-    from tersor.evaluate import Quality
+    from collections.abc import Sequence
+
+    from tersor.evaluate import Comparison, Judgement, Quality
+    from tersor.integrations.lm_eval.tasks import TaskScore
+
+KIND, VERSION = "tersor eval", 1
+"""Of what --output writes and --json prints."""
 
 
 def command(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoint directories or hub ids.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file to predict.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Checkpoint directories or hub ids; one may say how it runs: MODEL@activations=fp8,kv-dtype=fp8.",
+        ),
+    ],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file to predict.")] = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the models, all of them hub ids; not of --reference.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Model to compare with, of the same vocabulary.")] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,
+    noise_floor: Annotated[
+        bool,
+        typer.Option(
+            "--noise-floor/--no-noise-floor",
+            help="Compare the reference with itself, rounded once: a KL below that says nothing.",
+        ),
+    ] = True,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK[,TASK]",
+            help="Tasks of lm-eval to answer in the engine: names, YAML files or folders of them.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many documents of each task.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str,
@@ -40,92 +66,130 @@ def command(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw size against quality (.png, .pdf, .svg).")] = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
-    from tersor import evaluate, nn, plots
-    from tersor.engine.config import EngineConfig
+    from tersor import evaluate, plots
+    from tersor.bench import report
+    from tersor.cli import bench
     from tersor.evaluate import plot as drawing
-    from tersor.formats import Activations
     from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
 
-    multiplied = Activations.of(activations)
-    pages = EngineConfig(kv_dtype=kv_dtype or "auto").pages_dtype
+    if text is None and tasks is None:
+        raise InputError("there is nothing to measure on: give --text FILE, a text to predict, or --tasks TASK")
+    for given, name in ((reference, "--reference"), (plot, "--plot"), (max_tokens, "--max-tokens")):
+        if text is None and given is not None:
+            raise InputError(f"{name} is of a text that is predicted: give --text FILE, too")
+    if limit is not None and tasks is None:
+        raise InputError("--limit is of tasks: give --tasks TASK, too")
+    subjects = [evaluate.subject(name, activations=activations, kv_dtype=kv_dtype) for name in models]
+    base = None if reference is None else evaluate.subject(reference)
     torch_device = resolve_device(device)
     load.resolve_dtype(dtype, torch_device)
-    content = evaluate.read_text(text)
+    content = None if text is None else evaluate.read_text(text)
     if plot is not None:
         plots.check_plot(plot)
-    found_by_name = {name: load.locate(name, revision) for name in models}
-    if reference is not None and reference not in found_by_name:
-        found_by_name[reference] = load.locate(reference)
-    console.choose_threads(max(found.weight_bytes for found in found_by_name.values()), torch_device)
+    if output is not None:
+        bench.check_folder("--output", output)
+    chosen = None if tasks is None else evaluate.find_tasks(tasks)
+    found = {one.name: load.locate(one.name, revision) for one in subjects}
+    if base is not None and base.name not in found:
+        found[base.name] = load.locate(base.name)
+    console.choose_threads(max(place.weight_bytes for place in found.values()), torch_device)
     load.quiet()
-    windows = {
-        name: evaluate.cut_windows(
-            content,
-            load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code),
+    judgement, scores = None, []
+    if content is not None:
+        judge = evaluate.Judge(
+            text=content,
+            found=found,
+            device=torch_device,
+            dtype=dtype,
             window=window,
             max_tokens=max_tokens,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
         )
-        for name, found in found_by_name.items()
+        judgement = judge.judge(subjects, base, noise_floor=noise_floor)
+        if plot is not None:
+            points = [
+                drawing.Point(label=one.subject.label, size=one.weight_bytes, quality=one.quality)
+                for one in judgement.models
+            ]
+            floor = judgement.noise_floor
+            drawing.plot(points, plot, noise_floor=None if floor is None else floor.quality.kl)
+    if chosen is not None:
+        scores = evaluate.run_tasks(
+            chosen,
+            subjects,
+            found,
+            torch_device,
+            dtype=dtype,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
+        )
+    facts = {"text": None if text is None else str(text), "reference": reference, "device": str(torch_device)}
+    facts |= {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype}
+    result = {
+        "kind": KIND,
+        "version": VERSION,
+        "environment": report.environment(),
+        **facts,
+        **({} if judgement is None else judgement.to_dict()),
+        **({} if chosen is None else {"limit": limit, "tasks": [score.to_dict() for score in scores]}),
     }
-
-    def ready(name: str, multiplied: Activations) -> Any:
-        directory = found_by_name[name].directory
-        if kv_dtype is not None:
-            return evaluate.engine_model(directory, torch_device, dtype, activations=multiplied)
-        return load.ready_model(
-            directory, torch_device, dtype, activations=multiplied, trust_remote_code=trust_remote_code
-        )
-
-    base = None
-    if reference is not None:
-        for name in models:
-            if not windows[name].equal(windows[reference]):
-                raise InputError(
-                    f"{name} and the reference {reference} split the text into different tokens: "
-                    "compare models of one tokenizer"
-                )
-        base = ready(reference, Activations.NATIVE)
-    results: list[dict[str, Any]] = []
-    points: list[drawing.Point] = []
-    for name in models:
-        same = base is not None and name == reference and multiplied is Activations.NATIVE
-        model: Any = base if same else ready(name, multiplied)
-        if isinstance(model, evaluate.EngineModel):
-            model, bits = model.keeping(pages), model.bits_per_weight
-        else:
-            bits = nn.bits_per_weight(model)
-        with console.progress(_label(name)) as move:
-            quality = evaluate.evaluate(model, windows[name], reference=base, progress=move)
-        found = found_by_name[name]
-        size = {"weight_bytes": found.weight_bytes, "bits_per_weight": bits or found.plain_bits}
-        results.append({"model": name, **size, **quality.to_dict()})
-        points.append(drawing.Point(label=_label(name), size=found.weight_bytes, quality=quality))
-        del model
-        gc.collect()
-    if plot is not None:
-        drawing.plot(points, plot)
+    if output is not None:
+        report.write(output, report.text(result))
     if json:
-        facts = {"text": str(text), "reference": reference, "device": str(torch_device), "kv_dtype": kv_dtype}
-        console.print_json({**facts, "models": results})
+        console.print_json(result)
         return
-    rows = [
-        row(_label(result["model"]), result["weight_bytes"], result["bits_per_weight"], point.quality)
-        for result, point in zip(results, points, strict=True)
-    ]
-    first = points[0].quality
-    kept = "" if kv_dtype is None else f"; keys and values: {kv_dtype}"
-    print(f"{text}: {first.windows} windows of {first.window} tokens; +- is one standard error over windows{kept}")
-    console.print_table(columns(reference is not None), rows)
+    if judgement is not None:
+        kept = "" if kv_dtype is None else f"; keys and values: {kv_dtype}"
+        show_judgement(judgement, f"{text}: ", kept)
+    if scores:
+        show_scores(scores, limit)
+
+
+def show_judgement(judgement: Judgement, source: str, kept: str = "") -> None:
+    """Print the table of models and, of two and more, that of their differences to the first.
+
+    Args:
+        judgement: what was measured.
+        source: begins the line above, such as `text.txt: `.
+        kept: ends it.
+    """
+    first = judgement.models[0].quality
+    print(f"{source}{first.windows} windows of {first.window} tokens; +- is one standard error over windows{kept}")
+    compared, floor, rows = judgement.reference is not None, judgement.noise_floor, []
+    shown = list(judgement.models)
+    if judgement.reference is not None and all(one.quality.kl != 0 for one in shown):
+        shown.insert(0, judgement.reference)
+    for one in shown:
+        rows.append(row(one.subject.label, one.weight_bytes, one.bits_per_weight, one.quality))
+    if floor is not None:
+        rows.append(["noise floor", "", "", *row("", 0, 0.0, floor.quality)[3:]])
+    console.print_table(columns(compared), rows)
+    if compared:
+        print("KL: KL(reference || model) in nats a token, x 1000; its median is over windows, p99 over tokens;")
+        print("flips: another most probable token; loss: perplexity above the reference's")
+    if floor is not None:
+        print(f"noise floor: the reference with {floor.rounding}; a KL below it says nothing")
+    labels = [one.subject.label for one in judgement.models]
+    found = {j: comparison for i, j, comparison in judgement.comparisons() if i == 0}
+    if found:
+        differences = [difference_row(labels[j], comparison) for j, comparison in found.items()]
+        console.print_table(difference_columns(labels[0], compared), differences)
+    for j, label in enumerate(labels):
+        if j and j not in found:
+            print(f"{label} reads other tokens than {labels[0]}, and is not compared with it")
 
 
 def columns(compared: bool) -> list[str]:
     """Headings of the table that `row` fills."""
     plain = ["model", "bits/weight", "size", "perplexity"]
-    return [*plain, "vs reference", "KL(ref||model)", "KL(model||ref)", "same top-1"] if compared else plain
+    return [*plain, "loss, %", "KL x 1000", "median", "p99", "flips, %"] if compared else plain
 
 
 def row(label: str, weight_bytes: int, bits: float, quality: Quality) -> list[str]:
@@ -136,21 +200,49 @@ def row(label: str, weight_bytes: int, bits: float, quality: Quality) -> list[st
         console.size(weight_bytes),
         console.plus_minus(quality.perplexity, quality.perplexity_error, 3),
     ]
-    if quality.perplexity_ratio is None or quality.top1_agreement is None:
+    if quality.kl is None or quality.perplexity_ratio is None:
         return cells
-    ratio_error, same_error = quality.perplexity_ratio_error, quality.top1_agreement_error
-    change = f"{100 * (quality.perplexity_ratio - 1):+.2f} %"
-    same = console.plus_minus(100 * quality.top1_agreement, None if same_error is None else 100 * same_error, 2)
     return [
         *cells,
-        change + ("" if ratio_error is None else f" +- {100 * ratio_error:.2f}"),
-        console.plus_minus(quality.kl, quality.kl_error, 5),
-        console.plus_minus(quality.kl_reverse, quality.kl_reverse_error, 5),
-        f"{same} %",
+        console.measured(100 * (quality.perplexity_ratio - 1), _times(100, quality.perplexity_ratio_error), sign=True),
+        console.measured(1000 * quality.kl, _times(1000, quality.kl_error)),
+        console.measured(_times(1000, quality.kl_median)),
+        console.measured(_times(1000, quality.kl_p99)),
+        console.measured(_times(100, quality.flips), _times(100, quality.flips_error)),
     ]
 
 
-def _label(name: str) -> str:
-    """What a model is called in a table: its directory's name, or a hub id as it is."""
-    directory = Path(name)
-    return directory.resolve().name if directory.is_dir() else name
+def difference_columns(first: str, compared: bool) -> list[str]:
+    """Headings of the table that `difference_row` fills."""
+    plain = [f"against {first}", "log perplexity", "first better in"]
+    return [*plain, "KL x 1000", "first nearer in"] if compared else plain
+
+
+def difference_row(label: str, found: Comparison) -> list[str]:
+    """One further model's line: its difference to the first, and in how many windows the first is the better one."""
+    cells = [
+        label,
+        console.measured(found.log_perplexity_difference, found.log_perplexity_difference_error, sign=True),
+        f"{found.log_perplexity_better} of {found.windows}",
+    ]
+    if found.kl_difference is None:
+        return cells
+    return [
+        *cells,
+        console.measured(1000 * found.kl_difference, _times(1000, found.kl_difference_error), sign=True),
+        f"{found.kl_better} of {found.windows}",
+    ]
+
+
+def show_scores(scores: Sequence[TaskScore], limit: int | None) -> None:
+    """Print what every model reached at every task."""
+    some = "" if limit is None else f" of the first {limit} documents"
+    print(f"tasks of lm-eval, in the engine; +- is the standard error{some} that lm-eval gives")
+    rows: list[list[Any]] = [
+        [one.label, one.task, one.metric, f"{one.documents}", console.measured(one.value, one.error)] for one in scores
+    ]
+    console.print_table(["model", "task", "metric", "documents", "value"], rows)
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value

@@ -26,11 +26,16 @@ class Point:
     quality: Quality
 
 
-def plot(points: Sequence[Point], path: str | Path) -> None:
+def plot(points: Sequence[Point], path: str | Path, *, noise_floor: float | None = None) -> None:
     """Write a picture: size in MB against perplexity and, where a reference was given, KL divergence.
 
     Bars are one standard error over windows; against a reference that of the difference, since both read
     the same windows. The dashed line is the reference. The KL axis is logarithmic, without divergences of 0.
+
+    Args:
+        points: the models.
+        path: of the picture.
+        noise_floor: a KL divergence below which nothing can be said, a dotted line; `None` without one.
 
     Raises:
         InputError, UnsupportedError: as `tersor.plots.check_plot`.
@@ -51,6 +56,8 @@ def plot(points: Sequence[Point], path: str | Path) -> None:
         axes[0].axhline(reference, color="0.5", linestyle="--", linewidth=1, zorder=0, label="reference")
         _panel(axes[1], [point for point in compared if point.quality.kl], colours, _divergence)
         axes[1].set_yscale("log")
+        if noise_floor:
+            axes[1].axhline(noise_floor, color="0.5", linestyle=":", linewidth=1, zorder=0)
         axes[1].set_ylabel("KL(reference || model), nats per token")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     quality = points[0].quality

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """What gives logits of a window of tokens."""
 
@@ -35,6 +36,11 @@ class Predictor(Protocol):
     @property
     def positions(self) -> int | None:
         """Return how many tokens a window may have; `None` is any number."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return what it computes in."""
         ...
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -61,6 +67,11 @@ class TransformersModel:
     def positions(self) -> int | None:
         """Return how many tokens a window may have; `None` where the model does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of activations."""
+        return self.model.dtype
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [T, V] of a window int64 [T], in the model's dtype."""
@@ -101,6 +112,11 @@ class EngineModel:
     def positions(self) -> int | None:
         """Return how many tokens a window may have."""
         return self.decoder.config.context
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of activations."""
+        return self.decoder.dtype
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return [T, V] of a window int64 [T], in the dtype of activations; its pages are new ones."""
