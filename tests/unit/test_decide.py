@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Decider, torch.dtype, tuple[int, ...]]] = {
             router=Router(target="float16", float_weight=True, float_out=True, channels=72), choice=GROUPED, norms=False
         ),
         torch.float16,
-        (19,),
+        (13,),
     ),
 }
 
