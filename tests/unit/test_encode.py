@@ -94,7 +94,7 @@ def test_a_nan_is_named_by_its_place_in_the_whole_weight() -> None:
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"unknown algorithm 'rnt', did you mean 'rtn'\? \(known: rtn\)"):
+    with pytest.raises(InputError, match=r"unknown algorithm 'rnt', did you mean 'rtn'\? \(known: rtn, gptq\)"):
         get_recipe("rnt")
     with pytest.raises(InputError, match="unknown algorithm"):
         encode(weight(), FP6, "gpt")

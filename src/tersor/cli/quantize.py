@@ -51,11 +51,33 @@ def command(
             "spells their name.",
         ),
     ] = None,
-    algorithm: Annotated[str, typer.Option(help="rtn: round to nearest.")] = "rtn",
+    algorithm: Annotated[
+        str, typer.Option(help="rtn: round to nearest; gptq: calibrated on a text, block by block.")
+    ] = "rtn",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="What gptq calibrates on: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
+            "dataset.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it that are used, in windows spread evenly; 128 windows if not given.")
+    ] = None,
+    calibration_window: Annotated[
+        int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(help="normal; high: a backward pass says which outputs matter, at three times the time.")
+    ] = "normal",
+    seed: Annotated[int, typer.Option(help="Of the labels that the backward pass draws.")] = 0,
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
-    device: Annotated[str, typer.Option(help="Where weights are encoded: auto, cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where weights are encoded and blocks calibrated: auto, cpu, cuda or cuda:N.")
+    ] = "cpu",
     shard_size: Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
@@ -75,6 +97,11 @@ def command(
                 group_size=group_size,
                 scale_dtype=scale_dtype,
                 algorithm=algorithm,
+                calibration=calibration,
+                calibration_tokens=calibration_tokens,
+                calibration_window=calibration_window,
+                effort=effort,
+                seed=seed,
                 ignore=ignore or (),
                 overrides=override or (),
                 dry_run=dry_run,

@@ -12,10 +12,12 @@ from typing import TypeAlias
 
 import torch
 
+from tersor.compress.gptq import quantize_gptq
 from tersor.compress.rtn import quantize_rtn
+from tersor.compress.statistics import HESSIAN
 from tersor.compress.workers import worker_pool
 from tersor.errors import InputError, NonFiniteError, did_you_mean
-from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme
+from tersor.formats import SCALE_DTYPES, Encoded, Objective, ScaleError, Scheme
 
 Statistics: TypeAlias = Mapping[str, torch.Tensor]
 """What calibration has summed up for one layer, by name, such as the Hessian [IC, IC] of its inputs."""
@@ -47,6 +49,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     DEFAULT_RECIPE: Recipe(lambda weight, scheme, _: quantize_rtn(weight, scheme), "rounded to nearest"),
+    "gptq": Recipe(quantize_gptq, "calibrated by GPTQ", (HESSIAN,), all_rows=True),
 }
 """Every recipe by the name that `quantize(algorithm=...)` and `--algorithm` take."""
 
@@ -89,16 +92,19 @@ def encode(
     zero_point = torch.empty(groups, dtype=torch.uint8, device=device) if scheme.has_zero_point else None
 
     underflowed: list[int] = []
+    objectives: list[Objective] = []
 
     def take(start: int, block: Encoded) -> None:
         rows = slice(start, start + len(block.codes))
+        objectives.extend([block.objective] if block.objective else [])
         underflowed.extend(start + row for row in block.underflowed)
         codes[rows], scale[rows] = block.codes, block.scale
         if zero_point is not None and block.zero_point is not None:
             zero_point[rows] = block.zero_point
 
     error, norm = encode_blocks(weight, scheme, take, recipe, statistics)
-    return Encoded(scheme, codes, scale, zero_point, error, norm, tuple(sorted(underflowed)))
+    objective = Objective.sum(objectives) if objectives else None
+    return Encoded(scheme, codes, scale, zero_point, error, norm, tuple(sorted(underflowed)), objective)
 
 
 def encode_blocks(

@@ -49,10 +49,20 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         "",
         f"Linear weights are {scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}, "
         f"{get_recipe(recipe).summary} by Tersor {__version__}.",
+        *_calibrated(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
     return "\n".join([*front, "", *body, ""])
+
+
+def _calibrated(conversion: Conversion) -> list[str]:
+    said = conversion.config.provenance
+    if "calibration" not in said:
+        return []
+    return [
+        f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
+    ]
 
 
 def _before(conversion: Conversion) -> list[str]:

@@ -96,7 +96,10 @@ def quantize_module(
             model is then unchanged.
     """
     started = time.monotonic()
-    get_recipe(algorithm)
+    if get_recipe(algorithm).needs:
+        raise InputError(
+            f"a module in memory is rounded to nearest: for {algorithm!r} save it, and calibrate the checkpoint"
+        )
     scheme = get_scheme(format, group_size, scale_dtype)
     patterns, chosen = parse_ignore(ignore), parse_overrides(overrides, group_size, scale_dtype)
     where = None if device is None else resolve_device(device)

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +57,21 @@ class _Block:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A weight that is compressed already and only has to be written.
+
+    Attributes:
+        read: returns its packed tensors by their own names, of experts with one axis more in front.
+        squared_error, squared_norm, underflowed: as `checkpoint.pack.Packed` has them.
+    """
+
+    read: Callable[[], dict[str, torch.Tensor]]
+    squared_error: float
+    squared_norm: float
+    underflowed: tuple[int, ...] = ()
+
+
 def row_of(step: Step, relative_error: float | None = None) -> Row:
     """Return the report's row for a step."""
     spec = step.source.spec
@@ -74,7 +89,13 @@ class Pipeline:
     """Writes the shards of a conversion into a directory."""
 
     def __init__(
-        self, conversion: Conversion, recipe: str, directory: Path, device: torch.device, progress: Progress | None
+        self,
+        conversion: Conversion,
+        recipe: str,
+        directory: Path,
+        device: torch.device,
+        progress: Progress | None,
+        ready: Mapping[int, Ready] | None = None,
     ) -> None:
         """Prepare to write; nothing is opened yet.
 
@@ -84,7 +105,9 @@ class Pipeline:
             directory: where the shards are written.
             device: where weights are encoded.
             progress: called after every block.
+            ready: number of a step -> its weight, where that is compressed already.
         """
+        self._ready = ready or {}
         self._conversion = conversion
         self._recipe = recipe
         self._directory = directory
@@ -179,6 +202,9 @@ class Pipeline:
             for start in range(0, step.source.spec.nbytes, size):
                 yield _Block(index, start, min(start + size, step.source.spec.nbytes))
             return
+        if index in self._ready:
+            yield _Block(index, 0, math.prod(step.layer.shape[:-1]))
+            return
         *_, oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
         # The rows of a transposed weight are spread over the whole tensor, those of experts over that of each.
@@ -207,19 +233,25 @@ class Pipeline:
         if step.layer is None or step.scheme is None:
             writer.write(step.source.spec.name, block.start, self._copy(step, block))
             return 0.0, 0.0
-        weight = self._read(step, block)
-        with self._may_encode:
-            try:
-                packed = self._pack(weight, step, block)
-            except NonFiniteError as error:
-                raise NonFiniteError(_index(step.layer, error.index), error.value, _where(step)) from None
-            except FormatError as error:
-                raise FormatError(f"{_where(step)}: {error}") from None
+        packed = self._take(self._ready[block.step]) if block.step in self._ready else self._encode(step, block)
         if packed.underflowed:
             with self._recording:
                 self._underflowed.setdefault(block.step, []).extend(packed.underflowed)
         self._store(writer, step, block, packed)
         return packed.squared_error, packed.squared_norm
+
+    def _encode(self, step: Step, block: _Block) -> Packed:
+        weight = self._read(step, block)
+        with self._may_encode:
+            try:
+                return self._pack(weight, step, block)
+            except (NonFiniteError, FormatError) as error:
+                raise located(step, error) from None
+
+    def _take(self, ready: Ready) -> Packed:
+        """Return a weight that is compressed already, the rows of all experts one after the other."""
+        tensors = {name: tensor.flatten(0, -2) for name, tensor in ready.read().items()}
+        return Packed(tensors, ready.squared_error, ready.squared_norm, ready.underflowed)
 
     def _copy(self, step: Step, block: _Block) -> memoryview:
         """Return bytes of a tensor that stays as it is; what is stored compressed is decoded to the model's dtype."""
@@ -290,6 +322,14 @@ class Pipeline:
 def _close(writer: ShardWriter, number: int, rows: list[Row], on_shard: Callable[[int, list[Row]], None]) -> None:
     writer.finish()
     on_shard(number, rows)
+
+
+def located(step: Step, error: NonFiniteError | FormatError) -> NonFiniteError | FormatError:
+    """Return an error of the rows of a step's weight as one that says where in the source it is."""
+    if isinstance(error, NonFiniteError):
+        assert step.layer is not None
+        return NonFiniteError(_index(step.layer, error.index), error.value, _where(step))
+    return FormatError(f"{_where(step)}: {error}")
 
 
 def _where(step: Step) -> str:

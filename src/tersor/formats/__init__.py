@@ -3,7 +3,7 @@
 from tersor.formats.activations import Activations
 from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_dtype_or_auto
 from tersor.formats.element import ElementFormat, get, names
-from tersor.formats.encoded import Encoded, dequantize
+from tersor.formats.encoded import Encoded, Objective, dequantize
 from tersor.formats.scheme import (
     SCALE_DTYPES,
     ScaleError,
@@ -21,6 +21,7 @@ __all__ = [
     "Activations",
     "ElementFormat",
     "Encoded",
+    "Objective",
     "ScaleError",
     "Scheme",
     "dequantize",

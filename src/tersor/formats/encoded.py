@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from tersor.formats.scheme import Scheme, scale_values
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The loss of a layer's outputs over the tokens of a calibration, which a recipe makes small.
+
+    Attributes:
+        before: of weights rounded to nearest.
+        after: of the codes chosen; the unit is the recipe's own, the same in both.
+    """
+
+    before: float
+    after: float
+
+    @staticmethod
+    def sum(blocks: Iterable[Objective]) -> Objective:
+        """Return the loss of a weight whose blocks of rows were encoded one by one."""
+        parts = list(blocks)
+        return Objective(math.fsum(part.before for part in parts), math.fsum(part.after for part in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +43,7 @@ class Encoded:
         squared_norm: sum over all weights w of w^2.
         underflowed: rows with weights so small that no scale of the dtype is near the one they need, so that they
             decode to zero or to values far off.
+        objective: what a recipe with statistics of the layer has made small; `None` of others.
     """
 
     scheme: Scheme
@@ -31,6 +53,11 @@ class Encoded:
     squared_error: float
     squared_norm: float
     underflowed: tuple[int, ...] = ()
+    objective: Objective | None = None
+
+    def scales(self) -> torch.Tensor:
+        """Return the scales as numbers, float32 [OC, G]."""
+        return scale_values(self.scale, self.scheme)
 
     def dequantize(self) -> torch.Tensor:
         """Return the weights that codes and scales stand for, float32 [OC, IC]."""

@@ -1,0 +1,122 @@
+"""The numbers that a row of codes can be: the values of a format times scales, and the scales that fit them best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tersor.formats import SCALE_DTYPES, Scheme, scale_values, store_scales
+
+SHRINKS = tuple(step / 100 for step in range(100, 39, -2))
+"""Factors of the round-to-nearest scale that the search tries, 1.0 to 0.4."""
+
+_E8M0_SHRINKS = (1.0, 0.5)
+"""Of powers of two the next smaller one is the only other scale within `SHRINKS`."""
+
+_MARGIN = 1 - 2.0**-7
+"""A scale this far below a limit is below it when rounded, bfloat16's 8 bits included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values that codes of a scheme stand for, before scales, on one device.
+
+    A value is decode(code) - zero point, float32.
+
+    Attributes:
+        scheme: element format and scales.
+        groups: scales a row.
+        limit: the largest scale allowed, so that no weight decodes beyond its dtype.
+        table: float32 [values], ascending, of a float format.
+        middles: float32 [values - 1], halfway between neighbours of `table`.
+    """
+
+    scheme: Scheme
+    groups: int
+    limit: float
+    table: torch.Tensor
+    middles: torch.Tensor
+
+    @staticmethod
+    def of(scheme: Scheme, ic: int, dtype: torch.dtype, device: torch.device) -> Grid:
+        """Return the grid for rows of `ic` weights that came in `dtype`.
+
+        Raises:
+            FormatError: the group size does not divide `ic`.
+        """
+        table = scheme.format.values().unique(sorted=True)
+        largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / float(table.abs().max())
+        stored = SCALE_DTYPES[scheme.scale_dtype]
+        if stored.is_floating_point:
+            largest = min(largest, torch.finfo(stored).max)
+        middles = (table[1:] + table[:-1]) / 2
+        return Grid(scheme, scheme.groups(ic), largest * _MARGIN, table.to(device), middles.to(device))
+
+    def nearest(self, wanted: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Return the values nearest to scaled weights, same shape; `wanted` is overwritten.
+
+        Args:
+            wanted: float32, contiguous, weights divided by their scales.
+            low, high: the ends of the range, of a shape that `wanted` takes; float formats have them in their table.
+        """
+        if self.scheme.format.kind == "float":
+            return self.table[torch.bucketize(wanted, self.middles, out_int32=True)]
+        return torch.clamp(wanted.round_(), low, high)
+
+    def ends(self, zero_point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the smallest and largest values beside zero points (0 where there are none), float32."""
+        if self.scheme.has_zero_point:
+            return -zero_point, self.scheme.format.max - zero_point
+        return torch.full_like(zero_point, float(self.table[0])), torch.full_like(zero_point, float(self.table[-1]))
+
+    def rounded(self, scale: torch.Tensor) -> torch.Tensor:
+        """Return positive scales, float32 [rows, G], as the scheme's dtype stores them, at most `limit`."""
+        return scale_values(store_scales(scale.clamp(max=self.limit), self.scheme), self.scheme)
+
+    def search(self, rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the scale of every group whose codes lose least, among shrunken round-to-nearest scales.
+
+        Args:
+            rows: float32 [rows, IC].
+            weights: float32 [IC], what a squared error of each channel costs.
+
+        Returns:
+            Scales as they are stored, float32 [rows, G], and zero points, float32 [rows, G] (0 where there are none).
+        """
+        grouped = rows.reshape(len(rows), self.groups, -1)
+        cost = weights.reshape(1, self.groups, -1)
+        maximum = self.scheme.format.max
+        if self.scheme.has_zero_point:
+            lowest = grouped.amin(dim=2).clamp_max_(0)
+            full = grouped.amax(dim=2).clamp_min_(0).div_(maximum) - lowest / maximum
+            zero_point = (-lowest / full.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(0, maximum)
+        else:
+            full = grouped.abs().amax(dim=2).div_(maximum)
+            zero_point = torch.zeros_like(full)
+        best = self.rounded(full)
+        least = torch.full_like(full, torch.inf)
+        for shrink in SHRINKS if self.scheme.scale_dtype != "e8m0" else _E8M0_SHRINKS:
+            scale = self.rounded(full * shrink)
+            error = self._error(grouped, scale, zero_point).square_().mul_(cost).sum(dim=2)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, scale, best)
+        return best, zero_point
+
+    def _error(self, grouped: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        """Return what rounding to the nearest value adds, [rows, G, group]."""
+        divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(2)
+        scaled = grouped / divisor
+        if self.scheme.has_zero_point:
+            offset = zero_point.unsqueeze(2)
+            rounded = scaled.round_().add_(offset).clamp_(0, self.scheme.format.max).sub_(offset)
+        else:
+            rounded = self.scheme.format.round(scaled)[1]
+        return rounded.mul_(scale.unsqueeze(2)).sub_(grouped)
+
+    def codes(self, values: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+        """Return the uint8 codes [rows, IC] of values [rows, IC] and zero points [rows, G]."""
+        if not self.scheme.has_zero_point:
+            return self.scheme.format.encode(values)
+        shape = (len(values), self.groups, -1)
+        return (values.reshape(shape) + zero_point.unsqueeze(2)).to(torch.uint8).reshape(values.shape)

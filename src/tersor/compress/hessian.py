@@ -1,0 +1,138 @@
+"""The second-moment matrix of a layer's inputs, or of its output gradients, made fit for rounding against it.
+
+What calibration sums up may be singular (fewer tokens than channels), have channels that never fire, or channels a
+thousand times louder than the others. Here it is checked, damped, ordered and factored once for all passes over a
+weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tersor.errors import InputError
+
+INPUT_DAMPING = 0.01
+"""What is added to the diagonal of the inputs' matrix, relative to its mean (GPTQ, arXiv 2210.17323, section 3.3)."""
+
+OUTPUT_DAMPING = 0.05
+"""What is added to the diagonal of the output gradients' matrix, relative to its mean."""
+
+_DAMPING_STEP = 10.0
+_MOST_DAMPING = 1e4
+"""A matrix that is not positive with this times its mean diagonal added is no sum of x x^T."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hessian:
+    """A damped second-moment matrix of n channels, in natural order and by falling diagonal, divided by `unit`.
+
+    Attributes:
+        order: int64 [n], the channels by falling diagonal, the order in which they are rounded.
+        natural: float32 [n, n], the damped matrix with channels as they come.
+        ordered: float32 [n, n], the same with rows and columns in `order`.
+        factor: float32 [n, n], the upper triangular U with U^T U the inverse of `ordered`.
+        unit: mean of the diagonal that calibration summed up; entries here are relative to it.
+    """
+
+    order: torch.Tensor
+    natural: torch.Tensor
+    ordered: torch.Tensor
+    factor: torch.Tensor
+    unit: float
+
+    @staticmethod
+    def of(matrix: torch.Tensor, damping: float, name: str) -> Hessian:
+        """Damp and factor what calibration summed up.
+
+        The factors are found in float64: a Cholesky factor in float32 loses all digits at condition numbers of 10^7,
+        which a thousand channels with one loud one among them reach. Damping grows tenfold until there is a factor.
+
+        Args:
+            matrix: float [n, n], symmetric up to rounding; all zeros stand for channels that are all alike.
+            damping: what is added to the diagonal, relative to its mean.
+            name: what to call it in errors, such as `hessian`.
+
+        Raises:
+            InputError: it is not square, not finite (the first such entry is named), or not a second-moment matrix.
+        """
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise InputError(f"statistics {name!r} have shape {list(matrix.shape)}, not that of a square matrix")
+        check_finite(matrix, name)
+        wide = matrix.double()
+        wide = (wide + wide.T).mul_(0.5)
+        diagonal = wide.diagonal()
+        unit = float(diagonal.mean()) if diagonal.numel() else 0.0
+        if unit <= 0:
+            if bool((wide != 0).any()):
+                raise InputError(f"statistics {name!r} have a diagonal of mean {unit:.3g}: they are no sum of squares")
+            unit, wide = 1.0, torch.eye(len(wide), dtype=torch.float64, device=wide.device)
+        else:
+            wide.div_(unit)
+        order = torch.argsort(wide.diagonal(), descending=True, stable=True)
+        damped, factor = _factor(wide[order][:, order], damping, name)
+        back = torch.argsort(order)
+        ordered = damped.float()
+        return Hessian(order, ordered[back][:, back].contiguous(), ordered, factor.float(), unit)
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return len(self.order)
+
+    def weights(self) -> torch.Tensor:
+        """Return 1 / U_jj^2, float32 [n] in natural order: what an error of a channel costs that no later one mends."""
+        weights = torch.empty_like(self.factor.diagonal())
+        weights[self.order] = self.factor.diagonal().square().reciprocal()
+        return weights
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows @ (damped matrix)^-1 for float32 rows [m, n] in natural order, in the units of `natural`."""
+        solved = torch.empty_like(rows)
+        solved[:, self.order] = (rows[:, self.order] @ self.factor.T) @ self.factor
+        return solved
+
+
+def _factor(ordered: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the damped matrix and the upper triangular U with U^T U its inverse, float64.
+
+    The Cholesky factor of the matrix read backwards, itself read backwards, is an upper triangular R with R R^T the
+    matrix, so that U is the inverse of R: one factorisation, and no inverse of the matrix is made.
+    """
+    identity = torch.eye(len(ordered), dtype=torch.float64, device=ordered.device)
+    while damping <= _MOST_DAMPING:
+        damped = ordered + damping * identity
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            return damped, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        damping *= _DAMPING_STEP
+    raise InputError(f"statistics {name!r} are not positive semidefinite: they are no sum of x x^T over tokens")
+
+
+def check_finite(matrix: torch.Tensor, name: str) -> None:
+    """Check that statistics hold no NaN and no infinity.
+
+    Raises:
+        InputError: they do; it names them and the first such entry.
+    """
+    if bool(torch.isfinite(matrix).all()):
+        return
+    index = [int(axis) for axis in (~torch.isfinite(matrix)).nonzero()[0]]
+    raise InputError(
+        f"statistics {name!r} hold {float(matrix[tuple(index)])} at {index}: the layer's activations or gradients are "
+        "not finite"
+    )
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32 on a GPU, whatever the process allows (TF32 keeps 10 bits of mantissa)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

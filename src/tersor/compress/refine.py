@@ -1,0 +1,110 @@
+"""Rows of a weight against the Hessian of their inputs: search, rounding with moved errors, refits and descents.
+
+Rows do not influence each other here, and every step is kept for the rows whose loss it lowers, for no others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tersor.compress.grid import Grid
+from tersor.compress.hessian import Hessian
+from tersor.compress.refit import refit_scales
+from tersor.compress.sweeps import Choice, descend_columns, round_columns
+
+ROUNDS = 2
+"""Refits of the scales, each with a descent of the codes after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A choice for rows, with what it loses against the rows wanted.
+
+    Attributes:
+        choice: codes and scales.
+        gradient: float32 [IC, rows], the Hessian times (target - decoded), columns in the Hessian's order.
+        loss: float64 [rows], (target - decoded) H (target - decoded)^T of every row.
+    """
+
+    choice: Choice
+    gradient: torch.Tensor
+    loss: torch.Tensor
+
+    def better(self, other: Judged) -> Judged:
+        """Return for every row the other choice where it loses less, a finite loss, and this one elsewhere."""
+        keep = other.loss < self.loss
+        return Judged(
+            other.choice.where(keep, self.choice),
+            torch.where(keep, other.gradient, self.gradient),
+            torch.where(keep, other.loss, self.loss),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What all rows of a layer share: the grid, the Hessian, the group of every column in the Hessian's order."""
+
+    grid: Grid
+    hessian: Hessian
+    groups: torch.Tensor
+
+    @staticmethod
+    def of(grid: Grid, hessian: Hessian) -> Layer:
+        """Put a grid and a Hessian of as many channels together."""
+        return Layer(grid, hessian, torch.div(hessian.order * grid.groups, hessian.size, rounding_mode="floor"))
+
+    def columns(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows [rows, IC] as columns in the Hessian's order, [IC, rows]."""
+        return rows.T[self.hessian.order]
+
+    def rows(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return columns in the Hessian's order [IC, rows] as rows in natural order, [rows, IC]."""
+        return self._natural(columns).T
+
+    def _natural(self, columns: torch.Tensor) -> torch.Tensor:
+        natural = torch.empty_like(columns)
+        natural[self.hessian.order] = columns
+        return natural
+
+    def judge(self, target: torch.Tensor, choice: Choice) -> Judged:
+        """Return a choice with its loss against a target, float32 [IC, rows]."""
+        error = target - choice.decoded(self.groups)
+        gradient = self.hessian.ordered @ error
+        return Judged(choice, gradient, (gradient * error).sum(dim=0, dtype=torch.float64))
+
+    def round(self, target: torch.Tensor) -> Judged:
+        """Choose scales by the search, and codes column by column; the target is float32 [IC, rows]."""
+        scale, zero_point = (
+            part.T.contiguous() for part in self.grid.search(self.rows(target), self.hessian.weights())
+        )
+        values = round_columns(target, scale, zero_point, self.grid, self.hessian, self.groups)
+        return self.judge(target, Choice(values, scale, zero_point))
+
+    def polish(self, target: torch.Tensor, best: Judged, rounds: int = ROUNDS) -> Judged:
+        """Refit scales and descend codes in turn, and keep what lowers the loss of a row."""
+        for _ in range(rounds):
+            if self.grid.scheme.scale_dtype != "e8m0":  # the nearest power of two is far from a scale refitted
+                best = best.better(self.judge(target, self._refitted(best)))
+            choice = best.choice
+            values = descend_columns(choice, best.gradient.clone(), self.grid, self.hessian, self.groups)
+            best = best.better(self.judge(target, replace(choice, values=values)))
+        return best
+
+    def _refitted(self, best: Judged) -> Choice:
+        choice = best.choice
+        scale = refit_scales(
+            self._natural(choice.values), choice.scale, self._natural(best.gradient), self.hessian.natural, self.grid
+        )
+        return replace(choice, scale=scale)
+
+    def refine(self, target: torch.Tensor, start: Judged | None = None) -> Judged:
+        """Round and polish; rows for which `start` loses less than what was rounded go on from there.
+
+        Args:
+            target: float32 [IC, rows], the weights wanted, columns in the Hessian's order.
+            start: a choice judged against the same target.
+        """
+        rounded = self.round(target)
+        return self.polish(target, start.better(rounded) if start is not None else rounded)

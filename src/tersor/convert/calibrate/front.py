@@ -1,0 +1,203 @@
+"""What is asked of a calibration, checked before the work starts, and what it hands to the pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersor.checkpoint.conversion import Conversion
+from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.source import Source
+from tersor.compress import get_recipe
+from tersor.convert.beside import model_dtype
+from tersor.convert.calibrate.run import Run
+from tersor.convert.calibrate.store import Store
+from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
+from tersor.convert.calibrate.text import Calibration, read_windows, source_label
+from tersor.convert.pipeline import Progress, Ready
+from tersor.errors import InputError
+from tersor.formats.dtypes import float_dtype
+from tersor.integrations.transformers.blocks import BlockModel
+from tersor.integrations.transformers.load import load_tokenizer
+
+
+def check_options(algorithm: str, calibration: Calibration | None) -> None:
+    """Check that a text is there where the algorithm needs one, and nowhere else.
+
+    Raises:
+        InputError: it is not so, or there is no such algorithm.
+    """
+    needs = get_recipe(algorithm).needs
+    if needs and calibration is None:
+        raise InputError(f"algorithm {algorithm!r} needs a text to calibrate on: add --calibration FILE")
+    if not needs and calibration is not None:
+        raise InputError(f"algorithm {algorithm!r} takes no calibration text: leave it out, or use --algorithm gptq")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A calibration that can start.
+
+    Attributes:
+        ids: int64 [W, T], the windows.
+        model: built, nothing loaded.
+        tasks: what is calibrated.
+        parameters: for every step of the conversion the parameter that its tensor becomes, or a part of.
+        calibration: what was asked for.
+    """
+
+    ids: torch.Tensor
+    model: BlockModel
+    tasks: tuple[Task, ...]
+    parameters: tuple[str, ...]
+    calibration: Calibration
+
+    @property
+    def words(self) -> str:
+        """What the model is calibrated on, such as `128 windows of 2048 tokens of calibration.txt`."""
+        count, window = self.ids.shape
+        return f"{count} windows of {window} tokens of {source_label(self.calibration.source)}"
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What config.json says of it."""
+        return {"calibration": self.words, "effort": self.calibration.effort, "seed": str(self.calibration.seed)}
+
+    def disk_bytes(self, directory: Path) -> int:
+        """Return how many bytes more are taken while the work lasts: by finished blocks, and by gradients."""
+        needed = sum(task.step.output_bytes for task in self.tasks)
+        if self.calibration.effort == "high":
+            hidden = self.model.model.config.get_text_config().hidden_size
+            stream = self.ids.numel() * hidden * self.model.dtype.itemsize
+            needed += (len(self.model.blocks) + 2) * stream
+        there = sum(path.stat().st_size for path in Store.folder(directory).glob("*"))
+        return max(0, needed - there)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, as JSON values: the tokens, the options, and what computes."""
+        device = self.model.device
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        return {
+            "calibration": self.words,
+            "calibration tokens": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+            "effort": self.calibration.effort,
+            "seed": self.calibration.seed,
+            "torch": torch.__version__,
+            "calibration on": f"{on}, {str(self.model.dtype).removeprefix('torch.')}",
+        }
+
+
+def plan(
+    source: Source,
+    architecture: Architecture,
+    conversion: Conversion,
+    calibration: Calibration,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
+) -> Plan:
+    """Read the text and build the model, so that whatever is wrong is said before the work starts.
+
+    Raises:
+        InputError: the text is not as asked for, or the model cannot be calibrated.
+        UnsupportedError: a dataset is asked for, and its package is not installed.
+    """
+    targets = architecture.find(source.tensors)
+    parameters = parameters_of(conversion, targets)
+    weights = [
+        (parameter, step.source.spec.numel)
+        for step, parameter in zip(conversion.steps, parameters, strict=True)
+        if step.scheme is not None
+    ]
+    dtype = _dtype(source, device, calibration.effort)
+    model = BlockModel(source.directory, device, dtype, weights, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source.directory, trust_remote_code=trust_remote_code)
+    count, window = calibration.shape(model.positions)
+    vocabulary = int(model.model.config.get_text_config().vocab_size)
+    ids = read_windows(calibration.source, tokenizer, count, window, vocabulary)
+    tasks = find_tasks(conversion, targets, model)
+    return Plan(ids, model, tuple(tasks), tuple(parameters), calibration)
+
+
+def calibrate(
+    given: Plan, conversion: Conversion, recipe: str, directory: Path, progress: Progress | None
+) -> dict[int, Ready]:
+    """Calibrate all blocks that are not finished yet, and write the log; return the packed weights by their steps.
+
+    Args:
+        given: what to do.
+        conversion: what becomes of every tensor.
+        recipe: how codes are chosen, a key of `compress.RECIPES`.
+        directory: where the output is made; what is finished stands in its folder `calibration`.
+        progress: called after every block.
+
+    Raises:
+        InputError, CheckpointError, OutputError: as `Run.run` says.
+    """
+    store = Store(directory)
+    steps = list(zip(conversion.steps, given.parameters, strict=True))
+    run = Run(given.model, steps, given.tasks, recipe, store, progress)
+    run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
+    ready: dict[int, Ready] = {}
+    records = [store.record(block) for block in sorted({task.block for task in given.tasks})]
+    for record in records:
+        block = int(record["block"])
+        for index, (error, norm, underflowed) in record["steps"].items():
+            number = int(index)
+            ready[number] = Ready(_reader(store, block, number), error, norm, tuple(underflowed))
+    store.write_log(_log(given, conversion, recipe, records, ready))
+    return ready
+
+
+def discard(directory: Path) -> None:
+    """Remove what a calibration kept while it ran; its log stays."""
+    Store(directory).remove()
+
+
+def _reader(store: Store, block: int, index: int) -> Any:
+    return lambda: store.tensors(block, index)
+
+
+def _log(
+    given: Plan, conversion: Conversion, recipe: str, records: list[dict[str, Any]], ready: Mapping[int, Ready]
+) -> dict[str, Any]:
+    """Return the log as JSON values."""
+    count, window = given.ids.shape
+    layers = [{"block": record["block"], **line} for record in records for line in record["layers"]]
+    return {
+        "algorithm": recipe,
+        "source": source_label(given.calibration.source),
+        "windows": count,
+        "window": window,
+        "effort": given.calibration.effort,
+        "seed": given.calibration.seed,
+        "computed_on": given.identity["calibration on"],
+        "seconds": round(sum(record["seconds"] for record in records), 3),
+        "blocks": [{"block": record["block"], "seconds": record["seconds"]} for record in records],
+        "layers": layers,
+        "rarely_hit_experts": [
+            line["layer"] if not isinstance(line["tokens"], list) else f"{line['layer']}[{expert}]"
+            for line in layers
+            for expert in line.get("rarely_hit", ())
+        ],
+        "rounded_to_nearest": [
+            step.layer.module
+            for index, step in enumerate(conversion.steps)
+            if step.scheme is not None and step.layer is not None and index not in ready
+        ],
+    }
+
+
+def _dtype(source: Source, device: torch.device, effort: str) -> torch.dtype:
+    """Return the dtype that blocks compute in: float32 on a CPU, else the model's.
+
+    Gradients are too small for float16: there bfloat16 takes its place.
+    """
+    dtype = torch.float32 if device.type == "cpu" else float_dtype(model_dtype(source))
+    return torch.bfloat16 if dtype == torch.float16 and effort == "high" else dtype

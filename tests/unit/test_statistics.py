@@ -1,0 +1,111 @@
+"""Sums of a calibration: batches, parts and files add up to what all tokens give at once; experts get their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersor.compress.statistics import (
+    HESSIAN,
+    OUTPUT_HESSIAN,
+    SHIFT,
+    LayerSums,
+    Moments,
+    add_to_experts,
+    load_sums,
+    save_sums,
+)
+from tersor.errors import InputError
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return normal random numbers, the same for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, ORIGINAL, WEIGHT = random(60, 8), random(60, 8, seed=1), random(60, seed=2).abs()
+GRADIENTS = random(60, 6, seed=3)
+
+
+def test_batches_add_up_to_the_mean_over_all_tokens() -> None:
+    sums = LayerSums.of(8, shift=True, outputs=6)
+    for part in (slice(0, 10), slice(10, 60)):
+        sums.add(X[part].view(2, -1, 8), WEIGHT[part].view(2, -1), ORIGINAL[part].view(2, -1, 8))
+        sums.add_gradients(GRADIENTS[part].to(torch.float64))
+    weighted = (X * WEIGHT.unsqueeze(1)).double()
+    means = sums.statistics()
+    assert sums.tokens == 60
+    assert torch.allclose(means[HESSIAN].double(), weighted.T @ X.double() / 60, atol=1e-6)
+    assert torch.allclose(means[SHIFT].double(), (ORIGINAL - X).T.double() @ weighted / 60, atol=1e-6)
+    assert torch.allclose(means[OUTPUT_HESSIAN], GRADIENTS.T @ GRADIENTS / 60, atol=1e-6)
+    assert {mean.dtype for mean in means.values()} == {torch.float32}
+
+
+def test_pieces_are_the_blocks_along_the_diagonal() -> None:
+    whole, pieces = Moments(6), Moments(6, pieces=3)
+    for moments in (whole, pieces):
+        moments.add(GRADIENTS, WEIGHT)
+    expected = torch.stack([whole.mean()[i : i + 2, i : i + 2] for i in (0, 2, 4)])
+    assert torch.allclose(pieces.mean(), expected)
+    with pytest.raises(InputError, match="6 channels are not 4 pieces"):
+        Moments(6, pieces=4)
+
+
+def test_many_small_batches_lose_nothing_against_one() -> None:
+    large, small = Moments(2), Moments(2)
+    x = torch.full((20000, 2), 1e-3)
+    x[0] = 1e3
+    large.add(x.double())
+    for part in x.split(10):
+        small.add(part)
+    assert float(small.total[0, 0, 0]) == pytest.approx(1e6 + 19999e-6, rel=1e-9)
+    assert small.tokens == large.tokens == 20000
+
+
+def test_sums_of_parts_merge_and_files_hold_them_exactly(tmp_path: Path) -> None:
+    first, second, whole = (LayerSums.of(8, outputs=6, pieces=2) for _ in range(3))
+    first.add(X[:20])
+    second.add(X[20:])
+    second.add_gradients(GRADIENTS)
+    for part in (X[:20], X[20:]):
+        whole.add(part)
+    whole.add_gradients(GRADIENTS)
+    save_sums({"layers.0.q_proj": first, "other": second}, tmp_path / "sums.safetensors")
+    read = load_sums(tmp_path / "sums.safetensors")
+    assert read.keys() == {"layers.0.q_proj", "other"}
+    merged = read["layers.0.q_proj"]
+    merged.merge(read["other"])
+    assert merged.tokens == 60 and merged.sums[OUTPUT_HESSIAN].tokens == 60
+    for name, mean in whole.statistics().items():
+        assert torch.equal(merged.statistics()[name], mean)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sums").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="holds no sums of a calibration"):
+        load_sums(tmp_path / "sums")
+
+
+def test_every_expert_gets_the_tokens_that_chose_it() -> None:
+    chosen = torch.stack([torch.arange(60) % 3, torch.full((60,), 4)], dim=1)
+    chosen[0, 0] = 4
+    experts = [LayerSums.of(8, shift=True) for _ in range(6)]
+    gates = torch.stack([WEIGHT, 2 * WEIGHT], dim=1)
+    add_to_experts(experts, X[:30], chosen[:30], gates[:30], ORIGINAL[:30])
+    add_to_experts(experts, X[30:], chosen[30:], gates[30:], ORIGINAL[30:])
+    assert [sums.tokens for sums in experts] == [19, 20, 20, 0, 61, 0]
+    mine = torch.arange(60) % 3 == 1
+    weighted = X[mine] * WEIGHT[mine].unsqueeze(1)
+    statistics = experts[1].statistics()
+    assert torch.allclose(statistics[HESSIAN], weighted.T @ X[mine] / 20, atol=1e-6)
+    assert torch.allclose(statistics[SHIFT], (ORIGINAL - X)[mine].T @ weighted / 20, atol=1e-6)
+    assert torch.equal(experts[3].statistics()[HESSIAN], torch.zeros(8, 8))
+
+
+def test_inputs_of_the_original_model_are_given_where_their_shift_is_kept_and_nowhere_else() -> None:
+    with pytest.raises(InputError, match="inputs of two models"):
+        LayerSums.of(8, shift=True).add(X)
+    with pytest.raises(InputError, match="inputs of two models"):
+        LayerSums.of(8).add(X, original=ORIGINAL)
