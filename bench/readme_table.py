@@ -57,8 +57,8 @@ def latency_table(result: dict[str, Any], name: str) -> str:
     facts = result["environment"]
     caption = (
         f"A decode step of a whole model, all of its linears and the head in {FORMAT}, random weights, milliseconds on "
-        f"one {facts['gpu']}, torch {facts['torch']}, commit {facts['commit']} (`bench/results/{name}`). Read time: the "
-        f"bytes of weights, keys and values over the {result['read_bandwidth'] / 1e12:.2f} TB/s of a large read."
+        f"one {facts['gpu']}, torch {facts['torch']}, commit {facts['commit']} (`bench/results/{name}`). Read time: "
+        f"the bytes of weights, keys and values over the {result['read_bandwidth'] / 1e12:.2f} TB/s of a large read."
     )
     lines = [
         *textwrap.wrap(caption, 120),

@@ -41,7 +41,7 @@ extern "C" void TERSOR_ENTRY(
     const float* given, const float* row_scales, const u16* bias, const u16* residual, u16* y, const float* norm_weight,
     u16* scaled, float* squares, int oc, int ic, int n, float norm_scale, float norm_eps) {
     using namespace linear;
-    static float token_scales[kTokens], exchange[kFinishers * 4 * kSums];
+    static float token_scales[kTokens];
     const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
     Item item{};
     item.first_row = blockIdx.x * kRows;
@@ -55,10 +55,9 @@ extern "C" void TERSOR_ENTRY(
         const int row = terms.first_row + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
         sums[i] = given[row * kTokens + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2];
     }
-    for (int i = threadIdx.x; i < kFinishers * 4 * kSums; i += blockDim.x) exchange[i] = NAN;
     __syncthreads();
     const TileScales of_tokens(token_scales, nullptr, item);
     Met met;
     met.load(item, terms, residual, norms);
-    store_few(sums, item, terms, of_tokens, met, residual != nullptr, y, norms, exchange);
+    store_few(sums, item, terms, of_tokens, met, residual != nullptr, y, norms);
 }

@@ -93,9 +93,9 @@ def test_options_are_read_strictly() -> None:
         with pytest.raises(InputError, match="--n"):
             cli.numbers("--n", text)
     assert [
-        contenders.label(s) for s in cli.schemes(["fp6_e3m2", "int4:g128", "mxfp6_e2m3", "fp6"], [Shape(8, 256)])
+        contenders.label(s) for s in cli.schemes(["fp6_e2m3", "int4:g128", "mxfp6_e2m3", "fp6"], [Shape(8, 256)])
     ] == [
-        "fp6_e3m2",
+        "fp6_e2m3",
         "int4:g128",
         "mxfp6_e2m3",
     ]

@@ -77,7 +77,7 @@ def test_malformed_configs_are_one_line(case: str) -> None:
         ("down=int8:row", ("down", "int8:row:bfloat16")),
         ("down=int8:g32:float32", ("down", "int8:g32:float32")),
         ("down=mxfp4_e2m1", ("down", "fp4_e2m1:g32:e8m0")),
-        ("(?=a)b=fp6", ("(?=a)b", "fp6_e3m2:g128:bfloat16")),
+        ("(?=a)b=fp6", ("(?=a)b", "fp6_e2m3:g128:bfloat16")),
     ],
 )
 def test_overrides_take_what_they_do_not_name_from_the_rest(text: str, expected: tuple[str, str]) -> None:

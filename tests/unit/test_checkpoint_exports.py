@@ -163,9 +163,9 @@ def test_humming_finds_layers_by_the_names_servers_give(moe: Path, tmp_path: Pat
     dtypes = {
         "model.layers.0.self_attn.qkv_proj": "int8",
         "model.layers.0.self_attn.q_proj": "int8",
-        "model.layers.0.self_attn.o_proj": "float6e3m2",
-        "model.layers.0.block_sparse_moe.experts": "float6e3m2",
-        "model.layers.1.self_attn.qkv_proj": "float6e3m2",
+        "model.layers.0.self_attn.o_proj": "float6e2m3",
+        "model.layers.0.block_sparse_moe.experts": "float6e2m3",
+        "model.layers.1.self_attn.qkv_proj": "float6e2m3",
         "model.layers.1.self_attn.o_proj": None,
         "model.layers.1.block_sparse_moe.experts": "int4",
         "lm_head": None,

@@ -124,7 +124,7 @@ def test_encode_takes_other_dtypes_and_leaves_them_alone(dtype: torch.dtype) -> 
 
 
 def test_names() -> None:
-    assert formats.get("fp6") == formats.get("fp6_e3m2")
+    assert formats.get("fp6") == formats.get("fp6_e2m3")
     assert formats.get("fp5").name == "fp5_e2m2"
     with pytest.raises(FormatError, match=r"unknown format 'fp6_e4m2', did you mean 'fp6_e\dm\d'\?.*fp6_e3m2"):
         formats.get("fp6_e4m2")

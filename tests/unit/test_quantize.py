@@ -33,7 +33,7 @@ def config_of(directory: Path) -> QuantizationConfig:
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"format": "fp6"}, "fp6_e3m2:row:float16"),
+        ({}, "fp6_e2m3:row:float16"),
         ({"format": "fp5_e2m2", "group_size": 32, "scale_dtype": "bfloat16"}, "fp5_e2m2:g32:bfloat16"),
         ({"format": "int4", "group_size": 16}, "int4:g16:float16"),
         ({"format": "uint3", "group_size": 32, "scale_dtype": "float32"}, "uint3:g32:float32"),
@@ -84,7 +84,7 @@ def test_overrides_and_ignore(llama: Path, tmp_path: Path) -> None:
     assert schemes["model.layers.0.mlp.down_proj.weight"] == "int8:g32:float16"
     assert schemes["model.layers.1.mlp.down_proj.weight"] == "int4:row:float16"
     assert schemes["model.layers.0.mlp.up_proj.weight"] == "int4:row:float16"
-    assert schemes["model.layers.0.mlp.gate_proj.weight"] == "fp6_e3m2:row:float16"
+    assert schemes["model.layers.0.mlp.gate_proj.weight"] == "fp6_e2m3:row:float16"
     assert schemes["model.layers.0.self_attn.q_proj.weight"] is None
     assert notes["model.layers.0.self_attn.q_proj.weight"] == r"ignored by 'self_attn\\.[qk]'"
     assert schemes["lm_head.weight"] == "fp8_e4m3:row:float16"
@@ -182,7 +182,7 @@ def test_companions_come_along_and_nothing_else(llama: Path, tmp_path: Path) -> 
     }
     for name in (*coming, "generation_config.json"):
         assert written[name] == (source / name).read_bytes()
-    assert written["README.md"].startswith(b"---\nlibrary_name: transformers\ntags:\n- tersor\n- fp6_e3m2\n---\n")
+    assert written["README.md"].startswith(b"---\nlibrary_name: transformers\ntags:\n- tersor\n- fp6_e2m3\n---\n")
 
 
 def test_a_dry_run_writes_nothing_and_says_the_same(llama: Path, tmp_path: Path) -> None:

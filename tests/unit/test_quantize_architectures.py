@@ -150,7 +150,7 @@ def test_experts_that_are_stored_fused_are_compressed_each_on_its_own(tmp_path: 
     report = quantize(source, tmp_path / "out")
     after = checkpoints.weights(tmp_path / "out")
     fused = [row for row in report.rows if ".experts." in row.name]
-    assert [(row.scheme, row.note, row.linear) for row in fused] == [("fp6_e3m2:row:float16", "", True)] * 4
+    assert [(row.scheme, row.note, row.linear) for row in fused] == [("fp6_e2m3:row:float16", "", True)] * 4
     assert len(report.compressed) == 12
     for row in fused:
         scheme, weights = Scheme.from_key(str(row.scheme)), tensors[row.name]

@@ -46,7 +46,7 @@ def test_quantize_prints_a_table_of_formats(
     status, out, err = tersor("quantize", model, "-o", tmp_path / "out", "--override", r"\.w2$=int8:g32")
     assert status == 0 and err == ""
     table = {line[0]: line for line in lines_of(out)}
-    assert table["fp6_e3m2,"][1:5] == ["row,", "float16", "24", "6.250"]
+    assert table["fp6_e2m3,"][1:5] == ["row,", "float16", "24", "6.250"]
     assert table["int8,"][1:6] == ["group", "32,", "float16", "8", "8.500"]
     assert table["kept"][1:4] == ["as", "they", "are"]
     assert "32 of 41 tensors compressed to" in out
@@ -75,7 +75,7 @@ def test_a_dry_run_prints_layers_that_are_alike_in_one_line(
     assert status == 0 and err == ""
     table = {line[0]: line for line in lines_of(out)}
     assert table["model.layers.0-1.block_sparse_moe.experts.0-3.w1"][1:3] == ["8", "96x64"]
-    assert table["model.layers.0.self_attn.k_proj"][3:6] == ["fp6_e3m2,", "row,", "float16"]
+    assert table["model.layers.0.self_attn.k_proj"][3:6] == ["fp6_e2m3,", "row,", "float16"]
     assert table["model.layers.1.self_attn.k_proj"][3:6] == ["kept:", "ignored", "by"]
     assert table["model.layers.0-1.block_sparse_moe.gate"][3:5] == ["kept:", "router"]
     assert table["lm_head"][3:6] == ["kept:", "output", "head"]
@@ -89,7 +89,7 @@ def test_inspect(tersor: Callable[..., tuple[int, str, str]], model: Any, tmp_pa
     assert status == 0 and err == ""
     table = {line[0]: line for line in lines_of(out)}
     assert table["out:"][1] == "MixtralForCausalLM;"
-    assert table["model.layers.0-1.self_attn.q_proj"][1:6] == ["2", "64x64", "fp6_e3m2,", "row,", "float16"]
+    assert table["model.layers.0-1.self_attn.q_proj"][1:6] == ["2", "64x64", "fp6_e2m3,", "row,", "float16"]
     status, out, err = tersor("inspect", tmp_path / "out", "--full")
     assert "model.layers.1.block_sparse_moe.experts.3.w2" in {line[0] for line in lines_of(out)}
     status, out, err = tersor("inspect", tmp_path / "out", "--json")
@@ -142,7 +142,7 @@ def test_a_person_sees_progress_on_stderr(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     status, out, err = tersor("quantize", model, "-o", tmp_path / "out", "--json")
     assert status == 0 and json.loads(out)
-    assert "opening the model" in err and "model to fp6_e3m2" in err and "kB" in err and "B/s" in err
+    assert "opening the model" in err and "model to fp6" in err and "kB" in err and "B/s" in err
 
 
 @pytest.mark.parametrize(

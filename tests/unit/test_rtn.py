@@ -51,7 +51,7 @@ def test_the_largest_weight_keeps_its_value() -> None:
     weight = torch.tensor([[0.3, -2.8, 1.0, 0.0]])
     encoded = quantize_rtn(weight, formats.get_scheme("fp6_e3m2", None, "float32"))
     assert float(encoded.scale) == pytest.approx(0.1)
-    assert formats.get("fp6").decode(encoded.codes)[0, 1] == -28
+    assert formats.get("fp6_e3m2").decode(encoded.codes)[0, 1] == -28
 
 
 @pytest.mark.parametrize("name", ["fp6_e3m2", "int4", "uint4", "mxfp6_e3m2"])

@@ -24,14 +24,14 @@ from tersor.nn import PackedLinear
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("llama")
     plain = models.plain("llama", folder / "plain", torch.bfloat16)
-    return plain, models.compressed(plain, folder / "packed", format="fp6_e3m2")
+    return plain, models.compressed(plain, folder / "packed", format="fp6")
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("mixtral")
     plain = models.plain("mixtral", folder / "plain", torch.bfloat16)
-    return plain, models.compressed(plain, folder / "packed", format="fp6_e3m2")
+    return plain, models.compressed(plain, folder / "packed", format="fp6")
 
 
 def packed_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -51,7 +51,7 @@ def packed_tensors(model: Any) -> dict[str, torch.Tensor]:
 )
 def test_the_dtype_asked_for_is_that_of_everything_plain(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     plain = models.plain(name, tmp_path / "plain", torch.bfloat16)
-    packed = models.compressed(plain, tmp_path / "packed", format="fp6_e3m2")
+    packed = models.compressed(plain, tmp_path / "packed", format="fp6")
     stored = {key: tensor for key, tensor in models.tensors(packed).items() if ".weight_" in key}
     loaded = AutoModelForCausalLM.from_pretrained(packed, dtype=dtype)
     while_loading = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, quantization_config=tersor.TersorConfig())
@@ -78,7 +78,7 @@ def test_without_a_dtype_the_checkpoint_decides(llama: tuple[Path, Path], tmp_pa
     for file in plain.glob("*.safetensors"):
         save_file(models.tensors(plain), silent / file.name, {"format": "pt"})
     (silent / "config.json").write_text(json.dumps(stated))
-    out = models.compressed(silent, tmp_path / "packed", format="fp6_e3m2")
+    out = models.compressed(silent, tmp_path / "packed", format="fp6")
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 

@@ -12,7 +12,7 @@ import typer
 from tersor.cli import console, options
 from tersor.errors import InputError
 
-FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp5_e2m2", "fp4_e2m1", "int4")
+FORMATS = ("fp6_e2m3", "fp6_e3m2", "fp5_e2m2", "fp4_e2m1", "int4")
 PROMPT = "def read_file(path):\n"
 PENALTY = 1.2
 """A small model decoded greedily repeats itself without one."""

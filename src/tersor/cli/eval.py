@@ -214,8 +214,8 @@ def row(label: str, weight_bytes: int, bits: float, quality: Quality) -> list[st
 
 def difference_columns(first: str, compared: bool) -> list[str]:
     """Headings of the table that `difference_row` fills."""
-    plain = [f"against {first}", "log perplexity", f"{first} better in"]
-    return [*plain, "KL x 1000", f"{first} nearer in"] if compared else plain
+    plain = [f"against {first}", "log perplexity", "first better in"]
+    return [*plain, "KL x 1000", "first nearer in"] if compared else plain
 
 
 def difference_row(label: str, found: Comparison) -> list[str]:

@@ -21,7 +21,7 @@ from tersor.version import __version__
 VERBS: dict[str, tuple[str, str]] = {
     "quantize": ("tersor.cli.quantize", "Compress the linear weights of a checkpoint."),
     "inspect": ("tersor.cli.inspect", "Show what a checkpoint holds: format, bits and size of every layer."),
-    "eval": ("tersor.cli.eval", "Measure perplexity, and divergence from a reference model, on a text."),
+    "eval": ("tersor.cli.eval", "Measure perplexity, divergence from a reference model, and answers to tasks."),
     "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
     "serve": ("tersor.cli.serve", "Answer over HTTP by OpenAI's API, with a chat page, until told to end."),
     "batch": (

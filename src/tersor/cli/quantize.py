@@ -30,8 +30,8 @@ def command(
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", "-f", help="Element format, such as fp6_e3m2, int4 or mxfp6_e2m3.")
-    ] = "fp6_e3m2",
+        str, typer.Option("--format", "-f", help="Element format, such as fp6 (e2m3), int4 or mxfp6_e2m3.")
+    ] = "fp6",
     group_size: Annotated[
         int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")
     ] = None,

@@ -87,7 +87,7 @@ def quantize(
     model: nn.Module | str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    format: str = "fp6_e3m2",
+    format: str = "fp6",
     group_size: int | None = None,
     scale_dtype: str | None = None,
     algorithm: str = DEFAULT_RECIPE,
@@ -120,7 +120,7 @@ def quantize(
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded; or a module.
         output: the directory to make, which must not exist; `None` only for a dry run or a module.
-        format: element format of the weights, such as `fp6_e3m2`, `int4` or `mxfp6_e2m3`.
+        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest, or `gptq`, which needs a

@@ -65,7 +65,7 @@ class _Model:
 def quantize_module(
     model: nn.Module,
     *,
-    format: str = "fp6_e3m2",
+    format: str = "fp6",
     group_size: int | None = None,
     scale_dtype: str | None = None,
     algorithm: str = DEFAULT_RECIPE,

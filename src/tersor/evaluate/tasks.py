@@ -17,6 +17,9 @@ from tersor.llm import LLM
 if TYPE_CHECKING:
     from tersor.integrations.lm_eval.tasks import Tasks, TaskScore
 
+SEED = 0
+"""Of tasks that draw: the same model answers the same way again."""
+
 
 def find_tasks(text: str) -> Tasks:
     """Find tasks by names of lm-eval, YAML files and folders of those, with commas between.
@@ -73,6 +76,7 @@ def run_tasks(
                 dtype=dtype,
                 activations=str(one.activations),
                 kv_dtype=one.pages.kv_dtype,
+                seed=SEED,
                 trust_remote_code=trust_remote_code,
             )
             try:

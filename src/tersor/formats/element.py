@@ -36,7 +36,7 @@ _NAMED = (
     *(f"int{bits}" for bits in range(8, 1, -1)),
     *(f"uint{bits}" for bits in range(8, 0, -1)),
 )
-_ALIASES = {"fp6": "fp6_e3m2", "fp5": "fp5_e2m2", "fp4": "fp4_e2m1", "fp3": "fp3_e2m0", "fp8": "fp8_e4m3"}
+_ALIASES = {"fp6": "fp6_e2m3", "fp5": "fp5_e2m2", "fp4": "fp4_e2m1", "fp3": "fp3_e2m0", "fp8": "fp8_e4m3"}
 _FLOAT_NAME = re.compile(r"fp(\d+)_e(\d+)m(\d+)")
 _INT_NAME = re.compile(r"(u?)int(\d+)")
 

@@ -29,7 +29,7 @@ class TersorConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format: str = "fp6_e3m2",
+        format: str = "fp6",
         group_size: int | None = None,
         scale_dtype: str | None = None,
         ignore: Sequence[str] = (),
@@ -38,7 +38,7 @@ class TersorConfig(QuantizationConfigMixin):
         """Choose how to compress a model while it is loaded.
 
         Args:
-            format: such as `fp6_e3m2`, `int4` or `mxfp6_e3m2`.
+            format: such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`.
             group_size: consecutive input channels that share a scale; `None` is one scale a row.
             scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
             ignore: patterns of modules left as they are; output heads, embeddings and routers are left anyway, unless
