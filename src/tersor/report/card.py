@@ -1,4 +1,4 @@
-"""What does a checkpoint's model card say that was measured of it? A section of its own, replaced when written again."""
+"""What does a model card say that was measured of its checkpoint? A section of its own, replaced when written again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def write_cards(runs: Sequence[Run]) -> list[Path]:
     """Write into the model card of every checkpoint among runs what the runs of `tersor eval` among them say of it.
 
     A run says something of a checkpoint where it measured this directory, or one of the same name elsewhere, and the
-    weights had as many bytes as they have now. The section that stands there is replaced; all else in the card stays as it is.
+    weights had as many bytes as they have now. The section that stands there is replaced; all else in the card stays
+    as it is.
 
     Returns:
         The cards, in the order of the checkpoints.

@@ -35,7 +35,8 @@ body { margin: 2em auto; padding: 0 1.2em; max-width: 78em; background: var(--pa
 h1 { font-size: 1.6em; } h2 { margin-top: 2em; border-bottom: 1px solid var(--line); } p.note { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.86em; margin: 0.8em 0; }
 th, td { padding: 0.22em 0.7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: baseline; }
-th { color: var(--soft); font-weight: 600; } .right { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 600; } .right { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .plots { display: flex; flex-wrap: wrap; gap: 1em; } svg.plot { width: 34em; max-width: 100%; height: auto; }
 svg.cell { width: 7em; height: 0.7em; } svg text { fill: var(--ink); font-size: 12px; }
 svg .small { font-size: 11px; fill: var(--soft); } svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
@@ -113,17 +114,15 @@ def _quality(group: dict[str, Any], number: int) -> list[Markup]:
     if group["reference"] is not None:
         parts.append(
             _note(
-                "KL: KL(reference || model) in nats a token; its median is over windows, p99 over tokens. Flips: another "
-                "most probable token. Loss: perplexity above the reference's, its error that of the paired difference. A "
-                "KL below the noise floor says nothing."
+                "KL: KL(reference || model) in nats a token; its median is over windows, p99 over tokens. Flips: "
+                "another most probable token. Loss: perplexity above the reference's, its error that of the paired "
+                "difference. A KL below the noise floor says nothing."
             )
         )
     if group["comparisons"]:
         parts.append(element("h3", "Paired differences"))
         parts.append(
-            _note(
-                "The model's value less that of the other, on the same windows, so that what makes a window hard cancels."
-            )
+            _note("The model's value less the other's, on the same windows, so that what makes a window hard cancels.")
         )
         parts.append(comparison_table(group))
     return parts
@@ -142,9 +141,9 @@ def _pictures(group: dict[str, Any]) -> Markup:
             points = _points(models, x, lambda model: model["perplexity"], "perplexity_error", 1)
             pictures.append(scatter(points, x_label=label, y_label="perplexity", log=False))
         return element("div", "".join(pictures), class_="plots")
-    far = [model for model in models if model.get("kl")]
+    far = [model for model in models if model.get("kl", 0) > 0]
     least = min((model["kl"] for model in far), default=0.0)
-    floors = [floor["kl"] for floor in group["noise_floors"] if 0 < floor["kl"]]
+    floors = [floor["kl"] for floor in group["noise_floors"] if floor["kl"] > 0]
     levels = [(1000 * floor, "noise floor") for floor in floors if floor > least / _BELOW]
     lost = [model for model in models if model.get("perplexity_ratio") is not None]
     losses = [loss(model) for model in lost]
@@ -195,15 +194,13 @@ def _checkpoint(one: dict[str, Any]) -> list[Markup]:
         parts.append(_note("Errors of the weights are not known: an older Tersor compressed this checkpoint."))
     if one["calibration"] is not None:
         parts.append(
-            _note(
-                "Objective: the recipe's loss of the layer's outputs, rounded to nearest (before) and as written (after)."
-            )
+            _note("Objective: the recipe's loss of the layer's outputs, rounded to nearest and, after, as written.")
         )
     if any(layer["count"] > 1 for layer in one["layers"]):
         parts.append(
             _note(
-                "Experts of a layer are one line, with how many there are: the mean of bits, the root of the mean square "
-                "of errors, the sum of objectives."
+                "Experts of a layer are one line, with how many there are: the mean of bits, the root of the mean "
+                "square of errors, the sum of objectives."
             )
         )
     parts.append(layer_table(one))

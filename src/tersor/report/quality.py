@@ -1,4 +1,4 @@
-"""How good are the models of all runs, beside each other? Only what read the same windows against the same reference."""
+"""How good are the models of all runs, together? Only what read the same windows against the same reference."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Group:
             "reference_model": self.reference_model,
             "noise_floors": self.floors,
             "models": [
-                {"number": number, **_without_windows(model), "label": label, "run": run}
+                {"number": number, **(_without_windows(model) or {}), "label": label, "run": run}
                 for number, (model, label, run) in enumerate(zip(self.models, labels, self.runs, strict=True), 1)
             ],
             "comparisons": self._comparisons(),

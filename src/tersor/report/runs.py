@@ -1,8 +1,9 @@
-"""Which run is this? A JSON of `tersor eval` or `tersor bench`, or a compressed checkpoint with its logs, read whole."""
+"""Which run is this? A JSON of `tersor eval` or `tersor bench`, or a compressed checkpoint with its logs."""
 
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,23 @@ VERSIONS = {
 }
 """Kind of a results file -> the version that is read."""
 
-_MODEL = {"label": str, "weight_bytes": int, "bits_per_weight": (int, float), "windows": int, "window": int}
-_MODEL_TOO = {"perplexity": (int, float), "windows_sha256": str, "per_window": dict}
+Kinds: TypeAlias = type | tuple[type, ...]
+
+_NUMBER = (int, float)
+_MODEL: dict[str, Kinds] = {
+    "label": str,
+    "weight_bytes": int,
+    "bits_per_weight": _NUMBER,
+    "windows": int,
+    "window": int,
+    "perplexity": _NUMBER,
+    "windows_sha256": str,
+    "per_window": dict,
+}
+"""Field of a model of `tersor eval` -> what it is."""
+_FLOOR: dict[str, Kinds] = {"rounding": str, "kl": _NUMBER}
+_QUANTITIES = ("kl", "perplexity", "reference_perplexity", "flips")
+"""How names of what is measured begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +126,7 @@ def read_runs(paths: Sequence[str], *, trust_remote_code: bool = False) -> list[
     return runs
 
 
-def need(raw: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+def need(raw: Any, key: str, kind: Kinds, where: str) -> Any:
     """Return a field of a JSON object.
 
     Raises:
@@ -118,8 +134,13 @@ def need(raw: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """
     if not isinstance(raw, dict) or key not in raw:
         raise InputError(f"{where}: damaged: {key!r} is missing")
-    if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
-        raise InputError(f"{where}: damaged: {key!r} is {str(raw[key])[:40]!r}")
+    value = raw[key]
+    if (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise InputError(f"{where}: damaged: {key!r} is {str(value)[:40]!r}")
     return raw[key]
 
 
@@ -182,26 +203,33 @@ def _check_evaluation(found: dict[str, Any], path: str) -> None:
     models = need(found, "models", list, path) if "models" in found else []
     more = [found["reference_model"]] if "reference_model" in found else []
     for index, model in enumerate([*models, *more]):
-        for key, kind in (*_MODEL.items(), *_MODEL_TOO.items()):
+        for key, kind in _MODEL.items():
             need(model, key, kind, f"{path}: model {index}")
-        for key, value in model.items():
-            if key.partition("_")[0] in ("kl", "perplexity", "flips", "reference_perplexity"):
-                need(model, key, (int, float), f"{path}: model {index}")
+        _check_numbers(model, f"{path}: model {index}")
         for key, values in model["per_window"].items():
             if not isinstance(values, list) or len(values) != model["windows"] or not all(map(_number, values)):
                 raise InputError(f"{path}: damaged: model {index}: {key!r} has no number for every window")
         if model["perplexity"] <= 0 or model["weight_bytes"] <= 0 or model["bits_per_weight"] <= 0:
             raise InputError(f"{path}: damaged: model {index}: a size or a perplexity is not positive")
     if "noise_floor" in found:
-        for key, kind in (("rounding", str), ("kl", (int, float))):
+        for key, kind in _FLOOR.items():
             need(found["noise_floor"], key, kind, f"{path}: noise_floor")
+        _check_numbers(found["noise_floor"], f"{path}: noise_floor")
     for index, task in enumerate(need(found, "tasks", list, path) if "tasks" in found else []):
         for key in ("label", "task", "metric"):
             need(task, key, str, f"{path}: task {index}")
+        for key in ("value", "error"):
+            need({key: None, **task}, key, (*_NUMBER, type(None)), f"{path}: task {index}")
+
+
+def _check_numbers(measured: dict[str, Any], where: str) -> None:
+    for key in measured:
+        if key.startswith(_QUANTITIES):
+            need(measured, key, _NUMBER, where)
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _checkpoint(path: str, place: Path, trust_remote_code: bool) -> Checkpoint:
@@ -222,7 +250,7 @@ def _checkpoint(path: str, place: Path, trust_remote_code: bool) -> Checkpoint:
         for line in layers:
             need(line, "tensor", str, where)
             need(line, "layer", str, where)
-            need(line, "relative_error", (int, float, type(None)), where)
+            need(line, "relative_error", (*_NUMBER, type(None)), where)
     log = None
     if files.mode_of(place / LOG_NAME):
         where = f"{path}: {LOG_NAME}"
@@ -231,5 +259,5 @@ def _checkpoint(path: str, place: Path, trust_remote_code: bool) -> Checkpoint:
             need(line, "layer", str, where)
             for key in ("objective_before", "objective_after", "relative_error"):
                 if key in line:
-                    need(line, key, (int, float), where)
+                    need(line, key, _NUMBER, where)
     return Checkpoint(path=path, directory=place.resolve(), found=found, config=raw, layers=layers, log=log)

@@ -12,6 +12,15 @@ _SHOWN = ("commit", "tersor", "torch", "cuda", "driver", "gpu", "date")
 """Of an environment, in this order; what else is there comes behind."""
 
 
+_OF_CALIBRATION = {
+    "computed_on": "calibrated by",
+    "seconds": "seconds of calibration",
+    "rarely_hit_experts": "rarely hit experts",
+    "rounded_to_nearest": "rounded to nearest",
+}
+"""Field of a calibration's log -> what it is called; config.json says the rest."""
+
+
 def table(headings: Sequence[object], rows: Sequence[Sequence[object]], words: int = 1) -> Markup:
     """Return a table; the first `words` columns are to the left, the others to the right."""
     if not rows:
@@ -119,11 +128,7 @@ def choice_table(one: dict[str, Any]) -> Markup:
     said = dict(one.get("provenance", {}))
     rows += [[str(key).replace("_", " "), value] for key, value in said.items() if key != "algorithm"]
     calibration = one["calibration"] or {}
-    rows += [
-        [key.replace("_", " "), _words(value)]
-        for key, value in calibration.items()
-        if key not in ("algorithm", "effort", "seed") and value not in ([], None)
-    ]
+    rows += [[words, _words(calibration[key])] for key, words in _OF_CALIBRATION.items() if calibration.get(key)]
     rows += [["format", _scheme(one)]]
     rows += [["level", _scheme(level)] for level in one.get("levels", ())]
     rows += [["override", f"{pattern} = {_scheme(scheme)}"] for pattern, scheme in one.get("overrides", {}).items()]
