@@ -93,7 +93,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, text = calibrated.model("llama", folder / "model"), calibrated.text(folder / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RECIPES, "gptq", calibrated.quick(RECIPES["gptq"]))
-        options = {**calibrated.OPTIONS, "calibration": text, "overrides": ["down_proj=int8"]}
+        options = {**calibrated.OPTIONS, "calibration": text, "overrides": ["down_proj=int8:row"]}
         quantize(model, folder / "out", **options)
     return folder / "out"
 

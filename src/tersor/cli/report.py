@@ -52,8 +52,8 @@ def command(
     cards = write_cards(found) if card else []
     if json:
         console.print_json(made)
-        return
-    for group in made["quality"]:
-        if group["apart"]:
-            print(f"{', '.join(model['label'] for model in group['models'])}: shown apart: {group['apart']}")
+    else:
+        for group in made["quality"]:
+            if group["apart"]:
+                print(f"{', '.join(model['label'] for model in group['models'])}: shown apart: {group['apart']}")
     bench.say_written(json, output, *cards)

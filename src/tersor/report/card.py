@@ -10,7 +10,7 @@ from tersor import evaluate, files
 from tersor.errors import InputError, OutputError
 from tersor.report.quality import Group, find_groups
 from tersor.report.runs import Checkpoint, Measured, Run
-from tersor.report.tables import loss
+from tersor.report.tables import beside_reference
 from tersor.report.words import measured, plus_minus, size, times
 
 NAME = "README.md"
@@ -117,8 +117,8 @@ def _part(one: Checkpoint, group: Group, run: Measured) -> list[str]:
 
 
 def _row(model: dict[str, Any], compared: bool) -> list[str]:
-    way = [f"activations {model['activations']}"] if model.get("activations") else []
-    way += [f"keys and values {model['kv_dtype']}"] if model.get("kv_dtype") else []
+    way = [f"{model['activations']} activations"] if model.get("activations") else []
+    way += [f"keys and values in {model['kv_dtype']}"] if model.get("kv_dtype") else []
     cells = [
         _plain(", ".join(way)) or "-",
         f"{model['bits_per_weight']:.3f}",
@@ -127,16 +127,7 @@ def _row(model: dict[str, Any], compared: bool) -> list[str]:
     ]
     if not compared:
         return cells
-    if model.get("perplexity_ratio") is None:
-        return [*cells, *["-"] * 5]
-    return [
-        *cells,
-        measured(loss(model), times(100, model.get("perplexity_ratio_error")), sign=True),
-        measured(times(1000, model.get("kl")), times(1000, model.get("kl_error"))),
-        measured(times(1000, model.get("kl_median"))),
-        measured(times(1000, model.get("kl_p99"))),
-        measured(times(100, model.get("flips")), times(100, model.get("flips_error"))),
-    ]
+    return [*cells, *(["-"] * 5 if model.get("kl") is None else beside_reference(model))]
 
 
 def _is(one: Checkpoint, model: dict[str, Any]) -> bool:

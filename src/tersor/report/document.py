@@ -34,7 +34,7 @@ def document(runs: Sequence[Run]) -> dict[str, Any]:
         "environment": facts.environment(),
         "runs": [_about(run) for run in runs],
         "quality": [
-            {**group.to_dict(), "apart": groups[0].apart_from(group) if index else None}
+            {**group.to_dict(), "apart": group.apart_from(groups[0]) if index else None}
             for index, group in enumerate(groups)
         ],
         "tasks": [

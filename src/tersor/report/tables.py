@@ -72,11 +72,14 @@ def _values(model: dict[str, Any], compared: bool) -> list[object]:
     perplexity = plus_minus(model.get("perplexity"), model.get("perplexity_error"), 3)
     if not compared:
         return [perplexity]
-    if model.get("perplexity_ratio") is None:
-        return [perplexity, "", "", "", "", ""]
+    return [perplexity, *([""] * 5 if model.get("kl") is None else beside_reference(model))]
+
+
+def beside_reference(model: dict[str, Any]) -> list[str]:
+    """Return loss, KL, its median and 99th percentile, and flips of a model that was compared with a reference."""
+    lost = None if model.get("perplexity_ratio") is None else loss(model)
     return [
-        perplexity,
-        measured(loss(model), times(100, model.get("perplexity_ratio_error")), sign=True),
+        measured(lost, times(100, model.get("perplexity_ratio_error")), sign=True),
         measured(times(1000, model.get("kl")), times(1000, model.get("kl_error"))),
         measured(times(1000, model.get("kl_median"))),
         measured(times(1000, model.get("kl_p99"))),
