@@ -264,7 +264,7 @@ def test_layers_are_kept_beside_a_checkpoint_that_is_rounded_to_nearest(tmp_path
     kept = json.loads((tmp_path / "out" / "tersor-layers.json").read_text())
     assert (kept["kind"], kept["version"]) == ("tersor layers", 1)
     assert {line["tensor"]: line["relative_error"] for line in kept["layers"]} == {
-        row.name: row.relative_error for row in done.compressed
+        row.name: pytest.approx(row.relative_error, rel=5e-4) for row in done.compressed
     }
     page = reported(tmp_path, str(tmp_path / "out"))
     for line in kept["layers"]:

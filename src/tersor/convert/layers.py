@@ -13,6 +13,8 @@ from tersor.convert.report import Row
 
 LAYERS_NAME = "tersor-layers.json"
 KIND, VERSION = "tersor layers", 1
+_DIGITS = 4
+"""Of errors: further ones depend on the blocks in which their sums were taken, and files with equal weights are equal."""
 
 
 def write_layers(conversion: Conversion, rows: Iterable[Row], directory: Path) -> None:
@@ -45,6 +47,6 @@ def _line(module: str, row: Row) -> Mapping[str, Any]:
         "tensor": row.name,
         "format": row.scheme,
         "bits_per_weight": row.bits_per_weight,
-        "relative_error": row.relative_error,
+        "relative_error": None if row.relative_error is None else float(f"{row.relative_error:.{_DIGITS}g}"),
         **warning,
     }
