@@ -144,8 +144,7 @@ def test_high_effort_weighs_tokens_and_outputs_by_the_gradients_of_the_whole_mod
     handle = model.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(note)
     for number, window in enumerate(ids):
         log_p = model(input_ids=window[None], use_cache=False).logits[0].log_softmax(dim=-1)
-        drawn = torch.rand(32, 1, generator=torch.Generator().manual_seed(5 + number))
-        labels = (log_p.exp().cumsum(dim=-1) < drawn).sum(dim=-1, keepdim=True)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(5 + number))
         (-log_p.gather(1, labels).sum()).backward()
     handle.remove()
     gradients = torch.cat(found)

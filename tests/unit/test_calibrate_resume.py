@@ -153,6 +153,20 @@ def test_a_resume_with_another_text_of_the_same_name_is_refused(model: Path, tex
         quantize(model, tmp_path / "out", calibration=other, resume=True, **HIGH)
 
 
+def test_a_device_whose_memory_runs_out_keeps_what_is_finished(
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Streams, "advance", fail)
+        with pytest.raises(TersorError, match="the memory of cpu ran out: free some, and run again with --resume"):
+            quantize(model, tmp_path / "out", calibration=text, **HIGH)
+    quantize(model, tmp_path / "out", calibration=text, resume=True, **HIGH)
+    assert written(tmp_path / "out") == whole
+
+
 def test_a_machine_that_computes_other_bits_is_noticed(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,9 +33,9 @@ def refused(message: str, *arguments: Any, **options: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_windows_are_spread_evenly_from_the_first_token_to_the_last(tmp_path: Path) -> None:
+def test_windows_stand_at_the_start_of_equal_parts_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(words(*range(2, 22)))
-    assert read(tmp_path / "a.txt", 3) == [[2, 3, 4, 5], [10, 11, 12, 13], [18, 19, 20, 21]]
+    assert read(tmp_path / "a.txt", 3) == [[2, 3, 4, 5], [8, 9, 10, 11], [14, 15, 16, 17]]
     assert read(tmp_path / "a.txt", 1) == [[2, 3, 4, 5]]
 
 

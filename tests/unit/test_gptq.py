@@ -1,4 +1,4 @@
-"""Refined GPTQ: never worse than round to nearest, equal to a plain loop, at a minimum of every code and scale alone."""
+"""Refined GPTQ: never worse than round to nearest, equal to a plain loop, at a minimum of each code and scale alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tersor import formats
 from tersor.compress import encode
 from tersor.compress.gptq import quantize_gptq
 from tersor.compress.grid import Grid
-from tersor.compress.hessian import INPUT_DAMPING, Hessian
+from tersor.compress.hessian import INPUT_DAMPING, Hessian, exact_products
 from tersor.compress.refine import Layer
 from tersor.compress.sweeps import BLOCK, Choice, round_columns
 from tersor.errors import InputError, NonFiniteError
@@ -266,3 +266,14 @@ def test_an_indefinite_matrix_is_damped_until_it_has_a_factor() -> None:
     factored = Hessian.of(matrix, INPUT_DAMPING, "hessian")
     product = factored.factor.double().T @ factored.factor.double() @ factored.ordered.double()
     assert torch.allclose(product, torch.eye(16, dtype=torch.float64), atol=1e-4)
+
+
+def test_products_are_float32_while_codes_are_chosen_and_the_process_keeps_its_setting() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

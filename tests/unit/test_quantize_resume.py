@@ -251,10 +251,10 @@ def test_a_disk_that_fills_up(
 
 
 def test_a_disk_that_is_too_small_from_the_start(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tersor.convert import job
+    from tersor.convert import checks
 
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"needs 0.07 GB more and the disk has 0.00 GB free"):
         quantize(model, tmp_path / "out", **OPTIONS)
 

@@ -69,7 +69,7 @@ def command(
         int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
     ] = None,
     effort: Annotated[
-        str, typer.Option(help="normal; high: a backward pass says which outputs matter, at three times the time.")
+        str, typer.Option(help="normal; high: a backward pass through the model says which outputs matter; slower.")
     ] = "normal",
     seed: Annotated[int, typer.Option(help="Of the labels that the backward pass draws.")] = 0,
     export: Annotated[

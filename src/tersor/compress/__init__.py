@@ -1,17 +1,37 @@
 """Which code should this weight get?"""
 
 from tersor.compress.encode import DEFAULT_RECIPE, RECIPES, Recipe, Statistics, encode, encode_blocks, get_recipe
+from tersor.compress.gptq import quantize_gptq
 from tersor.compress.rtn import quantize_rtn
+from tersor.compress.statistics import (
+    HESSIAN,
+    OUTPUT_HESSIAN,
+    SHIFT,
+    LayerSums,
+    Moments,
+    add_to_experts,
+    load_sums,
+    save_sums,
+)
 from tersor.formats import Encoded
 
 __all__ = [
     "DEFAULT_RECIPE",
+    "HESSIAN",
+    "OUTPUT_HESSIAN",
     "RECIPES",
+    "SHIFT",
     "Encoded",
+    "LayerSums",
+    "Moments",
     "Recipe",
     "Statistics",
+    "add_to_experts",
     "encode",
     "encode_blocks",
     "get_recipe",
+    "load_sums",
+    "quantize_gptq",
     "quantize_rtn",
+    "save_sums",
 ]

@@ -39,7 +39,7 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
     Args:
         weight: [OC, IC], float16, bfloat16 or float32, any device.
         scheme: element format and scales.
-        statistics: `HESSIAN`, and what there is of `SHIFT` and `OUTPUT_HESSIAN`, on the weight's device.
+        statistics: `HESSIAN`, and what there is of `SHIFT` and `OUTPUT_HESSIAN`; moved to the weight's device.
 
     Returns:
         Codes and scales, and `objective`: the loss by the damped matrices of round to nearest and of these codes. The
@@ -50,6 +50,7 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
         InputError: statistics of another shape, not finite, or not second moments; it names them.
     """
     nearest = quantize_rtn(weight, scheme)
+    statistics = {name: statistic.to(weight.device) for name, statistic in statistics.items()}
     _check_shapes(weight, statistics)
     with exact_products(), torch.no_grad():
         hessian = Hessian.of(statistics[HESSIAN], INPUT_DAMPING, HESSIAN)

@@ -53,16 +53,17 @@ class Grid:
         middles = (table[1:] + table[:-1]) / 2
         return Grid(scheme, scheme.groups(ic), largest * _MARGIN, table.to(device), middles.to(device))
 
-    def nearest(self, wanted: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Return the values nearest to scaled weights, same shape; `wanted` is overwritten.
+    def nearest(self, wanted: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return the values nearest to scaled weights.
 
         Args:
-            wanted: float32, contiguous, weights divided by their scales.
-            low, high: the ends of the range, of a shape that `wanted` takes; float formats have them in their table.
+            wanted: float32, contiguous, weights divided by their scales; overwritten.
+            low, high: the ends of the range, of the shape of `wanted`; float formats have them in their table.
+            out: where the values go, float32 of the shape of `wanted`; it is what is returned.
         """
         if self.scheme.format.kind == "float":
-            return self.table[torch.bucketize(wanted, self.middles, out_int32=True)]
-        return torch.clamp(wanted.round_(), low, high)
+            return torch.index_select(self.table, 0, torch.bucketize(wanted, self.middles, out_int32=True), out=out)
+        return torch.clamp(wanted.round_(), low, high, out=out)
 
     def ends(self, zero_point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the smallest and largest values beside zero points (0 where there are none), float32."""

@@ -102,11 +102,12 @@ def _factor(ordered: torch.Tensor, damping: float, name: str) -> tuple[torch.Ten
     The Cholesky factor of the matrix read backwards, itself read backwards, is an upper triangular R with R R^T the
     matrix, so that U is the inverse of R: one factorisation, and no inverse of the matrix is made.
     """
-    identity = torch.eye(len(ordered), dtype=torch.float64, device=ordered.device)
     while damping <= _MOST_DAMPING:
-        damped = ordered + damping * identity
+        damped = ordered.clone()
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
+            identity = torch.eye(len(ordered), dtype=ordered.dtype, device=ordered.device)
             return damped, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         damping *= _DAMPING_STEP
     raise InputError(f"statistics {name!r} are not positive semidefinite: they are no sum of x x^T over tokens")
@@ -129,10 +130,21 @@ def check_finite(matrix: torch.Tensor, name: str) -> None:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32 on a GPU, whatever the process allows (TF32 keeps 10 bits of mantissa)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Multiply float32 matrices in float32, whatever the process allows (TF32 keeps 10 bits of mantissa)."""
     try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the process has set precisions of backends, with which torch does not mix the older setting
+        legacy = None
+    backends = () if legacy is not None else (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

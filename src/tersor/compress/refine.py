@@ -14,7 +14,7 @@ from tersor.compress.hessian import Hessian
 from tersor.compress.refit import refit_scales
 from tersor.compress.sweeps import Choice, descend_columns, round_columns
 
-ROUNDS = 2
+ROUNDS = 3
 """Refits of the scales, each with a descent of the codes after it."""
 
 
@@ -99,12 +99,13 @@ class Layer:
         )
         return replace(choice, scale=scale)
 
-    def refine(self, target: torch.Tensor, start: Judged | None = None) -> Judged:
+    def refine(self, target: torch.Tensor, start: Judged | None = None, rounds: int = ROUNDS) -> Judged:
         """Round and polish; rows for which `start` loses less than what was rounded go on from there.
 
         Args:
             target: float32 [IC, rows], the weights wanted, columns in the Hessian's order.
             start: a choice judged against the same target.
+            rounds: of `polish`.
         """
         rounded = self.round(target)
-        return self.polish(target, start.better(rounded) if start is not None else rounded)
+        return self.polish(target, start.better(rounded) if start is not None else rounded, rounds)

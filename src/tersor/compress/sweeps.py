@@ -71,22 +71,19 @@ def round_columns(
     """
     rest = target.clone()
     values = torch.empty_like(rest)
-    error = torch.empty_like(rest[:BLOCK])
-    moved = hessian.factor / hessian.factor.diagonal().unsqueeze(1)
+    errors = torch.empty_like(rest[:BLOCK])
+    factor = hessian.factor / hessian.factor.diagonal().unsqueeze(1)
     for start in range(0, len(rest), BLOCK):
         end = min(start + BLOCK, len(rest))
         here = groups[start:end]
-        scales = scale[here]
-        inverses = inverse(scales)
-        low, high = grid.ends(zero_point[here])
-        for column in range(start, end):
-            at = column - start
-            weights = rest[column]
-            value = grid.nearest(weights * inverses[at], low[at], high[at])
-            values[column] = value
-            lost = torch.addcmul(weights, value, scales[at], value=-1, out=error[at])
-            rest[column + 1 : end].addr_(moved[column, column + 1 : end], lost, alpha=-1)
-        rest[end:].addmm_(moved[start:end, end:].T, error[: end - start], alpha=-1)
+        block, within, scales = rest[start:end], factor[start:end, start:end], scale[here]
+        parts = (block, inverse(scales), *grid.ends(zero_point[here]), scales, values[start:end], errors)
+        columns = zip(*(part.unbind() for part in parts), strict=False)
+        for after, (weights, steps, low, high, size, out, error) in enumerate(columns, 1):
+            value = grid.nearest(weights * steps, low, high, out)
+            torch.addcmul(weights, value, size, value=-1, out=error)
+            block[after:].addr_(within[after - 1, after:], error, alpha=-1)
+        rest[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
     return values
 
 
@@ -105,20 +102,20 @@ def descend_columns(
     Returns:
         Values, float32 [IC, rows].
     """
-    values = choice.values.clone()
+    values = torch.empty_like(choice.values)
+    changes = torch.empty_like(values[:BLOCK])
     matrix, diagonal = hessian.ordered, hessian.ordered.diagonal()
-    moved = torch.empty_like(values[:BLOCK])
     for start in range(0, len(values), BLOCK):
         end = min(start + BLOCK, len(values))
         here = groups[start:end]
-        scales = choice.scale[here]
+        block, within, scales = gradient[start:end], matrix[start:end, start:end], choice.scale[here]
         steps = inverse(scales) / diagonal[start:end].unsqueeze(1)
-        low, high = grid.ends(choice.zero_point[here])
-        for column in range(start, end):
-            at = column - start
-            value = grid.nearest(torch.addcmul(values[column], gradient[column], steps[at]), low[at], high[at])
-            change = torch.mul(value - values[column], scales[at], out=moved[at])
-            values[column] = value
-            gradient[column + 1 : end].addr_(matrix[column, column + 1 : end], change, alpha=-1)
-        gradient[end:].addmm_(matrix[start:end, end:].T, moved[: end - start], alpha=-1)
+        ends = grid.ends(choice.zero_point[here])
+        parts = (choice.values[start:end], block, steps, *ends, scales, values[start:end], changes)
+        columns = zip(*(part.unbind() for part in parts), strict=False)
+        for after, (old, slope, step, low, high, size, out, change) in enumerate(columns, 1):
+            value = grid.nearest(torch.addcmul(old, slope, step), low, high, out)
+            torch.sub(value, old, out=change).mul_(size)
+            block[after:].addr_(within[after - 1, after:], change, alpha=-1)
+        gradient[end:].addmm_(matrix[start:end, end:].T, changes[: end - start], alpha=-1)
     return values

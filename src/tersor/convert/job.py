@@ -221,9 +221,11 @@ def quantize(
             files = tuple(name for name, _ in conversion.shards)
             seconds = time.monotonic() - started
             return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
+        targets = architecture.find(source.tensors) if text is not None else {}
+        del architecture  # with the model behind it
         given = None
         if text is not None:
-            given = plan(source, architecture, conversion, text, where, trust_remote_code=trust_remote_code)
+            given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code)
             provenance.update(given.provenance)
         identity = {
             "tersor": __version__,

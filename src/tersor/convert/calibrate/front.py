@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tersor.checkpoint.conversion import Conversion
-from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.modules import Target
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.convert.beside import model_dtype
@@ -20,7 +20,7 @@ from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
 from tersor.convert.pipeline import Progress, Ready
-from tersor.errors import InputError
+from tersor.errors import InputError, TersorError
 from tersor.formats.dtypes import float_dtype
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.integrations.transformers.load import load_tokenizer
@@ -95,7 +95,7 @@ class Plan:
 
 def plan(
     source: Source,
-    architecture: Architecture,
+    targets: Mapping[str, Target],
     conversion: Conversion,
     calibration: Calibration,
     device: torch.device,
@@ -104,11 +104,18 @@ def plan(
 ) -> Plan:
     """Read the text and build the model, so that whatever is wrong is said before the work starts.
 
+    Args:
+        source: what is compressed.
+        targets: where its tensors go in the model.
+        conversion: what becomes of them.
+        calibration: what was asked for.
+        device: where blocks compute.
+        trust_remote_code: whether Python code that comes with the model is run.
+
     Raises:
         InputError: the text is not as asked for, or the model cannot be calibrated.
         UnsupportedError: a dataset is asked for, and its package is not installed.
     """
-    targets = architecture.find(source.tensors)
     parameters = parameters_of(conversion, targets)
     weights = [
         (parameter, step.source.spec.numel)
@@ -139,11 +146,16 @@ def calibrate(
 
     Raises:
         InputError, CheckpointError, OutputError: as `Run.run` says.
+        TersorError: as it says, and where the device's memory runs out.
     """
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
     run = Run(given.model, steps, given.tasks, recipe, store, progress)
-    run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
+    try:
+        run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
+    except torch.OutOfMemoryError:
+        device = given.model.device
+        raise TersorError(f"the memory of {device} ran out: free some, and run again with --resume") from None
     ready: dict[int, Ready] = {}
     records = [store.record(block) for block in sorted({task.block for task in given.tasks})]
     for record in records:

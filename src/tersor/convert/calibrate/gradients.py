@@ -117,10 +117,8 @@ class Gradients:
             with torch.enable_grad():
                 logits = self._model.leave(own, tokens)[0]
                 log_p = logits.float().log_softmax(dim=-1)
-                # Drawn by numbers from the host, so that the same seed gives the same labels in any order of windows.
-                drawn = torch.rand(len(log_p), 1, generator=torch.Generator().manual_seed(self._seed + number))
-                sums = log_p.detach().exp().cumsum(dim=-1)
-                labels = torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:]).clamp_(max=sums.shape[1] - 1)
+                drawing = torch.Generator(self._model.device).manual_seed(self._seed + number)
+                labels = torch.multinomial(log_p.detach().exp(), 1, generator=drawing)
                 (found,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), own)
             if not bool(found.isfinite().all()):
                 raise InputError(f"gradients of window {number} hold a NaN or an infinity at the output head")

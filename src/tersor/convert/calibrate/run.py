@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class Run:
             tasks: what is to be calibrated.
             recipe: how codes are chosen, a key of `compress.RECIPES`.
             store: what is finished.
-            progress: called after every weight.
+            progress: called after every block.
         """
         self._model, self._tasks, self._recipe, self._store = model, tasks, recipe, store
         self._progress = progress
@@ -332,11 +333,19 @@ def _stacked(parts: Sequence[_Coded]) -> _Coded:
 
 @contextlib.contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have a GPU compute the same bits every time, where it can."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    """Have a GPU compute the same bits every time, where it has a way to."""
+    if device.type != "cuda":
         yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    setting: Any = torch.utils.deterministic
+    filled = setting.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setting.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
     finally:
+        setting.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

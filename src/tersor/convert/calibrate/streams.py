@@ -39,8 +39,8 @@ class Streams:
         self.original = torch.empty(0)
         for batch in self.batches:
             hidden, calls = model.enter(ids[batch].to(model.device))
-            if len(hidden) in self._calls:
-                model.check_calls(self._calls[len(hidden)], calls)
+            if not self._calls:
+                model.check_calls(calls, model.enter(ids[batch].flip(1).to(model.device))[1])
             self._calls.setdefault(len(hidden), calls)
             if not self.original.numel():
                 pinned = model.device.type == "cuda"

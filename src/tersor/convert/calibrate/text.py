@@ -79,7 +79,7 @@ class Calibration:
 def read_windows(
     source: str, tokenizer: PreTrainedTokenizerBase, count: int, window: int, vocabulary: int
 ) -> torch.Tensor:
-    """Return windows that are spread evenly over a source.
+    """Return windows that are spread evenly over a source: one at the start of each of as many equal parts.
 
     A text is tokenised once, without special tokens. Of JSON lines the tokens of every text, or of every conversation
     in the model's chat template, follow each other, with the end-of-text token between texts.
@@ -108,9 +108,9 @@ def read_windows(
     largest = max(ids)
     if largest >= vocabulary:
         raise InputError(f"{source}: holds token {largest}, and the model has {vocabulary}: its tokenizer is another's")
-    last = len(ids) - window
-    starts = [round(index * last / (count - 1)) if count > 1 else 0 for index in range(count)]
-    return torch.tensor([ids[start : start + window] for start in starts], dtype=torch.int64)
+    stride = len(ids) // count
+    windows = [ids[index * stride : index * stride + window] for index in range(count)]
+    return torch.tensor(windows, dtype=torch.int64)
 
 
 def _tokens(source: str, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:

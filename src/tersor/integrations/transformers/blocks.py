@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ class BlockModel:
         self._mapping = get_model_conversion_mapping(self.model)
         self.prefix = self._find_prefix(weights, directory)
         self._tuples = False
+        for block in range(len(self.blocks)):
+            self.drop(block)
         for name, buffer in self.model.named_buffers():
             if buffer.device.type == "meta" and not self.block_of(name):
                 raise InputError(f"{directory}: {name} is made in a way that blocks cannot follow: use --algorithm rtn")
@@ -188,8 +190,13 @@ class BlockModel:
                     module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
 
     def run(self, layer: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """Return what a block makes of hidden states [B, T, H]."""
+        """Return what a block makes of hidden states [B, T, H].
+
+        Raises:
+            InputError: the block leaves something for others to read, such as keys and values.
+        """
         output = layer(hidden, *call.args, **call.kwargs)
+        self._check_apart(call)
         if isinstance(output, tuple):
             self._tuples = True
             return output[0]
@@ -210,8 +217,8 @@ class BlockModel:
         seen: list[tuple[torch.Tensor, Call]] = []
 
         def record(number: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-            if number != len(seen) or any(isinstance(value, dict) for value in call.kwargs.values()):
-                raise InputError(self._odd("its blocks depend on each other by more than their hidden state"))
+            if number != len(seen):
+                raise InputError(self._odd("its blocks do not run one after the other"))
             seen.append((hidden, call))
             if len(seen) == len(self.blocks):
                 raise _Enough
@@ -244,6 +251,11 @@ class BlockModel:
             mine, yours = list(_tensors((first.args, dict(first.kwargs)))), list(_tensors((second.args, second.kwargs)))
             if any(not torch.equal(a, b) for a, b in zip(mine, yours, strict=True)):
                 raise InputError(self._odd("its blocks read the tokens, beside their hidden state"))
+
+    def _check_apart(self, call: Call) -> None:
+        shared = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, MutableMapping)]
+        if any(shared):
+            raise InputError(self._odd("its blocks depend on each other by more than their hidden state"))
 
     def _odd(self, why: str) -> str:
         return f"{type(self.model).__name__} cannot be calibrated block by block ({why}): use --algorithm rtn"
