@@ -5,97 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import calibrated, measured
-from helpers.browser import CHROMIUM, Browser
+from helpers import measured
+from helpers.pages import Page, reported
 
 from tersor.cli.main import run
-from tersor.convert import quantize
 
-VOID = {"meta"}
 INT4, GPTQ = (0.08, 0.12, 0.10, 0.06), (0.04, 0.05, 0.06, 0.03)
-
-
-class Page(HTMLParser):
-    """A page, taken apart; elements that are not closed in order fail.
-
-    Attributes:
-        elements: name, attributes and text of every element, in the order of their ends.
-        rows: cells of every row of a table.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str], str]] = []
-        self.rows: list[list[str]] = []
-        self._open: list[tuple[str, dict[str, str], list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self._open.append((tag, {key: value or "" for key, value in attrs}, []))
-        if tag == "tr":
-            self.rows.append([])
-
-    def handle_endtag(self, tag: str) -> None:
-        name, attributes, parts = self._open.pop()
-        assert name == tag
-        self.elements.append((name, attributes, "".join(parts)))
-        if tag in ("td", "th"):
-            self.rows[-1].append("".join(parts))
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            self._open[-1][2].append(data)
-
-    def named(self, name: str, kind: str = "") -> list[tuple[dict[str, str], str]]:
-        """Attributes and text of elements of a name that have a class, where one is given."""
-        return [
-            (attributes, text)
-            for own, attributes, text in self.elements
-            if own == name and (not kind or kind in attributes.get("class", "").split())
-        ]
-
-    def row(self, *beginning: str) -> list[str]:
-        """The one row that begins with these cells."""
-        (found,) = [cells for cells in self.rows if cells[: len(beginning)] == list(beginning)]
-        return found
-
-
-def reported(folder: Path, *runs: str) -> Page:
-    """Write a report and return its page."""
-    target = folder / "report.html"
-    assert run(["report", *runs, "-o", str(target)]) == 0
-    return Page(target.read_text(encoding="utf-8"))
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command line that must fail with one line, and return the line."""
-    capsys.readouterr()
-    assert run(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("tersor: ")
-    return captured.err
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint, calibrated by a recipe that takes no time, its down projections in another format."""
-    from tersor.compress import RECIPES
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model, text = calibrated.model("llama", folder / "model"), calibrated.text(folder / "text.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, "gptq", calibrated.quick(RECIPES["gptq"]))
-        options = {**calibrated.OPTIONS, "calibration": text, "overrides": ["down_proj=int8:row"]}
-        quantize(model, folder / "out", **options)
-    return folder / "out"
 
 
 def test_numbers_of_the_table_are_those_of_the_runs(tmp_path: Path) -> None:
@@ -237,65 +156,6 @@ def test_without_a_reference_the_pictures_are_of_perplexity(tmp_path: Path) -> N
     assert len(page.named("circle")) == 2 and ("Quality" in [words for _, words in page.named("h2")])
 
 
-def test_a_checkpoint_shows_its_choice_and_every_layer(checkpoint: Path, tmp_path: Path) -> None:
-    log = json.loads((checkpoint / "tersor-calibration.json").read_text())
-    page = reported(tmp_path, str(checkpoint))
-    assert (
-        page.row("codes")[1] == "calibrated by GPTQ"
-        and page.row("override")[1] == "down_proj = int8, one float16 scale a row"
-    )
-    assert page.row("calibration")[1] == "3 windows of 32 tokens of text.txt"
-    assert page.row("format")[1] == "int4, one float16 scale a group of 16"
-    assert page.row("calibrated by")[1] == log["computed_on"] and page.row("source")[1] == "model"
-    for line in log["layers"]:
-        cells = page.row(line["layer"])
-        assert cells[1] == line["format"] and cells[5] == f"{100 * line['relative_error']:.3g} %"
-        if "objective_after" in line:
-            assert cells[7:9] == [f"{line['objective_before']:.4g}", f"{line['objective_after']:.4g}"]
-    errors = [line["relative_error"] for line in log["layers"]]
-    bars = [float(where["width"]) for where, _ in page.named("rect", "worse")]
-    assert max(bars) == 100 and min(bars) == pytest.approx(100 * min(errors) / max(errors), abs=0.01)
-    assert page.row("int8:row:float16")[3] == str(len([line for line in log["layers"] if "int8" in line["format"]]))
-
-
-def test_layers_are_kept_beside_a_checkpoint_that_is_rounded_to_nearest(tmp_path: Path) -> None:
-    model = calibrated.model("llama", tmp_path / "model")
-    done = quantize(model, tmp_path / "out", format="int4", group_size=16)
-    kept = json.loads((tmp_path / "out" / "tersor-layers.json").read_text())
-    assert (kept["kind"], kept["version"]) == ("tersor layers", 1)
-    assert {line["tensor"]: line["relative_error"] for line in kept["layers"]} == {
-        row.name: pytest.approx(row.relative_error, rel=5e-4) for row in done.compressed
-    }
-    page = reported(tmp_path, str(tmp_path / "out"))
-    for line in kept["layers"]:
-        assert page.row(line["layer"])[5] == f"{100 * line['relative_error']:.3g} %"
-    (tmp_path / "out" / "tersor-layers.json").unlink()
-    older = reported(tmp_path, str(tmp_path / "out"))
-    assert older.row(kept["layers"][0]["layer"])[5] == "-"
-    assert any("an older Tersor" in words for _, words in older.named("p"))
-
-
-def test_experts_of_a_layer_are_one_line(tmp_path: Path) -> None:
-    from tersor.report.checkpoints import checkpoint_dict
-    from tersor.report.runs import Checkpoint, read_runs
-
-    model = calibrated.model("qwen3_moe", tmp_path / "model")
-    quantize(model, tmp_path / "out", format="int4", group_size=16)
-    (found,) = read_runs([str(tmp_path / "out")])
-    assert isinstance(found, Checkpoint)
-    experts = [line for line in checkpoint_dict(found)["layers"] if "experts" in line["layer"]]
-    own = [item for item in found.found.items if item.compressed and "experts" in item.name]
-    assert sum(line["bytes"] for line in experts) == sum(item.nbytes for item in own)
-    assert sum(line["count"] for line in experts) == len(own) > len(experts)
-    errors = {line["layer"]: line["relative_error"] for line in found.layers}
-    first = experts[0]
-    several = [
-        error for layer, error in errors.items() if re.sub(r"\.\d+\.(?=[a-z_]+$)", ".*.", layer) == first["layer"]
-    ]
-    assert len(several) == first["count"]
-    assert first["relative_error"] == pytest.approx(math.sqrt(sum(error**2 for error in several) / len(several)))
-
-
 def test_times_tasks_and_where_they_were_measured_are_shown(tmp_path: Path) -> None:
     task = {"label": "int4", "task": "cloze", "metric": "acc", "value": 0.5, "error": 0.02, "documents": 7}
     result = measured.evaluation(measured.model("int4", INT4), limit=7, tasks=[task])
@@ -336,57 +196,18 @@ def test_results_that_are_kept_in_the_tree_can_be_reported(tmp_path: Path) -> No
     assert len(page.named("h2")) == 1 + len(names) and len(page.rows) > 50
 
 
-def test_runs_that_are_none_are_one_line_each(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good, target = measured.evaluation(measured.model("int4", INT4)), ["-o", str(tmp_path / "x.html")]
-    cases: dict[str, tuple[Any, str]] = {
-        "list": ([], "is no run: neither a JSON of tersor eval, bench latency"),
-        "other": ({"kind": "tersor demo", "version": 1}, "is no run"),
-        "newer": ({**good, "version": 2}, "results of tersor eval, version 2, and this Tersor reads version 1"),
-        "empty": ({key: value for key, value in good.items() if key != "models"}, "neither models nor tasks"),
-        "lacking": ({**good, "models": [{"label": "x"}]}, "model 0: damaged: 'weight_bytes' is missing"),
-        "words": ({**good, "models": [{**good["models"][0], "kl": "many"}]}, "damaged: 'kl' is 'many'"),
-        "windows": ({**good, "models": [{**good["models"][0], "windows": 5}]}, "no number for every window"),
-        "size": ({**good, "models": [{**good["models"][0], "weight_bytes": 0}]}, "is not positive"),
-        "floor": ({**good, "noise_floor": {}}, "noise_floor: damaged: 'rounding' is missing"),
-        "rows": ({**measured.latency(), "rows": [{"name": "x"}]}, "damaged: a row lacks"),
-    }
-    for name, (result, words) in cases.items():
-        path = measured.write(tmp_path / f"{name}.json", result)
-        assert words in refused(["report", path, *target], capsys), name
-    for name, content, words in (
-        ("text", "no JSON", "cannot be read as JSON"),
-        ("nan", '{"a": NaN}', "cannot be read as JSON: NaN"),
-    ):
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        assert words in refused(["report", str(tmp_path / name), *target], capsys)
-    assert "no such file or directory" in refused(["report", str(tmp_path / "none.json"), *target], capsys)
-    model = calibrated.model("llama", tmp_path / "model")
-    assert "is not compressed" in refused(["report", str(model), *target], capsys)
-    assert "config.json" in refused(["report", str(tmp_path), *target], capsys)
-    assert "is given twice" in refused(["report", str(checkpoint), f"{checkpoint}/.", *target], capsys)
-    assert "nothing to write" in refused(["report", str(checkpoint)], capsys)
-    assert "does not exist" in refused(["report", str(checkpoint), "-o", str(tmp_path / "no" / "x.html")], capsys)
-    assert not (tmp_path / "x.html").exists()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_browser_shows_the_page_by_itself_within_its_width(tmp_path: Path, checkpoint: Path) -> None:
-    one = measured.evaluation(measured.model("a-long-name-" * 8, INT4), measured.model("gptq", GPTQ, bits=4.5))
-    reported(tmp_path, measured.write(tmp_path / "one.json", one), str(checkpoint))
-    address = (tmp_path / "report.html").as_uri()
-    with Browser(tmp_path / "chromium", width=900) as browser:
-        browser.open(address)
-        assert browser.requests == [address] and not browser.problems
-        assert browser.value("document.documentElement.scrollWidth <= window.innerWidth")
-        box = "document.querySelector('svg.plot').getBoundingClientRect()"
-        assert browser.value(f"{box}.width > 300 && {box}.height > 200")
-        paper = "getComputedStyle(document.body).backgroundColor"
-        shown = []
-        for scheme in ("light", "dark"):
-            features = [{"name": "prefers-color-scheme", "value": scheme}]
-            browser.call("Emulation.setEmulatedMedia", features=features)
-            shown.append(browser.value(paper))
-        browser.call("Emulation.setEmulatedMedia", media="print", features=features)
-        assert shown == ["rgb(255, 255, 255)", "rgb(20, 23, 26)"] and browser.value(paper) == shown[0]
+def test_one_broken_model_leaves_the_others_room_and_one_window_has_no_bars(tmp_path: Path) -> None:
+    """A loss of 430,000 per cent beside one of 1: the axis of losses is logarithmic, as that of KL is."""
+    alone = {"windows": 1, "per_window": {"nll": [3.0]}}
+    good, broken = (
+        {**measured.model(name, INT4), **alone, "perplexity_ratio": ratio}
+        for name, ratio in (("good", 1.01), ("broken", 4301.0))
+    )
+    for model in (good, broken):
+        for name in ("perplexity", "perplexity_ratio", "kl", "flips"):
+            del model[f"{name}_error"]
+    page = reported(tmp_path, measured.write(tmp_path / "one.json", measured.evaluation(good, broken)))
+    assert page.row("1")[5] == "+1.000" and page.row("2")[5] == "+430000" and not page.named("line", "error")
+    heights = [float(where["cy"]) for where, _ in page.named("circle")]
+    scale = (320 - 46 - 14) / (2 * 0.08 + 1)
+    assert heights[2] - heights[3] == pytest.approx(scale, abs=0.02), "log, with 8 % of room at both ends"

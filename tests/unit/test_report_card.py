@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers import calibrated, measured
+from helpers.pages import refused
 
 from tersor.cli.main import run
 from tersor.convert import quantize
@@ -29,15 +30,6 @@ def judged(checkpoint: Path, label: str = "int4", **more: Any) -> dict[str, Any]
     """Return a result of `tersor eval` that measured a checkpoint, on another machine."""
     nbytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     return measured.evaluation(measured.model(label, KL, size=nbytes, model="elsewhere/int4"), **more)
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command line that must fail with one line, and return the line."""
-    capsys.readouterr()
-    assert run(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_the_card_says_what_was_measured_and_a_second_time_in_its_place(

@@ -14,7 +14,7 @@ from tersor.convert.report import Row
 LAYERS_NAME = "tersor-layers.json"
 KIND, VERSION = "tersor layers", 1
 _DIGITS = 4
-"""Of errors: further ones depend on the blocks in which their sums were taken, and files with equal weights are equal."""
+"""Of errors: further ones depend on the blocks in which their sums were taken, and equal weights have equal files."""
 
 
 def write_layers(conversion: Conversion, rows: Iterable[Row], directory: Path) -> None:

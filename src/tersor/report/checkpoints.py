@@ -96,7 +96,7 @@ def _layers(run: Checkpoint) -> list[dict[str, Any]]:
             "format": item.format,
             "bits_per_weight": item.bits_per_weight,
             "bytes": item.nbytes,
-            "relative_error": own.get("relative_error", log.get("relative_error")),
+            "relative_error": log.get("relative_error", own.get("relative_error")),
             "objective_before": log.get("objective_before"),
             "objective_after": log.get("objective_after"),
             "levels": [list(level) for level in _levels(item)],
