@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import calibrated, measured
 from helpers.browser import CHROMIUM, Browser
-from helpers.pages import refused, reported
+from helpers.pages import Page, refused, reported
 
 from tersor.convert import quantize
 
@@ -51,6 +52,37 @@ def test_a_checkpoint_shows_its_choice_and_every_layer(checkpoint: Path, tmp_pat
     bars = [float(where["width"]) for where, _ in page.named("rect", "worse")]
     assert max(bars) == 100 and min(bars) == pytest.approx(100 * min(errors) / max(errors), abs=0.01)
     assert page.row("int8:row:float16")[3] == str(len([line for line in log["layers"] if "int8" in line["format"]]))
+
+
+def test_a_mix_shows_its_levels_and_what_they_were_chosen_for(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of two levels as config.json, `inspect` and tersor-mix.json would say it."""
+    from tersor.report.document import document
+    from tersor.report.page import page
+    from tersor.report.runs import read_runs
+
+    copied = tmp_path / "out"
+    shutil.copytree(checkpoint, copied)
+    mix = {"levels": ["uint3:g64:float16", "int8:row:float16"], "shares": [0.9, 0.1], "padding_bytes": 2000}
+    mix |= {"loss": 0.0125, "loss_without_units": 0.012, "layers": {}}
+    measured.write(copied / "tersor-mix.json", mix)
+    made = document(read_runs([str(copied)]))
+    (one,) = made["checkpoints"]
+    one["levels"] = [{"format": "uint3", "group_size": 64, "scale_dtype": "float16"}]
+    one["layers"][0]["levels"] = [["uint3:g64:float16", 58], ["int8:row:float16", 6]]
+    shown = Page(page(made))
+    assert shown.row("of all output features")[1] == "90.0% at uint3:g64:float16, 10.0% at int8:row:float16"
+    assert shown.row("level")[1] == "uint3, one float16 scale a group of 64"
+    assert shown.row("to fill units of kernels")[1] == "2.0 kB" and shown.row("expected KL")[1] == "0.0125 nats a token"
+    layer = shown.row(one["layers"][0]["layer"])
+    assert layer[1].endswith(" (58 of uint3:g64:float16, 6 of int8:row:float16)")
+    for broken, words in (
+        ({**mix, "shares": [1]}, "no share for every level"),
+        ({**mix, "loss": "x"}, "'loss' is 'x'"),
+    ):
+        measured.write(copied / "tersor-mix.json", broken)
+        assert words in refused(["report", str(copied), "--json"], capsys)
 
 
 def test_layers_are_kept_beside_a_checkpoint_that_is_rounded_to_nearest(tmp_path: Path) -> None:

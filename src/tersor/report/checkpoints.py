@@ -40,6 +40,7 @@ def checkpoint_dict(run: Checkpoint) -> dict[str, Any]:
         **{key: run.config[key] for key in _CHOSEN if key in run.config},
         "schemes": _schemes(found.items),
         "calibration": None if run.log is None else _calibration(run.log),
+        "mix": None if run.mix is None else {key: value for key, value in run.mix.items() if key != "layers"},
         "layers": layers,
     }
 

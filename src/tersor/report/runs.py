@@ -43,6 +43,11 @@ VERSIONS = {
 }
 """Kind of a results file -> the version that is read."""
 
+MIX_NAME = "tersor-mix.json"
+"""Beside a checkpoint of mixed weights: levels, shares, bytes and losses."""
+_OF_MIX = ("bits_per_weight", "bytes", "padding_bytes", "loss")
+"""How names of its numbers begin."""
+
 Kinds: TypeAlias = type | tuple[type, ...]
 
 _NUMBER = (int, float)
@@ -88,6 +93,7 @@ class Checkpoint:
         config: its quantization_config, as it stands in config.json.
         layers: what was written of every layer when it was compressed, or nothing.
         log: of its calibration, where there was one.
+    mix: how a budget of bytes was spent on levels of output features, where it was.
     """
 
     path: str
@@ -96,6 +102,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
     log: Mapping[str, Any] | None
+    mix: Mapping[str, Any] | None = None
 
 
 Run: TypeAlias = Measured | Checkpoint
@@ -260,4 +267,21 @@ def _checkpoint(path: str, place: Path, trust_remote_code: bool) -> Checkpoint:
             for key in ("objective_before", "objective_after", "relative_error"):
                 if key in line:
                     need(line, key, _NUMBER, where)
-    return Checkpoint(path=path, directory=place.resolve(), found=found, config=raw, layers=layers, log=log)
+    return Checkpoint(
+        path=path, directory=place.resolve(), found=found, config=raw, layers=layers, log=log, mix=_mix(path, place)
+    )
+
+
+def _mix(path: str, place: Path) -> Mapping[str, Any] | None:
+    """Read what stands beside a checkpoint of mixed weights, `None` where nothing does."""
+    if not files.mode_of(place / MIX_NAME):
+        return None
+    where = f"{path}: {MIX_NAME}"
+    found: dict[str, Any] = _read(where, place / MIX_NAME)
+    levels, shares = need(found, "levels", list, where), need(found, "shares", list, where)
+    if len(levels) != len(shares) or not all(map(_number, shares)):
+        raise InputError(f"{where}: damaged: there is no share for every level")
+    for key in found:
+        if key.startswith(_OF_MIX):
+            need(found, key, _NUMBER, where)
+    return found

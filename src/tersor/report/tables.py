@@ -21,6 +21,14 @@ _OF_CALIBRATION = {
 """Field of a calibration's log -> what it is called; config.json says the rest."""
 
 
+_OF_LOSSES = {
+    "loss": "expected KL",
+    "loss_without_units": "if kernels took single rows",
+    "loss_without_pairs_and_units": "if gate and up might differ, too",
+}
+"""Loss that a mix expects -> what it is called."""
+
+
 def table(headings: Sequence[object], rows: Sequence[Sequence[object]], words: int = 1) -> Markup:
     """Return a table; the first `words` columns are to the left, the others to the right."""
     if not rows:
@@ -134,6 +142,7 @@ def choice_table(one: dict[str, Any]) -> Markup:
     rows += [[words, _words(calibration[key])] for key, words in _OF_CALIBRATION.items() if calibration.get(key)]
     rows += [["format", _scheme(one)]]
     rows += [["level", _scheme(level)] for level in one.get("levels", ())]
+    rows += [[words, value] for words, value in _mix(one["mix"] or {})]
     rows += [["override", f"{pattern} = {_scheme(scheme)}"] for pattern, scheme in one.get("overrides", {}).items()]
     rows += [["ignored", pattern] for pattern in one.get("ignore", ())]
     stored = (
@@ -143,6 +152,15 @@ def choice_table(one: dict[str, Any]) -> Markup:
     if bits is not None:
         stored += f"; {bits:.3f} in the {one['compressed']} compressed weights"
     return table(["", one["architecture"]], [*rows, ["stored", stored]], 2)
+
+
+def _mix(said: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return how a budget of bytes was spent."""
+    pairs = zip(said.get("levels", ()), said.get("shares", ()), strict=True)
+    rows = [("of all output features", ", ".join(f"{share:.1%} at {level}" for level, share in pairs))] if said else []
+    if "padding_bytes" in said:
+        rows.append(("to fill units of kernels", size(said["padding_bytes"])))
+    return rows + [(words, f"{said[key]:.4g} nats a token") for key, words in _OF_LOSSES.items() if key in said]
 
 
 def _scheme(said: dict[str, Any]) -> str:
