@@ -1,10 +1,10 @@
-"""Search for the table that decodes a format: a row for `_TABLES` of src/tersor/layouts/decode_groups.py, and its cost.
+"""Search for the table that decodes a format: a row for `TABLES` of src/tersor/layouts/decode_tables.py, and its cost.
 
     python bench/decode_tables.py fp6_e2m3 float16
     python bench/decode_tables.py --mask 0x8F808F80 --seconds 60
 
 To add a table: `tersor doctor` says of a format that it has "no decode table" for a target. Run this for the format and
-the target (float16, bfloat16 or float8_e4m3fn), enter the row that it prints, and run tests/unit/test_layouts.py,
+the target (float16, bfloat16, float8_e4m3fn or int8), enter the row that it prints, and run tests/unit/test_layouts.py,
 tests/unit/test_decode_header.py and tests/compile. A mask stands for all formats whose bits lie in the same places of a
 register, so a row may serve several.
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from tersor import formats
 from tersor.errors import FormatError
-from tersor.layouts import decode_groups
+from tersor.layouts import decode_groups, decode_tables
 from tersor.layouts.decode_groups import DecodeGroup, Finish
 
 HOT, COLD = 0.4, 0.15
@@ -65,7 +65,7 @@ class Table:
 
     @property
     def text(self) -> str:
-        """The table as an entry of `_TABLES`."""
+        """The table as an entry of `TABLES`."""
         names = [*(chr(ord("A") + word) for word in range(self.words)), "X"]
         rows = " ".join("^".join(f"{names[word]}{turn}" for word, turn in row) for row in self.rows)
         return f'0x{self.mask:08X}: ({self.shift}, "{rows}"),'
@@ -94,10 +94,10 @@ class Table:
 
 
 def in_tree(mask: int) -> Table | None:
-    """Return the table that `decode_groups` has for a mask, if any."""
-    if mask not in decode_groups._TABLES:
+    """Return the table that `decode_tables` has for a mask, if any."""
+    if mask not in decode_tables.TABLES:
         return None
-    words, shift, terms = decode_groups._TABLES[mask]
+    words, shift, terms = decode_tables.TABLES[mask]
     rows = tuple(
         tuple((word, turn) for word, turn in zip(row[::2], row[1::2], strict=True) if word >= 0) for row in terms
     )

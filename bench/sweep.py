@@ -185,8 +185,8 @@ def sources(wanted: Mapping[Cell, Sequence[LinearConfig]], result: str = "float1
     for cell, configs in wanted.items():
         packing = Packing.beside(cell.activations, torch.float16, cell.scheme)
         found += [dense.fused_source(packing, result, config) for config in configs]
-        if cell.activations is Activations.E4M3:
-            found.append(dense.quantize_source(result))
+        if cell.activations is not Activations.NATIVE:
+            found.append(dense.quantize_source(result, cell.activations))
     return list(dict.fromkeys(found))
 
 
@@ -194,12 +194,15 @@ def tile(text: str) -> sm90.Tile:
     """Read a tile such as `8,2,2,1,1` or `64,2,1,2,1,fp8`.
 
     Raises:
-        InputError: five numbers, and perhaps `fp8`, are expected.
+        InputError: five numbers, and perhaps `fp8` or `int8`, are expected.
     """
-    words = text.removesuffix(",fp8").split(",")
+    *words, last = text.split(",")
+    kind = {"fp8": Activations.E4M3, "int8": Activations.INT8}.get(last, Activations.NATIVE)
+    if kind is Activations.NATIVE:
+        words.append(last)
     if len(words) != 5 or not all(word.isdecimal() for word in words):
-        raise InputError(f"--try {text!r}: expected five numbers such as 8,2,2,1,1, and perhaps fp8")
-    return sm90.Tile(*map(int, words), Activations.E4M3 if text.endswith(",fp8") else Activations.NATIVE)
+        raise InputError(f"--try {text!r}: expected five numbers such as 8,2,2,1,1, and perhaps fp8 or int8")
+    return sm90.Tile(*map(int, words), kind)
 
 
 def add(new: sm90.Tile) -> None:
@@ -223,7 +226,7 @@ def parsed(text: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("shapes", nargs="*", default=SHAPES, help="models or OCxIC")
     parser.add_argument("--n", default=TOKENS, help=f"numbers of tokens; default: {TOKENS}")
     parser.add_argument("--formats", default="fp6_e3m2", help="formats, separated by commas")
-    parser.add_argument("--activations", default="16bit,fp8", help="16bit, fp8, or both; default: both")
+    parser.add_argument("--activations", default="16bit,fp8", help="16bit, fp8, int8, or several; default: 16bit,fp8")
     parser.add_argument("--within", type=float, default=1.6, help="of the least predicted time; default: 1.6")
     parser.add_argument("--most", type=int, default=16, help="configurations of a cell; default: 16")
     parser.add_argument("--turns", type=int, default=2, help="times of what is near the best; default: 2")
@@ -235,9 +238,13 @@ def parsed(text: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[
         formats, kinds = schemes(arguments.formats.split(","), shapes), activations(arguments.activations)
         for one in arguments.tiles:
             add(tile(one))
+        cells = [
+            Cell(shape, scheme, kind, n) for shape in shapes for scheme in formats for kind in kinds for n in tokens
+        ]
+        for cell in cells:
+            _ = cell.problem  # raises where the format has no kernel beside such activations
     except TersorError as error:
         parser.error(str(error))
-    cells = [Cell(shape, scheme, kind, n) for shape in shapes for scheme in formats for kind in kinds for n in tokens]
     return arguments, cells
 
 

@@ -34,10 +34,11 @@ import torch
 
 from tersor import hardware, ops
 from tersor.bench import contenders, timing
-from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL, Contender, Schedule, UnfitError
+from tersor.bench.contenders import CUBLAS, FP8, HUMMING, PDL, Contender, Schedule, UnfitError, unlabelled
 from tersor.bench.shapes import Shape, resolve
 from tersor.cli.bench import activations, numbers, schemes
 from tersor.errors import TersorError
+from tersor.formats import Activations
 from tersor.kernels import jit
 
 KNOWN = ("10240x8192", "8192x8192", "57344x8192", "8192x28672", "6144x4096", "4096x4096", "28672x4096", "4096x14336")
@@ -101,7 +102,7 @@ def ratios(times: Times) -> list[Ratio]:
                 continue
             by_kernel[shape, kernel][n] = microseconds
             rivals = [(CUBLAS, CUBLAS, 1.0), (HUMMING, f"{HUMMING} {kernel}", 1.0)]
-            if kernel.endswith(BYTEWISE) and n >= 64 and shape.oc * shape.ic >= 50_000_000:
+            if unlabelled(kernel)[1] is not Activations.NATIVE and n >= 64 and shape.oc * shape.ic >= 50_000_000:
                 rivals.append((FP8, FP8, 1.15))
             for target, rival, limit in rivals:
                 if rival in of_cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from tersor.formats import Activations
 from tersor.kernels import dense, norms, sampling, small
 from tersor.kernels.jit import KernelSource
 from tersor.layouts import decode_groups
@@ -23,9 +24,12 @@ def products() -> list[KernelSource]:
 
 
 def quantizing() -> list[KernelSource]:
-    """Return kernels that make e4m3 of rows: alone, and of a norm's result, in the dtype with the most registers."""
+    """Return kernels that make bytes of rows: alone, and of a norm's result, in the dtype with the most registers."""
     sizes, forms = (4096, 8192, small.MOST_CHANNELS), (("bfloat16", False), ("float16", True))
-    normed = [norms.norm_source(dtype, layer, size, True) for size in sizes for dtype, layer in forms]
+    normed = [norms.norm_source(dtype, layer, size, Activations.E4M3) for size in sizes for dtype, layer in forms]
     of_warps = [(size, norms.ctas_of_warps(1 << 20, size, 132)) for size in (4096, 5120)]
-    normed += [norms.norm_source("bfloat16", False, size, True, warps) for size, warps in of_warps]
-    return [*(dense.quantize_source(dtype) for dtype in decode_groups.PAIR_TARGETS), *normed]
+    normed += [norms.norm_source("bfloat16", False, size, Activations.E4M3, warps) for size, warps in of_warps]
+    whole = Activations.INT8
+    normed += [norms.norm_source("bfloat16", False, 4096, whole), norms.norm_source("float16", False, 5120, whole, 3)]
+    bytewise = [("float16", Activations.E4M3), ("bfloat16", Activations.E4M3), ("bfloat16", whole)]
+    return [*itertools.starmap(dense.quantize_source, bytewise), *normed]

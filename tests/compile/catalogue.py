@@ -29,7 +29,7 @@ from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune.problem import FEW_TOKENS, SM90
 from tersor.layouts import decode_groups
-from tersor.layouts.packing import Packing, unsupported_reason
+from tersor.layouts.packing import BYTEWISE, Packing, unsupported_reason
 from tersor.ops.gates import Gate
 
 CHIP_OF = {chip.capability: chip for chip in CHIPS.values()}
@@ -69,7 +69,7 @@ class Traits:
     @property
     def target(self) -> str:
         """What codes are decoded to."""
-        return decode_groups.FP8 if isinstance(self.tile, sm90.Tile) and self.tile.e4m3 else self.dtype
+        return self.dtype if isinstance(self.tile, int) else BYTEWISE.get(self.tile.activations, self.dtype)
 
     def exists(self) -> bool:
         """Whether an operator can ask for such a kernel."""
@@ -117,7 +117,7 @@ def pairs(kernel: Traits) -> frozenset[Pair]:
         if tile == max(sm80.TILES):
             found.add((_tokens(tile), decode))
     else:  # nor had narrow ones for bytes; the widest take ten times as long as others, and have what FAULTS names
-        narrow = tile.e4m3 and width(tile) < 128
+        narrow = tile.bytewise and width(tile) < 128
         found.add((_tokens(tile) if narrow else like, sizes))
         if width(tile) < 256:
             found.add((_tokens(tile), decode))
@@ -235,6 +235,24 @@ def fused() -> tuple[Traits, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+def _whole(tokens: int, row_groups: int, resident: int) -> sm90.Tile:
+    return sm90.Tile(tokens, row_groups, 1, 1, resident, Activations.INT8)
+
+
+WHOLE = (
+    Traits(_whole(16, 1, 2), "int8", "bfloat16"),
+    Traits(_whole(32, 2, 1), "uint6", "float16", 64, gated=1),
+    Traits(_whole(64, 1, 2), "uint4", "bfloat16", 128),
+    Traits(_whole(112, 1, 2), "int7", "float16", gated=2),
+    Traits(_whole(128, 2, 1), "int8", "float16"),
+    Traits(_whole(128, 2, 1), "uint5", "bfloat16", 32, gated=3),
+    Traits(_whole(144, 3, 1), "uint7", "float16", gated=4),
+    Traits(_whole(256, 2, 1), "uint3", "bfloat16"),
+    Traits(_whole(256, 2, 1), "int4", "float16"),
+)
+"""Kernels with int8 activations: they have the tiles of those with e4m3, so few meet what is new, decoders and sums."""
+
+
 def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
     """Return the kernels that are built for a compute capability, each once."""
     chip = CHIP_OF[capability]
@@ -246,6 +264,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
+        found += [kernel.source(chip) for kernel in WHOLE]
         found += around.quantizing()
         found += mixtures.all_sources(chip)
         found += [kernel.source(chip) for kernel in normed()]

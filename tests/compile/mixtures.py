@@ -20,7 +20,7 @@ from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import decode_groups
-from tersor.layouts.packing import Packing, unsupported_reason
+from tersor.layouts.packing import BYTEWISE, Packing, unsupported_reason
 
 GATES = (1, 2, 3, 4)
 """EPILOGUE of common/gate.cuh; the second product of a layer has none."""
@@ -50,7 +50,7 @@ class Traits:
     @property
     def target(self) -> str:
         """What codes are decoded to."""
-        return decode_groups.FP8 if self.tile.e4m3 else self.dtype
+        return BYTEWISE.get(self.tile.activations, self.dtype)
 
     @property
     def scheme(self) -> Scheme:
@@ -72,7 +72,7 @@ class Traits:
 
     def source(self, chip: Chip) -> KernelSource:
         """Return the kernel, with the rings that it has on a chip."""
-        ready = self.gate == 0 and not self.tile.e4m3
+        ready = self.gate == 0 and not self.tile.bytewise
         config = tune.config(self.problem, self.tile, chip)
         return experts.source(Packing.of(self.scheme, self.target), self.dtype, config, self.gate, ready)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tersor.formats import get_scheme
+from tersor.formats import Activations, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, deciding, decode_attention, dense, jit, routing, sampling
+from tersor.kernels import attention, attention_sm90, deciding, decode_attention, dense, jit, norms, routing, sampling
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.layouts.packing import Packing
 
@@ -32,6 +32,8 @@ def whole(name: str) -> KernelSource:
         return deciding.source(deciding.Decider(router=router, choice=choice, norms=True), 1)
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
+    if name in ("common/quantized.cuh", "small/norms.cuh"):
+        return norms.norm_source("float16", False, 4096, Activations.INT8)
     sources = dense.sources(Packing.of(get_scheme("uint4", 64), "float16"), chip_named("H200"), gate=1)
     schedule = "sm80" if "sm80" in name else "sm90"
     return next(source for source in sources if source.header == f"dense/{schedule}_linear.cuh")

@@ -61,13 +61,24 @@ def of_tile(tile: sm90.Tile) -> dict[str, int]:
         "K_GROUPS": tile.channel_groups,
         "CLUSTER": tile.cluster,
         "RESIDENT": tile.resident,
-        "FP8": int(tile.e4m3),
     }
+
+
+def multiplied(kernel: dict[str, int]) -> Activations:
+    """What a kernel of the sm90 schedule multiplies weights with."""
+    if not kernel["BYTES"]:
+        return Activations.NATIVE
+    return Activations.INT8 if kernel["BYTE_WEIGHT"] == 8 else Activations.E4M3
+
+
+def has_tile(kernel: dict[str, int], tile: sm90.Tile) -> bool:
+    """Whether a kernel of the sm90 schedule has that tile."""
+    return of_tile(tile).items() <= kernel.items() and multiplied(kernel) is tile.activations
 
 
 def grouped(tile: sm90.Tile) -> set[int]:
     """How many scales of a row in a block a tile can have."""
-    counts = (0, 1, 2, 4) if tile.e4m3 else (0, 1, 2, 4, 8)
+    counts = (0, 1, 2, 4) if tile.bytewise else (0, 1, 2, 4, 8)
     return {count for count in counts if tile in sm90.tiles(count, tile.activations)}
 
 
@@ -153,17 +164,15 @@ TILES = [*sm90.tiles(0), *sm90.tiles(0, Activations.E4M3)]
 def test_tiles_of_the_sm90_schedule_meet_every_group_size_dtype_and_size_of_decode_group(tile: sm90.Tile) -> None:
     """Those that differ in tokens alone, up to a power of two, meet them together, and every tile meets something."""
     like = [one for one in TILES if alike(one) == tile]
-    of_each = [
-        [kernel for kernel in macros((9, 0), "sm90_linear") if of_tile(one).items() <= kernel.items()] for one in like
-    ]
+    of_each = [[kernel for kernel in macros((9, 0), "sm90_linear") if has_tile(kernel, one)] for one in like]
     assert all(of_each)
     kernels = list(itertools.chain.from_iterable(of_each))
-    if not tile.e4m3 or tile.tokens >= 128:
+    if not tile.bytewise or tile.tokens >= 128:
         assert met(kernels, "SCALE_GROUPS") == {(count,) for one in like for count in grouped(one)}
     assert met(kernels, "BF16") == {(0,), (1,)}
     assert {kernel["EPILOGUE"] > 0 for kernel in kernels} == {False, True}
-    assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.e4m3 else {(0,), (1,)})
-    assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.e4m3 else {(8,), (16,)})
+    assert met(kernels, "ZERO_POINTS") == ({(0,)} if tile.bytewise else {(0,), (1,)})
+    assert met(kernels, "DECODE_REGISTERS") == ({(4,), (8,)} if tile.bytewise else {(8,), (16,)})
     bits = {kernel["BITS"] for kernel in kernels}
     assert min(bits) < 5 and bits & {5, 6} and max(bits) > 6
 
@@ -204,29 +213,44 @@ DECODERS = {
 """Every way to decode to 16-bit floats: of bfloat16, registers of a decode group, how bits become numbers."""
 
 
-def of_width(tokens: int, fp8: bool) -> list[dict[str, int]]:
+def of_width(tokens: int, activations: Activations) -> list[dict[str, int]]:
     """The kernels with as many tokens in a tile, up to a power of two."""
-    kernels = [one for one in macros((9, 0), "sm90_linear") if one["FP8"] == fp8]
+    kernels = [one for one in macros((9, 0), "sm90_linear") if multiplied(one) is activations]
     return [one for one in kernels if tokens // 2 < one["N_TILE"] <= tokens]
 
 
 @pytest.mark.parametrize("tokens", sorted({width(tile) for tile in sm90.tiles(0, Activations.E4M3)}))
 def test_8_bit_activations_of_every_number_of_tokens_meet_every_group_size(tokens: int) -> None:
     tiles = [tile for tile in sm90.tiles(0, Activations.E4M3) if width(tile) == tokens]
-    assert met(of_width(tokens, True), "SCALE_GROUPS") == {(count,) for tile in tiles for count in grouped(tile)}
+    assert met(of_width(tokens, Activations.E4M3), "SCALE_GROUPS") == {
+        (count,) for tile in tiles for count in grouped(tile)
+    }
+
+
+def test_int8_activations_meet_every_decoder_scale_and_gate_in_narrow_and_wide_tiles() -> None:
+    kernels = [one for one in macros((9, 0), "sm90_linear") if multiplied(one) is Activations.INT8]
+    groups = [decode_groups.decode_group(catalogue.get(name), "int8") for name in names() if name[:2] != "fp"][:-1]
+    finishes = {(group.registers, int(group.finish)) for group in groups if group.words > 1}
+    assert met(kernels, "DECODE_REGISTERS", "DECODE_FINISH") >= finishes
+    for least, most in ((1, 64), (65, 128), (129, 256)):
+        some = [kernel for kernel in kernels if least <= kernel["N_TILE"] <= most]
+        assert met(some, "ZERO_POINTS") == met(some, "BF16") == {(0,), (1,)}
+        assert {kernel["EPILOGUE"] > 0 for kernel in some} == {False, True}
+        assert met(some, "ROW_GROUPS") > {(2,)} and met(some, "SCALE_GROUPS") >= {(0,)}
+    assert met(kernels, "SCALE_GROUPS") == {(0,), (1,), (2,), (4,)}
 
 
 @pytest.mark.parametrize("tokens", sorted({width(tile) for tile in sm90.tiles(1)}))
 def test_every_decoder_and_scale_dtype_meets_every_number_of_tokens(tokens: int) -> None:
-    kernels = of_width(tokens, False)
+    kernels = of_width(tokens, Activations.NATIVE)
     assert met(kernels, "BF16", "DECODE_REGISTERS", "DECODE_FINISH") == DECODERS
     scaled = [kernel for kernel in kernels if kernel["SCALE_GROUPS"]]
     assert met(scaled, "SCALE_TYPE") == {(value,) for value in SCALE_TYPES.values()}
 
 
-def test_every_format_is_decoded_beside_every_kind_of_activations() -> None:
+def test_every_format_is_decoded_beside_floats() -> None:
     built = {source.name for capability in CAPABILITIES for source in catalogue.all_sources(capability)}
-    for name, target in itertools.product(names(), decode_groups.TARGETS):
+    for name, target in itertools.product(names(), (*decode_groups.PAIR_TARGETS, decode_groups.FP8)):
         if decode_groups.unsupported_reason(catalogue.get(name), target):
             continue
         assert any(f"linear_sm90_{name}_{target}" in one or f"linear_sm80_{name}_{target}" in one for one in built), (
@@ -252,7 +276,7 @@ def test_batch_invariant_kernels_are_those_that_the_mode_asks_for() -> None:
 def test_every_tile_of_few_tokens_is_built_with_a_norm_ahead_and_with_one_behind() -> None:
     kernels = [one for one in macros((9, 0), "sm90_linear") if one["NORM"]]
     for tile in (tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
-        assert {one["NORM"] for one in kernels if of_tile(tile).items() <= one.items()} == {1, 2}, tile
+        assert {one["NORM"] for one in kernels if has_tile(one, tile)} == {1, 2}, tile
     assert met(kernels, "NORM", "BF16") == set(itertools.product((1, 2), (0, 1)))
     assert met(kernels, "NORM", "EPILOGUE") == {(1, 0), (1, 1), (2, 0)}
     assert len(met(kernels, "SCALE_GROUPS")) > 2
@@ -262,12 +286,12 @@ def test_experts_kernels_meet_every_tile_gate_and_format_in_both_products() -> N
     kernels = macros((9, 0), "sm90_experts", "experts")
     alone = [tile for tile in TILES if tile.cluster == 1]
     for like in dict.fromkeys(map(alike, alone)):
-        tiles = [of_tile(tile) for tile in alone if alike(tile) == like]
-        assert any(tile.items() <= kernel.items() for tile in tiles for kernel in kernels), like
+        tiles = [tile for tile in alone if alike(tile) == like]
+        assert any(has_tile(kernel, tile) for tile in tiles for kernel in kernels), like
     assert met(kernels, "EPILOGUE", "BF16") == set(itertools.product(range(5), (0, 1)))
     for fp8 in (0, 1):
-        of_kind = [kernel for kernel in kernels if kernel["FP8"] == fp8]
-        for tokens in {width(tile) for tile in alone if tile.e4m3 == fp8}:
+        of_kind = [kernel for kernel in kernels if kernel["BYTES"] == fp8]
+        for tokens in {width(tile) for tile in alone if tile.bytewise == fp8}:
             products = {bool(kernel["EPILOGUE"]) for kernel in of_kind if tokens // 2 < kernel["N_TILE"] <= tokens}
             assert products == {True, False}, tokens
         assert met(of_kind, "EPILOGUE") == {(gate,) for gate in range(5)}

@@ -33,7 +33,7 @@ from tersor.kernels.tune import experts_sm80, sm80, sm90
 from tersor.kernels.tune.experts_problem import ExpertsProblem
 from tersor.layouts import decode_groups
 from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC
-from tersor.layouts.packing import Packing
+from tersor.layouts.packing import BYTEWISE, Packing
 from tersor.ops.attention_form import PAGE
 
 H200 = chip_named("H200")
@@ -88,11 +88,13 @@ class Launched:
 
 def sm90_sources(scheme: Scheme, chip_name: str = "H200") -> dict[sm90.Tile, KernelSource]:
     """Every tile of a scheme with its kernel, those for 8-bit activations too."""
-    chip, native, e4m3 = chip_named(chip_name), packing(scheme), packing(scheme, decode_groups.FP8)
-    found = (*dense.sources(native, chip), *dense.quantized_sources(e4m3, "float16", chip))
+    chip, native = chip_named(chip_name), packing(scheme)
+    kind = Activations.E4M3 if scheme.format.kind == "float" else Activations.INT8
+    bytewise = packing(scheme, BYTEWISE[kind])
+    found = (*dense.sources(native, chip), *dense.quantized_sources(bytewise, "float16", chip))
     named = {source.name: source for source in found if source.header == "dense/sm90_linear.cuh"}
     groups = native.scales_in_block
-    every = (*sm90.tiles(groups), *sm90.tiles(groups, Activations.E4M3))
+    every = (*sm90.tiles(groups), *sm90.tiles(groups, kind))
     assert len(named) == len(every)
     return dict(zip(every, named.values(), strict=True))
 
@@ -145,16 +147,17 @@ def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> N
             "linear::kPartBytes": tile.part_bytes,
             "linear::kSums * linear::kFinishers * 2": dense.parts(config, problem.n)[0] // dense.parts(config, 1)[1],
         }
-        if tile.e4m3:
+        if tile.bytewise:
             facts["linear::kSettles"] = not tile.fast_sums
-        check("dense/sm90_multiply.cuh" if tile.e4m3 else "dense/sm90_pipeline.cuh", source, facts)
+        check("dense/sm90_multiply_bytes.cuh" if tile.bytewise else "dense/sm90_pipeline.cuh", source, facts)
 
 
-@pytest.mark.parametrize(("name", "operand"), [("fp6_e2m3", "kE4m3"), ("fp6_e3m2", "kE5m2")])
+@pytest.mark.parametrize(("name", "operand"), [("fp6_e2m3", "kE4m3"), ("fp6_e3m2", "kE5m2"), ("int4", "kInt8")])
 def test_weights_beside_8_bit_activations_are_of_the_type_that_their_table_makes(name: str, operand: str) -> None:
-    assert f"k{decode_groups.decode_group(get(name), decode_groups.FP8).operand.capitalize()}" == operand
-    source = next(source for tile, source in sm90_sources(get_scheme(name)).items() if tile.e4m3)
-    check("dense/sm90_multiply.cuh", source, {"linear::kOperand": f"wgmma::{operand}"})
+    target = decode_groups.INT8 if name == "int4" else decode_groups.FP8
+    assert f"k{decode_groups.decode_group(get(name), target).operand.capitalize()}" == operand
+    source = next(source for tile, source in sm90_sources(get_scheme(name)).items() if tile.bytewise)
+    check("dense/sm90_multiply_bytes.cuh", source, {"linear::kOperand": f"wgmma::{operand}"})
 
 
 def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
@@ -183,7 +186,7 @@ def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
     source = of_experts.source(of, "float16", config, 1, False)
     check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kTokens": 16})
     dense.prepare_quantize(launched, n=3, ic=32768)(stream=0, x=0, x_stride=32768, codes=0)  # type: ignore[arg-type]
-    source = dense.quantize_source("float16")
+    source = dense.quantize_source("float16", Activations.E4M3)
     check(source.header, source, {"quantize::kMostThreads": launched.block[0]})
     dense.launch_dequantize(launched, 0, weight=0, scale=0, scratch=0, first_block=0, oc=64, ic=1000, factor=1.0)  # type: ignore[arg-type]
     source = dense.dequantize_source(packing(scheme))
@@ -240,7 +243,7 @@ def test_launches_around_experts_count_threads_pairs_and_limits_as_the_kernels_d
 
 
 def test_warps_that_normalise_rows_are_as_many_as_the_kernel_counts_on() -> None:
-    launched, source = Launched(), norms.norm_source("float16", False, 5120, True, 3)
+    launched, source = Launched(), norms.norm_source("float16", False, 5120, Activations.E4M3, 3)
     sizes = {"rows": 2112, "channels": 5120, "eps": 0.0, "offset": 0.0, "sms": 132, "sm_threads": 2048}
     places = dict.fromkeys(("x", "stride", "weight", "bias", "residual", "out", "out_stride"), 0)
     norms.prepare_norm(launched, **sizes, warps=3)(stream=0, **places, ready=False, early=False)  # type: ignore[arg-type]

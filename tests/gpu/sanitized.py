@@ -16,8 +16,8 @@ from tersor.kernels import deciding, dense
 from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
 from tersor.layouts import PackedWeight, StackedWeight
-from tersor.layouts.packing import scales_in_block
-from tersor.ops import dispatch, grouped, heads, routing
+from tersor.layouts.packing import scales_in_block, target_of
+from tersor.ops import grouped, heads, routing
 from tersor.ops.attention_form import Rows
 
 
@@ -25,10 +25,13 @@ def main() -> None:
     """Run each configuration once; the sanitizer looks on."""
     chip = hardware.of_device(0)
     for group_size in (None, 32):
-        run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416, fp8=False)
+        run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416)
     if chip.capability == (9, 0):
-        run(formats.get_scheme("fp6_e3m2"), chip.capability, 200, 416, fp8=True)
+        run(formats.get_scheme("fp6_e3m2"), chip.capability, 200, 416, Activations.E4M3)
+        run(formats.get_scheme("int8"), chip.capability, 200, 416, Activations.INT8)
+        run(formats.get_scheme("uint4", 32), chip.capability, 200, 416, Activations.INT8)
         experts(Activations.E4M3)
+        experts(Activations.INT8)
     experts(Activations.NATIVE)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
@@ -95,10 +98,13 @@ def around() -> None:
     x, weight = torch.randn(3, 5128, device="cuda").half(), torch.ones(5128, device="cuda").half()
     ops.rms_norm(ops.layer_norm(x, weight, weight, 1e-5), weight, 1e-6, residual=x)
     x_many, ones = torch.randn(140, 8200, device="cuda").half(), torch.ones(8200, device="cuda").half()
-    ops.rms_norm_e4m3(ops.layer_norm(x_many, ones, ones, 1e-5), ones, 1e-6, residual=x_many)
-    ops.layer_norm_e4m3(x_many, ones, None, 1e-5)
+    ops.rms_norm_quantized(ops.layer_norm(x_many, ones, ones, 1e-5), ones, 1e-6, residual=x_many)
+    ops.layer_norm_quantized(x_many, ones, None, 1e-5, activations=Activations.INT8)
     x_most, ones = torch.randn(1100, 520, device="cuda").half(), torch.ones(520, device="cuda").half()
-    ops.rms_norm_e4m3(ops.layer_norm(x_most, ones, ones, 1e-5), ones, 1e-6, residual=x_most)
+    ops.rms_norm_quantized(ops.layer_norm(x_most, ones, ones, 1e-5), ones, 1e-6, residual=x_most)
+    ops.rms_norm_quantized(
+        torch.ones(1700, 4096, device="cuda").half(), x[0, :4096], 1e-6, activations=Activations.INT8
+    )
     starts, lengths = torch.tensor([0, 2, 2, 3], device="cuda").int(), torch.tensor([9, 0, 1], device="cuda").int()
     rows = Rows(starts, lengths, torch.zeros(3, 1, device="cuda").int(), 2, 9)
     ops.lookup(torch.tensor([0, 2, 3, -1], device="cuda"), x, positions=x, rows=rows)
@@ -123,8 +129,9 @@ def experts(activations: Activations) -> None:
 
     Those of the sm90 schedule by few CTAs, those of the sm80 schedule in whole and in parts.
     """
-    chip, scheme, top_k = hardware.of_device(0), formats.get_scheme("fp6_e3m2"), 2
-    layout = dispatch.E4M3_LAYOUT if activations is Activations.E4M3 else "tiles_float16"
+    name = "int6" if activations is Activations.INT8 else "fp6_e3m2"
+    chip, scheme, top_k = hardware.of_device(0), formats.get_scheme(name), 2
+    layout = f"tiles_{target_of(activations, torch.float16)}"
     sizes = ((2 * 136, 256), (256, 136))  # gate and up, down
     weights = [
         StackedWeight.stack([PackedWeight.from_encoded(quantize_rtn(torch.randn(*size), scheme)) for _ in range(4)])
@@ -151,14 +158,15 @@ def experts(activations: Activations) -> None:
         ops.experts(x, pair[0], pair[1], index, factors)
 
 
-def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *, fp8: bool) -> None:
+def run(
+    scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, activations: Activations = Activations.NATIVE
+) -> None:
     """Run one scheme through every tile, in whole and in parts, with CTAs that take several items."""
     chip = hardware.of_device(0)
-    layout = dispatch.E4M3_LAYOUT if fp8 else "tiles_float16"
+    layout, native = f"tiles_{target_of(activations, torch.float16)}", activations is Activations.NATIVE
     weight = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic), scheme)).to_layout(layout)
     weight = PackedWeight(scheme, (oc, ic), weight.data.cuda(), weight.scale.cuda(), None, layout)
     groups = scales_in_block(scheme.group_size)
-    activations = Activations.E4M3 if fp8 else Activations.NATIVE
     shapes = sm90.tiles(groups, activations) if capability == (9, 0) else ()
     for tile in shapes:
         n = tile.tokens + 5
@@ -172,12 +180,12 @@ def run(scheme: formats.Scheme, capability: tuple[int, int], oc: int, ic: int, *
             count = -(-oc // tile.rows)
             with ops.using(config=sm90.config(problem, tile, 0, 2, 2 * count, chip, True)):
                 ops.linear(x[: tile.tokens], weight)
-        if tile.tokens <= MOST_NORMED and not fp8:
+        if tile.tokens <= MOST_NORMED and native:
             for splits, ctas in ((1, 2), (2, 3)):
                 problem = dense.problem_of(scheme, (oc, ic), tile.tokens)
                 with ops.using(config=sm90.config(problem, tile, 0, splits, ctas, chip)):
                     norms(x[: tile.tokens], weight)
-    if not fp8:
+    if native:
         for tokens in sm80.TILES:
             problem = dense.problem_of(scheme, (oc, ic), tokens)
             x = torch.randn(tokens, ic, device="cuda").half()

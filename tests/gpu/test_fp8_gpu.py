@@ -163,7 +163,8 @@ def two_steps(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     n, ic = plain.shape
     row = dense.codes_stride(ic)
     memory = torch.full((n * (row + 4),), 255, dtype=torch.uint8, device="cuda")
-    launch = dense.prepare_quantize(jit.get(dense.quantize_source(TARGETS[plain.dtype]), 0), n=n, ic=ic)
+    function = jit.get(dense.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
+    launch = dense.prepare_quantize(function, n=n, ic=ic)
     launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=ic, codes=memory.data_ptr())
     return memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)
 
@@ -186,14 +187,14 @@ def test_a_norm_that_quantises_gives_the_bits_of_two_steps(channels: int, dtype:
         )
         x[tokens // 2, 1] = math.nan
         x[tokens - 1] = 0
-        assert ops.takes_e4m3(x, (product,), weight)
+        assert ops.takes_quantized(x, (product,), weight)
         pairs: list[tuple[Callable[[], ops.Quantized], torch.Tensor]] = [
-            (lambda: ops.rms_norm_e4m3(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)),  # noqa: B023
+            (lambda: ops.rms_norm_quantized(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)),  # noqa: B023
             (
-                lambda: ops.rms_norm_e4m3(x, weight, 1e-6, offset=1.0, residual=residual),  # noqa: B023
+                lambda: ops.rms_norm_quantized(x, weight, 1e-6, offset=1.0, residual=residual),  # noqa: B023
                 ops.rms_norm(x, weight, 1e-6, offset=1.0, residual=residual),
             ),
-            (lambda: ops.layer_norm_e4m3(x, weight, bias, 1e-5), ops.layer_norm(x, weight, bias, 1e-5)),  # noqa: B023
+            (lambda: ops.layer_norm_quantized(x, weight, bias, 1e-5), ops.layer_norm(x, weight, bias, 1e-5)),  # noqa: B023
         ]
         for call, plain in pairs:
             codes, scales = two_steps(plain)
@@ -209,7 +210,7 @@ def test_a_norm_that_quantises_gives_the_bits_of_two_steps(channels: int, dtype:
             for _ in range(20):
                 rows = call()
                 assert torch.equal(rows.codes.view(torch.uint8), codes) and torch.equal(rows.scales, scales)
-            y = ops.linear_e4m3(rows, product)
+            y = ops.linear_quantized(rows, product)
             torch.testing.assert_close(y, ops.linear(plain, product), rtol=0, atol=0, equal_nan=True)
 
 
@@ -222,8 +223,8 @@ def test_a_chain_of_norms_that_quantise_is_that_of_launches_that_wait() -> None:
     def chain() -> torch.Tensor:
         y = x
         for _ in range(10):
-            inner = ops.linear_e4m3(ops.rms_norm_e4m3(y, weights[0], 1e-6), there)
-            y = ops.linear_e4m3(ops.rms_norm_e4m3(inner, weights[1], 1e-6), back, residual=y)
+            inner = ops.linear_quantized(ops.rms_norm_quantized(y, weights[0], 1e-6), there)
+            y = ops.linear_quantized(ops.rms_norm_quantized(inner, weights[1], 1e-6), back, residual=y)
         return y
 
     _, result = check_chain(chain)

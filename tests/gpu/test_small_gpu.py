@@ -107,7 +107,7 @@ def test_a_row_that_is_normalised_has_the_same_bits_alone_and_among_many(channel
         results = [ops.rms_norm(own, weight, 1e-6), ops.rms_norm(own, weight, 1e-6, offset=1.0, residual=added)]
         results += [ops.layer_norm(own, weight, bias, 1e-5), ops.layer_norm(own, weight, None, 1e-5)]
         if torch.cuda.get_device_capability() == (9, 0) and channels % 16 == 0:
-            narrow = ops.rms_norm_e4m3(own, weight, 1e-6), ops.layer_norm_e4m3(own, weight, bias, 1e-5)
+            narrow = ops.rms_norm_quantized(own, weight, 1e-6), ops.layer_norm_quantized(own, weight, bias, 1e-5)
             results += [part for one in narrow for part in (one.codes.view(torch.uint8), one.scales)]
         return results
 

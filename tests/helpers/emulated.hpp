@@ -47,6 +47,9 @@ template <class T> T __ldcg(const T* p) { return *p; }
 inline u32 __float_as_uint(float x) { u32 y; memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline float __int_as_float(int x) { return __uint_as_float(static_cast<u32>(x)); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 both = static_cast<u64>(b) << 32 | a;
     u32 result = 0;

@@ -115,6 +115,7 @@ def asked_for(
         ("NVIDIA H200", "llama", "16bit", 1),
         ("NVIDIA H200", "llama", "fp8", 2),
         ("NVIDIA H200", "qwen3-moe", "fp8", 1),
+        ("NVIDIA H200", "qwen3-moe", "int8", 1),
         ("NVIDIA H200", "qwen3-moe", "invariant", 1),
         ("NVIDIA H200", "qwen3-moe", "plain", 1),
         ("NVIDIA H200", "gpt-oss", "16bit", 2),
@@ -130,10 +131,10 @@ def asked_for(
 def test_steps_ask_for_what_is_compiled_ahead(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, way: str, ranks: int
 ) -> None:
-    config, scheme = config_of(name), None if way == "plain" else get_scheme("fp6_e3m2")
+    config, scheme = config_of(name), None if way == "plain" else get_scheme("int8" if way == "int8" else "fp6_e3m2")
     if config.layers[-1] not in config.layers[:-1]:  # the last layer has few of the tokens behind its attention
         config = replace(config, layers=(*config.layers, config.layers[-1]))
-    activations = Activations.E4M3 if way == "fp8" else Activations.NATIVE
+    activations = Activations.of(way) if way in ("fp8", "int8") else Activations.NATIVE
     pages = torch.float8_e4m3fn if way == "fp8" else None
     schemes = schemes_of(config, scheme)
     steps = Steps(tokens=TOKENS, rows=ROWS, queries=LENGTH, length=128, pages=pages)

@@ -91,7 +91,7 @@ def test_8_bit_activations_and_joined_layers_have_kernels_of_their_own() -> None
     joined = {source.name for source in warm.sources([scheme], ["float16"], chip, fuse=True)}
     eight = {source.name for source in warm.sources([scheme], ["float16"], chip, Activations.E4M3)}
     assert plain < joined
-    assert "tersor_quantize_activations_float16" in eight
+    assert "tersor_quantize_activations_float16_fp8" in eight
     assert all("float8_e4m3fn" in name for name in eight if "linear" in name)
 
 

@@ -100,7 +100,8 @@ def test_a_configuration_that_is_no_candidate_is_left_out(
 def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     present = dict(cost.of(H200.name))
     monkeypatch.setattr(cost, "of", lambda chip: present)
-    assert sweep.tile("64,2,1,2,1,fp8") == sm90.Tile(64, 2, 1, 2, 1, Activations.E4M3)
+    for text, kind in (("fp8", Activations.E4M3), ("int8", Activations.INT8)):
+        assert sweep.tile(f"64,2,1,2,1,{text}") == sm90.Tile(64, 2, 1, 2, 1, kind)
     new = sweep.tile("64,2,1,2,1")
     sweep.add(new)
     assert present[new] == present[sm90.Tile(64, 2, 1, 1, 1)]
@@ -116,7 +117,7 @@ def test_tiles_to_try(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_sweep_times_the_best_of_every_tile_first_and_what_is_near_the_best_again(sweep: ModuleType) -> None:
     arguments, cells = sweep.parsed(["out.csv", "8192x8192", "1280x8192", "--n", "40,200", "--turns", "2"])
-    assert len(cells) == 8 and {cell.activations for cell in cells} == set(Activations)
+    assert len(cells) == 8 and {cell.activations for cell in cells} == {Activations.NATIVE, Activations.E4M3}
     wanted = {cell: sweep.ranked(sweep.plausible(cell.problem, H200, 1.6))[: arguments.most] for cell in cells}
     for configs in wanted.values():
         tiles = [sm90.tile_of(config) for config in configs]
@@ -204,10 +205,23 @@ def test_a_fit_is_written_as_the_package_reads_it(costs: ModuleType) -> None:
     chip, found = cost.parse(shipped, "h200.json")
     assert (chip, found) == (H200.name, cost.of(H200.name))
     fitted_to = json.loads(shipped)["fitted_to"]
-    assert costs.text(H200, found, fitted_to) == shipped
+    kinds = {entry["tile"]["activations"] for entry in json.loads(shipped)["tiles"]}
+    assert (
+        costs.text(H200, {tile: one for tile, one in found.items() if tile.activations in kinds}, fitted_to) == shipped
+    )
     tile = sm90.Tile(128, 2, 1, 1, 1, Activations.E4M3)
     changed = {**found, tile: replace(found[tile], start=1.25)}
     assert cost.parse(costs.text(H200, changed, "12 launches"), "new.json") == (H200.name, changed)
+
+
+def test_tiles_for_int8_that_a_file_does_not_list_cost_what_those_for_e4m3_do(costs: ModuleType) -> None:
+    fitted = {tile: one for tile, one in cost.of(H200.name).items() if tile.activations is not Activations.INT8}
+    _, found = cost.parse(costs.text(H200, fitted, "12 launches"), "new.json")
+    more = {tile: one for tile, one in found.items() if tile not in fitted}
+    assert len(more) > 20 and all(found[replace(tile, activations=Activations.E4M3)] == more[tile] for tile in more)
+    tile = sm90.Tile(128, 2, 1, 1, 1, Activations.INT8)
+    own = {**fitted, tile: replace(more[tile], start=1.25)}
+    assert cost.parse(costs.text(H200, own, "12 launches"), "new.json") == (H200.name, own)
 
 
 def test_the_command_fits_and_writes_a_file_of_costs(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_rows_and_channels_of_gated_weights_are_the_same_in_both_languages(tmp_p
             assert (rows[row], rows[row + gated.HALF]) == (channel + 1, -channel - 1)
 
 
+def subtracts(subtract: Any, fmt: formats.ElementFormat, group: decode_groups.DecodeGroup) -> None:
+    """Assert that every code less every zero point is that number in int8, whatever the bytes beside it are."""
+    subtract.restype = ctypes.c_uint32
+    codes = torch.arange(1 << fmt.bits).repeat(2)
+    for zero in range(129):
+        (constant,) = decode_groups.zero_constants(torch.tensor([zero], dtype=torch.uint8), fmt, decode_groups.INT8)
+        for first in range(0, 1 << fmt.bits, 3):
+            fields = codes[first : first + 2].repeat(2).int()
+            register = int(decode_groups.join(fields)) & group.mask
+            found = subtract(register, (int(constant) & 0xFFFF) * 0x00010001)
+            values = torch.tensor([found], dtype=torch.int64).view(torch.int8)[:4]
+            assert torch.equal(values.int(), fields - zero), (fmt.name, zero, first)
+
+
 @needs_compiler
 @pytest.mark.parametrize("target", list(decode_groups.TARGETS))
 def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
@@ -92,6 +107,8 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
             f"{defines}namespace {name} {{\n{body}\n}}\n"
             f'extern "C" void {name}_extract(u32* registers, const u32* words) '
             f"{{ {name}::decode::extract(registers, words); }}\n"
+            f'extern "C" u32 {name}_subtract(u32 codes, u32 zeros) '
+            f"{{ return {name}::decode::subtract_bytes(codes, zeros); }}\n"
         )
     loaded = built("using u32 = unsigned int;\n" + "".join(parts), tmp_path)
     together = decode_groups.weights_in_register(target)
@@ -99,6 +116,8 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         fmt = formats.get(name)
         group = decode_groups.decode_group(fmt, target)
         extract = getattr(loaded, f"{name}_extract")
+        if group.finish is decode_groups.Finish.SUBTRACT_BYTES:
+            subtracts(getattr(loaded, f"{name}_subtract"), fmt, group)
         # 16 x 128 blocks hold every code at every place of a group: block b adds b to a running pattern.
         blocks = 1 << fmt.bits
         places = torch.arange(16 * 128).view(16, 128)

@@ -26,6 +26,7 @@ CASES = [
     ("fp6_e3m2", None, "tiles_float16"),
     ("uint4", 32, "tiles_bfloat16"),
     ("fp6_e3m2", None, "tiles_float8_e4m3fn"),
+    ("uint4", 32, "tiles_int8"),
 ]
 
 

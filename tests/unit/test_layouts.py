@@ -17,6 +17,7 @@ OPERANDS = {
     "bfloat16": (torch.bfloat16, torch.int16),
     "e4m3": (torch.float8_e4m3fn, torch.uint8),
     "e5m2": (torch.float8_e5m2, torch.uint8),
+    "int8": (torch.int8, torch.int8),
 }
 SERVED = [
     (name, target)
@@ -66,6 +67,10 @@ def test_which_formats_have_tables() -> None:
     assert "NaN" in decode_groups.unsupported_reason(formats.get("fp8_e4m3"), "float8_e4m3fn")
     assert "no float type" in decode_groups.unsupported_reason(formats.get("int4"), "float8_e4m3fn")
     assert "no decode table" in decode_groups.unsupported_reason(formats.get("fp7_e2m4"), "float8_e4m3fn")
+    whole = [name for name, target in SERVED if target == "int8"]
+    assert whole == [name for name in formats.names() if "int" in name and name != "uint8"]
+    assert "no integer type" in decode_groups.unsupported_reason(formats.get("fp6_e2m3"), "int8")
+    assert "does not fit" in decode_groups.unsupported_reason(formats.get("uint8"), "int8")
 
 
 @pytest.mark.parametrize(("name", "target"), [pair for pair in SERVED if pair[0].startswith("fp")])
@@ -84,6 +89,14 @@ def test_a_placed_float_is_the_value_but_for_a_power_of_two(name: str, target: s
     read = fields.to(width).view(dtype).double()
     assert torch.equal(read * 2.0**exponent, fmt.values().double())
     assert torch.equal(torch.signbit(read), torch.signbit(fmt.values()))
+
+
+@pytest.mark.parametrize("name", [name for name, target in SERVED if target == "int8" and name[0] == "i"])
+def test_a_placed_integer_is_the_value_but_for_a_power_of_two(name: str) -> None:
+    fmt = formats.get(name)
+    fields = decode_groups.place(torch.arange(1 << fmt.bits, dtype=torch.int32), fmt, "int8")
+    read = fields.to(torch.uint8).view(torch.int8).double()
+    assert torch.equal(read * 2.0 ** decode_groups.decode_group(fmt, "int8").exponent, fmt.values().double())
 
 
 @pytest.mark.parametrize(("name", "target"), SERVED)
@@ -150,7 +163,8 @@ def test_zero_points_change_layout_and_back(name: str, group: int | None) -> Non
     packed = PackedWeight.from_encoded(quantize_rtn(weight, scheme))
     assert packed.zero_point is not None
     assert len(packed.zero_point.unique()) > 1
-    for target in decode_groups.PAIR_TARGETS:
+    bytewise = name != "uint8" and (group or 32) % 32 == 0
+    for target in (*decode_groups.PAIR_TARGETS, *(["int8"] if bytewise else [])):
         tiled = packed.to_layout(f"tiles_{target}")
         assert tiled.zero_point is None
         assert torch.equal(tiled.dequantize(), packed.dequantize())
@@ -177,6 +191,15 @@ def test_zero_constants_are_exact(name: str) -> None:
         if narrow:
             with pytest.raises(FormatError, match="zero point of 131"):
                 decode_groups.zero_constants(torch.tensor([[5, 131]], dtype=torch.uint8), fmt, target)
+
+
+def test_zero_points_beside_int8_are_bytes_and_at_most_128() -> None:
+    fmt, zeros = formats.get("uint7"), torch.arange(129, dtype=torch.uint8)
+    constants = decode_groups.zero_constants(zeros, fmt, "int8")
+    assert torch.equal(constants.view(torch.uint8).view(-1, 2), zeros[:, None].expand(-1, 2))
+    assert torch.equal(decode_groups.zero_points(constants, fmt, "int8"), zeros)
+    with pytest.raises(FormatError, match="zero point of 129 in uint7 is beyond what int8 takes"):
+        decode_groups.zero_constants(torch.tensor([[5, 129]], dtype=torch.uint8), fmt, "int8")
 
 
 def test_where_scales_and_zero_points_lie() -> None:

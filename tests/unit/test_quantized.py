@@ -19,6 +19,7 @@ from tersor.layouts import PackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.random import random_decoder
 from tersor.ops import Gate, Rows, dispatch
+from tersor.ops.quantized import common_activations
 
 gpu = pretended("NVIDIA H200")
 
@@ -35,37 +36,38 @@ def test_a_product_of_quantised_rows_is_that_of_the_norm(dtype: torch.dtype) -> 
     weight, bias, of_outputs = (torch.randn(size, generator=generator).to(dtype) for size in (96, 96, 32))
     product = packed(32, 96)
     for rows, plain in (
-        (ops.rms_norm_e4m3(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)),
-        (ops.rms_norm_e4m3(x, weight, 1e-6, offset=1.0), ops.rms_norm(x, weight, 1e-6, offset=1.0)),
-        (ops.rms_norm_e4m3(x, weight, 1e-6, residual=x), ops.rms_norm(x, weight, 1e-6, residual=x)),
-        (ops.layer_norm_e4m3(x, weight, bias, 1e-5), ops.layer_norm(x, weight, bias, 1e-5)),
+        (ops.rms_norm_quantized(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)),
+        (ops.rms_norm_quantized(x, weight, 1e-6, offset=1.0), ops.rms_norm(x, weight, 1e-6, offset=1.0)),
+        (ops.rms_norm_quantized(x, weight, 1e-6, residual=x), ops.rms_norm(x, weight, 1e-6, residual=x)),
+        (ops.layer_norm_quantized(x, weight, bias, 1e-5), ops.layer_norm(x, weight, bias, 1e-5)),
     ):
         assert rows.dtype == dtype and rows.shape == x.shape
-        y = ops.linear_e4m3(rows, product, of_outputs, residual=added)
+        y = ops.linear_quantized(rows, product, of_outputs, residual=added)
         assert y.dtype == dtype and torch.equal(y, ops.linear(plain, product, of_outputs, residual=added))
-        y = ops.linear_e4m3(rows, product, of_outputs, gate=Gate.GELU)
+        y = ops.linear_quantized(rows, product, of_outputs, gate=Gate.GELU)
         assert torch.equal(y, ops.gated_linear(plain, product, of_outputs, gate=Gate.GELU))
-    empty = ops.linear_e4m3(ops.rms_norm_e4m3(x[:0], weight, 1e-6), product, of_outputs)
+    empty = ops.linear_quantized(ops.rms_norm_quantized(x[:0], weight, 1e-6), product, of_outputs)
     assert empty.shape == (0, 32) and empty.dtype == dtype
 
 
 def test_what_does_not_fit_is_one_line_that_names_both_sides() -> None:
     rows, weight = ops.Quantized.of(torch.randn(3, 96)), packed(32, 96)
     for given, message in (
-        (replace(rows, codes=rows.codes.float()), r"codes are \[3, 96\] torch.float32, .* float8_e4m3fn"),
+        (replace(rows, codes=rows.codes.float()), r"codes are \[3, 96\] torch.float32, .* torch.float8_e4m3fn"),
         (replace(rows, scales=rows.scales[:2]), r"scales are \[2\] .*, expected \[3\] torch.float32 on cpu"),
         (ops.Quantized.of(torch.randn(3, 64)), r"x has shape \[3, 64\], expected \[..., 96\]"),
     ):
         with pytest.raises(ShapeError, match=message):
-            ops.linear_e4m3(given, weight)
-    with pytest.raises(ShapeError, match="the weight lies in stream, expected tiles_float8_e4m3fn"):
-        ops.linear_e4m3(rows, weight.to_layout("stream"))
-    with pytest.raises(ShapeError, match=r"^rms_norm_e4m3: weight is \[96\] .*, expected \[64\]"):
-        ops.rms_norm_e4m3(torch.randn(3, 64), torch.ones(96), 1e-6)
+            ops.linear_quantized(given, weight)
+    with pytest.raises(ShapeError, match="the weight lies in stream, expected one of tiles_float8_e4m3fn, tiles_int8"):
+        ops.linear_quantized(rows, weight.to_layout("stream"))
+    with pytest.raises(ShapeError, match=r"^rms_norm_quantized: weight is \[96\] .*, expected \[64\]"):
+        ops.rms_norm_quantized(torch.randn(3, 64), torch.ones(96), 1e-6)
 
 
 def decoder_of(name: str, dtype: torch.dtype = torch.bfloat16, activations: Activations = Activations.E4M3) -> Decoder:
-    return random_decoder(config_of(name), get_scheme("fp6_e3m2"), "cpu", dtype, activations=activations, context=64)
+    scheme = get_scheme("uint4", 32) if activations is Activations.INT8 else get_scheme("fp6_e3m2")
+    return random_decoder(config_of(name), scheme, "cpu", dtype, activations=activations, context=64)
 
 
 def logits_of(decoder: Decoder) -> torch.Tensor:
@@ -79,12 +81,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Have every norm that may do it quantise, by the torch code, and note whose rows."""
     made: list[int] = []
 
-    def every(x: torch.Tensor, weights: tuple[PackedWeight, ...], *norm: torch.Tensor | None) -> bool:
+    def every(x: torch.Tensor, weights: tuple[PackedWeight, ...], *norm: torch.Tensor | None) -> Activations | None:
         made.append(x.shape[1])
-        return all(weight.layout == dispatch.E4M3_LAYOUT for weight in weights)
+        found = common_activations(weights)
+        return found if found.dtype else None
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "takes_e4m3", every)
+        patch.setattr(ops, "takes_quantized", every)
         yield made
 
 
@@ -92,18 +95,20 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ("name", "norms"), [("llama", 4), ("gemma2", 4), ("opt", 4), ("qwen3-moe", 2), ("deepseek-v3", 7)]
 )
 def test_a_decoders_logits_are_those_of_two_steps(name: str, norms: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = decoder_of(name)
+    decoder = decoder_of(name, activations=Activations.INT8 if name == "opt" else Activations.E4M3)
     expected = logits_of(decoder)
     with counted(monkeypatch) as made:
         assert torch.equal(logits_of(decoder), expected)
     assert len(made) == norms, "of two layers"
 
 
-def test_a_layer_quantises_in_its_norms_and_launches_it_elsewhere_alone(gpu: FakeGpu) -> None:
-    logits_of(decoder_of("llama"))
-    kinds = ("rms_norm_bfloat16_1_e4m3", "quantize_activations", "linear")
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_a_layer_quantises_in_its_norms_and_launches_it_elsewhere_alone(gpu: FakeGpu, kind: str) -> None:
+    logits_of(decoder_of("llama", activations=Activations.INT8 if kind == "int8" else Activations.E4M3))
+    normed = f"rms_norm_bfloat16_1_{kind}"
+    kinds = (normed, "quantize_activations", "linear")
     names = [next((kind for kind in kinds if kind in launch.kernel), "") for launch in gpu.launches]
-    layer = ["rms_norm_bfloat16_1_e4m3", "linear", "quantize_activations", "linear"]
+    layer = [normed, "linear", "quantize_activations", "linear"]
     assert [name for name in names if name] == 2 * 2 * layer
     first = next(number for number, name in enumerate(names) if name)
     norm, product = gpu.launches[first : first + 2]
@@ -114,19 +119,19 @@ def test_a_layer_quantises_in_its_norms_and_launches_it_elsewhere_alone(gpu: Fak
 
 def test_rows_that_lie_otherwise_are_copied_for_a_kernel(gpu: FakeGpu) -> None:
     rows, weight = ops.Quantized.of(torch.randn(3, 100).half()), packed(32, 100)
-    assert ops.linear_e4m3(rows, weight).shape == (3, 32)
+    assert ops.linear_quantized(rows, weight).shape == (3, 32)
     assert gpu.last["x_map"].strides == (112,) and gpu.last["x_map"].address != rows.codes.data_ptr()
 
 
 def test_other_norms_do_not_quantise(gpu: FakeGpu) -> None:
     x, weight = torch.randn(3, 96).half(), torch.ones(96).half()
     product = packed(32, 96)
-    assert ops.takes_e4m3(x, (product,), weight)
-    assert not ops.takes_e4m3(x, (product, product.to_layout("stream")), weight)
-    assert not ops.takes_e4m3(x.float(), (product,), weight.float())
-    assert not ops.takes_e4m3(x.requires_grad_(), (product,), weight)
+    assert ops.takes_quantized(x, (product,), weight)
+    assert not ops.takes_quantized(x, (product, product.to_layout("stream")), weight)
+    assert not ops.takes_quantized(x.float(), (product,), weight.float())
+    assert not ops.takes_quantized(x.requires_grad_(), (product,), weight)
     with ops.using(reference=True):
-        assert not ops.takes_e4m3(x.detach(), (product,), weight)
+        assert not ops.takes_quantized(x.detach(), (product,), weight)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +149,13 @@ def test_of_many_rows_that_a_norm_makes_e4m3_of_four_warps_of_a_cta_have_one_eac
     """All have as many in turn; beside a residual a CTA has a row."""
     weight, rows = torch.ones(4096).half(), torch.ones(17 * 132, 4096).half()
     for given, ctas, threads in ((rows[: 12 * 132 - 1], 528, 512), (rows[: 12 * 132], 3 * 132, 128), (rows, 281, 128)):
-        ops.rms_norm_e4m3(given, weight, 1e-6)
+        ops.rms_norm_quantized(given, weight, 1e-6)
         assert gpu.last.grid == (ctas, 1, 1) and gpu.last.block == (threads, 1, 1) and gpu.last["rows"] == len(given)
-    ops.rms_norm_e4m3(rows, weight, 1e-6, residual=rows)
+    ops.rms_norm_quantized(rows, weight, 1e-6, residual=rows)
     assert gpu.last.block == (512, 1, 1)
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA A100"], indirect=True)
 def test_a_gpu_without_such_products_does_not_quantise(gpu: FakeGpu) -> None:
     x, weight = torch.randn(3, 96).half(), torch.ones(96).half()
-    assert not ops.takes_e4m3(x, (packed(32, 96),), weight)
+    assert not ops.takes_quantized(x, (packed(32, 96),), weight)

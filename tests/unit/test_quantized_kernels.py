@@ -1,4 +1,4 @@
-"""Kernels of norms, and those that make e4m3 of rows, on a CPU, as C++: alone and both in one, bit for bit."""
+"""Kernels of norms, and those that make e4m3 or int8 of rows, on a CPU, as C++: alone and both in one, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tersor.kernels import dense, norms
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
+BYTEWISE = (Activations.E4M3, Activations.INT8)
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -25,28 +26,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def normed(
-    x: torch.Tensor, layer: bool, e4m3: bool, ready: bool, folder: Path, warps: int = 0, **beside: torch.Tensor | None
+    x: torch.Tensor,
+    layer: bool,
+    activations: Activations,
+    ready: bool,
+    folder: Path,
+    warps: int = 0,
+    **beside: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """What the kernel of a norm writes of rows, several of which are one CTA's: results, or codes and scales."""
     rows, channels = x.shape
-    stride = dense.codes_stride(channels) if e4m3 else channels
-    function = Emulated(norms.norm_source(NAMES[x.dtype], layer, channels, e4m3, warps), folder, 900)
+    bytewise = activations is not Activations.NATIVE
+    stride = dense.codes_stride(channels) if bytewise else channels
+    function = Emulated(norms.norm_source(NAMES[x.dtype], layer, channels, activations, warps), folder, 900)
     sizes = {"rows": rows, "channels": channels, "sms": 1, "sm_threads": 2048, "warps": warps}
     launch = norms.prepare_norm(function, eps=1e-5, offset=0.0 if layer else 1.0, **sizes)  # type: ignore[arg-type]
-    out = torch.full((rows, stride), 0x5A, dtype=torch.uint8) if e4m3 else torch.full((rows, stride), -7, dtype=x.dtype)
+    out = torch.full((rows, stride), 0x5A, dtype=torch.uint8 if bytewise else x.dtype)
     scales = torch.full((rows,), torch.nan)
     places = {name: 0 if one is None else one.data_ptr() for name, one in beside.items()}
-    places |= {"x": x.data_ptr(), "out": out.data_ptr(), "scales": scales.data_ptr() if e4m3 else 0}
+    places |= {"x": x.data_ptr(), "out": out.data_ptr(), "scales": scales.data_ptr() if bytewise else 0}
     launch(stream=0, stride=x.stride(0), out_stride=stride, ready=ready, early=True, **places)
-    return [out[:, :channels], scales] if e4m3 else [out]
+    return [out[:, :channels], scales] if bytewise else [out]
 
 
-def quantised(x: torch.Tensor, folder: Path, order: torch.Tensor | None = None, top_k: int = 1) -> list[torch.Tensor]:
+def quantised(
+    x: torch.Tensor,
+    folder: Path,
+    order: torch.Tensor | None = None,
+    top_k: int = 1,
+    activations: Activations = Activations.E4M3,
+) -> list[torch.Tensor]:
     """The codes, as bytes, and the scales that the kernel makes of rows."""
     n, ic = len(x if order is None else order), x.shape[1]
     row = dense.codes_stride(ic)
     memory = torch.full((n * (row + 4),), 0x5A, dtype=torch.uint8)
-    function = Emulated(dense.quantize_source(NAMES[x.dtype]), folder, 900)
+    function = Emulated(dense.quantize_source(NAMES[x.dtype], activations), folder, 900)
     launch = dense.prepare_quantize(function, n=n, ic=ic)  # type: ignore[arg-type]
     places = {"x": x.data_ptr(), "codes": memory.data_ptr(), "order": 0 if order is None else order.data_ptr()}
     assert launch(stream=0, x_stride=x.stride(0), top_k=top_k, **places) == memory.data_ptr() + n * row
@@ -62,6 +76,7 @@ def rows_of(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
     return wide.to(dtype)[:, :channels]
 
 
+@pytest.mark.parametrize("activations", BYTEWISE)
 @pytest.mark.parametrize(
     ("rows", "channels", "dtype", "layer", "more"),
     [
@@ -72,7 +87,7 @@ def rows_of(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
     ],
 )
 def test_a_norm_that_quantises_gives_the_bits_of_a_norm_and_of_quantising(
-    rows: int, channels: int, dtype: torch.dtype, layer: bool, more: bool, folder: Path
+    rows: int, channels: int, dtype: torch.dtype, layer: bool, more: bool, activations: Activations, folder: Path
 ) -> None:
     """`more` is a bias or a residual, and weights that were there before the kernel ahead."""
     x = rows_of(rows, channels, dtype)
@@ -80,24 +95,26 @@ def test_a_norm_that_quantises_gives_the_bits_of_a_norm_and_of_quantising(
     residual = x.flip(0).contiguous()
     beside = {"weight": weight, "bias": bias if layer and more else None}
     beside["residual"] = residual if more and not layer else None
-    (alone,) = normed(x, layer, False, more, folder, **beside)
+    (alone,) = normed(x, layer, Activations.NATIVE, more, folder, **beside)
     if layer:
         expected = ops.layer_norm(x, weight, beside["bias"], 1e-5)
     else:
         expected = ops.rms_norm(x, weight, 1e-5, offset=1.0, residual=beside["residual"])
     torch.testing.assert_close(alone, expected, rtol=torch.finfo(dtype).eps, atol=2e-5, equal_nan=True)
-    codes, scales = normed(x, layer, True, more, folder, **beside)
-    both_codes, both_scales = quantised(alone, folder)
+    codes, scales = normed(x, layer, activations, more, folder, **beside)
+    both_codes, both_scales = quantised(alone, folder, activations=activations)
     assert torch.equal(codes, both_codes)
     assert torch.equal(scales.view(torch.int32), both_scales.contiguous().view(torch.int32))
+    assert scales.isnan().tolist() == [activations is Activations.INT8 and 0 < row < 3 for row in range(rows)] or more
 
 
+@pytest.mark.parametrize("activations", BYTEWISE)
 @pytest.mark.parametrize(
     ("rows", "channels", "dtype"),
     [(9, 264, torch.float16), (13, 4096, torch.bfloat16), (6, 5120, torch.float16)],
 )
 def test_a_warp_gives_a_row_the_bits_that_a_cta_gives_it(
-    rows: int, channels: int, dtype: torch.dtype, folder: Path
+    rows: int, channels: int, dtype: torch.dtype, activations: Activations, folder: Path
 ) -> None:
     """Warps of one CTA have all rows, some two or three of them."""
     x = rows_of(rows, channels, dtype)
@@ -105,8 +122,8 @@ def test_a_warp_gives_a_row_the_bits_that_a_cta_gives_it(
     assert norms.ctas_of_warps(rows, channels, sms=0) > 0
     beside = {"weight": weight, "bias": None, "residual": None}
     for ready in (True, False):
-        few = normed(x, False, True, ready, folder, **beside)
-        many = normed(x, False, True, ready, folder, 1, **beside)
+        few = normed(x, False, activations, ready, folder, **beside)
+        many = normed(x, False, activations, ready, folder, 1, **beside)
         for one, other in zip(few, many, strict=True):
             assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
@@ -129,6 +146,20 @@ def test_rows_are_quantised_as_the_torch_code_says(channels: int, dtype: torch.d
         found = codes.contiguous().view(torch.float8_e4m3fn).float()
         torch.testing.assert_close(found, expected.float(), rtol=0, atol=0, equal_nan=True)
         assert torch.equal(scales, expected_scales[:, 0])
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(8, torch.float16), (1001, torch.bfloat16), (33000, torch.float16)])
+def test_rows_become_int8_as_the_torch_code_says(channels: int, dtype: torch.dtype, folder: Path) -> None:
+    """A row with what is not finite has the scale NaN, whatever its codes; one of tiny numbers has codes 0."""
+    x = rows_of(5, channels, dtype)
+    x[4] = 2.0**-133 if dtype == torch.bfloat16 else 2.0**-24
+    codes, scales = quantised(x, folder, activations=Activations.INT8)
+    expected, expected_scales = Activations.INT8.quantize(x.float())
+    finite = [0, 3, 4]
+    assert torch.equal(codes.contiguous().view(torch.int8)[finite], expected[finite])
+    assert expected[3].abs().max() == 127 and expected[4].unique().tolist() == [0 if dtype == torch.bfloat16 else 127]
+    torch.testing.assert_close(scales, expected_scales[:, 0], rtol=0, atol=0, equal_nan=True)
+    assert scales.isnan().tolist() == [False, True, True, False, False]
 
 
 def test_rows_of_pairs_are_those_of_their_tokens(folder: Path) -> None:

@@ -27,6 +27,11 @@ from tersor.layouts.packing import Packing
 H200 = CHIPS["NVIDIA H200"]
 A100 = CHIPS["NVIDIA A100"]
 ALL_CHIPS = list(CHIPS.values())
+MULTIPLIED = {
+    Activations.NATIVE: formats.get_scheme("fp6_e3m2"),
+    Activations.E4M3: formats.get_scheme("fp6_e3m2"),
+    Activations.INT8: formats.get_scheme("int6"),
+}
 SCHEMES = [formats.get_scheme(name, group) for name, group in (("fp6_e3m2", None), ("int3", 16), ("uint8", 128))]
 
 
@@ -183,7 +188,7 @@ def test_every_number_of_tokens_has_tiles_and_few_of_them(groups: int, activatio
 
 @pytest.mark.parametrize("activations", list(Activations))
 def test_every_number_of_tokens_has_a_batch_invariant_configuration(activations: Activations) -> None:
-    problem = family.problem_of(SCHEMES[0], (2560, 4096), 1, activations=activations, batch_invariant=True)
+    problem = family.problem_of(MULTIPLIED[activations], (2560, 4096), 1, activations=activations, batch_invariant=True)
     found = [set(sm90.candidates(replace(problem, n=n), H200)) for n in (*range(1, 321, 8), 500, 1000, 2049, 5000)]
     assert all(found)
     configs = set[LinearConfig]().union(*found)
@@ -195,7 +200,9 @@ def test_every_number_of_tokens_has_a_batch_invariant_configuration(activations:
 @pytest.mark.parametrize("activations", list(Activations))
 def test_what_is_predicted_is_the_first_candidate_of_the_least_time(activations: Activations, invariant: bool) -> None:
     for shape, n in (((6144, 4096), 7), ((28672, 4096), 300), ((4096, 14336), 1008), ((256, 512), 8192)):
-        problem = family.problem_of(SCHEMES[0], shape, n, activations=activations, batch_invariant=invariant)
+        problem = family.problem_of(
+            MULTIPLIED[activations], shape, n, activations=activations, batch_invariant=invariant
+        )
         options = list(sm90.candidates(problem, H200))
         best = min(options, key=lambda config: seconds(problem, config, H200))
         assert predict(problem, H200) == best
@@ -272,7 +279,7 @@ def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:
             assert least <= weight_slots <= 16
             assert least * tile.x_slots_of_block <= x_slots <= 16
             # two barriers of 8 bytes a slot, two more, a flag, and the scales of 8-bit activations
-            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.e4m3 * tile.tokens <= tile.static_bytes
+            assert 16 * (weight_slots + x_slots + 1) + 8 + 4 * tile.bytewise * tile.tokens <= tile.static_bytes
             assert tile.weight_slot_bytes(bits, scale_bytes) % 16 == tile.x_slot_bytes % 1024 == 0
             assert tile.threads <= 1024
 
@@ -296,7 +303,7 @@ def check(problem: LinearProblem, config: LinearConfig, chip: Chip) -> None:
         assert config.ctas <= chip.sms * config.resident
         rows, tile = sm90.box_rows(config, problem.n), sm90.tile_of(config)
         assert 1 <= rows <= min(problem.n, 256)
-        boxes = max(1, config.cluster * tile.x_slots_of_block // (1 if tile.e4m3 else 2))
+        boxes = max(1, config.cluster * tile.x_slots_of_block // (1 if tile.bytewise else 2))
         tokens = boxes * rows  # of a tile
         assert tokens <= tile.tokens
         assert boxes == 1 or rows % 8 == 0 or rows == problem.n

@@ -35,9 +35,9 @@ CHAINS = {PLAIN: (PLAIN,), PDL: (PDL,), "both": (PDL, PLAIN)}
 
 CUBLAS, FP8, HUMMING = "cublas", "fp8", "humming"
 RIVALS = (CUBLAS, FP8, HUMMING)
-HUMMING_FP8 = {"dtype": "float8e4m3"}
+HUMMING_INPUTS = {Activations.E4M3: {"dtype": "float8e4m3"}, Activations.INT8: {"dtype": "int8"}}
 """What humming calls 8-bit activations."""
-BYTEWISE = ":a8"
+BYTEWISE = {Activations.E4M3: ":a8", Activations.INT8: ":i8"}
 """Ends the name of a kernel that multiplies with 8-bit activations."""
 _RESTART = 8
 """A chain starts again from the same activations after so many launches, so that rounding does not add up."""
@@ -131,9 +131,17 @@ def named_rivals(text: str, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
 
 
 def label(scheme: Scheme, activations: Activations | str = Activations.NATIVE) -> str:
-    """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`."""
+    """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`, `int8:i8`."""
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
-    return f"{name}{BYTEWISE}" if activations == Activations.E4M3 else name
+    return name + BYTEWISE.get(Activations.of(activations), "")
+
+
+def unlabelled(name: str) -> tuple[str, Activations]:
+    """Undo `label`: return the name of the scheme, and the activations."""
+    for activations, ending in BYTEWISE.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending), activations
+    return name, Activations.NATIVE
 
 
 def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
@@ -294,8 +302,8 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activa
     from humming.layer import HummingLayer
 
     options: dict[str, Any] = {"weight_config": humming_weight(scheme), "torch_dtype": dtype}
-    if activations == Activations.E4M3:
-        options["input_config"] = HUMMING_FP8
+    if activations != Activations.NATIVE:
+        options["input_config"] = HUMMING_INPUTS[Activations.of(activations)]
     layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
     layer.load_from_unquantized(random(oc, ic, dtype) * ic**-0.5)
     layer.transform()

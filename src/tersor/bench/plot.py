@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor import plots
-from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, HUMMING, PDL
+from tersor.bench.contenders import CUBLAS, FP8, HUMMING, PDL, unlabelled
 from tersor.bench.linear import roof
 from tersor.errors import InputError
+from tersor.formats import Activations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,6 +110,13 @@ def described(result: dict[str, Any], times: Iterable[tuple[Any, ...]]) -> str:
     return f"commit {result['environment']['commit']}, {len(drawn)} times, sha256 {digest}"
 
 
+_MULTIPLIED = {
+    Activations.NATIVE: "",
+    Activations.E4M3: ", 8-bit activations",
+    Activations.INT8: ", int8 activations",
+}
+
+
 def kernel_words(kernel: str, dtype: str) -> str:
     """Name a kernel of a results file for people: `cublas` is `cuBLAS FP16`, `fp6_e3m2:a8` Tersor's with 8 bits.
 
@@ -120,9 +128,9 @@ def kernel_words(kernel: str, dtype: str) -> str:
         return f"cuBLAS {dtype.replace('bfloat', 'BF').replace('float', 'FP')}"
     if kernel == FP8:
         return "cuBLAS FP8"
-    name = kernel.removesuffix(BYTEWISE)
+    name, activations = unlabelled(kernel)
     words = name if name.startswith(f"{HUMMING} ") else f"Tersor {name}"
-    return words if name == kernel else f"{words}, 8-bit activations"
+    return f"{words}{_MULTIPLIED[activations]}"
 
 
 def _panel(panel: Any, result: dict[str, Any], shape: tuple[int, int]) -> None:
@@ -139,7 +147,7 @@ def _panel(panel: Any, result: dict[str, Any], shape: tuple[int, int]) -> None:
         mine = sorted((row for row in here if (row["kernel"], row["chain"]) == (kernel, chain)), key=_tokens)
         if not mine:
             continue
-        bytewise = kernel == FP8 or kernel.endswith(BYTEWISE)
+        bytewise = kernel == FP8 or unlabelled(kernel)[1] is not Activations.NATIVE
         second = chain != PDL and len(chains[kernel]) > 1
         colour = colours[_family(kernel)]
         panel.plot(
@@ -174,7 +182,7 @@ def _panel(panel: Any, result: dict[str, Any], shape: tuple[int, int]) -> None:
 
 def _family(kernel: str) -> str:
     """Return what kernels of one colour have in common: a program and the format of its weights; cuBLAS has one."""
-    return CUBLAS if kernel in (CUBLAS, FP8) else kernel.removesuffix(BYTEWISE)
+    return CUBLAS if kernel in (CUBLAS, FP8) else unlabelled(kernel)[0]
 
 
 def _colours(kernels: list[str]) -> dict[str, str]:

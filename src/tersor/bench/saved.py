@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor import files
-from tersor.bench.contenders import BYTEWISE, CUBLAS, FP8, RIVALS
+from tersor.bench.contenders import CUBLAS, FP8, RIVALS, unlabelled
 from tersor.bench.linear import KIND, VERSION
 from tersor.errors import InputError
 from tersor.formats import Activations
@@ -74,8 +74,8 @@ def narrowed(
         if program in (CUBLAS, FP8):
             return True
         kernel = humming_kernel or program
-        multiplied = Activations.E4M3 if kernel.endswith(BYTEWISE) else Activations.NATIVE
-        known = formats is None or kernel.removesuffix(BYTEWISE) in formats
+        name, multiplied = unlabelled(kernel)
+        known = formats is None or name in formats
         return known and (activations is None or multiplied in activations)
 
     rows = [

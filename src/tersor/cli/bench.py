@@ -58,7 +58,7 @@ def schemes(names: Sequence[str], shapes: Sequence[Any]) -> list[Scheme]:
 
 
 def activations(text: str) -> tuple[Activations, ...]:
-    """Read `16bit`, `fp8`, or `16bit,fp8`: what weights are multiplied with.
+    """Read `16bit`, `fp8`, `int8`, or several such as `16bit,fp8`: what weights are multiplied with.
 
     Raises:
         InputError: no such activations.

@@ -36,7 +36,7 @@ def command(
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option(help=f"What weights are multiplied with: 16bit, fp8, or 16bit,fp8; default: {ACTIVATIONS}."),
+        typer.Option(help=f"What weights are multiplied with: 16bit, fp8, int8, or several; default: {ACTIVATIONS}."),
     ] = None,
     chain: Annotated[
         str | None,

@@ -12,20 +12,23 @@ from tersor.errors import InputError, did_you_mean
 class Activations(str, enum.Enum):
     """What the activations of a linear are when they meet the weight; the value is the name that users give.
 
-    A further way (int8, one scale a token and group) is a member here with its dtype, its `quantize` and its kernels.
+    A further way (one scale a token and group) is a member here with its dtype, its `quantize` and its kernels.
     """
 
     NATIVE = "16bit"
     """Multiplied in the dtype they come in, float16 or bfloat16."""
     E4M3 = "fp8"
     """Quantised to float8_e4m3fn with one float32 scale a token, by the operator itself (W6A8 and the like)."""
+    INT8 = "int8"
+    """Quantised to symmetric int8 with one float32 scale a token, likewise; products with integer weights are added
+    exactly (W8A8 and W4A8, as in MixLLM, arXiv 2412.14590)."""
 
     def __str__(self) -> str:
         return self.value
 
     @staticmethod
     def of(value: Activations | str) -> Activations:
-        """Return the member that a name (`16bit`, `fp8`) stands for.
+        """Return the member that a name (`16bit`, `fp8`, `int8`) stands for.
 
         Raises:
             InputError: there is none; the message names the nearest.
@@ -35,12 +38,12 @@ class Activations(str, enum.Enum):
         except ValueError:
             known = [member.value for member in Activations]
             near = did_you_mean(str(value), known)
-            raise InputError(f"activations {value!r}{near}: use {' or '.join(known)}") from None
+            raise InputError(f"activations {value!r}{near}: use {', '.join(known[:-1])} or {known[-1]}") from None
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of quantised codes; `None` where activations stay as they come."""
-        return torch.float8_e4m3fn if self is Activations.E4M3 else None
+        return _CODES[self][0] if self in _CODES else None
 
     @property
     def bits(self) -> int:
@@ -48,22 +51,44 @@ class Activations(str, enum.Enum):
         return 16 if self.dtype is None else 8 * self.dtype.itemsize
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantise activations: one scale a token, the largest magnitude / 448.
+        """Quantise activations: one scale a token, its largest magnitude over the largest code, 448 or 127.
+
+        A code is x times f, the largest code over the largest magnitude, rounded to the nearest code, ties to even. f
+        is a float32, and so is the product for e4m3; for int8 it is exact. A token of zeros has scale 0 and codes 0.
 
         Args:
             x: float32 [N, IC].
 
         Returns:
             Codes [N, IC] in `dtype`, and scales, float32 [N, 1]: x is about codes * scales. A token with an infinity or
-            a NaN gets NaNs.
+            a NaN gets NaNs, in its codes or, of int8, which has none, as its scale.
         """
-        if self is not Activations.E4M3:
+        if self not in _CODES:
             raise ValueError(f"activations {self.value} are not quantised")
-        largest = torch.full_like(x[:, :1], 448.0)  # a tensor: a GPU divides by a number through its reciprocal
+        dtype, most = _CODES[self]
+        largest = torch.full_like(x[:, :1], most)  # a tensor: a GPU divides by a number through its reciprocal
+        if self is Activations.INT8:
+            return _whole(x, largest)
         magnitude = x.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=1, keepdim=True)
         factor = torch.where(magnitude > 0, largest / magnitude, 0.0)
-        return (x * factor).to(torch.float8_e4m3fn), magnitude / largest
+        return (x * factor).to(dtype), magnitude / largest
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return float32 activations [N, IC] of codes [N, IC] and scales [N, 1]."""
         return codes.to(torch.float32) * scales
+
+
+_CODES: dict[Activations, tuple[torch.dtype, float]] = {
+    Activations.E4M3: (torch.float8_e4m3fn, 448.0),
+    Activations.INT8: (torch.int8, 127.0),
+}
+"""Way with quantised activations -> dtype of the codes, and the largest."""
+
+
+def _whole(x: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes and scales; a token whose largest magnitude has no inverse in float32 has codes 0."""
+    magnitude = x.abs().amax(dim=1, keepdim=True)  # NaN where there is one
+    factor = largest / magnitude
+    factor = torch.where(factor.isfinite(), factor, 0.0)
+    codes = (x.double() * factor.double()).round().nan_to_num(nan=0.0)  # the product is exact
+    return codes.to(torch.int8), torch.where(magnitude.isfinite(), magnitude / largest, float("nan"))

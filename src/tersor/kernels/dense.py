@@ -20,9 +20,8 @@ from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.macros import sm80_macros, sm90_macros
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
-from tersor.layouts import decode_groups
 from tersor.layouts.blocks import ic_blocks, oc_blocks
-from tersor.layouts.packing import Packing, target_of, unsupported_reason
+from tersor.layouts.packing import Packing, activations_of, target_of, unsupported_reason
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
@@ -85,9 +84,9 @@ def sm90_source(
     Raises:
         ValueError: the packing is for other activations than the tile.
     """
-    if tile.e4m3 != (packing.target == decode_groups.FP8):
+    if tile.activations is not activations_of(packing.layout):
         raise ValueError(f"a weight packed for {packing.target} activations does not meet those of {tile}")
-    dtypes = f"{packing.target}_{result}" if tile.e4m3 else result
+    dtypes = f"{packing.target}_{result}" if tile.bytewise else result
     return KernelSource(
         name=(
             f"tersor_linear_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
@@ -130,12 +129,12 @@ def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def quantize_source(target: str) -> KernelSource:
-    """Return the kernel that turns 16-bit activations of a dtype into e4m3 with a scale a token."""
+def quantize_source(target: str, activations: Activations) -> KernelSource:
+    """Return the kernel that turns 16-bit activations of a dtype into e4m3 or int8 with a scale a token."""
     return KernelSource(
-        name=f"tersor_quantize_activations_{target}",
+        name=f"tersor_quantize_activations_{target}_{activations.value}",
         header="dense/quantize_activations.cuh",
-        parameters={"BF16": target == "bfloat16"},
+        parameters={"BF16": target == "bfloat16", "INT8": activations is Activations.INT8},
         arguments="PPPPqqiii",
     )
 
@@ -249,12 +248,12 @@ QuantizeLaunch: TypeAlias = Callable[..., int]
 
 
 def codes_stride(ic: int) -> int:
-    """Return the bytes from one token's e4m3 codes to the next: whole 16 bytes, as a tensor map needs."""
+    """Return the bytes from one token's quantised codes to the next: whole 16 bytes, as a tensor map needs."""
     return -(-ic // 16) * 16
 
 
 def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
-    """Return what launches the quantising of activations [n, ic] to e4m3."""
+    """Return what launches the quantising of activations [n, ic] to bytes."""
     warps = -(-ic // (32 * _QUANTIZE_CHANNELS))
     grid, block, row = (n, 1, 1), (min(32 * warps, _QUANTIZE_THREADS), 1, 1), codes_stride(ic)
     run = function.launch
@@ -378,10 +377,18 @@ def sources(packing: Packing, chip: Chip, gate: int = 0) -> Iterator[KernelSourc
 
 
 def quantized_sources(packing: Packing, result: str, chip: Chip, gate: int = 0) -> Iterator[KernelSource]:
-    """Yield every kernel that a linear with e4m3 activations and a result of dtype `result` can ask for on a chip."""
+    """Yield every kernel that a linear with quantised activations and a result of dtype `result` can ask for on a chip.
+
+    Args:
+        packing: of the weight, for such activations.
+        result: `float16` or `bfloat16`.
+        chip: the GPU.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+    """
+    activations = activations_of(packing.layout)
     if chip.capability == (9, 0):
-        yield quantize_source(result)
-        yield from _sm90_sources(packing, result, Activations.E4M3, chip, gate)
+        yield quantize_source(result, activations)
+        yield from _sm90_sources(packing, result, activations, chip, gate)
 
 
 def _sm90_sources(

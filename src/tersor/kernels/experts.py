@@ -16,8 +16,7 @@ from tersor.hardware import Chip
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.macros import sm80_macros, sm90_macros
 from tersor.kernels.tune import experts as tune
-from tersor.layouts import decode_groups
-from tersor.layouts.packing import Packing
+from tersor.layouts.packing import Packing, activations_of
 
 _GATHER_THREADS = 256
 _SM80_THREADS = 256
@@ -38,13 +37,12 @@ def source(packing: Packing, result: str, config: tune.EitherConfig, gate: int, 
     Raises:
         ValueError: the packing is for other activations than the configuration.
     """
-    e4m3 = config.activations is Activations.E4M3
-    if e4m3 != (packing.target == decode_groups.FP8):
+    if config.activations is not activations_of(packing.layout):
         raise ValueError(f"weights packed for {packing.target} activations do not meet those of {config}")
     if isinstance(config, tune.Sm80ExpertsConfig):
         return _sm80_source(packing, config.block_tokens, config.stages, config.shared_bytes, gate)
     tile, slots = config.tile, config.slots
-    dtypes = f"{packing.target}_{result}" if e4m3 else result
+    dtypes = f"{packing.target}_{result}" if config.activations is not Activations.NATIVE else result
     return KernelSource(
         name=(
             f"tersor_experts_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
@@ -202,7 +200,7 @@ def prepare_gather(function: Function, *, pairs: int, ic: int, top_k: int) -> Ga
 
 def sources(packing: Packing, result: str, chip: Chip, gate: int) -> Iterator[KernelSource]:
     """Yield every kernel that experts with weights of a packing can ask for on a chip, in its usual mode."""
-    activations = Activations.E4M3 if packing.target == decode_groups.FP8 else Activations.NATIVE
+    activations = activations_of(packing.layout)
     native = activations is Activations.NATIVE
     problem = tune.ExpertsProblem.of(packing, (1, 128, 128), 1, 1, activations)
     for chosen in tune.shapes(problem, chip):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from tersor.kernels.tune import sm90
 from tersor.layouts.packing import Packing
 
+_BYTE_WEIGHTS = {"e4m3": 4, "e5m2": 5, "int8": 8}
+"""Type of decoded weights beside 8-bit activations -> BYTE_WEIGHT of dense/sm90_linear.cuh."""
+
 
 def sm80_macros(
     packing: Packing, n_tile: int, stages: int, shared_bytes: int, gate: int
@@ -40,8 +43,8 @@ def sm90_macros(
     return {
         **packing.macros(),
         "BF16": result == "bfloat16",
-        "FP8": tile.e4m3,
-        "FP8_WEIGHT": 5 if packing.group.operand == "e5m2" else 4,
+        "BYTES": tile.bytewise,
+        "BYTE_WEIGHT": _BYTE_WEIGHTS.get(packing.group.operand, 4),
         "N_TILE": tile.tokens,
         "ROW_GROUPS": tile.row_groups,
         "K_GROUPS": tile.channel_groups,

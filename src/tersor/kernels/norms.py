@@ -1,5 +1,5 @@
 """Norms of rows: small/norm.cuh has a CTA for each row, small/norm_rows.cuh a warp for each of many that an RMS norm
-makes e4m3 of. A row gets the same bits from both.
+makes bytes of. A row gets the same bits from both.
 
 As in `kernels.routing`: a kernel's source, its launch prepared for a problem, then the launch, by addresses and sizes.
 """
@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
+from tersor.formats import Activations
 from tersor.kernels.jit import Function, KernelSource
 from tersor.kernels.small import norm_pieces, norm_threads
 
@@ -35,7 +36,7 @@ def ctas_of_warps(rows: int, channels: int, sms: int) -> int:
     """Return how many CTAs of warps that have a row each are to be on a multiprocessor: 0 where a CTA has a row.
 
     Args:
-        rows: how many, which become e4m3 by an RMS norm without a residual.
+        rows: how many, which become bytes by an RMS norm without a residual.
         channels: of a row.
         sms: multiprocessors of the GPU.
     """
@@ -45,31 +46,37 @@ def ctas_of_warps(rows: int, channels: int, sms: int) -> int:
 
 
 @functools.cache
-def norm_source(target: str, layer: bool, channels: int, e4m3: bool = False, warps: int = 0) -> KernelSource:
+def norm_source(
+    target: str, layer: bool, channels: int, activations: Activations = Activations.NATIVE, warps: int = 0
+) -> KernelSource:
     """Return the kernel that normalises rows of so many channels, the same one for many numbers of them.
 
     Args:
         target: `float16` or `bfloat16`.
         layer: whether it is a layer norm; else it is an RMS norm.
         channels: at most `kernels.small.MOST_CHANNELS`.
-        e4m3: whether the result becomes e4m3 with a scale a row, on compute capability 9.0 alone.
+        activations: what the result becomes: bytes with a scale a row on compute capability 9.0 alone.
         warps: `ctas_of_warps` for such rows, or 0.
     """
-    return _norm_source(target, layer, norm_pieces(channels), e4m3, _of_lane(channels) if warps else 0, warps)
+    return _norm_source(target, layer, norm_pieces(channels), activations, _of_lane(channels) if warps else 0, warps)
 
 
 @functools.cache
-def _norm_source(target: str, layer: bool, pieces: int, e4m3: bool, of_lane: int, warps: int) -> KernelSource:
-    parameters = {"BF16": target == "bfloat16", "PIECES": pieces, "E4M3": e4m3}
+def _norm_source(
+    target: str, layer: bool, pieces: int, activations: Activations, of_lane: int, warps: int
+) -> KernelSource:
+    native, whole = activations is Activations.NATIVE, activations is Activations.INT8
+    parameters = {"BF16": target == "bfloat16", "PIECES": pieces, "BYTES": not native, "INT8": whole}
+    suffix = "" if native else "_int8" if whole else "_e4m3"
     if warps:
         return KernelSource(
-            name=f"tersor_rms_norm_rows_{target}_{of_lane}",
+            name=f"tersor_rms_norm_rows_{target}_{of_lane}{suffix}",
             header="small/norm_rows.cuh",
             parameters={**parameters, "WARPS": of_lane // pieces, "RESIDENT": warps},
             arguments="PPPPqqiiffi",
         )
     return KernelSource(
-        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}{'_e4m3' * e4m3}",
+        name=f"tersor_{'layer' if layer else 'rms'}_norm_{target}_{pieces}{suffix}",
         header="small/norm.cuh",
         parameters={**parameters, "LAYER": layer, "RESIDENT": _RESIDENT[pieces]},
         arguments="PPPPPPqqiiffi",
@@ -121,10 +128,11 @@ def prepare_norm(
             x, stride: address of [rows, channels], and elements from one row to the next.
             residual: address of [rows, channels].
             weight, bias: addresses of [channels].
-            out, out_stride: address of [rows, channels], of bytes with e4m3, and elements from one row to the next.
+            out, out_stride: address of [rows, channels], of bytes where the result becomes those, and elements from one
+                row to the next.
             ready: whether weight and bias were there before the kernel ahead started.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
-            scales: address of float32 [rows], with e4m3.
+            scales: address of float32 [rows], where the result becomes bytes.
         """
         addresses = (x, weight, out, scales) if warps else (x, weight, bias, residual, out, scales)
         run(grid, block, 0, stream, (*addresses, stride, out_stride, rows, channels, eps, offset, ready), early)

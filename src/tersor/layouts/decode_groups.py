@@ -1,13 +1,15 @@
-"""How do a lane's packed words become registers of floats? The tables behind kernels/cuda/decode.cuh.
+"""How do a lane's packed words become registers of numbers? What kernels/cuda/decode.cuh does with decode_tables.py.
 
-A register holds two 16-bit floats or four 8-bit ones. A code's bits are put where that float (or, for integers, the
-mantissa of a 16-bit float) wants them, by rotating a packed word, XOR-ing at most two other rotated words, and masking:
-about one instruction a weight, half of one where four share a register. Copying sign, exponent and mantissa bits under
-the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's epilogue applies
-(FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead).
+A register holds two 16-bit floats, four 8-bit ones or four int8. A code's bits are put where that float (or, for
+integers, the mantissa of a 16-bit float) wants them, by rotating a packed word, XOR-ing at most two other rotated
+words, and masking: about one instruction a weight, half of one where four share a register. Copying sign, exponent and
+mantissa bits under the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's
+epilogue applies (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead). A symmetric integer beside
+int8 stands in the top bits of its byte, in two's complement, and so is a number times a power of two; one with a zero
+point stands in the lowest bits, and the zero point is taken from four of them at once.
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
-tables below were found by annealing for few instructions; `packing` inverts them once.
+tables were found by annealing for few instructions; `packing` inverts them once.
 """
 
 from __future__ import annotations
@@ -20,27 +22,33 @@ import torch
 
 from tersor.errors import FormatError
 from tersor.formats import ElementFormat
+from tersor.layouts.decode_tables import TABLES
 
 FP8 = "float8_e4m3fn"
-"""The decode target for 8-bit activations."""
+"""The decode target for activations quantised to e4m3."""
+INT8 = "int8"
+"""The decode target for activations quantised to int8."""
 TARGETS: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     FP8: torch.float8_e4m3fn,
+    INT8: torch.int8,
 }
 """Decode target -> dtype of the activations it is multiplied with."""
 
 PAIR_TARGETS = ("float16", "bfloat16")
 """Targets with two weights in a register."""
 
-_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), FP8: ("e4m3", "e5m2")}
-"""Decode target -> float types that decoded weights may have beside such activations, the preferred one first."""
+_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), FP8: ("e4m3", "e5m2"), INT8: ("int8",)}
+"""Decode target -> types that decoded weights may have beside such activations, the preferred one first."""
 
 _MANTISSA = {"float16": 10, "bfloat16": 7, "e4m3": 3, "e5m2": 2}
 _BIAS = {"float16": 15, "bfloat16": 127, "e4m3": 7, "e5m2": 15}
-_WIDTH = {"float16": 16, "bfloat16": 16, "e4m3": 8, "e5m2": 8}
+_WIDTH = {"float16": 16, "bfloat16": 16, "e4m3": 8, "e5m2": 8, "int8": 8}
 _INT_MAGIC = {"float16": 1024, "bfloat16": 128}
 _WORD = 0xFFFFFFFF
+_MOST_SUBTRACTED = 128
+"""The largest zero point that leaves any code of up to 7 bits in int8."""
 
 
 class Finish(enum.IntEnum):
@@ -52,6 +60,7 @@ class Finish(enum.IntEnum):
     INT8_TO_BF16 = 3
     UINT8_TO_BF16 = 4
     HALVE = 5
+    SUBTRACT_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +78,7 @@ class DecodeGroup:
         finish: how bits become numbers.
         constant: the pair of 16-bit constants `finish` uses; with zero points each row has its own (`zero_constants`).
         exponent: decoded value = register's value * 2^exponent.
-        operand: the float type of the registers: `float16`, `bfloat16`, `e4m3` or `e5m2`.
+        operand: the type of the registers' numbers: `float16`, `bfloat16`, `e4m3`, `e5m2` or `int8`.
     """
 
     words: int
@@ -100,7 +109,12 @@ class DecodeGroup:
 
 def unsupported_reason(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
-    if _width(target) == 8:
+    if target == INT8:
+        if fmt.kind == "float":
+            return f"{fmt.name} is no integer type: int8 activations need one"
+        if fmt.kind == "uint" and fmt.bits == 8:
+            return f"{fmt.name} less its zero point does not fit int8"
+    elif _width(target) == 8:
         if fmt.kind != "float":
             return f"{fmt.name} is no float type: {target} activations need one"
         if fmt.bits == 8:
@@ -119,12 +133,17 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
     if operand is None:
         raise ValueError(f"{fmt.name} is not decoded to {target}")
     mask = _mask(fmt, operand)
-    words, shift, terms = _TABLES[mask]
+    words, shift, terms = TABLES[mask]
     exponent = 0
     constant = 0
     raised = 0
     finish = Finish.AS_IS
-    if fmt.kind != "float":
+    if target == INT8:
+        if fmt.kind == "uint":
+            finish = Finish.SUBTRACT_BYTES
+        else:
+            exponent = fmt.bits - 8
+    elif fmt.kind != "float":
         finish = Finish.SUBTRACT
         if fmt.bits == 4 and target == "float16":
             raised = fmt.bits  # its mantissa has room for two codes
@@ -156,9 +175,15 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
 def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Return what decoding adds for zero points: the bits (int16) of 16-bit floats of `target`, same shape.
 
+    For int8 it takes them away, and the 16 bits are the zero point twice, a byte each.
+
     Raises:
         FormatError: a zero point whose constant `target` cannot hold exactly.
     """
+    if target == INT8:
+        if zero_point.numel() and int(zero_point.max()) > _MOST_SUBTRACTED:
+            raise FormatError(f"a zero point of {int(zero_point.max())} in {fmt.name} is beyond what int8 takes")
+        return zero_point.to(torch.int16) * 0x0101
     wanted = -(zero_point.to(torch.float32) + _zero_base(fmt, target))
     constants = wanted.to(TARGETS[target])
     inexact = constants != wanted
@@ -172,6 +197,8 @@ def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) ->
 
 def zero_points(constants: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `zero_constants`: return the zero points (uint8)."""
+    if target == INT8:
+        return (constants & 0xFF).to(torch.uint8)
     return (-constants.view(TARGETS[target]).to(torch.float32) - _zero_base(fmt, target)).to(torch.uint8)
 
 
@@ -187,6 +214,8 @@ def weights_in_register(target: str) -> int:
 
 def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Return codes (int32) as the 16 or 8 bits that each has in a register."""
+    if target == INT8 and fmt.kind == "int":
+        return (codes ^ fmt.bias) << (8 - fmt.bits)
     if fmt.kind != "float":
         return codes
     low, width = _field(fmt, target)
@@ -196,6 +225,8 @@ def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
 
 def unplace(fields: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `place`."""
+    if target == INT8 and fmt.kind == "int":
+        return (fields >> (8 - fmt.bits)) ^ fmt.bias
     if fmt.kind != "float":
         return fields
     low, width = _field(fmt, target)
@@ -286,8 +317,8 @@ def _field(fmt: ElementFormat, target: str) -> tuple[int, int]:
 
 @functools.cache
 def _operand(fmt: ElementFormat, target: str) -> str | None:
-    """Return the float type that `fmt` is decoded to beside activations of `target`: one that has a table."""
-    return next((choice for choice in _OPERANDS[target] if _mask(fmt, choice) in _TABLES), None)
+    """Return the type that `fmt` is decoded to beside activations of `target`: one that has a table."""
+    return next((choice for choice in _OPERANDS[target] if _mask(fmt, choice) in TABLES), None)
 
 
 def _halved(fmt: ElementFormat, operand: str) -> bool:
@@ -304,88 +335,6 @@ def _mask(fmt: ElementFormat, operand: str) -> int:
         if low < 0 or low + fmt.bits > width:
             return 0
         field = 1 << (width - 1) | (field >> 1) << low
+    elif operand == "int8" and fmt.kind == "int":
+        field <<= width - fmt.bits
     return field * (0x00010001 if width == 16 else 0x01010101)
-
-
-def _words(mask: int, shift: int, text: str) -> int:
-    """Return how many packed words a table's registers come from: they hold as many bits."""
-    return len(text.split()) * (2 if shift else 1) * mask.bit_count() // 32
-
-
-def _rows(text: str, words: int) -> tuple[tuple[int, ...], ...]:
-    """Read rows such as `A2 B0^C6 X8`: a word's letter (X: the XOR of all) and its left rotation."""
-    rows = []
-    for entry in text.split():
-        flat = []
-        for term in entry.split("^"):
-            flat += [words if term[0] == "X" else ord(term[0]) - ord("A"), int(term[1:])]
-        rows.append((*flat, *((-1, 0) * (3 - len(flat) // 2))))
-    return tuple(rows)
-
-
-_TABLES: dict[int, tuple[int, int, tuple[tuple[int, ...], ...]]] = {
-    mask: (_words(mask, shift, rows), shift, _rows(rows, _words(mask, shift, rows)))
-    for mask, (shift, rows) in {
-        0x87F087F0: (0, "A0 A12^A24 B0 B12^B24 C0 C12^C24 D0 D12^D24"),
-        0x8FE08FE0: (0, "A13 A0^A5 B13 B0^B5 C13 C0^C5 D13 D0^D5"),
-        0xBF80BF80: (0, "A20 A0^A27 B20 B0^B27 C20 C0^C27 D20 D0^D27"),
-        0xFF00FF00: (0, "A0 A8 B0 B8 C0 C8 D0 D8"),
-        0x81F881F8: (
-            0,
-            "F0^G22 D10^F9 B0^D18 B0^B26 A0^E0 C0^C26 C0^D10 B3^F6 C19^F6 C0^G0 A23^C19 E26 D5^F0 A29 A0^G27 D0^E19",
-        ),
-        0x83F083F0: (
-            0,
-            "B10^D23 A25^E14 A0 A5^D0 E0^E6 G20^G27 A5^F10 F0^F19 "
-            "C24^D23 E0^G20 X0^X12 C0^X0 D28^E6 X0^X23 B22^F10 B0^D23",
-        ),
-        0x8FC08FC0: (
-            0,
-            "C7^E26 D0^E7 A10^G23 E0^G0 C10^D13 C0^D0 D13^G0 A23 B0^G0 G26 D0^F5 D0^D6 F0^F26 B21 B27^F24 A0^F26",
-        ),
-        0x9F809F80: (
-            0,
-            "E9 C0^D21 E0^G27 B0^B5 D0^F30 B0^F0 C20^E0 F7 G0^G6 X15 A3^G0 A10^X6 D21^D30 B10^D21 A10^G6 B10^C27",
-        ),
-        0x81F081F0: (0, "C0^X22 A28 C0^C20 A8^C0 B0^B26 C0^C27 X0 A28^B3"),
-        0x83E083E0: (5, "A4 B8 C12 X0"),
-        0x8F808F80: (0, "X6 A26^C0 A3^C21 A0^B12 A0^A26 B0^X11 B0^B25 A26^C21"),
-        0x9F009F00: (8, "A2 B4 C6 X0"),
-        0x81E081E0: (0, "X12 C8^E2 X17 C19^E2 E2^X22 C30^D25 A27 A22^E2 B0 D0^D25 E2^E23 B24^D25 D4 E12^E22 A0 B28"),
-        0x83C083C0: (
-            0,
-            "A4^C24 B24^X21 D4 A8^B0 B24^C29 C2^E20 B0^C0 E0^X10 A29^E28 B28 C24^X10 A29^B0 C0^E23 X21 A0^D0 D0^D25",
-        ),
-        0x8F008F00: (8, "D1^E4 B0^C0 A3 B0^D1 A0^E4 E0^D3 D0^B3 C5^D3"),
-        0x9E009E00: (8, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
-        0x80E080E0: (4, "A25 B17 A0^A18 B0^B9"),
-        0x81C081C0: (6, "B0 A0 A28^B24 B12^A24"),
-        0x83808380: (4, "A25 B1 B24^A14 A0^B0"),
-        0x87008700: (8, "B20 A0 A12 B0"),
-        0x8E008E00: (8, "A0 B21 A13^A18 B0^B1"),
-        0x9C009C00: (8, "B29 A6 B0^A31 A0^B27"),
-        0x81808180: (4, "B5 A19 X0 C18^C29 A0^C29 B0^A21 C0^X10 C19^B27"),
-        0x8C008C00: (8, "B1 A0 X21 X19 A2 C3 X0^C9 B12^B22"),
-        0x00FF00FF: (0, "A0 A24 B0 B24 C0 C24 D0 D24"),
-        0x007F007F: (
-            0,
-            "E12^F25 A25^E0 C14^E21 B0^C7 C0^F0 D0^D12 B0^G0 G7 C0^D0 B23 A23^G28 D5^F25 D5^G0 A0 B29^C0 E0^F20",
-        ),
-        0x003F003F: (0, "A14^B28 B22^C26 A21^B28 B22 A14^A25 C4 B0^C0 A0^B0"),
-        0x001F001F: (
-            0,
-            "A3^A27 B5 C29 E0^E17 A0^D21 B0^D0 D26 A27^C0 C25^E17 A27^B26 E27 A22^D30 E22 C4^D0 B0^B12 A0^B0",
-        ),
-        0x000F000F: (0, "A0 A28 A24 A20 B0 B28 B24 B20"),
-        0x00070007: (0, "A28^B3 B0^B3 A6^A19 B0^C0 A0^B12 A19 A0^B25 A9 B29^C29 C10 C7 A28^C29 A29^C21 A0^A28 B6 C2"),
-        0x00030003: (0, "A0^A22 A26^A8 A22^A28 A0 A14^A22 A0^A18 A22^A26 A20^A22"),
-        0x00010001: (0, "A0 A8 A17 A15 A9 A5 A26 A6 A14 A23 A3 A11 A13 A18 A28 A20"),
-        0xBFBFBFBF: (0, "A27^G29 B0^E15 E0^D15 G0^B5 D0^F0 G0^C21 C21^F17 A7^B5^C0"),
-        0x9F9F9F9F: (0, "A0^C0 B0^C6 C6 A4^B2"),
-        0x9E9E9E9E: (0, "B0^C4 B0^B3 E0^D4 C0 D0^C4 A0^B2 E6^E7 A4^E6"),
-        0x87878787: (0, "B0 A4 B20 A0"),
-        0x9C9C9C9C: (0, "B5 A0 A2^B3 B0^A1"),
-        0x8C8C8C8C: (0, "C0^B6 A0^B6 X0^X7 A0 X0^A2 B0^C5 B4^X1 C3^X1"),
-    }.items()
-}
-"""Mask of a register's code bits -> words in a group, shift, rows."""

@@ -117,10 +117,20 @@ NATIVE = {decode_groups.TARGETS[name]: name for name in decode_groups.PAIR_TARGE
 """Dtype of activations as they come -> the target for it."""
 
 
+BYTEWISE = {Activations.E4M3: decode_groups.FP8, Activations.INT8: decode_groups.INT8}
+"""Way with activations quantised to bytes -> the target for it."""
+
+
 def target_of(activations: Activations, dtype: torch.dtype) -> str | None:
     """Return the decode target for activations that come in `dtype`; `None` where no kernel takes that dtype."""
     native = NATIVE.get(dtype)
-    return native if activations is Activations.NATIVE or native is None else decode_groups.FP8
+    return native if native is None else BYTEWISE.get(activations, native)
+
+
+def activations_of(layout: str) -> Activations:
+    """Return what weights in a layout are multiplied with; the stored stream meets activations as they come."""
+    target = LAYOUTS.get(layout)
+    return next((way for way, bytewise in BYTEWISE.items() if bytewise == target), Activations.NATIVE)
 
 
 def unsupported_reason(scheme: Scheme, target: str) -> str:

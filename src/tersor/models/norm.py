@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from tersor import ops
+from tersor.formats import Activations
 from tersor.kernels.deciding import MOST_SUMMED_CHANNELS
 from tersor.layouts import PackedWeight
 from tersor.models.config import Norm
 from tersor.models.weights import Activated, Between, GatedProduct, Given, Product, Products, tensors_of
-from tersor.ops.dispatch import E4M3_LAYOUT
+from tersor.ops.quantized import common_activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,13 @@ class NormWeights:
         y = ops.layer_norm(x, self.weight, self.bias, self.form.eps)
         return y if residual is None else y + residual
 
-    def e4m3(self, x: torch.Tensor) -> ops.Quantized:
-        """Return x [T, H] normed, as e4m3."""
+    def quantized(self, x: torch.Tensor, activations: Activations) -> ops.Quantized:
+        """Return x [T, H] normed, as such activations."""
         if not self.form.centered:
-            return ops.rms_norm_e4m3(x, self.weight, self.form.eps, offset=self.form.offset)
-        return ops.layer_norm_e4m3(x, self.weight, self.bias, self.form.eps)
+            return ops.rms_norm_quantized(
+                x, self.weight, self.form.eps, offset=self.form.offset, activations=activations
+            )
+        return ops.layer_norm_quantized(x, self.weight, self.bias, self.form.eps, activations=activations)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
@@ -50,7 +53,7 @@ class NormWeights:
 
 
 def normed(norm: NormWeights, x: Between, reader: object) -> Given:
-    """Return rows [T, H] normed, as what reads them takes them: as e4m3 where a kernel makes that of them at once.
+    """Return rows [T, H] normed, as what reads them takes them: quantised where a kernel does that at once.
 
     Args:
         norm: stands before the reader.
@@ -62,8 +65,9 @@ def normed(norm: NormWeights, x: Between, reader: object) -> Given:
     if isinstance(x, ops.Deferred):
         return x
     weights = weights_read(reader) if isinstance(norm, NormWeights) else ()
-    if weights and ops.takes_e4m3(x, weights, norm.weight, norm.bias):
-        return norm.e4m3(x)
+    made = ops.takes_quantized(x, weights, norm.weight, norm.bias) if weights else None
+    if made is not None:
+        return norm.quantized(x, made)
     return norm(x)
 
 
@@ -85,10 +89,10 @@ def behind_sum(norm: NormWeights, reader: object) -> ops.Gain | None:
 
     Args:
         norm: stands between that sum and the reader.
-        reader: what reads the norm's result: not where it takes e4m3, of which the norm makes it.
+        reader: what reads the norm's result: not where it takes bytes, which the norm makes of it.
     """
     weights = weights_read(reader)
-    if weights and all(one.layout == E4M3_LAYOUT for one in weights):
+    if common_activations(weights) is not Activations.NATIVE:
         return None
     return gain_of(norm)
 

@@ -45,7 +45,7 @@ class Product:
             if isinstance(x, ops.Deferred):
                 return ops.linear_norm_in(x, self.weight, self.bias)
             if isinstance(x, ops.Quantized):
-                return ops.linear_e4m3(x, self.weight, self.bias, residual=residual)
+                return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
             return ops.linear(x, self.weight, self.bias, residual=residual)
         assert isinstance(x, torch.Tensor), "what else a norm leaves is for packed weights"
         if residual is None:
@@ -117,7 +117,7 @@ class GatedProduct:
         if isinstance(x, ops.Deferred):
             return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
         if isinstance(x, ops.Quantized):
-            return ops.linear_e4m3(x, self.weight, self.bias, gate=self.gate)
+            return ops.linear_quantized(x, self.weight, self.bias, gate=self.gate)
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -210,8 +210,9 @@ class MultipliedModule(PackedModule):
 
         Args:
             activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
-                like), which takes the FP8 tensor cores of compute capability 9.0 and the reference elsewhere; for how
-                their sums are added see docs/formats.md, "Kernel tiles".
+                like), `int8`: to int8 likewise, for integer weights (W8A8, W4A8). Both take the 8-bit tensor cores of
+                compute capability 9.0 and the reference elsewhere; for how sums are added see docs/formats.md, "Kernel
+                tiles".
 
         Raises:
             InputError: no such activations.

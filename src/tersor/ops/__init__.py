@@ -18,7 +18,17 @@ from tersor.ops.multiply import gated_linear, linear, serve_with
 from tersor.ops.newest import keep, resolve
 from tersor.ops.norm import layer_norm, rms_norm
 from tersor.ops.pointwise import gated, relu, softcap
-from tersor.ops.quantized import Quantized, layer_norm_e4m3, linear_e4m3, rms_norm_e4m3, takes_e4m3
+from tersor.ops.quantized import (
+    Quantized,
+    layer_norm_e4m3,
+    layer_norm_quantized,
+    linear_e4m3,
+    linear_quantized,
+    rms_norm_e4m3,
+    rms_norm_quantized,
+    takes_e4m3,
+    takes_quantized,
+)
 from tersor.ops.router import router_logits
 from tersor.ops.routing import route
 from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
@@ -66,10 +76,12 @@ __all__ = [
     "kernels_for",
     "layer_norm",
     "layer_norm_e4m3",
+    "layer_norm_quantized",
     "linear",
     "linear_e4m3",
     "linear_norm_in",
     "linear_norm_out",
+    "linear_quantized",
     "logprobs",
     "lookup",
     "pairs_by_expert",
@@ -78,6 +90,7 @@ __all__ = [
     "resolve",
     "rms_norm",
     "rms_norm_e4m3",
+    "rms_norm_quantized",
     "route",
     "routed_experts",
     "router_logits",
@@ -85,5 +98,6 @@ __all__ = [
     "set_batch_invariant",
     "softcap",
     "takes_e4m3",
+    "takes_quantized",
     "using",
 ]

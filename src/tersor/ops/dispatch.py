@@ -13,7 +13,7 @@ from tersor.formats import Activations, Scheme
 from tersor.kernels import tune
 from tersor.kernels.tune import LinearProblem, sm80
 from tersor.layouts import STREAM, packing
-from tersor.layouts.packing import LAYOUTS, Packing, target_of
+from tersor.layouts.packing import LAYOUTS, Packing, activations_of, target_of
 from tersor.ops import mode
 
 FUSED = "fused"
@@ -22,6 +22,10 @@ REFERENCE = "reference"
 
 E4M3_LAYOUT = f"tiles_{target_of(Activations.E4M3, torch.float16)}"
 """The layout of weights that are multiplied with activations quantised to e4m3."""
+INT8_LAYOUT = f"tiles_{target_of(Activations.INT8, torch.float16)}"
+"""The layout of weights that are multiplied with activations quantised to int8."""
+MOST_WHOLE_CHANNELS = 1 << 17
+"""Input channels whose products of int8 32 bits certainly hold the sum of, where one scale a row leaves it whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ def preferred_layout(
     Args:
         scheme: of the weight.
         dtype, device: of the activations, as they come.
-        activations: `16bit`, or `fp8`: the operator quantises them to e4m3, one scale a token, before it multiplies.
+        activations: `16bit`, or `fp8` or `int8`: the operator quantises them, one scale a token, before it multiplies.
 
     Raises:
         InputError: no such activations.
@@ -141,10 +145,11 @@ def kernel_layout(scheme: Scheme, dtype: torch.dtype, activations: Activations) 
         UnsupportedError: as there.
     """
     if activations is not Activations.NATIVE:
-        why = packing.unsupported_reason(scheme, LAYOUTS[E4M3_LAYOUT])
+        bytewise = packing.BYTEWISE[activations]
+        why = packing.unsupported_reason(scheme, bytewise)
         if why:
             raise UnsupportedError(f"activations {activations} with weights in {scheme.key()}: {why}")
-        return E4M3_LAYOUT
+        return f"tiles_{bytewise}"
     target = target_of(activations, dtype)
     return STREAM if target is None or _decode_reason(scheme, dtype) else f"tiles_{target}"
 
@@ -169,8 +174,9 @@ def decide(
     why = _environment_reason(dtype, device)
     if why:
         return Decision(REFERENCE, None, "{}", (why,))
-    if layout == E4M3_LAYOUT:
-        return _decide_e4m3(scheme, shape, n, device)
+    activations = activations_of(layout)
+    if activations is not Activations.NATIVE:
+        return _decide_bytewise(scheme, layout, activations, shape, n, device)
     why = _decode_reason(scheme, dtype) or _device_reason(_index(device))
     if why:
         return Decision(REFERENCE, None, "{}", (why,))
@@ -203,20 +209,33 @@ def decide(
     return Decision(DEQUANTIZE, None, sentence, (n, limit, *gpu.capability))
 
 
-def _decide_e4m3(scheme: Scheme, shape: tuple[int, int], n: int, device: torch.device) -> Decision:
+def _decide_bytewise(
+    scheme: Scheme, layout: str, activations: Activations, shape: tuple[int, int], n: int, device: torch.device
+) -> Decision:
     gpu = hardware.of_device(_index(device))
     if gpu.capability != (9, 0):
         facts = gpu.capability
         return Decision(REFERENCE, None, "8-bit activations need compute capability 9.0, this is {}.{}", facts)
+    why = overflow_reason(scheme, layout, shape[1])
+    if why:
+        return Decision(REFERENCE, None, "{}", (why,))
     problem = LinearProblem.of(
-        Packing.of(scheme, LAYOUTS[E4M3_LAYOUT]),
+        Packing.of(scheme, LAYOUTS[layout]),
         shape,
         n,
-        activations=Activations.E4M3,
+        activations=activations,
         batch_invariant=mode.current().batch_invariant,
     )
     config = tune.choose(problem, gpu)
-    return Decision(FUSED, config, "activations are quantised to e4m3; {}", (config,))
+    kind = "int8" if activations is Activations.INT8 else "e4m3"
+    return Decision(FUSED, config, "activations are quantised to {}; {}", (kind, config))
+
+
+def overflow_reason(scheme: Scheme, layout: str, ic: int) -> str:
+    """Return why sums over so many input channels may not fit where kernels have them, or an empty string."""
+    if layout != INT8_LAYOUT or scheme.group_size is not None or ic <= MOST_WHOLE_CHANNELS:
+        return ""
+    return f"32 bits do not hold the sums of int8 products over more than {MOST_WHOLE_CHANNELS} input channels: {ic}"
 
 
 def explain(

@@ -19,11 +19,11 @@ from tersor.formats import Activations
 from tersor.kernels.tune import SM80, SM90
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune.experts_problem import most_blocks
-from tersor.layouts import StackedWeight
+from tersor.layouts import StackedWeight, packing
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import target_of
 from tersor.ops import current, dispatch, mode, tensors
-from tersor.ops.dispatch import E4M3_LAYOUT, unsupported_reason
+from tersor.ops.dispatch import overflow_reason, unsupported_reason
 from tersor.ops.gates import Gate
 from tersor.ops.settled import settled
 from tersor.ops.tables import Tables
@@ -51,12 +51,16 @@ def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> st
 
 def misfit(gate_up: StackedWeight, down: StackedWeight, dtype: torch.dtype, chip: hardware.Chip) -> str:
     """Return why no kernel of a chip takes all experts of a call with activations of a dtype, or an empty string."""
-    wanted = (E4M3_LAYOUT, f"tiles_{target_of(Activations.NATIVE, dtype)}")
+    wanted = f"tiles_{target_of(Activations.NATIVE, dtype)}"
     for name, weight in (("gate and up", gate_up), ("down", down)):
-        if weight.layout == E4M3_LAYOUT and tune.schedule(chip) == SM80:
+        native = activations_of(weight) is Activations.NATIVE
+        if not native and tune.schedule(chip) == SM80:
             return "8-bit activations need compute capability 9.0, this is {}.{}".format(*chip.capability)
-        if weight.layout not in wanted:
-            return f"{name} lie in {weight.layout}, {dtype} activations need {wanted[1]}"
+        if native and weight.layout != wanted:
+            return f"{name} lie in {weight.layout}, {dtype} activations need {wanted}"
+        why = overflow_reason(weight.scheme, weight.layout, weight.shape[2])
+        if why:
+            return why
     hidden, inner = gate_up.shape[2], down.shape[2]
     if hidden % _ALIGNED or inner % _ALIGNED:
         return f"rows of {hidden} and {inner} channels do not start on 16 bytes"
@@ -136,7 +140,7 @@ def configs(
 
 def activations_of(weight: StackedWeight) -> Activations:
     """Return what weights in a kernel layout are multiplied with."""
-    return Activations.E4M3 if weight.layout == E4M3_LAYOUT else Activations.NATIVE
+    return packing.activations_of(weight.layout)
 
 
 def product_of(
@@ -168,7 +172,9 @@ def product_of(
     native, pairs = config.activations is Activations.NATIVE, tokens * top_k
     quantize = None
     if not native:
-        quantize = dense.prepare_quantize(jit.get(dense.quantize_source(result), index), n=pairs, ic=ic)
+        quantize = dense.prepare_quantize(
+            jit.get(dense.quantize_source(result, config.activations), index), n=pairs, ic=ic
+        )
     source = experts.source(weight.packing, result, config, gate, tables_ready and native)
     launch = experts.prepare(
         jit.get(source, index),

@@ -33,10 +33,10 @@ from tersor.kernels.routing import Choice
 from tersor.kernels.tune import experts as tune_experts
 from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, PackedWeight, StackedWeight
-from tersor.layouts.packing import Packing, target_of
-from tersor.ops import grouped, mode, serve_attention
+from tersor.layouts.packing import Packing, activations_of, target_of
+from tersor.ops import grouped, mode, quantized, serve_attention
 from tersor.ops.attention_form import AttentionForm
-from tersor.ops.dispatch import E4M3_LAYOUT
+from tersor.ops.dispatch import overflow_reason
 from tersor.ops.fold import takes_norm
 from tersor.ops.gates import Gate
 from tersor.ops.heads import LatentHeads
@@ -95,9 +95,9 @@ def _matrix(
     result, now = target_of(Activations.NATIVE, dtype), mode.current()
     if layout == STREAM or result is None or now.reference:
         return
-    activations = _activations(layout)
+    activations = activations_of(layout)
     native = activations is Activations.NATIVE
-    if not native and chip.capability != (9, 0):
+    if not native and (chip.capability != (9, 0) or overflow_reason(scheme, layout, shape[1])):
         return
     packing = Packing.beside(activations, dtype, scheme)
     problem = tune.LinearProblem.of(
@@ -114,14 +114,9 @@ def _matrix(
         problem = replace(problem, n=sm80.TOKENS)
         yield from (dense.dequantize_source(packing), dense.epilogue_source(packing, gate))
     if not native:
-        yield dense.quantize_source(result)
+        yield dense.quantize_source(result, activations)
     for config in tune.choices(problem, chip, beyond):
         yield dense.fused_source(packing, result, config, gate)
-
-
-def _activations(layout: str) -> Activations:
-    """Return what weights in a kernel layout are multiplied with."""
-    return Activations.E4M3 if layout == E4M3_LAYOUT else Activations.NATIVE
 
 
 def experts_of(
@@ -180,12 +175,13 @@ def products(
     """
     invariant = mode.current().batch_invariant
     up, down = (
-        tune_experts.ExpertsProblem.of(packing, shape, tokens, top_k, _activations(packing.layout), invariant)
+        tune_experts.ExpertsProblem.of(packing, shape, tokens, top_k, activations_of(packing.layout), invariant)
         for packing, shape in zip(packings, shapes, strict=True)
     )
     quantized = [one.activations is not Activations.NATIVE for one in (up, down)]
-    if any(quantized):
-        yield dense.quantize_source(result)
+    for one in (up, down):
+        if one.activations is not Activations.NATIVE:
+            yield dense.quantize_source(result, one.activations)
     for first, second in tune_experts.choices(up, down, chip):
         yield experts.source(packings[0], result, first, int(gate), False)
         yield experts.source(packings[1], result, second, 0, not any(quantized))
@@ -241,7 +237,7 @@ def attention(
 def norm(
     rows: int, channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
 ) -> Iterator[KernelSource]:
-    """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as e4m3.
+    """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as bytes.
 
     Args:
         rows: at most.
@@ -251,10 +247,10 @@ def norm(
         readers: the weights of what reads the result, where that is packed products alone.
     """
     if dtype in TARGETS and channels_fit(channels):
-        e4m3 = bool(readers) and chip.capability == (9, 0) and all(one.layout == E4M3_LAYOUT for one in readers)
-        of_warps = norms.ctas_of_warps(rows, channels, chip.sms) if e4m3 and not layer else 0
+        made = quantized.common_activations(readers) if chip.capability == (9, 0) else Activations.NATIVE
+        of_warps = norms.ctas_of_warps(rows, channels, chip.sms) if made.dtype and not layer else 0
         for warps in dict.fromkeys((0, of_warps)):
-            yield norms.norm_source(TARGETS[dtype], layer, channels, e4m3, warps)
+            yield norms.norm_source(TARGETS[dtype], layer, channels, made, warps)
 
 
 def router(

@@ -10,6 +10,7 @@ import functools
 import torch
 
 from tersor.errors import ShapeError
+from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels import jit, norms, small
 from tersor.kernels.dense import codes_stride
@@ -129,22 +130,22 @@ def launched(
     eps: float,
     offset: float,
     layer: bool = False,
-    e4m3: bool = False,
+    activations: Activations = Activations.NATIVE,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the kernel of a norm on rows that `kernel_serves`.
 
     Args:
         x, weight, bias, residual, eps, offset: as for `rms_norm` and `layer_norm`.
         layer: whether it is a layer norm.
-        e4m3: whether the result becomes e4m3; compute capability 9.0 alone has that.
+        activations: what the result becomes; compute capability 9.0 alone has bytes.
 
     Returns:
-        [T, H] in x's dtype and `None`; with e4m3 float8_e4m3fn [T, H] in rows of whole 16 bytes, and float32 [T].
+        [T, H] in x's dtype and `None`; of bytes codes [T, H] in rows of whole 16 bytes, and float32 [T].
     """
     index = x.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return launched(x, weight, bias, residual, eps, offset, layer, e4m3)
+            return launched(x, weight, bias, residual, eps, offset, layer, activations)
     if x.stride(1) != 1 or x.stride(0) % small.CHANNELS:
         x = x.contiguous()
     weight = weight.contiguous()
@@ -152,13 +153,14 @@ def launched(
     residual = None if residual is None else residual.contiguous()
     (rows, channels), chip = x.shape, dispatch.kernel_chip(x.device)
     assert chip is not None
-    warps = norms.ctas_of_warps(rows, channels, chip.sms) if e4m3 and not layer and residual is None else 0
-    function = jit.get(norms.norm_source(TARGETS[x.dtype], layer, channels, e4m3, warps), index)
+    codes = activations.dtype
+    warps = norms.ctas_of_warps(rows, channels, chip.sms) if codes and not layer and residual is None else 0
+    function = jit.get(norms.norm_source(TARGETS[x.dtype], layer, channels, activations, warps), index)
     sizes = {"rows": rows, "channels": channels, "sms": chip.sms, "sm_threads": chip.sm_threads}
     launch = _launch(function, eps=float(eps), offset=float(offset), **sizes, warps=warps)
-    out_stride = codes_stride(channels) if e4m3 else channels
-    out = current.empty((rows, channels), (out_stride, 1), torch.float8_e4m3fn if e4m3 else x.dtype)
-    scales = current.empty((rows,), (1,), torch.float32) if e4m3 else None
+    out_stride = codes_stride(channels) if codes else channels
+    out = current.empty((rows, channels), (out_stride, 1), codes or x.dtype)
+    scales = current.empty((rows,), (1,), torch.float32) if codes else None
     launch(
         stream=current.stream(index),
         x=x.data_ptr(),

@@ -172,7 +172,8 @@ class WeightType:
             factor=self.factor,
         )
         if config.activations is not Activations.NATIVE:
-            found.quantize = dense.prepare_quantize(jit.get(dense.quantize_source(result), index), n=n, ic=self.ic)
+            source = dense.quantize_source(result, config.activations)
+            found.quantize = dense.prepare_quantize(jit.get(source, index), n=n, ic=self.ic)
             found.codes_stride = dense.codes_stride(self.ic)
         if config.splits > 1 and not config.gathered:
             found.floats, found.counters = dense.parts(config, n)

@@ -1,4 +1,4 @@
-"""How do a norm's rows meet products with 8-bit activations? As e4m3 with a scale a row, which the norm's kernel makes.
+"""How do a norm's rows meet products with 8-bit activations? As bytes with a scale a row, made by the norm's kernel.
 
 The definition is two steps, the norm rounded to the activations' dtype and `Activations.quantize`; a kernel that does
 both gives the same bits, and a product of what it leaves those of `ops.linear`.
@@ -16,15 +16,18 @@ from tersor.formats import Activations
 from tersor.kernels.dense import codes_stride
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import gated_channels
+from tersor.layouts.packing import activations_of
 from tersor.ops import current, dispatch, mode, norm, prepared, reference, serve, tensors
+
+_LAYOUTS = (dispatch.E4M3_LAYOUT, dispatch.INT8_LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Rows of activations as e4m3: row t is about codes[t] * scales[t].
+    """Rows of activations as e4m3 or int8: row t is about codes[t] * scales[t].
 
     Attributes:
-        codes: float8_e4m3fn [T, H].
+        codes: float8_e4m3fn or int8 [T, H].
         scales: float32 [T].
         dtype: of the rows before, and of the results of products.
     """
@@ -34,9 +37,9 @@ class Quantized:
     dtype: torch.dtype
 
     @staticmethod
-    def of(x: torch.Tensor) -> Quantized:
+    def of(x: torch.Tensor, activations: Activations = Activations.E4M3) -> Quantized:
         """Return rows x [T, H] quantised by the torch code."""
-        codes, scales = Activations.E4M3.quantize(x.float())
+        codes, scales = activations.quantize(x.float())
         return Quantized(codes, scales.view(-1), x.dtype)
 
     @property
@@ -50,49 +53,75 @@ class Quantized:
         return self.codes.device
 
 
-def takes_e4m3(
+def common_activations(weights: Iterable[PackedWeight]) -> Activations:
+    """Return what all weights are multiplied with; where that differs, or there are none, activations as they come."""
+    ways = {activations_of(weight.layout) for weight in weights}
+    return ways.pop() if len(ways) == 1 else Activations.NATIVE
+
+
+def takes_quantized(
     x: torch.Tensor, weights: Iterable[PackedWeight], norm_weight: torch.Tensor, norm_bias: torch.Tensor | None = None
-) -> bool:
-    """Tell whether a kernel makes e4m3 of rows in their norm, and all products of them take that, in the current mode.
+) -> Activations | None:
+    """Return what a kernel makes of rows in their norm where all products of them take that, in the current mode.
 
     Args:
         x: [T, H], before the norm.
         weights: of all that reads the norm's result.
         norm_weight, norm_bias: of the norm.
+
+    Returns:
+        `None` where none does.
     """
-    for weight in weights:
-        if weight.layout != dispatch.E4M3_LAYOUT:
-            return False
-    return _serves(x, norm_weight, norm_bias)
+    activations = common_activations(weights)
+    bytewise = activations is not Activations.NATIVE
+    return activations if bytewise and _serves(x, norm_weight, norm_bias) else None
 
 
 def _serves(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Tell whether a kernel makes e4m3 of rows in their norm."""
+    """Tell whether a kernel makes bytes of rows in their norm."""
     chip = norm.serving_chip(x, *others)
     return chip is not None and chip.capability == (9, 0)
 
 
-def rms_norm_e4m3(
+def rms_norm_quantized(
     x: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     *,
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
+    activations: Activations = Activations.E4M3,
 ) -> Quantized:
-    """Return `ops.rms_norm` of every row as e4m3; arguments and errors are those there. It has no gradient."""
-    norm.check("rms_norm_e4m3", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
+    """Return `ops.rms_norm` of every row as bytes; other arguments and errors are those there. It has no gradient.
+
+    Args:
+        x, weight, eps, offset, residual: as there.
+        activations: what kind of bytes.
+    """
+    norm.check("rms_norm_quantized", x, weight=(weight, x.shape[1:]), residual=(residual, x.shape))
     if _serves(x, weight, residual):
-        return _quantized(x, norm.launched(x, weight, None, residual, eps, offset, e4m3=True))
-    return Quantized.of(norm.rms_norm(x, weight, eps, offset=offset, residual=residual))
+        return _quantized(x, norm.launched(x, weight, None, residual, eps, offset, activations=activations))
+    return Quantized.of(norm.rms_norm(x, weight, eps, offset=offset, residual=residual), activations)
 
 
-def layer_norm_e4m3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> Quantized:
-    """Return `ops.layer_norm` of every row as e4m3; arguments and errors are those there. It has no gradient."""
-    norm.check("layer_norm_e4m3", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
+def layer_norm_quantized(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    activations: Activations = Activations.E4M3,
+) -> Quantized:
+    """Return `ops.layer_norm` of every row as bytes; other arguments and errors are those there. It has no gradient.
+
+    Args:
+        x, weight, bias, eps: as there.
+        activations: what kind of bytes.
+    """
+    norm.check("layer_norm_quantized", x, weight=(weight, x.shape[1:]), bias=(bias, x.shape[1:]))
     if _serves(x, weight, bias):
-        return _quantized(x, norm.launched(x, weight, bias, None, eps, 0.0, layer=True, e4m3=True))
-    return Quantized.of(norm.layer_norm(x, weight, bias, eps))
+        return _quantized(x, norm.launched(x, weight, bias, None, eps, 0.0, layer=True, activations=activations))
+    return Quantized.of(norm.layer_norm(x, weight, bias, eps), activations)
 
 
 def _quantized(x: torch.Tensor, made: tuple[torch.Tensor, torch.Tensor | None]) -> Quantized:
@@ -101,7 +130,7 @@ def _quantized(x: torch.Tensor, made: tuple[torch.Tensor, torch.Tensor | None]) 
     return Quantized(codes, scales, x.dtype)
 
 
-def linear_e4m3(
+def linear_quantized(
     rows: Quantized,
     weight: PackedWeight,
     bias: torch.Tensor | None = None,
@@ -113,7 +142,7 @@ def linear_e4m3(
 
     Args:
         rows: of the activations.
-        weight: in the layout for e4m3 activations.
+        weight: in the layout for activations like the rows'.
         bias, residual: as for `ops.linear` or `ops.gated_linear`; residual is [T, outputs].
         gate: how gate and up become one, a `Gate`, or 0.
 
@@ -133,7 +162,7 @@ def linear_e4m3(
     index = codes.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return linear_e4m3(rows, weight, bias, residual=residual, gate=gate)
+            return linear_quantized(rows, weight, bias, residual=residual, gate=gate)
     now = mode.current()
     chosen = of.prepared((n, dtype, index, True, gate, now.key), now)
     if chosen.launch is None:
@@ -149,15 +178,16 @@ def linear_e4m3(
 
 def _check(rows: Quantized, weight: PackedWeight) -> None:
     codes, scales = rows.codes, rows.scales
-    if codes.dim() != 2 or codes.dtype != Activations.E4M3.dtype:
-        raise ShapeError(f"linear_e4m3: codes are {list(codes.shape)} {codes.dtype}, expected [T, IC] float8_e4m3fn")
+    wanted = activations_of(weight.layout).dtype
+    if wanted is None:
+        raise ShapeError(f"linear_quantized: the weight lies in {weight.layout}, expected one of {', '.join(_LAYOUTS)}")
+    if codes.dim() != 2 or codes.dtype != wanted:
+        raise ShapeError(f"linear_quantized: codes are {list(codes.shape)} {codes.dtype}, expected [T, IC] {wanted}")
     if scales.shape != codes.shape[:1] or scales.dtype != torch.float32 or scales.device != codes.device:
         raise ShapeError(
-            f"linear_e4m3: scales are {list(scales.shape)} {scales.dtype} on {scales.device}, expected "
+            f"linear_quantized: scales are {list(scales.shape)} {scales.dtype} on {scales.device}, expected "
             f"[{len(codes)}] torch.float32 on {codes.device}"
         )
-    if weight.layout != dispatch.E4M3_LAYOUT:
-        raise ShapeError(f"linear_e4m3: the weight lies in {weight.layout}, expected {dispatch.E4M3_LAYOUT}")
 
 
 def _aligned(codes: torch.Tensor) -> torch.Tensor:
@@ -165,3 +195,8 @@ def _aligned(codes: torch.Tensor) -> torch.Tensor:
     rows, channels = codes.shape
     copy = codes.new_empty(rows, codes_stride(channels))[:, :channels]
     return copy.copy_(codes)
+
+
+takes_e4m3, linear_e4m3 = takes_quantized, linear_quantized
+rms_norm_e4m3, layer_norm_e4m3 = rms_norm_quantized, layer_norm_quantized
+"""Names that these had while e4m3 was the only kind of bytes."""

@@ -1,5 +1,7 @@
 """The definition of a packed linear: decode a block of rows, multiply in float32, apply the next block.
 
+Beside int8 activations, sums of a row with one scale are exact: whole numbers, of which a float32 is made once.
+
 It serves every scheme on every device, and is what the kernels are tested against. Memory beyond the operands is
 bounded by one block of decoded weights and the float32 activations.
 """
@@ -8,15 +10,17 @@ from __future__ import annotations
 
 import torch
 
-from tersor.formats import Activations
-from tersor.layouts import STREAM, PackedWeight, decode_groups
+from tersor.formats import Activations, scale_values
+from tersor.layouts import STREAM, PackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import HALF, gated_channels
-from tersor.layouts.packing import LAYOUTS
+from tersor.layouts.packing import activations_of
 from tersor.ops.gates import Gate
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Decoded weights at a time: on a CPU about what its cache holds."""
+_EXACT = 1024
+"""Channels whose products of int8 float32 certainly holds every sum of."""
 
 
 def linear(
@@ -30,7 +34,7 @@ def linear(
     """Return x @ W^T + bias + residual, accumulated in float32 (float64 for such x) and rounded once to x's dtype.
 
     Args:
-        x: [N, IC], any float dtype; first quantised to e4m3 where the weight lies in the layout for such activations.
+        x: [N, IC], any float dtype; first quantised to e4m3 or int8 where the weight lies in the layout for that.
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
         residual: as the result, or `None`.
@@ -41,8 +45,9 @@ def linear(
         [N, OC] in x's dtype, or [N, F] with a gate.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if LAYOUTS.get(weight.layout) == decode_groups.FP8:
-        codes, token_scale = Activations.E4M3.quantize(wide.to(torch.float32))
+    activations = activations_of(weight.layout)
+    if activations is not Activations.NATIVE:
+        codes, token_scale = activations.quantize(wide.to(torch.float32))
         return of_codes(codes, token_scale, x.dtype, weight, bias, residual, gate, one_by_one)
     return _blocks(wide, None, x.dtype, weight, bias, residual, gate, one_by_one)
 
@@ -60,12 +65,13 @@ def of_codes(
     """Return what `linear` does of activations that were quantised before.
 
     Args:
-        codes: float8_e4m3fn [N, IC].
+        codes: float8_e4m3fn or int8 [N, IC].
         token_scale: float32 [N, 1].
         dtype: of the result.
         weight, bias, residual, gate, one_by_one: as for `linear`.
     """
-    return _blocks(codes.to(torch.float32), token_scale, dtype, weight, bias, residual, gate, one_by_one)
+    whole = codes.dtype == torch.int8 and weight.scheme.group_size is None
+    return _blocks(codes.to(torch.float32), token_scale, dtype, weight, bias, residual, gate, one_by_one, whole)
 
 
 def _blocks(
@@ -77,8 +83,12 @@ def _blocks(
     residual: torch.Tensor | None,
     gate: int,
     one_by_one: bool,
+    whole: bool = False,
 ) -> torch.Tensor:
-    """Return the product of wide activations [N, IC], each token times its scale [N, 1], a block of rows at a time."""
+    """Return the product of wide activations [N, IC], each token times its scale [N, 1], a block of rows at a time.
+
+    With `whole` activations and weights are whole numbers but for scales.
+    """
     oc, ic = weight.shape
     output = wide.new_empty(wide.shape[0], gated_channels(oc) if gate else oc, dtype=dtype)
     unit = 2 * HALF if gate else 1
@@ -87,12 +97,17 @@ def _blocks(
     start = 0
     for first in range(0, oc, rows):
         last = min(first + rows, oc)
-        block = packed.rows(first, last).dequantize(wide.dtype)
-        part = torch.stack([block @ token.clone() for token in wide]) if one_by_one else wide @ block.T
-        if token_scale is not None:
-            part.mul_(token_scale)
-        if bias is not None:
-            part.add_(bias[first:last])
+        if whole and token_scale is not None:
+            part = _whole_product(
+                wide, token_scale, packed.rows(first, last), None if bias is None else bias[first:last]
+            )
+        else:
+            block = packed.rows(first, last).dequantize(wide.dtype)
+            part = torch.stack([block @ token.clone() for token in wide]) if one_by_one else wide @ block.T
+            if token_scale is not None:
+                part.mul_(token_scale)
+            if bias is not None:
+                part.add_(bias[first:last])
         if gate:
             part = Gate(gate).of_rows(part)
         end = start + part.shape[1]
@@ -101,6 +116,27 @@ def _blocks(
         output[:, start:end] = part
         start = end
     return output
+
+
+def _whole_product(
+    codes: torch.Tensor, token_scale: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return float32(float32(exact sum) * token scale) * row scale + bias, rounded once more: float32 [N, rows].
+
+    Args:
+        codes: whole numbers of at most 127, float32 [N, IC].
+        token_scale: float32 [N, 1].
+        weight: some rows with one scale each, in the stored stream.
+        bias: of those rows, or `None`.
+    """
+    (scale, zero_point), numbers = weight.stored_scales(), weight.scheme.format.decode(weight.codes())
+    if zero_point is not None:
+        numbers = numbers - zero_point.to(torch.float32)
+    sums = codes.new_zeros(len(codes), len(numbers), dtype=torch.float64)
+    for first in range(0, codes.shape[1], _EXACT):
+        sums += codes[:, first : first + _EXACT] @ numbers[:, first : first + _EXACT].T
+    scaled = (sums.to(torch.float32) * token_scale).double() * scale_values(scale, weight.scheme).double().T
+    return (scaled if bias is None else scaled + bias.double()).to(torch.float32)
 
 
 def input_grad(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

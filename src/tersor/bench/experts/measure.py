@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tersor.bench import report
-from tersor.bench.contenders import BYTEWISE, HUMMING, Calls, UnfitError, foreign
+from tersor.bench.contenders import HUMMING, Calls, UnfitError, foreign, unlabelled
 from tersor.bench.experts.contenders import RIVALS, Contender
 from tersor.bench.experts.geometry import Geometry
 from tersor.bench.experts.layer import Layer, expected, random_layer, route
@@ -317,8 +317,8 @@ def narrowed(
         if program in RIVALS and program != HUMMING:
             return True
         kernel = of_humming or program
-        multiplied = Activations.E4M3 if kernel.endswith(BYTEWISE) else Activations.NATIVE
-        known = formats is None or kernel.removesuffix(BYTEWISE) in formats
+        name, multiplied = unlabelled(kernel)
+        known = formats is None or name in formats
         return known and (activations is None or multiplied in activations)
 
     rows = [row for row in result["rows"] if stays(row)]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn import functional
 
-from tersor.bench.contenders import UnfitError
+from tersor.bench.contenders import HUMMING_INPUTS, UnfitError
 from tersor.bench.experts.geometry import Geometry
 from tersor.bench.experts.layer import Layer, route
 from tersor.formats import Activations, Scheme
@@ -226,8 +226,8 @@ def _humming_layer(
     if scheme.group_size is not None:
         config["group_size"] = scheme.group_size
     options: dict[str, Any] = {"weight_config": config, "torch_dtype": weight.dtype, "num_experts": experts}
-    if activations == Activations.E4M3:
-        options["input_config"] = {"dtype": "float8e4m3"}
+    if activations != Activations.NATIVE:
+        options["input_config"] = HUMMING_INPUTS[Activations.of(activations)]
     with weight.device:
         module = HummingLayer(
             shape_n=oc, shape_k=ic, has_bias=bias is not None, pad_n_to_multiple=256, pad_k_to_multiple=128, **options

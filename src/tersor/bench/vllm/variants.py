@@ -84,8 +84,8 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 def _humming(scheme: Scheme, activations: Activations | str) -> Variant:
     environment = {_HUMMING_WEIGHTS: json.dumps(contenders.humming_weight(scheme))}
-    if activations == Activations.E4M3:
-        environment[_HUMMING_ACTIVATIONS] = json.dumps(contenders.HUMMING_FP8)
+    if activations != Activations.NATIVE:
+        environment[_HUMMING_ACTIVATIONS] = json.dumps(contenders.HUMMING_INPUTS[Activations.of(activations)])
     return Variant(
         format=f"vllm humming {contenders.label(scheme, activations)}",
         options={"quantization": "humming"},

@@ -155,7 +155,7 @@ def swap_stack(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype |
 
 
 def multiply_with(model: nn.Module, activations: Activations | str) -> None:
-    """Choose what every packed linear of a model is multiplied with: `16bit` or `fp8` (`PackedLinear.multiply_with`).
+    """Choose what every packed linear is multiplied with: `16bit`, `fp8` or `int8` (`PackedLinear.multiply_with`).
 
     Raises:
         InputError: no such activations.

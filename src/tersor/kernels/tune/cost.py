@@ -2,6 +2,9 @@
 
 A chip without a file of its own has the costs of an H200; what differs in bandwidth and multiprocessors the model takes
 from `Chip`. `bench/costs.py` fits a file to times that `bench/sweep.py` takes on such a chip.
+
+Where a file has no tiles for int8 activations they are those for e4m3 that have registers for it, and cost as much:
+they move the same bytes and ask the same of the tensor cores.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
@@ -23,6 +26,8 @@ KIND = "tersor tile costs"
 VERSION = 1
 UNIT = "microseconds"
 
+_CROWDED = 72
+"""Registers beside sums that are too few for zero points and decode groups of eight."""
 _KEYS = {"kind", "version", "chip", "unit", "fitted_to", "tiles"}
 
 
@@ -113,6 +118,12 @@ def _parse(content: Any) -> tuple[str, dict[Tile, Cost]]:
         if tile in found:
             raise ValueError(f"entry {index}: {tile} is there twice")
         found[tile] = Cost(**_numbers(Cost, entry["cost"], float, index))
+    if not any(tile.activations is Activations.INT8 for tile in found):
+        found |= {
+            replace(tile, activations=Activations.INT8): costs
+            for tile, costs in found.items()
+            if tile.activations is Activations.E4M3 and tile.registers - tile.tokens // 2 > _CROWDED
+        }
     return content["chip"], found
 
 

@@ -102,7 +102,7 @@ def box_rows(config: LinearConfig, n: int) -> int:
     Where a tile takes several boxes each but the last has whole groups of eight rows, which a swizzle repeats after.
     """
     tile = tile_of(config)
-    pieces = (1 if tile.e4m3 else 2) // tile.x_slots_of_block
+    pieces = (1 if tile.bytewise else 2) // tile.x_slots_of_block
     boxes, tokens = max(1, config.cluster // pieces), tile_tokens(tile, n)
     return tokens if boxes == 1 else min(n, -(-tokens // (8 * boxes)) * 8)
 
@@ -251,7 +251,7 @@ def _timed(problem: LinearProblem, tile: Tile, chip: Chip) -> Callable[[int, int
     block_bytes = from_memory * tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
     block_bytes += _X_FROM_L2 * tile_tokens(tile, problem.n) * BLOCK_IC * problem.activations.bits / 8
     start, share, bandwidth = costs.start, _SHARE[tile.resident], chip.bandwidth * _ACHIEVED
-    if tile.e4m3:
+    if tile.bytewise:
         start += _QUANTISED_MILLION * problem.n * problem.ic * 1e-6
 
     def predicted(whole_tiles: int, splits: int, gathered: bool) -> float:

@@ -45,9 +45,9 @@ class Tile:
     activations: Activations = Activations.NATIVE
 
     @property
-    def e4m3(self) -> bool:
-        """Whether activations are quantised to e4m3, so that the tensor cores multiply bytes."""
-        return self.activations is Activations.E4M3
+    def bytewise(self) -> bool:
+        """Whether activations are quantised to e4m3 or int8, so that the tensor cores multiply bytes."""
+        return self.activations is not Activations.NATIVE
 
     @property
     def rows(self) -> int:
@@ -57,7 +57,7 @@ class Tile:
     @property
     def few(self) -> bool:
         """Whether mma.sync multiplies (`multiply_few`), unless batch invariance forbids it."""
-        return (self.tokens <= FEW_TOKENS or self.channel_groups > 1) and not self.e4m3
+        return (self.tokens <= FEW_TOKENS or self.channel_groups > 1) and not self.bytewise
 
     @property
     def turns(self) -> int:
@@ -84,12 +84,12 @@ class Tile:
     @property
     def static_bytes(self) -> int:
         """The bytes of barriers, and of the scales of 8-bit activations, up to the alignment of the rings."""
-        return 2048 if self.e4m3 and self.tokens > 128 else 1024
+        return 2048 if self.bytewise and self.tokens > 128 else 1024
 
     @property
     def fast_sums(self) -> bool:
-        """Whether 8-bit products are all added by the tensor cores, with about 14 bits (`multiply_bytes`)."""
-        return self.e4m3 and self.tokens > 128
+        """Whether products of e4m3 are all added by the tensor cores, with about 14 bits (`multiply_bytes`)."""
+        return self.activations is Activations.E4M3 and self.tokens > 128
 
     def weight_slot_bytes(self, bits: int, scale_bytes: int) -> int:
         """Return the bytes of a slot of packed weights and their scales."""
@@ -98,12 +98,12 @@ class Tile:
     @property
     def x_slots_of_block(self) -> int:
         """Slots that the activations of one block of 128 channels take."""
-        return 1 if self.tokens <= 64 or self.e4m3 else 2
+        return 1 if self.tokens <= 64 or self.bytewise else 2
 
     @property
     def x_slot_bytes(self) -> int:
         """The bytes of a slot of activations."""
-        return self.tokens * (128 if self.e4m3 else 256) // self.x_slots_of_block
+        return self.tokens * (128 if self.bytewise else 256) // self.x_slots_of_block
 
     @property
     def exchange_bytes(self) -> int:

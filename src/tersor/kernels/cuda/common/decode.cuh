@@ -1,5 +1,5 @@
-// From packed words to registers of floats, two of 16 or four of 8 bits: one decoder, driven by a table, for every
-// weight type and target.
+// From packed words to registers of floats, two of 16 or four of 8 bits, or of four int8: one decoder, driven by a table,
+// for every weight type and target.
 //
 // A lane's words are decoded in groups. Register j of a group is
 //     (rotate(word a, r) ^ rotate(word b, s) ^ rotate(word c, t)) & DECODE_MASK
@@ -7,8 +7,8 @@
 // index DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and
 // each yields two registers, P & mask and (P << shift) & mask. With DECODE_RAISED every second register keeps its bits
 // that many places above the mask, which saves moving them down; `finish` divides.
-// tersor/layouts/decode_groups.py holds the tables, packs so that this comes out right, and says which power of two or
-// offset the floats still carry.
+// tersor/layouts/decode_tables.py holds the tables; decode_groups.py beside it packs so that this comes out right, and says
+// which power of two or offset the numbers still carry.
 //
 // Plain C++ but for `finish`: a CPU test compiles it and runs it over all codes.
 #pragma once
@@ -72,6 +72,13 @@ __device__ __forceinline__ void extract(u32* registers, const u32* words, u32 ma
     }
 }
 
+// Four codes of at most 7 bits less a zero point of at most 128, which stands in every byte of `zeros`, as int8: the top
+// bits, set, keep a byte from borrowing of the next.
+__device__ __forceinline__ u32 subtract_bytes(u32 codes, u32 zeros) {
+    constexpr u32 kTops = 0x80808080u;
+    return ((codes | kTops) - zeros) ^ kTops;
+}
+
 #ifdef __CUDACC__
 
 // What turns masked code bits into numbers; the names are those of tersor.layouts.decode_groups.Finish.
@@ -82,9 +89,10 @@ enum Finish {
     kInt8ToBf16 = 3,   // eight bits under seven: the top bit chooses which constant to add
     kUint8ToBf16 = 4,  // as before, then subtract the zero point less 128
     kHalve = 5,        // half of a float with fp16's exponents, of which the top one is an ordinary number
+    kSubtractBytes = 6,  // four codes less their row's zero point, as int8
 };
 
-static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kHalve, "DECODE_FINISH is a Finish");
+static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kSubtractBytes, "DECODE_FINISH is a Finish");
 
 // The mask for a loop that calls `extract`. An instruction has room for one constant; where the power of two above an
 // integer's bits is one, ptxas fetches the mask anew each time unless it seems to come from a variable: `count` >= 0.
@@ -128,6 +136,8 @@ __device__ __forceinline__ u32 finish(u32 pair, u32 constant, bool second) {
         const u32 normal = (pair | kSigns) - 0x04000400u;
         const u32 subnormal = ((pair >> 1) & ((kMask & ~kSigns) >> 1)) | kSigns;
         return ptx::minimum_pair_f16(normal, subnormal) ^ (~pair & kSigns);
+    } else if constexpr (DECODE_FINISH == kSubtractBytes) {
+        return subtract_bytes(pair, constant);
     } else {
         return pair;
     }

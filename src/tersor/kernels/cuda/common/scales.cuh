@@ -3,7 +3,7 @@
 // A lane's registers belong to two rows, by turns: `row` and `row` + 8. With one scale a row the scales are float32,
 // each followed by a pair of 16-bit floats where there are zero points. In groups, a block of 16 rows by 128 channels
 // has [SCALE_GROUPS][16] scales of SCALE_TYPE, then as many 16-bit floats where there are zero points. What stands for
-// a zero point is the number that decode::finish adds to a code.
+// a zero point is the number that decode::finish adds to a code or, of codes that become int8, the zero point twice.
 //
 // Parameters: SCALE_GROUPS (scales of one row in a block; 0: one scale a row), SCALE_TYPE, ZERO_POINTS.
 #pragma once
@@ -61,6 +61,11 @@ __device__ __forceinline__ RowOffsets row_offsets(const float* scales, int row, 
         }
     }
     return offsets;
+}
+
+// The zero point of a row of a block in each of four bytes, as decode::finish takes it from four codes at once.
+__device__ __forceinline__ u32 zero_bytes(const char* block, int group, int row) {
+    return reinterpret_cast<const u16*>(block + kZeroOffset)[group * tile::kRows + row] * 0x00010001u;
 }
 
 // decode::finish for the registers of a decode group that begins with k16 step `step` of a block.

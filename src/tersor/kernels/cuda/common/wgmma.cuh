@@ -1,7 +1,8 @@
 // Warpgroup matrix multiply, sm_90a: D[64, N] += A[64, 16] * B[16, N] in float32 with A in registers (the fragment of
 // mma.m16n8k16 for each warp's 16 rows) and B in shared memory, rows of 64 channels under a 128-byte swizzle
-// (PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions"). One overload a width: operands cannot be counted,
-// so lists of them grow by eight sums, which are 16 columns.
+// (PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions"). Of bytes there are twice as many channels; those of
+// int8 add up in int32, which wraps. One overload a width: operands cannot be counted, so lists of them grow by eight sums,
+// which are 16 columns.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -27,8 +28,9 @@ __device__ __forceinline__ u64 describe(u32 shared) {
 // What a distance in shared memory adds to a description.
 __device__ __forceinline__ constexpr u64 offset(int bytes) { return bytes >> 4; }
 
-// Types of the operands: weights in registers and activations in shared memory, 16-bit of one type, 8-bit of two.
-enum Kind { kFloat16, kBfloat16, kE4m3, kE5m2 };  // the 8-bit ones are those of the weights; activations are e4m3
+// Types of the operands: weights in registers and activations in shared memory, 16-bit of one type, 8-bit of two: the
+// names are those of the weights, beside 8-bit floats activations are e4m3.
+enum Kind { kFloat16, kBfloat16, kE4m3, kE5m2, kInt8 };
 
 // run(d, a, b, accumulate) adds when `accumulate`, else overwrites d. A step is 16 channels of 16-bit floats or 32 of
 // 8-bit ones: 32 bytes.
@@ -54,8 +56,9 @@ struct Multiply;
 #define TERSOR_NAMES_120 TERSOR_NAMES_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define TERSOR_NAMES_128 TERSOR_NAMES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
-// The sums themselves.
-#define TERSOR_SUMS_AT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+// The sums themselves, float32 but where TERSOR_SUM says otherwise.
+#define TERSOR_SUM "+f"
+#define TERSOR_SUMS_AT(i) TERSOR_SUM(d[i]), TERSOR_SUM(d[i + 1]), TERSOR_SUM(d[i + 2]), TERSOR_SUM(d[i + 3])
 #define TERSOR_SUMS_4 TERSOR_SUMS_AT(0)
 #define TERSOR_SUMS_8 TERSOR_SUMS_AT(0), TERSOR_SUMS_AT(4)
 #define TERSOR_SUMS_16 TERSOR_SUMS_8, TERSOR_SUMS_AT(8), TERSOR_SUMS_AT(12)
@@ -75,41 +78,46 @@ struct Multiply;
 #define TERSOR_SUMS_128 TERSOR_SUMS_120, TERSOR_SUMS_AT(120), TERSOR_SUMS_AT(124)
 
 // The overload of one width: COLUMNS, SUMS (half as many) and the names of the operands behind the sums.
-#define TERSOR_RUN(K, TYPES, TURN, COLUMNS, SUMS, A, B, ADDS)                                                        \
-    static __device__ __forceinline__ void run(float (&d)[SUMS], const u32* a, u64 b, int accumulate) {              \
+#define TERSOR_RUN(SUM, K, TYPES, LAST, COLUMNS, SUMS, A, B, ADDS)                                                   \
+    static __device__ __forceinline__ void run(SUM (&d)[SUMS], const u32* a, u64 b, int accumulate) {                \
         asm volatile(                                                                                                \
-            "{ .reg .pred p; setp.ne.b32 p, " ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k" K ".f32."   \
-            TYPES " {" TERSOR_NAMES_##SUMS "}, {" A "}, " B ", p, 1, 1" TURN "; }"                                   \
+            "{ .reg .pred p; setp.ne.b32 p, " ADDS ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k" K "."       \
+            TYPES " {" TERSOR_NAMES_##SUMS "}, {" A "}, " B ", p" LAST "; }"                                         \
             : TERSOR_SUMS_##SUMS                                                                                     \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                  \
     }
 
-#define TERSOR_MULTIPLY(KIND, K, TYPES, TURN)                                                                        \
+#define TERSOR_MULTIPLY(KIND, SUM, K, TYPES, LAST)                                                                   \
 template <>                                                                                                          \
 struct Multiply<KIND> {                                                                                              \
-    TERSOR_RUN(K, TYPES, TURN, 8, 4, "%4, %5, %6, %7", "%8", "%9")                                                   \
-    TERSOR_RUN(K, TYPES, TURN, 16, 8, "%8, %9, %10, %11", "%12", "%13")                                              \
-    TERSOR_RUN(K, TYPES, TURN, 32, 16, "%16, %17, %18, %19", "%20", "%21")                                           \
-    TERSOR_RUN(K, TYPES, TURN, 48, 24, "%24, %25, %26, %27", "%28", "%29")                                           \
-    TERSOR_RUN(K, TYPES, TURN, 64, 32, "%32, %33, %34, %35", "%36", "%37")                                           \
-    TERSOR_RUN(K, TYPES, TURN, 80, 40, "%40, %41, %42, %43", "%44", "%45")                                           \
-    TERSOR_RUN(K, TYPES, TURN, 96, 48, "%48, %49, %50, %51", "%52", "%53")                                           \
-    TERSOR_RUN(K, TYPES, TURN, 112, 56, "%56, %57, %58, %59", "%60", "%61")                                          \
-    TERSOR_RUN(K, TYPES, TURN, 128, 64, "%64, %65, %66, %67", "%68", "%69")                                          \
-    TERSOR_RUN(K, TYPES, TURN, 144, 72, "%72, %73, %74, %75", "%76", "%77")                                          \
-    TERSOR_RUN(K, TYPES, TURN, 160, 80, "%80, %81, %82, %83", "%84", "%85")                                          \
-    TERSOR_RUN(K, TYPES, TURN, 176, 88, "%88, %89, %90, %91", "%92", "%93")                                          \
-    TERSOR_RUN(K, TYPES, TURN, 192, 96, "%96, %97, %98, %99", "%100", "%101")                                        \
-    TERSOR_RUN(K, TYPES, TURN, 208, 104, "%104, %105, %106, %107", "%108", "%109")                                   \
-    TERSOR_RUN(K, TYPES, TURN, 224, 112, "%112, %113, %114, %115", "%116", "%117")                                   \
-    TERSOR_RUN(K, TYPES, TURN, 240, 120, "%120, %121, %122, %123", "%124", "%125")                                   \
-    TERSOR_RUN(K, TYPES, TURN, 256, 128, "%128, %129, %130, %131", "%132", "%133")                                   \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 8, 4, "%4, %5, %6, %7", "%8", "%9")                                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 16, 8, "%8, %9, %10, %11", "%12", "%13")                                         \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 32, 16, "%16, %17, %18, %19", "%20", "%21")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 48, 24, "%24, %25, %26, %27", "%28", "%29")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 64, 32, "%32, %33, %34, %35", "%36", "%37")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 80, 40, "%40, %41, %42, %43", "%44", "%45")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 96, 48, "%48, %49, %50, %51", "%52", "%53")                                      \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 112, 56, "%56, %57, %58, %59", "%60", "%61")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 128, 64, "%64, %65, %66, %67", "%68", "%69")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 144, 72, "%72, %73, %74, %75", "%76", "%77")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 160, 80, "%80, %81, %82, %83", "%84", "%85")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 176, 88, "%88, %89, %90, %91", "%92", "%93")                                     \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 192, 96, "%96, %97, %98, %99", "%100", "%101")                                   \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 208, 104, "%104, %105, %106, %107", "%108", "%109")                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 224, 112, "%112, %113, %114, %115", "%116", "%117")                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 240, 120, "%120, %121, %122, %123", "%124", "%125")                              \
+    TERSOR_RUN(SUM, K, TYPES, LAST, 256, 128, "%128, %129, %130, %131", "%132", "%133")                              \
 };
 
-TERSOR_MULTIPLY(kFloat16, "16", "f16.f16", ", 0")
-TERSOR_MULTIPLY(kBfloat16, "16", "bf16.bf16", ", 0")
-TERSOR_MULTIPLY(kE4m3, "32", "e4m3.e4m3", "")
-TERSOR_MULTIPLY(kE5m2, "32", "e5m2.e4m3", "")
+TERSOR_MULTIPLY(kFloat16, float, "16", "f32.f16.f16", ", 1, 1, 0")
+TERSOR_MULTIPLY(kBfloat16, float, "16", "f32.bf16.bf16", ", 1, 1, 0")
+TERSOR_MULTIPLY(kE4m3, float, "32", "f32.e4m3.e4m3", ", 1, 1")
+TERSOR_MULTIPLY(kE5m2, float, "32", "f32.e5m2.e4m3", ", 1, 1")
+#undef TERSOR_SUM
+#define TERSOR_SUM "+r"
+TERSOR_MULTIPLY(kInt8, int, "32", "s32.s8.s8", "")
+#undef TERSOR_SUM
+#define TERSOR_SUM "+f"
 #undef TERSOR_MULTIPLY
 #undef TERSOR_RUN
 

@@ -1,9 +1,10 @@
-// Activations as e4m3 with a scale for each token (common/e4m3.cuh). One CTA a row of codes, with threads for all pieces
-// of a row: all of it is under way at once. Parameters: BF16 (1: bf16 activations, 0: fp16).
+// Activations as bytes with a scale for each token (common/quantized.cuh). One CTA a row of codes, with threads for all
+// pieces of a row: all of it is under way at once. Parameters: BF16 (1: bf16 activations, 0: fp16), INT8 (1: int8, 0:
+// e4m3).
 #pragma once
 
-#include "common/e4m3.cuh"
 #include "common/launch.cuh"
+#include "common/quantized.cuh"
 
 namespace quantize {
 
@@ -56,33 +57,33 @@ extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_E
         }
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
-            magnitude = e4m3::largest(kept[i].values, magnitude);
-            e4m3::keep_packed(kept[i].values);
+            magnitude = quantized::largest(kept[i].values, magnitude);
+            quantized::keep_packed(kept[i].values);
         }
     } else {
 #pragma unroll 1
         for (int first = start; first < ic; first += step) {
-            magnitude = e4m3::largest(load(row, first, ic, whole).values, magnitude);
+            magnitude = quantized::largest(load(row, first, ic, whole).values, magnitude);
         }
     }
-    magnitude = e4m3::largest_of_warp(magnitude);
+    magnitude = quantized::largest_of_warp(magnitude);
     if (lane == 0) of_warp[threadIdx.x / 32] = magnitude;
     __syncthreads();
-    magnitude = e4m3::largest_of_warp(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f);
-    if (threadIdx.x == 0) scales[token] = e4m3::scale(magnitude);
-    const float factor = e4m3::factor(magnitude);
+    magnitude = quantized::largest_of_warp(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f);
+    if (threadIdx.x == 0) scales[token] = quantized::scale(magnitude);
+    const float factor = quantized::factor(magnitude);
     unsigned char* target = codes + token * codes_stride;
     if (keeps) {
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
             const int first = start + i * step;
-            if (first < ic) *reinterpret_cast<uint2*>(target + first) = e4m3::encode(kept[i].values, factor);
+            if (first < ic) *reinterpret_cast<uint2*>(target + first) = quantized::encode(kept[i].values, factor);
         }
     } else {
 #pragma unroll 1
         for (int first = start; first < ic; first += step) {
             const Piece again = load(row, first, ic, whole);
-            *reinterpret_cast<uint2*>(target + first) = e4m3::encode(again.values, factor);
+            *reinterpret_cast<uint2*>(target + first) = quantized::encode(again.values, factor);
         }
     }
 }

@@ -47,7 +47,7 @@ __device__ __forceinline__ bool exchange_turns(
 // is the barrier that counts the bytes of the parts. Where they have no room of their own they go to where the rings of
 // that CTA were: `room` is the barrier at which its threads tell the others that they have read what was there.
 __device__ __forceinline__ bool gather_splits(
-    float (&sums)[kSums], const Item& item, u32 base, const char* slots, u32 room, u32 arrived) {
+    Sum (&sums)[kSums], const Item& item, u32 base, const char* slots, u32 room, u32 arrived) {
     static_assert((GATHERS - 1) * kPartBytes <= kExchangeAt, "as many parts as the rings have room for");
     constexpr int kFours = kSums / 4;
     const bool to_rings = item.parts - 1 > GATHER_ROOM;
@@ -57,7 +57,11 @@ __device__ __forceinline__ bool gather_splits(
         const u32 there = ptx::address_in(first, 0), barrier = ptx::address_in(arrived, 0);
         if (to_rings) ptx::barrier_wait(room, 0);
 #pragma unroll
-        for (int i = 0; i < kFours; ++i) ptx::store_in(there + i * kFinishers * 16, sums + 4 * i, barrier);
+        for (int i = 0; i < kFours; ++i) {
+            const float four[] = {
+                bytes_of(sums[4 * i]), bytes_of(sums[4 * i + 1]), bytes_of(sums[4 * i + 2]), bytes_of(sums[4 * i + 3])};
+            ptx::store_in(there + i * kFinishers * 16, four, barrier);
+        }
         return false;
     }
     if (to_rings) {
@@ -70,10 +74,10 @@ __device__ __forceinline__ bool gather_splits(
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
             const float4 four = reinterpret_cast<const float4*>(parts)[i * kFinishers + threadIdx.x];
-            sums[4 * i] += four.x;
-            sums[4 * i + 1] += four.y;
-            sums[4 * i + 2] += four.z;
-            sums[4 * i + 3] += four.w;
+            add_bytes(sums[4 * i], four.x);
+            add_bytes(sums[4 * i + 1], four.y);
+            add_bytes(sums[4 * i + 2], four.z);
+            add_bytes(sums[4 * i + 3], four.w);
         }
     }
     return true;
@@ -82,12 +86,12 @@ __device__ __forceinline__ bool gather_splits(
 // Hands this CTA's sums over through memory; returns true in the one CTA that then holds the sum of all splits.
 template <typename Work>
 __device__ __forceinline__ bool add_splits(
-    float (&sums)[kSums], const Work& work, const Item& item, int rank, float* partial, u32* arrived) {
+    Sum (&sums)[kSums], const Work& work, const Item& item, int rank, float* partial, u32* arrived) {
     __shared__ bool is_last;
     const int splits = item.parts, output = (item.tile - work.whole_tiles) * kCluster + rank;
     float* parts = partial + static_cast<long long>(output) * splits * kSums * kFinishers + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) __stcg(parts + (item.part * kSums + i) * kFinishers, sums[i]);
+    for (int i = 0; i < kSums; ++i) __stcg(parts + (item.part * kSums + i) * kFinishers, bytes_of(sums[i]));
     __threadfence();
     ptx::sync_threads<kFinishersBarrier, kFinishers>();
     if (threadIdx.x == 0) {
@@ -103,7 +107,7 @@ __device__ __forceinline__ bool add_splits(
 #pragma unroll
     for (int chunk = 0; chunk < kSums; chunk += kChunk) {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) sums[chunk + i] = 0.0f;
+        for (int i = 0; i < kChunk; ++i) sums[chunk + i] = 0;
         for (int split = 0; split < splits; split += kTogether) {
             float loaded[kTogether][kChunk];
 #pragma unroll
@@ -117,14 +121,14 @@ __device__ __forceinline__ bool add_splits(
 #pragma unroll
             for (int s = 0; s < kTogether; ++s) {
 #pragma unroll
-                for (int i = 0; i < kChunk; ++i) sums[chunk + i] += loaded[s][i];
+                for (int i = 0; i < kChunk; ++i) add_bytes(sums[chunk + i], loaded[s][i]);
             }
         }
     }
     return true;
 }
 
-constexpr bool kTokenScales = kFp8 || kNormIn;
+constexpr bool kTokenScales = kBytewise || kNormIn;
 
 // The scales of a tile's tokens: of 8-bit activations, or what a norm divides by, which a warp that copies brings
 // (`scale_tokens`). A CTA reads each once: they lie in a few sectors of one slice of L2, which all CTAs would queue for.
@@ -135,14 +139,14 @@ struct TileScales {
     float* shared;     // [kTokens], of all, once they are shared
 
     __device__ __forceinline__ TileScales(float* shared, const float* x_scale, const Item& item) : shared(shared) {
-        static_assert(!kFp8 || kTokens <= kFinishers, "a thread has one token");
+        static_assert(!kBytewise || kTokens <= kFinishers, "a thread has one token");
         const int token = item.first_token + threadIdx.x;
-        if (kFp8 && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
+        if (kBytewise && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
     }
     // `brought`: the barrier at which that warp tells.
     __device__ __forceinline__ void share(u32 brought) const {
         if constexpr (kNormIn) ptx::barrier_wait(brought, 0);  // for the first item, and so for all
-        if constexpr (kFp8) {
+        if constexpr (kBytewise) {
             ptx::sync_threads<kFinishersBarrier, kFinishers>();  // those of the item before have been read
             if (threadIdx.x < kTokens) shared[threadIdx.x] = own;
             ptx::sync_threads<kFinishersBarrier, kFinishers>();
@@ -185,20 +189,20 @@ struct RowTerms {
     }
     // Of this lane's row `half`, token 2 (lane % 4) + `odd` of the `tokens`-th group of eight.
     __device__ __forceinline__ float value(
-        const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
-        const float sum = sums[4 * tokens + 2 * half + odd];
+        const Sum (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
+        const float sum = static_cast<float>(sums[4 * tokens + 2 * half + odd]);
         return __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
     }
     // The same of an output channel: of a gated linear's there is one, of two rows.
     __device__ __forceinline__ float output(
-        const float (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
+        const Sum (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
         const float only = value(sums, tokens, half, odd, token_scales);
         if constexpr (gate::kGated) return gate::combine(only, value(sums, tokens, 1, odd, token_scales));
         return only;
     }
     // Both tokens, with a pair of residuals added.
     __device__ __forceinline__ u32 round(
-        const float (&sums)[kSums], int tokens, int half, const TokenScales& token_scales, u32 added) const {
+        const Sum (&sums)[kSums], int tokens, int half, const TokenScales& token_scales, u32 added) const {
         const float low = ptx::widen<kBf16>(static_cast<u16>(added));
         const float high = ptx::widen<kBf16>(static_cast<u16>(added >> 16));
         const u32 even = ptx::narrow<kBf16>(__fadd_rn(output(sums, tokens, half, 0, token_scales), low));
@@ -264,7 +268,7 @@ struct Met {
 
 // Rounds and stores few tokens. Where a norm is behind, output channels are a multiple of 8.
 __device__ __forceinline__ void store_few(
-    const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens, Met& met,
+    const Sum (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens, Met& met,
     bool adds, u16* y, const Norms& norms) {
     static_assert(!kNormOut || !gate::kGated, "a norm follows what a residual is added to");
     const FewPlaces places(item, terms);
@@ -307,7 +311,7 @@ __device__ __forceinline__ void store_few(
 // writes 16 bytes and a warp's fill whole lines. A token's channels are pieces of 16 bytes, swizzled by the token.
 // Residuals come the same way, and each warp then puts its results where its residuals were.
 __device__ __forceinline__ void store_many(
-    const float (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens,
+    const Sum (&sums)[kSums], const Item& item, const RowTerms& terms, const TileScales& of_tokens,
     const u16* residual, u16* y, char* turned) {
     constexpr int kPieces = 4 * kHalves;           // of a token
     constexpr int kPassTokens = 128 / kPieces;     // that a warpgroup copies at a time

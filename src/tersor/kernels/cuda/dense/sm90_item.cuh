@@ -5,8 +5,13 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "dense/sm90_finish.cuh"
-#include "dense/sm90_multiply.cuh"
 #include "dense/sm90_pipeline.cuh"
+
+#if BYTES
+#include "dense/sm90_multiply_bytes.cuh"
+#else
+#include "dense/sm90_multiply.cuh"
+#endif
 
 namespace linear {
 
@@ -36,7 +41,7 @@ template <typename Work>
 __device__ __forceinline__ void run_item(
     const Work& work, const Item& item, int rank, const WeightRing& weights, const XRing& xs, const Shared& shared,
     const Operands& of, u32 use, bool gathered) {
-    float sums[kSums];
+    Sum sums[kSums];
     char* slots = shared.slots;
     const int count = item.last_block - item.first_block;
     RowTerms terms(work.oc, item, of.row_scales, of.factor);
@@ -44,22 +49,21 @@ __device__ __forceinline__ void run_item(
     // What results meet is fetched before sums are exchanged, which takes as long, where this CTA will have them. What
     // the kernels ahead wrote is there once this warpgroup has had activations.
     Met met;
-    const bool ahead = !kMany && !kFp8 && (item.parts == 1 || (gathered && item.part == 0));
+    const bool ahead = !kMany && !kBytewise && (item.parts == 1 || (gathered && item.part == 0));
     const auto fetch = [&] {
         if (!ahead || threadIdx.x >= kFinishers) return;
         if (kFew && count <= threadIdx.x / 128) ptx::wait_for_earlier_kernels();
         met.load(item, terms, of.residual, of.norms);
     };
-    if constexpr (kFp8 && kGroups > 0) {
-        multiply_bytes_in_groups(sums, weights, xs, slots, use, count);
-    } else if constexpr (kFp8) {
-        multiply_bytes(sums, weights, xs, slots, use, count);
-    } else if constexpr (kFew) {
+#if !BYTES
+    if constexpr (kFew) {
         float turns[kRowGroups][kSums];
         multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc);
         fetch();
         holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
-    } else {
+    }
+#endif
+    if constexpr (!kFew) {
         const int row = terms.first_row + threadIdx.x % 32 / 4;
         multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(of.row_scales, row, work.oc));
         fetch();

@@ -15,8 +15,9 @@
 // add up in a float32 workspace, and the CTA that arrives last adds. Both add the parts in their order: the result does
 // not depend on who was first.
 //
-// Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), FP8 (1: e4m3
-// activations with a scale a token), FP8_WEIGHT (4: weights decode to e4m3, 5: e5m2), N_TILE (wgmma.cuh), ROW_GROUPS,
+// Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), BYTES (1: 8-bit
+// activations with a scale a token), BYTE_WEIGHT (beside e4m3 activations weights decode to e4m3, 4, or e5m2, 5; 8: both
+// are int8), N_TILE (wgmma.cuh), ROW_GROUPS,
 // K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that
 // have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES
 // (what the launch asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS

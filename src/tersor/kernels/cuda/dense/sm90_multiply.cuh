@@ -1,5 +1,5 @@
-// The multiplying warps of sm90_linear.cuh: weights from the ring are decoded to registers and meet the activations of
-// the other ring in the tensor cores.
+// The multiplying warps of sm90_linear.cuh with 16-bit activations: weights from the ring are decoded to registers and meet
+// the activations of the other ring in the tensor cores.
 #pragma once
 
 #include "common/decode.cuh"
@@ -11,10 +11,7 @@
 
 namespace linear {
 
-static_assert(FP8_WEIGHT == 4 || FP8_WEIGHT == 5, "8-bit weights are e4m3 or e5m2, by the bits of their exponents");
-constexpr wgmma::Kind kOperand =
-    kFp8 ? (FP8_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3) : (kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16);
-using Multiply = wgmma::Multiply<kOperand>;
+using Multiply = wgmma::Multiply<kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16>;
 
 // sums += scale * part for one scale group of the block.
 __device__ __forceinline__ void add_scaled(
@@ -22,16 +19,6 @@ __device__ __forceinline__ void add_scaled(
     const float low = scales::in_block(block_scales, group, row), high = scales::in_block(block_scales, group, row + 8);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
-}
-
-// Tells all CTAs that share a slot of activations that this thread has read it.
-__device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place& at) {
-    if constexpr (kCluster == 1) {
-        ptx::barrier_arrive(ring.emptied(at));
-    } else {
-#pragma unroll
-        for (int rank = 0; rank < kCluster; ++rank) ptx::barrier_arrive_at(ring.emptied(at), rank);
-    }
 }
 
 // A warpgroup with few tokens: all rows of every kTurns-th block, 16 of each row group a warp, so that a fragment of
@@ -138,141 +125,6 @@ __device__ __forceinline__ void multiply_few(
 #pragma unroll
         for (int rows = 0; rows < kRowGroups; ++rows) flush(rows, 1.0f, 1.0f);
     }
-}
-
-// Multiplying warps with 8-bit activations. The tensor cores add products of 8-bit floats with about 14 bits, so sums
-// of a few blocks, or of a scale group, go to float32 sums of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
-// Tiles of more than 128 tokens have registers for one set of sums only: all blocks of an item meet in the tensor cores,
-// which is what others call fast accumulation.
-constexpr int kByteSteps = 4;  // of 32 channels in a block
-constexpr int kSettled = 4;    // blocks whose products meet in the tensor cores' sums
-constexpr bool kSettles = kTokens <= 128;
-
-__device__ __forceinline__ void decode_bytes(u32 (&a)[4 * kByteSteps], const u32 (&words)[tile::kLaneWords]) {
-#pragma unroll
-    for (int set = 0; set < 4 * kByteSteps / decode::kRegisters; ++set) {
-        decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
-    }
-}
-
-// One scale a row. A block is decoded while the products of the block before are under way or, with one set of sums,
-// those of the other warpgroup.
-__device__ __forceinline__ void multiply_bytes(
-    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    u32 a[2][4 * kByteSteps];
-    WeightRing::Place weights_at(use);
-    XRing::Place x_at(use), x_read = x_at;
-    const auto release = [&] {
-        release_x(xs, x_read);
-        x_read.advance();
-    };
-    // Starts the products of the next block; `waits`: when those that read `from` have ended; `releases`: and with them
-    // a slot has been read.
-    const auto multiply = [&](float (&to)[kSums], u32 (&from)[4 * kByteSteps], bool adds, bool waits, bool releases) {
-        u32 words[tile::kLaneWords];
-        weights.wait_filled(weights_at);
-        const char* stage = slots + (weights.address(weights_at) - xs.base);
-        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
-        xs.wait_filled(x_at);
-        if (waits) wgmma::wait<kSettles ? 1 : 0>();
-        if (releases) release();
-        decode_bytes(from, words);
-        const u64 x = wgmma::describe(xs.address(x_at));
-        wgmma::fence();
-#pragma unroll
-        for (int step = 0; step < kByteSteps; ++step) {
-            Multiply::run(to, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
-        }
-        wgmma::commit();
-        weights.release(weights_at);
-        weights_at.advance();
-        x_at.advance();
-    };
-    if constexpr (kSettles) {
-        float part[kSums];
-        const auto settle = [&] {
-            wgmma::wait<0>();
-#pragma unroll
-            for (int i = 0; i < kSums; ++i) sums[i] += part[i];
-        };
-        int block = 0;
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-        for (; block + kSettled <= count; block += kSettled) {
-#pragma unroll
-            for (int turn = 0; turn < kSettled; ++turn) multiply(part, a[turn % 2], turn > 0, turn > 1, turn > 1);
-            settle();
-            release();
-            release();
-        }
-        for (; block < count; ++block) {
-            multiply(part, a[0], false, false, false);
-            settle();
-            release();
-        }
-    } else {
-        for (int block = 0; block < count; ++block) multiply(sums, a[0], block > 0, true, block > 0);
-        wgmma::wait<0>();
-        release();
-    }
-}
-
-// Scales in groups.
-__device__ __forceinline__ void multiply_bytes_in_groups(
-    float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    constexpr int kSteps = kByteSteps;
-    constexpr int kGroupSteps = kFp8 && kGroups > 0 ? kSteps / kGroups : kSteps;  // a scale covers whole steps
-    float part[kSums], low = 0.0f, high = 0.0f;  // of the group under way, and its scales
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-    WeightRing::Place weights_at(use);
-    XRing::Place x_at(use), x_before = x_at;
-    const auto settle = [&] {
-        wgmma::wait<0>();
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
-    };
-    for (int block = 0; block < count; ++block) {
-        weights.wait_filled(weights_at);
-        const char* stage = slots + (weights.address(weights_at) - xs.base);
-        const char* block_scales =
-            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
-        u32 words[tile::kLaneWords], a[4 * kSteps];
-        float scale[2 * (kGroups > 0 ? kGroups : 1)];
-        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-            scale[2 * group] = scales::in_block(block_scales, group, lane / 4);
-            scale[2 * group + 1] = scales::in_block(block_scales, group, lane / 4 + 8);
-        }
-        weights.release(weights_at);
-        if (block > 0) {
-            settle();
-            release_x(xs, x_before);
-        }
-        decode_bytes(a, words);
-        xs.wait_filled(x_at);
-        const u64 x = wgmma::describe(xs.address(x_at));
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            const bool first = step % kGroupSteps == 0;
-            if (first) {
-                if (step > 0) settle();
-                low = scale[step / kGroupSteps * 2];
-                high = scale[step / kGroupSteps * 2 + 1];
-                wgmma::fence();
-            }
-            Multiply::run(part, a + 4 * step, x + wgmma::offset(step * 32), !first);
-            if (step % kGroupSteps == kGroupSteps - 1) wgmma::commit();
-        }
-        weights_at.advance();
-        x_before = x_at;
-        x_at.advance();
-    }
-    settle();
-    release_x(xs, x_before);
 }
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts

@@ -14,7 +14,7 @@
 
 namespace linear {
 
-static_assert(!kNormIn || !kFp8, "the scales of 8-bit activations are elsewhere");
+static_assert(!kNormIn || !kBytewise, "the scales of 8-bit activations are elsewhere");
 static_assert(!(kNormIn || kNormOut) || !kMany, "norms are folded into products of few tokens");
 
 // What a launch has of the norms around it.
@@ -84,12 +84,12 @@ struct Squares {
     }
 
     // Adds up what the lanes and warps of each warpgroup have, 64 rows, and stores it. There is little memory: where sums
-    // of all tokens and warps do not fit, warps add in turn, to the sums of as many tokens as do.
+    // of all tokens and warps but the first do not fit, warps add in turn, to the sums of as many tokens as do.
     __device__ __forceinline__ void store(const Item& item, int rows, const Norms& norms) {
-        constexpr int kWarps = 4, kFloats = 128;
-        constexpr bool kFit = kRowGroups * kWarps * kTokens <= kFloats;
+        constexpr int kWarps = 4, kFloats = 96;
+        constexpr bool kFit = kRowGroups * (kWarps - 1) * kTokens <= kFloats;
         constexpr int kAtOnce = kTokens < 32 ? kTokens : 32;
-        __shared__ float sums[kNormOut ? kRowGroups * (kFit ? kWarps * kTokens : kAtOnce) : 1];
+        __shared__ float sums[kNormOut ? kRowGroups * (kFit ? (kWarps - 1) * kTokens : kAtOnce) : 1];
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps, group = threadIdx.x / 128;
         const int unit = item.first_row / tile::kUnitRows + group;
         const auto put = [&](int token, float sum) {
@@ -104,20 +104,22 @@ struct Squares {
             of[i] += __shfl_xor_sync(~0u, of[i], 2);
         }
         if constexpr (kFit) {
-            float* own = sums + group * kWarps * kTokens;
+            float* own = sums + group * (kWarps - 1) * kTokens + lane / 4;
             // Those of the item before have been read: all have met since where warpgroups hand their sums over.
             if constexpr (kTurns == 1) ptx::sync_one_of<kGroupBarriers, 128>(group);
-            if (lane % 4 == 0) {
+            if (warp > 0 && lane % 4 == 0) {
 #pragma unroll
-                for (int i = 0; i < kTokens / 8; ++i) own[warp * kTokens + i * 8 + lane / 4] = of[i];
+                for (int i = 0; i < kTokens / 8; ++i) own[(warp - 1) * kTokens + i * 8] = of[i];
             }
             ptx::sync_one_of<kGroupBarriers, 128>(group);
-            const int token = threadIdx.x % 128;
-            if (token < kTokens) {
-                float sum = own[token];
+            if (warp == 0 && lane % 4 == 0) {
 #pragma unroll
-                for (int i = 1; i < kWarps; ++i) sum += own[i * kTokens + token];
-                put(token, sum);
+                for (int i = 0; i < kTokens / 8; ++i) {
+                    float sum = of[i];
+#pragma unroll
+                    for (int other = 0; other < kWarps - 1; ++other) sum += own[other * kTokens + i * 8];
+                    put(i * 8 + lane / 4, sum);
+                }
             }
         } else {
             float* own = sums + group * kAtOnce;

@@ -15,7 +15,8 @@ struct alignas(64) TensorMap {
 };
 
 constexpr bool kBf16 = BF16;
-constexpr bool kFp8 = FP8;
+constexpr bool kBytewise = BYTES;                          // 8-bit activations with a scale a token
+constexpr bool kWhole = kBytewise && BYTE_WEIGHT == 8;     // int8, whose products add up exactly
 constexpr bool kNormIn = NORM == 1, kNormOut = NORM == 2;
 constexpr int kTokens = N_TILE;
 constexpr int kRowGroups = ROW_GROUPS;
@@ -24,7 +25,7 @@ constexpr int kCluster = CLUSTER;
 constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = scales::kGroups;
-constexpr bool kFew = !kFp8 && kTokens <= FEW_TOKENS;
+constexpr bool kFew = !kBytewise && kTokens <= FEW_TOKENS;
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
 constexpr int kFinishers = 128 * kRowGroups;  // threads that add and write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;
@@ -32,11 +33,28 @@ constexpr int kTurns = kFew ? kRowGroups * kChannelGroups : 1;  // warpgroups th
 constexpr int kReaders = kConsumers / kTurns;                   // threads that read a slot
 constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kRowGroups;
-constexpr int kSums = kTokens / 2;  // float32 sums of a thread
+constexpr int kSums = kTokens / 2;  // sums of a thread
+
+// What sums are until they are scaled: float32 or, of int8 with one scale a row, int32. They are exchanged as they are,
+// in the bytes of float32, so that whole numbers add up to the same ones however channels are split.
+template <bool kOfInt8>
+struct SumOf {
+    using Type = float;
+};
+template <>
+struct SumOf<true> {
+    using Type = int;
+};
+using Sum = SumOf<kWhole && kGroups == 0>::Type;
+
+__device__ __forceinline__ float bytes_of(float sum) { return sum; }
+__device__ __forceinline__ float bytes_of(int sum) { return __int_as_float(sum); }
+__device__ __forceinline__ void add_bytes(float& sum, float bytes) { sum += bytes; }
+__device__ __forceinline__ void add_bytes(int& sum, float bytes) { sum += __float_as_int(bytes); }
 
 constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
 constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
-constexpr int kPieces = kFp8 ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
+constexpr int kPieces = kBytewise ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
 constexpr int kPieceChannels = tile::kColumns / kPieces;
 constexpr int kXPiece = kTokens * 128;
 constexpr int kSlotPieces = kTokens <= 64 ? kPieces : 1;     // a slot has a whole block while that is small
@@ -122,6 +140,16 @@ struct TileAt {
 
 using WeightRing = ring::Ring<kWeightSlots>;
 using XRing = ring::Ring<kXSlots>;
+
+// Tells all CTAs that share a slot of activations that this thread has read it.
+__device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place& at) {
+    if constexpr (kCluster == 1) {
+        ptx::barrier_arrive(ring.emptied(at));
+    } else {
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ptx::barrier_arrive_at(ring.emptied(at), rank);
+    }
+}
 
 // Calls run(item) for every item of this CTA.
 template <typename Work, typename Run>

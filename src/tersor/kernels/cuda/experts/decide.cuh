@@ -20,7 +20,7 @@ namespace decide {
 
 constexpr int kMostThreads = 288;
 constexpr int kWarps = kMostThreads / 32;
-constexpr int kFewTokens = 32;
+constexpr int kFewTokens = 16;
 constexpr int kNormWarps = 16;  // of norm.cuh, which has a piece of a row in each thread
 static_assert(EXPERTS < kMostThreads && router::kMostThreads <= kMostThreads);
 static_assert(!NORM || PIECES * router::kWarps <= kNormWarps);

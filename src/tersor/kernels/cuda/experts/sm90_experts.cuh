@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
-    __shared__ __align__(8) float token_scales[kFp8 ? kTokens : 1];
+    __shared__ __align__(8) float token_scales[kBytewise ? kTokens : 1];
     __shared__ int block_tokens[GATHERS_TOKENS ? kTokens : 1];
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};

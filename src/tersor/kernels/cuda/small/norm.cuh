@@ -1,14 +1,14 @@
-// Normalises rows; of many, an RMS norm makes e4m3 by norm_rows.cuh. In float32, rounded once:
+// Normalises rows; of many, an RMS norm makes bytes by norm_rows.cuh. In float32, rounded once:
 //   y = residual + x / sqrt(mean(x^2) + eps) * (weight + offset)             (RMS norm)
 //   y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias              (layer norm)
-// With E4M3 what was rounded becomes e4m3 with a scale for each row (common/e4m3.cuh), and is not written itself.
+// With BYTES what was rounded becomes bytes with a scale for each row (common/quantized.cuh), and is not written itself.
 // A CTA has a row in registers, with the weights of all its rows; while it works on one the next is under way.
-// Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES (16 bytes that a thread has, at most), E4M3 (0 or 1),
-// RESIDENT (CTAs of 512 threads whose registers a multiprocessor has room for).
+// Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES (16 bytes that a thread has, at most), BYTES (0 or
+// 1), INT8 (1: int8, 0: e4m3), RESIDENT (CTAs of 512 threads whose registers a multiprocessor has room for).
 #pragma once
 
-#include "common/e4m3.cuh"
 #include "common/launch.cuh"
+#include "common/quantized.cuh"
 #include "small/norms.cuh"
 #include "small/over_block.cuh"
 
@@ -24,8 +24,8 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
     const u16* __restrict__ weight,    // [channels]
     const u16* __restrict__ bias,      // [channels], or nothing
     const u16* __restrict__ residual,  // [rows, channels], or nothing
-    void* out,                         // u16 or e4m3 [rows, out_stride]
-    float* scales,                     // [rows] with E4M3, else nothing
+    void* out,                         // u16 or bytes [rows, out_stride]
+    float* scales,                     // [rows] with BYTES, else nothing
     long long stride,                  // elements from one row of x to the next
     long long out_stride,              // elements from one row of out to the next
     int rows,
@@ -85,16 +85,16 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
             float wide[kChannels];
             widen_weights(weights[i], offset, wide);
             given[i] = finish<true>(given[i], wide, LAYER ? biases[i] : added[i], mean, by, magnitude);
-            if constexpr (!E4M3) store(static_cast<u16*>(out) + row * out_stride, piece, given[i]);
+            if constexpr (!BYTES) store(static_cast<u16*>(out) + row * out_stride, piece, given[i]);
         }
-        if constexpr (E4M3) {
+        if constexpr (BYTES) {
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) keep(given[i]);
             magnitude = rounded(magnitude);
             magnitude = over_block<true>(magnitude, parts[turn]);
             turn ^= 1;
-            if (threadIdx.x == 0) scales[row] = e4m3::scale(magnitude);
-            const float inverse = e4m3::factor(magnitude);
+            if (threadIdx.x == 0) scales[row] = quantized::scale(magnitude);
+            const float inverse = quantized::factor(magnitude);
             uint2* const codes = reinterpret_cast<uint2*>(static_cast<unsigned char*>(out) + row * out_stride);
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) {

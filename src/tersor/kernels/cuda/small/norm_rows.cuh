@@ -1,12 +1,12 @@
-// The RMS norm of many rows as e4m3: what norm.cuh makes of them without a residual, bit for bit, but a warp has a row, and
+// The RMS norm of many rows as bytes: what norm.cuh makes of them without a residual, bit for bit, but a warp has a row, and
 // nobody waits for a CTA. A lane has what thread `lane` of every warp there would have, and its sums are added in the order
 // of that CTA. While a row is written the next one comes to the same registers. Weights stand in shared memory.
-// Parameters: BF16 (1: bf16, 0: fp16), E4M3 (1), PIECES and WARPS (of that CTA: 16 bytes that a thread has, and warps),
-// RESIDENT (CTAs of a multiprocessor).
+// Parameters: BF16 (1: bf16, 0: fp16), BYTES (1), INT8 (1: int8, 0: e4m3), PIECES and WARPS (of that CTA: 16 bytes that a
+// thread has, and warps), RESIDENT (CTAs of a multiprocessor).
 #pragma once
 
-#include "common/e4m3.cuh"
 #include "common/launch.cuh"
+#include "common/quantized.cuh"
 #include "small/norms.cuh"
 #include "small/over_block.cuh"
 
@@ -16,7 +16,7 @@ constexpr int kRows = 4;  // of a CTA at a time
 constexpr int kOfLane = PIECES * WARPS;
 constexpr int kSure = PIECES * (WARPS - 1);  // of those a lane has so many in any row
 constexpr int kAtOnce = 8;                   // pieces whose numbers are made together
-static_assert(E4M3 && WARPS <= kWarps);
+static_assert(BYTES && WARPS <= kWarps);
 
 // Of 2 kHalf sums of every lane, lanes whose bit of 2 kHalf is set hand the first ones to their partners and keep the
 // others, until a lane has one: of warp lane / 2.
@@ -106,9 +106,9 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
             given[i] = result;
             keep(given[i]);
         }
-        magnitude = e4m3::largest_of_warp(rounded(magnitude));
-        if (lane == 0) scales[row] = e4m3::scale(magnitude);
-        const float inverse = e4m3::factor(magnitude);
+        magnitude = quantized::largest_of_warp(rounded(magnitude));
+        if (lane == 0) scales[row] = quantized::scale(magnitude);
+        const float inverse = quantized::factor(magnitude);
         const int following = row + gridDim.x * kRows;
         const u16* const next = x + following * stride;
         uint2* const codes = reinterpret_cast<uint2*>(out + row * out_stride);

@@ -1,9 +1,9 @@
 // A norm's arithmetic on eight channels, the same bits in norm.cuh and in norm_rows.cuh. They stay packed in words, of
 // which numbers are made wherever they are read.
-// Parameters: BF16 (1: bf16, 0: fp16), E4M3 (1: the largest magnitude is asked for).
+// Parameters: BF16 (1: bf16, 0: fp16), BYTES (1: the largest magnitude is asked for), INT8 (1: for int8, 0: for e4m3).
 #pragma once
 
-#include "common/e4m3.cuh"
+#include "common/quantized.cuh"
 #include "small/pieces.cuh"
 
 namespace norms {
@@ -74,7 +74,7 @@ __device__ __forceinline__ Words finish(
         for (int k = 0; k < 2; ++k) {
             const float value = (widen(words, 2 * i + k) - mean) * by;
             values[k] = value * weights[2 * i + k] + (kAdds ? widen(added, 2 * i + k) : 0.0f);
-            if constexpr (E4M3) largest = fmaxf(largest, fabsf(values[k]));
+            if constexpr (BYTES) largest = quantized::largest(values[k], largest);
         }
         result.pairs[i] = ptx::narrow<BF16>(values[0]) | u32{ptx::narrow<BF16>(values[1])} << 16;
     }
@@ -85,12 +85,12 @@ __device__ __forceinline__ Words finish(
 __device__ __forceinline__ float rounded(float largest) { return ptx::widen<BF16>(ptx::narrow<BF16>(largest)); }
 
 __device__ __forceinline__ uint2 encode(const Words& words, float factor) {
-    u32 codes[kChannels / 2];
+    float wide[kChannels];
 #pragma unroll
-    for (int i = 0; i < kChannels / 2; ++i) {
-        codes[i] = ptx::to_e4m3(widen(words, 2 * i) * factor, widen(words, 2 * i + 1) * factor);
-    }
-    return {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
+    for (int i = 0; i < kChannels; ++i) wide[i] = widen(words, i);
+    return {
+        quantized::encode(wide[0], wide[1], wide[2], wide[3], factor),
+        quantized::encode(wide[4], wide[5], wide[6], wide[7], factor)};
 }
 
 }  // namespace norms

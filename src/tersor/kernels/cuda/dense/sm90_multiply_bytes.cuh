@@ -1,0 +1,208 @@
+// The multiplying warps of sm90_linear.cuh with 8-bit activations: weights from the ring are decoded to registers of four
+// and meet the activations of the other ring in the tensor cores.
+//
+// Those add products of 8-bit floats with about 14 bits, so sums of a few blocks, or of a scale group, go to float32 sums
+// of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Tiles of more than 128 tokens have registers for one set of
+// sums only: all blocks of an item meet in the tensor cores, which is what others call fast accumulation. Products of int8
+// add up exactly, and of a whole row with one scale they stay whole until the end; those of a scale group become float32
+// to be scaled (MixLLM, arXiv 2412.14590, section 3.3).
+#pragma once
+
+#include "common/decode.cuh"
+#include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
+#include "common/wgmma.cuh"
+#include "dense/sm90_pipeline.cuh"
+
+namespace linear {
+
+static_assert(BYTE_WEIGHT == 4 || BYTE_WEIGHT == 5 || kWhole, "8-bit weights are e4m3 or e5m2, by their exponents, or int8");
+constexpr wgmma::Kind kOperand = kWhole ? wgmma::kInt8 : BYTE_WEIGHT == 5 ? wgmma::kE5m2 : wgmma::kE4m3;
+using Multiply = wgmma::Multiply<kOperand>;
+
+constexpr int kByteSteps = 4;                        // of 32 channels in a block
+constexpr int kByteRegisters = 4 * kByteSteps;       // that a lane's weights of a block take
+constexpr int kScales = kGroups > 0 ? kGroups : 1;   // of a row in a block
+constexpr int kGroupSteps = kByteSteps / kScales;    // a scale covers whole steps
+constexpr int kSettled = 4;                          // blocks whose products meet in the tensor cores' sums
+constexpr bool kSettles = !kWhole && kTokens <= 128;
+constexpr int kBuffers = kTokens <= 128 ? 2 : 1;     // blocks of decoded weights that products are under way with
+
+static_assert(kGroups <= kByteSteps, "a scale covers 32 channels at the least");
+
+// Zero points of a lane's two rows, of each scale, as decode::finish takes them.
+struct Zeros {
+    u32 of[2 * kScales];
+};
+
+__device__ __forceinline__ void decode_bytes(
+    u32 (&a)[kByteRegisters], const u32 (&words)[tile::kLaneWords], const Zeros& zeros) {
+#pragma unroll
+    for (int set = 0; set < kByteRegisters / decode::kRegisters; ++set) {
+        decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
+    }
+    if constexpr (scales::kZeroPoints) {
+#pragma unroll
+        for (int i = 0; i < kByteRegisters; ++i) {
+            const int group = i / 4 / kGroupSteps;
+            a[i] = decode::finish<kBf16>(a[i], zeros.of[2 * group + i % 2], false);
+        }
+    }
+}
+
+// A whole number of at most 22 bits as float32: behind 1.5 * 2^23 it stands in the lowest bits of the mantissa, so that
+// full-rate additions do it.
+__device__ __forceinline__ float to_float(int sum) { return __int_as_float(sum + 0x4B400000) - 12582912.0f; }
+__device__ __forceinline__ float to_float(float sum) { return sum; }
+
+static_assert(tile::kColumns / kScales * 128 * 128 <= 1 << 22, "sums of a scale group have at most 22 bits");
+
+#if SCALE_GROUPS == 0
+
+// A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
+// the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block before are under way or, with one buffer, those of
+// the other warpgroup.
+__device__ __forceinline__ void multiply_blocks(
+    Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const scales::RowOffsets& offsets) {
+    const Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    u32 a[2][kByteRegisters];
+    WeightRing::Place weights_at(use);
+    XRing::Place x_at(use), x_read = x_at;
+    const auto release = [&] {
+        release_x(xs, x_read);
+        x_read.advance();
+    };
+    // Starts the products of the next block; `waits`: when those that read `from` have ended; `releases`: and with them
+    // a slot has been read.
+    const auto multiply = [&](Sum (&to)[kSums], u32 (&from)[kByteRegisters], bool adds, bool waits, bool releases) {
+        u32 words[tile::kLaneWords];
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
+        xs.wait_filled(x_at);
+        if (waits) wgmma::wait<kBuffers - 1>();
+        if (releases) release();
+        decode_bytes(from, words, zeros);
+        const u64 x = wgmma::describe(xs.address(x_at));
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < kByteSteps; ++step) {
+            Multiply::run(to, from + 4 * step, x + wgmma::offset(step * 32), adds || step > 0);
+        }
+        wgmma::commit();
+        weights.release(weights_at);
+        weights_at.advance();
+        x_at.advance();
+    };
+    if constexpr (kSettles) {
+        Sum part[kSums];
+        const auto settle = [&] {
+            wgmma::wait<0>();
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) sums[i] += part[i];
+        };
+        int block = 0;
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] = 0;
+        for (; block + kSettled <= count; block += kSettled) {
+#pragma unroll
+            for (int turn = 0; turn < kSettled; ++turn) multiply(part, a[turn % 2], turn > 0, turn > 1, turn > 1);
+            settle();
+            release();
+            release();
+        }
+        for (; block < count; ++block) {
+            multiply(part, a[0], false, false, false);
+            settle();
+            release();
+        }
+    } else if constexpr (kBuffers == 2) {
+        int block = 0;
+        for (; block + 2 <= count; block += 2) {
+            multiply(sums, a[0], block > 0, true, block > 0);
+            multiply(sums, a[1], true, true, block > 0);
+        }
+        if (block < count) multiply(sums, a[0], block > 0, true, block > 0);
+        wgmma::wait<0>();
+        if (count > 1) release();
+        release();
+    } else {
+        for (int block = 0; block < count; ++block) multiply(sums, a[0], block > 0, true, block > 0);
+        wgmma::wait<0>();
+        release();
+    }
+}
+
+#else
+
+// The same of scales in groups.
+__device__ __forceinline__ void multiply_blocks(
+    Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
+    const scales::RowOffsets&) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    constexpr int kSteps = kByteSteps;
+    SumOf<kWhole>::Type part[kSums];  // of the group under way
+    float low = 0.0f, high = 0.0f;    // and its scales
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    WeightRing::Place weights_at(use);
+    XRing::Place x_at(use), x_before = x_at;
+    const auto settle = [&] {
+        wgmma::wait<0>();
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * to_float(part[i]);
+    };
+    for (int block = 0; block < count; ++block) {
+        weights.wait_filled(weights_at);
+        const char* stage = slots + (weights.address(weights_at) - xs.base);
+        const char* block_scales =
+            stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
+        u32 words[tile::kLaneWords], a[4 * kSteps];
+        float scale[2 * kScales];
+        Zeros zeros;
+        tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = lane / 4 + 8 * half;
+                scale[2 * group + half] = scales::in_block(block_scales, group, row);
+                if constexpr (scales::kZeroPoints) {
+                    zeros.of[2 * group + half] = scales::zero_bytes(block_scales, group, row);
+                }
+            }
+        }
+        weights.release(weights_at);
+        if (block > 0) {
+            settle();
+            release_x(xs, x_before);
+        }
+        decode_bytes(a, words, zeros);
+        xs.wait_filled(x_at);
+        const u64 x = wgmma::describe(xs.address(x_at));
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const bool first = step % kGroupSteps == 0;
+            if (first) {
+                if (step > 0) settle();
+                low = scale[step / kGroupSteps * 2];
+                high = scale[step / kGroupSteps * 2 + 1];
+                wgmma::fence();
+            }
+            Multiply::run(part, a + 4 * step, x + wgmma::offset(step * 32), !first);
+            if (step % kGroupSteps == kGroupSteps - 1) wgmma::commit();
+        }
+        weights_at.advance();
+        x_before = x_at;
+        x_at.advance();
+    }
+    settle();
+    release_x(xs, x_before);
+}
+
+#endif
+
+}  // namespace linear

@@ -1,0 +1,147 @@
+"""Activations quantised to int8: what it means, who says no, and how a model is switched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace as replaced
+
+import pytest
+import torch
+from helpers.fakes import FakeGpu, pretended
+
+from tersor import nn, ops
+from tersor.compress import quantize_rtn
+from tersor.errors import FormatError, InputError, UnsupportedError
+from tersor.formats import Activations, get_scheme, scale_values
+from tersor.hardware import CHIPS
+from tersor.integrations.transformers import replace
+from tersor.kernels import dense as family
+from tersor.kernels import tune
+from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts.packing import Packing
+from tersor.ops import dispatch
+
+gpu = pretended("NVIDIA H200")
+H200, INT8 = CHIPS["NVIDIA H200"], Activations.INT8
+
+
+def packed(name: str, oc: int = 24, ic: int = 96, group_size: int | None = None) -> PackedWeight:
+    generator = torch.Generator().manual_seed(oc + ic)
+    weight = torch.randn(oc, ic, generator=generator) + 0.2
+    return PackedWeight.from_encoded(quantize_rtn(weight, get_scheme(name, group_size)))
+
+
+def test_a_token_is_scaled_to_the_largest_code_and_rounded_to_nearest_even() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.5], [254.0, 1.0, 3.0, -5.0, 253.0], [0.0] * 5, [1e-40] * 5])
+    codes, scale = INT8.quantize(x)
+    assert codes.dtype == torch.int8
+    assert codes.tolist() == [[127, 0, 2, -2, -126], [127, 0, 2, -2, 126], [0] * 5, [0] * 5]
+    assert scale[:3, 0].tolist() == [1.0, 2.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 64, generator=generator) * torch.logspace(-30, 30, 50)[:, None]
+    codes, scale = INT8.quantize(x)
+    assert codes.abs().amax(dim=1).tolist() == [127] * 50
+    assert ((INT8.dequantize(codes, scale) - x).abs() <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_stays_so_in_its_token_only(bad: float) -> None:
+    x = torch.ones(2, 96)
+    x[0, 7] = bad
+    y = ops.linear(x, packed("int8").to_layout(dispatch.INT8_LAYOUT))
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size"),
+    [("int8", None), ("int4", None), ("uint4", None), ("uint4", 32), ("int8", 96)],
+)
+def test_the_layout_says_that_activations_are_whole_numbers(name: str, group_size: int | None) -> None:
+    """The product is that of int64, group by group, times scales."""
+    weight = packed(name, group_size=group_size)
+    x, bias = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)), torch.arange(24.0)
+    codes, scale = INT8.quantize(x)
+    (scales, zero_point), numbers = weight.stored_scales(), weight.scheme.format.decode(weight.codes())
+    groups = weight.scheme.groups(96)
+    whole = numbers.view(24, groups, -1) - (0 if zero_point is None else zero_point.float()[:, :, None])
+    sums = torch.einsum("tgk,ogk->tog", codes.long().view(7, groups, -1), whole.long())
+    row_scales = scale_values(scales, weight.scheme).double()
+    expected = (sums.double() * row_scales).sum(dim=2) * scale.double() + bias.double()
+    y = ops.linear(x, weight.to_layout(dispatch.INT8_LAYOUT), bias)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    if group_size is None:
+        exact = (sums[:, :, 0].float() * scale) * row_scales.T.float()
+        assert torch.equal(ops.linear(x, weight.to_layout(dispatch.INT8_LAYOUT)), exact)
+    assert not torch.allclose(y, ops.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_linears_of_a_model_are_switched_and_back() -> None:
+    model = torch.nn.Sequential(nn.PackedLinear.from_packed(packed("uint4", group_size=32)), torch.nn.ReLU())
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))
+    before, state = model(x), model.state_dict()
+    replace.multiply_with(model, "int8")
+    quantised = model(x)
+    assert not torch.equal(before, quantised)
+    torch.testing.assert_close(before, quantised, rtol=0.05, atol=0.3)  # of sums of about 10
+    assert model[0].layout == dispatch.INT8_LAYOUT
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    replace.multiply_with(model, "16bit")
+    assert torch.equal(model(x), before)
+    assert model[0].layout == STREAM
+
+
+def test_what_cannot_be_multiplied_is_named_and_nothing_changes() -> None:
+    model = torch.nn.Sequential(
+        nn.PackedLinear.from_packed(packed("int8")), nn.PackedLinear.from_packed(packed("fp6_e2m3"))
+    )
+    with pytest.raises(UnsupportedError, match=r"^1: activations int8 with weights in fp6_e2m3:row:float16: .*integer"):
+        replace.multiply_with(model, "int8")
+    assert model[0].activations == "16bit"
+    with pytest.raises(InputError, match=r"activations 'int7', did you mean 'int8'\?: use 16bit, fp8 or int8"):
+        replace.multiply_with(model, "int7")
+    for name, group_size, why in (
+        ("uint8", None, "uint8 less its zero point does not fit int8"),
+        ("int8", 16, "group size 16 is not a multiple of 32"),
+    ):
+        with pytest.raises(UnsupportedError, match=why):
+            ops.preferred_layout(get_scheme(name, group_size), torch.float16, torch.device("cpu"), "int8")
+    weight = packed("uint4")
+    assert weight.zero_point is not None
+    far = replaced(weight, zero_point=torch.full_like(weight.zero_point, 200))
+    with pytest.raises(FormatError, match="a zero point of 200 in uint4 is beyond what int8 takes"):
+        far.to_layout(dispatch.INT8_LAYOUT)
+
+
+def test_more_channels_than_whole_sums_may_have_are_refused_by_the_kernels(gpu: FakeGpu) -> None:
+    most = dispatch.MOST_WHOLE_CHANNELS
+    assert most * 128 * 127 < 2**31 < 2 * most * 128 * 127
+    assert ops.explain(get_scheme("int8"), 64, most, 5, activations="int8").kernel == dispatch.FUSED
+    reason = ops.explain(get_scheme("int8"), 64, most + 8, 5, activations="int8")
+    assert reason.kernel == dispatch.REFERENCE and "32 bits do not hold the sums" in reason.why
+    in_groups = ops.explain(get_scheme("int8", 128), 64, most + 128, 5, activations="int8")
+    assert in_groups.kernel == dispatch.FUSED and "quantised to int8" in in_groups.why
+
+
+def test_a_product_launches_the_quantising_of_its_activations_and_itself(gpu: FakeGpu) -> None:
+    weight, x = packed("uint4", 64, 256, 128).to_layout(dispatch.INT8_LAYOUT), torch.randn(5, 256).half()
+    ops.linear(x, weight)
+    quantising, product = gpu.launches[-2:]
+    assert "quantize_activations_float16_int8" in quantising.kernel
+    assert "linear_sm90_uint4_int8_float16" in product.kernel
+    assert product["x_map"].address == quantising["codes"] and product["x_scale"] == quantising["scales"] > 0
+
+
+def test_choices_and_sources() -> None:
+    for name, group_size in (("int8", None), ("uint4", 128)):
+        packing = Packing.of(get_scheme(name, group_size), "int8")
+        names = {source.name for source in family.quantized_sources(packing, "float16", H200)}
+        for n in (1, 16, 17, 64, 65, 300, 5000):
+            problem = tune.LinearProblem.of(packing, (4096, 4096), n, activations=INT8)
+            config = tune.choose(problem, H200)
+            assert config.schedule == tune.SM90
+            assert config.activations is INT8
+            assert family.fused_source(packing, "float16", config).name in names
+        assert not list(family.quantized_sources(packing, "float16", CHIPS["NVIDIA A100"]))
+    with pytest.raises(ValueError, match="does not meet"):
+        family.fused_source(Packing.of(get_scheme("fp6_e3m2"), "float8_e4m3fn"), "float16", config)

@@ -1,0 +1,117 @@
+"""The warps of the sm90 schedule that multiply int8, on a CPU: from kernel tiles and activations to sums, exactly."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.emulated import COMPILER, CUDA, HERE
+
+from tersor.compress import quantize_rtn
+from tersor.formats import Activations, get_scheme, scale_values
+from tersor.hardware import CHIPS
+from tersor.kernels import dense
+from tersor.kernels.tune import sm90
+from tersor.layouts import PackedWeight
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+H200 = CHIPS["NVIDIA H200"]
+RUN = """
+static unsigned char slots[1 << 20], x_slots[256 << 10];
+extern "C" void run(
+    const unsigned char* weight, const unsigned char* scale, const signed char* x, int count, int use, float* out) {
+    using namespace linear;
+    emulated::open.assign(kConsumers, {});
+    emulated::arrivals.assign(emulated::kWeightBarriers, 0);
+    emulated::x_slot_bytes = kXSlotBytes;
+    for (int block = 0; block < count; ++block) {
+        unsigned char* own = slots + kWeightsAt + (use + block) % kWeightSlots * kWeightSlotBytes;
+        for (int group = 0; group < kRowGroups; ++group) {
+            const int unit = group * count + block;
+            memcpy(own + group * tile::kUnitBytes, weight + unit * tile::kUnitBytes, tile::kUnitBytes);
+            memcpy(own + kRowGroups * tile::kUnitBytes + group * kScaleBytes, scale + unit * kScaleBytes, kScaleBytes);
+        }
+        for (int i = 0; i < kTokens * 128; ++i) {
+            const u32 at = (use + block) % kXSlots * kXSlotBytes + i;
+            x_slots[at ^ (at >> 7 & 7) << 4] = x[i / 128 * count * 128 + block * 128 + i % 128];
+        }
+    }
+    emulated::run({1, 1, 1}, kConsumers, use, [=] {
+        memcpy(attention_memory, x_slots, kXSlots * kXSlotBytes);
+        const XRing xs{0, kXSlotBytes, 0};
+        const WeightRing weights{kWeightsAt, kWeightSlotBytes, emulated::kWeightBarriers};
+        const int row = threadIdx.x / 128 * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        const auto offsets = scales::row_offsets(reinterpret_cast<const float*>(scale), row, kRows);
+        Sum sums[kSums];
+        multiply_blocks(sums, weights, xs, reinterpret_cast<const char*>(slots), use, count, offsets);
+        for (int i = 0; i < kSums; ++i) {
+            const int own_row = row + i % 4 / 2 * 8, token = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+            out[own_row * kTokens + token] = static_cast<float>(sums[i]);
+        }
+    });
+    for (int block = 0; block < count; ++block) {
+        const int x_slot = (use + block) % kXSlots, slot = (use + block) % kWeightSlots;
+        const int given = emulated::arrivals[x_slot * 2 + 1];
+        if (given != kConsumers) emulated::fail("activations are handed back another number of times");
+        if (emulated::arrivals[emulated::kWeightBarriers / 8 + slot * 2 + 1] != kConsumers) {
+            emulated::fail("weights are handed back another number of times");
+        }
+    }
+}
+"""
+
+
+def sums_of(weight: PackedWeight, x: torch.Tensor, tile: sm90.Tile, use: int, folder: Path) -> torch.Tensor:
+    """What the warps of one tile have as sums, [rows, tokens], with `use` blocks before."""
+    packing = weight.to_layout("tiles_int8").packing
+    bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+    slots, shared = tile.slots(bits, row_bytes, H200), tile.shared_bytes(bits, row_bytes, H200)
+    source = dense.sm90_source(packing, "float16", tile, slots, shared)
+    defines = [f"#define {name} {int(v) if isinstance(v, bool) else v}" for name, v in source.parameters.items()]
+    for name in ("ptx", "ring", "wgmma"):
+        (folder / "common").mkdir(exist_ok=True)
+        (folder / "common" / f"{name}.cuh").write_text('#pragma once\n#include "emulated_bytes.hpp"\n')
+    includes = '#include "emulated_bytes.hpp"\n#include "dense/sm90_multiply_bytes.cuh"'
+    (folder / "unit.cpp").write_text("\n".join([*defines, includes, RUN]))
+    assert COMPILER is not None
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+    paths = [f"-I{place}" for place in (folder, HERE, CUDA)]
+    subprocess.run([COMPILER, *options, *paths, str(folder / "unit.cpp"), "-o", str(folder / "unit.so")], check=True)
+    tiled, out = weight.to_layout("tiles_int8"), torch.full((tile.rows, tile.tokens), torch.nan)
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (tiled.data, tiled.scale, x, out)]
+    ctypes.CDLL(str(folder / "unit.so")).run(*addresses[:3], x.shape[1] // 128, use, addresses[3])
+    return out * packing.factor
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "shape", "blocks", "use"),
+    [
+        ("int8", None, (16, 1, 2), 3, 10),  # two buffers in turn, an odd block more
+        ("uint5", None, (144, 2, 1), 2, 1),  # one buffer, zero points by rows
+        ("uint4", 128, (16, 2, 1), 2, 0),
+        ("int7", 32, (32, 1, 2), 2, 5),
+    ],
+)
+def test_sums_are_those_of_whole_numbers(
+    name: str, group_size: int | None, shape: tuple[int, int, int], blocks: int, use: int, tmp_path: Path
+) -> None:
+    tile = sm90.Tile(shape[0], shape[1], 1, 1, shape[2], Activations.INT8)
+    generator, ic = torch.Generator().manual_seed(blocks), 128 * blocks
+    plain = torch.randn(tile.rows, ic, generator=generator) + 0.3
+    weight = PackedWeight.from_encoded(quantize_rtn(plain, get_scheme(name, group_size)))
+    x = torch.randint(-127, 128, (tile.tokens, ic), generator=generator).to(torch.int8)
+    found = sums_of(weight, x, tile, use, tmp_path)
+    (scale, zero_point), groups = weight.stored_scales(), weight.scheme.groups(ic)
+    numbers = weight.scheme.format.decode(weight.codes()).view(tile.rows, groups, -1)
+    if zero_point is not None:
+        numbers = numbers - zero_point.float()[:, :, None]
+    sums = torch.einsum("ogk,tgk->otg", numbers.long(), x.long().view(tile.tokens, groups, -1))
+    if group_size is None:
+        assert torch.equal(found, sums[:, :, 0].float())
+    else:
+        scaled = (sums.double() * scale_values(scale, weight.scheme).double()[:, None]).sum(dim=2)
+        torch.testing.assert_close(found.double(), scaled, rtol=1e-6, atol=1e-6 * float(scaled.abs().max()))
