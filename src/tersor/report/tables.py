@@ -175,7 +175,7 @@ def _words(value: Any) -> str:
 
 
 def scheme_table(one: dict[str, Any]) -> Markup:
-    """Return how much of a checkpoint is stored how; levels of mixed weights stand above the sum of these weights."""
+    """Return how much of a checkpoint is stored how; levels of mixed weights stand below them."""
     total = sum(row["elements"] for row in one["schemes"] if row["tensors"])
     rows = [
         [
@@ -186,7 +186,7 @@ def scheme_table(one: dict[str, Any]) -> Markup:
             row["output_features"],
             None if row["bytes"] is None else size(row["bytes"]),
         ]
-        for row in sorted(one["schemes"], key=lambda row: not row["compressed"])
+        for row in sorted(one["schemes"], key=lambda row: (not row["compressed"], row["output_features"] is not None))
     ]
     return table(["stored as", "share", "elements", "tensors", "output features", "size"], rows, 2)
 
