@@ -152,6 +152,12 @@ def test_runs_that_are_none_are_one_line_each(
     model = calibrated.model("llama", tmp_path / "model")
     assert "is not compressed" in refused(["report", str(model), *target], capsys)
     assert "config.json" in refused(["report", str(tmp_path), *target], capsys)
+    shutil.copytree(checkpoint, tmp_path / "newer")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    measured.write(tmp_path / "newer" / "config.json", config)
+    line = refused(["report", str(checkpoint), str(tmp_path / "newer"), *target], capsys)
+    assert f"{tmp_path / 'newer'}: the checkpoint has quantization_config version 99" in line
     assert "is given twice" in refused(["report", str(checkpoint), f"{checkpoint}/.", *target], capsys)
     assert "nothing to write" in refused(["report", str(checkpoint)], capsys)
     assert "does not exist" in refused(["report", str(checkpoint), "-o", str(tmp_path / "no" / "x.html")], capsys)

@@ -246,7 +246,11 @@ def _checkpoint(path: str, place: Path, trust_remote_code: bool) -> Checkpoint:
     if not isinstance(raw, dict) or method != QUANT_METHOD:
         how = "not compressed" if method is None else f"compressed by {method!r}"
         raise InputError(f"{path} is {how}: a report shows checkpoints that tersor quantize wrote")
-    found = inspect(place, partial(read_architecture, trust_remote_code=trust_remote_code))
+    try:
+        found = inspect(place, partial(read_architecture, trust_remote_code=trust_remote_code))
+    except InputError as error:
+        said = str(error)
+        raise InputError(said if path in said else f"{path}: {said}") from None
     layers: Sequence[Mapping[str, Any]] = ()
     if files.mode_of(place / LAYERS_NAME):
         where = f"{path}: {LAYERS_NAME}"
