@@ -13,7 +13,9 @@ from helpers import tiny_lm
 from tersor.cli.main import run
 
 TINY = str(tiny_lm.TINY)
-TEXT = str(Path(__file__).resolve().parents[2] / "docs" / "settings.md")
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = str(ROOT / "docs" / "settings.md")
+RESULTS = str(ROOT / "bench" / "results" / "latency_h200.json")
 
 
 def looped(folder: Path) -> str:
@@ -51,12 +53,14 @@ INPUTS: dict[str, Callable[[str], list[str]]] = {
     "compile": lambda path: ["compile", path, "--chip", "h200"],
     "demo": lambda path: ["demo", "--model", path],
     "bench linear": lambda path: ["bench", "linear", path, "--dry-run", "--chip", "h200"],
+    "report": lambda path: ["report", path, "--json"],
     "bench linear --from": lambda path: ["bench", "linear", "--from", path],
 }
 
 OUTPUTS: dict[str, Callable[[str], list[str]]] = {
     "quantize -o": lambda path: ["quantize", TINY, "-o", path],
     "eval --plot": lambda path: ["eval", TINY, "--text", TEXT, "--plot", path],
+    "report --output": lambda path: ["report", RESULTS, "-o", path],
     "bench linear --plot": lambda path: ["bench", "linear", "8x32", "--plot", path],
     "bench latency --plot": lambda path: ["bench", "latency", "--plot", path],
     "bench throughput --plot": lambda path: ["bench", "throughput", "--plot", path],

@@ -177,6 +177,7 @@ def test_companions_come_along_and_nothing_else(llama: Path, tmp_path: Path) -> 
         "generation_config.json",
         "model.safetensors",
         "README.md",
+        "tersor-layers.json",
         "additional_chat_templates/tool.jinja",
         *coming,
     }

@@ -39,6 +39,7 @@ ROOMS = (
     "evaluate",
     "convert",
     "bench",
+    "report",
     "server",
     "cli",
 )

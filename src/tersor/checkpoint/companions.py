@@ -40,7 +40,7 @@ _OTHERS = (
     # Of the page on the Hub, and of the machine.
     *("README*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.bmp", "*.ico", "*.mp4", "*.mov"),
     *("*.webm", "*.pdf", "*.tmp", "*.part", "*.incomplete", "*.lock", "*.swp", "*~", "*.pyc", ".*"),
-    *("tersor-state.json", "tersor-calibration.json", "tersor-mix.json"),
+    *("tersor-state.json", "tersor-calibration.json", "tersor-layers.json", "tersor-mix.json"),
 )
 
 _FOLDERS = (

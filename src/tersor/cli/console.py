@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from tersor.report.words import measured as measured
+from tersor.report.words import plus_minus as plus_minus
+from tersor.report.words import size as size
 
 if TYPE_CHECKING:
     import torch
@@ -127,40 +130,3 @@ def _screen() -> Console:
 def print_json(value: Any) -> None:
     """Print a value as JSON; NaN and infinities are refused."""
     print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def size(count: int) -> str:
-    """A number of bytes in decimal units, such as `55.6 MB`."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
-
-
-def plus_minus(value: float | None, error: float | None, digits: int) -> str:
-    """A value and its standard error, `-` where there is none."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
-
-
-def measured(value: float | None, error: float | None = None, *, sign: bool = False) -> str:
-    """A value with as many digits as its standard error makes sense of: two of the error's, else four of its own.
-
-    Args:
-        value: `None` shows as `-`.
-        error: `None` where there is none.
-        sign: whether a plus is shown.
-    """
-    if value is None:
-        return "-"
-    digits = _decimals(error, 2) if error else _decimals(value, 4)
-    shown = f"{value:{'+' if sign and value else ''}.{digits}f}"
-    return shown if error is None else f"{shown} +- {error:.{digits}f}"
-
-
-def _decimals(value: float, significant: int) -> int:
-    """Return how many decimals show so many significant digits, from 0 to 9."""
-    return min(max(significant - 1 - math.floor(math.log10(abs(value))), 0), 9) if value else 0

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from tersor.evaluate import Comparison, Judgement, Quality
     from tersor.integrations.lm_eval.tasks import TaskScore
 
-KIND, VERSION = "tersor eval", 1
-"""Of what --output writes and --json prints."""
-
 
 def command(
     models: Annotated[
@@ -133,8 +130,8 @@ def command(
     facts = {"text": None if text is None else str(text), "reference": reference, "device": str(torch_device)}
     facts |= {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype}
     result = {
-        "kind": KIND,
-        "version": VERSION,
+        "kind": evaluate.KIND,
+        "version": evaluate.VERSION,
         "environment": report.environment(),
         **facts,
         **({} if judgement is None else judgement.to_dict()),

@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "quantize": ("tersor.cli.quantize", "Compress the linear weights of a checkpoint."),
     "inspect": ("tersor.cli.inspect", "Show what a checkpoint holds: format, bits and size of every layer."),
     "eval": ("tersor.cli.eval", "Measure perplexity, divergence from a reference model, and answers to tasks."),
+    "report": ("tersor.cli.report", "Write one page of what was measured of models, and of what they are made of."),
     "generate": ("tersor.cli.generate", "Continue a prompt with a model; the text streams to stdout."),
     "serve": ("tersor.cli.serve", "Answer over HTTP by OpenAI's API, with a chat page, until told to end."),
     "batch": (

@@ -132,19 +132,23 @@ def check_finite(matrix: torch.Tensor, name: str) -> None:
 def exact_products() -> Iterator[None]:
     """Multiply float32 matrices in float32, whatever the process allows (TF32 keeps 10 bits of mantissa)."""
     try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the process has set precisions of backends, with which torch does not mix the older setting
-        legacy = None
-    backends = () if legacy is not None else (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the process has set a backend's precision, with which torch does not mix the older setting
+        with _exact_products_of_cuda():
+            yield
+        return
+    torch.set_float32_matmul_precision("highest")
     try:
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        for backend in backends:
-            backend.fp32_precision = "ieee"
         yield
     finally:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _exact_products_of_cuda() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -36,6 +36,7 @@ from tersor.convert.checks import (
     check_shard_bytes,
     check_space,
 )
+from tersor.convert.layers import write_layers
 from tersor.convert.mix import STAND_IN, fingerprint, mix_of
 from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
@@ -346,6 +347,7 @@ def _write(
         pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
         stream_seconds = time.monotonic() - streaming
         write_beside(source, conversion, chosen_export, recipe, companions, work.directory)
+        write_layers(conversion, (row for rows in work.rows for row in rows), work.directory)
         if given is not None:
             discard(work.directory)
         work.publish()

@@ -6,12 +6,14 @@ from tersor.evaluate.compare import Comparison, compare
 from tersor.evaluate.noise import RoundedInputs
 from tersor.evaluate.predictors import EngineModel, engine_model
 from tersor.evaluate.quality import PerWindow, Quality, evaluate
-from tersor.evaluate.run import Judge, Judgement
+from tersor.evaluate.run import KIND, VERSION, Judge, Judgement
 from tersor.evaluate.subjects import Subject, subject
 from tersor.evaluate.tasks import find_tasks, run_tasks
 from tersor.evaluate.windows import cut_windows, read_text
 
 __all__ = [
+    "KIND",
+    "VERSION",
     "Comparison",
     "EngineModel",
     "Judge",

@@ -23,6 +23,9 @@ from tersor.evaluate.windows import cut_windows
 from tersor.formats import Activations, dtype_name
 from tersor.integrations.transformers import load
 
+KIND, VERSION = "tersor eval", 1
+"""Of what `tersor eval` writes as JSON, for who reads it again."""
+
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Shows what is measured, by its name; what it yields is called with (windows done, windows in all)."""
 
