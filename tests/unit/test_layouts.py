@@ -50,6 +50,9 @@ def test_stream_takes_more_dimensions_and_strides() -> None:
     assert torch.equal(stream.pack(codes, 6)[1], stream.pack(codes[1], 6))
     assert torch.equal(stream.pack(codes.transpose(0, 1), 6)[2], stream.pack(codes[:, 2], 6))
     assert torch.equal(stream.unpack(stream.pack(codes, 6)[:, ::2], 6, 64), codes[:, ::2])
+    for bits in (4, 8):  # a row alone may have any stride to the next one
+        alone = random_codes(bits, 64, 1).T
+        assert alone.stride() == (1, 1) and torch.equal(stream.unpack(stream.pack(alone, bits), bits, 64), alone)
 
 
 def test_which_formats_have_tables() -> None:

@@ -32,9 +32,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
     if bits == 8:
-        return codes.contiguous().view(torch.int32)
+        return _contiguous(codes).view(torch.int32)
     # Eight codes, one a byte, are squeezed together in three steps: pairs, fours, eights.
-    octets = codes.contiguous().view(torch.int64)
+    octets = _contiguous(codes).view(torch.int64)
     for step in range(3):
         width = bits << step
         spread = 8 << step
@@ -55,7 +55,7 @@ def unpack(stream: torch.Tensor, bits: int, ic: int) -> torch.Tensor:
     Returns:
         uint8 codes [..., ic].
     """
-    stream = stream.contiguous()
+    stream = _contiguous(stream)
     if bits == 8:
         return stream.view(torch.uint8)[..., :ic]
     squeezed = stream.view(torch.uint8)
@@ -67,6 +67,11 @@ def unpack(stream: torch.Tensor, bits: int, ic: int) -> torch.Tensor:
         low = _repeat((1 << width) - 1, 2 * spread)
         octets = (octets & low) | ((octets << (spread - width)) & _repeat(((1 << width) - 1) << spread, 2 * spread))
     return octets.view(torch.uint8)[..., :ic]
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in one piece whose strides say so: an axis of one entry may have any, which wider views refuse."""
+    return tensor.reshape(-1).view(tensor.shape)
 
 
 def _repeat(pattern: int, every: int) -> int:

@@ -21,6 +21,7 @@ from tersor.convert.calibrate.store import LOG_NAME
 from tersor.convert.layers import KIND as LAYERS_KIND
 from tersor.convert.layers import LAYERS_NAME
 from tersor.convert.layers import VERSION as LAYERS_VERSION
+from tersor.convert.target import LOG_NAME as MIX_NAME
 from tersor.errors import InputError
 from tersor.integrations.transformers.architecture import read_architecture
 
@@ -43,8 +44,6 @@ VERSIONS = {
 }
 """Kind of a results file -> the version that is read."""
 
-MIX_NAME = "tersor-mix.json"
-"""Beside a checkpoint of mixed weights: levels, shares, bytes and losses."""
 _OF_MIX = ("bits_per_weight", "bytes", "padding_bytes", "loss")
 """How names of its numbers begin."""
 
