@@ -5,7 +5,6 @@
 template <class T> T __ldg(const T* p) { return *p; }
 inline void __stcg(float* p, float x) { *p = x; }
 inline void __threadfence() {}
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
 namespace ptx {
 

@@ -1,8 +1,6 @@
-"""Sums of a calibration: batches, parts and files add up to what all tokens give at once; experts get their own."""
+"""Sums of a calibration: batches and parts add up to what all tokens give at once."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,6 @@ from tersor.compress.statistics import (
     SHIFT,
     LayerSums,
     Moments,
-    add_to_experts,
-    load_sums,
-    save_sums,
 )
 from tersor.errors import InputError
 
@@ -64,7 +59,7 @@ def test_many_small_batches_lose_nothing_against_one() -> None:
     assert small.tokens == large.tokens == 20000
 
 
-def test_sums_of_parts_merge_and_files_hold_them_exactly(tmp_path: Path) -> None:
+def test_sums_of_parts_merge_to_those_of_all() -> None:
     first, second, whole = (LayerSums.of(8, outputs=6, pieces=2) for _ in range(3))
     first.add(X[:20])
     second.add(X[20:])
@@ -72,36 +67,10 @@ def test_sums_of_parts_merge_and_files_hold_them_exactly(tmp_path: Path) -> None
     for part in (X[:20], X[20:]):
         whole.add(part)
     whole.add_gradients(GRADIENTS)
-    save_sums({"layers.0.q_proj": first, "other": second}, tmp_path / "sums.safetensors")
-    read = load_sums(tmp_path / "sums.safetensors")
-    assert read.keys() == {"layers.0.q_proj", "other"}
-    merged = read["layers.0.q_proj"]
-    merged.merge(read["other"])
-    assert merged.tokens == 60 and merged.sums[OUTPUT_HESSIAN].tokens == 60
+    first.merge(second)
+    assert first.tokens == 60 and first.sums[OUTPUT_HESSIAN].tokens == 60
     for name, mean in whole.statistics().items():
-        assert torch.equal(merged.statistics()[name], mean)
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "sums").write_bytes(b"no tensors")
-    with pytest.raises(InputError, match="holds no sums of a calibration"):
-        load_sums(tmp_path / "sums")
-
-
-def test_every_expert_gets_the_tokens_that_chose_it() -> None:
-    chosen = torch.stack([torch.arange(60) % 3, torch.full((60,), 4)], dim=1)
-    chosen[0, 0] = 4
-    experts = [LayerSums.of(8, shift=True) for _ in range(6)]
-    gates = torch.stack([WEIGHT, 2 * WEIGHT], dim=1)
-    add_to_experts(experts, X[:30], chosen[:30], gates[:30], ORIGINAL[:30])
-    add_to_experts(experts, X[30:], chosen[30:], gates[30:], ORIGINAL[30:])
-    assert [sums.tokens for sums in experts] == [19, 20, 20, 0, 61, 0]
-    mine = torch.arange(60) % 3 == 1
-    weighted = X[mine] * WEIGHT[mine].unsqueeze(1)
-    statistics = experts[1].statistics()
-    assert torch.allclose(statistics[HESSIAN], weighted.T @ X[mine] / 20, atol=1e-6)
-    assert torch.allclose(statistics[SHIFT], (ORIGINAL - X)[mine].T @ weighted / 20, atol=1e-6)
-    assert torch.equal(experts[3].statistics()[HESSIAN], torch.zeros(8, 8))
+        assert torch.equal(first.statistics()[name], mean)
 
 
 def test_inputs_of_the_original_model_are_given_where_their_shift_is_kept_and_nowhere_else() -> None:

@@ -9,9 +9,6 @@ from tersor.compress.statistics import (
     SHIFT,
     LayerSums,
     Moments,
-    add_to_experts,
-    load_sums,
-    save_sums,
 )
 from tersor.formats import Encoded
 
@@ -26,12 +23,9 @@ __all__ = [
     "Moments",
     "Recipe",
     "Statistics",
-    "add_to_experts",
     "encode",
     "encode_blocks",
     "get_recipe",
-    "load_sums",
     "quantize_gptq",
     "quantize_rtn",
-    "save_sums",
 ]

@@ -1,21 +1,17 @@
 """What calibration sums up for a layer: second moments of its inputs and of its output gradients, batch by batch.
 
-A sum holds no model: it is given activations, and gives matrices. Sums of parts of the tokens merge to those of all,
-and are stored and read again without loss. The three statistics of a layer are named here, as recipes ask for them.
+A sum holds no model: it is given activations, and gives matrices. Sums of parts of the tokens merge to those of all.
+The three statistics of a layer are named here, as recipes ask for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from tersor.compress.hessian import exact_products
 from tersor.errors import InputError
-from tersor.files import write_whole
 
 HESSIAN = "hessian"
 """Statistic: float32 [IC, IC], the mean over tokens of w x x^T, x the compressed model's inputs, w a token's weight."""
@@ -26,8 +22,6 @@ SHIFT = "shift"
 OUTPUT_HESSIAN = "output_hessian"
 """Statistic: the mean over tokens of g g^T, g the gradients of the layer's outputs; float32 [OC, OC], or its P blocks
 along the diagonal, [P, OC / P, OC / P]."""
-
-_TOKENS = "tokens"
 
 
 class Moments:
@@ -159,77 +153,3 @@ class LayerSums:
     def statistics(self) -> dict[str, torch.Tensor]:
         """Return the means by name, as recipes take them."""
         return {name: moments.mean() for name, moments in self.sums.items()}
-
-
-def add_to_experts(
-    experts: list[LayerSums],
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    original: torch.Tensor | None = None,
-) -> None:
-    """Add each token to the sums of the experts that a router chose for it.
-
-    Args:
-        experts: the sums of every expert; their `tokens` say how often it was hit.
-        x: [N, IC], the inputs of all experts.
-        chosen: int [N, K], the experts of each token.
-        weight: [N], or [N, K] where it differs by expert.
-        original: [N, IC], where the sums keep a `SHIFT`.
-    """
-    count = chosen.shape[1]
-    pairs = torch.argsort(chosen.reshape(-1), stable=True)
-    hits = torch.bincount(chosen.reshape(-1), minlength=len(experts)).tolist()
-    spread = weight.reshape(len(x), -1).expand(-1, count).reshape(-1) if weight is not None else None
-    for sums, mine in zip(experts, pairs.split(hits), strict=True):
-        tokens = torch.div(mine, count, rounding_mode="floor")
-        if len(tokens):
-            sums.add(
-                x[tokens],
-                spread[mine] if spread is not None else None,
-                original[tokens] if original is not None else None,
-            )
-
-
-def save_sums(layers: Mapping[str, LayerSums], path: Path) -> None:
-    """Write the sums of several layers to one file, whole or not at all.
-
-    Args:
-        layers: by the layer's name, without a `/`.
-        path: a safetensors file, replaced if it is there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    tensors, counts = {}, {}
-    for layer, sums in layers.items():
-        for name, moments in sums.sums.items():
-            tensors[f"{layer}/{name}"] = moments.total.contiguous()
-            counts[f"{layer}/{name}/{_TOKENS}"] = torch.tensor(moments.tokens)
-    write_whole(path, save({**tensors, **counts}))
-
-
-def load_sums(path: Path, device: torch.device | str = "cpu") -> dict[str, LayerSums]:
-    """Read what `save_sums` wrote.
-
-    Args:
-        path: the file.
-        device: where the sums go on.
-
-    Raises:
-        OSError: it cannot be read.
-        InputError: it is no such file.
-    """
-    try:
-        tensors = load(path.read_bytes())
-        layers: dict[str, dict[str, Moments]] = {}
-        for key in (key for key in tensors if not key.endswith(f"/{_TOKENS}")):
-            layer, name = key.split("/")
-            pieces, size, _ = tensors[key].shape
-            moments = Moments(pieces * size, device, pieces)
-            moments.total = tensors[key].to(moments.total)
-            moments.tokens = int(tensors[f"{key}/{_TOKENS}"])
-            layers.setdefault(layer, {})[name] = moments
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} holds no sums of a calibration: {error}") from None
-    return {layer: LayerSums(sums) for layer, sums in layers.items()}

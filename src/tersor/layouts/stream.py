@@ -70,7 +70,7 @@ def unpack(stream: torch.Tensor, bits: int, ic: int) -> torch.Tensor:
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in one piece whose strides say so: an axis of one entry may have any, which wider views refuse."""
+    """Return a tensor in one piece whose strides say so: an axis of one entry may have any."""
     return tensor.reshape(-1).view(tensor.shape)
 
 
