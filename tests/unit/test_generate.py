@@ -15,6 +15,7 @@ from tersor.engine import Sampling
 from tersor.errors import InputError, TersorError, UnsupportedError
 from tersor.integrations.transformers import decode
 from tersor.integrations.transformers.generate import Generator, chat_prompt, stream
+from tersor.integrations.transformers.load import load_tokenizer
 
 PROMPT = "def read_file(path):\n"
 
@@ -229,7 +230,7 @@ def test_an_empty_prompt_begins_at_the_beginning() -> None:
     mine = generator().stream("", Sampling(max_new_tokens=2))
     list(mine)
     assert mine.statistics.prompt_tokens == 1
-    nameless = copy.copy(tiny_lm.tokenizer())
+    nameless = load_tokenizer(tiny_lm.TINY)
     nameless.bos_token = None
     with pytest.raises(InputError, match="the prompt is empty"):
         Generator(tiny_lm.model(), nameless).stream("")
@@ -238,7 +239,7 @@ def test_an_empty_prompt_begins_at_the_beginning() -> None:
 def test_chat_needs_a_template() -> None:
     with pytest.raises(InputError, match="no chat template"):
         chat_prompt(tiny_lm.tokenizer(), "Hello")
-    talking = copy.copy(tiny_lm.tokenizer())
+    talking = load_tokenizer(tiny_lm.TINY)
     talking.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     assert talking.decode(chat_prompt(talking, "Hello")) == "user: Hello\nassistant:"
 
