@@ -14,6 +14,7 @@ from torch import nn
 from tersor.checkpoint.config import Represented, parse_ignore, parse_overrides
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
+from tersor.checkpoint.modules import Architecture
 from tersor.checkpoint.released import read_released
 from tersor.checkpoint.source import Source, open_source
 from tersor.compress import DEFAULT_RECIPE, get_recipe
@@ -230,7 +231,6 @@ def quantize(
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
         scheme: Represented = mix or (STAND_IN if target else get_scheme(format, group_size, scale_dtype))
-        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
         provenance = {
             "tersor": __version__,
             "algorithm": algorithm,
@@ -238,17 +238,23 @@ def quantize(
             **({"source_revision": revision} if revision is not None else {}),
             **({"source_method": released.method} if released is not None else {}),
         }
-        conversion = make_conversion(
-            source,
-            architecture,
-            scheme=scheme,
-            ignore=patterns,
-            overrides=parse_overrides(overrides, group_size, scale_dtype),
-            export=chosen_export,
-            shard_bytes=shard_bytes,
-            provenance=provenance,
-            assignments=assignments,
-        )
+        given_overrides = parse_overrides(overrides, group_size, scale_dtype)
+
+        def converted(architecture: Architecture) -> Conversion:
+            return make_conversion(
+                source,
+                architecture,
+                scheme=scheme,
+                ignore=patterns,
+                overrides=given_overrides,
+                export=chosen_export,
+                shard_bytes=shard_bytes,
+                provenance=provenance,
+                assignments=assignments,
+            )
+
+        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
+        conversion = converted(architecture)
         if released is not None:
             check_growth(source, conversion, released, patterns)
         source_method = released.method if released is not None else ""
@@ -288,17 +294,7 @@ def quantize(
                 assert given is not None
                 assignments = target.assign(conversion, given, work, progress)
                 scheme = mix_of(assignments) or scheme
-                conversion = make_conversion(
-                    source,
-                    read_architecture(source.directory, trust_remote_code=trust_remote_code),
-                    scheme=scheme,
-                    ignore=patterns,
-                    overrides=parse_overrides(overrides, group_size, scale_dtype),
-                    export=chosen_export,
-                    shard_bytes=shard_bytes,
-                    provenance=provenance,
-                    assignments=assignments,
-                )
+                conversion = converted(read_architecture(source.directory, trust_remote_code=trust_remote_code))
                 given = planned_again(given, targets, conversion)
             return _write(
                 source,
