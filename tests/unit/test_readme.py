@@ -80,7 +80,13 @@ def test_tersor_commands_run(
         captured = capsys.readouterr()
         assert status == 0, f"{shlex.join(words)}: {captured.err}"
         assert captured.out.strip(), shlex.join(words)
-    assert {path.name for path in scratch.glob("tiny-*")} == {"tiny-fp6", "tiny-mixed", "tiny-mxfp6", "tiny-gptq"}
+    assert {path.name for path in scratch.glob("tiny-*")} == {
+        "tiny-fp6",
+        "tiny-mixed",
+        "tiny-mix",
+        "tiny-mxfp6",
+        "tiny-gptq",
+    }
 
 
 @pytest.mark.timeout(600)
