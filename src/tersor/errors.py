@@ -60,3 +60,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     lower = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
     return f", did you mean {lower[near[0]]!r}?" if near else ""
+
+
+def one_line(error: Exception) -> str:
+    """Return the kind and the first line of an error of another library, for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -53,10 +53,7 @@ class PackedLinear(MultipliedModule):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = False
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", empty_bias(out_features, self.dtype, device) if bias else None)
 
     @classmethod
     def from_packed(
@@ -108,6 +105,11 @@ class PackedLinear(MultipliedModule):
         if self.layout != STREAM:
             words.append(f"layout={self.layout}")
         return ", ".join(words)
+
+
+def empty_bias(out_features: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+    """Return a bias [OC] without values, to be filled from a state dict; it is not trained."""
+    return nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
 
 
 def cast_bias(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

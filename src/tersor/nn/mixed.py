@@ -10,11 +10,11 @@ from torch import nn
 
 from tersor import ops
 from tersor.checkpoint.names import LEVEL, LEVELS, TensorForm, level_stem
-from tersor.errors import ShapeError, UnsupportedError
+from tersor.errors import ShapeError
 from tersor.formats import Activations, Assignment, Mix
 from tersor.layouts import MixedWeight
-from tersor.nn.linear import cast_bias
-from tersor.nn.packed import MultipliedModule
+from tersor.nn.linear import cast_bias, empty_bias
+from tersor.nn.packed import MultipliedModule, refuse_weight
 
 _Self = TypeVar("_Self", bound="MixedLinear")
 
@@ -86,10 +86,7 @@ class MixedLinear(nn.Module):
         self.levels = nn.ModuleDict(sets)
         self._held: MixedWeight | None = None
         self._level: torch.Tensor | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device), requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", empty_bias(out_features, self.dtype, device) if bias else None)
 
     @classmethod
     def from_packed(
@@ -179,10 +176,7 @@ class MixedLinear(nn.Module):
         Raises:
             UnsupportedError: it is named `weight`, which is decoded from packed codes.
         """
-        if name == "weight":
-            raise UnsupportedError(
-                "the weight of a MixedLinear is packed and cannot be set: put a plain layer in place"
-            )
+        refuse_weight(self, name)
         super().register_parameter(name, param)
 
     def multiply_with(self, activations: Activations | str) -> None:

@@ -18,6 +18,19 @@ from tersor.layouts import STREAM, PackedWeight
 _Self = TypeVar("_Self", bound="PackedModule")
 
 
+def refuse_weight(module: nn.Module, name: str) -> None:
+    """Hold that a parameter which a module is given is not its weight, which is decoded from packed codes.
+
+    Raises:
+        UnsupportedError: it is named `weight`.
+    """
+    if name == "weight":
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is packed and cannot be set: put a plain layer in its place, "
+            "or train an adapter"
+        )
+
+
 class PackedModule(nn.Module):
     """Holds a packed weight [OC, IC]; a subclass says what is computed with it.
 
@@ -128,11 +141,7 @@ class PackedModule(nn.Module):
         Raises:
             UnsupportedError: it is named `weight`, which is decoded from packed codes.
         """
-        if name == "weight":
-            raise UnsupportedError(
-                f"the weight of a {type(self).__name__} is packed and cannot be set: put a plain layer in its place, "
-                "or train an adapter"
-            )
+        refuse_weight(self, name)
         super().register_parameter(name, param)
 
     def prepare(self, dtype: torch.dtype) -> None:

@@ -20,13 +20,9 @@ from tersor.ops.norm import layer_norm, rms_norm
 from tersor.ops.pointwise import gated, relu, softcap
 from tersor.ops.quantized import (
     Quantized,
-    layer_norm_e4m3,
     layer_norm_quantized,
-    linear_e4m3,
     linear_quantized,
-    rms_norm_e4m3,
     rms_norm_quantized,
-    takes_e4m3,
     takes_quantized,
 )
 from tersor.ops.router import router_logits
@@ -75,10 +71,8 @@ __all__ = [
     "keep",
     "kernels_for",
     "layer_norm",
-    "layer_norm_e4m3",
     "layer_norm_quantized",
     "linear",
-    "linear_e4m3",
     "linear_norm_in",
     "linear_norm_out",
     "linear_quantized",
@@ -89,7 +83,6 @@ __all__ = [
     "relu",
     "resolve",
     "rms_norm",
-    "rms_norm_e4m3",
     "rms_norm_quantized",
     "route",
     "routed_experts",
@@ -97,7 +90,6 @@ __all__ = [
     "serve_with",
     "set_batch_invariant",
     "softcap",
-    "takes_e4m3",
     "takes_quantized",
     "using",
 ]

@@ -195,8 +195,3 @@ def _aligned(codes: torch.Tensor) -> torch.Tensor:
     rows, channels = codes.shape
     copy = codes.new_empty(rows, codes_stride(channels))[:, :channels]
     return copy.copy_(codes)
-
-
-takes_e4m3, linear_e4m3 = takes_quantized, linear_quantized
-rms_norm_e4m3, layer_norm_e4m3 = rms_norm_quantized, layer_norm_quantized
-"""Names that these had while e4m3 was the only kind of bytes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
 from tersor import files
-from tersor.errors import InputError, TersorError, did_you_mean
+from tersor.errors import InputError, TersorError, did_you_mean, one_line
 from tersor.integrations.lm_eval.model import Answering, EngineLM
 
 SUFFIXES = (".yaml", ".yml")
@@ -80,7 +80,7 @@ def find(text: str) -> Tasks:
     try:
         manager = TaskManager(include_path=folders or None, include_defaults=len(local) < len(words))
     except Exception as error:  # a broken file of a task raises whatever it raises
-        raise InputError(f"--tasks {text}: lm-eval cannot read them: {_one_line(error)}") from error
+        raise InputError(f"--tasks {text}: lm-eval cannot read them: {one_line(error)}") from error
     names: list[str] = []
     for word in words:
         found = local[word][1] if word in local else manager.match_tasks([word])
@@ -124,7 +124,7 @@ def run(
     except TersorError:
         raise
     except Exception as error:  # lm-eval, data sets and code of tasks raise whatever they raise
-        raise TersorError(f"{label}: lm-eval cannot run {', '.join(tasks.names)}: {_one_line(error)}") from error
+        raise TersorError(f"{label}: lm-eval cannot run {', '.join(tasks.names)}: {one_line(error)}") from error
     counts = found.get("n-samples", {})
     scores = []
     for task, values in found["results"].items():
@@ -182,7 +182,7 @@ def _name(path: Path) -> str | None:
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Names)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--tasks {path}: no YAML: {_one_line(error)}") from None
+        raise InputError(f"--tasks {path}: no YAML: {one_line(error)}") from None
     if not isinstance(found, Mapping):
         return None
     named = (found.get("group"), found.get("task"))
@@ -198,8 +198,3 @@ _Names.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _one_line(error: Exception) -> str:
-    lines: Sequence[str] = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -11,7 +11,7 @@ import torch
 
 from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.source import open_source, read_config
-from tersor.errors import CheckpointError, InputError, TersorError
+from tersor.errors import CheckpointError, InputError, TersorError, one_line
 from tersor.formats import Activations, float_dtype_or_auto
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import foreign, replace
@@ -110,7 +110,7 @@ def load_model(
     except Exception as error:  # transformers raises a dozen types for a checkpoint it cannot read
         if foreign.is_refusal(error):
             raise CheckpointError(f"{path}: the model {foreign.REFUSAL}") from None
-        raise CheckpointError(f"{path}: cannot be loaded as a language model: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be loaded as a language model: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -189,7 +189,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     except Exception as error:  # likewise
         if foreign.is_refusal(error):
             raise CheckpointError(f"{path}: the tokenizer {foreign.REFUSAL}") from None
-        raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+        raise CheckpointError(f"{path}: the tokenizer cannot be loaded: {one_line(error)}") from error
 
 
 def _config_for_tokenizer(directory: Path) -> PreTrainedConfig | None:
@@ -212,8 +212,3 @@ def _config_for_tokenizer(directory: Path) -> PreTrainedConfig | None:
     config = PreTrainedConfig(**told, name_or_path=str(directory))
     config.model_type = model["model_type"]
     return config
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
