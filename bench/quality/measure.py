@@ -29,6 +29,8 @@ from tersor.integrations.transformers import load
 
 DTYPE = "float32"
 """Of activations: in 16 bits the noise floor of SmolLM2 is 0.14, which says too much beside 6-bit formats."""
+KEPT = ("nll", "kl", "flips")
+"""Means of windows that are kept, for paired differences."""
 DIGITS = 6
 """Significant digits of the means of windows that are kept."""
 
@@ -177,9 +179,7 @@ class Bench:
             if recipe.mixllm is not None:
                 vocabulary = self.original.vocabulary
                 tokenizer = load.load_tokenizer(setting.model)
-                ids = read_windows(
-                    str(calibration.path), tokenizer, calibration.windows, setting.window, vocabulary
-                )
+                ids = read_windows(str(calibration.path), tokenizer, calibration.windows, setting.window, vocabulary)
                 mixing = mixllm.choose(source, ids, setting.group, recipe.mixllm, self.device)
                 options["assignments"] = mixing.assignments
                 facts["mix"] = _mix_facts(mixing.to_dict())
@@ -246,7 +246,8 @@ class Bench:
             windows=windows,
             quality=quality,
         ).to_dict()
-        means = {name: [_short(value) for value in values] for name, values in judged["per_window"].items()}
+        kept = judged["per_window"]
+        means = {name: [_short(value) for value in kept[name]] for name in KEPT if name in kept}
         return {**judged, "label": label, "per_window": means}
 
 
@@ -272,4 +273,3 @@ def _log_facts(log: Mapping[str, Any]) -> dict[str, Any]:
         "worst_layer": _short(max(ratios, default=1.0)),
         "mean_layer": _short(sum(ratios) / max(len(ratios), 1)),
     }
-

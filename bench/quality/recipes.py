@@ -7,7 +7,7 @@ takes can be a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ROWS = ("fp4_e2m1", "fp5_e2m2", "fp6_e3m2", "fp6_e2m3")
@@ -21,8 +21,21 @@ ORIGINAL = "original"
 
 GPTQ: dict[str, Any] = {"algorithm": "gptq"}
 HIGH: dict[str, Any] = {"algorithm": "gptq", "effort": "high"}
-STEPS = ("rotation", "scaling", "norms")
-"""Steps of a calibration that are off by default, by the names that `--step` takes."""
+FP8, INT8, KV = "activations=fp8", "activations=int8", "kv-dtype=fp8"
+WAYS = {
+    "fp6_e2m3-row-rtn": ("", FP8, KV, f"{FP8},{KV}"),
+    "fp6_e2m3-row-gptq": ("", FP8, KV, f"{FP8},{KV}"),
+    "fp4_e2m1-row-gptq": ("", FP8),
+    "int8-row-rtn": ("", INT8),
+    "uint4-g-gptq": ("", INT8),
+}
+"""Recipe -> the ways in which its checkpoint runs, where there are more than one."""
+ROTATE, AWQ, TWEAK_NORMS = "rotate", "awq", "tweak-norms"
+TRANSFORMED = (
+    *((base, name) for base in ("uint4-g-rtn", "uint4-g-gptq", "uint3-g-gptq") for name in (ROTATE, AWQ, TWEAK_NORMS)),
+    ("fp6_e2m3-row-gptq", ROTATE),
+)
+"""(Recipe, transform that `tersor quantize` does beside choosing codes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +78,12 @@ def recipes(group: int) -> list[Recipe]:
     found += [_plain(scheme, group, HIGH) for scheme in (*GROUPED, *ROWS)]
     found += mixes(group)
     found += [_named("int4-row-rtn", "int4"), _named("int4-row-gptq", "int4", **GPTQ)]
+    found += [_named("int8-row-rtn", "int8")]
     found += [_named(f"{name}-g-rtn", name, group) for name in ("fp6_e3m2", "fp6_e2m3")]
     found += [_named(f"mx{name}-rtn", f"mx{name}") for name in ("fp6_e3m2", "fp6_e2m3")]
-    found += eight_bit(group)
-    found += with_steps(group)
-    return found
+    known = {one.name: one for one in found}
+    found += [transformed(known[base], name) for base, name in TRANSFORMED]
+    return [*(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found), Recipe(ORIGINAL, ways=(KV,))]
 
 
 def mixes(group: int) -> list[Recipe]:
@@ -88,40 +102,10 @@ def mixes(group: int) -> list[Recipe]:
     return found
 
 
-def eight_bit(group: int) -> list[Recipe]:
-    """Return what 8-bit activations and keys and values in e4m3 are measured with."""
-    everything = ("", "activations=fp8", "kv-dtype=fp8", "activations=fp8,kv-dtype=fp8")
-    rows = {"format": "fp6_e2m3"}
-    return [
-        Recipe(ORIGINAL, ways=("kv-dtype=fp8",)),
-        Recipe("fp6_e2m3-8bit-rtn", rows, ways=everything),
-        Recipe("fp6_e2m3-8bit-gptq", {**rows, **GPTQ}, calibrated=True, ways=everything),
-        Recipe("int8-row-rtn", {"format": "int8"}, ways=("", "activations=int8")),
-        Recipe("fp4_e2m1-8bit-gptq", {"format": "fp4_e2m1", **GPTQ}, calibrated=True, ways=("", "activations=fp8")),
-        Recipe(
-            "uint4-8bit-gptq",
-            {"format": "uint4", "group_size": group, **GPTQ},
-            calibrated=True,
-            ways=("", "activations=int8"),
-        ),
-    ]
-
-
-def with_steps(group: int) -> list[Recipe]:
-    """Return what a step more in a calibration is measured with: each beside the recipe that lacks it."""
-    return [
-        Recipe(
-            f"{name}-{step}",
-            {"format": scheme, "group_size": size, "steps": [step], **GPTQ},
-            calibrated=True,
-        )
-        for name, scheme, size in (
-            ("uint4-g-gptq", "uint4", group),
-            ("uint3-g-gptq", "uint3", group),
-            ("fp6_e2m3-row-gptq", "fp6_e2m3", None),
-        )
-        for step in STEPS
-    ]
+def transformed(base: Recipe, name: str) -> Recipe:
+    """Return a recipe with a transform, beside the one that lacks it; rotation alone needs no text."""
+    calibrated = base.calibrated or name != ROTATE
+    return Recipe(f"{base.name}-{name}", {**base.options, "transforms": [name]}, calibrated=calibrated)
 
 
 def _plain(scheme: str, group: int, how: Mapping[str, Any] | None = None) -> Recipe:
