@@ -121,8 +121,10 @@ CLAIMS = {
         ),
     ),
     "six": Claim(
-        tuple(f"{scheme}-{how}-rtn" for scheme in ("fp6_e3m2", "fp6_e2m3") for how in ("row", "g"))
-        + ("mxfp6_e3m2-rtn", "mxfp6_e2m3-rtn"),
+        (
+            *(f"{scheme}-{how}-rtn" for scheme in ("fp6_e3m2", "fp6_e2m3") for how in ("row", "g")),
+            *("mxfp6_e3m2-rtn", "mxfp6_e2m3-rtn"),
+        ),
         (
             Nearer(f"{_E2M3}-rtn", f"{_E3M2}-rtn"),
             Nearer("fp6_e3m2-g-rtn", f"{_E3M2}-rtn"),

@@ -192,7 +192,7 @@ class Bench:
 
     @contextmanager
     def _source(self, recipe: Recipe) -> Iterator[Path]:
-        """Yield the checkpoint to compress: one that says float32, of the same files, where blocks are to compute so."""
+        """Yield the checkpoint to compress: one of the same files that says float32 where blocks are to compute so."""
         setting = self.setting
         if not recipe.calibrated or self.device.type == "cpu" or setting.own_dtype:
             yield setting.model

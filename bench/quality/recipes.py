@@ -1,7 +1,7 @@
 """What is measured: recipes, each one call of `tersor.quantize` and the ways in which its checkpoint then runs.
 
-To measure something else, add it to `recipes`: its options are handed on as they are, so that whatever `tersor.quantize`
-takes can be a row.
+To measure something else, add it to `recipes`: its options are handed on as they are, so that a row can be whatever
+`tersor.quantize` does.
 """
 
 from __future__ import annotations
