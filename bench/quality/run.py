@@ -114,13 +114,15 @@ def _facts(setting: Setting, text: Text) -> dict[str, Any]:
 
 def work(recipe: Recipe) -> tuple[Rows, str]:
     """Measure a recipe in a worker's process; what failed is said in a line, so that the others go on."""
+    rows: Rows = []
     try:
-        return list(_benches[0].measure(recipe)), ""
+        rows += _benches[0].measure(recipe)
     except TersorError as error:
-        return [], str(error)
+        return rows, str(error)
     except Exception as error:
         traceback.print_exc()
-        return [], f"{type(error).__name__}: {one_line(error)}"
+        return rows, f"{type(error).__name__}: {one_line(error)}"
+    return rows, ""
 
 
 def begin(setting: Setting, threads: int) -> None:
