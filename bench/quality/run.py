@@ -57,6 +57,8 @@ class Files:
         """
         self._paths = {text.name: folder / f"quality_{setting.name}_{text.name}.json" for text in setting.texts}
         self._results = {}
+        labels = (label for recipe in recipes(setting.group) for label in recipe.labels)
+        self._order = {label: place for place, label in enumerate(labels)}
         for text in setting.texts:
             facts = _facts(setting, text)
             path = self._paths[text.name]
@@ -86,10 +88,13 @@ class Files:
         """Keep what was measured of a recipe, or why it was not."""
         for name, result in self._results.items():
             models = {row["label"]: row for row in result["models"]} | {r["label"]: r for n, r in rows if n == name}
-            result["models"] = list(models.values())
+            result["models"] = sorted(models.values(), key=self._place)
             left = [one for one in result["skipped"] if one["recipe"] != recipe.name]
             result["skipped"] = [*left, {"recipe": recipe.name, "why": why}] if why else left
         self._write()
+
+    def _place(self, row: dict[str, Any]) -> int:
+        return self._order.get(row["label"], len(self._order))
 
     def _write(self) -> None:
         for name, path in self._paths.items():
@@ -108,6 +113,7 @@ def _facts(setting: Setting, text: Text) -> dict[str, Any]:
         "device": setting.device.partition(":")[0],
         "dtype": DTYPE,
         "group_size": setting.group,
+        "calibrated_in": "the model's dtype" if setting.own_dtype and setting.device != "cpu" else DTYPE,
         "calibration": f"{calibration.windows} windows of {setting.window} tokens of {calibration.path.name}",
     }
 

@@ -128,8 +128,8 @@ def caption(model: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     where = f"{facts.get('gpu') or first['device']} in {first['dtype']}, torch {facts['torch']}"
     windows = first["models"][0]["windows"] if first["models"] else 0
     said = (
-        f"**{model}**, {MODELS[model]}: {windows} windows of each text, calibrated on {first['calibration']}; -g is "
-        f"groups of {groups}. Perplexity of the original: {own}. On {where}, commit {facts['commit']}."
+        f"**{model}**, {MODELS[model]}: {windows} windows of each text, calibrated on {first['calibration']} in "
+        f"{first['calibrated_in']}; -g is groups of {groups}. Perplexity of the original: {own}. On {where}, commit {facts['commit']}."
     )
     return "\n".join(textwrap.wrap(said, 120))
 

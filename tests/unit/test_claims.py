@@ -175,7 +175,7 @@ def book(bench: SimpleNamespace, model: str, **kl: tuple[float, ...]) -> Any:
     more = {
         "reference": model,
         "dtype": "float32",
-        "group_size": 128,
+        "group_size": 128, "calibrated_in": "float32",
         "calibration": "64 windows of 512 tokens of c.txt",
     }
     result = measured.evaluation(*({**row, "seconds": 1.0, "recipe": row["label"]} for row in rows), **more)
