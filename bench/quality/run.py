@@ -127,7 +127,7 @@ def work(recipe: Recipe) -> tuple[Rows, str]:
         return rows, str(error)
     except Exception as error:
         traceback.print_exc()
-        return rows, f"{type(error).__name__}: {one_line(error)}"
+        return rows, one_line(error)
     return rows, ""
 
 

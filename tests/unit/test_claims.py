@@ -139,7 +139,7 @@ def test_a_recipe_that_fails_is_named_and_the_others_go_on(
     monkeypatch.setattr(bench.run, "recipes", lambda group: [mended, good])
     assert bench.run.main(command) == 0
     result = results_of(tmp_path)
-    assert [row["label"] for row in result["models"]] == ["good", "broken"] and not result["skipped"]
+    assert [row["label"] for row in result["models"]] == ["broken", "good"] and not result["skipped"]
 
 
 def test_mixllm_scores_by_the_texts_own_labels_and_stays_within_the_bytes(bench: SimpleNamespace, model: Path) -> None:
