@@ -27,6 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "claims.md"
 RESULTS = ROOT / "bench" / "results"
 SECTION = re.compile(r"(<!-- claim (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+HOLDS, UNSURE, FAILS = VERDICTS = ("holds", "not certain", "**does not hold**")
+REACHED = "yes"
+ANCHORS = {
+    "coarse": "fp6-with-coarse-scales-holds-where-int4-loses",
+    "calibrated": "calibrated-fp5-and-fp6",
+    "mix": "a-mix-for-a-budget-of-true-bytes",
+    "six": "e2m3-or-e3m2-rows-or-groups",
+    "eight": "eight-bit-activations-and-keys-and-values-in-e4m3",
+    "transforms": "transforms-rotation-awq-norm-tweaking",
+    "targets": "targets",
+}
+"""Claim -> its heading on the page."""
 _SURE = 2.0
 """Standard errors that a difference has to have before it says something."""
 
@@ -60,7 +72,26 @@ class Book:
 def tables(book: Book) -> dict[str, str]:
     """Return claim -> its tables in Markdown."""
     found = {name: claim_tables(book, claim) for name, claim in CLAIMS.items()}
-    return {**found, "efforts": effort_tables(book), "targets": target_table(book)}
+    return {"summary": summary(book), **found, "efforts": effort_tables(book), "targets": target_table(book)}
+
+
+def summary(book: Book) -> str:
+    """Return how many comparisons of every claim hold, and each that does not."""
+    cells, against = [], []
+    for name, claim in CLAIMS.items():
+        lines = [line for check in claim.checks for line in _checked(book, check)]
+        counts = [sum(line[-1] == verdict for line in lines) for verdict in VERDICTS]
+        if lines:
+            cells.append([f"[{name}](#{ANCHORS[name]})", *map(str, counts)])
+        against += [f"- {model}, {text}: {said}" for said, model, text, _, _, verdict in lines if verdict == FAILS]
+    targets = [found for target in TARGETS if (found := _reached(book, target))]
+    if targets:
+        reached = sum(found[-1] == REACHED for found in targets)
+        cells.append([f"[targets](#{ANCHORS['targets']})", str(reached), "0", str(len(targets) - reached)])
+    if not cells:
+        return ""
+    parts = _table(["claim", *VERDICTS], cells)
+    return "\n".join([*parts, *(["", "Against what was claimed:", "", *against] if against else [])])
 
 
 def claim_tables(book: Book, claim: Claim) -> str:
@@ -129,7 +160,8 @@ def caption(model: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     windows = first["models"][0]["windows"] if first["models"] else 0
     said = (
         f"**{model}**, {MODELS[model]}: {windows} windows of each text, calibrated on {first['calibration']} in "
-        f"{first['calibrated_in']}; -g is groups of {groups}. Perplexity of the original: {own}. On {where}, commit {facts['commit']}."
+        f"{first['calibrated_in']}; -g is groups of {groups}. Perplexity of the original: {own}. On {where}, commit "
+        f"{facts['commit']}."
     )
     return "\n".join(textwrap.wrap(said, 120))
 
@@ -178,8 +210,8 @@ def _within(book: Book, model: str, text: str, check: Within) -> list[str] | Non
 def _verdict(gap: float, error: float | None) -> str:
     """Return whether a claim holds, by how much the difference in its favour exceeds its standard error."""
     if error is None or abs(gap) <= _SURE * error:
-        return "not certain"
-    return "holds" if gap > 0 else "**does not hold**"
+        return UNSURE
+    return HOLDS if gap > 0 else FAILS
 
 
 def _reached(book: Book, target: Target) -> list[str]:
@@ -197,7 +229,7 @@ def _reached(book: Book, target: Target) -> list[str]:
         words = " / ".join(f"{most:g}" for most in wanted.values())
         said = f"KL x 1000 at most {words} ({', '.join(wanted)})"
         shown = " / ".join(measured(value) for value in values.values())
-        return [target.model, target.recipe, said, shown, "yes" if good else "**no**"]
+        return [target.model, target.recipe, said, shown, REACHED if good else "**no**"]
     pairs = [[book.row(target.model, text, label) for label in (target.recipe, target.nearest)] for text in texts]
     shares = [1 - one["kl"] / own["kl"] for one, own in pairs if one is not None and own is not None]
     if len(shares) < len(texts) or not texts:
@@ -206,7 +238,7 @@ def _reached(book: Book, target: Target) -> list[str]:
     said = f"removes {100 * target.share:.0f} % of the KL of round to nearest ({', '.join(texts)})"
     good = min(shares) >= target.share
     shown = " / ".join(f"{100 * share:.0f} %" for share in shares)
-    return [target.model, target.recipe, said, shown, "yes" if good else "**no**"]
+    return [target.model, target.recipe, said, shown, REACHED if good else "**no**"]
 
 
 def _guard(model: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:

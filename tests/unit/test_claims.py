@@ -175,7 +175,8 @@ def book(bench: SimpleNamespace, model: str, **kl: tuple[float, ...]) -> Any:
     more = {
         "reference": model,
         "dtype": "float32",
-        "group_size": 128, "calibrated_in": "float32",
+        "group_size": 128,
+        "calibrated_in": "float32",
         "calibration": "64 windows of 512 tokens of c.txt",
     }
     result = measured.evaluation(*({**row, "seconds": 1.0, "recipe": row["label"]} for row in rows), **more)
@@ -205,6 +206,14 @@ def test_a_claim_holds_where_the_difference_is_larger_than_its_error(
     assert [line.split(" | ")[-1] for line in bench.tables.claim_tables(found, claim).splitlines()[-2:]] == [
         f"{words} |" for words in shown
     ]
+
+
+def test_the_summary_counts_verdicts_and_names_what_does_not_hold(bench: SimpleNamespace) -> None:
+    names = {"fp6_e2m3-row-rtn": FAR, "fp6_e3m2-row-rtn": NEAR, "fp6_e3m2-g-rtn": FAR}
+    lines = bench.tables.summary(book(bench, "smollm2", **names)).splitlines()
+    assert "| [six](#e2m3-or-e3m2-rows-or-groups) | 0 | 1 | 2 |" in lines
+    assert "- smollm2, prose: fp6_e2m3-row-rtn has less KL than fp6_e3m2-row-rtn" in lines
+    assert bench.tables.summary(bench.tables.Book([])) == ""
 
 
 def test_a_target_is_a_share_of_what_rounding_loses_or_a_divergence(bench: SimpleNamespace) -> None:
