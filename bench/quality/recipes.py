@@ -61,14 +61,9 @@ class Recipe:
         """What its rows are called, one a way."""
         return tuple(f"{self.name}@{way}" if way else self.name for way in self.ways)
 
-    @property
-    def engine(self) -> bool:
-        """Whether a way asks for keys and values in another dtype, which the engine alone has."""
-        return any("kv-dtype" in way for way in self.ways)
-
 
 def recipes(group: int) -> list[Recipe]:
-    """Return all recipes for a model, those that the claims need most first.
+    """Return all recipes for a model, those that the claims need most first behind one that takes long on a CPU.
 
     Args:
         group: input channels that share a scale, where formats have groups; it divides all of the model's.
@@ -83,7 +78,7 @@ def recipes(group: int) -> list[Recipe]:
     found += [_named(f"mx{name}-rtn", f"mx{name}") for name in ("fp6_e3m2", "fp6_e2m3")]
     known = {one.name: one for one in found}
     found += [transformed(known[base], name) for base, name in TRANSFORMED]
-    return [*(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found), Recipe(ORIGINAL, ways=(KV,))]
+    return [Recipe(ORIGINAL, ways=(KV,)), *(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found)]
 
 
 def mixes(group: int) -> list[Recipe]:

@@ -91,10 +91,10 @@ def test_what_is_measured_is_kept_for_reports_and_not_measured_again(
     result = results_of(tmp_path)
     labels = [row["label"] for row in result["models"]]
     assert labels == [
-        *("uint4-g-gptq", "uint4-g-gptq@activations=int8", "int8-row-rtn", "int8-row-rtn@activations=int8"),
         "original@kv-dtype=fp8",
+        *("uint4-g-gptq", "uint4-g-gptq@activations=int8", "int8-row-rtn", "int8-row-rtn@activations=int8"),
     ]
-    plain, coarse = (next(r for r in result["models"] if r["label"] == name) for name in (labels[2], labels[0]))
+    plain, coarse = (result["models"][place] for place in (3, 1))
     assert 0 < plain["kl"] < coarse["kl"] and plain["bits_per_weight"] > 8 > coarse["bits_per_weight"]
     assert set(plain["per_window"]) == {"nll", "kl", "flips"} and len(plain["per_window"]["kl"]) == 2
     assert coarse["layers"] == 14 and 0 < coarse["mean_layer"] <= coarse["worst_layer"] <= 1
