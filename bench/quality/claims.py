@@ -136,7 +136,8 @@ CLAIMS = {
     "eight": Claim(
         (
             "original@kv-dtype=fp8",
-            *(f"{name}{way}" for name in (_RTN8, _GPTQ8) for way in _WAYS),
+            *(f"{_RTN8}{way}" for way in _WAYS),
+            *(f"{_GPTQ8}{way}" for way in _WAYS[:2]),
             *("int8-row-rtn", "int8-row-rtn@activations=int8"),
             *(f"fp4_e2m1-row-gptq{way}" for way in _WAYS[:2]),
             *("uint4-g-gptq", "uint4-g-gptq@activations=int8"),

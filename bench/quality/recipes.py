@@ -24,7 +24,7 @@ HIGH: dict[str, Any] = {"algorithm": "gptq", "effort": "high"}
 FP8, INT8, KV = "activations=fp8", "activations=int8", "kv-dtype=fp8"
 WAYS = {
     "fp6_e2m3-row-rtn": ("", FP8, KV, f"{FP8},{KV}"),
-    "fp6_e2m3-row-gptq": ("", FP8, KV, f"{FP8},{KV}"),
+    "fp6_e2m3-row-gptq": ("", FP8),
     "fp4_e2m1-row-gptq": ("", FP8),
     "int8-row-rtn": ("", INT8),
     "uint4-g-gptq": ("", INT8),
@@ -63,7 +63,9 @@ class Recipe:
 
 
 def recipes(group: int) -> list[Recipe]:
-    """Return all recipes for a model, those that the claims need most first behind one that takes long on a CPU.
+    """Return all recipes for a model, those that the claims need most first.
+
+    Ahead of them are those whose keys and values the engine keeps: without kernels, which take 16 bits, it is slow.
 
     Args:
         group: input channels that share a scale, where formats have groups; it divides all of the model's.
@@ -78,7 +80,8 @@ def recipes(group: int) -> list[Recipe]:
     found += [_named(f"mx{name}-rtn", f"mx{name}") for name in ("fp6_e3m2", "fp6_e2m3")]
     known = {one.name: one for one in found}
     found += [transformed(known[base], name) for base, name in TRANSFORMED]
-    return [Recipe(ORIGINAL, ways=(KV,)), *(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found)]
+    every = [Recipe(ORIGINAL, ways=(KV,)), *(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found)]
+    return sorted(every, key=lambda one: not any(KV in way for way in one.ways))
 
 
 def mixes(group: int) -> list[Recipe]:
