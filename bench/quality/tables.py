@@ -305,7 +305,8 @@ def page(text: str, made: Mapping[str, str]) -> str:
     places = [match[2] for match in SECTION.finditer(text)]
     if sorted(places) != sorted(made):
         raise SystemExit(f"places for {', '.join(places)}, and tables {', '.join(made)}")
-    return SECTION.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[4]}", text)
+    shown = {name: f"\n{table}\n\n" if table else "" for name, table in made.items()}
+    return SECTION.sub(lambda match: f"{match[1]}{shown[match[2]]}{match[4]}", text)
 
 
 def main() -> None:
