@@ -35,6 +35,7 @@ class Hessian:
         natural: float32 [n, n], the damped matrix with channels as they come.
         ordered: float32 [n, n], the same with rows and columns in `order`.
         factor: float32 [n, n], the upper triangular U with U^T U the inverse of `ordered`.
+        moves: float32 [n, n], its rows divided by its diagonal: how an error moves to later channels.
         unit: mean of the diagonal that calibration summed up; entries here are relative to it.
     """
 
@@ -42,6 +43,7 @@ class Hessian:
     natural: torch.Tensor
     ordered: torch.Tensor
     factor: torch.Tensor
+    moves: torch.Tensor
     unit: float
 
     @staticmethod
@@ -75,8 +77,9 @@ class Hessian:
         order = torch.argsort(wide.diagonal(), descending=True, stable=True)
         damped, factor = _factor(wide[order][:, order], damping, name)
         back = torch.argsort(order)
-        ordered = damped.float()
-        return Hessian(order, ordered[back][:, back].contiguous(), ordered, factor.float(), unit)
+        ordered, upper = damped.float().contiguous(), factor.float().contiguous()
+        moves = upper / upper.diagonal().unsqueeze(1)
+        return Hessian(order, ordered[back][:, back].contiguous(), ordered, upper, moves, unit)
 
     @property
     def size(self) -> int:

@@ -88,7 +88,7 @@ class Layer:
             if self.grid.scheme.scale_dtype != "e8m0":  # the nearest power of two is far from a scale refitted
                 best = best.better(self.judge(target, self._refitted(best)))
             choice = best.choice
-            values = descend_columns(choice, best.gradient.clone(), self.grid, self.hessian, self.groups)
+            values = descend_columns(choice, best.gradient, self.grid, self.hessian, self.groups)
             best = best.better(self.judge(target, replace(choice, values=values)))
         return best
 
