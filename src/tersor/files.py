@@ -67,7 +67,7 @@ def check_target(path: Path) -> bool:
     return True
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file durably. Nobody sees a part of it, also where several threads or processes write it at once.
 
     Args:

@@ -32,6 +32,7 @@ class Hessian:
 
     Attributes:
         order: int64 [n], the channels by falling diagonal, the order in which they are rounded.
+        back: int64 [n], where in that order each channel is.
         natural: float32 [n, n], the damped matrix with channels as they come.
         ordered: float32 [n, n], the same with rows and columns in `order`.
         factor: float32 [n, n], the upper triangular U with U^T U the inverse of `ordered`.
@@ -40,6 +41,7 @@ class Hessian:
     """
 
     order: torch.Tensor
+    back: torch.Tensor
     natural: torch.Tensor
     ordered: torch.Tensor
     factor: torch.Tensor
@@ -79,7 +81,7 @@ class Hessian:
         back = torch.argsort(order)
         ordered, upper = damped.float().contiguous(), factor.float().contiguous()
         moves = upper / upper.diagonal().unsqueeze(1)
-        return Hessian(order, ordered[back][:, back].contiguous(), ordered, upper, moves, unit)
+        return Hessian(order, back, ordered[back][:, back].contiguous(), ordered, upper, moves, unit)
 
     @property
     def size(self) -> int:
@@ -88,15 +90,11 @@ class Hessian:
 
     def weights(self) -> torch.Tensor:
         """Return 1 / U_jj^2, float32 [n] in natural order: what an error of a channel costs that no later one mends."""
-        weights = torch.empty_like(self.factor.diagonal())
-        weights[self.order] = self.factor.diagonal().square().reciprocal()
-        return weights
+        return self.factor.diagonal().square().reciprocal()[self.back]
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows @ (damped matrix)^-1 for float32 rows [m, n] in natural order, in the units of `natural`."""
-        solved = torch.empty_like(rows)
-        solved[:, self.order] = (rows[:, self.order] @ self.factor.T) @ self.factor
-        return solved
+        return ((rows[:, self.order] @ self.factor.T) @ self.factor)[:, self.back]
 
 
 def _factor(ordered: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,16 +57,14 @@ class Layer:
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows [rows, IC] as columns in the Hessian's order, [IC, rows]."""
-        return rows.T[self.hessian.order]
+        return rows.T.index_select(0, self.hessian.order)
 
     def rows(self, columns: torch.Tensor) -> torch.Tensor:
         """Return columns in the Hessian's order [IC, rows] as rows in natural order, [rows, IC]."""
         return self._natural(columns).T
 
     def _natural(self, columns: torch.Tensor) -> torch.Tensor:
-        natural = torch.empty_like(columns)
-        natural[self.hessian.order] = columns
-        return natural
+        return columns.index_select(0, self.hessian.back)
 
     def judge(self, target: torch.Tensor, choice: Choice) -> Judged:
         """Return a choice with its loss against a target, float32 [IC, rows]."""
