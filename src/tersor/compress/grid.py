@@ -118,7 +118,7 @@ class Grid:
     def _errors(
         self, grouped: torch.Tensor, scales: torch.Tensor, zero_point: torch.Tensor, cost: torch.Tensor
     ) -> torch.Tensor:
-        """Return what groups [rows, G, group] lose that are rounded to nearest with scales [S, rows, G], of its shape."""
+        """Return what groups [rows, G, group] lose, rounded to nearest with scales [S, rows, G]: of that shape."""
         divisor = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
         scaled = grouped / divisor
         if self.scheme.has_zero_point:

@@ -7,6 +7,7 @@ of it, is kept on disk, a file a block, so that memory does not grow with the nu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,6 +24,9 @@ from tersor.integrations.transformers.blocks import BlockModel
 
 Take: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes what goes into a linear layer [..., IC] and the gradient of what comes out [..., OC]."""
+
+Visit: TypeAlias = Callable[[int, Callable[[Mapping[Site, Take]], None]], None]
+"""Is called with the number of a loaded block, and with what runs it backward and gives away what its layers see."""
 
 _INPUT, _GRADIENT = "input", "gradient"
 _VALUE = "value"
@@ -74,27 +78,73 @@ class Gradients:
         Raises:
             InputError: activations or gradients are not finite.
         """
-        count = len(self._model.blocks)
-        there = [block for block in range(count) if self._store.path(_GRADIENT, block).exists()]
+        there = self._there()
         if there and min(there) <= first:
             return
-        last = min(there, default=count)
-        if not there or not all(self._store.path(_INPUT, block).exists() for block in range(last + 1)):
-            last = count - 1
-            gradient = self._ends(self._forward(streams, load, done))
-            self._keep(_GRADIENT, last, gradient)
-        else:
-            gradient = read_tensor(self._store.path(_GRADIENT, last), _VALUE)
+        last, gradient = self._start(streams, there, load, done)
         for block in range(last, first, -1):
             load(block)
             inputs = read_tensor(self._store.path(_INPUT, block), _VALUE)
-            self._backward(streams, block, inputs, gradient, None)
+            self._backward(streams, block, inputs, gradient, {}, replace=True)
             self._model.drop(block)
             self._keep(_GRADIENT, block - 1, gradient)
             remove(self._store.path(_INPUT, block))
             done(block)
         for block in range(first + 1):
             remove(self._store.path(_INPUT, block))
+
+    def visit(
+        self,
+        streams: Streams,
+        load: Callable[[int], None],
+        done: Callable[[int], None],
+        visit: Visit,
+        *,
+        keep: bool,
+    ) -> None:
+        """Run all blocks backward, and have each visited while it does.
+
+        What an interrupted run left is taken up: a block whose gradient is kept is visited, and all before it.
+
+        Args:
+            streams, load, done: as for `prepare`.
+            visit: runs a block backward, once.
+            keep: whether gradients are kept that are needed no more here.
+
+        Raises:
+            InputError: activations or gradients are not finite.
+        """
+        last, gradient = self._start(streams, self._there(), load, done)
+        for block in range(last, -1, -1):
+            load(block)
+            inputs = read_tensor(self._store.path(_INPUT, block), _VALUE)
+            visit(block, functools.partial(self._backward, streams, block, inputs, gradient, replace=True))
+            self._model.drop(block)
+            if block:
+                self._keep(_GRADIENT, block - 1, gradient)
+            if not keep:
+                self.forget(block)
+            remove(self._store.path(_INPUT, block))
+            done(block)
+
+    def _there(self) -> list[int]:
+        """Return the blocks whose gradients are kept."""
+        return [block for block in range(len(self._model.blocks)) if self._store.path(_GRADIENT, block).exists()]
+
+    def _start(
+        self, streams: Streams, there: list[int], load: Callable[[int], None], done: Callable[[int], None]
+    ) -> tuple[int, torch.Tensor]:
+        """Return the last block that is to run backward, and the gradient of what comes out of it.
+
+        What goes into that block and all ahead of it is on disk then.
+        """
+        last = min(there, default=0)
+        if there and all(self._store.path(_INPUT, block).exists() for block in range(last + 1)):
+            return last, read_tensor(self._store.path(_GRADIENT, last), _VALUE)
+        last = len(self._model.blocks) - 1
+        gradient = self._ends(self._forward(streams, load, done))
+        self._keep(_GRADIENT, last, gradient)
+        return last, gradient
 
     def _keep(self, kind: str, block: int, value: torch.Tensor) -> None:
         write_tensors(self._store.path(kind, block), {_VALUE: value}, {})
@@ -138,20 +188,10 @@ class Gradients:
         """
         gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
         found = {site: _Seen() for site in sites if not site.part}
-        self._backward(streams, block, streams.original, gradient, {site: seen.add for site, seen in found.items()})
+        takes = {site: seen.add for site, seen in found.items()}
+        self._backward(streams, block, streams.original, gradient, takes, replace=False)
         count, window = self._ids.shape
         return {site: seen.importance(count, window) for site, seen in found.items() if seen.tokens == count * window}
-
-    def visit(self, streams: Streams, block: int, take: Mapping[Site, Take]) -> None:
-        """Run a loaded block backward; give away what goes into its linear layers, and gradients of what comes out.
-
-        Args:
-            streams: at the entry of the block.
-            block: its number.
-            take: called for every batch and layer.
-        """
-        gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
-        self._backward(streams, block, streams.original, gradient, take)
 
     def _backward(
         self,
@@ -159,13 +199,15 @@ class Gradients:
         block: int,
         inputs: torch.Tensor,
         gradient: torch.Tensor,
-        taken: Mapping[Site, Take] | None,
+        taken: Mapping[Site, Take],
+        *,
+        replace: bool,
     ) -> None:
-        """Replace the gradient of a block's outputs by that of its inputs; with `taken` add to that instead."""
+        """Give away what layers see, and replace the gradient of a block's outputs by that of its inputs if asked."""
         layer, device = self._model.blocks[block], self._model.device
         for batch in streams.batches:
             hidden = inputs[batch].to(device).requires_grad_(True)
-            handles = [_watch(layer.get_submodule(site.module), own) for site, own in (taken or {}).items()]
+            handles = [_watch(layer.get_submodule(site.module), own) for site, own in taken.items()]
             try:
                 with torch.enable_grad():
                     output = self._model.run(layer, hidden, streams.calls(batch, block))
@@ -176,7 +218,7 @@ class Gradients:
             if not bool(found.isfinite().all()):
                 name = self._model.name_of(block, "")
                 raise InputError(f"gradients of windows {batch.start} on hold a NaN or an infinity, first in {name}")
-            if taken is None:
+            if replace:
                 gradient[batch] = found.cpu()
 
     def forget(self, block: int) -> None:
