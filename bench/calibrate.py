@@ -5,19 +5,20 @@
     python bench/calibrate.py --paths mix --layers 2
 
 A checkpoint of random weights with a few layers of the geometry is written first, and a text of random words. Then
-`tersor.quantize` runs as each path says: `normal` is `--algorithm gptq`, `high` the same with `--effort high`, `mix` the
-search for a mix, round to nearest beneath it. The clock is read whenever a block has passed through one of the phases:
-`forward` and `backward` (of `mix` with the scores), which go ahead, and `codes`, which is what `gptq` alone takes. A
-whole model takes what a block took of each phase, the median of all but the first (which compiles kernels), times its
-blocks, and once what it takes to read the text and to begin, and to go through the output head. Writing the checkpoint
-is `writing`, and in no sum: it is the same without calibration. GPU memory is the most that torch held for tensors,
-host memory the most that the process had since it started, so that paths are run from the smallest to the largest.
-With `--device cpu` a tiny geometry runs through the same code and nothing is written.
+`tersor.quantize` runs as each path says: `normal` is `--algorithm gptq`, `high` has `--effort high` beside it, `mix` is
+the search for a mix, round to nearest beneath it. The clock is read whenever a block has passed through one of the
+phases: `forward` and `backward` (of `mix` with the scores), which go ahead, and `codes`, which is what `gptq` alone
+takes. A whole model takes what a block took of each phase, the median of all but the first (which compiles kernels),
+times its blocks, and once what it takes to read the text and to begin, and to go through the output head. Writing the
+checkpoint is `writing`, and in no sum: it is the same without calibration. GPU memory is the most that torch held for
+tensors, host memory the most that the process had since it started, so that paths are run from the smallest to the
+largest. With `--device cpu` a tiny geometry runs through the same code and nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -155,7 +156,7 @@ def summed(path: str, clock: list[float], layers: int, blocks: int) -> dict[str,
         layers, blocks: of the checkpoint, and of the whole model.
     """
     begins = path != "mix"  # a calibration reports that it begins; a search, when its first block is through
-    steps = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(clock)]
     begin = steps.pop(0) if begins else 0.0
     phases: dict[str, list[float]] = {}
     for phase in PHASES[path]:
@@ -176,8 +177,9 @@ def summed(path: str, clock: list[float], layers: int, blocks: int) -> dict[str,
 def lines(row: dict[str, Any], blocks: int) -> list[str]:
     """Return what is printed of a path."""
     phases = ", ".join(f"{phase} {one:.2f}" for phase, one in row["of_block"].items())
+    minutes = f"{blocks} blocks {row['whole'] / 60:.1f} minutes (once: {row['once']} s)"
     found = [
-        f"{row['path']}: a block takes {phases} s; {blocks} blocks {row['whole'] / 60:.1f} minutes (once: {row['once']} s)",
+        f"{row['path']}: a block takes {phases} s; {minutes}",
         f"  GPU {row['gpu_bytes'] / 1e9:.1f} GB, host {row['host_bytes'] / 1e9:.1f} GB, writing {row['writing']} s",
     ]
     found += [f"  {phase}: {' '.join(f'{one:.2f}' for one in some)}" for phase, some in row["seconds"].items()]

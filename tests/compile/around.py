@@ -1,4 +1,4 @@
-"""Which kernels around products do the compile tests build? Those of norms, rows, numbers, sampling, columns and 8-bit rows."""
+"""Which kernels around products do the compile tests build? Of norms, rows, numbers, sampling, columns, 8-bit rows."""
 
 from __future__ import annotations
 

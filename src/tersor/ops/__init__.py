@@ -4,6 +4,7 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
+from tersor.ops.columns import serve as serve_columns
 from tersor.ops.deciding import Decision, Gain, Normed, decide, decided_experts
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
@@ -87,6 +88,7 @@ __all__ = [
     "route",
     "routed_experts",
     "router_logits",
+    "serve_columns",
     "serve_with",
     "set_batch_invariant",
     "softcap",

@@ -19,7 +19,7 @@ from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.names import DENSE
 from tersor.compress import Encoded, encode_blocks
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
-from tersor.convert.calibrate.bits import deterministic
+from tersor.convert.calibrate.bits import deterministic, unwatched
 from tersor.convert.calibrate.coded import CodedRows, code_mixed
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
@@ -265,26 +265,24 @@ class Run:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
         assert scheme is not None
-        if isinstance(scheme, Assignment):
-            try:
-                return _joined(code_mixed(weight, scheme, self._recipe, statistics))
-            except (NonFiniteError, FormatError) as error:
-                raise located(task.step, error) from None
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
-            encode_blocks(
-                weight,
-                scheme,
-                lambda _, encoded: taken.append(encoded),
-                self._recipe,
-                statistics,
-                first_row=first,
-                block_elements=weight.numel(),
-            )
+            with unwatched(self._model.device):
+                if isinstance(scheme, Assignment):
+                    return _joined(code_mixed(weight, scheme, self._recipe, statistics))
+                encode_blocks(
+                    weight,
+                    scheme,
+                    lambda _, encoded: taken.append(encoded),
+                    self._recipe,
+                    statistics,
+                    first_row=first,
+                    block_elements=weight.numel(),
+                )
+                return _coded(taken[0], first)
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
-        return _coded(taken[0], first)
 
     def _line(self, coded: _Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
