@@ -2,7 +2,8 @@
 
 Labels are drawn from the model itself, so that the second moments of the gradients are those of the Fisher information
 (YAQA, arXiv 2505.22988; GuidedQuant, arXiv 2505.07004). What goes into each block, and the gradient of what comes out
-of it, is kept on disk, a file a block, so that memory does not grow with the number of blocks.
+of it, is kept in a file a block, so that memory does not grow with the number of blocks. These files outlast a process
+that is killed, and no loss of power: what goes into the last blocks is read and removed before a disk has it.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class Gradients:
         return last, gradient
 
     def _keep(self, kind: str, block: int, value: torch.Tensor) -> None:
-        write_tensors(self._store.path(kind, block), {_VALUE: value}, {})
+        write_tensors(self._store.path(kind, block), {_VALUE: value}, {}, durable=False)
 
     def _forward(self, streams: Streams, load: Callable[[int], None], done: Callable[[int], None]) -> torch.Tensor:
         """Keep what goes into every block; return what comes out of the last."""

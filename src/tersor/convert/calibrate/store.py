@@ -116,8 +116,14 @@ class Store:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], *, durable: bool = True
+) -> None:
     """Write tensors to a file whole or not at all, from the memory that they have on the host.
+
+    Args:
+        path, durable: as for `files.write_whole`.
+        tensors, metadata: what the file holds.
 
     Raises:
         OutputError: the disk is full or does not let us write.
@@ -128,7 +134,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     )
     parts = (on_host[spec.name].reshape(-1).view(torch.uint8).numpy().data for spec in placed if spec.numel)
     try:
-        files.write_whole(path, itertools.chain([build(placed, metadata)], parts))
+        files.write_whole(path, itertools.chain([build(placed, metadata)], parts), durable=durable)
     except OSError as error:
         raise output_error(error, path) from None
 
