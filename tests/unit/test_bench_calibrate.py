@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers import calibrated
+
+from tersor import compress
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -26,7 +29,10 @@ def calibrate_script() -> Iterator[ModuleType]:
             sys.modules.pop(name, None)
 
 
-def test_every_block_is_timed_in_every_phase(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_is_timed_in_every_phase(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(compress.RECIPES, "gptq", calibrated.quick(compress.RECIPES["gptq"]))
     words = ["--device", "cpu", "--layers", "2", "--windows", "2", "--window", "16", "--paths", "high,mix"]
     rows = script.main([*words, "--format", "fp6", "--group-size", "0"])
     assert [(row["path"], {phase: len(some) for phase, some in row["seconds"].items()}) for row in rows] == [
