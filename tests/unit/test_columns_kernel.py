@@ -8,11 +8,12 @@ import pytest
 import torch
 from helpers.emulated import COMPILER, Emulated
 
-from tersor import compress, formats
+from tersor import compress, formats, ops
 from tersor.compress import HESSIAN, OUTPUT_HESSIAN, sweeps
 from tersor.compress.grid import Grid
 from tersor.compress.hessian import INPUT_DAMPING, Hessian
-from tersor.ops import columns
+from tersor.kernels import jit
+from tersor.ops import columns, dispatch
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -119,8 +120,23 @@ def test_a_weight_of_several_blocks_gets_the_codes_that_the_torch_code_gives_it(
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
 
 
-def test_on_a_device_without_kernels_the_torch_code_goes_over_columns() -> None:
+def test_on_a_device_without_kernels_the_torch_code_goes_over_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "get", lambda *_: pytest.fail("asked for a kernel"))
     assert columns.serve(sweep_of("int4", 16, False)) is None
+    ops.load_columns([formats.get("int4")], torch.device("cpu"))
+
+
+def test_kernels_are_loaded_ahead_that_the_sweeps_of_a_format_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "kernel_chip", lambda device: True)
+    loaded = set()
+    monkeypatch.setattr(jit, "get", lambda source, device: loaded.add(source))
+    names = ("uint4", "int3", "fp5_e2m2", "fp4_e3m0", "fp8_e4m3")
+    ops.load_columns(map(formats.get, names), torch.device("cuda"))
+    sweeps_of_them = [sweep_of(name, 16, descend) for name in names for descend in (False, True)]
+    assert loaded == {columns.source_of(sweep) for sweep in sweeps_of_them} and len(loaded) == 8
+    for sweep in sweeps_of_them:
+        if sweep.grid.scheme.format.kind == "float":
+            assert columns.source_of(sweep).parameters["MIDDLES"] == len(sweep.grid.middles)
 
 
 def test_a_device_is_served_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

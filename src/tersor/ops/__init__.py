@@ -4,7 +4,7 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
-from tersor.ops.columns import serve as serve_columns
+from tersor.ops.columns import load as load_columns
 from tersor.ops.deciding import Decision, Gain, Normed, decide, decided_experts
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
@@ -77,6 +77,7 @@ __all__ = [
     "linear_norm_in",
     "linear_norm_out",
     "linear_quantized",
+    "load_columns",
     "logprobs",
     "lookup",
     "pairs_by_expert",
@@ -88,7 +89,6 @@ __all__ = [
     "route",
     "routed_experts",
     "router_logits",
-    "serve_columns",
     "serve_with",
     "set_batch_invariant",
     "softcap",

@@ -5,9 +5,13 @@ The definition is `compress.sweeps`; sums within a block are in its order.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 
 from tersor.compress import sweeps
+from tersor.formats import ElementFormat
 from tersor.kernels import columns, jit
 from tersor.ops import current, dispatch
 
@@ -29,10 +33,24 @@ def serve(sweep: sweeps.Sweep) -> sweeps.Block | None:
     return block
 
 
+def load(formats: Iterable[ElementFormat], device: torch.device) -> None:
+    """Compile and load what sweeps of formats will need on a device; nothing where the torch code serves there.
+
+    Raises:
+        CompileError, KernelError, UnsupportedError: as `jit.get`.
+    """
+    if dispatch.kernel_chip(device) is not None:
+        for descend, format in itertools.product((False, True), dict.fromkeys(formats)):
+            jit.get(_source(descend, format), device)
+
+
 def source_of(sweep: sweeps.Sweep) -> jit.KernelSource:
     """Return the kernel that a sweep needs."""
-    floats = sweep.grid.scheme.format.kind == "float"
-    return columns.columns_source(sweep.before is not None, len(sweep.grid.middles) if floats else 0)
+    return _source(sweep.before is not None, sweep.grid.scheme.format)
+
+
+def _source(descend: bool, format: ElementFormat) -> jit.KernelSource:
+    return columns.columns_source(descend, (1 << format.bits) - 2 if format.kind == "float" else 0)
 
 
 def prepared(sweep: sweeps.Sweep, function: jit.Function, stream: int) -> columns.ColumnsLaunch:

@@ -17,7 +17,7 @@ from torch import nn
 
 from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.names import DENSE
-from tersor.compress import Encoded, encode_blocks
+from tersor.compress import Encoded, encode_blocks, get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
 from tersor.convert.calibrate.bits import deterministic, unwatched
 from tersor.convert.calibrate.coded import CodedRows, code_mixed
@@ -29,8 +29,9 @@ from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
+from tersor.ops import load_columns
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ class Run:
         Raises:
             InputError: activations that are not finite, a model whose blocks cannot run alone, or weights that cannot
                 be compressed.
-            TersorError: finished blocks now compute something else.
+            TersorError: finished blocks now compute something else, or a GPU cannot have its kernels.
             CheckpointError: the source cannot be read.
             OutputError: the output cannot be written.
         """
@@ -97,6 +98,8 @@ class Run:
         first = next((block for block in range(count) if self._of(block) and not self._store.has(block)), count)
         if first == count:
             return
+        if get_recipe(self._recipe).all_rows:
+            load_columns((scheme.format for task in self._tasks for scheme in _schemes(task)), self._model.device)
         with deterministic(self._model.device):
             self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(None, [])})
             self._model.tie()
@@ -312,6 +315,13 @@ class Run:
                 decoded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
             self._model.load(decoded)
+
+
+def _schemes(task: Task) -> Sequence[Scheme]:
+    """Return the schemes that rows of a task's weight may have."""
+    form = task.step.scheme
+    assert form is not None
+    return form.mix.levels if isinstance(form, Assignment) else [form]
 
 
 def _coded(encoded: Encoded, first_row: int) -> _Coded:
