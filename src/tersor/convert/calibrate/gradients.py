@@ -83,9 +83,10 @@ class Gradients:
         if there and min(there) <= first:
             return
         last, gradient = self._start(streams, there, load, done)
+        inputs = self._pinned(gradient)
         for block in range(last, first, -1):
             load(block)
-            inputs = read_tensor(self._store.path(_INPUT, block), _VALUE)
+            read_tensor(self._store.path(_INPUT, block), _VALUE, inputs)
             self._backward(streams, block, inputs, gradient, {}, replace=True)
             self._model.drop(block)
             self._keep(_GRADIENT, block - 1, gradient)
@@ -116,9 +117,10 @@ class Gradients:
             InputError: activations or gradients are not finite.
         """
         last, gradient = self._start(streams, self._there(), load, done)
+        inputs = self._pinned(gradient)
         for block in range(last, -1, -1):
             load(block)
-            inputs = read_tensor(self._store.path(_INPUT, block), _VALUE)
+            read_tensor(self._store.path(_INPUT, block), _VALUE, inputs)
             visit(block, functools.partial(self._backward, streams, block, inputs, gradient, replace=True))
             self._model.drop(block)
             if block:
@@ -141,11 +143,15 @@ class Gradients:
         """
         last = min(there, default=0)
         if there and all(self._store.path(_INPUT, block).exists() for block in range(last + 1)):
-            return last, read_tensor(self._store.path(_GRADIENT, last), _VALUE)
+            return last, read_tensor(self._store.path(_GRADIENT, last), _VALUE, self._pinned(streams.original))
         last = len(self._model.blocks) - 1
         gradient = self._ends(self._forward(streams, load, done))
         self._keep(_GRADIENT, last, gradient)
         return last, gradient
+
+    def _pinned(self, like: torch.Tensor) -> torch.Tensor:
+        """Return memory for such a tensor on the host, from which a GPU copies at once."""
+        return torch.empty_like(like, pin_memory=self._model.device.type == "cuda")
 
     def _keep(self, kind: str, block: int, value: torch.Tensor) -> None:
         write_tensors(self._store.path(kind, block), {_VALUE: value}, {}, durable=False)
@@ -159,12 +165,12 @@ class Gradients:
             self._model.drop(block)
             done(block)
         out = streams.original.clone()
-        streams.original.copy_(read_tensor(self._store.path(_INPUT, 0), _VALUE))
+        read_tensor(self._store.path(_INPUT, 0), _VALUE, streams.original)
         return out
 
     def _ends(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the gradient [W, T, H] of what comes out of the last block, a window at a time."""
-        gradient = torch.empty_like(hidden)
+        gradient = self._pinned(hidden)
         for number, ids in enumerate(self._ids):
             tokens = ids[None].to(self._model.device)
             own = hidden[number][None].to(self._model.device).requires_grad_(True)
@@ -176,7 +182,7 @@ class Gradients:
                 (found,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), own)
             if not bool(found.isfinite().all()):
                 raise InputError(f"gradients of window {number} hold a NaN or an infinity at the output head")
-            gradient[number] = found[0].cpu()
+            gradient[number].copy_(found[0])
         return gradient
 
     def measure(self, streams: Streams, block: int, sites: Iterable[Site]) -> dict[Site, Importance]:
@@ -207,12 +213,12 @@ class Gradients:
         """Give away what layers see, and replace the gradient of a block's outputs by that of its inputs if asked."""
         layer, device = self._model.blocks[block], self._model.device
         for batch in streams.batches:
-            hidden = inputs[batch].to(device).requires_grad_(True)
+            hidden = inputs[batch].to(device, non_blocking=True).requires_grad_(True)
             handles = [_watch(layer.get_submodule(site.module), own) for site, own in taken.items()]
             try:
                 with torch.enable_grad():
                     output = self._model.run(layer, hidden, streams.calls(batch, block))
-                    (found,) = torch.autograd.grad(output, hidden, gradient[batch].to(device))
+                    (found,) = torch.autograd.grad(output, hidden, gradient[batch].to(device, non_blocking=True))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -220,7 +226,7 @@ class Gradients:
                 name = self._model.name_of(block, "")
                 raise InputError(f"gradients of windows {batch.start} on hold a NaN or an infinity, first in {name}")
             if replace:
-                gradient[batch] = found.cpu()
+                gradient[batch].copy_(found)
 
     def forget(self, block: int) -> None:
         """Remove what was kept for a block that is finished."""

@@ -139,10 +139,19 @@ def write_tensors(
         raise output_error(error, path) from None
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """Read one tensor of a file that `write_tensors` wrote."""
+def read_tensor(path: Path, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Read one tensor of a file that `write_tensors` wrote.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        out: where it goes, in one piece, of its shape and dtype; memory of its own by default.
+    """
     with SafetensorsFile(path) as file:
-        return file.read(name)
+        if out is None:
+            return file.read(name)
+        file.read_into(file.tensors[name], 0, out.view(-1).view(torch.uint8).numpy().data)
+        return out
 
 
 def remove(path: Path) -> None:
