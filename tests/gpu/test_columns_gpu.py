@@ -52,10 +52,9 @@ def test_columns_get_the_values_that_the_torch_code_gives_them(scheme: Scheme, r
         choice = sweeps.Choice(found[1], scale, zero_point)
         slopes = hessian.ordered @ (target - choice.decoded(groups))
         lower = both(lambda: sweeps.descend_columns(choice, slopes, grid, hessian, groups))
-    for kernel, plain in (found, lower):
-        # A number halfway between two values, to the last bit of a sum, may go to either; what follows it, too.
-        assert float((kernel[: sweeps.BLOCK] != plain[: sweeps.BLOCK]).float().mean()) < 1e-4
-        assert float((kernel != plain).float().mean()) < 1e-2
+    for kernel, plain in (found, lower):  # a number halfway between two values, to the last bit, may go to either
+        assert int((kernel != plain).any(dim=0).sum()) <= rows // 16
+        assert float(kernel.std()) > 0
 
 
 def both(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
