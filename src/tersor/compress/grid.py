@@ -81,7 +81,7 @@ class Grid:
 
     def rounded(self, scale: torch.Tensor) -> torch.Tensor:
         """Return positive scales, float32 [rows, G], as the scheme's dtype stores them, at most `limit`."""
-        return scale_values(store_scales(scale.clamp(max=self.limit), self.scheme), self.scheme)
+        return scale_values(store_scales(scale.clamp(max=self.limit), self.scheme, fits=True), self.scheme)
 
     def search(self, rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the scale of every group whose codes lose least, among shrunken round-to-nearest scales.

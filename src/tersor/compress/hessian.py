@@ -21,6 +21,9 @@ INPUT_DAMPING = 0.01
 OUTPUT_DAMPING = 0.05
 """What is added to the diagonal of the output gradients' matrix, relative to its mean."""
 
+BLOCK = 128
+"""Channels of a block: a pass over them in order has one product for all that a block changes behind it."""
+
 _DAMPING_STEP = 10.0
 _MOST_DAMPING = 1e4
 """A matrix that is not positive with this times its mean diagonal added is no sum of x x^T."""
@@ -37,6 +40,8 @@ class Hessian:
         ordered: float32 [n, n], the same with rows and columns in `order`.
         factor: float32 [n, n], the upper triangular U with U^T U the inverse of `ordered`.
         moves: float32 [n, n], its rows divided by its diagonal: how an error moves to later channels.
+        behind: for every `BLOCK` of channels but the last, how it moves those behind it: views [behind, block] of
+            `moves`, and of `ordered`.
         unit: mean of the diagonal that calibration summed up; entries here are relative to it.
     """
 
@@ -46,6 +51,7 @@ class Hessian:
     ordered: torch.Tensor
     factor: torch.Tensor
     moves: torch.Tensor
+    behind: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
     unit: float
 
     @staticmethod
@@ -81,7 +87,8 @@ class Hessian:
         back = torch.argsort(order)
         ordered, upper = damped.float().contiguous(), factor.float().contiguous()
         moves = upper / upper.diagonal().unsqueeze(1)
-        return Hessian(order, back, ordered[back][:, back].contiguous(), ordered, upper, moves, unit)
+        behind = _behind(moves), _behind(ordered)
+        return Hessian(order, back, ordered[back][:, back].contiguous(), ordered, upper, moves, behind, unit)
 
     @property
     def size(self) -> int:
@@ -95,6 +102,11 @@ class Hessian:
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows @ (damped matrix)^-1 for float32 rows [m, n] in natural order, in the units of `natural`."""
         return ((rows[:, self.order] @ self.factor.T) @ self.factor)[:, self.back]
+
+
+def _behind(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    ends = range(BLOCK, len(matrix), BLOCK)
+    return tuple(matrix[end - BLOCK : end, end:].T for end in ends)
 
 
 def _factor(ordered: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:

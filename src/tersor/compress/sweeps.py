@@ -7,17 +7,15 @@ whatever the number of rows; it is the definition, and what `serve_with` enters 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
 from tersor.compress.grid import Grid
+from tersor.compress.hessian import BLOCK as BLOCK
 from tersor.compress.hessian import Hessian
-
-BLOCK = 128
-"""Columns of a block: what one column changes is written at once within it, and as a product behind it."""
 
 Block: TypeAlias = Callable[[int, int], None]
 """Goes over the columns from a first one to one behind the last, at most `BLOCK`; the first is a multiple of that."""
@@ -140,7 +138,9 @@ def round_columns(
         Values, float32 [IC, rows].
     """
     rest = target.clone(memory_format=torch.contiguous_format)
-    return _swept(rest, None, scale, zero_point, grid, hessian.moves, groups)
+    changes, values = torch.empty_like(rest[:BLOCK]), torch.empty_like(rest)
+    sweep = Sweep(rest, None, scale.contiguous(), zero_point.contiguous(), groups, hessian.moves, grid, values, changes)
+    return _swept(sweep, hessian.behind[0])
 
 
 def descend_columns(
@@ -159,25 +159,21 @@ def descend_columns(
         Values, float32 [IC, rows].
     """
     slopes = gradient.clone(memory_format=torch.contiguous_format)
-    return _swept(slopes, choice.values.contiguous(), choice.scale, choice.zero_point, grid, hessian.ordered, groups)
+    before, changes, values = choice.values.contiguous(), torch.empty_like(slopes[:BLOCK]), torch.empty_like(slopes)
+    scale, zero_point = choice.scale.contiguous(), choice.zero_point.contiguous()
+    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, grid, values, changes)
+    return _swept(sweep, hessian.behind[1])
 
 
-def _swept(
-    given: torch.Tensor,
-    before: torch.Tensor | None,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    grid: Grid,
-    matrix: torch.Tensor,
-    groups: torch.Tensor,
-) -> torch.Tensor:
-    """Go over all columns, block by block; `given` is overwritten."""
-    values, changes = torch.empty_like(given), torch.empty_like(given[:BLOCK])
-    sweep = Sweep(given, before, scale.contiguous(), zero_point.contiguous(), groups, matrix, grid, values, changes)
+def _swept(sweep: Sweep, behind: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Go over all columns, block by block; `behind` is how each block's changes move to the columns behind it."""
+    given, changes = sweep.given, sweep.changes
     serve = _servers.get(given.device.type)
-    block = (serve(sweep) if serve is not None and len(given) and given.shape[1] else None) or sweep.block
-    for start in range(0, len(given), BLOCK):
-        end = min(start + BLOCK, len(given))
+    block = (serve(sweep) if serve is not None and given.numel() else None) or sweep.block
+    end = 0
+    for moved in behind:
+        start, end = end, end + BLOCK
         block(start, end)
-        given[end:].addmm_(matrix[start:end, end:].T, changes[: end - start], alpha=-1)
-    return values
+        given[end:].addmm_(moved, changes, alpha=-1)
+    block(end, len(given))
+    return sweep.values
