@@ -139,7 +139,7 @@ class Gradients:
     ) -> tuple[int, torch.Tensor]:
         """Return the last block that is to run backward, and the gradient of what comes out of it.
 
-        What goes into that block and all ahead of it is on disk then.
+        What goes into that block and into all ahead of it is kept then.
         """
         last = min(there, default=0)
         if there and all(self._store.path(_INPUT, block).exists() for block in range(last + 1)):

@@ -1,6 +1,6 @@
 // Goes over the columns of one block of a weight in turn, for all rows side by side: chooses the value of a column, and
 // moves what that changed to the columns behind it in the block. A warp has a row, a lane every 32nd column of it.
-// The definitions are `round_columns` and `descend_columns` of compress/sweeps.py; sums are in their order.
+// The definition is `Sweep.block` of compress/sweeps.py, of torch; sums are in its order.
 // Parameters: DESCEND (0: weights are rounded, and errors move on; 1: values go to where the loss is least with all
 // others as they are, and gradients move on), MIDDLES (of a float format, numbers halfway between its values; 0:
 // integers).
