@@ -29,6 +29,8 @@ RESULTS = ROOT / "bench" / "results"
 SECTION = re.compile(r"(<!-- claim (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HOLDS, UNSURE, FAILS = VERDICTS = ("holds", "not certain", "**does not hold**")
 REACHED = "yes"
+FREER = ("of single rows", "of single rows, gate and up apart")
+"""What a mix might lose if kernels did not multiply units of rows, and rows of gate and up as one."""
 ANCHORS = {
     "coarse": "fp6-with-coarse-scales-holds-where-int4-loses",
     "calibrated": "calibrated-fp5-and-fp6",
@@ -107,6 +109,9 @@ def claim_tables(book: Book, claim: Claim) -> str:
             continue
         heads = [f"{text}: KL x 1000 | median | p99 | flips, % | loss, %" for text in results]
         parts += [caption(model, results), "", *_table(["recipe", "bits", *heads, "s"], cells), ""]
+        chosen = [_chosen(found[0]) for label in claim.rows if (found := book.rows(model, label)) and "mix" in found[0]]
+        if chosen:
+            parts += [*_table(["mix", "rows of each level, %", "padding, %", "expected KL x 1000", *FREER], chosen), ""]
     checked = [line for check in claim.checks for line in _checked(book, check)]
     if checked:
         heads = ["claim", "model", "text", "measured", "windows", ""]
@@ -285,6 +290,19 @@ def _kl(row: Mapping[str, Any], error: bool = False) -> str:
 def _made(found: Sequence[Mapping[str, Any]]) -> str:
     """Return the seconds that a checkpoint took to make."""
     return f"{found[0]['seconds']:.0f}"
+
+
+def _chosen(row: Mapping[str, Any]) -> list[str]:
+    """Return how many rows got each level of a mix, and what its losses are expected to be, where they are a KL."""
+    mix = row["mix"]
+    shares = ", ".join(
+        f"{level.removesuffix(':float16')} {100 * share:.0f}"
+        for level, share in zip(mix["levels"], mix["shares"], strict=True)
+    )
+    losses = (mix[name] for name in ("loss", "loss_without_units", "loss_without_pairs_and_units"))
+    known = not row["recipe"].startswith("mixllm")
+    expected = [measured(1000 * value) if known else "-" for value in losses]
+    return [row["label"], shares, f"{100 * mix['padding_bytes'] / mix['bytes']:.2f}", *expected]
 
 
 def _pair(values: Iterable[str]) -> str:

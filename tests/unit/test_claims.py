@@ -216,6 +216,17 @@ def test_the_summary_counts_verdicts_and_names_what_does_not_hold(bench: SimpleN
     assert bench.tables.summary(bench.tables.Book([])) == ""
 
 
+def test_what_a_mix_chose_and_what_kernels_cost_it_stand_below_its_row(bench: SimpleNamespace) -> None:
+    found = book(bench, "small", one=NEAR, mixllm=FAR)
+    losses = {"loss": 0.012, "loss_without_units": 0.0115, "loss_without_pairs_and_units": 0.011}
+    chosen = {"levels": ["uint4:g64:float16", "int8:row"], "shares": [0.9, 0.1], "bytes": 1000, "padding_bytes": 15}
+    for row in found.models["small"]["prose"]["models"]:
+        row["mix"] = {**chosen, **losses}
+    lines = bench.tables.claim_tables(found, bench.claims.Claim(("one", "mixllm"), ())).splitlines()
+    assert "| one | uint4:g64 90, int8:row 10 | 1.50 | 12.00 | 11.50 | 11.00 |" in lines
+    assert "| mixllm | uint4:g64 90, int8:row 10 | 1.50 | - | - | - |" in lines, "its score is no KL"
+
+
 def test_a_target_is_a_share_of_what_rounding_loses_or_a_divergence(bench: SimpleNamespace) -> None:
     found = book(bench, "small", **{"uint4-g-rtn": FAR, "uint4-g-gptq": NEAR})
     target = bench.claims.Target
