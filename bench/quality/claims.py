@@ -131,6 +131,7 @@ CLAIMS = {
             Nearer("fp6_e2m3-g-rtn", f"{_E2M3}-rtn"),
             Nearer(f"{_E2M3}-rtn", "fp6_e3m2-g-rtn"),
             Nearer("mxfp6_e2m3-rtn", "mxfp6_e3m2-rtn"),
+            Nearer("mxfp6_e2m3-rtn", f"{_E2M3}-rtn"),
         ),
     ),
     "eight": Claim(
