@@ -103,7 +103,7 @@ def command(
     from tersor.convert.resume import partial_directory
 
     try:
-        with _progress(f"{Path(model).name} to {format}") as progress:
+        with show_progress(f"{Path(model).name} to {format}") as progress:
             report = quantize(
                 model,
                 output,
@@ -142,7 +142,7 @@ def command(
     elif dry_run:
         _print_dry_run(report)
     else:
-        _print_report(report)
+        print_report(report)
 
 
 def parse_size(text: str) -> int:
@@ -159,7 +159,7 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Progress | None]:
+def show_progress(label: str) -> Iterator[Progress | None]:
     """Show bytes done, rate and time left on stderr while a person looks, and yield what moves it."""
     if not sys.stderr.isatty():
         yield None
@@ -220,7 +220,7 @@ def _print_dry_run(report: Report) -> None:
         print(_left(report))
 
 
-def _print_report(report: Report) -> None:
+def print_report(report: Report) -> None:
     """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
     _warn(report)
     _print_method(report)

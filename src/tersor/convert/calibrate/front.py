@@ -15,6 +15,7 @@ from tersor.checkpoint.modules import Target
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.convert.beside import model_dtype
+from tersor.convert.calibrate.coder import Coder, RecipeCoder
 from tersor.convert.calibrate.run import Run
 from tersor.convert.calibrate.scores import Scoring
 from tersor.convert.calibrate.store import Store
@@ -179,16 +180,22 @@ def score(
 
 
 def calibrate(
-    given: Plan, conversion: Conversion, recipe: str, directory: Path, progress: Progress | None
+    given: Plan,
+    conversion: Conversion,
+    recipe: str,
+    directory: Path,
+    progress: Progress | None,
+    coder: Coder | None = None,
 ) -> dict[int, Ready]:
     """Calibrate all blocks that are not finished yet, and write the log; return the packed weights by their steps.
 
     Args:
         given: what to do.
         conversion: what becomes of every tensor.
-        recipe: how codes are chosen, a key of `compress.RECIPES`.
+        recipe: what the log calls the algorithm; without a `coder` how codes are chosen, a key of `compress.RECIPES`.
         directory: where the output is made; what is finished stands in its folder `calibration`.
         progress: called after every block.
+        coder: what becomes of weights, where it is not codes by a recipe.
 
     Raises:
         InputError, CheckpointError, OutputError: as `Run.run` says.
@@ -196,7 +203,7 @@ def calibrate(
     """
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
-    run = Run(given.model, steps, given.tasks, recipe, store, progress)
+    run = Run(given.model, steps, given.tasks, coder or RecipeCoder(recipe), store, progress)
     try:
         run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
     except torch.OutOfMemoryError:

@@ -9,40 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.checkpoint.conversion import Step
-from tersor.checkpoint.names import DENSE
-from tersor.compress import Encoded, encode_blocks, get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
 from tersor.convert.calibrate.bits import deterministic, unwatched
-from tersor.convert.calibrate.coded import CodedRows, code_mixed
+from tersor.convert.calibrate.coder import Coded, Coder, stacked
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.streams import Streams
-from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
+from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
-from tersor.ops import load_columns
-
-
-@dataclass(slots=True)
-class _Coded:
-    """What became of a task: packed tensors, the sums for its report, and its line of the log."""
-
-    tensors: dict[str, torch.Tensor]
-    squared_error: float
-    squared_norm: float
-    underflowed: list[int]
-    line: dict[str, Any]
 
 
 class Run:
@@ -53,7 +37,7 @@ class Run:
         model: BlockModel,
         steps: Sequence[tuple[Step, str]],
         tasks: Sequence[Task],
-        recipe: str,
+        coder: Coder,
         store: Store,
         progress: Progress | None,
     ) -> None:
@@ -64,11 +48,11 @@ class Run:
             steps: every tensor of the checkpoint and the parameter that it becomes, or a part of; the latter is empty
                 where the model has none.
             tasks: what is to be calibrated.
-            recipe: how codes are chosen, a key of `compress.RECIPES`.
+            coder: what becomes of their weights.
             store: what is finished.
             progress: called after every block.
         """
-        self._model, self._tasks, self._recipe, self._store = model, tasks, recipe, store
+        self._model, self._tasks, self._coder, self._store = model, tasks, coder, store
         self._progress = progress
         self._done = 0
         self._total = 0
@@ -98,8 +82,7 @@ class Run:
         first = next((block for block in range(count) if self._of(block) and not self._store.has(block)), count)
         if first == count:
             return
-        if get_recipe(self._recipe).all_rows:
-            load_columns((scheme.format for task in self._tasks for scheme in _schemes(task)), self._model.device)
+        self._coder.prepare(self._tasks, self._model.device)
         with deterministic(self._model.device):
             self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(None, [])})
             self._model.tie()
@@ -161,7 +144,7 @@ class Run:
         sites = list(dict.fromkeys(task.site for task in tasks))
         importance = backward.measure(streams, block, sites) if backward is not None else {}
         _, hidden, call = next(streams.each(block))
-        done: dict[int, _Coded] = {}
+        done: dict[int, Coded] = {}
         for group in find_groups(self._model, twin, sites, hidden, call):
             own = [task for task in tasks if task.site in group.sites]
             coded = self._group(block, (layer, twin), group, own, streams, importance)
@@ -191,7 +174,7 @@ class Run:
         tasks: Sequence[Task],
         streams: Streams,
         importance: Mapping[Site, Importance],
-    ) -> dict[int, _Coded]:
+    ) -> dict[int, Coded]:
         """Sum up what a group reads in the original block and in its twin, and choose its codes."""
         if group.part:
             return self._experts(block, layers, group, tasks, streams)
@@ -227,9 +210,9 @@ class Run:
         group: Group,
         tasks: Sequence[Task],
         streams: Streams,
-    ) -> dict[int, _Coded]:
+    ) -> dict[int, Coded]:
         """Do the same for the experts of a layer, each with statistics of its own."""
-        parts: dict[int, list[_Coded]] = {task.index: [] for task in tasks}
+        parts: dict[int, list[Coded]] = {task.index: [] for task in tasks}
         tokens: dict[int, list[int]] = {task.index: [] for task in tasks}
         started = time.monotonic()
         stored = {task.index: matrices(task.step, read_tensor(task.step)) for task in tasks if task.expert is None}
@@ -247,7 +230,7 @@ class Run:
         found = {}
         for task in tasks:
             own, counts = parts[task.index], tokens[task.index]
-            found[task.index] = own[0] if task.expert is not None else _stacked(own)
+            found[task.index] = own[0] if task.expert is not None else stacked(own)
             rare = [
                 expert if task.expert is None else task.expert
                 for expert, count in enumerate(counts)
@@ -264,30 +247,16 @@ class Run:
 
     def _code(
         self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0
-    ) -> _Coded:
-        """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
-        scheme = task.step.scheme
-        assert scheme is not None
-        taken: list[Encoded] = []
+    ) -> Coded:
+        """Return what becomes of a weight [OC, IC], of experts in one tensor that of one."""
         first = expert * len(weight) if task.expert is None else 0
         try:
             with unwatched(self._model.device):
-                if isinstance(scheme, Assignment):
-                    return _joined(code_mixed(weight, scheme, self._recipe, statistics))
-                encode_blocks(
-                    weight,
-                    scheme,
-                    lambda _, encoded: taken.append(encoded),
-                    self._recipe,
-                    statistics,
-                    first_row=first,
-                    block_elements=weight.numel(),
-                )
-                return _coded(taken[0], first)
+                return self._coder.code(task, weight, statistics, first)
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
 
-    def _line(self, coded: _Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
+    def _line(self, coded: Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
         norm = coded.squared_norm
         coded.line = {
@@ -307,7 +276,7 @@ class Run:
         for task in self._of(block):
             if task.index in coded:
                 tensors = {name: tensor.to(device) for name, tensor in coded[task.index].items()}
-                decoded[task.step.source.spec.name] = decode(task.step, tensors, dtype)
+                decoded[task.step.source.spec.name] = self._coder.decode(task, tensors, dtype)
                 touched.add(task.parameter)
         for step, parameter in self._steps[block]:
             name = step.source.spec.name
@@ -315,43 +284,3 @@ class Run:
                 decoded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
             self._model.load(decoded)
-
-
-def _schemes(task: Task) -> Sequence[Scheme]:
-    """Return the schemes that rows of a task's weight may have."""
-    form = task.step.scheme
-    assert form is not None
-    return form.mix.levels if isinstance(form, Assignment) else [form]
-
-
-def _coded(encoded: Encoded, first_row: int) -> _Coded:
-    tensors = {name: tensor.contiguous() for name, tensor in DENSE.pack(encoded).items()}
-    underflowed = [first_row + row for row in encoded.underflowed]
-    line: dict[str, Any] = {}
-    if encoded.objective is not None:
-        line = {"objective_before": encoded.objective.before, "objective_after": encoded.objective.after}
-    return _Coded(tensors, encoded.squared_error, encoded.squared_norm, underflowed, line)
-
-
-def _joined(levels: Sequence[CodedRows]) -> _Coded:
-    """Put the rows of all levels of a weight together."""
-    parts = [_coded(level.encoded, 0) for level in levels]
-    return _Coded(
-        {name: tensor for level in levels for name, tensor in level.tensors.items()},
-        sum(part.squared_error for part in parts),
-        sum(part.squared_norm for part in parts),
-        [level.features[row] for level, part in zip(levels, parts, strict=True) for row in part.underflowed],
-        {key: sum(part.line[key] for part in parts) for key in parts[0].line},
-    )
-
-
-def _stacked(parts: Sequence[_Coded]) -> _Coded:
-    """Put the weights of all experts of a layer together."""
-    lines = [part.line for part in parts]
-    return _Coded(
-        {name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors},
-        sum(part.squared_error for part in parts),
-        sum(part.squared_norm for part in parts),
-        [row for part in parts for row in part.underflowed],
-        {key: sum(line[key] for line in lines) for key in lines[0]},
-    )
