@@ -7,7 +7,7 @@ the way to the original model's outputs where calibration summed up how its inpu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -46,7 +46,7 @@ class Algorithm:
 
 
 def _plain(rows: torch.Tensor, kept: torch.Tensor) -> Masked:
-    return kept, rows * kept
+    return kept, rows.where(kept, 0.0)
 
 
 def _sparsegpt(rows: torch.Tensor, moments: torch.Tensor, _: Hessian, pattern: Pattern) -> Masked:
@@ -142,7 +142,7 @@ def prune(
         losses = {"magnitude": loss(plain[1])}
         kept, found = chosen.mask(target, moments, hessian, pattern)
         if not update and algorithm == "admm":
-            found = rows * kept
+            found = rows.where(kept, 0.0)
         losses["mask"] = loss(found)
         if update:
             found = reweight(found, kept, target, hessian)
@@ -156,7 +156,7 @@ def prune(
             result = encoded.dequantize()
             losses["quantized"] = loss(result)
         else:
-            result = (found * kept).to(weight.dtype)
+            result = found.where(kept, 0.0).to(weight.dtype)
         error = (result.float() - rows).double().square_().sum()
         return Pruned(result, kept, encoded, losses, float(error), float(rows.double().square_().sum()))
 
@@ -182,6 +182,7 @@ def _quantized(
     start = layer.judge(aimed, choice_of(nearest, layer))
     rounded = layer.judge(aimed, layer.round(wanted).choice)
     best = layer.polish(aimed, start.better(rounded))
+    choice = replace(best.choice, values=best.choice.values.where(layer.columns(kept), 0.0))  # no zero has a sign
     unit = hessian.unit
     objective = Objective(float(start.loss.sum()) * unit, float(best.loss.sum()) * unit)
-    return encoded_of(weight, nearest, layer, best.choice, objective)
+    return encoded_of(weight, nearest, layer, choice, objective)
