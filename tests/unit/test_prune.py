@@ -1,4 +1,4 @@
-"""Zeros in a layer: each algorithm as plain loops from its paper's formulas have it, n of m, and steps that only help."""
+"""Zeros in a layer: algorithms as plain loops from their papers have them, n of m, and steps that only help."""
 
 from __future__ import annotations
 
@@ -270,9 +270,9 @@ def test_a_pattern_that_means_nothing_is_an_error_that_names_it(options: tuple[o
 
 
 def test_what_cannot_be_pruned_is_an_error_that_names_it() -> None:
-    with pytest.raises(InputError, match="unknown algorithm 'wander', did you mean 'wanda'"):
+    with pytest.raises(InputError, match=r"unknown algorithm 'wander', did you mean 'wanda'"):
         pruned(random(2, 4), moments(4), Pattern(0.5), "wander")
-    with pytest.raises(InputError, match="pattern 2:4 does not divide the 6 input channels of a.b"):
+    with pytest.raises(InputError, match=r"pattern 2:4 does not divide the 6 input channels of a\.b"):
         Pattern(0.5, 2, 4).check(6, "a.b")
     with pytest.raises(InputError, match="hessian"):
         pruned(random(2, 4), moments(6), Pattern(0.5), "admm")

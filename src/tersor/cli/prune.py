@@ -45,6 +45,11 @@ def command(
     update: Annotated[
         bool, typer.Option("--update/--no-update", help="Fit the weights that stay to their mask.")
     ] = True,
+    allocate: Annotated[
+        bool,
+        typer.Option("--allocate", help="Give every matrix a share of its own, by what its zeros cost on the text."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the labels by which costs are measured.")] = 0,
     ignore: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
@@ -93,6 +98,8 @@ def command(
                 group_size=group_size,
                 scale_dtype=scale_dtype,
                 update=update,
+                allocate=allocate,
+                seed=seed,
                 ignore=ignore or (),
                 overrides=override or (),
                 calibration=calibration,

@@ -18,8 +18,9 @@ from tersor.checkpoint.released import read_released
 from tersor.checkpoint.source import open_source
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.compress.prune import Pattern, get_algorithm
+from tersor.compress.prune.allocate import allocate as allocate_shares
 from tersor.convert.beside import model_dtype, write_beside
-from tersor.convert.calibrate import Calibration, calibrate, discard, plan
+from tersor.convert.calibrate import Calibration, Plan, calibrate, costs, discard, plan
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.checks import (
     DEFAULT_SHARD_BYTES,
@@ -120,11 +121,13 @@ def prune(
     group_size: int | None = None,
     scale_dtype: str | None = None,
     update: bool = True,
+    allocate: bool = False,
     ignore: Sequence[str] = (),
     overrides: Sequence[str] = (),
     calibration: str | os.PathLike[str] | None = None,
     calibration_tokens: int | None = None,
     calibration_window: int | None = None,
+    seed: int = 0,
     resume: bool = False,
     device: str | None = None,
     shard_size: float = DEFAULT_SHARD_BYTES,
@@ -147,10 +150,12 @@ def prune(
         values: of the weights that stay: a dtype such as `bf16`, or a format such as `fp6`; `None` is the model's dtype.
         group_size, scale_dtype: of a format.
         update: whether the weights that stay are fitted to their mask.
+        allocate: whether matrices without an override get shares of their own, by what zeros in each cost.
         ignore: regular expressions of modules to leave alone.
         overrides: `REGEX=SPARSITY[:n:m][:row|:layer]`; the first that finds a module decides.
         calibration: a file of text (UTF-8), a file of JSON lines (`.jsonl`), or the id of a dataset.
         calibration_tokens, calibration_window: as for `convert.quantize`.
+        seed: of the labels by which costs are measured.
         resume: continue the work that an interrupted run left in `<output>.partial`.
         device: where blocks are pruned: `cpu` (also `None`), `cuda`, `cuda:N` or `auto`.
         shard_size: bytes of tensors in an output file.
@@ -168,10 +173,12 @@ def prune(
     started = time.monotonic()
     chosen = get_algorithm(algorithm)
     asked = Asked.parse(sparsity, pattern, chosen.scope if scope is None else scope, overrides)
+    if allocate and asked.usual.exact:
+        raise InputError(f"{asked.usual.most}:{asked.usual.of} leaves no share to allocate: give a larger --sparsity")
     numbers = parse_values(values, group_size, scale_dtype)
     if calibration is None:
         raise InputError("pruning needs a text to calibrate on: add --calibration FILE")
-    text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window)
+    text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, seed=seed)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
     patterns = parse_ignore(ignore)
@@ -207,7 +214,7 @@ def prune(
         companions = source.companions()
         targets = architecture.find(source.tensors)
         del architecture  # with the model behind it
-        given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code)
+        given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate)
         outside = sorted(set(layers) - {task.name for task in given.tasks})
         if outside:
             raise InputError(f"{outside[0]} is in no decoder block and cannot be pruned: ignore it")
@@ -220,6 +227,7 @@ def prune(
             "algorithm": algorithm,
             "values": str(numbers.key() if isinstance(numbers, Scheme) else numbers),
             "update": update,
+            "allocate": allocate,
             **asked.identity(),
             "ignore": list(patterns),
             "source's compression": dict(released.settings) if released is not None else None,
@@ -228,10 +236,12 @@ def prune(
         }
         work = Workplace(destination, identity, resume)
         try:
-            coder = PruneCoder(layers, algorithm, numbers, update=update)
             first = len(work.rows)
             try:
                 check_space(conversion, work, given.disk_bytes(work.directory))
+                if allocate:
+                    layers = _allocated(layers, asked, given, conversion, work.directory, progress)
+                coder = PruneCoder(layers, algorithm, numbers, update=update)
                 ready = calibrate(given, conversion, algorithm, work.directory, progress, coder)
                 final = conversion if isinstance(numbers, Scheme) else _dense(conversion)
                 names = [name for name, _ in final.shards]
@@ -271,6 +281,23 @@ def _patterns_of(conversion: Conversion, asked: Asked) -> Mapping[str, Pattern]:
             found[step.layer.module] = asked.of(step.layer.names)
             found[step.layer.module].check(step.layer.shape[-1], step.layer.module)
     return found
+
+
+def _allocated(
+    layers: Mapping[str, Pattern],
+    asked: Asked,
+    given: Plan,
+    conversion: Conversion,
+    directory: Path,
+    progress: Progress | None,
+) -> dict[str, Pattern]:
+    """Return patterns with the share of every matrix by what its zeros cost; experts and overrides keep theirs."""
+    apart = {task.name for task in given.tasks if task.site.part}
+    alike = [name for name, found in layers.items() if found == asked.usual and name not in apart]
+    counts = costs(given, conversion, set(alike), directory, progress)
+    least = 1 - asked.usual.most / asked.usual.of if asked.usual.of else 0.0
+    shares = allocate_shares({name: counts[name] for name in alike}, asked.usual.sparsity)
+    return {**layers, **{name: replace(asked.usual, sparsity=max(share, least)) for name, share in shares.items()}}
 
 
 def _dense(conversion: Conversion) -> Conversion:

@@ -18,6 +18,7 @@ from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate.coder import Coder, RecipeCoder
 from tersor.convert.calibrate.run import Run
 from tersor.convert.calibrate.scores import Scoring
+from tersor.convert.calibrate.sensitivity import Sensitivity
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
@@ -177,6 +178,19 @@ def score(
     scoring = Scoring(given.model, steps, tasks, mix, Store(directory), progress)
     keep = given.calibration.effort == "high"
     return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=keep)
+
+
+def costs(
+    given: Plan, conversion: Conversion, modules: Container[str], directory: Path, progress: Progress | None
+) -> dict[str, torch.Tensor]:
+    """Return how many weights of modules cost how much, as `compress.prune.allocate` counts them.
+
+    Arguments and errors are those of `score`.
+    """
+    steps = list(zip(conversion.steps, given.parameters, strict=True))
+    tasks = [task for task in given.tasks if task.name in modules]
+    scoring = Sensitivity(given.model, steps, tasks, Store(directory), progress)
+    return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=False)
 
 
 def calibrate(

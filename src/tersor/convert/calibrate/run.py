@@ -245,9 +245,7 @@ class Run:
         if not bool(statistics[HESSIAN].diagonal().isfinite().all()):
             raise InputError(f"what {task.name} reads of this text holds a NaN or an infinity, or is too large to sum")
 
-    def _code(
-        self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0
-    ) -> Coded:
+    def _code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0) -> Coded:
         """Return what becomes of a weight [OC, IC], of experts in one tensor that of one."""
         first = expert * len(weight) if task.expert is None else 0
         try:
