@@ -257,7 +257,7 @@ def test_a_layer_without_tokens_and_one_with_a_silent_channel_are_pruned(name: s
         ((float("nan"),), "not a share"),
         (("half",), "sparsity 'half' is not a share"),
         ((None,), "no sparsity given"),
-        ((0.4, "2:4"), "sparsity 0.4 is out of reach: 2:4 makes 0.5 of the weights zero at least"),
+        ((0.4, "2:4"), "sparsity 0.4 is out of reach: 2:4 makes 0.5 of the weights zero or more"),
         ((None, "4:4"), "does not leave some"),
         ((None, "0:4"), "does not leave some"),
         ((0.5, "2/4"), "pattern '2/4' is not n:m"),

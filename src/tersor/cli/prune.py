@@ -49,6 +49,13 @@ def command(
         bool,
         typer.Option("--allocate", help="Give every matrix a share of its own, by what its zeros cost on the text."),
     ] = False,
+    dead_neurons: Annotated[
+        str | None,
+        typer.Option(
+            metavar="report|drop",
+            help="report: count the MLP units that never fire on the text; drop: make their weights zero as well.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the labels by which costs are measured.")] = 0,
     ignore: Annotated[
         list[str] | None,
@@ -99,6 +106,7 @@ def command(
                 scale_dtype=scale_dtype,
                 update=update,
                 allocate=allocate,
+                dead_neurons=dead_neurons,
                 seed=seed,
                 ignore=ignore or (),
                 overrides=override or (),

@@ -46,8 +46,8 @@ class Judged:
 class Layer:
     """What the rows of a layer are rounded by: the grid, the Hessian, the group of every column in the Hessian's order.
 
-    `kept` is 0 where a weight is zero and remains so, else 1, float32 [IC, rows], columns in the Hessian's order; `None`
-    where no weight has to be zero.
+    `kept` is 0 where a weight is zero and remains so, else 1, float32 [IC, rows], columns in the Hessian's order;
+    `None` where no weight has to be zero.
     """
 
     grid: Grid

@@ -22,6 +22,7 @@ from tersor.compress.prune.allocate import allocate as allocate_shares
 from tersor.convert.beside import model_dtype, write_beside
 from tersor.convert.calibrate import Calibration, Plan, calibrate, costs, discard, plan
 from tersor.convert.calibrate.pruning import PruneCoder
+from tersor.convert.calibrate.units import Units
 from tersor.convert.checks import (
     DEFAULT_SHARD_BYTES,
     check_apart,
@@ -40,6 +41,9 @@ from tersor.formats.dtypes import FLOAT_DTYPES
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
+
+DEAD_NEURONS = ("report", "drop")
+"""What can be done about MLP units that never fire on the calibration text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,7 @@ def prune(
     scale_dtype: str | None = None,
     update: bool = True,
     allocate: bool = False,
+    dead_neurons: str | None = None,
     ignore: Sequence[str] = (),
     overrides: Sequence[str] = (),
     calibration: str | os.PathLike[str] | None = None,
@@ -147,10 +152,13 @@ def prune(
         pattern: `n:m`: at most n weights of m consecutive input channels stay; empty is none.
         scope: `layer` or `row`, where the share holds; `None` is what the algorithm's paper has.
         algorithm: which weights stay, a key of `compress.prune.ALGORITHMS`.
-        values: of the weights that stay: a dtype such as `bf16`, or a format such as `fp6`; `None` is the model's dtype.
+        values: of the weights that stay: a dtype such as `bf16`, or a format such as `fp6`; `None` is the dtype that they
+            come in.
         group_size, scale_dtype: of a format.
         update: whether the weights that stay are fitted to their mask.
         allocate: whether matrices without an override get shares of their own, by what zeros in each cost.
+        dead_neurons: `report` counts the MLP units that never fire on the text, `drop` makes them zero as well; `None`
+            does not look for them.
         ignore: regular expressions of modules to leave alone.
         overrides: `REGEX=SPARSITY[:n:m][:row|:layer]`; the first that finds a module decides.
         calibration: a file of text (UTF-8), a file of JSON lines (`.jsonl`), or the id of a dataset.
@@ -175,6 +183,9 @@ def prune(
     asked = Asked.parse(sparsity, pattern, chosen.scope if scope is None else scope, overrides)
     if allocate and asked.usual.exact:
         raise InputError(f"{asked.usual.most}:{asked.usual.of} leaves no share to allocate: give a larger --sparsity")
+    if dead_neurons not in (None, *DEAD_NEURONS):
+        raise InputError(f"dead neurons {dead_neurons!r} is neither of {', '.join(DEAD_NEURONS)}")
+    units = None if dead_neurons is None else Units(drop=dead_neurons == "drop")
     numbers = parse_values(values, group_size, scale_dtype)
     if calibration is None:
         raise InputError("pruning needs a text to calibrate on: add --calibration FILE")
@@ -228,6 +239,7 @@ def prune(
             "values": str(numbers.key() if isinstance(numbers, Scheme) else numbers),
             "update": update,
             "allocate": allocate,
+            "dead neurons": dead_neurons,
             **asked.identity(),
             "ignore": list(patterns),
             "source's compression": dict(released.settings) if released is not None else None,
@@ -241,8 +253,8 @@ def prune(
                 check_space(conversion, work, given.disk_bytes(work.directory))
                 if allocate:
                     layers = _allocated(layers, asked, given, conversion, work.directory, progress)
-                coder = PruneCoder(layers, algorithm, numbers, update=update)
-                ready = calibrate(given, conversion, algorithm, work.directory, progress, coder)
+                coder = PruneCoder(layers, algorithm, numbers, update=update, units=units)
+                ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
                 final = conversion if isinstance(numbers, Scheme) else _dense(conversion)
                 names = [name for name, _ in final.shards]
                 pipeline = Pipeline(final, "rtn", work.directory, where, progress, ready)

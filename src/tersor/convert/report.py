@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class Report:
         stream_seconds: the part of `seconds` in which weights were read, encoded and written.
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
         source_method: what the source was compressed by, such as `fp8`, and decoded from; empty for a plain one.
+        dead_units: layer -> how many of its input units never fire on the calibration text; `None` where nobody asked.
     """
 
     source: str
@@ -87,6 +88,7 @@ class Report:
     stream_seconds: float = 0.0
     bytes_read: int = 0
     source_method: str = ""
+    dead_units: Mapping[str, int] | None = None
 
     @property
     def compressed(self) -> tuple[Row, ...]:
@@ -163,6 +165,7 @@ class Report:
             "worst_relative_error": worst.relative_error if worst else None,
             "worst_tensor": worst.name if worst else None,
             "warnings": list(self.warnings),
+            **({"dead_units": dict(self.dead_units)} if self.dead_units is not None else {}),
             "files": list(self.files),
             "seconds": self.seconds,
             "stream_seconds": self.stream_seconds,

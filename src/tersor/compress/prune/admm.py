@@ -1,4 +1,4 @@
-"""The mask of ALPS (arXiv 2406.07831): the layer's loss and the number of zeros pull at a weight each, until they agree.
+"""The mask of ALPS (arXiv 2406.07831): the loss and the number of zeros pull at each weight until they agree.
 
 ADMM splits the weights in two: W makes the loss small, D has the zeros, and V is what holds them together. Channels are
 scaled to one squared norm first, so that one penalty fits all of them.

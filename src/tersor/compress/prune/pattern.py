@@ -48,7 +48,7 @@ class Pattern:
         least = 1 - self.most / self.of
         if share < least - 1e-9:
             raise InputError(
-                f"sparsity {share:g} is out of reach: {self.most}:{self.of} makes {least:g} of the weights zero at least"
+                f"sparsity {share:g} is out of reach: {self.most}:{self.of} makes {least:g} of the weights zero or more"
             )
 
     @staticmethod

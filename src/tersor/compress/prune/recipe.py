@@ -1,7 +1,7 @@
 """One entry to pruning: a mask by an algorithm, the best weights for it, and their codes in any scheme.
 
-Every step is judged by the layer's loss tr((W - T) H (W - T)^T), T the weights wanted: those that there were, moved half
-the way to the original model's outputs where calibration summed up how its inputs differ (`compress.gptq`).
+Every step is judged by the layer's loss tr((W - T) H (W - T)^T), T the weights wanted: those that there were, moved
+half the way to the original model's outputs where calibration summed up how its inputs differ (`compress.gptq`).
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def prune(
     *,
     scheme: Scheme | None = None,
     update: bool = True,
+    allowed: torch.Tensor | None = None,
 ) -> Pruned:
     """Prune a whole weight against the statistics of its layer.
 
@@ -115,6 +116,7 @@ def prune(
         scheme: of the weights that stay; `None` keeps the weight's dtype.
         update: whether the weights that stay are moved to the best ones for their mask; without, they are what the
             algorithm itself makes of them: SparseGPT's own updates, and elsewhere the weights as they were.
+        allowed: bool [OC, IC], which weights may stay; the others are zero whatever the pattern keeps.
 
     Returns:
         The weight. No step behind the mask makes the loss larger, and a mask that loses more than that of the largest
@@ -131,16 +133,19 @@ def prune(
     with exact_products(), torch.no_grad():
         moments = statistics[HESSIAN]
         hessian = Hessian.of(moments, INPUT_DAMPING, HESSIAN)
-        rows = target = weight.float()
+        original = weight.float()
+        rows = target = original if allowed is None else original.where(allowed, 0.0)
         if update and SHIFT in statistics:
             target = rows + propagated(rows, statistics[SHIFT], hessian)
 
         def loss(found: torch.Tensor) -> float:
             return float(loss_of(found, target, hessian).sum()) * hessian.unit
 
-        plain = _plain(rows, magnitude_mask(rows, pattern))
+        plain = _plain(rows, _within(magnitude_mask(rows, pattern), allowed))
         losses = {"magnitude": loss(plain[1])}
         kept, found = chosen.mask(target, moments, hessian, pattern)
+        kept = _within(kept, allowed)
+        found = found.where(kept, 0.0)
         if not update and algorithm == "admm":
             found = rows.where(kept, 0.0)
         losses["mask"] = loss(found)
@@ -157,8 +162,12 @@ def prune(
             losses["quantized"] = loss(result)
         else:
             result = found.where(kept, 0.0).to(weight.dtype)
-        error = (result.float() - rows).double().square_().sum()
-        return Pruned(result, kept, encoded, losses, float(error), float(rows.double().square_().sum()))
+        error = (result.float() - original).double().square_().sum()
+        return Pruned(result, kept, encoded, losses, float(error), float(original.double().square_().sum()))
+
+
+def _within(kept: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    return kept if allowed is None else kept & allowed
 
 
 def _check_finite(weight: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tersor.convert.calibrate.sensitivity import Sensitivity
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
+from tersor.convert.calibrate.units import Units
 from tersor.convert.pipeline import Progress, Ready
 from tersor.errors import InputError, TersorError
 from tersor.formats import Mix
@@ -200,6 +201,7 @@ def calibrate(
     directory: Path,
     progress: Progress | None,
     coder: Coder | None = None,
+    units: Units | None = None,
 ) -> dict[int, Ready]:
     """Calibrate all blocks that are not finished yet, and write the log; return the packed weights by their steps.
 
@@ -210,6 +212,7 @@ def calibrate(
         directory: where the output is made; what is finished stands in its folder `calibration`.
         progress: called after every block.
         coder: what becomes of weights, where it is not codes by a recipe.
+        units: learns which units never fire, where that is wanted.
 
     Raises:
         InputError, CheckpointError, OutputError: as `Run.run` says.
@@ -217,7 +220,7 @@ def calibrate(
     """
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
-    run = Run(given.model, steps, given.tasks, coder or RecipeCoder(recipe), store, progress)
+    run = Run(given.model, steps, given.tasks, coder or RecipeCoder(recipe), store, progress, units)
     try:
         run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
     except torch.OutOfMemoryError:
@@ -260,6 +263,7 @@ def _log(
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "blocks": [{"block": record["block"], "seconds": record["seconds"]} for record in records],
         "layers": layers,
+        **_dead(records),
         "rarely_hit_experts": [
             line["layer"] if not isinstance(line["tokens"], list) else f"{line['layer']}[{expert}]"
             for line in layers
@@ -271,6 +275,13 @@ def _log(
             if step.scheme is not None and step.layer is not None and index not in ready
         ],
     }
+
+
+def _dead(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the units that never fire, by layer, where they were looked for."""
+    if not any("dead_units" in record for record in records):
+        return {}
+    return {"dead_units": {name: units for record in records for name, units in record["dead_units"].items()}}
 
 
 def _dtype(source: Source, device: torch.device, gradients: bool) -> torch.dtype:

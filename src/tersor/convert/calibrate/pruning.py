@@ -11,6 +11,7 @@ from tersor.checkpoint.names import DENSE
 from tersor.compress.prune import Pattern, prune
 from tersor.convert.calibrate.coder import Coded
 from tersor.convert.calibrate.tasks import Task, decode, matrices
+from tersor.convert.calibrate.units import Units
 from tersor.formats import Scheme
 
 WEIGHT = "weight"
@@ -27,6 +28,7 @@ class PruneCoder:
         values: Scheme | torch.dtype | None,
         *,
         update: bool,
+        units: Units | None = None,
     ) -> None:
         """Take what is asked for.
 
@@ -35,7 +37,9 @@ class PruneCoder:
             algorithm: a key of `compress.prune.ALGORITHMS`.
             values: scheme or dtype of the weights that stay; `None` is the dtype that they come in.
             update: whether those weights are fitted to their mask.
+            units: what may not stay because it never fires.
         """
+        self._units = units
         self._patterns, self._algorithm, self._values, self._update = patterns, algorithm, values, update
 
     def prepare(self, tasks: Sequence[Task], device: torch.device) -> None:
@@ -45,8 +49,9 @@ class PruneCoder:
         """Prune a weight and pack it."""
         scheme = self._values if isinstance(self._values, Scheme) else None
         pattern = self._patterns[task.name]
+        allowed = self._units.allowed(task, weight) if self._units is not None else None
         given = weight if isinstance(self._values, Scheme | None) else weight.to(self._values)
-        found = prune(given, pattern, self._algorithm, statistics, scheme=scheme, update=self._update)
+        found = prune(given, pattern, self._algorithm, statistics, scheme=scheme, update=self._update, allowed=allowed)
         line: dict[str, Any] = {f"loss_{step}": loss for step, loss in found.losses.items()}
         line |= {"weights": weight.numel(), "kept": int(found.kept.sum())}
         if found.encoded is None:

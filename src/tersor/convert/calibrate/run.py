@@ -24,6 +24,7 @@ from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
+from tersor.convert.calibrate.units import Units
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
 from tersor.integrations.transformers.blocks import BlockModel
@@ -40,6 +41,7 @@ class Run:
         coder: Coder,
         store: Store,
         progress: Progress | None,
+        units: Units | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -51,7 +53,9 @@ class Run:
             coder: what becomes of their weights.
             store: what is finished.
             progress: called after every block.
+            units: learns of every block which of its units never fire, where that is wanted.
         """
+        self._units = units
         self._model, self._tasks, self._coder, self._store = model, tasks, coder, store
         self._progress = progress
         self._done = 0
@@ -144,6 +148,8 @@ class Run:
         sites = list(dict.fromkeys(task.site for task in tasks))
         importance = backward.measure(streams, block, sites) if backward is not None else {}
         _, hidden, call = next(streams.each(block))
+        units = self._units
+        silent = units.measure(self._model, layer, streams, block, tasks) if units is not None else None
         done: dict[int, Coded] = {}
         for group in find_groups(self._model, twin, sites, hidden, call):
             own = [task for task in tasks if task.site in group.sites]
@@ -160,6 +166,7 @@ class Run:
                 index: [each.squared_error, each.squared_norm, sorted(each.underflowed)] for index, each in done.items()
             },
             "digest": streams.digest(),
+            **({"dead_units": silent} if silent is not None else {}),
         }
         tensors = {f"{index}.{name}": tensor for index, each in done.items() for name, tensor in each.tensors.items()}
         self._store.finish(block, tensors, record)
