@@ -48,10 +48,9 @@ def write_beside(
     if not stated_dtype(config):
         # A reader that infers the dtype from the first float tensor could take a scale for a weight.
         config["dtype"] = model_dtype(source)
-    if any(step.scheme is not None for step in conversion.steps):
-        config["quantization_config"] = chosen_export.quantization_config(
-            conversion.config, conversion.layers, conversion.head
-        )
+    config["quantization_config"] = chosen_export.quantization_config(
+        conversion.config, conversion.layers, conversion.head
+    )
     write_file(directory / CONFIG_NAME, _json(config))
     if len(conversion.shards) > 1:
         weight_map = {

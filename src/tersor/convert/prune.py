@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from tersor.checkpoint.config import Override, check_pattern, finds, parse_ignore, parse_scheme
+from tersor.checkpoint.config import Override, parse_ignore
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import get_export
+from tersor.checkpoint.modules import Architecture, LinearLayer
+from tersor.checkpoint.names import MASK
+from tersor.checkpoint.pruned import FindPruned
 from tersor.checkpoint.released import read_released
-from tersor.checkpoint.source import open_source
-from tersor.checkpoint.writer import shard_names, split_into_shards
+from tersor.checkpoint.source import StoredTensor, open_source
 from tersor.compress.prune import Pattern, get_algorithm
 from tersor.compress.prune.allocate import allocate as allocate_shares
 from tersor.convert.beside import model_dtype, write_beside
 from tersor.convert.calibrate import Calibration, Plan, calibrate, costs, discard, plan
 from tersor.convert.calibrate.pruning import PruneCoder
+from tersor.convert.calibrate.store import LOG_NAME
 from tersor.convert.calibrate.units import Units
 from tersor.convert.checks import (
     DEFAULT_SHARD_BYTES,
@@ -31,86 +33,17 @@ from tersor.convert.checks import (
     check_space,
 )
 from tersor.convert.layers import write_layers
-from tersor.convert.mix import STAND_IN
-from tersor.convert.pipeline import Pipeline, Progress
+from tersor.convert.pipeline import Pipeline, Progress, Ready
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
+from tersor.convert.survey import dense_bytes
+from tersor.convert.zeros import DEAD_NEURONS, Asked, parse_values
 from tersor.errors import InputError
-from tersor.formats import Scheme
-from tersor.formats.dtypes import FLOAT_DTYPES
+from tersor.formats import Pruned, Sparse
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
+from tersor.layouts import bitmap
 from tersor.version import __version__
-
-DEAD_NEURONS = ("report", "drop")
-"""What can be done about MLP units that never fire on the calibration text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Which zeros are asked for.
-
-    Attributes:
-        usual: of every layer that no override finds.
-        overrides: (regular expression of modules, their pattern); the first that finds a module decides.
-    """
-
-    usual: Pattern
-    overrides: tuple[tuple[str, Pattern], ...]
-
-    @staticmethod
-    def parse(sparsity: Any, block: str, scope: str, overrides: Sequence[str]) -> Asked:
-        """Return what options mean.
-
-        Args:
-            sparsity, block, scope: as `Pattern.parse` takes them.
-            overrides: `REGEX=SPARSITY[:n:m][:row|:layer]`.
-
-        Raises:
-            InputError: one of them means nothing, or a share is out of reach; it is named.
-        """
-        usual = Pattern.parse(sparsity, block, scope)
-        found: dict[str, Pattern] = {}
-        for text in overrides:
-            pattern, separator, value = text.rpartition("=") if isinstance(text, str) else ("", "", "")
-            if not separator or not pattern or not value:
-                raise InputError(f"override {text!r} is not REGEX=SPARSITY, such as 'down_proj=0.3'")
-            if check_pattern(pattern, "override") in found:
-                raise InputError(f"override {pattern!r} stands there twice: keep one of them")
-            share, *details = value.split(":")
-            own = details.pop() if details and details[-1] in ("row", "layer") else scope
-            try:
-                found[pattern] = Pattern.parse(share, ":".join(details) or block, own)
-            except InputError as error:
-                raise InputError(f"override {text!r}: {error}") from None
-        return Asked(usual, tuple(found.items()))
-
-    def of(self, names: Sequence[str]) -> Pattern:
-        """Return the pattern of a module that has these names."""
-        return next((pattern for regex, pattern in self.overrides if finds(regex, names)), self.usual)
-
-    def identity(self) -> dict[str, Any]:
-        """Return what was asked for, as JSON values."""
-        return {"sparsity": self.usual.key(), "overrides": {regex: found.key() for regex, found in self.overrides}}
-
-
-def parse_values(text: str | None, group_size: int | None, scale_dtype: str | None) -> Scheme | torch.dtype | None:
-    """Return the scheme or the dtype that a name of values means; `None` is the dtype of the source.
-
-    Args:
-        text: `bf16`, `fp16`, `fp32` or such a dtype in full, or `FORMAT[:gN|:row][:SCALE_DTYPE]`.
-        group_size, scale_dtype: where a format names none.
-
-    Raises:
-        FormatError: there is no such format.
-        InputError: groups or scales of values that have none.
-    """
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    if text is None or short.get(text, text) in FLOAT_DTYPES:
-        if (group_size, scale_dtype) != (None, None):
-            raise InputError("group size and scale dtype are for values with codes, such as --values fp6")
-        return None if text is None else FLOAT_DTYPES[short.get(text, text)]
-    return parse_scheme(text, group_size, scale_dtype, f"values {text!r}")
 
 
 def prune(
@@ -186,7 +119,7 @@ def prune(
     if dead_neurons not in (None, *DEAD_NEURONS):
         raise InputError(f"dead neurons {dead_neurons!r} is neither of {', '.join(DEAD_NEURONS)}")
     units = None if dead_neurons is None else Units(drop=dead_neurons == "drop")
-    numbers = parse_values(values, group_size, scale_dtype)
+    parse_values(values, group_size, scale_dtype, "float32")
     if calibration is None:
         raise InputError("pruning needs a text to calibrate on: add --calibration FILE")
     text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, seed=seed)
@@ -200,7 +133,8 @@ def prune(
         released = read_released(source)
         if released is not None:
             source.tensors = released.tensors
-        scheme = numbers if isinstance(numbers, Scheme) else STAND_IN
+        sparse = parse_values(values, group_size, scale_dtype, model_dtype(source))
+        export = get_export("tersor", model_dtype(source))
         provenance = {
             "tersor": __version__,
             "algorithm": algorithm,
@@ -209,34 +143,40 @@ def prune(
             **({"source_revision": revision} if revision is not None else {}),
             **({"source_method": released.method} if released is not None else {}),
         }
-        export = get_export("tersor", model_dtype(source))
+
+        def converted(architecture: Architecture, find_pruned: FindPruned) -> Conversion:
+            return make_conversion(
+                source,
+                architecture,
+                scheme=sparse,
+                ignore=patterns,
+                overrides=[Override(regex, sparse) for regex, _ in asked.overrides],
+                export=export,
+                shard_bytes=shard_bytes,
+                provenance=provenance,
+                find_pruned=find_pruned,
+            )
+
         architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
-        conversion = make_conversion(
-            source,
-            architecture,
-            scheme=scheme,
-            ignore=patterns,
-            overrides=[Override(regex, scheme) for regex, _ in asked.overrides],
-            export=export,
-            shard_bytes=shard_bytes,
-            provenance=provenance,
-        )
-        layers = _patterns_of(conversion, asked)
+        expected = _Expected(asked)
+        conversion = converted(architecture, expected.find)
+        expected.check(conversion)
         companions = source.companions()
         targets = architecture.find(source.tensors)
         del architecture  # with the model behind it
-        given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate)
-        outside = sorted(set(layers) - {task.name for task in given.tasks})
+        given = plan(
+            source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate
+        )
+        outside = sorted(set(expected.patterns) - {task.name for task in given.tasks})
         if outside:
             raise InputError(f"{outside[0]} is in no decoder block and cannot be pruned: ignore it")
         provenance.update(given.provenance)
         identity = {
             "tersor": __version__,
-            "verb": "prune",
             "model": source.label,
             "shard size": shard_bytes,
             "algorithm": algorithm,
-            "values": str(numbers.key() if isinstance(numbers, Scheme) else numbers),
+            "values": sparse.key(),
             "update": update,
             "allocate": allocate,
             "dead neurons": dead_neurons,
@@ -248,51 +188,103 @@ def prune(
         }
         work = Workplace(destination, identity, resume)
         try:
-            first = len(work.rows)
-            try:
-                check_space(conversion, work, given.disk_bytes(work.directory))
-                if allocate:
-                    layers = _allocated(layers, asked, given, conversion, work.directory, progress)
-                coder = PruneCoder(layers, algorithm, numbers, update=update, units=units)
-                ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
-                final = conversion if isinstance(numbers, Scheme) else _dense(conversion)
-                names = [name for name, _ in final.shards]
-                pipeline = Pipeline(final, "rtn", work.directory, where, progress, ready)
-                streaming = time.monotonic()
-                pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
-                stream_seconds = time.monotonic() - streaming
-                write_beside(source, final, export, "rtn", companions, work.directory)
-                write_layers(final, (row for rows in work.rows for row in rows), work.directory)
-                discard(work.directory)
-                work.publish()
-            except InputError:
-                work.discard()
-                raise
-            done = {row.name: row for rows in work.rows for row in rows}
-            return Report(
-                source=source.label,
-                output=str(destination),
-                scheme=scheme.key(),
-                export=export.name,
-                rows=tuple(done[step.source.spec.name] for step in final.steps),
-                files=tuple(names),
-                seconds=time.monotonic() - started,
-                stream_seconds=stream_seconds,
-                bytes_read=conversion.input_bytes,
-                source_method=released.method if released is not None else "",
-            )
+            check_space(conversion, work, given.disk_bytes(work.directory))
+            layers = expected.patterns
+            if allocate:
+                layers = _allocated(layers, asked, given, conversion, work.directory, progress)
+            coder = PruneCoder(layers, algorithm, sparse, update=update, units=units)
+            ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
+            again = read_architecture(source.directory, trust_remote_code=trust_remote_code)
+            final = converted(again, _Left(conversion, ready).find)
+            names = [name for name, _ in final.shards]
+            pipeline = Pipeline(final, "rtn", work.directory, where, progress, ready)
+            streaming = time.monotonic()
+            pipeline.run(len(work.rows), lambda number, rows: work.finished(rows, names[: number + 1]))
+            stream_seconds = time.monotonic() - streaming
+            write_beside(source, final, export, algorithm, companions, work.directory)
+            write_layers(final, (row for rows in work.rows for row in rows), work.directory)
+            discard(work.directory)
+            log = json.loads((work.directory / LOG_NAME).read_text(encoding="utf-8"))
+            dead = {name: len(found) for name, found in log["dead_units"].items()} if units is not None else None
+            work.publish()
+        except InputError:
+            work.discard()
+            raise
         finally:
             work.close()
+        done = {row.name: row for rows in work.rows for row in rows}
+        return Report(
+            source=source.label,
+            output=str(destination),
+            scheme=final.config.scheme.key(),
+            export=export.name,
+            rows=tuple(done[step.source.spec.name] for step in final.steps),
+            files=tuple(names),
+            seconds=time.monotonic() - started,
+            stream_seconds=stream_seconds,
+            bytes_read=final.input_bytes,
+            source_method=released.method if released is not None else "",
+            dead_units=dead,
+        )
 
 
-def _patterns_of(conversion: Conversion, asked: Asked) -> Mapping[str, Pattern]:
-    """Return the pattern of every layer that is pruned, each checked against its channels."""
-    found = {}
-    for step in conversion.steps:
-        if step.layer is not None and step.scheme is not None:
-            found[step.layer.module] = asked.of(step.layer.names)
-            found[step.layer.module].check(step.layer.shape[-1], step.layer.module)
-    return found
+class _Expected:
+    """Weights as they will be stored if what is asked for is met, and the pattern of each.
+
+    Attributes:
+        patterns: by the name of the layer.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._smaller = False
+        self.patterns: dict[str, Pattern] = {}
+
+    def find(self, _: StoredTensor, layer: LinearLayer, sparse: Sparse) -> Pruned:
+        """Return what will be left of a weight, as many weights in every row.
+
+        Raises:
+            InputError: the pattern does not divide its input channels.
+        """
+        oc, ic = layer.shape
+        pattern = self._asked.of(layer.names)
+        pattern.check(ic, layer.module)
+        self.patterns[layer.module] = pattern
+        found = Pruned.of(sparse, [round((1 - pattern.sparsity) * ic)] * oc)
+        self._smaller = self._smaller or found.nbytes(ic) < dense_bytes(sparse, oc, ic)
+        return found
+
+    def check(self, conversion: Conversion) -> None:
+        """Check that experts are left alone, and that zeros make a weight smaller.
+
+        Raises:
+            InputError: they are not, or none does.
+        """
+        for step in conversion.steps:
+            layer = step.layer
+            if layer is not None and (layer.stacked or re.search(r"\.experts\.\d+\.", layer.module)):
+                if not any(re.search(pattern, name) for pattern in conversion.config.ignore for name in layer.names):
+                    raise InputError(
+                        rf"{layer.module} is a layer's experts, which have no sparse form: ignore them ('\.experts\b')"
+                    )
+        if not self._smaller:
+            asked, values = self._asked.usual, conversion.config.scheme.key().removeprefix("sparse:")
+            raise InputError(
+                f"sparsity {asked.sparsity:g} makes no weight smaller whose values are {values}: a mask takes a bit of "
+                "each weight; ask for more zeros"
+            )
+
+
+class _Left:
+    """What is left of weights that are pruned and packed."""
+
+    def __init__(self, conversion: Conversion, ready: Mapping[int, Ready]) -> None:
+        self._ready = {conversion.steps[index].source.spec.name: one for index, one in ready.items()}
+
+    def find(self, tensor: StoredTensor, _: LinearLayer, sparse: Sparse) -> Pruned | None:
+        """Return how many weights are left in every row of a weight that was packed sparse."""
+        mask = self._ready[tensor.spec.name].read().get(MASK)
+        return None if mask is None else Pruned.of(sparse, bitmap.count(mask))
 
 
 def _allocated(
@@ -303,21 +295,9 @@ def _allocated(
     directory: Path,
     progress: Progress | None,
 ) -> dict[str, Pattern]:
-    """Return patterns with the share of every matrix by what its zeros cost; experts and overrides keep theirs."""
-    apart = {task.name for task in given.tasks if task.site.part}
-    alike = [name for name, found in layers.items() if found == asked.usual and name not in apart]
+    """Return patterns with the share of every matrix by what its zeros cost; those with overrides keep theirs."""
+    alike = [name for name, found in layers.items() if found == asked.usual]
     counts = costs(given, conversion, set(alike), directory, progress)
     least = 1 - asked.usual.most / asked.usual.of if asked.usual.of else 0.0
     shares = allocate_shares({name: counts[name] for name in alike}, asked.usual.sparsity)
     return {**layers, **{name: replace(asked.usual, sparsity=max(share, least)) for name, share in shares.items()}}
-
-
-def _dense(conversion: Conversion) -> Conversion:
-    """Return the conversion that writes pruned weights as the dense tensors that they were."""
-    steps = tuple(
-        replace(step, scheme=None, stored=None, note="pruned, dense") if step.scheme is not None else step
-        for step in conversion.steps
-    )
-    shards = split_into_shards([step.outputs for step in steps], 5_000_000_000)
-    named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
-    return replace(conversion, steps=steps, shards=tuple(named))

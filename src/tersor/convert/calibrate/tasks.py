@@ -12,7 +12,7 @@ from tersor.checkpoint.modules import Target
 from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.layouts import PackedWeight
 
@@ -135,14 +135,18 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     form = step.scheme
     if isinstance(form, Assignment):
         return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
-    scheme = form
-
-    def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
-
+    assert isinstance(form, Scheme), "what is pruned, its coder decodes"
     if not experts:
-        return matrices(step, one(tensors))
-    parts: Sequence[torch.Tensor] = [
-        one({name: tensor[expert] for name, tensor in tensors.items()}) for expert in range(experts[0])
+        return matrices(step, decode_dense(form, (oc, ic), tensors, dtype))
+    parts = [
+        decode_dense(form, (oc, ic), {name: tensor[expert] for name, tensor in tensors.items()}, dtype)
+        for expert in range(experts[0])
     ]
-    return matrices(step, torch.stack(list(parts)))
+    return matrices(step, torch.stack(parts))
+
+
+def decode_dense(
+    scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the weight [OC, IC] that the packed tensors of a dense weight stand for."""
+    return PackedWeight(scheme, shape, tensors[PACKED], tensors[SCALE], tensors.get(ZERO_POINT)).dequantize(dtype)
