@@ -72,8 +72,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="What is done beside choosing codes; repeatable. rotate: spread outliers by a rotation of the residual "
-            "stream and of heads; awq: scale channels by their inputs; tweak-norms: adjust norms to compressed blocks.",
+            help="What is done beside choosing codes; repeatable. rotate: spread outliers by rotating the residual "
+            "stream and heads; awq: scale channels by their inputs; tweak-norms: adjust norms to compressed blocks.",
         ),
     ] = None,
     effort: Annotated[

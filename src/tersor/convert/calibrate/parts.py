@@ -1,4 +1,4 @@
-"""What is a block made of that transforms may change? Its parameters, and the tensors of the source they are stored in."""
+"""What may transforms change in a block? Its parameters, and the tensors of the source that hold them."""
 
 from __future__ import annotations
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.checkpoint.conversion import Step
-from tersor.checkpoint.names import DENSE
-from tersor.compress import Encoded, encode_blocks
+from tersor.compress import Encoded, encode_blocks, get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
 from tersor.convert.calibrate.bits import deterministic
-from tersor.convert.calibrate.coded import CodedRows, code_mixed
+from tersor.convert.calibrate.coded import Coded, code_mixed, coded, joined, stacked
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
@@ -36,17 +34,6 @@ from tersor.convert.transforms import AWQ, TWEAK_NORMS
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
 from tersor.formats import Assignment
 from tersor.integrations.transformers.blocks import BlockModel
-
-
-@dataclass(slots=True)
-class _Coded:
-    """What became of a task: packed tensors, the sums for its report, and its line of the log."""
-
-    tensors: dict[str, torch.Tensor]
-    squared_error: float
-    squared_norm: float
-    underflowed: list[int]
-    line: dict[str, Any]
 
 
 class Run:
@@ -172,7 +159,7 @@ class Run:
         self._scale(block, twin, scaling)
         importance = scaling.importance(importance)
         _, hidden, call = next(streams.each(block))
-        done: dict[int, _Coded] = {}
+        done: dict[int, Coded] = {}
         for group in find_groups(self._model, twin, sites, hidden, call):
             own = [task for task in tasks if task.site in group.sites]
             coded = self._group(block, (layer, twin), group, own, streams, importance, scaling)
@@ -212,8 +199,10 @@ class Run:
         streams: Streams,
         importance: Mapping[Site, Importance],
         scaling: Scaling,
-    ) -> dict[int, _Coded]:
+    ) -> dict[int, Coded]:
         """Sum up what a group reads in the original block and in its twin, and choose its codes."""
+        if not get_recipe(self._recipe).needs:
+            return {task.index: self._alone(task, scaling) for task in tasks}
         if group.part:
             return self._experts(block, layers, group, tasks, streams)
         weighted = {site: found for site, found in importance.items() if site in group.sites}
@@ -249,9 +238,9 @@ class Run:
         group: Group,
         tasks: Sequence[Task],
         streams: Streams,
-    ) -> dict[int, _Coded]:
+    ) -> dict[int, Coded]:
         """Do the same for the experts of a layer, each with statistics of its own."""
-        parts: dict[int, list[_Coded]] = {task.index: [] for task in tasks}
+        parts: dict[int, list[Coded]] = {task.index: [] for task in tasks}
         tokens: dict[int, list[int]] = {task.index: [] for task in tasks}
         started = time.monotonic()
         stored = {task.index: matrices(task.step, read_tensor(task.step)) for task in tasks if task.expert is None}
@@ -269,7 +258,7 @@ class Run:
         found = {}
         for task in tasks:
             own, counts = parts[task.index], tokens[task.index]
-            found[task.index] = own[0] if task.expert is not None else _stacked(own)
+            found[task.index] = own[0] if task.expert is not None else stacked(own)
             rare = [
                 expert if task.expert is None else task.expert
                 for expert, count in enumerate(counts)
@@ -280,19 +269,27 @@ class Run:
             started = time.monotonic()
         return found
 
+    def _alone(self, task: Task, scaling: Scaling) -> Coded:
+        """Choose codes by a recipe that asks nothing of the inputs."""
+        started = time.monotonic()
+        weight = matrices(task.step, scaling.stored(task)).to(self._model.device)
+        experts = range(len(weight)) if weight.dim() == 3 else ()
+        found = stacked([self._code(task, weight[expert], {}, expert) for expert in experts]) if experts else None
+        result = found or self._code(task, weight, {})
+        self._line(result, task, started, {})
+        return result
+
     def _check(self, task: Task, statistics: Mapping[str, torch.Tensor]) -> None:
         if not bool(statistics[HESSIAN].diagonal().isfinite().all()):
             raise InputError(f"what {task.name} reads of this text holds a NaN or an infinity, or is too large to sum")
 
-    def _code(
-        self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0
-    ) -> _Coded:
+    def _code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0) -> Coded:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
         assert scheme is not None
         if isinstance(scheme, Assignment):
             try:
-                return _joined(code_mixed(weight, scheme, self._recipe, statistics))
+                return joined(code_mixed(weight, scheme, self._recipe, statistics))
             except (NonFiniteError, FormatError) as error:
                 raise located(task.step, error) from None
         taken: list[Encoded] = []
@@ -309,9 +306,9 @@ class Run:
             )
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
-        return _coded(taken[0], first)
+        return coded(taken[0], first)
 
-    def _line(self, coded: _Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
+    def _line(self, coded: Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
         norm = coded.squared_norm
         coded.line = {
@@ -357,36 +354,3 @@ class Run:
                 loaded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
             self._model.load(loaded)
-
-
-def _coded(encoded: Encoded, first_row: int) -> _Coded:
-    tensors = {name: tensor.contiguous() for name, tensor in DENSE.pack(encoded).items()}
-    underflowed = [first_row + row for row in encoded.underflowed]
-    line: dict[str, Any] = {}
-    if encoded.objective is not None:
-        line = {"objective_before": encoded.objective.before, "objective_after": encoded.objective.after}
-    return _Coded(tensors, encoded.squared_error, encoded.squared_norm, underflowed, line)
-
-
-def _joined(levels: Sequence[CodedRows]) -> _Coded:
-    """Put the rows of all levels of a weight together."""
-    parts = [_coded(level.encoded, 0) for level in levels]
-    return _Coded(
-        {name: tensor for level in levels for name, tensor in level.tensors.items()},
-        sum(part.squared_error for part in parts),
-        sum(part.squared_norm for part in parts),
-        [level.features[row] for level, part in zip(levels, parts, strict=True) for row in part.underflowed],
-        {key: sum(part.line[key] for part in parts) for key in parts[0].line},
-    )
-
-
-def _stacked(parts: Sequence[_Coded]) -> _Coded:
-    """Put the weights of all experts of a layer together."""
-    lines = [part.line for part in parts]
-    return _Coded(
-        {name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors},
-        sum(part.squared_error for part in parts),
-        sum(part.squared_norm for part in parts),
-        [row for part in parts for row in part.underflowed],
-        {key: sum(line[key] for line in lines) for key in lines[0]},
-    )

@@ -22,6 +22,7 @@ from tersor.convert.calibrate.inputs import Group, find_groups, watched
 from tersor.convert.calibrate.parts import Parts
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
+from tersor.formats import Assignment
 from tersor.integrations.transformers.residual import head_size
 
 _WITHIN = 0.02
@@ -147,7 +148,7 @@ class Scaler:
             layers.append((matrices(task.step, read_tensor(task.step)).to(device), task.step.scheme))
         readers = Readers(layers, hessian, fold.source, mended=self._mends)
         found = readers.search()
-        line = {
+        line: dict[str, Any] = {
             "layers": [task.name for task in tasks],
             "folded_into": self._parts.name(fold.producer),
             "exponent": found.exponent,
@@ -166,6 +167,9 @@ class Scaler:
             usable = scales.isfinite() & (scales > 0)
             values[weight.number] = torch.where(usable.cpu(), values[weight.number], read_tensor(weight.step))
             scales = torch.where(usable, scales, 1.0)
+            line["objective_after"] = readers.loss(scales)
+        if found.exponent and fold.offset is None and _powers_of_two(self._parts.linears[Site(fold.producer)]):
+            scales = scales.log2().round().exp2()  # so that rows of the producer keep their codes
             line["objective_after"] = readers.loss(scales)
         if not found.exponent or line["objective_after"] >= found.before:
             line.update(exponent=0.0, objective_after=found.before)
@@ -230,8 +234,7 @@ class Scaler:
         for group in groups:
             read = inputs.get(group.sites[0].module)
             for name, output in outputs.items():
-                same = read is not None and isinstance(output, torch.Tensor) and output.data_ptr() == read.data_ptr()
-                if same and output.shape == read.shape:
+                if read is not None and (output.data_ptr(), output.shape) == (read.data_ptr(), read.shape):
                     found[group] = name
         return found
 
@@ -298,6 +301,13 @@ class Scaler:
 def as_stored(value: torch.Tensor, step: Any) -> torch.Tensor:
     """Return a value on the host in the dtype of the step's tensor."""
     return value.cpu().to(read_tensor(step).dtype)
+
+
+def _powers_of_two(task: Task) -> bool:
+    """Whether a layer's scales are powers of two, so that other factors of its rows change how they are rounded."""
+    form = task.step.scheme
+    levels = form.mix.levels if isinstance(form, Assignment) else (form,)
+    return any(level is not None and level.scale_dtype == "e8m0" for level in levels)
 
 
 def _grown(hessian: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -98,8 +98,8 @@ def read_residual(directory: Path, *, trust_remote_code: bool = False) -> Residu
         if place is None:
             owner = name.rpartition(".")[0]
             raise InputError(
-                f"transform 'rotate': {owner}, a {type(modules[owner]).__name__}, is none of the modules that Llama has, "
-                "so the residual stream cannot be rotated through it: leave the transform out"
+                f"transform 'rotate': {owner}, a {type(modules[owner]).__name__}, is none of the modules that Llama "
+                "has, so the residual stream cannot be rotated through it: leave the transform out"
             )
         places[name] = place
     if any(name.endswith("qkv_proj.weight") for name in places):  # values are in one piece with queries
