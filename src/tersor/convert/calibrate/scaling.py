@@ -25,8 +25,9 @@ from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
 from tersor.formats import Assignment
 from tersor.integrations.transformers.residual import head_size
 
-_WITHIN = 0.02
-"""Distance of a block's outputs with factors and without, relative to what the block adds: rounding of bfloat16."""
+_WITHIN, _WITHIN_ROUNDED = 1e-4, 0.02
+"""Distance of a block's outputs with factors and without, relative to what the block adds: powers of two change no bit
+of a 16-bit product; where a gain is 1 plus a weight, it is rounded."""
 
 
 @dataclass(slots=True)
@@ -267,7 +268,8 @@ class Scaler:
         with self._applied(fold):
             after = self._run()
         added = (before - self._hidden).float().norm()
-        return bool((after - before).float().norm() <= _WITHIN * added) and bool(added > 0)
+        within = _WITHIN_ROUNDED if fold.offset and before.dtype != torch.float32 else _WITHIN
+        return bool((after - before).float().norm() <= within * added) and bool(added > 0)
 
     def _held_back(self, fold: _Fold) -> bool:
         """Whether a linear layer has a bias that is not stored as it is."""
