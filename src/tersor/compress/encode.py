@@ -39,19 +39,17 @@ class Recipe:
         summary: what it does to weights, in the past tense: `rounded to nearest`.
         needs: names of the statistics without which it cannot work.
         all_rows: whether rows influence each other, so that it takes no less than a whole weight.
-        mends: whether channels that come later make up for the errors of those before.
     """
 
     quantize: Callable[[torch.Tensor, Scheme, Statistics], Encoded]
     summary: str
     needs: tuple[str, ...] = ()
     all_rows: bool = False
-    mends: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
     DEFAULT_RECIPE: Recipe(lambda weight, scheme, _: quantize_rtn(weight, scheme), "rounded to nearest"),
-    "gptq": Recipe(quantize_gptq, "calibrated by GPTQ", (HESSIAN,), all_rows=True, mends=True),
+    "gptq": Recipe(quantize_gptq, "calibrated by GPTQ", (HESSIAN,), all_rows=True),
 }
 """Every recipe by the name that `quantize(algorithm=...)` and `--algorithm` take."""
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from tersor.compress import get_recipe
 from tersor.compress.awq import Readers
 from tersor.compress.statistics import Moments
 from tersor.convert.calibrate.gradients import Importance
@@ -113,7 +112,7 @@ class Scaler:
             recipe: by which codes will be chosen.
         """
         self._parts, self._streams = parts, streams
-        self._mends = get_recipe(recipe).mends
+        self._recipe = recipe
         self._scaling = Scaling()
         _, self._hidden, self._call = next(streams.each(parts.block))
 
@@ -147,10 +146,15 @@ class Scaler:
         for task in tasks:
             assert task.step.scheme is not None
             layers.append((matrices(task.step, read_tensor(task.step)).to(device), task.step.scheme))
-        readers = Readers(layers, hessian, fold.source, mended=self._mends)
+        names = [task.name for task in tasks]
+        if not all(bool(value.isfinite().all()) for value in (hessian, *(weight for weight, _ in layers))):
+            # Who chooses codes says where.
+            self._scaling.lines.append({"layers": names, "folded_into": None, "left": "a number is not finite"})
+            return
+        readers = Readers(layers, hessian, fold.source, recipe=self._recipe)
         found = readers.search()
         line: dict[str, Any] = {
-            "layers": [task.name for task in tasks],
+            "layers": names,
             "folded_into": self._parts.name(fold.producer),
             "exponent": found.exponent,
             "objective_before": found.before,
