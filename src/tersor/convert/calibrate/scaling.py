@@ -7,6 +7,7 @@ architectures is asked: a layer whose inputs go elsewhere, too, or through a fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -153,6 +154,9 @@ class Scaler:
             return
         readers = Readers(layers, hessian, fold.source, recipe=self._recipe)
         found = readers.search()
+        if not math.isfinite(found.before):
+            self._scaling.lines.append({"layers": names, "folded_into": None, "left": "a scale does not fit its dtype"})
+            return
         line: dict[str, Any] = {
             "layers": names,
             "folded_into": self._parts.name(fold.producer),
