@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import calibrated, checkpoints
+from helpers import calibrated, checkpoints, released
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -121,6 +121,13 @@ def test_compressing_with_a_rotation_is_compressing_the_rotated_model(
     provenance = config["quantization_config"]["provenance"]
     assert (provenance["transforms"], provenance["seed"], config["tie_word_embeddings"]) == ("rotate", "5", False)
     assert distance(tmp_path / "out", model) < 0.3
+
+
+def test_a_compressed_source_is_rotated_like_the_plain_one_that_it_stands_for(tmp_path: Path) -> None:
+    packed, plain = released.save(tmp_path, *released.CASES["fp8 blocks"])
+    for model, output in ((packed, "out"), (plain, "expected")):
+        quantize(model, tmp_path / output, format="int4", transforms=["rotate"])
+    released.same(tmp_path / "out", tmp_path / "expected")
 
 
 @pytest.mark.parametrize(

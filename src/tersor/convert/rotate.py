@@ -8,6 +8,8 @@ scores and recipes meet the rotated model and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -23,6 +25,8 @@ from tersor.integrations.transformers.architecture import read_architecture
 from tersor.integrations.transformers.residual import Place, Residual, read_residual
 
 _TIED = "tie_word_embeddings"
+_WHOLE = threading.Semaphore(2)
+"""Weights that are rotated whole at a time: each takes some times its float32 size of memory."""
 
 
 def rotate(source: Source, seed: int, *, trust_remote_code: bool = False) -> None:
@@ -96,13 +100,14 @@ def _turned(
     def decode(first: int, last: int) -> torch.Tensor:
         if place.emptied is not None:
             return torch.full((last - first, *tensor.spec.shape[1:]), place.emptied)
-        weight = _rows(tensor, 0, rows) if place.rows else _rows(tensor, first, last)
-        if place.norm:
-            gains = stored[place.norm]
-            weight = weight * (_rows(gains, 0, gains.spec.shape[0]) + place.offset)
-        if place.columns:
-            weight = rotations[place.columns].columns(weight)
-        return rotations[place.rows].rows(weight)[first:last] if place.rows else weight
+        with _WHOLE if place.rows else contextlib.nullcontext():
+            weight = _rows(tensor, 0, rows) if place.rows else _rows(tensor, first, last)
+            if place.norm:
+                gains = stored[place.norm]
+                weight = weight * (_rows(gains, 0, gains.spec.shape[0]) + place.offset)
+            if place.columns:
+                weight = rotations[place.columns].columns(weight)
+            return rotations[place.rows].rows(weight)[first:last].contiguous() if place.rows else weight
 
     parts = tensor.parts if isinstance(tensor, DecodedTensor) else (tensor,)
     whole = tensor.whole if isinstance(tensor, DecodedTensor) else 0
