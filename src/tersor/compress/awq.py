@@ -27,6 +27,8 @@ _SAMPLE = 256
 """Rows of a weight by which such a recipe is tried."""
 _PATIENCE = 2
 """Exponents without a gain after which larger ones are not tried with it."""
+_LEAST_GAIN = 0.01
+"""Of the loss: what gains less is left as it is."""
 _QUIETEST = 1e-4
 """What inputs of a channel count at least, relative to their mean: a dead channel would be scaled without an end."""
 
@@ -94,7 +96,7 @@ class Readers:
         return total
 
     def search(self) -> Scales:
-        """Return the scales that lose least, of all exponents; those of exponent 0 where none is better."""
+        """Return the scales that lose least, of all exponents; those of exponent 0 where none gains a hundredth."""
         floor = _QUIETEST * self._loudness.mean()
         one = torch.ones_like(self._loudness)
         before = self.loss(one)
@@ -108,7 +110,7 @@ class Readers:
                 best = Scales(scales, exponent, before, loss)
             elif self._slow and vain == _PATIENCE:
                 break
-        return best
+        return best if best.after <= (1 - _LEAST_GAIN) * before else Scales(one, 0.0, before, before)
 
 
 def _of_one_scheme(
