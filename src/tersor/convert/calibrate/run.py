@@ -17,7 +17,7 @@ from torch import nn
 from tersor.checkpoint.conversion import Step
 from tersor.compress import Encoded, encode_blocks, get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
-from tersor.convert.calibrate.bits import deterministic
+from tersor.convert.calibrate.bits import deterministic, unwatched
 from tersor.convert.calibrate.coded import Coded, code_mixed, coded, joined, stacked
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
@@ -32,8 +32,9 @@ from tersor.convert.calibrate.tweak import Tweaker
 from tersor.convert.pipeline import Progress, located
 from tersor.convert.transforms import AWQ, TWEAK_NORMS
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
+from tersor.ops import load_columns
 
 
 class Run:
@@ -82,7 +83,7 @@ class Run:
         Raises:
             InputError: activations that are not finite, a model whose blocks cannot run alone, or weights that cannot
                 be compressed.
-            TersorError: finished blocks now compute something else.
+            TersorError: finished blocks now compute something else, or a GPU cannot have its kernels.
             CheckpointError: the source cannot be read.
             OutputError: the output cannot be written.
         """
@@ -91,6 +92,8 @@ class Run:
         if first == count:
             return
         gradients = self._asked.effort == "high"
+        if get_recipe(self._recipe).all_rows:
+            load_columns((scheme.format for task in self._tasks for scheme in _schemes(task)), self._model.device)
         with deterministic(self._model.device):
             self._model.load({step.source.spec.name: read_tensor(step) for _, step, _ in self._steps.get(None, [])})
             self._model.tie()
@@ -287,26 +290,24 @@ class Run:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
         assert scheme is not None
-        if isinstance(scheme, Assignment):
-            try:
-                return joined(code_mixed(weight, scheme, self._recipe, statistics))
-            except (NonFiniteError, FormatError) as error:
-                raise located(task.step, error) from None
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
-            encode_blocks(
-                weight,
-                scheme,
-                lambda _, encoded: taken.append(encoded),
-                self._recipe,
-                statistics,
-                first_row=first,
-                block_elements=weight.numel(),
-            )
+            with unwatched(self._model.device):
+                if isinstance(scheme, Assignment):
+                    return joined(code_mixed(weight, scheme, self._recipe, statistics))
+                encode_blocks(
+                    weight,
+                    scheme,
+                    lambda _, encoded: taken.append(encoded),
+                    self._recipe,
+                    statistics,
+                    first_row=first,
+                    block_elements=weight.numel(),
+                )
+                return coded(taken[0], first)
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
-        return coded(taken[0], first)
 
     def _line(self, coded: Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
@@ -354,3 +355,10 @@ class Run:
                 loaded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
             self._model.load(loaded)
+
+
+def _schemes(task: Task) -> Sequence[Scheme]:
+    """Return the schemes that rows of a task's weight may have."""
+    form = task.step.scheme
+    assert form is not None
+    return form.mix.levels if isinstance(form, Assignment) else [form]

@@ -17,6 +17,7 @@ import torch
 
 from tersor.compress.awq import Readers
 from tersor.compress.statistics import Moments
+from tersor.convert.calibrate.bits import unwatched
 from tersor.convert.calibrate.gradients import Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, watched
 from tersor.convert.calibrate.parts import Parts
@@ -153,7 +154,8 @@ class Scaler:
             self._scaling.lines.append({"layers": names, "folded_into": None, "left": "a number is not finite"})
             return
         readers = Readers(layers, hessian, fold.source, recipe=self._recipe)
-        found = readers.search()
+        with unwatched(device):
+            found = readers.search()
         if not math.isfinite(found.before):
             self._scaling.lines.append({"layers": names, "folded_into": None, "left": "a scale does not fit its dtype"})
             return
