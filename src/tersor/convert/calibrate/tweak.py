@@ -62,7 +62,7 @@ class Tweaker:
             stored[place.number] = as_stored(value, place.step)
             parts.put(module, own, stored[place.number].to(parts.model.device))
         after, nearer = self._error() if finite else (before, distance)
-        line = {
+        line: dict[str, Any] = {
             "layer": name,
             "norms": sorted({parts.name(module) for module, _ in self._norms}),
             "error_before": before,
@@ -73,7 +73,7 @@ class Tweaker:
         self.lines.append(line)
         if after < before:
             return stored
-        line.update(error_after=before, distance_after=distance, left="its error is not lower")
+        line["left"] = "its error is not lower"
         for (module, own), parameter in zip(self._norms, held, strict=True):
             assert parameter is not None
             parts.restore(module, own, parameter)
