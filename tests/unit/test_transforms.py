@@ -20,6 +20,7 @@ from tersor.compress import awq, norms
 from tersor.compress.encode import RECIPES
 from tersor.convert import quantize
 from tersor.convert.calibrate.run import Run
+from tersor.convert.calibrate.store import Store
 from tersor.convert.rotate import rotate
 from tersor.convert.transforms import parse_transforms
 from tersor.errors import InputError, TersorError
@@ -217,6 +218,28 @@ def test_scaled_blocks_compute_the_same_and_so_does_the_checkpoint(
         into = lines[layer]["folded_into"]
         assert (into and into.rpartition(".")[2]) == producer
         assert into or lines[layer]["left"]
+
+
+def test_what_calibration_computes_with_is_what_is_written(
+    text: Path, tmp_path: Path, strong: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = uneven("llama", tmp_path / "model")
+    save_file(
+        {name: value.bfloat16() for name, value in checkpoints.weights(model).items()}, model / "model.safetensors"
+    )
+    kept: list[torch.Tensor] = []
+    finish = Store.finish
+
+    def keep(self: Store, block: int, tensors: Any, record: Any) -> None:
+        kept.extend(tensors[f"{number}.value"] for number in record["changed"])
+        finish(self, block, tensors, record)
+
+    monkeypatch.setattr(Store, "finish", keep)
+    options = {**OPTIONS, "format": "int8", "algorithm": "rtn", "calibration": text}
+    quantize(model, tmp_path / "out", transforms=["rotate", "awq", "tweak-norms"], **options)
+    written = checkpoints.weights(tmp_path / "out").values()
+    assert len(kept) == 4 and all(any(torch.equal(value, other) for other in written) for value in kept)
+    assert max(strong) < 1e-5 and distance(tmp_path / "out", model) < 0.1
 
 
 def test_scales_lower_what_rounding_costs_and_the_norm_makes_up_for_them(text: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.conversion import Step
+from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.compress.awq import Readers
 from tersor.compress.statistics import Moments
 from tersor.convert.calibrate.bits import unwatched
@@ -176,7 +178,9 @@ class Scaler:
             values[weight.number] = as_stored(fold.divided(self._parts, "weight", scales), weight.step)
             scales = before / (values[weight.number].float().to(device) + fold.offset)
             usable = scales.isfinite() & (scales > 0)
-            values[weight.number] = torch.where(usable.cpu(), values[weight.number], read_tensor(weight.step))
+            values[weight.number] = torch.where(
+                usable.cpu(), values[weight.number], as_stored(read_tensor(weight.step), weight.step)
+            )
             scales = torch.where(usable, scales, 1.0)
             line["objective_after"] = readers.loss(scales)
         if found.exponent and fold.offset is None and _powers_of_two(self._parts.linears[Site(fold.producer)]):
@@ -310,9 +314,9 @@ class Scaler:
         return self._parts.model.run(self._parts.twin, self._hidden, self._call)
 
 
-def as_stored(value: torch.Tensor, step: Any) -> torch.Tensor:
-    """Return a value on the host in the dtype of the step's tensor."""
-    return value.cpu().to(read_tensor(step).dtype)
+def as_stored(value: torch.Tensor, step: Step) -> torch.Tensor:
+    """Return a value on the host in the dtype in which the step's tensor is written."""
+    return value.cpu().to(TORCH_DTYPES[step.source.spec.dtype])
 
 
 def _powers_of_two(task: Task) -> bool:
