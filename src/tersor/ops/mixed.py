@@ -30,10 +30,10 @@ def multiply(
     if gate and not weight.gated:
         raise ShapeError(f"gated_linear: a mixed weight {list(weight.shape)} is not MixedWeight.gate_up of two")
     _check(x, weight, bias, residual, weight.channels if gate else weight.shape[0])
-    biases = [None] * len(weight.sets) if bias is None else _by_set(weight, bias)
+    biases = [None] * len(weight.sets) if bias is None else by_set(weight, bias)
     added: list[torch.Tensor | None] = [None] * len(weight.sets)
     if residual is not None:
-        added = [*(weight.by_set(residual) if gate else _by_set(weight, residual))]
+        added = [*(weight.by_set(residual) if gate else by_set(weight, residual))]
     parts = [
         dense.multiply(x, one, own_bias, own_residual, gate)
         for one, own_bias, own_residual in zip(weight.sets, biases, added, strict=True)
@@ -41,7 +41,7 @@ def multiply(
     return weight.of_channels(parts) if gate else weight.in_order(parts).contiguous()
 
 
-def _by_set(weight: MixedWeight, values: torch.Tensor) -> list[torch.Tensor]:
+def by_set(weight: MixedWeight, values: torch.Tensor) -> list[torch.Tensor]:
     """Return the values [..., OC] of every set's rows; those of gate and up are interleaved in each."""
     if not weight.gated:
         return weight.by_set(values)

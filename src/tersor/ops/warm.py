@@ -179,7 +179,8 @@ class Mixture:
                     continue
                 both, shape = (Packing.of(scheme, target),) * 2, (self.experts, self.hidden, self.inner)
                 shapes = ((self.experts, gated_rows(self.inner), self.hidden), shape)
-                yield from needed.products(both, shapes, self.top_k, self.gate, dtype, _TOKENS, chip)
+                ups, downs = ([(packing, shape)] for packing, shape in zip(both, shapes, strict=True))
+                yield from needed.products(ups, downs, self.top_k, self.gate, dtype, _TOKENS, chip)
 
 
 _TOKENS = 1 << 16
