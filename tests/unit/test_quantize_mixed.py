@@ -20,7 +20,7 @@ from tersor.checkpoint.mixed import read_assignment
 from tersor.checkpoint.names import DENSE, MIXED, stored_tensors, stored_weights
 from tersor.checkpoint.source import open_source
 from tersor.cli.main import main
-from tersor.compress.allocate import Fused
+from tersor.compress.allocation import Fused
 from tersor.convert import quantize
 from tersor.convert.mix import assign, fused, mixable, parse_levels
 from tersor.errors import CheckpointError, FormatError, InputError

@@ -12,7 +12,7 @@ import numpy as np
 
 from tersor.checkpoint.conversion import Conversion
 from tersor.checkpoint.writer import write_file
-from tersor.compress.allocate import check_budget
+from tersor.compress.allocation import check_budget
 from tersor.convert.calibrate import Plan, score, unscored
 from tersor.convert.checks import check_space
 from tersor.convert.mix import Mixable, assign, fused, parse_levels, usual_mix
@@ -80,8 +80,9 @@ class Target:
         """
         found = Mixable.of(conversion)
         mix = self.mix(found)
-        nothing = {name: np.broadcast_to(0.0, (len(mix.levels), shape[0])) for name, shape in found.shapes.items()}
-        check_budget(fused(nothing, found.channels), mix.levels, self.budget(found), UNIT_OC, found.other_bytes)
+        nothing = {name: np.broadcast_to(0.0, (len(mix.levels), oc)) for name, (oc, _) in found.scored.items()}
+        layers = fused(nothing, found.channels, found.experts)
+        check_budget(layers, mix.levels, self.budget(found), UNIT_OC, found.other_bytes)
         lost = unscored(found.shapes, given.tasks)
         if lost:
             raise InputError(f"{lost[0]} is in no decoder block, so it has no score: give it an override or ignore it")
@@ -105,7 +106,8 @@ class Target:
         try:
             check_space(conversion, work, given.disk_bytes(work.directory))
             scores = score(given, conversion, found.shapes, self.mix(found), work.directory, progress)
-            mixing = assign(scores, found.channels, self.mix(found), target_bytes=self.budget(found))
+            budget = self.budget(found)
+            mixing = assign(scores, found.channels, self.mix(found), target_bytes=budget, experts=found.experts)
         except InputError:
             work.discard()
             raise

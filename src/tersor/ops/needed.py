@@ -47,7 +47,7 @@ from tersor.ops.router import router_of
 _NAMES = {**TARGETS, torch.float32: "float32"}
 
 RowSets: TypeAlias = Sequence[tuple[Packing, tuple[int, int, int]]]
-"""Packing and shape (E, OC, IC) of the row sets that the weights of a layer's experts are: one, or one for each level."""
+"""Packing and shape (E, OC, IC) of the row sets of the weights of a layer's experts: one, or one for each level."""
 
 
 def linear(

@@ -21,8 +21,9 @@ from tersor.convert.calibrate.tasks import Site
 from tersor.errors import InputError
 from tersor.integrations.transformers.blocks import BlockModel
 
-Take: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
-"""Takes what goes into a linear layer [..., IC] and the gradient of what comes out [..., OC]."""
+Take: TypeAlias = Callable[[list[torch.Tensor], torch.Tensor], None]
+"""Takes the tensors that a module is called with, such as a linear layer's input [..., IC], and the gradient of what
+comes out [..., OC]."""
 
 _INPUT, _GRADIENT = "input", "gradient"
 _VALUE = "value"
@@ -195,7 +196,7 @@ class _Seen:
     def tokens(self) -> int:
         return 0 if self.moments is None else self.moments.tokens
 
-    def add(self, _: torch.Tensor, gradient: torch.Tensor) -> None:
+    def add(self, _: list[torch.Tensor], gradient: torch.Tensor) -> None:
         features = gradient.shape[-1]
         if self.moments is None:
             self.moments = Moments(features, gradient.device, _parts(features))
@@ -218,8 +219,9 @@ def _parts(features: int) -> int:
 def _watch(module: nn.Module, take: Take) -> Any:
     """Give away what goes into a layer and the gradient of its output, when that is there."""
 
-    def look(_: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        given = arguments[0].detach()
+    def look(_: nn.Module, arguments: Any, named: dict[str, Any], output: torch.Tensor) -> None:
+        values = (*arguments, *named.values())
+        given = [value.detach() for value in values if isinstance(value, torch.Tensor)]
         output.register_hook(lambda gradient: take(given, gradient))
 
-    return module.register_forward_hook(look)
+    return module.register_forward_hook(look, with_kwargs=True)
