@@ -12,10 +12,9 @@ from helpers.fakes import FakeGpu, pretended
 from tersor import ops
 from tersor.errors import ShapeError
 from tersor.formats import Assignment, Mix, get_scheme
-from tersor.layouts import MixedWeight, PackedWeight, StackedMixedWeight, StackedWeight
+from tersor.layouts import MixedWeight, StackedMixedWeight, StackedWeight
 from tersor.layouts.gated import separate
 from tersor.ops import Gate, grouped
-from tersor.ops.settled import settled
 
 EXPERTS, HIDDEN, INNER = 3, 192, 128
 MIX = Mix((get_scheme("uint3", 32), get_scheme("fp5_e2m2"), get_scheme("int8", 64)))

@@ -13,7 +13,7 @@ from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, Stacked, StackedMixedWeight, sets_of
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
@@ -131,7 +131,7 @@ def _parts(value: Any) -> Iterator[Any]:
             yield replace(value, weight=rows, bias=None)
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
-    elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | type):
+    elif is_dataclass(value) and not isinstance(value, PackedWeight | Stacked | type):
         if isinstance(value, Mixture | Activated | LatentAttention):
             yield value
         for field in fields(value):
@@ -156,6 +156,8 @@ def _kind(part: Any) -> Any:
 
 
 def _described(weight: Any) -> Any:
+    if isinstance(weight, StackedMixedWeight):
+        return tuple(map(_described, weight.sets))
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
 
 
@@ -213,14 +215,14 @@ def _experts(
         yield from decided
         beyond = MOST_TOKENS if decided else 0
         yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)
-    if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
+    if isinstance(gate_up, Stacked) and isinstance(down, Stacked):
         yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
         return
     yield from needed.route(choice, logits)
     yield from needed.combine(dtype)
     yield from needed.numbers(gate_up.shape[1] // 2, dtype, part.gate)
-    for weight in (gate_up, down):
-        if isinstance(weight, StackedWeight):
+    for of in (gate_up, down):
+        for weight in () if isinstance(of, torch.Tensor) else sets_of(of):
             yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)
 
 
@@ -235,7 +237,7 @@ def _decided(
 ) -> Iterator[KernelSource]:
     """Yield the kernels around experts of few tokens, which have the norms ahead of them and behind."""
     gate_up, down = part.gate_up, part.down
-    if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
+    if not isinstance(gate_up, Stacked) or not isinstance(down, Stacked):
         return
     if needed.experts_misfit(gate_up, down, dtype, chip):
         return
