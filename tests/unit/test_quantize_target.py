@@ -142,9 +142,7 @@ def test_an_interrupted_run_goes_on_with_the_same_scores_and_bytes(
         assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_what_cannot_be_met_is_said_before_anything_is_scored(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_cannot_be_met_is_said_before_anything_is_scored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores.Scoring, "run", lambda *args, **kwargs: pytest.fail("scored"))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"target_bits": 2.0}, "2.000 bits a weight, is below what the smallest levels take: feasible are"),
@@ -163,10 +161,6 @@ def test_what_cannot_be_met_is_said_before_anything_is_scored(
         with pytest.raises(InputError, match=words):
             run(folder, "refused", **options)
         assert not (folder / "refused").exists() and not (folder / "refused.partial").exists()
-    calibrated.model("mixtral", tmp_path / "model")
-    calibrated.text(tmp_path / "text.txt")
-    with pytest.raises(InputError, match="experts, which have one scheme: give them an override"):
-        run(tmp_path, "refused")
 
 
 def test_the_usual_levels_have_the_largest_groups_that_fit() -> None:
