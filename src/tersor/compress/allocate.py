@@ -53,11 +53,14 @@ def allocate(layers: Sequence[Fused], levels: Sequence[Scheme], budget: int, uni
     for layer in layers:
         check_losses(layer, len(levels))
     check_budget(layers, levels, budget, unit)
-    free_loss = _spend([_Blocks(replace(layer, paired=False), levels) for layer in layers], budget).loss
-    pairs = _spend([_Blocks(layer, levels) for layer in layers], budget)
-    blocks = [_Blocks(layer, levels, unit, pairs.price) for layer in layers]
+    rows = [row_bytes(levels, layer.ic) * layer.copies for layer in layers]
+    each = list(zip(layers, rows, strict=True))
+    free = [Blocks(replace(layer, paired=False), row, layer.index_bytes) for layer, row in each]
+    pairs = spend([Blocks(layer, row, layer.index_bytes) for layer, row in each], budget)
+    free_loss = spend(free, budget).loss
+    blocks = [Blocks(layer, row, layer.index_bytes, unit, pairs.price) for layer, row in each]
     chosen: dict[str, Chosen] = {}
-    for one, own in zip(blocks, _spend(blocks, budget).chosen, strict=True):
+    for one, own in zip(blocks, spend(blocks, budget).chosen, strict=True):
         chosen |= one.spread(own)
     return summed(layers, levels, chosen, unit, free_loss, pairs.loss)
 
@@ -98,7 +101,7 @@ def allocate_by_count(
     return replace(found, free_loss=found.loss, pairs_loss=found.loss)
 
 
-class _Blocks:
+class Blocks:
     """The features of one layer in blocks that have one level each.
 
     Attributes:
@@ -107,12 +110,13 @@ class _Blocks:
         fixed: bytes that say the levels.
     """
 
-    def __init__(self, layer: Fused, levels: Sequence[Scheme], unit: int = 1, price: float = 0.0) -> None:
+    def __init__(self, layer: Fused, row: Bytes, fixed: int, unit: int = 1, price: float = 0.0) -> None:
         """Put features together that stand close together where a byte costs `price`.
 
         Args:
             layer: the modules.
-            levels: what a feature may get.
+            row: bytes of a row at each level, in all copies; any other count of what is spent serves as well.
+            fixed: bytes of the layer whatever is chosen.
             unit: rows of a block; the first may have fewer, and counts as whole.
             price: loss that a byte costs at the budget.
         """
@@ -122,22 +126,26 @@ class _Blocks:
         rows = len(losses) if layer.paired else 1
         size = max(1, unit // rows)
         count = features.shape[1]
-        row = row_bytes(levels, layer.ic)
         if size == 1:
             self._order = np.arange(count)
             starts = self._order
             self.losses = features
         else:
-            self._order = np.argsort(_place(features, row * rows * layer.copies, price), kind="stable")
+            self._order = np.argsort(_place(features, row * rows, price), kind="stable")
             starts = np.concatenate(([0], np.arange(count % size or size, count, size)))
             self.losses = np.add.reduceat(features[:, self._order], starts, axis=1)
         self._lengths = np.diff(np.append(starts, count))
-        self.nbytes = np.repeat((row * rows * size * layer.copies)[:, None], len(starts), axis=1)
-        self.fixed = layer.index_bytes
+        self.nbytes = np.repeat((row * rows * size)[:, None], len(starts), axis=1)
+        self.fixed, self._rows = fixed, rows
 
     def loss(self, chosen: Chosen) -> float:
         """Return the loss of the blocks at their levels."""
         return float(np.take_along_axis(self.losses, chosen[None].astype(np.intp), axis=0).sum())
+
+    def rows(self, chosen: Chosen) -> list[int]:
+        """Return how many rows of one copy have each level, of the level of every block."""
+        counts = np.bincount(chosen, weights=self._lengths, minlength=len(self.losses))
+        return [int(count) * self._rows for count in counts]
 
     def spread(self, chosen: Chosen) -> dict[str, Chosen]:
         """Return module -> the level of every feature, of the level of every block."""
@@ -195,7 +203,7 @@ def _hulls(losses: Floats, nbytes: Bytes) -> tuple[Chosen, list[_Moves]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spent:
+class Spent:
     """What a budget buys.
 
     Attributes:
@@ -209,7 +217,7 @@ class _Spent:
     price: float
 
 
-def _spend(layers: Sequence[_Blocks], budget: int) -> _Spent:
+def spend(layers: Sequence[Blocks], budget: int) -> Spent:
     """Choose the levels of the blocks of all layers."""
     begins, parts, offset, spent = [], [], 0, 0
     for blocks in layers:
@@ -235,7 +243,7 @@ def _spend(layers: Sequence[_Blocks], budget: int) -> _Spent:
             left = budget - (int(total[made - 1]) if made else spent)
             _fill(chosen, block[made:], level[made:], extra[made:], left)
     split = np.split(chosen, np.cumsum([len(begin) for begin in begins])[:-1])
-    return _Spent(split, sum(blocks.loss(own) for blocks, own in zip(layers, split, strict=True)), price)
+    return Spent(split, sum(blocks.loss(own) for blocks, own in zip(layers, split, strict=True)), price)
 
 
 def _fill(chosen: Chosen, block: NDArray[np.int64], level: Chosen, extra: Bytes, left: int) -> None:

@@ -32,6 +32,8 @@ class Fused:
         copies: how many weights share the levels, each computed alone: those of the experts of a layer, whose losses
             are summed up.
         stored: in how many places a checkpoint says the levels: once, or for every expert.
+        experts: of experts, what holds all weights of them; else an empty string.
+        second: of experts, whether they write with these weights: gate and up come first.
     """
 
     losses: Mapping[str, Floats]
@@ -39,6 +41,8 @@ class Fused:
     paired: bool = False
     copies: int = 1
     stored: int = 1
+    experts: str = ""
+    second: bool = False
 
     @property
     def rows(self) -> int:
@@ -69,6 +73,7 @@ class Allocation:
         loss: sum of the losses of all features at their levels.
         free_loss: what the same budget would lose if every feature of every module might have any level.
         pairs_loss: what it would lose if pairs had one level, and units were single rows.
+        seconds: what all of it is predicted to take, where the budget was one of time; else `None`.
     """
 
     chosen: dict[str, Chosen]
@@ -78,6 +83,7 @@ class Allocation:
     loss: float
     free_loss: float
     pairs_loss: float
+    seconds: float | None = None
 
     @property
     def bits(self) -> float:

@@ -18,6 +18,7 @@ from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.names import MERGED
 from tersor.checkpoint.source import open_source
 from tersor.compress.allocate import allocate, allocate_by_count
+from tersor.compress.allocate_time import Clock, allocate_time
 from tersor.compress.allocation import Allocation, Floats, Fused
 from tersor.convert.shared import Shared, shared_weights
 from tersor.errors import InputError
@@ -43,10 +44,12 @@ class Mixing:
     Attributes:
         assignments: module -> the level of each of its output features.
         allocation: bytes and losses, those of a free choice beside.
+        timed: what was predicted where the budget was one of time, in words, else an empty string.
     """
 
     assignments: dict[str, Assignment]
     allocation: Allocation
+    timed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was chosen and what it takes and loses, as JSON values; losses are nats a token."""
@@ -60,6 +63,7 @@ class Mixing:
             "loss": found.loss,
             "loss_without_units": found.pairs_loss,
             "loss_without_pairs_and_units": found.free_loss,
+            **({"predicted_seconds": found.seconds, "predicted_for": self.timed} if found.seconds is not None else {}),
             "layers": {name: list(own.rows) for name, own in self.assignments.items()},
         }
 
@@ -185,6 +189,7 @@ def assign(
     target_bits: float | None = None,
     target_bytes: int | None = None,
     shares: Sequence[float] | None = None,
+    latency: tuple[float, Clock] | None = None,
     experts: Mapping[str, Shared] = MappingProxyType({}),
 ) -> Mixing:
     """Give every output feature a level.
@@ -200,19 +205,24 @@ def assign(
         target_bits: true bits a weight, on average over all modules.
         target_bytes: bytes of all modules, where no bits are given: those of a checkpoint but for `other_bytes`.
         shares: in place of a budget, which part of all features gets each level, by MixLLM's count rule.
+        latency: in place of bytes, seconds of all modules and what predicts them (`latency.Steps`).
         experts: those that share levels (`Mixable.experts`).
 
     Raises:
-        InputError: not one of the three is given, a budget that is not feasible (the line says what is), or modules
+        InputError: not one of the four is given, a budget that is not feasible (the line says what is), or modules
             without a score.
         FormatError: a group size does not divide the input channels of a module.
         ShapeError: scores of the wrong shape.
     """
-    if [target_bits, target_bytes, shares].count(None) != 2:
-        raise InputError("give one of target bits, target bytes, and shares of output features")
+    if [target_bits, target_bytes, shares, latency].count(None) != 3:
+        raise InputError("give one of target bits, target bytes, and shares of output features, or a latency")
     layers = fused({name: score.double().cpu().numpy() for name, score in scores.items()}, channels, experts)
+    timed = ""
     if shares is not None:
         found = allocate_by_count(layers, mix.levels, shares, UNIT_OC)
+    elif latency is not None:
+        seconds, clock = latency
+        found, timed = allocate_time(layers, mix.levels, clock, seconds, UNIT_OC), clock.words
     else:
         weights = sum(layer.weights for layer in layers)
         budget = target_bytes if target_bits is None else int(target_bits * weights / 8)
@@ -221,7 +231,7 @@ def assign(
     chosen = {name: level for name, level in found.chosen.items() if name in scores}
     for name, shared in experts.items():
         chosen |= shared.spread(name, found.chosen)
-    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in chosen.items()}, found)
+    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in chosen.items()}, found, timed)
 
 
 def fused(

@@ -46,7 +46,8 @@ class Shared:
         split = np.split(losses, self.parts, axis=1)
         stored = self.count if len(self.modules) > 1 else 1
         parts = {part_name(name, part): own for part, own in enumerate(split)}
-        return Fused(parts, self.ic, self.parts > 1, self.count, stored)
+        owner, _, own = name.rpartition(".")
+        return Fused(parts, self.ic, self.parts > 1, self.count, stored, owner, own == "down_proj")
 
     def spread(self, name: str, chosen: Mapping[str, Chosen]) -> dict[str, Chosen]:
         """Return module -> the level of each of its output features, of what was chosen for `fused`."""

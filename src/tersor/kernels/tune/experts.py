@@ -159,10 +159,10 @@ def choose_sets(ups: Problems, downs: Problems, chip: Chip) -> tuple[Configs, Co
     tokens as are `deciding`.
 
     Args:
-        ups, downs: the row sets of either product, each a launch.
+        ups, downs: the row sets of either product, each a launch; none of one that is of no account.
         chip: where they run.
     """
-    tokens = deciding(ups[0].tokens)
+    tokens = deciding((*ups, *downs)[0].tokens)
     if schedule(chip) == SM80:
         return experts_sm80.choose_sets(ups, downs, tokens, chip)
     chosen = _least(*(tuple(replace(one, tokens=tokens) for one in sets) for sets in (ups, downs)), chip)
