@@ -97,14 +97,13 @@ def check_time(layers: Sequence[Fused], levels: Sequence[Scheme], clock: Clock, 
 
 def feasible_time(layers: Sequence[Fused], levels: Sequence[Scheme], clock: Clock) -> tuple[float, float]:
     """Return the seconds of all layers where each has its fastest level, and where each has its slowest."""
-    ends = []
-    for pick in (min, max):
-        rows = []
-        for layer in layers:
-            uniform = [_uniform(layer.rows, level, len(levels)) for level in range(len(levels))]
-            rows.append(pick(uniform, key=lambda own, layer=layer: clock.layer(layer, own)))
-        ends.append(clock.total(layers, rows))
-    return ends[0], ends[1]
+    fastest, slowest = [], []
+    for layer in layers:
+        uniform = [_uniform(layer.rows, level, len(levels)) for level in range(len(levels))]
+        order = np.argsort([clock.layer(layer, own) for own in uniform], kind="stable").tolist()
+        fastest.append(uniform[order[0]])
+        slowest.append(uniform[order[-1]])
+    return clock.total(layers, fastest), clock.total(layers, slowest)
 
 
 def _uniform(rows: int, level: int, levels: int) -> list[int]:

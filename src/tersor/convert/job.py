@@ -188,8 +188,8 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
-    targets = (target_bits, target_size, target_latency, batch, chip)
-    target = parse_target(levels, *targets, group_size, scale_dtype)
+    asked = (target_bits, target_size, target_latency, batch, chip)
+    target = parse_target(levels, *asked, group_size, scale_dtype)
     mix = mix_of(assignments)
     if target is not None and mix is not None:
         raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")

@@ -64,9 +64,9 @@ class Steps:
             InputError: it is one of experts, and nothing says how many a token has.
         """
         if layer.experts:
-            problems = self._of_experts(layer, rows)
-            sides = ((), problems) if layer.second else (problems, ())
-            return tune_experts.predicted_seconds(*sides, self._chip) + _ordering(problems)
+            sets = self._of_experts(layer, rows)
+            ups, downs = ((), sets) if layer.second else (sets, ())
+            return tune_experts.predicted_seconds(ups, downs, self._chip) + _ordering(sets)
         problems = tuple(
             tune.LinearProblem.of(packing, (count, layer.ic), self._rows)
             for packing, count in zip(self._packings, rows, strict=True)
@@ -78,18 +78,18 @@ class Steps:
     def total(self, layers: Sequence[Fused], rows: Sequence[Sequence[int]]) -> float:
         """Return the seconds of all layers; both products of experts are predicted together, as their tiles agree."""
         found = 0.0
-        sides: dict[str, dict[bool, tuple[tune_experts.ExpertsProblem, ...]]] = {}
+        experts: dict[str, dict[bool, tune_experts.Problems]] = {}
         for layer, own in zip(layers, rows, strict=True):
             if layer.experts:
-                sides.setdefault(layer.experts, {})[layer.second] = self._of_experts(layer, own)
+                experts.setdefault(layer.experts, {})[layer.second] = self._of_experts(layer, own)
             else:
                 found += self.layer(layer, own)
-        for own in sides.values():
-            ups, downs = own.get(False, ()), own.get(True, ())
+        for sides in experts.values():
+            ups, downs = sides.get(False, ()), sides.get(True, ())
             found += tune_experts.predicted_seconds(ups, downs, self._chip) + _ordering(ups) + _ordering(downs)
         return found
 
-    def _of_experts(self, layer: Fused, rows: Sequence[int]) -> tuple[tune_experts.ExpertsProblem, ...]:
+    def _of_experts(self, layer: Fused, rows: Sequence[int]) -> tune_experts.Problems:
         if self._top_k is None:
             raise InputError(
                 f"config.json does not say how many experts of {layer.experts} a token has: leave them out"

@@ -133,12 +133,12 @@ class Target:
         try:
             check_space(conversion, work, given.disk_bytes(work.directory))
             scores = score(given, conversion, found.shapes, self.mix(found), work.directory, progress)
-            mix, options = self.mix(found), {"experts": found.experts}
+            mix, experts = self.mix(found), found.experts
             if self.seconds is not None:
                 timed = self.seconds, self.clock(found, given)
-                mixing = assign(scores, found.channels, mix, latency=timed, **options)
+                mixing = assign(scores, found.channels, mix, latency=timed, experts=experts)
             else:
-                mixing = assign(scores, found.channels, mix, target_bytes=self.budget(found), **options)
+                mixing = assign(scores, found.channels, mix, target_bytes=self.budget(found), experts=experts)
         except InputError:
             work.discard()
             raise

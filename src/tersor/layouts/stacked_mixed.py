@@ -55,7 +55,7 @@ class StackedMixedWeight:
         if len(counts) > 1:
             raise ShapeError(f"row sets of {sorted(counts)} experts: a layer has one number of them")
         one = MixedWeight.of(assignment, [own.expert(0) for own in sets], gated)
-        shape = (*counts, *one.shape)
+        shape = (sets[0].experts, *one.shape)
         return StackedMixedWeight(assignment.mix, shape, tuple(sets), one.features, one.places, gated)
 
     @staticmethod

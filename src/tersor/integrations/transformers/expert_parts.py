@@ -125,7 +125,9 @@ def _mixed_part(layer: MixedLinear) -> ExpertMixed:
 
 def rows_of(layer: Any) -> list[ExpertPart | ExpertRows]:
     """Return what holds the codes of a layer: itself, or the rows of every level."""
-    return list(layer.row_sets) if isinstance(layer, ExpertMixed) else [layer]
+    if isinstance(layer, ExpertMixed):
+        return [rows for rows in layer.row_sets if isinstance(rows, ExpertRows)]
+    return [layer]
 
 
 def kind_of(layer: Any) -> Any:
