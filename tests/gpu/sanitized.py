@@ -153,7 +153,7 @@ def experts(activations: Activations) -> None:
         for tokens, splits in itertools.product(experts_sm80.TILES, (1, 2)):
             tried.append([experts_sm80.config(problem, tokens, splits, chip) for problem in problems])
     for configs in tried:
-        grouped.configs = lambda *call, configs=configs: configs
+        grouped.configs = lambda *call, configs=configs: [(config,) for config in configs]
         grouped.forget()
         ops.experts(x, pair[0], pair[1], index, factors)
 
