@@ -30,11 +30,14 @@ __device__ __forceinline__ void meet(bool gathered) {
 constexpr int kBarriers = 2 * (kXSlots + kWeightSlots + 1) + kNormIn;
 constexpr int kScaledTokens = kTokenScales ? kTokens : 1;
 
+// `make()` returns the CTA's Work. Where that is not to be had from constants alone (kPlaced) it is made by warps that copy,
+// and those that multiply read it in shared memory, `kept`: they have no registers to spare.
+//
 // `weight`: units of packed codes; `scale`: by rows or, in groups, by units (scales.cuh); `x_rows`: rows of a box of the
 // tensor map; `barriers` [kBarriers] and `token_scales` [kScaledTokens] are shared memory, as are the slots.
-template <typename Work>
+template <typename Work, typename Make>
 __device__ __forceinline__ void run_cta(
-    const Work& work, const TensorMap& x_map, const char* weight, const char* scale, const Operands& of, int x_rows,
+    const Make& make, Work* kept, const TensorMap& x_map, const char* weight, const char* scale, const Operands& of, int x_rows,
     int splits, char* slots, u64* barriers, float* token_scales) {
     const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
     const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
@@ -49,6 +52,7 @@ __device__ __forceinline__ void run_cta(
     if constexpr (!kFew) ptx::launch_dependents();
     if (threadIdx.x >= kConsumers) {
         ptx::give_registers<kCopyRegisters>();
+        const Work work = make();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
         if (warp == 0) {
             if (ptx::elect()) {
@@ -63,6 +67,10 @@ __device__ __forceinline__ void run_cta(
                 ptx::barrier_init(shared.room_barrier, kFinishers);
                 ptx::barrier_init(shared.gather_barrier, 1);
                 if constexpr (kNormIn) ptx::barrier_init(shared.norm_barrier, 32);
+                if constexpr (kPlaced) {
+                    *kept = work;
+                    __threadfence_block();  // a cluster meets without one
+                }
                 ptx::barrier_init_fence();
                 if (gathered) ptx::barrier_expect(shared.gather_barrier, (splits - 1) * kPartBytes);
             }
@@ -90,10 +98,17 @@ __device__ __forceinline__ void run_cta(
         if constexpr (kFew) ptx::launch_dependents();
         ptx::take_registers<kComputeRegisters>();
         u32 use = 0;
-        for_items(work, rank, [&](const Item& item) {
-            run_item(work, item, rank, weights, xs, shared, of, use, gathered);
-            use += item.last_block - item.first_block;
-        });
+        const auto run = [&](const Work& work) {
+            for_items(work, rank, [&](const Item& item) {
+                run_item(work, item, rank, weights, xs, shared, of, use, gathered);
+                use += item.last_block - item.first_block;
+            });
+        };
+        if constexpr (kPlaced) {
+            run(*kept);
+        } else {
+            run(make());
+        }
     }
     if constexpr (kCluster > 1) ptx::sync_cluster();  // no CTA ends while another may write to it
 }

@@ -61,9 +61,9 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[kBarriers];
     __shared__ __align__(8) float token_scales[kScaledTokens];
-    const Work work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows};
+    const auto make = [&] { return Work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows}; };
     const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
     const float* row_scales = reinterpret_cast<const float*>(scale);
     const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms, {}};
-    run_cta(work, x_map, weight, scale, of, x_rows, splits, slots, barriers, token_scales);
+    run_cta<Work>(make, nullptr, x_map, weight, scale, of, x_rows, splits, slots, barriers, token_scales);
 }

@@ -30,6 +30,11 @@ struct Shares {
 
 static_assert(sizeof(RowSets) == 128 && sizeof(Shares) == 128, "tersor/kernels/mixed.py packs them otherwise");
 
+// Shared memory for the Work of a level.
+struct KeptWork {
+    int numbers[16];
+};
+
 // The rest, in which levels do not differ.
 struct Call {
     const TensorMap& x_map;
@@ -46,6 +51,7 @@ struct Call {
     char* slots;          // shared memory, as in sm90_cta.cuh
     u64* barriers;
     float* token_scales;
+    KeptWork* kept;
 };
 
 }  // namespace mixed

@@ -37,16 +37,21 @@ namespace linear {
 __device__ __forceinline__ void run_set(
     const mixed::Call& call, const char* weight, const char* scale, const mixed::Share& share, int first_cta,
     int first_channel) {
-    const Work work(
-        share.rows, call.ic, call.n, share.whole_tiles, kSlotBoxes * call.x_rows, call.cluster - first_cta,
-        share.end - first_cta, call.splits, share.output, call.most_parts);
+    static_assert(sizeof(Work) <= sizeof(mixed::KeptWork), "the same fields at all levels");
+    const auto make = [&] {
+        return Work(
+            share.rows, call.ic, call.n, share.whole_tiles, kSlotBoxes * call.x_rows, call.cluster - first_cta,
+            share.end - first_cta, call.splits, share.output, call.most_parts);
+    };
     const bool wide = call.features == nullptr && (first_channel | call.outputs) % 8 == 0;
     const int* features = call.features == nullptr ? nullptr : call.features + first_channel;
     const Places places{features, first_channel, call.outputs, wide};
     const float* row_scales = reinterpret_cast<const float*>(scale);
     const Operands of{row_scales, call.bias, call.x_scale, call.residual, call.y, call.partial, call.arrived, FACTOR,
                       {}, places};
-    run_cta(work, call.x_map, weight, scale, of, call.x_rows, call.splits, call.slots, call.barriers, call.token_scales);
+    Work* kept = reinterpret_cast<Work*>(call.kept);
+    run_cta<Work>(
+        make, kept, call.x_map, weight, scale, of, call.x_rows, call.splits, call.slots, call.barriers, call.token_scales);
 }
 
 }  // namespace linear

@@ -126,9 +126,10 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(level_0::linear::kTh
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[mixed::most_barriers()];
     __shared__ __align__(8) float token_scales[level_0::linear::kScaledTokens];
+    __shared__ mixed::KeptWork kept;
     const mixed::Call call{x_map, features, bias, x_scale, residual, y, partial, arrived, ic, n, outputs, x_rows,
                            most_parts, static_cast<int>(blockIdx.x / (CLUSTER * splits)), splits, slots, barriers,
-                           token_scales};
+                           token_scales, &kept};
     int first_cta = 0, first_channel = 0;
 #define TERSOR_EACH(NUMBER)                                                                                         \
     if (call.cluster < shares.of[NUMBER].end) {                                                                          \
