@@ -346,9 +346,7 @@ def _humming_rows(blend: Blend, oc: int) -> list[tuple[Scheme, int]]:
     return [(level, max(1, round(count / _HUMMING_ROWS)) * _HUMMING_ROWS) for level, count in rows]
 
 
-def _humming_layers(
-    scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str, count: int
-) -> list[Any]:
+def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str, count: int) -> list[Any]:
     from humming.layer import HummingLayer
 
     options: dict[str, Any] = {"weight_config": humming_weight(scheme), "torch_dtype": dtype}

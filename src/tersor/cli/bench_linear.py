@@ -32,7 +32,7 @@ def command(
         typer.Option(
             "--format",
             help=(
-                f"Format of the weights, FORMAT[:gN]; repeatable; default: {FORMATS[0]}. A mix names shares of the rows: "
+                f"Format of the weights, FORMAT[:gN]; repeatable; default: {FORMATS[0]}. A mix names shares of rows: "
                 "uint4:g128=90+int8=10."
             ),
         ),
@@ -96,9 +96,7 @@ def command(
         _show_forecast(linear.forecast(wanted, tokens, schemes, gpu, multiplied), gpu, output, json)
         return
     if taken is not None:
-        result = _narrowed(
-            taken, shapes, n, format, in_order, activations, chosen_chain, against, trust_remote_code
-        )
+        result = _narrowed(taken, shapes, n, format, in_order, activations, chosen_chain, against, trust_remote_code)
         if output is not None:
             report.write(output, report.text(result))
     else:

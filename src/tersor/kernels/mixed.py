@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from tersor.formats import Activations
@@ -17,6 +17,7 @@ from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.macros import sm90_macros
 from tersor.kernels.tune import mixed as tune
 from tersor.kernels.tune import sm90
+from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts.packing import Packing
 
 _OF_ALL = {
@@ -29,19 +30,21 @@ _SHARES = struct.Struct(f"@{4 * MOST_LEVELS}i")
 
 
 @functools.cache
-def source(packings: tuple[Packing, ...], result: str, config: tune.MixedConfig, gate: int = 0) -> KernelSource:
-    """Return the kernel for the packings of all levels, a dtype of the result and the tile of a configuration.
+def source(packings: tuple[Packing, ...], result: str, tile: sm90.Tile, chip: Chip, gate: int = 0) -> KernelSource:
+    """Return the kernel for the packings of all levels, a dtype of the result and a tile.
 
     Args:
-        packings: of the levels, for the configuration's activations.
+        packings: of the levels, for the activations of the tile.
         result: dtype of the result, `float16` or `bfloat16`.
-        config: how the kernel runs.
+        tile: the compiled shape.
+        chip: the GPU, whose shared memory is dealt out.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
     """
-    tile = config.tile
     parameters: dict[str, int | bool | str] = {"LEVELS": len(packings)}
-    for level, (packing, slots, shared) in enumerate(zip(packings, config.slots, config.shared_bytes, strict=True)):
-        macros = sm90_macros(packing, result, tile, slots, shared, gate, config.few_tokens, placed=True)
+    for level, packing in enumerate(packings):
+        bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+        slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+        macros = sm90_macros(packing, result, tile, slots, shared, gate, FEW_TOKENS, placed=True)
         macros["FACTOR"] = f"{packing.factor.hex()}f"
         parameters |= {key if key in _OF_ALL else f"{key}_{level}": value for key, value in macros.items()}
     names = "_".join(packing.scheme.format.name for packing in packings)
@@ -55,20 +58,11 @@ def source(packings: tuple[Packing, ...], result: str, config: tune.MixedConfig,
     )
 
 
-def sources(
-    packings: tuple[Packing, ...], result: str, problem: tune.MixedProblem, chip: Chip, gate: int = 0
-) -> Iterator[KernelSource]:
-    """Yield the kernels that products of as many tokens or fewer ask for, each once."""
-    yield from dict.fromkeys(source(packings, result, config, gate) for config in tune.choices(problem, chip))
-
-
 MixedLaunch: TypeAlias = Callable[..., None]
 """Launches the kernel on one prepared problem; takes keywords alone, those of `launch` in `prepare`."""
 
 
-def prepare(
-    function: Function, config: tune.MixedConfig, *, bf16: bool, ic: int, n: int, outputs: int
-) -> MixedLaunch:
+def prepare(function: Function, config: tune.MixedConfig, *, bf16: bool, ic: int, n: int, outputs: int) -> MixedLaunch:
     """Return what launches the product on one problem.
 
     Args:
@@ -79,7 +73,7 @@ def prepare(
         outputs: columns of the result.
     """
     tile, run = config.tile, function.launch
-    grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), max(config.shared_bytes)
+    grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
     element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
     box, maps_rows = sm90.box_of(tile, n), tensor_map.rows
@@ -111,7 +105,7 @@ def prepare(
             sets: addresses of packed codes and of scales, a pair for each of `MOST_LEVELS` levels.
             x, x_stride: address of the activations, and elements from one token to the next.
             x_scale: address of the float32 scales of quantised activations, one a token.
-            features: address of the feature of every row (int32), in the order of row sets; 0 where they stand in order.
+            features: address of the feature of every row (int32), in the order of row sets; 0 where rows are in order.
             bias, residual, y: addresses, in the dtype of the result, in the order of features.
             partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
             early: whether weights may be fetched before the kernel ahead has ended: not where that one wrote them.

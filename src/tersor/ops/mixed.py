@@ -1,11 +1,11 @@
 """Multiply with a mixed weight: all row sets in one launch where a kernel takes them, else one dense product a row set.
 
-An output feature is what `ops.linear` gives for its row in the row set of its level, but for the order in which products
-are summed: that is the definition. On compute capability 9.0 one launch makes all of it (`mixed_launch`). Everywhere
-else, in batch-invariant mode and where somebody looks on (autograd, torch.compile, a profiler), a row set is multiplied
-as the dense weight that it is, and one gather brings features in order; biases and residuals are taken apart by the same
-permutation, so that each is added before the one rounding. That is made of operators that dispatch: gradients,
-torch.compile and autocast are theirs.
+An output feature is what `ops.linear` gives for its row in the row set of its level, but for the order in which
+products are summed: that is the definition. On compute capability 9.0 one launch makes all of it (`mixed_launch`).
+Everywhere else, in batch-invariant mode and where somebody looks on (autograd, torch.compile, a profiler), a row set is
+multiplied as the dense weight that it is, and one gather brings features in order; biases and residuals are taken apart
+by the same permutation, so that each is added before the one rounding. That is made of operators that dispatch:
+gradients, torch.compile and autocast are theirs.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from tersor import hardware
 from tersor.errors import ShapeError
 from tersor.formats import Activations, Mix
 from tersor.formats.mix import MOST_LEVELS
+from tersor.hardware import Chip
 from tersor.kernels.tune import LinearProblem
 from tersor.kernels.tune import mixed as tune
 from tersor.layouts import STREAM, MixedWeight
@@ -47,14 +48,13 @@ def multiply(
         ShapeError: dtypes or devices that do not fit.
     """
     index, now = x.get_device(), mode.current()
-    nothing = not x.numel() or not weight.sets
-    if index < 0 or nothing or now.reference or now.batch_invariant or now.config is not None:
+    if not x.numel() or not weight.sets or now.batch_invariant or now.config is not None:
         return None
     of = _served(weight)
-    if of.misfit(x.dtype, index, gate):
+    if of.misfit(x.dtype, x.device, index, gate, now.key):
         return None
     _check(x, weight, bias, residual)
-    if current.device() != index:
+    if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return multiply(x, weight, bias, residual, gate)
     shape, ic = x.shape, weight.shape[1]
@@ -96,7 +96,7 @@ def multiply(
     return y
 
 
-def reason(mix: Mix, layout: str, ic: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:
+def reason(mix: Mix, layout: str, ic: int, dtype: torch.dtype, chip: Chip | None) -> str:
     """Return why no launch takes all row sets of a mix at once, or an empty string where one does.
 
     Args:
@@ -104,11 +104,12 @@ def reason(mix: Mix, layout: str, ic: int, dtype: torch.dtype, capability: tuple
         layout: of every row set.
         ic: input channels.
         dtype: of the activations, as they come.
-        capability: of the GPU.
+        chip: the GPU; `None` where the reference serves all calls.
     """
     activations = activations_of(layout)
-    if capability != (9, 0):
-        return f"row sets in one launch need compute capability 9.0, this is {capability[0]}.{capability[1]}"
+    if chip is None or chip.capability != (9, 0):
+        where = "none" if chip is None else "{}.{}".format(*chip.capability)
+        return f"row sets in one launch need compute capability 9.0, this is {where}"
     if layout == STREAM or LAYOUTS[layout] != target_of(activations, dtype):
         return f"row sets lie in {layout}, which no kernel multiplies with {dtype} activations"
     for level in mix.levels:
@@ -116,6 +117,12 @@ def reason(mix: Mix, layout: str, ic: int, dtype: torch.dtype, capability: tuple
         if why:
             return why
     return ""
+
+
+def layout_of(weight: MixedWeight) -> str:
+    """Return the layout that all row sets have, and that of the stored stream where they differ."""
+    layouts = {one.layout for one in weight.sets}
+    return layouts.pop() if len(layouts) == 1 else STREAM
 
 
 def problem_of(weight: MixedWeight, layout: str, n: int) -> tuple[tuple[Packing, ...], tune.MixedProblem]:
@@ -146,9 +153,10 @@ class _Prepared:
         result = target_of(Activations.NATIVE, dtype)
         assert result is not None
         problem = of.problem.of_tokens(n)
-        config = mode.current().mixed or tune.choose(problem, hardware.of_device(index))
+        chip = hardware.of_device(index)
+        config = mode.current().mixed or tune.choose(problem, chip)
         self.launch = mixed.prepare(
-            jit.get(mixed.source(of.packings, result, config, gate), index),
+            jit.get(mixed.source(of.packings, result, config.tile, chip, gate), index),
             config,
             bf16=result == "bfloat16",
             ic=problem.ic,
@@ -168,25 +176,24 @@ class _Served:
 
     def __init__(self, weight: MixedWeight) -> None:
         self.mix, self.ic, self.gated = weight.mix, weight.shape[1], weight.gated
-        layouts = {one.layout for one in weight.sets}
-        self.layout = layouts.pop() if len(layouts) == 1 else STREAM
+        self.layout = layout_of(weight)
         self.native = activations_of(self.layout) is Activations.NATIVE
         self.outputs = weight.channels if weight.gated else weight.shape[0]
         self.places = [weight.mix.levels.index(one.scheme) for one in weight.sets]
         self.packings: tuple[Packing, ...] = ()
-        self._reasons: dict[tuple[torch.dtype, int], str] = {}
+        self._reasons: dict[tuple[torch.dtype, int, int], str] = {}
         self._prepared: dict[tuple[int, torch.dtype, int, int], _Prepared] = {}
         _all.add(self)
 
-    def misfit(self, dtype: torch.dtype, index: int, gate: int) -> str:
+    def misfit(self, dtype: torch.dtype, device: torch.device, index: int, gate: int, now: int) -> str:
         """Return why no launch takes all row sets at once, or an empty string."""
         if bool(gate) != self.gated:
             return "rows of gate and up are put in order by pairs"
-        key = (dtype, index)
+        key = (dtype, index, now)
         found = self._reasons.get(key)
         if found is None:
-            capability = hardware.of_device(index).capability
-            found = self._reasons[key] = reason(self.mix, self.layout, self.ic, dtype, capability)
+            chip = dispatch.kernel_chip(device)
+            found = self._reasons[key] = reason(self.mix, self.layout, self.ic, dtype, chip)
         return found
 
     def prepared(self, weight: MixedWeight, n: int, dtype: torch.dtype, index: int, gate: int) -> _Prepared:
@@ -212,6 +219,7 @@ class _Served:
 
     def forget(self) -> None:
         """Drop every prepared call."""
+        self._reasons.clear()
         self._prepared.clear()
 
 

@@ -8,7 +8,6 @@ are given to the one that would be done last.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,8 @@ from typing import NamedTuple
 from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune import choice, cost, sm90
-from tersor.kernels.tune.problem import FEW_TOKENS, LinearProblem
-from tersor.kernels.tune.tile import Slots, Tile
+from tersor.kernels.tune.problem import LinearProblem
+from tersor.kernels.tune.tile import Tile
 from tersor.layouts.blocks import BLOCK_IC
 
 _SHAPES = {
@@ -98,25 +97,21 @@ class MixedConfig:
 
     Attributes:
         tile: the compiled shape.
-        slots: of the rings of every level.
-        shared_bytes: dynamic shared memory of a CTA of every level.
+        shared_bytes: dynamic shared memory of a CTA: the most that one of any level has.
         shares: of every level.
         dealt: tiles of clusters that are dealt out, of all levels.
         parts: of such a tile, at the most.
         ctas: CTAs launched.
         splits: CTAs of a cluster, which gathers the sums of one tile; 1 where tiles are taken in turn or dealt out.
-        few_tokens: as in `LinearConfig`.
     """
 
     tile: Tile
-    slots: tuple[Slots, ...]
-    shared_bytes: tuple[int, ...]
+    shared_bytes: int
     shares: tuple[Share, ...]
     dealt: int
     parts: int
     ctas: int
     splits: int = 1
-    few_tokens: int = FEW_TOKENS
 
     @property
     def counters(self) -> int:
@@ -149,27 +144,46 @@ def tiles(problem: MixedProblem) -> list[Tile]:
 
 
 def choose(problem: MixedProblem, chip: Chip) -> MixedConfig:
-    """Return the configuration of the least predicted time; the chip has the sm90 schedule.
+    """Return the configuration of the least predicted time, with the tile of `choose_tile`; the chip has the sm90
+    schedule.
 
     Raises:
         InputError: costs of this chip cannot be used; the message names the file.
     """
-    return _configured(problem, *_chosen(problem.of_tokens(choice.filled(problem.n)), chip), chip)
+    tile, best, least = choose_tile(problem, chip), (0, 0), math.inf
+    for crowd, splits in runs(problem, tile, chip):
+        plan = _Plan(problem, tile, crowd, chip)
+        predicted = plan.gathered_seconds(splits, chip) if splits > 1 else plan.seconds(plan.counts())
+        if predicted < least:
+            best, least = (crowd, splits), predicted
+    return configured(problem, tile, *best, chip)
 
 
-def choices(problem: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
-    """Yield what `choose` has for a problem of as many tokens or fewer, but for what follows from that number."""
-    n = 0
+def choose_tile(problem: MixedProblem, chip: Chip) -> Tile:
+    """Return the tile of the least time where all CTAs are as busy: what else there is to choose needs no other kernel.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    filled = problem.of_tokens(choice.filled(problem.n))
+    plans = (_Plan(filled, tile, chip.sms * tile.resident, chip) for tile in sm90.fitting(tiles(filled), filled.n))
+    return min(plans, key=lambda plan: plan.busy_microseconds(chip)).tile
+
+
+def asked(problem: MixedProblem, chip: Chip) -> list[Tile]:
+    """Return the tiles that `choose` has for a problem of as many tokens or fewer, each once."""
+    found, n = dict[Tile, None](), 0
     while n < problem.n:
         n = choice.filled(n + 1)
-        yield choose(problem.of_tokens(n), chip)
+        found[choose_tile(problem.of_tokens(n), chip)] = None
+    return list(found)
 
 
 def candidates(problem: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
     """Yield the configurations that are worth a prediction."""
     for tile in sm90.fitting(tiles(problem), problem.n):
-        for crowd, splits in _runs(problem, tile, chip):
-            yield _configured(problem, tile, crowd, splits, chip)
+        for crowd, splits in runs(problem, tile, chip):
+            yield configured(problem, tile, crowd, splits, chip)
 
 
 def seconds(problem: MixedProblem, config: MixedConfig, chip: Chip) -> float:
@@ -182,31 +196,18 @@ def seconds(problem: MixedProblem, config: MixedConfig, chip: Chip) -> float:
     return plan.seconds([count for count, level in zip(counts, problem.levels, strict=True) if level.oc])
 
 
-def _runs(problem: MixedProblem, tile: Tile, chip: Chip) -> Iterator[tuple[int, int]]:
+def runs(problem: MixedProblem, tile: Tile, chip: Chip) -> Iterator[tuple[int, int]]:
     """Yield how many clusters a launch may have at the most, and CTAs that gather."""
     fitting = chip.sms * tile.resident // tile.cluster
     yield from ((fitting // part, 1) for part in _CROWDS)
-    tiles = _Plan(problem, tile, fitting, chip).all_tiles
-    for splits in range(2, min(tile.gathered, -(-problem.ic // BLOCK_IC)) + 1):
-        if tiles * splits <= fitting * (1 if splits == 2 else sm90.CLUSTER_ROOM):
-            yield tiles * splits, splits
+    plan = _Plan(problem, tile, fitting, chip)
+    yield from ((plan.all_tiles * splits, splits) for splits in plan.gathering(fitting))
 
 
-@functools.lru_cache(maxsize=4096)
-def _chosen(problem: MixedProblem, chip: Chip) -> tuple[Tile, int, int]:
-    best, least = None, math.inf
-    for tile in sm90.fitting(tiles(problem), problem.n):
-        for crowd, splits in _runs(problem, tile, chip):
-            plan = _Plan(problem, tile, crowd, chip)
-            predicted = plan.gathered_seconds(splits, chip) if splits > 1 else plan.seconds(plan.counts())
-            if predicted < least:
-                best, least = (tile, crowd, splits), predicted
-    assert best is not None
-    return best
-
-
-@functools.lru_cache(maxsize=4096)
-def _configured(problem: MixedProblem, tile: Tile, crowd: int, splits: int, chip: Chip) -> MixedConfig:
+def configured(problem: MixedProblem, tile: Tile, crowd: int, splits: int, chip: Chip) -> MixedConfig:
+    """Return the configuration with a tile, so many clusters at the most, one a row set at the least, and so many CTAs
+    in one that gathers.
+    """
     plan = _Plan(problem, tile, crowd, chip)
     of_rows = iter([(tiles, tiles, tiles) for tiles in plan.tiles]) if splits > 1 else plan.rows(plan.counts())
     shares, end, output, most = [], 0, 0, 1
@@ -219,8 +220,7 @@ def _configured(problem: MixedProblem, tile: Tile, crowd: int, splits: int, chip
             most = max(most, _parts((all_tiles - whole) * plan.blocks, plan.blocks, count))
     return MixedConfig(
         tile=tile,
-        slots=tuple(tile.slots(level.bits, level.scale_bytes, chip) for level in problem.levels),
-        shared_bytes=tuple(tile.shared_bytes(level.bits, level.scale_bytes, chip) for level in problem.levels),
+        shared_bytes=max(tile.shared_bytes(level.bits, level.scale_bytes, chip) for level in problem.levels),
         shares=tuple(shares),
         dealt=output,
         parts=most,
@@ -265,6 +265,22 @@ class _Plan:
         """Return the predicted time with as many CTAs for each row set."""
         rows = zip(self.tiles, counts, self.of_block, strict=True)
         return (self.start + max(self._best(*of_set)[0] for of_set in rows)) * 1e-6
+
+    def busy_microseconds(self, chip: Chip) -> float:
+        """Return the least time where a CTA, or a cluster, has one tile, or all have even shares of everything."""
+        costs, slots = self.costs, chip.sms * self.tile.resident // self.tile.cluster
+        work = sum(tiles * of_block for tiles, of_block in zip(self.tiles, self.of_block, strict=True)) * self.blocks
+        turns = -(-self.all_tiles // slots)
+        exchange = self._exchange(slots, self.all_tiles) if turns == 1 else costs.item * _HIDDEN
+        even = self.start + max(work / slots, self.memory) + (turns - 1) * costs.item + exchange
+        one_each = [1] * (self.all_tiles <= slots)
+        return min([even, *(self.gathered_seconds(n, chip) * 1e6 for n in (*one_each, *self.gathering(slots)))])
+
+    def gathering(self, slots: int) -> list[int]:
+        """Return how many CTAs clusters may have that gather, where so many clusters of one CTA fit on the chip."""
+        most = min(self.tile.gathered, self.blocks)
+        rooms = {splits: slots * (1 if splits == 2 else sm90.CLUSTER_ROOM) for splits in range(2, most + 1)}
+        return [splits for splits, room in rooms.items() if self.all_tiles * splits <= room]
 
     def gathered_seconds(self, splits: int, chip: Chip) -> float:
         """Return the predicted time where a cluster of so many CTAs has each tile."""
