@@ -162,7 +162,7 @@ def experts(activations: Activations) -> None:
 
 
 def mixed(*levels: tuple[str, int | None], activations: Activations = Activations.NATIVE) -> None:
-    """Multiply with a mixed weight through every tile, by CTAs that take tiles in turn or have parts, and in clusters."""
+    """Multiply with a mixed weight through every tile, by CTAs that take whole tiles or have parts, and in clusters."""
     chip, oc, ic = hardware.of_device(0), 203, 416 if activations is Activations.NATIVE else 640
     mix = formats.Mix(tuple(formats.get_scheme(*level) for level in levels))
     form = formats.Assignment(mix, bytes(i * i % len(levels) for i in range(oc)))
@@ -179,7 +179,7 @@ def mixed(*levels: tuple[str, int | None], activations: Activations = Activation
             x, residual = torch.randn(n, ic, device="cuda").half(), torch.randn(n, oc, device="cuda").half()
             problem = any_tokens.of_tokens(n)
             for crowd, splits in ((5, 1), (11, 1), *tune_mixed.runs(problem, tile, chip)):
-                with ops.using(mixed=tune_mixed.configured(problem, tile, crowd, splits, chip)):
+                with ops.using(mixed=tune_mixed.configured(problem, tile, crowd, splits, chip, deals=True)):
                     ops.linear(x, weight, residual=residual)
 
 

@@ -204,11 +204,17 @@ def runs(problem: MixedProblem, tile: Tile, chip: Chip) -> Iterator[tuple[int, i
     yield from ((plan.all_tiles * splits, splits) for splits in plan.gathering(fitting))
 
 
-def configured(problem: MixedProblem, tile: Tile, crowd: int, splits: int, chip: Chip) -> MixedConfig:
+def configured(
+    problem: MixedProblem, tile: Tile, crowd: int, splits: int, chip: Chip, *, deals: bool = False
+) -> MixedConfig:
     """Return the configuration with a tile, so many clusters at the most, one a row set at the least, and so many CTAs
     in one that gathers.
+
+    Args:
+        problem, tile, crowd, splits, chip: of which.
+        deals: whether CTAs have shares by tiles, and all tiles that fill no turn are dealt out, whatever that takes.
     """
-    plan = _Plan(problem, tile, crowd, chip)
+    plan = _Plan(problem, tile, crowd, chip, deals)
     of_rows = iter([(tiles, tiles, tiles) for tiles in plan.tiles]) if splits > 1 else plan.rows(plan.counts())
     shares, end, output, most = [], 0, 0, 1
     for level in problem.levels:
@@ -239,8 +245,8 @@ def _parts(left: int, blocks: int, ctas: int) -> int:
 class _Plan:
     """What a tile and a number of CTAs, in clusters, make of a problem."""
 
-    def __init__(self, problem: MixedProblem, tile: Tile, crowd: int, chip: Chip) -> None:
-        self.tile, self.costs = tile, cost.of(chip.name)[tile]
+    def __init__(self, problem: MixedProblem, tile: Tile, crowd: int, chip: Chip, deals: bool = False) -> None:
+        self.deals, self.tile, self.costs = deals, tile, cost.of(chip.name)[tile]
         self.blocks = -(-problem.ic // BLOCK_IC)
         self.token_tiles = -(-problem.n // tile.tokens)
         self.start = sm90.start_microseconds(problem.levels[0], tile, chip)
@@ -290,6 +296,10 @@ class _Plan:
 
     def counts(self) -> list[int]:
         """Return the CTAs of each row set: more and more for the one that would be done last, while there are some."""
+        if self.deals:
+            spare, most = self.crowd - len(self.tiles), [tiles * self.blocks for tiles in self.tiles]
+            shares = (1 + spare * tiles // self.all_tiles for tiles in self.tiles)
+            return [min(pair) for pair in zip(shares, most, strict=True)]
         ways = [self._ways(tiles, of_block) for tiles, of_block in zip(self.tiles, self.of_block, strict=True)]
         at = [0] * len(ways)
         spare = self.crowd - sum(way[0][1] for way in ways)
@@ -326,7 +336,7 @@ class _Plan:
         length = (turns - 1) * blocks + -(-rest * blocks // ctas)
         exchange = self._exchange(ctas, rest) if turns == 1 else costs.item * _HIDDEN  # ahead of whole tiles
         dealt = max(length * of_block, self.memory) + more + exchange
-        return (dealt, tiles - rest) if dealt < in_turn else (in_turn, tiles)
+        return (dealt, tiles - rest) if self.deals or dealt < in_turn else (in_turn, tiles)
 
     def _exchange(self, ctas: int, tiles: int) -> float:
         """Return the microseconds in which parts of tiles are added that are dealt out to so many CTAs."""
