@@ -22,9 +22,9 @@ from tersor.kernels.tune.problem import LinearProblem
 from tersor.kernels.tune.tile import Tile
 from tersor.layouts.blocks import BLOCK_IC
 
-_SHAPES = {
+SHAPES = {
     False: (
-        *((8, 1, 4, 1), (8, 2, 1, 2), (16, 1, 4, 1), (16, 2, 2, 1), (32, 1, 4, 1), (32, 2, 1, 1), (48, 1, 1, 2)),
+        *((8, 1, 4, 1), (8, 1, 2, 2), (16, 1, 4, 1), (16, 3, 1, 1), (32, 2, 1, 1), (32, 3, 1, 1), (48, 1, 1, 2)),
         *((64, 1, 1, 2), (64, 2, 1, 1), (96, 2, 1, 1), (128, 2, 1, 1), (192, 2, 1, 1), (256, 2, 1, 1)),
     ),
     True: (
@@ -137,7 +137,7 @@ def tiles(problem: MixedProblem) -> list[Tile]:
     activations = problem.activations
     wanted = {
         Tile(tokens, rows, channels, 1, resident, activations)
-        for tokens, rows, channels, resident in _SHAPES[activations is not Activations.NATIVE]
+        for tokens, rows, channels, resident in SHAPES[activations is not Activations.NATIVE]
     }
     of_levels = [set(sm90.tiles(level.scale_groups, activations)) for level in problem.levels]
     return sorted(wanted.intersection(*of_levels), key=lambda tile: (tile.tokens, tile.row_groups, tile.resident))
