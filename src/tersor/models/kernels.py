@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -126,12 +126,9 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple):
         for one in value:
             yield from _parts(one)
-    elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, MixedWeight):
-        for rows in value.weight.sets:  # each is multiplied as the dense weight that it is
-            yield replace(value, weight=rows, bias=None)
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
-    elif is_dataclass(value) and not isinstance(value, PackedWeight | Stacked | type):
+    elif is_dataclass(value) and not isinstance(value, PackedWeight | MixedWeight | Stacked | type):
         if isinstance(value, Mixture | Activated | LatentAttention):
             yield value
         for field in fields(value):
@@ -158,6 +155,8 @@ def _kind(part: Any) -> Any:
 def _described(weight: Any) -> Any:
     if isinstance(weight, StackedMixedWeight):
         return tuple(map(_described, weight.sets))
+    if isinstance(weight, MixedWeight):
+        return weight.mix, tuple(_described(one) for one in weight.sets)
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
 
 
@@ -173,6 +172,8 @@ def _asked(
     if isinstance(part, Product | GatedProduct):
         if isinstance(part.weight, PackedWeight):
             yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
+        elif isinstance(part.weight, MixedWeight):
+            yield from needed.mixed_linear(part.weight, dtype, _gate(part), steps.tokens, chip)
     elif isinstance(part, NormWeights):
         yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):

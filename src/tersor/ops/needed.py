@@ -21,6 +21,7 @@ from tersor.kernels import (
     decode_attention,
     dense,
     experts,
+    mixed,
     norms,
     routing,
     sampling,
@@ -32,10 +33,11 @@ from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
 from tersor.kernels.tune import experts as tune_experts
+from tersor.kernels.tune import mixed as tune_mixed
 from tersor.kernels.tune import sm80
-from tersor.layouts import STREAM, PackedWeight, Stacked, sets_of
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, Stacked, sets_of
 from tersor.layouts.packing import Packing, activations_of, target_of
-from tersor.ops import grouped, mode, quantized, serve_attention
+from tersor.ops import grouped, mixed_launch, mode, quantized, serve_attention
 from tersor.ops.attention_form import AttentionForm
 from tersor.ops.dispatch import overflow_reason
 from tersor.ops.fold import takes_norm
@@ -76,6 +78,31 @@ def linear(
             config = tune.choose_normed(tune.LinearProblem.of(packing, weight.shape, n), chip)
             if config is not None:
                 yield dense.fused_source(packing, TARGETS[dtype], config, gate, norm)
+
+
+def mixed_linear(weight: MixedWeight, dtype: torch.dtype, gate: int, tokens: int, chip: Chip) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.linear`, or of `ops.gated_linear`, of a mixed weight with up to `tokens` tokens.
+
+    Args:
+        weight: as it lies on the GPU; no number of it is read.
+        dtype: of activations.
+        gate: how gate and up become one, or 0.
+        tokens: at least 1.
+        chip: the GPU.
+    """
+    now, result = mode.current(), target_of(Activations.NATIVE, dtype)
+    if result is None or now.reference:
+        return
+    layout = mixed_launch.layout_of(weight)
+    if now.batch_invariant or mixed_launch.reason(weight.mix, layout, weight.shape[1], dtype, chip):
+        for one in weight.sets:  # each is multiplied as the dense weight that it is
+            yield from _matrix(one.scheme, one.layout, one.shape, dtype, gate, tokens, chip)
+        return
+    packings, problem = mixed_launch.problem_of(weight, layout, tokens)
+    if problem.activations is not Activations.NATIVE:
+        yield dense.quantize_source(result, problem.activations)
+    for tile in tune_mixed.asked(problem, chip):
+        yield mixed.source(packings, result, tile, chip, gate)
 
 
 def folds_norm(first: PackedWeight, second: PackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
