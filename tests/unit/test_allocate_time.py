@@ -19,6 +19,7 @@ from tersor.errors import InputError
 from tersor.formats import Mix, get_scheme
 from tersor.hardware import chip_named
 from tersor.kernels import tune
+from tersor.kernels.tune import mixed as tune_mixed
 from tersor.layouts.packing import Packing
 
 LEVELS = [get_scheme("uint3", 32), get_scheme("fp5_e2m2"), get_scheme("int8")]
@@ -101,15 +102,21 @@ def test_a_latency_outside_of_what_levels_take_is_refused_with_the_range() -> No
             allocate_time(layers, LEVELS, clock, budget)
 
 
-def test_the_time_of_a_mix_is_that_of_its_launches() -> None:
+def test_the_time_of_a_mix_is_that_of_the_launch_that_has_a_kernel() -> None:
     steps, layer = Steps(Mix(tuple(LEVELS)), H200, 8, torch.bfloat16), Fused({"a": falling(4096, 0)}, 4096)
-    alone = []
-    for scheme, count in ((LEVELS[0], 1024), (LEVELS[2], 3072)):
-        problem = tune.LinearProblem.of(Packing.of(scheme, "bfloat16"), (count, 4096), 8)
-        alone.append(tune.seconds(problem, tune.predict(problem, H200), H200))
-    assert steps.layer(layer, [1024, 0, 3072]) == pytest.approx(sum(alone) + GATHERED)
-    assert steps.layer(layer, [0, 0, 4096]) < 6e-6 and steps.words == "a step of 8 rows on NVIDIA H200"
+    problems, alone = [], []
+    for scheme, count in zip(LEVELS, (1024, 0, 3072), strict=True):
+        problems.append(tune.LinearProblem.of(Packing.of(scheme, "bfloat16"), (count, 4096), 8))
+    whole = tune_mixed.MixedProblem(levels=tuple(problems))
+    expected = tune_mixed.seconds(whole, tune_mixed.choose(whole, H200), H200)
+    assert steps.layer(layer, [1024, 0, 3072]) == expected and steps.words == "a step of 8 rows on NVIDIA H200"
     assert steps.total([layer, layer], [[4096, 0, 0]] * 2) == 2 * steps.layer(layer, [4096, 0, 0])
+    older = chip_named("a100")
+    for problem in problems:
+        if problem.oc:
+            alone.append(tune.seconds(problem, tune.predict(problem, older), older))
+    found = Steps(Mix(tuple(LEVELS)), older, 8, torch.bfloat16).layer(layer, [1024, 0, 3072])
+    assert found == pytest.approx(sum(alone) + GATHERED)
 
 
 def test_experts_take_what_both_products_take_in_tiles_of_as_many_tokens() -> None:

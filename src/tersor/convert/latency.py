@@ -17,11 +17,12 @@ from tersor.formats import Activations, Mix
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import experts as tune_experts
+from tersor.kernels.tune import mixed as tune_mixed
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
 
 GATHERED = 3e-6
-"""Seconds of the two launches that put what the row sets of a mix give in order (`ops.mixed`, `ops.grouped`): what two
-launches of little work take one behind the other."""
+"""Seconds of the two launches that put in order what the row sets of a mix give (`ops.grouped`, and `ops.mixed` where
+no kernel takes them all): what two launches of little work take one behind the other."""
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
 
@@ -70,10 +71,13 @@ class Steps:
         problems = tuple(
             tune.LinearProblem.of(packing, (count, layer.ic), self._rows)
             for packing, count in zip(self._packings, rows, strict=True)
-            if count
         )
-        times = [tune.seconds(problem, tune.predict(problem, self._chip), self._chip) for problem in problems]
-        return sum(times) + _ordering(problems)
+        if self._chip.capability == (9, 0) and sum(problem.oc > 0 for problem in problems) > 1:
+            mixed = tune_mixed.MixedProblem(levels=problems)
+            return tune_mixed.seconds(mixed, tune_mixed.choose(mixed, self._chip), self._chip)
+        some = [problem for problem in problems if problem.oc]
+        times = [tune.seconds(problem, tune.predict(problem, self._chip), self._chip) for problem in some]
+        return sum(times) + _ordering(some)
 
     def total(self, layers: Sequence[Fused], rows: Sequence[Sequence[int]]) -> float:
         """Return the seconds of all layers; both products of experts are predicted together, as their tiles agree."""
