@@ -6,13 +6,14 @@ the router multiplies an expert's output by, back through down and the gate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tersor.compress.salience import Salience, rounding_error
+from tersor.convert.calibrate.gradients import Take
 from tersor.convert.calibrate.inputs import ExpertInputs
 from tersor.errors import NonFiniteError
 from tersor.formats import Mix
@@ -20,9 +21,6 @@ from tersor.nn.experts import Rows
 
 _DELTA_BYTES = 16 << 30
 """Bytes of rounding errors in memory at once: where those of all experts take more, blocks run several times."""
-
-Visit = Callable[[Callable[[list[torch.Tensor], torch.Tensor], None]], None]
-"""Runs the block forward and backward, and hands over what its experts are called with, and the output's gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,86 +31,82 @@ class _Errors:
     outer: list[torch.Tensor]
 
 
-def score_experts(
-    module: Any, mix: Mix, wanted: Sequence[str], visit: Visit, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Return what each output feature loses at each level, in nats a token: the part of its weight -> [levels, OC].
+class ExpertScores:
+    """Sums of the scores of a layer's experts.
 
-    Args:
-        module: the experts, as transformers has them, with their weights.
-        mix: the levels.
-        wanted: `in`, `down` or both.
-        visit: of the block.
-        device: where it computes.
-
-    Raises:
-        NonFiniteError: a weight holds a NaN or an infinity; its index begins with the expert.
-        FormatError: as `rounding_error` does.
+    Attributes:
+        together: numbers of experts whose rounding errors are in memory at once: a block runs once for each.
     """
-    inside = ExpertInputs(module, "down")
-    form, count = inside.form, len(mix.levels)
-    width = form.shape(form.fused)[1]
-    sums = {
-        part: Salience(count, width if part == "in" else form.hidden, device=device)
-        for part in ("in", "down")
-        if part in wanted
-    }
-    each = 4 * count * form.inner * form.hidden * (3 if form.gated else 2)
-    together = max(1, _DELTA_BYTES // each)
-    for first in range(0, form.count, together):
-        chosen = range(first, min(first + together, form.count))
-        errors = {expert: _errors(inside, expert, mix, wanted) for expert in chosen}
 
-        def add(given: list[torch.Tensor], gradient: torch.Tensor, errors: dict[int, _Errors] = errors) -> None:
+    def __init__(self, module: Any, mix: Mix, wanted: Sequence[str], device: torch.device) -> None:
+        """Start with sums of nothing.
+
+        Args:
+            module: the experts, as transformers has them, with their weights.
+            mix: the levels.
+            wanted: `in`, `down` or both.
+            device: where the block computes.
+        """
+        self._inside, self._mix = ExpertInputs(module, "down"), mix
+        form, count = self._inside.form, len(mix.levels)
+        width = form.shape(form.fused)[1]
+        self._sums = {part: Salience(count, width if part == "in" else form.hidden, device=device) for part in wanted}
+        size = max(1, _DELTA_BYTES // (4 * count * form.inner * form.hidden * (3 if form.gated else 2)))
+        self.together = [range(first, min(first + size, form.count)) for first in range(0, form.count, size)]
+
+    def take(self, chosen: range) -> Take:
+        """Return what takes what the module is called with, and the gradient of its output, for some experts.
+
+        Raises:
+            NonFiniteError: a weight holds a NaN or an infinity; its index begins with the expert.
+            FormatError: as `rounding_error` does.
+        """
+        errors = {expert: self._errors(expert) for expert in chosen}
+
+        def add(given: list[torch.Tensor], gradient: torch.Tensor) -> None:
             for expert, own in errors.items():
-                _add(inside, expert, given, gradient, own, sums)
+                self._add(expert, given, gradient, own)
             if 0 in errors:
-                for total in sums.values():
-                    total.saw(inside.tokens(given))
+                for total in self._sums.values():
+                    total.saw(self._inside.tokens(given))
 
-        visit(add)
-    return {part: total.mean() for part, total in sums.items()}
+        return add
 
+    def mean(self) -> dict[str, torch.Tensor]:
+        """Return the part of the weights -> what each output feature loses at each level, in nats a token."""
+        return {part: total.mean() for part, total in self._sums.items()}
 
-def _errors(inside: ExpertInputs, expert: int, mix: Mix, wanted: Sequence[str]) -> _Errors:
-    try:
-        made = [
-            [rounding_error(weight.float(), scheme) for scheme in mix.levels] if part in wanted else []
-            for part, weight in (("in", _ordered(inside, expert)), ("down", inside.weight(expert, "down_proj")))
-        ]
-    except NonFiniteError as error:
-        raise NonFiniteError((expert, *error.index), error.value) from None
-    return _Errors(*made)
+    def _errors(self, expert: int) -> _Errors:
+        try:
+            made = [
+                [rounding_error(weight.float(), scheme) for scheme in self._mix.levels] if part in self._sums else []
+                for part, weight in (("in", self._gate_up(expert)), ("down", self._inside.weight(expert, "down_proj")))
+            ]
+        except NonFiniteError as error:
+            raise NonFiniteError((expert, *error.index), error.value) from None
+        return _Errors(*made)
 
+    def _gate_up(self, expert: int) -> torch.Tensor:
+        """Return gate and up of an expert, the gate first, where its rows are known."""
+        form = self._inside.form
+        weight = self._inside.weight(expert, form.fused)
+        return weight if form.rows is Rows.PLAIN else torch.cat(form.rows.halves(weight[None]), dim=1)[0]
 
-def _ordered(inside: ExpertInputs, expert: int) -> torch.Tensor:
-    """Return gate and up of an expert, the gate first, where its rows are known."""
-    weight = inside.weight(expert, inside.form.fused)
-    return weight if inside.form.rows is Rows.PLAIN else torch.cat(inside.form.rows.halves(weight[None]), dim=1)[0]
-
-
-def _add(
-    inside: ExpertInputs,
-    expert: int,
-    given: list[torch.Tensor],
-    gradient: torch.Tensor,
-    errors: _Errors,
-    sums: dict[str, Salience],
-) -> None:
-    """Add what one expert's tokens of a batch say."""
-    rows = inside.rows(given, expert)
-    if not len(rows):
-        return
-    form = inside.form
-    outer = gradient.reshape(-1, form.hidden)[rows] * inside.factors(given, expert, rows)[:, None]
-    both = inside.both(given, expert, rows).requires_grad_(True)
-    with torch.enable_grad():
-        inner = inside.activated(both)
-        (own,) = torch.autograd.grad(inner, both, outer.to(inner.dtype) @ inside.weight(expert, "down_proj"))
-    if "in" in sums:
-        x = given[0].reshape(-1, form.hidden)[rows]
-        if form.rows is not Rows.PLAIN:
-            own = torch.cat([half[0].T for half in form.rows.halves(own.T[None])], dim=1)
-        sums["in"].add(x, own, errors.inner, tokens=0)
-    if "down" in sums:
-        sums["down"].add(inner.detach(), outer, errors.outer, tokens=0)
+    def _add(self, expert: int, given: list[torch.Tensor], gradient: torch.Tensor, errors: _Errors) -> None:
+        """Add what one expert's tokens of a batch say."""
+        inside, form = self._inside, self._inside.form
+        rows = inside.rows(given, expert)
+        if not len(rows):
+            return
+        outer = gradient.reshape(-1, form.hidden)[rows] * inside.factors(given, expert, rows)[:, None]
+        both = inside.both(given, expert, rows).requires_grad_(True)
+        with torch.enable_grad():
+            inner = inside.activated(both)
+            (own,) = torch.autograd.grad(inner, both, outer.to(inner.dtype) @ inside.weight(expert, "down_proj"))
+        if "in" in self._sums:
+            x = given[0].reshape(-1, form.hidden)[rows]
+            if form.rows is not Rows.PLAIN:
+                own = torch.cat([half[0].T for half in form.rows.halves(own.T[None])], dim=1)
+            self._sums["in"].add(x, own, errors.inner, tokens=0)
+        if "down" in self._sums:
+            self._sums["down"].add(inner.detach(), outer, errors.outer, tokens=0)

@@ -1,7 +1,7 @@
 """What does every output feature of a model lose at every level? One backward pass, one product a level.
 
-The model runs forward and backward block by block, as for `gradients`; each block then gives its inputs and gradients
-to `compress.salience`. The scores are kept in the store, so that an interrupted run takes them up.
+The model runs forward and backward block by block, as for `gradients`; on the way back each block gives its inputs and
+gradients to `compress.salience`. The scores of a block are kept in the store, so that an interrupted run takes them up.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.compress.salience import Salience, rounding_error
 from tersor.convert.calibrate.bits import deterministic
-from tersor.convert.calibrate.expert_scores import score_experts
-from tersor.convert.calibrate.gradients import Gradients, Take
+from tersor.convert.calibrate.expert_scores import ExpertScores
+from tersor.convert.calibrate.gradients import Backward, Gradients, Take
 from tersor.convert.calibrate.store import Store, write_tensors
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
@@ -73,55 +73,43 @@ class Scoring:
             CheckpointError: the source cannot be read.
             OutputError: the disk is full or does not let us write.
         """
-        path = self._store.path("scores", 0)
-        if path.exists():
-            with SafetensorsFile(path) as file:
-                return {name: file.read(name) for name in file.tensors}
         count = len(self._model.blocks)
-        self._total = 3 * sum(map(self._nbytes, range(count)))
+        paths = [self._store.path("scores", block) for block in range(count)]
         backward = Gradients(self._model, self._store, ids, seed)
-        with deterministic(self._model.device):
-            found = self._scores(ids, backward)
-        write_tensors(path, found, {})
+        if not all(path.exists() for path in paths):
+            self._total = 2 * sum(map(self._nbytes, range(count)))
+            with deterministic(self._model.device):
+                self._load(None)
+                self._model.tie()
+                streams = Streams(self._model, ids)
+                advance = lambda block: self._advance(self._nbytes(block))  # noqa: E731
+                backward.visit(streams, self._load, advance, self._score, keep=keep_gradients)
         if not keep_gradients:
             for block in range(count):
                 backward.forget(block)
-        return found
-
-    def _scores(self, ids: torch.Tensor, backward: Gradients) -> dict[str, torch.Tensor]:
-        """Run forward and backward through the model, and then score block by block."""
-        self._load(None)
-        self._model.tie()
-        streams = Streams(self._model, ids)
-        backward.prepare(streams, 0, self._load, lambda block: self._advance(self._nbytes(block)))
         found: dict[str, torch.Tensor] = {}
-        for block in range(len(self._model.blocks)):
-            self._load(block)
-            found |= self._score(block, streams, backward)
-            streams.forward(block, self._model.blocks[block])
-            self._model.drop(block)
-            self._advance(self._nbytes(block))
+        for path in paths:
+            with SafetensorsFile(path) as file:
+                found |= {name: file.read(name) for name in file.tensors}
         return found
 
-    def _score(self, block: int, streams: Streams, backward: Gradients) -> dict[str, torch.Tensor]:
-        """Return the scores of one loaded block's layers."""
+    def _score(self, block: int, run: Backward) -> None:
+        """Keep the scores of one loaded block's layers; `run` runs it backward."""
         sums: dict[str, Salience] = {}
         take: dict[Site, Take] = {}
-        found: dict[str, torch.Tensor] = {}
+        scored = []
         for module, wanted in self._experts(block).items():
-            site = Site(module, wanted[0].site.part)
-
-            def visit(add: Take, site: Site = site) -> None:
-                backward.visit(streams, block, {site: add})
-
-            parts = list(dict.fromkeys(task.site.part for task in wanted))
+            names = {task.site.part: task.parameter for task in wanted}
             experts = self._model.blocks[block].get_submodule(module)
+            own = ExpertScores(experts, self._mix, list(names), self._model.device)
+            scored.append((names, own))
+            *others, last = own.together
             try:
-                scored = score_experts(experts, self._mix, parts, visit, self._model.device)
+                for chosen in others:
+                    run({wanted[0].site: own.take(chosen)}, replace=False)
+                take[wanted[0].site] = own.take(last)
             except (NonFiniteError, FormatError) as error:
                 raise InputError(f"{self._model.name_of(block, module)}: {error}") from None
-            names = {task.site.part: task.parameter for task in wanted}
-            found |= {names[part]: score for part, score in scored.items()}
         for task in self._tasks:
             if task.block != block or task.site.part:
                 continue
@@ -130,15 +118,16 @@ class Scoring:
                 deltas = [rounding_error(weight.float(), scheme) for scheme in self._mix.levels]
             except (NonFiniteError, FormatError) as error:
                 raise located(task.step, error) from None
-            own = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
-            take[task.site] = _adding(own, deltas)
-        if take:
-            backward.visit(streams, block, take)
-        found |= {name: own.mean() for name, own in sums.items()}
+            total = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
+            take[task.site] = _adding(total, deltas)
+        run(take, replace=True)
+        found = {name: total.mean() for name, total in sums.items()}
+        for names, own in scored:
+            found |= {names[part]: score for part, score in own.mean().items()}
         for name, score in found.items():
             if not bool(score.isfinite().all()):
                 raise InputError(f"the score of {name} holds a NaN or an infinity on this text")
-        return found
+        write_tensors(self._store.path("scores", block), found, {})
 
     def _experts(self, block: int) -> dict[str, list[Task]]:
         """Return the modules of experts of a block, and the tasks of each."""
