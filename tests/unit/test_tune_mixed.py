@@ -95,7 +95,7 @@ def test_every_block_is_multiplied_once(
 
 
 def test_ctas_are_shared_by_what_row_sets_cost() -> None:
-    """No CTA has more than a third above the mean of all, in bytes: a multiprocessor takes so much more than its share."""
+    """No CTA has more bytes than a third above the mean: a multiprocessor takes so much more than its share."""
     for n in (1, 16):
         of = problem(FLOATS, (3584,) * 4, 4096, n)
         config = tune.choose(of, H200)
