@@ -33,15 +33,28 @@ COLUMNS = {
 """(Kernel, chain) in the results -> heading, in the order of the table; what was not measured has no column."""
 
 
+BESIDE = {"latency_h200.json": "latency_vllm_h200.json"}
+"""Results file -> that of other engines, measured by the same verb in a run of its own, for the same table."""
+
 EXPERTS_TOKENS = (1, 8, 32, 64, 512, 2048, 8192)
 EXPERTS_RIVALS = {"torch": "torch bfloat16", f"humming {FORMAT}": "humming"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what a results file holds, with the rows of the file that stands beside it and, as `beside`, its facts."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if path.name in BESIDE:
+        other = json.loads((path.parent / BESIDE[path.name]).read_text(encoding="utf-8"))
+        result["rows"] += other["rows"]
+        result["beside"] = {"name": BESIDE[path.name], **other["environment"]}
+    return result
 
 
 def table(result: dict[str, Any], name: str) -> str:
     """Return the table of a results file in Markdown.
 
     Args:
-        result: what the verb wrote.
+        result: what the verb wrote, as `read` returns it.
         name: the results file, which the caption names.
     """
     tables = {"tersor bench experts": experts_table, "tersor bench latency": latency_table}
@@ -60,6 +73,11 @@ def latency_table(result: dict[str, Any], name: str) -> str:
         f"one {facts['gpu']}, torch {facts['torch']}, commit {facts['commit']} (`bench/results/{name}`). Read time: "
         f"the bytes of weights, keys and values over the {result['read_bandwidth'] / 1e12:.2f} TB/s of a large read."
     )
+    if beside := result.get("beside"):
+        caption += (
+            f" vLLM {beside['vllm']} in a run of its own with the same verb (`bench/results/{beside['name']}`, "
+            f"commit {beside['commit']}), its output head in 16 bits."
+        )
     lines = [
         *textwrap.wrap(caption, 120),
         "",
@@ -167,7 +185,7 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     if not path.is_file():
         raise SystemExit(f"no {path}: run `make bench` on a GPU")
-    print(table(json.loads(path.read_text()), path.name))
+    print(table(read(path), path.name))
 
 
 if __name__ == "__main__":

@@ -67,12 +67,14 @@ def check_target(path: Path) -> bool:
     return True
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes | memoryview], *, durable: bool = True) -> None:
     """Write a file durably. Nobody sees a part of it, also where several threads or processes write it at once.
 
     Args:
         path: what the file is called in the end; a file of that name is replaced.
         content: all of it, in one piece or in several.
+        durable: whether it also outlasts the machine. What does not outlasts its process, and need not reach the disk
+            where it is removed soon.
 
     Raises:
         OSError: the file cannot be written; there is then no temporary file either.
@@ -81,9 +83,13 @@ def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
     try:
         with open(temporary, "wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            rename(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,17 +1,17 @@
-"""Which kernels around products do the compile tests build? Those of norms, rows, numbers, sampling and 8-bit rows."""
+"""Which kernels around products do the compile tests build? Of norms, rows, numbers, sampling, columns, 8-bit rows."""
 
 from __future__ import annotations
 
 import itertools
 
 from tersor.formats import Activations
-from tersor.kernels import dense, norms, sampling, small
+from tersor.kernels import columns, dense, norms, sampling, small
 from tersor.kernels.jit import KernelSource
 from tersor.layouts import decode_groups
 
 
 def products() -> list[KernelSource]:
-    """Return kernels of norms, rows, numbers and sampling: the most registers of each kind, every dtype, by turns."""
+    """Return kernels of norms, rows, numbers, sampling and columns: the most registers, every dtype, by turns."""
     kinds = ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
     normed = [norms.norm_source(dtype, layer, size) for size, layer in kinds for dtype in decode_groups.PAIR_TARGETS]
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
@@ -20,7 +20,7 @@ def products() -> list[KernelSource]:
     copies += [small.resolve_source(), small.keep_source()]
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
-    return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums]
+    return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums, *columns.sources()[::3]]
 
 
 def quantizing() -> list[KernelSource]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from tersor.compress import sweeps
 from tersor.engine.shared_pages import shared_size
 from tersor.formats import Activations, Scheme, get, get_scheme
 from tersor.hardware import chip_named
 from tersor.kernels import (
     attention,
     attention_sm90,
+    columns,
     deciding,
     decode_attention,
     dense,
@@ -130,6 +132,31 @@ def test_scales_take_the_same_bytes(name: str, group_size: int | None, dtype: st
         else {"scales::kBlockBytes": BLOCK_OC * packing(scheme).scale_row_bytes, "scales::kGroups": 128 // group_size}
     )
     check("common/scales.cuh", next(dense.sources(packing(scheme), H200)), facts)
+
+
+def test_a_block_has_as_many_columns_and_a_cta_as_many_rows() -> None:
+    launched = Launched()
+    addresses = dict.fromkeys(("given", "scale", "zero_point", "groups", "matrix", "table", "values", "changes"), 0)
+    launch = columns.prepare_columns(
+        launched,
+        stream=0,
+        **addresses,
+        before=0,
+        stride=256,
+        rows=81,
+        low=-8.0,
+        high=7.0,  # type: ignore[arg-type]
+    )
+    launch(128, 256)
+    facts = {
+        "columns::kColumns": sweeps.BLOCK,
+        "(81 + columns::kWarps - 1) / columns::kWarps": launched.grid[0],
+        "32 * columns::kWarps": launched.block[0],
+    }
+    check("calibrate/columns.cuh", columns.columns_source(False, 14), facts)
+    assert columns.MOST_COLUMNS == sweeps.BLOCK
+    widest = get("fp8_e4m3").values().unique()
+    assert len(widest) - 1 == columns.MOST_MIDDLES
 
 
 def test_a_tile_of_the_sm90_schedule_has_the_same_rows_threads_and_pieces() -> None:

@@ -142,6 +142,31 @@ def test_an_interrupted_run_goes_on_with_the_same_scores_and_bytes(
         assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("effort", ["normal", "high"])
+def test_scoring_that_was_interrupted_goes_on_at_its_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, effort: str
+) -> None:
+    monkeypatch.setitem(compress.RECIPES, "gptq", calibrated.quick(compress.RECIPES["gptq"]))
+    options = {"algorithm": "gptq", "effort": effort}
+    whole, name, calls = run(folder, f"scored-{effort}", **options), f"scored-again-{effort}", list[int]()
+    score = scores.Scoring._score
+
+    def failing(self: scores.Scoring, block: int, backward: Any) -> None:
+        calls.append(block)
+        if calls == [1, 0]:
+            raise KeyboardInterrupt
+        score(self, block, backward)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scores.Scoring, "_score", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, name, **options)
+        again = run(folder, name, resume=True, **options)
+    assert calls == [1, 0, 0]
+    for file in ("model.safetensors", "config.json", "tersor-mix.json"):
+        assert (again / file).read_bytes() == (whole / file).read_bytes()
+
+
 def test_what_cannot_be_met_is_said_before_anything_is_scored(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

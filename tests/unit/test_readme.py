@@ -209,7 +209,7 @@ def test_the_table_of_results_is_the_one_of_the_file(script: Any) -> None:
     assert len(tables) == 3 and ROOT / tables[0][0] == script.RESULTS
     for name, shown in tables:
         results = ROOT / name
-        assert shown.strip() == script.table(json.loads(results.read_text(encoding="utf-8")), results.name)
+        assert shown.strip() == script.table(script.read(results), results.name)
 
 
 def test_the_table_from_an_example(script: Any) -> None:

@@ -11,6 +11,7 @@ from tersor.compress.statistics import (
     SHIFT,
     LayerSums,
     Moments,
+    bfloat16_parts,
 )
 from tersor.errors import InputError
 
@@ -46,6 +47,14 @@ def test_pieces_are_the_blocks_along_the_diagonal() -> None:
     assert torch.allclose(pieces.mean(), expected)
     with pytest.raises(InputError, match="6 channels are not 4 pieces"):
         Moments(6, pieces=4)
+
+
+def test_two_numbers_in_bfloat16_are_one_in_float32_to_17_bits() -> None:
+    x = random(200, 4) * torch.logspace(-20, 20, 200).unsqueeze(1)
+    parts = bfloat16_parts(x)
+    assert len(parts) == 2 and {part.dtype for part in parts} == {torch.bfloat16}
+    assert float(((sum(part.double() for part in parts) - x).abs() / x.abs()).max()) <= 2.0**-17
+    assert bfloat16_parts(parts[0])[0] is parts[0] and len(bfloat16_parts(parts[0])) == 1
 
 
 def test_many_small_batches_lose_nothing_against_one() -> None:

@@ -50,7 +50,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """safetensors dtype name -> torch dtype, where torch has one."""
 
-_SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""torch dtype -> its safetensors name."""
 
 MERGED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -69,7 +70,7 @@ class TensorForm:
     @property
     def safetensors_dtype(self) -> str:
         """What a safetensors file calls the dtype, such as `I32`."""
-        return _SAFETENSORS_DTYPES[self.dtype]
+        return SAFETENSORS_DTYPES[self.dtype]
 
 
 class Storage(ABC):

@@ -14,6 +14,9 @@ SHRINKS = tuple(step / 100 for step in range(100, 39, -2))
 _E8M0_SHRINKS = (1.0, 0.5)
 """Of powers of two the next smaller one is the only other scale within `SHRINKS`."""
 
+_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Weights that the search rounds at once, by type of device: where rows are few, with several scales."""
+
 _MARGIN = 1 - 2.0**-7
 """A scale this far below a limit is below it when rounded, bfloat16's 8 bits included."""
 
@@ -28,13 +31,16 @@ class Grid:
         scheme: element format and scales.
         groups: scales a row.
         limit: the largest scale allowed, so that no weight decodes beyond its dtype.
+        least, largest: the smallest and the largest value of a code.
         table: float32 [values], ascending, of a float format.
-        middles: float32 [values - 1], halfway between neighbours of `table`.
+        middles: float32 [values - 1], halfway between neighbours of `table`, in one piece of memory with it.
     """
 
     scheme: Scheme
     groups: int
     limit: float
+    least: float
+    largest: float
     table: torch.Tensor
     middles: torch.Tensor
 
@@ -46,12 +52,14 @@ class Grid:
             FormatError: the group size does not divide `ic`.
         """
         table = scheme.format.values().unique(sorted=True)
-        largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / float(table.abs().max())
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / float(table.abs().max())
         stored = SCALE_DTYPES[scheme.scale_dtype]
         if stored.is_floating_point:
-            largest = min(largest, torch.finfo(stored).max)
-        middles = (table[1:] + table[:-1]) / 2
-        return Grid(scheme, scheme.groups(ic), largest * _MARGIN, table.to(device), middles.to(device))
+            limit = min(limit, torch.finfo(stored).max)
+        both = torch.cat([table, (table[1:] + table[:-1]) / 2]).to(device)
+        least, largest = float(table[0]), float(table[-1])
+        own, middles = both[: len(table)], both[len(table) :]
+        return Grid(scheme, scheme.groups(ic), limit * _MARGIN, least, largest, own, middles)
 
     def nearest(self, wanted: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Return the values nearest to scaled weights.
@@ -69,11 +77,11 @@ class Grid:
         """Return the smallest and largest values beside zero points (0 where there are none), float32."""
         if self.scheme.has_zero_point:
             return -zero_point, self.scheme.format.max - zero_point
-        return torch.full_like(zero_point, float(self.table[0])), torch.full_like(zero_point, float(self.table[-1]))
+        return torch.full_like(zero_point, self.least), torch.full_like(zero_point, self.largest)
 
     def rounded(self, scale: torch.Tensor) -> torch.Tensor:
         """Return positive scales, float32 [rows, G], as the scheme's dtype stores them, at most `limit`."""
-        return scale_values(store_scales(scale.clamp(max=self.limit), self.scheme), self.scheme)
+        return scale_values(store_scales(scale.clamp(max=self.limit), self.scheme, fits=True), self.scheme)
 
     def search(self, rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the scale of every group whose codes lose least, among shrunken round-to-nearest scales.
@@ -97,23 +105,28 @@ class Grid:
             zero_point = torch.zeros_like(full)
         best = self.rounded(full)
         least = torch.full_like(full, torch.inf)
-        for shrink in SHRINKS if self.scheme.scale_dtype != "e8m0" else _E8M0_SHRINKS:
-            scale = self.rounded(full * shrink)
-            error = self._error(grouped, scale, zero_point).square_().mul_(cost).sum(dim=2)
+        shrinks = torch.tensor(_E8M0_SHRINKS if self.scheme.scale_dtype == "e8m0" else SHRINKS, device=rows.device)
+        for some in shrinks.split(max(1, _ELEMENTS.get(rows.device.type, _ELEMENTS["cpu"]) // max(1, rows.numel()))):
+            scales = self.rounded((full * some.view(-1, 1, 1)).flatten(0, 1)).unflatten(0, (len(some), -1))
+            errors = torch.nan_to_num(self._errors(grouped, scales, zero_point, cost), nan=torch.inf, posinf=torch.inf)
+            first = errors.argmin(dim=0, keepdim=True)  # the first of several that lose the least
+            error, scale = errors.gather(0, first)[0], scales.gather(0, first)[0]
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, scale, best)
         return best, zero_point
 
-    def _error(self, grouped: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-        """Return what rounding to the nearest value adds, [rows, G, group]."""
-        divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(2)
+    def _errors(
+        self, grouped: torch.Tensor, scales: torch.Tensor, zero_point: torch.Tensor, cost: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what groups [rows, G, group] lose, rounded to nearest with scales [S, rows, G]: of that shape."""
+        divisor = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
         scaled = grouped / divisor
         if self.scheme.has_zero_point:
-            offset = zero_point.unsqueeze(2)
+            offset = zero_point.unsqueeze(-1)
             rounded = scaled.round_().add_(offset).clamp_(0, self.scheme.format.max).sub_(offset)
         else:
             rounded = self.scheme.format.round(scaled)[1]
-        return rounded.mul_(scale.unsqueeze(2)).sub_(grouped)
+        return rounded.mul_(scales.unsqueeze(-1)).sub_(grouped).square_().mul_(cost).sum(dim=-1)
 
     def codes(self, values: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
         """Return the uint8 codes [rows, IC] of values [rows, IC] and zero points [rows, G]."""

@@ -21,6 +21,9 @@ INPUT_DAMPING = 0.01
 OUTPUT_DAMPING = 0.05
 """What is added to the diagonal of the output gradients' matrix, relative to its mean."""
 
+BLOCK = 128
+"""Channels of a block: a pass over them in order has one product for all that a block changes behind it."""
+
 _DAMPING_STEP = 10.0
 _MOST_DAMPING = 1e4
 """A matrix that is not positive with this times its mean diagonal added is no sum of x x^T."""
@@ -32,16 +35,23 @@ class Hessian:
 
     Attributes:
         order: int64 [n], the channels by falling diagonal, the order in which they are rounded.
+        back: int64 [n], where in that order each channel is.
         natural: float32 [n, n], the damped matrix with channels as they come.
         ordered: float32 [n, n], the same with rows and columns in `order`.
         factor: float32 [n, n], the upper triangular U with U^T U the inverse of `ordered`.
+        moves: float32 [n, n], its rows divided by its diagonal: how an error moves to later channels.
+        behind: for every `BLOCK` of channels but the last, how it moves those behind it: views [behind, block] of
+            `moves`, and of `ordered`.
         unit: mean of the diagonal that calibration summed up; entries here are relative to it.
     """
 
     order: torch.Tensor
+    back: torch.Tensor
     natural: torch.Tensor
     ordered: torch.Tensor
     factor: torch.Tensor
+    moves: torch.Tensor
+    behind: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
     unit: float
 
     @staticmethod
@@ -75,8 +85,10 @@ class Hessian:
         order = torch.argsort(wide.diagonal(), descending=True, stable=True)
         damped, factor = _factor(wide[order][:, order], damping, name)
         back = torch.argsort(order)
-        ordered = damped.float()
-        return Hessian(order, ordered[back][:, back].contiguous(), ordered, factor.float(), unit)
+        ordered, upper = damped.float().contiguous(), factor.float().contiguous()
+        moves = upper / upper.diagonal().unsqueeze(1)
+        behind = _behind(moves), _behind(ordered)
+        return Hessian(order, back, ordered[back][:, back].contiguous(), ordered, upper, moves, behind, unit)
 
     @property
     def size(self) -> int:
@@ -85,15 +97,16 @@ class Hessian:
 
     def weights(self) -> torch.Tensor:
         """Return 1 / U_jj^2, float32 [n] in natural order: what an error of a channel costs that no later one mends."""
-        weights = torch.empty_like(self.factor.diagonal())
-        weights[self.order] = self.factor.diagonal().square().reciprocal()
-        return weights
+        return self.factor.diagonal().square().reciprocal()[self.back]
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows @ (damped matrix)^-1 for float32 rows [m, n] in natural order, in the units of `natural`."""
-        solved = torch.empty_like(rows)
-        solved[:, self.order] = (rows[:, self.order] @ self.factor.T) @ self.factor
-        return solved
+        return ((rows[:, self.order] @ self.factor.T) @ self.factor)[:, self.back]
+
+
+def _behind(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    ends = range(BLOCK, len(matrix), BLOCK)
+    return tuple(matrix[end - BLOCK : end, end:].T for end in ends)
 
 
 def _factor(ordered: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,16 +57,14 @@ class Layer:
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows [rows, IC] as columns in the Hessian's order, [IC, rows]."""
-        return rows.T[self.hessian.order]
+        return rows.T.index_select(0, self.hessian.order)
 
     def rows(self, columns: torch.Tensor) -> torch.Tensor:
         """Return columns in the Hessian's order [IC, rows] as rows in natural order, [rows, IC]."""
         return self._natural(columns).T
 
     def _natural(self, columns: torch.Tensor) -> torch.Tensor:
-        natural = torch.empty_like(columns)
-        natural[self.hessian.order] = columns
-        return natural
+        return columns.index_select(0, self.hessian.back)
 
     def judge(self, target: torch.Tensor, choice: Choice) -> Judged:
         """Return a choice with its loss against a target, float32 [IC, rows]."""
@@ -88,7 +86,7 @@ class Layer:
             if self.grid.scheme.scale_dtype != "e8m0":  # the nearest power of two is far from a scale refitted
                 best = best.better(self.judge(target, self._refitted(best)))
             choice = best.choice
-            values = descend_columns(choice, best.gradient.clone(), self.grid, self.hessian, self.groups)
+            values = descend_columns(choice, best.gradient, self.grid, self.hessian, self.groups)
             best = best.better(self.judge(target, replace(choice, values=values)))
         return best
 

@@ -12,6 +12,9 @@ _RIDGE = 1e-7
 _ELEMENTS = 1 << 26
 """Entries of all equations solved at once: rows are taken in turn where groups are many."""
 
+_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Entries of the products of groups made at once, by type of device: of few rows, those of all groups."""
+
 
 def refit_scales(
     values: torch.Tensor,
@@ -53,12 +56,16 @@ def _steps(values: torch.Tensor, gradient: torch.Tensor, matrix: torch.Tensor, g
     ic, rows = values.shape
     size = ic // groups
     equations = torch.zeros(rows, groups, groups, dtype=torch.float64, device=values.device)
-    for group in range(groups):
-        here = slice(group * size, (group + 1) * size)
-        behind = slice(group * size, ic)  # a Cholesky factor reads the lower triangle alone
-        product = (matrix[behind, here] @ values[here]).mul_(values[behind])
-        equations[:, group:, group] = product.view(groups - group, size, rows).sum(dim=1).T
-    wanted = (values * gradient).view(groups, size, rows).sum(dim=1).T.double()
+    grouped = values.reshape(groups, size, rows)
+    most = max(1, _PRODUCTS.get(values.device.type, _PRODUCTS["cpu"]) // max(1, ic * rows))
+    for first in range(0, groups, most):
+        last = min(first + most, groups)
+        behind = slice(first * size, ic)  # a Cholesky factor reads the lower triangle alone
+        blocks = matrix[behind, first * size : last * size].unflatten(1, (-1, size)).transpose(0, 1)
+        product = (blocks @ grouped[first:last]).mul_(values[behind])
+        sums = product.view(last - first, groups - first, size, rows).sum(dim=2)
+        equations[:, first:, first:last] = sums.permute(2, 1, 0)
+    wanted = (values * gradient).reshape(groups, size, rows).sum(dim=1).T.double()
     diagonal = equations.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + _RIDGE), 1.0))
     lower, _ = torch.linalg.cholesky_ex(equations)

@@ -73,31 +73,35 @@ class _Rows:
     """The choice for all rows of a weight while blocks of them change, rows in the output side's order.
 
     Attributes:
+        target: float32 [P, n, IC], the weights wanted.
         error: float32 [P, n, IC], target - decoded.
     """
 
     def __init__(self, layer: Layer, output: OutputHessian, target: torch.Tensor, choice: Choice) -> None:
-        self._layer, self._output = layer, output
-        self.choice = Choice(choice.values.clone(), choice.scale.clone(), choice.zero_point.clone())
+        self._layer, self._order = layer, output.order
+        self._parts = [part[:, output.order] for part in (choice.values, choice.scale, choice.zero_point)]
         self.target = target.T[output.order]
-        self.error = self.target - choice.decoded(layer.groups).T[output.order]
+        self.error = self.target - self.decoded(self.of(slice(None)))
 
     def of(self, block: slice) -> Choice:
         """Return the choice for one block of every piece, P * k rows."""
-        rows = self._output.order[:, block].reshape(-1)
-        return Choice(self.choice.values[:, rows], self.choice.scale[:, rows], self.choice.zero_point[:, rows])
+        return Choice(*(part[:, :, block].flatten(1) for part in self._parts))
 
     def put(self, block: slice, choice: Choice) -> None:
         """Take another choice for one block of every piece."""
-        rows = self._output.order[:, block].reshape(-1)
-        self.choice.values[:, rows] = choice.values
-        self.choice.scale[:, rows] = choice.scale
-        self.choice.zero_point[:, rows] = choice.zero_point
+        pieces = len(self._order)
+        for own, part in zip(self._parts, (choice.values, choice.scale, choice.zero_point), strict=True):
+            own[:, :, block] = part.unflatten(1, (pieces, -1))
         self.error[:, block] = self.target[:, block] - self.decoded(choice)
 
     def decoded(self, choice: Choice) -> torch.Tensor:
         """Return what the choice for one block of every piece stands for, float32 [P, k, IC]."""
-        return choice.decoded(self._layer.groups).T.unflatten(0, (len(self._output.order), -1))
+        return choice.decoded(self._layer.groups).T.unflatten(0, (len(self._order), -1))
+
+    def choice(self) -> Choice:
+        """Return the choice for all rows, as they come in the weight."""
+        back = torch.argsort(self._order.flatten())
+        return Choice(*(part.flatten(1).index_select(1, back) for part in self._parts))
 
 
 def refine_two_sided(
@@ -120,7 +124,7 @@ def refine_two_sided(
     rows = _Rows(layer, output, target, alone.choice)
     _round_blocks(layer, output, rows)
     _descend_blocks(layer, output, rows)
-    together = layer.judge(target, rows.choice)
+    together = layer.judge(target, rows.choice())
     before, best, after = _loss(layer, output, target, start), start, math.inf
     for judged in (start, alone, together):
         loss = _loss(layer, output, target, judged)
@@ -153,7 +157,7 @@ def _descend_blocks(layer: Layer, output: OutputHessian, rows: _Rows) -> None:
         matrix = output.matrix[:, block]
         own = matrix[:, :, block]
         choice = rows.of(block)
-        best = rows.decoded(choice) + torch.linalg.solve(own, matrix @ rows.error)
+        best = rows.decoded(choice) + torch.linalg.solve_ex(own, matrix @ rows.error)[0]
         goal = best.flatten(0, 1).T.contiguous()
         before = layer.judge(goal, choice)
         after = layer.polish(goal, before, ROUNDS)

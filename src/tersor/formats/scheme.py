@@ -177,7 +177,7 @@ def scale_values(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return scale.to(torch.float32)
 
 
-def store_scales(wanted: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def store_scales(wanted: torch.Tensor, scheme: Scheme, *, fits: bool = False) -> torch.Tensor:
     """Round wanted scales to the scheme's scale dtype.
 
     A positive scale never becomes zero: it is at least the dtype's smallest positive number, so that a row of tiny
@@ -186,6 +186,8 @@ def store_scales(wanted: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
     Args:
         wanted: float32 [OC, G], not negative.
+        scheme: names the dtype.
+        fits: whether none is beyond the dtype's maximum; else that is looked at, which waits for a GPU.
 
     Returns:
         [OC, G] in `SCALE_DTYPES[scheme.scale_dtype]`.
@@ -197,13 +199,13 @@ def store_scales(wanted: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         mantissa, exponent = torch.frexp(wanted)
         power = exponent - (mantissa == 0.5).to(exponent.dtype)
         power = torch.where(wanted > 0, power, -_E8M0_BIAS)
-        if int(power.max()) > _E8M0_BIAS:
+        if not fits and int(power.max()) > _E8M0_BIAS:
             largest = float(wanted.max())
             raise ScaleError(_row(wanted), f"a scale of {largest:.3g} in row {{row}} is beyond e8m0's largest, 2^127")
         return (power.clamp_min(-_E8M0_BIAS) + _E8M0_BIAS).to(torch.uint8)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     info = torch.finfo(dtype)
-    if wanted.numel() and float(wanted.max()) > info.max:
+    if not fits and wanted.numel() and float(wanted.max()) > info.max:
         raise ScaleError(
             _row(wanted),
             f"a scale of {float(wanted.max()):.3g} in row {{row}} is beyond {scheme.scale_dtype}'s largest, "

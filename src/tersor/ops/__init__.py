@@ -4,6 +4,7 @@ from tersor.kernels.dense import kernels_for
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
+from tersor.ops.columns import load as load_columns
 from tersor.ops.deciding import Decision, Gain, Normed, decide, decided_experts
 from tersor.ops.dispatch import Reason, explain, preferred_layout
 from tersor.ops.embedding import embedding
@@ -76,6 +77,7 @@ __all__ = [
     "linear_norm_in",
     "linear_norm_out",
     "linear_quantized",
+    "load_columns",
     "logprobs",
     "lookup",
     "pairs_by_expert",

@@ -28,3 +28,21 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         setting.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def unwatched(device: torch.device) -> Iterator[None]:
+    """Do without `deterministic` for a while, around what a GPU computes with the same bits anyway.
+
+    That is true of products on one stream, of sums along an axis and of copies, which are all that choosing codes is
+    made of. Inside `deterministic` torch has a warning for every product, which takes as long as its launch.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

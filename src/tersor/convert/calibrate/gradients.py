@@ -2,11 +2,13 @@
 
 Labels are drawn from the model itself, so that the second moments of the gradients are those of the Fisher information
 (YAQA, arXiv 2505.22988; GuidedQuant, arXiv 2505.07004). What goes into each block, and the gradient of what comes out
-of it, is kept on disk, a file a block, so that memory does not grow with the number of blocks.
+of it, is kept in a file a block, so that memory does not grow with the number of blocks. These files outlast a process
+that is killed, and no loss of power: what goes into the last blocks is read and removed before a disk has it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,6 +25,9 @@ from tersor.integrations.transformers.blocks import BlockModel
 
 Take: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes what goes into a linear layer [..., IC] and the gradient of what comes out [..., OC]."""
+
+Visit: TypeAlias = Callable[[int, Callable[[Mapping[Site, Take]], None]], None]
+"""Is called with the number of a loaded block, and with what runs it backward and gives away what its layers see."""
 
 _INPUT, _GRADIENT = "input", "gradient"
 _VALUE = "value"
@@ -74,21 +79,15 @@ class Gradients:
         Raises:
             InputError: activations or gradients are not finite.
         """
-        count = len(self._model.blocks)
-        there = [block for block in range(count) if self._store.path(_GRADIENT, block).exists()]
+        there = self._there()
         if there and min(there) <= first:
             return
-        last = min(there, default=count)
-        if not there or not all(self._store.path(_INPUT, block).exists() for block in range(last + 1)):
-            last = count - 1
-            gradient = self._ends(self._forward(streams, load, done))
-            self._keep(_GRADIENT, last, gradient)
-        else:
-            gradient = read_tensor(self._store.path(_GRADIENT, last), _VALUE)
+        last, gradient = self._start(streams, there, load, done)
+        inputs = self._pinned(gradient)
         for block in range(last, first, -1):
             load(block)
-            inputs = read_tensor(self._store.path(_INPUT, block), _VALUE)
-            self._backward(streams, block, inputs, gradient, None)
+            read_tensor(self._store.path(_INPUT, block), _VALUE, inputs)
+            self._backward(streams, block, inputs, gradient, {}, replace=True)
             self._model.drop(block)
             self._keep(_GRADIENT, block - 1, gradient)
             remove(self._store.path(_INPUT, block))
@@ -96,8 +95,66 @@ class Gradients:
         for block in range(first + 1):
             remove(self._store.path(_INPUT, block))
 
+    def visit(
+        self,
+        streams: Streams,
+        load: Callable[[int], None],
+        done: Callable[[int], None],
+        visit: Visit,
+        *,
+        keep: bool,
+    ) -> None:
+        """Run all blocks backward, and have each visited while it does.
+
+        What an interrupted run left is taken up: a block whose gradient is kept is visited, and all before it.
+
+        Args:
+            streams, load, done: as for `prepare`.
+            visit: runs a block backward, once.
+            keep: whether gradients are kept that are needed no more here.
+
+        Raises:
+            InputError: activations or gradients are not finite.
+        """
+        last, gradient = self._start(streams, self._there(), load, done)
+        inputs = self._pinned(gradient)
+        for block in range(last, -1, -1):
+            load(block)
+            read_tensor(self._store.path(_INPUT, block), _VALUE, inputs)
+            visit(block, functools.partial(self._backward, streams, block, inputs, gradient, replace=True))
+            self._model.drop(block)
+            if block:
+                self._keep(_GRADIENT, block - 1, gradient)
+            if not keep:
+                self.forget(block)
+            remove(self._store.path(_INPUT, block))
+            done(block)
+
+    def _there(self) -> list[int]:
+        """Return the blocks whose gradients are kept."""
+        return [block for block in range(len(self._model.blocks)) if self._store.path(_GRADIENT, block).exists()]
+
+    def _start(
+        self, streams: Streams, there: list[int], load: Callable[[int], None], done: Callable[[int], None]
+    ) -> tuple[int, torch.Tensor]:
+        """Return the last block that is to run backward, and the gradient of what comes out of it.
+
+        What goes into that block and into all ahead of it is kept then.
+        """
+        last = min(there, default=0)
+        if there and all(self._store.path(_INPUT, block).exists() for block in range(last + 1)):
+            return last, read_tensor(self._store.path(_GRADIENT, last), _VALUE, self._pinned(streams.original))
+        last = len(self._model.blocks) - 1
+        gradient = self._ends(self._forward(streams, load, done))
+        self._keep(_GRADIENT, last, gradient)
+        return last, gradient
+
+    def _pinned(self, like: torch.Tensor) -> torch.Tensor:
+        """Return memory for such a tensor on the host, from which a GPU copies at once."""
+        return torch.empty_like(like, pin_memory=self._model.device.type == "cuda")
+
     def _keep(self, kind: str, block: int, value: torch.Tensor) -> None:
-        write_tensors(self._store.path(kind, block), {_VALUE: value}, {})
+        write_tensors(self._store.path(kind, block), {_VALUE: value}, {}, durable=False)
 
     def _forward(self, streams: Streams, load: Callable[[int], None], done: Callable[[int], None]) -> torch.Tensor:
         """Keep what goes into every block; return what comes out of the last."""
@@ -108,12 +165,12 @@ class Gradients:
             self._model.drop(block)
             done(block)
         out = streams.original.clone()
-        streams.original.copy_(read_tensor(self._store.path(_INPUT, 0), _VALUE))
+        read_tensor(self._store.path(_INPUT, 0), _VALUE, streams.original)
         return out
 
     def _ends(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the gradient [W, T, H] of what comes out of the last block, a window at a time."""
-        gradient = torch.empty_like(hidden)
+        gradient = self._pinned(hidden)
         for number, ids in enumerate(self._ids):
             tokens = ids[None].to(self._model.device)
             own = hidden[number][None].to(self._model.device).requires_grad_(True)
@@ -125,7 +182,7 @@ class Gradients:
                 (found,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), own)
             if not bool(found.isfinite().all()):
                 raise InputError(f"gradients of window {number} hold a NaN or an infinity at the output head")
-            gradient[number] = found[0].cpu()
+            gradient[number].copy_(found[0])
         return gradient
 
     def measure(self, streams: Streams, block: int, sites: Iterable[Site]) -> dict[Site, Importance]:
@@ -138,20 +195,10 @@ class Gradients:
         """
         gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
         found = {site: _Seen() for site in sites if not site.part}
-        self._backward(streams, block, streams.original, gradient, {site: seen.add for site, seen in found.items()})
+        takes = {site: seen.add for site, seen in found.items()}
+        self._backward(streams, block, streams.original, gradient, takes, replace=False)
         count, window = self._ids.shape
         return {site: seen.importance(count, window) for site, seen in found.items() if seen.tokens == count * window}
-
-    def visit(self, streams: Streams, block: int, take: Mapping[Site, Take]) -> None:
-        """Run a loaded block backward; give away what goes into its linear layers, and gradients of what comes out.
-
-        Args:
-            streams: at the entry of the block.
-            block: its number.
-            take: called for every batch and layer.
-        """
-        gradient = read_tensor(self._store.path(_GRADIENT, block), _VALUE)
-        self._backward(streams, block, streams.original, gradient, take)
 
     def _backward(
         self,
@@ -159,25 +206,27 @@ class Gradients:
         block: int,
         inputs: torch.Tensor,
         gradient: torch.Tensor,
-        taken: Mapping[Site, Take] | None,
+        taken: Mapping[Site, Take],
+        *,
+        replace: bool,
     ) -> None:
-        """Replace the gradient of a block's outputs by that of its inputs; with `taken` add to that instead."""
+        """Give away what layers see, and replace the gradient of a block's outputs by that of its inputs if asked."""
         layer, device = self._model.blocks[block], self._model.device
         for batch in streams.batches:
-            hidden = inputs[batch].to(device).requires_grad_(True)
-            handles = [_watch(layer.get_submodule(site.module), own) for site, own in (taken or {}).items()]
+            hidden = inputs[batch].to(device, non_blocking=True).requires_grad_(True)
+            handles = [_watch(layer.get_submodule(site.module), own) for site, own in taken.items()]
             try:
                 with torch.enable_grad():
                     output = self._model.run(layer, hidden, streams.calls(batch, block))
-                    (found,) = torch.autograd.grad(output, hidden, gradient[batch].to(device))
+                    (found,) = torch.autograd.grad(output, hidden, gradient[batch].to(device, non_blocking=True))
             finally:
                 for handle in handles:
                     handle.remove()
             if not bool(found.isfinite().all()):
                 name = self._model.name_of(block, "")
                 raise InputError(f"gradients of windows {batch.start} on hold a NaN or an infinity, first in {name}")
-            if taken is None:
-                gradient[batch] = found.cpu()
+            if replace:
+                gradient[batch].copy_(found)
 
     def forget(self, block: int) -> None:
         """Remove what was kept for a block that is finished."""

@@ -17,9 +17,9 @@ from torch import nn
 
 from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.names import DENSE
-from tersor.compress import Encoded, encode_blocks
+from tersor.compress import Encoded, encode_blocks, get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
-from tersor.convert.calibrate.bits import deterministic
+from tersor.convert.calibrate.bits import deterministic, unwatched
 from tersor.convert.calibrate.coded import CodedRows, code_mixed
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
@@ -29,8 +29,9 @@ from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
+from tersor.ops import load_columns
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ class Run:
         Raises:
             InputError: activations that are not finite, a model whose blocks cannot run alone, or weights that cannot
                 be compressed.
-            TersorError: finished blocks now compute something else.
+            TersorError: finished blocks now compute something else, or a GPU cannot have its kernels.
             CheckpointError: the source cannot be read.
             OutputError: the output cannot be written.
         """
@@ -97,6 +98,8 @@ class Run:
         first = next((block for block in range(count) if self._of(block) and not self._store.has(block)), count)
         if first == count:
             return
+        if get_recipe(self._recipe).all_rows:
+            load_columns((scheme.format for task in self._tasks for scheme in _schemes(task)), self._model.device)
         with deterministic(self._model.device):
             self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(None, [])})
             self._model.tie()
@@ -265,26 +268,24 @@ class Run:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
         assert scheme is not None
-        if isinstance(scheme, Assignment):
-            try:
-                return _joined(code_mixed(weight, scheme, self._recipe, statistics))
-            except (NonFiniteError, FormatError) as error:
-                raise located(task.step, error) from None
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
-            encode_blocks(
-                weight,
-                scheme,
-                lambda _, encoded: taken.append(encoded),
-                self._recipe,
-                statistics,
-                first_row=first,
-                block_elements=weight.numel(),
-            )
+            with unwatched(self._model.device):
+                if isinstance(scheme, Assignment):
+                    return _joined(code_mixed(weight, scheme, self._recipe, statistics))
+                encode_blocks(
+                    weight,
+                    scheme,
+                    lambda _, encoded: taken.append(encoded),
+                    self._recipe,
+                    statistics,
+                    first_row=first,
+                    block_elements=weight.numel(),
+                )
+                return _coded(taken[0], first)
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
-        return _coded(taken[0], first)
 
     def _line(self, coded: _Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
@@ -314,6 +315,13 @@ class Run:
                 decoded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
             self._model.load(decoded)
+
+
+def _schemes(task: Task) -> Sequence[Scheme]:
+    """Return the schemes that rows of a task's weight may have."""
+    form = task.step.scheme
+    assert form is not None
+    return form.mix.levels if isinstance(form, Assignment) else [form]
 
 
 def _coded(encoded: Encoded, first_row: int) -> _Coded:

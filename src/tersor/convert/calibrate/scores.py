@@ -1,12 +1,12 @@
 """What does every output feature of a model lose at every level? One backward pass, one product a level.
 
-The model runs forward and backward block by block, as for `gradients`; each block then gives its inputs and gradients
-to `compress.salience`. The scores are kept in the store, so that an interrupted run takes them up.
+The model runs forward and backward block by block, as for `gradients`; on the way back each block gives its inputs and
+gradients to `compress.salience`. The scores of a block are kept in the store, so that an interrupted run takes them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -69,38 +69,28 @@ class Scoring:
             CheckpointError: the source cannot be read.
             OutputError: the disk is full or does not let us write.
         """
-        path = self._store.path("scores", 0)
-        if path.exists():
-            with SafetensorsFile(path) as file:
-                return {name: file.read(name) for name in file.tensors}
         count = len(self._model.blocks)
-        self._total = 3 * sum(map(self._nbytes, range(count)))
+        paths = [self._store.path("scores", block) for block in range(count)]
         backward = Gradients(self._model, self._store, ids, seed)
-        with deterministic(self._model.device):
-            found = self._scores(ids, backward)
-        write_tensors(path, found, {})
+        if not all(path.exists() for path in paths):
+            self._total = 2 * sum(map(self._nbytes, range(count)))
+            with deterministic(self._model.device):
+                self._load(None)
+                self._model.tie()
+                streams = Streams(self._model, ids)
+                advance = lambda block: self._advance(self._nbytes(block))  # noqa: E731
+                backward.visit(streams, self._load, advance, self._score, keep=keep_gradients)
         if not keep_gradients:
             for block in range(count):
                 backward.forget(block)
-        return found
-
-    def _scores(self, ids: torch.Tensor, backward: Gradients) -> dict[str, torch.Tensor]:
-        """Run forward and backward through the model, and then score block by block."""
-        self._load(None)
-        self._model.tie()
-        streams = Streams(self._model, ids)
-        backward.prepare(streams, 0, self._load, lambda block: self._advance(self._nbytes(block)))
         found: dict[str, torch.Tensor] = {}
-        for block in range(len(self._model.blocks)):
-            self._load(block)
-            found |= self._score(block, streams, backward)
-            streams.forward(block, self._model.blocks[block])
-            self._model.drop(block)
-            self._advance(self._nbytes(block))
+        for path in paths:
+            with SafetensorsFile(path) as file:
+                found |= {name: file.read(name) for name in file.tensors}
         return found
 
-    def _score(self, block: int, streams: Streams, backward: Gradients) -> dict[str, torch.Tensor]:
-        """Return the scores of one loaded block's layers."""
+    def _score(self, block: int, run: Callable[[Mapping[Site, Take]], None]) -> None:
+        """Keep the scores of one loaded block's layers; `run` runs it backward."""
         sums: dict[str, Salience] = {}
         take: dict[Site, Take] = {}
         for task in self._tasks:
@@ -113,12 +103,12 @@ class Scoring:
                 raise located(task.step, error) from None
             own = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
             take[task.site] = _adding(own, deltas)
-        backward.visit(streams, block, take)
+        run(take)
         found = {name: own.mean() for name, own in sums.items()}
         for name, score in found.items():
             if not bool(score.isfinite().all()):
                 raise InputError(f"the score of {name} holds a NaN or an infinity on this text")
-        return found
+        write_tensors(self._store.path("scores", block), found, {})
 
     def _load(self, block: int | None) -> None:
         self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(block, [])})

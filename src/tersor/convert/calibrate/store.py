@@ -6,6 +6,7 @@ at all. Hidden states are not kept: the blocks that are finished are run again, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
 
 from tersor import files
+from tersor.checkpoint.header import TensorSpec, build, lay_out
+from tersor.checkpoint.names import SAFETENSORS_DTYPES
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.checkpoint.writer import output_error, write_file
 from tersor.errors import InputError
@@ -114,23 +116,42 @@ class Store:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors to a file whole or not at all.
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], *, durable: bool = True
+) -> None:
+    """Write tensors to a file whole or not at all, from the memory that they have on the host.
+
+    Args:
+        path, durable: as for `files.write_whole`.
+        tensors, metadata: what the file holds.
 
     Raises:
         OutputError: the disk is full or does not let us write.
     """
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    placed = lay_out(
+        TensorSpec(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in on_host.items()
+    )
+    parts = (on_host[spec.name].reshape(-1).view(torch.uint8).numpy().data for spec in placed if spec.numel)
     try:
-        files.write_whole(path, serialize(on_host, metadata))
+        files.write_whole(path, itertools.chain([build(placed, metadata)], parts), durable=durable)
     except OSError as error:
         raise output_error(error, path) from None
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """Read one tensor of a file that `write_tensors` wrote."""
+def read_tensor(path: Path, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Read one tensor of a file that `write_tensors` wrote.
+
+    Args:
+        path: the file.
+        name: of the tensor.
+        out: where it goes, in one piece, of its shape and dtype; memory of its own by default.
+    """
     with SafetensorsFile(path) as file:
-        return file.read(name)
+        if out is None:
+            return file.read(name)
+        file.read_into(file.tensors[name], 0, out.view(-1).view(torch.uint8).numpy().data)
+        return out
 
 
 def remove(path: Path) -> None:

@@ -46,6 +46,7 @@ class Streams:
                 pinned = model.device.type == "cuda"
                 self.original = torch.empty(count, *hidden.shape[1:], dtype=hidden.dtype, pin_memory=pinned)
             self.original[batch] = hidden.cpu()
+        self._sums = [0, 0]
         self.compressed = self.original.clone()
         if model.device.type == "cuda":
             self.compressed = self.compressed.pin_memory()
@@ -70,12 +71,17 @@ class Streams:
         Raises:
             InputError: an activation is not finite; the layer is named.
         """
+        sums = torch.zeros(2, dtype=torch.int64, device=self._model.device)
         for batch, (own, other, call) in zip(self.batches, self.each(block), strict=True):
-            for layer, hidden, stream, words in (
-                (original, own, self.original, "the model"),
-                (compressed, other, self.compressed, "the compressed model"),
+            for number, (layer, hidden, stream, words) in enumerate(
+                (
+                    (original, own, self.original, "the model"),
+                    (compressed, other, self.compressed, "the compressed model"),
+                )
             ):
-                self._advance(layer, hidden, call, stream[batch], f"{words}, windows {batch.start} on", block)
+                where = f"{words}, windows {batch.start} on"
+                sums[number] += _words(self._advance(layer, hidden, call, stream[batch], where, block))
+        self._sums = sums.tolist()
 
     def forward(self, block: int, layer: torch.nn.Module) -> None:
         """Replace the original's hidden states alone.
@@ -90,19 +96,20 @@ class Streams:
 
     def _advance(
         self, layer: torch.nn.Module, hidden: torch.Tensor, call: Call, stream: torch.Tensor, where: str, block: int
-    ) -> None:
+    ) -> torch.Tensor:
         output = self._model.run(layer, hidden, call)
         if not bool(output.isfinite().all()):
             inside = first_not_finite(layer, lambda: self._model.run(layer, hidden, call))
             name = self._model.name_of(block, inside)
             raise InputError(f"activations of {where} hold a NaN or an infinity on this text, first in {name}")
         stream.copy_(output)
+        return output
 
     def digest(self) -> list[int]:
-        """Return a number for each stream that changes with its bits: the sum of its 16- or 32-bit words."""
-        return [_digest(self.original), _digest(self.compressed)]
+        """Return a number for each stream as a block left it, which changes with its bits: the sum of its words."""
+        return list(self._sums)
 
 
-def _digest(stream: torch.Tensor) -> int:
-    words = stream.view(torch.int32 if stream.element_size() == 4 else torch.int16)
-    return int(words.sum(dtype=torch.int64))
+def _words(output: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's words of 16 or 32 bits, int64."""
+    return output.contiguous().view(torch.int32 if output.element_size() == 4 else torch.int16).sum(dtype=torch.int64)

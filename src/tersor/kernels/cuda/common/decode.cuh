@@ -27,6 +27,7 @@ namespace decode {
 constexpr int kWords = DECODE_WORDS;          // packed words in a group
 constexpr int kRegisters = DECODE_REGISTERS;  // registers a group decodes to
 constexpr u32 kMask = DECODE_MASK;            // where the codes' bits stand in a register
+constexpr bool kPlain = kMask == ~0u;         // whether all bits of a word are a code's, so that nothing is decoded
 constexpr int kShift = DECODE_SHIFT;          // 0, or the left shift that gives the second register of a row
 constexpr int kRaised = DECODE_RAISED;        // 0, or how much higher the codes stand in every second register
 constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row

@@ -37,8 +37,11 @@ struct Zeros {
     u32 of[2 * kScales];
 };
 
+// Registers that products under way read are free for a compiler, unless instructions behind the wait for those products
+// write them. So where codes are numbers as they stand, they are combined with `nothing`, a 0 of which no compiler knows:
+// without that ptxas loads them right into those registers, before the wait.
 __device__ __forceinline__ void decode_bytes(
-    u32 (&a)[kByteRegisters], const u32 (&words)[tile::kLaneWords], const Zeros& zeros) {
+    u32 (&a)[kByteRegisters], const u32 (&words)[tile::kLaneWords], const Zeros& zeros, u32 nothing) {
 #pragma unroll
     for (int set = 0; set < kByteRegisters / decode::kRegisters; ++set) {
         decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
@@ -49,6 +52,9 @@ __device__ __forceinline__ void decode_bytes(
             const int group = i / 4 / kGroupSteps;
             a[i] = decode::finish<kBf16>(a[i], zeros.of[2 * group + i % 2], false);
         }
+    } else if constexpr (decode::kPlain) {
+#pragma unroll
+        for (int i = 0; i < kByteRegisters; ++i) a[i] ^= nothing;
     }
 }
 
@@ -68,6 +74,7 @@ __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
     const Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
+    const u32 nothing = count >> 31;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     u32 a[2][kByteRegisters];
     WeightRing::Place weights_at(use);
@@ -86,7 +93,7 @@ __device__ __forceinline__ void multiply_blocks(
         xs.wait_filled(x_at);
         if (waits) wgmma::wait<kBuffers - 1>();
         if (releases) release();
-        decode_bytes(from, words, zeros);
+        decode_bytes(from, words, zeros, nothing);
         const u64 x = wgmma::describe(xs.address(x_at));
         wgmma::fence();
 #pragma unroll
@@ -145,6 +152,7 @@ __device__ __forceinline__ void multiply_blocks(
     const scales::RowOffsets&) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     constexpr int kSteps = kByteSteps;
+    const u32 nothing = count >> 31;
     SumOf<kWhole>::Type part[kSums];  // of the group under way
     float low = 0.0f, high = 0.0f;    // and its scales
 #pragma unroll
@@ -181,7 +189,7 @@ __device__ __forceinline__ void multiply_blocks(
             settle();
             release_x(xs, x_before);
         }
-        decode_bytes(a, words, zeros);
+        decode_bytes(a, words, zeros, nothing);
         xs.wait_filled(x_at);
         const u64 x = wgmma::describe(xs.address(x_at));
 #pragma unroll
