@@ -24,12 +24,12 @@ from tersor.layouts.blocks import BLOCK_IC
 
 SHAPES = {
     False: (
-        *((8, 1, 4, 1), (8, 1, 2, 2), (16, 1, 4, 1), (16, 3, 1, 1), (32, 2, 1, 1), (32, 3, 1, 1), (48, 1, 1, 2)),
-        *((64, 1, 1, 2), (64, 2, 1, 1), (96, 2, 1, 1), (128, 2, 1, 1), (192, 2, 1, 1), (256, 2, 1, 1)),
+        *((8, 1, 4, 1), (8, 3, 1, 1), (16, 1, 4, 1), (16, 3, 1, 1), (32, 1, 4, 1), (32, 2, 1, 1), (32, 3, 1, 1)),
+        *((48, 1, 1, 2), (64, 1, 1, 2), (64, 2, 1, 1), (96, 2, 1, 1), (128, 2, 1, 1), (256, 2, 1, 1)),
     ),
     True: (
-        *((16, 1, 1, 2), (16, 2, 1, 1), (32, 1, 1, 2), (32, 2, 1, 1), (64, 1, 1, 2), (64, 2, 1, 1), (96, 1, 1, 2)),
-        *((96, 2, 1, 1), (128, 2, 1, 1), (192, 2, 1, 1), (256, 2, 1, 1)),
+        *((16, 1, 1, 2), (16, 2, 1, 1), (32, 1, 1, 2), (64, 1, 1, 2), (64, 2, 1, 1), (96, 1, 1, 2), (128, 2, 1, 1)),
+        (256, 2, 1, 1),
     ),
 }
 """Tokens, row groups, channel groups and resident CTAs of tiles with 16-bit and with 8-bit activations.
@@ -134,12 +134,16 @@ class MixedConfig:
 
 def tiles(problem: MixedProblem) -> list[Tile]:
     """Return the tiles that all levels of a problem may have."""
-    activations = problem.activations
+    return tiles_of([level.scale_groups for level in problem.levels], problem.activations)
+
+
+def tiles_of(scale_groups: Sequence[int], activations: Activations) -> list[Tile]:
+    """Return the tiles for levels of which a row has so many scales in a block, or one in all (0)."""
     wanted = {
         Tile(tokens, rows, channels, 1, resident, activations)
         for tokens, rows, channels, resident in SHAPES[activations is not Activations.NATIVE]
     }
-    of_levels = [set(sm90.tiles(level.scale_groups, activations)) for level in problem.levels]
+    of_levels = [set(sm90.tiles(count, activations)) for count in scale_groups]
     return sorted(wanted.intersection(*of_levels), key=lambda tile: (tile.tokens, tile.row_groups, tile.resident))
 
 

@@ -100,8 +100,9 @@ __device__ __forceinline__ void run_cta(
         u32 use = 0;
         const auto run = [&](const Work& work) {
             for_items(work, rank, [&](const Item& item) {
-                run_item(work, item, rank, weights, xs, shared, of, use, gathered);
+                const u32 before = use;
                 use += item.last_block - item.first_block;
+                run_item(work, item, rank, weights, xs, shared, of, before, gathered);
             });
         };
         if constexpr (kPlaced) {

@@ -40,6 +40,9 @@ struct Shared {
     u32 room_barrier, gather_barrier, norm_barrier;
 };
 
+// Whether a row's scale is read behind the products: 32 tokens and what a row set's CTA knows leave no registers for it.
+constexpr bool kScalesLate = kPlaced && kFew && kTokens == 32;
+
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
 template <typename Work>
 __device__ __forceinline__ void run_item(
@@ -63,6 +66,7 @@ __device__ __forceinline__ void run_item(
     if constexpr (kFew) {
         float turns[kRowGroups][kSums];
         multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc);
+        if constexpr (kScalesLate) terms = RowTerms(work.oc, item, of.row_scales, of.factor);
         fetch();
         holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
     }
