@@ -96,6 +96,7 @@ def test_a_bar_down_to_nothing_ends_at_the_frame_and_a_near_noise_floor_is_a_lin
         ({"reference_perplexity": 30.0}, "another model as reference, which is called base, too"),
         ({"label of the reference": "other"}, "another reference (other, not base)"),
         ({"device": "cuda:0"}, "computed otherwise (cuda in the checkpoint's dtype, not cpu in float32)"),
+        ({"text": "other.txt", "windows_sha256": "11"}, "another text (other.txt, not text.txt)"),
     ],
 )
 def test_models_that_cannot_be_compared_are_shown_apart_and_it_is_said_why(
@@ -104,8 +105,8 @@ def test_models_that_cannot_be_compared_are_shown_apart_and_it_is_said_why(
     one = measured.write(tmp_path / "one.json", measured.evaluation(measured.model("int4", INT4)))
     other = measured.evaluation(measured.model("int4", GPTQ))
     for key, changed in changes.items():
-        if key == "device":
-            other["device"] = changed
+        if key in ("device", "text"):
+            other[key] = changed
         elif key == "label of the reference":
             other["reference_model"]["label"] = changed
         else:
@@ -144,6 +145,17 @@ def test_models_that_are_called_alike_are_told_apart_by_their_runs(tmp_path: Pat
     page = reported(tmp_path, *paths)
     labels = [page.row(str(number))[1] for number in (1, 2, 3)]
     assert labels == ["int4 (one.json), number 1", "int4 (one.json), number 2", "int4 (two.json)"]
+
+
+def test_of_many_models_those_of_neighbouring_sizes_are_compared_in_the_table(tmp_path: Path) -> None:
+    bits = [4.0, 8.0, 5.0, *(6 + step / 10 for step in range(10))]
+    models = [measured.model(f"m{width}", INT4, bits=width) for width in bits]
+    page = reported(tmp_path, measured.write(tmp_path / "many.json", measured.evaluation(*models)))
+    pairs = {tuple(sorted(cells[:2])) for cells in page.rows if re.fullmatch(r"\d+ m.*", cells[0])}
+    assert len(pairs) == len(models) - 1
+    assert ("1 m4.0", "3 m5.0") in pairs and ("1 m4.0", "2 m8.0") not in pairs
+    notes = [words for _, words in page.named("p", "note")]
+    assert "Of 78 pairs those that stand beside each other by bits a weight; --json has all of them." in notes
 
 
 def test_without_a_reference_the_pictures_are_of_perplexity(tmp_path: Path) -> None:

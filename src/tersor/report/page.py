@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from tersor.report.svg import Markup, Point, element, scatter, text
@@ -52,6 +53,9 @@ _ALONE = "default-src 'none'; style-src 'unsafe-inline'"
 _SPREAD = 30.0
 """Ratio of the largest loss to the smallest from which on losses are drawn on a logarithmic axis."""
 
+
+_MOST_PAIRS = 60
+"""Pairs of models whose differences all stand in a table: those of eleven models."""
 
 _BELOW = 20.0
 """A noise floor is drawn unless the least KL is so many times as large: the axis would leave models no room."""
@@ -124,8 +128,26 @@ def _quality(group: dict[str, Any], number: int) -> list[Markup]:
         parts.append(
             _note("The model's value less the other's, on the same windows, so that what makes a window hard cancels.")
         )
-        parts.append(comparison_table(group))
+        shown = group["comparisons"]
+        if len(shown) > _MOST_PAIRS:
+            shown = _neighbours(group)
+            parts.append(
+                _note(
+                    f"Of {len(group['comparisons'])} pairs those that stand beside each other by bits a weight; --json "
+                    "has all of them."
+                )
+            )
+        parts.append(comparison_table({**group, "comparisons": shown}))
     return parts
+
+
+def _neighbours(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the comparisons of models that follow each other when all are sorted by bits a weight."""
+    ordered = sorted(group["models"], key=lambda model: model["bits_per_weight"])
+    numbers = [model["number"] for model in ordered]
+    pairs = [tuple(sorted(pair)) for pair in pairwise(numbers)]
+    found = {(one["first"], one["other"]): one for one in group["comparisons"]}
+    return [found[pair] for pair in pairs if pair in found]
 
 
 def _pictures(group: dict[str, Any]) -> Markup:

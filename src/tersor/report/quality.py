@@ -59,7 +59,9 @@ class Group:
         """Return why this group is not one with another."""
         mine, its = (f"{one.windows} windows of {one.window} tokens" for one in (self, other))
         reasons = []
-        if mine != its:
+        if self.texts and other.texts and not set(self.texts) & set(other.texts):
+            reasons.append(f"another text ({', '.join(self.texts)}, not {', '.join(other.texts)})")
+        elif mine != its:
             reasons.append(f"other windows ({mine}, not {its})")
         elif self.windows_sha256 != other.windows_sha256:
             reasons.append(f"other tokens (though {mine}, too)")

@@ -1,0 +1,243 @@
+"""bench/quality: recipes are measured into files, and docs/claims.md shows what the files say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import calibrated, measured
+
+from tersor.cli import main
+from tersor.compress.salience import rounding_error
+from tersor.errors import InputError
+from tersor.integrations.transformers import load
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = ("claims", "measure", "mixllm", "recipes", "run", "tables")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    """The scripts as modules."""
+    folder = str(ROOT / "bench" / "quality")
+    sys.path.insert(0, folder)
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path.remove(folder)
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated.model("llama", tmp_path_factory.mktemp("llama") / "small")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated.text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def arguments(model: Path, text: Path, results: Path, only: str) -> list[str]:
+    """Return a command line of `run`: two windows of one text under two names."""
+    given = ["--text", f"code={text}:2", "--text", f"prose={text}:2", "--calibration", f"{text}:3"]
+    sizes = ["--group", "32", "--window", "32", "--device", "cpu"]
+    return [str(model), *given, *sizes, "--results", str(results), "--only", only]
+
+
+def results_of(folder: Path, text: str = "code") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"quality_small_{text}.json").read_text())
+    return found
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(bench: SimpleNamespace) -> None:
+    text = bench.tables.PAGE.read_text(encoding="utf-8")
+    again = "make them again: python bench/quality/tables.py --write"
+    assert bench.tables.page(text, bench.tables.tables(bench.tables.Book.read(bench.tables.RESULTS))) == text, again
+
+
+def test_every_recipe_that_a_claim_names_is_measured_on_some_model(bench: SimpleNamespace) -> None:
+    known = {label for group in (64, 128) for recipe in bench.recipes.recipes(group) for label in recipe.labels}
+    named = {label for claim in bench.claims.CLAIMS.values() for label in claim.rows}
+    named |= {f"{scheme}-{how}" for scheme in bench.claims.FORMATS for how in ("rtn", "gptq", "gptq-high")}
+    named |= {
+        label for target in bench.claims.TARGETS for label in (target.recipe, *[target.nearest] * bool(target.share))
+    }
+    for claim in bench.claims.CLAIMS.values():
+        for check in claim.checks:
+            named |= {check.first, getattr(check, "other", check.first)}
+    assert named <= known, sorted(named - known)
+
+
+def test_what_is_measured_is_kept_for_reports_and_not_measured_again(
+    bench: SimpleNamespace,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    some = arguments(model, text, tmp_path, "^(int8-row-rtn|uint4-g-gptq|original)$")
+    assert bench.run.main([*some, "--keep", str(tmp_path / "kept")]) == 0
+    result = results_of(tmp_path)
+    labels = [row["label"] for row in result["models"]]
+    assert labels == [
+        "original@kv-dtype=fp8",
+        *("uint4-g-gptq", "uint4-g-gptq@activations=int8", "int8-row-rtn", "int8-row-rtn@activations=int8"),
+    ]
+    plain, coarse = (result["models"][place] for place in (3, 1))
+    assert 0 < plain["kl"] < coarse["kl"] and plain["bits_per_weight"] > 8 > coarse["bits_per_weight"]
+    assert set(plain["per_window"]) == {"nll", "kl", "flips"} and len(plain["per_window"]["kl"]) == 2
+    assert coarse["layers"] == 14 and 0 < coarse["mean_layer"] <= coarse["worst_layer"] <= 1
+    assert str(tmp_path) not in json.dumps(result) and result["noise_floor"]["kl"] > 0
+
+    # The same checkpoint as `tersor report` sees it, and in its card.
+    files = [str(tmp_path / f"quality_small_{name}.json") for name in ("code", "prose")]
+    page = tmp_path / "report.html"
+    kept = str(tmp_path / "kept" / "uint4-g-gptq")
+    assert main.run(["report", *files, kept, "-o", str(page), "--card"]) == 0
+    card = (tmp_path / "kept" / "uint4-g-gptq" / "README.md").read_text()
+    words = bench.tables._five(coarse)
+    assert f"| {words[0]} |" in card and f"{words[0]}<" in page.read_text()
+
+    monkeypatch.setattr(bench.run, "begin", None)
+    assert bench.run.main(some) == 0
+    capsys.readouterr()
+    assert bench.run.main([*some[:-1], "^int", "--list"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "int4-g-rtn",
+        "int4-g-gptq",
+        "int4-g-gptq-high",
+        "int4-row-rtn",
+        "int4-row-gptq",
+    ]
+    with pytest.raises(SystemExit, match="group_size is 32 there: move the file away"):
+        bench.run.main([*some, "--group", "16"])
+
+
+def test_a_recipe_that_fails_is_named_and_the_others_go_on(
+    bench: SimpleNamespace, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = bench.recipes.Recipe("good", {"format": "int8"})
+    broken = bench.recipes.Recipe("broken", {"format": "int8", "nothing": 1})
+    monkeypatch.setattr(bench.run, "recipes", lambda group: [broken, good])
+    command = arguments(model, text, tmp_path, "")
+    assert bench.run.main(command) == 1
+    result = results_of(tmp_path)
+    assert [row["label"] for row in result["models"]] == ["good"]
+    assert [one["recipe"] for one in result["skipped"]] == ["broken"] and "nothing" in result["skipped"][0]["why"]
+    mended = bench.recipes.Recipe("broken", {"format": "int4"})
+    monkeypatch.setattr(bench.run, "recipes", lambda group: [mended, good])
+    assert bench.run.main(command) == 0
+    result = results_of(tmp_path)
+    assert [row["label"] for row in result["models"]] == ["broken", "good"] and not result["skipped"]
+
+
+def test_mixllm_scores_by_the_texts_own_labels_and_stays_within_the_bytes(bench: SimpleNamespace, model: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    windows = torch.randint(2, calibrated.VOCABULARY, (1, 24), generator=draw)
+    device, mix = torch.device("cpu"), bench.mixllm.levels(16)
+    whole: Any = load.load_model(model, device, "float32")
+    name, row, step = "model.layers.0.mlp.up_proj", 3, 0.02
+    weight = whole.get_submodule(name).weight
+    scores = bench.mixllm._scores(model, {name: tuple(weight.shape)}, windows, mix, device)[name]
+    delta = rounding_error(weight.detach().float(), mix.levels[0])[row]
+
+    def lost(share: float) -> float:
+        with torch.no_grad():
+            before = weight[row].clone()
+            weight[row] += share * delta
+            logits = whole(input_ids=windows).logits[0, :-1].double()
+            weight[row] = before
+        return float(torch.nn.functional.cross_entropy(logits, windows[0, 1:], reduction="sum"))
+
+    change = (lost(step) - lost(-step)) / (2 * step)
+    assert float(scores[0, row]) == pytest.approx(abs(change + change**2 / 2), rel=0.02)
+    found = bench.mixllm.choose(model, windows, 16, 6.0, device)
+    taken = found.allocation
+    assert 5.9 < 8 * (taken.nbytes - taken.padding) / taken.weights <= 6.0
+    with pytest.raises(InputError):
+        bench.mixllm.choose(model, windows, 15, 6.0, device)
+
+
+def book(bench: SimpleNamespace, model: str, **kl: tuple[float, ...]) -> Any:
+    """Return results of one text with rows of such KL over windows; `_` in a name is `-`."""
+    rows = [measured.model(name.replace("__", "-"), values) for name, values in kl.items()]
+    more = {
+        "reference": model,
+        "dtype": "float32",
+        "group_size": 128,
+        "calibrated_in": "float32",
+        "calibration": "64 windows of 512 tokens of c.txt",
+    }
+    result = measured.evaluation(*({**row, "seconds": 1.0, "recipe": row["label"]} for row in rows), **more)
+    result["reference_model"]["label"] = model
+    return bench.tables.Book([(f"quality_{model}_prose.json", result)])
+
+
+NEAR, FAR = (0.010, 0.012, 0.011, 0.013), (0.020, 0.021, 0.022, 0.024)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "verdict"),
+    [(NEAR, FAR, "holds"), (FAR, NEAR, "**does not hold**"), (NEAR, NEAR[::-1], "not certain")],
+)
+def test_a_claim_holds_where_the_difference_is_larger_than_its_error(
+    bench: SimpleNamespace, first: tuple[float, ...], other: tuple[float, ...], verdict: str
+) -> None:
+    found = book(bench, "smollm2", one=first, two=other)
+    for quantity in ("kl", "log_perplexity"):
+        claim = bench.claims.Claim(("one", "two"), (bench.claims.Nearer("one", "two", quantity),))
+        table = bench.tables.claim_tables(found, claim)
+        assert table.splitlines()[-1].endswith(f"| {verdict} |")
+        assert table.startswith("**smollm2**, SmolLM2-135M-Instruct: 4 windows of each text")
+    claim = bench.claims.Claim(("one",), (bench.claims.Within("one", 1.5), bench.claims.Within("one", 0.5)))
+    least = 100 * math.expm1(sum(first) / 4)
+    shown = ["holds" if least < 1.5 else "**does not hold**", "**does not hold**"]
+    assert [line.split(" | ")[-1] for line in bench.tables.claim_tables(found, claim).splitlines()[-2:]] == [
+        f"{words} |" for words in shown
+    ]
+
+
+def test_the_summary_counts_verdicts_and_names_what_does_not_hold(bench: SimpleNamespace) -> None:
+    names = {"fp6_e2m3-row-rtn": FAR, "fp6_e3m2-row-rtn": NEAR, "fp6_e3m2-g-rtn": FAR}
+    lines = bench.tables.summary(book(bench, "smollm2", **names)).splitlines()
+    assert "| [six](#e2m3-or-e3m2-rows-or-groups) | 0 | 1 | 2 |" in lines
+    assert "- smollm2, prose: fp6_e2m3-row-rtn has less KL than fp6_e3m2-row-rtn" in lines
+    assert bench.tables.summary(bench.tables.Book([])) == ""
+
+
+def test_what_a_mix_chose_and_what_kernels_cost_it_stand_below_its_row(bench: SimpleNamespace) -> None:
+    found = book(bench, "small", one=NEAR, mixllm=FAR)
+    losses = {"loss": 0.012, "loss_without_units": 0.0115, "loss_without_pairs_and_units": 0.011}
+    chosen = {"levels": ["uint4:g64:float16", "int8:row"], "shares": [0.9, 0.1], "bytes": 1000, "padding_bytes": 15}
+    for row in found.models["small"]["prose"]["models"]:
+        row["mix"] = {**chosen, **losses}
+    lines = bench.tables.claim_tables(found, bench.claims.Claim(("one", "mixllm"), ())).splitlines()
+    assert "| one | uint4:g64 90, int8:row 10 | 1.50 | 12.00 | 11.50 | 11.00 |" in lines
+    assert "| mixllm | uint4:g64 90, int8:row 10 | 1.50 | - | - | - |" in lines, "its score is no KL"
+
+
+def test_a_target_is_a_share_of_what_rounding_loses_or_a_divergence(bench: SimpleNamespace) -> None:
+    found = book(bench, "small", **{"uint4-g-rtn": FAR, "uint4-g-gptq": NEAR})
+    target = bench.claims.Target
+    for given, words in (
+        (target("small", "uint4-g-gptq", 0.45), "47 % | yes"),
+        (target("small", "uint4-g-gptq", 0.50), "47 % | **no**"),
+        (target("small", "uint4-g-gptq", kl=(("prose", 12),)), "11.50 | yes"),
+        (target("small", "uint4-g-gptq", kl=(("prose", 11),)), "11.50 | **no**"),
+    ):
+        assert " | ".join(bench.tables._reached(found, given)).endswith(words)
+    assert not bench.tables._reached(found, target("small", "uint4-g-gptq", kl=(("code", 12),)))
+    assert not bench.tables._reached(found, target("smollm2", "uint4-g-gptq", 0.45))
+    line = bench.tables.effort_tables(found).splitlines()[-1]
+    assert line.startswith("| uint4-g | 4.250 | 21.75 | 11.50 | 47 | ") and line.endswith("| - | - | - | - |")
