@@ -135,12 +135,12 @@ def named_rivals(text: str, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
 def label(scheme: Scheme | Blend, activations: Activations | str = Activations.NATIVE) -> str:
     """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`, `int8:i8`.
 
-    Of a mix it is `uint4:g128=90+int8=10`, and `in order` behind it where its rows stand so.
+    Of a mix it is `uint4:g128=90+int8=10`, and `:ordered` behind it where its rows stand in the order of levels.
     """
     if isinstance(scheme, Blend):
         levels = zip(scheme.levels, scheme.percents, strict=True)
         words = "+".join(f"{label(level)}={percents}" for level, percents in levels)
-        return words + " in order" * scheme.in_order + BYTEWISE.get(Activations.of(activations), "")
+        return words + ":ordered" * scheme.in_order + BYTEWISE.get(Activations.of(activations), "")
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
     return name + BYTEWISE.get(Activations.of(activations), "")
 

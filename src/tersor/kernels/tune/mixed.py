@@ -8,6 +8,7 @@ are given to the one that would be done last.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -164,23 +165,40 @@ def choose(problem: MixedProblem, chip: Chip) -> MixedConfig:
 
 
 def choose_tile(problem: MixedProblem, chip: Chip) -> Tile:
-    """Return the tile of the least time where all CTAs are as busy: what else there is to choose needs no other kernel.
+    """Return the tile of the least time where all levels have as many rows: what else there is to choose needs no other
+    kernel, and so weights of one shape have one.
 
     Raises:
         InputError: as `choose`.
     """
-    filled = problem.of_tokens(choice.filled(problem.n))
-    plans = (_Plan(filled, tile, chip.sms * tile.resident, chip) for tile in sm90.fitting(tiles(filled), filled.n))
+    return _tile(_evenly(problem), choice.filled(problem.n), chip)
+
+
+def asked(problem: MixedProblem, chip: Chip) -> tuple[Tile, ...]:
+    """Return the tiles that `choose` has for a problem of as many tokens or fewer, each once."""
+    return _asked(_evenly(problem), problem.n, chip)
+
+
+def _evenly(problem: MixedProblem) -> MixedProblem:
+    """Return the problem of one token where every level has as many rows."""
+    rows = -(-sum(level.oc for level in problem.levels) // len(problem.levels))
+    return MixedProblem(levels=tuple(replace(level, n=1, oc=rows) for level in problem.levels))
+
+
+@functools.lru_cache(maxsize=16384)
+def _tile(evenly: MixedProblem, n: int, chip: Chip) -> Tile:
+    problem = evenly.of_tokens(n)
+    plans = (_Plan(problem, tile, chip.sms * tile.resident, chip) for tile in sm90.fitting(tiles(problem), n))
     return min(plans, key=lambda plan: plan.busy_microseconds(chip)).tile
 
 
-def asked(problem: MixedProblem, chip: Chip) -> list[Tile]:
-    """Return the tiles that `choose` has for a problem of as many tokens or fewer, each once."""
+@functools.lru_cache(maxsize=1024)
+def _asked(evenly: MixedProblem, most: int, chip: Chip) -> tuple[Tile, ...]:
     found, n = dict[Tile, None](), 0
-    while n < problem.n:
+    while n < most:
         n = choice.filled(n + 1)
-        found[choose_tile(problem.of_tokens(n), chip)] = None
-    return list(found)
+        found[_tile(evenly, n, chip)] = None
+    return tuple(found)
 
 
 def candidates(problem: MixedProblem, chip: Chip) -> Iterator[MixedConfig]:
