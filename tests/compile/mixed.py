@@ -28,7 +28,7 @@ KERNELS = (
     ("floats", "bfloat16", (16, 1, 4, 1), 0),
     ("rows", "float16", (16, 3, 1, 1), 2),
     ("floats", "bfloat16", (32, 1, 4, 1), 0),
-    ("few", "float16", (32, 1, 4, 1), 3),
+    ("rows", "float16", (32, 1, 4, 1), 3),
     ("few", "float16", (32, 2, 1, 1), 0),
     ("rows", "bfloat16", (32, 3, 1, 1), 1),
     ("integers", "float16", (48, 1, 1, 2), 1),

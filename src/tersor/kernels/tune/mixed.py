@@ -37,6 +37,8 @@ SHAPES = {
 
 Few of a dense weight's: even shares fill all CTAs whatever the tile, and a kernel takes as long to compile as those of
 all its levels."""
+_MOST_SCALE_GROUPS = {(32, 1, 4): 0, (16, 3, 1): 1}
+"""Tokens, row groups and channel groups of a tile -> scales of a row in a block that its registers have room for."""
 _CROWDS = (1, 2)
 """Of the CTAs that fit, at most one of so many is launched."""
 _HIDDEN = 0.5
@@ -145,6 +147,9 @@ def tiles_of(scale_groups: Sequence[int], activations: Activations) -> list[Tile
         for tokens, rows, channels, resident in SHAPES[activations is not Activations.NATIVE]
     }
     of_levels = [set(sm90.tiles(count, activations)) for count in scale_groups]
+    most = max(scale_groups)
+    sizes = {tile: (tile.tokens, tile.row_groups, tile.channel_groups) for tile in wanted}
+    wanted = {tile for tile, size in sizes.items() if most <= _MOST_SCALE_GROUPS.get(size, most)}
     return sorted(wanted.intersection(*of_levels), key=lambda tile: (tile.tokens, tile.row_groups, tile.resident))
 
 
