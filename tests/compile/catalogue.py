@@ -272,7 +272,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     others += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
-    others += tuple(around.products()[first::turn])
+    others += (*around.products()[first::turn], *around.calibrating()[first::turn])
     return list(dict.fromkeys((*found, *others, *_older_experts(capability))))
 
 
