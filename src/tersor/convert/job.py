@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -99,6 +100,9 @@ def quantize(
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
     target_size: float | None = ...,
+    target_latency: float | None = ...,
+    batch: int | None = ...,
+    chip: str | None = ...,
 ) -> Report: ...
 
 
@@ -130,6 +134,9 @@ def quantize(
     levels: Sequence[str] = (),
     target_bits: float | None = None,
     target_size: float | None = None,
+    target_latency: float | None = None,
+    batch: int | None = None,
+    chip: str | None = None,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
@@ -175,6 +182,8 @@ def quantize(
             text; where there is a target and none is given, those of `convert.mix.LEVELS`.
         target_bits: true bits a weight that all of them take.
         target_size: bytes of the checkpoint's tensors, in place of bits.
+        target_latency: seconds that the products with all of them are predicted to take in a step, in place of bits.
+        batch, chip: rows of that step, 1 for `None`, and the GPU by its name; `None` is an H200.
 
     Returns:
         What was done, tensor by tensor.
@@ -184,7 +193,8 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
-    target = parse_target(levels, target_bits, target_size, group_size, scale_dtype)
+    asked = (target_bits, target_size, target_latency, batch, chip)
+    target = parse_target(levels, *asked, group_size, scale_dtype)
     mix = mix_of(assignments)
     wanted = parse_transforms(transforms)
     if target is not None and mix is not None:
@@ -299,17 +309,18 @@ def quantize(
             assert given is not None
             target.check(conversion, given)
             provenance["target"] = target.words
-        work = Workplace(destination, identity, resume)
+        work, mixing = Workplace(destination, identity, resume), None
         try:
             if target is not None:
                 assert given is not None
-                assignments = target.assign(conversion, given, work, progress)
+                mixing = target.assign(conversion, given, work, progress)
+                assignments = mixing.assignments
                 scheme = mix_of(assignments) or scheme
                 conversion = converted(
                     read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
                 )
                 given = planned_again(given, targets, conversion)
-            return _write(
+            report = _write(
                 source,
                 conversion,
                 companions,
@@ -323,6 +334,7 @@ def quantize(
                 progress,
                 started,
             )
+            return report if mixing is None else replace(report, mix=mixing.to_dict())
         finally:
             work.close()
 

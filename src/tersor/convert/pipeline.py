@@ -78,7 +78,8 @@ def row_of(step: Step, relative_error: float | None = None) -> Row:
     """Return the report's row for a step."""
     spec = step.source.spec
     after = step.output_bytes
-    if step.scheme is not None and step.layer is not None:
+    shared = step.layer is not None and step.layer.stacked and isinstance(step.scheme, Assignment)
+    if step.scheme is not None and step.layer is not None and not shared:
         bits = step.scheme.bits_per_weight(step.layer.shape[-1])
     else:
         bits = 8 * after / spec.numel if spec.numel else 0.0

@@ -139,12 +139,11 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     assert step.layer is not None and step.scheme is not None
     *experts, oc, ic = step.layer.shape
 
-    form = step.scheme
-    if isinstance(form, Assignment):
-        return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
-    scheme = form
+    scheme = step.scheme
 
     def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if isinstance(scheme, Assignment):
+            return decode_mixed(scheme, ic, own).dequantize(dtype)
         return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
 
     if not experts:

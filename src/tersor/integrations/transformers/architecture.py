@@ -246,7 +246,11 @@ def stacks_of(name: str, module: nn.Module, tower: str = "") -> dict[str, Linear
         form = experts_form(module)
     except UnsupportedError:
         return {}
-    return {f"{name}.{own}": Linear(form.shape(own), form.transposed, tower) for own in form.names}
+    rows = {form.fused: form.rows.value}
+    return {
+        f"{name}.{own}": Linear(form.shape(own), form.transposed, tower, rows=rows.get(own, "plain"))
+        for own in form.names
+    }
 
 
 def _reason(error: Exception) -> str:
