@@ -60,7 +60,7 @@ def command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="What gptq calibrates on: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
+            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
             "dataset.",
         ),
     ] = None,
