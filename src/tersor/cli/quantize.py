@@ -60,8 +60,8 @@ def command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
-            "dataset.",
+            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id "
+            "of a dataset.",
         ),
     ] = None,
     calibration_tokens: Annotated[
