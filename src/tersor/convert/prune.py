@@ -193,7 +193,7 @@ def prune(
             if allocate:
                 layers = _allocated(layers, asked, given, conversion, work.directory, progress)
             coder = PruneCoder(layers, algorithm, sparse, update=update, units=units)
-            ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
+            _, ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
             again = read_architecture(source.directory, trust_remote_code=trust_remote_code)
             final = converted(again, _Left(conversion, ready).find)
             names = [name for name, _ in final.shards]

@@ -2,6 +2,7 @@
 
 from tersor.layouts.mixed import MixedWeight
 from tersor.layouts.stacked import StackedWeight
+from tersor.layouts.stacked_mixed import Stacked, StackedMixedWeight, sets_of
 from tersor.layouts.weight import STREAM, PackedWeight
 
-__all__ = ["STREAM", "MixedWeight", "PackedWeight", "StackedWeight"]
+__all__ = ["STREAM", "MixedWeight", "PackedWeight", "Stacked", "StackedMixedWeight", "StackedWeight", "sets_of"]

@@ -153,11 +153,11 @@ def check(
         if represented is None:
             tensor = f"{module}.{storage.marker}"
             raise CheckpointError(f"tensor {tensor} is packed, and quantization_config leaves {called} alone")
-        if storage is MIXED and (len(shape) == 3 or module == names.base + names.embedding):
+        if storage is MIXED and module == names.base + names.embedding:
             raise CheckpointError(f"{module} is stored mixed, and has one scheme in every decoder")
         form = forms[module] = read_form(stored, module, storage, represented)
-        if isinstance(form, Assignment) and len(form.level) != shape[0]:
-            raise CheckpointError(f"{module} has levels of {len(form.level)} output features, and {shape[0]} of them")
+        if isinstance(form, Assignment) and len(form.level) != shape[-2]:
+            raise CheckpointError(f"{module} has levels of {len(form.level)} output features, and {shape[-2]} of them")
         for name, tensor_form in stored_forms(form, shape).items():
             wanted[f"{module}.{name}"] = (tensor_form.shape, tensor_form.safetensors_dtype)
     wanted |= {name: (shape, "") for name, shape in expected.vectors.items()}

@@ -117,7 +117,7 @@ class _Outlined(Stored):
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
 
-    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part, expert: int | None = None) -> Packed:
         scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])
         zero_point = torch.empty(rows, 0, dtype=torch.uint8) if scheme.has_zero_point else None
         return torch.empty(rows, 0, dtype=torch.int32), scale, zero_point

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.names import DENSE, MASK, SCALE, SPARSE, VALUES, ZERO_POINT
+from tersor.checkpoint.names import DENSE, MASK, PACKED, SCALE, SPARSE, VALUES, ZERO_POINT
 from tersor.compress.prune import Pattern, Pruned, prune
 from tersor.convert.calibrate.coder import Coded
-from tersor.convert.calibrate.tasks import Task, decode_dense, matrices
+from tersor.convert.calibrate.tasks import Task, matrices
 from tersor.convert.calibrate.units import Units
 from tersor.convert.survey import dense_bytes
 from tersor.formats import FLOAT_DTYPES, Plain, Sparse
-from tersor.layouts import SparseWeight
+from tersor.layouts import PackedWeight, SparseWeight
 
 WEIGHT = "weight"
 """Name of a pruned weight [OC, IC] without codes that is smaller dense."""
@@ -43,6 +43,7 @@ class PruneCoder:
         """
         self._patterns, self._algorithm, self._sparse = patterns, algorithm, sparse
         self._update, self._units = update, units
+        self.recipe = "gptq"
 
     def prepare(self, tasks: Sequence[Task], device: torch.device) -> None:
         """Load nothing: masks and the weights behind them are torch operations."""
@@ -86,5 +87,6 @@ class PruneCoder:
             decoded = SparseWeight.from_stored(self._sparse, (oc, ic), *parts).dequantize(dtype)
         else:
             assert self._sparse.scheme is not None
-            decoded = decode_dense(self._sparse.scheme, (oc, ic), tensors, dtype)
+            dense = PackedWeight(self._sparse.scheme, (oc, ic), tensors[PACKED], tensors[SCALE], tensors.get(ZERO_POINT))
+            decoded = dense.dequantize(dtype)
         return matrices(task.step, decoded)

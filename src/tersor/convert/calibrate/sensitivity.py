@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from tersor.compress.prune.allocate import cost_counts
-from tersor.convert.calibrate.gradients import Take
+from tersor.convert.calibrate.gradients import Backward
 from tersor.convert.calibrate.scores import BlockScores
-from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
+from tersor.convert.calibrate.tasks import Task, matrices, read_tensor
 from tersor.errors import InputError
 
 
 class Sensitivity(BlockScores):
     """How many weights of each linear layer cost how much, as `compress.prune.allocate.cost_counts` has it."""
 
-    def score(self, tasks: Sequence[Task], run: Callable[[Mapping[Site, Take]], None]) -> dict[str, torch.Tensor]:
+    def score(self, block: int, tasks: Sequence[Task], run: Backward) -> dict[str, torch.Tensor]:
         """Return the counts of a block's layers."""
         squares = {task.site: _Squares() for task in tasks}
-        run({site: own.add for site, own in squares.items()})
+        run({site: own.add for site, own in squares.items()}, replace=True)
         found = {}
         for task in tasks:
             own = squares[task.site]
@@ -40,8 +40,9 @@ class _Squares:
         self.inputs: torch.Tensor | None = None
         self.outputs: torch.Tensor | None = None
 
-    def add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        inputs, outputs = (part.flatten(0, -2).double().square().sum(dim=0) for part in (x, gradient))
+    def add(self, given: list[torch.Tensor], gradient: torch.Tensor) -> None:
+        x = given[0].flatten(0, -2)
+        inputs, outputs = (part.double().square().sum(dim=0) for part in (x, gradient.flatten(0, -2)))
         self.inputs = inputs if self.inputs is None else self.inputs + inputs
         self.outputs = outputs if self.outputs is None else self.outputs + outputs
-        self.tokens += x.flatten(0, -2).shape[0]
+        self.tokens += len(x)

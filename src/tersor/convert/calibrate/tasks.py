@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from tersor.checkpoint.modules import Target
 from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.layouts import PackedWeight
 
@@ -115,6 +115,13 @@ def read_tensor(step: Step) -> torch.Tensor:
     return result
 
 
+def replaced(step: Step, value: torch.Tensor) -> Step:
+    """Return a step that finds another tensor in its source: `value`, of the same shape and dtype."""
+    source = step.source
+    changed = DecodedTensor(source.file, source.spec, (source,), lambda first, last: value[first:last].float())
+    return replace(step, source=changed)
+
+
 def matrices(step: Step, stored: torch.Tensor) -> torch.Tensor:
     """Return a stored weight as [OC, IC], or [E, OC, IC] of experts."""
     assert step.layer is not None
@@ -132,21 +139,16 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     assert step.layer is not None and step.scheme is not None
     *experts, oc, ic = step.layer.shape
 
-    form = step.scheme
-    if isinstance(form, Assignment):
-        return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
-    assert isinstance(form, Scheme), "what is pruned, its coder decodes"
+    scheme = step.scheme
+
+    def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if isinstance(scheme, Assignment):
+            return decode_mixed(scheme, ic, own).dequantize(dtype)
+        return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
+
     if not experts:
-        return matrices(step, decode_dense(form, (oc, ic), tensors, dtype))
-    parts = [
-        decode_dense(form, (oc, ic), {name: tensor[expert] for name, tensor in tensors.items()}, dtype)
-        for expert in range(experts[0])
+        return matrices(step, one(tensors))
+    parts: Sequence[torch.Tensor] = [
+        one({name: tensor[expert] for name, tensor in tensors.items()}) for expert in range(experts[0])
     ]
-    return matrices(step, torch.stack(parts))
-
-
-def decode_dense(
-    scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the weight [OC, IC] that the packed tensors of a dense weight stand for."""
-    return PackedWeight(scheme, shape, tensors[PACKED], tensors[SCALE], tensors.get(ZERO_POINT)).dequantize(dtype)
+    return matrices(step, torch.stack(list(parts)))
