@@ -65,6 +65,7 @@ class RecipeCoder:
         taken: list[Encoded] = []
         if isinstance(scheme, Assignment):
             return joined(code_mixed(weight, scheme, self.recipe, statistics))
+        assert isinstance(scheme, Scheme), "recipes give codes to dense weights"
         encode_blocks(
             weight,
             scheme,
@@ -84,5 +85,7 @@ class RecipeCoder:
 def _schemes(task: Task) -> Sequence[Scheme]:
     """Return the schemes that rows of a task's weight may have."""
     form = task.step.scheme
-    assert form is not None
-    return form.mix.levels if isinstance(form, Assignment) else [form]
+    if isinstance(form, Assignment):
+        return form.mix.levels
+    assert isinstance(form, Scheme), "recipes give codes to dense weights"
+    return [form]

@@ -87,6 +87,7 @@ class PruneCoder:
             decoded = SparseWeight.from_stored(self._sparse, (oc, ic), *parts).dequantize(dtype)
         else:
             assert self._sparse.scheme is not None
-            dense = PackedWeight(self._sparse.scheme, (oc, ic), tensors[PACKED], tensors[SCALE], tensors.get(ZERO_POINT))
+            zero_point = tensors.get(ZERO_POINT)
+            dense = PackedWeight(self._sparse.scheme, (oc, ic), tensors[PACKED], tensors[SCALE], zero_point)
             decoded = dense.dequantize(dtype)
         return matrices(task.step, decoded)
