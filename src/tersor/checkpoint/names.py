@@ -1,10 +1,9 @@
 """What does a checkpoint store of a weight? Names, shapes and dtypes of its tensors, said here and nowhere else.
 
 A compressed weight `<stem>.weight` becomes several tensors `<stem>.<name>`. Which ones, its `Storage` says. Of a mixed
-weight the rows of each level are a dense weight of their own, whose stem is `<stem>.levels.<level>`. A pruned weight has
-a mask, and the values of what is left. The weights of all
-experts of a layer that a model keeps as one tensor `<stem>`, with three axes, become the tensors of a dense weight with
-one axis more in front.
+weight the rows of each level are a dense weight of their own, whose stem is `<stem>.levels.<level>`. A pruned weight
+has a mask, and the values of what is left. The weights of all experts of a layer that a model keeps as one tensor
+`<stem>`, with three axes, become the tensors of a dense weight with one axis more in front.
 """
 
 from __future__ import annotations

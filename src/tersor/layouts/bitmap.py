@@ -112,16 +112,24 @@ def values_at(words: torch.Tensor, starts: torch.Tensor, kept: torch.Tensor, bit
     rank = kept.cumsum(1, dtype=torch.int32)
     rank -= kept.to(torch.int32)
     if bits >= 8:
-        held = words.view(holder(bits))
-        index = (starts * (WORD_BITS // bits)).unsqueeze(1) + rank
-        return held[index.clamp_max_(len(held) - 1)]
+        return _gathered(words.view(holder(bits)), starts * (WORD_BITS // bits), rank)
     held = words.view(torch.uint8)
-    place = rank * bits
-    index = (starts * 4).unsqueeze(1) + (place >> 3)
-    last = len(held) - 1
-    low = held[index.clamp_max(last)].to(torch.int32)
-    high = held[(index + 1).clamp_max_(last)].to(torch.int32)
-    return ((((high << 8) | low) >> (place & 7)) & ((1 << bits) - 1)).to(torch.uint8)
+    place = rank.mul_(bits)
+    first, inside = starts * 4, place >> 3
+    codes = _gathered(held, first, inside).to(torch.int32)
+    codes |= _gathered(held, first, inside + 1).to(torch.int32) << 8
+    codes >>= place & 7
+    return codes.to(torch.uint8).bitwise_and_((1 << bits) - 1)
+
+
+def _gathered(held: torch.Tensor, starts: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Return the elements [rows, IC] that stand `inside` so far behind the start of their row, int64 [rows].
+
+    Behind the last element stands the last one again.
+    """
+    narrow = len(held) <= torch.iinfo(torch.int32).max
+    index = starts.to(torch.int32 if narrow else torch.int64).unsqueeze(1) + inside
+    return held.index_select(0, index.clamp_(max=len(held) - 1).view(-1)).view(inside.shape)
 
 
 def _unit(bits: int) -> int:
