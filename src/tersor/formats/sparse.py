@@ -118,7 +118,7 @@ class Pruned:
     def numbers(self) -> torch.Tensor:
         """Return the weights left in every row, int64 [OC] on the CPU."""
         if not self.counts:
-            return torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64, device="cpu")
         return torch.frombuffer(bytearray(self.counts), dtype=torch.int32).to(torch.int64)
 
     @property

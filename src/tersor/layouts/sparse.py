@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from tersor.errors import ShapeError
-from tersor.formats import FLOAT_DTYPES, Encoded, Plain, Pruned, Scheme, Sparse, dequantize
+from tersor.formats import FLOAT_DTYPES, Encoded, Plain, Pruned, Scheme, Sparse, dequantize, dtype_name, mask_bytes
+from tersor.formats.sparse import MASK_BITS
 from tersor.layouts import bitmap
 from tersor.layouts.gated import gated_channels, interleave, separate
 from tersor.layouts.shard import Part, Span
@@ -61,6 +62,30 @@ class SparseWeight:
         return SparseWeight(form, shape, mask, values, scale, zero_point, form.starts().to(mask.device))
 
     @staticmethod
+    def from_stored(
+        sparse: Sparse,
+        shape: tuple[int, int],
+        mask: torch.Tensor,
+        values: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        zero_point: torch.Tensor | None = None,
+    ) -> SparseWeight:
+        """Make a weight of its stored tensors alone, whose mask is counted; on the meta device it has no counts.
+
+        Raises:
+            ShapeError: another shape of the mask, bits set behind its rows, or values of another number of weights.
+        """
+        oc, ic = shape
+        if mask.shape != (oc, mask_bytes(ic)):
+            raise ShapeError(f"the mask is {list(mask.shape)}, expected {[oc, mask_bytes(ic)]} of a weight {[oc, ic]}")
+        if mask.device.type == "meta":
+            starts = torch.empty(oc + 1, dtype=torch.int64, device="meta")
+            return SparseWeight(Pruned(sparse, b""), shape, mask, values, scale, zero_point, starts)
+        if ic % MASK_BITS and bool((mask[:, -1] >> (ic % MASK_BITS)).any()):
+            raise ShapeError(f"the mask has bits set behind the {ic} weights of a row")
+        return SparseWeight.of(Pruned.of(sparse, bitmap.count(mask)), shape, mask, values, scale, zero_point)
+
+    @staticmethod
     def from_plain(weight: torch.Tensor, kept: torch.Tensor | None = None) -> SparseWeight:
         """Take the zeros out of a weight; what is left keeps its bits.
 
@@ -69,7 +94,7 @@ class SparseWeight:
             kept: bool [OC, IC], which weights are left; `None` is those that are not zero (-0.0 is).
         """
         kept = weight != 0 if kept is None else kept
-        sparse = Sparse(Plain(str(weight.dtype).removeprefix("torch.")))
+        sparse = Sparse(Plain(dtype_name(weight.dtype)))
         return _packed(sparse, kept, weight[kept].view(bitmap.holder(sparse.value_bits)), None, None)
 
     @staticmethod
