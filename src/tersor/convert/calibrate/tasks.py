@@ -9,12 +9,12 @@ import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
-from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
+from tersor.checkpoint.names import MASK, PACKED, SCALE, TORCH_DTYPES, VALUES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.blocks import BlockModel
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, SparseWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,10 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     form = step.scheme
     if isinstance(form, Assignment):
         return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
+    if isinstance(form, Pruned):
+        held = [tensors.get(name) for name in (SCALE, ZERO_POINT)]
+        pruned = SparseWeight.from_stored(form.sparse, (oc, ic), tensors[MASK], tensors[VALUES], *held)
+        return matrices(step, pruned.dequantize(dtype))
     scheme = form
 
     def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
