@@ -185,3 +185,27 @@ def test_fp5_in_groups(tmp_path: Path) -> None:
     assert content[10:20] == bytes([0b101_11111, 0b00]) + bytes(8)
     scale = stored(tmp_path / "out", f"{UP}.weight_scale")
     assert scale[:2] == ("F32", (32, 2)) and scale[2][:8] == b"\x00\x00\x80\x3f\x00\x00\x00\x3f"
+
+
+def test_what_is_left_of_a_pruned_weight(tmp_path: Path) -> None:
+    """Columns 0, 3 and 9 are left; bfloat16 1.5 is 3fc0, -2 is c000, 0.25 is 3e80; -0.0 is pruned."""
+    row = [1.5, 0.0, -0.0, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25]
+    model = make(tmp_path, row, second=[0.0, 1.5])
+    quantize(model, tmp_path / "out", format="bf16")
+    mask = bytes([0b0000_1001, 0b0000_0010, 0, 0]) + bytes([0b0000_0010, 0, 0, 0]) + bytes(30 * 4)
+    assert stored(tmp_path / "out", f"{UP}.weight_mask") == ("U8", (32, 4), mask)
+    content = bytes([0xC0, 0x3F, 0x00, 0xC0, 0x80, 0x3E, 0, 0]) + bytes([0xC0, 0x3F, 0, 0])
+    assert stored(tmp_path / "out", f"{UP}.weight_values") == ("I32", (3,), content)
+    gone = "model.layers.0.mlp.down_proj"
+    assert stored(tmp_path / "out", f"{gone}.weight_values") == ("I32", (0,), b"")
+
+
+def test_what_is_left_of_a_pruned_weight_in_codes(tmp_path: Path) -> None:
+    """The codes of `FP6_ROW` without its zeros: six of six bits, and so two words; the second row -28 and 0.5."""
+    model = make(tmp_path, FP6_ROW, second=[-56.0, 0.0, 1.0])
+    quantize(model, tmp_path / "out", format="fp6_e3m2")
+    mask = bytes([0b0011_1111, 0, 0, 0]) + bytes([0b0000_0101, 0, 0, 0]) + bytes(30 * 4)
+    assert stored(tmp_path / "out", f"{UP}.weight_mask")[2] == mask
+    content = FP6_BYTES[:5] + bytes(3) + bytes([0b00_111111, 0b0000_0010, 0, 0])
+    assert stored(tmp_path / "out", f"{UP}.weight_values") == ("I32", (3,), content)
+    assert stored(tmp_path / "out", f"{UP}.weight_scale") == ("F16", (32, 1), bytes([0, 0x3C, 0, 0x40]) + bytes(60))

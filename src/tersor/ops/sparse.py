@@ -78,8 +78,8 @@ def _serve(
     wide = rows if whole else rows.to(torch.promote_types(x.dtype, torch.float32))
 
     def product(first: int, last: int) -> torch.Tensor:
-        held = [None if one is None else one[first:last] for one in (scale, zero_point)]
-        block = decode(represented, ic, mask[first:last], values, *held, starts[first:last], wide.dtype)
+        scales, zeros = (None if one is None else one[first:last] for one in (scale, zero_point))
+        block = decode(represented, ic, mask[first:last], values, scales, zeros, starts[first:last], wide.dtype)
         if whole:
             part = torch.mm(wide, block.T, out_dtype=torch.float32)
         elif now.batch_invariant:
@@ -126,12 +126,12 @@ def _serve_grad(
         return grad.new_zeros(*grad.shape[:-1], ic)
     rows = grad.reshape(-1, oc)
     wide = rows.to(torch.promote_types(grad.dtype, torch.float32))
-    total = wide.new_zeros(len(rows), ic)
+    total, represented = wide.new_zeros(len(rows), ic), _representation(sparse)
     step = max(1, reference.BLOCK_ELEMENTS.get(grad.device.type, 1 << 18) // max(ic, 1))
     for first in range(0, oc, step):
         last = min(first + step, oc)
-        held = [None if one is None else one[first:last] for one in (scale, zero_point)]
-        block = decode(_representation(sparse), ic, mask[first:last], values, *held, starts[first:last], wide.dtype)
+        scales, zeros = (None if one is None else one[first:last] for one in (scale, zero_point))
+        block = decode(represented, ic, mask[first:last], values, scales, zeros, starts[first:last], wide.dtype)
         total.addmm_(wide[:, first:last], block)
     return total.to(grad.dtype).view(*grad.shape[:-1], ic)
 

@@ -29,7 +29,7 @@ from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
 from tersor.convert.pipeline import Progress, located
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.ops import load_columns
 
@@ -267,7 +267,7 @@ class Run:
     ) -> _Coded:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
-        assert scheme is not None
+        assert scheme is not None and not isinstance(scheme, Pruned), "pruned weights are not calibrated"
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
@@ -321,6 +321,7 @@ def _schemes(task: Task) -> Sequence[Scheme]:
     """Return the schemes that rows of a task's weight may have."""
     form = task.step.scheme
     assert form is not None
+    assert not isinstance(form, Pruned), "pruned weights are not calibrated"
     return form.mix.levels if isinstance(form, Assignment) else [form]
 
 
