@@ -157,6 +157,13 @@ def test_plain_numbers_are_named_as_users_do() -> None:
         Plain("bfloat61")
 
 
+@pytest.mark.parametrize("ic", [1, 8, 1000, 1024, 2100])
+def test_what_is_kept_is_counted_row_by_row(ic: int) -> None:
+    mask = pruned.kept(3, ic, 0.9)
+    mask[0] = True
+    assert torch.equal(bitmap.count_kept(mask), mask.sum(1))
+
+
 def test_masks_are_counted_by_their_bits() -> None:
     mask = torch.arange(256, dtype=torch.uint8).view(64, 4)
     assert bitmap.count(mask).tolist() == [sum(byte.bit_count() for byte in row) for row in mask.tolist()]

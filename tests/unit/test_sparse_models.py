@@ -57,6 +57,8 @@ def test_what_was_pruned_is_repacked_without_loss(source: Path, tmp_path: Path) 
     rows = [row for row in report.rows if row.scheme is not None]
     assert {row.scheme for row in rows} == {"sparse:bfloat16"} and {row.relative_error for row in rows} == {0.0}
     plain, stored = checkpoints.weights(source), packed_models.tensors(tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / "tersor-layers.json").read_text())["layers"]
+    assert [line["density"] for line in layers] == [row.density for row in rows]
     for row in rows:
         stem = row.name.removesuffix(".weight")
         weight = SparseWeight.from_stored(
@@ -249,6 +251,8 @@ def test_what_cannot_be_stored_sparse_is_said_in_a_line(source: Path, tmp_path: 
         with pytest.raises(InputError, match=words):
             quantize(model, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="bfloat16 is what pruned weights keep, which are looked for in checkpoints"):
+        quantize(AutoModelForCausalLM.from_pretrained(dense), overrides={"up_proj": "bf16"})
     quantize(source, tmp_path / "humming", format="int4", export="humming")
     assert not any(name.endswith(".weight_mask") for name in packed_models.tensors(tmp_path / "humming"))
 

@@ -14,7 +14,7 @@ from tersor.checkpoint.modules import LinearLayer
 from tersor.checkpoint.names import MASK, TORCH_DTYPES, VALUES
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError, InputError
-from tersor.formats import Plain, Pruned, Scheme, Sparse, dtype_name
+from tersor.formats import FLOAT_DTYPES, Plain, Pruned, Scheme, Sparse, dtype_name
 from tersor.layouts import bitmap
 
 _MASK_BYTES = 1 << 22
@@ -76,11 +76,11 @@ def left_of(
     found = find_pruned(tensor, layer, sparse)
     if found is not None and isinstance(values, Plain):
         spec = tensor.spec
-        dtype = TORCH_DTYPES.get(spec.dtype)
-        if dtype is None or dtype_name(dtype) != values.dtype:
+        own = dtype_name(TORCH_DTYPES[spec.dtype])
+        if own != values.dtype:
             raise InputError(
                 f"{tensor.file.path}: tensor {spec.name!r} is {spec.dtype}, and what is left of it keeps its bits: ask "
-                f"for {'bfloat16' if dtype is None else dtype_name(dtype)}, not {values.dtype}"
+                f"for {own if own in FLOAT_DTYPES else 'a format of codes'}, not {values.dtype}"
             )
     return sparse.scheme if found is None else found
 

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 import torch
 
 from tersor.checkpoint.config import Alike, Override
+from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.modules import LinearLayer
 from tersor.checkpoint.names import TORCH_DTYPES, stored_tensors
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import InputError
 from tersor.formats import Pruned, Sparse
+from tersor.layouts import bitmap
 
 SAMPLED_ROWS = 64
 """Rows, spread evenly, that tell whether a weight is pruned at all."""
@@ -94,7 +96,7 @@ def dense_bytes(sparse: Sparse, oc: int, ic: int) -> int:
 
 def _counts(tensor: StoredTensor, layer: LinearLayer) -> torch.Tensor | None:
     """Return the weights left in every row, int32 [OC], or `None` where the weight is not pruned."""
-    if isinstance(tensor, DecodedTensor) or tensor.spec.dtype not in TORCH_DTYPES or not all(layer.shape):
+    if isinstance(tensor, DecodedTensor) or tensor.spec.dtype not in WEIGHT_DTYPES or not all(layer.shape):
         return None
     rows, columns = tensor.spec.shape
     step = max(1, rows // SAMPLED_ROWS)
@@ -103,10 +105,10 @@ def _counts(tensor: StoredTensor, layer: LinearLayer) -> torch.Tensor | None:
     if zeros < FEWEST_ZEROS:
         return None
     height = max(1, _BLOCK_BYTES // max(1, tensor.spec.nbytes // rows))
-    blocks = [_left(tensor, first, min(first + height, rows)) for first in range(0, rows, height)]
+    blocks = (_left(tensor, first, min(first + height, rows)) for first in range(0, rows, height))
     if layer.transposed:  # rows on disk are input channels
         return torch.stack([block.sum(0) for block in blocks]).sum(0).to(torch.int32)
-    return torch.cat([block.sum(1) for block in blocks]).to(torch.int32)
+    return torch.cat([bitmap.count_kept(block) for block in blocks]).to(torch.int32)
 
 
 def _left(tensor: StoredTensor, first: int, last: int) -> torch.Tensor:

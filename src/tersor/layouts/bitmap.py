@@ -13,6 +13,8 @@ from tersor.formats.sparse import MASK_BITS, WORD_BITS
 from tersor.layouts import stream
 
 _STREAM_ELEMENTS = 32
+_COUNTED = 1024
+"""Elements whose count goes into eight bytes."""
 _HOLDERS = {16: torch.int16, 32: torch.int32}
 """Bits of plain numbers -> the integers that hold them; codes of up to 8 bits are uint8."""
 
@@ -41,6 +43,15 @@ def count(mask: torch.Tensor) -> torch.Tensor:
     pairs = mask - ((mask >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((fours + (fours >> 4)) & 0x0F).sum(1, dtype=torch.int32)
+
+
+def count_kept(kept: torch.Tensor) -> torch.Tensor:
+    """Return how many of every row of bool [rows, IC] are true, int64 [rows]: `kept.sum(1)`, several times faster."""
+    rows, ic = kept.shape
+    padded = torch.nn.functional.pad(kept.view(torch.uint8), (0, -ic % _COUNTED)) if ic % _COUNTED else kept
+    # Eight at a time, a byte each, which none of these sums overflows.
+    eights = padded.contiguous().view(torch.int64).view(rows, -1, _COUNTED // 8).sum(2)
+    return eights.view(torch.uint8).view(rows, -1).sum(1)
 
 
 def pack_values(values: torch.Tensor, counts: torch.Tensor, bits: int) -> torch.Tensor:

@@ -296,7 +296,7 @@ def _packed(
     zero_point: torch.Tensor | None,
 ) -> SparseWeight:
     """Make a weight of which weights are left, and their numbers."""
-    counts = kept.sum(1)
+    counts = bitmap.count_kept(kept)
     words = bitmap.pack_values(values, counts, sparse.value_bits)
     form = Pruned.of(sparse, counts)
     shape = (kept.shape[0], kept.shape[1])

@@ -55,8 +55,8 @@ def linear(
     """Multiply activations with a packed weight: y = x @ W^T + bias + residual.
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
-    the decoded weight, rounded once (one exception: scales in groups where `explain` says `dequantize + cuBLAS`: there
-    scaled weights are rounded to x's dtype first). x, bias and residual have gradients (`ops.gradient`). Under
+    the decoded weight, rounded once (two exceptions: scales in groups where `explain` says `dequantize + cuBLAS`, and
+    pruned weights on a GPU: there scaled weights are rounded to x's dtype first). x, bias and residual have gradients (`ops.gradient`). Under
     torch.autocast they are cast as `torch.nn.functional.linear` casts them.
 
     Args:
