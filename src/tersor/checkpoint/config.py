@@ -69,6 +69,17 @@ class QuantizationConfig:
             return VERSION
         return _MIXED_VERSION if isinstance(self.scheme, Mix) else 1
 
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """Every mix of schemes that a weight may have."""
+        return (self.scheme,) if isinstance(self.scheme, Mix) else ()
+
+    @property
+    def uniform(self) -> tuple[Scheme, ...]:
+        """Every scheme that a whole weight may have; one may stand there twice."""
+        own = () if isinstance(self.scheme, Mix) else (self.scheme,)
+        return (*own, *(override.scheme for override in self.overrides))
+
     def resolve(self, *names: str) -> Represented | None:
         """Return the scheme of a linear module, or its mix; `None` where it is left alone.
 

@@ -168,6 +168,7 @@ def make_conversion(
         stored = _stored(export, layer, form)
         _check_names(stored.specs, source, tensor)
         steps.append(Step(tensor, layer, form, stored, linear=linear))
+    _check_experts(steps)
     if not any(step.scheme for step in steps):
         reasons = Counter(step.note for step in steps if step.linear)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the model has none"
@@ -307,29 +308,39 @@ def _assigned(layer: LinearLayer, mix: Mix, assignments: Mapping[str, Assignment
     Raises:
         InputError: there are none, or they are not those of this layer and mix.
     """
-    check_mixable(layer)
     found = assignments.get(layer.module)
     if found is None:
         raise InputError(f"{layer.module} has no levels: score it, give it an override or ignore it")
-    if found.mix != mix or len(found.level) != layer.shape[0]:
+    if found.mix != mix or len(found.level) != layer.shape[-2]:
         raise InputError(
-            f"{layer.module}: {len(found.level)} output features at levels {found.key()}, expected {layer.shape[0]} at "
-            f"levels {mix.key()}"
+            f"{layer.module}: {len(found.level)} output features at levels {found.key()}, expected {layer.shape[-2]} "
+            f"at levels {mix.key()}"
         )
     return found
 
 
-def check_mixable(layer: LinearLayer) -> None:
-    """Hold that the output features of a layer may have different schemes.
+def _check_experts(steps: Iterable[Step]) -> None:
+    """Hold that the experts of a layer have one mix: every output feature one level, and gate and up of a channel.
 
     Raises:
-        InputError: it is one of the experts of a layer.
+        InputError: levels, or the schemes of experts beside mixed ones, differ.
     """
-    if layer.stacked or re.search(r"\.experts\.\d+\.", layer.module):
-        raise InputError(
-            f"{layer.module} is a layer's experts, which have one scheme: give them an override, such as "
-            r"'\.experts\b=uint4:g128'"
-        )
+    first: dict[str, tuple[str, Form]] = {}
+    for step in steps:
+        layer, form = step.layer, step.scheme
+        if layer is None or form is None or not layer.experts:
+            continue
+        module, before = first.setdefault(layer.experts, (layer.module, form))
+        if before != form and isinstance(before, Assignment) | isinstance(form, Assignment):
+            raise InputError(
+                f"{layer.module} and {module} are experts of one layer, which have one mix: give all of them the same "
+                "levels"
+            )
+        if isinstance(form, Assignment) and layer.rows != "plain":
+            level, half = form.level, len(form.level) // 2
+            gate, up = (level[:half], level[half:]) if layer.rows == "halves" else (level[::2], level[1::2])
+            if gate != up:
+                raise InputError(f"{layer.module}: gate and up of a channel of experts have one level")
 
 
 def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:

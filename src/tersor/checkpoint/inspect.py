@@ -14,7 +14,7 @@ from tersor.checkpoint.config import MIXED_FORMAT, QUANT_METHOD, QuantizationCon
 from tersor.checkpoint.header import DTYPE_BITS
 from tersor.checkpoint.mixed import check_stored, read_form
 from tersor.checkpoint.modules import Architecture
-from tersor.checkpoint.names import DENSE, Storage, stored_tensors, stored_weights
+from tersor.checkpoint.names import DENSE, PACKED, Storage, level_stem, stored_forms, stored_weights
 from tersor.checkpoint.released import compression_of
 from tersor.checkpoint.source import Source, open_source
 from tersor.errors import CheckpointError
@@ -180,9 +180,9 @@ def _compressed(
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
     form = read_form(source.tensors, stem, storage, represented)
     if isinstance(form, Assignment):
-        if module not in architecture.linears:
+        if module in architecture.embeddings:
             raise CheckpointError(f"{source.directory}: {stem} is mixed, and {module} is no linear layer")
-        return _mixed(source, name, stem, form, architecture.linears[module].shape[-1])
+        return _mixed(source, name, stem, module, form, architecture)
     if isinstance(form, Pruned):
         if module not in architecture.linears:
             raise CheckpointError(f"{source.directory}: {stem} is sparse, and {module} is no linear layer")
@@ -197,10 +197,13 @@ def _sparse(source: Source, name: str, stem: str, form: Pruned, ic: int) -> Item
     return Item(name, shape, form.key(), form.bits_per_weight(ic), nbytes, True, density=form.density(ic))
 
 
-def _mixed(source: Source, name: str, stem: str, form: Assignment, ic: int) -> Item:
-    shape = (len(form.level), ic)
+def _mixed(source: Source, name: str, stem: str, module: str, form: Assignment, architecture: Architecture) -> Item:
+    level = next(number for number, rows in enumerate(form.rows) if rows)
+    marker = source.tensors[f"{stem}.{level_stem(level)}.{PACKED}"].spec.shape
+    _, largest = DENSE.largest_weight(form.mix.levels[level], marker[-2:])
+    shape = (*marker[:-2], len(form.level), _input_channels(architecture, module, largest))
     check_stored(source.tensors, stem, form, shape)
-    nbytes = sum(source.tensors[f"{stem}.{own}"].spec.nbytes for own in stored_tensors(form, *shape))
+    nbytes = sum(source.tensors[f"{stem}.{own}"].spec.nbytes for own in stored_forms(form, shape))
     levels = tuple((scheme.key(), rows) for scheme, rows in zip(form.mix.levels, form.rows, strict=True) if rows)
     return Item(name, shape, MIXED_FORMAT, 8 * nbytes / math.prod(shape), nbytes, True, levels)
 

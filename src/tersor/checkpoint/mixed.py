@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tersor.checkpoint.config import Represented
-from tersor.checkpoint.names import DENSE, LEVEL, MIXED, SPARSE, Form, Storage, stored_tensors
+from tersor.checkpoint.names import DENSE, LEVEL, MIXED, SPARSE, Form, Storage, stored_forms
 from tersor.checkpoint.pruned import read_pruned
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError, FormatError
@@ -66,13 +66,13 @@ def read_assignment(tensors: Mapping[str, StoredTensor], stem: str, mix: Mix) ->
     return found
 
 
-def check_stored(tensors: Mapping[str, StoredTensor], stem: str, form: Form, shape: tuple[int, int]) -> None:
-    """Hold the tensors of a weight against what they should be.
+def check_stored(tensors: Mapping[str, StoredTensor], stem: str, form: Form, shape: tuple[int, ...]) -> None:
+    """Hold the tensors of a weight (OC, IC), or of those of experts (E, OC, IC), against what they should be.
 
     Raises:
         CheckpointError: one is missing, or has another dtype or shape.
     """
-    for name, tensor in stored_tensors(form, *shape).items():
+    for name, tensor in stored_forms(form, shape).items():
         found = tensors.get(f"{stem}.{name}")
         if found is None:
             raise CheckpointError(f"tensor {stem}.{name} is missing beside the others of {stem}")

@@ -3,7 +3,8 @@
 A compressed weight `<stem>.weight` becomes several tensors `<stem>.<name>`. Which ones, its `Storage` says. Of a mixed
 weight the rows of each level are a dense weight of their own, whose stem is `<stem>.levels.<level>`. A pruned weight
 has a mask, and the values of what is left. The weights of all experts of a layer that a model keeps as one tensor
-`<stem>`, with three axes, become the tensors of a dense weight with one axis more in front.
+`<stem>`, with three axes, become the tensors of one weight with one axis more in front, but for the levels, which all
+experts share.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class Mixed(Storage):
             shapes: of all tensors of a checkpoint, by name.
         """
         markers = {level: f"{stem}.{level_stem(level)}.{PACKED}" for level in range(MOST_LEVELS)}
-        return {level: shapes[name][0] for level, name in markers.items() if name in shapes}
+        return {level: shapes[name][-2] for level, name in markers.items() if len(shapes.get(name, ())) > 1}
 
 
 MIXED = Mixed()
@@ -235,7 +236,10 @@ def stored_forms(form: Form, shape: tuple[int, ...]) -> dict[str, TensorForm]:
     """
     *experts, oc, ic = shape
     tensors = stored_tensors(form, oc, ic)
-    return {name: TensorForm((*experts, *tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return {
+        name: tensor if name == LEVEL else TensorForm((*experts, *tensor.shape), tensor.dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def stored_weights(names: Iterable[str]) -> dict[str, Storage]:

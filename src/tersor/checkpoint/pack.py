@@ -99,9 +99,9 @@ def pack_mixed(
 
     Args:
         weight: [rows, IC], any float dtype, any device.
-        assignment: the level of every output feature of the whole weight.
+        assignment: the level of every output feature of the whole weight, or of an expert's.
         recipe, statistics, block_elements: as `compress.encode_blocks` takes them, for the rows of each level.
-        first_row: which output feature the first row is.
+        first_row: which output feature the first row is; those of experts are counted one after the other.
 
     Returns:
         The tensors of these rows but for `weight_level`, which the assignment is.
@@ -110,7 +110,9 @@ def pack_mixed(
         As `pack` does.
     """
     count, mix = len(weight), assignment.mix
-    level = torch.tensor(list(assignment.level[first_row : first_row + count]), device=weight.device)
+    before, inside = divmod(first_row, len(assignment.level))
+    around = assignment.level * (1 + (inside + count - 1) // len(assignment.level))
+    level = torch.tensor(list(around[inside : inside + count]), device=weight.device)
     tensors: dict[str, torch.Tensor] = {}
     starts: dict[str, int] = {}
     error, norm = 0.0, 0.0
@@ -127,7 +129,7 @@ def pack_mixed(
             raise NonFiniteError((rows[row], column), failure.value) from None
         except ScaleError as failure:
             raise ScaleError(rows[failure.row], failure.reason) from None
-        first = assignment.level.count(number, 0, first_row)
+        first = before * assignment.rows[number] + assignment.level.count(number, 0, inside)
         for name, tensor in packed.tensors.items():
             tensors[f"{level_stem(number)}.{name}"] = tensor
             starts[f"{level_stem(number)}.{name}"] = first
@@ -238,7 +240,7 @@ def underflow_words(rows: Sequence[int], form: Form) -> str:
         assert found is not None, "plain numbers have no scales"
         scheme = found
     else:
-        scheme = form.mix.levels[form.level[rows[0]]] if isinstance(form, Assignment) else form
+        scheme = form.mix.levels[form.level[rows[0] % len(form.level)]] if isinstance(form, Assignment) else form
     shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
     wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"

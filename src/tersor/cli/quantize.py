@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tersor.convert.report import Report, Row
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
+_LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us)")
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -65,8 +67,8 @@ def command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="What gptq calibrates on: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
-            "dataset.",
+            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id "
+            "of a dataset.",
         ),
     ] = None,
     calibration_tokens: Annotated[
@@ -75,10 +77,18 @@ def command(
     calibration_window: Annotated[
         int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
     ] = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is done beside choosing codes; repeatable. rotate: spread outliers by rotating the residual "
+            "stream and heads; awq: scale channels by their inputs; tweak-norms: adjust norms to compressed blocks.",
+        ),
+    ] = None,
     effort: Annotated[
         str, typer.Option(help="normal; high: a backward pass through the model says which outputs matter; slower.")
     ] = "normal",
-    seed: Annotated[int, typer.Option(help="Of the labels that the backward pass draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what the backward pass and transforms draw.")] = 0,
     level: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,6 +103,14 @@ def command(
     target_size: Annotated[
         str | None, typer.Option(help="Size of the checkpoint in place of bits, such as 5GB or 500MB.")
     ] = None,
+    target_latency: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of bits, what all linears together are predicted to take in a step, such as 1.8ms or 900us."
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of that step; 1 if not given.")] = None,
+    chip: Annotated[str | None, typer.Option(help="GPU that it is predicted for, such as h200 (the default).")] = None,
     sparse: Annotated[
         str,
         typer.Option(
@@ -141,9 +159,13 @@ def command(
                 revision=revision,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
+                transforms=transform or (),
                 levels=level or (),
                 target_bits=target_bits,
                 target_size=None if target_size is None else parse_size(target_size),
+                target_latency=None if target_latency is None else parse_latency(target_latency),
+                batch=batch,
+                chip=chip,
             )
     except KeyboardInterrupt:
         partial = partial_directory(Path(output)) if output is not None else None
@@ -171,6 +193,19 @@ def parse_size(text: str) -> int:
     if not 1 <= count < float("inf"):
         raise InputError(f"size {text!r} is not a number of bytes such as 5GB or 500MB")
     return int(count)
+
+
+def parse_latency(text: str) -> float:
+    """Return the seconds a text such as `1.8ms` or `900us` means.
+
+    Raises:
+        InputError: it is no time.
+    """
+    match = _LATENCY.fullmatch(text.strip())
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"latency {text!r} is not a time such as 1.8ms or 900us")
+    return seconds
 
 
 @contextmanager
@@ -274,6 +309,8 @@ def _print_report(report: Report) -> None:
         lines,
     )
     print(_totals(report))
+    if report.mix is not None:
+        print(_of_mix(report.mix))
     _print_pruned(report)
     if report.left:
         print(_left(report))
@@ -320,6 +357,14 @@ def _totals(report: Report) -> str:
         f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} bits a "
         f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {times}"
     )
+
+
+def _of_mix(mix: dict[str, Any]) -> str:
+    """Return what the levels of output features take and are expected to lose."""
+    taken = f"{mix['bits_per_weight']:.3f} true bits a weight, {console.size(mix['bytes'])}"
+    if "predicted_seconds" in mix:
+        taken += f", {1e3 * mix['predicted_seconds']:.4g} ms predicted for the linears of {mix['predicted_for']}"
+    return f"output features have levels of {taken}: {mix['loss']:.3g} nats a token expected to be lost"
 
 
 def _files(report: Report) -> str:

@@ -51,6 +51,7 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         f"Linear weights are {levels}, {_made(conversion.config.scheme, recipe)} by Tersor {__version__}.",
         *_pruned(conversion),
         *_calibrated(conversion),
+        *_transformed(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
@@ -98,6 +99,11 @@ def _calibrated(conversion: Conversion) -> list[str]:
     return [
         f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
     ]
+
+
+def _transformed(conversion: Conversion) -> list[str]:
+    done = conversion.config.provenance.get("transforms")
+    return [f"Before or beside that it was changed by transforms: {done}."] if done else []
 
 
 def _before(conversion: Conversion) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from tersor.checkpoint.config import Represented, parse_ignore, parse_overrides
+from tersor.checkpoint.config import Represented, parse_ignore
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.modules import Architecture
@@ -44,10 +44,12 @@ from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
-from tersor.convert.survey import Survey, check_sparse, may_be_sparse
+from tersor.convert.rotate import rotate
+from tersor.convert.survey import Asked, Survey
 from tersor.convert.target import parse_target
+from tersor.convert.transforms import ROTATE, parse_transforms
 from tersor.errors import InputError
-from tersor.formats import Assignment, Sparse, get_scheme, plain_values
+from tersor.formats import Assignment
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
@@ -94,11 +96,15 @@ def quantize(
     revision: str | None = ...,
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
+    transforms: Sequence[str] = ...,
     sparse: str = ...,
     assignments: Mapping[str, Assignment] | None = ...,
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
     target_size: float | None = ...,
+    target_latency: float | None = ...,
+    batch: int | None = ...,
+    chip: str | None = ...,
 ) -> Report: ...
 
 
@@ -125,11 +131,15 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    transforms: Sequence[str] = (),
     sparse: str = "auto",
     assignments: Mapping[str, Assignment] | None = None,
     levels: Sequence[str] = (),
     target_bits: float | None = None,
     target_size: float | None = None,
+    target_latency: float | None = None,
+    batch: int | None = None,
+    chip: str | None = None,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
@@ -163,12 +173,13 @@ def quantize(
         calibration_tokens: how many tokens of it are used; `None` is 128 windows.
         calibration_window: tokens in a window; `None` is 2,048, or as many as the model takes.
         effort: `normal`, or `high`: a backward pass through the model says which outputs matter.
-        seed: of the labels which that pass draws from the model.
+        seed: of the labels which that pass draws from the model, and of what transforms draw.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         revision: branch, tag or commit of a Hub id.
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
+        transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
         sparse: `auto`: a weight that was pruned, one with zeros, is stored as a mask and what is left of it where that
             takes fewer bytes; `off`: never. Recipes that calibrate, targets and exports store dense weights.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
@@ -177,6 +188,8 @@ def quantize(
             text; where there is a target and none is given, those of `convert.mix.LEVELS`.
         target_bits: true bits a weight that all of them take.
         target_size: bytes of the checkpoint's tensors, in place of bits.
+        target_latency: seconds that the products with all of them are predicted to take in a step, in place of bits.
+        batch, chip: rows of that step, 1 for `None`, and the GPU by its name; `None` is an H200.
 
     Returns:
         What was done, tensor by tensor.
@@ -186,8 +199,10 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
-    target = parse_target(levels, target_bits, target_size, group_size, scale_dtype)
+    limits = (target_bits, target_size, target_latency, batch, chip)
+    target = parse_target(levels, *limits, group_size, scale_dtype)
     mix = mix_of(assignments)
+    wanted = parse_transforms(transforms)
     if target is not None and mix is not None:
         raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
     if target is not None and dry_run:
@@ -198,13 +213,13 @@ def quantize(
         raise InputError("group size and scale dtype belong into every level where output features have levels")
     text = None
     if calibration is not None:
-        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed)
-    elif (calibration_tokens, calibration_window, effort, seed) != (None, None, "normal", 0):
+        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed, wanted)
+    elif (calibration_tokens, calibration_window, effort, 0 if ROTATE in wanted else seed) != (None, None, "normal", 0):
         raise InputError("calibration tokens, window, effort and seed say nothing without a calibration text")
     if isinstance(model, nn.Module):
         if mix is not None or target is not None:
             raise InputError("output features get levels in a checkpoint on disk: a module is compressed in place")
-        check_in_place(output, resume, export, shard_size)
+        check_in_place(output, resume, export, shard_size, wanted)
         if text is not None:
             raise InputError("a module in memory is rounded to nearest: save it, and calibrate the checkpoint")
         return quantize_module(
@@ -221,46 +236,36 @@ def quantize(
         )
     get_export(export)
     if not dry_run or text is not None:
-        check_options(algorithm, text, scored=target is not None)
+        check_options(algorithm, text, wanted, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
-    plain = plain_values(format)
-    if plain is None:
-        get_scheme(format, group_size, scale_dtype)
+    asked = Asked(format, group_size, scale_dtype, overrides)
+    asked.scheme()
     destination = check_destination(output, dry_run)
     patterns = parse_ignore(ignore)
-    obstacle = "a calibration, levels and exports store none" if text or target or mix or export != "tersor" else ""
-    looked = check_sparse(
-        sparse,
-        Sparse(plain) if plain else get_scheme(format),
-        parse_overrides(overrides, group_size, scale_dtype),
-        obstacle,
-        (group_size, scale_dtype),
-    )
+    dense = text or target or mix or wanted or export != "tersor"
+    asked = asked.check(sparse, "a calibration, levels, transforms and exports store none" if dense else "")
     with open_source(model, revision) as source:
         if destination is not None:
             check_apart(source, destination)
         released = read_released(source)
         if released is not None:
             source.tensors = released.tensors
+        untied = ROTATE in wanted
+        if untied:
+            rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
-        if scale_dtype is None and plain is None and not get_scheme(format).is_mx:
-            scale_dtype = chosen_export.default_scale_dtype
-        scheme: Represented = mix or STAND_IN
-        if mix is None and target is None:
-            scheme = Sparse(plain) if plain else get_scheme(format, group_size, scale_dtype)
-            scheme = may_be_sparse(scheme) if looked else scheme
+        asked = asked.with_scales(chosen_export.default_scale_dtype)
+        scheme: Represented = mix or (STAND_IN if target else asked.scheme())
         provenance = {
             "tersor": __version__,
             "algorithm": algorithm,
             "source": source.label,
             **({"source_revision": revision} if revision is not None else {}),
             **({"source_method": released.method} if released is not None else {}),
+            **({"transforms": ", ".join(wanted), "seed": str(seed)} if wanted else {}),
         }
-        given_overrides = parse_overrides(overrides, group_size, scale_dtype)
-        if looked:
-            given_overrides = [replace(one, scheme=may_be_sparse(one.scheme)) for one in given_overrides]
-        survey = Survey()
+        given_overrides, survey = asked.parsed_overrides(), Survey()
 
         def converted(architecture: Architecture) -> Conversion:
             return make_conversion(
@@ -273,10 +278,10 @@ def quantize(
                 shard_bytes=shard_bytes,
                 provenance=provenance,
                 assignments=assignments,
-                find_pruned=survey.find if looked else None,
+                find_pruned=survey.find if asked.looked else None,
             )
 
-        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
+        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
         conversion = converted(architecture)
         if released is not None:
             check_growth(source, conversion, released, patterns)
@@ -286,8 +291,8 @@ def quantize(
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
             seconds = time.monotonic() - started
-            key = conversion.config.scheme.key()
-            return Report(source.label, None, key, export, rows, files, seconds, source_method=source_method)
+            said = conversion.config.scheme.key()
+            return Report(source.label, None, said, export, rows, files, seconds, source_method=source_method)
         targets = architecture.find(source.tensors) if text is not None else {}
         del architecture  # with the model behind it
         given = None
@@ -302,6 +307,7 @@ def quantize(
             "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
+            **({"transforms": list(wanted), "seed": seed} if wanted else {}),
             **({"levels of output features": fingerprint(assignments)} if assignments else {}),
             **(target.identity(conversion) if target is not None else {}),
             "source's compression": dict(released.settings) if released is not None else None,
@@ -312,15 +318,18 @@ def quantize(
             assert given is not None
             target.check(conversion, given)
             provenance["target"] = target.words
-        work = Workplace(destination, identity, resume)
+        work, mixing = Workplace(destination, identity, resume), None
         try:
             if target is not None:
                 assert given is not None
-                assignments = target.assign(conversion, given, work, progress)
+                mixing = target.assign(conversion, given, work, progress)
+                assignments = mixing.assignments
                 scheme = mix_of(assignments) or scheme
-                conversion = converted(read_architecture(source.directory, trust_remote_code=trust_remote_code))
+                conversion = converted(
+                    read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
+                )
                 given = planned_again(given, targets, conversion)
-            return _write(
+            report = _write(
                 source,
                 conversion,
                 companions,
@@ -333,6 +342,7 @@ def quantize(
                 progress,
                 started,
             )
+            return report if mixing is None else replace(report, mix=mixing.to_dict())
         finally:
             work.close()
 
@@ -356,8 +366,8 @@ def _write(
         unfinished = first < len(names)
         check_space(conversion, work, given.disk_bytes(work.directory) if given is not None and unfinished else 0)
         ready = None
-        if given is not None and unfinished and get_recipe(recipe).needs:
-            ready = calibrate(given, conversion, recipe, work.directory, progress)
+        if given is not None and unfinished and (get_recipe(recipe).needs or given.calibration.changes):
+            conversion, ready = calibrate(given, conversion, recipe, work.directory, progress)
         # What calibration does not reach, such as an embedding that is asked for, is rounded to nearest.
         rounding = DEFAULT_RECIPE if given is not None else recipe
         pipeline = Pipeline(conversion, rounding, work.directory, device, progress, ready)

@@ -77,6 +77,7 @@ class Report:
         stream_seconds: the part of `seconds` in which weights were read, encoded and written.
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
         source_method: what the source was compressed by, such as `fp8`, and decoded from; empty for a plain one.
+        mix: of a target, what was chosen and what it takes and loses (`convert.mix.Mixing.to_dict`).
     """
 
     source: str
@@ -89,6 +90,7 @@ class Report:
     stream_seconds: float = 0.0
     bytes_read: int = 0
     source_method: str = ""
+    mix: dict[str, Any] | None = None
 
     @property
     def compressed(self) -> tuple[Row, ...]:
@@ -169,6 +171,7 @@ class Report:
             "seconds": self.seconds,
             "stream_seconds": self.stream_seconds,
             "bytes_read": self.bytes_read,
+            **({"mix": {key: own for key, own in self.mix.items() if key != "layers"}} if self.mix else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 

@@ -7,18 +7,20 @@ where they have next to no zeros, a weight that is pruned alike in its rows is n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from tersor.checkpoint.config import Alike, Override
+from tersor.checkpoint.config import Alike, Override, parse_overrides
 from tersor.checkpoint.header import WEIGHT_DTYPES
 from tersor.checkpoint.modules import LinearLayer
 from tersor.checkpoint.names import TORCH_DTYPES, stored_tensors
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import InputError
-from tersor.formats import Pruned, Sparse
+from tersor.formats import Pruned, Scheme, Sparse, get_scheme, plain_values
 from tersor.layouts import bitmap
 
 SAMPLED_ROWS = 64
@@ -29,34 +31,72 @@ has to be zero before anything is smaller."""
 _BLOCK_BYTES = 1 << 24
 
 
-def check_sparse(
-    sparse: str, asked: Alike, overrides: Iterable[Override], obstacle: str, options: Iterable[object]
-) -> bool:
-    """Tell whether pruned weights are looked for.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user asks weights to be represented in.
 
-    Args:
-        sparse: what the user said, `auto` or `off`.
-        asked, overrides: the formats that the user asked for.
-        obstacle: why none can be stored, else an empty string.
-        options: what else was said of the format: group size and scale dtype.
-
-    Raises:
-        InputError: neither of the two, or numbers of pruned weights are asked for and not looked for.
+    Attributes:
+        format, group_size, scale_dtype, overrides: as `tersor.quantize` takes them.
+        looked: whether pruned weights are looked for.
     """
-    if sparse not in ("auto", "off"):
-        raise InputError(f"sparse is {sparse!r}: use auto or off")
-    wanted = next((one for one in (asked, *(each.scheme for each in overrides)) if isinstance(one, Sparse)), None)
-    why = "sparse is off" if sparse == "off" else obstacle
-    if wanted is not None and why:
-        raise InputError(f"{wanted.values.name} only repacks weights that are pruned, and {why}: ask for a format")
-    if isinstance(asked, Sparse) and any(option is not None for option in options):
-        raise InputError(f"{asked.values.name} numbers have no scales: leave group size and scale dtype out")
-    return not why
 
+    format: str
+    group_size: int | None
+    scale_dtype: str | None
+    overrides: Mapping[str, Any] | Sequence[str]
+    looked: bool = False
 
-def may_be_sparse(asked: Alike) -> Sparse:
-    """Return what weights are represented in that have the values asked for, and may be stored sparse."""
-    return asked if isinstance(asked, Sparse) else Sparse(asked)
+    def check(self, sparse: str, obstacle: str) -> Asked:
+        """Return the same once it is known whether pruned weights are looked for.
+
+        Args:
+            sparse: what the user said, `auto` or `off`.
+            obstacle: why none can be stored, else an empty string.
+
+        Raises:
+            InputError: `sparse` is neither, or numbers of pruned weights are asked for and not looked for.
+            FormatError: an unknown format, or options that contradict it.
+        """
+        if sparse not in ("auto", "off"):
+            raise InputError(f"sparse is {sparse!r}: use auto or off")
+        said = (self.scheme(), *(each.scheme for each in self.parsed_overrides()))
+        plain = next((one.values for one in said if isinstance(one, Sparse)), None)
+        why = "sparse is off" if sparse == "off" else obstacle
+        if plain is not None and why:
+            raise InputError(f"{plain.name} only repacks weights that are pruned, and {why}: ask for a format")
+        return replace(self, looked=not why)
+
+    def with_scales(self, scale_dtype: str | None) -> Asked:
+        """Return the same with scales of a dtype where the user asked for none, and the format leaves it open."""
+        if self.scale_dtype is not None or plain_values(self.format) is not None or get_scheme(self.format).is_mx:
+            return self
+        return replace(self, scale_dtype=scale_dtype)
+
+    def scheme(self) -> Alike:
+        """Return what weights are represented in that no override finds.
+
+        Raises:
+            InputError: scales for plain numbers.
+            FormatError: an unknown format, or options that contradict it.
+        """
+        plain = plain_values(self.format) if isinstance(self.format, str) else None
+        if plain is None:
+            return self._maybe_sparse(get_scheme(self.format, self.group_size, self.scale_dtype))
+        if self.group_size is not None or self.scale_dtype is not None:
+            raise InputError(f"{plain.name} numbers have no scales: leave group size and scale dtype out")
+        return Sparse(plain)
+
+    def parsed_overrides(self) -> list[Override]:
+        """Return the overrides, in order.
+
+        Raises:
+            InputError: they cannot be parsed.
+        """
+        parsed = parse_overrides(self.overrides, self.group_size, self.scale_dtype)
+        return [replace(one, scheme=self._maybe_sparse(one.scheme)) for one in parsed]
+
+    def _maybe_sparse(self, scheme: Alike) -> Alike:
+        return Sparse(scheme) if self.looked and isinstance(scheme, Scheme) else scheme
 
 
 class Survey:

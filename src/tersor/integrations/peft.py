@@ -18,13 +18,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from tersor.errors import UnsupportedError
-from tersor.integrations.transformers.experts import ExpertPart
+from tersor.integrations.transformers.expert_parts import ExpertMixed, ExpertPart
 from tersor.integrations.transformers.joined import PackedPart
 from tersor.integrations.transformers.replace import AnyLinear, AnyPacked, is_conv1d, plain_module, turned
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
 from tersor.nn.mixed import MixedLinear
+from tersor.nn.mixed_stack import MixedStack
 from tersor.nn.sparse import SparseLinear
 
 _REWRITES = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga", "mica")
@@ -101,7 +102,7 @@ class PackedLoraLinear(_OverPacked, Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(base_layer, PackedPart) and base_layer.join.gated:
             base_layer.join.keep_apart()  # gate and up as one product have no place for an adapter
-        elif isinstance(base_layer, ExpertPart):
+        elif isinstance(base_layer, ExpertPart | ExpertMixed):
             base_layer.experts.keep_apart()  # nor has a layer of experts
         super().__init__(base_layer, adapter_name, *args, **kwargs)
 
@@ -154,7 +155,7 @@ def _telling(create: Any) -> Any:
     @functools.wraps(create)
     def wrapped(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, PackedStack):
+        if isinstance(base, PackedStack | MixedStack):
             raise UnsupportedError(
                 "an adapter over the fused experts of a layer is not possible: leave them out of target_modules"
             )

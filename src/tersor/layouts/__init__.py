@@ -3,6 +3,16 @@
 from tersor.layouts.mixed import MixedWeight
 from tersor.layouts.sparse import SparseWeight
 from tersor.layouts.stacked import StackedWeight
+from tersor.layouts.stacked_mixed import Stacked, StackedMixedWeight, sets_of
 from tersor.layouts.weight import STREAM, PackedWeight
 
-__all__ = ["STREAM", "MixedWeight", "PackedWeight", "SparseWeight", "StackedWeight"]
+__all__ = [
+    "STREAM",
+    "MixedWeight",
+    "PackedWeight",
+    "SparseWeight",
+    "Stacked",
+    "StackedMixedWeight",
+    "StackedWeight",
+    "sets_of",
+]

@@ -126,7 +126,7 @@ class _Outlined(Stored):
         mask, values = torch.empty(oc, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int32)
         return SparseWeight.of(Pruned(form.sparse, bytes(4 * oc)), (oc, ic), mask, values)
 
-    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part, expert: int | None = None) -> Packed:
         scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])
         zero_point = torch.empty(rows, 0, dtype=torch.uint8) if scheme.has_zero_point else None
         return torch.empty(rows, 0, dtype=torch.int32), scale, zero_point

@@ -163,17 +163,16 @@ class Stored:
         """Whether a module's weight is packed."""
         return module in self._forms
 
-    def agree(self, modules: Sequence[str]) -> bool:
-        """Whether weights of modules are all plain, all packed or pruned in one scheme, or mixes of the same levels."""
-        kinds: set[Scheme | Mix | Sparse | None] = set()
+    def agree(self, modules: Sequence[str], levels: bool = False) -> bool:
+        """Whether weights of modules are all plain, all packed or pruned in one scheme, or mixes of the same levels.
+
+        With `levels`, output features of mixes have to be at the same levels, too.
+        """
+        kinds: set[Scheme | Mix | Assignment | Sparse | None] = set()
         for form in map(self._forms.get, modules):
-            own = form.mix if isinstance(form, Assignment) else form
+            own = form.mix if isinstance(form, Assignment) and not levels else form
             kinds.add(own.sparse if isinstance(own, Pruned) else own)
         return len(kinds) == 1
-
-    def is_dense(self, module: str) -> bool:
-        """Whether a module's weight is plain, or has a code of one scheme for every element."""
-        return isinstance(self._forms.get(module), Scheme | None)
 
     def expert(self, module: str, index: int) -> Matrix:
         """Return the weight [OC, IC] of one expert, of a module that holds those of all."""
@@ -182,7 +181,9 @@ class Stored:
             part = self.share.parts.get(module)
             stored = self._read(plain_name(module, self._shapes[module]), part and part.transposed(), index)
             return stored.t().to(self.dtype).contiguous()
-        assert isinstance(form, Scheme), "all experts of a layer in one have one scheme"
+        if isinstance(form, Assignment):
+            return self._mixed(module, form, index)
+        assert isinstance(form, Scheme), "held by `expected.check`"
         _, oc, ic = self._shapes[module]
         return PackedWeight(form, (oc, ic), *self._packed(module, index))
 
@@ -190,9 +191,12 @@ class Stored:
         """Return the layout that products with weights of a scheme are served from."""
         return ops.preferred_layout(scheme, self.dtype, self.device, self._activations)
 
-    def _mixed(self, module: str, form: Assignment) -> MixedWeight:
-        """Return a mixed weight, or the rank's part of one, of whose row sets no other rows are read."""
-        part, ic = self.share.parts.get(module, Part()), self._shapes[module][1]
+    def _mixed(self, module: str, form: Assignment, expert: int | None = None) -> MixedWeight:
+        """Return a mixed weight, or the rank's part of one, of whose row sets no other rows are read.
+
+        Of a module that holds those of all experts it is the weight of one.
+        """
+        part, ic = self.share.parts.get(module, Part()), self._shapes[module][-1]
         spans: tuple[Span, ...] = part.rows or ((0, len(form.level)),)
         sets = []
         for level, scheme in enumerate(form.mix.levels):
@@ -200,7 +204,7 @@ class Stored:
             count = sum(last - first for first, last in rows)
             if count:
                 own = Part(rows if part.rows else None, part.columns)
-                packed = self._row_set(f"{module}.{level_stem(level)}", scheme, count, own)
+                packed = self._row_set(f"{module}.{level_stem(level)}", scheme, count, own, expert)
                 sets.append(PackedWeight(scheme, (count, ic), *packed))
         return MixedWeight.of(form.of(spans), sets)
 
@@ -230,9 +234,9 @@ class Stored:
         part, scheme = self.share.parts.get(module), self._scheme(module)
         return self._words(module, scheme, part, expert)
 
-    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part, expert: int | None = None) -> Packed:
         """Return codes, scales and zero points of so many rows of a level, which are that part of what is stored."""
-        return self._words(stem, scheme, None if part == Part() else part)
+        return self._words(stem, scheme, None if part == Part() else part, expert)
 
     def _words(self, stem: str, scheme: Scheme, part: Part | None, expert: int | None = None) -> Packed:
         words, groups = (None, None) if part is None else part.stored(scheme)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight
 from tersor.ops import Gate, Rows
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.lookup import places
@@ -23,7 +23,7 @@ Between: TypeAlias = Hidden | ops.Normed
 """Rows [T, H] between layers; the norm behind them may be done."""
 Given: TypeAlias = Hidden | ops.Quantized
 """Rows [T, H] as a product takes them: those of a norm may be quantised."""
-Stack: TypeAlias = torch.Tensor | StackedWeight
+Stack: TypeAlias = torch.Tensor | Stacked
 """The weights [E, OC, IC] of all experts of a layer."""
 
 
@@ -224,7 +224,7 @@ def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:
     for weight in weights:
         if isinstance(weight, torch.Tensor):
             yield weight
-        elif isinstance(weight, MixedWeight):
+        elif isinstance(weight, MixedWeight | StackedMixedWeight):
             yield from tensors_of(*weight.sets, weight.features, weight.places)
         elif isinstance(weight, SparseWeight):
             yield from weight.tensors()

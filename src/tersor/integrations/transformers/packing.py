@@ -35,6 +35,7 @@ from tersor.integrations.transformers.replace import (
 from tersor.integrations.transformers.routers import choose_by_logits
 from tersor.nn.experts import PackedStack
 from tersor.nn.mixed import MixedLinear
+from tersor.nn.mixed_stack import MixedStack
 from tersor.nn.packed import PackedModule
 from tersor.nn.sparse import SparseLinear
 from tersor.version import __version__
@@ -91,8 +92,6 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
         layer: AnyPacked
         form = forms[place.stem]
         if place.stacked:
-            if not isinstance(form, Scheme):
-                raise UnsupportedError(f"{place.stem} holds a layer's experts, which have one scheme, and all weights")
             layer = swap_stack(model, place.module, form)
             placement.rename_stacked(place, layer.own_tensors())
         else:
@@ -174,7 +173,7 @@ def check_loaded(model: nn.Module) -> None:
         CheckpointError: one has not.
     """
     for name, module in model.named_modules():
-        if isinstance(module, MixedLinear) and module.weight_level.device.type == "meta":
+        if isinstance(module, MixedLinear | MixedStack) and module.weight_level.device.type == "meta":
             raise CheckpointError(f"{name}.{LEVEL} was not loaded: the checkpoint lacks it")
         if not isinstance(module, PackedModule | SparseLinear) or not module.in_state_dict:
             continue
@@ -192,7 +191,7 @@ def join_experts(model: nn.Module) -> bool:
     for module in found:
         module.join()
         for stack in module.children():
-            if isinstance(stack, PackedStack) and stack.in_state_dict:
+            if isinstance(stack, PackedStack | MixedStack) and stack.in_state_dict:
                 stack.prepare(stack.dtype)
     choose_by_logits(model)
     return all(module.joins for module in found)

@@ -19,12 +19,13 @@ from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
 from tersor.nn.mixed import MixedLinear, RowSet
+from tersor.nn.mixed_stack import MixedStack
 from tersor.nn.packed import PackedModule
 from tersor.nn.sparse import SparseLinear
 
 AnyLinear: TypeAlias = PackedLinear | MixedLinear | SparseLinear
 """A linear layer of a compressed weight."""
-AnyPacked: TypeAlias = PackedModule | MixedLinear | SparseLinear
+AnyPacked: TypeAlias = PackedModule | MixedLinear | MixedStack | SparseLinear
 """A module of a compressed weight."""
 
 LINEARS: dict[str, type[Any]] = {DENSE.name: PackedLinear, MIXED.name: MixedLinear, SPARSE.name: SparseLinear}
@@ -147,13 +148,13 @@ def fused_experts(model: nn.Module, name: str) -> FusedExperts:
     return new
 
 
-def swap_stack(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedStack:
+def swap_stack(model: nn.Module, name: str, form: Form, dtype: torch.dtype | None = None) -> PackedStack | MixedStack:
     """Replace a parameter that holds the weights of all experts of a layer by packed ones on the same device.
 
     Args:
         model: holds the experts.
         name: the parameter's name in the model.
-        scheme: of the packed weights.
+        form: scheme of the packed weights, or the levels of their output features.
         dtype: of activations; that of the parameter when `None`.
 
     Raises:
@@ -161,7 +162,7 @@ def swap_stack(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype |
         FormatError: the group size does not divide IC.
     """
     owner, _, own = name.rpartition(".")
-    return fused_experts(model, owner).pack(own, scheme, dtype)
+    return fused_experts(model, owner).pack(own, form, dtype)
 
 
 def multiply_with(model: nn.Module, activations: Activations | str) -> None:
