@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -43,9 +44,10 @@ from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
+from tersor.convert.survey import Survey, check_sparse, may_be_sparse
 from tersor.convert.target import parse_target
 from tersor.errors import InputError
-from tersor.formats import Assignment, get_scheme
+from tersor.formats import Assignment, Sparse, get_scheme, plain_values
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
@@ -92,6 +94,7 @@ def quantize(
     revision: str | None = ...,
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
+    sparse: str = ...,
     assignments: Mapping[str, Assignment] | None = ...,
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
@@ -122,6 +125,7 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    sparse: str = "auto",
     assignments: Mapping[str, Assignment] | None = None,
     levels: Sequence[str] = (),
     target_bits: float | None = None,
@@ -140,7 +144,8 @@ def quantize(
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded; or a module.
         output: the directory to make, which must not exist; `None` only for a dry run or a module.
-        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`.
+        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`; `bf16`, `fp16` or
+            `fp32`, the dtype of the checkpoint, only repacks weights that are pruned, without loss.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest, or `gptq`, which needs a
@@ -164,6 +169,8 @@ def quantize(
         revision: branch, tag or commit of a Hub id.
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
+        sparse: `auto`: a weight that was pruned, one with zeros, is stored as a mask and what is left of it where that
+            takes fewer bytes; `off`: never. Recipes that calibrate, targets and exports store dense weights.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
         levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
@@ -217,10 +224,19 @@ def quantize(
         check_options(algorithm, text, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
-    get_scheme(format, group_size, scale_dtype)
+    plain = plain_values(format)
+    if plain is None:
+        get_scheme(format, group_size, scale_dtype)
     destination = check_destination(output, dry_run)
     patterns = parse_ignore(ignore)
-    parse_overrides(overrides, group_size, scale_dtype)
+    obstacle = "a calibration, levels and exports store none" if text or target or mix or export != "tersor" else ""
+    looked = check_sparse(
+        sparse,
+        Sparse(plain) if plain else get_scheme(format),
+        parse_overrides(overrides, group_size, scale_dtype),
+        obstacle,
+        (group_size, scale_dtype),
+    )
     with open_source(model, revision) as source:
         if destination is not None:
             check_apart(source, destination)
@@ -228,9 +244,12 @@ def quantize(
         if released is not None:
             source.tensors = released.tensors
         chosen_export = get_export(export, model_dtype(source))
-        if scale_dtype is None and not get_scheme(format).is_mx:
+        if scale_dtype is None and plain is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
-        scheme: Represented = mix or (STAND_IN if target else get_scheme(format, group_size, scale_dtype))
+        scheme: Represented = mix or STAND_IN
+        if mix is None and target is None:
+            scheme = Sparse(plain) if plain else get_scheme(format, group_size, scale_dtype)
+            scheme = may_be_sparse(scheme) if looked else scheme
         provenance = {
             "tersor": __version__,
             "algorithm": algorithm,
@@ -239,6 +258,9 @@ def quantize(
             **({"source_method": released.method} if released is not None else {}),
         }
         given_overrides = parse_overrides(overrides, group_size, scale_dtype)
+        if looked:
+            given_overrides = [replace(one, scheme=may_be_sparse(one.scheme)) for one in given_overrides]
+        survey = Survey()
 
         def converted(architecture: Architecture) -> Conversion:
             return make_conversion(
@@ -251,6 +273,7 @@ def quantize(
                 shard_bytes=shard_bytes,
                 provenance=provenance,
                 assignments=assignments,
+                find_pruned=survey.find if looked else None,
             )
 
         architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
@@ -263,7 +286,8 @@ def quantize(
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
             seconds = time.monotonic() - started
-            return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
+            key = conversion.config.scheme.key()
+            return Report(source.label, None, key, export, rows, files, seconds, source_method=source_method)
         targets = architecture.find(source.tensors) if text is not None else {}
         del architecture  # with the model behind it
         given = None
@@ -302,7 +326,6 @@ def quantize(
                 companions,
                 work,
                 chosen_export,
-                scheme,
                 algorithm,
                 destination,
                 where,
@@ -320,7 +343,6 @@ def _write(
     companions: Sequence[Path],
     work: Workplace,
     chosen_export: Export,
-    scheme: Represented,
     recipe: str,
     destination: Path,
     device: torch.device,
@@ -357,7 +379,7 @@ def _write(
     return Report(
         source=source.label,
         output=str(destination),
-        scheme=scheme.key(),
+        scheme=conversion.config.scheme.key(),
         export=chosen_export.name,
         rows=tuple(done[step.source.spec.name] for step in conversion.steps),
         files=tuple(names),

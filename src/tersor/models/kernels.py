@@ -13,7 +13,7 @@ from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
@@ -129,6 +129,8 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, MixedWeight):
         for rows in value.weight.sets:  # each is multiplied as the dense weight that it is
             yield replace(value, weight=rows, bias=None)
+    elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, SparseWeight):
+        return  # torch's own kernels decode it and multiply
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
     elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | type):

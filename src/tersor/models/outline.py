@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from tersor.checkpoint.names import Form
-from tersor.formats import SCALE_DTYPES, Activations, Scheme
-from tersor.layouts import STREAM, MixedWeight, PackedWeight
+from tersor.formats import SCALE_DTYPES, Activations, Pruned, Scheme
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -100,7 +100,7 @@ class _Outlined(Stored):
 
     def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
         """Return a weight in the layout that it has on a GPU."""
-        if isinstance(weight, torch.Tensor):
+        if isinstance(weight, torch.Tensor | SparseWeight):
             return weight
         if isinstance(weight, MixedWeight):
             sets = tuple(one for one in map(self.ready, weight.sets) if isinstance(one, PackedWeight))
@@ -116,6 +116,11 @@ class _Outlined(Stored):
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
+
+    def _sparse(self, module: str, form: Pruned) -> SparseWeight:
+        empty = torch.empty(0, dtype=torch.uint8)
+        oc, ic = self._shapes[module]
+        return SparseWeight(form, (oc, ic), empty, empty, None, None, empty)
 
     def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
         scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])

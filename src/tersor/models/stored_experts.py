@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tersor.errors import UnsupportedError
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.models.config import DecoderConfig, Experts
 from tersor.models.mixture import Mixture
@@ -36,9 +36,9 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
             [start + name.format(expert=index) for index in range(experts.count)] for name in names.expert
         )
         gate_up = gate_names + up_names
-    mixed = next((module for module in (*gate_up, *down) if stored.is_mixed(module)), None)
-    if mixed is not None:
-        raise UnsupportedError(f"{mixed} is stored mixed: the engine takes one scheme for all experts of a layer")
+    other = next((module for module in (*gate_up, *down) if not stored.is_dense(module)), None)
+    if other is not None:
+        raise UnsupportedError(f"{other} is mixed or sparse: the engine takes one scheme for all experts of a layer")
     for modules in (gate_up, down):
         if not stored.agree(modules):
             raise UnsupportedError(
@@ -112,7 +112,7 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
         last = min(start + together, count)
         made = joined([*([] if start else [first]), *stored.each(make, range(start or 1, last))])
         ready = stored.ready(made)
-        assert not isinstance(ready, MixedWeight), "experts have one scheme"
+        assert not isinstance(ready, MixedWeight | SparseWeight), "experts have one scheme"
         parts = (ready,) if isinstance(ready, torch.Tensor) else (ready.data, ready.scale, ready.zero_point)
         own = [None if part is None else part.unflatten(0, (last - start, -1)) for part in parts]
         wholes = wholes or [None if part is None else part.new_empty(count, *part.shape[1:]) for part in own]

@@ -5,6 +5,7 @@ from tersor.nn.experts import PackedStack, Rows
 from tersor.nn.linear import PackedLinear
 from tersor.nn.mixed import MixedLinear, RowSet
 from tersor.nn.packed import PackedModule, bits_per_weight
+from tersor.nn.sparse import SparseLinear
 
 __all__ = [
     "MixedLinear",
@@ -14,6 +15,7 @@ __all__ = [
     "PackedStack",
     "RowSet",
     "Rows",
+    "SparseLinear",
     "TiedLinear",
     "bits_per_weight",
 ]
