@@ -72,6 +72,7 @@ class RecipeCoder:
         taken: list[Encoded] = []
         if isinstance(scheme, Assignment):
             return _joined(code_mixed(weight, scheme, self._recipe, statistics))
+        assert isinstance(scheme, Scheme), "recipes give codes to dense weights"
         encode_blocks(
             weight,
             scheme,
@@ -91,8 +92,10 @@ class RecipeCoder:
 def _schemes(task: Task) -> Sequence[Scheme]:
     """Return the schemes that rows of a task's weight may have."""
     form = task.step.scheme
-    assert form is not None
-    return form.mix.levels if isinstance(form, Assignment) else [form]
+    if isinstance(form, Assignment):
+        return form.mix.levels
+    assert isinstance(form, Scheme), "recipes give codes to dense weights"
+    return [form]
 
 
 def _coded(encoded: Encoded, first_row: int) -> Coded:
