@@ -30,8 +30,7 @@ class Item:
     Attributes:
         name: the tensor's name; that of a compressed weight is what it was called before.
         shape: the tensor's shape; that of a compressed weight is (OC, IC).
-        format: key of the scheme (`sparse:` and that of its values where a weight is pruned), `mixed`, or the
-            safetensors dtype.
+        format: key of the scheme, behind `sparse:` where a weight is pruned, `mixed`, or the safetensors dtype.
         bits_per_weight: bits stored for each element, scales counted.
         nbytes: bytes on disk.
         compressed: whether the item is a compressed weight.

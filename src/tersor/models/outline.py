@@ -52,7 +52,11 @@ def outline(
         UnsupportedError: weights that are not multiplied with such activations; experts of a layer in several schemes.
     """
     starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
-    inside, few_schemes = _by_layer(starts, schemes)
+    # How much is left of a pruned weight decides no kernel.
+    alike = {
+        name: Pruned(form.sparse, bytes(4 * form.rows)) for name, form in schemes.items() if isinstance(form, Pruned)
+    }
+    inside, few_schemes = _by_layer(starts, {**schemes, **alike})
     kinds: dict[object, list[int]] = {}
     for index, layer in enumerate(config.layers):
         kinds.setdefault((layer, frozenset(inside[index].items())), []).append(index)
@@ -118,9 +122,9 @@ class _Outlined(Stored):
         return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
 
     def _sparse(self, module: str, form: Pruned) -> SparseWeight:
-        empty = torch.empty(0, dtype=torch.uint8)
         oc, ic = self._shapes[module]
-        return SparseWeight(form, (oc, ic), empty, empty, None, None, empty)
+        mask, values = torch.empty(oc, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int32)
+        return SparseWeight.of(Pruned(form.sparse, bytes(4 * oc)), (oc, ic), mask, values)
 
     def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
         scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])

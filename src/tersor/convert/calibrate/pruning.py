@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.names import DENSE, MASK, SCALE, SPARSE, VALUES, ZERO_POINT
+from tersor.checkpoint.names import DENSE, MASK, PACKED, SCALE, SPARSE, VALUES, ZERO_POINT
 from tersor.compress.prune import Pattern, Pruned, prune
 from tersor.convert.calibrate.coder import Coded
-from tersor.convert.calibrate.tasks import Task, decode_dense, matrices
+from tersor.convert.calibrate.tasks import Task, matrices
 from tersor.convert.calibrate.units import Units
 from tersor.convert.survey import dense_bytes
 from tersor.formats import FLOAT_DTYPES, Plain, Sparse
-from tersor.layouts import SparseWeight
+from tersor.layouts import PackedWeight, SparseWeight
 
 WEIGHT = "weight"
 """Name of a pruned weight [OC, IC] without codes that is smaller dense."""
@@ -86,5 +86,7 @@ class PruneCoder:
             decoded = SparseWeight.from_stored(self._sparse, (oc, ic), *parts).dequantize(dtype)
         else:
             assert self._sparse.scheme is not None
-            decoded = decode_dense(self._sparse.scheme, (oc, ic), tensors, dtype)
+            zero_point = tensors.get(ZERO_POINT)
+            dense = PackedWeight(self._sparse.scheme, (oc, ic), tensors[PACKED], tensors[SCALE], zero_point)
+            decoded = dense.dequantize(dtype)
         return matrices(task.step, decoded)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
-from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
+from tersor.checkpoint.names import MASK, PACKED, SCALE, TORCH_DTYPES, VALUES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.blocks import BlockModel
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, SparseWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +135,18 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     form = step.scheme
     if isinstance(form, Assignment):
         return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
-    assert isinstance(form, Scheme), "what is pruned, its coder decodes"
+    if isinstance(form, Pruned):
+        held = [tensors.get(name) for name in (SCALE, ZERO_POINT)]
+        pruned = SparseWeight.from_stored(form.sparse, (oc, ic), tensors[MASK], tensors[VALUES], *held)
+        return matrices(step, pruned.dequantize(dtype))
+    scheme = form
+
+    def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
+
     if not experts:
-        return matrices(step, decode_dense(form, (oc, ic), tensors, dtype))
-    parts = [
-        decode_dense(form, (oc, ic), {name: tensor[expert] for name, tensor in tensors.items()}, dtype)
-        for expert in range(experts[0])
+        return matrices(step, one(tensors))
+    parts: Sequence[torch.Tensor] = [
+        one({name: tensor[expert] for name, tensor in tensors.items()}) for expert in range(experts[0])
     ]
-    return matrices(step, torch.stack(parts))
-
-
-def decode_dense(
-    scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the weight [OC, IC] that the packed tensors of a dense weight stand for."""
-    return PackedWeight(scheme, shape, tensors[PACKED], tensors[SCALE], tensors.get(ZERO_POINT)).dequantize(dtype)
+    return matrices(step, torch.stack(list(parts)))
