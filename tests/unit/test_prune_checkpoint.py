@@ -16,6 +16,7 @@ from helpers import calibrated, checkpoints
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tersor.cli import main
 from tersor.compress.prune import Pattern
 from tersor.convert import prune as job
 from tersor.convert.calibrate.pruning import PruneCoder
@@ -228,6 +229,19 @@ def test_what_cannot_be_done_is_said_in_one_line_before_the_work_starts(
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_stored_and_how_many_units_never_fire(
+    with_dead_units: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--sparsity", "0.5", "--algorithm", "wanda", "--values", "fp6", "--dead-neurons", "drop"]
+    options += ["--calibration", str(text), "--calibration-tokens", "96", "--calibration-window", "32"]
+    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "14 pruned weights stored sparse" in shown
+    assert "2 MLP units never fire on the text and became zero" in shown
+    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 2
+    assert "exists" in capsys.readouterr().err
 
 
 def test_experts_are_refused_unless_they_are_ignored(text: Path, tmp_path: Path) -> None:
