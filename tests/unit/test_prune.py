@@ -12,6 +12,7 @@ from tersor.compress import encode
 from tersor.compress.hessian import INPUT_DAMPING, Hessian
 from tersor.compress.prune import ALGORITHMS, Pattern, Pruned, prune
 from tersor.compress.prune.admm import admm_mask
+from tersor.compress.prune.pattern import first, least_by_bits
 from tersor.compress.prune.reweight import reweight
 from tersor.errors import InputError, NonFiniteError
 
@@ -192,6 +193,16 @@ def test_masks_have_the_share_of_zeros_asked_for_and_no_more_of_any_few(name: st
         assert int(found.kept.view(-1, pattern.of).sum(dim=1).max()) == pattern.most
     if pattern.scope == "row" or pattern.exact:
         assert len(set(found.kept.sum(dim=1).tolist())) == 1
+
+
+def test_the_least_score_that_stays_is_found_by_its_bits_as_by_selection() -> None:
+    scores = random(3, 500).abs()
+    scores[0, :400], scores[1, 7], scores[2, :100] = 1.5, torch.inf, -torch.inf
+    for count in (1, 7, 250, 400):
+        wanted = scores.sort(dim=1, descending=True).values[:, count - 1 : count]
+        assert torch.equal(least_by_bits(scores, count), wanted)
+        ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        assert torch.equal(first(scores, count), torch.zeros(3, 500, dtype=torch.bool).scatter(1, ranked, True))
 
 
 @pytest.mark.parametrize("text", ["fp6_e2m3", "fp5_e2m2", "int4:8", "uint4:8", "mxfp4_e2m1"])

@@ -1,4 +1,4 @@
-"""A pruned checkpoint: its zeros, what each layer was pruned on, what it loads as, and what is refused before the work."""
+"""A pruned checkpoint: its zeros, what each layer is pruned on, how it loads, and what is refused before the work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import calibrated, checkpoints
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tersor.cli import main
 from tersor.compress.prune import Pattern
 from tersor.convert import prune as job
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.calibrate.text import read_windows
 from tersor.errors import InputError, TersorError
 
+Told = Mapping[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "calibration_tokens": 96, "calibration_window": 32}
 DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
@@ -83,9 +86,11 @@ def test_a_layer_is_pruned_on_what_it_reads_in_the_pruned_model(
     told: dict[str, torch.Tensor] = {}
     code = PruneCoder.code
 
-    def noting(self: PruneCoder, task: Any, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], *rest: Any):  # type: ignore[no-untyped-def]
+    def noting(
+        self: PruneCoder, task: Any, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], first: int
+    ) -> Any:
         told[task.name] = statistics["hessian"].clone()
-        return code(self, task, weight, statistics, *rest)
+        return code(self, task, weight, statistics, first)
 
     monkeypatch.setattr(PruneCoder, "code", noting)
     job.prune(llama, tmp_path / "out", calibration=text, algorithm="wanda", **OPTIONS)
@@ -134,7 +139,7 @@ def with_dead_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
         held = checkpoints.load(path)
         if f"{GATE}.weight" in held:
             held[f"{GATE}.weight"][[2, 5]] = 0
-            checkpoints.write(path, held)
+            save_file(held, path, {"format": "pt"})
     return directory
 
 
@@ -184,7 +189,7 @@ prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not output.exists()
-    with pytest.raises(InputError, match='made with sparsity "0.5", now "0.6"'):
+    with pytest.raises(InputError, match=r'made with sparsity "0\.5", now "0\.6"'):
         job.prune(llama, output, calibration=text, resume=True, **{**options, "sparsity": 0.6})
     job.prune(llama, output, calibration=text, resume=True, **options)
     assert written(output) == written(tmp_path / "whole")
@@ -200,7 +205,7 @@ prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
         ({"overrides": ["q_proj=0.2:2:4"]}, "override 'q_proj=0.2:2:4': sparsity 0.2 is out of reach"),
         ({"overrides": ["nowhere=0.3"]}, "override 'nowhere' matches no linear layer"),
         ({"overrides": ["q_proj"]}, "is not REGEX=SPARSITY"),
-        ({"pattern": "3:7", "sparsity": None}, "pattern 3:7 does not divide the 32 input channels of model"),
+        ({"pattern": "3:7", "sparsity": None}, "pattern 3:7 does not divide the 96 input channels of model"),
         ({"algorithm": "wand"}, "unknown algorithm 'wand', did you mean 'wanda'"),
         ({"values": "fp66"}, "values 'fp66': unknown"),
         ({"values": "bf16"}, "ask for float32, not bfloat16"),
@@ -224,6 +229,19 @@ def test_what_cannot_be_done_is_said_in_one_line_before_the_work_starts(
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_stored_and_how_many_units_never_fire(
+    with_dead_units: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--sparsity", "0.5", "--algorithm", "wanda", "--values", "fp6", "--dead-neurons", "drop"]
+    options += ["--calibration", str(text), "--calibration-tokens", "96", "--calibration-window", "32"]
+    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "14 pruned weights stored sparse" in shown
+    assert "2 MLP units never fire on the text and became zero" in shown
+    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 2
+    assert "exists" in capsys.readouterr().err
 
 
 def test_experts_are_refused_unless_they_are_ignored(text: Path, tmp_path: Path) -> None:

@@ -131,3 +131,7 @@ def command(
         console.print_json(report.to_dict())
     else:
         print_report(report)
+        if report.dead_units is not None:
+            dead = sum(report.dead_units.values())
+            what = "became zero" if dead_neurons == "drop" else "could be dropped"
+            print(f"{dead} MLP units never fire on the text and {what}; tersor-calibration.json has their numbers")

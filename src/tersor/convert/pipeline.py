@@ -203,7 +203,8 @@ class Pipeline:
     def _blocks(self, index: int) -> Iterator[_Block]:
         step = self._conversion.steps[index]
         if index in self._ready:
-            yield _Block(index, 0, math.prod(step.layer.shape[:-1]) if step.scheme else step.source.spec.nbytes)
+            whole = math.prod(step.layer.shape[:-1]) if step.layer and step.scheme else step.source.spec.nbytes
+            yield _Block(index, 0, whole)
             return
         if step.layer is None or step.scheme is None:
             size = _COPY_BYTES

@@ -85,8 +85,8 @@ def prune(
         pattern: `n:m`: at most n weights of m consecutive input channels stay; empty is none.
         scope: `layer` or `row`, where the share holds; `None` is what the algorithm's paper has.
         algorithm: which weights stay, a key of `compress.prune.ALGORITHMS`.
-        values: of the weights that stay: a dtype such as `bf16`, or a format such as `fp6`; `None` is the dtype that they
-            come in.
+        values: of the weights that stay: a format such as `fp6`, or the model's dtype, such as `bf16`, which is also
+            `None`.
         group_size, scale_dtype: of a format.
         update: whether the weights that stay are fitted to their mask.
         allocate: whether matrices without an override get shares of their own, by what zeros in each cost.
@@ -164,9 +164,7 @@ def prune(
         companions = source.companions()
         targets = architecture.find(source.tensors)
         del architecture  # with the model behind it
-        given = plan(
-            source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate
-        )
+        given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate)
         outside = sorted(set(expected.patterns) - {task.name for task in given.tasks})
         if outside:
             raise InputError(f"{outside[0]} is in no decoder block and cannot be pruned: ignore it")
@@ -262,11 +260,11 @@ class _Expected:
         """
         for step in conversion.steps:
             layer = step.layer
-            if layer is not None and (layer.stacked or re.search(r"\.experts\.\d+\.", layer.module)):
-                if not any(re.search(pattern, name) for pattern in conversion.config.ignore for name in layer.names):
-                    raise InputError(
-                        rf"{layer.module} is a layer's experts, which have no sparse form: ignore them ('\.experts\b')"
-                    )
+            expert = layer is not None and (layer.stacked or bool(re.search(r"\.experts\.\d+\.", layer.module)))
+            if expert and layer is not None and conversion.config.resolve(*layer.names) is not None:
+                raise InputError(
+                    rf"{layer.module} is a layer's experts, which have no sparse form: ignore them ('\.experts\b')"
+                )
         if not self._smaller:
             asked, values = self._asked.usual, conversion.config.scheme.key().removeprefix("sparse:")
             raise InputError(

@@ -67,8 +67,8 @@ def parse_values(text: str | None, group_size: int | None, scale_dtype: str | No
     """Return what pruned weights are stored as.
 
     Args:
-        text: `bf16`, `fp16`, `fp32` or such a dtype in full, or `FORMAT[:gN|:row][:SCALE_DTYPE]`; `None` is the dtype of
-            the model.
+        text: `bf16`, `fp16`, `fp32` or such a dtype in full, or `FORMAT[:gN|:row][:SCALE_DTYPE]`; `None` is the model's
+            dtype.
         group_size, scale_dtype: where a format names none.
         dtype: of the model.
 

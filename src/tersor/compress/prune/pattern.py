@@ -155,14 +155,38 @@ def first(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return where the `count` largest scores of every row are, bool; of equal ones the first.
 
     Args:
-        scores: float [rows, n], no NaN.
+        scores: float [rows, n], no NaN; those that are negative are not among the largest.
         count: at most n.
     """
     width = scores.shape[1]
     if not 0 < count < width:
         return torch.full(scores.shape, count > 0, dtype=torch.bool, device=scores.device)
-    least = scores.kthvalue(width - count + 1, dim=1, keepdim=True).values
+    least = _least(scores.float(), count)
     above = scores > least
     missing = count - above.sum(dim=1, keepdim=True)
     level = scores == least
     return above | (level & (level.cumsum(dim=1, dtype=torch.int32) <= missing))
+
+
+def _least(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count`-th largest score of every row, float32 [rows, 1]."""
+    if scores.is_cuda and len(scores) == 1:  # where a GPU's selection would have one block of threads for all of them
+        return least_by_bits(scores, count)
+    return scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
+
+
+def least_by_bits(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count`-th largest score of every row, float32 [rows, 1], bit by bit.
+
+    The bits of numbers that are not negative are in the order of the numbers.
+
+    Args:
+        scores: float32 [rows, n]; those that are negative are not among the largest.
+        count: from 1 to n.
+    """
+    bits = scores.contiguous().view(torch.int32)
+    found = torch.zeros(len(scores), 1, dtype=torch.int32, device=scores.device)
+    for bit in range(30, -1, -1):
+        higher = found | (1 << bit)
+        found = torch.where((bits >= higher).sum(dim=1, keepdim=True) >= count, higher, found)
+    return found.view(torch.float32)
