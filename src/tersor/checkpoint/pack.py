@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tersor.checkpoint.names import DENSE, SPARSE, VALUES, Form, level_stem, stored_tensors
+from tersor.checkpoint.names import DENSE, SCALE, SPARSE, VALUES, ZERO_POINT, Form, level_stem, stored_tensors
 from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
+from tersor.compress.encode import BLOCK_ELEMENTS
 from tersor.errors import CheckpointError, NonFiniteError
 from tersor.formats import Assignment, Encoded, Pruned, ScaleError, Scheme
 from tersor.layouts import SparseWeight
@@ -162,23 +163,38 @@ def pack_sparse(
         CheckpointError: another number of weights is left in a row than the form has.
         Others as `pack` does.
     """
-    scheme, kept = form.sparse.scheme, weight != 0
-    rows, error, underflowed = len(weight), 0.0, list[int]()
+    scheme, (rows, ic), underflowed = form.sparse.scheme, weight.shape, list[int]()
+    parts: list[SparseWeight] = []
+    height = max(1, (block_elements or BLOCK_ELEMENTS.get(weight.device.type, BLOCK_ELEMENTS["cpu"])) // max(1, ic))
+    starts = range(0, rows, height)
     if scheme is None:
-        _check_finite(weight, first_row)
-        norm = float(weight.to(torch.float64).square().sum())
-        whole = SparseWeight.from_plain(weight, kept)
+        error, norm = 0.0, 0.0
+        for start in starts:
+            own = weight[start : start + height]
+            _check_finite(own, first_row + start)
+            norm += float(own.to(torch.float64).square().sum())
+            parts.append(SparseWeight.from_plain(own))
     else:
-        parts: dict[int, SparseWeight] = {}
+        codes = torch.empty(rows, ic, dtype=torch.uint8, device=weight.device)
+        forms = {name: one for name, one in stored_tensors(scheme, rows, ic).items() if name != DENSE.marker}
+        scales = {name: torch.empty(one.shape, dtype=one.dtype, device=weight.device) for name, one in forms.items()}
 
         def take(start: int, block: Encoded) -> None:
             underflowed.extend(first_row + start + row for row in block.underflowed)
-            parts[start] = SparseWeight.from_encoded(block, kept[start : start + len(block.codes)])
+            here = slice(start, start + len(block.codes))
+            codes[here], scales[SCALE][here] = block.codes, block.scale
+            if block.zero_point is not None:
+                scales[ZERO_POINT][here] = block.zero_point
 
         error, norm = encode_blocks(
             weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
         )
-        whole = SparseWeight.stack([parts[start] for start in sorted(parts)])
+        for start in starts:
+            here = slice(start, start + height)
+            own_scale, own_zero = scales[SCALE][here], scales[ZERO_POINT][here] if scheme.has_zero_point else None
+            encoded = Encoded(scheme, codes[here], own_scale, own_zero, 0.0, 0.0)
+            parts.append(SparseWeight.from_encoded(encoded, weight[here] != 0))
+    whole = SparseWeight.stack(parts)
     if whole.form != form.cut([(first_row, first_row + rows)]):
         raise CheckpointError("zeros were counted, and there are others now: the weight changed while it was read")
     start = int(form.starts()[first_row])

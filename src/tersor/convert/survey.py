@@ -28,7 +28,7 @@ SAMPLED_ROWS = 64
 FEWEST_ZEROS = 0.01
 """The share of zeros in these rows from which on a weight is counted. A mask takes a bit, so that a 32nd of the weights
 has to be zero before anything is smaller."""
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
