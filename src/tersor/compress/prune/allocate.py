@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 MOST_APART = 0.2
-"""How far the share of a matrix may be from the one asked for: of 50 % in 28 M parameters 0.2 loses 7 % less than 0.1."""
+"""How far the share of a matrix may be from the one asked for: 0.2 loses 7 % less than 0.1 (28 M parameters, 50 %)."""
 
 _OCTAVES, _STEPS = 128, 16
 _LOWEST = -96
