@@ -12,7 +12,7 @@ from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
 from tersor.checkpoint.names import Form
-from tersor.checkpoint.pruned import NOT_PRUNED, FindPruned, left_of, narrowed
+from tersor.checkpoint.pruned import NEVER_SPARSE, NOT_PRUNED, FindPruned, left_of, narrowed, never_sparse
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
@@ -158,7 +158,8 @@ def make_conversion(
                 _check_weight(tensor, layer, chosen.scheme)
             form = left_of(tensor, layer, chosen, find_pruned)
             if form is None:
-                steps.append(Step(tensor, layer, None, None, NOT_PRUNED, linear))
+                note = NEVER_SPARSE if never_sparse(layer) else NOT_PRUNED
+                steps.append(Step(tensor, layer, None, None, note, linear))
                 continue
         else:
             form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen

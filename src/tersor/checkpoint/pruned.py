@@ -22,6 +22,8 @@ _MASK_BYTES = 1 << 22
 
 NOT_PRUNED = "not pruned so far that it would be smaller"
 """Why a weight is copied that would keep its numbers."""
+NEVER_SPARSE = "not stored sparse"
+"""Why an expert, or an embedding, is."""
 
 FindPruned: TypeAlias = Callable[[StoredTensor, LinearLayer, Sparse], Pruned | None]
 """Returns what is left of a layer's weight where storing that takes fewer bytes, else `None`."""
@@ -69,7 +71,7 @@ def left_of(
         InputError: nobody looks for pruned weights, or a weight has numbers of another dtype.
     """
     values = sparse.values
-    if layer.stacked or layer.embedding or re.search(r"\.experts\.\d+\.", layer.module):
+    if never_sparse(layer):
         return sparse.scheme
     if find_pruned is None:
         raise InputError(f"{values.name} is what pruned weights keep, which are looked for in checkpoints on disk")
@@ -83,6 +85,11 @@ def left_of(
                 f"for {own if own in FLOAT_DTYPES else 'a format of codes'}, not {values.dtype}"
             )
     return sparse.scheme if found is None else found
+
+
+def never_sparse(layer: LinearLayer) -> bool:
+    """Tell whether a layer is an expert, or all those of a layer, or an embedding."""
+    return layer.stacked or layer.embedding or re.search(r"\.experts\.\d+\.", layer.module) is not None
 
 
 def narrowed(config: QuantizationConfig, used: Collection[Represented | None]) -> QuantizationConfig:
