@@ -36,6 +36,7 @@ inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrie
 }
 template <int kId, int kThreads> void arrive_threads() { come(kId, kThreads); }
 inline u32 rotate(u32 word, int left) { return word << left | word >> (32 - left); }
+inline u32 repeat_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xFFu; }
 template <bool kBf16> u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
     u32 halves[2];
     for (int i = 0; i < 2; ++i) {

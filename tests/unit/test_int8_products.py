@@ -1,4 +1,4 @@
-"""The warps of the sm90 schedule that multiply int8, on a CPU: from kernel tiles and activations to sums, exactly."""
+"""The warps of the sm90 schedule that multiply bytes, on a CPU: from kernel tiles and activations to sums, exactly."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tersor.hardware import CHIPS
 from tersor.kernels import dense
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
+from tersor.layouts.packing import BYTEWISE
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -67,7 +68,7 @@ extern "C" void run(
 
 def sums_of(weight: PackedWeight, x: torch.Tensor, tile: sm90.Tile, use: int, folder: Path) -> torch.Tensor:
     """What the warps of one tile have as sums, [rows, tokens], with `use` blocks before."""
-    packing = weight.to_layout("tiles_int8").packing
+    packing = weight.to_layout(f"tiles_{BYTEWISE[tile.activations]}").packing
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     slots, shared = tile.slots(bits, row_bytes, H200), tile.shared_bytes(bits, row_bytes, H200)
     source = dense.sm90_source(packing, "float16", tile, slots, shared)
@@ -81,29 +82,42 @@ def sums_of(weight: PackedWeight, x: torch.Tensor, tile: sm90.Tile, use: int, fo
     options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
     paths = [f"-I{place}" for place in (folder, HERE, CUDA)]
     subprocess.run([COMPILER, *options, *paths, str(folder / "unit.cpp"), "-o", str(folder / "unit.so")], check=True)
-    tiled, out = weight.to_layout("tiles_int8"), torch.full((tile.rows, tile.tokens), torch.nan)
+    tiled, out = (
+        weight.to_layout(f"tiles_{BYTEWISE[tile.activations]}"),
+        torch.full((tile.rows, tile.tokens), torch.nan),
+    )
     addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (tiled.data, tiled.scale, x, out)]
     ctypes.CDLL(str(folder / "unit.so")).run(*addresses[:3], x.shape[1] // 128, use, addresses[3])
     return out * packing.factor
 
 
 @pytest.mark.parametrize(
-    ("name", "group_size", "shape", "blocks", "use"),
+    ("activations", "name", "group_size", "shape", "blocks", "use"),
     [
-        ("int8", None, (16, 1, 2), 3, 10),  # two buffers in turn, an odd block more
-        ("uint5", None, (144, 2, 1), 2, 1),  # one buffer, zero points by rows
-        ("uint4", 128, (16, 2, 1), 2, 0),
-        ("int7", 32, (32, 1, 2), 2, 5),
+        (Activations.INT8, "int8", None, (16, 1, 2), 3, 10),  # two buffers in turn, an odd block more
+        (Activations.INT8, "uint5", None, (144, 2, 1), 2, 1),  # one buffer, zero points by rows
+        (Activations.INT8, "uint4", 128, (16, 2, 1), 2, 0),
+        (Activations.INT8, "int7", 32, (32, 1, 2), 2, 5),
+        (Activations.E4M3, "int5", None, (16, 1, 2), 5, 3),  # sums settle after four blocks
+        (Activations.E4M3, "uint3", None, (144, 2, 1), 2, 1),
+        (Activations.E4M3, "uint4", 64, (16, 2, 1), 2, 0),
     ],
 )
 def test_sums_are_those_of_whole_numbers(
-    name: str, group_size: int | None, shape: tuple[int, int, int], blocks: int, use: int, tmp_path: Path
+    activations: Activations,
+    name: str,
+    group_size: int | None,
+    shape: tuple[int, int, int],
+    blocks: int,
+    use: int,
+    tmp_path: Path,
 ) -> None:
-    tile = sm90.Tile(shape[0], shape[1], 1, 1, shape[2], Activations.INT8)
+    tile = sm90.Tile(shape[0], shape[1], 1, 1, shape[2], activations)
     generator, ic = torch.Generator().manual_seed(blocks), 128 * blocks
     plain = torch.randn(tile.rows, ic, generator=generator) + 0.3
     weight = PackedWeight.from_encoded(quantize_rtn(plain, get_scheme(name, group_size)))
-    x = torch.randint(-127, 128, (tile.tokens, ic), generator=generator).to(torch.int8)
+    most = 127 if activations is Activations.INT8 else 16  # whole numbers, whose sums are exact in e4m3, too
+    x = torch.randint(-most, most + 1, (tile.tokens, ic), generator=generator).to(activations.dtype)
     found = sums_of(weight, x, tile, use, tmp_path)
     (scale, zero_point), groups = weight.stored_scales(), weight.scheme.groups(ic)
     numbers = weight.scheme.format.decode(weight.codes()).view(tile.rows, groups, -1)

@@ -6,7 +6,8 @@ words, and masking: about one instruction a weight, half of one where four share
 mantissa bits under the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's
 epilogue applies (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead). A symmetric integer beside
 int8 stands in the top bits of its byte, in two's complement, and so is a number times a power of two; one with a zero
-point stands in the lowest bits, and the zero point is taken from four of them at once.
+point stands in the lowest bits, and the zero point is taken from four of them at once. So are integers beside e4m3, of
+which a magnitude of up to 16 becomes a number where it stands: the lowest bits of e4m3 count equal steps up to there.
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
 tables were found by annealing for few instructions; `packing` inverts them once.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +49,11 @@ _BIAS = {"float16": 15, "bfloat16": 127, "e4m3": 7, "e5m2": 15}
 _WIDTH = {"float16": 16, "bfloat16": 16, "e4m3": 8, "e5m2": 8, "int8": 8}
 _INT_MAGIC = {"float16": 1024, "bfloat16": 128}
 _WORD = 0xFFFFFFFF
-_MOST_SUBTRACTED = 128
-"""The largest zero point that leaves any code of up to 7 bits in int8."""
+_MOST_SUBTRACTED = {INT8: 128, FP8: 16}
+"""Target -> the largest zero point that any code may be less: to stay in int8, or a number that e4m3 has."""
+_STEP_OF_E4M3 = 2.0**-9
+_STEPS_OF_E4M3 = 16
+"""Up to so many of its smallest steps e4m3 has every number, as the bits of their count."""
 
 
 class Finish(enum.IntEnum):
@@ -61,6 +66,7 @@ class Finish(enum.IntEnum):
     UINT8_TO_BF16 = 4
     HALVE = 5
     SUBTRACT_BYTES = 6
+    SUBTRACT_TO_E4M3 = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +121,9 @@ def unsupported_reason(fmt: ElementFormat, target: str) -> str:
         if fmt.kind == "uint" and fmt.bits == 8:
             return f"{fmt.name} less its zero point does not fit int8"
     elif _width(target) == 8:
-        if fmt.kind != "float":
-            return f"{fmt.name} is no float type: {target} activations need one"
-        if fmt.bits == 8:
+        if fmt.kind != "float" and _largest(fmt) > _STEPS_OF_E4M3:
+            return f"{fmt.name} has integers that e4m3 has not: {target} activations need a float type, or up to 4 bits"
+        if fmt.kind == "float" and fmt.bits == 8:
             return f"{fmt.name} has numbers where the tensor cores' 8-bit floats have NaN or infinity"
     elif fmt.kind == "float" and fmt.exponent_bits > (5 if target == "float16" else 7):
         return f"{fmt.name} reaches exponents that {target} does not have"
@@ -143,6 +149,9 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
             finish = Finish.SUBTRACT_BYTES
         else:
             exponent = fmt.bits - 8
+    elif target == FP8 and fmt.kind != "float":
+        finish, exponent = Finish.SUBTRACT_TO_E4M3, -int(math.log2(_STEP_OF_E4M3))
+        constant = fmt.bias * 0x01010101
     elif fmt.kind != "float":
         finish = Finish.SUBTRACT
         if fmt.bits == 4 and target == "float16":
@@ -175,14 +184,15 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
 def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Return what decoding adds for zero points: the bits (int16) of 16-bit floats of `target`, same shape.
 
-    For int8 it takes them away, and the 16 bits are the zero point twice, a byte each.
+    For int8 and e4m3 it takes them away, and the 16 bits are the zero point twice, a byte each.
 
     Raises:
         FormatError: a zero point whose constant `target` cannot hold exactly.
     """
-    if target == INT8:
-        if zero_point.numel() and int(zero_point.max()) > _MOST_SUBTRACTED:
-            raise FormatError(f"a zero point of {int(zero_point.max())} in {fmt.name} is beyond what int8 takes")
+    if target in _MOST_SUBTRACTED:
+        if zero_point.numel() and int(zero_point.max()) > _MOST_SUBTRACTED[target]:
+            operand = _operand(fmt, target)
+            raise FormatError(f"a zero point of {int(zero_point.max())} in {fmt.name} is beyond what {operand} takes")
         return zero_point.to(torch.int16) * 0x0101
     wanted = -(zero_point.to(torch.float32) + _zero_base(fmt, target))
     constants = wanted.to(TARGETS[target])
@@ -197,7 +207,7 @@ def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) ->
 
 def zero_points(constants: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `zero_constants`: return the zero points (uint8)."""
-    if target == INT8:
+    if target in _MOST_SUBTRACTED:
         return (constants & 0xFF).to(torch.uint8)
     return (-constants.view(TARGETS[target]).to(torch.float32) - _zero_base(fmt, target)).to(torch.uint8)
 
@@ -305,6 +315,11 @@ def _pair(value: float, target: str) -> int:
 
 def _width(target: str) -> int:
     return _WIDTH[_OPERANDS[target][0]]
+
+
+def _largest(fmt: ElementFormat) -> int:
+    """Return the largest magnitude that an integer has, less any zero point."""
+    return (1 << fmt.bits) - 1 if fmt.kind == "uint" else fmt.bias
 
 
 def _field(fmt: ElementFormat, target: str) -> tuple[int, int]:

@@ -13,6 +13,13 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(address);
 }
 
+// The highest bit of every byte, in all bits of that byte; __byte_perm has no such selectors.
+__device__ __forceinline__ u32 repeat_signs(u32 bytes) {
+    u32 signs;
+    asm("prmt.b32 %0, %1, 0, 0xBA98;" : "=r"(signs) : "r"(bytes));
+    return signs;
+}
+
 // Rotates left; in assembly, so that under a mask no compiler makes a shift and a rotation of it.
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
     u32 turned;

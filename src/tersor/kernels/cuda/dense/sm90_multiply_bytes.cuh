@@ -46,11 +46,11 @@ __device__ __forceinline__ void decode_bytes(
     for (int set = 0; set < kByteRegisters / decode::kRegisters; ++set) {
         decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
     }
-    if constexpr (scales::kZeroPoints) {
+    if constexpr (scales::kZeroPoints || DECODE_FINISH == decode::kSubtractToE4m3) {
 #pragma unroll
         for (int i = 0; i < kByteRegisters; ++i) {
-            const int group = i / 4 / kGroupSteps;
-            a[i] = decode::finish<kBf16>(a[i], zeros.of[2 * group + i % 2], false);
+            const u32 zero = scales::kZeroPoints ? zeros.of[2 * (i / 4 / kGroupSteps) + i % 2] : DECODE_CONSTANT;
+            a[i] = decode::finish<kBf16>(a[i], zero, false);
         }
     } else if constexpr (decode::kPlain) {
 #pragma unroll
