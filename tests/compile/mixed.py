@@ -44,6 +44,8 @@ KERNELS = (
     ("eight bits", "int8", (64, 1, 1, 2), 0),
     ("seven bits", "float8_e4m3fn", (64, 2, 1, 1), 1),
     ("eight bits", "int8", (96, 1, 1, 2), 0),
+    ("eight bits", "int8_g128", (96, 1, 1, 2), 1),
+    ("eight bits", "int8_g128", (128, 2, 1, 1), 0),
     ("eight bits", "int8", (128, 2, 1, 1), 0),
     ("seven bits", "float8_e4m3fn", (128, 2, 1, 1), 0),
     ("small floats", "float8_e4m3fn", (256, 2, 1, 1), 0),

@@ -13,7 +13,7 @@ from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.integrations.transformers import replace
-from tersor.kernels import dense, jit
+from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
 from tersor.ops import current, dispatch
@@ -170,10 +170,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def two_steps(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes, as bytes, and scales that the kernel which quantises alone makes of rows."""
     n, ic = plain.shape
-    row = dense.codes_stride(ic)
+    row = quantizing.codes_stride(ic)
     memory = torch.full((n * (row + 4),), 255, dtype=torch.uint8, device="cuda")
-    function = jit.get(dense.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
-    launch = dense.prepare_quantize(function, n=n, ic=ic)
+    function = jit.get(quantizing.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
+    launch = quantizing.prepare_quantize(function, n=n, ic=ic)
     launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=ic, codes=memory.data_ptr())
     return memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)
 

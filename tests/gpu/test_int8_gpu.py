@@ -11,7 +11,7 @@ from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.integrations.transformers import replace
-from tersor.kernels import dense, jit
+from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.ops import current, dispatch
@@ -209,9 +209,11 @@ def test_rows_become_int8_as_the_torch_code_says_alone_and_in_a_norm(channels: i
         x[tokens - 1] = 0
         assert ops.takes_quantized(x, (product,), weight) is INT8
         plain = ops.rms_norm(x, weight, 1e-6)
-        row = dense.codes_stride(channels)
+        row = quantizing.codes_stride(channels)
         memory = torch.full((tokens * (row + 4),), 255, dtype=torch.uint8, device="cuda")
-        launch = dense.prepare_quantize(jit.get(dense.quantize_source(TARGETS[dtype], INT8), 0), n=tokens, ic=channels)
+        launch = quantizing.prepare_quantize(
+            jit.get(quantizing.quantize_source(TARGETS[dtype], INT8), 0), n=tokens, ic=channels
+        )
         launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=channels, codes=memory.data_ptr())
         codes, scales = memory[: tokens * row].view(tokens, row)[:, :channels], memory[tokens * row :]
         expected, expected_scales = INT8.quantize(plain.float().cpu())

@@ -37,6 +37,7 @@ namespace ptx {
 
 inline u32 rotate(u32 word, int left) { return word << left | word >> (32 - left); }
 inline u32 kept(u32 value) { return value; }
+inline void end_reads() {}
 inline u32 repeat_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xFFu; }
 inline void barrier_arrive(u32 barrier) {
     for (const auto& group : emulated::open[now].committed) {
@@ -55,6 +56,7 @@ inline void barrier_arrive(u32 barrier) {
     }
 TERSOR_UNUSED(barrier_arrive_at)
 TERSOR_UNUSED(barrier_expect)
+TERSOR_UNUSED(bulk_copy)
 TERSOR_UNUSED(bulk_copy_once)
 TERSOR_UNUSED(copy_async_16_once)
 TERSOR_UNUSED(copy_async_8_once)

@@ -98,7 +98,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
     header = common("decode.cuh")
     names = [name for name in formats.names() if not decode_groups.unsupported_reason(formats.get(name), target)]
-    parts = []
+    parts, subtract = [], "subtract_to_e4m3" if target == decode_groups.FP8 else "subtract_bytes"
     for name in names:
         parameters = Packing.of(formats.Scheme(formats.get(name)), target).macros()
         defines = "".join(
@@ -111,7 +111,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
             f'extern "C" void {name}_extract(u32* registers, const u32* words) '
             f"{{ {name}::decode::extract(registers, words); }}\n"
             f'extern "C" u32 {name}_subtract(u32 codes, u32 zeros) '
-            f"{{ return {name}::decode::subtract_{'to_e4m3' if target == decode_groups.FP8 else 'bytes'}(codes, zeros); }}\n"
+            f"{{ return {name}::decode::{subtract}(codes, zeros); }}\n"
         )
     loaded = built("using u32 = unsigned int;\n" + "".join(parts), tmp_path)
     together = decode_groups.weights_in_register(target)

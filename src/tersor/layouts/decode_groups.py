@@ -30,18 +30,27 @@ FP8 = "float8_e4m3fn"
 """The decode target for activations quantised to e4m3."""
 INT8 = "int8"
 """The decode target for activations quantised to int8."""
+INT8_GROUPS = "int8_g128"
+"""The same for those with scales in groups: what weights become does not differ, what a kernel does with sums does."""
 TARGETS: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     FP8: torch.float8_e4m3fn,
     INT8: torch.int8,
+    INT8_GROUPS: torch.int8,
 }
 """Decode target -> dtype of the activations it is multiplied with."""
 
 PAIR_TARGETS = ("float16", "bfloat16")
 """Targets with two weights in a register."""
 
-_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), FP8: ("e4m3", "e5m2"), INT8: ("int8",)}
+_OPERANDS = {
+    "float16": ("float16",),
+    "bfloat16": ("bfloat16",),
+    FP8: ("e4m3", "e5m2"),
+    INT8: ("int8",),
+    INT8_GROUPS: ("int8",),
+}
 """Decode target -> types that decoded weights may have beside such activations, the preferred one first."""
 
 _MANTISSA = {"float16": 10, "bfloat16": 7, "e4m3": 3, "e5m2": 2}
@@ -49,7 +58,7 @@ _BIAS = {"float16": 15, "bfloat16": 127, "e4m3": 7, "e5m2": 15}
 _WIDTH = {"float16": 16, "bfloat16": 16, "e4m3": 8, "e5m2": 8, "int8": 8}
 _INT_MAGIC = {"float16": 1024, "bfloat16": 128}
 _WORD = 0xFFFFFFFF
-_MOST_SUBTRACTED = {INT8: 128, FP8: 16}
+_MOST_SUBTRACTED = {INT8: 128, INT8_GROUPS: 128, FP8: 16}
 """Target -> the largest zero point that any code may be less: to stay in int8, or a number that e4m3 has."""
 _STEP_OF_E4M3 = 2.0**-9
 _STEPS_OF_E4M3 = 16
@@ -115,7 +124,7 @@ class DecodeGroup:
 
 def unsupported_reason(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
-    if target == INT8:
+    if _whole(target):
         if fmt.kind == "float":
             return f"{fmt.name} is no integer type: int8 activations need one"
         if fmt.kind == "uint" and fmt.bits == 8:
@@ -144,7 +153,7 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
     constant = 0
     raised = 0
     finish = Finish.AS_IS
-    if target == INT8:
+    if _whole(target):
         if fmt.kind == "uint":
             finish = Finish.SUBTRACT_BYTES
         else:
@@ -224,7 +233,7 @@ def weights_in_register(target: str) -> int:
 
 def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Return codes (int32) as the 16 or 8 bits that each has in a register."""
-    if target == INT8 and fmt.kind == "int":
+    if _whole(target) and fmt.kind == "int":
         return (codes ^ fmt.bias) << (8 - fmt.bits)
     if fmt.kind != "float":
         return codes
@@ -235,7 +244,7 @@ def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
 
 def unplace(fields: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `place`."""
-    if target == INT8 and fmt.kind == "int":
+    if _whole(target) and fmt.kind == "int":
         return (fields >> (8 - fmt.bits)) ^ fmt.bias
     if fmt.kind != "float":
         return fields
@@ -311,6 +320,11 @@ def signed(mask: int) -> int:
 def _pair(value: float, target: str) -> int:
     half = int(torch.tensor(value, dtype=TARGETS[target]).view(torch.int16)) & 0xFFFF
     return half | half << 16
+
+
+def _whole(target: str) -> bool:
+    """Tell whether activations of a target are int8."""
+    return TARGETS[target] is torch.int8
 
 
 def _width(target: str) -> int:

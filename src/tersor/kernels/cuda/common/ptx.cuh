@@ -202,6 +202,14 @@ __device__ __forceinline__ void bulk_copy_once(u32 shared, const void* global, u
         : "memory");
 }
 
+// The same of what others read, too.
+__device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // The box of a two-dimensional tensor map that starts at (column, row); what lies outside the tensor becomes zero.
 __device__ __forceinline__ void tensor_copy(u32 shared, const void* map, int column, int row, u32 barrier) {
     asm volatile(
