@@ -70,8 +70,8 @@ inline u64 describe(u32 shared) { return (shared & 0x3FFFF) >> 4 | u64(1) << 16 
 constexpr u64 offset(int bytes) { return bytes >> 4; }
 enum Kind { kFloat16, kBfloat16, kE4m3, kE5m2, kInt8 };
 template <Kind kKind> struct Multiply {
-    template <int kSums> static void run(float (&d)[kSums], const u32* a, u64 b, int accumulate) {
-        emulated::multiply<kKind == kBfloat16>(d, a, 0, b, false, accumulate);
+    template <class Sum, int kSums> static void run(Sum (&d)[kSums], const u32* a, u64 b, int accumulate) {
+        emulated::multiply<kKind == kInt8 ? emulated::kBytes : kKind == kBfloat16>(d, a, 0, b, false, accumulate);
     }
 };
 

@@ -202,7 +202,7 @@ __device__ __forceinline__ void bulk_copy_once(u32 shared, const void* global, u
         : "memory");
 }
 
-// The same of what others read, too.
+// The same of what others read, too: a contiguous copy by the copy engine; bytes is a multiple of 16.
 __device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

@@ -153,6 +153,7 @@ __device__ __forceinline__ void multiply_blocks(
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     constexpr int kSteps = kByteSteps;
     const u32 nothing = count >> 31;
+    u32 a[4 * kSteps];
     SumOf<kWhole>::Type part[kSums];  // of the group under way
     float low = 0.0f, high = 0.0f;    // and its scales
 #pragma unroll
@@ -187,7 +188,7 @@ __device__ __forceinline__ void multiply_blocks(
         const char* stage = slots + (weights.address(weights_at) - xs.base);
         const char* block_scales =
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
-        u32 words[tile::kLaneWords], a[4 * kSteps];
+        u32 words[tile::kLaneWords];
         float scale[2 * kScales];
         Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
