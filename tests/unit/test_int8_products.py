@@ -24,8 +24,8 @@ H200 = CHIPS["NVIDIA H200"]
 RUN = """
 static unsigned char slots[1 << 20], x_slots[256 << 10];
 extern "C" void run(
-    const unsigned char* weight, const unsigned char* scale, const signed char* x, const float* x_scale, int count, int use,
-    float* out) {
+    const unsigned char* weight, const unsigned char* scale, const signed char* x, const float* x_scale, int count,
+    int use, float* out) {
     using namespace linear;
     emulated::open.assign(kConsumers, {});
     emulated::arrivals.assign(emulated::kWeightBarriers, 0);
@@ -71,7 +71,7 @@ extern "C" void run(
 def sums_of(
     weight: PackedWeight, x: torch.Tensor, x_scale: torch.Tensor, tile: sm90.Tile, use: int, folder: Path
 ) -> torch.Tensor:
-    """What the warps of one tile have as sums, [rows, tokens], with `use` blocks before; x_scale is [blocks, tokens]."""
+    """What the warps of a tile have as sums, [rows, tokens], with `use` blocks before; x_scale is [blocks, tokens]."""
     packing = weight.to_layout(f"tiles_{BYTEWISE[tile.activations]}").packing
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     slots, shared = tile.slots(bits, row_bytes, H200), tile.shared_bytes(bits, row_bytes, H200)

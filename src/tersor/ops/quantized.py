@@ -24,7 +24,7 @@ _LAYOUTS = (dispatch.E4M3_LAYOUT, dispatch.INT8_LAYOUT, dispatch.INT8_GROUPS_LAY
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Rows of activations as e4m3 or int8: row t is about codes[t] * scales[t], or so is each of its groups of channels.
+    """Rows of activations as e4m3 or int8: row t, or a group of its channels, is about codes times its scale.
 
     Attributes:
         codes: float8_e4m3fn or int8 [T, H].
