@@ -68,7 +68,7 @@ def _norm_source(
 ) -> KernelSource:
     native = activations is Activations.NATIVE
     parameters = {"BF16": target == "bfloat16", "PIECES": pieces, "BYTES": not native, **quantized_macros(activations)}
-    suffix = "" if native else f"_{activations.word}"
+    suffix = "" if native else "_e4m3" if activations is Activations.E4M3 else f"_{activations.word}"
     if warps:
         return KernelSource(
             name=f"tersor_rms_norm_rows_{target}_{of_lane}{suffix}",
