@@ -60,8 +60,8 @@ def command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="What gptq calibrates on: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
-            "dataset.",
+            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id "
+            "of a dataset.",
         ),
     ] = None,
     calibration_tokens: Annotated[
@@ -70,10 +70,18 @@ def command(
     calibration_window: Annotated[
         int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
     ] = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is done beside choosing codes; repeatable. rotate: spread outliers by rotating the residual "
+            "stream and heads; awq: scale channels by their inputs; tweak-norms: adjust norms to compressed blocks.",
+        ),
+    ] = None,
     effort: Annotated[
         str, typer.Option(help="normal; high: a backward pass through the model says which outputs matter; slower.")
     ] = "normal",
-    seed: Annotated[int, typer.Option(help="Of the labels that the backward pass draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what the backward pass and transforms draw.")] = 0,
     level: Annotated[
         list[str] | None,
         typer.Option(
@@ -136,6 +144,7 @@ def command(
                 revision=revision,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
+                transforms=transform or (),
                 levels=level or (),
                 target_bits=target_bits,
                 target_size=None if target_size is None else parse_size(target_size),

@@ -50,6 +50,7 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         "",
         f"Linear weights are {levels}, {get_recipe(recipe).summary} by Tersor {__version__}.",
         *_calibrated(conversion),
+        *_transformed(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
@@ -76,6 +77,11 @@ def _calibrated(conversion: Conversion) -> list[str]:
     return [
         f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
     ]
+
+
+def _transformed(conversion: Conversion) -> list[str]:
+    done = conversion.config.provenance.get("transforms")
+    return [f"Before or beside that it was changed by transforms: {done}."] if done else []
 
 
 def _before(conversion: Conversion) -> list[str]:

@@ -44,7 +44,9 @@ from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
+from tersor.convert.rotate import rotate
 from tersor.convert.target import parse_target
+from tersor.convert.transforms import ROTATE, parse_transforms
 from tersor.errors import InputError
 from tersor.formats import Assignment, get_scheme
 from tersor.hardware import resolve_device
@@ -93,6 +95,7 @@ def quantize(
     revision: str | None = ...,
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
+    transforms: Sequence[str] = ...,
     assignments: Mapping[str, Assignment] | None = ...,
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
@@ -126,6 +129,7 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    transforms: Sequence[str] = (),
     assignments: Mapping[str, Assignment] | None = None,
     levels: Sequence[str] = (),
     target_bits: float | None = None,
@@ -165,12 +169,13 @@ def quantize(
         calibration_tokens: how many tokens of it are used; `None` is 128 windows.
         calibration_window: tokens in a window; `None` is 2,048, or as many as the model takes.
         effort: `normal`, or `high`: a backward pass through the model says which outputs matter.
-        seed: of the labels which that pass draws from the model.
+        seed: of the labels which that pass draws from the model, and of what transforms draw.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         revision: branch, tag or commit of a Hub id.
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
+        transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
         levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
@@ -191,6 +196,7 @@ def quantize(
     asked = (target_bits, target_size, target_latency, batch, chip)
     target = parse_target(levels, *asked, group_size, scale_dtype)
     mix = mix_of(assignments)
+    wanted = parse_transforms(transforms)
     if target is not None and mix is not None:
         raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
     if target is not None and dry_run:
@@ -201,13 +207,13 @@ def quantize(
         raise InputError("group size and scale dtype belong into every level where output features have levels")
     text = None
     if calibration is not None:
-        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed)
-    elif (calibration_tokens, calibration_window, effort, seed) != (None, None, "normal", 0):
+        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed, wanted)
+    elif (calibration_tokens, calibration_window, effort, 0 if ROTATE in wanted else seed) != (None, None, "normal", 0):
         raise InputError("calibration tokens, window, effort and seed say nothing without a calibration text")
     if isinstance(model, nn.Module):
         if mix is not None or target is not None:
             raise InputError("output features get levels in a checkpoint on disk: a module is compressed in place")
-        check_in_place(output, resume, export, shard_size)
+        check_in_place(output, resume, export, shard_size, wanted)
         if text is not None:
             raise InputError("a module in memory is rounded to nearest: save it, and calibrate the checkpoint")
         return quantize_module(
@@ -224,7 +230,7 @@ def quantize(
         )
     get_export(export)
     if not dry_run or text is not None:
-        check_options(algorithm, text, scored=target is not None)
+        check_options(algorithm, text, wanted, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
     get_scheme(format, group_size, scale_dtype)
@@ -237,6 +243,9 @@ def quantize(
         released = read_released(source)
         if released is not None:
             source.tensors = released.tensors
+        untied = ROTATE in wanted
+        if untied:
+            rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
         if scale_dtype is None and not get_scheme(format).is_mx:
             scale_dtype = chosen_export.default_scale_dtype
@@ -247,6 +256,7 @@ def quantize(
             "source": source.label,
             **({"source_revision": revision} if revision is not None else {}),
             **({"source_method": released.method} if released is not None else {}),
+            **({"transforms": ", ".join(wanted), "seed": str(seed)} if wanted else {}),
         }
         given_overrides = parse_overrides(overrides, group_size, scale_dtype)
 
@@ -263,7 +273,7 @@ def quantize(
                 assignments=assignments,
             )
 
-        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
+        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
         conversion = converted(architecture)
         if released is not None:
             check_growth(source, conversion, released, patterns)
@@ -288,6 +298,7 @@ def quantize(
             "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
+            **({"transforms": list(wanted), "seed": seed} if wanted else {}),
             **({"levels of output features": fingerprint(assignments)} if assignments else {}),
             **(target.identity(conversion) if target is not None else {}),
             "source's compression": dict(released.settings) if released is not None else None,
@@ -305,7 +316,9 @@ def quantize(
                 mixing = target.assign(conversion, given, work, progress)
                 assignments = mixing.assignments
                 scheme = mix_of(assignments) or scheme
-                conversion = converted(read_architecture(source.directory, trust_remote_code=trust_remote_code))
+                conversion = converted(
+                    read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
+                )
                 given = planned_again(given, targets, conversion)
             report = _write(
                 source,
@@ -346,8 +359,8 @@ def _write(
         unfinished = first < len(names)
         check_space(conversion, work, given.disk_bytes(work.directory) if given is not None and unfinished else 0)
         ready = None
-        if given is not None and unfinished and get_recipe(recipe).needs:
-            ready = calibrate(given, conversion, recipe, work.directory, progress)
+        if given is not None and unfinished and (get_recipe(recipe).needs or given.calibration.changes):
+            conversion, ready = calibrate(given, conversion, recipe, work.directory, progress)
         # What calibration does not reach, such as an embedding that is asked for, is rounded to nearest.
         rounding = DEFAULT_RECIPE if given is not None else recipe
         pipeline = Pipeline(conversion, rounding, work.directory, device, progress, ready)

@@ -201,7 +201,7 @@ class Pipeline:
             size = _COPY_BYTES
             if isinstance(step.source, DecodedTensor):
                 row_bytes = _row_bytes(step)
-                size = max(1, size // row_bytes) * row_bytes
+                size = step.source.spec.nbytes if step.source.all_rows else max(1, size // row_bytes) * row_bytes
             for start in range(0, step.source.spec.nbytes, size):
                 yield _Block(index, start, min(start + size, step.source.spec.nbytes))
             return
@@ -211,7 +211,7 @@ class Pipeline:
         *_, oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
         # The rows of a transposed weight are spread over the whole tensor, those of experts over that of each.
-        decoded = step.layer.stacked and isinstance(step.source, DecodedTensor)
+        decoded = isinstance(step.source, DecodedTensor) and (step.layer.stacked or step.source.all_rows)
         whole = step.layer.transposed or decoded or get_recipe(self._recipe).all_rows
         rows, count = oc if whole else max(1, elements // ic), math.prod(step.layer.shape[:-1])
         for start in range(0, count, rows):

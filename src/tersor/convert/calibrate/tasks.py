@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -113,6 +113,13 @@ def read_tensor(step: Step) -> torch.Tensor:
     if result.numel():
         step.source.file.read_into(spec, 0, result.reshape(-1).view(torch.uint8).numpy().data)
     return result
+
+
+def replaced(step: Step, value: torch.Tensor) -> Step:
+    """Return a step that finds another tensor in its source: `value`, of the same shape and dtype."""
+    source = step.source
+    changed = DecodedTensor(source.file, source.spec, (source,), lambda first, last: value[first:last].float())
+    return replace(step, source=changed)
 
 
 def matrices(step: Step, stored: torch.Tensor) -> torch.Tensor:
