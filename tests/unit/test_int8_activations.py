@@ -49,6 +49,7 @@ def test_each_group_of_a_token_is_scaled_by_itself() -> None:
     x[:, 128:256] *= 100
     x[1, 256:] = 0
     codes, scale = GROUPS.quantize(x)
+    assert [part.shape for part in GROUPS.quantize(x[:0])] == [(0, 300), (0, 3)]
     assert codes.shape == x.shape and scale.shape == (3, 3) == (3, GROUPS.scales(300)) and scale[1, 2] == 0
     for group, first in enumerate(range(0, 300, 128)):
         own_codes, own_scale = INT8.quantize(x[:, first : first + 128])

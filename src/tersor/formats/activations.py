@@ -83,10 +83,10 @@ class Activations(str, enum.Enum):
         if self not in _CODES:
             raise ValueError(f"activations {self.value} are not quantised")
         if self.group_size is not None:
-            n, ic = x.shape
-            groups = torch.nn.functional.pad(x, (0, -ic % self.group_size)).view(-1, self.group_size)
-            codes, scales = Activations.INT8.quantize(groups)
-            return codes.view(n, -1)[:, :ic].contiguous(), scales.view(n, -1)
+            (n, ic), groups = x.shape, self.scales(x.shape[1])
+            padded = torch.nn.functional.pad(x, (0, -ic % self.group_size))
+            codes, scales = Activations.INT8.quantize(padded.view(n * groups, self.group_size))
+            return codes.view(padded.shape)[:, :ic].contiguous(), scales.view(n, groups)
         dtype, most = _CODES[self]
         largest = torch.full_like(x[:, :1], most)  # a tensor: a GPU divides by a number through its reciprocal
         if self is Activations.INT8:
