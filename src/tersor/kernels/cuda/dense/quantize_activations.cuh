@@ -10,6 +10,7 @@ namespace quantize {
 
 constexpr int kMostThreads = 1024;
 constexpr int kKept = 4;  // pieces of 8 channels that a thread keeps in registers; longer rows are read twice
+constexpr int kAhead = 2;  // pieces that are under way for a thread, of scales in groups, which need no row as a whole
 
 struct alignas(16) Piece {
     u16 values[8];
@@ -51,17 +52,18 @@ extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_E
     unsigned char* target = codes + token * codes_stride;
     if constexpr (quantized::kGroups) {
 #pragma unroll 1
-        for (int before = 0; before < ic; before += kKept * step) {
+        for (int before = 0; before < ic; before += kAhead * step) {
 #pragma unroll
-            for (int i = 0; i < kKept; ++i) {
+            for (int i = 0; i < kAhead; ++i) {
                 const int first = before + start + i * step;
                 kept[i] = {};
                 if (first < ic) kept[i] = load(row, first, ic, whole);
             }
 #pragma unroll
-            for (int i = 0; i < kKept; ++i) {
+            for (int i = 0; i < kAhead; ++i) {
                 const int first = before + start + i * step;
                 const float most = quantized::largest_of_group(quantized::largest(kept[i].values, 0.0f));
+                quantized::keep_packed(kept[i].values);
                 if (first >= ic) continue;
                 const int piece = first / 8;
                 if (piece % 16 == 0) scales[quantized::scale_at(piece, blockIdx.x, gridDim.x)] = quantized::scale(most);
