@@ -173,7 +173,7 @@ def two_steps(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     row = quantizing.codes_stride(ic)
     memory = torch.full((n * (row + 4),), 255, dtype=torch.uint8, device="cuda")
     function = jit.get(quantizing.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
-    launch = quantizing.prepare_quantize(function, n=n, ic=ic)
+    launch = quantizing.prepare_quantize(function, n=n, ic=ic, activations=Activations.E4M3)
     launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=ic, codes=memory.data_ptr())
     return memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)
 

@@ -248,7 +248,7 @@ def test_rows_become_int8_as_the_torch_code_says_alone_and_in_a_norm(
         size = quantizing.quantized_bytes(tokens, channels, activations)
         memory = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
         source = quantizing.quantize_source(TARGETS[dtype], activations)
-        launch = quantizing.prepare_quantize(jit.get(source, 0), n=tokens, ic=channels)
+        launch = quantizing.prepare_quantize(jit.get(source, 0), n=tokens, ic=channels, activations=activations)
         launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=channels, codes=memory.data_ptr())
         codes = memory[: tokens * row].view(tokens, row)[:, :channels]
         scales = scales_of(memory[tokens * row :].view(torch.float32), tokens, channels, activations)

@@ -69,7 +69,7 @@ def quantised(
     row = quantizing.codes_stride(ic)
     memory = torch.full((quantizing.quantized_bytes(n, ic, activations),), 0x5A, dtype=torch.uint8)
     function = Emulated(quantizing.quantize_source(NAMES[x.dtype], activations), folder, 900)
-    launch = quantizing.prepare_quantize(function, n=n, ic=ic)  # type: ignore[arg-type]
+    launch = quantizing.prepare_quantize(function, n=n, ic=ic, activations=activations)  # type: ignore[arg-type]
     places = {"x": x.data_ptr(), "codes": memory.data_ptr(), "order": 0 if order is None else order.data_ptr()}
     assert launch(stream=0, x_stride=x.stride(0), top_k=top_k, **places) == memory.data_ptr() + n * row
     scales = scales_of(memory[n * row :].view(torch.float32), n, ic, activations)

@@ -13,7 +13,8 @@ from tersor.formats import Activations
 from tersor.kernels.jit import Function, KernelSource
 from tersor.kernels.macros import quantized_macros
 
-_CHANNELS = 32
+_CHANNELS, _CHANNELS_IN_GROUPS = 32, 16
+"""Channels that a thread has under way: of a whole row, or of scales in groups."""
 _THREADS = 1024
 
 
@@ -49,9 +50,9 @@ def quantized_bytes(n: int, ic: int, activations: Activations) -> int:
     return n * codes_stride(ic) + 4 * scales
 
 
-def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
-    """Return what launches the quantising of activations [n, ic] to bytes."""
-    warps = -(-ic // (32 * _CHANNELS))
+def prepare_quantize(function: Function, *, n: int, ic: int, activations: Activations) -> QuantizeLaunch:
+    """Return what launches the quantising of activations [n, ic] to bytes, such as `quantize_source` has it."""
+    warps = -(-ic // (32 * (_CHANNELS if activations.group_size is None else _CHANNELS_IN_GROUPS)))
     grid, block, row = (n, 1, 1), (min(32 * warps, _THREADS), 1, 1), codes_stride(ic)
     run = function.launch
 

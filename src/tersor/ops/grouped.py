@@ -188,7 +188,10 @@ def product_of(
     quantize = None
     if not native:
         quantize = quantizing.prepare_quantize(
-            jit.get(quantizing.quantize_source(result, config.activations), index), n=pairs, ic=ic
+            jit.get(quantizing.quantize_source(result, config.activations), index),
+            n=pairs,
+            ic=ic,
+            activations=config.activations,
         )
     source = experts.source(weight.packing, result, config, gate, tables_ready and native)
     launch = experts.prepare(

@@ -168,7 +168,9 @@ class _Prepared:
         self.quantize, self.codes_stride, self.codes_bytes = None, 0, 0
         if problem.activations is not Activations.NATIVE:
             source = quantizing.quantize_source(result, problem.activations)
-            self.quantize = quantizing.prepare_quantize(jit.get(source, index), n=n, ic=problem.ic)
+            self.quantize = quantizing.prepare_quantize(
+                jit.get(source, index), n=n, ic=problem.ic, activations=problem.activations
+            )
             self.codes_stride = quantizing.codes_stride(problem.ic)
             self.codes_bytes = quantizing.quantized_bytes(n, problem.ic, problem.activations)
 

@@ -175,7 +175,9 @@ class WeightType:
         )
         if config.activations is not Activations.NATIVE:
             source = quantizing.quantize_source(result, config.activations)
-            found.quantize = quantizing.prepare_quantize(jit.get(source, index), n=n, ic=self.ic)
+            found.quantize = quantizing.prepare_quantize(
+                jit.get(source, index), n=n, ic=self.ic, activations=config.activations
+            )
             found.codes_stride = quantizing.codes_stride(self.ic)
             found.codes_bytes = quantizing.quantized_bytes(n, self.ic, config.activations)
         if config.splits > 1 and not config.gathered:
