@@ -1,4 +1,4 @@
-"""What is in a checkpoint? Format, bits and bytes of every layer, without reading a weight."""
+"""What is in a checkpoint? Format, bits and bytes of every layer, without reading a weight, but for masks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tersor.checkpoint.names import DENSE, PACKED, Storage, level_stem, stored_f
 from tersor.checkpoint.released import compression_of
 from tersor.checkpoint.source import Source, open_source
 from tersor.errors import CheckpointError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 
 ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
 
@@ -30,11 +30,12 @@ class Item:
     Attributes:
         name: the tensor's name; that of a compressed weight is what it was called before.
         shape: the tensor's shape; that of a compressed weight is (OC, IC).
-        format: key of the scheme, `mixed`, or the safetensors dtype.
+        format: key of the scheme, behind `sparse:` where a weight is pruned, `mixed`, or the safetensors dtype.
         bits_per_weight: bits stored for each element, scales counted.
         nbytes: bytes on disk.
         compressed: whether the item is a compressed weight.
         levels: of a mixed weight, key of the scheme of every level that it has, and output features at that level.
+        density: of a pruned weight, which part of it is left.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Item:
     nbytes: int
     compressed: bool
     levels: tuple[tuple[str, int], ...] = ()
+    density: float | None = None
 
     @property
     def numel(self) -> int:
@@ -181,7 +183,18 @@ def _compressed(
         if module in architecture.embeddings:
             raise CheckpointError(f"{source.directory}: {stem} is mixed, and {module} is no linear layer")
         return _mixed(source, name, stem, module, form, architecture)
+    if isinstance(form, Pruned):
+        if module not in architecture.linears:
+            raise CheckpointError(f"{source.directory}: {stem} is sparse, and {module} is no linear layer")
+        return _sparse(source, name, stem, form, architecture.linears[module].shape[-1])
     return _dense(source, name, stem, module, form, architecture)
+
+
+def _sparse(source: Source, name: str, stem: str, form: Pruned, ic: int) -> Item:
+    shape = (form.rows, ic)
+    check_stored(source.tensors, stem, form, shape)
+    nbytes = form.nbytes(ic)
+    return Item(name, shape, form.key(), form.bits_per_weight(ic), nbytes, True, density=form.density(ic))
 
 
 def _mixed(source: Source, name: str, stem: str, module: str, form: Assignment, architecture: Architecture) -> Item:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tersor.checkpoint.names import DENSE, level_stem, stored_tensors
+from tersor.checkpoint.names import DENSE, SCALE, SPARSE, VALUES, ZERO_POINT, Form, level_stem, stored_tensors
 from tersor.compress import DEFAULT_RECIPE, Statistics, encode_blocks
-from tersor.errors import NonFiniteError
-from tersor.formats import Assignment, Encoded, ScaleError, Scheme
+from tersor.compress.encode import BLOCK_ELEMENTS
+from tersor.errors import CheckpointError, NonFiniteError
+from tersor.formats import Assignment, Encoded, Pruned, ScaleError, Scheme
+from tersor.layouts import SparseWeight
 
 _SHOWN_ROWS = 3
 
@@ -24,7 +26,8 @@ class Packed:
         squared_error: sum over all weights w of (w - dequantised w)^2.
         squared_norm: sum over all weights w of w^2.
         underflowed: numbers, in the whole weight, of the rows whose scales underflow (`Encoded.underflowed`).
-        starts: of rows of a mixed weight, name -> which row of the whole tensor is the first of these.
+        starts: of rows of a mixed or pruned weight, name -> which row of the whole tensor is the first of these; of
+            values, which word.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -136,6 +139,76 @@ def pack_mixed(
     return Packed(tensors, error, norm, tuple(sorted(underflowed)), starts)
 
 
+def pack_sparse(
+    weight: torch.Tensor,
+    form: Pruned,
+    recipe: str = DEFAULT_RECIPE,
+    statistics: Statistics | None = None,
+    *,
+    first_row: int = 0,
+    block_elements: int | None = None,
+) -> Packed:
+    """Pack what is left of rows of a pruned weight: what is not zero.
+
+    Args:
+        weight: [rows, IC], any float dtype, any device; plain numbers keep their bits, so that it has their dtype.
+        form: of the whole weight.
+        recipe, statistics, block_elements: as `compress.encode_blocks` takes them, where values are codes.
+        first_row: number of the first row in the whole weight.
+
+    Returns:
+        The tensors of these rows, on the weight's device.
+
+    Raises:
+        CheckpointError: another number of weights is left in a row than the form has.
+        Others as `pack` does.
+    """
+    scheme, (rows, ic), underflowed = form.sparse.scheme, weight.shape, list[int]()
+    parts: list[SparseWeight] = []
+    height = max(1, (block_elements or BLOCK_ELEMENTS.get(weight.device.type, BLOCK_ELEMENTS["cpu"])) // max(1, ic))
+    starts = range(0, rows, height)
+    if scheme is None:
+        error, norm = 0.0, 0.0
+        for start in starts:
+            own = weight[start : start + height]
+            _check_finite(own, first_row + start)
+            norm += float(own.to(torch.float64).square().sum())
+            parts.append(SparseWeight.from_plain(own))
+    else:
+        codes = torch.empty(rows, ic, dtype=torch.uint8, device=weight.device)
+        forms = {name: one for name, one in stored_tensors(scheme, rows, ic).items() if name != DENSE.marker}
+        scales = {name: torch.empty(one.shape, dtype=one.dtype, device=weight.device) for name, one in forms.items()}
+
+        def take(start: int, block: Encoded) -> None:
+            underflowed.extend(first_row + start + row for row in block.underflowed)
+            here = slice(start, start + len(block.codes))
+            codes[here], scales[SCALE][here] = block.codes, block.scale
+            if block.zero_point is not None:
+                scales[ZERO_POINT][here] = block.zero_point
+
+        error, norm = encode_blocks(
+            weight, scheme, take, recipe, statistics, first_row=first_row, block_elements=block_elements
+        )
+        for start in starts:
+            here = slice(start, start + height)
+            own_scale, own_zero = scales[SCALE][here], scales[ZERO_POINT][here] if scheme.has_zero_point else None
+            encoded = Encoded(scheme, codes[here], own_scale, own_zero, 0.0, 0.0)
+            parts.append(SparseWeight.from_encoded(encoded, weight[here] != 0))
+    whole = SparseWeight.stack(parts)
+    if whole.form != form.cut([(first_row, first_row + rows)]):
+        raise CheckpointError("zeros were counted, and there are others now: the weight changed while it was read")
+    start = int(form.starts()[first_row])
+    return Packed(SPARSE.pack(whole), error, norm, tuple(sorted(underflowed)), {VALUES: start})
+
+
+def _check_finite(weight: torch.Tensor, first_row: int) -> None:
+    """Raise NonFiniteError, with the index in the whole weight, where rows hold a NaN or an infinity."""
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        row, column = (int(axis) for axis in (~finite).nonzero()[0])
+        raise NonFiniteError((first_row + row, column), float(weight[row, column]))
+
+
 def pack_stack(
     weight: torch.Tensor,
     scheme: Scheme,
@@ -176,9 +249,14 @@ def pack_stack(
     return Packed(tensors, error, norm, tuple(underflowed))
 
 
-def underflow_words(rows: Sequence[int], form: Scheme | Assignment) -> str:
+def underflow_words(rows: Sequence[int], form: Form) -> str:
     """Say which rows have scales that underflow, and what helps."""
-    scheme = form.mix.levels[form.level[rows[0] % len(form.level)]] if isinstance(form, Assignment) else form
+    if isinstance(form, Pruned):
+        found = form.sparse.scheme
+        assert found is not None, "plain numbers have no scales"
+        scheme = found
+    else:
+        scheme = form.mix.levels[form.level[rows[0] % len(form.level)]] if isinstance(form, Assignment) else form
     shown = ", ".join(map(str, rows[:_SHOWN_ROWS]))
     more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
     wider = "bfloat16" if scheme.scale_dtype == "float16" else "float32"

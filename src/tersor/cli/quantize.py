@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,13 @@ def command(
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", "-f", help="Element format, such as fp6 (e2m3), int4 or mxfp6_e2m3.")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Element format, such as fp6 (e2m3), int4 or mxfp6_e2m3; bf16, fp16 or fp32, that of the checkpoint, "
+            "only repacks pruned weights, without loss.",
+        ),
     ] = "fp6",
     group_size: Annotated[
         int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")
@@ -104,6 +111,13 @@ def command(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of that step; 1 if not given.")] = None,
     chip: Annotated[str | None, typer.Option(help="GPU that it is predicted for, such as h200 (the default).")] = None,
+    sparse: Annotated[
+        str,
+        typer.Option(
+            help="auto: a weight that was pruned, one with zeros, is stored as a mask and what is left where that is "
+            "smaller; off: never."
+        ),
+    ] = "auto",
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
@@ -138,6 +152,7 @@ def command(
                 overrides=override or (),
                 dry_run=dry_run,
                 resume=resume,
+                sparse=sparse,
                 device=device,
                 export=export,
                 shard_size=parse_size(shard_size),
@@ -231,7 +246,8 @@ def _progress(label: str) -> Iterator[Progress | None]:
 def _print_dry_run(report: Report) -> None:
     """Print a line for every kind of tensor: what would become of it."""
     _warn(report)
-    named = ((row.name, (row.shape, row.scheme, row.note, row.bytes_after), row) for row in report.rows)
+    alike = ((row, None if row.density is not None else row.bytes_after) for row in report.rows)
+    named = ((row.name, (row.shape, row.scheme, row.note, after), row) for row, after in alike)
     lines = []
     for name, rows in collapse(named):
         first = rows[0]
@@ -242,7 +258,7 @@ def _print_dry_run(report: Report) -> None:
                 str(len(rows)),
                 shape_words(first.shape),
                 scheme_words(first.scheme) if first.scheme else kept,
-                f"{first.bits_per_weight:.3f}",
+                f"{_mean_bits(rows):.3f}",
                 console.size(sum(row.bytes_before for row in rows)),
                 console.size(sum(row.bytes_after for row in rows)),
             ]
@@ -251,8 +267,19 @@ def _print_dry_run(report: Report) -> None:
     print(f"{report.source}: what would be written, in {_files(report)}")
     console.print_table(["tensor", "count", "shape", "becomes", "bits/weight", "before", "after"], lines)
     print(_totals(report))
+    _print_pruned(report)
     if report.left:
         print(_left(report))
+
+
+def _print_pruned(report: Report) -> None:
+    """Print how much is left of the weights that are stored sparse."""
+    found = [row for row in report.rows if row.density is not None]
+    if found:
+        sizes = [math.prod(row.shape) for row in found]
+        left = sum(size * (row.density or 0.0) for size, row in zip(sizes, found, strict=True)) / sum(sizes)
+        what = f"{len(found)} pruned weight{'s' * (len(found) > 1)}"
+        print(f"{what} stored sparse, of whose elements {100 * left:.1f} % are left")
 
 
 def _print_report(report: Report) -> None:
@@ -284,6 +311,7 @@ def _print_report(report: Report) -> None:
     print(_totals(report))
     if report.mix is not None:
         print(_of_mix(report.mix))
+    _print_pruned(report)
     if report.left:
         print(_left(report))
     rate = report.bytes_read / 1e6 / report.stream_seconds if report.stream_seconds else 0.0

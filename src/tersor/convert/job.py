@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from tersor.checkpoint.config import Represented, parse_ignore, parse_overrides
+from tersor.checkpoint.config import Represented, parse_ignore
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.modules import Architecture
@@ -45,10 +45,11 @@ from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
 from tersor.convert.rotate import rotate
+from tersor.convert.survey import Asked, Survey
 from tersor.convert.target import parse_target
 from tersor.convert.transforms import ROTATE, parse_transforms
 from tersor.errors import InputError
-from tersor.formats import Assignment, get_scheme
+from tersor.formats import Assignment
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
@@ -96,6 +97,7 @@ def quantize(
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
     transforms: Sequence[str] = ...,
+    sparse: str = ...,
     assignments: Mapping[str, Assignment] | None = ...,
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
@@ -130,6 +132,7 @@ def quantize(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
     transforms: Sequence[str] = (),
+    sparse: str = "auto",
     assignments: Mapping[str, Assignment] | None = None,
     levels: Sequence[str] = (),
     target_bits: float | None = None,
@@ -151,7 +154,8 @@ def quantize(
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded; or a module.
         output: the directory to make, which must not exist; `None` only for a dry run or a module.
-        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`.
+        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`; `bf16`, `fp16` or
+            `fp32`, the dtype of the checkpoint, only repacks weights that are pruned, without loss.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest, or `gptq`, which needs a
@@ -176,6 +180,8 @@ def quantize(
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
         transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
+        sparse: `auto`: a weight that was pruned, one with zeros, is stored as a mask and what is left of it where that
+            takes fewer bytes; `off`: never. Recipes that calibrate, targets and exports store dense weights.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
         levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
@@ -193,8 +199,8 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
-    asked = (target_bits, target_size, target_latency, batch, chip)
-    target = parse_target(levels, *asked, group_size, scale_dtype)
+    limits = (target_bits, target_size, target_latency, batch, chip)
+    target = parse_target(levels, *limits, group_size, scale_dtype)
     mix = mix_of(assignments)
     wanted = parse_transforms(transforms)
     if target is not None and mix is not None:
@@ -233,10 +239,12 @@ def quantize(
         check_options(algorithm, text, wanted, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
-    get_scheme(format, group_size, scale_dtype)
+    asked = Asked(format, group_size, scale_dtype, overrides)
+    asked.scheme()
     destination = check_destination(output, dry_run)
     patterns = parse_ignore(ignore)
-    parse_overrides(overrides, group_size, scale_dtype)
+    dense = text or target or mix or wanted or export != "tersor"
+    asked = asked.check(sparse, "a calibration, levels, transforms and exports store none" if dense else "")
     with open_source(model, revision) as source:
         if destination is not None:
             check_apart(source, destination)
@@ -247,9 +255,8 @@ def quantize(
         if untied:
             rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
-        if scale_dtype is None and not get_scheme(format).is_mx:
-            scale_dtype = chosen_export.default_scale_dtype
-        scheme: Represented = mix or (STAND_IN if target else get_scheme(format, group_size, scale_dtype))
+        asked = asked.with_scales(chosen_export.default_scale_dtype)
+        scheme: Represented = mix or (STAND_IN if target else asked.scheme())
         provenance = {
             "tersor": __version__,
             "algorithm": algorithm,
@@ -258,7 +265,7 @@ def quantize(
             **({"source_method": released.method} if released is not None else {}),
             **({"transforms": ", ".join(wanted), "seed": str(seed)} if wanted else {}),
         }
-        given_overrides = parse_overrides(overrides, group_size, scale_dtype)
+        given_overrides, survey = asked.parsed_overrides(), Survey()
 
         def converted(architecture: Architecture) -> Conversion:
             return make_conversion(
@@ -271,6 +278,7 @@ def quantize(
                 shard_bytes=shard_bytes,
                 provenance=provenance,
                 assignments=assignments,
+                find_pruned=survey.find if asked.looked else None,
             )
 
         architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
@@ -283,7 +291,8 @@ def quantize(
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
             seconds = time.monotonic() - started
-            return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
+            said = conversion.config.scheme.key()
+            return Report(source.label, None, said, export, rows, files, seconds, source_method=source_method)
         targets = architecture.find(source.tensors) if text is not None else {}
         del architecture  # with the model behind it
         given = None
@@ -326,7 +335,6 @@ def quantize(
                 companions,
                 work,
                 chosen_export,
-                scheme,
                 algorithm,
                 destination,
                 where,
@@ -345,7 +353,6 @@ def _write(
     companions: Sequence[Path],
     work: Workplace,
     chosen_export: Export,
-    scheme: Represented,
     recipe: str,
     destination: Path,
     device: torch.device,
@@ -382,7 +389,7 @@ def _write(
     return Report(
         source=source.label,
         output=str(destination),
-        scheme=scheme.key(),
+        scheme=conversion.config.scheme.key(),
         export=chosen_export.name,
         rows=tuple(done[step.source.spec.name] for step in conversion.steps),
         files=tuple(names),

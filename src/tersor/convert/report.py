@@ -24,6 +24,7 @@ class Row:
         note: why the tensor was left alone, where that is worth a word.
         linear: whether the tensor is the weight of a linear layer, or of the experts of a layer.
         warning: what came out badly though it was compressed, and what helps.
+        density: which part of the weights is left, where the weight is stored sparse.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     note: str = ""
     linear: bool = False
     warning: str = ""
+    density: float | None = None
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Row:

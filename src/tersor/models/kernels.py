@@ -13,7 +13,7 @@ from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
-from tersor.layouts import MixedWeight, PackedWeight, Stacked, StackedMixedWeight, sets_of
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight, sets_of
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
@@ -126,6 +126,8 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple):
         for one in value:
             yield from _parts(one)
+    elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, SparseWeight):
+        return  # torch's own kernels decode it and multiply
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
     elif is_dataclass(value) and not isinstance(value, PackedWeight | MixedWeight | Stacked | type):

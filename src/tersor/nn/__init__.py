@@ -6,6 +6,7 @@ from tersor.nn.linear import PackedLinear
 from tersor.nn.mixed import MixedLinear, RowSet
 from tersor.nn.mixed_stack import MixedStack
 from tersor.nn.packed import PackedModule, bits_per_weight
+from tersor.nn.sparse import SparseLinear
 
 __all__ = [
     "MixedLinear",
@@ -16,6 +17,7 @@ __all__ = [
     "PackedStack",
     "RowSet",
     "Rows",
+    "SparseLinear",
     "TiedLinear",
     "bits_per_weight",
 ]

@@ -32,7 +32,7 @@ from tersor.convert.calibrate.tweak import Tweaker
 from tersor.convert.pipeline import Progress, located
 from tersor.convert.transforms import AWQ, TWEAK_NORMS
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.ops import load_columns
 
@@ -289,7 +289,7 @@ class Run:
     def _code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0) -> Coded:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
-        assert scheme is not None
+        assert scheme is not None and not isinstance(scheme, Pruned), "pruned weights are not calibrated"
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
@@ -361,4 +361,5 @@ def _schemes(task: Task) -> Sequence[Scheme]:
     """Return the schemes that rows of a task's weight may have."""
     form = task.step.scheme
     assert form is not None
+    assert not isinstance(form, Pruned), "pruned weights are not calibrated"
     return form.mix.levels if isinstance(form, Assignment) else [form]

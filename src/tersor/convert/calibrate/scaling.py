@@ -25,7 +25,7 @@ from tersor.convert.calibrate.inputs import Group, find_groups, watched
 from tersor.convert.calibrate.parts import Parts
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.residual import head_size
 
 _WITHIN, _WITHIN_ROUNDED = 1e-4, 0.02
@@ -148,8 +148,9 @@ class Scaler:
         device = self._parts.model.device
         layers = []
         for task in tasks:
-            assert task.step.scheme is not None
-            layers.append((matrices(task.step, read_tensor(task.step)).to(device), task.step.scheme))
+            form = task.step.scheme
+            assert form is not None and not isinstance(form, Pruned), "pruned weights are not calibrated"
+            layers.append((matrices(task.step, read_tensor(task.step)).to(device), form))
         names = [task.name for task in tasks]
         if not all(bool(value.isfinite().all()) for value in (hessian, *(weight for weight, _ in layers))):
             # Who chooses codes says where.
@@ -322,6 +323,7 @@ def as_stored(value: torch.Tensor, step: Step) -> torch.Tensor:
 def _powers_of_two(task: Task) -> bool:
     """Whether a layer's scales are powers of two, so that other factors of its rows change how they are rounded."""
     form = task.step.scheme
+    assert not isinstance(form, Pruned), "pruned weights are not calibrated"
     levels = form.mix.levels if isinstance(form, Assignment) else (form,)
     return any(level is not None and level.scale_dtype == "e8m0" for level in levels)
 

@@ -9,12 +9,12 @@ import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
-from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
+from tersor.checkpoint.names import MASK, PACKED, SCALE, TORCH_DTYPES, VALUES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.blocks import BlockModel
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, SparseWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,9 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if isinstance(scheme, Assignment):
             return decode_mixed(scheme, ic, own).dequantize(dtype)
+        if isinstance(scheme, Pruned):
+            held = [own.get(name) for name in (SCALE, ZERO_POINT)]
+            return SparseWeight.from_stored(scheme.sparse, (oc, ic), own[MASK], own[VALUES], *held).dequantize(dtype)
         return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
 
     if not experts:

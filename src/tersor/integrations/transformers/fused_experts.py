@@ -10,7 +10,8 @@ from torch import nn
 
 from tersor import ops
 from tersor.checkpoint.names import Form
-from tersor.formats import Assignment
+from tersor.errors import UnsupportedError
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.experts_form import apply_gate, experts_form
 from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import cast_bias
@@ -64,7 +65,10 @@ class FusedExperts(nn.Module):
         Raises:
             FormatError: the group size does not divide IC.
             ShapeError: another number of output features has levels.
+            UnsupportedError: what is left of pruned weights.
         """
+        if isinstance(form, Pruned):
+            raise UnsupportedError(f"{name} holds a layer's experts, which are not stored sparse")
         old = self._parameters[name]
         assert old is not None
         rows = self.form.rows if name == self.form.fused else Rows.PLAIN
