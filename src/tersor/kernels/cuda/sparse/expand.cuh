@@ -1,0 +1,178 @@
+// From a bitmap and packed values to registers of two 16-bit floats each, with zeros where a weight is pruned.
+//
+// A lane has 32 weights of a half-block at a time, bit i of its mask says whether weight i is left, and registers hold
+// weights 2 i and 2 i + 1. Its values lie in a queue, word after word: `place` counts the bits in front of the next one.
+// Words of equal number of all lanes' queues are neighbours, a layer, so that whatever words the lanes of a warp read
+// at a time, no two lie in one bank. Four bits of the mask choose an entry of a table in shared memory: two selectors of
+// the byte permutation that puts the next values where the bits are set, and how far they reach.
+//
+// Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_HIGH (1: a byte is the upper half of a 16-bit
+// float, 0: it is the lower one), VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
+// float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh.
+// tersor/layouts/sparse_values.py says what bytes stand for a code.
+//
+// Plain C++ but for `finish`: a CPU test compiles it.
+#pragma once
+
+#include "common/decode.cuh"
+
+namespace expand {
+
+constexpr int kValueBits = VALUE_BITS;
+constexpr int kLayerBytes = 512;                         // a word of each of the 128 queues of a unit
+constexpr int kRingLayers = RING_LAYERS;                 // of a unit in shared memory, a power of two
+constexpr int kMirrored = 2;                             // layers that stand behind the ring's end once more
+constexpr int kRingBytes = (kRingLayers + kMirrored) * kLayerBytes;
+constexpr u32 kRingMask = (kRingLayers - 1) * 32;          // of a place: the layer in the ring
+constexpr int kEntries = 16, kTableBytes = kEntries * 8;
+
+static_assert(kValueBits == 8 || kValueBits == 16, "values are bytes or 16-bit floats");
+static_assert((kRingLayers & (kRingLayers - 1)) == 0, "a place in the ring is a mask away");
+
+#ifdef __CUDACC__
+
+// Selects byte s of the eight of `low` and `high` for each of four selectors s.
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selectors));
+    return result;
+}
+// The 32 bits of two words from bit `by` % 32 on.
+__device__ __forceinline__ u32 shift_around(u32 low, u32 high, u32 by) {
+    u32 result;
+    asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(by));
+    return result;
+}
+// The same from bit `by` on, which is 32 at most.
+__device__ __forceinline__ u32 shift(u32 low, u32 high, u32 by) {
+    u32 result;
+    asm("shf.r.clamp.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(by));
+    return result;
+}
+
+#else
+
+inline u32 permute(u32 low, u32 high, u32 selectors) {
+    const unsigned long long both = static_cast<unsigned long long>(high) << 32 | low;
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        result |= static_cast<u32>(both >> 8 * (selectors >> 4 * i & 7) & 255) << 8 * i;
+    }
+    return result;
+}
+inline u32 shift(u32 low, u32 high, u32 by) {
+    return static_cast<u32>((static_cast<unsigned long long>(high) << 32 | low) >> (by < 32 ? by : 32));
+}
+inline u32 shift_around(u32 low, u32 high, u32 by) { return shift(low, high, by % 32); }
+
+#endif
+
+// Selectors of two weights, the first of which takes value `rank`, of a window of values.
+__device__ __forceinline__ u32 selectors(int bits, int rank) {
+    u32 result = 0;
+    for (int i = 0; i < 2; ++i) {
+        const bool left = bits >> i & 1;
+        u32 halves;
+        if (kValueBits == 16) {
+            halves = left ? 2 * rank | (2 * rank + 1) << 4 : 0x54;
+        } else {
+            const u32 own = left ? rank : 4;
+            halves = VALUE_HIGH ? 5 | own << 4 : own | 5 << 4;
+        }
+        result |= halves << 8 * i;
+        rank += left;
+    }
+    return result;
+}
+
+// Half `second` of an entry of the table: in the lower half the selectors of two weights, in the upper one bits of values:
+// of all four weights and, of 16-bit values, of the first two.
+__device__ __forceinline__ u32 entry(int bits, int second) {
+    const int first = (bits & 1) + (bits >> 1 & 1), all = first + (bits >> 2 & 1) + (bits >> 3 & 1);
+    if (second == 0) return selectors(bits & 3, 0) | all * kValueBits << 16;
+    if (kValueBits == 16) return selectors(bits >> 2, 0) | first * kValueBits << 16;
+    return selectors(bits >> 2, first);
+}
+
+struct Entry {
+    u32 first, second;
+};
+
+// Where the entries of four bits each of a mask stand in the table: those of every second four in one word.
+struct Places {
+    u32 even, odd;
+
+    __device__ __forceinline__ explicit Places(u32 mask)
+        : even(mask << 3 & 0x78787878u), odd(mask >> 1 & 0x78787878u) {}
+    // Of bits 4 i to 4 i + 3.
+    __device__ __forceinline__ u32 of(int i) const { return permute(i % 2 ? odd : even, 0, 0x4440 + i / 2); }
+};
+
+__device__ __forceinline__ Entry look_up(const char* table, const Places& places, int i) {
+    const char* at = table + places.of(i);
+#ifdef __CUDACC__
+    const uint2 both = *reinterpret_cast<const uint2*>(at);
+    return {both.x, both.y};
+#else
+    return *reinterpret_cast<const Entry*>(at);
+#endif
+}
+
+// The bytes of a float to its bits under the mask: those of other formats are spread over it by an XOR with themselves.
+__device__ __forceinline__ u32 turn(u32 pair) {
+    if constexpr (VALUE_TURN == 0) return pair;
+    return (pair ^ (pair >> VALUE_TURN)) & decode::kMask;
+}
+
+// Fills pairs[16] with the bits of 32 weights and moves `place` behind their values. `ring`: the queues of a unit;
+// `column`: where this lane's words begin there. `step`: 16, bytes of a layer for each bit of a word,
+// in a register, so that ptxas multiplies, which leaves the unit that shifts and permutes to others.
+__device__ __forceinline__ void expand(
+    u32* pairs, u32 mask, u32& place, const char* ring, u32 column, u32 step, const char* table) {
+    constexpr u32 kOthers = VALUE_OTHERS;
+    constexpr int kFours = kValueBits == 8 ? 2 : 1;  // of weights, that one window has values for
+    const Places places(mask);
+#pragma unroll
+    for (int four = 0; four < 8; four += kFours) {
+        const char* at = ring + (column + (place & kRingMask) * step);
+        u32 words[3];
+#pragma unroll
+        for (int i = 0; i < 3; ++i) words[i] = *reinterpret_cast<const u32*>(at + i * kLayerBytes);
+        const u32 low = shift_around(words[0], words[1], place), high = shift_around(words[1], words[2], place);
+        u32* own = pairs + 2 * four;
+        const Entry a = look_up(table, places, four);
+        if constexpr (kValueBits == 8) {
+            const Entry b = look_up(table, places, four + 1);
+            const u32 next = shift(low, high, a.first >> 16);
+            own[0] = permute(low, kOthers, a.first);
+            own[1] = permute(low, kOthers, a.second);
+            own[2] = permute(next, kOthers, b.first);
+            own[3] = permute(next, kOthers, b.second);
+            place += (a.first >> 16) + (b.first >> 16);
+        } else {
+            own[0] = permute(low, kOthers, a.first);
+            own[1] = permute(shift(low, high, a.second >> 16), kOthers, a.second);
+            place += a.first >> 16;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) pairs[i] = turn(pairs[i]);
+}
+
+#ifdef __CUDACC__
+
+// What turns the bits of a pair into numbers: those of `decode::Finish`, and of integers under the mantissa of a power of
+// two, which VALUE_OTHERS brings already, what takes it away again.
+template <bool kBf16>
+__device__ __forceinline__ u32 finish(u32 pair) {
+    if constexpr (VALUE_BITS == 16) return pair;
+    if constexpr (DECODE_FINISH == decode::kSubtract) {
+        return ptx::fused_multiply_add_pair<kBf16>(
+            pair, kBf16 ? decode::kOneBf16 : decode::kOneF16, DECODE_CONSTANT);
+    }
+    return decode::finish<kBf16>(pair, DECODE_CONSTANT, false);
+}
+
+#endif
+
+}  // namespace expand
