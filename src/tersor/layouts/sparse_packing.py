@@ -1,0 +1,156 @@
+"""What do the values of a pruned weight mean for the kernel that expands them? Worked out once, as a value.
+
+A value takes 16 bits, a float of the activations' dtype as it is, or a byte. What bytes stand for the codes of a format
+is chosen so that little is left to do for the kernel once a byte permutation has put them where the bitmap has ones:
+
+- one half of a 16-bit float, whose other half is zero or, of integers, the upper half of the power of two that lies
+  above them (`SUBTRACT` in decode.cuh);
+- where a float's bits lie across both halves, `pair ^ (pair >> turn)` under the mask of these bits gives them: a byte is
+  found for every code by trying all of them.
+
+A pruned weight has the bytes of zero instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tersor.errors import FormatError
+from tersor.formats import Scheme
+from tersor.layouts import decode_groups
+from tersor.layouts.decode_groups import DecodeGroup, Finish
+
+_PLAIN = ("float16", "bfloat16")
+_MAGIC_HIGH = {"float16": 0x64, "bfloat16": 0x43}
+_SMALL_INT_BITS = 4
+"""Integers of so many bits have a float16 whose lower half is zero."""
+_BYTES = 256
+_TURNS = range(8)
+
+
+@dataclass(frozen=True, slots=True)
+class SparsePacking:
+    """Values of a pruned weight in kernel tiles for one dtype of activations; `SparsePacking.of` makes it.
+
+    Attributes:
+        target: dtype of the activations, `float16` or `bfloat16`.
+        bits: what a value takes, 8 or 16.
+        bytes_of: of every code, the byte that stands for it; empty for 16 bits.
+        high: whether a byte is the upper half of a 16-bit float.
+        others: what a pruned weight has instead of a byte, and above it what the other half of the float is.
+        turn: how far a pair is shifted before it is combined with itself, or 0.
+        mask: where a float's bits stand in a pair.
+        finish, constant: how bits become numbers (`decode_groups.DecodeGroup`).
+        factor: what sums of expanded weights are multiplied by, beside the scales.
+    """
+
+    target: str
+    bits: int
+    bytes_of: tuple[int, ...]
+    high: bool
+    others: int
+    turn: int
+    mask: int
+    finish: Finish
+    constant: int
+    factor: float
+
+    @staticmethod
+    @functools.cache
+    def of(values: Scheme | str, target: str) -> SparsePacking:
+        """Return the packing of codes of a scheme, or of plain numbers of a dtype, for activations of dtype `target`.
+
+        Raises:
+            FormatError: no kernel expands them (`unsupported_reason`).
+        """
+        reason = unsupported_reason(values, target)
+        if reason:
+            raise FormatError(reason)
+        if isinstance(values, str):
+            return SparsePacking(target, 16, (), True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, 1.0)
+        fmt = values.format
+        group = decode_groups.decode_group(fmt, target)
+        if fmt.kind == "int":
+            if target == "float16" and fmt.bits <= _SMALL_INT_BITS:
+                numbers = fmt.values().to(torch.float16).view(torch.int16).tolist()
+                found = tuple((number & 0xFFFF) >> 8 for number in numbers)
+                return SparsePacking(target, 8, found, True, 0, 0, 0xFF00FF00, Finish.AS_IS, 0, 1.0)
+            magic = _MAGIC_HIGH[target] if group.finish is Finish.SUBTRACT else 0
+            others = magic << 8 | fmt.zero_code
+            codes = tuple(range(1 << fmt.bits))
+            return _packing(target, group, codes, high=False, others=others, turn=0)
+        codes_in_place = decode_groups.place(torch.arange(1 << fmt.bits, dtype=torch.int32), fmt, target)
+        turn, found = _bytes_of(tuple((codes_in_place & 0xFFFF).tolist()), group.mask & 0xFFFF)
+        return _packing(target, group, found, high=True, others=0, turn=turn)
+
+    def macros(self) -> dict[str, int | bool | str]:
+        """Return the parameters of sparse/expand.cuh, and of decode.cuh those of a code that stands for itself."""
+        return {
+            "VALUE_BITS": self.bits,
+            "VALUE_HIGH": self.high,
+            "VALUE_OTHERS": f"{self.others}u",
+            "VALUE_TURN": self.turn,
+            "DECODE_MASK": f"{self.mask}u",
+            "DECODE_FINISH": int(self.finish),
+            "DECODE_CONSTANT": f"{self.constant}u",
+            "DECODE_WORDS": 1,
+            "DECODE_REGISTERS": 1,
+            "DECODE_SHIFT": 0,
+            "DECODE_RAISED": 0,
+            "DECODE_TERMS": "0, 0, -1, 0, -1, 0",
+        }
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values as they stand in queues: uint8 codes as bytes, 16-bit floats as int16."""
+        if self.bits == 16:
+            return values.view(torch.int16)
+        return torch.tensor(self.bytes_of, dtype=torch.uint8, device=values.device)[values.long()]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """Undo `pack`; 16-bit floats have the activations' dtype."""
+        if self.bits == 16:
+            return packed.view(decode_groups.TARGETS[self.target])
+        codes = torch.zeros(_BYTES, dtype=torch.uint8)
+        codes[list(self.bytes_of)] = torch.arange(len(self.bytes_of), dtype=torch.uint8)
+        return codes.to(packed.device)[packed.long()]
+
+
+def unsupported_reason(values: Scheme | str, target: str) -> str:
+    """Return why no kernel expands codes of a scheme, or plain numbers of a dtype, or an empty string when one does."""
+    if isinstance(values, str):
+        if target not in _PLAIN:
+            return f"plain values meet activations as they come, not {target}"
+        return "" if values == target else f"values in {values} do not meet {target} activations"
+    if target not in decode_groups.PAIR_TARGETS:
+        return f"values of pruned weights are not expanded for {target} activations"
+    if values.group_size is not None:
+        return "pruned weights with scales in groups are not expanded"
+    if values.format.kind == "uint":
+        return "pruned weights with zero points are not expanded"
+    return decode_groups.unsupported_reason(values.format, target)
+
+
+def _packing(
+    target: str, group: DecodeGroup, codes: tuple[int, ...], *, high: bool, others: int, turn: int
+) -> SparsePacking:
+    """Return a packing of bytes whose bits become numbers as those of a dense weight do."""
+    factor = math.ldexp(1.0, group.exponent)
+    return SparsePacking(
+        target, 8, codes, high, others, turn, group.mask, group.finish, group.constant, factor
+    )
+
+
+def _bytes_of(fields: tuple[int, ...], mask: int) -> tuple[int, tuple[int, ...]]:
+    """Return the least turn with which a byte stands for every field, and these bytes."""
+    for turn in _TURNS:
+        found: dict[int, int] = {}
+        for byte in range(_BYTES):
+            half = byte << 8
+            found.setdefault((half ^ (half >> turn) if turn else half) & mask, byte)
+        if all(field in found for field in fields):
+            return turn, tuple(found[field] for field in fields)
+    raise AssertionError(f"no byte gives every field under {mask:#x}")
