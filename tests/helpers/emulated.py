@@ -23,6 +23,8 @@ REPLACED = {
     "small/flags.cuh": "emulated.hpp",
     "experts/words.cuh": "emulated_block.hpp",
     "attention/sm90_instructions.cuh": "emulated_sm90.hpp",
+    "common/wgmma.cuh": "emulated_linear.hpp",
+    "sparse/instructions.cuh": "emulated_linear.hpp",
 }
 """Headers, and what has all of them that is used."""
 _TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float", "T": "const void*"}
@@ -91,6 +93,8 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
+    if source.header.startswith("sparse/"):
+        language = "emulated_linear.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [
         f"{'Mapped{' if letter == 'T' else 'pass('}{name}{'}' if letter == 'T' else ')'}"

@@ -9,12 +9,12 @@
 // Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_HIGH (1: a byte is the upper half of a 16-bit
 // float, 0: it is the lower one), VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
 // float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh.
-// tersor/layouts/sparse_values.py says what bytes stand for a code.
-//
-// Plain C++ but for `finish`: a CPU test compiles it.
+// tersor/layouts/sparse_packing.py says what bytes stand for a code.
 #pragma once
 
 #include "common/decode.cuh"
+#include "common/ptx.cuh"
+#include "sparse/instructions.cuh"
 
 namespace expand {
 
@@ -28,44 +28,6 @@ constexpr int kEntries = 16, kTableBytes = kEntries * 8;
 
 static_assert(kValueBits == 8 || kValueBits == 16, "values are bytes or 16-bit floats");
 static_assert((kRingLayers & (kRingLayers - 1)) == 0, "a place in the ring is a mask away");
-
-#ifdef __CUDACC__
-
-// Selects byte s of the eight of `low` and `high` for each of four selectors s.
-__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
-    u32 result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selectors));
-    return result;
-}
-// The 32 bits of two words from bit `by` % 32 on.
-__device__ __forceinline__ u32 shift_around(u32 low, u32 high, u32 by) {
-    u32 result;
-    asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(by));
-    return result;
-}
-// The same from bit `by` on, which is 32 at most.
-__device__ __forceinline__ u32 shift(u32 low, u32 high, u32 by) {
-    u32 result;
-    asm("shf.r.clamp.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(by));
-    return result;
-}
-
-#else
-
-inline u32 permute(u32 low, u32 high, u32 selectors) {
-    const unsigned long long both = static_cast<unsigned long long>(high) << 32 | low;
-    u32 result = 0;
-    for (int i = 0; i < 4; ++i) {
-        result |= static_cast<u32>(both >> 8 * (selectors >> 4 * i & 7) & 255) << 8 * i;
-    }
-    return result;
-}
-inline u32 shift(u32 low, u32 high, u32 by) {
-    return static_cast<u32>((static_cast<unsigned long long>(high) << 32 | low) >> (by < 32 ? by : 32));
-}
-inline u32 shift_around(u32 low, u32 high, u32 by) { return shift(low, high, by % 32); }
-
-#endif
 
 // Selectors of two weights, the first of which takes value `rank`, of a window of values.
 __device__ __forceinline__ u32 selectors(int bits, int rank) {
@@ -105,17 +67,13 @@ struct Places {
     __device__ __forceinline__ explicit Places(u32 mask)
         : even(mask << 3 & 0x78787878u), odd(mask >> 1 & 0x78787878u) {}
     // Of bits 4 i to 4 i + 3.
-    __device__ __forceinline__ u32 of(int i) const { return permute(i % 2 ? odd : even, 0, 0x4440 + i / 2); }
+    __device__ __forceinline__ u32 of(int i) const { return ptx::permute(i % 2 ? odd : even, 0, 0x4440 + i / 2); }
 };
 
 __device__ __forceinline__ Entry look_up(const char* table, const Places& places, int i) {
     const char* at = table + places.of(i);
-#ifdef __CUDACC__
     const uint2 both = *reinterpret_cast<const uint2*>(at);
     return {both.x, both.y};
-#else
-    return *reinterpret_cast<const Entry*>(at);
-#endif
 }
 
 // The bytes of a float to its bits under the mask: those of other formats are spread over it by an XOR with themselves.
@@ -138,28 +96,26 @@ __device__ __forceinline__ void expand(
         u32 words[3];
 #pragma unroll
         for (int i = 0; i < 3; ++i) words[i] = *reinterpret_cast<const u32*>(at + i * kLayerBytes);
-        const u32 low = shift_around(words[0], words[1], place), high = shift_around(words[1], words[2], place);
+        const u32 low = ptx::shift_around(words[0], words[1], place), high = ptx::shift_around(words[1], words[2], place);
         u32* own = pairs + 2 * four;
         const Entry a = look_up(table, places, four);
         if constexpr (kValueBits == 8) {
             const Entry b = look_up(table, places, four + 1);
-            const u32 next = shift(low, high, a.first >> 16);
-            own[0] = permute(low, kOthers, a.first);
-            own[1] = permute(low, kOthers, a.second);
-            own[2] = permute(next, kOthers, b.first);
-            own[3] = permute(next, kOthers, b.second);
+            const u32 next = ptx::shift(low, high, a.first >> 16);
+            own[0] = ptx::permute(low, kOthers, a.first);
+            own[1] = ptx::permute(low, kOthers, a.second);
+            own[2] = ptx::permute(next, kOthers, b.first);
+            own[3] = ptx::permute(next, kOthers, b.second);
             place += (a.first >> 16) + (b.first >> 16);
         } else {
-            own[0] = permute(low, kOthers, a.first);
-            own[1] = permute(shift(low, high, a.second >> 16), kOthers, a.second);
+            own[0] = ptx::permute(low, kOthers, a.first);
+            own[1] = ptx::permute(ptx::shift(low, high, a.second >> 16), kOthers, a.second);
             place += a.first >> 16;
         }
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i) pairs[i] = turn(pairs[i]);
 }
-
-#ifdef __CUDACC__
 
 // What turns the bits of a pair into numbers: those of `decode::Finish`, and of integers under the mantissa of a power of
 // two, which VALUE_OTHERS brings already, what takes it away again.
@@ -172,7 +128,5 @@ __device__ __forceinline__ u32 finish(u32 pair) {
     }
     return decode::finish<kBf16>(pair, DECODE_CONSTANT, false);
 }
-
-#endif
 
 }  // namespace expand
