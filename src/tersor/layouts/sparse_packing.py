@@ -85,6 +85,10 @@ class SparsePacking:
             return _packing(target, group, codes, high=False, others=others, turn=0)
         codes_in_place = decode_groups.place(torch.arange(1 << fmt.bits, dtype=torch.int32), fmt, target)
         turn, found = _bytes_of(tuple((codes_in_place & 0xFFFF).tolist()), group.mask & 0xFFFF)
+        if turn == 0 and group.finish is Finish.AS_IS:  # one kernel for all of these
+            return SparsePacking(
+                target, 8, found, True, 0, 0, 0xFF00FF00, group.finish, 0, math.ldexp(1.0, group.exponent)
+            )
         return _packing(target, group, found, high=True, others=0, turn=turn)
 
     def macros(self) -> dict[str, int | bool | str]:
