@@ -5,9 +5,9 @@
     python bench/sparse.py shapes    the shapes of measured_h200.md and Flash-LLM's twelve
 
 Each product is checked against float32 once. Times are microseconds, medians of CUDA graphs with programmatic
-dependence that walk over copies of the weight (`tersor.bench.timing`). `--skewed` keeps, in every row, the weights of the
-largest magnitude times a channel's norm, which varies as in a trained model. `--seconds` ends a run early, with what it
-has.
+dependence that walk over copies of the weight (`tersor.bench.timing`). `--skewed` keeps, in every row, the weights of
+the largest magnitude times a channel's norm, which varies as in a trained model. `--seconds` ends a run early, with
+what it has.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ class Weight:
             count = copies(first.nbytes)
             tensors = [(first.mask, first.layers, first.starts, first.marks)]
             tensors += [tuple(one.clone() for one in tensors[0]) for _ in range(count - 1)]
-            self.tiles = {
-                runs: [sparse_tiles.SparseTiles(first.shape, first.bits, runs, *one) for one in tensors]
-            }
+            self.tiles = {runs: [sparse_tiles.SparseTiles(first.shape, first.bits, runs, *one) for one in tensors]}
         return self.tiles[runs]
 
 
@@ -179,9 +177,7 @@ def main() -> None:
     def allowed(tile: tune.SparseTile) -> bool:
         return not options.tile or options.tile == f"{tile.row_groups}.{tile.resident}.{tile.layers}"
 
-    packings = {
-        one: SparsePacking.of(one if one == target else get_scheme(one), target) for one in values
-    }
+    packings = {one: SparsePacking.of(one if one == target else get_scheme(one), target) for one in values}
     sources = {
         sparse_source(packing, tile)
         for packing, n in itertools.product(packings.values(), tokens)

@@ -5,8 +5,8 @@ is chosen so that little is left to do for the kernel once a byte permutation ha
 
 - one half of a 16-bit float, whose other half is zero or, of integers, the upper half of the power of two that lies
   above them (`SUBTRACT` in decode.cuh);
-- where a float's bits lie across both halves, `pair ^ (pair >> turn)` under the mask of these bits gives them: a byte is
-  found for every code by trying all of them.
+- where a float's bits lie across both halves, `pair ^ (pair >> turn)` under the mask of these bits gives them: a byte
+  is found for every code by trying all of them.
 
 A pruned weight has the bytes of zero instead.
 """
@@ -143,9 +143,7 @@ def _packing(
 ) -> SparsePacking:
     """Return a packing of bytes whose bits become numbers as those of a dense weight do."""
     factor = math.ldexp(1.0, group.exponent)
-    return SparsePacking(
-        target, 8, codes, high, others, turn, group.mask, group.finish, group.constant, factor
-    )
+    return SparsePacking(target, 8, codes, high, others, turn, group.mask, group.finish, group.constant, factor)
 
 
 def _bytes_of(fields: tuple[int, ...], mask: int) -> tuple[int, tuple[int, ...]]:

@@ -1,14 +1,14 @@
 """Kernel tiles of a pruned weight: the bitmap in the order of the tensor cores' lanes, and queues of values.
 
-A block is 64 rows by 128 channels, a unit's: four warps of 32 lanes have 64 weights each, as in `tiles`. Bit 2 r + e of
-a lane's 64 is weight e of its register r = 4 step + 2 half + i: row 8 i + g of the warp's 16, channel 16 step + 8 half +
-2 t + e, for lane 4 g + t. The values of the ones follow each other in that order in one of the unit's 128 queues, and
-those of the next block behind them; in block b of a run lane l of a warp reads the warp's queue (l + 5 b) % 32, which
-evens out rows and channels that have more weights left than others.
+A block is 64 rows by 128 channels, a unit's: four warps of 32 lanes have 64 weights each, as in `tiles`. Bit 2 r + e
+of a lane's 64 is weight e of its register r = 4 step + 2 half + i: row 8 i + g of the warp's 16, channel 16 step +
+8 half + 2 t + e, for lane 4 g + t. The values of the ones follow each other in that order in one of the unit's 128
+queues, and those of the next block behind them; in block b of a run lane l of a warp reads the warp's queue
+(l + 5 b) % 32, which evens out rows and channels that have more weights left than others.
 
-Word j of all queues is a layer of 512 bytes. Queues are as long as the longest of them, for a run of blocks together: of
-a run of n weights a lane with a part d of them left that is about 2.6 sqrt(d (1 - d) / (d n)) more than there are, 4 % at
-50 % and 7,000 channels. A density that varies from block to block costs nothing.
+Word j of all queues is a layer of 512 bytes. The queues of a run of blocks are as long as the longest of them: where n
+weights a lane are left with a density of d, some 2.6 sqrt((1 - d) / n) longer than their values, 4 % at 50 % and 7,000
+channels. A density that varies from block to block costs nothing.
 
 A kernel keeps a ring of at least `LAG` layers. So a queue that has fewer values than others by more than that goes on
 further behind: a block's mark says how many layers of the run it reaches into, and which layers no lane reads any more
@@ -78,7 +78,7 @@ def pack(kept: torch.Tensor, values: torch.Tensor, runs: int) -> SparseTiles:
 
     Args:
         kept: bool [OC, IC], which weights are left.
-        values: uint8 or int16 [OC, IC], what stands for them in queues (`SparsePacking.pack`); of others nothing counts.
+        values: uint8 or int16 [OC, IC], what stands for them in queues (`SparsePacking.pack`); others do not count.
         runs: ranges of blocks, at most as many as there are blocks.
 
     Raises:
@@ -109,7 +109,7 @@ def pack(kept: torch.Tensor, values: torch.Tensor, runs: int) -> SparseTiles:
 
 
 def unpack(tiles: SparseTiles) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo `pack`: return which weights are left, bool [OC, IC], and values, uint8 or int16 with zeros for the others."""
+    """Undo `pack`: return which weights are left, bool [OC, IC], and values, uint8 or int16, zeros for the others."""
     oc, ic = tiles.shape
     kept, values = [], []
     unit, layer = 0, 0

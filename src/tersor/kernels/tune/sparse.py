@@ -105,7 +105,9 @@ class SparseConfig:
         return tiles * self.runs * self.tile.rows * self.tile.tokens, tiles
 
 
-def tile_for(tokens: int, chip: Chip, *, row_groups: int = _ROW_GROUPS, resident: int = 1, layers: int = 64) -> SparseTile:
+def tile_for(
+    tokens: int, chip: Chip, *, row_groups: int = _ROW_GROUPS, resident: int = 1, layers: int = 64
+) -> SparseTile:
     """Return a tile with as many slots as its shared memory has room for.
 
     Raises:
