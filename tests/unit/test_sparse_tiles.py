@@ -78,7 +78,9 @@ def test_chunks_of_rows_are_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = sparse_tiles.pack(kept, values, 2)
     for name in ("mask", "layers", "starts", "marks"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
-    assert all(torch.equal(one, other) for one, other in zip(sparse_tiles.unpack(parts), (kept, values * kept)))
+    assert all(
+        torch.equal(one, other) for one, other in zip(sparse_tiles.unpack(parts), (kept, values * kept), strict=True)
+    )
 
 
 def test_queues_are_little_longer_than_their_values() -> None:
