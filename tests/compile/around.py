@@ -1,4 +1,4 @@
-"""Which kernels around products do the compile tests build? Of norms, rows, numbers, sampling, columns, 8-bit rows."""
+"""Which kernels around products do the compile tests build? Of norms, rows, numbers, sampling, 8-bit rows, columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tersor.layouts import decode_groups
 
 
 def products() -> list[KernelSource]:
-    """Return kernels of norms, rows, numbers, sampling and columns: the most registers, every dtype, by turns."""
+    """Return kernels of norms, rows, numbers and sampling: the most registers, every dtype, by turns."""
     kinds = ((small.MOST_CHANNELS, False), (4096, True), (small.MOST_CHANNELS, True), (4096, False))
     normed = [norms.norm_source(dtype, layer, size) for size, layer in kinds for dtype in decode_groups.PAIR_TARGETS]
     copies = [small.rows_source("bfloat16", index64, index64) for index64 in (False, True)]
@@ -20,7 +20,7 @@ def products() -> list[KernelSource]:
     copies += [small.resolve_source(), small.keep_source()]
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
-    return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums, *columns.sources()[::3]]
+    return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums]
 
 
 def quantizing() -> list[KernelSource]:
@@ -33,3 +33,8 @@ def quantizing() -> list[KernelSource]:
     normed += [norms.norm_source("bfloat16", False, 4096, whole), norms.norm_source("float16", False, 5120, whole, 3)]
     bytewise = [("float16", Activations.E4M3), ("bfloat16", Activations.E4M3), ("bfloat16", whole)]
     return [*itertools.starmap(dense.quantize_source, bytewise), *normed]
+
+
+def calibrating() -> list[KernelSource]:
+    """Return kernels that choose codes: of integers, of small and of large formats, of both kinds of sweep."""
+    return columns.sources()[::3]

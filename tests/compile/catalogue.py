@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from compile import around, mixtures
+from compile import around, mixed, mixtures
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
@@ -267,11 +267,12 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += [kernel.source(chip) for kernel in WHOLE]
         found += around.quantizing()
         found += mixtures.all_sources(chip)
+        found += mixed.all_sources(chip)
         found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     others += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
-    others += tuple(around.products()[first::turn])
+    others += (*around.products()[first::turn], *around.calibrating()[first::turn])
     return list(dict.fromkeys((*found, *others, *_older_experts(capability))))
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tersor.formats import Activations, get_scheme
 from tersor.hardware import chip_named
-from tersor.kernels import attention, attention_sm90, deciding, decode_attention, dense, jit, norms, routing, sampling
+from tersor.kernels import (
+    attention,
+    attention_sm90,
+    deciding,
+    decode_attention,
+    dense,
+    jit,
+    mixed,
+    norms,
+    routing,
+    sampling,
+)
 from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.tune import sm90
 from tersor.layouts.packing import Packing
 
 CUDA = Path(jit.__file__).parents[1] / "cuda"
@@ -30,6 +43,10 @@ def whole(name: str) -> KernelSource:
         router = routing.Router(target="float16", float_weight=True, float_out=True, channels=4096)
         choice = routing.Choice(experts=60, top_k=4, biased=True, groups=4, top_groups=2)
         return deciding.source(deciding.Decider(router=router, choice=choice, norms=True), 1)
+    if name == "mixed/sm90_level.cuh":
+        packings = tuple(Packing.of(get_scheme(*level), "float16") for level in (("uint4", 64), ("int8", None)))
+        source = mixed.source(packings, "float16", sm90.Tile(16, 1, 4, 1, 1), chip_named("H200"), 1)
+        return replace(source, parameters={**source.parameters, "LEVEL": 1})
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
     if name in ("common/quantized.cuh", "small/norms.cuh"):
@@ -65,4 +82,5 @@ def test_a_header_that_forgets_an_include_is_noticed() -> None:
 
 
 def test_every_folder_has_such_headers() -> None:
-    assert {name.split("/")[0] for name in parts()} == {"attention", "common", "dense", "experts", "sampling", "small"}
+    folders = {"attention", "common", "dense", "experts", "mixed", "sampling", "small"}
+    assert {name.split("/")[0] for name in parts()} == folders

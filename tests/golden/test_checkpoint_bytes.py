@@ -83,7 +83,7 @@ FP6_BYTES = bytes([0b11_011111, 0b1100_1111, 0b000001_00, 0b01_101000, 0b0000_01
 @pytest.mark.parametrize("export", ["tersor", "humming"])
 def test_fp6_e3m2_with_a_scale_a_row(tmp_path: Path, export: str) -> None:
     model = make(tmp_path, FP6_ROW, second=[-56.0, 1.0])
-    quantize(model, tmp_path / "out", format="fp6_e3m2", scale_dtype="bfloat16", export=export)
+    quantize(model, tmp_path / "out", format="fp6_e3m2", scale_dtype="bfloat16", export=export, sparse="off")
     name = f"{UP}.weight_packed" if export == "tersor" else f"{UP}.weight"
     dtype, shape, content = stored(tmp_path / "out", name)
     assert (dtype, shape) == ("I32", (32, 6))
@@ -107,7 +107,7 @@ def test_fp6_e3m2_with_a_scale_a_row(tmp_path: Path, export: str) -> None:
 def test_mxfp6_e3m2(tmp_path: Path, export: str, packed: str, dtype: str, scale: str) -> None:
     """Largest magnitude 28 needs 2^0, 56 needs 2^1; the biased exponents are 127 and 128, that of zeros 0."""
     model = make(tmp_path, FP6_ROW, second=[-56.0, 1.0])
-    quantize(model, tmp_path / "out", format="mxfp6_e3m2", export=export)
+    quantize(model, tmp_path / "out", format="mxfp6_e3m2", export=export, sparse="off")
     found = stored(tmp_path / "out", f"{UP}.{packed}")
     assert found[:2] == (dtype, (32, 6) if dtype == "I32" else (32, 24))
     assert found[2][:48] == FP6_BYTES + bytes(18) + bytes([0b00_111111, 0b0000_0010]) + bytes(22)
@@ -152,7 +152,7 @@ def test_mxfp6_e2m3_for_compressed_tensors(tmp_path: Path) -> None:
 def test_int3(tmp_path: Path, export: str) -> None:
     """Offset binary, code = value + 4: 3, -3, 0, 1, -1, 2, -2, 0 is 7 1 4 5 3 6 2 4; zeros are 4."""
     model = make(tmp_path, [3.0, -3.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.0])
-    quantize(model, tmp_path / "out", format="int3", scale_dtype="bfloat16", export=export)
+    quantize(model, tmp_path / "out", format="int3", scale_dtype="bfloat16", export=export, sparse="off")
     name = f"{UP}.weight" if export == "humming" else f"{UP}.weight_packed"
     dtype, shape, content = stored(tmp_path / "out", name)
     assert (dtype, shape) == ("I32", (32, 3))
@@ -167,7 +167,7 @@ def test_int3(tmp_path: Path, export: str) -> None:
 
 def test_uint4_with_a_zero_point(tmp_path: Path) -> None:
     """From -5 to 10 is 15 steps of 1, so the zero point is 5: -5, 10, 0, 3 is 0 15 5 8."""
-    quantize(make(tmp_path, [-5.0, 10.0, 0.0, 3.0]), tmp_path / "out", format="uint4")
+    quantize(make(tmp_path, [-5.0, 10.0, 0.0, 3.0]), tmp_path / "out", format="uint4", sparse="off")
     assert stored(tmp_path / "out", f"{UP}.weight_packed")[2][:16] == bytes([0xF0, 0x85]) + bytes([0x55] * 14)
     assert stored(tmp_path / "out", f"{UP}.weight_scale")[2][:4] == b"\x00\x3c\x00\x00"
     assert stored(tmp_path / "out", f"{UP}.weight_zero_point") == ("U8", (32, 1), bytes([5]) + bytes(31))
@@ -176,10 +176,36 @@ def test_uint4_with_a_zero_point(tmp_path: Path) -> None:
 def test_fp5_in_groups(tmp_path: Path) -> None:
     """fp5_e2m2, bias 1: 7 = 0 11 11, -1.25 = 1 01 01, 0.25 = 0 00 01; groups of 16 with scales 1, 0.5."""
     row = [7.0, -1.25, 0.25] + [0.0] * 13 + [-3.5, 0.625]
-    quantize(make(tmp_path, row), tmp_path / "out", format="fp5_e2m2", group_size=16, scale_dtype="float32")
+    quantize(
+        make(tmp_path, row), tmp_path / "out", format="fp5_e2m2", group_size=16, scale_dtype="float32", sparse="off"
+    )
     content = stored(tmp_path / "out", f"{UP}.weight_packed")[2]
     assert content[:10] == bytes([0b101_01111, 0b0_00001_10]) + bytes(8)
     # The second group starts at bit 80: -7 = 1 11 11 and 1.25 = 0 01 01.
     assert content[10:20] == bytes([0b101_11111, 0b00]) + bytes(8)
     scale = stored(tmp_path / "out", f"{UP}.weight_scale")
     assert scale[:2] == ("F32", (32, 2)) and scale[2][:8] == b"\x00\x00\x80\x3f\x00\x00\x00\x3f"
+
+
+def test_what_is_left_of_a_pruned_weight(tmp_path: Path) -> None:
+    """Columns 0, 3 and 9 are left; bfloat16 1.5 is 3fc0, -2 is c000, 0.25 is 3e80; -0.0 is pruned."""
+    row = [1.5, 0.0, -0.0, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25]
+    model = make(tmp_path, row, second=[0.0, 1.5])
+    quantize(model, tmp_path / "out", format="bf16")
+    mask = bytes([0b0000_1001, 0b0000_0010, 0, 0]) + bytes([0b0000_0010, 0, 0, 0]) + bytes(30 * 4)
+    assert stored(tmp_path / "out", f"{UP}.weight_mask") == ("U8", (32, 4), mask)
+    content = bytes([0xC0, 0x3F, 0x00, 0xC0, 0x80, 0x3E, 0, 0]) + bytes([0xC0, 0x3F, 0, 0])
+    assert stored(tmp_path / "out", f"{UP}.weight_values") == ("I32", (3,), content)
+    gone = "model.layers.0.mlp.down_proj"
+    assert stored(tmp_path / "out", f"{gone}.weight_values") == ("I32", (0,), b"")
+
+
+def test_what_is_left_of_a_pruned_weight_in_codes(tmp_path: Path) -> None:
+    """The codes of `FP6_ROW` without its zeros: six of six bits, and so two words; the second row -28 and 0.5."""
+    model = make(tmp_path, FP6_ROW, second=[-56.0, 0.0, 1.0])
+    quantize(model, tmp_path / "out", format="fp6_e3m2")
+    mask = bytes([0b0011_1111, 0, 0, 0]) + bytes([0b0000_0101, 0, 0, 0]) + bytes(30 * 4)
+    assert stored(tmp_path / "out", f"{UP}.weight_mask")[2] == mask
+    content = FP6_BYTES[:5] + bytes(3) + bytes([0b00_111111, 0b0000_0010, 0, 0])
+    assert stored(tmp_path / "out", f"{UP}.weight_values") == ("I32", (3,), content)
+    assert stored(tmp_path / "out", f"{UP}.weight_scale") == ("F16", (32, 1), bytes([0, 0x3C, 0, 0x40]) + bytes(60))

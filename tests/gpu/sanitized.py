@@ -15,9 +15,10 @@ from tersor.formats import Activations
 from tersor.kernels import deciding, dense
 from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
-from tersor.layouts import PackedWeight, StackedWeight
+from tersor.kernels.tune import mixed as tune_mixed
+from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
 from tersor.layouts.packing import scales_in_block, target_of
-from tersor.ops import grouped, heads, routing
+from tersor.ops import grouped, heads, mixed_launch, routing
 from tersor.ops.attention_form import Rows
 
 
@@ -32,6 +33,8 @@ def main() -> None:
         run(formats.get_scheme("uint4", 32), chip.capability, 200, 416, Activations.INT8)
         experts(Activations.E4M3)
         experts(Activations.INT8)
+        mixed(("fp4_e2m1", None), ("uint3", 32), ("int8", None))
+        mixed(("uint4", 128), ("int8", None), activations=Activations.INT8)
     experts(Activations.NATIVE)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
@@ -153,9 +156,31 @@ def experts(activations: Activations) -> None:
         for tokens, splits in itertools.product(experts_sm80.TILES, (1, 2)):
             tried.append([experts_sm80.config(problem, tokens, splits, chip) for problem in problems])
     for configs in tried:
-        grouped.configs = lambda *call, configs=configs: configs
+        grouped.configs = lambda *call, configs=configs: [(config,) for config in configs]
         grouped.forget()
         ops.experts(x, pair[0], pair[1], index, factors)
+
+
+def mixed(*levels: tuple[str, int | None], activations: Activations = Activations.NATIVE) -> None:
+    """Multiply with a mixed weight through every tile, by CTAs that take whole tiles or have parts, and in clusters."""
+    chip, oc, ic = hardware.of_device(0), 203, 416 if activations is Activations.NATIVE else 640
+    mix = formats.Mix(tuple(formats.get_scheme(*level) for level in levels))
+    form = formats.Assignment(mix, bytes(i * i % len(levels) for i in range(oc)))
+    sets = [
+        PackedWeight.from_encoded(quantize_rtn(torch.randn(count, ic), scheme))
+        for scheme, count in zip(mix.levels, form.rows, strict=True)
+        if count
+    ]
+    layout = f"tiles_{target_of(activations, torch.float16)}"
+    weight = MixedWeight.of(form, sets).to(torch.device("cuda")).to_layout(lambda scheme: layout)
+    _, any_tokens = mixed_launch.problem_of(weight, layout, 1)
+    for tile in tune_mixed.tiles(any_tokens):
+        for n in (tile.tokens, tile.tokens + 5):
+            x, residual = torch.randn(n, ic, device="cuda").half(), torch.randn(n, oc, device="cuda").half()
+            problem = any_tokens.of_tokens(n)
+            for crowd, splits in ((5, 1), (11, 1), *tune_mixed.runs(problem, tile, chip)):
+                with ops.using(mixed=tune_mixed.configured(problem, tile, crowd, splits, chip, deals=True)):
+                    ops.linear(x, weight, residual=residual)
 
 
 def run(

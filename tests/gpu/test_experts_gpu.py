@@ -138,7 +138,7 @@ def forced(
             )
             for weight in (gate_up, down)
         ]
-        return tuple(config_of(problem, chip) for problem in problems)
+        return tuple((config_of(problem, chip),) for problem in problems)
 
     monkeypatch.setattr(grouped, "configs", configs)
     grouped.forget()

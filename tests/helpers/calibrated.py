@@ -32,7 +32,7 @@ def quick(real: Recipe) -> Recipe:
     def quantize(weight: torch.Tensor, scheme: Scheme, statistics: Statistics) -> Encoded:
         moved = weight.float()
         for name, factor in (("hessian", 0.3), ("shift", 0.3)):
-            diagonal = statistics[name].diagonal()
+            diagonal = statistics[name].diagonal() if name in statistics else torch.zeros(weight.shape[1])
             moved = moved * (1 + factor * diagonal / diagonal.abs().max().clamp_min(1e-9))
         if "output_hessian" in statistics:
             diagonal = statistics["output_hessian"].diagonal()

@@ -38,9 +38,7 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Dim { unsigned x, y, z; };
 Dim threadIdx, blockIdx, blockDim, gridDim;
-#ifndef attention_memory
 alignas(1024) unsigned char attention_memory[256 << 10];
-#endif
 
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }

@@ -22,11 +22,17 @@ REPLACED = {
     "attention/instructions.cuh": "emulated.hpp",
     "small/flags.cuh": "emulated.hpp",
     "experts/words.cuh": "emulated_block.hpp",
+    "common/wgmma.cuh": "emulated_mixed.hpp",
     "attention/sm90_instructions.cuh": "emulated_sm90.hpp",
-    "common/wgmma.cuh": "emulated_linear.hpp",
-    "sparse/instructions.cuh": "emulated_linear.hpp",
+    "sparse/instructions.cuh": "emulated_mixed.hpp",
 }
 """Headers, and what has all of them that is used."""
+EXTERN = {"mixed/sm90_mixed.cuh", "sparse/sm90_sparse.cuh"}
+"""Headers whose dynamic shared memory has a name of its own."""
+SLOTS = (
+    "extern __shared__ __align__(1024) char slots[];",
+    "char* const slots = reinterpret_cast<char*>(attention_memory);",
+)
 _TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float", "T": "const void*"}
 _CTYPES = {
     "P": ctypes.c_void_p,
@@ -57,10 +63,14 @@ class Emulated:
             place = folder / replaced
             place.parent.mkdir(exist_ok=True)
             place.write_text(f'#pragma once\n#include "{by}"\n')
+        for name in EXTERN & set(source.files()):
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            place.write_text((CUDA / name).read_text().replace(*SLOTS))
         if not library.exists():
             unit = folder / f"{name}.cpp"
             unit.write_text(text)
-            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-Wno-psabi"]
             includes = [f"-I{place}" for place in (folder, HERE, CUDA)]
             assert COMPILER is not None
             subprocess.run([COMPILER, *options, *includes, str(unit), "-o", str(library)], check=True)
@@ -76,6 +86,7 @@ class Emulated:
         stream: int,
         args: Sequence[int | float | bytes],
         programmatic: bool = False,
+        cluster: None = None,
     ) -> None:
         """Run every block, one after the other, in an order that the seed decides."""
         self.seed += 1
@@ -93,8 +104,8 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    if source.header.startswith("sparse/"):
-        language = "emulated_linear.hpp"
+    elif source.header.startswith(("mixed/", "sparse/")):
+        language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [
         f"{'Mapped{' if letter == 'T' else 'pass('}{name}{'}' if letter == 'T' else ')'}"

@@ -33,7 +33,7 @@ template <bool kBf16> u32 finish(u32, u32, bool) { abort(); }
 
 }  // namespace decode
 
-#include "dense/sm90_finish.cuh"
+#include "dense/sm90_store.cuh"
 
 // A CTA has kRows rows; `sums` are [rows of all CTAs, kTokens], each to be multiplied by `factor`.
 extern "C" void TERSOR_ENTRY(
@@ -48,7 +48,7 @@ extern "C" void TERSOR_ENTRY(
     if (kNormIn && threadIdx.x < 32) scale_tokens(token_scales, norms, ic, n);
     __syncthreads();
     RowTerms terms(oc, item, row_scales, 1.0f);
-    terms.add_bias(bias);
+    terms.add_bias(bias, {});
     float sums[kSums];
     for (int i = 0; i < kSums; ++i) {
         const int row = terms.first_row + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
@@ -57,6 +57,6 @@ extern "C" void TERSOR_ENTRY(
     __syncthreads();
     const TileScales of_tokens(token_scales, nullptr, item);
     Met met;
-    met.load(item, terms, residual, norms);
-    store_few(sums, item, terms, of_tokens, met, residual != nullptr, y, norms);
+    met.load(item, terms, {}, residual, norms);
+    store_few(sums, item, terms, {}, of_tokens, met, residual != nullptr, y, norms);
 }

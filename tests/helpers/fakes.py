@@ -50,7 +50,7 @@ class Launch:
         grid, block: blocks and threads, (x, y, z).
         shared_bytes: dynamic shared memory of a block.
         arguments: values by the names that the kernel's own header gives them, in its order: pointers and integers as
-            int, floats as float, tensor maps as `TensorMap`.
+            int, floats as float, tensor maps as `TensorMap`, other structures as bytes.
         programmatic: whether it may start before the launch ahead of it has ended.
         cluster: blocks of a cluster, or `None`.
     """
@@ -296,7 +296,9 @@ class FakeGpu:
         names = argument_names(source)
         addresses = (ctypes.c_uint64 * len(names)).from_address(parameters)
         for name, letter, address in zip(names, source.arguments, addresses, strict=True):
-            if letter == "T":
+            if letter == "T" and not name.endswith("map"):
+                yield name, ctypes.string_at(address, 128)
+            elif letter == "T":
                 (number,) = struct.unpack("<Q", ctypes.string_at(address, 8))
                 yield name, self.maps[number]
             else:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from helpers import checkpoints, packed_models
+from tersor.checkpoint.names import stored_weights
 from tersor.compress import encode
 from tersor.convert import quantize
+from tersor.convert.mix import mixable
+from tersor.convert.shared import part_name
 from tersor.formats import Assignment, Mix, Scheme, get_scheme
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.layouts import MixedWeight, PackedWeight
@@ -60,13 +65,42 @@ def compressed(
     Gate and up of a channel have one level.
     """
     source = packed_models.plain(kind, directory / "model", **config)
+    found = mixable(source, ignore=ignore)
     assignments = {
-        name: levels(linear.shape[0], zlib.crc32(name.replace("up_proj", "gate_proj").encode()), mix=SMALL)
-        for name, linear in read_architecture(source).linears.items()
-        if name != "lm_head" and not any(re.search(pattern, name) for pattern in ignore)
+        name: levels(rows, zlib.crc32(name.replace("up_proj", "gate_proj").encode()), mix=SMALL)
+        for name, (rows, _) in found.scored.items()
+        if name not in found.experts
     }
+    for name, shared in found.experts.items():
+        drawn = levels(shared.channels, zlib.crc32(name.encode()), mix=SMALL)
+        chosen = {part_name(name, 0): np.frombuffer(drawn.level, dtype=np.uint8)}
+        spread = shared.spread(name, chosen)
+        assignments |= {module: Assignment(SMALL, level.tobytes()) for module, level in spread.items()}
     quantize(source, directory / "mixed", assignments=assignments, ignore=ignore)
     return source, directory / "mixed", assignments
+
+
+def decoded(source: Path, mixed: Path, directory: Path) -> Path:
+    """Save a plain model of what the weights of a mixed one stand for, and return its directory.
+
+    Rows are encoded from the source, each at its level, so that nothing is read of a mix but the levels.
+    """
+    tensors, stored = checkpoints.weights(source), checkpoints.weights(mixed)
+    for stem in stored_weights(stored):
+        name = stem if stem in tensors else f"{stem}.weight"
+        level = stored[f"{stem}.weight_level"]
+        turned = tensors[name].shape[-2] != len(level)
+        weight = tensors[name].transpose(-1, -2) if turned else tensors[name]
+        made = torch.empty(weight.shape)
+        for number, scheme in enumerate(SMALL.levels):
+            rows = weight[..., level == number, :]
+            made[..., level == number, :] = encode(rows.flatten(0, -2).float(), scheme).dequantize().view(rows.shape)
+        tensors[name] = (made.transpose(-1, -2) if turned else made).contiguous()
+    shutil.copytree(source, directory)
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
 
 
 def plain_weights(source: Path, assignments: Mapping[str, Assignment]) -> dict[str, torch.Tensor]:

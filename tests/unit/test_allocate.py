@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from tersor.compress.allocate import INDEX_BYTES, Floats, Fused, allocate, allocate_by_count, feasible, row_bytes
+from tersor.compress.allocate import allocate, allocate_by_count
+from tersor.compress.allocation import INDEX_BYTES, Floats, Fused, feasible, row_bytes
 from tersor.errors import FormatError, InputError, ShapeError
 from tersor.formats import get_scheme
 

@@ -19,7 +19,12 @@ from tersor.convert import quantize
 from tersor.convert.calibrate import run
 from tersor.errors import InputError, TersorError
 
-HIGH = {**calibrated.OPTIONS, "effort": "high", "calibration_tokens": 64}
+HIGH = {
+    **calibrated.OPTIONS,
+    "effort": "high",
+    "calibration_tokens": 64,
+    "transforms": ["rotate", "awq", "tweak-norms"],
+}
 
 
 class Stopped(Exception):
@@ -133,6 +138,7 @@ quantize({str(model)!r}, {str(output)!r}, calibration={str(text)!r}, **{HIGH!r})
     [
         ({"effort": "normal"}, 'it was made with effort "high", now "normal"'),
         ({"seed": 1}, "it was made with seed 0, now 1"),
+        ({"transforms": ["rotate", "awq"]}, r'it was made with transforms \["rotate", "awq", "tweak-norms"\], now'),
         ({"calibration_tokens": 96}, "it was made with .*calibration .*2 windows of 32 tokens.*now .*3 windows"),
     ],
 )

@@ -19,7 +19,7 @@ from tersor.formats import get_scheme
 
 def card(changes: dict[str, Any], export: str = "tersor") -> str:
     """Return the card of the bundled model, its config changed, in int4."""
-    conversion: Any = SimpleNamespace(config=QuantizationConfig(get_scheme("int4")))
+    conversion: Any = SimpleNamespace(config=QuantizationConfig(get_scheme("int4")), steps=())
     with open_source(tiny_lm.TINY) as source:
         source.config.update(changes)
         return model_card(source, conversion, get_export(export, "bfloat16"), "rtn")

@@ -85,6 +85,18 @@ def test_real_kernels_are_asked_for_in_both_dtypes_where_the_model_names_neither
     assert any("fp6_e3m2_bfloat16" in name for name in names)
 
 
+def test_a_mix_has_one_kernel_a_tile_and_no_dense_ones_of_its_levels() -> None:
+    mix = formats.Mix((formats.get_scheme("uint4", 128), formats.get_scheme("int8")))
+    for activations, count in ((Activations.NATIVE, 12), (Activations.INT8, 8)):
+        found = list(warm.mixed_sources(mix, ["float16"], CHIPS["NVIDIA H100"], activations))
+        assert len({source.name for source in found}) == len(found) <= count
+        assert all("mixed_sm90_uint4_int8" in source.name or "quantize" in source.name for source in found)
+    older = {source.name for source in warm.mixed_sources(mix, ["float16"], CHIPS["NVIDIA A100"])}
+    assert older == {source.name for source in warm.sources(mix.levels, ["float16"], CHIPS["NVIDIA A100"])}
+    config = {"quantization_config": QUANTIZATION}
+    assert warm.kinds(config)[1] == [] and len(warm.kinds(config)[0]) == 3
+
+
 def test_8_bit_activations_and_joined_layers_have_kernels_of_their_own() -> None:
     scheme, chip = formats.get_scheme("fp6_e3m2"), CHIPS["NVIDIA H100"]
     plain = {source.name for source in warm.sources([scheme], ["float16"], chip)}

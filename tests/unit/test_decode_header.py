@@ -102,7 +102,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
             f"#undef {key}\n#define {key} {int(value) if isinstance(value, bool) else value}\n"
             for key, value in parameters.items()
         )
-        body = header.replace("#pragma once", "").replace("using u32 = unsigned int;", "")
+        body = "#undef TERSOR_COMMON_DECODE\n" + header.replace("using u32 = unsigned int;", "")
         parts.append(
             f"{defines}namespace {name} {{\n{body}\n}}\n"
             f'extern "C" void {name}_extract(u32* registers, const u32* words) '

@@ -197,6 +197,7 @@ def test_adding_says_how_to_add_each_thing_and_names_tests_that_exist() -> None:
         "A kernel",
         "A kind of weight",
         "A recipe",
+        "A transform",
         "A method that others compress by",
         "An architecture of the engine",
         "A verb",

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import tersor
 from tersor.integrations.transformers import replace
-from tersor.integrations.transformers.experts import ExpertPart, PackedExperts
+from tersor.integrations.transformers.expert_parts import ExpertPart
+from tersor.integrations.transformers.experts import PackedExperts
 from tersor.nn import PackedLinear
 
 

@@ -242,7 +242,9 @@ def test_many_tokens_are_put_in_order_first(
 ) -> None:
     gate_up, down = on_gpu(layer)
     wide = Tile(64, 2, 1, 1, 1)
-    monkeypatch.setattr(tune, "choose_pair", lambda *ofs: [tune.config(of, wide, gpu.chips[0]) for of in ofs[:2]])
+    monkeypatch.setattr(
+        tune, "choose_sets", lambda *ofs: [[tune.config(of, wide, gpu.chips[0]) for of in sets] for sets in ofs[:2]]
+    )
     x = torch.randn(300, HIDDEN).half()
     ops.experts(x, gate_up, down, torch.zeros(300, 2, dtype=torch.int32), torch.rand(300, 2).half())
     tables, gather, up, below, combine = gpu.launches
@@ -294,7 +296,9 @@ def test_every_tile_that_may_be_split_has_sums_and_a_counter(
 ) -> None:
     gate_up, down = on_gpu(layer)
     monkeypatch.setattr(
-        tune, "choose_pair", lambda *ofs: [experts_sm80.config(of, 16, 3, gpu.chips[0]) for of in ofs[:2]]
+        tune,
+        "choose_sets",
+        lambda *ofs: [[experts_sm80.config(of, 16, 3, gpu.chips[0]) for of in sets] for sets in ofs[:2]],
     )
     ops.experts(torch.randn(20, HIDDEN).half(), gate_up, down, torch.zeros(20, 2, dtype=torch.int32), torch.rand(20, 2))
     _, up, below, _ = gpu.launches
@@ -317,4 +321,4 @@ def test_older_gpus_take_an_expert_at_a_time_where_activations_are_of_8_bits(
 def test_newer_gpus_start_the_kernels_of_older_ones_early(layer: tuple[StackedWeight, StackedWeight]) -> None:
     gate_up, down = on_gpu(layer)
     newer = replace(CHIPS["NVIDIA H200"], capability=(12, 0))
-    assert all(config.early for config in grouped.configs(gate_up, down, 1, 2, False, newer))
+    assert all(config.early for (config,) in grouped.configs(gate_up, down, 1, 2, False, newer))

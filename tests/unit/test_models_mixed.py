@@ -97,10 +97,11 @@ def test_ranks_have_parts_of_every_row_set(tmp_path: Path) -> None:
     assert max(nbytes for _, nbytes in parts) < 0.75 * models.load(mixed, "cpu").nbytes
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_kernels_of_every_row_set_are_compiled_ahead(
-    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    _, mixed, _ = compressed("llama", tmp_path, **LONG)
+    _, mixed, _ = compressed(kind, tmp_path, **LONG)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_lm.TINY / name, mixed)
     compiled: set[KernelSource] = set()
@@ -121,6 +122,8 @@ def test_kernels_of_every_row_set_are_compiled_ahead(
     assert {source.name for source in asked - before} == set()
     for scheme in SMALL.levels:
         assert any(scheme.format.name in source.name for source in asked), scheme.key()
+        named = [source.name for source in asked if "experts_sm90" in source.name]
+        assert any(scheme.format.name in name for name in named) == (kind == "qwen3_moe")
 
 
 def test_embeddings_have_one_scheme_and_levels_are_those_of_the_rows_beside_them(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tersor import compress
 from tersor.checkpoint.inspect import inspect
+from tersor.cli.main import main
 from tersor.compress import encode
 from tersor.compress.salience import expected_kl
 from tersor.convert import quantize
@@ -167,9 +169,7 @@ def test_scoring_that_was_interrupted_goes_on_at_its_block(
         assert (again / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_what_cannot_be_met_is_said_before_anything_is_scored(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_cannot_be_met_is_said_before_anything_is_scored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores.Scoring, "run", lambda *args, **kwargs: pytest.fail("scored"))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"target_bits": 2.0}, "2.000 bits a weight, is below what the smallest levels take: feasible are"),
@@ -178,6 +178,11 @@ def test_what_cannot_be_met_is_said_before_anything_is_scored(
         ({"target_bits": 4.5, "target_size": 10_000}, "keep one of them"),
         ({"target_bits": -1.0}, "target bits -1.0 is not a positive number"),
         ({"target_bits": None}, "levels need a target"),
+        ({"target_latency": 1e-3}, "target bits and target latency are both given"),
+        ({"target_bits": None, "target_latency": 1.0}, "above what the slowest levels take: feasible are"),
+        ({"target_bits": None, "target_latency": 1e-3, "chip": "h300"}, "unknown chip 'h300'"),
+        ({"target_bits": None, "target_latency": 1e-3, "batch": 0}, "batch 0 is not a positive number"),
+        ({"batch": 4}, "batch and chip say for what a latency is predicted"),
         ({"levels": ["int8"]}, "at least two levels"),
         ({"levels": ["uint4:g48", "int8"]}, "group size 48 does not divide the 128"),
         ({"calibration": None, "calibration_tokens": None, "calibration_window": None}, "add --calibration FILE"),
@@ -188,10 +193,26 @@ def test_what_cannot_be_met_is_said_before_anything_is_scored(
         with pytest.raises(InputError, match=words):
             run(folder, "refused", **options)
         assert not (folder / "refused").exists() and not (folder / "refused.partial").exists()
-    calibrated.model("mixtral", tmp_path / "model")
-    calibrated.text(tmp_path / "text.txt")
-    with pytest.raises(InputError, match="experts, which have one scheme: give them an override"):
-        run(tmp_path, "refused")
+
+
+def test_a_latency_is_met_by_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, wide = tmp_path, {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}
+    model, text = str(calibrated.model("llama", folder / "model", **wide)), str(calibrated.text(folder / "text.txt"))
+    options = ["--calibration", text, "--calibration-tokens", "96", "--calibration-window", "32", "--batch", "4"]
+    options += [word for level in LEVELS for word in ("--level", level)]
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", model, "-o", str(folder / "fast"), "--target-latency", "1us", *options])
+    assert ended.value.code and not (folder / "fast").exists()
+    low, high = map(float, re.findall(r"feasible are (\S+) to (\S+) ms", capsys.readouterr().err)[0])
+    assert 0.003 < low < 0.95 * high < 0.02
+    latency = f"{(low + high) / 2}ms"
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", model, "-o", str(folder / "fast"), "--target-latency", latency, "--chip", "H200", *options])
+    shown, found = capsys.readouterr().out, log(folder / "fast")
+    assert not ended.value.code and "ms predicted for the linears of a step of 4 rows on NVIDIA H200" in shown
+    assert 1e-3 * low <= found["predicted_seconds"] <= 0.5e-3 * (low + high) and found["bits_per_weight"] > 3
+    config = json.loads((folder / "fast" / "config.json").read_text())
+    assert config["quantization_config"]["provenance"]["target"].endswith("a step of 4 rows on NVIDIA H200")
 
 
 def test_the_usual_levels_have_the_largest_groups_that_fit() -> None:

@@ -17,11 +17,12 @@ import torch
 
 from tersor import ops
 from tersor.bench import timing
+from tersor.bench.blend import Blend
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError, did_you_mean
 from tersor.formats import Activations, Scheme
 from tersor.kernels.tune import LinearConfig
-from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight
 from tersor.ops import dispatch
 
 Calls: TypeAlias = Sequence[Callable[[], object]]
@@ -39,6 +40,7 @@ HUMMING_INPUTS = {Activations.E4M3: {"dtype": "float8e4m3"}, Activations.INT8: {
 """What humming calls 8-bit activations."""
 BYTEWISE = {Activations.E4M3: ":a8", Activations.INT8: ":i8"}
 """Ends the name of a kernel that multiplies with 8-bit activations."""
+_HUMMING_ROWS = 256
 _RESTART = 8
 """A chain starts again from the same activations after so many launches, so that rounding does not add up."""
 
@@ -65,7 +67,7 @@ class Contender:
 
 
 def contenders(
-    schemes: Sequence[Scheme],
+    schemes: Sequence[Scheme | Blend],
     dtype: torch.dtype,
     chains: tuple[str, ...],
     rivals: Sequence[str],
@@ -130,8 +132,15 @@ def named_rivals(text: str, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
     return names
 
 
-def label(scheme: Scheme, activations: Activations | str = Activations.NATIVE) -> str:
-    """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`, `int8:i8`."""
+def label(scheme: Scheme | Blend, activations: Activations | str = Activations.NATIVE) -> str:
+    """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`, `int8:i8`.
+
+    Of a mix it is `uint4:g128=90+int8=10`, and `:ordered` behind it where its rows stand in the order of levels.
+    """
+    if isinstance(scheme, Blend):
+        levels = zip(scheme.levels, scheme.percents, strict=True)
+        words = "+".join(f"{label(level)}={percents}" for level, percents in levels)
+        return words + ":ordered" * scheme.in_order + BYTEWISE.get(Activations.of(activations), "")
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
     return name + BYTEWISE.get(Activations.of(activations), "")
 
@@ -144,18 +153,23 @@ def unlabelled(name: str) -> tuple[str, Activations]:
     return name, Activations.NATIVE
 
 
-def packed_bytes(scheme: Scheme, oc: int, ic: int) -> int:
+def packed_bytes(scheme: Scheme | Blend, oc: int, ic: int) -> int:
     """Return the bytes of a packed weight with its scales."""
+    if isinstance(scheme, Blend):
+        return scheme.packed_bytes(oc, ic)
     return round(oc * ic * scheme.bits_per_weight(ic) / 8)
 
 
 def tersor(
-    scheme: Scheme, dtype: torch.dtype, chains: tuple[str, ...], activations: Activations | str = Activations.NATIVE
+    scheme: Scheme | Blend,
+    dtype: torch.dtype,
+    chains: tuple[str, ...],
+    activations: Activations | str = Activations.NATIVE,
 ) -> Contender:
     """Return Tersor's own operator, in the given chains; quantising activations is part of its time."""
 
     def build(oc: int, ic: int) -> Schedule:
-        weights = packed(scheme, oc, ic, dtype, activations)
+        weights = copies_of(scheme, oc, ic, dtype, activations)
         return lambda n, chain: chained(weights, random(n, ic, dtype), early=chain == PDL)
 
     return Contender(
@@ -164,6 +178,21 @@ def tersor(
         weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic),
         build=build,
     )
+
+
+def copies_of(
+    scheme: Scheme | Blend, oc: int, ic: int, dtype: torch.dtype, activations: Activations | str
+) -> Sequence[PackedWeight | MixedWeight]:
+    """Return copies of a random weight as `packed` does, mixed or not.
+
+    Raises:
+        UnfitError: no kernel serves the scheme, or a level of the mix.
+    """
+    if isinstance(scheme, Blend):
+        for level in scheme.levels:
+            kernel_layout(level, dtype, torch.device("cuda", torch.cuda.current_device()), activations)
+        return scheme.packed(oc, ic, dtype, Activations.of(activations))
+    return packed(scheme, oc, ic, dtype, activations)
 
 
 def packed(
@@ -201,7 +230,7 @@ def kernel_layout(
 
 
 def chained(
-    weights: Sequence[PackedWeight], x: torch.Tensor, *, early: bool, config: LinearConfig | None = None
+    weights: Sequence[PackedWeight | MixedWeight], x: torch.Tensor, *, early: bool, config: LinearConfig | None = None
 ) -> Calls:
     """Return calls of Tersor's operator that each wait for the one before.
 
@@ -260,15 +289,28 @@ def fp8(dtype: torch.dtype) -> Contender:
     return Contender(name=FP8, chains=(PLAIN,), weight_bytes=lambda oc, ic: oc * ic, build=build)
 
 
-def humming(scheme: Scheme, dtype: torch.dtype, activations: Activations | str = Activations.NATIVE) -> Contender:
-    """Return humming-kernels with the same weights and activations, its own tuner choosing."""
+def humming(
+    scheme: Scheme | Blend, dtype: torch.dtype, activations: Activations | str = Activations.NATIVE
+) -> Contender:
+    """Return humming-kernels with the same weights and activations, its own tuner choosing.
+
+    It has no mixes: of one, a layer of the rows of every level is called, their number rounded to a multiple of
+    `_HUMMING_ROWS`, and nothing puts results in order.
+    """
 
     def build(oc: int, ic: int) -> Schedule:
-        layers = foreign(lambda: _humming_layers(scheme, oc, ic, dtype, activations))
+        parts = [(scheme, oc)] if isinstance(scheme, Scheme) else _humming_rows(scheme, oc)
+        sizes = [packed_bytes(one, rows, ic) for one, rows in parts]
+        count = timing.copies(sum(sizes))
+        layers = foreign(lambda: [_humming_layers(one, rows, ic, dtype, activations, count) for one, rows in parts])
+
+        def call(own: Sequence[Any], x: torch.Tensor) -> None:
+            for layer in own:
+                layer(x)
 
         def schedule(n: int, chain: str) -> Calls:
             x = random(n, ic, dtype)
-            return [partial(foreign, partial(layer, x)) for layer in layers]
+            return [partial(foreign, partial(call, own, x)) for own in zip(*layers, strict=True)]
 
         return schedule
 
@@ -298,7 +340,13 @@ def humming_weight(scheme: Scheme) -> dict[str, Any]:
     return {"dtype": name} if scheme.group_size is None else {"dtype": name, "group_size": scheme.group_size}
 
 
-def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str) -> list[Any]:
+def _humming_rows(blend: Blend, oc: int) -> list[tuple[Scheme, int]]:
+    """Return the levels of a mix and the rows that a layer of humming has of each."""
+    rows = zip(blend.levels, blend.assignment(oc).rows, strict=True)
+    return [(level, max(1, round(count / _HUMMING_ROWS)) * _HUMMING_ROWS) for level, count in rows]
+
+
+def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activations: str, count: int) -> list[Any]:
     from humming.layer import HummingLayer
 
     options: dict[str, Any] = {"weight_config": humming_weight(scheme), "torch_dtype": dtype}
@@ -307,7 +355,7 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activa
     layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
     layer.load_from_unquantized(random(oc, ic, dtype) * ic**-0.5)
     layer.transform()
-    return [layer, *(copy.deepcopy(layer) for _ in range(timing.copies(packed_bytes(scheme, oc, ic)) - 1))]
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 
 def random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

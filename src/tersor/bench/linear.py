@@ -10,12 +10,13 @@ import torch
 
 from tersor import ops
 from tersor.bench import report
+from tersor.bench.blend import Blend
 from tersor.bench.contenders import CUBLAS, FP8, HUMMING, PDL, Calls, Contender, UnfitError, label, packed_bytes
 from tersor.bench.shapes import Shape
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import dense, tune
-from tersor.kernels.tune import choice
+from tersor.kernels.tune import choice, mixed
 
 KIND = "tersor bench linear"
 VERSION = 1
@@ -184,7 +185,7 @@ def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def forecast(
     shapes: Sequence[Shape],
     tokens: Sequence[int],
-    schemes: Sequence[Scheme],
+    schemes: Sequence[Scheme | Blend],
     chip: Chip,
     activations: Sequence[Activations | str] = (Activations.NATIVE,),
 ) -> list[dict[str, Any]]:
@@ -224,8 +225,10 @@ def problem_of(
     return dense.problem_of(scheme, (shape.oc, shape.ic), n, aligned=aligned, activations=chosen)
 
 
-def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) -> dict[str, Any]:
+def _choice(shape: Shape, scheme: Scheme | Blend, n: int, chip: Chip, activations: Activations | str) -> dict[str, Any]:
     nothing = {"from": "-", "predicted_microseconds": None}
+    if isinstance(scheme, Blend):
+        return _mixed_choice(shape, scheme, n, chip, Activations.of(activations), nothing)
     if not ops.kernels_for(scheme, torch.float16, chip, activations):
         return {"config": "no kernel decodes it", **nothing}
     problem = problem_of(shape, scheme, n, activations)
@@ -237,6 +240,29 @@ def _choice(shape: Shape, scheme: Scheme, n: int, chip: Chip, activations: str) 
         "from": "predicted" if choice.measured(problem, chip) is None else "measured",
         "predicted_microseconds": round(tune.seconds(problem, config, chip) * 1e6, 2),
     }
+
+
+def mixed_problem(shape: Shape, blend: Blend, n: int, activations: Activations) -> mixed.MixedProblem:
+    """Return the problem that activations [n, IC] make with a mixed weight."""
+    rows = blend.assignment(shape.oc).rows
+    return mixed.MixedProblem(
+        levels=tuple(
+            dense.problem_of(level, (count, shape.ic), n, activations=activations)
+            for level, count in zip(blend.levels, rows, strict=True)
+        )
+    )
+
+
+def _mixed_choice(
+    shape: Shape, blend: Blend, n: int, chip: Chip, activations: Activations, nothing: dict[str, Any]
+) -> dict[str, Any]:
+    kernels = all(ops.kernels_for(level, torch.float16, chip, activations) for level in blend.levels)
+    if not kernels or chip.capability != (9, 0):
+        return {"config": "a product a row set", **nothing}
+    problem = mixed_problem(shape, blend, n, activations)
+    config = mixed.choose(problem, chip)
+    predicted = round(mixed.seconds(problem, config, chip) * 1e6, 2)
+    return {"config": str(config), "from": "predicted", "predicted_microseconds": predicted}
 
 
 def forecast_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -8,21 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from tersor.errors import CheckpointError, FormatError, InputError, did_you_mean
-from tersor.formats import Mix, Scheme, get_scheme
+from tersor.formats import FLOAT_DTYPES, Mix, Plain, Scheme, Sparse, get_scheme, plain_values
 
 QUANT_METHOD = "tersor"
-VERSION = 2
-"""The newest version that is read: that of mixed weights. The others are written as 1, which older readers know."""
+VERSION = 3
+"""The newest version that is read: that of pruned weights. Mixed ones are written as 2, the others as 1, which older
+readers know."""
+_MIXED_VERSION = 2
 MIXED_FORMAT = "mixed"
 """What `format` says where every output feature has a scheme of its own, one of `levels`."""
 _REQUIRED = ("quant_method", "version", "format")
-_KEYS = (*_REQUIRED, "group_size", "scale_dtype", "levels", "overrides", "ignore", "provenance")
-_SCHEME_KEYS = ("format", "group_size", "scale_dtype")
+_SCHEME_KEYS = ("format", "group_size", "scale_dtype", "sparse")
+_KEYS = (*_REQUIRED, *_SCHEME_KEYS[1:], "levels", "overrides", "ignore", "provenance")
 _GROUP = re.compile(r"g-?[0-9]{1,9}")
 
 
-Represented: TypeAlias = Scheme | Mix
-"""How a weight is represented: in one scheme, or each output feature at one of the levels of a mix."""
+Alike: TypeAlias = Scheme | Sparse
+"""How weights are represented of which all output features are alike: in a scheme, or pruned where that is smaller."""
+
+Represented: TypeAlias = Alike | Mix
+"""How a weight is represented: as these, or each output feature at one of the levels of a mix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Override:
     """A scheme for the modules whose name a regular expression finds."""
 
     pattern: str
-    scheme: Scheme
+    scheme: Alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,26 @@ class QuantizationConfig:
     def schemes(self) -> tuple[Scheme, ...]:
         """Every scheme that a weight, or a part of one, may have; one may stand there twice."""
         own = self.scheme.levels if isinstance(self.scheme, Mix) else (self.scheme,)
+        said = (*own, *(override.scheme for override in self.overrides))
+        found = (one.scheme if isinstance(one, Sparse) else one for one in said)
+        return tuple(scheme for scheme in found if scheme is not None)
+
+    @property
+    def version(self) -> int:
+        """The version that is written: the oldest that can say this."""
+        if any(isinstance(one, Sparse) for one in (self.scheme, *(override.scheme for override in self.overrides))):
+            return VERSION
+        return _MIXED_VERSION if isinstance(self.scheme, Mix) else 1
+
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """Every mix of schemes that a weight may have."""
+        return (self.scheme,) if isinstance(self.scheme, Mix) else ()
+
+    @property
+    def uniform(self) -> tuple[Scheme, ...]:
+        """Every scheme that a whole weight may have; one may stand there twice."""
+        own = () if isinstance(self.scheme, Mix) else (self.scheme,)
         return (*own, *(override.scheme for override in self.overrides))
 
     def resolve(self, *names: str) -> Represented | None:
@@ -72,7 +97,7 @@ class QuantizationConfig:
         """Return the value of `quantization_config`, ready for JSON."""
         return {
             "quant_method": QUANT_METHOD,
-            "version": VERSION if isinstance(self.scheme, Mix) else 1,
+            "version": self.version,
             **_represented_to_dict(self.scheme),
             "overrides": {pattern: scheme_to_dict(scheme) for pattern, scheme in _in_sorted_order(self.overrides)},
             "ignore": list(self.ignore),
@@ -124,7 +149,7 @@ class QuantizationConfig:
         )
 
 
-def _in_sorted_order(overrides: Sequence[Override]) -> list[tuple[str, Scheme]]:
+def _in_sorted_order(overrides: Sequence[Override]) -> list[tuple[str, Alike]]:
     """Return patterns and schemes such that sorting the patterns keeps their order.
 
     transformers sorts the keys of config.json when it saves a model, and the first override that is found decides.
@@ -145,8 +170,12 @@ def _represented_to_dict(scheme: Represented) -> dict[str, Any]:
     return scheme_to_dict(scheme)
 
 
-def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """Return a scheme as three JSON values."""
+def scheme_to_dict(scheme: Alike) -> dict[str, Any]:
+    """Return a scheme as three JSON values, with a fourth where weights in it may be pruned."""
+    if isinstance(scheme, Sparse):
+        values = scheme.values
+        said = {"format": values.dtype} if isinstance(values, Plain) else scheme_to_dict(values)
+        return {**said, "sparse": True}
     return {"format": scheme.name, "group_size": scheme.group_size, "scale_dtype": scheme.scale_dtype}
 
 
@@ -218,7 +247,7 @@ def _mapped_override(pattern: Any, entry: Any, group_size: int | None, scale_dty
         return Override(pattern, _scheme(entry, where))
     if not isinstance(entry, str):
         raise InputError(f"{where} is {entry!r}: give a format such as 'int8:g64', or put the pattern into ignore")
-    return Override(pattern, parse_scheme(entry, group_size, scale_dtype, where))
+    return Override(pattern, _parse_alike(entry, group_size, scale_dtype, where))
 
 
 def parse_override(text: str, group_size: int | None = None, scale_dtype: str | None = None) -> Override:
@@ -235,8 +264,14 @@ def parse_override(text: str, group_size: int | None = None, scale_dtype: str | 
     if not separator or not pattern or not value:
         raise InputError(f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'")
     return Override(
-        check_pattern(pattern, "override"), parse_scheme(value, group_size, scale_dtype, f"override {text!r}")
+        check_pattern(pattern, "override"), _parse_alike(value, group_size, scale_dtype, f"override {text!r}")
     )
+
+
+def _parse_alike(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Alike:
+    """Parse what `parse_scheme` does, or the plain numbers that pruned weights keep, such as `bf16`."""
+    plain = plain_values(text)
+    return parse_scheme(text, group_size, scale_dtype, where) if plain is None else Sparse(plain)
 
 
 def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Scheme:
@@ -270,21 +305,35 @@ def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, whe
         raise FormatError(f"{where}: {error}") from None
 
 
-def _scheme(entry: Any, where: str) -> Scheme:
+def _scheme(entry: Any, where: str) -> Alike:
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{where} is {entry!r}, not an object")
     _check_keys(entry, _SCHEME_KEYS, ("format",), where)
-    name, group_size, scale_dtype = (entry.get(key) for key in _SCHEME_KEYS)
+    name, group_size, scale_dtype, sparse = (entry.get(key) for key in _SCHEME_KEYS)
     if not isinstance(name, str):
         raise CheckpointError(f"{where}: format is {name!r}, not a name")
     if group_size is not None and type(group_size) is not int:
         raise CheckpointError(f"{where}: group_size is {group_size!r}, not a whole number or null")
     if scale_dtype is not None and not isinstance(scale_dtype, str):
         raise CheckpointError(f"{where}: scale_dtype is {scale_dtype!r}, not a name")
+    if sparse is not None and type(sparse) is not bool:
+        raise CheckpointError(f"{where}: sparse is {sparse!r}, not true or false")
+    if sparse and name in FLOAT_DTYPES:
+        if group_size is not None or scale_dtype is not None:
+            raise CheckpointError(f"{where}: {name} numbers have no scales, and so neither group_size nor scale_dtype")
+        return Sparse(Plain(name))
     try:
-        return get_scheme(name, group_size, scale_dtype)
+        scheme = get_scheme(name, group_size, scale_dtype)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
+    return Sparse(scheme) if sparse else scheme
+
+
+def _level(entry: Any, where: str) -> Scheme:
+    found = _scheme(entry, where)
+    if isinstance(found, Sparse):
+        raise CheckpointError(f"{where}: a level is not sparse")
+    return found
 
 
 def _represented(raw: Mapping[str, Any], where: str) -> Represented:
@@ -293,7 +342,7 @@ def _represented(raw: Mapping[str, Any], where: str) -> Represented:
         if levels is not None:
             raise CheckpointError(f"{where}: format {raw['format']!r} has no levels; {MIXED_FORMAT!r} has")
         return _scheme({key: raw.get(key) for key in _SCHEME_KEYS}, where)
-    beside = [key for key in _SCHEME_KEYS[1:] if raw.get(key) is not None]
+    beside = [key for key in _SCHEME_KEYS[1:] if raw.get(key) not in (None, False)]
     if beside:
         raise CheckpointError(
             f"{where}: {beside[0]} stands beside format {MIXED_FORMAT!r}: it belongs into every level"
@@ -301,7 +350,7 @@ def _represented(raw: Mapping[str, Any], where: str) -> Represented:
     if not isinstance(levels, Sequence) or isinstance(levels, str):
         raise CheckpointError(f"{where}: levels is {levels!r}, not a list")
     try:
-        return Mix(tuple(_scheme(entry, f"{where}: level {index}") for index, entry in enumerate(levels)))
+        return Mix(tuple(_level(entry, f"{where}: level {index}") for index, entry in enumerate(levels)))
     except FormatError as error:
         raise FormatError(str(error) if where in str(error) else f"{where}: {error}") from None
 

@@ -12,10 +12,11 @@ from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
 from tersor.checkpoint.names import Form
+from tersor.checkpoint.pruned import NOT_PRUNED, FindPruned, left_of, narrowed
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
-from tersor.formats import Assignment, Mix, Scheme
+from tersor.formats import Assignment, Mix, Pruned, Scheme, Sparse
 
 _GROUP_MULTIPLE = 8
 
@@ -27,8 +28,8 @@ class Step:
     Attributes:
         source: the tensor and the file it is read from.
         layer: the linear layer, or the embedding asked for, whose weight the tensor is, or `None`.
-        scheme: the scheme, or the levels of output features, that the weight is compressed to, or `None`: the tensor is
-            copied byte by byte.
+        scheme: the scheme, the levels of output features, or what is left of rows, that the weight is compressed to, or
+            `None`: the tensor is copied byte by byte.
         stored: the tensors that a compressed weight becomes.
         note: why the tensor is copied, where that is worth a word.
         linear: whether the tensor is the weight of a linear layer, or of several.
@@ -44,7 +45,7 @@ class Step:
     @property
     def one_scheme(self) -> Scheme | None:
         """The scheme of all output features, `None` where the tensor is copied."""
-        assert not isinstance(self.scheme, Assignment), "a mix is asked for by its assignments alone"
+        assert not isinstance(self.scheme, Assignment | Pruned), "these are asked for by what is said of each weight"
         return self.scheme
 
     @property
@@ -76,11 +77,11 @@ class Conversion:
 
     @property
     def layers(self) -> list[tuple[LinearLayer, Scheme | None]]:
-        """Every linear layer but mixed ones, and every embedding asked for, with its scheme."""
+        """Every linear layer but mixed and pruned ones, and every embedding asked for, with its scheme."""
         return [
             (step.layer, step.scheme)
             for step in self.steps
-            if step.layer is not None and not isinstance(step.scheme, Assignment)
+            if step.layer is not None and not isinstance(step.scheme, Assignment | Pruned)
         ]
 
     @property
@@ -105,6 +106,7 @@ def make_conversion(
     shard_bytes: int,
     provenance: dict[str, str],
     assignments: Mapping[str, Assignment] | None = None,
+    find_pruned: FindPruned | None = None,
 ) -> Conversion:
     """Decide what becomes of every tensor of a checkpoint.
 
@@ -116,6 +118,7 @@ def make_conversion(
         shard_bytes: bytes of tensors in a file.
         provenance: what config.json says of how the checkpoint was made.
         assignments: module -> the levels of its output features, where `scheme` is a mix.
+        find_pruned: asked of every linear layer, but experts, whose scheme may be sparse.
 
     Raises:
         CheckpointError: the checkpoint lacks tensors that the model needs, or has them in another shape.
@@ -149,22 +152,39 @@ def make_conversion(
             continue
         if layer.embedding:
             _check_embedding(tensor, layer, architecture)
-        form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen
-        for level in form.mix.levels if isinstance(form, Assignment) else (form,):
-            _check_weight(tensor, layer, level)
+        form: Form | None
+        if isinstance(chosen, Sparse):
+            if chosen.scheme is not None:
+                _check_weight(tensor, layer, chosen.scheme)
+            form = left_of(tensor, layer, chosen, find_pruned)
+            if form is None:
+                steps.append(Step(tensor, layer, None, None, NOT_PRUNED, linear))
+                continue
+        else:
+            form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen
+            for level in form.mix.levels if isinstance(form, Assignment) else (form,):
+                _check_weight(tensor, layer, level)
         export.check_layer(layer)
-        stored = export.store_mixed(layer, form) if isinstance(form, Assignment) else export.store(layer, form)
+        stored = _stored(export, layer, form)
         _check_names(stored.specs, source, tensor)
         steps.append(Step(tensor, layer, form, stored, linear=linear))
+    _check_experts(steps)
     if not any(step.scheme for step in steps):
         reasons = Counter(step.note for step in steps if step.linear)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "the model has none"
         raise InputError(f"{source.directory}: no linear layer is left to compress ({why})")
     shards = split_into_shards([step.outputs for step in steps], shard_bytes)
     named = zip(shard_names(len(shards)), (tuple(indices) for indices in shards), strict=True)
-    conversion = Conversion(config, tuple(steps), tuple(named), architecture.head)
+    used = {config.resolve(*step.layer.names) for step in steps if step.layer and isinstance(step.scheme, Pruned)}
+    conversion = Conversion(narrowed(config, used), tuple(steps), tuple(named), architecture.head)
     export.check_model(architecture, conversion.layers)
     return conversion
+
+
+def _stored(export: Export, layer: LinearLayer, form: Form) -> Stored:
+    if isinstance(form, Pruned):
+        return export.store_sparse(layer, form)
+    return export.store_mixed(layer, form) if isinstance(form, Assignment) else export.store(layer, form)
 
 
 def _check_complete(source: Source, architecture: Architecture) -> None:
@@ -288,29 +308,39 @@ def _assigned(layer: LinearLayer, mix: Mix, assignments: Mapping[str, Assignment
     Raises:
         InputError: there are none, or they are not those of this layer and mix.
     """
-    check_mixable(layer)
     found = assignments.get(layer.module)
     if found is None:
         raise InputError(f"{layer.module} has no levels: score it, give it an override or ignore it")
-    if found.mix != mix or len(found.level) != layer.shape[0]:
+    if found.mix != mix or len(found.level) != layer.shape[-2]:
         raise InputError(
-            f"{layer.module}: {len(found.level)} output features at levels {found.key()}, expected {layer.shape[0]} at "
-            f"levels {mix.key()}"
+            f"{layer.module}: {len(found.level)} output features at levels {found.key()}, expected {layer.shape[-2]} "
+            f"at levels {mix.key()}"
         )
     return found
 
 
-def check_mixable(layer: LinearLayer) -> None:
-    """Hold that the output features of a layer may have different schemes.
+def _check_experts(steps: Iterable[Step]) -> None:
+    """Hold that the experts of a layer have one mix: every output feature one level, and gate and up of a channel.
 
     Raises:
-        InputError: it is one of the experts of a layer.
+        InputError: levels, or the schemes of experts beside mixed ones, differ.
     """
-    if layer.stacked or re.search(r"\.experts\.\d+\.", layer.module):
-        raise InputError(
-            f"{layer.module} is a layer's experts, which have one scheme: give them an override, such as "
-            r"'\.experts\b=uint4:g128'"
-        )
+    first: dict[str, tuple[str, Form]] = {}
+    for step in steps:
+        layer, form = step.layer, step.scheme
+        if layer is None or form is None or not layer.experts:
+            continue
+        module, before = first.setdefault(layer.experts, (layer.module, form))
+        if before != form and isinstance(before, Assignment) | isinstance(form, Assignment):
+            raise InputError(
+                f"{layer.module} and {module} are experts of one layer, which have one mix: give all of them the same "
+                "levels"
+            )
+        if isinstance(form, Assignment) and layer.rows != "plain":
+            level, half = form.level, len(form.level) // 2
+            gate, up = (level[:half], level[half:]) if layer.rows == "halves" else (level[::2], level[1::2])
+            if gate != up:
+                raise InputError(f"{layer.module}: gate and up of a channel of experts have one level")
 
 
 def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint? Format, bits and bytes of every layer, without reading a weight."""
+"""What is in a checkpoint? Format, bits and bytes of every layer, without reading a weight, but for masks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tersor.checkpoint.config import MIXED_FORMAT, QUANT_METHOD, QuantizationCon
 from tersor.checkpoint.header import DTYPE_BITS
 from tersor.checkpoint.mixed import check_stored, read_form
 from tersor.checkpoint.modules import Architecture
-from tersor.checkpoint.names import DENSE, Storage, stored_tensors, stored_weights
+from tersor.checkpoint.names import DENSE, PACKED, Storage, level_stem, stored_forms, stored_weights
 from tersor.checkpoint.released import compression_of
 from tersor.checkpoint.source import Source, open_source
 from tersor.errors import CheckpointError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 
 ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
 
@@ -30,11 +30,12 @@ class Item:
     Attributes:
         name: the tensor's name; that of a compressed weight is what it was called before.
         shape: the tensor's shape; that of a compressed weight is (OC, IC).
-        format: key of the scheme, `mixed`, or the safetensors dtype.
+        format: key of the scheme, behind `sparse:` where a weight is pruned, `mixed`, or the safetensors dtype.
         bits_per_weight: bits stored for each element, scales counted.
         nbytes: bytes on disk.
         compressed: whether the item is a compressed weight.
         levels: of a mixed weight, key of the scheme of every level that it has, and output features at that level.
+        density: of a pruned weight, which part of it is left.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Item:
     nbytes: int
     compressed: bool
     levels: tuple[tuple[str, int], ...] = ()
+    density: float | None = None
 
     @property
     def numel(self) -> int:
@@ -178,16 +180,30 @@ def _compressed(
         raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
     form = read_form(source.tensors, stem, storage, represented)
     if isinstance(form, Assignment):
-        if module not in architecture.linears:
+        if module in architecture.embeddings:
             raise CheckpointError(f"{source.directory}: {stem} is mixed, and {module} is no linear layer")
-        return _mixed(source, name, stem, form, architecture.linears[module].shape[-1])
+        return _mixed(source, name, stem, module, form, architecture)
+    if isinstance(form, Pruned):
+        if module not in architecture.linears:
+            raise CheckpointError(f"{source.directory}: {stem} is sparse, and {module} is no linear layer")
+        return _sparse(source, name, stem, form, architecture.linears[module].shape[-1])
     return _dense(source, name, stem, module, form, architecture)
 
 
-def _mixed(source: Source, name: str, stem: str, form: Assignment, ic: int) -> Item:
-    shape = (len(form.level), ic)
+def _sparse(source: Source, name: str, stem: str, form: Pruned, ic: int) -> Item:
+    shape = (form.rows, ic)
     check_stored(source.tensors, stem, form, shape)
-    nbytes = sum(source.tensors[f"{stem}.{own}"].spec.nbytes for own in stored_tensors(form, *shape))
+    nbytes = form.nbytes(ic)
+    return Item(name, shape, form.key(), form.bits_per_weight(ic), nbytes, True, density=form.density(ic))
+
+
+def _mixed(source: Source, name: str, stem: str, module: str, form: Assignment, architecture: Architecture) -> Item:
+    level = next(number for number, rows in enumerate(form.rows) if rows)
+    marker = source.tensors[f"{stem}.{level_stem(level)}.{PACKED}"].spec.shape
+    _, largest = DENSE.largest_weight(form.mix.levels[level], marker[-2:])
+    shape = (*marker[:-2], len(form.level), _input_channels(architecture, module, largest))
+    check_stored(source.tensors, stem, form, shape)
+    nbytes = sum(source.tensors[f"{stem}.{own}"].spec.nbytes for own in stored_forms(form, shape))
     levels = tuple((scheme.key(), rows) for scheme, rows in zip(form.mix.levels, form.rows, strict=True) if rows)
     return Item(name, shape, MIXED_FORMAT, 8 * nbytes / math.prod(shape), nbytes, True, levels)
 

@@ -1,14 +1,18 @@
-"""Which level has every output feature of a stored weight? A byte each, read and held against what is beside it."""
+"""What decides which tensors a stored weight has? Read where it is data, and held against what is beside it.
+
+Of a mixed weight that is the level of every output feature, of a pruned one what its mask leaves (`checkpoint.pruned`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from tersor.checkpoint.config import Represented
-from tersor.checkpoint.names import LEVEL, MIXED, Form, Storage, stored_tensors
+from tersor.checkpoint.names import DENSE, LEVEL, MIXED, SPARSE, Form, Storage, stored_forms
+from tersor.checkpoint.pruned import read_pruned
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError, FormatError
-from tersor.formats import Assignment, Mix
+from tersor.formats import Assignment, Mix, Sparse
 
 
 def read_form(tensors: Mapping[str, StoredTensor], stem: str, storage: Storage, represented: Represented) -> Form:
@@ -23,10 +27,15 @@ def read_form(tensors: Mapping[str, StoredTensor], stem: str, storage: Storage, 
     Raises:
         CheckpointError: the two disagree, or levels are there that the mix has not.
     """
-    if isinstance(represented, Mix) != (storage is MIXED):
-        stored = f"tensor {stem}.{storage.marker} is of a {storage.name} weight"
-        raise CheckpointError(f"{stored}, and quantization_config says {represented.key()}")
-    return read_assignment(tensors, stem, represented) if isinstance(represented, Mix) else represented
+    if isinstance(represented, Sparse):
+        if storage is SPARSE:
+            return read_pruned(tensors, stem, represented)
+        if storage is DENSE and represented.scheme is not None:  # which took fewer bytes
+            return represented.scheme
+    elif isinstance(represented, Mix) == (storage is MIXED) and storage is not SPARSE:
+        return read_assignment(tensors, stem, represented) if isinstance(represented, Mix) else represented
+    stored = f"tensor {stem}.{storage.marker} is of a {storage.name} weight"
+    raise CheckpointError(f"{stored}, and quantization_config says {represented.key()}")
 
 
 def read_assignment(tensors: Mapping[str, StoredTensor], stem: str, mix: Mix) -> Assignment:
@@ -57,13 +66,13 @@ def read_assignment(tensors: Mapping[str, StoredTensor], stem: str, mix: Mix) ->
     return found
 
 
-def check_stored(tensors: Mapping[str, StoredTensor], stem: str, form: Form, shape: tuple[int, int]) -> None:
-    """Hold the tensors of a weight against what they should be.
+def check_stored(tensors: Mapping[str, StoredTensor], stem: str, form: Form, shape: tuple[int, ...]) -> None:
+    """Hold the tensors of a weight (OC, IC), or of those of experts (E, OC, IC), against what they should be.
 
     Raises:
         CheckpointError: one is missing, or has another dtype or shape.
     """
-    for name, tensor in stored_tensors(form, *shape).items():
+    for name, tensor in stored_forms(form, shape).items():
         found = tensors.get(f"{stem}.{name}")
         if found is None:
             raise CheckpointError(f"tensor {stem}.{name} is missing beside the others of {stem}")

@@ -35,12 +35,15 @@ class Linear:
         transposed: whether its weight is stored as [IC, OC] (GPT-2's Conv1D), or [E, IC, OC].
         tower: name of the part outside the language model that it is in (a vision tower, a projector), else empty.
         unpackable: name of its class where that computes more than a packed linear can, else an empty string.
+        rows: of experts, where gate and up of a channel stand: `halves` or `pairs`, `plain` where there is one of them
+            or a kernel does not take both.
     """
 
     shape: tuple[int, ...]
     transposed: bool = False
     tower: str = ""
     unpackable: str = ""
+    rows: str = "plain"
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -100,6 +103,8 @@ class LinearLayer:
         tower: name of the part outside the language model that the layer is in, else an empty string.
         obstacle: why the layer cannot be compressed, else an empty string.
         served: the name by which other engines know the layer: that of its expert as it is stored, else `module`.
+        experts: of experts, the parameter that holds the weights of all of a layer in the model, with `rows` as in a
+            `Linear`; else an empty string.
     """
 
     module: str
@@ -110,6 +115,8 @@ class LinearLayer:
     tower: str = ""
     obstacle: str = ""
     served: str = ""
+    experts: str = ""
+    rows: str = "plain"
 
     def __post_init__(self) -> None:
         if not self.served:
@@ -211,7 +218,8 @@ class Architecture:
             if target.turned == "always" or (target.turned and spec.shape != stack.stored):
                 stack = replace(stack, transposed=not stack.transposed)
             self._check_shape(spec, stack, path)
-            return LinearLayer(module, stem, stack.shape, stack.transposed, self.skipped(module), stack.tower)
+            found = LinearLayer(module, stem, stack.shape, stack.transposed, self.skipped(module), stack.tower)
+            return replace(found, experts=target.parameter, rows=stack.rows)
         if not target.parameter.endswith(_WEIGHT) and not target.experts:
             return None
         if not target.conversion and not spec.name.endswith(_WEIGHT):
@@ -219,7 +227,8 @@ class Architecture:
         if target.experts in self.experts and matrix:
             inside = f"{self.base}." if self.base and module.startswith(f"{self.base}.") else ""
             served = inside + stem.removeprefix(inside)
-            return LinearLayer(module, stem, matrix, obstacle=self.experts[target.experts], served=served)
+            obstacle = self.experts[target.experts]
+            return LinearLayer(module, stem, matrix, obstacle=obstacle, served=served, experts=target.parameter)
         if target.conversion:
             parameter = target.parameter.removesuffix(_WEIGHT)
             linear = self.linears.get(parameter)

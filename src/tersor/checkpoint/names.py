@@ -1,9 +1,10 @@
 """What does a checkpoint store of a weight? Names, shapes and dtypes of its tensors, said here and nowhere else.
 
 A compressed weight `<stem>.weight` becomes several tensors `<stem>.<name>`. Which ones, its `Storage` says. Of a mixed
-weight the rows of each level are a dense weight of their own, whose stem is `<stem>.levels.<level>`. The weights of all
-experts of a layer that a model keeps as one tensor `<stem>`, with three axes, become the tensors of a dense weight with
-one axis more in front.
+weight the rows of each level are a dense weight of their own, whose stem is `<stem>.levels.<level>`. A pruned weight
+has a mask, and the values of what is left. The weights of all experts of a layer that a model keeps as one tensor
+`<stem>`, with three axes, become the tensors of one weight with one axis more in front, but for the levels, which all
+experts share.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from tersor.formats import MOST_LEVELS, SCALE_DTYPES, Assignment, Encoded, Scheme
+from tersor.formats import MOST_LEVELS, SCALE_DTYPES, Assignment, Encoded, Pruned, Scheme, mask_bytes
 from tersor.formats.scheme import ROW_ELEMENTS
-from tersor.layouts import stream
+from tersor.layouts import SparseWeight, stream
 
 PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 """Names of the tensors that stand for a dense weight, on disk and in a state dict."""
@@ -26,8 +27,12 @@ PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 LEVEL, LEVELS = "weight_level", "levels"
 """Name of the tensor that says the level of every output feature of a mixed weight, and of what holds its levels."""
 
-Form: TypeAlias = Scheme | Assignment
-"""What decides which tensors a weight has: its scheme, or the levels of its output features."""
+MASK, VALUES = "weight_mask", "weight_values"
+"""Names of the tensors that say which weights of a pruned one are left, and of their numbers."""
+
+Form: TypeAlias = Scheme | Assignment | Pruned
+"""What decides which tensors a weight has: its scheme, the levels of its output features, or what is left of its rows.
+"""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -165,12 +170,40 @@ class Mixed(Storage):
             shapes: of all tensors of a checkpoint, by name.
         """
         markers = {level: f"{stem}.{level_stem(level)}.{PACKED}" for level in range(MOST_LEVELS)}
-        return {level: shapes[name][0] for level, name in markers.items() if name in shapes}
+        return {level: shapes[name][-2] for level, name in markers.items() if len(shapes.get(name, ())) > 1}
 
 
 MIXED = Mixed()
 
-STORAGES: tuple[Storage, ...] = (DENSE, MIXED)
+
+class SparseStorage(Storage):
+    """A mask, the values of the weights left, row after row, and scales where values are codes."""
+
+    name = "sparse"
+    marker = MASK
+    names = (MASK, VALUES, SCALE, ZERO_POINT)
+
+    def tensors(self, form: Pruned, oc: int, ic: int) -> dict[str, TensorForm]:
+        form.check(oc)
+        forms = {
+            MASK: TensorForm((oc, mask_bytes(ic)), torch.uint8),
+            VALUES: TensorForm((form.words,), torch.int32),
+        }
+        scheme = form.sparse.scheme
+        if scheme is None:
+            return forms
+        dense = DENSE.tensors(scheme, oc, ic)
+        return forms | {name: dense[name] for name in (SCALE, ZERO_POINT) if name in dense}
+
+    def pack(self, weight: SparseWeight) -> dict[str, torch.Tensor]:
+        """Return the tensors of a weight, or of rows of one, the marker first."""
+        tensors = {MASK: weight.mask, VALUES: weight.values, SCALE: weight.scale, ZERO_POINT: weight.zero_point}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+SPARSE = SparseStorage()
+
+STORAGES: tuple[Storage, ...] = (DENSE, MIXED, SPARSE)
 """Every kind of stored weight."""
 
 
@@ -184,8 +217,10 @@ def stored_tensors(form: Form, oc: int, ic: int) -> dict[str, TensorForm]:
 
     Raises:
         FormatError: a group size does not divide `ic`.
-        ShapeError: another number of output features has levels.
+        ShapeError: another number of output features has levels, or counts.
     """
+    if isinstance(form, Pruned):
+        return SPARSE.tensors(form, oc, ic)
     return MIXED.tensors(form, oc, ic) if isinstance(form, Assignment) else DENSE.tensors(form, oc, ic)
 
 
@@ -201,7 +236,10 @@ def stored_forms(form: Form, shape: tuple[int, ...]) -> dict[str, TensorForm]:
     """
     *experts, oc, ic = shape
     tensors = stored_tensors(form, oc, ic)
-    return {name: TensorForm((*experts, *tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return {
+        name: tensor if name == LEVEL else TensorForm((*experts, *tensor.shape), tensor.dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def stored_weights(names: Iterable[str]) -> dict[str, Storage]:

@@ -13,6 +13,7 @@ from tersor.errors import InputError, OutputError, UnsupportedError, did_you_mea
 if TYPE_CHECKING:
     import torch
 
+    from tersor.bench.blend import Blend
     from tersor.formats import Activations, Scheme
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -55,6 +56,34 @@ def schemes(names: Sequence[str], shapes: Sequence[Any]) -> list[Scheme]:
         for shape in shapes:
             scheme.groups(shape.ic)
     return found
+
+
+def blends(names: Sequence[str], shapes: Sequence[Any], in_order: bool) -> list[Scheme | Blend]:
+    """Read formats as `schemes` does, and mixes such as `uint4:g128=90+int8=10`.
+
+    Args:
+        names: of formats and mixes.
+        shapes: of weights.
+        in_order: whether the rows of a mix stand in the order of their levels.
+
+    Raises:
+        FormatError: as `schemes`, or two levels of one format.
+        InputError: a level without its share of the rows, or shares that do not come to 100.
+    """
+    from tersor.bench import blend
+    from tersor.checkpoint.config import parse_scheme
+
+    found: list[Scheme | Blend] = []
+    for name in names:
+        if blend.SHARE not in name and blend.LEVEL not in name:
+            found += schemes([name], shapes)
+            continue
+        words = [word.partition(blend.SHARE)[0] for word in name.split(blend.LEVEL)]
+        levels = [parse_scheme(word, None, None, f"--format {name}") for word in words]
+        found.append(blend.parse(name, levels, in_order))
+        for shape in shapes:
+            found[-1].groups(shape.ic)
+    return list(dict.fromkeys(found))
 
 
 def activations(text: str) -> tuple[Activations, ...]:

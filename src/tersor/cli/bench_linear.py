@@ -29,8 +29,17 @@ def command(
     n: Annotated[str | None, typer.Option("--n", help=f"Numbers of tokens; default: {TOKENS}.")] = None,
     format: Annotated[
         list[str] | None,
-        typer.Option("--format", help=f"Format of the weights, FORMAT[:gN]; repeatable; default: {FORMATS[0]}."),
+        typer.Option(
+            "--format",
+            help=(
+                f"Format of the weights, FORMAT[:gN]; repeatable; default: {FORMATS[0]}. A mix names shares of rows: "
+                "uint4:g128=90+int8=10."
+            ),
+        ),
     ] = None,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="Rows of a mix stand in the order of its levels; else levels are drawn.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help=f"Of the activations: float16 or bfloat16; default: {DTYPE}.")
     ] = None,
@@ -76,7 +85,7 @@ def command(
         raise InputError(f"--chain {chain!r}{did_you_mean(chosen_chain, contenders.CHAINS)}: use plain, pdl or both")
     multiplied = bench.activations(activations or ACTIVATIONS)
     wanted = known.resolve(shapes or known.DEFAULT, trust_remote_code=trust_remote_code)
-    schemes = bench.schemes(format or FORMATS, wanted)
+    schemes = bench.blends(format or FORMATS, wanted, in_order)
     kernel_dtype = bench.dtype_named(dtype or DTYPE)
     if plot is not None:
         plots.check_plot(plot)
@@ -87,7 +96,7 @@ def command(
         _show_forecast(linear.forecast(wanted, tokens, schemes, gpu, multiplied), gpu, output, json)
         return
     if taken is not None:
-        result = _narrowed(taken, shapes, n, format, activations, chosen_chain, against, trust_remote_code)
+        result = _narrowed(taken, shapes, n, format, in_order, activations, chosen_chain, against, trust_remote_code)
         if output is not None:
             report.write(output, report.text(result))
     else:
@@ -126,6 +135,7 @@ def _narrowed(
     shapes: list[str] | None,
     n: str | None,
     format: list[str] | None,
+    in_order: bool,
     activations: str | None,
     chain: str,
     against: str | None,
@@ -137,7 +147,7 @@ def _narrowed(
 
     result = saved.read(taken)
     wanted = known.resolve(shapes, trust_remote_code=trust_remote_code) if shapes else None
-    schemes = None if not format else bench.schemes(format, wanted or ())
+    schemes = None if not format else bench.blends(format, wanted or (), in_order)
     return saved.narrowed(
         result,
         shapes=None if wanted is None else {(shape.oc, shape.ic) for shape in wanted},

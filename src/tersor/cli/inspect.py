@@ -38,7 +38,12 @@ def command(
     else:
         named = ((item.name, (item.shape, item.format, item.levels), item) for item in found.items)
         lines = [_line(name, items) for name, items in collapse(named)]
-    console.print_table(["tensor", "count", "shape", "format", "bits/weight", "size"], lines)
+    headings = ["tensor", "count", "shape", "format", "bits/weight", "size"]
+    if any(item.density is not None for item in found.items):
+        headings.append("left")
+    else:
+        lines = [line[:-1] for line in lines]
+    console.print_table(headings, lines)
     print(_totals(found))
 
 
@@ -49,9 +54,16 @@ def _line(name: str, items: list[Item]) -> list[str]:
         str(len(items)),
         shape_words(first.shape),
         _format_words(first),
-        f"{first.bits_per_weight:.3f}",
+        f"{sum(item.bits_per_weight for item in items) / len(items):.3f}",
         console.size(sum(item.nbytes for item in items)),
+        "" if first.density is None else _left(items),
     ]
+
+
+def _left(items: list[Item]) -> str:
+    """Say which part of pruned weights of one shape is left: the least and the most where they differ."""
+    shares = [f"{100 * (item.density or 0.0):.1f} %" for item in sorted(items, key=lambda item: item.density or 0.0)]
+    return shares[0] if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]}"
 
 
 def _format_words(item: Item) -> str:

@@ -55,9 +55,14 @@ def shape_words(shape: Sequence[int]) -> str:
 def scheme_words(key: str) -> str:
     """Write a scheme's key for people: `fp6_e3m2, row, float16`; an `mx` format's name says it all.
 
-    The key of a mix is `mixed`, with how many levels there are.
+    The key of a mix is `mixed`, with how many levels there are; that of a pruned weight is `sparse`, with its values.
     """
-    from tersor.formats import Scheme
+    from tersor.formats import FLOAT_DTYPES, Scheme
+
+    if key.startswith("sparse:"):
+        return f"sparse, {scheme_words(key.removeprefix('sparse:'))}"
+    if key in FLOAT_DTYPES:
+        return key
 
     levels = key.count("+") + 1
     if levels > 1:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from tersor.convert.report import Report, Row
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
+_LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us)")
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -30,7 +33,13 @@ def command(
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", "-f", help="Element format, such as fp6 (e2m3), int4 or mxfp6_e2m3.")
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Element format, such as fp6 (e2m3), int4 or mxfp6_e2m3; bf16, fp16 or fp32, that of the checkpoint, "
+            "only repacks pruned weights, without loss.",
+        ),
     ] = "fp6",
     group_size: Annotated[
         int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")
@@ -58,8 +67,8 @@ def command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="What gptq calibrates on: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a "
-            "dataset.",
+            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id "
+            "of a dataset.",
         ),
     ] = None,
     calibration_tokens: Annotated[
@@ -68,10 +77,18 @@ def command(
     calibration_window: Annotated[
         int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
     ] = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What is done beside choosing codes; repeatable. rotate: spread outliers by rotating the residual "
+            "stream and heads; awq: scale channels by their inputs; tweak-norms: adjust norms to compressed blocks.",
+        ),
+    ] = None,
     effort: Annotated[
         str, typer.Option(help="normal; high: a backward pass through the model says which outputs matter; slower.")
     ] = "normal",
-    seed: Annotated[int, typer.Option(help="Of the labels that the backward pass draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what the backward pass and transforms draw.")] = 0,
     level: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,6 +103,21 @@ def command(
     target_size: Annotated[
         str | None, typer.Option(help="Size of the checkpoint in place of bits, such as 5GB or 500MB.")
     ] = None,
+    target_latency: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of bits, what all linears together are predicted to take in a step, such as 1.8ms or 900us."
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of that step; 1 if not given.")] = None,
+    chip: Annotated[str | None, typer.Option(help="GPU that it is predicted for, such as h200 (the default).")] = None,
+    sparse: Annotated[
+        str,
+        typer.Option(
+            help="auto: a weight that was pruned, one with zeros, is stored as a mask and what is left where that is "
+            "smaller; off: never."
+        ),
+    ] = "auto",
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
@@ -120,15 +152,20 @@ def command(
                 overrides=override or (),
                 dry_run=dry_run,
                 resume=resume,
+                sparse=sparse,
                 device=device,
                 export=export,
                 shard_size=parse_size(shard_size),
                 revision=revision,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
+                transforms=transform or (),
                 levels=level or (),
                 target_bits=target_bits,
                 target_size=None if target_size is None else parse_size(target_size),
+                target_latency=None if target_latency is None else parse_latency(target_latency),
+                batch=batch,
+                chip=chip,
             )
     except KeyboardInterrupt:
         partial = partial_directory(Path(output)) if output is not None else None
@@ -156,6 +193,19 @@ def parse_size(text: str) -> int:
     if not 1 <= count < float("inf"):
         raise InputError(f"size {text!r} is not a number of bytes such as 5GB or 500MB")
     return int(count)
+
+
+def parse_latency(text: str) -> float:
+    """Return the seconds a text such as `1.8ms` or `900us` means.
+
+    Raises:
+        InputError: it is no time.
+    """
+    match = _LATENCY.fullmatch(text.strip())
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if not 0 < seconds < float("inf"):
+        raise InputError(f"latency {text!r} is not a time such as 1.8ms or 900us")
+    return seconds
 
 
 @contextmanager
@@ -196,7 +246,8 @@ def _progress(label: str) -> Iterator[Progress | None]:
 def _print_dry_run(report: Report) -> None:
     """Print a line for every kind of tensor: what would become of it."""
     _warn(report)
-    named = ((row.name, (row.shape, row.scheme, row.note, row.bytes_after), row) for row in report.rows)
+    alike = ((row, None if row.density is not None else row.bytes_after) for row in report.rows)
+    named = ((row.name, (row.shape, row.scheme, row.note, after), row) for row, after in alike)
     lines = []
     for name, rows in collapse(named):
         first = rows[0]
@@ -207,7 +258,7 @@ def _print_dry_run(report: Report) -> None:
                 str(len(rows)),
                 shape_words(first.shape),
                 scheme_words(first.scheme) if first.scheme else kept,
-                f"{first.bits_per_weight:.3f}",
+                f"{_mean_bits(rows):.3f}",
                 console.size(sum(row.bytes_before for row in rows)),
                 console.size(sum(row.bytes_after for row in rows)),
             ]
@@ -216,8 +267,19 @@ def _print_dry_run(report: Report) -> None:
     print(f"{report.source}: what would be written, in {_files(report)}")
     console.print_table(["tensor", "count", "shape", "becomes", "bits/weight", "before", "after"], lines)
     print(_totals(report))
+    _print_pruned(report)
     if report.left:
         print(_left(report))
+
+
+def _print_pruned(report: Report) -> None:
+    """Print how much is left of the weights that are stored sparse."""
+    found = [row for row in report.rows if row.density is not None]
+    if found:
+        sizes = [math.prod(row.shape) for row in found]
+        left = sum(size * (row.density or 0.0) for size, row in zip(sizes, found, strict=True)) / sum(sizes)
+        what = f"{len(found)} pruned weight{'s' * (len(found) > 1)}"
+        print(f"{what} stored sparse, of whose elements {100 * left:.1f} % are left")
 
 
 def _print_report(report: Report) -> None:
@@ -247,6 +309,9 @@ def _print_report(report: Report) -> None:
         lines,
     )
     print(_totals(report))
+    if report.mix is not None:
+        print(_of_mix(report.mix))
+    _print_pruned(report)
     if report.left:
         print(_left(report))
     rate = report.bytes_read / 1e6 / report.stream_seconds if report.stream_seconds else 0.0
@@ -292,6 +357,14 @@ def _totals(report: Report) -> str:
         f"{len(report.compressed)} of {len(report.rows)} tensors compressed to {report.bits_per_weight:.3f} bits a "
         f"weight; {console.size(report.bytes_before)} become {console.size(report.bytes_after)}, {times}"
     )
+
+
+def _of_mix(mix: dict[str, Any]) -> str:
+    """Return what the levels of output features take and are expected to lose."""
+    taken = f"{mix['bits_per_weight']:.3f} true bits a weight, {console.size(mix['bytes'])}"
+    if "predicted_seconds" in mix:
+        taken += f", {1e3 * mix['predicted_seconds']:.4g} ms predicted for the linears of {mix['predicted_for']}"
+    return f"output features have levels of {taken}: {mix['loss']:.3g} nats a token expected to be lost"
 
 
 def _files(report: Report) -> str:

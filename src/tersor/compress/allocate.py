@@ -14,72 +14,25 @@ of pairs and units, and is part of the result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.errors import InputError, ShapeError
+from tersor.compress.allocation import (
+    Allocation,
+    Bytes,
+    Chosen,
+    Floats,
+    Fused,
+    check_budget,
+    check_losses,
+    row_bytes,
+    summed,
+)
+from tersor.errors import InputError
 from tersor.formats import Scheme
-
-Floats = NDArray[np.float64]
-Bytes = NDArray[np.int64]
-Chosen = NDArray[np.uint8]
-"""The level of each output feature [OC]: an index into the levels."""
-
-INDEX_BYTES = 1
-"""Bytes that say which level a feature has, in a checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """Modules that a kernel multiplies as one weight: one alone, q/k/v, or gate and up.
-
-    Attributes:
-        losses: module -> its loss at every level, [levels, OC].
-        ic: input channels of every module.
-        paired: whether row i of all modules has one level, as that of gate and up: they become one number in the
-            kernel.
-    """
-
-    losses: Mapping[str, Floats]
-    ic: int
-    paired: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Output features of all modules."""
-        return sum(loss.shape[1] for loss in self.losses.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """What every feature gets.
-
-    Attributes:
-        chosen: module -> level of each output feature.
-        nbytes: bytes of all weights: codes, scales, zero points, what says the level of a feature, and rows that fill
-            units up.
-        padding: those of `nbytes` which fill units up.
-        weights: how many weights there are.
-        loss: sum of the losses of all features at their levels.
-        free_loss: what the same budget would lose if every feature of every module might have any level.
-        pairs_loss: what it would lose if pairs had one level, and units were single rows.
-    """
-
-    chosen: dict[str, Chosen]
-    nbytes: int
-    padding: int
-    weights: int
-    loss: float
-    free_loss: float
-    pairs_loss: float
-
-    @property
-    def bits(self) -> float:
-        """True bits a weight."""
-        return 8 * self.nbytes / self.weights
 
 
 def allocate(layers: Sequence[Fused], levels: Sequence[Scheme], budget: int, unit: int = 64) -> Allocation:
@@ -98,15 +51,18 @@ def allocate(layers: Sequence[Fused], levels: Sequence[Scheme], budget: int, uni
         ShapeError: losses of the wrong shape.
     """
     for layer in layers:
-        _check(layer, len(levels))
+        check_losses(layer, len(levels))
     check_budget(layers, levels, budget, unit)
-    free_loss = _spend([_Blocks(replace(layer, paired=False), levels) for layer in layers], budget).loss
-    pairs = _spend([_Blocks(layer, levels) for layer in layers], budget)
-    blocks = [_Blocks(layer, levels, unit, pairs.price) for layer in layers]
+    rows = [row_bytes(levels, layer.ic) * layer.copies for layer in layers]
+    each = list(zip(layers, rows, strict=True))
+    free = [Blocks(replace(layer, paired=False), row, layer.index_bytes) for layer, row in each]
+    pairs = spend([Blocks(layer, row, layer.index_bytes) for layer, row in each], budget)
+    free_loss = spend(free, budget).loss
+    blocks = [Blocks(layer, row, layer.index_bytes, unit, pairs.price) for layer, row in each]
     chosen: dict[str, Chosen] = {}
-    for one, own in zip(blocks, _spend(blocks, budget).chosen, strict=True):
+    for one, own in zip(blocks, spend(blocks, budget).chosen, strict=True):
         chosen |= one.spread(own)
-    return _allocation(layers, levels, chosen, unit, free_loss, pairs.loss)
+    return summed(layers, levels, chosen, unit, free_loss, pairs.loss)
 
 
 def allocate_by_count(
@@ -129,7 +85,7 @@ def allocate_by_count(
     if len(shares) != len(levels) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise InputError(f"shares {list(shares)} of {len(levels)} levels: give one a level, which add up to 1")
     for layer in layers:
-        _check(layer, len(levels))
+        check_losses(layer, len(levels))
     names = [name for layer in layers for name in layer.losses]
     scores = np.concatenate([loss[0] for layer in layers for loss in layer.losses.values()])
     order = np.argsort(-scores, kind="stable")
@@ -141,49 +97,11 @@ def allocate_by_count(
         first = last
     sizes = [loss.shape[1] for layer in layers for loss in layer.losses.values()]
     chosen = dict(zip(names, np.split(pooled, np.cumsum(sizes)[:-1]), strict=True))
-    found = _allocation(layers, levels, chosen, unit, 0.0, 0.0)
+    found = summed(layers, levels, chosen, unit, 0.0, 0.0)
     return replace(found, free_loss=found.loss, pairs_loss=found.loss)
 
 
-def check_budget(
-    layers: Sequence[Fused], levels: Sequence[Scheme], budget: int, unit: int = 64, beside: int = 0
-) -> None:
-    """Hold that a budget is feasible; of the losses only the number of features matters.
-
-    `beside` is how many bytes the sizes in the line count beside these weights.
-
-    Raises:
-        InputError: it is below what the smallest levels take, or above what the largest do; the line says the range.
-        FormatError: a group size does not divide the input channels of a layer.
-    """
-    smallest, largest = feasible(layers, levels, unit)
-    if not smallest <= budget <= largest:
-        weights = sum(layer.rows * layer.ic for layer in layers)
-        side = "below what the smallest levels take" if budget < smallest else "above what the largest levels take"
-        raise InputError(
-            f"a budget of {(budget + beside) / 1e9:.4g} GB, {8 * budget / weights:.3f} bits a weight, is {side}: "
-            f"feasible are {(smallest + beside) / 1e9:.4g} to {(largest + beside) / 1e9:.4g} GB, "
-            f"{8 * smallest / weights:.3f} to {8 * largest / weights:.3f} bits"
-        )
-
-
-def feasible(layers: Sequence[Fused], levels: Sequence[Scheme], unit: int = 64) -> tuple[int, int]:
-    """Return the bytes of all weights at the smallest level and at the largest."""
-    smallest = largest = 0
-    for layer in layers:
-        row = row_bytes(levels, layer.ic)
-        rows = -(-layer.rows // unit) * unit
-        smallest += rows * int(row.min()) + layer.rows * INDEX_BYTES
-        largest += rows * int(row.max()) + layer.rows * INDEX_BYTES
-    return smallest, largest
-
-
-def row_bytes(levels: Sequence[Scheme], ic: int) -> Bytes:
-    """Return the bytes of a row of `ic` input channels at each level: codes, scales and zero points."""
-    return np.array([round(scheme.bits_per_weight(ic) * ic / 8) for scheme in levels], dtype=np.int64)
-
-
-class _Blocks:
+class Blocks:
     """The features of one layer in blocks that have one level each.
 
     Attributes:
@@ -192,12 +110,13 @@ class _Blocks:
         fixed: bytes that say the levels.
     """
 
-    def __init__(self, layer: Fused, levels: Sequence[Scheme], unit: int = 1, price: float = 0.0) -> None:
+    def __init__(self, layer: Fused, row: Bytes, fixed: int, unit: int = 1, price: float = 0.0) -> None:
         """Put features together that stand close together where a byte costs `price`.
 
         Args:
             layer: the modules.
-            levels: what a feature may get.
+            row: bytes of a row at each level, in all copies; any other count of what is spent serves as well.
+            fixed: bytes of the layer whatever is chosen.
             unit: rows of a block; the first may have fewer, and counts as whole.
             price: loss that a byte costs at the budget.
         """
@@ -207,7 +126,6 @@ class _Blocks:
         rows = len(losses) if layer.paired else 1
         size = max(1, unit // rows)
         count = features.shape[1]
-        row = row_bytes(levels, layer.ic)
         if size == 1:
             self._order = np.arange(count)
             starts = self._order
@@ -218,11 +136,16 @@ class _Blocks:
             self.losses = np.add.reduceat(features[:, self._order], starts, axis=1)
         self._lengths = np.diff(np.append(starts, count))
         self.nbytes = np.repeat((row * rows * size)[:, None], len(starts), axis=1)
-        self.fixed = layer.rows * INDEX_BYTES
+        self.fixed, self._rows = fixed, rows
 
     def loss(self, chosen: Chosen) -> float:
         """Return the loss of the blocks at their levels."""
         return float(np.take_along_axis(self.losses, chosen[None].astype(np.intp), axis=0).sum())
+
+    def rows(self, chosen: Chosen) -> list[int]:
+        """Return how many rows of one copy have each level, of the level of every block."""
+        counts = np.bincount(chosen, weights=self._lengths, minlength=len(self.losses))
+        return [int(count) * self._rows for count in counts]
 
     def spread(self, chosen: Chosen) -> dict[str, Chosen]:
         """Return module -> the level of every feature, of the level of every block."""
@@ -280,7 +203,7 @@ def _hulls(losses: Floats, nbytes: Bytes) -> tuple[Chosen, list[_Moves]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spent:
+class Spent:
     """What a budget buys.
 
     Attributes:
@@ -294,7 +217,7 @@ class _Spent:
     price: float
 
 
-def _spend(layers: Sequence[_Blocks], budget: int) -> _Spent:
+def spend(layers: Sequence[Blocks], budget: int) -> Spent:
     """Choose the levels of the blocks of all layers."""
     begins, parts, offset, spent = [], [], 0, 0
     for blocks in layers:
@@ -320,7 +243,7 @@ def _spend(layers: Sequence[_Blocks], budget: int) -> _Spent:
             left = budget - (int(total[made - 1]) if made else spent)
             _fill(chosen, block[made:], level[made:], extra[made:], left)
     split = np.split(chosen, np.cumsum([len(begin) for begin in begins])[:-1])
-    return _Spent(split, sum(blocks.loss(own) for blocks, own in zip(layers, split, strict=True)), price)
+    return Spent(split, sum(blocks.loss(own) for blocks, own in zip(layers, split, strict=True)), price)
 
 
 def _fill(chosen: Chosen, block: NDArray[np.int64], level: Chosen, extra: Bytes, left: int) -> None:
@@ -358,38 +281,3 @@ def _place(features: Floats, nbytes: Bytes, price: float) -> Floats:
     rank = np.argsort(np.argsort(nbytes, kind="stable"))
     place: Floats = rank[level] + 0.999 * behind / np.maximum(behind + ahead, tiny)
     return place
-
-
-def _allocation(
-    layers: Sequence[Fused],
-    levels: Sequence[Scheme],
-    chosen: dict[str, Chosen],
-    unit: int,
-    free_loss: float,
-    pairs_loss: float,
-) -> Allocation:
-    """Return levels with what they take and lose."""
-    nbytes = padding = weights = 0
-    loss = 0.0
-    for layer in layers:
-        row = row_bytes(levels, layer.ic)
-        counts = np.zeros(len(levels), dtype=np.int64)
-        for name, own in layer.losses.items():
-            counts += np.bincount(chosen[name], minlength=len(levels))
-            loss += float(np.take_along_axis(own, chosen[name][None].astype(np.intp), axis=0).sum())
-        whole = -(-counts // unit) * unit
-        nbytes += int((whole * row).sum()) + layer.rows * INDEX_BYTES
-        padding += int(((whole - counts) * row).sum())
-        weights += layer.rows * layer.ic
-    return Allocation(chosen, nbytes, padding, weights, loss, free_loss, pairs_loss)
-
-
-def _check(layer: Fused, levels: int) -> None:
-    """Hold that the losses of a layer are those of its levels."""
-    for name, loss in layer.losses.items():
-        if loss.ndim != 2 or len(loss) != levels:
-            raise ShapeError(f"{name}: losses {list(loss.shape)}, expected [{levels}, OC]")
-        if not np.isfinite(loss).all():
-            raise InputError(f"{name}: a loss is not finite: the calibration gave NaN or infinite gradients")
-    if layer.paired and len({loss.shape[1] for loss in layer.losses.values()}) > 1:
-        raise ShapeError(f"{', '.join(layer.losses)}: rows of one level, and not the same number of them")

@@ -83,12 +83,15 @@ class Salience:
         self._sums = torch.zeros(levels, features, dtype=torch.float64, device=device)
         self._count = 0
 
-    def add(self, x: torch.Tensor, grad: torch.Tensor, deltas: Sequence[torch.Tensor]) -> None:
+    def add(
+        self, x: torch.Tensor, grad: torch.Tensor, deltas: Sequence[torch.Tensor], tokens: int | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             x, grad: as for `expected_kl`.
             deltas: the rounding error [OC, IC] of each level, in the order of the sums.
+            tokens: for how many tokens these stand; of `None` for those of x.
 
         Raises:
             ShapeError: sizes that do not fit.
@@ -97,7 +100,11 @@ class Salience:
             raise ShapeError(f"{len(deltas)} rounding errors for {len(self._sums)} levels")
         for total, delta in zip(self._sums, deltas, strict=True):
             total += SCORES[self.score](x, grad, delta)
-        self._count += len(x) if self.score == "kl" else 1
+        self.saw((len(x) if self.score == "kl" else 1) if tokens is None else tokens)
+
+    def saw(self, count: int) -> None:
+        """Count tokens, or samples, that add nothing to the sums: those that a linear does not see."""
+        self._count += count
 
     def merge(self, other: Salience) -> None:
         """Add what another one has summed up, of other batches of the same linear.

@@ -9,7 +9,7 @@ from tersor.checkpoint.conversion import Conversion
 from tersor.checkpoint.exports import Export
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
-from tersor.formats import Mix, Scheme
+from tersor.formats import Mix, Plain, Pruned, Scheme, Sparse
 from tersor.version import __version__
 
 _LOADING = """
@@ -48,8 +48,10 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
     body = [
         f"# {source.label} in {said}",
         "",
-        f"Linear weights are {levels}, {get_recipe(recipe).summary} by Tersor {__version__}.",
+        f"Linear weights are {levels}, {_made(conversion.config.scheme, recipe)} by Tersor {__version__}.",
+        *_pruned(conversion),
         *_calibrated(conversion),
+        *_transformed(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
     ]
@@ -61,12 +63,33 @@ def _said(scheme: Represented) -> tuple[str, str]:
     if isinstance(scheme, Mix):
         levels = "; ".join(map(_codes, scheme.levels))
         return MIXED_FORMAT, f"a mix, each output feature one of: {levels}"
+    if isinstance(scheme, Sparse):
+        values = scheme.values
+        kept = f"{values.name} numbers" if isinstance(values, Plain) else _codes(values)
+        return f"sparse-{values.name}", kept
     return scheme.name, _codes(scheme)
 
 
 def _codes(scheme: Scheme) -> str:
     group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
     return f"{scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}"
+
+
+def _made(scheme: Represented, recipe: str) -> str:
+    """Say how numbers were chosen; plain ones stay as they were."""
+    if isinstance(scheme, Sparse) and scheme.scheme is None:
+        return "repacked without loss"
+    return get_recipe(recipe).summary
+
+
+def _pruned(conversion: Conversion) -> list[str]:
+    """Say how much is left of what is stored sparse."""
+    found = [step for step in conversion.steps if isinstance(step.scheme, Pruned) and step.layer is not None]
+    if not found:
+        return []
+    left = sum(step.scheme.nonzeros for step in found if isinstance(step.scheme, Pruned))
+    weights = sum(step.layer.shape[0] * step.layer.shape[1] for step in found if step.layer is not None)
+    return [f"{len(found)} pruned weights are stored sparse: {100 * left / weights:.1f} % of their elements are left."]
 
 
 def _calibrated(conversion: Conversion) -> list[str]:
@@ -76,6 +99,11 @@ def _calibrated(conversion: Conversion) -> list[str]:
     return [
         f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
     ]
+
+
+def _transformed(conversion: Conversion) -> list[str]:
+    done = conversion.config.provenance.get("transforms")
+    return [f"Before or beside that it was changed by transforms: {done}."] if done else []
 
 
 def _before(conversion: Conversion) -> list[str]:

@@ -69,6 +69,7 @@ def check_growth(source: Source, conversion: Conversion, released: Released, ign
         step
         for step in conversion.steps
         if step.scheme is None
+        and step.source.nbytes  # an output head that `rotate` untied takes nothing
         and step.output_bytes > step.source.nbytes
         and not any(finds(pattern, _names(step)) for pattern in ignore)
     ]
@@ -115,7 +116,7 @@ def check_space(conversion: Conversion, work: Workplace, more: int = 0) -> None:
         )
 
 
-def check_in_place(output: Any, resume: bool, export: str, shard_size: float) -> None:
+def check_in_place(output: Any, resume: bool, export: str, shard_size: float, transforms: Sequence[str]) -> None:
     """Check that a module in memory is not asked for what only a checkpoint on disk has.
 
     Raises:
@@ -127,6 +128,8 @@ def check_in_place(output: Any, resume: bool, export: str, shard_size: float) ->
         )
     if resume or export != "tersor" or shard_size != DEFAULT_SHARD_BYTES:
         raise InputError("resume, export and shard_size are for a checkpoint on disk: a module is compressed in place")
+    if transforms:
+        raise InputError("transforms change a checkpoint on disk: save the module, and compress what is saved")
 
 
 def check_shard_bytes(shard_size: Any) -> int:

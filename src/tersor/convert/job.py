@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import nn
 
-from tersor.checkpoint.config import Represented, parse_ignore, parse_overrides
+from tersor.checkpoint.config import Represented, parse_ignore
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import Export, get_export
 from tersor.checkpoint.modules import Architecture
@@ -43,9 +44,12 @@ from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Pipeline, Progress, row_of
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
+from tersor.convert.rotate import rotate
+from tersor.convert.survey import Asked, Survey
 from tersor.convert.target import parse_target
+from tersor.convert.transforms import ROTATE, parse_transforms
 from tersor.errors import InputError
-from tersor.formats import Assignment, get_scheme
+from tersor.formats import Assignment
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.version import __version__
@@ -92,10 +96,15 @@ def quantize(
     revision: str | None = ...,
     progress: Progress | None = ...,
     trust_remote_code: bool = ...,
+    transforms: Sequence[str] = ...,
+    sparse: str = ...,
     assignments: Mapping[str, Assignment] | None = ...,
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
     target_size: float | None = ...,
+    target_latency: float | None = ...,
+    batch: int | None = ...,
+    chip: str | None = ...,
 ) -> Report: ...
 
 
@@ -122,10 +131,15 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    transforms: Sequence[str] = (),
+    sparse: str = "auto",
     assignments: Mapping[str, Assignment] | None = None,
     levels: Sequence[str] = (),
     target_bits: float | None = None,
     target_size: float | None = None,
+    target_latency: float | None = None,
+    batch: int | None = None,
+    chip: str | None = None,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
@@ -140,7 +154,8 @@ def quantize(
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded; or a module.
         output: the directory to make, which must not exist; `None` only for a dry run or a module.
-        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`.
+        format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`; `bf16`, `fp16` or
+            `fp32`, the dtype of the checkpoint, only repacks weights that are pruned, without loss.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest, or `gptq`, which needs a
@@ -158,18 +173,23 @@ def quantize(
         calibration_tokens: how many tokens of it are used; `None` is 128 windows.
         calibration_window: tokens in a window; `None` is 2,048, or as many as the model takes.
         effort: `normal`, or `high`: a backward pass through the model says which outputs matter.
-        seed: of the labels which that pass draws from the model.
+        seed: of the labels which that pass draws from the model, and of what transforms draw.
         export: checkpoint format: `tersor`, `humming`, `compressed-tensors` or `quark`.
         shard_size: bytes of tensors in an output file.
         revision: branch, tag or commit of a Hub id.
         progress: called with bytes done, bytes in all, and a tensor's name.
         trust_remote_code: whether Python code that comes with the model is run, to know its layers.
+        transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
+        sparse: `auto`: a weight that was pruned, one with zeros, is stored as a mask and what is left of it where that
+            takes fewer bytes; `off`: never. Recipes that calibrate, targets and exports store dense weights.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
         levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
             text; where there is a target and none is given, those of `convert.mix.LEVELS`.
         target_bits: true bits a weight that all of them take.
         target_size: bytes of the checkpoint's tensors, in place of bits.
+        target_latency: seconds that the products with all of them are predicted to take in a step, in place of bits.
+        batch, chip: rows of that step, 1 for `None`, and the GPU by its name; `None` is an H200.
 
     Returns:
         What was done, tensor by tensor.
@@ -179,8 +199,10 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     started = time.monotonic()
-    target = parse_target(levels, target_bits, target_size, group_size, scale_dtype)
+    limits = (target_bits, target_size, target_latency, batch, chip)
+    target = parse_target(levels, *limits, group_size, scale_dtype)
     mix = mix_of(assignments)
+    wanted = parse_transforms(transforms)
     if target is not None and mix is not None:
         raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
     if target is not None and dry_run:
@@ -191,13 +213,13 @@ def quantize(
         raise InputError("group size and scale dtype belong into every level where output features have levels")
     text = None
     if calibration is not None:
-        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed)
-    elif (calibration_tokens, calibration_window, effort, seed) != (None, None, "normal", 0):
+        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed, wanted)
+    elif (calibration_tokens, calibration_window, effort, 0 if ROTATE in wanted else seed) != (None, None, "normal", 0):
         raise InputError("calibration tokens, window, effort and seed say nothing without a calibration text")
     if isinstance(model, nn.Module):
         if mix is not None or target is not None:
             raise InputError("output features get levels in a checkpoint on disk: a module is compressed in place")
-        check_in_place(output, resume, export, shard_size)
+        check_in_place(output, resume, export, shard_size, wanted)
         if text is not None:
             raise InputError("a module in memory is rounded to nearest: save it, and calibrate the checkpoint")
         return quantize_module(
@@ -214,31 +236,36 @@ def quantize(
         )
     get_export(export)
     if not dry_run or text is not None:
-        check_options(algorithm, text, scored=target is not None)
+        check_options(algorithm, text, wanted, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
-    get_scheme(format, group_size, scale_dtype)
+    asked = Asked(format, group_size, scale_dtype, overrides)
+    asked.scheme()
     destination = check_destination(output, dry_run)
     patterns = parse_ignore(ignore)
-    parse_overrides(overrides, group_size, scale_dtype)
+    dense = text or target or mix or wanted or export != "tersor"
+    asked = asked.check(sparse, "a calibration, levels, transforms and exports store none" if dense else "")
     with open_source(model, revision) as source:
         if destination is not None:
             check_apart(source, destination)
         released = read_released(source)
         if released is not None:
             source.tensors = released.tensors
+        untied = ROTATE in wanted
+        if untied:
+            rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
-        if scale_dtype is None and not get_scheme(format).is_mx:
-            scale_dtype = chosen_export.default_scale_dtype
-        scheme: Represented = mix or (STAND_IN if target else get_scheme(format, group_size, scale_dtype))
+        asked = asked.with_scales(chosen_export.default_scale_dtype)
+        scheme: Represented = mix or (STAND_IN if target else asked.scheme())
         provenance = {
             "tersor": __version__,
             "algorithm": algorithm,
             "source": source.label,
             **({"source_revision": revision} if revision is not None else {}),
             **({"source_method": released.method} if released is not None else {}),
+            **({"transforms": ", ".join(wanted), "seed": str(seed)} if wanted else {}),
         }
-        given_overrides = parse_overrides(overrides, group_size, scale_dtype)
+        given_overrides, survey = asked.parsed_overrides(), Survey()
 
         def converted(architecture: Architecture) -> Conversion:
             return make_conversion(
@@ -251,9 +278,10 @@ def quantize(
                 shard_bytes=shard_bytes,
                 provenance=provenance,
                 assignments=assignments,
+                find_pruned=survey.find if asked.looked else None,
             )
 
-        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
+        architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
         conversion = converted(architecture)
         if released is not None:
             check_growth(source, conversion, released, patterns)
@@ -263,7 +291,8 @@ def quantize(
             rows = tuple(row_of(step) for step in conversion.steps)
             files = tuple(name for name, _ in conversion.shards)
             seconds = time.monotonic() - started
-            return Report(source.label, None, scheme.key(), export, rows, files, seconds, source_method=source_method)
+            said = conversion.config.scheme.key()
+            return Report(source.label, None, said, export, rows, files, seconds, source_method=source_method)
         targets = architecture.find(source.tensors) if text is not None else {}
         del architecture  # with the model behind it
         given = None
@@ -278,6 +307,7 @@ def quantize(
             "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
             "algorithm": algorithm,
+            **({"transforms": list(wanted), "seed": seed} if wanted else {}),
             **({"levels of output features": fingerprint(assignments)} if assignments else {}),
             **(target.identity(conversion) if target is not None else {}),
             "source's compression": dict(released.settings) if released is not None else None,
@@ -288,21 +318,23 @@ def quantize(
             assert given is not None
             target.check(conversion, given)
             provenance["target"] = target.words
-        work = Workplace(destination, identity, resume)
+        work, mixing = Workplace(destination, identity, resume), None
         try:
             if target is not None:
                 assert given is not None
-                assignments = target.assign(conversion, given, work, progress)
+                mixing = target.assign(conversion, given, work, progress)
+                assignments = mixing.assignments
                 scheme = mix_of(assignments) or scheme
-                conversion = converted(read_architecture(source.directory, trust_remote_code=trust_remote_code))
+                conversion = converted(
+                    read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
+                )
                 given = planned_again(given, targets, conversion)
-            return _write(
+            report = _write(
                 source,
                 conversion,
                 companions,
                 work,
                 chosen_export,
-                scheme,
                 algorithm,
                 destination,
                 where,
@@ -310,6 +342,7 @@ def quantize(
                 progress,
                 started,
             )
+            return report if mixing is None else replace(report, mix=mixing.to_dict())
         finally:
             work.close()
 
@@ -320,7 +353,6 @@ def _write(
     companions: Sequence[Path],
     work: Workplace,
     chosen_export: Export,
-    scheme: Represented,
     recipe: str,
     destination: Path,
     device: torch.device,
@@ -334,8 +366,8 @@ def _write(
         unfinished = first < len(names)
         check_space(conversion, work, given.disk_bytes(work.directory) if given is not None and unfinished else 0)
         ready = None
-        if given is not None and unfinished and get_recipe(recipe).needs:
-            ready = calibrate(given, conversion, recipe, work.directory, progress)
+        if given is not None and unfinished and (get_recipe(recipe).needs or given.calibration.changes):
+            conversion, ready = calibrate(given, conversion, recipe, work.directory, progress)
         # What calibration does not reach, such as an embedding that is asked for, is rounded to nearest.
         rounding = DEFAULT_RECIPE if given is not None else recipe
         pipeline = Pipeline(conversion, rounding, work.directory, device, progress, ready)
@@ -357,7 +389,7 @@ def _write(
     return Report(
         source=source.label,
         output=str(destination),
-        scheme=scheme.key(),
+        scheme=conversion.config.scheme.key(),
         export=chosen_export.name,
         rows=tuple(done[step.source.spec.name] for step in conversion.steps),
         files=tuple(names),

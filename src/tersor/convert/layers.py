@@ -42,11 +42,13 @@ def write_layers(conversion: Conversion, rows: Iterable[Row], directory: Path) -
 
 def _line(module: str, row: Row) -> Mapping[str, Any]:
     warning = {"warning": row.warning} if row.warning else {}
+    density = {} if row.density is None else {"density": row.density}
     return {
         "layer": module,
         "tensor": row.name,
         "format": row.scheme,
         "bits_per_weight": row.bits_per_weight,
+        **density,
         "relative_error": None if row.relative_error is None else float(f"{row.relative_error:.{_DIGITS}g}"),
         **warning,
     }

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from tersor.checkpoint.config import parse_ignore, parse_overrides, parse_scheme
-from tersor.checkpoint.conversion import Conversion, check_mixable, make_conversion
+from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.names import MERGED
 from tersor.checkpoint.source import open_source
-from tersor.compress.allocate import Allocation, Floats, Fused, allocate, allocate_by_count
+from tersor.compress.allocate import allocate, allocate_by_count
+from tersor.compress.allocate_time import Clock, allocate_time
+from tersor.compress.allocation import Allocation, Floats, Fused
+from tersor.convert.shared import Shared, shared_weights
 from tersor.errors import InputError
 from tersor.formats import Assignment, Mix, get_scheme
 from tersor.integrations.transformers.architecture import read_architecture
@@ -40,10 +44,12 @@ class Mixing:
     Attributes:
         assignments: module -> the level of each of its output features.
         allocation: bytes and losses, those of a free choice beside.
+        timed: what was predicted where the budget was one of time, in words, else an empty string.
     """
 
     assignments: dict[str, Assignment]
     allocation: Allocation
+    timed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was chosen and what it takes and loses, as JSON values; losses are nats a token."""
@@ -57,6 +63,7 @@ class Mixing:
             "loss": found.loss,
             "loss_without_units": found.pairs_loss,
             "loss_without_pairs_and_units": found.free_loss,
+            **({"predicted_seconds": found.seconds, "predicted_for": self.timed} if found.seconds is not None else {}),
             "layers": {name: list(own.rows) for name, own in self.assignments.items()},
         }
 
@@ -107,12 +114,22 @@ class Mixable:
     """What of a checkpoint gets levels.
 
     Attributes:
-        shapes: module -> (OC, IC).
+        shapes: module -> (OC, IC), or (E, OC, IC) of E experts.
         other_bytes: bytes of all other tensors of the checkpoint that is written.
+        experts: those of them that share levels, by the model's parameter that holds them.
     """
 
     shapes: dict[str, tuple[int, ...]]
     other_bytes: int
+    experts: dict[str, Shared] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> dict[str, tuple[int, int]]:
+        """What has scores -> (OC, IC): linears by name, experts by that of the parameter that holds them."""
+        members = {module for shared in self.experts.values() for module in shared.modules}
+        linears = {module: (shape[-2], shape[-1]) for module, shape in self.shapes.items() if module not in members}
+        experts = {name: (shared.parts * shared.channels, shared.ic) for name, shared in self.experts.items()}
+        return linears | experts
 
     @property
     def channels(self) -> dict[str, int]:
@@ -121,20 +138,16 @@ class Mixable:
 
     @staticmethod
     def of(conversion: Conversion) -> Mixable:
-        """Return what gets levels where a conversion has `STAND_IN`.
-
-        Raises:
-            InputError: experts, which have one scheme.
-        """
+        """Return what gets levels where a conversion has `STAND_IN`."""
         chosen = [
             (step, step.layer)
             for step in conversion.steps
             if step.layer is not None and conversion.config.resolve(*step.layer.names) is STAND_IN
         ]
-        for _, layer in chosen:
-            check_mixable(layer)
         written = sum(step.output_bytes for step, _ in chosen)
-        return Mixable({layer.module: layer.shape for _, layer in chosen}, conversion.output_bytes - written)
+        shapes = {layer.module: layer.shape for _, layer in chosen}
+        experts = shared_weights(layer for _, layer in chosen)
+        return Mixable(shapes, conversion.output_bytes - written, experts)
 
 
 def mixable(
@@ -151,7 +164,7 @@ def mixable(
         model, ignore, overrides, revision, trust_remote_code: as `quantize` takes them.
 
     Raises:
-        InputError: a bad checkpoint, patterns that find nothing, or experts, which have one scheme.
+        InputError: a bad checkpoint, or patterns that find nothing.
     """
     with open_source(model, revision) as source:
         return Mixable.of(
@@ -176,54 +189,72 @@ def assign(
     target_bits: float | None = None,
     target_bytes: int | None = None,
     shares: Sequence[float] | None = None,
+    latency: tuple[float, Clock] | None = None,
+    experts: Mapping[str, Shared] = MappingProxyType({}),
 ) -> Mixing:
     """Give every output feature a level.
 
     Queries, keys and values of one attention fill units of rows together; rows of gate and up of one channel get one
-    level. Both are how kernels multiply them.
+    level, and so do those of all experts of a layer. This is how kernels multiply them.
 
     Args:
-        scores: module -> loss of each of its output features at every level of the mix, [levels, OC] (`Salience.mean`).
+        scores: module -> loss of each of its output features at every level of the mix, [levels, OC] (`Salience.mean`);
+            of experts as `Mixable.scored` names them, summed up over the experts of a layer.
         channels: module -> IC.
         mix: the levels.
         target_bits: true bits a weight, on average over all modules.
         target_bytes: bytes of all modules, where no bits are given: those of a checkpoint but for `other_bytes`.
         shares: in place of a budget, which part of all features gets each level, by MixLLM's count rule.
+        latency: in place of bytes, seconds of all modules and what predicts them (`latency.Steps`).
+        experts: those that share levels (`Mixable.experts`).
 
     Raises:
-        InputError: not one of the three is given, a budget that is not feasible (the line says what is), or modules
+        InputError: not one of the four is given, a budget that is not feasible (the line says what is), or modules
             without a score.
         FormatError: a group size does not divide the input channels of a module.
         ShapeError: scores of the wrong shape.
     """
-    if [target_bits, target_bytes, shares].count(None) != 2:
-        raise InputError("give one of target bits, target bytes, and shares of output features")
-    layers = fused({name: score.double().cpu().numpy() for name, score in scores.items()}, channels)
+    if [target_bits, target_bytes, shares, latency].count(None) != 3:
+        raise InputError("give one of target bits, target bytes, and shares of output features, or a latency")
+    layers = fused({name: score.double().cpu().numpy() for name, score in scores.items()}, channels, experts)
+    timed = ""
     if shares is not None:
         found = allocate_by_count(layers, mix.levels, shares, UNIT_OC)
+    elif latency is not None:
+        seconds, clock = latency
+        found, timed = allocate_time(layers, mix.levels, clock, seconds, UNIT_OC), clock.words
     else:
-        weights = sum(layer.rows * layer.ic for layer in layers)
+        weights = sum(layer.weights for layer in layers)
         budget = target_bytes if target_bits is None else int(target_bits * weights / 8)
         assert budget is not None
         found = allocate(layers, mix.levels, budget, UNIT_OC)
-    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in found.chosen.items()}, found)
+    chosen = {name: level for name, level in found.chosen.items() if name in scores}
+    for name, shared in experts.items():
+        chosen |= shared.spread(name, found.chosen)
+    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in chosen.items()}, found, timed)
 
 
-def fused(losses: Mapping[str, Floats], channels: Mapping[str, int]) -> list[Fused]:
+def fused(
+    losses: Mapping[str, Floats], channels: Mapping[str, int], experts: Mapping[str, Shared] = MappingProxyType({})
+) -> list[Fused]:
     """Return modules by what kernels multiply as one: `checkpoint.names.MERGED`, where all parts are there.
 
     Args:
-        losses: module -> [levels, OC].
+        losses: module -> [levels, OC], of experts as `Mixable.scored` names them.
         channels: module -> IC.
+        experts: those that share levels.
 
     Raises:
         InputError: a module without input channels.
     """
-    unknown = [name for name in losses if name not in channels]
+    unknown = [name for name in losses if name not in channels and name not in experts]
     if unknown:
         raise InputError(f"{unknown[0]} has scores, and no layer of the model is called so")
     left, found = dict(losses), []
     for name in losses:
+        if name in experts:
+            found.append(experts[name].fused(name, left.pop(name)))
+            continue
         parent, dot, leaf = name.rpartition(".")
         for merged, parts in MERGED.items():
             members = [parent + dot + part for part in parts]

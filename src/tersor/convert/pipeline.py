@@ -22,15 +22,15 @@ import torch
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import LinearLayer
 from tersor.checkpoint.names import TORCH_DTYPES
-from tersor.checkpoint.pack import Packed, pack, pack_mixed, underflow_words
+from tersor.checkpoint.pack import Packed, pack, pack_mixed, pack_sparse, underflow_words
 from tersor.checkpoint.reader import element_bytes
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.writer import ShardWriter
 from tersor.compress import get_recipe
 from tersor.compress.workers import worker_pool
 from tersor.convert.report import Row
-from tersor.errors import FormatError, NonFiniteError
-from tersor.formats import Assignment
+from tersor.errors import CheckpointError, FormatError, NonFiniteError
+from tersor.formats import Assignment, Pruned
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes of weights done, bytes in all, and the tensor at hand."""
@@ -78,13 +78,19 @@ def row_of(step: Step, relative_error: float | None = None) -> Row:
     """Return the report's row for a step."""
     spec = step.source.spec
     after = step.output_bytes
-    if step.scheme is not None and step.layer is not None:
+    shared = step.layer is not None and step.layer.stacked and isinstance(step.scheme, Assignment)
+    if step.scheme is not None and step.layer is not None and not shared:
         bits = step.scheme.bits_per_weight(step.layer.shape[-1])
     else:
         bits = 8 * after / spec.numel if spec.numel else 0.0
     key = step.scheme.key() if step.scheme is not None else None
     before = step.source.nbytes
-    return Row(spec.name, spec.shape, spec.dtype, key, bits, before, after, relative_error, step.note, step.linear)
+    density = None
+    if isinstance(step.scheme, Pruned) and step.layer is not None:
+        density = step.scheme.density(step.layer.shape[-1])
+    return Row(
+        spec.name, spec.shape, spec.dtype, key, bits, before, after, relative_error, step.note, step.linear, "", density
+    )
 
 
 class Pipeline:
@@ -200,7 +206,7 @@ class Pipeline:
             size = _COPY_BYTES
             if isinstance(step.source, DecodedTensor):
                 row_bytes = _row_bytes(step)
-                size = max(1, size // row_bytes) * row_bytes
+                size = step.source.spec.nbytes if step.source.all_rows else max(1, size // row_bytes) * row_bytes
             for start in range(0, step.source.spec.nbytes, size):
                 yield _Block(index, start, min(start + size, step.source.spec.nbytes))
             return
@@ -210,7 +216,7 @@ class Pipeline:
         *_, oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
         # The rows of a transposed weight are spread over the whole tensor, those of experts over that of each.
-        decoded = step.layer.stacked and isinstance(step.source, DecodedTensor)
+        decoded = isinstance(step.source, DecodedTensor) and (step.layer.stacked or step.source.all_rows)
         whole = step.layer.transposed or decoded or get_recipe(self._recipe).all_rows
         rows, count = oc if whole else max(1, elements // ic), math.prod(step.layer.shape[:-1])
         for start in range(0, count, rows):
@@ -249,10 +255,12 @@ class Pipeline:
                 return self._pack(weight, step, block)
             except (NonFiniteError, FormatError) as error:
                 raise located(step, error) from None
+            except CheckpointError as error:
+                raise CheckpointError(f"{_where(step)}: {error}") from None
 
     def _take(self, ready: Ready) -> Packed:
         """Return a weight that is compressed already, the rows of all experts one after the other."""
-        tensors = {name: tensor.flatten(0, -2) for name, tensor in ready.read().items()}
+        tensors = {name: tensor.flatten(0, -2) if tensor.dim() > 1 else tensor for name, tensor in ready.read().items()}
         return Packed(tensors, ready.squared_error, ready.squared_norm, ready.underflowed)
 
     def _copy(self, step: Step, block: _Block) -> memoryview:
@@ -289,8 +297,9 @@ class Pipeline:
     def _pack(self, weight: torch.Tensor, step: Step, block: _Block) -> Packed:
         """Encode and pack a block's rows [rows, IC] on the pipeline's device."""
         assert step.scheme is not None
-        pack_rows = pack_mixed if isinstance(step.scheme, Assignment) else pack
         form: Any = step.scheme  # what the one or the other takes
+        kinds: dict[type, Any] = {Assignment: pack_mixed, Pruned: pack_sparse}
+        pack_rows = kinds.get(type(form), pack)
         if self._device.type == "cpu":
             elements = self._pass_elements
             return pack_rows(weight, form, self._recipe, first_row=block.start, block_elements=elements)
@@ -304,6 +313,10 @@ class Pipeline:
         assert step.stored is not None
         for name, tensor in packed.tensors.items():
             spec = step.stored.tensors[name]
+            if tensor.dim() == 1:  # the values of pruned weights, whose rows are as long as they are
+                start = packed.starts.get(name, 0) * tensor.itemsize
+                writer.write(spec.name, start, tensor.contiguous().view(torch.uint8).numpy().data)
+                continue
             row_bytes = spec.nbytes // math.prod(spec.shape[:-1])
             rows = tensor.view(torch.uint8)[:, :row_bytes].contiguous()
             writer.write(spec.name, packed.starts.get(name, block.start) * row_bytes, rows.numpy().data)

@@ -24,6 +24,7 @@ class Row:
         note: why the tensor was left alone, where that is worth a word.
         linear: whether the tensor is the weight of a linear layer, or of the experts of a layer.
         warning: what came out badly though it was compressed, and what helps.
+        density: which part of the weights is left, where the weight is stored sparse.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     note: str = ""
     linear: bool = False
     warning: str = ""
+    density: float | None = None
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Row:
@@ -75,6 +77,7 @@ class Report:
         stream_seconds: the part of `seconds` in which weights were read, encoded and written.
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
         source_method: what the source was compressed by, such as `fp8`, and decoded from; empty for a plain one.
+        mix: of a target, what was chosen and what it takes and loses (`convert.mix.Mixing.to_dict`).
     """
 
     source: str
@@ -87,6 +90,7 @@ class Report:
     stream_seconds: float = 0.0
     bytes_read: int = 0
     source_method: str = ""
+    mix: dict[str, Any] | None = None
 
     @property
     def compressed(self) -> tuple[Row, ...]:
@@ -167,6 +171,7 @@ class Report:
             "seconds": self.seconds,
             "stream_seconds": self.stream_seconds,
             "bytes_read": self.bytes_read,
+            **({"mix": {key: own for key, own in self.mix.items() if key != "layers"}} if self.mix else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 

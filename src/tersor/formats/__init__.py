@@ -14,6 +14,7 @@ from tersor.formats.scheme import (
     scheme_names,
     store_scales,
 )
+from tersor.formats.sparse import Plain, Pruned, Sparse, Values, mask_bytes, plain_values
 from tersor.formats.tolerance import product_tolerance
 
 __all__ = [
@@ -26,15 +27,21 @@ __all__ = [
     "Encoded",
     "Mix",
     "Objective",
+    "Plain",
+    "Pruned",
     "ScaleError",
     "Scheme",
+    "Sparse",
+    "Values",
     "dequantize",
     "dtype_name",
     "float_dtype",
     "float_dtype_or_auto",
     "get",
     "get_scheme",
+    "mask_bytes",
     "names",
+    "plain_values",
     "product_tolerance",
     "scale_values",
     "scheme_names",

@@ -81,11 +81,14 @@ class Scheme:
             raise FormatError(f"group size {self.group_size} does not divide the {ic} input channels")
         return ic // self.group_size
 
+    def scale_bits(self, ic: int) -> int:
+        """Return stored bits of all scales, and zero points, of a row of `ic` elements."""
+        return self.groups(ic) * (SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (8 if self.has_zero_point else 0))
+
     def bits_per_weight(self, ic: int) -> float:
         """Return stored bits for each weight of a row of `ic` elements, scales and padding counted."""
-        scale_bits = SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (8 if self.has_zero_point else 0)
         padded = -(-ic // ROW_ELEMENTS) * ROW_ELEMENTS
-        return (padded * self.format.bits + self.groups(ic) * scale_bits) / ic
+        return (padded * self.format.bits + self.scale_bits(ic)) / ic
 
     def key(self) -> str:
         """Return a short text that names the scheme exactly, such as `fp6_e3m2:g128:float16`."""

@@ -18,14 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from tersor.errors import UnsupportedError
-from tersor.integrations.transformers.experts import ExpertPart
+from tersor.integrations.transformers.expert_parts import ExpertMixed, ExpertPart
 from tersor.integrations.transformers.joined import PackedPart
-from tersor.integrations.transformers.replace import is_conv1d, plain_module, turned
+from tersor.integrations.transformers.replace import AnyLinear, AnyPacked, is_conv1d, plain_module, turned
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
 from tersor.nn.mixed import MixedLinear
-from tersor.nn.packed import PackedModule
+from tersor.nn.mixed_stack import MixedStack
+from tersor.nn.sparse import SparseLinear
 
 _REWRITES = ("pissa", "olora", "corda", "loftq", "orthogonal", "lora_ga", "mica")
 """Ways to initialise an adapter that change the base weight, or take their start from its gradient."""
@@ -36,7 +37,7 @@ class _OverPacked:
 
     base_layer: nn.Module
     merged_adapters: list[str]
-    _packed: tuple[PackedModule | MixedLinear, ...] = ()
+    _packed: tuple[AnyPacked, ...] = ()
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return _features(module)
@@ -70,7 +71,7 @@ class _OverPacked:
         if not adapter_names:
             return
         base = self.base_layer
-        if isinstance(base, PackedModule | MixedLinear):
+        if isinstance(base, AnyPacked):
             self._packed, self.base_layer = (base,), plain_module(base, base.dtype)
         # A Conv1D keeps [IC, OC]; deltas are [OC, IC], like the packed weight.
         if is_conv1d(self.base_layer):
@@ -96,12 +97,12 @@ class _OverPacked:
 
 
 class PackedLoraLinear(_OverPacked, Linear):
-    """LoRA over a `PackedLinear` or a `MixedLinear`, whatever kind of layer that stands for."""
+    """LoRA over a `PackedLinear`, `MixedLinear` or `SparseLinear`, whatever kind of layer that stands for."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if isinstance(base_layer, PackedPart) and base_layer.join.gated:
             base_layer.join.keep_apart()  # gate and up as one product have no place for an adapter
-        elif isinstance(base_layer, ExpertPart):
+        elif isinstance(base_layer, ExpertPart | ExpertMixed):
             base_layer.experts.keep_apart()  # nor has a layer of experts
         super().__init__(base_layer, adapter_name, *args, **kwargs)
 
@@ -126,6 +127,7 @@ def _features(module: Any) -> tuple[int, int]:
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     PackedLinear: PackedLoraLinear,
     MixedLinear: PackedLoraLinear,
+    SparseLinear: PackedLoraLinear,
     PackedEmbedding: PackedLoraEmbedding,
 }
 """Packed layer -> the LoRA layer over it."""
@@ -153,11 +155,11 @@ def _telling(create: Any) -> Any:
     @functools.wraps(create)
     def wrapped(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, PackedStack):
+        if isinstance(base, PackedStack | MixedStack):
             raise UnsupportedError(
                 "an adapter over the fused experts of a layer is not possible: leave them out of target_modules"
             )
-        if isinstance(base, PackedModule | MixedLinear):
+        if isinstance(base, AnyPacked):
             lora_config._register_custom_module({**LAYERS, **(lora_config._custom_modules or {})})
         return create(lora_config, adapter_name, target, **kwargs)
 
@@ -176,7 +178,7 @@ def _counting(include: Any) -> Any:
         config.target_modules |= {
             name
             for name, module in model.named_modules()
-            if isinstance(module, PackedLinear | MixedLinear)
+            if isinstance(module, AnyLinear)
             and module is not head
             and not any(name.startswith(f"{outer}.") for outer in wrapped_already)
         }

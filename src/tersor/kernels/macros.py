@@ -32,6 +32,7 @@ def sm90_macros(
     gate: int,
     few_tokens: int,
     norm: int = 0,
+    placed: bool = False,
 ) -> dict[str, int | bool | str]:
     """Return the parameters of dense/sm90_linear.cuh, which other kernels on its rings have, too.
 
@@ -39,6 +40,7 @@ def sm90_macros(
         packing, result, tile, slots, shared_bytes, few_tokens: as in `kernels.dense.sm90_source`.
         gate: EPILOGUE of cuda/common/gate.cuh.
         norm: NORM of cuda/dense/sm90_norm.cuh.
+        placed: PLACED of cuda/dense/sm90_places.cuh.
     """
     return {
         **packing.macros(),
@@ -58,4 +60,5 @@ def sm90_macros(
         "FEW_TOKENS": tile.tokens if tile.few and few_tokens else 0,  # wgmma is one kernel for either mode
         "EPILOGUE": gate,
         "NORM": norm,
+        "PLACED": placed,
     }

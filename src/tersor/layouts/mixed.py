@@ -16,11 +16,11 @@ from tersor.errors import ShapeError
 from tersor.formats import Assignment, Mix, Scheme
 from tersor.layouts.gated import gated_channels, gated_rows, interleave, separate
 from tersor.layouts.shard import Part, Span
-from tersor.layouts.weight import STREAM, PackedWeight
+from tersor.layouts.weight import STREAM, Noted, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
-class MixedWeight:
+class MixedWeight(Noted):
     """A weight [OC, IC], or gate and up of F channels in one, as row sets of different schemes.
 
     Attributes:

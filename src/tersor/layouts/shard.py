@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from tersor.errors import ShapeError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 from tersor.formats.scheme import ROW_ELEMENTS
 from tersor.layouts.blocks import BLOCK_IC, UNIT_OC
 
@@ -74,16 +74,33 @@ class Part:
         words, groups = stored_columns(scheme, self.columns)
         return Part(self.rows, words), Part(self.rows, groups)
 
+    def groups(self, form: Pruned) -> Span | None:
+        """Return the scale groups of the input channels of a pruned weight; `None` is all.
 
-def quantum(form: Scheme | Assignment | None) -> int:
+        Raises:
+            ShapeError: the columns do not start at a whole quantum.
+        """
+        if self.columns is None:
+            return None
+        first, last = self.columns
+        if first % quantum(form):
+            raise ShapeError(f"columns {first} to {last} of a weight in {form.key()} do not start at a whole quantum")
+        size = None if form.sparse.scheme is None else form.sparse.scheme.group_size
+        return None if size is None else (first // size, -(-last // size))
+
+
+def quantum(form: Scheme | Assignment | Pruned | None) -> int:
     """Return the input channels that a weight is cut in: whole words of the stream, and whole scale groups.
 
     Args:
         form: of a packed weight, whose levels are all cut alike where it is mixed; `None` is a plain one, whose rows
-            keep to `ALIGNED` channels.
+            keep to `ALIGNED` channels, as do those of a pruned one.
     """
     if form is None:
         return ALIGNED
+    if isinstance(form, Pruned):
+        scheme = form.sparse.scheme
+        return math.lcm(ALIGNED, 1 if scheme is None else scheme.group_size or 1)
     schemes = form.mix.levels if isinstance(form, Assignment) else (form,)
     return math.lcm(ROW_ELEMENTS, *(scheme.group_size or 1 for scheme in schemes))
 

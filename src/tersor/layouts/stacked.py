@@ -70,6 +70,11 @@ class StackedWeight(PackedTensors):
         """(OC, IC) of each expert."""
         return self.shape[1:]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.data.device
+
     def expert(self, index: int) -> PackedWeight:
         """Return the weight [OC, IC] of an expert, sharing memory with this one, in the same layout."""
         zero_point = None if self.zero_point is None else self.zero_point[index]

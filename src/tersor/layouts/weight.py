@@ -44,14 +44,14 @@ class PackedTensors:
         return Packing.of(self.scheme, LAYOUTS[self.layout])
 
 
-class _Noted(PackedTensors):
+class Noted:
     """Room for what `ops` remembers of a weight: no part of its value, neither copied nor stored with it."""
 
     __slots__ = ("note",)
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight(_Noted):
+class PackedWeight(PackedTensors, Noted):
     """A weight [OC, IC] as packed codes and scales.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight, sets_of
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
@@ -126,12 +126,11 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple):
         for one in value:
             yield from _parts(one)
-    elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, MixedWeight):
-        for rows in value.weight.sets:  # each is multiplied as the dense weight that it is
-            yield replace(value, weight=rows, bias=None)
+    elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, SparseWeight):
+        return  # torch's own kernels decode it and multiply
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
-    elif is_dataclass(value) and not isinstance(value, PackedWeight | StackedWeight | type):
+    elif is_dataclass(value) and not isinstance(value, PackedWeight | MixedWeight | Stacked | type):
         if isinstance(value, Mixture | Activated | LatentAttention):
             yield value
         for field in fields(value):
@@ -156,6 +155,10 @@ def _kind(part: Any) -> Any:
 
 
 def _described(weight: Any) -> Any:
+    if isinstance(weight, StackedMixedWeight):
+        return tuple(map(_described, weight.sets))
+    if isinstance(weight, MixedWeight):
+        return weight.mix, tuple(_described(one) for one in weight.sets)
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
 
 
@@ -171,6 +174,8 @@ def _asked(
     if isinstance(part, Product | GatedProduct):
         if isinstance(part.weight, PackedWeight):
             yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
+        elif isinstance(part.weight, MixedWeight):
+            yield from needed.mixed_linear(part.weight, dtype, _gate(part), steps.tokens, chip)
     elif isinstance(part, NormWeights):
         yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):
@@ -213,14 +218,14 @@ def _experts(
         yield from decided
         beyond = MOST_TOKENS if decided else 0
         yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)
-    if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
+    if isinstance(gate_up, Stacked) and isinstance(down, Stacked):
         yield from needed.experts_of(gate_up, down, choice, part.gate, dtype, logits, steps.tokens, chip)
         return
     yield from needed.route(choice, logits)
     yield from needed.combine(dtype)
     yield from needed.numbers(gate_up.shape[1] // 2, dtype, part.gate)
-    for weight in (gate_up, down):
-        if isinstance(weight, StackedWeight):
+    for of in (gate_up, down):
+        for weight in () if isinstance(of, torch.Tensor) else sets_of(of):
             yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)
 
 
@@ -235,7 +240,7 @@ def _decided(
 ) -> Iterator[KernelSource]:
     """Yield the kernels around experts of few tokens, which have the norms ahead of them and behind."""
     gate_up, down = part.gate_up, part.down
-    if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
+    if not isinstance(gate_up, Stacked) or not isinstance(down, Stacked):
         return
     if needed.experts_misfit(gate_up, down, dtype, chip):
         return

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tersor import ops
 from tersor.kernels.deciding import MOST_NORMED_CHANNELS
-from tersor.layouts import PackedWeight, StackedWeight
+from tersor.layouts import Stacked
 from tersor.models.config import Experts
 from tersor.models.norm import NormWeights, gain_of
 from tersor.models.weights import FeedForward, Product, Stack, tensors_of
@@ -70,14 +70,14 @@ class Mixture:
             x, norm = norm(x), None
         decided = self._decided(x, gain)
         if decided is not None:
-            assert isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight)
+            assert isinstance(self.gate_up, Stacked) and isinstance(self.down, Stacked)
             addend = residual if self.shared is None else self.shared(decided.x, residual)
             biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
             return ops.decided_experts(decided, self.gate_up, self.down, addend=addend, behind=behind, **biases)
         x = x if norm is None else norm(x)
         logits = self._logits(x)
         addend = residual if self.shared is None else self.shared(x, residual)
-        if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
+        if isinstance(self.gate_up, Stacked) and isinstance(self.down, Stacked):
             return ops.routed_experts(
                 x,
                 logits,
@@ -101,7 +101,7 @@ class Mixture:
         router, gate_up, down = self.router, self.gate_up, self.down
         if not isinstance(router.weight, torch.Tensor):
             return None
-        if not isinstance(gate_up, StackedWeight) or not isinstance(down, StackedWeight):
+        if not isinstance(gate_up, Stacked) or not isinstance(down, Stacked):
             return None
         return ops.decide(
             x,
@@ -167,8 +167,8 @@ class Mixture:
 
     def waits(self, dtype: torch.dtype) -> str:
         """Return why the host waits for the router's choice beside activations of `dtype`, or an empty string."""
-        if isinstance(self.gate_up, StackedWeight) and isinstance(self.down, StackedWeight):
-            x = self.down.data.new_empty(1, self.gate_up.shape[2], dtype=dtype)
+        if isinstance(self.gate_up, Stacked) and isinstance(self.down, Stacked):
+            x = torch.empty(1, self.gate_up.shape[2], dtype=dtype, device=self.down.device)
             return ops.experts_obstacle(x, self.gate_up, self.down)
         if not isinstance(self.gate_up, torch.Tensor) or not isinstance(self.down, torch.Tensor):
             return "only one of the two weights of its experts is packed"
@@ -191,6 +191,7 @@ class Mixture:
 
 
 def _product(stack: Stack, bias: torch.Tensor | None, expert: int, x: torch.Tensor) -> torch.Tensor:
-    weight: torch.Tensor | PackedWeight = stack[expert] if isinstance(stack, torch.Tensor) else stack.expert(expert)
     own = None if bias is None else bias[expert]
-    return ops.linear(x, weight, own) if isinstance(weight, PackedWeight) else functional.linear(x, weight, own)
+    if isinstance(stack, torch.Tensor):
+        return functional.linear(x, stack[expert], own)
+    return ops.linear(x, stack.expert(expert), own)

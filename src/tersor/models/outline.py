@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from tersor.checkpoint.names import Form
-from tersor.formats import SCALE_DTYPES, Activations, Scheme
-from tersor.layouts import STREAM, MixedWeight, PackedWeight
+from tersor.formats import SCALE_DTYPES, Activations, Pruned, Scheme
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -52,7 +52,11 @@ def outline(
         UnsupportedError: weights that are not multiplied with such activations; experts of a layer in several schemes.
     """
     starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
-    inside, few_schemes = _by_layer(starts, schemes)
+    # How much is left of a pruned weight decides no kernel.
+    alike = {
+        name: Pruned(form.sparse, bytes(4 * form.rows)) for name, form in schemes.items() if isinstance(form, Pruned)
+    }
+    inside, few_schemes = _by_layer(starts, {**schemes, **alike})
     kinds: dict[object, list[int]] = {}
     for index, layer in enumerate(config.layers):
         kinds.setdefault((layer, frozenset(inside[index].items())), []).append(index)
@@ -100,7 +104,7 @@ class _Outlined(Stored):
 
     def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
         """Return a weight in the layout that it has on a GPU."""
-        if isinstance(weight, torch.Tensor):
+        if isinstance(weight, torch.Tensor | SparseWeight):
             return weight
         if isinstance(weight, MixedWeight):
             sets = tuple(one for one in map(self.ready, weight.sets) if isinstance(one, PackedWeight))
@@ -117,7 +121,12 @@ class _Outlined(Stored):
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
 
-    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
+    def _sparse(self, module: str, form: Pruned) -> SparseWeight:
+        oc, ic = self._shapes[module]
+        mask, values = torch.empty(oc, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.int32)
+        return SparseWeight.of(Pruned(form.sparse, bytes(4 * oc)), (oc, ic), mask, values)
+
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part, expert: int | None = None) -> Packed:
         scale = torch.empty(rows, 0, dtype=SCALE_DTYPES[scheme.scale_dtype])
         zero_point = torch.empty(rows, 0, dtype=torch.uint8) if scheme.has_zero_point else None
         return torch.empty(rows, 0, dtype=torch.int32), scale, zero_point

@@ -8,10 +8,11 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from tersor import ops
-from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, Form, level_stem
+from tersor.checkpoint.names import MASK, PACKED, SCALE, VALUES, ZERO_POINT, Form, level_stem
 from tersor.checkpoint.source import StoredTensor
-from tersor.formats import Activations, Assignment, Mix, Scheme
-from tersor.layouts import MixedWeight, PackedWeight
+from tersor.errors import CheckpointError, ShapeError, UnsupportedError
+from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
 from tersor.layouts.gated import interleave
 from tersor.layouts.shard import Part, Span
 from tersor.models.expected import plain_name
@@ -23,7 +24,14 @@ from tersor.ops.collective import ALONE, Ranks
 
 Packed: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Codes, scales and zero points in the stored stream."""
-_Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, MixedWeight, torch.Tensor | PackedWeight | MixedWeight)
+_Kind = TypeVar(
+    "_Kind",
+    torch.Tensor,
+    PackedWeight,
+    MixedWeight,
+    SparseWeight,
+    torch.Tensor | PackedWeight | MixedWeight | SparseWeight,
+)
 
 
 class Stored:
@@ -51,12 +59,13 @@ class Stored:
         Args:
             tensors: name -> tensor.
             reading: reads them to the device.
-            forms: module -> scheme of its packed weight, or the levels of its output features.
+            forms: module -> scheme of its packed weight, the levels of its output features, or what is left of rows.
             shapes: module -> shape of its whole weight.
             dtype, share, ranks: see the attributes.
             activations: what packed weights are multiplied with.
         """
         self._tensors, self._forms = tensors, forms
+        self._whole = shapes
         self._shapes = {module: share.shape(module, shape) for module, shape in shapes.items()}
         self._activations, self.share, self.ranks = activations, share, ranks
         self._reading, self.device, self.dtype = reading, reading.device, dtype
@@ -73,12 +82,22 @@ class Stored:
             return self._read(plain, self.share.parts.get(module)).to(dtype or self.dtype)
         if isinstance(form, Assignment):
             return self._mixed(module, form)
+        if isinstance(form, Pruned):
+            return self._sparse(module, form)
         oc, ic = self._shapes[module]
         return PackedWeight(form, (oc, ic), *self._packed(module))
 
     def ready(self, weight: _Kind) -> _Kind:
-        """Return a weight in the layout that its products are served from."""
+        """Return a weight in the layout that its products are served from.
+
+        Raises:
+            UnsupportedError: 8-bit activations for a pruned weight.
+        """
         if isinstance(weight, torch.Tensor):
+            return weight
+        if isinstance(weight, SparseWeight):
+            if self._activations is not Activations.NATIVE:
+                raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone: leave them so")
             return weight
         if isinstance(weight, MixedWeight):
             return weight.to_layout(self._layout)
@@ -130,6 +149,9 @@ class Stored:
         bias = interleave(*biases) if biased else None
         if mixed:
             return GatedProduct(self.ready(MixedWeight.gate_up(*mixed)), bias, gate)
+        pruned = [half for half in halves if isinstance(half, SparseWeight)]
+        if pruned:
+            return GatedProduct(self.ready(SparseWeight.gate_up(*pruned)), bias, gate)
         packed = [half for half in halves if isinstance(half, PackedWeight)]
         return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), bias, gate)
 
@@ -141,16 +163,16 @@ class Stored:
         """Whether a module's weight is packed."""
         return module in self._forms
 
-    def agree(self, modules: Sequence[str]) -> bool:
-        """Whether the weights of modules are all plain, all packed in one scheme, or all mixes of the same levels."""
-        kinds: set[Scheme | Mix | None] = set()
-        for form in map(self._forms.get, modules):
-            kinds.add(form.mix if isinstance(form, Assignment) else form)
-        return len(kinds) == 1
+    def agree(self, modules: Sequence[str], levels: bool = False) -> bool:
+        """Whether weights of modules are all plain, all packed or pruned in one scheme, or mixes of the same levels.
 
-    def is_mixed(self, module: str) -> bool:
-        """Whether output features of a module's weight have different schemes."""
-        return isinstance(self._forms.get(module), Assignment)
+        With `levels`, output features of mixes have to be at the same levels, too.
+        """
+        kinds: set[Scheme | Mix | Assignment | Sparse | None] = set()
+        for form in map(self._forms.get, modules):
+            own = form.mix if isinstance(form, Assignment) and not levels else form
+            kinds.add(own.sparse if isinstance(own, Pruned) else own)
+        return len(kinds) == 1
 
     def expert(self, module: str, index: int) -> Matrix:
         """Return the weight [OC, IC] of one expert, of a module that holds those of all."""
@@ -159,7 +181,9 @@ class Stored:
             part = self.share.parts.get(module)
             stored = self._read(plain_name(module, self._shapes[module]), part and part.transposed(), index)
             return stored.t().to(self.dtype).contiguous()
-        assert isinstance(form, Scheme), "all experts of a layer in one have one scheme"
+        if isinstance(form, Assignment):
+            return self._mixed(module, form, index)
+        assert isinstance(form, Scheme), "held by `expected.check`"
         _, oc, ic = self._shapes[module]
         return PackedWeight(form, (oc, ic), *self._packed(module, index))
 
@@ -167,9 +191,12 @@ class Stored:
         """Return the layout that products with weights of a scheme are served from."""
         return ops.preferred_layout(scheme, self.dtype, self.device, self._activations)
 
-    def _mixed(self, module: str, form: Assignment) -> MixedWeight:
-        """Return a mixed weight, or the rank's part of one, of whose row sets no other rows are read."""
-        part, ic = self.share.parts.get(module, Part()), self._shapes[module][1]
+    def _mixed(self, module: str, form: Assignment, expert: int | None = None) -> MixedWeight:
+        """Return a mixed weight, or the rank's part of one, of whose row sets no other rows are read.
+
+        Of a module that holds those of all experts it is the weight of one.
+        """
+        part, ic = self.share.parts.get(module, Part()), self._shapes[module][-1]
         spans: tuple[Span, ...] = part.rows or ((0, len(form.level)),)
         sets = []
         for level, scheme in enumerate(form.mix.levels):
@@ -177,18 +204,39 @@ class Stored:
             count = sum(last - first for first, last in rows)
             if count:
                 own = Part(rows if part.rows else None, part.columns)
-                packed = self._row_set(f"{module}.{level_stem(level)}", scheme, count, own)
+                packed = self._row_set(f"{module}.{level_stem(level)}", scheme, count, own, expert)
                 sets.append(PackedWeight(scheme, (count, ic), *packed))
         return MixedWeight.of(form.of(spans), sets)
+
+    def _sparse(self, module: str, form: Pruned) -> SparseWeight:
+        """Return a pruned weight, or the rank's part of one, of which no other rows are read.
+
+        Raises:
+            CheckpointError: the mask does not fit the values.
+        """
+        part, starts = self.share.parts.get(module, Part()), form.starts().tolist()
+        spans: tuple[Span, ...] = part.rows or ((0, form.rows),)
+        rows, words = Part(spans), Part(tuple((starts[first], starts[last]) for first, last in spans))
+        mask, values = self._read(f"{module}.{MASK}", rows), self._read(f"{module}.{VALUES}", words)
+        scheme, ic = form.sparse.scheme, self._whole[module][1]
+        scale = zeros = None
+        if scheme is not None:
+            scale = self._read(f"{module}.{SCALE}", rows)
+            zeros = self._read(f"{module}.{ZERO_POINT}", rows) if scheme.has_zero_point else None
+        try:
+            found = SparseWeight.from_stored(form.sparse, (len(mask), ic), mask, values, scale, zeros)
+        except ShapeError as error:
+            raise CheckpointError(f"{module}: {error}") from None
+        return found if part.columns is None else found.cut(Part(columns=part.columns))
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         """Return codes, scales and zero points of a packed weight, or of one expert in a module that holds all."""
         part, scheme = self.share.parts.get(module), self._scheme(module)
         return self._words(module, scheme, part, expert)
 
-    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part) -> Packed:
+    def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part, expert: int | None = None) -> Packed:
         """Return codes, scales and zero points of so many rows of a level, which are that part of what is stored."""
-        return self._words(stem, scheme, None if part == Part() else part)
+        return self._words(stem, scheme, None if part == Part() else part, expert)
 
     def _words(self, stem: str, scheme: Scheme, part: Part | None, expert: int | None = None) -> Packed:
         words, groups = (None, None) if part is None else part.stored(scheme)
@@ -216,6 +264,9 @@ def joined(weights: Sequence[Matrix]) -> Matrix:
     mixed = [weight for weight in weights if isinstance(weight, MixedWeight)]
     if mixed:
         return MixedWeight.stack(mixed)
+    pruned = [weight for weight in weights if isinstance(weight, SparseWeight)]
+    if pruned:
+        return SparseWeight.stack(pruned)
     packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
     return (
         PackedWeight.stack(packed) if packed else torch.cat([one for one in weights if isinstance(one, torch.Tensor)])
@@ -223,12 +274,12 @@ def joined(weights: Sequence[Matrix]) -> Matrix:
 
 
 def _halves(weights: Sequence[Matrix]) -> Sequence[Matrix]:
-    """Return gate and up, packed or mixed, of two weights or of one that holds both, the gate first."""
+    """Return gate and up, packed, mixed or pruned, of two weights or of one that holds both, the gate first."""
     if len(weights) == 2:
         return weights
     (both,) = weights
     half = both.shape[0] // 2
     if isinstance(both, MixedWeight):
         return [both.cut(Part(rows=(span,))) for span in ((0, half), (half, 2 * half))]
-    assert isinstance(both, PackedWeight)
+    assert isinstance(both, PackedWeight | SparseWeight)
     return both.split([half] * 2)

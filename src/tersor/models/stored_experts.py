@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tersor.errors import UnsupportedError
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.formats import Assignment
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedMixedWeight, StackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.models.config import DecoderConfig, Experts
 from tersor.models.mixture import Mixture
@@ -25,7 +26,7 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
     """Return the experts of the layer whose names start with `start`.
 
     Raises:
-        UnsupportedError: gate and up, or down, of its experts are stored in several schemes, or mixed.
+        UnsupportedError: gate and up, or down, of its experts are stored in several schemes, or in several mixes.
     """
     assert config.gate is not None
     if names.fused:
@@ -36,14 +37,11 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
             [start + name.format(expert=index) for index in range(experts.count)] for name in names.expert
         )
         gate_up = gate_names + up_names
-    mixed = next((module for module in (*gate_up, *down) if stored.is_mixed(module)), None)
-    if mixed is not None:
-        raise UnsupportedError(f"{mixed} is stored mixed: the engine takes one scheme for all experts of a layer")
     for modules in (gate_up, down):
-        if not stored.agree(modules):
+        if not stored.agree(modules, levels=True):
             raise UnsupportedError(
-                f"{modules[0]} and other experts of the layer are not stored alike: the engine takes one scheme for "
-                "gate and up of all experts of a layer, and one for down"
+                f"{modules[0]} and other experts of the layer are not stored alike: the engine takes one scheme, or "
+                "the same levels, for gate and up of all experts of a layer, and for down"
             )
     # Rows are interleaved for kernels that take both weights.
     together = stored.is_packed(gate_up[0]) and stored.is_packed(down[0])
@@ -53,8 +51,13 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
             halves = _pairs(stored.expert(gate_up[0], index))
         else:
             halves = [stored.matrix(gate_up[index]), stored.matrix(gate_up[experts.count + index])]
-        packed = [half for half in halves if isinstance(half, PackedWeight)]
-        return PackedWeight.gate_up(*packed) if together else joined(halves)
+        if not together:
+            return joined(halves)
+        gate, up = halves
+        if isinstance(gate, MixedWeight) and isinstance(up, MixedWeight):
+            return MixedWeight.gate_up(gate, up)
+        assert isinstance(gate, PackedWeight) and isinstance(up, PackedWeight)
+        return PackedWeight.gate_up(gate, up)
 
     def of_down(index: int) -> Matrix:
         return stored.expert(down[0], index) if names.fused else stored.matrix(down[index])
@@ -86,15 +89,21 @@ def _pairs(weight: Matrix) -> Sequence[Matrix]:
     """Return gate and up [F, IC] of a weight [2 F, IC] in which their rows take turns."""
     if isinstance(weight, torch.Tensor):
         return [weight[0::2], weight[1::2]]
-    assert isinstance(weight, PackedWeight)
+    if isinstance(weight, PackedWeight):
+        return [_turns(weight, first) for first in (0, 1)]
+    assert isinstance(weight, MixedWeight), "held by `expected.check`"
+    mix, level = weight.mix, weight.assignment.level
+    if level[0::2] != level[1::2]:
+        raise UnsupportedError("gate and up of a channel of experts are stored at different levels")
+    half = Assignment(mix, level[0::2])
+    return [MixedWeight.of(half, [_turns(one, first) for one in weight.sets]) for first in (0, 1)]
+
+
+def _turns(weight: PackedWeight, first: int) -> PackedWeight:
+    """Return every second row of a weight in the stored stream."""
+    zero_point = None if weight.zero_point is None else weight.zero_point[first::2]
     shape = (weight.shape[0] // 2, weight.shape[1])
-    return [
-        PackedWeight(weight.scheme, shape, data, scale, zero_point)
-        for data, scale, zero_point in (
-            (one.data[index::2], one.scale[index::2], None if one.zero_point is None else one.zero_point[index::2])
-            for one, index in ((weight, 0), (weight, 1))
-        )
-    ]
+    return PackedWeight(weight.scheme, shape, weight.data[first::2], weight.scale[first::2], zero_point)
 
 
 def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack:
@@ -105,6 +114,8 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
     What they become is put in place before the next are made.
     """
     first = make(0)
+    if isinstance(first, MixedWeight):
+        return _stacked_mixed(stored, count, first, make)
     rows, channels = first.shape
     together = max(1, min(_TOGETHER // (rows * channels), count)) if rows % UNIT_OC == 0 else 1
     wholes: list[torch.Tensor | None] = []
@@ -112,7 +123,7 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
         last = min(start + together, count)
         made = joined([*([] if start else [first]), *stored.each(make, range(start or 1, last))])
         ready = stored.ready(made)
-        assert not isinstance(ready, MixedWeight), "experts have one scheme"
+        assert not isinstance(ready, MixedWeight | SparseWeight), "the first was none"
         parts = (ready,) if isinstance(ready, torch.Tensor) else (ready.data, ready.scale, ready.zero_point)
         own = [None if part is None else part.unflatten(0, (last - start, -1)) for part in parts]
         wholes = wholes or [None if part is None else part.new_empty(count, *part.shape[1:]) for part in own]
@@ -126,3 +137,24 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
     data, scale, zero_point = wholes
     assert data is not None and scale is not None
     return StackedWeight(ready.scheme, (count, rows, channels), data, scale, zero_point, ready.layout)
+
+
+def _stacked_mixed(stored: Stored, count: int, first: MixedWeight, make: Callable[[int], Matrix]) -> StackedMixedWeight:
+    """Return mixed weights of all experts: each level is a stack of its own, in the layout that serves it.
+
+    Every expert is read once, and stays in memory until its levels are in their stacks.
+    """
+    every = [first, *stored.each(make, range(1, count))]
+
+    def of_level(level: int) -> StackedWeight:
+        found = _stacked(stored, count, lambda index: _level_of(every[index], level))
+        assert isinstance(found, StackedWeight)
+        return found
+
+    sets = [of_level(level) for level in range(len(first.sets))]
+    return StackedMixedWeight.of(first.assignment, sets, first.gated)
+
+
+def _level_of(weight: Matrix, level: int) -> PackedWeight:
+    assert isinstance(weight, MixedWeight), "all experts of a layer are stored alike"
+    return weight.sets[level]

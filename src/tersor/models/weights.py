@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight
 from tersor.ops import Gate, Rows
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.lookup import places
 
-Matrix: TypeAlias = torch.Tensor | PackedWeight | MixedWeight
+Matrix: TypeAlias = torch.Tensor | PackedWeight | MixedWeight | SparseWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
 """Rows [T, H] for a product, or those that wait for the division of the norm ahead of it."""
@@ -23,7 +23,7 @@ Between: TypeAlias = Hidden | ops.Normed
 """Rows [T, H] between layers; the norm behind them may be done."""
 Given: TypeAlias = Hidden | ops.Quantized
 """Rows [T, H] as a product takes them: those of a norm may be quantised."""
-Stack: TypeAlias = torch.Tensor | StackedWeight
+Stack: TypeAlias = torch.Tensor | Stacked
 """The weights [E, OC, IC] of all experts of a layer."""
 
 
@@ -48,7 +48,7 @@ class Product:
                 return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
             return ops.linear(x, self.weight, self.bias, residual=residual)
         assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
-        if isinstance(self.weight, MixedWeight):
+        if isinstance(self.weight, MixedWeight | SparseWeight):
             return ops.linear(x, self.weight, self.bias, residual=residual)
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
@@ -105,12 +105,12 @@ class GatedProduct:
     """silu(x @ G^T + bias_G) * (x @ U^T + bias_U), or what another gate makes of both, in one launch a row set.
 
     Attributes:
-        weight: `PackedWeight.gate_up` of both, or that of mixed weights.
+        weight: `PackedWeight.gate_up` of both, or that of mixed or pruned weights.
         bias: interleaved likewise, or `None`.
         gate: how gate and up become one.
     """
 
-    weight: PackedWeight | MixedWeight
+    weight: PackedWeight | MixedWeight | SparseWeight
     bias: torch.Tensor | None = None
     gate: Gate = Gate.SILU
 
@@ -224,8 +224,10 @@ def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:
     for weight in weights:
         if isinstance(weight, torch.Tensor):
             yield weight
-        elif isinstance(weight, MixedWeight):
+        elif isinstance(weight, MixedWeight | StackedMixedWeight):
             yield from tensors_of(*weight.sets, weight.features, weight.places)
+        elif isinstance(weight, SparseWeight):
+            yield from weight.tensors()
         elif weight is not None:
             held = (weight.data, weight.scale, weight.zero_point)
             yield from (tensor for tensor in held if tensor is not None)

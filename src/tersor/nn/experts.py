@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from tersor import ops
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
-from tersor.layouts import STREAM, StackedWeight
+from tersor.layouts import STREAM, Stacked, StackedWeight
 from tersor.layouts.gated import gated_rows, interleave
 from tersor.nn.linear import cast_bias
 from tersor.nn.packed import MultipliedModule
@@ -156,7 +156,11 @@ class PackedStack(MultipliedModule):
     @property
     def weight(self) -> torch.Tensor:
         """The decoded weights [E, OC, IC] in `dtype` and the model's order, made anew on every access."""
-        return self.stored_weight().dequantize(self.dtype)
+        return self.decoded(self.dtype)
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights [E, OC, IC] in the model's order, rounded once to a dtype."""
+        return self.stored_weight().dequantize(dtype)
 
     def ready(self, dtype: torch.dtype) -> StackedWeight:
         """Return the weights, interleaved, in the layout for activations of `dtype`; they stay so."""
@@ -218,10 +222,23 @@ class PackedStack(MultipliedModule):
         return ", ".join(words)
 
 
+class Stack(Protocol):
+    """The packed weights of one layer of all experts: a `PackedStack`, or a `MixedStack`.
+
+    Attributes:
+        shape: (E, OC, IC), with OC as it is stored.
+    """
+
+    shape: Any
+
+    def ready(self, dtype: torch.dtype) -> Stacked:
+        """Return the weights in the layout for activations of `dtype`."""
+
+
 def multiply_stacks(
     x: torch.Tensor,
-    gate_up: PackedStack,
-    down: PackedStack,
+    gate_up: Stack,
+    down: Stack,
     index: torch.Tensor,
     factors: torch.Tensor,
     gate: ops.Gate,
@@ -247,8 +264,8 @@ def multiply_stacks(
 
 def multiply_routed(
     x: torch.Tensor,
-    gate_up: PackedStack,
-    down: PackedStack,
+    gate_up: Stack,
+    down: Stack,
     logits: torch.Tensor,
     options: dict[str, Any],
     gate: ops.Gate,
@@ -270,15 +287,16 @@ def multiply_routed(
     return ops.routed_experts(x, logits, first, second, gate_up_bias=inner, down_bias=outer, gate=gate, **options)
 
 
-def waits(gate_up: PackedStack, down: PackedStack, dtype: torch.dtype) -> str:
+def waits(gate_up: Stack, down: Stack, dtype: torch.dtype) -> str:
     """Return why the host waits to learn which tokens an expert gets, or an empty string where no kernel needs it.
 
     Args:
         gate_up, down: of the layer.
         dtype: of activations.
     """
-    x = torch.empty(1, gate_up.shape[2], dtype=dtype, device=gate_up.weight_packed.device)
-    return ops.experts_obstacle(x, gate_up.ready(dtype), down.ready(dtype))
+    first, second = gate_up.ready(dtype), down.ready(dtype)
+    x = torch.empty(1, gate_up.shape[2], dtype=dtype, device=first.device)
+    return ops.experts_obstacle(x, first, second)
 
 
 def one_by_one(

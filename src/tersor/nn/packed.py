@@ -31,6 +31,19 @@ def refuse_weight(module: nn.Module, name: str) -> None:
         )
 
 
+class Counted(nn.Module):
+    """Holds a compressed weight that is no `PackedModule`, and counts as one does.
+
+    Attributes:
+        shape: (OC, IC).
+        stored_bits: bits that a checkpoint has for the weight, all of its tensors counted.
+    """
+
+    shape: tuple[int, ...]
+    stored_bits: float
+    in_state_dict = True
+
+
 class PackedModule(nn.Module):
     """Holds a packed weight [OC, IC]; a subclass says what is computed with it.
 
@@ -259,7 +272,7 @@ def bits_per_weight(model: nn.Module) -> float | None:
     """Return the mean stored bits of a compressed weight, scales counted; None where none is compressed."""
     bits, weights = 0.0, 0
     for module in model.modules():
-        if isinstance(module, PackedModule) and module.in_state_dict:
+        if isinstance(module, PackedModule | Counted) and module.in_state_dict:
             bits += module.stored_bits
             weights += math.prod(module.shape)
     return bits / weights if weights else None

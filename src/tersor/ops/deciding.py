@@ -15,7 +15,7 @@ import torch
 from tersor.kernels import deciding, jit
 from tersor.kernels.deciding import Decider
 from tersor.kernels.routing import MOST_ROUTER_CHANNELS, Choice
-from tersor.layouts import StackedWeight
+from tersor.layouts import Stacked
 from tersor.ops import autocast, current, dense, grouped, mode, serve_routing
 from tersor.ops.gates import Gate
 from tersor.ops.norm import TARGETS, kernel_serves, launched_early
@@ -75,7 +75,7 @@ class Decision:
 def decide(
     x: torch.Tensor,
     router: tuple[torch.Tensor, torch.Tensor | None],
-    experts: tuple[StackedWeight, StackedWeight],
+    experts: tuple[Stacked, Stacked],
     top_k: int,
     *,
     gate: Gate = Gate.SILU,
@@ -123,7 +123,7 @@ def decide(
 def _decided(
     x: torch.Tensor,
     router: tuple[torch.Tensor, torch.Tensor | None],
-    experts: tuple[StackedWeight, StackedWeight],
+    experts: tuple[Stacked, Stacked],
     decider: Decider,
     gate: Gate,
     norm: Gain | None,
@@ -177,8 +177,8 @@ def _decided(
 
 def decided_experts(
     decision: Decision,
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    gate_up: Stacked,
+    down: Stacked,
     *,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,

@@ -18,6 +18,7 @@ from tersor.ops import mode
 
 FUSED = "fused"
 DEQUANTIZE = "dequantize + cuBLAS"
+DECOMPRESS = "decompress + cuBLAS"
 REFERENCE = "reference"
 
 E4M3_LAYOUT = f"tiles_{target_of(Activations.E4M3, torch.float16)}"

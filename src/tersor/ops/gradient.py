@@ -110,9 +110,9 @@ class _Linear(_SingleLevelFunction):
         if gate not in (0, Gate.SILU):  # `ops.gated_linear` makes these of a linear where someone differentiates
             raise UnsupportedError(f"tersor::linear has no derivative with the gate {gate}: call ops.gated_linear")
         # Only silu's derivative depends on what came in: a plain linear keeps no activations.
-        _save(ctx, data, scale, zero_point, *((x, bias) if gate else ()))
+        save(ctx, data, scale, zero_point, *((x, bias) if gate else ()))
         ctx.of, ctx.gated = (scheme, oc, ic, layout), bool(gate)
-        with _below():
+        with below():
             return _linear()(x, data, scale, zero_point, bias, scheme, oc, ic, layout, residual, gate)
 
     @staticmethod
@@ -143,9 +143,9 @@ class _InputGrad(_SingleLevelFunction):
     def forward(  # type: ignore[override]
         ctx: Any, grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, *of: Any
     ) -> torch.Tensor:
-        _save(ctx, data, scale, zero_point)
+        save(ctx, data, scale, zero_point)
         ctx.of = of
-        with _below():
+        with below():
             return _input_grad()(grad, data, scale, zero_point, *of)
 
     @staticmethod
@@ -158,13 +158,14 @@ class _InputGrad(_SingleLevelFunction):
 
 
 @contextmanager
-def _below() -> Iterator[None]:
+def below() -> Iterator[None]:
     """Call an operator below this level of autograd; further levels of torch.func must find gradients switched on."""
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         yield
 
 
-def _save(ctx: Any, *tensors_: torch.Tensor | None) -> None:
+def save(ctx: Any, *tensors_: torch.Tensor | None) -> None:
+    """Keep tensors of a call for its derivatives, backwards and forwards."""
     ctx.save_for_backward(*tensors_)
     ctx.save_for_forward(*tensors_)
 

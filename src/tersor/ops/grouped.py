@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,10 @@ from tersor.formats import Activations
 from tersor.kernels.tune import SM80, SM90
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune.experts_problem import most_blocks
-from tersor.layouts import StackedWeight, packing
+from tersor.layouts import Stacked, StackedMixedWeight, StackedWeight, packing, sets_of
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import target_of
-from tersor.ops import current, dispatch, mode, tensors
+from tersor.ops import current, dispatch, mixed, mode, tensors
 from tersor.ops.dispatch import overflow_reason, unsupported_reason
 from tersor.ops.gates import Gate
 from tersor.ops.settled import settled
@@ -39,20 +40,22 @@ _ALIGNED = 8
 """Elements of 16 bits in the 16 bytes on which the copy engine wants rows to start."""
 
 
-def obstacle(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight) -> str:
+def obstacle(x: torch.Tensor, gate_up: Stacked, down: Stacked) -> str:
     """Return why no kernel takes all experts of a call at once, or an empty string."""
-    why = unsupported_reason(gate_up.scheme, x.dtype, x.device) or unsupported_reason(down.scheme, x.dtype, x.device)
-    if why:
-        return why
+    for weight in (*sets_of(gate_up), *sets_of(down)):
+        why = unsupported_reason(weight.scheme, x.dtype, x.device)
+        if why:
+            return why
     chip = dispatch.kernel_chip(x.device)
     assert chip is not None  # since the device is supported
     return misfit(gate_up, down, x.dtype, chip)
 
 
-def misfit(gate_up: StackedWeight, down: StackedWeight, dtype: torch.dtype, chip: hardware.Chip) -> str:
+def misfit(gate_up: Stacked, down: Stacked, dtype: torch.dtype, chip: hardware.Chip) -> str:
     """Return why no kernel of a chip takes all experts of a call with activations of a dtype, or an empty string."""
     wanted = f"tiles_{target_of(Activations.NATIVE, dtype)}"
-    for name, weight in (("gate and up", gate_up), ("down", down)):
+    named = [(name, weight) for name, of in (("gate and up", gate_up), ("down", down)) for weight in sets_of(of)]
+    for name, weight in named:
         native = activations_of(weight) is Activations.NATIVE
         if not native and tune.schedule(chip) == SM80:
             return "8-bit activations need compute capability 9.0, this is {}.{}".format(*chip.capability)
@@ -83,14 +86,14 @@ class Prepared:
 
     Attributes:
         block_tokens: tokens of a block of the routing tables.
-        up, down: the products.
+        up, down: the products, of a mix one for every level.
         gather: launches what puts tokens in order; `None` where the first product fetches or quantises them.
         fetches: whether the first product has L2 fetch the weights of the second.
     """
 
     block_tokens: int
-    up: Product
-    down: Product
+    up: tuple[Product, ...]
+    down: tuple[Product, ...]
     gather: GatherLaunch | None
     fetches: bool = False
 
@@ -99,11 +102,11 @@ _prepared: OrderedDict[Any, Prepared] = OrderedDict()
 _guard = threading.Lock()
 
 
-def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate) -> Prepared | None:
+def prepared(x: torch.Tensor, gate_up: Stacked, down: Stacked, top_k: int, gate: Gate) -> Prepared | None:
     """Return what serves a call, made at its first use; `None` where there is an `obstacle`."""
     now = mode.current()
     key = (
-        *(gate_up.scheme, gate_up.shape, gate_up.layout, down.scheme, down.shape, down.layout),
+        *(_kind(gate_up), _kind(down)),
         *(x.shape[0], top_k, x.dtype, x.get_device(), gate, now.key),
     )
     with _guard:
@@ -121,6 +124,13 @@ def prepared(x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k
     return made
 
 
+def _kind(weight: Stacked) -> Any:
+    """Return what decides how a weight is multiplied."""
+    if isinstance(weight, StackedMixedWeight):
+        return tuple((one.scheme, one.shape, one.layout) for one in weight.sets)
+    return weight.scheme, weight.shape, weight.layout
+
+
 def forget() -> None:
     """Drop every prepared call."""
     with _guard:
@@ -128,14 +138,17 @@ def forget() -> None:
 
 
 def configs(
-    gate_up: StackedWeight, down: StackedWeight, tokens: int, top_k: int, batch_invariant: bool, chip: hardware.Chip
-) -> tuple[tune.EitherConfig, tune.EitherConfig]:
-    """Choose how both products run: in blocks of as many tokens, of the least predicted time together."""
-    problems = [
-        tune.ExpertsProblem.of(weight.packing, weight.shape, tokens, top_k, activations_of(weight), batch_invariant)
+    gate_up: Stacked, down: Stacked, tokens: int, top_k: int, batch_invariant: bool, chip: hardware.Chip
+) -> tuple[tune.Configs, tune.Configs]:
+    """Choose how both products run, set by set: in blocks of as many tokens, of the least predicted time together."""
+    ups, downs = (
+        tuple(
+            tune.ExpertsProblem.of(one.packing, one.shape, tokens, top_k, activations_of(one), batch_invariant)
+            for one in sets_of(weight)
+        )
         for weight in (gate_up, down)
-    ]
-    return tune.choose_pair(problems[0], problems[1], chip)
+    )
+    return tune.choose_sets(ups, downs, chip)
 
 
 def activations_of(weight: StackedWeight) -> Activations:
@@ -191,25 +204,30 @@ def product_of(
     return Product(config, launch, quantize, dense.codes_stride(ic))
 
 
-def _make(
-    x: torch.Tensor, gate_up: StackedWeight, down: StackedWeight, top_k: int, gate: Gate, batch_invariant: bool
-) -> Prepared:
+def _make(x: torch.Tensor, gate_up: Stacked, down: Stacked, top_k: int, gate: Gate, batch_invariant: bool) -> Prepared:
     from tersor.kernels import experts, jit
 
     index, tokens = x.get_device(), x.shape[0]
     chip = dispatch.kernel_chip(x.device)
     assert chip is not None
-    pair = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
-    native = pair[0].activations is Activations.NATIVE
-    up = product_of(gate_up, pair[0], int(gate), tokens, top_k, x.dtype, index)
-    down_product = product_of(down, pair[1], 0, tokens, top_k, x.dtype, index, native)
+    chosen = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
+    native = all(one.activations is Activations.NATIVE for one in chosen[0])
+    ups, downs = (
+        tuple(
+            product_of(one, config, ending, tokens, top_k, x.dtype, index, ready)
+            for one, config in zip(sets_of(weight), of, strict=True)
+        )
+        for weight, of, ending, ready in ((gate_up, chosen[0], int(gate), False), (down, chosen[1], 0, native))
+    )
     gather = None
-    if up.quantize is None and not up.config.gathers:
+    if any(up.quantize is None and not up.config.gathers for up in ups):
         function = jit.get(experts.gather_source(), index)
         gather = experts.prepare_gather(function, pairs=tokens * top_k, ic=gate_up.shape[2], top_k=top_k)
-    most = min(tokens * top_k, down.experts) * _expert_bytes(down)
-    fetches = native and tune.schedule(chip) == SM90 and most <= chip.l2_bytes * _FETCHED
-    return Prepared(up.config.block_tokens, up, down_product, gather, fetches)
+    fetches = False
+    if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
+        most = min(tokens * top_k, down.experts) * _expert_bytes(down)
+        fetches = native and tune.schedule(chip) == SM90 and most <= chip.l2_bytes * _FETCHED
+    return Prepared(ups[0].config.block_tokens, ups, downs, gather, fetches)
 
 
 def _expert_bytes(weight: StackedWeight) -> int:
@@ -219,8 +237,8 @@ def _expert_bytes(weight: StackedWeight) -> int:
 
 def products(
     x: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    gate_up: Stacked,
+    down: Stacked,
     tables: Tables,
     top_k: int,
     gate_up_bias: torch.Tensor | None,
@@ -228,6 +246,8 @@ def products(
     chosen: Prepared,
 ) -> torch.Tensor:
     """Run every pair through its expert.
+
+    Of a mix every level is a launch, and what they give is gathered once: both are as many whatever is routed.
 
     Args:
         x: [T, H], on the current device.
@@ -241,29 +261,75 @@ def products(
         [P, H] in x's dtype: the outputs of the experts in the order of the places; that of a pair without an expert is
         undefined.
     """
-    index, pairs, hidden = x.get_device(), x.shape[0] * top_k, gate_up.shape[2]
-    stream = current.stream(index)
+    pairs, hidden, room = x.shape[0] * top_k, gate_up.shape[2], chosen.block_tokens
     if x.stride(1) != 1 or x.stride(0) % _ALIGNED or x.stride(0) < hidden or x.data_ptr() % 16:
         x = tensors.aligned_rows(x, hidden)
-    order, block_tokens = tables.addresses[0], chosen.block_tokens
-    given, stride, x_scale = x, x.stride(0), 0
-    if chosen.up.quantize is not None:
-        given, x_scale = _quantized(chosen.up, x, pairs, block_tokens, order, top_k)
-        stride = chosen.up.codes_stride
-    elif chosen.gather is not None:
-        given, stride = current.empty((pairs + block_tokens, hidden), (hidden, 1), x.dtype), hidden
-        chosen.gather(stream=stream, x=x.data_ptr(), x_stride=x.stride(0), order=order, y=given.data_ptr())
-    channels = gated_channels(gate_up.shape[1])
-    inner = current.empty((pairs + block_tokens, channels), (channels, 1), x.dtype)
-    behind = down if chosen.fetches else None
-    run(chosen.up, gate_up, gate_up_bias, given.data_ptr(), stride, x_scale, tables, inner, behind)
-    passed, stride, x_scale = inner, channels, 0
-    if chosen.down.quantize is not None:
-        passed, x_scale = _quantized(chosen.down, inner, pairs, block_tokens)
-        stride = chosen.down.codes_stride
-    y = current.empty((pairs, hidden), (hidden, 1), x.dtype)
-    run(chosen.down, down, down_bias, passed.data_ptr(), stride, x_scale, tables, y)
-    return y
+    given = _Given(x, pairs, room, tables.addresses[0], top_k, chosen.gather)
+    behind = down if chosen.fetches and isinstance(down, StackedWeight) else None
+    inner = _product(given, gate_up, gate_up_bias, chosen.up, tables, pairs + room, True, behind)
+    passed = _Given(inner, pairs, room)
+    return _product(passed, down, down_bias, chosen.down, tables, pairs, False)
+
+
+class _Given:
+    """What a product reads, made for its first row set that reads it so: as it is, in order, or quantised."""
+
+    def __init__(
+        self, x: torch.Tensor, pairs: int, room: int, order: int = 0, top_k: int = 1, gather: GatherLaunch | None = None
+    ) -> None:
+        """Take activations.
+
+        Args:
+            x: [T, IC], or [P + room, IC] in the order of the places.
+            pairs: P.
+            room: rows behind those of pairs that a tile may read.
+            order: address of the order of pairs, 0 where x has it.
+            top_k: pairs of a row.
+            gather: launches what puts rows in order.
+        """
+        self.x, self._pairs, self._room, self._order, self._top_k, self._gather = x, pairs, room, order, top_k, gather
+        self._ordered: torch.Tensor | None = None
+        self._codes: dict[Activations, tuple[torch.Tensor, int]] = {}
+
+    def for_product(self, product: Product) -> tuple[torch.Tensor, int, int]:
+        """Return what a row set reads, the stride of its rows, and the address of the scales or 0."""
+        kind = product.config.activations
+        if product.quantize is not None:
+            if kind not in self._codes:
+                self._codes[kind] = _quantized(product, self.x, self._pairs, self._room, self._order, self._top_k)
+            codes, scale = self._codes[kind]
+            return codes, product.codes_stride, scale
+        if self._gather is None or product.config.gathers:
+            return self.x, self.x.stride(0), 0
+        if self._ordered is None:
+            ic, stream = self.x.shape[1], current.stream(self.x.get_device())
+            self._ordered = current.empty((self._pairs + self._room, ic), (ic, 1), self.x.dtype)
+            own = {"x": self.x.data_ptr(), "x_stride": self.x.stride(0), "y": self._ordered.data_ptr()}
+            self._gather(stream=stream, order=self._order, **own)
+        return self._ordered, self._ordered.stride(0), 0
+
+
+def _product(
+    given: _Given,
+    weight: Stacked,
+    bias: torch.Tensor | None,
+    launches: tuple[Product, ...],
+    tables: Tables,
+    rows: int,
+    gated: bool,
+    behind: StackedWeight | None = None,
+) -> torch.Tensor:
+    """Launch every row set of a product, and put the channels of all of them in order: [rows, channels]."""
+    biases: Sequence[torch.Tensor | None] = [bias] * len(launches)
+    if isinstance(weight, StackedMixedWeight) and bias is not None:
+        biases = mixed.by_set(weight.expert(0), bias)
+    made = []
+    for one, own, launch in zip(sets_of(weight), biases, launches, strict=True):
+        x, stride, scale = given.for_product(launch)
+        channels = gated_channels(one.shape[1]) if gated else one.shape[1]
+        made.append(current.empty((rows, channels), (channels, 1), given.x.dtype))
+        run(launch, one, own, x.data_ptr(), stride, scale, tables, made[-1], behind)
+    return weight.of_channels(made) if isinstance(weight, StackedMixedWeight) else made[0]
 
 
 def _quantized(

@@ -1,12 +1,11 @@
-"""Multiply with a mixed weight: every row set as the dense weight that it is, and one gather to the order of features.
+"""Multiply with a mixed weight: all row sets in one launch where a kernel takes them, else one dense product a row set.
 
-This is the definition of the product as well: an output feature is what `ops.linear` gives for its row in the row set
-of its level, whoever serves that. On a GPU that is a launch of a fused kernel a row set, each with a contiguous result
-of its own, and one gather of all of them by the weight's permutation; where features are in the order of levels, the
-results are put side by side. Biases and residuals are taken apart by the same permutation, so that each is added before
-the one rounding.
-
-All of it is made of operators that dispatch: gradients, torch.compile and autocast are theirs.
+An output feature is what `ops.linear` gives for its row in the row set of its level, but for the order in which
+products are summed: that is the definition. On compute capability 9.0 one launch makes all of it (`mixed_launch`).
+Everywhere else, in batch-invariant mode and where somebody looks on (autograd, torch.compile, a profiler), a row set is
+multiplied as the dense weight that it is, and one gather brings features in order; biases and residuals are taken apart
+by the same permutation, so that each is added before the one rounding. That is made of operators that dispatch:
+gradients, torch.compile and autocast are theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from tersor.errors import ShapeError
 from tersor.layouts import MixedWeight
 from tersor.layouts.gated import interleave, separate
-from tersor.ops import dense
+from tersor.ops import dense, mixed_launch
 
 
 def multiply(
@@ -29,11 +28,23 @@ def multiply(
     """
     if gate and not weight.gated:
         raise ShapeError(f"gated_linear: a mixed weight {list(weight.shape)} is not MixedWeight.gate_up of two")
-    _check(x, weight, bias, residual, weight.channels if gate else weight.shape[0])
-    biases = [None] * len(weight.sets) if bias is None else _by_set(weight, bias)
+    outputs = weight.channels if gate else weight.shape[0]
+    _check(x, weight, bias, residual, outputs)
+    if not dense.looked_at(x, bias, residual):
+        y = mixed_launch.multiply(x, weight, bias, residual, gate)
+        if y is not None:
+            return y
+    return by_row_sets(x, weight, bias, residual, gate)
+
+
+def by_row_sets(
+    x: torch.Tensor, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
+) -> torch.Tensor:
+    """Return the product, made of those of the row sets."""
+    biases = [None] * len(weight.sets) if bias is None else by_set(weight, bias)
     added: list[torch.Tensor | None] = [None] * len(weight.sets)
     if residual is not None:
-        added = [*(weight.by_set(residual) if gate else _by_set(weight, residual))]
+        added = [*(weight.by_set(residual) if gate else by_set(weight, residual))]
     parts = [
         dense.multiply(x, one, own_bias, own_residual, gate)
         for one, own_bias, own_residual in zip(weight.sets, biases, added, strict=True)
@@ -41,7 +52,7 @@ def multiply(
     return weight.of_channels(parts) if gate else weight.in_order(parts).contiguous()
 
 
-def _by_set(weight: MixedWeight, values: torch.Tensor) -> list[torch.Tensor]:
+def by_set(weight: MixedWeight, values: torch.Tensor) -> list[torch.Tensor]:
     """Return the values [..., OC] of every set's rows; those of gate and up are interleaved in each."""
     if not weight.gated:
         return weight.by_set(values)

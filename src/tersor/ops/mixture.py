@@ -15,9 +15,9 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
-from tersor.layouts import StackedWeight
+from tersor.layouts import Stacked, StackedWeight
 from tersor.layouts.gated import gated_channels
-from tersor.ops import autocast, current, dense, gradient, grouped, multiply, routing, serve_routing
+from tersor.ops import autocast, current, dense, gradient, grouped, multiply, routing, serve_routing, stacks
 from tersor.ops.gates import Gate
 from tersor.ops.tables import Tables
 
@@ -29,8 +29,8 @@ _INDEX_DTYPES = (torch.int32, torch.int64)
 class _Layer:
     """The weights of a layer's experts and what is added to their sums, as in `experts`."""
 
-    gate_up: StackedWeight
-    down: StackedWeight
+    gate_up: Stacked
+    down: Stacked
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     gate: Gate
@@ -42,12 +42,16 @@ _library.define(
     f"experts(Tensor x, Tensor index, Tensor weights, {_WEIGHT.format('gate_up')}, {_WEIGHT.format('down')}, "
     "Tensor? gate_up_bias, Tensor? down_bias, Tensor? addend, int gate) -> Tensor"
 )
+_library.define(
+    "experts_mixed(Tensor x, Tensor index, Tensor weights, Tensor[] gate_up, str gate_up_form, Tensor[] down, "
+    "str down_form, Tensor? gate_up_bias, Tensor? down_bias, Tensor? addend, int gate) -> Tensor"
+)
 
 
 def experts(
     x: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    gate_up: Stacked,
+    down: Stacked,
     index: torch.Tensor,
     weights: torch.Tensor,
     *,
@@ -64,7 +68,8 @@ def experts(
 
     Args:
         x: [T, H], float16, bfloat16, float32 or float64.
-        gate_up: [E, gated_rows(F), H], as `StackedWeight.gate_up` makes it, on x's device, in any layout.
+        gate_up: [E, gated_rows(F), H], as `StackedWeight.gate_up` makes it or a stack of `MixedWeight.gate_up`, on x's
+            device, in any layout.
         down: [E, H, F], likewise.
         index: [T, K] int32 or int64, the experts of each token; a number that is no expert contributes nothing.
         weights: [T, K], any float dtype, what the outputs of the experts are multiplied by.
@@ -87,16 +92,18 @@ def experts(
     if gradient.wanted(*floats):
         return _one_by_one(x, layer, index, weights, addend)
     if dense.looked_at(*floats):
-        parts = (*_described(gate_up), *_described(down))
-        return _operator(x, index, weights, *parts, gate_up_bias, down_bias, addend, int(gate))
+        rest = (gate_up_bias, down_bias, addend, int(gate))
+        if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
+            return _operator(x, index, weights, *_described(gate_up), *_described(down), *rest)
+        return _mixed_operator(x, index, weights, *stacks.tensors_of(gate_up), *stacks.tensors_of(down), *rest)
     return _serve(x, layer, index, weights, addend)
 
 
 def routed_experts(
     x: torch.Tensor,
     logits: torch.Tensor,
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    gate_up: Stacked,
+    down: Stacked,
     top_k: int,
     *,
     scoring: str = "softmax",
@@ -265,7 +272,7 @@ def _check(x: torch.Tensor, layer: _Layer, addend: torch.Tensor | None) -> None:
             raise ShapeError(
                 f"experts: {name} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {x.dtype}"
             )
-    _check_devices(x, gate_up.data, down.data, layer.gate_up_bias, layer.down_bias, addend)
+    _check_devices(x, gate_up, down, layer.gate_up_bias, layer.down_bias, addend)
 
 
 def _check_choice(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
@@ -289,7 +296,7 @@ def _check_logits(x: torch.Tensor, layer: _Layer, logits: torch.Tensor, top_k: i
     _check_devices(x, logits)
 
 
-def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+def _check_devices(x: torch.Tensor, *others: torch.Tensor | Stacked | None) -> None:
     for other in others:
         if other is not None and other.device != x.device:
             raise ShapeError(f"experts: x is on {x.device}, a tensor beside it on {other.device}")
@@ -313,8 +320,26 @@ def _weight(
     return StackedWeight(Scheme.from_key(scheme), (experts, oc, ic), data, scale, zero_point, layout)
 
 
+def _mixed_served(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
+    gate_up, down = stacks.weight_of(*rest[:2]), stacks.weight_of(*rest[2:4])
+    return _whole(x, index, weights, gate_up, down, *rest[4:])
+
+
 def _served(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
-    gate_up, down, (gate_up_bias, down_bias, addend, gate) = _weight(*rest[:6]), _weight(*rest[6:12]), rest[12:]
+    return _whole(x, index, weights, _weight(*rest[:6]), _weight(*rest[6:12]), *rest[12:])
+
+
+def _whole(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: Stacked,
+    down: Stacked,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor:
     layer = _Layer(gate_up, down, gate_up_bias, down_bias, Gate(gate))
     _check(x, layer, addend)
     _check_choice(x, index, weights)
@@ -325,8 +350,9 @@ def _shape_only(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *re
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_operator = torch.ops.tersor.experts.default
-for _device in autocast.DEVICES:
-    _library.impl("experts", _served, _device)
-    _library.impl("experts", autocast.ignoring(_operator), f"Autocast{_device}")
-torch.library.register_fake("tersor::experts", _shape_only, lib=_library)
+_operator, _mixed_operator = torch.ops.tersor.experts.default, torch.ops.tersor.experts_mixed.default
+for _name, _one, _function in (("experts", _operator, _served), ("experts_mixed", _mixed_operator, _mixed_served)):
+    for _device in autocast.DEVICES:
+        _library.impl(_name, _function, _device)
+        _library.impl(_name, autocast.ignoring(_one), f"Autocast{_device}")
+    torch.library.register_fake(f"tersor::{_name}", _shape_only, lib=_library)

@@ -1,8 +1,8 @@
 """Multiply with a packed weight of any type: `linear`, and `gated_linear` for gate and up at once.
 
 The type of the weight says which operator multiplies: `PackedWeight` has `tersor::linear` (`ops.dense`), `MixedWeight`
-one such product a row set (`ops.mixed`). Another type of weight comes with an operator of its own and is entered here
-with `serve_with`.
+one such product a row set (`ops.mixed`), `SparseWeight` `tersor::sparse_linear` (`ops.sparse`). Another type of weight
+comes with an operator of its own and is entered here with `serve_with`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from tersor.errors import InputError
-from tersor.layouts import MixedWeight, PackedWeight
-from tersor.ops import dense, gradient, mixed
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
+from tersor.ops import dense, gradient, mixed, sparse
 from tersor.ops.gates import Gate
 
 
@@ -27,7 +27,11 @@ class Multiply(Protocol):
         ...
 
 
-_multiply: dict[type, Multiply] = {PackedWeight: dense.multiply, MixedWeight: mixed.multiply}
+_multiply: dict[type, Multiply] = {
+    PackedWeight: dense.multiply,
+    MixedWeight: mixed.multiply,
+    SparseWeight: sparse.multiply,
+}
 """Type of the weight -> who multiplies with it."""
 
 
@@ -43,7 +47,7 @@ def serve_with(weight_class: type, multiply: Multiply) -> None:
 
 def linear(
     x: torch.Tensor,
-    weight: PackedWeight | MixedWeight,
+    weight: PackedWeight | MixedWeight | SparseWeight,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
@@ -51,13 +55,13 @@ def linear(
     """Multiply activations with a packed weight: y = x @ W^T + bias + residual.
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
-    the decoded weight, rounded once (one exception: scales in groups where `explain` says `dequantize + cuBLAS`: there
-    scaled weights are rounded to x's dtype first). x, bias and residual have gradients (`ops.gradient`). Under
-    torch.autocast they are cast as `torch.nn.functional.linear` casts them.
+    the decoded weight, rounded once (two exceptions: scales in groups where `explain` says `dequantize + cuBLAS`, and
+    pruned weights on a GPU: there scaled weights are rounded to x's dtype first). x, bias and residual have gradients
+    (`ops.gradient`). Under torch.autocast they are cast as `torch.nn.functional.linear` casts them.
 
     Args:
         x: [..., IC], float16, bfloat16, float32 or float64 (whose sums are float64), any strides.
-        weight: packed weight [OC, IC] on x's device, dense or mixed, in any layout.
+        weight: packed weight [OC, IC] on x's device, dense, mixed or pruned, in any layout.
         bias: [OC] in x's dtype, or `None`.
         residual: [..., OC] in x's dtype, any strides, or `None`; added in float32 before the one rounding.
 
@@ -74,7 +78,7 @@ def linear(
 
 def gated_linear(
     x: torch.Tensor,
-    weight: PackedWeight | MixedWeight,
+    weight: PackedWeight | MixedWeight | SparseWeight,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
@@ -87,8 +91,7 @@ def gated_linear(
 
     Args:
         x: [..., IC], float16, bfloat16 or float32, any strides.
-        weight: `gate_up(gate, up)` of two weights [F, IC] (`PackedWeight`, `MixedWeight`), on x's device, in any
-            layout.
+        weight: `gate_up(gate, up)` of two weights [F, IC] of one type, on x's device, in any layout.
         bias: [rows of the weight] in x's dtype, interleaved in the same way (`layouts.gated.interleave`), or `None`.
         residual: [..., F] in x's dtype, any strides, or `None`.
         gate: what stands in place of silu(gate) * up.

@@ -6,8 +6,9 @@ the mode of linears is that of the moment (`mode.current`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 
@@ -20,6 +21,7 @@ from tersor.kernels import (
     decode_attention,
     dense,
     experts,
+    mixed,
     norms,
     routing,
     sampling,
@@ -31,10 +33,11 @@ from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
 from tersor.kernels.tune import experts as tune_experts
+from tersor.kernels.tune import mixed as tune_mixed
 from tersor.kernels.tune import sm80
-from tersor.layouts import STREAM, PackedWeight, StackedWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, Stacked, sets_of
 from tersor.layouts.packing import Packing, activations_of, target_of
-from tersor.ops import grouped, mode, quantized, serve_attention
+from tersor.ops import grouped, mixed_launch, mode, quantized, serve_attention
 from tersor.ops.attention_form import AttentionForm
 from tersor.ops.dispatch import overflow_reason
 from tersor.ops.fold import takes_norm
@@ -44,6 +47,9 @@ from tersor.ops.norm import TARGETS, channels_fit
 from tersor.ops.router import router_of
 
 _NAMES = {**TARGETS, torch.float32: "float32"}
+
+RowSets: TypeAlias = Sequence[tuple[Packing, tuple[int, int, int]]]
+"""Packing and shape (E, OC, IC) of the row sets of the weights of a layer's experts: one, or one for each level."""
 
 
 def linear(
@@ -72,6 +78,31 @@ def linear(
             config = tune.choose_normed(tune.LinearProblem.of(packing, weight.shape, n), chip)
             if config is not None:
                 yield dense.fused_source(packing, TARGETS[dtype], config, gate, norm)
+
+
+def mixed_linear(weight: MixedWeight, dtype: torch.dtype, gate: int, tokens: int, chip: Chip) -> Iterator[KernelSource]:
+    """Yield the kernels of `ops.linear`, or of `ops.gated_linear`, of a mixed weight with up to `tokens` tokens.
+
+    Args:
+        weight: as it lies on the GPU; no number of it is read.
+        dtype: of activations.
+        gate: how gate and up become one, or 0.
+        tokens: at least 1.
+        chip: the GPU.
+    """
+    now, result = mode.current(), target_of(Activations.NATIVE, dtype)
+    if result is None or now.reference:
+        return
+    layout = mixed_launch.layout_of(weight)
+    if now.batch_invariant or mixed_launch.reason(weight.mix, layout, weight.shape[1], dtype, chip):
+        for one in weight.sets:  # each is multiplied as the dense weight that it is
+            yield from _matrix(one.scheme, one.layout, one.shape, dtype, gate, tokens, chip)
+        return
+    packings, problem = mixed_launch.problem_of(weight, layout, tokens)
+    if problem.activations is not Activations.NATIVE:
+        yield dense.quantize_source(result, problem.activations)
+    for tile in tune_mixed.asked(problem, chip):
+        yield mixed.source(packings, result, tile, chip, gate)
 
 
 def folds_norm(first: PackedWeight, second: PackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
@@ -120,8 +151,8 @@ def _matrix(
 
 
 def experts_of(
-    gate_up: StackedWeight,
-    down: StackedWeight,
+    gate_up: Stacked,
+    down: Stacked,
     choice: Choice,
     gate: Gate,
     dtype: torch.dtype,
@@ -141,32 +172,27 @@ def experts_of(
     """
     yield from route(choice, logits)
     if experts_misfit(gate_up, down, dtype, chip):
-        for weight, ending in ((gate_up, int(gate)), (down, 0)):
-            yield from _matrix(weight.scheme, weight.layout, weight.matrix, dtype, ending, tokens, chip)
+        for of, ending in ((gate_up, int(gate)), (down, 0)):
+            for weight in sets_of(of):
+                yield from _matrix(weight.scheme, weight.layout, weight.matrix, dtype, ending, tokens, chip)
         return
     yield from combine(dtype)
-    packings = gate_up.packing, down.packing
-    yield from products(packings, (gate_up.shape, down.shape), choice.top_k, gate, TARGETS[dtype], tokens, chip)
+    ups, downs = (tuple((one.packing, one.shape) for one in sets_of(weight)) for weight in (gate_up, down))
+    yield from products(ups, downs, choice.top_k, gate, TARGETS[dtype], tokens, chip)
 
 
-def experts_misfit(gate_up: StackedWeight, down: StackedWeight, dtype: torch.dtype, chip: Chip) -> bool:
+def experts_misfit(gate_up: Stacked, down: Stacked, dtype: torch.dtype, chip: Chip) -> bool:
     """Tell whether no kernel takes all experts of a layer at once."""
     return dtype not in TARGETS or bool(grouped.misfit(gate_up, down, dtype, chip))
 
 
 def products(
-    packings: tuple[Packing, Packing],
-    shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
-    top_k: int,
-    gate: Gate,
-    result: str,
-    tokens: int,
-    chip: Chip,
+    ups: RowSets, downs: RowSets, top_k: int, gate: Gate, result: str, tokens: int, chip: Chip
 ) -> Iterator[KernelSource]:
     """Yield the kernels of the two products of all experts, and what goes ahead of them.
 
     Args:
-        packings, shapes: of gate and up, and of down; shapes are (E, OC, IC).
+        ups, downs: packing and shape (E, OC, IC) of every row set of gate and up, and of down.
         top_k: experts of a token.
         gate: how gate and up become one.
         result: dtype of activations as they come: `float16` or `bfloat16`.
@@ -174,19 +200,23 @@ def products(
         chip: the GPU.
     """
     invariant = mode.current().batch_invariant
-    up, down = (
-        tune_experts.ExpertsProblem.of(packing, shape, tokens, top_k, activations_of(packing.layout), invariant)
-        for packing, shape in zip(packings, shapes, strict=True)
+    of_up, of_down = (
+        tuple(
+            tune_experts.ExpertsProblem.of(packing, shape, tokens, top_k, activations_of(packing.layout), invariant)
+            for packing, shape in sets
+        )
+        for sets in (ups, downs)
     )
-    quantized = [one.activations is not Activations.NATIVE for one in (up, down)]
-    for one in (up, down):
-        if one.activations is not Activations.NATIVE:
-            yield dense.quantize_source(result, one.activations)
-    for first, second in tune_experts.choices(up, down, chip):
-        yield experts.source(packings[0], result, first, int(gate), False)
-        yield experts.source(packings[1], result, second, 0, not any(quantized))
-        if not quantized[0] and not first.gathers:
-            yield experts.gather_source()
+    kinds = {one.activations for one in (*of_up, *of_down)} - {Activations.NATIVE}
+    for kind in sorted(kinds, key=lambda kind: kind.name):
+        yield dense.quantize_source(result, kind)
+    for firsts, seconds in tune_experts.choices_of_sets(of_up, of_down, chip):
+        for (packing, _), first in zip(ups, firsts, strict=True):
+            yield experts.source(packing, result, first, int(gate), False)
+            if first.activations is Activations.NATIVE and not first.gathers:
+                yield experts.gather_source()
+        for (packing, _), second in zip(downs, seconds, strict=True):
+            yield experts.source(packing, result, second, 0, not kinds)
 
 
 def route(choice: Choice, logits: torch.dtype) -> Iterator[KernelSource]:

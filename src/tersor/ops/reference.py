@@ -8,6 +8,8 @@ bounded by one block of decoded weights and the float32 activations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tersor.formats import Activations, scale_values
@@ -89,25 +91,45 @@ def _blocks(
 
     With `whole` activations and weights are whole numbers but for scales.
     """
-    oc, ic = weight.shape
-    output = wide.new_empty(wide.shape[0], gated_channels(oc) if gate else oc, dtype=dtype)
-    unit = 2 * HALF if gate else 1
-    rows = max(1, BLOCK_ELEMENTS.get(wide.device.type, 1 << 18) // max(ic, 1) // unit) * unit
     packed = weight if weight.layout == STREAM else weight.to_layout(STREAM)
+
+    def product(first: int, last: int) -> torch.Tensor:
+        own = None if bias is None else bias[first:last]
+        if whole and token_scale is not None:
+            return _whole_product(wide, token_scale, packed.rows(first, last), own)
+        block = packed.rows(first, last).dequantize(wide.dtype)
+        part = torch.stack([block @ token.clone() for token in wide]) if one_by_one else wide @ block.T
+        if token_scale is not None:
+            part.mul_(token_scale)
+        return part if own is None else part.add_(own)
+
+    return in_blocks(wide, dtype, weight.shape, product, residual, gate)
+
+
+def in_blocks(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    product: Callable[[int, int], torch.Tensor],
+    residual: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor:
+    """Return the result of a product that is made of a block of rows of the weight at a time, rounded once.
+
+    Args:
+        x: activations [N, IC].
+        dtype: of the result.
+        shape: (OC, IC) of the weight.
+        product: returns x times rows first .. last - 1 with their bias, wide: [N, rows]; it is overwritten.
+        residual, gate: as for `linear`.
+    """
+    oc, ic = shape
+    output = x.new_empty(x.shape[0], gated_channels(oc) if gate else oc, dtype=dtype)
+    unit = 2 * HALF if gate else 1
+    rows = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(ic, 1) // unit) * unit
     start = 0
     for first in range(0, oc, rows):
-        last = min(first + rows, oc)
-        if whole and token_scale is not None:
-            part = _whole_product(
-                wide, token_scale, packed.rows(first, last), None if bias is None else bias[first:last]
-            )
-        else:
-            block = packed.rows(first, last).dequantize(wide.dtype)
-            part = torch.stack([block @ token.clone() for token in wide]) if one_by_one else wide @ block.T
-            if token_scale is not None:
-                part.mul_(token_scale)
-            if bias is not None:
-                part.add_(bias[first:last])
+        part = product(first, min(first + rows, oc))
         if gate:
             part = Gate(gate).of_rows(part)
         end = start + part.shape[1]

@@ -14,15 +14,17 @@ from tersor.checkpoint import QuantizationConfig
 from tersor.checkpoint.names import stored_weights
 from tersor.checkpoint.source import Source, open_source, quantization_of
 from tersor.errors import InputError, UnsupportedError
-from tersor.formats import Activations, Scheme
+from tersor.formats import Activations, Mix, Scheme
+from tersor.kernels import dense, mixed
 from tersor.kernels.dense import kernels_for
 from tersor.kernels.jit import arch_for, cache, compile_many
 from tersor.kernels.routing import combine_source, tables_source
 from tersor.kernels.tune import SM90
 from tersor.kernels.tune import experts as tune
+from tersor.kernels.tune import mixed as tune_mixed
 from tersor.layouts.gated import gated_rows
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
-from tersor.ops import needed
+from tersor.ops import mixed_launch, needed
 from tersor.ops.dispatch import preferred_layout
 from tersor.ops.gates import Gate
 
@@ -90,14 +92,17 @@ def compile_ahead(
     chosen = Activations.of(activations)
     with open_source(model, revision) as source:
         schemes, dtypes = needs(source.config)
+        uniform, mixes = kinds(source.config)
         mixture = mixture_of(source.config, source.tensors)
         for scheme in schemes:
             preferred_layout(scheme, torch.float16, torch.device("cpu"), chosen)
         wanted: dict[str, dict[KernelSource, None]] = {}
         for chip in chips:
-            found = dict.fromkeys(sources(schemes, dtypes, chip, chosen, fuse))
+            found = dict.fromkeys(sources(uniform, dtypes, chip, chosen, fuse))
+            for mix in mixes:
+                found.update(dict.fromkeys(mixed_sources(mix, dtypes, chip, chosen, fuse)))
             if mixture is not None:
-                found.update(dict.fromkeys(mixture.sources(schemes, dtypes, chip, chosen)))
+                found.update(dict.fromkeys(mixture.sources(uniform, dtypes, chip, chosen)))
             if schemes and chosen is not Activations.NATIVE and not found:
                 raise UnsupportedError(
                     f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them"
@@ -146,6 +151,19 @@ def needs(config: dict[str, Any]) -> tuple[list[Scheme], list[str]]:
     return list(schemes), [stored] if stored in KERNEL_DTYPES else list(KERNEL_DTYPES)
 
 
+def kinds(config: dict[str, Any]) -> tuple[list[Scheme], list[Mix]]:
+    """Return the schemes that whole weights of a checkpoint have, and the mixes of others.
+
+    Args:
+        config: its config.json.
+    """
+    quantization = quantization_of(config)
+    if quantization is None:
+        return [], []
+    parsed = QuantizationConfig.from_dict(quantization)
+    return list(dict.fromkeys(parsed.uniform)), list(parsed.mixes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
     """The experts of a model's layers, as its config.json has them.
@@ -179,7 +197,8 @@ class Mixture:
                     continue
                 both, shape = (Packing.of(scheme, target),) * 2, (self.experts, self.hidden, self.inner)
                 shapes = ((self.experts, gated_rows(self.inner), self.hidden), shape)
-                yield from needed.products(both, shapes, self.top_k, self.gate, dtype, _TOKENS, chip)
+                ups, downs = ([(packing, shape)] for packing, shape in zip(both, shapes, strict=True))
+                yield from needed.products(ups, downs, self.top_k, self.gate, dtype, _TOKENS, chip)
 
 
 _TOKENS = 1 << 16
@@ -212,6 +231,29 @@ def mixture_of(config: Mapping[str, Any], names: Iterable[str]) -> Mixture | Non
         if gate is not None and all(isinstance(size, int) for size in found.values()):
             return Mixture(**found, gate=gate)
     return None
+
+
+def mixed_sources(
+    mix: Mix, dtypes: Iterable[str], chip: Chip, activations: Activations = Activations.NATIVE, fuse: bool = False
+) -> Iterator[KernelSource]:
+    """Yield the kernels that linears of a mix can ask for on a chip: one a tile where all row sets are one launch.
+
+    Args:
+        mix: the levels.
+        dtypes: of activations as they come.
+        chip, activations, fuse: as for `sources`.
+    """
+    for dtype in dtypes:
+        target = target_of(activations, getattr(torch, dtype))
+        if target is None or mixed_launch.reason(mix, f"tiles_{target}", 0, getattr(torch, dtype), chip):
+            yield from sources(mix.levels, [dtype], chip, activations, fuse)
+            continue
+        packings = tuple(Packing.of(level, target) for level in mix.levels)
+        if activations is not Activations.NATIVE:
+            yield dense.quantize_source(dtype, activations)
+        for tile in tune_mixed.tiles_of([packing.scales_in_block for packing in packings], activations):
+            for gate in (0, int(Gate.SILU)) if fuse else (0,):
+                yield mixed.source(packings, dtype, tile, chip, gate)
 
 
 def sources(

@@ -44,7 +44,7 @@ VERSIONS = {
 }
 """Kind of a results file -> the version that is read."""
 
-_OF_MIX = ("bits_per_weight", "bytes", "padding_bytes", "loss")
+_OF_MIX = ("bits_per_weight", "bytes", "padding_bytes", "loss", "predicted_seconds")
 """How names of its numbers begin."""
 
 Kinds: TypeAlias = type | tuple[type, ...]

@@ -160,6 +160,9 @@ def _mix(said: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("of all output features", ", ".join(f"{share:.1%} at {level}" for level, share in pairs))] if said else []
     if "padding_bytes" in said:
         rows.append(("to fill units of kernels", size(said["padding_bytes"])))
+    if "predicted_seconds" in said:
+        of = said.get("predicted_for", "a step")
+        rows.append((f"predicted for the linears of {of}", f"{1e3 * said['predicted_seconds']:.4g} ms"))
     return rows + [(words, f"{said[key]:.4g} nats a token") for key, words in _OF_LOSSES.items() if key in said]
 
 

@@ -12,10 +12,11 @@ from tersor.checkpoint.header import TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer
 from tersor.checkpoint.names import LEVEL, Form, stored_forms
 from tersor.errors import FormatError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 
 Layers = Sequence[tuple[LinearLayer, "Scheme | None"]]
-"""Every linear layer but mixed ones, and every embedding asked for, with its scheme, `None` where it is left alone."""
+"""Every linear layer but mixed and pruned ones, and every embedding asked for, with its scheme, `None` where it is left
+alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,14 @@ class Export:
         own = own_tensors(layer, assignment)
         return Stored(own, ((own.pop(LEVEL), assignment.level),))
 
+    def store_sparse(self, layer: LinearLayer, pruned: Pruned) -> Stored:
+        """Return the tensors of a layer whose weight is pruned.
+
+        Raises:
+            FormatError: the format cannot say that.
+        """
+        return Stored(own_tensors(layer, pruned))
+
     def check_layer(self, layer: LinearLayer) -> None:
         """Check that the format can hold a compressed layer of this kind; comes before `store`.
 
@@ -116,6 +125,9 @@ class ForeignExport(Export):
 
     def store_mixed(self, layer: LinearLayer, assignment: Assignment) -> Stored:
         raise FormatError(f"{self.name} cannot say a mix of schemes in one layer ({layer.served}): leave levels out")
+
+    def store_sparse(self, layer: LinearLayer, pruned: Pruned) -> Stored:
+        raise FormatError(f"{self.name} cannot say what is left of a pruned weight ({layer.served}): store it dense")
 
     def refuse(self, scheme: Scheme, layer: LinearLayer) -> FormatError:
         """Return the error for a layer whose scheme the format cannot say."""

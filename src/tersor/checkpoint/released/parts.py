@@ -24,7 +24,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 @dataclass(frozen=True, slots=True)
 class DecodedTensor(StoredTensor):
-    """A weight that is stored compressed, seen as the plain tensor it stands for.
+    """A weight that is stored compressed, seen as the plain tensor it stands for, or any that is computed of others.
 
     Attributes:
         file: where the tensor of its codes is.
@@ -32,11 +32,13 @@ class DecodedTensor(StoredTensor):
         parts: the tensors that it is stored as, codes first.
         decode: reads its rows.
         whole: rows of the tensor that this one is a part of; 0 where it is whole itself.
+        all_rows: whether each row takes all that is stored, so that they are better read at once.
     """
 
     parts: tuple[StoredTensor, ...]
     decode: Decode
     whole: int = 0
+    all_rows: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +52,7 @@ class DecodedTensor(StoredTensor):
         decode = self.decode
         whole = self.whole or self.spec.shape[0]
         return DecodedTensor(
-            self.file, spec, self.parts, lambda start, stop: decode(first + start, first + stop), whole
+            self.file, spec, self.parts, lambda start, stop: decode(first + start, first + stop), whole, self.all_rows
         )
 
     def read_rows(self, first: int, last: int) -> torch.Tensor:

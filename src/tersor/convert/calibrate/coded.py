@@ -1,9 +1,13 @@
-"""Codes for one weight whose output features have different schemes: each level's rows by the recipe, apart."""
+"""The codes of one weight, packed, with what the log says of them; of output features with different schemes, too.
+
+The rows of each level get their codes by the recipe, apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +17,17 @@ from tersor.compress.statistics import OUTPUT_HESSIAN
 from tersor.errors import NonFiniteError
 from tersor.formats import Assignment, ScaleError, Scheme
 from tersor.layouts import MixedWeight, PackedWeight
+
+
+@dataclass(slots=True)
+class Coded:
+    """What became of a task: packed tensors, the sums for its report, and its line of the log."""
+
+    tensors: dict[str, torch.Tensor]
+    squared_error: float
+    squared_norm: float
+    underflowed: list[int]
+    line: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +115,37 @@ def _of_rows(hessian: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         own = rows[(rows >= part * size) & (rows < (part + 1) * size)] - part * size
         parts.append(block[own][:, own])
     return torch.block_diag(*parts)
+
+
+def coded(encoded: Encoded, first_row: int) -> Coded:
+    """Pack the codes of a weight, or of one expert whose first row is `first_row` of the rows of all."""
+    tensors = {name: tensor.contiguous() for name, tensor in DENSE.pack(encoded).items()}
+    underflowed = [first_row + row for row in encoded.underflowed]
+    line: dict[str, Any] = {}
+    if encoded.objective is not None:
+        line = {"objective_before": encoded.objective.before, "objective_after": encoded.objective.after}
+    return Coded(tensors, encoded.squared_error, encoded.squared_norm, underflowed, line)
+
+
+def joined(levels: Sequence[CodedRows]) -> Coded:
+    """Put the rows of all levels of a weight together."""
+    parts = [coded(level.encoded, 0) for level in levels]
+    return Coded(
+        {name: tensor for level in levels for name, tensor in level.tensors.items()},
+        sum(part.squared_error for part in parts),
+        sum(part.squared_norm for part in parts),
+        [level.features[row] for level, part in zip(levels, parts, strict=True) for row in part.underflowed],
+        {key: sum(part.line[key] for part in parts) for key in parts[0].line},
+    )
+
+
+def stacked(parts: Sequence[Coded]) -> Coded:
+    """Put the weights of all experts of a layer together."""
+    lines = [part.line for part in parts]
+    return Coded(
+        {name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors},
+        sum(part.squared_error for part in parts),
+        sum(part.squared_norm for part in parts),
+        [row for part in parts for row in part.underflowed],
+        {key: sum(line[key] for line in lines) for key in lines[0]},
+    )

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tersor.checkpoint.conversion import Conversion
+from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate.run import Run
 from tersor.convert.calibrate.scores import Scoring
-from tersor.convert.calibrate.store import Store
-from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of
+from tersor.convert.calibrate.store import VALUE, Store
+from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of, replaced
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
 from tersor.convert.pipeline import Progress, Ready
+from tersor.convert.transforms import CALIBRATED, ROTATE
 from tersor.errors import InputError, TersorError
 from tersor.formats import Mix
 from tersor.formats.dtypes import float_dtype
@@ -28,23 +29,29 @@ from tersor.integrations.transformers.blocks import BlockModel
 from tersor.integrations.transformers.load import load_tokenizer
 
 
-def check_options(algorithm: str, calibration: Calibration | None, *, scored: bool = False) -> None:
-    """Check that a text is there where the algorithm, or a score, needs one, and nowhere else.
+def check_options(
+    algorithm: str, calibration: Calibration | None, transforms: Sequence[str] = (), *, scored: bool = False
+) -> None:
+    """Check that a text is there where the algorithm, a transform or a score needs one, and nowhere else.
 
     Args:
         algorithm: a key of `compress.RECIPES`.
         calibration: the text.
+        transforms: what is done beside choosing codes.
         scored: whether output features are scored.
 
     Raises:
         InputError: it is not so, or there is no such algorithm.
     """
     needs = get_recipe(algorithm).needs
+    changing = [name for name in transforms if name in CALIBRATED]
     if needs and calibration is None:
         raise InputError(f"algorithm {algorithm!r} needs a text to calibrate on: add --calibration FILE")
+    if changing and calibration is None:
+        raise InputError(f"transform {changing[0]!r} needs a text to calibrate on: add --calibration FILE")
     if scored and calibration is None:
         raise InputError("a target needs a text by which output features are scored: add --calibration FILE")
-    if not needs and not scored and calibration is not None:
+    if not needs and not scored and not changing and calibration is not None:
         raise InputError(f"algorithm {algorithm!r} takes no calibration text: leave it out, or use --algorithm gptq")
 
 
@@ -140,7 +147,8 @@ def plan(
         if step.scheme is not None
     ]
     dtype = _dtype(source, device, scored or calibration.effort == "high")
-    model = BlockModel(source.directory, device, dtype, weights, trust_remote_code=trust_remote_code)
+    untied = ROTATE in calibration.transforms
+    model = BlockModel(source.directory, device, dtype, weights, trust_remote_code=trust_remote_code, untied=untied)
     tokenizer = load_tokenizer(source.directory, trust_remote_code=trust_remote_code)
     count, window = calibration.shape(model.positions)
     vocabulary = int(model.model.config.get_text_config().vocab_size)
@@ -180,8 +188,8 @@ def score(
 
 def calibrate(
     given: Plan, conversion: Conversion, recipe: str, directory: Path, progress: Progress | None
-) -> dict[int, Ready]:
-    """Calibrate all blocks that are not finished yet, and write the log; return the packed weights by their steps.
+) -> tuple[Conversion, dict[int, Ready]]:
+    """Calibrate all blocks that are not finished yet, and write the log.
 
     Args:
         given: what to do.
@@ -190,27 +198,35 @@ def calibrate(
         directory: where the output is made; what is finished stands in its folder `calibration`.
         progress: called after every block.
 
+    Returns:
+        The conversion, in which norms and biases that transforms changed are seen as they are now; and the packed
+        weights by their steps.
+
     Raises:
         InputError, CheckpointError, OutputError: as `Run.run` says.
         TersorError: as it says, and where the device's memory runs out.
     """
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
-    run = Run(given.model, steps, given.tasks, recipe, store, progress)
+    run = Run(given.model, steps, given.tasks, recipe, store, progress, given.calibration)
     try:
-        run.run(given.ids, gradients=given.calibration.effort == "high", seed=given.calibration.seed)
+        run.run(given.ids)
     except torch.OutOfMemoryError:
         device = given.model.device
         raise TersorError(f"the memory of {device} ran out: free some, and run again with --resume") from None
     ready: dict[int, Ready] = {}
+    changed: dict[int, Step] = {}
     records = [store.record(block) for block in sorted({task.block for task in given.tasks})]
     for record in records:
         block = int(record["block"])
         for index, (error, norm, underflowed) in record["steps"].items():
             number = int(index)
             ready[number] = Ready(_reader(store, block, number), error, norm, tuple(underflowed))
+        for number in record["changed"]:
+            changed[number] = replaced(conversion.steps[number], store.tensors(block, number)[VALUE])
     store.write_log(_log(given, conversion, recipe, records, ready))
-    return ready
+    now = tuple(changed.get(number, step) for number, step in enumerate(conversion.steps))
+    return replace(conversion, steps=now), ready
 
 
 def discard(directory: Path) -> None:
@@ -235,10 +251,16 @@ def _log(
         "window": window,
         "effort": given.calibration.effort,
         "seed": given.calibration.seed,
+        "transforms": list(given.calibration.transforms),
         "computed_on": given.identity["calibration on"],
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "blocks": [{"block": record["block"], "seconds": record["seconds"]} for record in records],
         "layers": layers,
+        **{
+            kind: [{"block": record["block"], **line} for record in records for line in record[kind]]
+            for kind in ("scales", "norms")
+            if any(record[kind] for record in records)
+        },
         "rarely_hit_experts": [
             line["layer"] if not isinstance(line["tokens"], list) else f"{line['layer']}[{expert}]"
             for line in layers

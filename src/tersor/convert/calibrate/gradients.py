@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -23,11 +23,20 @@ from tersor.convert.calibrate.tasks import Site
 from tersor.errors import InputError
 from tersor.integrations.transformers.blocks import BlockModel
 
-Take: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
-"""Takes what goes into a linear layer [..., IC] and the gradient of what comes out [..., OC]."""
+Take: TypeAlias = Callable[[list[torch.Tensor], torch.Tensor], None]
+"""Takes the tensors that a module is called with, such as a linear layer's input [..., IC], and the gradient of what
+comes out [..., OC]."""
 
-Visit: TypeAlias = Callable[[int, Callable[[Mapping[Site, Take]], None]], None]
-"""Is called with the number of a loaded block, and with what runs it backward and gives away what its layers see."""
+
+class Backward(Protocol):
+    """Runs a block backward; the gradient of its outputs becomes that of its inputs where `replace` says so."""
+
+    def __call__(self, taken: Mapping[Site, Take], *, replace: bool) -> None:
+        """Give away what modules see."""
+
+
+Visit: TypeAlias = Callable[[int, Backward], None]
+"""Takes a block that is loaded, and runs it backward: any number of times, and last with `replace`."""
 
 _INPUT, _GRADIENT = "input", "gradient"
 _VALUE = "value"
@@ -110,7 +119,7 @@ class Gradients:
 
         Args:
             streams, load, done: as for `prepare`.
-            visit: runs a block backward, once.
+            visit: runs a block backward.
             keep: whether gradients are kept that are needed no more here.
 
         Raises:
@@ -121,7 +130,7 @@ class Gradients:
         for block in range(last, -1, -1):
             load(block)
             read_tensor(self._store.path(_INPUT, block), _VALUE, inputs)
-            visit(block, functools.partial(self._backward, streams, block, inputs, gradient, replace=True))
+            visit(block, functools.partial(self._backward, streams, block, inputs, gradient))
             self._model.drop(block)
             if block:
                 self._keep(_GRADIENT, block - 1, gradient)
@@ -244,7 +253,7 @@ class _Seen:
     def tokens(self) -> int:
         return 0 if self.moments is None else self.moments.tokens
 
-    def add(self, _: torch.Tensor, gradient: torch.Tensor) -> None:
+    def add(self, _: list[torch.Tensor], gradient: torch.Tensor) -> None:
         features = gradient.shape[-1]
         if self.moments is None:
             self.moments = Moments(features, gradient.device, _parts(features))
@@ -267,8 +276,9 @@ def _parts(features: int) -> int:
 def _watch(module: nn.Module, take: Take) -> Any:
     """Give away what goes into a layer and the gradient of its output, when that is there."""
 
-    def look(_: nn.Module, arguments: Any, output: torch.Tensor) -> None:
-        given = arguments[0].detach()
+    def look(_: nn.Module, arguments: Any, named: dict[str, Any], output: torch.Tensor) -> None:
+        values = (*arguments, *named.values())
+        given = [value.detach() for value in values if isinstance(value, torch.Tensor)]
         output.register_hook(lambda gradient: take(given, gradient))
 
-    return module.register_forward_hook(look)
+    return module.register_forward_hook(look, with_kwargs=True)

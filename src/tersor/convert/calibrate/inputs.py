@@ -12,7 +12,7 @@ from torch import nn
 
 from tersor.convert.calibrate.tasks import Site
 from tersor.integrations.transformers.blocks import BlockModel, Call
-from tersor.integrations.transformers.experts_form import apply_gate, experts_form
+from tersor.integrations.transformers.experts_form import ExpertsForm, apply_gate, experts_form
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,24 @@ class ExpertInputs:
         self._form = experts_form(experts)
 
     @property
+    def form(self) -> ExpertsForm:
+        """What the experts compute."""
+        return self._form
+
+    @property
     def count(self) -> int:
         """How many experts there are."""
         return self._form.count
+
+    def weight(self, expert: int, name: str) -> torch.Tensor:
+        """Return an expert's weight [OC, IC] of a name in `ExpertsForm.names`."""
+        weight: torch.Tensor = getattr(self._experts, name)[expert]
+        return weight.T if self._form.transposed else weight
+
+    def tokens(self, tensors: list[torch.Tensor]) -> int:
+        """Return of how many tokens a call is."""
+        rows = tensors[0].numel() // self._form.hidden
+        return rows // self._form.count if self._form.every_token else rows
 
     def rows(self, tensors: list[torch.Tensor], expert: int) -> torch.Tensor:
         """Return the numbers of an expert's tokens among those that the experts are called with.
@@ -130,18 +145,34 @@ class ExpertInputs:
             each = len(hidden) // self._form.count
             first = expert * each
             return first + hidden[first : first + each].any(dim=-1).nonzero().flatten()
-        chosen = next(tensor for tensor in tensors[1:] if not tensor.is_floating_point())
-        return (chosen.reshape(len(hidden), -1) == expert).any(dim=-1).nonzero().flatten()
+        return (self._choice(tensors).reshape(len(hidden), -1) == expert).any(dim=-1).nonzero().flatten()
+
+    def factors(self, tensors: list[torch.Tensor], expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """Return what the router multiplies an expert's output for these rows by, [N]."""
+        if self._form.every_token:
+            return tensors[0].new_ones(len(rows))
+        chosen = self._choice(tensors)
+        weights = next(tensor for tensor in tensors[1:] if tensor.is_floating_point()).reshape(chosen.shape)
+        chosen, weights = (one.reshape(-1, chosen.shape[-1])[rows] for one in (chosen, weights))
+        return (weights * (chosen == expert)).sum(dim=-1)
+
+    @staticmethod
+    def _choice(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return next(tensor for tensor in tensors[1:] if not tensor.is_floating_point())
 
     def of(self, tensors: list[torch.Tensor], expert: int, rows: torch.Tensor) -> torch.Tensor:
         """Return what an expert's layer reads of these rows, [N, IC]."""
-        x = tensors[0].reshape(-1, self._form.hidden)[rows]
         if self._part == "in":
-            return x
-        weight = getattr(self._experts, self._form.fused)[expert]
-        both = x @ (weight if self._form.transposed else weight.T)
-        if self._form.biased:
-            both = both + getattr(self._experts, f"{self._form.fused}_bias")[expert]
+            return tensors[0].reshape(-1, self._form.hidden)[rows]
+        return self.activated(self.both(tensors, expert, rows))
+
+    def both(self, tensors: list[torch.Tensor], expert: int, rows: torch.Tensor) -> torch.Tensor:
+        """Return the output of an expert's gate and up for these rows, in the order of its weight."""
+        both = tensors[0].reshape(-1, self._form.hidden)[rows] @ self.weight(expert, self._form.fused).T
+        return both + getattr(self._experts, f"{self._form.fused}_bias")[expert] if self._form.biased else both
+
+    def activated(self, both: torch.Tensor) -> torch.Tensor:
+        """Return what the experts make of the output of gate and up."""
         if not self._form.gated:
             activated: torch.Tensor = self._experts.act_fn(both)
             return activated

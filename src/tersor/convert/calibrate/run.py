@@ -9,40 +9,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from tersor.checkpoint.conversion import Step
-from tersor.checkpoint.names import DENSE
 from tersor.compress import Encoded, encode_blocks, get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
 from tersor.convert.calibrate.bits import deterministic, unwatched
-from tersor.convert.calibrate.coded import CodedRows, code_mixed
+from tersor.convert.calibrate.coded import Coded, code_mixed, coded, joined, stacked
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
-from tersor.convert.calibrate.store import Store
+from tersor.convert.calibrate.parts import Parts
+from tersor.convert.calibrate.scaling import Scaler, Scaling
+from tersor.convert.calibrate.store import VALUE, Store
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
+from tersor.convert.calibrate.text import Calibration
+from tersor.convert.calibrate.tweak import Tweaker
 from tersor.convert.pipeline import Progress, located
+from tersor.convert.transforms import AWQ, TWEAK_NORMS
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment, Scheme
+from tersor.formats import Assignment, Pruned, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
 from tersor.ops import load_columns
-
-
-@dataclass(slots=True)
-class _Coded:
-    """What became of a task: packed tensors, the sums for its report, and its line of the log."""
-
-    tensors: dict[str, torch.Tensor]
-    squared_error: float
-    squared_norm: float
-    underflowed: list[int]
-    line: dict[str, Any]
 
 
 class Run:
@@ -56,6 +48,7 @@ class Run:
         recipe: str,
         store: Store,
         progress: Progress | None,
+        calibration: Calibration,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -67,25 +60,25 @@ class Run:
             recipe: how codes are chosen, a key of `compress.RECIPES`.
             store: what is finished.
             progress: called after every block.
+            calibration: whether a backward pass says what outputs matter, which transforms there are, and the seed.
         """
         self._model, self._tasks, self._recipe, self._store = model, tasks, recipe, store
+        self._asked = calibration
         self._progress = progress
         self._done = 0
         self._total = 0
-        self._steps: dict[int | None, list[tuple[Step, str]]] = {}
-        for step, parameter in steps:
+        self._steps: dict[int | None, list[tuple[int, Step, str]]] = {}
+        for number, (step, parameter) in enumerate(steps):
             outside = step.layer is not None and step.layer.tower
             if parameter and not outside:
-                self._steps.setdefault(model.block_of(parameter), []).append((step, parameter))
+                self._steps.setdefault(model.block_of(parameter), []).append((number, step, parameter))
 
     @torch.no_grad()
-    def run(self, ids: torch.Tensor, *, gradients: bool, seed: int) -> None:
+    def run(self, ids: torch.Tensor) -> None:
         """Finish all blocks that are not finished yet.
 
         Args:
             ids: int64 [W, T], the windows.
-            gradients: whether a backward pass says what outputs matter.
-            seed: of the labels of that pass.
 
         Raises:
             InputError: activations that are not finite, a model whose blocks cannot run alone, or weights that cannot
@@ -98,16 +91,17 @@ class Run:
         first = next((block for block in range(count) if self._of(block) and not self._store.has(block)), count)
         if first == count:
             return
+        gradients = self._asked.effort == "high"
         if get_recipe(self._recipe).all_rows:
             load_columns((scheme.format for task in self._tasks for scheme in _schemes(task)), self._model.device)
         with deterministic(self._model.device):
-            self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(None, [])})
+            self._model.load({step.source.spec.name: read_tensor(step) for _, step, _ in self._steps.get(None, [])})
             self._model.tie()
             streams = Streams(self._model, ids)
             each = [self._nbytes(block) for block in range(count)]
             self._total = sum(each) * (3 if gradients else 1)
             self._tell("")
-            backward = Gradients(self._model, self._store, ids, seed) if gradients else None
+            backward = Gradients(self._model, self._store, ids, self._asked.seed) if gradients else None
             if backward is not None:
                 backward.prepare(streams, first, self._load, lambda block: self._advance(each[block]))
             self._done = self._total - sum(each)
@@ -124,7 +118,7 @@ class Run:
         return [task for task in self._tasks if task.block == block]
 
     def _nbytes(self, block: int) -> int:
-        return sum(step.source.spec.nbytes for step, _ in self._steps.get(block, []))
+        return sum(step.source.spec.nbytes for _, step, _ in self._steps.get(block, []))
 
     def _advance(self, nbytes: int, name: str = "calibration") -> None:
         self._done += nbytes
@@ -135,7 +129,7 @@ class Run:
             self._progress(self._done, self._total, name)
 
     def _load(self, block: int) -> None:
-        self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(block, [])})
+        self._model.load({step.source.spec.name: read_tensor(step) for _, step, _ in self._steps.get(block, [])})
 
     def _again(self, block: int, streams: Streams) -> None:
         """Run a block that is finished, or has nothing to calibrate, with the same bits as the first time."""
@@ -144,7 +138,10 @@ class Run:
         tasks = self._of(block)
         if tasks:
             coded = [task for task in tasks if self._store.tensors(block, task.index)]
-            self._give(block, twin, {task.index: self._store.tensors(block, task.index) for task in coded})
+            changed = {
+                number: self._store.tensors(block, number)[VALUE] for number in self._store.record(block)["changed"]
+            }
+            self._give(block, twin, {task.index: self._store.tensors(block, task.index) for task in coded}, changed)
         streams.advance(block, self._model.blocks[block], twin)
         self._model.drop(block)
         if tasks and self._store.record(block)["digest"] != streams.digest():
@@ -160,25 +157,38 @@ class Run:
         tasks = self._of(block)
         sites = list(dict.fromkeys(task.site for task in tasks))
         importance = backward.measure(streams, block, sites) if backward is not None else {}
+        parts = Parts(self._model, block, twin, self._steps[block], tasks)
+        scaling = Scaler(parts, streams, self._recipe).find(sites) if AWQ in self._asked.transforms else Scaling()
+        self._scale(block, twin, scaling)
+        importance = scaling.importance(importance)
         _, hidden, call = next(streams.each(block))
-        done: dict[int, _Coded] = {}
+        done: dict[int, Coded] = {}
         for group in find_groups(self._model, twin, sites, hidden, call):
             own = [task for task in tasks if task.site in group.sites]
-            coded = self._group(block, (layer, twin), group, own, streams, importance)
+            coded = self._group(block, (layer, twin), group, own, streams, importance, scaling)
             done.update(coded)
-            self._give(block, twin, {index: each.tensors for index, each in coded.items()})
+            self._give(block, twin, {index: each.tensors for index, each in coded.items()}, {})
+        changed, norms = dict(scaling.values), []
+        if TWEAK_NORMS in self._asked.transforms:
+            tweaker = Tweaker(parts, streams, layer, self._asked.seed)
+            changed.update(tweaker.tweak())
+            norms = tweaker.lines
         streams.advance(block, layer, twin)
         self._model.drop(block)
         record = {
             "block": block,
             "seconds": round(time.monotonic() - started, 3),
             "layers": [each.line for each in done.values()],
+            "scales": scaling.lines,
+            "norms": norms,
+            "changed": sorted(changed),
             "steps": {
                 index: [each.squared_error, each.squared_norm, sorted(each.underflowed)] for index, each in done.items()
             },
             "digest": streams.digest(),
         }
         tensors = {f"{index}.{name}": tensor for index, each in done.items() for name, tensor in each.tensors.items()}
+        tensors.update({f"{number}.{VALUE}": value for number, value in changed.items()})
         self._store.finish(block, tensors, record)
         if backward is not None:
             backward.forget(block)
@@ -191,8 +201,11 @@ class Run:
         tasks: Sequence[Task],
         streams: Streams,
         importance: Mapping[Site, Importance],
-    ) -> dict[int, _Coded]:
+        scaling: Scaling,
+    ) -> dict[int, Coded]:
         """Sum up what a group reads in the original block and in its twin, and choose its codes."""
+        if not get_recipe(self._recipe).needs:
+            return {task.index: self._alone(task, scaling) for task in tasks}
         if group.part:
             return self._experts(block, layers, group, tasks, streams)
         weighted = {site: found for site, found in importance.items() if site in group.sites}
@@ -204,6 +217,7 @@ class Run:
                 inputs_of(self._model, layer, group, hidden, call)[0].flatten(0, -2)
                 for layer, hidden in zip(layers, (own, other), strict=True)
             )
+            original = scaling.original(group.sites[0], original)
             for site, added in sums.items():
                 added.add(compressed, weighted[site].weights[batch].flatten().to(device), original)
             if len(sums) < len(group.sites):
@@ -215,7 +229,7 @@ class Run:
                 statistics[OUTPUT_HESSIAN] = weighted[task.site].hessian
             self._check(task, statistics)
             started = time.monotonic()
-            weight = matrices(task.step, read_tensor(task.step)).to(device)
+            weight = matrices(task.step, scaling.stored(task)).to(device)
             found[task.index] = self._code(task, weight, statistics)
             self._line(found[task.index], task, started, {"tokens": sums.get(task.site, plain).tokens})
         return found
@@ -227,9 +241,9 @@ class Run:
         group: Group,
         tasks: Sequence[Task],
         streams: Streams,
-    ) -> dict[int, _Coded]:
+    ) -> dict[int, Coded]:
         """Do the same for the experts of a layer, each with statistics of its own."""
-        parts: dict[int, list[_Coded]] = {task.index: [] for task in tasks}
+        parts: dict[int, list[Coded]] = {task.index: [] for task in tasks}
         tokens: dict[int, list[int]] = {task.index: [] for task in tasks}
         started = time.monotonic()
         stored = {task.index: matrices(task.step, read_tensor(task.step)) for task in tasks if task.expert is None}
@@ -247,7 +261,7 @@ class Run:
         found = {}
         for task in tasks:
             own, counts = parts[task.index], tokens[task.index]
-            found[task.index] = own[0] if task.expert is not None else _stacked(own)
+            found[task.index] = own[0] if task.expert is not None else stacked(own)
             rare = [
                 expert if task.expert is None else task.expert
                 for expert, count in enumerate(counts)
@@ -258,22 +272,30 @@ class Run:
             started = time.monotonic()
         return found
 
+    def _alone(self, task: Task, scaling: Scaling) -> Coded:
+        """Choose codes by a recipe that asks nothing of the inputs."""
+        started = time.monotonic()
+        weight = matrices(task.step, scaling.stored(task)).to(self._model.device)
+        experts = range(len(weight)) if weight.dim() == 3 else ()
+        found = stacked([self._code(task, weight[expert], {}, expert) for expert in experts]) if experts else None
+        result = found or self._code(task, weight, {})
+        self._line(result, task, started, {})
+        return result
+
     def _check(self, task: Task, statistics: Mapping[str, torch.Tensor]) -> None:
         if not bool(statistics[HESSIAN].diagonal().isfinite().all()):
             raise InputError(f"what {task.name} reads of this text holds a NaN or an infinity, or is too large to sum")
 
-    def _code(
-        self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0
-    ) -> _Coded:
+    def _code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0) -> Coded:
         """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
         scheme = task.step.scheme
-        assert scheme is not None
+        assert scheme is not None and not isinstance(scheme, Pruned), "pruned weights are not calibrated"
         taken: list[Encoded] = []
         first = expert * len(weight) if task.expert is None else 0
         try:
             with unwatched(self._model.device):
                 if isinstance(scheme, Assignment):
-                    return _joined(code_mixed(weight, scheme, self._recipe, statistics))
+                    return joined(code_mixed(weight, scheme, self._recipe, statistics))
                 encode_blocks(
                     weight,
                     scheme,
@@ -283,11 +305,11 @@ class Run:
                     first_row=first,
                     block_elements=weight.numel(),
                 )
-                return _coded(taken[0], first)
+                return coded(taken[0], first)
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
 
-    def _line(self, coded: _Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
+    def _line(self, coded: Coded, task: Task, started: float, more: Mapping[str, Any]) -> None:
         assert task.step.scheme is not None
         norm = coded.squared_norm
         coded.line = {
@@ -299,59 +321,45 @@ class Run:
             **more,
         }
 
-    def _give(self, block: int, twin: nn.Module, coded: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        """Give a twin what the packed tensors of a block's steps decode to."""
+    def _scale(self, block: int, twin: nn.Module, scaling: Scaling) -> None:
+        """Give a twin weights whose channels are scaled, before codes are chosen for them."""
+        scaled = [task for task in self._of(block) if task.site in (*scaling.columns, *scaling.rows)]
+        loaded = {task.step.source.spec.name: scaling.stored(task) for task in scaled}
+        by_number = {number: step for number, step, _ in self._steps[block]}
+        loaded.update({by_number[number].source.spec.name: value for number, value in scaling.values.items()})
+        if loaded:
+            with self._model.standing_in(block, twin):
+                self._model.load(loaded)
+
+    def _give(
+        self,
+        block: int,
+        twin: nn.Module,
+        coded: Mapping[int, Mapping[str, torch.Tensor]],
+        changed: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Give a twin what the packed tensors of a block's steps decode to, and what transforms changed."""
         device, dtype = self._model.device, self._model.dtype
-        decoded: dict[str, torch.Tensor] = {}
+        loaded: dict[str, torch.Tensor] = {}
         touched = set()
         for task in self._of(block):
             if task.index in coded:
                 tensors = {name: tensor.to(device) for name, tensor in coded[task.index].items()}
-                decoded[task.step.source.spec.name] = decode(task.step, tensors, dtype)
+                loaded[task.step.source.spec.name] = decode(task.step, tensors, dtype)
                 touched.add(task.parameter)
-        for step, parameter in self._steps[block]:
+        for number, step, parameter in self._steps[block]:
             name = step.source.spec.name
-            if parameter in touched and name not in decoded:
-                decoded[name] = read_tensor(step)
+            if number in changed:
+                loaded[name] = changed[number]
+            elif parameter in touched and name not in loaded:
+                loaded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
-            self._model.load(decoded)
+            self._model.load(loaded)
 
 
 def _schemes(task: Task) -> Sequence[Scheme]:
     """Return the schemes that rows of a task's weight may have."""
     form = task.step.scheme
     assert form is not None
+    assert not isinstance(form, Pruned), "pruned weights are not calibrated"
     return form.mix.levels if isinstance(form, Assignment) else [form]
-
-
-def _coded(encoded: Encoded, first_row: int) -> _Coded:
-    tensors = {name: tensor.contiguous() for name, tensor in DENSE.pack(encoded).items()}
-    underflowed = [first_row + row for row in encoded.underflowed]
-    line: dict[str, Any] = {}
-    if encoded.objective is not None:
-        line = {"objective_before": encoded.objective.before, "objective_after": encoded.objective.after}
-    return _Coded(tensors, encoded.squared_error, encoded.squared_norm, underflowed, line)
-
-
-def _joined(levels: Sequence[CodedRows]) -> _Coded:
-    """Put the rows of all levels of a weight together."""
-    parts = [_coded(level.encoded, 0) for level in levels]
-    return _Coded(
-        {name: tensor for level in levels for name, tensor in level.tensors.items()},
-        sum(part.squared_error for part in parts),
-        sum(part.squared_norm for part in parts),
-        [level.features[row] for level, part in zip(levels, parts, strict=True) for row in part.underflowed],
-        {key: sum(part.line[key] for part in parts) for key in parts[0].line},
-    )
-
-
-def _stacked(parts: Sequence[_Coded]) -> _Coded:
-    """Put the weights of all experts of a layer together."""
-    lines = [part.line for part in parts]
-    return _Coded(
-        {name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors},
-        sum(part.squared_error for part in parts),
-        sum(part.squared_norm for part in parts),
-        [row for part in parts for row in part.underflowed],
-        {key: sum(line[key] for line in lines) for key in lines[0]},
-    )

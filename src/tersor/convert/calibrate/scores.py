@@ -6,7 +6,7 @@ gradients to `compress.salience`. The scores of a block are kept in the store, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,8 @@ from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.compress.salience import Salience, rounding_error
 from tersor.convert.calibrate.bits import deterministic
-from tersor.convert.calibrate.gradients import Gradients, Take
+from tersor.convert.calibrate.expert_scores import ExpertScores
+from tersor.convert.calibrate.gradients import Backward, Gradients, Take
 from tersor.convert.calibrate.store import Store, write_tensors
 from tersor.convert.calibrate.streams import Streams
 from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
@@ -25,7 +26,7 @@ from tersor.integrations.transformers.blocks import BlockModel
 
 
 class Scoring:
-    """The scores of all linear layers of one model's blocks."""
+    """The scores of all linear layers, and of the experts, of one model's blocks."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Scoring:
         Args:
             model: built, nothing loaded.
             steps: every tensor of the checkpoint and the parameter that it becomes, as for `run.Run`.
-            tasks: the linear layers that are scored.
+            tasks: the layers that are scored.
             mix: the levels.
             store: where scores and gradients are kept.
             progress: called after every block.
@@ -58,6 +59,9 @@ class Scoring:
     @torch.no_grad()
     def run(self, ids: torch.Tensor, *, seed: int, keep_gradients: bool) -> dict[str, torch.Tensor]:
         """Return module -> what each output feature loses at each level, float64 [levels, OC], nats a token.
+
+        Experts of a layer are summed up, under the name of the parameter that holds the weights of all of them, the
+        rows of the gate before those of up.
 
         Args:
             ids: int64 [W, T], the windows.
@@ -89,26 +93,49 @@ class Scoring:
                 found |= {name: file.read(name) for name in file.tensors}
         return found
 
-    def _score(self, block: int, run: Callable[[Mapping[Site, Take]], None]) -> None:
+    def _score(self, block: int, run: Backward) -> None:
         """Keep the scores of one loaded block's layers; `run` runs it backward."""
         sums: dict[str, Salience] = {}
         take: dict[Site, Take] = {}
+        scored = []
+        for module, wanted in self._experts(block).items():
+            names = {task.site.part: task.parameter for task in wanted}
+            experts = self._model.blocks[block].get_submodule(module)
+            own = ExpertScores(experts, self._mix, list(names), self._model.device)
+            scored.append((names, own))
+            *others, last = own.together
+            try:
+                for chosen in others:
+                    run({wanted[0].site: own.take(chosen)}, replace=False)
+                take[wanted[0].site] = own.take(last)
+            except (NonFiniteError, FormatError) as error:
+                raise InputError(f"{self._model.name_of(block, module)}: {error}") from None
         for task in self._tasks:
-            if task.block != block:
+            if task.block != block or task.site.part:
                 continue
             weight = matrices(task.step, read_tensor(task.step)).to(self._model.device)
             try:
                 deltas = [rounding_error(weight.float(), scheme) for scheme in self._mix.levels]
             except (NonFiniteError, FormatError) as error:
                 raise located(task.step, error) from None
-            own = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
-            take[task.site] = _adding(own, deltas)
-        run(take)
-        found = {name: own.mean() for name, own in sums.items()}
+            total = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
+            take[task.site] = _adding(total, deltas)
+        run(take, replace=True)
+        found = {name: total.mean() for name, total in sums.items()}
+        for names, own in scored:
+            found |= {names[part]: score for part, score in own.mean().items()}
         for name, score in found.items():
             if not bool(score.isfinite().all()):
                 raise InputError(f"the score of {name} holds a NaN or an infinity on this text")
         write_tensors(self._store.path("scores", block), found, {})
+
+    def _experts(self, block: int) -> dict[str, list[Task]]:
+        """Return the modules of experts of a block, and the tasks of each."""
+        found: dict[str, list[Task]] = {}
+        for task in self._tasks:
+            if task.block == block and task.site.part:
+                found.setdefault(task.site.module, []).append(task)
+        return found
 
     def _load(self, block: int | None) -> None:
         self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(block, [])})
@@ -123,13 +150,13 @@ class Scoring:
 
 
 def _adding(own: Salience, deltas: Sequence[torch.Tensor]) -> Take:
-    def add(x: torch.Tensor, gradient: torch.Tensor) -> None:
-        own.add(x.flatten(0, -2), gradient.flatten(0, -2), deltas)
+    def add(given: list[torch.Tensor], gradient: torch.Tensor) -> None:
+        own.add(given[0].flatten(0, -2), gradient.flatten(0, -2), deltas)
 
     return add
 
 
 def unscored(shapes: Mapping[str, tuple[int, ...]], tasks: Sequence[Task]) -> list[str]:
     """Return the modules that would get levels, and are in no decoder block."""
-    known = {task.name for task in tasks if not task.site.part}
+    known = {task.name for task in tasks}
     return [module for module in shapes if module not in known]

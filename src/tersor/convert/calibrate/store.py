@@ -26,6 +26,8 @@ from tersor.errors import InputError
 LOG_NAME = "tersor-calibration.json"
 _FOLDER = "calibration"
 _RECORD = "record"
+VALUE = "value"
+"""Among the tensors of a step: all of a norm's weight, or of a bias, that a transform changed."""
 
 
 class Store:

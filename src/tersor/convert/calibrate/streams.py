@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -57,8 +57,12 @@ class Streams:
 
     def each(self, block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Call]]:
         """Yield for every batch the hidden states of the original and of the compressed model, and the call."""
+        yield from self.each_of(block, range(len(self.batches)))
+
+    def each_of(self, block: int, order: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor, Call]]:
+        """Yield the same for batches by their numbers, in this order."""
         device = self._model.device
-        for batch in self.batches:
+        for batch in (self.batches[number] for number in order):
             yield (
                 self.original[batch].to(device, non_blocking=True),
                 self.compressed[batch].to(device, non_blocking=True),

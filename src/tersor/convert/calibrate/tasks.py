@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
-from tersor.checkpoint.names import PACKED, SCALE, TORCH_DTYPES, ZERO_POINT
+from tersor.checkpoint.names import MASK, PACKED, SCALE, TORCH_DTYPES, VALUES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
-from tersor.formats import Assignment
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.blocks import BlockModel
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, SparseWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,13 @@ def read_tensor(step: Step) -> torch.Tensor:
     return result
 
 
+def replaced(step: Step, value: torch.Tensor) -> Step:
+    """Return a step that finds another tensor in its source: `value`, of the same shape and dtype."""
+    source = step.source
+    changed = DecodedTensor(source.file, source.spec, (source,), lambda first, last: value[first:last].float())
+    return replace(step, source=changed)
+
+
 def matrices(step: Step, stored: torch.Tensor) -> torch.Tensor:
     """Return a stored weight as [OC, IC], or [E, OC, IC] of experts."""
     assert step.layer is not None
@@ -132,12 +139,14 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
     assert step.layer is not None and step.scheme is not None
     *experts, oc, ic = step.layer.shape
 
-    form = step.scheme
-    if isinstance(form, Assignment):
-        return matrices(step, decode_mixed(form, ic, tensors).dequantize(dtype))
-    scheme = form
+    scheme = step.scheme
 
     def one(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if isinstance(scheme, Assignment):
+            return decode_mixed(scheme, ic, own).dequantize(dtype)
+        if isinstance(scheme, Pruned):
+            held = [own.get(name) for name in (SCALE, ZERO_POINT)]
+            return SparseWeight.from_stored(scheme.sparse, (oc, ic), own[MASK], own[VALUES], *held).dequantize(dtype)
         return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
 
     if not experts:

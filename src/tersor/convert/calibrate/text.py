@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor import files
+from tersor.convert.transforms import CALIBRATED
 from tersor.errors import InputError, UnsupportedError
 from tersor.evaluate.windows import read_text
 
@@ -38,6 +39,7 @@ class Calibration:
         window: tokens in a window; `None` is 2,048, or as many as the model takes.
         effort: `normal`, or `high`: with one backward pass through the model.
         seed: of the labels that the backward pass draws from the model.
+        transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Calibration:
     window: int | None = None
     effort: str = "normal"
     seed: int = 0
+    transforms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str | os.PathLike) or not os.fspath(self.source):
@@ -57,6 +60,11 @@ class Calibration:
             raise InputError(f"effort {self.effort!r} is neither of {', '.join(EFFORTS)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < _LONGEST_SEED:
             raise InputError(f"seed {self.seed!r} is not a whole number from 0 on")
+
+    @property
+    def changes(self) -> bool:
+        """Whether a transform changes the model while it is calibrated."""
+        return any(name in CALIBRATED for name in self.transforms)
 
     def shape(self, positions: int | None) -> tuple[int, int]:
         """Return how many windows of how many tokens a model is calibrated on.

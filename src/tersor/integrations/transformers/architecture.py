@@ -21,30 +21,52 @@ _READ_BY_OTHERS = ("NonDynamicallyQuantizableLinear",)
 """Subclasses of `nn.Linear` whose weight is multiplied by the module that holds them."""
 
 
-def read_architecture(directory: Path, *, trust_remote_code: bool = False) -> Architecture:
+def read_architecture(directory: Path, *, trust_remote_code: bool = False, untied: bool = False) -> Architecture:
     """Build the model of a config.json on the meta device and list its layers.
 
     Args:
         directory: where config.json is.
         trust_remote_code: whether Python code that comes with the model is run.
+        untied: whether the output head has a weight of its own, whatever config.json says.
 
     Raises:
         CheckpointError: transformers does not know the model type, or cannot build the model, or needs code for it
             that is not trusted.
+    """
+    return architecture_of(meta_model(directory, trust_remote_code=trust_remote_code, untied=untied)[0])
+
+
+def meta_model(directory: Path, *, trust_remote_code: bool = False, untied: bool = False) -> tuple[Any, bool]:
+    """Build the model of a config.json on the meta device; return it, and whether config.json ties its output head.
+
+    Args, Raises: as of `read_architecture`.
     """
     from transformers import AutoConfig
 
     with _quiet_transformers(), foreign.unasked():
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            tied = untie(config) if untied else is_tied(config)
             build = model_class(config, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
-                model = build._from_config(config, attn_implementation="eager")
+                return build._from_config(config, attn_implementation="eager"), tied
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(f"{directory}: {_reason(error)}") from None
-    return architecture_of(model)
+
+
+def is_tied(config: Any) -> bool:
+    """Whether a config lets the output head share the embedding's weight."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def untie(config: Any) -> bool:
+    """Give the output head of a config a weight of its own; return whether it shared the embedding's."""
+    tied = is_tied(config)
+    for own in (config, config.get_text_config()):
+        own.tie_word_embeddings = False
+    return tied
 
 
 def model_class(config: Any, *, trust_remote_code: bool = False) -> Any:
@@ -110,7 +132,7 @@ def architecture_of(model: Any) -> Architecture:
         stacks=stacks,
         modules=frozenset(modules),
         head=next((name for name, module in modules.items() if output is not None and module is output), ""),
-        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        tied=is_tied(model.config),
         base=base if isinstance(modules.get(base), nn.Module) and base else "",
         find=names.find,
         missing=names.missing,
@@ -224,7 +246,11 @@ def stacks_of(name: str, module: nn.Module, tower: str = "") -> dict[str, Linear
         form = experts_form(module)
     except UnsupportedError:
         return {}
-    return {f"{name}.{own}": Linear(form.shape(own), form.transposed, tower) for own in form.names}
+    rows = {form.fused: form.rows.value}
+    return {
+        f"{name}.{own}": Linear(form.shape(own), form.transposed, tower, rows=rows.get(own, "plain"))
+        for own in form.names
+    }
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tersor.errors import CheckpointError, InputError
 from tersor.integrations.transformers import foreign
-from tersor.integrations.transformers.architecture import model_class
+from tersor.integrations.transformers.architecture import model_class, untie
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class BlockModel:
         weights: Iterable[tuple[str, int]],
         *,
         trust_remote_code: bool = False,
+        untied: bool = False,
     ) -> None:
         """Build the model; no weight is read.
 
@@ -71,6 +72,7 @@ class BlockModel:
             weights: parameters that are to be compressed, and how many elements each has: the list of modules with
                 most of them holds the blocks.
             trust_remote_code: whether Python code that comes with the model is run.
+            untied: whether the output head has a weight of its own, whatever config.json says.
 
         Raises:
             CheckpointError: transformers cannot build the model.
@@ -81,6 +83,8 @@ class BlockModel:
 
         with foreign.unasked():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            if untied:
+                untie(config)
             build = model_class(config, trust_remote_code=trust_remote_code)
             if config.is_encoder_decoder or not build.can_generate():
                 raise InputError(

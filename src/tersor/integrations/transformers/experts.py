@@ -1,7 +1,8 @@
 """The experts of a mixture-of-experts layer, with a tensor of each in the checkpoint: linear layers that may be packed.
 
 transformers merges the per-expert tensors of a checkpoint into two; packed ones stay apart by name, as every expert may
-have a scheme of its own. Where all of a layer have one scheme, their codes lie in two stacks and run as one operator.
+have a scheme of its own. Where all of a layer have one scheme, or one mix, their codes lie in stacks and run as one
+operator.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch import nn
 
 from tersor import ops
 from tersor.errors import UnsupportedError
-from tersor.formats import Activations
+from tersor.formats import Activations, Assignment, Scheme
+from tersor.integrations.transformers.expert_parts import kind_of, part_of, rows_of
 from tersor.integrations.transformers.experts_form import ExpertsForm, apply_gate, experts_form
-from tersor.integrations.transformers.joined import GivenLinear, moved
-from tersor.layouts import STREAM, PackedWeight, StackedWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, StackedMixedWeight, StackedWeight
 from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
-from tersor.nn.linear import PackedLinear, cast_bias
+from tersor.nn.mixed_stack import MixedStack
 
 _guard = threading.RLock()
 
@@ -41,8 +42,8 @@ class PackedExperts(nn.Module):
     """
 
     template: Any
-    gate_up: PackedStack | None
-    down: PackedStack | None
+    gate_up: PackedStack | MixedStack | None
+    down: PackedStack | MixedStack | None
 
     def __init__(self, experts: Any, input_names: Sequence[str], output_name: str) -> None:
         """Split a module of fused experts into plain linear layers of the same shapes, on the meta device.
@@ -105,7 +106,7 @@ class PackedExperts(nn.Module):
     def waits(self, dtype: torch.dtype) -> str:
         """Return why the host waits for the router's choice in a forward with activations of `dtype`, or nothing."""
         if not self.ready(dtype):
-            return "its experts are not packed in one scheme, or kernels do not know their gate"
+            return "its experts are not packed in one scheme or mix, or kernels do not know their gate"
         assert self.gate_up is not None and self.down is not None
         return waits(self.gate_up, self.down, dtype)
 
@@ -125,19 +126,13 @@ class PackedExperts(nn.Module):
                 yield expert, name, layer
 
     def join(self) -> None:
-        """Let all experts be multiplied by one operator, where they are packed in one scheme and the gate is known."""
+        """Let all experts be multiplied by one operator, where their forms agree and the gate is known."""
         layers = list(self._named_layers())
-        if self.form.gate is None or any(
-            type(layer) is not PackedLinear or layer.bias is not None for *_, layer in layers
-        ):
-            return
-        schemes = {(name == self.output_name, layer.scheme) for _, name, layer in layers}
-        if len(schemes) > 2:
+        kinds = {(name == self.output_name, kind_of(layer)) for _, name, layer in layers}
+        if self.form.gate is None or len(kinds) > 2 or any(kind is None for _, kind in kinds):
             return
         for expert, name, layer in layers:
-            part = moved(layer, ExpertPart)
-            part.place(self, expert, name)
-            self._layers(expert)[name] = part
+            self._layers(expert)[name] = part_of(layer, self, expert, name)
         self._joins = True
         self.ready(layers[0][2].dtype)
 
@@ -163,7 +158,7 @@ class PackedExperts(nn.Module):
             return self.gate_up is not None or self._join(dtype)
 
     def _join(self, dtype: torch.dtype) -> bool:
-        parts = [layer for *_, layer in self._named_layers()]
+        parts = [part for *_, layer in self._named_layers() for part in rows_of(layer)]
         settings = {(part.weight_packed.device, part.dtype, part.activations) for part in parts}
         device, own, activations = next(iter(settings))
         if len(settings) > 1 or device.type == "meta":
@@ -176,26 +171,49 @@ class PackedExperts(nn.Module):
         self.down, self.gate_up = down, gate_up
         return True
 
-    def _stack(self, name: str, dtype: torch.dtype, own: torch.dtype, activations: Activations) -> PackedStack:
+    def _stack(
+        self, name: str, dtype: torch.dtype, own: torch.dtype, activations: Activations
+    ) -> PackedStack | MixedStack:
         """Return the weights of one layer of all experts, of gate and up where it has no name, in one module."""
-        names = (name,) if name else self.input_names
-        weights = []
+        names, rows = ((name,), Rows.PLAIN) if name else (self.input_names, Rows.HALVES)
+        shape = self.form.shape("down_proj" if name else self.form.fused)
+        device = rows_of(self._layers(0)[names[0]])[0].weight_packed.device
+
+        def layout(scheme: Scheme) -> str:
+            return ops.preferred_layout(scheme, dtype, device, activations)
+
+        packed, mixed = [], []
         for expert in range(self.num_experts):
             both = [self._layers(expert)[each].packed_weight() for each in names]
-            weight = both[0] if name else PackedWeight.gate_up(*both)
-            layout = ops.preferred_layout(weight.scheme, dtype, weight.data.device, activations)
-            weights.append(weight.to_layout(layout))
-        shape = self.form.shape("down_proj" if name else self.form.fused)
-        stack = PackedStack.of(StackedWeight.stack(weights), shape, Rows.PLAIN if name else Rows.HALVES, own)
+            if isinstance(both[0], MixedWeight):
+                mixed.append((both[0] if name else MixedWeight.gate_up(*both)).to_layout(layout))
+            else:
+                weight = both[0] if name else PackedWeight.gate_up(*both)
+                packed.append(weight.to_layout(layout(weight.scheme)))
+        stack: PackedStack | MixedStack
+        if mixed:
+            level = mixed[0].assignment
+            form = level if name else Assignment(level.mix, level.level * len(names))
+            stack = MixedStack.of(StackedMixedWeight.stack(mixed), form, shape, rows, own)
+        else:
+            stack = PackedStack.of(StackedWeight.stack(packed), shape, rows, own)
         stack.activations = activations
         return stack.train(self.training)
 
-    def part(self, expert: int, name: str) -> PackedWeight:
-        """Return the weight of an expert's layer in the stored stream, a copy; the weights must be joined."""
-        assert self.gate_up is not None and self.down is not None
+    def part(self, expert: int, name: str, number: int = 0) -> PackedWeight:
+        """Return the weight of an expert's layer in the stored stream, a copy; the weights must be joined.
+
+        Args:
+            expert: its number.
+            name: of the layer.
+            number: of a mixed layer, which of its row sets.
+        """
+        stack = self.down if name == self.output_name else self.gate_up
+        assert stack is not None
+        whole = stack.row_sets[number] if isinstance(stack, MixedStack) else stack
         if name != self.output_name:
-            return self.gate_up.packed_weight().expert(expert).split_gate_up()[self.input_names.index(name)]
-        weight = self.down.packed_weight().expert(expert).to_layout(STREAM)
+            return whole.packed_weight().expert(expert).split_gate_up()[self.input_names.index(name)]
+        weight = whole.packed_weight().expert(expert).to_layout(STREAM)
         zero_point = None if weight.zero_point is None else weight.zero_point.clone()
         return PackedWeight(weight.scheme, weight.shape, weight.data.clone(), weight.scale.clone(), zero_point)
 
@@ -204,8 +222,9 @@ class PackedExperts(nn.Module):
         with _guard:
             if self.gate_up is None:
                 return
-            for expert, name, part in self._named_layers():
-                part._set_weight(self.part(expert, name))
+            for expert, name, layer in self._named_layers():
+                for number, part in enumerate(rows_of(layer)):
+                    part._set_weight(self.part(expert, name, number))
             self.gate_up = self.down = None
 
     def fused_weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -242,38 +261,6 @@ class PackedExperts(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self.dissolve()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class ExpertPart(GivenLinear):
-    """A layer of one expert, whose codes and scales a `PackedExperts` holds together with those of the others."""
-
-    _place: tuple[PackedExperts, int, str]
-
-    def place(self, experts: PackedExperts, expert: int, name: str) -> None:
-        """Make this layer the one called `name` of an expert."""
-        self._place = (experts, expert, name)
-
-    @property
-    def experts(self) -> PackedExperts:
-        """What holds the codes and scales."""
-        return self._place[0]
-
-    def _own_rows(self) -> PackedWeight:
-        experts, expert, name = self._place
-        return experts.part(expert, name)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""
-        if self.experts.joins:
-            return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
-        return super().forward(x)
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Join the experts, if they are on one device, in the layout for activations of `dtype`."""
-        if not self.experts.joins:
-            super().prepare(dtype)
-        else:
-            self.experts.ready(dtype)
 
 
 def check_experts(experts: Any) -> ExpertsForm:

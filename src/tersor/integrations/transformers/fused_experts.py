@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.formats import Scheme
+from tersor.checkpoint.names import Form
+from tersor.errors import UnsupportedError
+from tersor.formats import Assignment, Pruned
 from tersor.integrations.transformers.experts_form import apply_gate, experts_form
 from tersor.nn.experts import PackedStack, Rows, multiply_routed, multiply_stacks, one_by_one, waits
 from tersor.nn.linear import cast_bias
+from tersor.nn.mixed_stack import MixedStack
 
+STACKS = PackedStack | MixedStack
+"""What holds packed weights of all experts."""
 _UNKNOWN_GATE = "kernels do not know how it makes gate and up one"
 
 
@@ -23,7 +28,8 @@ class FusedExperts(nn.Module):
     Attributes:
         num_experts: E.
         template: the module this one replaced, without its weights; its activation and gate are used.
-        gate_up_proj, up_proj, down_proj: a `PackedStack`, or the parameter that the replaced module had.
+        gate_up_proj, up_proj, down_proj: a `PackedStack` or a `MixedStack`, or the parameter that the replaced module
+            had.
         gate_up_proj_bias, up_proj_bias, down_proj_bias: [E, OC], where it had them.
         chooser: chooses experts by a router's logits (`routers.Chooser`), where they come from it.
     """
@@ -48,21 +54,30 @@ class FusedExperts(nn.Module):
         self._arranged: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self.train(experts.training)
 
-    def pack(self, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedStack:
+    def pack(self, name: str, form: Form, dtype: torch.dtype | None = None) -> PackedStack | MixedStack:
         """Put packed weights, uninitialised, in the place of a parameter.
 
         Args:
             name: of the parameter, one of `form.names`.
-            scheme: of the packed weights.
+            form: scheme of the packed weights, or the levels of their output features.
             dtype: of activations; that of the parameter when `None`.
 
         Raises:
             FormatError: the group size does not divide IC.
+            ShapeError: another number of output features has levels.
+            UnsupportedError: what is left of pruned weights.
         """
+        if isinstance(form, Pruned):
+            raise UnsupportedError(f"{name} holds a layer's experts, which are not stored sparse")
         old = self._parameters[name]
         assert old is not None
         rows = self.form.rows if name == self.form.fused else Rows.PLAIN
-        stack = PackedStack(self.form.shape(name), scheme, rows, device=old.device, dtype=dtype or old.dtype)
+        shape, own = self.form.shape(name), dtype or old.dtype
+        stack: PackedStack | MixedStack
+        if isinstance(form, Assignment):
+            stack = MixedStack(shape, form, rows, device=old.device, dtype=own)
+        else:
+            stack = PackedStack(shape, form, rows, device=old.device, dtype=own)
         stack.transposed = self.form.transposed
         del self._parameters[name]
         self.add_module(name, stack.train(self.training))
@@ -72,7 +87,7 @@ class FusedExperts(nn.Module):
         """Decide how the weights lie: where only one of the two is packed, its rows stay in the model's order."""
         if not self.joins:
             for stack in self.children():
-                if isinstance(stack, PackedStack):
+                if isinstance(stack, STACKS):
                     stack.rows = Rows.PLAIN
 
     @property
@@ -99,7 +114,7 @@ class FusedExperts(nn.Module):
             index, factors = (*routing, *named.values())
         gate, (first, second) = self.form.gate, (self._modules.get(name) for name in self.form.names)
         by_logits = self.chooser is not None and index.is_floating_point()
-        if gate is not None and isinstance(first, PackedStack) and isinstance(second, PackedStack):
+        if gate is not None and isinstance(first, STACKS) and isinstance(second, STACKS):
             biases = self._gate_up_bias(first.rows), self._bias("down_proj")
             if by_logits:
                 y = multiply_routed(x, first, second, index, self.chooser.options, gate, *biases)
@@ -114,7 +129,7 @@ class FusedExperts(nn.Module):
     def waits(self, dtype: torch.dtype) -> str:
         """Return why the host waits for the router's choice in a forward with activations of `dtype`, or nothing."""
         first, second = (self._modules.get(name) for name in self.form.names)
-        if not isinstance(first, PackedStack) or not isinstance(second, PackedStack):
+        if not isinstance(first, STACKS) or not isinstance(second, STACKS):
             return "only one of its two weights is packed"
         return waits(first, second, dtype) if self.form.gate is not None else _UNKNOWN_GATE
 
@@ -148,7 +163,7 @@ class FusedExperts(nn.Module):
         bias = cast_bias(self._bias(name), x.dtype)
         bias = None if bias is None else bias[expert]
         stack = self._modules.get(name)
-        if isinstance(stack, PackedStack):
+        if isinstance(stack, STACKS):
             return ops.linear(x, stack.ready(x.dtype).expert(expert), bias)
         weight: Any = self._parameters[name]
         return nn.functional.linear(x, weight[expert].T if self.form.transposed else weight[expert], bias)
@@ -160,8 +175,8 @@ class FusedExperts(nn.Module):
         experts: nn.Module = self.template
         for name in self.form.names:
             stack, bias = self._modules.get(name), self._bias(name)
-            if isinstance(stack, PackedStack):
-                weight = stack.stored_weight().dequantize(dtype)
+            if isinstance(stack, STACKS):
+                weight = stack.decoded(dtype)
                 weight = weight.transpose(1, 2).contiguous() if self.form.transposed else weight
                 setattr(experts, name, nn.Parameter(weight, requires_grad=False))
             else:

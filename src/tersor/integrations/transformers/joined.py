@@ -18,7 +18,7 @@ from tersor.formats import Activations
 from tersor.layouts import STREAM, PackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.nn.linear import PackedLinear, cast_bias
-from tersor.nn.packed import PackedModule
+from tersor.nn.packed import MultipliedModule, PackedModule
 
 JOINED = "joined"
 """The layout of a layer whose codes and scales a join holds."""
@@ -164,11 +164,11 @@ class Join:
         self._shares = threading.local()
 
 
-_Given = TypeVar("_Given", bound="GivenLinear")
+_Own = TypeVar("_Own", bound="Given")
 
 
-class GivenLinear(PackedLinear):
-    """A packed linear layer whose codes and scales something else may hold, together with those of other layers.
+class Given(MultipliedModule):
+    """Holds packed rows whose codes and scales something else may hold, together with those of other layers.
 
     Whatever touches its tensors (a move, a cast, a load) first has all layers given their own back: `dissolve` of what
     stands first in `_place`. That is in a tuple, since it is not a submodule of this layer.
@@ -197,7 +197,7 @@ class GivenLinear(PackedLinear):
         self._place[0].dissolve()
         super().multiply_with(activations)
 
-    def _apply(self: _Given, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Given:
+    def _apply(self: _Own, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Own:
         self._place[0].dissolve()
         super()._apply(fn, recurse)
         return self
@@ -205,6 +205,10 @@ class GivenLinear(PackedLinear):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self._place[0].dissolve()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GivenLinear(Given, PackedLinear):
+    """A packed linear layer whose codes and scales something else may hold, together with those of other layers."""
 
 
 class PackedPart(GivenLinear):

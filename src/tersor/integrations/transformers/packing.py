@@ -24,11 +24,20 @@ from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.foreign import is_foreign
 from tersor.integrations.transformers.fused_experts import FusedExperts
 from tersor.integrations.transformers.placement import Place, Placement
-from tersor.integrations.transformers.replace import fused_experts, packable, swap_packed, swap_stack, swap_tied
+from tersor.integrations.transformers.replace import (
+    AnyPacked,
+    fused_experts,
+    packable,
+    swap_packed,
+    swap_stack,
+    swap_tied,
+)
 from tersor.integrations.transformers.routers import choose_by_logits
 from tersor.nn.experts import PackedStack
 from tersor.nn.mixed import MixedLinear
+from tersor.nn.mixed_stack import MixedStack
 from tersor.nn.packed import PackedModule
+from tersor.nn.sparse import SparseLinear
 from tersor.version import __version__
 
 _WEIGHT = ".weight"
@@ -80,11 +89,9 @@ def pack_checkpoint(model: Any, source: Source, config: QuantizationConfig) -> t
     heads = find_ties(model, source, placement, {place.module: forms[place.stem] for place in places})
     expected = {}
     for place in places:
-        layer: PackedModule | MixedLinear
+        layer: AnyPacked
         form = forms[place.stem]
         if place.stacked:
-            if not isinstance(form, Scheme):
-                raise UnsupportedError(f"{place.stem} holds a layer's experts, which have one scheme, not a mix")
             layer = swap_stack(model, place.module, form)
             placement.rename_stacked(place, layer.own_tensors())
         else:
@@ -166,9 +173,9 @@ def check_loaded(model: nn.Module) -> None:
         CheckpointError: one has not.
     """
     for name, module in model.named_modules():
-        if isinstance(module, MixedLinear) and module.weight_level.device.type == "meta":
+        if isinstance(module, MixedLinear | MixedStack) and module.weight_level.device.type == "meta":
             raise CheckpointError(f"{name}.{LEVEL} was not loaded: the checkpoint lacks it")
-        if not isinstance(module, PackedModule) or not module.in_state_dict:
+        if not isinstance(module, PackedModule | SparseLinear) or not module.in_state_dict:
             continue
         for key, form in module.own_tensors().items():
             tensor = getattr(module, key)
@@ -184,7 +191,7 @@ def join_experts(model: nn.Module) -> bool:
     for module in found:
         module.join()
         for stack in module.children():
-            if isinstance(stack, PackedStack) and stack.in_state_dict:
+            if isinstance(stack, PackedStack | MixedStack) and stack.in_state_dict:
                 stack.prepare(stack.dtype)
     choose_by_logits(model)
     return all(module.joins for module in found)
@@ -251,7 +258,7 @@ def find_ties(model: Any, source: Source, placement: Placement, forms: Mapping[s
     return heads
 
 
-def _check_stored(source: Source, place: Place, storage: Storage, layer: PackedModule | MixedLinear) -> None:
+def _check_stored(source: Source, place: Place, storage: Storage, layer: AnyPacked) -> None:
     forms = layer.own_tensors()
     for name, form in forms.items():
         tensor = source.tensors.get(f"{place.stem}.{name}")

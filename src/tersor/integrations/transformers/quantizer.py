@@ -314,9 +314,9 @@ class _Compress(ConversionOps):
 
 
 def _packed_layers(model: nn.Module) -> dict[str, Any]:
-    from tersor.nn import MixedLinear, PackedLinear, PackedStack
+    from tersor.nn import MixedLinear, PackedLinear, PackedStack, SparseLinear
 
-    kinds = PackedLinear | MixedLinear | PackedStack
+    kinds = PackedLinear | MixedLinear | SparseLinear | PackedStack
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from tersor import ops
-from tersor.checkpoint.names import DENSE, MIXED, Form, Storage
+from tersor.checkpoint.names import DENSE, MIXED, SPARSE, Form, Storage
 from tersor.errors import UnsupportedError
-from tersor.formats import Activations, Assignment, Scheme
+from tersor.formats import Activations, Scheme
 from tersor.integrations.transformers.architecture import is_conv1d, linear_shape, packable_embedding
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.fuse import unfuse
@@ -19,9 +19,16 @@ from tersor.nn.embedding import PackedEmbedding, TiedLinear
 from tersor.nn.experts import PackedStack
 from tersor.nn.linear import PackedLinear
 from tersor.nn.mixed import MixedLinear, RowSet
+from tersor.nn.mixed_stack import MixedStack
 from tersor.nn.packed import PackedModule
+from tersor.nn.sparse import SparseLinear
 
-LINEARS: dict[str, type[Any]] = {DENSE.name: PackedLinear, MIXED.name: MixedLinear}
+AnyLinear: TypeAlias = PackedLinear | MixedLinear | SparseLinear
+"""A linear layer of a compressed weight."""
+AnyPacked: TypeAlias = PackedModule | MixedLinear | MixedStack | SparseLinear
+"""A module of a compressed weight."""
+
+LINEARS: dict[str, type[Any]] = {DENSE.name: PackedLinear, MIXED.name: MixedLinear, SPARSE.name: SparseLinear}
 """Name of a way to store a weight (`checkpoint.names`) -> the layer that holds a weight stored so."""
 
 
@@ -32,7 +39,7 @@ def packable(module: nn.Module) -> bool:
 
 def swap_packed(
     model: nn.Module, name: str, form: Form, dtype: torch.dtype | None = None, storage: Storage = DENSE
-) -> PackedModule | MixedLinear:
+) -> AnyPacked:
     """Replace a linear layer or an embedding of a model by a packed one on the same device.
 
     Args:
@@ -49,7 +56,7 @@ def swap_packed(
     old = model.get_submodule(name)
     if not isinstance(old, nn.Embedding):
         return swap_linear(model, name, form, dtype, storage)
-    if isinstance(form, Assignment):
+    if not isinstance(form, Scheme):
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which has one scheme: store it dense")
     if not packable_embedding(old):
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
@@ -97,7 +104,7 @@ def swap_tied(model: nn.Module, name: str, embedding: str, scheme: Scheme) -> Ti
 
 def swap_linear(
     model: nn.Module, name: str, form: Form, dtype: torch.dtype | None = None, storage: Storage = DENSE
-) -> PackedLinear | MixedLinear:
+) -> AnyLinear:
     """Replace a linear layer of a model by a packed one on the same device, which keeps the bias.
 
     Args:
@@ -117,7 +124,7 @@ def swap_linear(
         raise UnsupportedError(f"{name} is a {type(old).__name__}, which cannot run packed: ignore it")
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
     oc, ic = shape
-    new: PackedLinear | MixedLinear
+    new: AnyLinear
     new = LINEARS[storage.name](ic, oc, form, device=weight.device, dtype=dtype or weight.dtype)
     new.bias = getattr(old, "bias", None)
     new.transposed = is_conv1d(old)
@@ -141,13 +148,13 @@ def fused_experts(model: nn.Module, name: str) -> FusedExperts:
     return new
 
 
-def swap_stack(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype | None = None) -> PackedStack:
+def swap_stack(model: nn.Module, name: str, form: Form, dtype: torch.dtype | None = None) -> PackedStack | MixedStack:
     """Replace a parameter that holds the weights of all experts of a layer by packed ones on the same device.
 
     Args:
         model: holds the experts.
         name: the parameter's name in the model.
-        scheme: of the packed weights.
+        form: scheme of the packed weights, or the levels of their output features.
         dtype: of activations; that of the parameter when `None`.
 
     Raises:
@@ -155,7 +162,7 @@ def swap_stack(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype |
         FormatError: the group size does not divide IC.
     """
     owner, _, own = name.rpartition(".")
-    return fused_experts(model, owner).pack(own, scheme, dtype)
+    return fused_experts(model, owner).pack(own, form, dtype)
 
 
 def multiply_with(model: nn.Module, activations: Activations | str) -> None:
@@ -171,6 +178,9 @@ def multiply_with(model: nn.Module, activations: Activations | str) -> None:
         for name, module in model.named_modules()
         if isinstance(module, PackedLinear | RowSet) or (isinstance(module, PackedStack) and module.in_state_dict)
     }
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            module.multiply_with(activations)  # refuses whatever would change
     for name, module in linears.items():
         try:
             ops.preferred_layout(module.scheme, module.dtype, module.weight_packed.device, activations)
@@ -193,7 +203,7 @@ def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:
             shared[module] = plain.weight
             model.set_submodule(name, plain)
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear | MixedLinear):
+        if isinstance(module, AnyLinear):
             source = module.source if isinstance(module, TiedLinear) else None
             model.set_submodule(name, _plain(module, dtype, None if source is None else shared[source]))
 
@@ -211,11 +221,11 @@ def turned(layer: nn.Module) -> nn.Module:
     return new.train(layer.training)
 
 
-def plain_module(module: PackedModule | MixedLinear, dtype: torch.dtype) -> nn.Module:
+def plain_module(module: AnyPacked, dtype: torch.dtype) -> nn.Module:
     """Return what a packed linear or embedding stands for, decoded to `dtype`; an output head gets its own weight."""
     if isinstance(module, PackedEmbedding):
         return _plain_embedding(module, dtype)
-    assert isinstance(module, PackedLinear | MixedLinear)
+    assert isinstance(module, AnyLinear)
     return _plain(module, dtype, None)
 
 
@@ -230,7 +240,7 @@ def _plain_embedding(module: PackedEmbedding, dtype: torch.dtype) -> nn.Embeddin
     return plain.train(module.training)
 
 
-def _plain(module: PackedLinear | MixedLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:
+def _plain(module: AnyLinear, dtype: torch.dtype, shared: torch.Tensor | None) -> nn.Module:
     weight = module.packed_weight().dequantize(dtype) if shared is None else shared
     with torch.device("meta"):
         plain: nn.Module

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from tersor.integrations.transformers.replace import plain_module
 from tersor.nn.embedding import PackedEmbedding, TiedLinear
-from tersor.nn.packed import PackedModule
+from tersor.nn.packed import Counted, PackedModule
+from tersor.nn.sparse import SparseLinear
 
 
 def register() -> None:
@@ -24,7 +25,9 @@ def register() -> None:
 
 def packed_parameters(model: nn.Module, exclude_embeddings: bool = False) -> int:
     """Return how many weights a model's packed layers stand for; what several layers share counts once."""
-    layers = (module for module in model.modules() if isinstance(module, PackedModule) and module.in_state_dict)
+    layers = (
+        module for module in model.modules() if isinstance(module, PackedModule | Counted) and module.in_state_dict
+    )
     return sum(
         math.prod(layer.shape) for layer in layers if not (exclude_embeddings and isinstance(layer, PackedEmbedding))
     )
@@ -36,7 +39,7 @@ def decode_embeddings(model: Any) -> None:
     tied = isinstance(head, TiedLinear) and head.source is embedding
     if isinstance(embedding, PackedEmbedding):
         model.set_input_embeddings(plain_module(embedding, embedding.dtype))
-    if isinstance(head, PackedModule):
+    if isinstance(head, PackedModule | SparseLinear):
         plain = plain_module(head, head.dtype)
         if tied:
             plain.weight = model.get_input_embeddings().weight

@@ -31,7 +31,7 @@ def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     found = None if problem.batch_invariant else measured(problem, chip)
     if found is not None:
         return found
-    return _predicted(replace(problem, n=_filled(problem.n)), chip)
+    return _predicted(replace(problem, n=filled(problem.n)), chip)
 
 
 def takes_norms(config: LinearConfig) -> bool:
@@ -69,11 +69,11 @@ def choices(problem: LinearProblem, chip: Chip, beyond: int = 0) -> Iterator[Lin
             yield found
     n = beyond
     while n < problem.n:
-        n = _filled(n + 1)
+        n = filled(n + 1)
         yield _predicted(replace(problem, n=n), chip)
 
 
-def _filled(n: int) -> int:
+def filled(n: int) -> int:
     """Return the number of tokens whose predicted configuration n tokens have."""
     if n <= _FEW_TOKENS:
         return n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -22,11 +22,14 @@ __all__ = [
     "ExpertsProblem",
     "Sm80ExpertsConfig",
     "choices",
+    "choices_of_sets",
     "choose_pair",
+    "choose_sets",
     "config",
     "deciding",
     "expected_blocks",
     "least_pair",
+    "predicted_seconds",
     "schedule",
     "seconds",
     "shapes",
@@ -89,6 +92,10 @@ class ExpertsConfig:
 EitherConfig: TypeAlias = ExpertsConfig | Sm80ExpertsConfig
 """How a kernel of either schedule runs a problem. Both know `block_tokens`, `activations`, `gathers`, `counters` and
 `floats`."""
+Problems: TypeAlias = tuple[ExpertsProblem, ...]
+"""The row sets of a product, each a launch: one, or one for each level of a mix."""
+Configs: TypeAlias = tuple[EitherConfig, ...]
+"""How each row set runs."""
 
 
 def schedule(chip: Chip) -> str:
@@ -138,51 +145,92 @@ def deciding(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_pair(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[EitherConfig, EitherConfig]:
+    """Return the configurations of two products of the same tokens, as `choose_sets` of one row set each."""
+    (first,), (second,) = choose_sets((up,), (down,), chip)
+    return first, second
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_sets(ups: Problems, downs: Problems, chip: Chip) -> tuple[Configs, Configs]:
     """Return the configurations of two products of the same tokens, which share the routing tables.
 
-    Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time for as many
+    All have blocks of as many tokens, and of all such choices this is the one of the least predicted time for as many
     tokens as are `deciding`.
+
+    Args:
+        ups, downs: the row sets of either product, each a launch; none of one that is of no account.
+        chip: where they run.
     """
-    tokens = deciding(up.tokens)
+    tokens = deciding((*ups, *downs)[0].tokens)
     if schedule(chip) == SM80:
-        return experts_sm80.choose_pair(up, down, tokens, chip)
-    chosen = _least(replace(up, tokens=tokens), replace(down, tokens=tokens), chip)
-    return config(up, chosen[0], chip), config(down, chosen[1], chip)
+        return experts_sm80.choose_sets(ups, downs, tokens, chip)
+    chosen = _least(*(tuple(replace(one, tokens=tokens) for one in sets) for sets in (ups, downs)), chip)
+    configs = [config(one, tile, chip) for one, tile in zip((*ups, *downs), chosen, strict=True)]
+    return tuple(configs[: len(ups)]), tuple(configs[len(ups) :])
 
 
 def choices(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> Iterator[tuple[EitherConfig, EitherConfig]]:
     """Yield every pair, but for what follows from the number of tokens, that as many tokens or fewer have."""
+    for (first,), (second,) in choices_of_sets((up,), (down,), chip):
+        yield first, second
+
+
+def choices_of_sets(ups: Problems, downs: Problems, chip: Chip) -> Iterator[tuple[Configs, Configs]]:
+    """Yield every choice of `choose_sets`, but for what follows from the number of tokens, of up to as many tokens."""
     tokens = 0
-    while tokens < up.tokens:
+    while tokens < ups[0].tokens:
         tokens = deciding(tokens + 1)
-        yield choose_pair(replace(up, tokens=tokens), replace(down, tokens=tokens), chip)
+        yield choose_sets(*(tuple(replace(one, tokens=tokens) for one in sets) for sets in (ups, downs)), chip)
 
 
 @functools.lru_cache(maxsize=4096)
-def _least(up: ExpertsProblem, down: ExpertsProblem, chip: Chip) -> tuple[Tile, Tile]:
-    return least_pair(up, down, tiles(up), tiles(down), chip)
+def _least(ups: Problems, downs: Problems, chip: Chip) -> tuple[Tile, ...]:
+    return _least_sets([(one, tiles(one)) for one in ups], [(one, tiles(one)) for one in downs], chip)
 
 
 def least_pair(
     up: ExpertsProblem, down: ExpertsProblem, ups: Iterable[Tile], downs: Iterable[Tile], chip: Chip
 ) -> tuple[Tile, Tile]:
     """Return the tiles of as many tokens as each other, one of each product's, of the least predicted time."""
+    first, second = _least_sets([(up, ups)], [(down, downs)], chip)
+    return first, second
+
+
+_Available: TypeAlias = Sequence[tuple[ExpertsProblem, Iterable[Tile]]]
+
+
+def _least_sets(ups: _Available, downs: _Available, chip: Chip) -> tuple[Tile, ...]:
+    """Return the tiles of as many tokens as each other, one of each row set's, of the least predicted time."""
     best: dict[int, list[tuple[float, Tile]]] = {}
-    for problem, available, first in ((up, ups, True), (down, downs, False)):
-        of_width: dict[int, tuple[float, Tile]] = {}
+    for number, (problem, available) in enumerate((*ups, *downs)):
+        first, of_width = number < len(ups), dict[int, tuple[float, Tile]]()
         for tile in available:
             time = seconds(problem, tile, chip, first)
             if first and not experts_sm90.gathers(problem, tile):
-                time += ORDERING * 1e-6
+                time += ORDERING * 1e-6 / len(ups)
             if tile.tokens not in of_width or time < of_width[tile.tokens][0]:
                 of_width[tile.tokens] = time, tile
         for width, found in of_width.items():
             best.setdefault(width, []).append(found)
-    pairs = [pair for pair in best.values() if len(pair) == 2]
-    (_, first_tile), (_, second_tile) = min(pairs, key=lambda pair: pair[0][0] + pair[1][0])
-    return first_tile, second_tile
+    whole = [found for found in best.values() if len(found) == len(ups) + len(downs)]
+    return tuple(tile for _, tile in min(whole, key=lambda found: sum(time for time, _ in found)))
+
+
+def predicted_seconds(ups: Problems, downs: Problems, chip: Chip) -> float:
+    """Predict the time of both products of a layer's experts, all of their row sets, in seconds."""
+    chosen = choose_sets(ups, downs, chip)
+    total = 0.0
+    for number, (problems, configs) in enumerate(zip((ups, downs), chosen, strict=True)):
+        ordered = False
+        for problem, own in zip(problems, configs, strict=True):
+            if isinstance(own, Sm80ExpertsConfig):
+                total += experts_sm80.seconds(problem, own, chip)
+                continue
+            total += seconds(problem, own.tile, chip, number == 0)
+            ordered |= number == 0 and not own.gathers
+        total += ORDERING * 1e-6 * ordered
+    return total
 
 
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool) -> float:

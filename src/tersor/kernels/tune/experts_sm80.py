@@ -130,15 +130,15 @@ def seconds(problem: ExpertsProblem, config: Sm80ExpertsConfig, chip: Chip) -> f
     return run + exchanged / chip.bandwidth
 
 
-def choose_pair(
-    up: ExpertsProblem, down: ExpertsProblem, tokens: int, chip: Chip
-) -> tuple[Sm80ExpertsConfig, Sm80ExpertsConfig]:
+def choose_sets(
+    ups: tuple[ExpertsProblem, ...], downs: tuple[ExpertsProblem, ...], tokens: int, chip: Chip
+) -> tuple[tuple[Sm80ExpertsConfig, ...], tuple[Sm80ExpertsConfig, ...]]:
     """Return the configurations of two products of the same tokens, which share the routing tables.
 
-    Both have blocks of as many tokens, and of all such pairs this is the one of the least predicted time.
+    All have blocks of as many tokens, and of all such choices this is the one of the least predicted time.
 
     Args:
-        up, down: the products.
+        ups, downs: the row sets of either product, each a launch.
         tokens: how many the tile is chosen for; the splits are for as many as there are.
         chip: where they run.
     """
@@ -151,6 +151,7 @@ def choose_pair(
                 found[config.block_tokens] = time, config
         return found
 
-    first, second = (best(replace(problem, tokens=tokens)) for problem in (up, down))
-    tile = min(first, key=lambda tile: first[tile][0] + second[tile][0])
-    return best(up)[tile][1], best(down)[tile][1]
+    every = [best(replace(problem, tokens=tokens)) for problem in (*ups, *downs)]
+    tile = min(every[0], key=lambda tile: sum(found[tile][0] for found in every))
+    first, second = (tuple(best(problem)[tile][1] for problem in sets) for sets in (ups, downs))
+    return first, second

@@ -17,23 +17,30 @@ from tersor.kernels.tune.tile import Slots, Tile
 from tersor.layouts.blocks import BLOCK_IC
 
 __all__ = [
+    "CLUSTER_ROOM",
     "MANY_TOKENS",
     "WIDE_STEP",
     "Slots",
     "Tile",
+    "block_microseconds",
+    "box_of",
     "box_rows",
+    "bytes_a_microsecond",
+    "bytes_of_block",
     "candidates",
     "config",
     "fitting",
+    "gather_microseconds",
     "invariant_splits",
     "predict",
     "seconds",
+    "start_microseconds",
     "tile_of",
     "tile_tokens",
     "tiles",
 ]
 
-_CLUSTER_ROOM = 0.75
+CLUSTER_ROOM = 0.75
 """Of the CTAs that fit on a chip, how many do in clusters of three: multiprocessors come in groups of 16 or 18."""
 _CLUSTER_FILL = 0.45
 """Of the multiprocessors, how many the clusters must take: what was measured."""
@@ -97,13 +104,17 @@ def tile_of(config: LinearConfig) -> Tile:
 
 
 def box_rows(config: LinearConfig, n: int) -> int:
+    """Return how many of n tokens one copy of activations brings, as `box_of` does for the configuration's tile."""
+    return box_of(tile_of(config), n)
+
+
+def box_of(tile: Tile, n: int) -> int:
     """Return how many tokens one copy of activations brings: a CTA's share of a tile, which has an even share of all.
 
     Where a tile takes several boxes each but the last has whole groups of eight rows, which a swizzle repeats after.
     """
-    tile = tile_of(config)
     pieces = (1 if tile.bytewise else 2) // tile.x_slots_of_block
-    boxes, tokens = max(1, config.cluster // pieces), tile_tokens(tile, n)
+    boxes, tokens = max(1, tile.cluster // pieces), tile_tokens(tile, n)
     return tokens if boxes == 1 else min(n, -(-tokens // (8 * boxes)) * 8)
 
 
@@ -191,7 +202,7 @@ def _runs(problem: LinearProblem, chip: Chip) -> Iterator[_Run]:
         gathered = tile.gathered
         for whole, splits in splittings:
             ctas = min(whole + (count - whole) * splits, slots) * tile.cluster
-            room = slots if splits == 2 else slots * _CLUSTER_ROOM
+            room = slots if splits == 2 else slots * CLUSTER_ROOM
             fits = whole == 0 and _CLUSTER_FILL * chip.sms <= count * splits <= room
             yield _Run(tile, whole, splits, ctas, fits and 1 < splits <= gathered)
 
@@ -243,16 +254,9 @@ def _timed(problem: LinearProblem, tile: Tile, chip: Chip) -> Callable[[int, int
     has a dozen tiles to choose from.
     """
     costs, rows, cluster = cost.of(chip.name)[tile], tile.rows, tile.cluster
-    blocks = -(-problem.ic // BLOCK_IC)
-    multiprocessors, slots = chip.sms // cluster, chip.sms * tile.resident // cluster
-    token_tiles = -(-problem.n // tile.tokens)
-    count_of_tiles = token_tiles * -(-problem.oc // (rows * cluster))
-    from_memory = (1 + _WEIGHTS_FROM_L2 * (token_tiles - 1)) / token_tiles
-    block_bytes = from_memory * tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
-    block_bytes += _X_FROM_L2 * tile_tokens(tile, problem.n) * BLOCK_IC * problem.activations.bits / 8
-    start, share, bandwidth = costs.start, _SHARE[tile.resident], chip.bandwidth * _ACHIEVED
-    if tile.bytewise:
-        start += _QUANTISED_MILLION * problem.n * problem.ic * 1e-6
+    blocks, slots = -(-problem.ic // BLOCK_IC), chip.sms * tile.resident // cluster
+    count_of_tiles = -(-problem.n // tile.tokens) * -(-problem.oc // (rows * cluster))
+    start, block = start_microseconds(problem, tile, chip), block_microseconds(problem, tile, chip)
 
     def predicted(whole_tiles: int, splits: int, gathered: bool) -> float:
         shares = (count_of_tiles - whole_tiles) * splits
@@ -261,23 +265,59 @@ def _timed(problem: LinearProblem, tile: Tile, chip: Chip) -> Callable[[int, int
             for count, clusters in ((items // slots, slots), (1, items % slots)):
                 if not count or not clusters:
                     continue
-                busiest = -(-clusters // multiprocessors)
-                block = busiest * costs.block
-                if clusters <= multiprocessors:
-                    block += costs.lonely
-                shares_taken = max(clusters, busiest * multiprocessors / share)
-                memory = shares_taken * cluster * block_bytes / bandwidth * 1e6
-                total += count * length * max(block, memory)
+                total += count * length * block(clusters)
                 waves += count
         total += (waves - 1) * costs.item
         if gathered:
-            total += (splits - 1) * (costs.gather + _GATHER_KILOBYTE * rows * tile.tokens * 4 / 1024)
+            total += gather_microseconds(tile, splits, chip)
         elif splits > 1:
             exchanged = shares * cluster * rows * tile.tokens * 8e-6
             total += costs.exchange + costs.part * splits + costs.exchange_megabyte * exchanged
         return total * 1e-6
 
     return predicted
+
+
+def start_microseconds(problem: LinearProblem, tile: Tile, chip: Chip) -> float:
+    """Return what a launch costs that has a tile, the quantising of 8-bit activations counted."""
+    start = cost.of(chip.name)[tile].start
+    return start + _QUANTISED_MILLION * problem.n * problem.ic * 1e-6 if tile.bytewise else start
+
+
+def gather_microseconds(tile: Tile, splits: int, chip: Chip) -> float:
+    """Return what it costs that a cluster adds the splits of a tile."""
+    return (splits - 1) * (cost.of(chip.name)[tile].gather + _GATHER_KILOBYTE * tile.part_bytes / 1024)
+
+
+def block_microseconds(problem: LinearProblem, tile: Tile, chip: Chip) -> Callable[[int], float]:
+    """Return what makes of the clusters that run beside each other the microseconds of a block of a tile in each."""
+    costs, cluster, bandwidth = cost.of(chip.name)[tile], tile.cluster, chip.bandwidth * _ACHIEVED
+    multiprocessors, share, block_bytes = chip.sms // cluster, _SHARE[tile.resident], bytes_of_block(problem, tile)
+
+    def microseconds(clusters: int) -> float:
+        busiest = -(-clusters // multiprocessors)
+        block = busiest * costs.block
+        if clusters <= multiprocessors:
+            block += costs.lonely
+        shares_taken = max(clusters, busiest * multiprocessors / share)
+        return max(block, shares_taken * cluster * block_bytes / bandwidth * 1e6)
+
+    return microseconds
+
+
+def bytes_of_block(problem: LinearProblem, tile: Tile) -> float:
+    """Return the bytes that a block of a tile takes of the memory's speed; from L2 they count in part."""
+    token_tiles = -(-problem.n // tile.tokens)
+    from_memory = (1 + _WEIGHTS_FROM_L2 * (token_tiles - 1)) / token_tiles
+    weights = from_memory * tile.weight_slot_bytes(problem.bits, problem.scale_bytes)
+    return weights + _X_FROM_L2 * tile_tokens(tile, problem.n) * BLOCK_IC * problem.activations.bits / 8
+
+
+def bytes_a_microsecond(tile: Tile, chip: Chip) -> tuple[float, float]:
+    """Return the bytes a microsecond that a chip takes with a tile, and that one of its multiprocessors takes at the
+    most, beside others that take less."""
+    everywhere = chip.bandwidth * _ACHIEVED * 1e-6
+    return everywhere, everywhere * _SHARE[tile.resident] / chip.sms
 
 
 _MOST_SCALE_GROUPS = {

@@ -11,7 +11,8 @@
 // which power of two or offset the numbers still carry.
 //
 // Plain C++ but for `finish`: a CPU test compiles it and runs it over all codes.
-#pragma once
+#ifndef TERSOR_COMMON_DECODE  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_COMMON_DECODE
 
 #ifdef __CUDACC__
 #include "common/ptx.cuh"
@@ -147,3 +148,5 @@ __device__ __forceinline__ u32 finish(u32 pair, u32 constant, bool second) {
 #endif
 
 }  // namespace decode
+
+#endif  // TERSOR_COMMON_DECODE

@@ -6,7 +6,8 @@
 // a zero point is the number that decode::finish adds to a code or, of codes that become int8, the zero point twice.
 //
 // Parameters: SCALE_GROUPS (scales of one row in a block; 0: one scale a row), SCALE_TYPE, ZERO_POINTS.
-#pragma once
+#ifndef TERSOR_COMMON_SCALES  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_COMMON_SCALES
 
 #include "common/decode.cuh"
 #include "common/ptx.cuh"
@@ -85,3 +86,5 @@ __device__ __forceinline__ void finish(
 }
 
 }  // namespace scales
+
+#endif  // TERSOR_COMMON_SCALES

@@ -4,7 +4,8 @@
 // eight k16 steps, the four registers of the A fragment of mma.m16n8k16, 64 weights in 2 * BITS words. Words are
 // stored in planes of four (16 bytes a lane), an odd width ends with a plane of two. Four blocks, 64 rows, make a unit;
 // units follow each other along the input channels, then along the rows.
-#pragma once
+#ifndef TERSOR_COMMON_TILE  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_COMMON_TILE
 
 #include "common/decode.cuh"
 #include "common/ptx.cuh"
@@ -64,3 +65,5 @@ __device__ __forceinline__ void load_lane(u32 (&words)[kLaneWords], const char* 
 }
 
 }  // namespace tile
+
+#endif  // TERSOR_COMMON_TILE

@@ -1,11 +1,14 @@
 // What the multiplying warpgroups do with one item, for any kernel on the rings of sm90_pipeline.cuh: products, sums of
 // warpgroups and of splits, scales and the rounded result. The parameters are those of sm90_linear.cuh.
-#pragma once
+#ifndef TERSOR_DENSE_SM90_ITEM  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_DENSE_SM90_ITEM
 
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "dense/sm90_finish.cuh"
 #include "dense/sm90_pipeline.cuh"
+#include "dense/sm90_places.cuh"
+#include "dense/sm90_store.cuh"
 
 #if BYTES
 #include "dense/sm90_multiply_bytes.cuh"
@@ -18,7 +21,7 @@ namespace linear {
 // What an item reads beside weights and activations, of the matrix that it is of, and where its results go.
 struct Operands {
     const float* row_scales;  // by rows, where there is one scale a row
-    const u16* bias;          // [oc] or null
+    const u16* bias;          // [oc], or of all row sets, or null
     const float* x_scale;     // [n] for 8-bit activations, else null
     const u16* residual;      // as y, added to it, or null
     u16* y;                   // [n, oc], or half as many channels where gated
@@ -26,6 +29,7 @@ struct Operands {
     u32* arrived;             // a counter for each split tile
     float factor;             // the power of two that the decoded weights still lack
     Norms norms;
+    Places places;
 };
 
 // Where the CTA's shared memory is.
@@ -35,6 +39,9 @@ struct Shared {
     u32 base;             // address of the slots
     u32 room_barrier, gather_barrier, norm_barrier;
 };
+
+// Whether a row's scale is read behind the products: 32 tokens and what a row set's CTA knows leave no registers for it.
+constexpr bool kScalesLate = kPlaced && kFew && kTokens == 32;
 
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
 template <typename Work>
@@ -53,12 +60,13 @@ __device__ __forceinline__ void run_item(
     const auto fetch = [&] {
         if (!ahead || threadIdx.x >= kFinishers) return;
         if (kFew && count <= threadIdx.x / 128) ptx::wait_for_earlier_kernels();
-        met.load(item, terms, of.residual, of.norms);
+        met.load(item, terms, of.places, of.residual, of.norms);
     };
 #if !BYTES
     if constexpr (kFew) {
         float turns[kRowGroups][kSums];
         multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc);
+        if constexpr (kScalesLate) terms = RowTerms(work.oc, item, of.row_scales, of.factor);
         fetch();
         holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
     }
@@ -75,14 +83,20 @@ __device__ __forceinline__ void run_item(
         holds_all = add_splits(sums, work, item, rank, of.partial, of.arrived);
     }
     if (!holds_all) return;
-    terms.add_bias(of.bias);
+    terms.add_bias(of.bias, of.places);
     of_tokens.share(shared.norm_barrier);
     if constexpr (kMany) {
-        store_many(sums, item, terms, of_tokens, of.residual, of.y, slots + kExchangeAt);
+        if (kPlaced && !of.places.wide) {
+            store_many<true>(sums, item, terms, of.places, of_tokens, of.residual, of.y, slots + kExchangeAt);
+        } else {
+            store_many<false>(sums, item, terms, of.places, of_tokens, of.residual, of.y, slots + kExchangeAt);
+        }
     } else {
-        if (!ahead) met.load(item, terms, of.residual, of.norms);
-        store_few(sums, item, terms, of_tokens, met, of.residual != nullptr, of.y, of.norms);
+        if (!ahead) met.load(item, terms, of.places, of.residual, of.norms);
+        store_few(sums, item, terms, of.places, of_tokens, met, of.residual != nullptr, of.y, of.norms);
     }
 }
 
 }  // namespace linear
+
+#endif  // TERSOR_DENSE_SM90_ITEM

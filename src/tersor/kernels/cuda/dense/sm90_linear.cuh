@@ -22,14 +22,11 @@
 // have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES
 // (what the launch asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
 // (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), NORM (sm90_norm.cuh: 1 where x still lacks
-// the division of a norm, 2 where a norm of y follows; all tokens are in one tile then).
+// the division of a norm, 2 where a norm of y follows; all tokens are in one tile then), PLACED (sm90_finish.cuh: 1 where
+// results stand among those of other row sets).
 #pragma once
 
-#include "common/ptx.cuh"
-#include "common/ring.cuh"
-#include "common/scales.cuh"
-#include "dense/sm90_item.cuh"
-#include "dense/sm90_pipeline.cuh"
+#include "dense/sm90_cta.cuh"
 #include "dense/sm90_work.cuh"
 
 #if CLUSTER > 1
@@ -38,26 +35,8 @@
 #define TERSOR_CLUSTER
 #endif
 
-namespace linear {
-
-// When all threads of the CTA, or of its cluster, have been here all barriers are initialised. A warp need not wait for
-// that where it uses only barriers that it initialised itself.
-template <bool kWaits>
-__device__ __forceinline__ void meet(bool gathered) {
-    if (kCluster > 1 || gathered) {
-        ptx::arrive_cluster();
-        if (kWaits || kCluster > 1) ptx::wait_cluster();
-    } else if (kWaits) {
-        ptx::sync_threads<kAllBarrier, kThreads>();
-    } else {
-        ptx::arrive_threads<kAllBarrier, kThreads>();
-    }
-}
-
-}  // namespace linear
-
 extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
-    const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 128 bytes
+    const __grid_constant__ TensorMap x_map,  // x [N, IC], boxes of x_rows x 128 bytes
     const char* __restrict__ weight,                  // units of packed codes
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
@@ -80,70 +59,11 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     float norm_eps) {
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1) + kNormIn];
-    __shared__ __align__(8) float token_scales[kTokenScales ? kTokens : 1];
-    const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
-    const Work work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows};
-    const int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
-    const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
-    const XRing xs{base, kXSlotBytes, first_barrier};
-    const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
-    const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots);
-    const Shared shared{slots, token_scales, base, room_barrier, room_barrier + 8, room_barrier + 16};
+    __shared__ __align__(8) u64 barriers[kBarriers];
+    __shared__ __align__(8) float token_scales[kScaledTokens];
+    const auto make = [&] { return Work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows}; };
     const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
-
-    // The next kernel had better start after this one's copies have: where few tokens leave it registers, ptxas can put that
-    // later without spills.
-    if constexpr (!kFew) ptx::launch_dependents();
-    if (threadIdx.x >= kConsumers) {
-        ptx::give_registers<kCopyRegisters>();
-        const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
-        if (warp == 0) {
-            if (ptx::elect()) {
-                weights.start(kReaders);
-                ptx::barrier_init_fence();
-            }
-            __syncwarp();
-            meet<false>(gathered);
-        } else {
-            if (warp == 1 && ptx::elect()) {
-                xs.start(kReaders * kCluster);
-                ptx::barrier_init(shared.room_barrier, kFinishers);
-                ptx::barrier_init(shared.gather_barrier, 1);
-                if constexpr (kNormIn) ptx::barrier_init(shared.norm_barrier, 32);
-                ptx::barrier_init_fence();
-                if (gathered) ptx::barrier_expect(shared.gather_barrier, (splits - 1) * kPartBytes);
-            }
-            __syncwarp();
-            meet<true>(gathered);
-        }
-        if constexpr (kNormIn) {
-            if (warp == 3) {
-                ptx::wait_for_earlier_kernels();
-                scale_tokens(token_scales, norms, ic, n);
-                ptx::barrier_arrive(shared.norm_barrier);
-            }
-        }
-        if constexpr (kNormOut) {
-            if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_weights(norms, item, oc); });
-        }
-        if (ptx::elect()) {
-            if (warp == 0) copy_weights<true>(weights, work, rank, weight);
-            if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows);
-            if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, rank, scale);
-        }
-        if (warp == 0 && gathered) ptx::wait_cluster();  // a warp that has arrived may not end before
-    } else {
-        meet<true>(gathered);
-        if constexpr (kFew) ptx::launch_dependents();
-        ptx::take_registers<kComputeRegisters>();
-        const float* row_scales = reinterpret_cast<const float*>(scale);
-        const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms};
-        u32 use = 0;
-        for_items(work, rank, [&](const Item& item) {
-            run_item(work, item, rank, weights, xs, shared, of, use, gathered);
-            use += item.last_block - item.first_block;
-        });
-    }
-    if constexpr (kCluster > 1) ptx::sync_cluster();  // no CTA ends while another may write to it
+    const float* row_scales = reinterpret_cast<const float*>(scale);
+    const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms, {}};
+    run_cta<Work>(make, nullptr, x_map, weight, scale, of, x_rows, splits, slots, barriers, token_scales);
 }

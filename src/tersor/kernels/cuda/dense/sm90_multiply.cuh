@@ -1,6 +1,7 @@
 // The multiplying warps of sm90_linear.cuh with 16-bit activations: weights from the ring are decoded to registers and meet
 // the activations of the other ring in the tensor cores.
-#pragma once
+#ifndef TERSOR_DENSE_SM90_MULTIPLY  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_DENSE_SM90_MULTIPLY
 
 #include "common/decode.cuh"
 #include "common/ptx.cuh"
@@ -221,3 +222,5 @@ __device__ __forceinline__ void multiply_blocks(
 }
 
 }  // namespace linear
+
+#endif  // TERSOR_DENSE_SM90_MULTIPLY

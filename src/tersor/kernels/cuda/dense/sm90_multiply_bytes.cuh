@@ -6,7 +6,8 @@
 // sums only: all blocks of an item meet in the tensor cores, which is what others call fast accumulation. Products of int8
 // add up exactly, and of a whole row with one scale they stay whole until the end; those of a scale group become float32
 // to be scaled (MixLLM, arXiv 2412.14590, section 3.3).
-#pragma once
+#ifndef TERSOR_DENSE_SM90_MULTIPLY_BYTES  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_DENSE_SM90_MULTIPLY_BYTES
 
 #include "common/decode.cuh"
 #include "common/ptx.cuh"
@@ -214,3 +215,5 @@ __device__ __forceinline__ void multiply_blocks(
 #endif
 
 }  // namespace linear
+
+#endif  // TERSOR_DENSE_SM90_MULTIPLY_BYTES

@@ -6,7 +6,8 @@
 //
 // The first has a token's channels in many CTAs, so the last sum is left to the second: a warp that copies nothing has
 // it long before the products are there to be multiplied by r. All sums are added in one order.
-#pragma once
+#ifndef TERSOR_DENSE_SM90_NORM  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_DENSE_SM90_NORM
 
 #include "common/ptx.cuh"
 #include "common/tile.cuh"
@@ -146,3 +147,5 @@ struct Squares {
 };
 
 }  // namespace linear
+
+#endif  // TERSOR_DENSE_SM90_NORM

@@ -1,23 +1,21 @@
 // What feeds the tensor cores of sm90_linear.cuh: how its shared memory is laid out, and the threads that keep its rings
 // full. The parameters are those of sm90_linear.cuh.
-#pragma once
+#ifndef TERSOR_DENSE_SM90_PIPELINE  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_DENSE_SM90_PIPELINE
 
 #include "common/ptx.cuh"
 #include "common/ring.cuh"
 #include "common/scales.cuh"
+#include "common/tensor_map.cuh"
 #include "common/tile.cuh"
 
 namespace linear {
-
-// 128 opaque bytes that the driver encodes (CUtensorMap).
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
 
 constexpr bool kBf16 = BF16;
 constexpr bool kBytewise = BYTES;                          // 8-bit activations with a scale a token
 constexpr bool kWhole = kBytewise && BYTE_WEIGHT == 8;     // int8, whose products add up exactly
 constexpr bool kNormIn = NORM == 1, kNormOut = NORM == 2;
+constexpr bool kPlaced = PLACED;                           // results stand among those of other row sets
 constexpr int kTokens = N_TILE;
 constexpr int kRowGroups = ROW_GROUPS;
 constexpr int kChannelGroups = K_GROUPS;
@@ -89,10 +87,11 @@ static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) =
 static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");
 static_assert(kSharedBytes == SHARED_BYTES, "tersor/kernels/tune/tile.py deals out shared memory otherwise");
 
-// One item: which rows, tokens and blocks of channels a CTA multiplies before it takes the next item. CTA i of
-// `gridDim.x` takes items i, i + gridDim.x, i + 2 gridDim.x and so on; with CLUSTER above 1 an item is of a cluster, whose
-// CTAs have row tiles next to each other and the same tokens. Which items there are says the Work of a family: it has
-// `oc` and `ic` of a matrix, `whole_tiles`, blocks(), items() and item(index, rank).
+// One item: which rows, tokens and blocks of channels a CTA multiplies before it takes the next item. Of `step()` CTAs the
+// i-th takes items i, i + step(), i + 2 step() and so on; with CLUSTER above 1 an item is of a cluster, whose CTAs have row
+// tiles next to each other and the same tokens. Which items there are says the Work of a family: it has `oc` and `ic` of a
+// matrix, blocks(), first(), step(), items() and item(index, rank) and, of a split item, parts_before(item, rank), parts of
+// other tiles that lie ahead of its own in memory, and output(item, rank), the number of its counter.
 struct Item {
     int tile, part, parts;          // of the cluster
     int first_row;                  // of this CTA, in its matrix
@@ -155,7 +154,7 @@ __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place&
 template <typename Work, typename Run>
 __device__ __forceinline__ void for_items(const Work& work, int rank, const Run& run) {
 #pragma unroll 1
-    for (int index = blockIdx.x / kCluster; index < work.items(); index += gridDim.x / kCluster) {
+    for (int index = work.first(); index < work.items(); index += work.step()) {
         run(work.item(index, rank));
     }
 }
@@ -223,3 +222,5 @@ __device__ __forceinline__ void copy_activations(
 }
 
 }  // namespace linear
+
+#endif  // TERSOR_DENSE_SM90_PIPELINE

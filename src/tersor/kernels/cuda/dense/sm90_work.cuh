@@ -27,6 +27,14 @@ struct Work {
     __device__ __forceinline__ int row_tiles() const { return (oc + kCluster * kRows - 1) / (kCluster * kRows); }
     __device__ __forceinline__ int tiles() const { return token_tiles() * row_tiles(); }  // of a cluster
     __device__ __forceinline__ int items() const { return whole_tiles + (tiles() - whole_tiles) * splits; }
+    __device__ __forceinline__ int first() const { return blockIdx.x / kCluster; }
+    __device__ __forceinline__ int step() const { return gridDim.x / kCluster; }
+    __device__ __forceinline__ int output(const Item& item, int rank) const {
+        return (item.tile - whole_tiles) * kCluster + rank;
+    }
+    __device__ __forceinline__ long long parts_before(const Item& item, int rank) const {
+        return static_cast<long long>(output(item, rank)) * splits;
+    }
 
     __device__ __forceinline__ Item item(u32 index, int rank) const {
         Item item;

@@ -10,6 +10,7 @@
 
 #include "common/ptx.cuh"
 #include "common/ring.cuh"
+#include "common/tensor_map.cuh"
 #include "dense/sm90_item.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "experts/fetch.cuh"
@@ -55,7 +56,7 @@ __device__ __forceinline__ void copy_tokens(
 }  // namespace linear
 
 extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
-    const __grid_constant__ linear::TensorMap x_map,  // x [tokens or pairs, IC], boxes of x_rows x 128 bytes
+    const __grid_constant__ TensorMap x_map,  // x [tokens or pairs, IC], boxes of x_rows x 128 bytes
     const char* __restrict__ weight,                  // units of packed codes, expert by expert
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh), likewise
     const u16* __restrict__ bias,                     // [E, OC] or null
@@ -125,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             const long long rows_before = static_cast<long long>(item.matrix) * padded;
             const float* row_scales = reinterpret_cast<const float*>(scale) + rows_before * scales::kRowWords;
             const u16* biases = bias == nullptr ? nullptr : bias + static_cast<long long>(item.matrix) * oc;
-            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor, {}};
+            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor, {}, {}};
             run_item(work, item, 0, weights, xs, shared, of, use, false);
             use += item.last_block - item.first_block;
         });

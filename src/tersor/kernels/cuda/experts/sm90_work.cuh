@@ -20,10 +20,16 @@ struct Work {
     int whole_tiles, splits;
     u32 row_tiles, tiles;
     u32 first_entry;   // of the table, and what it says: that of this CTA's first item, unless that is of a split tile
-    int4 first;
+    int4 entry;
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int items() const { return whole_tiles + (tiles - whole_tiles) * splits; }
+    __device__ __forceinline__ int first() const { return blockIdx.x; }
+    __device__ __forceinline__ int step() const { return gridDim.x; }
+    __device__ __forceinline__ int output(const Item& item, int) const { return item.tile - whole_tiles; }
+    __device__ __forceinline__ long long parts_before(const Item& item, int rank) const {
+        return static_cast<long long>(output(item, rank)) * splits;
+    }
 
     // Before the tables are there.
     __device__ __forceinline__ Work(int oc, int ic, const int4* table, int most_blocks)
@@ -35,7 +41,7 @@ struct Work {
     // is short, where an exchange of sums costs less than that gains.
     __device__ __forceinline__ void read(u32 most_splits) {
         const int count = __ldcg(reinterpret_cast<const int*>(table));
-        first = __ldcg(table + 1 + first_entry);  // not after the count, but beside it
+        entry = __ldcg(table + 1 + first_entry);  // not after the count, but beside it
         tiles = row_tiles * static_cast<u32>(count);
         whole_tiles = tiles;
         const u32 slots = gridDim.x, rest = tiles % slots;
@@ -59,13 +65,13 @@ struct Work {
         item.take(index, whole_tiles, splits, blocks());
         const u32 tile = item.tile;
         const u32 at_entry = tile / row_tiles;
-        const int4 entry = at_entry == first_entry ? first : __ldcg(table + 1 + at_entry);
-        const int start = entry.z, end = entry.w;
-        const TileAt at(tile - entry.y * row_tiles, row_tiles, (end - start + kTokens - 1) / kTokens);
+        const int4 found = at_entry == first_entry ? entry : __ldcg(table + 1 + at_entry);
+        const int start = found.z, end = found.w;
+        const TileAt at(tile - found.y * row_tiles, row_tiles, (end - start + kTokens - 1) / kTokens);
         item.first_row = at.row_tile * kRows;
         item.first_token = start + at.token_tile * kTokens;
         item.end_token = min(end, item.first_token + kTokens);
-        item.matrix = entry.x;
+        item.matrix = found.x;
         return item;
     }
 

@@ -14,10 +14,13 @@
 
 #include "common/ptx.cuh"
 #include "common/ring.cuh"
+#include "common/tensor_map.cuh"
 #include "common/tile.cuh"
 #include "common/wgmma.cuh"
 #include "dense/sm90_finish.cuh"
 #include "dense/sm90_pipeline.cuh"
+#include "dense/sm90_places.cuh"
+#include "dense/sm90_store.cuh"
 #include "dense/sm90_work.cuh"
 #include "sparse/expand.cuh"
 #include "sparse/feed.cuh"
@@ -93,7 +96,7 @@ __device__ __forceinline__ void meet(bool gathered) {
 }  // namespace sparse
 
 extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
-    const __grid_constant__ linear::TensorMap x_map,  // x [N, IC], boxes of x_rows x 128 bytes
+    const __grid_constant__ TensorMap x_map,          // x [N, IC], boxes of x_rows x 128 bytes
     const char* __restrict__ mask,                    // units of masks, and the rest of sparse::Stored
     const char* __restrict__ layers,
     const u32* __restrict__ starts,
@@ -145,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         meet(gathered);
         ptx::take_registers<kComputeRegisters>();
         const Norms norms{};
+        const Places places{};
         const char* values = slots + kSharedBytes;
         u32 use = 0, before = 0;
         for_items(work, 0, [&](const Item& item) {
@@ -158,16 +162,16 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
                 marks + unit * work.blocks() + item.first_block, before);
             use += count;
             const bool ahead = item.parts == 1 || (gathered && item.part == 0);
-            if (ahead) met.load(item, terms, residual, norms);
+            if (ahead) met.load(item, terms, places, residual, norms);
             const TileScales of_tokens(nullptr, nullptr, item);
             if (gathered) {
                 if (!gather_splits(sums, item, base, slots, room_barrier, parts_barrier)) return;
             } else if (item.parts > 1) {
                 if (!add_splits(sums, work, item, 0, partial, arrived)) return;
             }
-            terms.add_bias(bias);
-            if (!ahead) met.load(item, terms, residual, norms);
-            store_few(sums, item, terms, of_tokens, met, residual != nullptr, y, norms);
+            terms.add_bias(bias, places);
+            if (!ahead) met.load(item, terms, places, residual, norms);
+            store_few(sums, item, terms, places, of_tokens, met, residual != nullptr, y, norms);
         });
     }
 }

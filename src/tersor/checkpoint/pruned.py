@@ -1,0 +1,101 @@
+"""What is left of a pruned weight? Counted where it is stored sparse, asked for where a conversion may store it so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+
+from tersor.checkpoint.config import QuantizationConfig, Represented
+from tersor.checkpoint.modules import LinearLayer
+from tersor.checkpoint.names import MASK, TORCH_DTYPES, VALUES
+from tersor.checkpoint.source import StoredTensor
+from tersor.errors import CheckpointError, InputError
+from tersor.formats import FLOAT_DTYPES, Plain, Pruned, Scheme, Sparse, dtype_name
+from tersor.layouts import bitmap
+
+_MASK_BYTES = 1 << 22
+"""Bytes of a mask that are counted at once."""
+
+NOT_PRUNED = "not pruned so far that it would be smaller"
+"""Why a weight is copied that would keep its numbers."""
+
+FindPruned: TypeAlias = Callable[[StoredTensor, LinearLayer, Sparse], Pruned | None]
+"""Returns what is left of a layer's weight where storing that takes fewer bytes, else `None`."""
+
+
+def read_pruned(tensors: Mapping[str, StoredTensor], stem: str, sparse: Sparse) -> Pruned:
+    """Return how many weights are left in every row of a pruned weight: its mask is read for that.
+
+    Raises:
+        CheckpointError: no mask of bytes, or values of another number of weights beside it.
+    """
+    stored = tensors[f"{stem}.{MASK}"]
+    spec, values = stored.spec, tensors.get(f"{stem}.{VALUES}")
+    if spec.dtype != "U8" or len(spec.shape) != 2:
+        raise CheckpointError(
+            f"{stored.file.path}: {spec.name} is {spec.dtype} {list(spec.shape)}, expected U8 [output features, bytes]"
+        )
+    if values is None:
+        raise CheckpointError(f"tensor {stem}.{VALUES} is missing beside the others of {stem}")
+    oc, width = spec.shape
+    step = max(1, _MASK_BYTES // max(1, width))
+    counts = torch.zeros(oc, dtype=torch.int32, device="cpu")
+    for first in range(0, oc, step):
+        last = min(first + step, oc)
+        rows = torch.empty(last - first, width, dtype=torch.uint8, device="cpu")
+        stored.file.read_into(spec, first * width, rows.numpy().data.cast("B"))
+        counts[first:last] = bitmap.count(rows)
+    found = Pruned.of(sparse, counts)
+    if values.spec.shape != (found.words,):
+        raise CheckpointError(
+            f"{values.file.path}: {values.spec.name} is {list(values.spec.shape)}, and the {found.nonzeros} weights "
+            f"that the mask beside it leaves take [{found.words}] in {sparse.key()}"
+        )
+    return found
+
+
+def left_of(
+    tensor: StoredTensor, layer: LinearLayer, sparse: Sparse, find_pruned: FindPruned | None
+) -> Pruned | Scheme | None:
+    """Return what is left of a weight where that is smaller, else the scheme of its values, `None` for plain numbers.
+
+    Experts and embeddings are never stored sparse.
+
+    Raises:
+        InputError: nobody looks for pruned weights, or a weight has numbers of another dtype.
+    """
+    values = sparse.values
+    if layer.stacked or layer.embedding or re.search(r"\.experts\.\d+\.", layer.module):
+        return sparse.scheme
+    if find_pruned is None:
+        raise InputError(f"{values.name} is what pruned weights keep, which are looked for in checkpoints on disk")
+    found = find_pruned(tensor, layer, sparse)
+    if found is not None and isinstance(values, Plain):
+        spec = tensor.spec
+        own = dtype_name(TORCH_DTYPES[spec.dtype])
+        if own != values.dtype:
+            raise InputError(
+                f"{tensor.file.path}: tensor {spec.name!r} is {spec.dtype}, and what is left of it keeps its bits: ask "
+                f"for {own if own in FLOAT_DTYPES else 'a format of codes'}, not {values.dtype}"
+            )
+    return sparse.scheme if found is None else found
+
+
+def narrowed(config: QuantizationConfig, used: Collection[Represented | None]) -> QuantizationConfig:
+    """Return a configuration in which what may be sparse and never is has the scheme that it has everywhere.
+
+    Args:
+        config: with what was asked for.
+        used: what the weights are represented in that are stored sparse.
+    """
+
+    def narrow(one: Sparse | Scheme) -> Sparse | Scheme:
+        return one if isinstance(one, Scheme) or one in used else one.scheme or one
+
+    scheme = narrow(config.scheme) if isinstance(config.scheme, Sparse) else config.scheme
+    overrides = [replace(override, scheme=narrow(override.scheme)) for override in config.overrides]
+    return replace(config, scheme=scheme, overrides=tuple(overrides))

@@ -1,0 +1,120 @@
+"""The mixed family: sm90_mixed.cuh, the product with all row sets of a mixed weight in one launch.
+
+As in `kernels.dense` a kernel's source, its launch prepared for a problem, then the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from tersor.formats import Activations
+from tersor.formats.mix import MOST_LEVELS
+from tersor.hardware import Chip
+from tersor.kernels.jit import Function, KernelSource, tensor_map
+from tersor.kernels.macros import sm90_macros
+from tersor.kernels.tune import mixed as tune
+from tersor.kernels.tune import sm90
+from tersor.kernels.tune.problem import FEW_TOKENS
+from tersor.layouts.packing import Packing
+
+_OF_ALL = {
+    *("BF16", "BYTES", "N_TILE", "ROW_GROUPS", "K_GROUPS", "CLUSTER", "GATHERS", "RESIDENT", "FEW_TOKENS"),
+    *("EPILOGUE", "NORM", "PLACED"),
+}
+"""Parameters in which levels do not differ; the others are named by level (sm90_mixed.cuh)."""
+_SETS = struct.Struct(f"@{2 * MOST_LEVELS}P")
+_SHARES = struct.Struct(f"@{4 * MOST_LEVELS}i")
+
+
+@functools.cache
+def source(packings: tuple[Packing, ...], result: str, tile: sm90.Tile, chip: Chip, gate: int = 0) -> KernelSource:
+    """Return the kernel for the packings of all levels, a dtype of the result and a tile.
+
+    Args:
+        packings: of the levels, for the activations of the tile.
+        result: dtype of the result, `float16` or `bfloat16`.
+        tile: the compiled shape.
+        chip: the GPU, whose shared memory is dealt out.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+    """
+    parameters: dict[str, int | bool | str] = {"LEVELS": len(packings)}
+    for level, packing in enumerate(packings):
+        bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+        slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
+        macros = sm90_macros(packing, result, tile, slots, shared, gate, FEW_TOKENS, placed=True)
+        macros["FACTOR"] = f"{packing.factor.hex()}f"
+        parameters |= {key if key in _OF_ALL else f"{key}_{level}": value for key, value in macros.items()}
+    names = "_".join(packing.scheme.format.name for packing in packings)
+    dtypes = f"{packings[0].target}_{result}" if tile.bytewise else result
+    return KernelSource(
+        name=f"tersor_mixed_sm90_{names}_{dtypes}_{tile.rows}x{tile.tokens}_k{tile.channel_groups}r{tile.resident}"
+        + (f"_g{gate}" if gate else ""),
+        header="mixed/sm90_mixed.cuh",
+        parameters=parameters,
+        arguments="TTTPPPPPPPiiiiii",
+    )
+
+
+MixedLaunch: TypeAlias = Callable[..., None]
+"""Launches the kernel on one prepared problem; takes keywords alone, those of `launch` in `prepare`."""
+
+
+def prepare(function: Function, config: tune.MixedConfig, *, bf16: bool, ic: int, n: int, outputs: int) -> MixedLaunch:
+    """Return what launches the product on one problem.
+
+    Args:
+        function: the loaded kernel.
+        config: how it runs.
+        bf16: whether 16-bit activations and results are bfloat16.
+        ic, n: input channels and tokens.
+        outputs: columns of the result.
+    """
+    tile, run = config.tile, function.launch
+    grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
+    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
+    box, maps_rows = sm90.box_of(tile, n), tensor_map.rows
+    cluster = (config.splits, 1, 1) if config.splits > 1 else None
+    none = (0, config.shares[-1].end, 0, 0)  # of levels that there are not
+    padded = [*config.shares, *[none] * (MOST_LEVELS - len(config.shares))]
+    shares = _SHARES.pack(*(number for share in padded for number in share))
+    parts, splits = config.parts, config.splits
+
+    def launch(
+        *,
+        stream: int,
+        sets: Sequence[int],
+        x: int,
+        x_stride: int,
+        x_scale: int,
+        features: int,
+        bias: int,
+        residual: int,
+        y: int,
+        partial: int,
+        arrived: int,
+        early: bool,
+    ) -> None:
+        """Launch; what is not there has the address 0.
+
+        Args:
+            stream: handle of the stream.
+            sets: addresses of packed codes and of scales, a pair for each of `MOST_LEVELS` levels.
+            x, x_stride: address of the activations, and elements from one token to the next.
+            x_scale: address of the float32 scales of quantised activations, one a token.
+            features: address of the feature of every row (int32), in the order of row sets; 0 where rows are in order.
+            bias, residual, y: addresses, in the dtype of the result, in the order of features.
+            partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
+            early: whether weights may be fetched before the kernel ahead has ended: not where that one wrote them.
+        """
+        arguments = (
+            *(maps_rows(x, n, ic, x_stride, element, box), _SETS.pack(*sets), shares),
+            *(features, bias, x_scale, residual, y, partial, arrived),
+            *(ic, n, outputs, box, parts, splits),
+        )
+        run(grid, block, shared, stream, arguments, early, cluster)
+
+    return launch

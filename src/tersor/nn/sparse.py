@@ -1,0 +1,201 @@
+"""A linear layer whose weight is pruned: what is on disk is what is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tersor import ops
+from tersor.checkpoint.names import MASK, SCALE, SPARSE, VALUES, ZERO_POINT, TensorForm
+from tersor.errors import UnsupportedError
+from tersor.formats import Activations, Pruned, Sparse
+from tersor.layouts import SparseWeight
+from tersor.nn.linear import cast_bias, empty_bias
+from tersor.nn.packed import Counted, refuse_weight
+
+_Self = TypeVar("_Self", bound="SparseLinear")
+_BUFFERS = (MASK, VALUES, SCALE, ZERO_POINT)
+
+
+class SparseLinear(Counted):
+    """y[..., OC] = x[..., IC] @ W[OC, IC]^T + bias, with W as a mask and what is left of it.
+
+    Casting the module casts the bias only.
+
+    Attributes:
+        in_features, out_features, shape: IC and OC, and (OC, IC).
+        sparse: what mask and values mean.
+        weight_mask: uint8 [OC, ceil(IC / 8)].
+        weight_values: int32 [words].
+        weight_scale: [OC, G] in the scheme's scale dtype, or `None` where values are plain numbers.
+        weight_zero_point: uint8 [OC, G] for `uint` formats, else `None`.
+        dtype: of the decoded `weight`; follows `.half()`, `.to(dtype)` and the like.
+        transposed: whether the module it replaced kept its weight as [IC, OC] (GPT-2's Conv1D).
+        bias: [OC] or `None`.
+    """
+
+    bias: nn.Parameter | None
+    weight_mask: torch.Tensor
+    weight_values: torch.Tensor
+    weight_scale: torch.Tensor | None
+    weight_zero_point: torch.Tensor | None
+    as_stored = True
+    activations = Activations.NATIVE
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: Pruned,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a layer with uninitialised mask, values and scales, to be filled from a state dict.
+
+        Args:
+            in_features, out_features: IC and OC.
+            form: the representation, and how many weights are left; which ones, the state dict says.
+            bias: whether there is one.
+            device: of everything.
+            dtype: of the bias and the decoded weight; torch's default when `None`.
+
+        Raises:
+            FormatError: a group size does not divide IC.
+            ShapeError: the form is of another number of output features.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.shape: tuple[int, int] = (out_features, in_features)
+        self.sparse = form.sparse
+        self.dtype = dtype or torch.get_default_dtype()
+        self.transposed = False
+        self._forms = SPARSE.tensors(form, out_features, in_features)
+        self.stored_bits = 8.0 * form.nbytes(in_features)
+        for name in _BUFFERS:
+            tensor = self._forms.get(name)
+            held = None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            self.register_buffer(name, held)
+        self._held: SparseWeight | None = None
+        self.register_parameter("bias", empty_bias(out_features, self.dtype, device) if bias else None)
+
+    @classmethod
+    def from_packed(
+        cls, weight: SparseWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> SparseLinear:
+        """Wrap a pruned weight and a bias, without a copy."""
+        oc, ic = weight.shape
+        layer = cls(ic, oc, weight.form, device="meta", dtype=dtype)
+        layer.weight_mask, layer.weight_values = weight.mask, weight.values
+        layer.weight_scale, layer.weight_zero_point = weight.scale, weight.zero_point
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def scheme(self) -> Sparse:
+        """The representation, which stands where another layer has a scheme."""
+        return self.sparse
+
+    def own_tensors(self) -> dict[str, TensorForm]:
+        """Return name -> shape and dtype of the tensors that stand for this layer's weight on disk."""
+        return self._forms
+
+    def packed_weight(self) -> SparseWeight:
+        """Return the weight, sharing memory with the buffers: the same object until one of them changes.
+
+        Raises:
+            ShapeError: the mask leaves another number of weights than there are values.
+        """
+        held, own = self._held, [self._buffers[name] for name in _BUFFERS]
+        mask, values, scale, zero_point = own
+        assert mask is not None and values is not None
+        if torch.compiler.is_compiling():
+            assert held is not None, "prepare makes it before a graph is traced"
+            return SparseWeight(held.form, self.shape, mask, values, scale, zero_point, held.starts)
+        if held is None or any(
+            old is not new for old, new in zip((held.mask, held.values, held.scale, held.zero_point), own, strict=True)
+        ):
+            held = SparseWeight.from_stored(self.sparse, self.shape, mask, values, scale, zero_point)
+            self._held = held
+        return held
+
+    def stored_weight(self) -> SparseWeight:
+        """Return the weight as it is on disk."""
+        return self.packed_weight()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight [OC, IC] in `dtype`, made anew on every access: for code that looks at weights."""
+        return self.packed_weight().dequantize(self.dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as `nn.Module` does.
+
+        Raises:
+            UnsupportedError: it is named `weight`, which is decoded from what is left.
+        """
+        refuse_weight(self, name)
+        super().register_parameter(name, param)
+
+    def multiply_with(self, activations: Activations | str) -> None:
+        """Choose what the weight is multiplied with: activations as they come.
+
+        Raises:
+            InputError: no such activations.
+            UnsupportedError: 8-bit activations.
+        """
+        if Activations.of(activations) is not Activations.NATIVE:
+            raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone")
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Count the mask, ahead of a trace or a capture; nothing on the meta device, and nothing that is done already.
+
+        Args:
+            dtype: of the activations to come.
+        """
+        if self.weight_mask.device.type != "meta":
+            self.packed_weight()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            x: [..., IC].
+
+        Returns:
+            [..., OC] in x's dtype, or that of torch.autocast; a bias of another dtype is cast.
+        """
+        return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
+
+    def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
+        before = {name: self._buffers[name] for name in self._forms}
+        self._held = None
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        self.dtype = cast if cast.is_floating_point else self.dtype
+        self.prepare(self.dtype)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._held = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def extra_repr(self) -> str:
+        """Say shape, representation and bits."""
+        bits = self.stored_bits / max(1, self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.sparse.key()}, bits_per_weight={bits:.3f}"
+        )

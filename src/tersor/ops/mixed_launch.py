@@ -1,0 +1,249 @@
+"""One launch for all row sets of a mixed weight: whether a kernel takes a call, and how it is made.
+
+What stays the same from call to call a weight keeps, as a dense one does (`ops.prepared`).
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from tersor import hardware
+from tersor.errors import ShapeError
+from tersor.formats import Activations, Mix
+from tersor.formats.mix import MOST_LEVELS
+from tersor.hardware import Chip
+from tersor.kernels.tune import LinearProblem
+from tersor.kernels.tune import mixed as tune
+from tersor.layouts import STREAM, MixedWeight
+from tersor.layouts.packing import LAYOUTS, Packing, activations_of, target_of, unsupported_reason
+from tersor.ops import current, dispatch, mode, tensors
+from tersor.ops.settled import settled
+
+_MOST_KEPT = 1024
+"""Prepared calls that a weight keeps; all go when there are more."""
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: MixedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor | None:
+    """Serve a call whose sizes fit; `None` where no kernel takes all row sets at once (`reason` says why).
+
+    Args:
+        x: [..., IC], any strides.
+        weight: on x's device.
+        bias: [OC] in the order of features, or `None`.
+        residual: [..., outputs] or `None`.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+
+    Returns:
+        [..., outputs] in x's dtype, contiguous.
+
+    Raises:
+        ShapeError: dtypes or devices that do not fit.
+    """
+    index, now = x.get_device(), mode.current()
+    if not x.numel() or not weight.sets or now.batch_invariant or now.config is not None:
+        return None
+    of = _served(weight)
+    if of.misfit(x.dtype, x.device, index, gate, now.key):
+        return None
+    _check(x, weight, bias, residual)
+    if index >= 0 and current.device() != index:
+        with torch.cuda.device(index):
+            return multiply(x, weight, bias, residual, gate)
+    shape, ic = x.shape, weight.shape[1]
+    n, stride = x.numel() // ic, ic
+    if not x.is_contiguous():
+        x = tensors.rows_of(x, ic)
+        stride = x.stride(0)
+    address = x.data_ptr()
+    if of.native and (address % 16 or stride % 8):
+        x = tensors.aligned_rows(x, ic)
+        stride, address = x.stride(0), x.data_ptr()
+    chosen = of.prepared(weight, n, x.dtype, index, gate)
+    y = tensors.output(shape, n, of.outputs, x.dtype)
+    stream, x_scale, partial, arrived = current.stream(index), 0, 0, 0
+    if chosen.quantize is not None:
+        row = chosen.codes_stride
+        codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
+        x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
+        address, stride = codes.data_ptr(), row
+    if chosen.floats:
+        partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else tensors.contiguous(residual)
+    still = [settled(one.data, one.scale) for one in weight.sets]
+    chosen.launch(
+        stream=stream,
+        sets=of.addresses(weight),
+        x=address,
+        x_stride=stride,
+        x_scale=x_scale,
+        features=0 if weight.features is None else weight.features.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        y=y.data_ptr(),
+        partial=partial,
+        arrived=arrived,
+        early=all(still) and now.early,
+    )
+    return y
+
+
+def reason(mix: Mix, layout: str, ic: int, dtype: torch.dtype, chip: Chip | None) -> str:
+    """Return why no launch takes all row sets of a mix at once, or an empty string where one does.
+
+    Args:
+        mix: the levels of the weight.
+        layout: of every row set.
+        ic: input channels.
+        dtype: of the activations, as they come.
+        chip: the GPU; `None` where the reference serves all calls.
+    """
+    activations = activations_of(layout)
+    if chip is None or chip.capability != (9, 0):
+        where = "none" if chip is None else "{}.{}".format(*chip.capability)
+        return f"row sets in one launch need compute capability 9.0, this is {where}"
+    if layout == STREAM or LAYOUTS[layout] != target_of(activations, dtype):
+        return f"row sets lie in {layout}, which no kernel multiplies with {dtype} activations"
+    for level in mix.levels:
+        why = unsupported_reason(level, LAYOUTS[layout]) or dispatch.overflow_reason(level, layout, ic)
+        if why:
+            return why
+    return ""
+
+
+def layout_of(weight: MixedWeight) -> str:
+    """Return the layout that all row sets have, and that of the stored stream where they differ."""
+    layouts = {one.layout for one in weight.sets}
+    return layouts.pop() if len(layouts) == 1 else STREAM
+
+
+def problem_of(weight: MixedWeight, layout: str, n: int) -> tuple[tuple[Packing, ...], tune.MixedProblem]:
+    """Return the packings of all levels in a layout, and the problem that n tokens make with a weight.
+
+    Args:
+        weight: no number of it is read.
+        layout: of every row set.
+        n: tokens.
+    """
+    rows = {one.scheme: one.shape[0] for one in weight.sets}
+    packings = tuple(Packing.of(level, LAYOUTS[layout]) for level in weight.mix.levels)
+    activations, ic = activations_of(layout), weight.shape[1]
+    levels = [
+        LinearProblem.of(packing, (rows.get(packing.scheme, 0), ic), n, activations=activations) for packing in packings
+    ]
+    return packings, tune.MixedProblem(levels=tuple(levels))
+
+
+class _Prepared:
+    """How calls of one weight, dtype, device and number of tokens are launched: as `ops.prepared.Prepared`."""
+
+    __slots__ = ("codes_stride", "counters", "floats", "launch", "quantize")
+
+    def __init__(self, of: _Served, n: int, dtype: torch.dtype, index: int, gate: int) -> None:
+        from tersor.kernels import dense, jit, mixed
+
+        result = target_of(Activations.NATIVE, dtype)
+        assert result is not None
+        problem = of.problem.of_tokens(n)
+        chip = hardware.of_device(index)
+        config = mode.current().mixed or tune.choose(problem, chip)
+        self.launch = mixed.prepare(
+            jit.get(mixed.source(of.packings, result, config.tile, chip, gate), index),
+            config,
+            bf16=result == "bfloat16",
+            ic=problem.ic,
+            n=n,
+            outputs=of.outputs,
+        )
+        self.floats, self.counters = config.floats, config.counters
+        self.quantize, self.codes_stride = None, 0
+        if problem.activations is not Activations.NATIVE:
+            source = dense.quantize_source(result, problem.activations)
+            self.quantize = dense.prepare_quantize(jit.get(source, index), n=n, ic=problem.ic)
+            self.codes_stride = dense.codes_stride(problem.ic)
+
+
+class _Served:
+    """What calls with one weight have in common; the weight keeps it."""
+
+    def __init__(self, weight: MixedWeight) -> None:
+        self.mix, self.ic, self.gated = weight.mix, weight.shape[1], weight.gated
+        self.layout = layout_of(weight)
+        self.native = activations_of(self.layout) is Activations.NATIVE
+        self.outputs = weight.channels if weight.gated else weight.shape[0]
+        self.places = [weight.mix.levels.index(one.scheme) for one in weight.sets]
+        self.packings: tuple[Packing, ...] = ()
+        self._reasons: dict[tuple[torch.dtype, int, int], str] = {}
+        self._prepared: dict[tuple[int, torch.dtype, int, int], _Prepared] = {}
+        _all.add(self)
+
+    def misfit(self, dtype: torch.dtype, device: torch.device, index: int, gate: int, now: int) -> str:
+        """Return why no launch takes all row sets at once, or an empty string."""
+        if bool(gate) != self.gated:
+            return "rows of gate and up are put in order by pairs"
+        key = (dtype, index, now)
+        found = self._reasons.get(key)
+        if found is None:
+            chip = dispatch.kernel_chip(device)
+            found = self._reasons[key] = reason(self.mix, self.layout, self.ic, dtype, chip)
+        return found
+
+    def prepared(self, weight: MixedWeight, n: int, dtype: torch.dtype, index: int, gate: int) -> _Prepared:
+        """Return the prepared call, made at its first use; compiles and loads the kernel it needs."""
+        if not self.packings:
+            self.packings, self.problem = problem_of(weight, self.layout, 1)
+        if mode.current().mixed is not None:
+            return _Prepared(self, n, dtype, index, gate)  # a measurement's is not kept
+        key = (n, dtype, index, gate)
+        found = self._prepared.get(key)
+        if found is None:
+            if len(self._prepared) >= _MOST_KEPT:
+                self._prepared.clear()
+            found = self._prepared.setdefault(key, _Prepared(self, n, dtype, index, gate))
+        return found
+
+    def addresses(self, weight: MixedWeight) -> list[int]:
+        """Return the addresses of codes and scales of every level, 0 where it has no rows."""
+        found = [0] * (2 * MOST_LEVELS)
+        for place, one in zip(self.places, weight.sets, strict=True):
+            found[2 * place], found[2 * place + 1] = one.data.data_ptr(), one.scale.data_ptr()
+        return found
+
+    def forget(self) -> None:
+        """Drop every prepared call."""
+        self._reasons.clear()
+        self._prepared.clear()
+
+
+_all: weakref.WeakSet[_Served] = weakref.WeakSet()
+
+
+def forget() -> None:
+    """Drop every prepared call, as `prepared.forget` does."""
+    for one in list(_all):
+        one.forget()
+
+
+def _served(weight: MixedWeight) -> _Served:
+    found: _Served | None = getattr(weight, "note", None)
+    if found is None:
+        found = _Served(weight)
+        object.__setattr__(weight, "note", found)  # not part of the frozen value
+    return found
+
+
+def _check(x: torch.Tensor, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
+    """Raise ShapeError where dtypes or devices do not fit each other."""
+    if weight.device != x.device:
+        raise ShapeError(f"linear: x is on {x.device}, the weight on {weight.device}")
+    for name, one in (("bias", bias), ("residual", residual)):
+        if one is not None and (one.dtype != x.dtype or one.device != x.device):
+            raise ShapeError(f"linear: {name} is {one.dtype} on {one.device}, expected {x.dtype} on {x.device}")

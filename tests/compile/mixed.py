@@ -1,0 +1,70 @@
+"""Which kernels of mixed weights do the compile tests build? A few with every tile, in which levels of all kinds meet.
+
+A level has the code of a dense kernel, in which formats and scales meet tiles (`catalogue`). What a level costs here
+beside that is how much of what a CTA knows of its row set stays in registers.
+"""
+
+from __future__ import annotations
+
+from tersor.formats import get_scheme
+from tersor.hardware import Chip
+from tersor.kernels import mixed
+from tersor.kernels.jit import KernelSource
+from tersor.kernels.tune import sm90
+from tersor.kernels.tune.mixed import SHAPES
+from tersor.layouts.packing import BYTEWISE, Packing, activations_of
+
+_LEVELS = {
+    "few": (("fp5_e2m2", None), ("uint4", 64)),
+    "floats": (("fp4_e2m1", None), ("fp5_e2m2", None), ("fp6_e2m3", None), ("int8", None)),
+    "integers": (("uint5", 128), ("int8", None)),
+    "rows": (("fp6_e2m3", None), ("int8", None)),
+    "eight bits": (("uint4", 128), ("int8", None)),
+    "small floats": (("fp4_e2m1", None), ("fp6_e2m3", None)),
+}
+KERNELS = (
+    ("floats", "float16", (8, 1, 4, 1), 0),
+    ("rows", "bfloat16", (8, 3, 1, 1), 1),
+    ("floats", "bfloat16", (16, 1, 4, 1), 0),
+    ("rows", "float16", (16, 3, 1, 1), 2),
+    ("floats", "bfloat16", (32, 1, 4, 1), 0),
+    ("rows", "float16", (32, 1, 4, 1), 3),
+    ("few", "float16", (32, 2, 1, 1), 0),
+    ("rows", "bfloat16", (32, 3, 1, 1), 1),
+    ("integers", "float16", (48, 1, 1, 2), 1),
+    ("few", "bfloat16", (64, 1, 1, 2), 0),
+    ("rows", "float16", (64, 2, 1, 1), 4),
+    ("rows", "bfloat16", (96, 2, 1, 1), 0),
+    ("few", "float16", (128, 2, 1, 1), 1),
+    ("rows", "bfloat16", (256, 2, 1, 1), 0),
+    ("eight bits", "int8", (16, 1, 1, 2), 0),
+    ("small floats", "float8_e4m3fn", (16, 2, 1, 1), 0),
+    ("eight bits", "int8", (32, 1, 1, 2), 1),
+    ("eight bits", "int8", (64, 1, 1, 2), 0),
+    ("small floats", "float8_e4m3fn", (64, 2, 1, 1), 1),
+    ("eight bits", "int8", (96, 1, 1, 2), 0),
+    ("eight bits", "int8", (128, 2, 1, 1), 0),
+    ("small floats", "float8_e4m3fn", (256, 2, 1, 1), 0),
+)
+"""Levels, decode target, tile (tokens, row groups, channel groups, resident CTAs), gate."""
+
+
+def all_sources(chip: Chip) -> list[KernelSource]:
+    """Return the kernels, with the rings that they have on a chip."""
+    found = []
+    for turn, (levels, target, (tokens, rows, channels, resident), gate) in enumerate(KERNELS):
+        packings = tuple(Packing.of(get_scheme(*level), target) for level in _LEVELS[levels])
+        tile = sm90.Tile(tokens, rows, channels, 1, resident, activations_of(packings[0].layout))
+        result = ("float16", "bfloat16")[turn % 2] if target in BYTEWISE.values() else target
+        found.append(mixed.source(packings, result, tile, chip, gate))
+    return found
+
+
+def tiles_built() -> set[tuple[bool, tuple[int, int, int, int]]]:
+    """Return whether activations have 8 bits, and the tile, of all kernels."""
+    return {(target in BYTEWISE.values(), shape) for _, target, shape, _ in KERNELS}
+
+
+def tiles_there() -> set[tuple[bool, tuple[int, int, int, int]]]:
+    """Return the same of all that there are."""
+    return {(bytewise, shape) for bytewise, shapes in SHAPES.items() for shape in shapes}
