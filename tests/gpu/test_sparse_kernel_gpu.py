@@ -1,0 +1,90 @@
+"""The kernel of pruned weights on a GPU: every density, value format, number of tokens and tile, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.sparse_products import Case, random_mask, skewed_mask
+
+from tersor.hardware import chip_named
+from tersor.kernels.jit import module
+from tersor.kernels.sparse import sparse_source
+from tersor.kernels.tune import sparse as tune
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+H200 = chip_named("H200")
+TILES = ((2, 1, 128), (2, 1, 64), (3, 1, 64), (4, 1, 64), (2, 2, 64), (1, 4, 64))
+
+
+def check(case: Case, n: int, dtype: torch.dtype, tile: tune.SparseTile, times: int = 1) -> None:
+    """Hold a product against float64, and repetitions against the first of them, bit for bit."""
+    config = tune.config(tile, case.tiles.shape[0], case.tiles.runs, H200)
+    function = module.get(sparse_source(case.packing, tile), 0)
+    x, bias, residual = case.tensors(n, dtype)
+    y = case.launched(function, config, x, bias, residual)
+    case.check(y, x, bias, residual)
+    for _ in range(times - 1):
+        assert torch.equal(case.launched(function, config, x, bias, residual), y)
+
+
+def tile_of(n: int, which: tuple[int, int, int] = TILES[0]) -> tune.SparseTile:
+    """Return a tile for n tokens."""
+    tokens = next(t for t in tune.TOKENS if n <= t)
+    return tune.tile_for(tokens, H200, row_groups=which[0], resident=which[1], layers=which[2])
+
+
+@pytest.mark.parametrize("values", ["float16", "fp8_e4m3", "fp6_e3m2", "fp6_e2m3", "int8", "int4", "fp4_e2m1"])
+@pytest.mark.parametrize("density", [0, 0.01, 0.1, 0.5, 0.94, 1])
+def test_every_density_is_within_tolerance(values: str, density: float) -> None:
+    case = Case.of(random_mask(300, 1400, density).cuda(), values, torch.float16, 2)
+    for n in (1, 16, 40):
+        check(case, n, torch.float16, tile_of(n))
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "fp8_e4m3", "fp6_e3m2", "fp6_e2m3", "int8", "int4", "fp4_e2m1"])
+def test_bfloat16_is_within_tolerance(values: str) -> None:
+    case = Case.of(skewed_mask(300, 1400).cuda(), values, torch.bfloat16, 3)
+    for n in (7, 64):
+        check(case, n, torch.bfloat16, tile_of(n))
+
+
+@pytest.mark.parametrize("which", TILES, ids=str)
+@pytest.mark.parametrize("values", ["float16", "fp8_e4m3", "int4"])
+def test_every_tile_gives_the_same_bits_again_and_again(which: tuple[int, int, int], values: str) -> None:
+    """Weights lie in L2 and many CTAs run: where a slot or a layer was overwritten too soon, some launch differs."""
+    kept = random_mask(4096, 4096, 0.5)
+    kept[1000:1016], kept[:, 77], kept[2048:2112] = True, True, False
+    case = Case.of(kept.cuda(), values, torch.float16, 2)
+    for n in (8, 16, 32, 64):
+        try:
+            tile = tile_of(n, which)
+        except ValueError:
+            continue
+        check(case, n, torch.float16, tile, times=30)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (64, 128), (65, 136), (200, 264), (130, 5000)])
+def test_odd_shapes_and_numbers_of_tokens_are_within_tolerance(shape: tuple[int, int]) -> None:
+    case = Case.of(random_mask(*shape, 0.5).cuda(), "fp6_e3m2", torch.float16, 1)
+    for n in (1, 2, 3, 8, 9, 17, 33, 63, 64):
+        check(case, n, torch.float16, tile_of(n))
+
+
+def test_pruned_weights_are_zeros_beside_what_is_not_finite() -> None:
+    """A NaN or an infinity makes NaN of its token, as in a dense product, and of no other."""
+    case = Case.of(random_mask(128, 512, 0.5).cuda(), "fp6_e3m2", torch.float16, 1)
+    x, bias, residual = case.tensors(8, torch.float16)
+    clean = x.clone()
+    x[2, 100], x[5, 7], x[6, 300] = float("nan"), float("inf"), -0.0
+    clean[6, 300] = 0
+    tile = tile_of(8)
+    function, config = module.get(sparse_source(case.packing, tile), 0), tune.config(tile, 128, 1, H200)
+    y = case.launched(function, config, x, bias, residual)
+    expected = case.launched(function, config, clean, bias, residual)
+    assert bool(y[2].isnan().all())
+    others = [0, 1, 3, 4, 6, 7]
+    assert torch.equal(y[others], expected[others])
+    dense = x[5].double() @ case.weight.T
+    assert torch.equal(y[5].isnan(), dense.isnan())
