@@ -29,14 +29,16 @@ constexpr int kEntries = 16, kTableBytes = kEntries * 8;
 static_assert(kValueBits == 8 || kValueBits == 16, "values are bytes or 16-bit floats");
 static_assert((kRingLayers & (kRingLayers - 1)) == 0, "a place in the ring is a mask away");
 
-// Selectors of two weights, the first of which takes value `rank`, of a window of values.
-__device__ __forceinline__ u32 selectors(int bits, int rank) {
+// Selectors of two weights, the first of which takes value `rank` of a window. A pruned weight takes what VALUE_OTHERS
+// says or, of 16 bits, value `none`.
+__device__ __forceinline__ u32 selectors(int bits, int rank, int none) {
     u32 result = 0;
     for (int i = 0; i < 2; ++i) {
         const bool left = bits >> i & 1;
         u32 halves;
         if (kValueBits == 16) {
-            halves = left ? 2 * rank | (2 * rank + 1) << 4 : 0x54;
+            const u32 own = left ? rank : none;
+            halves = 2 * own | (2 * own + 1) << 4;
         } else {
             const u32 own = left ? rank : 4;
             halves = VALUE_HIGH ? 5 | own << 4 : own | 5 << 4;
@@ -47,13 +49,13 @@ __device__ __forceinline__ u32 selectors(int bits, int rank) {
     return result;
 }
 
-// Half `second` of an entry of the table: in the lower half the selectors of two weights, in the upper one bits of values:
-// of all four weights and, of 16-bit values, of the first two.
+// Half `second` of an entry of the table. In the lower half stand the selectors of two weights. In the upper half of the
+// first one, the bits of all four weights' values. In that of the second, of 16 bits, ones where no weight is pruned:
+// else the window's fourth value is zero, which is then nobody's.
 __device__ __forceinline__ u32 entry(int bits, int second) {
     const int first = (bits & 1) + (bits >> 1 & 1), all = first + (bits >> 2 & 1) + (bits >> 3 & 1);
-    if (second == 0) return selectors(bits & 3, 0) | all * kValueBits << 16;
-    if (kValueBits == 16) return selectors(bits >> 2, 0) | first * kValueBits << 16;
-    return selectors(bits >> 2, first);
+    if (second == 0) return selectors(bits & 3, 0, 2) | all * kValueBits << 16;
+    return selectors(bits >> 2, first, 3) | (kValueBits == 16 && all == 4 ? 0xFFFF0000u : 0);
 }
 
 struct Entry {
@@ -109,7 +111,7 @@ __device__ __forceinline__ void expand(
             place += (a.first >> 16) + (b.first >> 16);
         } else {
             own[0] = ptx::permute(low, kOthers, a.first);
-            own[1] = ptx::permute(ptx::shift(low, high, a.second >> 16), kOthers, a.second);
+            own[1] = ptx::permute(low, high & (a.second | 0xFFFF), a.second);
             place += a.first >> 16;
         }
     }
