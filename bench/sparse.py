@@ -29,7 +29,8 @@ from tersor.kernels.tune import sparse as tune
 from tersor.layouts import sparse_tiles
 from tersor.layouts.sparse_packing import SparsePacking
 
-VALUES = ("float16", "fp8_e4m3", "fp6_e3m2", "int4", "int8")
+VALUES = ("float16", "fp8_e4m3", "fp8_e4m3:448", "fp6_e3m2", "int4", "int8")
+"""Those with a colon have no code beyond a magnitude, so that they are converted (`SparsePacking.holding`)."""
 MEASURED = ((28672, 7168), (7168, 28672), (8192, 8192))
 FLASH = (
     (21504, 7168), (7168, 7168), (28672, 7168), (7168, 28672), (27648, 9216), (9216, 9216),
@@ -63,28 +64,37 @@ def tiles_of(tokens: int, chip: Chip, bits: int) -> Iterator[tune.SparseTile]:
             continue
 
 
+def packing_of(values: str, target: str) -> tuple[SparsePacking, torch.Tensor]:
+    """Return the packing of plain numbers or of codes, and the codes there may be, uint8."""
+    if values in ("float16", "bfloat16"):
+        return SparsePacking.of(values, target), torch.empty(0, dtype=torch.uint8)
+    name, _, largest = values.partition(":")
+    scheme = get_scheme(name)
+    numbers = scheme.format.values()
+    codes = torch.arange(len(numbers)).to(torch.uint8)
+    codes = codes[numbers.abs() <= float(largest or "inf")]
+    return SparsePacking.holding(scheme, target, codes), codes
+
+
 class Weight:
     """A pruned weight on the GPU, and copies of it, none of which stays in L2 until it is read again."""
 
-    def __init__(self, kept: torch.Tensor, values: str, dtype: torch.dtype, runs: int) -> None:
+    def __init__(self, kept: torch.Tensor, values: str, dtype: torch.dtype) -> None:
         """Lay random values out."""
         self.oc, self.ic = kept.shape
-        self.packing = SparsePacking.of(
-            values if values in ("float16", "bfloat16") else get_scheme(values), str(dtype).removeprefix("torch.")
-        )
+        self.packing, codes = packing_of(values, str(dtype).removeprefix("torch."))
         if self.packing.bits == 16:
             numbers = torch.randn(kept.shape, device="cuda", dtype=dtype)
             self.dense = numbers
         else:
-            fmt = get_scheme(values).format
-            numbers = torch.randint(0, 1 << fmt.bits, kept.shape, device="cuda", dtype=torch.uint8)
+            fmt = get_scheme(values.partition(":")[0]).format
+            numbers = codes.cuda()[torch.randint(0, len(codes), kept.shape, device="cuda", dtype=torch.uint8).long()]
             self.dense = fmt.decode(numbers).to(dtype)
         self.dense = self.dense.masked_fill_(~kept, 0)
         packed = self.packing.pack(numbers)
         self.tiles = {}
         self.kept, self.numbers = kept, packed
         self.scale = torch.rand(self.oc, device="cuda") + 0.5
-        self.laid_out(runs)
 
     def laid_out(self, runs: int) -> list[sparse_tiles.SparseTiles]:
         """Return copies of the layout with so many runs; those of another number are dropped."""
@@ -141,16 +151,16 @@ def cublas(weight: Weight, x: torch.Tensor) -> float:
     return graph_microseconds([lambda one=one: torch.nn.functional.linear(x, one) for one in dense])
 
 
-def configs(weight: Weight, tile: tune.SparseTile, chip: Chip, several: bool) -> Iterator[tune.SparseConfig]:
+def configs(oc: int, ic: int, tile: tune.SparseTile, chip: Chip, several: bool) -> Iterator[tune.SparseConfig]:
     """Yield a tile's configurations, with the runs that suit it and, where asked, some others."""
-    tiles = -(-weight.oc // tile.rows)
+    tiles = -(-oc // tile.rows)
     slots = chip.sms * tile.resident
     suited = min(
-        range(1, min(9, weight.ic // 128 + 1)),
-        key=lambda runs: -(-tiles * runs // slots) * -(-weight.ic // 128 // runs) * (1 + 0.01 * runs) + 3 * (runs > 1),
+        range(1, min(9, ic // 128 + 1)),
+        key=lambda runs: -(-tiles * runs // slots) * -(-ic // 128 // runs) * (1 + 0.01 * runs) + 3 * (runs > 1),
     )
     for runs in sorted({suited, 1, 4} if several else {suited}):
-        yield tune.config(tile, weight.oc, runs, chip)
+        yield tune.config(tile, oc, runs, chip)
 
 
 def main() -> None:
@@ -177,7 +187,7 @@ def main() -> None:
     def allowed(tile: tune.SparseTile) -> bool:
         return not options.tile or options.tile == f"{tile.row_groups}.{tile.resident}.{tile.layers}"
 
-    packings = {one: SparsePacking.of(one if one == target else get_scheme(one), target) for one in values}
+    packings = {one: packing_of(one, target)[0] for one in values}
     sources = {
         sparse_source(packing, tile)
         for packing, n in itertools.product(packings.values(), tokens)
@@ -194,27 +204,32 @@ def main() -> None:
         for name in values:
             weight = None
             for n in tokens:
-                for tile in filter(allowed, tiles_of(n, chip, packings[name].bits)):
+                several = options.what == "tiles" and name == "fp6_e3m2"
+                found = [
+                    config
+                    for tile in filter(allowed, tiles_of(n, chip, packings[name].bits))
+                    for config in configs(oc, ic, tile, chip, several)
+                ]
+                for config in sorted(found, key=lambda config: config.runs):
                     if time.monotonic() > end:
                         break
-                    weight = weight or Weight(kept, name, dtype, 1)
+                    weight = weight or Weight(kept, name, dtype)
                     x = torch.randn(n, ic, device="cuda", dtype=dtype) / 8
                     if (oc, ic, n) not in dense_times:
                         dense_times[oc, ic, n] = cublas(weight, x)
-                    for config in configs(weight, tile, chip, options.what == "tiles" and name == "fp6_e3m2"):
-                        us, error = timed(weight, config, x)
-                        nbytes = weight.laid_out(config.runs)[0].nbytes
-                        reference = dense_times[oc, ic, n]
-                        print(
-                            f"{oc}x{ic} {sparsity:.0%} {name} {n} | {tile} {config.runs} {config.ctas} | {us:.1f} "
-                            f"{nbytes / us / 1e3:.0f} {error:.1e} | {reference:.1f} {reference / us:.2f} "
-                            f"(roof {nbytes / 4.35e6:.1f}, {8 * nbytes / oc / ic:.2f} bits)",
-                            flush=True,
-                        )
-                        rows.append(
-                            {"oc": oc, "ic": ic, "sparsity": sparsity, "values": name, "n": n, "tile": str(tile),
-                             "runs": config.runs, "us": us, "cublas": reference, "bytes": nbytes, "error": error}
-                        )  # fmt: skip
+                    us, error = timed(weight, config, x)
+                    nbytes = weight.laid_out(config.runs)[0].nbytes
+                    reference = dense_times[oc, ic, n]
+                    print(
+                        f"{oc}x{ic} {sparsity:.0%} {name} {n} | {config.tile} {config.runs} {config.ctas} | {us:.1f} "
+                        f"{nbytes / us / 1e3:.0f} {error:.1e} | {reference:.1f} {reference / us:.2f} "
+                        f"(roof {nbytes / 4.35e6:.1f}, {8 * nbytes / oc / ic:.2f} bits)",
+                        flush=True,
+                    )
+                    rows.append(
+                        {"oc": oc, "ic": ic, "sparsity": sparsity, "values": name, "n": n, "tile": str(config.tile),
+                         "runs": config.runs, "us": us, "cublas": reference, "bytes": nbytes, "error": error}
+                    )  # fmt: skip
             del weight
             torch.cuda.empty_cache()
     if options.output:

@@ -33,18 +33,36 @@ class Case:
     weight: torch.Tensor
 
     @staticmethod
-    def of(kept: torch.Tensor, values: str, dtype: torch.dtype, runs: int) -> Case:
-        """Make a weight of which weights are left, with codes of a format or plain numbers of `dtype`."""
+    def of(
+        kept: torch.Tensor,
+        values: str,
+        dtype: torch.dtype,
+        runs: int,
+        largest: float | None = None,
+        smallest: float | None = None,
+    ) -> Case:
+        """Make a weight of which weights are left, with codes of a format or plain numbers of `dtype`.
+
+        Args:
+            kept: bool [OC, IC], on any device.
+            values, dtype, runs: of values, of activations, of the layout.
+            largest, smallest: magnitudes that no code exceeds or falls short of.
+        """
         target, device = str(dtype).removeprefix("torch."), kept.device
-        packing = SparsePacking.of(values if values == target else formats.get_scheme(values), target)
         generator = torch.Generator().manual_seed(kept.shape[0])
-        if packing.bits == 16:
+        if values == target:
+            packing = SparsePacking.of(values, target)
             numbers = torch.randint(-8, 9, kept.shape, generator=generator).to(dtype) / 4
             weight = numbers.double()
         else:
-            fmt = formats.get_scheme(values).format
-            numbers = torch.randint(0, 1 << fmt.bits, kept.shape, generator=generator).to(torch.uint8)
-            weight = fmt.decode(numbers).double()
+            scheme = formats.get_scheme(values)
+            numbers = torch.randint(0, 1 << scheme.format.bits, kept.shape, generator=generator).to(torch.uint8)
+            if largest is not None:
+                numbers[scheme.format.decode(numbers).abs() > largest] = 1
+            if smallest is not None:
+                numbers[scheme.format.decode(numbers).abs() < smallest] = 0x40
+            packing = SparsePacking.holding(scheme, target, numbers)
+            weight = scheme.format.decode(numbers).double()
         tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), runs)
         scale = (torch.rand(kept.shape[0], generator=generator) + 0.5).to(device)
         weight = torch.where(kept, weight.to(device), 0.0) * scale.double()[:, None]

@@ -58,6 +58,19 @@ def test_values_of_every_kind_are_expanded(values: str, dtype: torch.dtype, fold
     check(random_mask(70, 360, 0.5), values, dtype, 5, 1, folder)
 
 
+@pytest.mark.parametrize("limits", [(448.0, None), (None, 2.0**-5)])
+def test_floats_are_converted_where_e4m3_has_them_or_their_halves(
+    limits: tuple[float | None, float | None], folder: Path
+) -> None:
+    case = Case.of(random_mask(70, 360, 0.5), "fp8_e4m3", torch.float16, 1, *limits)
+    assert case.packing.converts and case.packing.factor == (1.0 if limits[0] else 2.0)
+    tile = tune.tile_for(8, H200)
+    x, bias, residual = case.tensors(5, torch.float16)
+    function = Emulated(sparse_source(case.packing, tile), folder, 900)
+    y = case.launched(function, tune.config(tile, 70, 1, H200), x, bias, residual)
+    case.check(y, x, bias, residual)
+
+
 @pytest.mark.parametrize("values", ["bfloat16", "int4"])
 def test_masks_of_real_skew_go_through_rings_that_turn_over(values: str, folder: Path) -> None:
     """Sums of runs, in two items of a CTA."""

@@ -28,7 +28,7 @@ def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0) -> Ke
         tile: the compiled shape.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
     """
-    kind = f"{packing.bits}t{packing.turn}f{int(packing.finish)}"
+    kind = f"{packing.bits}{'c' if packing.converts else ''}t{packing.turn}f{int(packing.finish)}"
     return KernelSource(
         name=f"tersor_sparse_sm90_{kind}_{packing.target}_{tile}{_SUFFIX.get(gate, f'_gated{gate}')}",
         header="sparse/sm90_sparse.cuh",

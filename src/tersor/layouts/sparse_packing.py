@@ -5,6 +5,8 @@ is chosen so that little is left to do for the kernel once a byte permutation ha
 
 - one half of a 16-bit float, whose other half is zero or, of integers, the upper half of the power of two that lies
   above them (`SUBTRACT` in decode.cuh);
+- of floats beside float16 activations, an e4m3 that has the value or half of it, which the GPU converts. It has neither
+  480 nor halves of the smallest numbers; a weight that needs both has the following instead;
 - where a float's bits lie across both halves, `pair ^ (pair >> turn)` under the mask of these bits gives them: a byte
   is found for every code by trying all of them.
 
@@ -30,6 +32,7 @@ _SMALL_INT_BITS = 4
 """Integers of so many bits have a float16 whose lower half is zero."""
 _BYTES = 256
 _TURNS = range(8)
+_E4M3_BIAS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class SparsePacking:
     Attributes:
         target: dtype of the activations, `float16` or `bfloat16`.
         bits: what a value takes, 8 or 16.
-        bytes_of: of every code, the byte that stands for it; empty for 16 bits.
+        bytes_of: of every code, the byte that stands for it, -1 where none does; empty for 16 bits.
+        converts: whether bytes are e4m3 that are converted.
         high: whether a byte is the upper half of a 16-bit float.
         others: what a pruned weight has instead of a byte, and above it what the other half of the float is.
         turn: how far a pair is shifted before it is combined with itself, or 0.
@@ -51,6 +55,7 @@ class SparsePacking:
     target: str
     bits: int
     bytes_of: tuple[int, ...]
+    converts: bool
     high: bool
     others: int
     turn: int
@@ -60,9 +65,25 @@ class SparsePacking:
     factor: float
 
     @staticmethod
+    def holding(values: Scheme | str, target: str, codes: torch.Tensor) -> SparsePacking:
+        """Return the packing that is expanded soonest among those that have a byte for all of some codes, uint8.
+
+        Raises:
+            FormatError: no kernel expands them (`unsupported_reason`).
+        """
+        last = SparsePacking.of(values, target)
+        if isinstance(values, str) or values.format.kind != "float" or not last.turn or target != "float16":
+            return last
+        there = torch.bincount(codes.reshape(-1).int(), minlength=1 << values.format.bits).bool().cpu()
+        for packing in _converted(values):
+            if not bool((torch.tensor(packing.bytes_of) < 0)[there].any()):
+                return packing
+        return last
+
+    @staticmethod
     @functools.cache
     def of(values: Scheme | str, target: str) -> SparsePacking:
-        """Return the packing of codes of a scheme, or of plain numbers of a dtype, for activations of dtype `target`.
+        """Return the packing of any codes of a scheme, or of plain numbers, for activations of dtype `target`.
 
         Raises:
             FormatError: no kernel expands them (`unsupported_reason`).
@@ -71,14 +92,14 @@ class SparsePacking:
         if reason:
             raise FormatError(reason)
         if isinstance(values, str):
-            return SparsePacking(target, 16, (), True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, 1.0)
+            return SparsePacking(target, 16, (), False, True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, 1.0)
         fmt = values.format
         group = decode_groups.decode_group(fmt, target)
         if fmt.kind == "int":
             if target == "float16" and fmt.bits <= _SMALL_INT_BITS:
                 numbers = fmt.values().to(torch.float16).view(torch.int16).tolist()
                 found = tuple((number & 0xFFFF) >> 8 for number in numbers)
-                return SparsePacking(target, 8, found, True, 0, 0, 0xFF00FF00, Finish.AS_IS, 0, 1.0)
+                return SparsePacking(target, 8, found, False, True, 0, 0, 0xFF00FF00, Finish.AS_IS, 0, 1.0)
             magic = _MAGIC_HIGH[target] if group.finish is Finish.SUBTRACT else 0
             others = magic << 8 | fmt.zero_code
             codes = tuple(range(1 << fmt.bits))
@@ -87,7 +108,7 @@ class SparsePacking:
         turn, found = _bytes_of(tuple((codes_in_place & 0xFFFF).tolist()), group.mask & 0xFFFF)
         if turn == 0 and group.finish is Finish.AS_IS:  # one kernel for all of these
             return SparsePacking(
-                target, 8, found, True, 0, 0, 0xFF00FF00, group.finish, 0, math.ldexp(1.0, group.exponent)
+                target, 8, found, False, True, 0, 0, 0xFF00FF00, group.finish, 0, math.ldexp(1.0, group.exponent)
             )
         return _packing(target, group, found, high=True, others=0, turn=turn)
 
@@ -95,6 +116,7 @@ class SparsePacking:
         """Return the parameters of sparse/expand.cuh, and of decode.cuh those of a code that stands for itself."""
         return {
             "VALUE_BITS": self.bits,
+            "VALUE_CONVERTS": self.converts,
             "VALUE_HIGH": self.high,
             "VALUE_OTHERS": f"{self.others}u",
             "VALUE_TURN": self.turn,
@@ -112,14 +134,17 @@ class SparsePacking:
         """Return values as they stand in queues: uint8 codes as bytes, 16-bit floats as int16."""
         if self.bits == 16:
             return values.view(torch.int16)
-        return torch.tensor(self.bytes_of, dtype=torch.uint8, device=values.device)[values.long()]
+        bytes_of = torch.tensor([max(byte, 0) for byte in self.bytes_of], dtype=torch.uint8, device=values.device)
+        return bytes_of[values.long()]
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """Undo `pack`; 16-bit floats have the activations' dtype."""
         if self.bits == 16:
             return packed.view(decode_groups.TARGETS[self.target])
         codes = torch.zeros(_BYTES, dtype=torch.uint8)
-        codes[list(self.bytes_of)] = torch.arange(len(self.bytes_of), dtype=torch.uint8)
+        for code, byte in enumerate(self.bytes_of):
+            if byte >= 0:
+                codes[byte] = code
         return codes.to(packed.device)[packed.long()]
 
 
@@ -138,12 +163,29 @@ def unsupported_reason(values: Scheme | str, target: str) -> str:
     return decode_groups.unsupported_reason(values.format, target)
 
 
+@functools.cache
+def _converted(scheme: Scheme) -> tuple[SparsePacking, ...]:
+    """Return the packings in which bytes are e4m3: numbers as they are, up to a power of two, and half of them."""
+    fmt = scheme.format
+    numbers = fmt.values().double() * 2.0 ** (fmt.bias - _E4M3_BIAS)
+    found = []
+    for half in (1.0, 0.5):
+        stored = (numbers * half).float().to(torch.float8_e4m3fn)
+        same = stored.double() == numbers * half
+        bytes_of = torch.where(same, stored.view(torch.uint8).int(), -1)
+        factor = math.ldexp(1.0, _E4M3_BIAS - fmt.bias) / half
+        found.append(
+            SparsePacking("float16", 8, tuple(bytes_of.tolist()), True, True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, factor)
+        )
+    return tuple(found)
+
+
 def _packing(
     target: str, group: DecodeGroup, codes: tuple[int, ...], *, high: bool, others: int, turn: int
 ) -> SparsePacking:
     """Return a packing of bytes whose bits become numbers as those of a dense weight do."""
     factor = math.ldexp(1.0, group.exponent)
-    return SparsePacking(target, 8, codes, high, others, turn, group.mask, group.finish, group.constant, factor)
+    return SparsePacking(target, 8, codes, False, high, others, turn, group.mask, group.finish, group.constant, factor)
 
 
 def _bytes_of(fields: tuple[int, ...], mask: int) -> tuple[int, tuple[int, ...]]:

@@ -6,8 +6,9 @@
 // at a time, no two lie in one bank. Four bits of the mask choose an entry of a table in shared memory: two selectors of
 // the byte permutation that puts the next values where the bits are set, and how far they reach.
 //
-// Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_HIGH (1: a byte is the upper half of a 16-bit
-// float, 0: it is the lower one), VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
+// Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_CONVERTS (1: bytes are e4m3, four of which a pair
+// of instructions makes fp16), else VALUE_HIGH (1: a byte is the upper half of a 16-bit float, 0: it is the lower one),
+// VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
 // float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh.
 // tersor/layouts/sparse_packing.py says what bytes stand for a code.
 #pragma once
@@ -19,6 +20,7 @@
 namespace expand {
 
 constexpr int kValueBits = VALUE_BITS;
+constexpr bool kConverts = VALUE_CONVERTS;
 constexpr int kLayerBytes = 512;                         // a word of each of the 128 queues of a unit
 constexpr int kRingLayers = RING_LAYERS;                 // of a unit in shared memory, a power of two
 constexpr int kMirrored = 2;                             // layers that stand behind the ring's end once more
@@ -50,10 +52,17 @@ __device__ __forceinline__ u32 selectors(int bits, int rank, int none) {
 }
 
 // Half `second` of an entry of the table. In the lower half stand the selectors of two weights. In the upper half of the
-// first one, the bits of all four weights' values. In that of the second, of 16 bits, ones where no weight is pruned:
+// first one, the bits of all four weights' values. Where bytes are converted, the first one selects for all four weights, and
+// the second one is their bits. In that of the second, of 16 bits, ones where no weight is pruned:
 // else the window's fourth value is zero, which is then nobody's.
 __device__ __forceinline__ u32 entry(int bits, int second) {
     const int first = (bits & 1) + (bits >> 1 & 1), all = first + (bits >> 2 & 1) + (bits >> 3 & 1);
+    if (kConverts) {
+        if (second == 1) return all * kValueBits;
+        u32 result = 0, rank = 0;
+        for (int i = 0; i < 4; ++i) result |= (bits >> i & 1 ? rank++ : 4) << 4 * i;
+        return result;
+    }
     if (second == 0) return selectors(bits & 3, 0, 2) | all * kValueBits << 16;
     return selectors(bits >> 2, first, 3) | (kValueBits == 16 && all == 4 ? 0xFFFF0000u : 0);
 }
@@ -103,12 +112,18 @@ __device__ __forceinline__ void expand(
         const Entry a = look_up(table, places, four);
         if constexpr (kValueBits == 8) {
             const Entry b = look_up(table, places, four + 1);
-            const u32 next = ptx::shift(low, high, a.first >> 16);
-            own[0] = ptx::permute(low, kOthers, a.first);
-            own[1] = ptx::permute(low, kOthers, a.second);
-            own[2] = ptx::permute(next, kOthers, b.first);
-            own[3] = ptx::permute(next, kOthers, b.second);
-            place += (a.first >> 16) + (b.first >> 16);
+            const u32 first = kConverts ? a.second : a.first >> 16, second = kConverts ? b.second : b.first >> 16;
+            const u32 next = ptx::shift(low, high, first);
+            if constexpr (kConverts) {
+                ptx::widen_e4m3_four(ptx::permute(low, 0, a.first), own[0], own[1]);
+                ptx::widen_e4m3_four(ptx::permute(next, 0, b.first), own[2], own[3]);
+            } else {
+                own[0] = ptx::permute(low, kOthers, a.first);
+                own[1] = ptx::permute(low, kOthers, a.second);
+                own[2] = ptx::permute(next, kOthers, b.first);
+                own[3] = ptx::permute(next, kOthers, b.second);
+            }
+            place += first + second;
         } else {
             own[0] = ptx::permute(low, kOthers, a.first);
             own[1] = ptx::permute(low, high & (a.second | 0xFFFF), a.second);
@@ -123,7 +138,7 @@ __device__ __forceinline__ void expand(
 // two, which VALUE_OTHERS brings already, what takes it away again.
 template <bool kBf16>
 __device__ __forceinline__ u32 finish(u32 pair) {
-    if constexpr (VALUE_BITS == 16) return pair;
+    if constexpr (VALUE_BITS == 16 || kConverts) return pair;
     if constexpr (DECODE_FINISH == decode::kSubtract) {
         return ptx::fused_multiply_add_pair<kBf16>(
             pair, kBf16 ? decode::kOneBf16 : decode::kOneF16, DECODE_CONSTANT);

@@ -26,4 +26,11 @@ __device__ __forceinline__ u32 shift(u32 low, u32 high, u32 by) {
     return result;
 }
 
+// Four e4m3, the first in the lowest byte, as two pairs of fp16.
+__device__ __forceinline__ void widen_e4m3_four(u32 four, u32& low, u32& high) {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
+}
+
 }  // namespace ptx
