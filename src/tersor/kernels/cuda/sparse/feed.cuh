@@ -4,7 +4,8 @@
 // a run of blocks of one unit are stored as whole layers, so many as the longest queue has words. A block's mark says
 // how many layers its queues, and those of the blocks of the run before it, reach into, and which layers none of them
 // reads any more. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
-// still be read, and a block's copies, its mask's and its layers', complete one barrier.
+// still be read, and a block's copies, its mask's and its layers', complete one barrier. A block's marks are left beside its
+// slot.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -64,7 +65,7 @@ __device__ __forceinline__ void copy_layers(
 
 template <typename Work>
 __device__ __forceinline__ void copy_weights(
-    const WeightRing& ring, const Work& work, const Stored& stored, u32 values, int runs) {
+    const WeightRing& ring, const Work& work, const Stored& stored, u32 values, u32* slot_marks, int runs) {
     using namespace expand;
     const int lane = threadIdx.x % 32, units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
     const u64 policy = ptx::evict_first_policy();
@@ -116,6 +117,7 @@ __device__ __forceinline__ void copy_weights(
                 u32 bytes = 0;
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
+                    slot_marks[at.slot * kRowGroups + group] = marks[group];
                     const u32 count = (marks[group] & 0xFFFF) - reached[group];
                     const u32 layers = count + mirrored(base[group] + reached[group], count);
                     if (group < there) bytes += kMaskBytes + layers * kLayerBytes;

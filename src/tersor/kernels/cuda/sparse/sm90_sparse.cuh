@@ -39,23 +39,22 @@ constexpr int kStep = 5;
 // A multiplying warpgroup: 64 rows of the item's blocks. `use` counts the blocks that this CTA had before, `base` the layers.
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& masks, const XRing& xs, const char* slots, const char* values,
-    const char* table, u32 use, int count, const u32* marks, u32& base) {
+    const char* table, const u32* slot_marks, u32 use, int count, u32& base) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128;
     const u32 own_mask = row_group * kMaskBytes + warp * 256 + lane * 8;
     const u32 first_column = row_group * expand::kRingBytes + warp * 128, step = ptx::kept(16 + (count >> 31));
     const u64 first_x = wgmma::describe(xs.base);
-    u32 place = base * 32, queue = lane, ahead = 0, reached = 0;
+    u32 place = base * 32, queue = lane, reached = 0;
     u32 pairs[2][16];
     WeightRing::Place at(use);
     XRing::Place x_at(use), x_before = x_at;
     for (int block = 0; block < count; ++block) {
-        if (block % 32 == 0) ahead = fetch_marks(marks + block, count - block);
-        const u32 mark = __shfl_sync(~0u, ahead, block % 32);
+        masks.wait_filled(at);
+        const u32 mark = slot_marks[at.slot * kRowGroups + row_group];
         reached = mark & 0xFFFF;
         const u32 least = (base + (mark >> 16)) * 32;
         if (static_cast<int>(least - place) > 0) place = least;
         const u32 column = first_column + queue * 4;
-        masks.wait_filled(at);
         const uint2 mask = *reinterpret_cast<const uint2*>(slots + (masks.address(at) - xs.base) + own_mask);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -117,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
     __shared__ __align__(8) u32 table[2 * expand::kEntries];
+    __shared__ u32 slot_marks[kWeightSlots * kRowGroups];
     const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
     const Work work{oc, ic, n, 0, runs, x_rows};
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             __syncwarp();
         }
         meet(gathered);
-        if (warp == 0) copy_weights(masks, work, stored, base + kSharedBytes, runs);
+        if (warp == 0) copy_weights(masks, work, stored, base + kSharedBytes, slot_marks, runs);
         if (warp == 1 && ptx::elect()) copy_activations(xs, work, 0, x_map, x_rows);
     } else {
         if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
@@ -156,10 +156,8 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             RowTerms terms(oc, item, scale, factor);
             Met met;
             const int count = item.last_block - item.first_block;
-            const long long unit = unit_of(item, threadIdx.x / 128, oc);
             multiply_blocks(
-                sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), use, count,
-                marks + unit * work.blocks() + item.first_block, before);
+                sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), slot_marks, use, count, before);
             use += count;
             const bool ahead = item.parts == 1 || (gathered && item.part == 0);
             if (ahead) met.load(item, terms, places, residual, norms);
