@@ -152,7 +152,9 @@ class _Places:
         units, device = counts.shape[0], counts.device
         lane = torch.arange(_LANES, device=device)
         warp = lane // _WARP * _WARP
-        first, reached, done, queues, lengths = [], [], [], [], []
+        first: list[torch.Tensor] = []
+        reached: list[torch.Tensor] = []
+        done, queues, lengths = [], [], []
         for begin, end in run_blocks(ic, runs):
             place = torch.zeros(units, _LANES, dtype=torch.int64, device=device)
             for block in range(begin, end):
