@@ -56,6 +56,7 @@ def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0) -> Ke
             "EPILOGUE": gate,
             "NORM": 0,
             "PLACED": False,
+            "X_GROUPS": False,
         },
         arguments="TPPPPPPPPPPiiiiif",
     )

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         }
         meet(gathered);
         if (warp == 0) copy_weights(masks, work, stored, base + kSharedBytes, slot_marks, runs);
-        if (warp == 1 && ptx::elect()) copy_activations(xs, work, 0, x_map, x_rows);
+        if (warp == 1 && ptx::elect()) copy_activations(xs, work, 0, x_map, x_rows, nullptr, 0);
     } else {
         if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
         meet(gathered);
