@@ -35,7 +35,7 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(kept: torch.Tensor, values: str, dtype: torch.dtype, n: int, runs: int, folder: Path) -> None:
     """Hold a product of few CTAs with short rings against float64."""
     case = Case.of(kept, values, dtype, runs)
-    tile = replace(tune.tile_for(next(t for t in tune.TOKENS if n <= t), H200), masks=4, x_slots=5)
+    tile = replace(tune.tile_for(next(t for t in tune.TOKENS if n <= t), H200, layers=64), masks=4, x_slots=5)
     config = replace(tune.config(tile, len(kept), runs, H200), gathered=False)
     config = replace(config, ctas=min(config.ctas, 3))
     x, bias, residual = case.tensors(n, dtype)

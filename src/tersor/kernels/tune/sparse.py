@@ -106,7 +106,7 @@ class SparseConfig:
 
 
 def tile_for(
-    tokens: int, chip: Chip, *, row_groups: int = _ROW_GROUPS, resident: int = 1, layers: int = 64
+    tokens: int, chip: Chip, *, row_groups: int = _ROW_GROUPS, resident: int = 1, layers: int = 128
 ) -> SparseTile:
     """Return a tile with as many slots as its shared memory has room for.
 
