@@ -35,6 +35,15 @@ inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrie
     bulk_copy(shared, global, bytes, barrier);
 }
 template <int kId, int kThreads> void arrive_threads() { come(kId, kThreads); }
+inline u32 permute(u32 low, u32 high, u32 selectors) { return __byte_perm(low, high, selectors); }
+inline u32 shift(u32 low, u32 high, u32 by) {
+    return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (by < 32 ? by : 32));
+}
+inline void widen_e4m3_four(u32 four, u32& low, u32& high) {
+    low = widen_e4m3_pair(half_of(four, 0));
+    high = widen_e4m3_pair(half_of(four, 1));
+}
+inline u32 shift_around(u32 low, u32 high, u32 by) { return shift(low, high, by % 32); }
 inline u32 rotate(u32 word, int left) { return word << left | word >> (32 - left); }
 inline u32 repeat_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xFFu; }
 template <bool kBf16> u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
