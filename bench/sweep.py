@@ -39,7 +39,7 @@ from tersor.cli.bench import activations, numbers, schemes
 from tersor.errors import InputError, TersorError
 from tersor.formats import Activations, Scheme
 from tersor.hardware import Chip
-from tersor.kernels import dense, jit
+from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import SM90, LinearConfig, LinearProblem, cost, seconds, sm90
 from tersor.layouts.packing import Packing
 
@@ -186,7 +186,7 @@ def sources(wanted: Mapping[Cell, Sequence[LinearConfig]], result: str = "float1
         packing = Packing.beside(cell.activations, torch.float16, cell.scheme)
         found += [dense.fused_source(packing, result, config) for config in configs]
         if cell.activations is not Activations.NATIVE:
-            found.append(dense.quantize_source(result, cell.activations))
+            found.append(quantizing.quantize_source(result, cell.activations))
     return list(dict.fromkeys(found))
 
 

@@ -50,7 +50,7 @@ class Asked:
         samples: continuations, at least 1.
         device: where the model runs.
         dtype: of activations: auto, float16, bfloat16 or float32.
-        activations: what linears multiply: 16bit, fp8 or int8.
+        activations: what linears multiply: 16bit, fp8, int8 or int8:g128.
         cuda_graph: True insists on CUDA graphs, False forbids them, None uses them where they work.
         trust_remote_code: whether Python code that comes with the model is run.
     """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 from tersor.formats import Activations
-from tersor.kernels import columns, dense, norms, sampling, small
+from tersor.kernels import columns, norms, sampling, small
 from tersor.kernels.jit import KernelSource
+from tersor.kernels.quantizing import quantize_source
 from tersor.layouts import decode_groups
 
 
@@ -31,8 +32,13 @@ def quantizing() -> list[KernelSource]:
     normed += [norms.norm_source("bfloat16", False, size, Activations.E4M3, warps) for size, warps in of_warps]
     whole = Activations.INT8
     normed += [norms.norm_source("bfloat16", False, 4096, whole), norms.norm_source("float16", False, 5120, whole, 3)]
-    bytewise = [("float16", Activations.E4M3), ("bfloat16", Activations.E4M3), ("bfloat16", whole)]
-    return [*itertools.starmap(dense.quantize_source, bytewise), *normed]
+    groups = Activations.INT8_GROUPS
+    normed += [
+        norms.norm_source("bfloat16", False, 8192, groups),
+        norms.norm_source("bfloat16", False, 5120, groups, 3),
+    ]
+    bytewise = [("float16", Activations.E4M3), ("bfloat16", Activations.E4M3), ("bfloat16", whole), ("float16", groups)]
+    return [*itertools.starmap(quantize_source, bytewise), *normed]
 
 
 def calibrating() -> list[KernelSource]:

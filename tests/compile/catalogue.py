@@ -235,8 +235,8 @@ def fused() -> tuple[Traits, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def _whole(tokens: int, row_groups: int, resident: int) -> sm90.Tile:
-    return sm90.Tile(tokens, row_groups, 1, 1, resident, Activations.INT8)
+def _whole(tokens: int, row_groups: int, resident: int, groups: bool = False) -> sm90.Tile:
+    return sm90.Tile(tokens, row_groups, 1, 1, resident, Activations.INT8_GROUPS if groups else Activations.INT8)
 
 
 WHOLE = (
@@ -249,6 +249,9 @@ WHOLE = (
     Traits(_whole(144, 3, 1), "uint7", "float16", gated=4),
     Traits(_whole(256, 2, 1), "uint3", "bfloat16"),
     Traits(_whole(256, 2, 1), "int4", "float16"),
+    Traits(_whole(16, 1, 2, True), "uint4", "float16", 128, gated=1),
+    Traits(_whole(64, 1, 2, True), "uint7", "bfloat16", 32),
+    Traits(_whole(128, 2, 1, True), "int8", "bfloat16"),
 )
 """Kernels with int8 activations: they have the tiles of those with e4m3, so few meet what is new, decoders and sums."""
 

@@ -20,6 +20,7 @@ _LEVELS = {
     "integers": (("uint5", 128), ("int8", None)),
     "rows": (("fp6_e2m3", None), ("int8", None)),
     "eight bits": (("uint4", 128), ("int8", None)),
+    "seven bits": (("uint4", 128), ("fp7_e3m3", None)),
     "small floats": (("fp4_e2m1", None), ("fp6_e2m3", None)),
 }
 KERNELS = (
@@ -41,9 +42,12 @@ KERNELS = (
     ("small floats", "float8_e4m3fn", (16, 2, 1, 1), 0),
     ("eight bits", "int8", (32, 1, 1, 2), 1),
     ("eight bits", "int8", (64, 1, 1, 2), 0),
-    ("small floats", "float8_e4m3fn", (64, 2, 1, 1), 1),
+    ("seven bits", "float8_e4m3fn", (64, 2, 1, 1), 1),
     ("eight bits", "int8", (96, 1, 1, 2), 0),
+    ("eight bits", "int8_g128", (96, 1, 1, 2), 1),
+    ("eight bits", "int8_g128", (128, 2, 1, 1), 0),
     ("eight bits", "int8", (128, 2, 1, 1), 0),
+    ("seven bits", "float8_e4m3fn", (128, 2, 1, 1), 0),
     ("small floats", "float8_e4m3fn", (256, 2, 1, 1), 0),
 )
 """Levels, decode target, tile (tokens, row groups, channel groups, resident CTAs), gate."""

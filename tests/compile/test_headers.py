@@ -20,10 +20,13 @@ from tersor.kernels import (
     norms,
     routing,
     sampling,
+    sparse,
 )
 from tersor.kernels.jit import KernelSource, nvrtc
 from tersor.kernels.tune import sm90
+from tersor.kernels.tune import sparse as tune_sparse
 from tersor.layouts.packing import Packing
+from tersor.layouts.sparse_packing import SparsePacking
 
 CUDA = Path(jit.__file__).parents[1] / "cuda"
 ARCH = "compute_90a"
@@ -47,6 +50,9 @@ def whole(name: str) -> KernelSource:
         packings = tuple(Packing.of(get_scheme(*level), "float16") for level in (("uint4", 64), ("int8", None)))
         source = mixed.source(packings, "float16", sm90.Tile(16, 1, 4, 1, 1), chip_named("H200"), 1)
         return replace(source, parameters={**source.parameters, "LEVEL": 1})
+    if name.startswith("sparse/"):
+        tile = tune_sparse.tile_for(16, chip_named("H200"))
+        return sparse.sparse_source(SparsePacking.of(get_scheme("fp8_e4m3"), "float16"), tile)
     if name.startswith("sampling/"):
         return sampling.choose_source("float16")
     if name in ("common/quantized.cuh", "small/norms.cuh"):
@@ -82,5 +88,5 @@ def test_a_header_that_forgets_an_include_is_noticed() -> None:
 
 
 def test_every_folder_has_such_headers() -> None:
-    folders = {"attention", "common", "dense", "experts", "mixed", "sampling", "small"}
+    folders = {"attention", "common", "dense", "experts", "mixed", "sampling", "small", "sparse"}
     assert {name.split("/")[0] for name in parts()} == folders

@@ -24,6 +24,7 @@ from tersor.kernels import (
     decode_attention,
     dense,
     norms,
+    quantizing,
     routing,
     shared_attention,
     small,
@@ -212,8 +213,10 @@ def test_a_launch_has_the_threads_that_its_kernel_counts_on() -> None:
     run(stream=0, early=False, **dict.fromkeys(places, 0))
     source = of_experts.source(of, "float16", config, 1, False)
     check(source.header, source, {"linear::kThreads": launched.block[0], "linear::kTokens": 16})
-    dense.prepare_quantize(launched, n=3, ic=32768)(stream=0, x=0, x_stride=32768, codes=0)  # type: ignore[arg-type]
-    source = dense.quantize_source("float16", Activations.E4M3)
+    quantizing.prepare_quantize(launched, n=3, ic=32768, activations=Activations.E4M3)(
+        stream=0, x=0, x_stride=32768, codes=0
+    )  # type: ignore[arg-type]
+    source = quantizing.quantize_source("float16", Activations.E4M3)
     check(source.header, source, {"quantize::kMostThreads": launched.block[0]})
     dense.launch_dequantize(launched, 0, weight=0, scale=0, scratch=0, first_block=0, oc=64, ic=1000, factor=1.0)  # type: ignore[arg-type]
     source = dense.dequantize_source(packing(scheme))

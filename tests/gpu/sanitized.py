@@ -31,10 +31,12 @@ def main() -> None:
         run(formats.get_scheme("fp6_e3m2"), chip.capability, 200, 416, Activations.E4M3)
         run(formats.get_scheme("int8"), chip.capability, 200, 416, Activations.INT8)
         run(formats.get_scheme("uint4", 32), chip.capability, 200, 416, Activations.INT8)
+        run(formats.get_scheme("uint4", 32), chip.capability, 200, 416, Activations.INT8_GROUPS)
         experts(Activations.E4M3)
         experts(Activations.INT8)
         mixed(("fp4_e2m1", None), ("uint3", 32), ("int8", None))
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8)
+        mixed(("uint4", 128), ("int8", None), activations=Activations.INT8_GROUPS)
     experts(Activations.NATIVE)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
@@ -103,6 +105,7 @@ def around() -> None:
     x_many, ones = torch.randn(140, 8200, device="cuda").half(), torch.ones(8200, device="cuda").half()
     ops.rms_norm_quantized(ops.layer_norm(x_many, ones, ones, 1e-5), ones, 1e-6, residual=x_many)
     ops.layer_norm_quantized(x_many, ones, None, 1e-5, activations=Activations.INT8)
+    ops.layer_norm_quantized(x_many, ones, None, 1e-5, activations=Activations.INT8_GROUPS)
     x_most, ones = torch.randn(1100, 520, device="cuda").half(), torch.ones(520, device="cuda").half()
     ops.rms_norm_quantized(ops.layer_norm(x_most, ones, ones, 1e-5), ones, 1e-6, residual=x_most)
     ops.rms_norm_quantized(

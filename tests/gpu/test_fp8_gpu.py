@@ -13,7 +13,7 @@ from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.integrations.transformers import replace
-from tersor.kernels import dense, jit
+from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
 from tersor.ops import current, dispatch
@@ -65,6 +65,12 @@ def check(
         ("fp5_e2m2", None),
         ("fp5_e3m1", 64),
         ("fp4_e2m1", 128),
+        ("uint4", 128),
+        ("uint4", None),
+        ("uint3", 64),
+        ("int5", None),
+        ("int4", 32),
+        ("uint1", 256),
     ],
 )
 def test_products(name: str, group_size: int | None, dtype: torch.dtype) -> None:
@@ -83,12 +89,15 @@ def test_odd_sizes_and_strides() -> None:
     assert ops.linear(torch.empty(0, 8192, device="cuda").half(), weight).shape == (0, 128)
 
 
+@pytest.mark.parametrize(("name", "group_size"), [("fp6_e3m2", None), ("int4", None), ("uint4", 128)])
 @pytest.mark.parametrize("tile", sm90.tiles(0, Activations.E4M3), ids=str)
-def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile) -> None:
+def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile, name: str, group_size: int | None) -> None:
     """A few CTAs that take several items each, split tiles among them."""
+    if group_size is not None and not tile.grouped:
+        pytest.skip("scales in groups need a second set of sums")
     chip = hardware.of_device(0)
-    oc, ic, n = 700, 1100, 3 * tile.tokens - 5
-    weight, values = packed("fp6_e3m2", None, oc, ic)
+    oc, ic, n = 700, 1152 if group_size else 1100, 3 * tile.tokens - 5
+    weight, values = packed(name, group_size, oc, ic)
     scheme = weight.scheme
     x = torch.randn(n, ic, device="cuda").half()
     problem = dense.problem_of(scheme, (oc, ic), n, activations=Activations.E4M3)
@@ -161,10 +170,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def two_steps(plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes, as bytes, and scales that the kernel which quantises alone makes of rows."""
     n, ic = plain.shape
-    row = dense.codes_stride(ic)
+    row = quantizing.codes_stride(ic)
     memory = torch.full((n * (row + 4),), 255, dtype=torch.uint8, device="cuda")
-    function = jit.get(dense.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
-    launch = dense.prepare_quantize(function, n=n, ic=ic)
+    function = jit.get(quantizing.quantize_source(TARGETS[plain.dtype], Activations.E4M3), 0)
+    launch = quantizing.prepare_quantize(function, n=n, ic=ic, activations=Activations.E4M3)
     launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=ic, codes=memory.data_ptr())
     return memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)
 

@@ -11,7 +11,7 @@ from tersor import formats, hardware, nn, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.integrations.transformers import replace
-from tersor.kernels import dense, jit
+from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.ops import current, dispatch
@@ -23,17 +23,19 @@ pytestmark = pytest.mark.skipif(
 
 REPEATS = 60
 """Launches of one product, one upon the other."""
-INT8 = Activations.INT8
+INT8, IN_GROUPS = Activations.INT8, Activations.INT8_GROUPS
 ROWS = ("int8", "int4", "int3", "int7", "uint4", "uint7", "uint5", "uint1")
 GROUPS = (("int8", 128), ("uint4", 128), ("uint4", 64), ("int4", 32), ("uint7", 32), ("uint3", 256))
 
 
-def packed(name: str, group_size: int | None, oc: int, ic: int) -> tuple[PackedWeight, PackedWeight]:
-    """A random weight in the layout for int8 activations, and as it is stored."""
+def packed(
+    name: str, group_size: int | None, oc: int, ic: int, activations: Activations = INT8
+) -> tuple[PackedWeight, PackedWeight]:
+    """A random weight in the layout for such activations, and as it is stored."""
     torch.manual_seed(oc + ic)
     scheme = formats.get_scheme(name, group_size)
     stored = PackedWeight.from_encoded(quantize_rtn(torch.randn(oc, ic, device="cuda") + 0.1, scheme))
-    return stored.to_layout(dispatch.INT8_LAYOUT), stored
+    return stored.to_layout(dispatch.kernel_layout(scheme, torch.float16, activations)), stored
 
 
 def whole(stored: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,10 +54,16 @@ def exact_rows(x: torch.Tensor, stored: PackedWeight) -> torch.Tensor:
     return ((sums.float() * scale).cuda() * row_scale.view(1, -1)).to(x.dtype)
 
 
-def check_groups(x: torch.Tensor, y: torch.Tensor, stored: PackedWeight, bias: torch.Tensor | None = None) -> None:
+def check_groups(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    stored: PackedWeight,
+    bias: torch.Tensor | None = None,
+    activations: Activations = INT8,
+) -> None:
     """Compare with a float64 product of the same quantised numbers: sums of groups are float32."""
-    codes, scale = INT8.quantize(x.float().cpu())
-    quantised, values = (codes.double() * scale.double()).cuda(), stored.dequantize(torch.float64)
+    codes, scale = activations.quantize(x.float().cpu())
+    quantised, values = activations.dequantize(codes, scale.double()).cuda(), stored.dequantize(torch.float64)
     exact = quantised @ values.T
     allowed = 2.0**-20 * (quantised.abs() @ values.abs().T)
     if bias is not None:
@@ -75,13 +83,21 @@ def test_products_with_one_scale_a_row_are_exact(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("name", "group_size"), GROUPS)
-def test_products_with_scales_in_groups(name: str, group_size: int, dtype: torch.dtype) -> None:
-    weight, stored = packed(name, group_size, 200, 1280)
+@pytest.mark.parametrize(
+    ("name", "group_size", "activations"),
+    [
+        *((name, size, activations) for name, size in GROUPS for activations in (INT8, IN_GROUPS)),
+        *((name, None, IN_GROUPS) for name in ("int8", "int4", "uint5")),
+    ],
+)
+def test_products_with_scales_in_groups(
+    name: str, group_size: int | None, activations: Activations, dtype: torch.dtype
+) -> None:
+    weight, stored = packed(name, group_size, 200, 1280, activations)
     bias = torch.randn(200, device="cuda").to(dtype)
-    for n in (1, 7, 16, 17, 33, 65, 129, 300):
-        x = torch.randn(n, 1280, device="cuda").to(dtype)
-        check_groups(x, ops.linear(x, weight, bias), stored, bias)
+    for n in (1, 7, 16, 17, 33, 65, 129, 300, 1027):
+        x = torch.randn(n, 1280, device="cuda").to(dtype) * torch.logspace(-2, 2, 1280, device="cuda").to(dtype)
+        check_groups(x, ops.linear(x, weight, bias), stored, bias, activations)
 
 
 def test_the_largest_sums_do_not_wrap() -> None:
@@ -102,29 +118,31 @@ def test_odd_sizes_and_strides() -> None:
         wide = torch.randn(40, ic + 3, device="cuda").half()
         for x in (wide[:, :ic], wide[::3, 3:], torch.randn(ic, 9, device="cuda").half().T):
             assert torch.equal(ops.linear(x, weight), exact_rows(x, stored))
+            in_groups, _ = packed("int8", None, oc, ic, IN_GROUPS)
+            check_groups(x, ops.linear(x, in_groups), stored, None, IN_GROUPS)
     assert ops.linear(torch.empty(0, 8192, device="cuda").half(), weight).shape == (0, 128)
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", 128)])
-@pytest.mark.parametrize("tile", sm90.tiles(0, INT8), ids=str)
+@pytest.mark.parametrize("tile", (*sm90.tiles(0, INT8), *sm90.tiles(0, IN_GROUPS)), ids=str)
 def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile, name: str, group_size: int | None) -> None:
     """A few CTAs that take several items each, split tiles among them; whole sums do not depend on that."""
     if group_size is not None and not tile.grouped:
         pytest.skip("scales in groups need a second set of sums")
     chip = hardware.of_device(0)
     oc, ic, n = 700, 1152, 3 * tile.tokens - 5
-    weight, stored = packed(name, group_size, oc, ic)
+    weight, stored = packed(name, group_size, oc, ic, tile.activations)
     x = torch.randn(n, ic, device="cuda").half()
-    problem = dense.problem_of(weight.scheme, (oc, ic), n, activations=INT8)
+    problem = dense.problem_of(weight.scheme, (oc, ic), n, activations=tile.activations)
     for whole_tiles, splits, ctas in ((0, 1, 4), (0, 3, 8), (4, 2, 4)):
         config = sm90.config(problem, tile, whole_tiles, splits, ctas * tile.cluster, chip)
         with ops.using(config=config):
             first = ops.linear(x, weight)
             others = [ops.linear(x, weight) for _ in range(REPEATS)]
-        if group_size is None:
+        if group_size is None and tile.activations is INT8:
             assert torch.equal(first, exact_rows(x, stored)), config
         else:
-            check_groups(x, first, stored)
+            check_groups(x, first, stored, None, tile.activations)
         different = sum(not torch.equal(first, other) for other in others)
         assert not different, f"{config}: {different} of {REPEATS} results differ"
 
@@ -141,11 +159,12 @@ def test_splits_of_a_cluster_add_up_exactly(tile: sm90.Tile) -> None:
             assert torch.equal(ops.linear(x, weight), exact_rows(x, stored)), splits
 
 
+@pytest.mark.parametrize("activations", [INT8, IN_GROUPS])
 @pytest.mark.parametrize("group_size", [None, 128])
-def test_gates_residuals_and_biases(group_size: int | None) -> None:
+def test_gates_residuals_and_biases(group_size: int | None, activations: Activations) -> None:
     parts = [packed("uint4", group_size, 256, 512)[1], packed("uint4", group_size, 256, 512)[1]]
     stored = PackedWeight.gate_up(*parts)
-    weight = stored.to_layout(dispatch.INT8_LAYOUT)
+    weight = stored.to_layout(dispatch.kernel_layout(stored.scheme, torch.float16, activations))
     for n in (3, 70, 200):
         x, residual = torch.randn(n, 512, device="cuda").half(), torch.randn(n, 256, device="cuda").half()
         y = ops.gated_linear(x, weight, residual=residual)
@@ -154,9 +173,10 @@ def test_gates_residuals_and_biases(group_size: int | None) -> None:
         torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("activations", [INT8, IN_GROUPS])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_what_is_not_finite_stays_in_its_token(bad: float) -> None:
-    weight, _ = packed("int8", None, 128, 512)
+def test_what_is_not_finite_stays_in_its_token(bad: float, activations: Activations) -> None:
+    weight, _ = packed("int8", None, 128, 512, activations)
     x = torch.randn(20, 512, device="cuda").half()
     x[3, 100] = bad
     y = ops.linear(x, weight)
@@ -188,38 +208,57 @@ def test_a_model_and_a_cuda_graph() -> None:
     assert torch.equal(y, layer(layer(again)))
 
 
+@pytest.mark.parametrize("activations", [INT8, IN_GROUPS])
 @pytest.mark.parametrize("n", [5, 100, 300])
-def test_calls_upon_each_other_have_their_own_scales(n: int) -> None:
+def test_calls_upon_each_other_have_their_own_scales(n: int, activations: Activations) -> None:
     """Scales lie where those of the call before lay, and kernels start before the ones ahead have ended."""
-    weight, stored = packed("int4", None, 8448, 256)
+    weight, stored = packed("int4", None, 8448, 256, activations)
     sources = [torch.randn(n, 256, device="cuda").half() * 2.0**power for power in range(-6, 6)]
-    expected = [exact_rows(x, stored) for x in sources]
+    expected = []
+    for x in sources:
+        torch.cuda.synchronize()
+        expected.append(ops.linear(x, weight) if activations is IN_GROUPS else exact_rows(x, stored))
+        check_groups(x, expected[-1], stored, None, activations)
     for _ in range(20):
         found = [ops.linear(x, weight) for x in sources]
         assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(sources)
 
 
+def scales_of(memory: torch.Tensor, tokens: int, channels: int, activations: Activations) -> torch.Tensor:
+    """Scales as `Activations.quantize` has them, from where the quantiser wrote them."""
+    if activations.group_size is None:
+        return memory.view(tokens, 1)
+    return memory.view(activations.scales(channels), quantizing.scales_stride(tokens))[:, :tokens].T
+
+
+@pytest.mark.parametrize("activations", [INT8, IN_GROUPS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [264, 4096, 5120, 14336])
-def test_rows_become_int8_as_the_torch_code_says_alone_and_in_a_norm(channels: int, dtype: torch.dtype) -> None:
-    product, _ = packed("int8", None, 200, channels)
+def test_rows_become_int8_as_the_torch_code_says_alone_and_in_a_norm(
+    channels: int, dtype: torch.dtype, activations: Activations
+) -> None:
+    product, _ = packed("int8", None, 200, channels, activations)
     weight = torch.randn(channels, device="cuda").to(dtype)
     for tokens in (1, 7, 985, 2500):
         x = (torch.randn(tokens, channels, device="cuda") * 3 + 1).to(dtype)
         x[tokens - 1] = 0
-        assert ops.takes_quantized(x, (product,), weight) is INT8
+        assert ops.takes_quantized(x, (product,), weight) is activations
         plain = ops.rms_norm(x, weight, 1e-6)
-        row = dense.codes_stride(channels)
-        memory = torch.full((tokens * (row + 4),), 255, dtype=torch.uint8, device="cuda")
-        launch = dense.prepare_quantize(jit.get(dense.quantize_source(TARGETS[dtype], INT8), 0), n=tokens, ic=channels)
+        row = quantizing.codes_stride(channels)
+        size = quantizing.quantized_bytes(tokens, channels, activations)
+        memory = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+        source = quantizing.quantize_source(TARGETS[dtype], activations)
+        launch = quantizing.prepare_quantize(jit.get(source, 0), n=tokens, ic=channels, activations=activations)
         launch(stream=current.stream(0), x=plain.data_ptr(), x_stride=channels, codes=memory.data_ptr())
-        codes, scales = memory[: tokens * row].view(tokens, row)[:, :channels], memory[tokens * row :]
-        expected, expected_scales = INT8.quantize(plain.float().cpu())
+        codes = memory[: tokens * row].view(tokens, row)[:, :channels]
+        scales = scales_of(memory[tokens * row :].view(torch.float32), tokens, channels, activations)
+        expected, expected_scales = activations.quantize(plain.float().cpu())
         assert torch.equal(codes.contiguous().view(torch.int8).cpu(), expected)
-        assert torch.equal(scales.view(torch.float32).cpu(), expected_scales[:, 0])
+        assert torch.equal(scales.cpu(), expected_scales)
         for _ in range(5):
-            rows = ops.rms_norm_quantized(x, weight, 1e-6, activations=INT8)
-            assert torch.equal(rows.codes.cpu(), expected) and torch.equal(rows.scales.cpu(), expected_scales[:, 0])
+            rows = ops.rms_norm_quantized(x, weight, 1e-6, activations=activations)
+            assert torch.equal(rows.codes.cpu(), expected)
+            assert torch.equal(rows.scales.view(tokens, -1).cpu(), expected_scales)
         assert torch.equal(ops.linear_quantized(rows, product), ops.linear(plain, product))
 
 

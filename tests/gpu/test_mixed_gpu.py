@@ -29,9 +29,10 @@ hopper = pytest.mark.skipif(
 
 OC = 300
 DTYPES = (torch.float16, torch.bfloat16)
-ACCUMULATED = {Activations.E4M3: 2.0**-11, Activations.INT8: 2.0**-20}
+ACCUMULATED = {Activations.E4M3: 2.0**-11, Activations.INT8: 2.0**-20, Activations.INT8_GROUPS: 2.0**-20}
 FLOATS = Mix(tuple(get_scheme(name) for name in ("fp4_e2m1", "fp5_e2m2", "fp6_e2m3", "int8")))
 INTEGERS = Mix((get_scheme("uint4", 128), get_scheme("int8")))
+ON_FP8 = Mix((get_scheme("uint4", 128), get_scheme("fp7_e3m3")))
 MANY = Mix((get_scheme("uint5", 64), get_scheme("fp6_e2m3", 64), *FLOATS.levels[:2], get_scheme("uint6")))
 
 
@@ -150,7 +151,7 @@ def exact_of(x: torch.Tensor, weight: torch.Tensor, activations: Activations) ->
     """Return activations as they are multiplied, and the product with the decoded weight, float64."""
     if activations is not Activations.NATIVE:
         codes, scales = activations.quantize(x.float())
-        x = codes.double() * scales.double()
+        x = activations.dequantize(codes, scales.double())
     return x.double(), x.double() @ weight.T
 
 
@@ -164,15 +165,17 @@ def exact_of(x: torch.Tensor, weight: torch.Tensor, activations: Activations) ->
         (INTEGERS, (90, 10), Activations.INT8, torch.float16),
         (INTEGERS, (90, 10), Activations.INT8, torch.bfloat16),
         (FLOATS, (25, 25, 50), Activations.E4M3, torch.float16),
+        (INTEGERS, (90, 10), Activations.INT8_GROUPS, torch.float16),
+        (ON_FP8, (90, 10), Activations.E4M3, torch.bfloat16),
     ],
 )
 def test_every_way_to_deal_out_tiles_gives_the_product(
     mix: Mix, percents: tuple[int, ...], activations: Activations, dtype: torch.dtype
 ) -> None:
     """Each tile, CTAs that take tiles in turn or have even shares, clusters that gather; the same bits every time."""
-    if activations is Activations.E4M3:
+    if mix is FLOATS and activations is Activations.E4M3:
         mix = Mix(mix.levels[:3])  # int8 is not a float of 8 bits
-    oc, ic, chip = 777, 1152 if mix is INTEGERS else 1088, hardware.of_device(0)
+    oc, ic, chip = 777, 1152 if mix in (INTEGERS, ON_FP8) else 1088, hardware.of_device(0)
     plain = mixed(wide(oc, ic), shares(oc, mix, *percents))
     weight, decoded = ready(plain, dtype, activations), plain.dequantize().double().cuda()
     layout = mixed_launch.layout_of(weight)
@@ -207,7 +210,7 @@ def test_every_way_to_deal_out_tiles_gives_the_product(
 @hopper
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("gate", [Gate.SILU, Gate.CLAMPED])
-@pytest.mark.parametrize("activations", [Activations.NATIVE, Activations.INT8])
+@pytest.mark.parametrize("activations", [Activations.NATIVE, Activations.INT8, Activations.INT8_GROUPS])
 def test_gate_up_bias_and_residual_meet_in_their_features(ordered: bool, gate: Gate, activations: Activations) -> None:
     channels, ic, dtype = 397, 640, torch.float16
     form = shares(channels, INTEGERS, 80, 20)
@@ -233,7 +236,7 @@ def test_gate_up_bias_and_residual_meet_in_their_features(ordered: bool, gate: G
 @hopper
 @pytest.mark.parametrize(
     ("mix", "activations", "launches"),
-    [(FLOATS, Activations.NATIVE, 1), (INTEGERS, Activations.INT8, 2)],
+    [(FLOATS, Activations.NATIVE, 1), (INTEGERS, Activations.INT8, 2), (INTEGERS, Activations.INT8_GROUPS, 2)],
 )
 def test_all_row_sets_are_one_launch_and_activations_are_quantised_once(
     mix: Mix, activations: Activations, launches: int, launched: list[str]

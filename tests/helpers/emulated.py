@@ -24,9 +24,10 @@ REPLACED = {
     "experts/words.cuh": "emulated_block.hpp",
     "common/wgmma.cuh": "emulated_mixed.hpp",
     "attention/sm90_instructions.cuh": "emulated_sm90.hpp",
+    "sparse/instructions.cuh": "emulated_mixed.hpp",
 }
 """Headers, and what has all of them that is used."""
-EXTERN = {"mixed/sm90_mixed.cuh"}
+EXTERN = {"mixed/sm90_mixed.cuh", "sparse/sm90_sparse.cuh"}
 """Headers whose dynamic shared memory has a name of its own."""
 SLOTS = (
     "extern __shared__ __align__(1024) char slots[];",
@@ -103,7 +104,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    elif source.header.startswith("mixed/"):
+    elif source.header.startswith(("mixed/", "sparse/")):
         language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [

@@ -1,5 +1,5 @@
 // What the multiplying warps of dense/sm90_multiply_bytes.cuh use, as plain C++ beside `emulated.hpp`: rings that are full
-// from the start, products of int8 by a warpgroup, and arrivals that are counted. It ends the process where
+// from the start, products of int8 or e4m3 by a warpgroup, and arrivals that are counted. It ends the process where
 //
 //     - a register of decoded weights changes while a product reads it
 //     - a slot of activations is handed back before the products that read it have ended
@@ -37,6 +37,8 @@ namespace ptx {
 
 inline u32 rotate(u32 word, int left) { return word << left | word >> (32 - left); }
 inline u32 kept(u32 value) { return value; }
+inline void end_reads() {}
+inline u32 repeat_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xFFu; }
 inline void barrier_arrive(u32 barrier) {
     for (const auto& group : emulated::open[now].committed) {
         for (const emulated::Product& one : group) {
@@ -54,6 +56,7 @@ inline void barrier_arrive(u32 barrier) {
     }
 TERSOR_UNUSED(barrier_arrive_at)
 TERSOR_UNUSED(barrier_expect)
+TERSOR_UNUSED(bulk_copy)
 TERSOR_UNUSED(bulk_copy_once)
 TERSOR_UNUSED(copy_async_16_once)
 TERSOR_UNUSED(copy_async_8_once)
@@ -64,7 +67,7 @@ TERSOR_UNUSED(tensor_copy)
 TERSOR_UNUSED(wait_for_earlier_kernels)
 template <bool kBf16>
 u32 fused_multiply_add_pair(u32, u32, u32) {
-    emulated::fail("floats");
+    emulated::fail("pairs of floats");
 }
 template <int kCtas, class... All>
 void tensor_copy_to_all(All...) {
@@ -124,30 +127,36 @@ void wait() {
 inline u64 describe(u32 shared) { return shared; }
 inline u64 offset(int bytes) { return bytes; }
 
+inline float e4m3(u32 byte) {
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    const float magnitude = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+    return byte & 128 ? -magnitude : magnitude;
+}
+
 template <Kind kKind>
 struct Multiply {
     // D[64, 2 kSums] (+)= A[64, 32] * B[32, 2 kSums]: PTX ISA 9.0, "Register Fragments for wgmma.mma_async.m64nNk32".
-    template <int kSums>
-    static void run(int (&d)[kSums], const u32* a, u64 b, int accumulate) {
+    template <class Sum, int kSums>
+    static void run(Sum (&d)[kSums], const u32* a, u64 b, int accumulate) {
         using namespace emulated;
+        constexpr bool kFloats = kKind == kE4m3;
+        if (kFloats != std::is_same<Sum, float>::value) fail("sums of another type");
         open[now].issued.push_back({a, {a[0], a[1], a[2], a[3]}, static_cast<u32>(b) / x_slot_bytes});
         const int lane = now % 32;
         const auto& given = share({a[0], a[1], a[2], a[3]});
         for (int i = 0; i < kSums; ++i) {
             const int row = i % 4 / 2, token = i / 4 * 8 + lane % 4 * 2 + i % 2;  // of the two rows of this lane
-            int sum = accumulate ? d[i] : 0;
+            Sum sum = accumulate ? d[i] : 0;
             for (int k = 0; k < 32; ++k) {
                 const u32 word = given[lane / 4 * 4 + k % 16 / 4][row + k / 16 * 2];
                 const u32 plain = (static_cast<u32>(b) & ~1023u) + token * 128 + (static_cast<u32>(b) & 127) + k;
                 const u32 at = plain ^ (plain >> 7 & 7) << 4;
-                sum += static_cast<signed char>(word >> k % 4 * 8) * static_cast<signed char>(attention_memory[at]);
+                const u32 one = word >> k % 4 * 8 & 255, other = attention_memory[at];
+                sum += kFloats ? e4m3(one) * e4m3(other)
+                               : static_cast<signed char>(one) * static_cast<signed char>(other);
             }
             d[i] = sum;
         }
-    }
-    template <int kSums>
-    static void run(float (&)[kSums], const u32*, u64, int) {
-        emulated::fail("floats");
     }
 };
 

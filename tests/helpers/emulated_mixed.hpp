@@ -35,7 +35,17 @@ inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrie
     bulk_copy(shared, global, bytes, barrier);
 }
 template <int kId, int kThreads> void arrive_threads() { come(kId, kThreads); }
+inline u32 permute(u32 low, u32 high, u32 selectors) { return __byte_perm(low, high, selectors); }
+inline u32 shift(u32 low, u32 high, u32 by) {
+    return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (by < 32 ? by : 32));
+}
+inline void widen_e4m3_four(u32 four, u32& low, u32& high) {
+    low = widen_e4m3_pair(half_of(four, 0));
+    high = widen_e4m3_pair(half_of(four, 1));
+}
+inline u32 shift_around(u32 low, u32 high, u32 by) { return shift(low, high, by % 32); }
 inline u32 rotate(u32 word, int left) { return word << left | word >> (32 - left); }
+inline u32 repeat_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xFFu; }
 template <bool kBf16> u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
     u32 halves[2];
     for (int i = 0; i < 2; ++i) {
@@ -69,8 +79,8 @@ inline u64 describe(u32 shared) { return (shared & 0x3FFFF) >> 4 | u64(1) << 16 
 constexpr u64 offset(int bytes) { return bytes >> 4; }
 enum Kind { kFloat16, kBfloat16, kE4m3, kE5m2, kInt8 };
 template <Kind kKind> struct Multiply {
-    template <int kSums> static void run(float (&d)[kSums], const u32* a, u64 b, int accumulate) {
-        emulated::multiply<kKind == kBfloat16>(d, a, 0, b, false, accumulate);
+    template <class Sum, int kSums> static void run(Sum (&d)[kSums], const u32* a, u64 b, int accumulate) {
+        emulated::multiply<kKind == kInt8 ? emulated::kBytes : kKind == kBfloat16>(d, a, 0, b, false, accumulate);
     }
 };
 

@@ -32,10 +32,10 @@ struct Group {  // a warpgroup
     Barrier barrier;
     u32 a[128][4];
     u64 descriptions[128][2];
-    float left[64][16], right[16][256];
+    float left[64][32], right[32][256];
     std::map<int, Read> reads;  // of each product under way
 };
-struct Pending { float* d; std::vector<float> sums; int group; };
+struct Pending { u32* d; std::vector<float> sums; int group; bool whole; };  // int32, all of which a float has
 struct Products {
     bool fenced = false;
     int committed = 0, issued = 0, ended = 0;
@@ -75,13 +75,15 @@ inline void land(int index) {
     }
     one.bytes -= box.map.rows == 0 ? box.map.columns : box.map.box_rows * 128;
     for (int row = 0; row < box.map.box_rows; ++row) {
-        for (int column = 0; column < 64; ++column) {
+        const int size = box.map.element == 0 ? 1 : 2;  // CU_TENSOR_MAP_DATA_TYPE_UINT8, or 16 bits
+        for (int column = 0; column < 128 / size; ++column) {
             u16 value = 0;
             const long long from_row = box.row + row, from = box.column + column;
             if (from_row < box.map.rows && from < box.map.columns) {
-                value = reinterpret_cast<const u16*>(box.map.address)[from_row * box.map.stride + from];
+                const u64 place = box.map.address + (from_row * box.map.stride + from) * size;
+                memcpy(&value, reinterpret_cast<const void*>(place), size);
             }
-            memcpy(attention_memory + swizzled(box.shared + row * 128 + column * 2), &value, 2);
+            memcpy(attention_memory + swizzled(box.shared + row * 128 + column * size), &value, size);
         }
     }
     if (one.bytes < 0 && !announced_late) fail("more bytes than were announced", box.barrier);
@@ -143,9 +145,19 @@ template <bool kBf16> float number(u16 x) {
     return all[x];
 }
 
-// Issues D[64, N] (+)= A[64, 16] * B[16, N]: A is in registers, or described where `a` is null.
-template <bool kBf16, int kSums>
-void multiply(float (&d)[kSums], const u32* a, u64 left, u64 right, bool turned, bool accumulate) {
+// A number of the 16 bits of an operand: kBytes as two int8, else as a float.
+constexpr int kBytes = 2;
+template <int kKind> float number_of(u16 value, int part) {
+    if constexpr (kKind == kBytes) return static_cast<signed char>(value >> 8 * part);
+    return number<kKind == 1>(value);
+}
+
+// Issues D[64, N] (+)= A[64, 16] * B[16, N] of fp16 (kKind 0) or bf16 (1), or of pairs of int8 (kBytes), whose sums are
+// int32: A is in registers, or described where `a` is null.
+template <int kKind, class Sum, int kSums>
+void multiply(Sum (&sums_of)[kSums], const u32* a, u64 left, u64 right, bool turned, bool accumulate) {
+    constexpr int kParts = kKind == kBytes ? 2 : 1;
+    u32* const d = reinterpret_cast<u32*>(sums_of);
     Group& group = groups[now / 128];
     const int lane = now % 128;
     if (a != nullptr) memcpy(group.a[lane], a, sizeof group.a[lane]);
@@ -159,7 +171,9 @@ void multiply(float (&d)[kSums], const u32* a, u64 left, u64 right, bool turned,
         for (int k = 0; k < 16; ++k) {
             for (int i = 0; i < 2 * kSums; ++i) {
                 read.push_back(element(right, turned, i, k));
-                group.right[k][i] = number<kBf16>(read.back().value);
+                for (int p = 0; p < kParts; ++p) {
+                    group.right[kParts * k + p][i] = number_of<kKind>(read.back().value, p);
+                }
             }
             for (int i = 0; i < 64; ++i) {
                 u16 value;
@@ -169,7 +183,7 @@ void multiply(float (&d)[kSums], const u32* a, u64 left, u64 right, bool turned,
                     read.push_back(element(left, false, i, k));
                     value = read.back().value;
                 }
-                group.left[i][k] = number<kBf16>(value);
+                for (int p = 0; p < kParts; ++p) group.left[i][kParts * k + p] = number_of<kKind>(value, p);
             }
         }
         group.reads[products[now].issued].operands = std::move(read);
@@ -179,15 +193,15 @@ void multiply(float (&d)[kSums], const u32* a, u64 left, u64 right, bool turned,
     auto found = std::find_if(own.sums.begin(), own.sums.end(), [&](const Pending& one) { return one.d == d; });
     if (found == own.sums.end()) {
         if (!own.fenced) fail("registers are not fenced before a product");
-        own.sums.push_back({d, std::vector<float>(d, d + kSums), 0});
+        own.sums.push_back({d, std::vector<float>(sums_of, sums_of + kSums), 0, kKind == kBytes});
         found = own.sums.end() - 1;
-        memset(d, 255, sizeof d);
+        memset(d, 255, sizeof sums_of);
     }
     found->group = own.committed;
     for (int i = 0; i < kSums; ++i) {
         const int row = lane / 32 * 16 + lane % 32 / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         float sum = accumulate ? found->sums[i] : 0.0f;
-        for (int k = 0; k < 16; ++k) sum += group.left[row][k] * group.right[k][column];
+        for (int k = 0; k < 16 * kParts; ++k) sum += group.left[row][k] * group.right[k][column];
         found->sums[i] = sum;
     }
     ++own.issued;
@@ -226,9 +240,9 @@ template <int kPending> void wait() {
         Pending& one = own.sums[i];
         if (one.group >= ended) continue;
         for (size_t j = 0; j < one.sums.size(); ++j) {
-            if (__float_as_uint(one.d[j]) != 0xffffffffu) fail("sums were written under a product", j);
+            if (one.d[j] != 0xffffffffu) fail("sums were written under a product", j);
+            one.d[j] = one.whole ? static_cast<u32>(static_cast<int>(one.sums[j])) : __float_as_uint(one.sums[j]);
         }
-        memcpy(one.d, one.sums.data(), 4 * one.sums.size());
         own.sums.erase(own.sums.begin() + i);
     }
     own.fenced = false;

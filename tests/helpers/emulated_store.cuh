@@ -13,8 +13,8 @@ struct Never {
 };
 #define NEVER(name) template <int kCtas = 0, class... T> Never name(T...) { abort(); }
 NEVER(address_in) NEVER(barrier_arrive) NEVER(barrier_arrive_at) NEVER(barrier_expect) NEVER(barrier_init)
-NEVER(barrier_wait) NEVER(bulk_copy_once) NEVER(copy_async_16_once) NEVER(copy_async_8_once) NEVER(end_reads)
-NEVER(evict_first_policy) NEVER(fused_multiply_add_pair) NEVER(kept) NEVER(minimum_pair_f16) NEVER(prefetch)
+NEVER(barrier_wait) NEVER(bulk_copy) NEVER(bulk_copy_once) NEVER(copy_async_16_once) NEVER(copy_async_8_once)
+NEVER(end_reads) NEVER(evict_first_policy) NEVER(fused_multiply_add_pair) NEVER(kept) NEVER(minimum_pair_f16) NEVER(prefetch)
 NEVER(prefetch_map)
 NEVER(rotate) NEVER(store_in) NEVER(store_matrices_turned) NEVER(tensor_copy) NEVER(tensor_copy_to_all)
 NEVER(wait_for_earlier_kernels)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from tersor.bench.linear import problem_of
 from tersor.bench.shapes import Shape
@@ -215,12 +216,15 @@ def test_a_fit_is_written_as_the_package_reads_it(costs: ModuleType) -> None:
 
 
 def test_tiles_for_int8_that_a_file_does_not_list_cost_what_those_for_e4m3_do(costs: ModuleType) -> None:
-    fitted = {tile: one for tile, one in cost.of(H200.name).items() if tile.activations is not Activations.INT8}
+    fitted = {tile: one for tile, one in cost.of(H200.name).items() if tile.activations.dtype is not torch.int8}
     _, found = cost.parse(costs.text(H200, fitted, "12 launches"), "new.json")
     more = {tile: one for tile, one in found.items() if tile not in fitted}
     assert len(more) > 20 and all(found[replace(tile, activations=Activations.E4M3)] == more[tile] for tile in more)
     tile = sm90.Tile(128, 2, 1, 1, 1, Activations.INT8)
-    own = {**fitted, tile: replace(more[tile], start=1.25)}
+    in_groups = replace(tile, activations=Activations.INT8_GROUPS)
+    own = dict.fromkeys((tile, in_groups), replace(more[tile], start=1.25))
+    own = {**fitted, **own}
+    assert cost.parse(costs.text(H200, {**fitted, tile: own[tile]}, "12 launches"), "new.json") == (H200.name, own)
     assert cost.parse(costs.text(H200, own, "12 launches"), "new.json") == (H200.name, own)
 
 

@@ -76,17 +76,20 @@ def test_rows_and_channels_of_gated_weights_are_the_same_in_both_languages(tmp_p
 
 
 def subtracts(subtract: Any, fmt: formats.ElementFormat, group: decode_groups.DecodeGroup) -> None:
-    """Assert that every code less every zero point is that number in int8, whatever the bytes beside it are."""
+    """Assert that every code less every zero point, or the offset of its format, is that number where bytes are
+    multiplied, whatever the bytes beside it are."""
     subtract.restype = ctypes.c_uint32
     codes = torch.arange(1 << fmt.bits).repeat(2)
-    for zero in range(129):
-        (constant,) = decode_groups.zero_constants(torch.tensor([zero], dtype=torch.uint8), fmt, decode_groups.INT8)
+    target = decode_groups.FP8 if group.operand == "e4m3" else decode_groups.INT8
+    dtype, most = decode_groups.TARGETS[target], 16 if group.operand == "e4m3" else 128
+    for zero in range(most + 1) if fmt.kind == "uint" else (fmt.bias,):
+        (constant,) = decode_groups.zero_constants(torch.tensor([zero], dtype=torch.uint8), fmt, target)
         for first in range(0, 1 << fmt.bits, 3):
             fields = codes[first : first + 2].repeat(2).int()
             register = int(decode_groups.join(fields)) & group.mask
             found = subtract(register, (int(constant) & 0xFFFF) * 0x00010001)
-            values = torch.tensor([found], dtype=torch.int64).view(torch.int8)[:4]
-            assert torch.equal(values.int(), fields - zero), (fmt.name, zero, first)
+            values = torch.tensor([found], dtype=torch.int64).view(dtype)[:4].float() * 2.0**group.exponent
+            assert torch.equal(values, (fields - zero).float()), (fmt.name, zero, first)
 
 
 @needs_compiler
@@ -95,7 +98,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
     """All codes in all positions of a decode group: pack with the Python tables, extract with the header."""
     header = common("decode.cuh")
     names = [name for name in formats.names() if not decode_groups.unsupported_reason(formats.get(name), target)]
-    parts = []
+    parts, subtract = [], "subtract_to_e4m3" if target == decode_groups.FP8 else "subtract_bytes"
     for name in names:
         parameters = Packing.of(formats.Scheme(formats.get(name)), target).macros()
         defines = "".join(
@@ -108,7 +111,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
             f'extern "C" void {name}_extract(u32* registers, const u32* words) '
             f"{{ {name}::decode::extract(registers, words); }}\n"
             f'extern "C" u32 {name}_subtract(u32 codes, u32 zeros) '
-            f"{{ return {name}::decode::subtract_bytes(codes, zeros); }}\n"
+            f"{{ return {name}::decode::{subtract}(codes, zeros); }}\n"
         )
     loaded = built("using u32 = unsigned int;\n" + "".join(parts), tmp_path)
     together = decode_groups.weights_in_register(target)
@@ -116,7 +119,7 @@ def test_extract_restores_every_code(target: str, tmp_path: Path) -> None:
         fmt = formats.get(name)
         group = decode_groups.decode_group(fmt, target)
         extract = getattr(loaded, f"{name}_extract")
-        if group.finish is decode_groups.Finish.SUBTRACT_BYTES:
+        if group.finish in (decode_groups.Finish.SUBTRACT_BYTES, decode_groups.Finish.SUBTRACT_TO_E4M3):
             subtracts(getattr(loaded, f"{name}_subtract"), fmt, group)
         # 16 x 128 blocks hold every code at every place of a group: block b adds b to a running pattern.
         blocks = 1 << fmt.bits

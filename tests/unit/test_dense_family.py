@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers.fakes import argument_names
 
 from tersor import formats
@@ -84,7 +85,7 @@ def test_beyond_a_decode_batch_a_choice_depends_on_the_tiles_that_tokens_fill(
     activations: Activations, group_size: int | None
 ) -> None:
     """So a server that sees every number of tokens chooses once for each 16 of them, and loses next to nothing."""
-    scheme = formats.get_scheme("int6" if activations is Activations.INT8 else "fp6_e3m2", group_size)
+    scheme = formats.get_scheme("int6" if activations.dtype is torch.int8 else "fp6_e3m2", group_size)
     for shape in ((4096, 4096), (10240, 8192), (100, 1000)):
         for n in (*range(257, 1300, 37), 511, 512, 513, 4095, 4096, 4097, 8191):
             problem = dense.problem_of(scheme, shape, n, activations=activations)

@@ -11,7 +11,7 @@ from helpers.fakes import FakeGpu, pretended
 
 from tersor import nn, ops
 from tersor.compress import quantize_rtn
-from tersor.errors import FormatError, InputError, UnsupportedError
+from tersor.errors import FormatError, InputError, ShapeError, UnsupportedError
 from tersor.formats import Activations, get_scheme, scale_values
 from tersor.hardware import CHIPS
 from tersor.integrations.transformers import replace
@@ -22,7 +22,7 @@ from tersor.layouts.packing import Packing
 from tersor.ops import dispatch
 
 gpu = pretended("NVIDIA H200")
-H200, INT8 = CHIPS["NVIDIA H200"], Activations.INT8
+H200, INT8, GROUPS = CHIPS["NVIDIA H200"], Activations.INT8, Activations.INT8_GROUPS
 
 
 def packed(name: str, oc: int = 24, ic: int = 96, group_size: int | None = None) -> PackedWeight:
@@ -42,6 +42,34 @@ def test_a_token_is_scaled_to_the_largest_code_and_rounded_to_nearest_even() -> 
     codes, scale = INT8.quantize(x)
     assert codes.abs().amax(dim=1).tolist() == [127] * 50
     assert ((INT8.dequantize(codes, scale) - x).abs() <= scale * 0.5001).all()
+
+
+def test_each_group_of_a_token_is_scaled_by_itself() -> None:
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    x[:, 128:256] *= 100
+    x[1, 256:] = 0
+    codes, scale = GROUPS.quantize(x)
+    assert [part.shape for part in GROUPS.quantize(x[:0])] == [(0, 300), (0, 3)]
+    assert codes.shape == x.shape and scale.shape == (3, 3) == (3, GROUPS.scales(300)) and scale[1, 2] == 0
+    for group, first in enumerate(range(0, 300, 128)):
+        own_codes, own_scale = INT8.quantize(x[:, first : first + 128])
+        assert torch.equal(codes[:, first : first + 128], own_codes) and torch.equal(scale[:, group], own_scale[:, 0])
+    assert torch.equal(GROUPS.dequantize(codes, scale)[:, 256:], codes[:, 256:] * scale[:, 2:])
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", 128), ("uint3", 32), ("uint5", 96)])
+def test_scales_of_groups_meet_weights_with_and_without_groups(name: str, group_size: int | None) -> None:
+    """The product is that of what codes and scales stand for, alone and of rows that a norm made bytes of."""
+    weight = packed(name, ic=384, group_size=group_size)
+    x = torch.randn(5, 384, generator=torch.Generator().manual_seed(1)) * torch.logspace(-2, 1, 384)
+    placed = weight.to_layout(ops.preferred_layout(weight.scheme, torch.float32, x.device, GROUPS))
+    assert placed.layout == dispatch.INT8_GROUPS_LAYOUT
+    expected = GROUPS.dequantize(*GROUPS.quantize(x)).double() @ weight.dequantize(torch.float64).T
+    torch.testing.assert_close(ops.linear(x, placed).double(), expected, rtol=1e-5, atol=1e-5)
+    rows = ops.Quantized.of(x, GROUPS)
+    assert torch.equal(ops.linear_quantized(rows, placed), ops.linear(x, placed))
+    with pytest.raises(ShapeError, match=r"scales are \[5\] .*, expected \[5, 3\]"):
+        ops.linear_quantized(ops.Quantized(rows.codes, rows.scales[:, 0], rows.dtype), placed)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -98,7 +126,9 @@ def test_what_cannot_be_multiplied_is_named_and_nothing_changes() -> None:
     with pytest.raises(UnsupportedError, match=r"^1: activations int8 with weights in fp6_e2m3:row:float16: .*integer"):
         replace.multiply_with(model, "int8")
     assert model[0].activations == "16bit"
-    with pytest.raises(InputError, match=r"activations 'int7', did you mean 'int8'\?: use 16bit, fp8 or int8"):
+    with pytest.raises(
+        InputError, match=r"activations 'int7', did you mean 'int8'\?: use 16bit, fp8, int8 or int8:g128"
+    ):
         replace.multiply_with(model, "int7")
     for name, group_size, why in (
         ("uint8", None, "uint8 less its zero point does not fit int8"),
@@ -123,24 +153,28 @@ def test_more_channels_than_whole_sums_may_have_are_refused_by_the_kernels(gpu: 
     assert in_groups.kernel == dispatch.FUSED and "quantised to int8" in in_groups.why
 
 
-def test_a_product_launches_the_quantising_of_its_activations_and_itself(gpu: FakeGpu) -> None:
-    weight, x = packed("uint4", 64, 256, 128).to_layout(dispatch.INT8_LAYOUT), torch.randn(5, 256).half()
+@pytest.mark.parametrize(
+    ("layout", "word"), [(dispatch.INT8_LAYOUT, "int8"), (dispatch.INT8_GROUPS_LAYOUT, "int8_g128")]
+)
+def test_a_product_launches_the_quantising_of_its_activations_and_itself(layout: str, word: str, gpu: FakeGpu) -> None:
+    weight, x = packed("uint4", 64, 256, 128).to_layout(layout), torch.randn(5, 256).half()
     ops.linear(x, weight)
     quantising, product = gpu.launches[-2:]
-    assert "quantize_activations_float16_int8" in quantising.kernel
-    assert "linear_sm90_uint4_int8_float16" in product.kernel
+    assert quantising.kernel.endswith(f"quantize_activations_float16_{word}")
+    assert f"linear_sm90_uint4_{word}_float16" in product.kernel
     assert product["x_map"].address == quantising["codes"] and product["x_scale"] == quantising["scales"] > 0
 
 
-def test_choices_and_sources() -> None:
+@pytest.mark.parametrize("activations", [INT8, GROUPS])
+def test_choices_and_sources(activations: Activations) -> None:
     for name, group_size in (("int8", None), ("uint4", 128)):
-        packing = Packing.of(get_scheme(name, group_size), "int8")
+        packing = Packing.beside(activations, torch.float16, get_scheme(name, group_size))
         names = {source.name for source in family.quantized_sources(packing, "float16", H200)}
         for n in (1, 16, 17, 64, 65, 300, 5000):
-            problem = tune.LinearProblem.of(packing, (4096, 4096), n, activations=INT8)
+            problem = tune.LinearProblem.of(packing, (4096, 4096), n, activations=activations)
             config = tune.choose(problem, H200)
             assert config.schedule == tune.SM90
-            assert config.activations is INT8
+            assert config.activations is activations
             assert family.fused_source(packing, "float16", config).name in names
         assert not list(family.quantized_sources(packing, "float16", CHIPS["NVIDIA A100"]))
     with pytest.raises(ValueError, match="does not meet"):

@@ -1,4 +1,4 @@
-"""The warps of the sm90 schedule that multiply int8, on a CPU: from kernel tiles and activations to sums, exactly."""
+"""The warps of the sm90 schedule that multiply bytes, on a CPU: from kernel tiles and activations to sums, exactly."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tersor.hardware import CHIPS
 from tersor.kernels import dense
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
+from tersor.layouts.packing import BYTEWISE
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -23,7 +24,8 @@ H200 = CHIPS["NVIDIA H200"]
 RUN = """
 static unsigned char slots[1 << 20], x_slots[256 << 10];
 extern "C" void run(
-    const unsigned char* weight, const unsigned char* scale, const signed char* x, int count, int use, float* out) {
+    const unsigned char* weight, const unsigned char* scale, const signed char* x, const float* x_scale, int count,
+    int use, float* out) {
     using namespace linear;
     emulated::open.assign(kConsumers, {});
     emulated::arrivals.assign(emulated::kWeightBarriers, 0);
@@ -35,6 +37,7 @@ extern "C" void run(
             memcpy(own + group * tile::kUnitBytes, weight + unit * tile::kUnitBytes, tile::kUnitBytes);
             memcpy(own + kRowGroups * tile::kUnitBytes + group * kScaleBytes, scale + unit * kScaleBytes, kScaleBytes);
         }
+        memcpy(slots + kXScalesAt + (use + block) % kXSlots * kXScaleBytes, x_scale + block * kTokens, kXScaleBytes);
         for (int i = 0; i < kTokens * 128; ++i) {
             const u32 at = (use + block) % kXSlots * kXSlotBytes + i;
             x_slots[at ^ (at >> 7 & 7) << 4] = x[i / 128 * count * 128 + block * 128 + i % 128];
@@ -65,9 +68,11 @@ extern "C" void run(
 """
 
 
-def sums_of(weight: PackedWeight, x: torch.Tensor, tile: sm90.Tile, use: int, folder: Path) -> torch.Tensor:
-    """What the warps of one tile have as sums, [rows, tokens], with `use` blocks before."""
-    packing = weight.to_layout("tiles_int8").packing
+def sums_of(
+    weight: PackedWeight, x: torch.Tensor, x_scale: torch.Tensor, tile: sm90.Tile, use: int, folder: Path
+) -> torch.Tensor:
+    """What the warps of a tile have as sums, [rows, tokens], with `use` blocks before; x_scale is [blocks, tokens]."""
+    packing = weight.to_layout(f"tiles_{BYTEWISE[tile.activations]}").packing
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
     slots, shared = tile.slots(bits, row_bytes, H200), tile.shared_bytes(bits, row_bytes, H200)
     source = dense.sm90_source(packing, "float16", tile, slots, shared)
@@ -81,37 +86,56 @@ def sums_of(weight: PackedWeight, x: torch.Tensor, tile: sm90.Tile, use: int, fo
     options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
     paths = [f"-I{place}" for place in (folder, HERE, CUDA)]
     subprocess.run([COMPILER, *options, *paths, str(folder / "unit.cpp"), "-o", str(folder / "unit.so")], check=True)
-    tiled, out = weight.to_layout("tiles_int8"), torch.full((tile.rows, tile.tokens), torch.nan)
-    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (tiled.data, tiled.scale, x, out)]
-    ctypes.CDLL(str(folder / "unit.so")).run(*addresses[:3], x.shape[1] // 128, use, addresses[3])
+    tiled, out = (
+        weight.to_layout(f"tiles_{BYTEWISE[tile.activations]}"),
+        torch.full((tile.rows, tile.tokens), torch.nan),
+    )
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (tiled.data, tiled.scale, x, x_scale, out)]
+    ctypes.CDLL(str(folder / "unit.so")).run(*addresses[:4], x.shape[1] // 128, use, addresses[4])
     return out * packing.factor
 
 
 @pytest.mark.parametrize(
-    ("name", "group_size", "shape", "blocks", "use"),
+    ("activations", "name", "group_size", "shape", "blocks", "use"),
     [
-        ("int8", None, (16, 1, 2), 3, 10),  # two buffers in turn, an odd block more
-        ("uint5", None, (144, 2, 1), 2, 1),  # one buffer, zero points by rows
-        ("uint4", 128, (16, 2, 1), 2, 0),
-        ("int7", 32, (32, 1, 2), 2, 5),
+        (Activations.INT8, "int8", None, (16, 1, 2), 3, 10),  # two buffers in turn, an odd block more
+        (Activations.INT8, "uint5", None, (144, 2, 1), 2, 1),  # one buffer, zero points by rows
+        (Activations.INT8, "uint4", 128, (16, 2, 1), 2, 0),
+        (Activations.INT8, "int7", 32, (32, 1, 2), 2, 5),
+        (Activations.INT8_GROUPS, "int8", None, (16, 1, 2), 3, 10),
+        (Activations.INT8_GROUPS, "uint5", None, (16, 2, 1), 2, 0),
+        (Activations.INT8_GROUPS, "uint4", 64, (32, 1, 2), 2, 5),
+        (Activations.E4M3, "int5", None, (16, 1, 2), 5, 3),  # sums settle after four blocks
+        (Activations.E4M3, "uint3", None, (144, 2, 1), 2, 1),
+        (Activations.E4M3, "uint4", 64, (16, 2, 1), 2, 0),
     ],
 )
 def test_sums_are_those_of_whole_numbers(
-    name: str, group_size: int | None, shape: tuple[int, int, int], blocks: int, use: int, tmp_path: Path
+    activations: Activations,
+    name: str,
+    group_size: int | None,
+    shape: tuple[int, int, int],
+    blocks: int,
+    use: int,
+    tmp_path: Path,
 ) -> None:
-    tile = sm90.Tile(shape[0], shape[1], 1, 1, shape[2], Activations.INT8)
+    tile = sm90.Tile(shape[0], shape[1], 1, 1, shape[2], activations)
     generator, ic = torch.Generator().manual_seed(blocks), 128 * blocks
     plain = torch.randn(tile.rows, ic, generator=generator) + 0.3
     weight = PackedWeight.from_encoded(quantize_rtn(plain, get_scheme(name, group_size)))
-    x = torch.randint(-127, 128, (tile.tokens, ic), generator=generator).to(torch.int8)
-    found = sums_of(weight, x, tile, use, tmp_path)
+    most = 16 if activations is Activations.E4M3 else 127  # whole numbers, whose sums are exact in e4m3, too
+    x = torch.randint(-most, most + 1, (tile.tokens, ic), generator=generator).to(activations.dtype)
+    x_scale = torch.rand(blocks, tile.tokens, generator=generator)
+    found = sums_of(weight, x, x_scale, tile, use, tmp_path)
     (scale, zero_point), groups = weight.stored_scales(), weight.scheme.groups(ic)
     numbers = weight.scheme.format.decode(weight.codes()).view(tile.rows, groups, -1)
     if zero_point is not None:
         numbers = numbers - zero_point.float()[:, :, None]
-    sums = torch.einsum("ogk,tgk->otg", numbers.long(), x.long().view(tile.tokens, groups, -1))
-    if group_size is None:
-        assert torch.equal(found, sums[:, :, 0].float())
-    else:
-        scaled = (sums.double() * scale_values(scale, weight.scheme).double()[:, None]).sum(dim=2)
-        torch.testing.assert_close(found.double(), scaled, rtol=1e-6, atol=1e-6 * float(scaled.abs().max()))
+    if activations.group_size is None and group_size is None:
+        assert torch.equal(found, (numbers[:, 0].long() @ x.long().T).float())
+        return
+    scales = 1 if group_size is None else scale_values(scale, weight.scheme).double()[:, :, None]
+    values = (numbers.double() * scales).view(tile.rows, ic)
+    scaled = x.double() if activations.group_size is None else activations.dequantize(x, x_scale.T.double())
+    expected = values @ scaled.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))

@@ -9,22 +9,23 @@ import torch
 from helpers.emulated import COMPILER, Emulated, tensor_map
 from helpers.mixes import mixed
 
-from tersor.formats import Assignment, Mix, get_scheme
+from tersor.formats import Activations, Assignment, Mix, get_scheme
 from tersor.formats.mix import MOST_LEVELS
 from tersor.hardware import CHIPS
 from tersor.kernels import mixed as kernels
+from tersor.kernels import quantizing
 from tersor.kernels.jit import tensor_map as maps
 from tersor.kernels.tune import mixed as tune
 from tersor.kernels.tune import sm90
 from tersor.layouts import MixedWeight
 from tersor.layouts.gated import interleave
+from tersor.layouts.packing import BYTEWISE
 from tersor.ops import Gate, mixed_launch
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 H200 = CHIPS["NVIDIA H200"]
 MIX = Mix((get_scheme("fp5_e2m2"), get_scheme("uint4", 32)))
-LAYOUT = "tiles_float16"
 IC = 352
 
 
@@ -40,9 +41,10 @@ class Launched:
     """A mixed weight, and launches of one tile's kernel with it."""
 
     def __init__(self, weight: MixedWeight, tile: sm90.Tile, gate: Gate | None, folder: Path) -> None:
-        self.weight, self.tile = weight.to_layout(lambda scheme: LAYOUT), tile
+        layout = f"tiles_{BYTEWISE.get(tile.activations, 'float16')}"
+        self.weight, self.tile = weight.to_layout(lambda scheme: layout), tile
         self.outputs = weight.channels
-        packings, self.problem = mixed_launch.problem_of(self.weight, LAYOUT, 1)
+        packings, self.problem = mixed_launch.problem_of(self.weight, layout, 1)
         self.function = Emulated(kernels.source(packings, "float16", tile, H200, int(gate or 0)), folder, 900)
 
     def __call__(
@@ -54,17 +56,24 @@ class Launched:
         launch = kernels.prepare(self.function, config, bf16=False, ic=ic, n=n, outputs=self.outputs)  # type: ignore[arg-type]
         sets = [0] * (2 * MOST_LEVELS)
         for one in self.weight.sets:
-            level = MIX.levels.index(one.scheme)
+            level = self.weight.mix.levels.index(one.scheme)
             sets[2 * level : 2 * level + 2] = one.data.data_ptr(), one.scale.data_ptr()
         y = torch.full((n, self.outputs), torch.nan, dtype=torch.float16)
         partial = torch.full((max(1, config.floats),), torch.nan)
         arrived = torch.zeros(max(1, config.counters), dtype=torch.int32)
+        x_scale = None
+        if self.tile.bytewise:
+            codes, scales = self.tile.activations.quantize(x.float())
+            x = torch.zeros(n, quantizing.codes_stride(ic), dtype=codes.dtype)
+            x[:, :ic] = codes
+            x_scale = torch.full((scales.shape[1], quantizing.scales_stride(n)), torch.nan)
+            x_scale[:, :n] = scales.T
         launch(
             stream=0,
             sets=sets,
             x=x.data_ptr(),
             x_stride=x.stride(0),
-            x_scale=0,
+            x_scale=address(x_scale),
             features=address(self.weight.features),
             bias=address(bias),
             residual=address(residual),
@@ -118,6 +127,22 @@ def test_results_stand_in_the_columns_of_their_features(
         torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=2e-3)
         dealt.append(config.dealt)
     assert any(dealt)
+
+
+@pytest.mark.parametrize("activations", [Activations.INT8, Activations.INT8_GROUPS])
+def test_scales_of_tokens_come_with_their_blocks(activations: Activations, folder: Path) -> None:
+    """Token tiles begin with a multiple of four, and the last block has fewer channels."""
+    rows, n = 233, 39
+    whole = Assignment(Mix((get_scheme("int8"), get_scheme("uint4", 32))), form(rows, False).level)
+    plain = mixed(matrix(rows), whole)
+    launched = Launched(plain, sm90.Tile(16, 1, 1, 1, 2, activations), None, folder)
+    x = torch.randn(n, IC, generator=torch.Generator().manual_seed(n)).half()
+    x *= torch.logspace(-2, 0, n)[:, None] * torch.logspace(-1, 1, IC)
+    read = activations.dequantize(*activations.quantize(x.float())).double()
+    exact = read @ plain.dequantize().double().T
+    for ctas in (3, 7):
+        y, _ = launched(x, ctas)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_gate_and_up_of_a_row_set_become_the_channels_of_their_features(folder: Path) -> None:

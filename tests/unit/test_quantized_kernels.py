@@ -11,11 +11,11 @@ from helpers.emulated import COMPILER, Emulated
 
 from tersor import ops
 from tersor.formats import Activations
-from tersor.kernels import dense, norms
+from tersor.kernels import norms, quantizing
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
-BYTEWISE = (Activations.E4M3, Activations.INT8)
+BYTEWISE = (Activations.E4M3, Activations.INT8, Activations.INT8_GROUPS)
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -23,6 +23,13 @@ NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a kernel that several tests launch is compiled once."""
     return tmp_path_factory.mktemp("kernels")
+
+
+def scales_of(memory: torch.Tensor, rows: int, channels: int, activations: Activations) -> torch.Tensor:
+    """Scales as `Activations.quantize` has them, [rows, 1] or [rows, groups], from where a kernel wrote them."""
+    if activations.group_size is None:
+        return memory.view(rows, 1)
+    return memory.view(activations.scales(channels), quantizing.scales_stride(rows))[:, :rows].T.contiguous()
 
 
 def normed(
@@ -37,16 +44,17 @@ def normed(
     """What the kernel of a norm writes of rows, several of which are one CTA's: results, or codes and scales."""
     rows, channels = x.shape
     bytewise = activations is not Activations.NATIVE
-    stride = dense.codes_stride(channels) if bytewise else channels
+    stride = quantizing.codes_stride(channels) if bytewise else channels
     function = Emulated(norms.norm_source(NAMES[x.dtype], layer, channels, activations, warps), folder, 900)
     sizes = {"rows": rows, "channels": channels, "sms": 1, "sm_threads": 2048, "warps": warps}
     launch = norms.prepare_norm(function, eps=1e-5, offset=0.0 if layer else 1.0, **sizes)  # type: ignore[arg-type]
     out = torch.full((rows, stride), 0x5A, dtype=torch.uint8 if bytewise else x.dtype)
-    scales = torch.full((rows,), torch.nan)
+    size = quantizing.quantized_bytes(rows, channels, activations) - rows * quantizing.codes_stride(channels)
+    scales = torch.full((size // 4,), torch.nan)
     places = {name: 0 if one is None else one.data_ptr() for name, one in beside.items()}
     places |= {"x": x.data_ptr(), "out": out.data_ptr(), "scales": scales.data_ptr() if bytewise else 0}
     launch(stream=0, stride=x.stride(0), out_stride=stride, ready=ready, early=True, **places)
-    return [out[:, :channels], scales] if bytewise else [out]
+    return [out[:, :channels], scales_of(scales, rows, channels, activations)] if bytewise else [out]
 
 
 def quantised(
@@ -58,13 +66,14 @@ def quantised(
 ) -> list[torch.Tensor]:
     """The codes, as bytes, and the scales that the kernel makes of rows."""
     n, ic = len(x if order is None else order), x.shape[1]
-    row = dense.codes_stride(ic)
-    memory = torch.full((n * (row + 4),), 0x5A, dtype=torch.uint8)
-    function = Emulated(dense.quantize_source(NAMES[x.dtype], activations), folder, 900)
-    launch = dense.prepare_quantize(function, n=n, ic=ic)  # type: ignore[arg-type]
+    row = quantizing.codes_stride(ic)
+    memory = torch.full((quantizing.quantized_bytes(n, ic, activations),), 0x5A, dtype=torch.uint8)
+    function = Emulated(quantizing.quantize_source(NAMES[x.dtype], activations), folder, 900)
+    launch = quantizing.prepare_quantize(function, n=n, ic=ic, activations=activations)  # type: ignore[arg-type]
     places = {"x": x.data_ptr(), "codes": memory.data_ptr(), "order": 0 if order is None else order.data_ptr()}
     assert launch(stream=0, x_stride=x.stride(0), top_k=top_k, **places) == memory.data_ptr() + n * row
-    return [memory[: n * row].view(n, row)[:, :ic], memory[n * row :].view(torch.float32)]
+    scales = scales_of(memory[n * row :].view(torch.float32), n, ic, activations)
+    return [memory[: n * row].view(n, row)[:, :ic], scales]
 
 
 def rows_of(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
@@ -105,7 +114,8 @@ def test_a_norm_that_quantises_gives_the_bits_of_a_norm_and_of_quantising(
     both_codes, both_scales = quantised(alone, folder, activations=activations)
     assert torch.equal(codes, both_codes)
     assert torch.equal(scales.view(torch.int32), both_scales.contiguous().view(torch.int32))
-    assert scales.isnan().tolist() == [activations is Activations.INT8 and 0 < row < 3 for row in range(rows)] or more
+    whole = activations.dtype is torch.int8
+    assert scales.isnan().any(dim=1).tolist() == [whole and 0 < row < 3 for row in range(rows)] or more
 
 
 @pytest.mark.parametrize("activations", BYTEWISE)
@@ -145,21 +155,24 @@ def test_rows_are_quantised_as_the_torch_code_says(channels: int, dtype: torch.d
         expected, expected_scales = Activations.E4M3.quantize(rows.float())
         found = codes.contiguous().view(torch.float8_e4m3fn).float()
         torch.testing.assert_close(found, expected.float(), rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(scales, expected_scales[:, 0])
+        assert torch.equal(scales, expected_scales)
 
 
+@pytest.mark.parametrize("activations", [Activations.INT8, Activations.INT8_GROUPS])
 @pytest.mark.parametrize(("channels", "dtype"), [(8, torch.float16), (1001, torch.bfloat16), (33000, torch.float16)])
-def test_rows_become_int8_as_the_torch_code_says(channels: int, dtype: torch.dtype, folder: Path) -> None:
-    """A row with what is not finite has the scale NaN, whatever its codes; one of tiny numbers has codes 0."""
+def test_rows_become_int8_as_the_torch_code_says(
+    channels: int, dtype: torch.dtype, activations: Activations, folder: Path
+) -> None:
+    """A row, or a group, with what is not finite has the scale NaN, whatever its codes; of tiny numbers codes are 0."""
     x = rows_of(5, channels, dtype)
     x[4] = 2.0**-133 if dtype == torch.bfloat16 else 2.0**-24
-    codes, scales = quantised(x, folder, activations=Activations.INT8)
-    expected, expected_scales = Activations.INT8.quantize(x.float())
+    codes, scales = quantised(x, folder, activations=activations)
+    expected, expected_scales = activations.quantize(x.float())
     finite = [0, 3, 4]
     assert torch.equal(codes.contiguous().view(torch.int8)[finite], expected[finite])
     assert expected[3].abs().max() == 127 and expected[4].unique().tolist() == [0 if dtype == torch.bfloat16 else 127]
-    torch.testing.assert_close(scales, expected_scales[:, 0], rtol=0, atol=0, equal_nan=True)
-    assert scales.isnan().tolist() == [False, True, True, False, False]
+    torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
+    assert scales.isnan().sum(dim=1).tolist() == [0, 1, 1, 0, 0]
 
 
 def test_rows_of_pairs_are_those_of_their_tokens(folder: Path) -> None:

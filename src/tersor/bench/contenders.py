@@ -38,7 +38,7 @@ CUBLAS, FP8, HUMMING = "cublas", "fp8", "humming"
 RIVALS = (CUBLAS, FP8, HUMMING)
 HUMMING_INPUTS = {Activations.E4M3: {"dtype": "float8e4m3"}, Activations.INT8: {"dtype": "int8"}}
 """What humming calls 8-bit activations."""
-BYTEWISE = {Activations.E4M3: ":a8", Activations.INT8: ":i8"}
+BYTEWISE = {Activations.E4M3: ":a8", Activations.INT8: ":i8", Activations.INT8_GROUPS: ":i8g128"}
 """Ends the name of a kernel that multiplies with 8-bit activations."""
 _HUMMING_ROWS = 256
 _RESTART = 8
@@ -351,6 +351,8 @@ def _humming_layers(scheme: Scheme, oc: int, ic: int, dtype: torch.dtype, activa
 
     options: dict[str, Any] = {"weight_config": humming_weight(scheme), "torch_dtype": dtype}
     if activations != Activations.NATIVE:
+        if Activations.of(activations) not in HUMMING_INPUTS:
+            raise UnfitError(f"humming is called with one scale a token, not with activations {activations}")
         options["input_config"] = HUMMING_INPUTS[Activations.of(activations)]
     layer = HummingLayer(shape_n=oc, shape_k=ic, **options).cuda()
     layer.load_from_unquantized(random(oc, ic, dtype) * ic**-0.5)

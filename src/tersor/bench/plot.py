@@ -114,6 +114,7 @@ _MULTIPLIED = {
     Activations.NATIVE: "",
     Activations.E4M3: ", 8-bit activations",
     Activations.INT8: ", int8 activations",
+    Activations.INT8_GROUPS: ", int8 activations in groups",
 }
 
 

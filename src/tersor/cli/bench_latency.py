@@ -36,7 +36,7 @@ def command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: float16 or bfloat16.")] = "float16",
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, float16, bfloat16 or fp8.")] = "auto",
-    activations: Annotated[str, typer.Option(help="What weights are multiplied with: 16bit, fp8 or int8.")] = "16bit",
+    activations: options.Activations = "16bit",
     steps: Annotated[int, typer.Option(min=1, help="Of a timed run; the median of three counts.")] = 32,
     cuda_graph: Annotated[str, typer.Option(help="Steps as CUDA graphs: on or off.")] = "on",
     against: options.AgainstVllm = None,

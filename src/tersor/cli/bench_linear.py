@@ -45,7 +45,9 @@ def command(
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option(help=f"What weights are multiplied with: 16bit, fp8, int8, or several; default: {ACTIVATIONS}."),
+        typer.Option(
+            help=f"What weights are multiplied with: 16bit, fp8, int8, int8:g128, or several; default: {ACTIVATIONS}."
+        ),
     ] = None,
     chain: Annotated[
         str | None,

@@ -18,7 +18,9 @@ def command(
     chip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
-    activations: Annotated[str, typer.Option(help="16bit, fp8 or int8, as `--activations` elsewhere.")] = "16bit",
+    activations: Annotated[
+        str, typer.Option(help="16bit, fp8, int8 or int8:g128, as `--activations` elsewhere.")
+    ] = "16bit",
     fuse: Annotated[bool, typer.Option("--fuse", help="Compile what joined layers need, too: gate with up.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the engine's activations: auto, float16 or bfloat16.")] = "auto",
     kv_dtype: options.KvDtype = _ENGINE.kv_dtype,

@@ -12,7 +12,7 @@ from tersor.errors import InputError, did_you_mean
 class Activations(str, enum.Enum):
     """What the activations of a linear are when they meet the weight; the value is the name that users give.
 
-    A further way (one scale a token and group) is a member here with its dtype, its `quantize` and its kernels.
+    A further way is a member here with its dtype, its `quantize` and its kernels.
     """
 
     NATIVE = "16bit"
@@ -21,14 +21,16 @@ class Activations(str, enum.Enum):
     """Quantised to float8_e4m3fn with one float32 scale a token, by the operator itself (W6A8 and the like)."""
     INT8 = "int8"
     """Quantised to symmetric int8 with one float32 scale a token, likewise; products with integer weights are added
-    exactly (W8A8 and W4A8, as in MixLLM, arXiv 2412.14590)."""
+    exactly (W8A8 and W4A8)."""
+    INT8_GROUPS = "int8:g128"
+    """The same with one scale a token and group of 128 input channels, as in MixLLM (arXiv 2412.14590, section 3.2)."""
 
     def __str__(self) -> str:
         return self.value
 
     @staticmethod
     def of(value: Activations | str) -> Activations:
-        """Return the member that a name (`16bit`, `fp8`, `int8`) stands for.
+        """Return the member that a name (`16bit`, `fp8`, `int8`, `int8:g128`) stands for.
 
         Raises:
             InputError: there is none; the message names the nearest.
@@ -46,12 +48,27 @@ class Activations(str, enum.Enum):
         return _CODES[self][0] if self in _CODES else None
 
     @property
+    def group_size(self) -> int | None:
+        """Input channels that share a scale of a token; `None` where all do."""
+        return 128 if self is Activations.INT8_GROUPS else None
+
+    @property
+    def word(self) -> str:
+        """The name in words that take no colon: `16bit`, `fp8`, `int8`, `int8_g128`."""
+        return self.value.replace(":", "_")
+
+    def scales(self, ic: int) -> int:
+        """Return how many scales a token of `ic` input channels has."""
+        return 1 if self.group_size is None else -(-ic // self.group_size)
+
+    @property
     def bits(self) -> int:
         """Bits of one activation in the product."""
         return 16 if self.dtype is None else 8 * self.dtype.itemsize
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantise activations: one scale a token, its largest magnitude over the largest code, 448 or 127.
+        """Quantise activations: one scale a token, its largest magnitude over the largest code, 448 or 127; or one for
+        each group of a token's channels, of which the last may have fewer.
 
         A code is x times f, the largest code over the largest magnitude, rounded to the nearest code, ties to even. f
         is a float32, and so is the product for e4m3; for int8 it is exact. A token of zeros has scale 0 and codes 0.
@@ -60,11 +77,16 @@ class Activations(str, enum.Enum):
             x: float32 [N, IC].
 
         Returns:
-            Codes [N, IC] in `dtype`, and scales, float32 [N, 1]: x is about codes * scales. A token with an infinity or
-            a NaN gets NaNs, in its codes or, of int8, which has none, as its scale.
+            Codes [N, IC] in `dtype`, and scales, float32 [N, `scales(IC)`]: x is about codes * scales. A token, or a
+            group, with an infinity or a NaN gets NaNs, in its codes or, of int8, which has none, as its scale.
         """
         if self not in _CODES:
             raise ValueError(f"activations {self.value} are not quantised")
+        if self.group_size is not None:
+            (n, ic), groups = x.shape, self.scales(x.shape[1])
+            padded = torch.nn.functional.pad(x, (0, -ic % self.group_size))
+            codes, scales = Activations.INT8.quantize(padded.view(n * groups, self.group_size))
+            return codes.view(padded.shape)[:, :ic].contiguous(), scales.view(n, groups)
         dtype, most = _CODES[self]
         largest = torch.full_like(x[:, :1], most)  # a tensor: a GPU divides by a number through its reciprocal
         if self is Activations.INT8:
@@ -74,13 +96,16 @@ class Activations(str, enum.Enum):
         return (x * factor).to(dtype), magnitude / largest
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return float32 activations [N, IC] of codes [N, IC] and scales [N, 1]."""
-        return codes.to(torch.float32) * scales
+        """Return activations [N, IC], in the dtype of the scales, of codes [N, IC] and scales [N, `scales(IC)`]."""
+        if self.group_size is not None:
+            scales = scales.repeat_interleave(self.group_size, dim=1)[:, : codes.shape[1]]
+        return codes.to(scales.dtype) * scales
 
 
 _CODES: dict[Activations, tuple[torch.dtype, float]] = {
     Activations.E4M3: (torch.float8_e4m3fn, 448.0),
     Activations.INT8: (torch.int8, 127.0),
+    Activations.INT8_GROUPS: (torch.int8, 127.0),
 }
 """Way with quantised activations -> dtype of the codes, and the largest."""
 

@@ -18,6 +18,7 @@ from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.macros import sm80_macros, sm90_macros
+from tersor.kernels.quantizing import quantize_source
 from tersor.kernels.tune import sm80, sm90
 from tersor.kernels.tune.problem import FEW_TOKENS
 from tersor.layouts.blocks import ic_blocks, oc_blocks
@@ -25,8 +26,6 @@ from tersor.layouts.packing import Packing, activations_of, target_of, unsupport
 
 _SM80_THREADS = 256
 _DEQUANTIZE_WARPS = 4
-_QUANTIZE_CHANNELS = 32
-_QUANTIZE_THREADS = 1024
 
 SQUARED_CHANNELS = 64
 """Channels of a token whose squares one product adds up for the norm behind it."""
@@ -129,17 +128,6 @@ def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def quantize_source(target: str, activations: Activations) -> KernelSource:
-    """Return the kernel that turns 16-bit activations of a dtype into e4m3 or int8 with a scale a token."""
-    return KernelSource(
-        name=f"tersor_quantize_activations_{target}_{activations.value}",
-        header="dense/quantize_activations.cuh",
-        parameters={"BF16": target == "bfloat16", "INT8": activations is Activations.INT8},
-        arguments="PPPPqqiii",
-    )
-
-
-@functools.cache
 def dequantize_source(packing: Packing) -> KernelSource:
     """Return the kernel that decodes tiles to a dense 16-bit matrix."""
     return KernelSource(
@@ -216,7 +204,7 @@ def prepare_fused(
             stream: handle of the stream.
             weight, scale: addresses of packed codes and scales.
             x, x_stride: address of the activations, and elements from one token to the next.
-            x_scale: address of the float32 scales of quantised activations, one a token.
+            x_scale: address of the float32 scales of quantised activations, one a token or as `scales_stride` says.
             bias, residual, y: addresses, in the dtype of the result.
             partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
             early: whether the sm90 schedule may fetch weights before the kernel ahead has ended: not where that one
@@ -239,39 +227,6 @@ def prepare_fused(
             )
             run(grid, block, shared, stream, mapped, early, cluster)
         # fmt: on
-
-    return launch
-
-
-QuantizeLaunch: TypeAlias = Callable[..., int]
-"""Launches the quantising of activations on one prepared problem: `launch` in `prepare_quantize`."""
-
-
-def codes_stride(ic: int) -> int:
-    """Return the bytes from one token's quantised codes to the next: whole 16 bytes, as a tensor map needs."""
-    return -(-ic // 16) * 16
-
-
-def prepare_quantize(function: Function, *, n: int, ic: int) -> QuantizeLaunch:
-    """Return what launches the quantising of activations [n, ic] to bytes."""
-    warps = -(-ic // (32 * _QUANTIZE_CHANNELS))
-    grid, block, row = (n, 1, 1), (min(32 * warps, _QUANTIZE_THREADS), 1, 1), codes_stride(ic)
-    run = function.launch
-
-    def launch(*, stream: int, x: int, x_stride: int, codes: int, order: int = 0, top_k: int = 1) -> int:
-        """Launch, and return the address of the scales.
-
-        Args:
-            stream: handle of the stream.
-            x, x_stride: address of 16-bit activations, and elements from one token to the next.
-            codes: address of n * (codes_stride + 4) bytes: codes [n, codes_stride], then float32 scales [n].
-            order: address of n numbers: row i of the codes is that of token order[i] / top_k; 0 for token i.
-            top_k: what those numbers are divided by.
-        """
-        scales_at = codes + n * row
-        whole = not (x % 16 or x_stride % 8 or ic % 8)
-        run(grid, block, 0, stream, (x, order, codes, scales_at, x_stride, row, ic, whole, top_k), True)
-        return scales_at
 
     return launch
 

@@ -202,6 +202,8 @@ def sources(packing: Packing, result: str, chip: Chip, gate: int) -> Iterator[Ke
     """Yield every kernel that experts with weights of a packing can ask for on a chip, in its usual mode."""
     activations = activations_of(packing.layout)
     native = activations is Activations.NATIVE
+    if activations.group_size is not None:
+        return  # those meet experts one after the other
     problem = tune.ExpertsProblem.of(packing, (1, 128, 128), 1, 1, activations)
     for chosen in tune.shapes(problem, chip):
         yield source(packing, result, chosen, gate, False)

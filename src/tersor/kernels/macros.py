@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from tersor.formats import Activations
 from tersor.kernels.tune import sm90
 from tersor.layouts.packing import Packing
 
@@ -46,6 +49,7 @@ def sm90_macros(
         **packing.macros(),
         "BF16": result == "bfloat16",
         "BYTES": tile.bytewise,
+        "X_GROUPS": tile.activations.group_size is not None,
         "BYTE_WEIGHT": _BYTE_WEIGHTS.get(packing.group.operand, 4),
         "N_TILE": tile.tokens,
         "ROW_GROUPS": tile.row_groups,
@@ -62,3 +66,8 @@ def sm90_macros(
         "NORM": norm,
         "PLACED": placed,
     }
+
+
+def quantized_macros(activations: Activations) -> dict[str, int | bool | str]:
+    """Return the parameters of common/quantized.cuh but for the dtype."""
+    return {"INT8": activations.dtype is torch.int8, "X_GROUPS": activations.group_size is not None}

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from tersor.formats import Activations
 from tersor.kernels.jit import Function, KernelSource
+from tersor.kernels.macros import quantized_macros
 from tersor.kernels.small import norm_pieces, norm_threads
 
 _THREADS = 512
@@ -65,9 +66,9 @@ def norm_source(
 def _norm_source(
     target: str, layer: bool, pieces: int, activations: Activations, of_lane: int, warps: int
 ) -> KernelSource:
-    native, whole = activations is Activations.NATIVE, activations is Activations.INT8
-    parameters = {"BF16": target == "bfloat16", "PIECES": pieces, "BYTES": not native, "INT8": whole}
-    suffix = "" if native else "_int8" if whole else "_e4m3"
+    native = activations is Activations.NATIVE
+    parameters = {"BF16": target == "bfloat16", "PIECES": pieces, "BYTES": not native, **quantized_macros(activations)}
+    suffix = "" if native else "_e4m3" if activations is Activations.E4M3 else f"_{activations.word}"
     if warps:
         return KernelSource(
             name=f"tersor_rms_norm_rows_{target}_{of_lane}{suffix}",
@@ -132,7 +133,7 @@ def prepare_norm(
                 row to the next.
             ready: whether weight and bias were there before the kernel ahead started.
             early: whether the kernel may start before the one ahead has ended: it waits before it reads or writes.
-            scales: address of float32 [rows], where the result becomes bytes.
+            scales: address of float32 [rows], where the result becomes bytes, or of those of groups (quantized.cuh).
         """
         addresses = (x, weight, out, scales) if warps else (x, weight, bias, residual, out, scales)
         run(grid, block, 0, stream, (*addresses, stride, out_stride, rows, channels, eps, offset, ready), early)

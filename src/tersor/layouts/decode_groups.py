@@ -6,7 +6,8 @@ words, and masking: about one instruction a weight, half of one where four share
 mantissa bits under the wider float's mantissa is exact, subnormals included, up to one power of two, which the kernel's
 epilogue applies (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight instead). A symmetric integer beside
 int8 stands in the top bits of its byte, in two's complement, and so is a number times a power of two; one with a zero
-point stands in the lowest bits, and the zero point is taken from four of them at once.
+point stands in the lowest bits, and the zero point is taken from four of them at once. So are integers beside e4m3, of
+which a magnitude of up to 16 becomes a number where it stands: the lowest bits of e4m3 count equal steps up to there.
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
 tables were found by annealing for few instructions; `packing` inverts them once.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,18 +30,27 @@ FP8 = "float8_e4m3fn"
 """The decode target for activations quantised to e4m3."""
 INT8 = "int8"
 """The decode target for activations quantised to int8."""
+INT8_GROUPS = "int8_g128"
+"""The same for those with scales in groups: what weights become does not differ, what a kernel does with sums does."""
 TARGETS: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     FP8: torch.float8_e4m3fn,
     INT8: torch.int8,
+    INT8_GROUPS: torch.int8,
 }
 """Decode target -> dtype of the activations it is multiplied with."""
 
 PAIR_TARGETS = ("float16", "bfloat16")
 """Targets with two weights in a register."""
 
-_OPERANDS = {"float16": ("float16",), "bfloat16": ("bfloat16",), FP8: ("e4m3", "e5m2"), INT8: ("int8",)}
+_OPERANDS = {
+    "float16": ("float16",),
+    "bfloat16": ("bfloat16",),
+    FP8: ("e4m3", "e5m2"),
+    INT8: ("int8",),
+    INT8_GROUPS: ("int8",),
+}
 """Decode target -> types that decoded weights may have beside such activations, the preferred one first."""
 
 _MANTISSA = {"float16": 10, "bfloat16": 7, "e4m3": 3, "e5m2": 2}
@@ -47,8 +58,11 @@ _BIAS = {"float16": 15, "bfloat16": 127, "e4m3": 7, "e5m2": 15}
 _WIDTH = {"float16": 16, "bfloat16": 16, "e4m3": 8, "e5m2": 8, "int8": 8}
 _INT_MAGIC = {"float16": 1024, "bfloat16": 128}
 _WORD = 0xFFFFFFFF
-_MOST_SUBTRACTED = 128
-"""The largest zero point that leaves any code of up to 7 bits in int8."""
+_MOST_SUBTRACTED = {INT8: 128, INT8_GROUPS: 128, FP8: 16}
+"""Target -> the largest zero point that any code may be less: to stay in int8, or a number that e4m3 has."""
+_STEP_OF_E4M3 = 2.0**-9
+_STEPS_OF_E4M3 = 16
+"""Up to so many of its smallest steps e4m3 has every number, as the bits of their count."""
 
 
 class Finish(enum.IntEnum):
@@ -61,6 +75,7 @@ class Finish(enum.IntEnum):
     UINT8_TO_BF16 = 4
     HALVE = 5
     SUBTRACT_BYTES = 6
+    SUBTRACT_TO_E4M3 = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +124,15 @@ class DecodeGroup:
 
 def unsupported_reason(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
-    if target == INT8:
+    if _whole(target):
         if fmt.kind == "float":
             return f"{fmt.name} is no integer type: int8 activations need one"
         if fmt.kind == "uint" and fmt.bits == 8:
             return f"{fmt.name} less its zero point does not fit int8"
     elif _width(target) == 8:
-        if fmt.kind != "float":
-            return f"{fmt.name} is no float type: {target} activations need one"
-        if fmt.bits == 8:
+        if fmt.kind != "float" and _largest(fmt) > _STEPS_OF_E4M3:
+            return f"{fmt.name} has integers that e4m3 has not: {target} activations need a float type, or up to 4 bits"
+        if fmt.kind == "float" and fmt.bits == 8:
             return f"{fmt.name} has numbers where the tensor cores' 8-bit floats have NaN or infinity"
     elif fmt.kind == "float" and fmt.exponent_bits > (5 if target == "float16" else 7):
         return f"{fmt.name} reaches exponents that {target} does not have"
@@ -138,11 +153,14 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
     constant = 0
     raised = 0
     finish = Finish.AS_IS
-    if target == INT8:
+    if _whole(target):
         if fmt.kind == "uint":
             finish = Finish.SUBTRACT_BYTES
         else:
             exponent = fmt.bits - 8
+    elif target == FP8 and fmt.kind != "float":
+        finish, exponent = Finish.SUBTRACT_TO_E4M3, -int(math.log2(_STEP_OF_E4M3))
+        constant = fmt.bias * 0x01010101
     elif fmt.kind != "float":
         finish = Finish.SUBTRACT
         if fmt.bits == 4 and target == "float16":
@@ -175,14 +193,15 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
 def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Return what decoding adds for zero points: the bits (int16) of 16-bit floats of `target`, same shape.
 
-    For int8 it takes them away, and the 16 bits are the zero point twice, a byte each.
+    For int8 and e4m3 it takes them away, and the 16 bits are the zero point twice, a byte each.
 
     Raises:
         FormatError: a zero point whose constant `target` cannot hold exactly.
     """
-    if target == INT8:
-        if zero_point.numel() and int(zero_point.max()) > _MOST_SUBTRACTED:
-            raise FormatError(f"a zero point of {int(zero_point.max())} in {fmt.name} is beyond what int8 takes")
+    if target in _MOST_SUBTRACTED:
+        if zero_point.numel() and int(zero_point.max()) > _MOST_SUBTRACTED[target]:
+            operand = _operand(fmt, target)
+            raise FormatError(f"a zero point of {int(zero_point.max())} in {fmt.name} is beyond what {operand} takes")
         return zero_point.to(torch.int16) * 0x0101
     wanted = -(zero_point.to(torch.float32) + _zero_base(fmt, target))
     constants = wanted.to(TARGETS[target])
@@ -197,7 +216,7 @@ def zero_constants(zero_point: torch.Tensor, fmt: ElementFormat, target: str) ->
 
 def zero_points(constants: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `zero_constants`: return the zero points (uint8)."""
-    if target == INT8:
+    if target in _MOST_SUBTRACTED:
         return (constants & 0xFF).to(torch.uint8)
     return (-constants.view(TARGETS[target]).to(torch.float32) - _zero_base(fmt, target)).to(torch.uint8)
 
@@ -214,7 +233,7 @@ def weights_in_register(target: str) -> int:
 
 def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Return codes (int32) as the 16 or 8 bits that each has in a register."""
-    if target == INT8 and fmt.kind == "int":
+    if _whole(target) and fmt.kind == "int":
         return (codes ^ fmt.bias) << (8 - fmt.bits)
     if fmt.kind != "float":
         return codes
@@ -225,7 +244,7 @@ def place(codes: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
 
 def unplace(fields: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tensor:
     """Undo `place`."""
-    if target == INT8 and fmt.kind == "int":
+    if _whole(target) and fmt.kind == "int":
         return (fields >> (8 - fmt.bits)) ^ fmt.bias
     if fmt.kind != "float":
         return fields
@@ -303,8 +322,18 @@ def _pair(value: float, target: str) -> int:
     return half | half << 16
 
 
+def _whole(target: str) -> bool:
+    """Tell whether activations of a target are int8."""
+    return TARGETS[target] is torch.int8
+
+
 def _width(target: str) -> int:
     return _WIDTH[_OPERANDS[target][0]]
+
+
+def _largest(fmt: ElementFormat) -> int:
+    """Return the largest magnitude that an integer has, less any zero point."""
+    return (1 << fmt.bits) - 1 if fmt.kind == "uint" else fmt.bias
 
 
 def _field(fmt: ElementFormat, target: str) -> tuple[int, int]:

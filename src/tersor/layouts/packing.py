@@ -117,7 +117,11 @@ NATIVE = {decode_groups.TARGETS[name]: name for name in decode_groups.PAIR_TARGE
 """Dtype of activations as they come -> the target for it."""
 
 
-BYTEWISE = {Activations.E4M3: decode_groups.FP8, Activations.INT8: decode_groups.INT8}
+BYTEWISE = {
+    Activations.E4M3: decode_groups.FP8,
+    Activations.INT8: decode_groups.INT8,
+    Activations.INT8_GROUPS: decode_groups.INT8_GROUPS,
+}
 """Way with activations quantised to bytes -> the target for it."""
 
 

@@ -25,6 +25,8 @@ E4M3_LAYOUT = f"tiles_{target_of(Activations.E4M3, torch.float16)}"
 """The layout of weights that are multiplied with activations quantised to e4m3."""
 INT8_LAYOUT = f"tiles_{target_of(Activations.INT8, torch.float16)}"
 """The layout of weights that are multiplied with activations quantised to int8."""
+INT8_GROUPS_LAYOUT = f"tiles_{target_of(Activations.INT8_GROUPS, torch.float16)}"
+"""The same where those have one scale a token and group."""
 MOST_WHOLE_CHANNELS = 1 << 17
 """Input channels whose products of int8 32 bits certainly hold the sum of, where one scale a row leaves it whole."""
 
@@ -127,7 +129,7 @@ def preferred_layout(
     Args:
         scheme: of the weight.
         dtype, device: of the activations, as they come.
-        activations: `16bit`, or `fp8` or `int8`: the operator quantises them, one scale a token, before it multiplies.
+        activations: `16bit`, or `fp8`, `int8` or `int8:g128`: the operator quantises them before it multiplies.
 
     Raises:
         InputError: no such activations.
@@ -228,7 +230,7 @@ def _decide_bytewise(
         batch_invariant=mode.current().batch_invariant,
     )
     config = tune.choose(problem, gpu)
-    kind = "int8" if activations is Activations.INT8 else "e4m3"
+    kind = "e4m3" if activations is Activations.E4M3 else activations.value
     return Decision(FUSED, config, "activations are quantised to {}; {}", (kind, config))
 
 

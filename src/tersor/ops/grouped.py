@@ -30,8 +30,8 @@ from tersor.ops.settled import settled
 from tersor.ops.tables import Tables
 
 if TYPE_CHECKING:
-    from tersor.kernels.dense import QuantizeLaunch
     from tersor.kernels.experts import ExpertsLaunch, GatherLaunch
+    from tersor.kernels.quantizing import QuantizeLaunch
 
 _MOST_PREPARED = 512
 _FETCHED = 0.5
@@ -59,6 +59,8 @@ def misfit(gate_up: Stacked, down: Stacked, dtype: torch.dtype, chip: hardware.C
         native = activations_of(weight) is Activations.NATIVE
         if not native and tune.schedule(chip) == SM80:
             return "8-bit activations need compute capability 9.0, this is {}.{}".format(*chip.capability)
+        if activations_of(weight).group_size is not None:
+            return "activations with a scale a token and group meet experts one after the other"
         if native and weight.layout != wanted:
             return f"{name} lie in {weight.layout}, {dtype} activations need {wanted}"
         why = overflow_reason(weight.scheme, weight.layout, weight.shape[2])
@@ -177,7 +179,7 @@ def product_of(
         index: the CUDA device.
         tables_ready: whether the routing tables were there before the kernel ahead started.
     """
-    from tersor.kernels import dense, experts, jit
+    from tersor.kernels import experts, jit, quantizing
 
     result = target_of(Activations.NATIVE, dtype)
     assert result is not None
@@ -185,8 +187,11 @@ def product_of(
     native, pairs = config.activations is Activations.NATIVE, tokens * top_k
     quantize = None
     if not native:
-        quantize = dense.prepare_quantize(
-            jit.get(dense.quantize_source(result, config.activations), index), n=pairs, ic=ic
+        quantize = quantizing.prepare_quantize(
+            jit.get(quantizing.quantize_source(result, config.activations), index),
+            n=pairs,
+            ic=ic,
+            activations=config.activations,
         )
     source = experts.source(weight.packing, result, config, gate, tables_ready and native)
     launch = experts.prepare(
@@ -201,7 +206,7 @@ def product_of(
         most_blocks=most_blocks(pairs, weight.experts, config.block_tokens),
         factor=weight.packing.factor,
     )
-    return Product(config, launch, quantize, dense.codes_stride(ic))
+    return Product(config, launch, quantize, quantizing.codes_stride(ic))
 
 
 def _make(x: torch.Tensor, gate_up: Stacked, down: Stacked, top_k: int, gate: Gate, batch_invariant: bool) -> Prepared:

@@ -71,7 +71,8 @@ def multiply(
     stream, x_scale, partial, arrived = current.stream(index), 0, 0, 0
     if chosen.quantize is not None:
         row = chosen.codes_stride
-        codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
+        size = chosen.codes_bytes
+        codes = current.empty((size,), (1,), torch.uint8)  # held until the launch; then the stream's order
         x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
         address, stride = codes.data_ptr(), row
     if chosen.floats:
@@ -145,10 +146,10 @@ def problem_of(weight: MixedWeight, layout: str, n: int) -> tuple[tuple[Packing,
 class _Prepared:
     """How calls of one weight, dtype, device and number of tokens are launched: as `ops.prepared.Prepared`."""
 
-    __slots__ = ("codes_stride", "counters", "floats", "launch", "quantize")
+    __slots__ = ("codes_bytes", "codes_stride", "counters", "floats", "launch", "quantize")
 
     def __init__(self, of: _Served, n: int, dtype: torch.dtype, index: int, gate: int) -> None:
-        from tersor.kernels import dense, jit, mixed
+        from tersor.kernels import jit, mixed, quantizing
 
         result = target_of(Activations.NATIVE, dtype)
         assert result is not None
@@ -164,11 +165,14 @@ class _Prepared:
             outputs=of.outputs,
         )
         self.floats, self.counters = config.floats, config.counters
-        self.quantize, self.codes_stride = None, 0
+        self.quantize, self.codes_stride, self.codes_bytes = None, 0, 0
         if problem.activations is not Activations.NATIVE:
-            source = dense.quantize_source(result, problem.activations)
-            self.quantize = dense.prepare_quantize(jit.get(source, index), n=n, ic=problem.ic)
-            self.codes_stride = dense.codes_stride(problem.ic)
+            source = quantizing.quantize_source(result, problem.activations)
+            self.quantize = quantizing.prepare_quantize(
+                jit.get(source, index), n=n, ic=problem.ic, activations=problem.activations
+            )
+            self.codes_stride = quantizing.codes_stride(problem.ic)
+            self.codes_bytes = quantizing.quantized_bytes(n, problem.ic, problem.activations)
 
 
 class _Served:

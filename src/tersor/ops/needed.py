@@ -23,6 +23,7 @@ from tersor.kernels import (
     experts,
     mixed,
     norms,
+    quantizing,
     routing,
     sampling,
     shared_attention,
@@ -100,7 +101,7 @@ def mixed_linear(weight: MixedWeight, dtype: torch.dtype, gate: int, tokens: int
         return
     packings, problem = mixed_launch.problem_of(weight, layout, tokens)
     if problem.activations is not Activations.NATIVE:
-        yield dense.quantize_source(result, problem.activations)
+        yield quantizing.quantize_source(result, problem.activations)
     for tile in tune_mixed.asked(problem, chip):
         yield mixed.source(packings, result, tile, chip, gate)
 
@@ -145,7 +146,7 @@ def _matrix(
         problem = replace(problem, n=sm80.TOKENS)
         yield from (dense.dequantize_source(packing), dense.epilogue_source(packing, gate))
     if not native:
-        yield dense.quantize_source(result, activations)
+        yield quantizing.quantize_source(result, activations)
     for config in tune.choices(problem, chip, beyond):
         yield dense.fused_source(packing, result, config, gate)
 
@@ -209,7 +210,7 @@ def products(
     )
     kinds = {one.activations for one in (*of_up, *of_down)} - {Activations.NATIVE}
     for kind in sorted(kinds, key=lambda kind: kind.name):
-        yield dense.quantize_source(result, kind)
+        yield quantizing.quantize_source(result, kind)
     for firsts, seconds in tune_experts.choices_of_sets(of_up, of_down, chip):
         for (packing, _), first in zip(ups, firsts, strict=True):
             yield experts.source(packing, result, first, int(gate), False)

@@ -13,7 +13,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels import jit, norms, small
-from tersor.kernels.dense import codes_stride
+from tersor.kernels.quantizing import codes_stride, scales_stride
 from tersor.ops import current, dispatch, mode
 from tersor.ops.settled import settled
 
@@ -140,7 +140,8 @@ def launched(
         activations: what the result becomes; compute capability 9.0 alone has bytes.
 
     Returns:
-        [T, H] in x's dtype and `None`; of bytes codes [T, H] in rows of whole 16 bytes, and float32 [T].
+        [T, H] in x's dtype and `None`; of bytes codes [T, H] in rows of whole 16 bytes, and scales, float32 [T] or, in
+        groups, [T, `Activations.scales(H)`].
     """
     index = x.get_device()
     if index >= 0 and current.device() != index:
@@ -160,7 +161,12 @@ def launched(
     launch = _launch(function, eps=float(eps), offset=float(offset), **sizes, warps=warps)
     out_stride = codes_stride(channels) if codes else channels
     out = current.empty((rows, channels), (out_stride, 1), codes or x.dtype)
-    scales = current.empty((rows,), (1,), torch.float32) if codes else None
+    scales = None
+    if codes and activations.group_size is not None:
+        groups, stride = activations.scales(channels), scales_stride(rows)
+        scales = current.empty((rows, groups), (1, stride), torch.float32)
+    elif codes:
+        scales = current.empty((rows,), (1,), torch.float32)
     launch(
         stream=current.stream(index),
         x=x.data_ptr(),

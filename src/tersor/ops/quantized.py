@@ -13,22 +13,22 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Activations
-from tersor.kernels.dense import codes_stride
+from tersor.kernels.quantizing import codes_stride, scales_stride
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import activations_of
 from tersor.ops import current, dispatch, mode, norm, prepared, reference, serve, tensors
 
-_LAYOUTS = (dispatch.E4M3_LAYOUT, dispatch.INT8_LAYOUT)
+_LAYOUTS = (dispatch.E4M3_LAYOUT, dispatch.INT8_LAYOUT, dispatch.INT8_GROUPS_LAYOUT)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Rows of activations as e4m3 or int8: row t is about codes[t] * scales[t].
+    """Rows of activations as e4m3 or int8: row t, or a group of its channels, is about codes times its scale.
 
     Attributes:
         codes: float8_e4m3fn or int8 [T, H].
-        scales: float32 [T].
+        scales: float32 [T], or [T, groups].
         dtype: of the rows before, and of the results of products.
     """
 
@@ -40,7 +40,7 @@ class Quantized:
     def of(x: torch.Tensor, activations: Activations = Activations.E4M3) -> Quantized:
         """Return rows x [T, H] quantised by the torch code."""
         codes, scales = activations.quantize(x.float())
-        return Quantized(codes, scales.view(-1), x.dtype)
+        return Quantized(codes, scales if activations.group_size else scales.view(-1), x.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -166,11 +166,11 @@ def linear_quantized(
     now = mode.current()
     chosen = of.prepared((n, dtype, index, True, gate, now.key), now)
     if chosen.launch is None:
-        scale = scales.view(-1, 1)
+        scale = scales.reshape(n, -1)
         return reference.of_codes(codes, scale, dtype, weight, bias, residual, gate, now.batch_invariant)
     if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
         codes = _aligned(codes)
-    scales = scales.contiguous()
+    scales = scales.contiguous() if scales.dim() == 1 else _by_groups(scales)
     y = current.empty((n, outputs), (outputs, 1), dtype)
     x = {"x": codes.data_ptr(), "x_stride": codes.stride(0), "x_scale": scales.data_ptr()}
     return serve.launched(chosen, weight, bias, residual, y, **x)
@@ -178,16 +178,28 @@ def linear_quantized(
 
 def _check(rows: Quantized, weight: PackedWeight) -> None:
     codes, scales = rows.codes, rows.scales
-    wanted = activations_of(weight.layout).dtype
+    activations = activations_of(weight.layout)
+    wanted = activations.dtype
     if wanted is None:
         raise ShapeError(f"linear_quantized: the weight lies in {weight.layout}, expected one of {', '.join(_LAYOUTS)}")
     if codes.dim() != 2 or codes.dtype != wanted:
         raise ShapeError(f"linear_quantized: codes are {list(codes.shape)} {codes.dtype}, expected [T, IC] {wanted}")
-    if scales.shape != codes.shape[:1] or scales.dtype != torch.float32 or scales.device != codes.device:
+    sizes = [len(codes)] if activations.group_size is None else [len(codes), activations.scales(codes.shape[1])]
+    if list(scales.shape) != sizes or scales.dtype != torch.float32 or scales.device != codes.device:
         raise ShapeError(
             f"linear_quantized: scales are {list(scales.shape)} {scales.dtype} on {scales.device}, expected "
-            f"[{len(codes)}] torch.float32 on {codes.device}"
+            f"{sizes} torch.float32 on {codes.device}"
         )
+
+
+def _by_groups(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales [T, groups] as kernels read them: those of a group behind each other, `scales_stride` a group."""
+    rows, groups = scales.shape
+    strides = (1, scales_stride(rows))
+    if scales.stride() == strides and scales.data_ptr() % 16 == 0:
+        return scales
+    memory = scales.new_empty(groups * strides[1])
+    return memory.as_strided((rows, groups), strides).copy_(scales)
 
 
 def _aligned(codes: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def linear(
     """Return x @ W^T + bias + residual, accumulated in float32 (float64 for such x) and rounded once to x's dtype.
 
     Args:
-        x: [N, IC], any float dtype; first quantised to e4m3 or int8 where the weight lies in the layout for that.
+        x: [N, IC], any float dtype; first quantised to bytes where the weight lies in the layout for that.
         weight: packed weight [OC, IC] in any layout.
         bias: [OC] or `None`.
         residual: as the result, or `None`.
@@ -68,10 +68,14 @@ def of_codes(
 
     Args:
         codes: float8_e4m3fn or int8 [N, IC].
-        token_scale: float32 [N, 1].
+        token_scale: float32 [N, 1], or [N, `Activations.scales(IC)`] where the weight lies in the layout for that.
         dtype: of the result.
         weight, bias, residual, gate, one_by_one: as for `linear`.
     """
+    activations = activations_of(weight.layout)
+    if activations.group_size is not None:
+        wide = activations.dequantize(codes, token_scale)
+        return _blocks(wide, None, dtype, weight, bias, residual, gate, one_by_one)
     whole = codes.dtype == torch.int8 and weight.scheme.group_size is None
     return _blocks(codes.to(torch.float32), token_scale, dtype, weight, bias, residual, gate, one_by_one, whole)
 

@@ -126,7 +126,8 @@ def linear(
     partial = arrived = bias_address = residual_address = x_scale = 0
     if chosen.quantize is not None:
         row = chosen.codes_stride
-        codes = current.empty((n, row + 4), (row + 4, 1), torch.uint8)  # held until the launch; then the stream's order
+        size = chosen.codes_bytes
+        codes = current.empty((size,), (1,), torch.uint8)  # held until the launch; then the stream's order
         x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
         address, stride = codes.data_ptr(), row
     if chosen.floats:

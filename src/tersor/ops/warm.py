@@ -15,7 +15,7 @@ from tersor.checkpoint.names import stored_weights
 from tersor.checkpoint.source import Source, open_source, quantization_of
 from tersor.errors import InputError, UnsupportedError
 from tersor.formats import Activations, Mix, Scheme
-from tersor.kernels import dense, mixed
+from tersor.kernels import mixed, quantizing
 from tersor.kernels.dense import kernels_for
 from tersor.kernels.jit import arch_for, cache, compile_many
 from tersor.kernels.routing import combine_source, tables_source
@@ -250,7 +250,7 @@ def mixed_sources(
             continue
         packings = tuple(Packing.of(level, target) for level in mix.levels)
         if activations is not Activations.NATIVE:
-            yield dense.quantize_source(dtype, activations)
+            yield quantizing.quantize_source(dtype, activations)
         for tile in tune_mixed.tiles_of([packing.scales_in_block for packing in packings], activations):
             for gate in (0, int(Gate.SILU)) if fuse else (0,):
                 yield mixed.source(packings, dtype, tile, chip, gate)

@@ -166,7 +166,7 @@ def swap_stack(model: nn.Module, name: str, form: Form, dtype: torch.dtype | Non
 
 
 def multiply_with(model: nn.Module, activations: Activations | str) -> None:
-    """Choose what every packed linear is multiplied with: `16bit`, `fp8` or `int8` (`PackedLinear.multiply_with`).
+    """Choose what every packed linear is multiplied with, such as `int8` (`PackedLinear.multiply_with`).
 
     Raises:
         InputError: no such activations.

@@ -124,6 +124,12 @@ def _parse(content: Any) -> tuple[str, dict[Tile, Cost]]:
             for tile, costs in found.items()
             if tile.activations is Activations.E4M3 and tile.registers - tile.tokens // 2 > _CROWDED
         }
+    if not any(tile.activations is Activations.INT8_GROUPS for tile in found):
+        found |= {
+            replace(tile, activations=Activations.INT8_GROUPS): costs
+            for tile, costs in found.items()
+            if tile.activations is Activations.INT8 and tile.grouped
+        }
     return content["chip"], found
 
 

@@ -115,6 +115,8 @@ def box_of(tile: Tile, n: int) -> int:
     """
     pieces = (1 if tile.bytewise else 2) // tile.x_slots_of_block
     boxes, tokens = max(1, tile.cluster // pieces), tile_tokens(tile, n)
+    if tile.activations.group_size is not None:
+        tokens = min(n, -(-tokens // 4) * 4)  # scales of tokens are copied by fours
     return tokens if boxes == 1 else min(n, -(-tokens // (8 * boxes)) * 8)
 
 
@@ -126,7 +128,7 @@ def tile_tokens(tile: Tile, n: int) -> int:
 def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> tuple[Tile, ...]:
     """Return the tile shapes for one scale a row (0) or scales in groups, for one way with activations."""
     of_kind = (tile for tile in cost.of(cost.DEFAULT) if tile.activations is activations)
-    if scale_groups == 0:
+    if scale_groups == 0 and activations.group_size is None:
         return tuple(of_kind)
     return tuple(
         tile for tile in of_kind if tile.grouped and scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups)

@@ -106,6 +106,11 @@ class Tile:
         return self.tokens * (128 if self.bytewise else 256) // self.x_slots_of_block
 
     @property
+    def x_scale_bytes(self) -> int:
+        """The bytes of the scales that come with a slot of activations, where those have some for each block."""
+        return 0 if self.activations.group_size is None else 4 * self.tokens
+
+    @property
     def exchange_bytes(self) -> int:
         """The bytes in which warpgroups hand their sums over, or many tokens' results are turned."""
         if self.tokens > 64:
@@ -130,7 +135,7 @@ class Tile:
         """
         budget = (chip.shared_bytes + _RESERVED_SHARED) // self.resident - _RESERVED_SHARED - self.static_bytes
         budget -= self.exchange_bytes
-        weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes
+        weight, x = self.weight_slot_bytes(bits, scale_bytes), self.x_slot_bytes + self.x_scale_bytes
         depth = min(_MAX_SLOTS, max(3, budget // (weight + self.x_slots_of_block * x))) // self.turns * self.turns
         x_depth = min(_MAX_SLOTS, (budget - depth * weight) // x) // self.x_slots_of_block * self.x_slots_of_block
         if self.few:
@@ -141,5 +146,6 @@ class Tile:
     def shared_bytes(self, bits: int, scale_bytes: int, chip: Chip) -> int:
         """Return the dynamic shared memory of a CTA."""
         slots = self.slots(bits, scale_bytes, chip)
-        rings = slots.weights * self.weight_slot_bytes(bits, scale_bytes) + slots.x * self.x_slot_bytes
+        rings = slots.weights * self.weight_slot_bytes(bits, scale_bytes)
+        rings += slots.x * (self.x_slot_bytes + self.x_scale_bytes)
         return rings + self.exchange_bytes + slots.gather_room * self.part_bytes

@@ -13,14 +13,6 @@ __device__ __forceinline__ void arrive_one_of(int index) {
     asm volatile("bar.arrive %0, %1;" ::"r"(kFirst + index), "n"(kThreads) : "memory");
 }
 
-// A contiguous copy by the copy engine; bytes is a multiple of 16.
-__device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-        "l"(global), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
 // Elementwise a * b of two packed fp16 numbers.
 __device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
     u32 product;

@@ -81,6 +81,25 @@ __device__ __forceinline__ u32 subtract_bytes(u32 codes, u32 zeros) {
     return ((codes | kTops) - zeros) ^ kTops;
 }
 
+// The highest bit of every byte, in all bits of that byte.
+__device__ __forceinline__ u32 repeat_signs(u32 bytes) {
+#ifdef __CUDACC__
+    return ptx::repeat_signs(bytes);
+#else
+    return (bytes >> 7 & 0x01010101u) * 0xFFu;
+#endif
+}
+
+// Four codes less a zero point, of magnitudes up to 16, as e4m3 times 2^9: sign and magnitude, which e4m3 counts from its
+// smallest step on. Beside the top bit the zero point less the code is the magnitude where it is not negative, and the
+// sign is there, too; where it is, that bit is gone, and the others are the complement of the magnitude less one.
+__device__ __forceinline__ u32 subtract_to_e4m3(u32 codes, u32 zeros) {
+    constexpr u32 kTops = 0x80808080u;
+    const u32 differences = (zeros | kTops) - codes;
+    const u32 magnitudes = differences ^ (~repeat_signs(differences) & ~kTops);
+    return magnitudes + ((~magnitudes & kTops) >> 7);
+}
+
 #ifdef __CUDACC__
 
 // What turns masked code bits into numbers; the names are those of tersor.layouts.decode_groups.Finish.
@@ -92,9 +111,10 @@ enum Finish {
     kUint8ToBf16 = 4,  // as before, then subtract the zero point less 128
     kHalve = 5,        // half of a float with fp16's exponents, of which the top one is an ordinary number
     kSubtractBytes = 6,  // four codes less their row's zero point, as int8
+    kSubtractToE4m3 = 7,  // the same, or less the offset of their format, as e4m3
 };
 
-static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kSubtractBytes, "DECODE_FINISH is a Finish");
+static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kSubtractToE4m3, "DECODE_FINISH is a Finish");
 
 // The mask for a loop that calls `extract`. An instruction has room for one constant; where the power of two above an
 // integer's bits is one, ptxas fetches the mask anew each time unless it seems to come from a variable: `count` >= 0.
@@ -140,6 +160,8 @@ __device__ __forceinline__ u32 finish(u32 pair, u32 constant, bool second) {
         return ptx::minimum_pair_f16(normal, subnormal) ^ (~pair & kSigns);
     } else if constexpr (DECODE_FINISH == kSubtractBytes) {
         return subtract_bytes(pair, constant);
+    } else if constexpr (DECODE_FINISH == kSubtractToE4m3) {
+        return subtract_to_e4m3(pair, constant);
     } else {
         return pair;
     }

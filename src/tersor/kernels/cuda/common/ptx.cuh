@@ -13,6 +13,13 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(address);
 }
 
+// The highest bit of every byte, in all bits of that byte; __byte_perm has no such selectors.
+__device__ __forceinline__ u32 repeat_signs(u32 bytes) {
+    u32 signs;
+    asm("prmt.b32 %0, %1, 0, 0xBA98;" : "=r"(signs) : "r"(bytes));
+    return signs;
+}
+
 // Rotates left; in assembly, so that under a mask no compiler makes a shift and a rotation of it.
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
     u32 turned;
@@ -192,6 +199,14 @@ __device__ __forceinline__ void bulk_copy_once(u32 shared, const void* global, u
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
             shared),
         "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// The same of what others read, too: a contiguous copy by the copy engine; bytes is a multiple of 16.
+__device__ __forceinline__ void bulk_copy(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
 }
 

@@ -1,8 +1,9 @@
 // Tokens as bytes with a scale each, by the largest magnitude m of a token. As e4m3: scale = m / 448, code = x * (448 / m),
 // rounded twice; as int8: scale = m / 127, code = x * (127 / m), which is rounded once, ties to even. A token with an
 // infinity or a NaN gets NaNs: e4m3 has those in its codes, or an infinite scale and codes of zeros and NaNs; of int8 the
-// scale is NaN.
-// Parameters: BF16 (1: bf16, 0: fp16), INT8 (1: int8, 0: e4m3).
+// scale is NaN. With scales in groups each 128 channels of a token are as a token of their own: 16 lanes beside each other
+// have them, eight numbers each, and scales of a group stand behind each other, those of all tokens.
+// Parameters: BF16 (1: bf16, 0: fp16), INT8 (1: int8, 0: e4m3), X_GROUPS (1: scales in groups, 0: one a token).
 #pragma once
 
 #include "common/ptx.cuh"
@@ -10,6 +11,7 @@
 namespace quantized {
 
 constexpr bool kInt8 = INT8;
+constexpr bool kGroups = X_GROUPS;
 constexpr float kMax = kInt8 ? 127.0f : 448.0f;
 
 // From here on the compiler takes numbers out of packed words again: across a barrier it would keep all of them wide.
@@ -43,6 +45,20 @@ __device__ __forceinline__ float largest_of_warp(float magnitude) {
         magnitude = larger(magnitude, __shfl_xor_sync(~0u, magnitude, lanes));
     }
     return magnitude;
+}
+
+// The same of the 16 lanes that have a group.
+__device__ __forceinline__ float largest_of_group(float magnitude) {
+#pragma unroll
+    for (int lanes = 8; lanes > 0; lanes /= 2) {
+        magnitude = larger(magnitude, __shfl_xor_sync(~0u, magnitude, lanes));
+    }
+    return magnitude;
+}
+
+// Where the scale of a group of eight-channel pieces stands, of one of so many tokens: whole 16 bytes a group.
+__device__ __forceinline__ long long scale_at(int piece, int token, int tokens) {
+    return static_cast<long long>(piece / 16) * ((tokens + 3) / 4 * 4) + token;
 }
 
 __device__ __forceinline__ float scale(float magnitude) {

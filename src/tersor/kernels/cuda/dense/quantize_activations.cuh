@@ -1,6 +1,6 @@
-// Activations as bytes with a scale for each token (common/quantized.cuh). One CTA a row of codes, with threads for all
-// pieces of a row: all of it is under way at once. Parameters: BF16 (1: bf16 activations, 0: fp16), INT8 (1: int8, 0:
-// e4m3).
+// Activations as bytes with a scale for each token, or each 128 channels of one (common/quantized.cuh). One CTA a row of
+// codes, with threads for all pieces of a row: all of it is under way at once. Parameters: BF16 (1: bf16 activations, 0:
+// fp16), INT8 (1: int8, 0: e4m3), X_GROUPS (1: scales in groups, 0: one a token).
 #pragma once
 
 #include "common/launch.cuh"
@@ -10,6 +10,7 @@ namespace quantize {
 
 constexpr int kMostThreads = 1024;
 constexpr int kKept = 4;  // pieces of 8 channels that a thread keeps in registers; longer rows are read twice
+constexpr int kAhead = 2;  // pieces that are under way for a thread, of scales in groups, which need no row as a whole
 
 struct alignas(16) Piece {
     u16 values[8];
@@ -33,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_E
     const u16* __restrict__ x,    // [tokens, IC]
     const int* order,             // [N] or null: row i is that of token order[i] / top_k, or of token i
     unsigned char* codes,         // [N, codes_stride], the last bytes of a row are padding
-    float* scales,                // [N]
+    float* scales,                // [N] or, in groups, as quantized::scale_at says
     long long stride,
     long long codes_stride,       // a multiple of 16, at least IC
     int ic,
@@ -48,6 +49,29 @@ extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_E
     const int start = threadIdx.x * 8, step = blockDim.x * 8, lane = threadIdx.x % 32;
     const bool keeps = whole && ic <= kKept * step;
     Piece kept[kKept];
+    unsigned char* target = codes + token * codes_stride;
+    if constexpr (quantized::kGroups) {
+#pragma unroll 1
+        for (int before = 0; before < ic; before += kAhead * step) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int first = before + start + i * step;
+                kept[i] = {};
+                if (first < ic) kept[i] = load(row, first, ic, whole);
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int first = before + start + i * step;
+                const float most = quantized::largest_of_group(quantized::largest(kept[i].values, 0.0f));
+                quantized::keep_packed(kept[i].values);
+                if (first >= ic) continue;
+                const int piece = first / 8;
+                if (piece % 16 == 0) scales[quantized::scale_at(piece, blockIdx.x, gridDim.x)] = quantized::scale(most);
+                *reinterpret_cast<uint2*>(target + first) = quantized::encode(kept[i].values, quantized::factor(most));
+            }
+        }
+        return;
+    }
     float magnitude = 0.0f;
     if (keeps) {
 #pragma unroll
@@ -72,7 +96,6 @@ extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_E
     magnitude = quantized::largest_of_warp(lane < static_cast<int>(blockDim.x) / 32 ? of_warp[lane] : 0.0f);
     if (threadIdx.x == 0) scales[token] = quantized::scale(magnitude);
     const float factor = quantized::factor(magnitude);
-    unsigned char* target = codes + token * codes_stride;
     if (keeps) {
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {

@@ -89,7 +89,7 @@ __device__ __forceinline__ void run_cta(
         }
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, rank, weight);
-            if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows);
+            if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows, of.x_scale, work.n);
             if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, rank, scale);
         }
         if (warp == 0 && gathered) ptx::wait_cluster();  // a warp that has arrived may not end before

@@ -128,7 +128,8 @@ __device__ __forceinline__ bool add_splits(
     return true;
 }
 
-constexpr bool kTokenScales = kBytewise || kNormIn;
+constexpr bool kOfTokens = kBytewise && !kXGroups;
+constexpr bool kTokenScales = kOfTokens || kNormIn;
 
 // The scales of a tile's tokens: of 8-bit activations, or what a norm divides by, which a warp that copies brings
 // (`scale_tokens`). A CTA reads each once: they lie in a few sectors of one slice of L2, which all CTAs would queue for.
@@ -139,14 +140,14 @@ struct TileScales {
     float* shared;     // [kTokens], of all, once they are shared
 
     __device__ __forceinline__ TileScales(float* shared, const float* x_scale, const Item& item) : shared(shared) {
-        static_assert(!kBytewise || kTokens <= kFinishers, "a thread has one token");
+        static_assert(!kOfTokens || kTokens <= kFinishers, "a thread has one token");
         const int token = item.first_token + threadIdx.x;
-        if (kBytewise && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
+        if (kOfTokens && threadIdx.x < kTokens && token < item.end_token) own = __ldcg(x_scale + token);
     }
     // `brought`: the barrier at which that warp tells.
     __device__ __forceinline__ void share(u32 brought) const {
         if constexpr (kNormIn) ptx::barrier_wait(brought, 0);  // for the first item, and so for all
-        if constexpr (kBytewise) {
+        if constexpr (kOfTokens) {
             ptx::sync_threads<kFinishersBarrier, kFinishers>();  // those of the item before have been read
             if (threadIdx.x < kTokens) shared[threadIdx.x] = own;
             ptx::sync_threads<kFinishersBarrier, kFinishers>();

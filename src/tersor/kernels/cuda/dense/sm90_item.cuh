@@ -22,7 +22,7 @@ namespace linear {
 struct Operands {
     const float* row_scales;  // by rows, where there is one scale a row
     const u16* bias;          // [oc], or of all row sets, or null
-    const float* x_scale;     // [n] for 8-bit activations, else null
+    const float* x_scale;     // for 8-bit activations [n] or, in groups, as copy_activations says; else null
     const u16* residual;      // as y, added to it, or null
     u16* y;                   // [n, oc], or half as many channels where gated
     float* partial;           // sums of split items

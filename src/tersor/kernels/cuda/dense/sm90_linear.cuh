@@ -16,11 +16,11 @@
 // not depend on who was first.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), BYTES (1: 8-bit
-// activations with a scale a token), BYTE_WEIGHT (beside e4m3 activations weights decode to e4m3, 4, or e5m2, 5; 8: both
-// are int8), N_TILE (wgmma.cuh), ROW_GROUPS,
-// K_GROUPS, CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that
-// have shared memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES
-// (what the launch asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
+// activations with a scale a token), X_GROUPS (1: each of its blocks of 128 channels has one), BYTE_WEIGHT (beside e4m3
+// activations weights decode to e4m3, 4, or e5m2, 5; 8: both are int8), N_TILE (wgmma.cuh), ROW_GROUPS, K_GROUPS,
+// CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that have shared
+// memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES (what the launch
+// asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
 // (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), NORM (sm90_norm.cuh: 1 where x still lacks
 // the division of a norm, 2 where a norm of y follows; all tokens are in one tile then), PLACED (sm90_finish.cuh: 1 where
 // results stand among those of other row sets).
@@ -40,7 +40,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     const char* __restrict__ weight,                  // units of packed codes
     const char* __restrict__ scale,                   // by rows or, in groups, by units (scales.cuh)
     const u16* __restrict__ bias,                     // [OC] or null
-    const float* __restrict__ x_scale,                // [N] for 8-bit activations, else null
+    const float* __restrict__ x_scale,                // for 8-bit activations [N] or, in groups, as copy_activations says
     const u16* residual,                              // as y, added to it, or null
     u16* __restrict__ y,                              // [N, OC], or half as many channels where gated; contiguous
     float* partial,                                   // sums of split items

@@ -5,7 +5,7 @@
 // of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Tiles of more than 128 tokens have registers for one set of
 // sums only: all blocks of an item meet in the tensor cores, which is what others call fast accumulation. Products of int8
 // add up exactly, and of a whole row with one scale they stay whole until the end; those of a scale group become float32
-// to be scaled (MixLLM, arXiv 2412.14590, section 3.3).
+// to be scaled (MixLLM, arXiv 2412.14590, section 3.3), and so do those of a block where each has its own scale of a token.
 #ifndef TERSOR_DENSE_SM90_MULTIPLY_BYTES  // of a row set: may be read again for another (mixed/sm90_level.cuh)
 #define TERSOR_DENSE_SM90_MULTIPLY_BYTES
 
@@ -46,11 +46,11 @@ __device__ __forceinline__ void decode_bytes(
     for (int set = 0; set < kByteRegisters / decode::kRegisters; ++set) {
         decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
     }
-    if constexpr (scales::kZeroPoints) {
+    if constexpr (scales::kZeroPoints || DECODE_FINISH == decode::kSubtractToE4m3) {
 #pragma unroll
         for (int i = 0; i < kByteRegisters; ++i) {
-            const int group = i / 4 / kGroupSteps;
-            a[i] = decode::finish<kBf16>(a[i], zeros.of[2 * group + i % 2], false);
+            const u32 zero = scales::kZeroPoints ? zeros.of[2 * (i / 4 / kGroupSteps) + i % 2] : DECODE_CONSTANT;
+            a[i] = decode::finish<kBf16>(a[i], zero, false);
         }
     } else if constexpr (decode::kPlain) {
 #pragma unroll
@@ -65,7 +65,7 @@ __device__ __forceinline__ float to_float(float sum) { return sum; }
 
 static_assert(tile::kColumns / kScales * 128 * 128 <= 1 << 22, "sums of a scale group have at most 22 bits");
 
-#if SCALE_GROUPS == 0
+#if SCALE_GROUPS == 0 && !X_GROUPS
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
 // the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block before are under way or, with one buffer, those of
@@ -146,32 +146,51 @@ __device__ __forceinline__ void multiply_blocks(
 
 #else
 
-// The same of scales in groups.
+// The same of scales in groups, of weights or activations or both.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
-    const scales::RowOffsets&) {
+    const scales::RowOffsets& offsets) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     constexpr int kSteps = kByteSteps;
     const u32 nothing = count >> 31;
+    u32 a[4 * kSteps];
     SumOf<kWhole>::Type part[kSums];  // of the group under way
     float low = 0.0f, high = 0.0f;    // and its scales
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use), x_before = x_at;
-    const auto settle = [&] {
+    // `at`: where the activations of the products were.
+    const auto settle = [&](const XRing::Place& at) {
         wgmma::wait<0>();
+        if constexpr (kXGroups) {
+            const float2* of_tokens = reinterpret_cast<const float2*>(slots + x_scales_at(at)) + lane % 4;
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * to_float(part[i]);
+            for (int i = 0; i < kSums; i += 4) {
+                const float2 pair = of_tokens[i];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float of_token = k % 2 == 0 ? pair.x : pair.y;
+                    sums[i + k] += (kGroups == 0 ? of_token : (k < 2 ? low : high) * of_token) * to_float(part[i + k]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * to_float(part[i]);
+        }
+    };
+    const auto release = [&] {
+        if constexpr (kXGroups) ptx::end_reads();
+        release_x(xs, x_before);
     };
     for (int block = 0; block < count; ++block) {
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
         const char* block_scales =
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
-        u32 words[tile::kLaneWords], a[4 * kSteps];
+        u32 words[tile::kLaneWords];
         float scale[2 * kScales];
-        Zeros zeros;
+        Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
@@ -186,8 +205,8 @@ __device__ __forceinline__ void multiply_blocks(
         }
         weights.release(weights_at);
         if (block > 0) {
-            settle();
-            release_x(xs, x_before);
+            settle(x_before);
+            release();
         }
         decode_bytes(a, words, zeros, nothing);
         xs.wait_filled(x_at);
@@ -196,9 +215,11 @@ __device__ __forceinline__ void multiply_blocks(
         for (int step = 0; step < kSteps; ++step) {
             const bool first = step % kGroupSteps == 0;
             if (first) {
-                if (step > 0) settle();
-                low = scale[step / kGroupSteps * 2];
-                high = scale[step / kGroupSteps * 2 + 1];
+                if (step > 0) settle(x_at);
+                if constexpr (kGroups > 0) {
+                    low = scale[step / kGroupSteps * 2];
+                    high = scale[step / kGroupSteps * 2 + 1];
+                }
                 wgmma::fence();
             }
             Multiply::run(part, a + 4 * step, x + wgmma::offset(step * 32), !first);
@@ -208,8 +229,8 @@ __device__ __forceinline__ void multiply_blocks(
         x_before = x_at;
         x_at.advance();
     }
-    settle();
-    release_x(xs, x_before);
+    settle(x_before);
+    release();
 }
 
 #endif

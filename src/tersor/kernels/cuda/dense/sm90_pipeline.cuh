@@ -13,6 +13,7 @@ namespace linear {
 
 constexpr bool kBf16 = BF16;
 constexpr bool kBytewise = BYTES;                          // 8-bit activations with a scale a token
+constexpr bool kXGroups = X_GROUPS;                        // and block of channels, which comes with the block
 constexpr bool kWhole = kBytewise && BYTE_WEIGHT == 8;     // int8, whose products add up exactly
 constexpr bool kNormIn = NORM == 1, kNormOut = NORM == 2;
 constexpr bool kPlaced = PLACED;                           // results stand among those of other row sets
@@ -33,7 +34,7 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kRowGroups;
 constexpr int kSums = kTokens / 2;  // sums of a thread
 
-// What sums are until they are scaled: float32 or, of int8 with one scale a row, int32. They are exchanged as they are,
+// What sums are until they are scaled: float32 or, of int8 with one scale a row and a token, int32. They are exchanged as they are,
 // in the bytes of float32, so that whole numbers add up to the same ones however channels are split.
 template <bool kOfInt8>
 struct SumOf {
@@ -43,7 +44,7 @@ template <>
 struct SumOf<true> {
     using Type = int;
 };
-using Sum = SumOf<kWhole && kGroups == 0>::Type;
+using Sum = SumOf<kWhole && kGroups == 0 && !kXGroups>::Type;
 
 __device__ __forceinline__ float bytes_of(float sum) { return sum; }
 __device__ __forceinline__ float bytes_of(int sum) { return __int_as_float(sum); }
@@ -59,15 +60,18 @@ constexpr int kSlotPieces = kTokens <= 64 ? kPieces : 1;     // a slot has a who
 constexpr int kSlotsOfBlock = kPieces / kSlotPieces;
 constexpr int kSlotBoxes = kCluster > kSlotPieces ? kCluster / kSlotPieces : 1;  // of each piece
 constexpr int kXSlotBytes = kSlotPieces * kXPiece;
+constexpr int kXScaleBytes = kXGroups ? kTokens * 4 : 0;  // of the scales that come with a slot of activations
 
 constexpr bool kMany = kTokens > 64;                 // results are turned in shared memory
 constexpr int kStoreTokens = 64;                     // as many at a time
 constexpr int kStoreBytes = kStoreTokens * 128;      // of one warpgroup
 
-// Shared memory: activations, which need 1024 bytes alignment, weights, then sums that warpgroups exchange, or results.
+// Shared memory: activations, which need 1024 bytes alignment, weights, scales of activations in groups, then sums that
+// warpgroups exchange, or results.
 // Parts of sums that a cluster gathers come behind those where there is room for them, else to where the rings were.
 constexpr int kWeightsAt = kXSlots * kXSlotBytes;
-constexpr int kExchangeAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
+constexpr int kXScalesAt = kWeightsAt + kWeightSlots * kWeightSlotBytes;
+constexpr int kExchangeAt = kXScalesAt + kXSlots * kXScaleBytes;
 constexpr int kExchangeBytes = kMany ? kRowGroups * kStoreBytes : kFinishers * (kTurns - 1) * kSums * 4;
 constexpr int kPartBytes = kFinishers * kSums * 4;
 constexpr int kSharedBytes = kExchangeAt + kExchangeBytes + GATHER_ROOM * kPartBytes;
@@ -85,6 +89,7 @@ static_assert((kTokens == 8 || kTokens % 16 == 0) && kTokens <= 256, "N_TILE is 
 static_assert(kWeightSlots % kTurns == 0 && kXSlots % (kTurns * kSlotsOfBlock) == 0,
               "a slot serves one warpgroup in an item: one that is ahead must not take an old round for its own");
 static_assert(kFew || kChannelGroups == 1, "without turns, each warpgroup has rows of its own");
+static_assert(!kXGroups || (kWhole && kSlotsOfBlock == 1), "int8 activations alone have scales in groups");
 static_assert(kSharedBytes == SHARED_BYTES, "tersor/kernels/tune/tile.py deals out shared memory otherwise");
 
 // One item: which rows, tokens and blocks of channels a CTA multiplies before it takes the next item. Of `step()` CTAs the
@@ -188,10 +193,18 @@ __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work&
     });
 }
 
-// The thread that copies activations: `x_rows` rows in a box of the tensor map.
+// Where the scales lie that came with a slot of activations, counted from the first slot.
+__device__ __forceinline__ u32 x_scales_at(const XRing::Place& at) { return kXScalesAt + at.slot * kXScaleBytes; }
+
+// Scales of a block's activations lie behind each other, from one block to the next so many of them: copies of four begin
+// on 16 bytes.
+__device__ __forceinline__ int x_scale_stride(int tokens) { return (tokens + 3) / 4 * 4; }
+
+// The thread that copies activations: `x_rows` rows in a box of the tensor map. With scales in groups those of a block of
+// channels are copied, too: `x_scale` [blocks][x_scale_stride of all `tokens`], and an item begins with a multiple of four.
 template <typename Work>
 __device__ __forceinline__ void copy_activations(
-    const XRing& ring, const Work& work, int rank, const TensorMap& x_map, int x_rows) {
+    const XRing& ring, const Work& work, int rank, const TensorMap& x_map, int x_rows, const float* x_scale, int tokens) {
     ptx::prefetch_map(&x_map);
     XRing::Place at(0);
     bool waits = true;
@@ -202,8 +215,13 @@ __device__ __forceinline__ void copy_activations(
         for (int block = item.first_block; block < item.last_block; ++block) {
 #pragma unroll
             for (int i = 0; i < kSlotsOfBlock; ++i, at.advance()) {
+                const int scale_bytes = kXGroups ? x_scale_stride(item.end_token - item.first_token) * 4 : 0;
                 ring.wait_emptied(at);
-                ptx::barrier_expect(ring.filled(at), kSlotPieces * kSlotBoxes * x_rows * 128);
+                ptx::barrier_expect(ring.filled(at), kSlotPieces * kSlotBoxes * x_rows * 128 + scale_bytes);
+                if constexpr (kXGroups) {
+                    const float* from = x_scale + static_cast<long long>(block) * x_scale_stride(tokens) + item.first_token;
+                    ptx::bulk_copy(ring.base + x_scales_at(at), from, scale_bytes, ring.filled(at));
+                }
 #pragma unroll
                 for (int piece = 0; piece < kSlotPieces; ++piece) {
                     const int channel = block * tile::kColumns + (i + piece) * kPieceChannels;

@@ -76,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     int most_splits,
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
+    static_assert(!kXGroups, "items begin with any token, and copies of scales with every fourth");
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
     __shared__ __align__(8) float token_scales[kBytewise ? kTokens : 1];
@@ -112,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
                 if constexpr (GATHERS_TOKENS) {
                     copy_tokens(xs, work, x_map, order, top_k, block_tokens);
                 } else {
-                    copy_activations(xs, work, 0, x_map, x_rows);
+                    copy_activations(xs, work, 0, x_map, x_rows, x_scale, 0);
                 }
             }
             if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, 0, scale);

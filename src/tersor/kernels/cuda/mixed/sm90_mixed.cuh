@@ -89,7 +89,7 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(level_0::linear::kTh
     const __grid_constant__ mixed::Shares shares,
     const int* __restrict__ features,         // this one to `arrived`, and `most_parts`: Call in sm90_call.cuh
     const u16* __restrict__ bias,
-    const float* __restrict__ x_scale,        // [N] for 8-bit activations, else null
+    const float* __restrict__ x_scale,        // as in sm90_linear.cuh
     const u16* residual,
     u16* __restrict__ y,
     float* partial,

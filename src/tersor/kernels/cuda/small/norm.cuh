@@ -1,10 +1,11 @@
 // Normalises rows; of many, an RMS norm makes bytes by norm_rows.cuh. In float32, rounded once:
 //   y = residual + x / sqrt(mean(x^2) + eps) * (weight + offset)             (RMS norm)
 //   y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias              (layer norm)
-// With BYTES what was rounded becomes bytes with a scale for each row (common/quantized.cuh), and is not written itself.
+// With BYTES what was rounded becomes bytes with a scale for each row, or each 128 channels of one (common/quantized.cuh),
+// and is not written itself.
 // A CTA has a row in registers, with the weights of all its rows; while it works on one the next is under way.
 // Parameters: BF16 (1: bf16, 0: fp16), LAYER (1: layer norm), PIECES (16 bytes that a thread has, at most), BYTES (0 or
-// 1), INT8 (1: int8, 0: e4m3), RESIDENT (CTAs of 512 threads whose registers a multiprocessor has room for).
+// 1), INT8 and X_GROUPS (quantized.cuh), RESIDENT (CTAs of 512 threads whose registers a multiprocessor has room for).
 #pragma once
 
 #include "common/launch.cuh"
@@ -25,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
     const u16* __restrict__ bias,      // [channels], or nothing
     const u16* __restrict__ residual,  // [rows, channels], or nothing
     void* out,                         // u16 or bytes [rows, out_stride]
-    float* scales,                     // [rows] with BYTES, else nothing
+    float* scales,                     // with BYTES [rows] or, in groups, as quantized::scale_at says; else nothing
     long long stride,                  // elements from one row of x to the next
     long long out_stride,              // elements from one row of out to the next
     int rows,
@@ -77,17 +78,28 @@ extern "C" __global__ void __launch_bounds__(norms::kMostThreads, norms::kReside
         sum = over_block<false>(sum, parts[turn]);
         turn ^= 1;
         const float by = factor(sum, channels, eps);
-        float magnitude = 0.0f;  // what is beyond a row is zero
+        float magnitude = 0.0f, of_piece[PIECES] = {};  // what is beyond a row is zero
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
             const int piece = threadIdx.x + i * blockDim.x;
             if (piece >= count) continue;
             float wide[kChannels];
             widen_weights(weights[i], offset, wide);
-            given[i] = finish<true>(given[i], wide, LAYER ? biases[i] : added[i], mean, by, magnitude);
+            float& largest = BYTES && quantized::kGroups ? of_piece[i] : magnitude;
+            given[i] = finish<true>(given[i], wide, LAYER ? biases[i] : added[i], mean, by, largest);
             if constexpr (!BYTES) store(static_cast<u16*>(out) + row * out_stride, piece, given[i]);
         }
-        if constexpr (BYTES) {
+        if constexpr (BYTES && quantized::kGroups) {
+            unsigned char* const codes = static_cast<unsigned char*>(out) + row * out_stride;
+#pragma unroll
+            for (int i = 0; i < PIECES; ++i) {
+                const int piece = threadIdx.x + i * blockDim.x;
+                const float most = quantized::largest_of_group(rounded(of_piece[i]));
+                if (piece >= count) continue;
+                if (piece % 16 == 0) scales[quantized::scale_at(piece, row, rows)] = quantized::scale(most);
+                reinterpret_cast<uint2*>(codes)[piece] = encode(given[i], quantized::factor(most));
+            }
+        } else if constexpr (BYTES) {
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) keep(given[i]);
             magnitude = rounded(magnitude);

@@ -1,8 +1,8 @@
 // The RMS norm of many rows as bytes: what norm.cuh makes of them without a residual, bit for bit, but a warp has a row, and
 // nobody waits for a CTA. A lane has what thread `lane` of every warp there would have, and its sums are added in the order
 // of that CTA. While a row is written the next one comes to the same registers. Weights stand in shared memory.
-// Parameters: BF16 (1: bf16, 0: fp16), BYTES (1), INT8 (1: int8, 0: e4m3), PIECES and WARPS (of that CTA: 16 bytes that a
-// thread has, and warps), RESIDENT (CTAs of a multiprocessor).
+// Parameters: BF16 (1: bf16, 0: fp16), BYTES (1), INT8 and X_GROUPS (quantized.cuh), PIECES and WARPS (of that CTA:
+// 16 bytes that a thread has, and warps), RESIDENT (CTAs of a multiprocessor).
 #pragma once
 
 #include "common/launch.cuh"
@@ -106,15 +106,27 @@ extern "C" __global__ void __launch_bounds__(norms::kRows * 32, RESIDENT) TERSOR
             given[i] = result;
             keep(given[i]);
         }
-        magnitude = quantized::largest_of_warp(rounded(magnitude));
-        if (lane == 0) scales[row] = quantized::scale(magnitude);
-        const float inverse = quantized::factor(magnitude);
+        float inverse = 0.0f;
+        if constexpr (!quantized::kGroups) {
+            magnitude = quantized::largest_of_warp(rounded(magnitude));
+            if (lane == 0) scales[row] = quantized::scale(magnitude);
+            inverse = quantized::factor(magnitude);
+        }
         const int following = row + gridDim.x * kRows;
         const u16* const next = x + following * stride;
         uint2* const codes = reinterpret_cast<uint2*>(out + row * out_stride);
 #pragma unroll
         for (int i = 0; i < kOfLane; ++i) {
             pause(i);
+            if constexpr (quantized::kGroups) {
+                float own = 0.0f;
+#pragma unroll
+                for (int k = 0; k < kChannels; ++k) own = quantized::largest(widen(given[i], k), own);
+                own = quantized::largest_of_group(has(i) ? own : 0.0f);
+                inverse = quantized::factor(own);
+                const int piece = i * 32 + lane;
+                if (has(i) && piece % 16 == 0) scales[quantized::scale_at(piece, row, rows)] = quantized::scale(own);
+            }
             if (has(i)) codes[i * 32 + lane] = encode(given[i], inverse);
             if (has(i) && following < rows) given[i] = load(next, i * 32 + lane);
         }

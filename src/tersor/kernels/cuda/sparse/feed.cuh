@@ -1,0 +1,147 @@
+// The warp that keeps the masks and values of a sparse weight coming: sm90_sparse.cuh multiplies them.
+//
+// A block of 64 rows by 128 channels, a unit's, has a mask of 1024 bytes, and layers of values (expand.cuh). The queues of
+// a run of blocks of one unit are stored as whole layers, so many as the longest queue has words. A block's mark says
+// how many layers its queues, and those of the blocks of the run before it, reach into, and which layers none of them
+// reads any more. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
+// still be read, and a block's copies, its mask's and its layers', complete one barrier. A block's marks are left beside its
+// slot.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "dense/sm90_pipeline.cuh"
+#include "sparse/expand.cuh"
+
+namespace sparse {
+
+using linear::Item;
+using linear::kRowGroups;
+using linear::WeightRing;
+
+constexpr int kMaskBytes = tile::kUnitBytes;  // of a unit's block
+static_assert(kMaskBytes == 1024, "a bit a weight");
+static_assert(linear::kWeightSlots <= 32, "a lane remembers one slot");
+
+struct Stored {
+    const char* mask;    // [units][blocks] of kMaskBytes
+    const char* layers;  // of kLayerBytes
+    const u32* starts;   // [units][runs], the first layer of each run
+    const u32* marks;    // [units][blocks]: layers reached, and above them, 16 bits up, layers done with
+};
+
+// The unit of a row group of an item; behind the last one there is that one again, whose results nobody stores.
+__device__ __forceinline__ int unit_of(const Item& item, int group, int oc) {
+    return min(item.first_row / tile::kUnitRows + group, (oc + tile::kUnitRows - 1) / tile::kUnitRows - 1);
+}
+
+// The marks of 32 blocks, one a lane.
+__device__ __forceinline__ u32 fetch_marks(const u32* marks, int left) {
+    const int lane = threadIdx.x % 32;
+    return lane < left ? marks[lane] : 0;
+}
+
+// Of `count` layers from layer `first` of a unit's ring on, how many stand behind its end once more.
+__device__ __forceinline__ u32 mirrored(u32 first, u32 count) {
+    const u32 at = first % expand::kRingLayers, behind = at + count > expand::kRingLayers ? at + count - expand::kRingLayers : 0;
+    const u32 most = expand::kMirrored;
+    return at < most ? min(count, most - at) : min(behind, most);
+}
+
+// Copies `count` layers to where layer `first` of a unit's ring stands, and those again that are mirrored behind its end.
+__device__ __forceinline__ void copy_layers(
+    u32 ring, u32 first, u32 count, const char* from, u32 barrier, u64 policy) {
+    using namespace expand;
+    const u32 at = first % kRingLayers, before = min(count, kRingLayers - at), again = mirrored(first, count);
+    const auto copy = [&](u32 layer, u32 skipped, u32 layers) {
+        if (layers == 0) return;
+        ptx::bulk_copy_once(
+            ring + layer * kLayerBytes, from + skipped * kLayerBytes, layers * kLayerBytes, barrier, policy);
+    };
+    copy(at, 0, before);
+    copy(0, before, count - before);
+    const bool from_start = at < kMirrored;
+    copy(kRingLayers + (from_start ? at : 0), from_start ? 0 : before, again);
+}
+
+template <typename Work>
+__device__ __forceinline__ void copy_weights(
+    const WeightRing& ring, const Work& work, const Stored& stored, u32 values, u32* slot_marks, int runs) {
+    using namespace expand;
+    const int lane = threadIdx.x % 32, units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
+    const u64 policy = ptx::evict_first_policy();
+    WeightRing::Place at(0), oldest(linear::kWeightSlots);
+    u32 under_way = 0;                 // blocks whose slots nobody has given back
+    u32 base[kRowGroups] = {};         // layers of the items before
+    u32 done[kRowGroups] = {};         // of the block in slot `lane`: layers that nobody reads any more
+    linear::for_items(work, 0, [&](const Item& item) {
+        u32 ahead[kRowGroups] = {}, reached[kRowGroups] = {};
+        long long first[kRowGroups];
+#pragma unroll
+        for (int group = 0; group < kRowGroups; ++group) {
+            first[group] = stored.starts[unit_of(item, group, work.oc) * runs + item.part];
+        }
+        const int unit = item.first_row / tile::kUnitRows, there = min(kRowGroups, units - unit);
+        const long long stride = static_cast<long long>(work.blocks()) * kMaskBytes;
+        const char* masks = stored.mask + unit * stride + static_cast<long long>(item.first_block) * kMaskBytes;
+#pragma unroll 1
+        for (int block = item.first_block; block < item.last_block; ++block, masks += kMaskBytes, at.advance()) {
+            const int index = (block - item.first_block) % 32;
+            u32 marks[kRowGroups];
+#pragma unroll
+            for (int group = 0; group < kRowGroups; ++group) {
+                if (index == 0) {
+                    const long long own = unit_of(item, group, work.oc);
+                    ahead[group] = fetch_marks(stored.marks + own * work.blocks() + block, item.last_block - block);
+                }
+                marks[group] = __shfl_sync(~0u, ahead[group], index);
+            }
+            for (;;) {
+                bool full = under_way == linear::kWeightSlots;
+#pragma unroll
+                for (int group = 0; group < kRowGroups; ++group) {
+                    const u32 free = __shfl_sync(~0u, done[group], oldest.slot) + kRingLayers;
+                    const u32 wanted = base[group] + (marks[group] & 0xFFFF);
+                    full |= under_way > 0 && static_cast<int>(wanted - free) > 0;
+                }
+                if (!full) break;
+                ring.wait_emptied(oldest);
+                oldest.advance();
+                --under_way;
+            }
+            ++under_way;
+#pragma unroll
+            for (int group = 0; group < kRowGroups; ++group) {
+                if (lane == static_cast<int>(at.slot)) done[group] = base[group] + (marks[group] >> 16);
+            }
+            if (ptx::elect()) {
+                u32 bytes = 0;
+#pragma unroll
+                for (int group = 0; group < kRowGroups; ++group) {
+                    slot_marks[at.slot * kRowGroups + group] = marks[group];
+                    const u32 count = (marks[group] & 0xFFFF) - reached[group];
+                    const u32 layers = count + mirrored(base[group] + reached[group], count);
+                    if (group < there) bytes += kMaskBytes + layers * kLayerBytes;
+                }
+                ptx::barrier_expect(ring.filled(at), bytes);
+#pragma unroll
+                for (int group = 0; group < kRowGroups; ++group) {
+                    if (group >= there) continue;
+                    ptx::bulk_copy_once(
+                        ring.address(at) + group * kMaskBytes, masks + group * stride, kMaskBytes, ring.filled(at),
+                        policy);
+                    copy_layers(
+                        values + group * kRingBytes, base[group] + reached[group],
+                        (marks[group] & 0xFFFF) - reached[group],
+                        stored.layers + (first[group] + reached[group]) * kLayerBytes, ring.filled(at), policy);
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int group = 0; group < kRowGroups; ++group) reached[group] = marks[group] & 0xFFFF;
+        }
+#pragma unroll
+        for (int group = 0; group < kRowGroups; ++group) base[group] += reached[group];
+    });
+}
+
+}  // namespace sparse

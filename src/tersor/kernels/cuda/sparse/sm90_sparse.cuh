@@ -1,0 +1,175 @@
+// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual on sm_90a for a pruned W, up to 64 tokens: a bitmap and packed
+// values are expanded in registers (expand.cuh) and feed wgmma as its A operand; sums are float32; scales, one a row, are
+// applied to the sums.
+//
+// A CTA takes items in turn as in dense/sm90_linear.cuh: a tile of ROW_GROUPS x 64 rows and all tokens over one of `runs`
+// ranges of blocks of 128 channels, each of which begins its queues of values anew. ROW_GROUPS warpgroups multiply, each
+// 64 rows; one warp of another keeps masks and values coming (feed.cuh), one activations. The end of an item is that of
+// a dense one (dense/sm90_finish.cuh): the runs of a tile are its splits.
+//
+// Parameters: those of expand.cuh, and of dense/sm90_linear.cuh BF16, N_TILE, ROW_GROUPS, GATHERS, GATHER_ROOM, RESIDENT,
+// WEIGHT_SLOTS (of masks), X_SLOTS, SHARED_BYTES (all but the rings of values), EPILOGUE; the others are those of codes of one bit
+// with one scale a row, few tokens through wgmma, and no norm.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/ring.cuh"
+#include "common/tensor_map.cuh"
+#include "common/tile.cuh"
+#include "common/wgmma.cuh"
+#include "dense/sm90_finish.cuh"
+#include "dense/sm90_pipeline.cuh"
+#include "dense/sm90_places.cuh"
+#include "dense/sm90_store.cuh"
+#include "dense/sm90_work.cuh"
+#include "sparse/expand.cuh"
+#include "sparse/feed.cuh"
+
+namespace sparse {
+
+using namespace linear;
+using Multiply = wgmma::Multiply<kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16>;
+
+static_assert(!kFew && !kBytewise && kGroups == 0 && kCluster == 1 && kTokens <= 64, "what a sparse tile is");
+
+// Lanes of a warp read each other's queues in turn, so that none is longer than others where rows or channels have more
+// weights left: lane l reads queue (l + kStep b) % 32 in block b of a run.
+constexpr int kStep = 5;
+
+// A multiplying warpgroup: 64 rows of the item's blocks. `use` counts the blocks that this CTA had before, `base` the layers.
+__device__ __forceinline__ void multiply_blocks(
+    float (&sums)[kSums], const WeightRing& masks, const XRing& xs, const char* slots, const char* values,
+    const char* table, const u32* slot_marks, u32 use, int count, u32& base) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128;
+    const u32 own_mask = row_group * kMaskBytes + warp * 256 + lane * 8;
+    const u32 first_column = row_group * expand::kRingBytes + warp * 128, step = ptx::kept(16 + (count >> 31));
+    const u64 first_x = wgmma::describe(xs.base);
+    u32 place = base * 32, queue = lane, reached = 0;
+    u32 pairs[2][16];
+    WeightRing::Place at(use);
+    XRing::Place x_at(use), x_before = x_at;
+    for (int block = 0; block < count; ++block) {
+        masks.wait_filled(at);
+        const u32 mark = slot_marks[at.slot * kRowGroups + row_group];
+        reached = mark & 0xFFFF;
+        const u32 least = (base + (mark >> 16)) * 32;
+        if (static_cast<int>(least - place) > 0) place = least;
+        const u32 column = first_column + queue * 4;
+        const uint2 mask = *reinterpret_cast<const uint2*>(slots + (masks.address(at) - xs.base) + own_mask);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32* a = pairs[half];
+            wgmma::wait<1>();  // the products that read these pairs have ended
+            if (half == 1 && block > 0) release_x(xs, x_before);
+            expand::expand(a, half == 0 ? mask.x : mask.y, place, values, column, step, table);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) a[i] = expand::finish<kBf16>(a[i]);
+            if (half == 0) xs.wait_filled(x_at);
+            const u64 x = first_x + wgmma::offset(x_at.slot * kXSlotBytes + half * kXPiece);
+            wgmma::fence();
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+                Multiply::run(sums, a + 4 * step, x + wgmma::offset(step * 32), half > 0 || step > 0 || block > 0);
+            }
+            wgmma::commit();
+        }
+        masks.release(at);
+        at.advance();
+        x_before = x_at;
+        x_at.advance();
+        queue = (queue + kStep) % 32;
+        place = __shfl_sync(~0u, place, (lane + kStep) % 32);
+    }
+    wgmma::wait<0>();
+    release_x(xs, x_before);
+    base += reached;
+}
+
+// When all threads of the CTA, or of its cluster, have been here, all barriers are initialised and the table is there.
+__device__ __forceinline__ void meet(bool gathered) {
+    if (gathered) ptx::arrive_cluster();
+    ptx::sync_threads<kAllBarrier, kThreads>();
+    if (gathered) ptx::wait_cluster();
+}
+
+}  // namespace sparse
+
+extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
+    const __grid_constant__ TensorMap x_map,          // x [N, IC], boxes of x_rows x 128 bytes
+    const char* __restrict__ mask,                    // units of masks, and the rest of sparse::Stored
+    const char* __restrict__ layers,
+    const u32* __restrict__ starts,
+    const u32* __restrict__ marks,
+    const float* __restrict__ scale,                  // [OC]
+    const u16* __restrict__ bias,                     // [OC] or null
+    const u16* residual,                              // as y, added to it, or null
+    u16* __restrict__ y,                              // [N, OC], or half as many channels where gated; contiguous
+    float* partial,                                   // sums of split items
+    u32* arrived,                                     // a counter for each split tile, zero before and after
+    int oc,
+    int ic,
+    int n,
+    int runs,
+    int x_rows,                                       // rows of a box: a tile's tokens
+    float factor) {                                   // the power of two that the expanded weights still lack
+    using namespace sparse;
+    extern __shared__ __align__(1024) char slots[];
+    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
+    __shared__ __align__(8) u32 table[2 * expand::kEntries];
+    __shared__ u32 slot_marks[kWeightSlots * kRowGroups];
+    const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
+    const Work work{oc, ic, n, 0, runs, x_rows};
+    const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
+    const XRing xs{base, kXSlotBytes, first_barrier};
+    const WeightRing masks{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
+    const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots), parts_barrier = room_barrier + 8;
+    const Stored stored{mask, layers, starts, marks};
+
+    ptx::launch_dependents();
+    if (threadIdx.x >= kConsumers) {
+        ptx::give_registers<kCopyRegisters>();
+        const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
+        if (warp == 0) {
+            if (ptx::elect()) {
+                masks.start(kReaders);
+                xs.start(kReaders);
+                ptx::barrier_init(room_barrier, kFinishers);
+                ptx::barrier_init(parts_barrier, 1);
+                ptx::barrier_init_fence();
+                if (gathered) ptx::barrier_expect(parts_barrier, (runs - 1) * kPartBytes);
+            }
+            __syncwarp();
+        }
+        meet(gathered);
+        if (warp == 0) copy_weights(masks, work, stored, base + kSharedBytes, slot_marks, runs);
+        if (warp == 1 && ptx::elect()) copy_activations(xs, work, 0, x_map, x_rows, nullptr, 0);
+    } else {
+        if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
+        meet(gathered);
+        ptx::take_registers<kComputeRegisters>();
+        const Norms norms{};
+        const Places places{};
+        const char* values = slots + kSharedBytes;
+        u32 use = 0, before = 0;
+        for_items(work, 0, [&](const Item& item) {
+            Sum sums[kSums];
+            RowTerms terms(oc, item, scale, factor);
+            Met met;
+            const int count = item.last_block - item.first_block;
+            multiply_blocks(
+                sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), slot_marks, use, count, before);
+            use += count;
+            const bool ahead = item.parts == 1 || (gathered && item.part == 0);
+            if (ahead) met.load(item, terms, places, residual, norms);
+            const TileScales of_tokens(nullptr, nullptr, item);
+            if (gathered) {
+                if (!gather_splits(sums, item, base, slots, room_barrier, parts_barrier)) return;
+            } else if (item.parts > 1) {
+                if (!add_splits(sums, work, item, 0, partial, arrived)) return;
+            }
+            terms.add_bias(bias, places);
+            if (!ahead) met.load(item, terms, places, residual, norms);
+            store_few(sums, item, terms, places, of_tokens, met, residual != nullptr, y, norms);
+        });
+    }
+}

@@ -1,0 +1,137 @@
+"""Kernel tiles of pruned weights: laid out and back for every density, and what a byte of them stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor import formats
+from tersor.errors import FormatError, ShapeError
+from tersor.layouts import sparse_tiles
+from tersor.layouts.sparse_packing import SparsePacking, unsupported_reason
+
+SHAPE = (150, 700)
+
+
+def numbers(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(1, 127, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def random(shape: tuple[int, int], density: float) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2)) < density
+
+
+def skewed() -> torch.Tensor:
+    """A tenth of the weights, and all of a row, a column, a block, a unit's first half; a unit without any."""
+    kept = random((200, 1100), 0.1)
+    kept[5], kept[:, 301], kept[64:128] = True, True, False
+    kept[130:190, 512:640] = True
+    kept[128:192, :500] = True
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("density", [0, 0.01, 0.1, 0.5, 0.94, 1])
+def test_tiles_of_every_density_come_back(density: float, dtype: torch.dtype) -> None:
+    kept, values = random(SHAPE, density), numbers(SHAPE, dtype)
+    tiles = sparse_tiles.pack(kept, values, 2)
+    left, back = sparse_tiles.unpack(tiles)
+    assert torch.equal(left, kept)
+    assert torch.equal(back, torch.where(kept, values, torch.zeros_like(values)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 128), (65, 129), (3, 900)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_tiles_of_odd_shapes_come_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    kept, values = random(shape, 0.5), numbers(shape, dtype)
+    left, back = sparse_tiles.unpack(sparse_tiles.pack(kept, values, 1))
+    assert torch.equal(left, kept)
+    assert torch.equal(back[kept], values[kept])
+
+
+@pytest.mark.parametrize("runs", [1, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_tiles_of_rows_columns_and_blocks_with_all_weights_come_back(runs: int, dtype: torch.dtype) -> None:
+    kept = skewed()
+    values = numbers((200, 1100), dtype)
+    left, back = sparse_tiles.unpack(sparse_tiles.pack(kept, values, runs))
+    assert torch.equal(left, kept)
+    assert torch.equal(back[kept], values[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_no_lane_reads_further_back_than_a_ring_reaches(dtype: torch.dtype) -> None:
+    """And a block reaches at most as many layers further as its weights have words."""
+    tiles = sparse_tiles.pack(skewed(), numbers((200, 1100), dtype), 2)
+    for begin, end in sparse_tiles.run_blocks(1100, 2):
+        marks = tiles.marks[:, begin:end].long() & 0xFFFFFFFF
+        reached, done = marks & 0xFFFF, marks >> 16
+        assert bool((reached - done <= sparse_tiles.LAG).all() and (done[:, 1:] >= done[:, :-1]).all())
+        steps = torch.diff(reached, dim=1, prepend=torch.zeros(len(marks), 1, dtype=torch.int64))
+        assert bool((steps >= 0).all() and (steps <= 2 * tiles.bits).all())
+
+
+def test_chunks_of_rows_are_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, values = skewed(), numbers((200, 1100), torch.uint8)
+    whole = sparse_tiles.pack(kept, values, 2)
+    monkeypatch.setattr(sparse_tiles, "_CHUNK_WEIGHTS", 1)
+    parts = sparse_tiles.pack(kept, values, 2)
+    for name in ("mask", "layers", "starts", "marks"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    assert all(
+        torch.equal(one, other) for one, other in zip(sparse_tiles.unpack(parts), (kept, values * kept), strict=True)
+    )
+
+
+def test_queues_are_little_longer_than_their_values() -> None:
+    kept = random((128, 4096), 0.5)
+    tiles = sparse_tiles.pack(kept, numbers((128, 4096), torch.uint8), 1)
+    assert tiles.layers.nbytes <= 1.1 * int(kept.sum())
+
+
+def test_more_runs_than_blocks_are_refused() -> None:
+    with pytest.raises(ShapeError, match="6 blocks of channels cannot be cut into 7 runs"):
+        sparse_tiles.pack(random(SHAPE, 0.5), numbers(SHAPE, torch.uint8), 7)
+
+
+def expanded(packing: SparsePacking, bytes_of: torch.Tensor) -> torch.Tensor:
+    """What sparse/expand.cuh makes of bytes, before it finishes: 16 bits."""
+    other = packing.others >> 8
+    halves = bytes_of << 8 | other if packing.high else bytes_of | other << 8
+    return (halves ^ halves >> packing.turn) & packing.mask & 0xFFFF if packing.turn else halves
+
+
+@pytest.mark.parametrize("target", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in formats.names() if name[0] != "u"])
+def test_a_byte_stands_for_every_code_and_zero_is_what_pruned_weights_have(name: str, target: str) -> None:
+    scheme = formats.get_scheme(name)
+    if unsupported_reason(scheme, target):
+        pytest.skip("no kernel decodes it")
+    packing = SparsePacking.of(scheme, target)
+    codes = torch.arange(1 << scheme.format.bits, dtype=torch.uint8)
+    packed = packing.pack(codes)
+    assert torch.equal(packing.unpack(packed), codes)
+    zero = scheme.format.encode(torch.zeros(1)).to(torch.uint8)
+    assert packing.pack(zero).tolist() == [packing.others & 0xFF]
+    if packing.finish in (0, 1):  # as they are, up to a power of two
+        dtype = getattr(torch, target)
+        bits = expanded(packing, packed.int())
+        floats = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16).view(dtype).double()
+        power = packing.factor
+        if packing.finish == 1:
+            constant = torch.tensor([packing.constant & 0xFFFF], dtype=torch.int32).to(torch.int16)
+            power *= float(constant.view(dtype))
+        assert torch.equal(floats * power, scheme.format.values().double())
+
+
+def test_what_no_kernel_expands_is_named() -> None:
+    grouped = formats.get_scheme("fp6_e3m2", group_size=128)
+    for values, target, reason in (
+        (grouped, "float16", "scales in groups"),
+        (formats.get_scheme("uint4"), "float16", "zero points"),
+        (formats.get_scheme("fp8_e4m3"), "int8", "not expanded for int8"),
+        ("bfloat16", "float16", "values in bfloat16 do not meet float16"),
+    ):
+        assert reason in unsupported_reason(values, target)
+        with pytest.raises(FormatError, match=reason):
+            SparsePacking.of(values, target)
