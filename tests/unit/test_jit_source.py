@@ -48,7 +48,7 @@ def test_includes_are_followed_through_folders_once_each() -> None:
 
 def test_every_header_of_the_package_can_be_followed() -> None:
     headers = [str(file.relative_to(CUDA)) for file in CUDA.rglob("*.cuh")]
-    rooms = {"attention", "calibrate", "common", "dense", "experts", "mixed", "sampling", "small"}
+    rooms = {"attention", "calibrate", "common", "dense", "experts", "mixed", "sampling", "small", "sparse"}
     assert {name.split("/")[0] for name in headers} == rooms
     for header in headers:
         assert header in make(header=header).files()
