@@ -15,6 +15,7 @@ from tersor.version import __version__
 if TYPE_CHECKING:
     from tersor import formats, nn, ops
     from tersor.convert import quantize
+    from tersor.convert.prune import prune
     from tersor.engine.params import SamplingParams
     from tersor.integrations.transformers import TersorConfig
     from tersor.llm import LLM
@@ -23,13 +24,14 @@ _LAZY = {
     "formats": ("tersor.formats", None),
     "ops": ("tersor.ops", None),
     "nn": ("tersor.nn", None),
+    "prune": ("tersor.convert.prune", "prune"),
     "quantize": ("tersor.convert", "quantize"),
     "LLM": ("tersor.llm", "LLM"),
     "SamplingParams": ("tersor.engine.params", "SamplingParams"),
     "TersorConfig": ("tersor.integrations.transformers", "TersorConfig"),
 }
 
-__all__ = ["LLM", "SamplingParams", "TersorConfig", "__version__", "formats", "nn", "ops", "quantize"]
+__all__ = ["LLM", "SamplingParams", "TersorConfig", "__version__", "formats", "nn", "ops", "prune", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

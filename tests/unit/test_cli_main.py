@@ -15,7 +15,20 @@ import tersor
 from tersor.cli import main
 from tersor.errors import InputError, KernelError, OutputError, TersorError
 
-VERBS = ("quantize", "inspect", "eval", "report", "generate", "serve", "batch", "bench", "compile", "doctor", "demo")
+VERBS = (
+    "quantize",
+    "prune",
+    "inspect",
+    "eval",
+    "report",
+    "generate",
+    "serve",
+    "batch",
+    "bench",
+    "compile",
+    "doctor",
+    "demo",
+)
 
 
 def run(*arguments: str) -> int:

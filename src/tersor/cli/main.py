@@ -20,6 +20,7 @@ from tersor.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
     "quantize": ("tersor.cli.quantize", "Compress the linear weights of a checkpoint."),
+    "prune": ("tersor.cli.prune", "Make weights of a checkpoint zero, fit the others, and store it smaller."),
     "inspect": ("tersor.cli.inspect", "Show what a checkpoint holds: format, bits and size of every layer."),
     "eval": ("tersor.cli.eval", "Measure perplexity, divergence from a reference model, and answers to tasks."),
     "report": ("tersor.cli.report", "Write one page of what was measured of models, and of what they are made of."),

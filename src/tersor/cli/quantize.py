@@ -135,7 +135,7 @@ def command(
     from tersor.convert.resume import partial_directory
 
     try:
-        with _progress(f"{Path(model).name} to {format}") as progress:
+        with show_progress(f"{Path(model).name} to {format}") as progress:
             report = quantize(
                 model,
                 output,
@@ -179,7 +179,7 @@ def command(
     elif dry_run:
         _print_dry_run(report)
     else:
-        _print_report(report)
+        print_report(report)
 
 
 def parse_size(text: str) -> int:
@@ -209,7 +209,7 @@ def parse_latency(text: str) -> float:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Progress | None]:
+def show_progress(label: str) -> Iterator[Progress | None]:
     """Show bytes done, rate and time left on stderr while a person looks, and yield what moves it."""
     if not sys.stderr.isatty():
         yield None
@@ -282,7 +282,7 @@ def _print_pruned(report: Report) -> None:
         print(f"{what} stored sparse, of whose elements {100 * left:.1f} % are left")
 
 
-def _print_report(report: Report) -> None:
+def print_report(report: Report) -> None:
     """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
     _warn(report)
     _print_method(report)

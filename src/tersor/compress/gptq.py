@@ -51,15 +51,15 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
     """
     nearest = quantize_rtn(weight, scheme)
     statistics = {name: statistic.to(weight.device) for name, statistic in statistics.items()}
-    _check_shapes(weight, statistics)
+    check_statistics(weight, statistics)
     with exact_products(), torch.no_grad():
         hessian = Hessian.of(statistics[HESSIAN], INPUT_DAMPING, HESSIAN)
         layer = Layer.of(Grid.of(scheme, weight.shape[1], weight.dtype, weight.device), hessian)
         rows = weight.float()
         if SHIFT in statistics:
-            rows = rows + _propagated(rows, statistics[SHIFT], hessian)
+            rows = rows + propagated(rows, statistics[SHIFT], hessian)
         target = layer.columns(rows)
-        start = layer.judge(target, _choice_of(nearest, layer))
+        start = layer.judge(target, choice_of(nearest, layer))
         if OUTPUT_HESSIAN in statistics:
             output = OutputHessian.of(statistics[OUTPUT_HESSIAN], OUTPUT_HESSIAN)
             before, after, best = refine_two_sided(layer, output, target, start)
@@ -68,10 +68,15 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
             judged = layer.refine(target, start)
             before, after, best = float(start.loss.sum()), float(judged.loss.sum()), judged.choice
             unit = hessian.unit
-        return _encoded(weight, nearest, layer, best, Objective(before * unit, after * unit))
+        return encoded_of(weight, nearest, layer, best, Objective(before * unit, after * unit))
 
 
-def _check_shapes(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> None:
+def check_statistics(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> None:
+    """Check that statistics have the shapes of a weight's channels.
+
+    Raises:
+        InputError: they have not.
+    """
     oc, ic = weight.shape
     expected = {HESSIAN: ic, SHIFT: ic}
     for name, size in expected.items():
@@ -85,7 +90,7 @@ def _check_shapes(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) 
         )
 
 
-def _propagated(rows: torch.Tensor, shift: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+def propagated(rows: torch.Tensor, shift: torch.Tensor, hessian: Hessian) -> torch.Tensor:
     """Return the step a W S H^-1 towards the original's outputs, float32 [OC, IC], shortened where it is implausible.
 
     With S = mean of (x' - x) x^T the weight W + W S H^-1 gives on x, by least squares, what W gives on x'.
@@ -100,7 +105,7 @@ def _propagated(rows: torch.Tensor, shift: torch.Tensor, hessian: Hessian) -> to
     return torch.nan_to_num(step * most, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _choice_of(encoded: Encoded, layer: Layer) -> Choice:
+def choice_of(encoded: Encoded, layer: Layer) -> Choice:
     """Return codes that are there already, as columns in the Hessian's order."""
     scheme, groups = encoded.scheme, layer.grid.groups
     oc, ic = encoded.codes.shape
@@ -113,7 +118,7 @@ def _choice_of(encoded: Encoded, layer: Layer) -> Choice:
     return Choice(layer.columns(values), scale, zero_point.T.contiguous())
 
 
-def _encoded(weight: torch.Tensor, nearest: Encoded, layer: Layer, best: Choice, objective: Objective) -> Encoded:
+def encoded_of(weight: torch.Tensor, nearest: Encoded, layer: Layer, best: Choice, objective: Objective) -> Encoded:
     """Return the choice as codes and scales, with its squared error against the weight."""
     scheme, zero_point = nearest.scheme, best.zero_point.T.contiguous()
     scale = best.scale.T.contiguous()

@@ -34,7 +34,7 @@ class Hessian:
     """A damped second-moment matrix of n channels, in natural order and by falling diagonal, divided by `unit`.
 
     Attributes:
-        order: int64 [n], the channels by falling diagonal, the order in which they are rounded.
+        order: int64 [n], the channels by falling diagonal, the order in which they are rounded; or as they come.
         back: int64 [n], where in that order each channel is.
         natural: float32 [n, n], the damped matrix with channels as they come.
         ordered: float32 [n, n], the same with rows and columns in `order`.
@@ -55,7 +55,7 @@ class Hessian:
     unit: float
 
     @staticmethod
-    def of(matrix: torch.Tensor, damping: float, name: str) -> Hessian:
+    def of(matrix: torch.Tensor, damping: float, name: str, *, as_they_come: bool = False) -> Hessian:
         """Damp and factor what calibration summed up.
 
         The factors are found in float64: a Cholesky factor in float32 loses all digits at condition numbers of 10^7,
@@ -65,6 +65,7 @@ class Hessian:
             matrix: float [n, n], symmetric up to rounding; all zeros stand for channels that are all alike.
             damping: what is added to the diagonal, relative to its mean.
             name: what to call it in errors, such as `hessian`.
+            as_they_come: whether `order` leaves channels as they are.
 
         Raises:
             InputError: it is not square, not finite (the first such entry is named), or not a second-moment matrix.
@@ -82,7 +83,10 @@ class Hessian:
             unit, wide = 1.0, torch.eye(len(wide), dtype=torch.float64, device=wide.device)
         else:
             wide.div_(unit)
-        order = torch.argsort(wide.diagonal(), descending=True, stable=True)
+        if as_they_come:
+            order = torch.arange(len(wide), device=wide.device)
+        else:
+            order = torch.argsort(wide.diagonal(), descending=True, stable=True)
         damped, factor = _factor(wide[order][:, order], damping, name)
         back = torch.argsort(order)
         ordered, upper = damped.float().contiguous(), factor.float().contiguous()

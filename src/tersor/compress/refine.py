@@ -44,16 +44,23 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What all rows of a layer share: the grid, the Hessian, the group of every column in the Hessian's order."""
+    """What the rows of a layer are rounded by: the grid, the Hessian, the group of every column in the Hessian's order.
+
+    `kept` is 0 where a weight is zero and remains so, else 1, float32 [IC, rows], columns in the Hessian's order;
+    `None` where no weight has to be zero.
+    """
 
     grid: Grid
     hessian: Hessian
     groups: torch.Tensor
+    kept: torch.Tensor | None = None
 
     @staticmethod
-    def of(grid: Grid, hessian: Hessian) -> Layer:
-        """Put a grid and a Hessian of as many channels together."""
-        return Layer(grid, hessian, torch.div(hessian.order * grid.groups, hessian.size, rounding_mode="floor"))
+    def of(grid: Grid, hessian: Hessian, kept: torch.Tensor | None = None) -> Layer:
+        """Put a grid and a Hessian of as many channels together, and a mask [rows, IC], where there is one."""
+        groups = torch.div(hessian.order * grid.groups, hessian.size, rounding_mode="floor")
+        mask = None if kept is None else kept.T.index_select(0, hessian.order).float()
+        return Layer(grid, hessian, groups, mask)
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows [rows, IC] as columns in the Hessian's order, [IC, rows]."""
@@ -77,7 +84,7 @@ class Layer:
         scale, zero_point = (
             part.T.contiguous() for part in self.grid.search(self.rows(target), self.hessian.weights())
         )
-        values = round_columns(target, scale, zero_point, self.grid, self.hessian, self.groups)
+        values = round_columns(target, scale, zero_point, self.grid, self.hessian, self.groups, self.kept)
         return self.judge(target, Choice(values, scale, zero_point))
 
     def polish(self, target: torch.Tensor, best: Judged, rounds: int = ROUNDS) -> Judged:
@@ -86,7 +93,7 @@ class Layer:
             if self.grid.scheme.scale_dtype != "e8m0":  # the nearest power of two is far from a scale refitted
                 best = best.better(self.judge(target, self._refitted(best)))
             choice = best.choice
-            values = descend_columns(choice, best.gradient, self.grid, self.hessian, self.groups)
+            values = descend_columns(choice, best.gradient, self.grid, self.hessian, self.groups, self.kept)
             best = best.better(self.judge(target, replace(choice, values=values)))
         return best
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TypeAlias
 
 import torch
@@ -62,6 +63,7 @@ class Sweep:
         grid: the values there are.
         values: float32 [IC, rows], what comes out.
         changes: float32 [BLOCK, rows], what a block leaves for those behind it: errors, or changes of weights.
+        kept: float32 [IC, rows], 1 where a weight has a value, 0 where it is zero; `None` where all have one.
     """
 
     given: torch.Tensor
@@ -73,6 +75,7 @@ class Sweep:
     grid: Grid
     values: torch.Tensor
     changes: torch.Tensor
+    kept: torch.Tensor | None = None
 
     def block(self, start: int, end: int) -> None:
         """Go over the columns of a block by torch."""
@@ -80,17 +83,22 @@ class Sweep:
         given, within, scales = self.given[start:end], self.matrix[start:end, start:end], self.scale[here]
         steps, ends = inverse(scales), self.grid.ends(self.zero_point[here])
         parts = (given, steps, *ends, scales, self.values[start:end], self.changes)
+        masks = repeat(None) if self.kept is None else self.kept[start:end].unbind()
         if self.before is None:
-            columns = zip(*(part.unbind() for part in parts), strict=False)
-            for after, (weights, step, low, high, size, out, error) in enumerate(columns, 1):
+            columns = zip(*(part.unbind() for part in parts), masks, strict=False)
+            for after, (weights, step, low, high, size, out, error, mask) in enumerate(columns, 1):
                 value = self.grid.nearest(weights * step, low, high, out)
+                if mask is not None:
+                    value.mul_(mask)
                 torch.addcmul(weights, value, size, value=-1, out=error)
                 given[after:].addr_(within[after - 1, after:], error, alpha=-1)
             return
         steps.div_(within.diagonal().unsqueeze(1))
-        descending = zip(*(part.unbind() for part in (*parts, self.before[start:end])), strict=False)
-        for after, (slope, step, low, high, size, out, change, old) in enumerate(descending, 1):
+        descending = zip(*(part.unbind() for part in (*parts, self.before[start:end])), masks, strict=False)
+        for after, (slope, step, low, high, size, out, change, old, mask) in enumerate(descending, 1):
             value = self.grid.nearest(torch.addcmul(old, slope, step), low, high, out)
+            if mask is not None:
+                value.mul_(mask)
             torch.sub(value, old, out=change).mul_(size)
             given[after:].addr_(within[after - 1, after:], change, alpha=-1)
 
@@ -124,6 +132,7 @@ def round_columns(
     grid: Grid,
     hessian: Hessian,
     groups: torch.Tensor,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round columns in turn, the error of each moved to the columns behind it (GPTQ, arXiv 2210.17323, algorithm 1).
 
@@ -133,18 +142,25 @@ def round_columns(
         grid: the values there are.
         hessian: of the inputs.
         groups: int64 [IC], the group of every column.
+        kept: float32 [IC, rows], 0 where a value is zero, as `Sweep.kept`.
 
     Returns:
         Values, float32 [IC, rows].
     """
     rest = target.clone(memory_format=torch.contiguous_format)
     changes, values = torch.empty_like(rest[:BLOCK]), torch.empty_like(rest)
-    sweep = Sweep(rest, None, scale.contiguous(), zero_point.contiguous(), groups, hessian.moves, grid, values, changes)
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    sweep = Sweep(rest, None, scale, zero_point, groups, hessian.moves, grid, values, changes, kept)
     return _swept(sweep, hessian.behind[0])
 
 
 def descend_columns(
-    choice: Choice, gradient: torch.Tensor, grid: Grid, hessian: Hessian, groups: torch.Tensor
+    choice: Choice,
+    gradient: torch.Tensor,
+    grid: Grid,
+    hessian: Hessian,
+    groups: torch.Tensor,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Move every code in turn to where the layer's loss is least with all others as they are.
 
@@ -154,6 +170,7 @@ def descend_columns(
         grid: the values there are.
         hessian: of the inputs.
         groups: int64 [IC], the group of every column.
+        kept: float32 [IC, rows], 0 where a value is zero, as `Sweep.kept`.
 
     Returns:
         Values, float32 [IC, rows].
@@ -161,7 +178,7 @@ def descend_columns(
     slopes = gradient.clone(memory_format=torch.contiguous_format)
     before, changes, values = choice.values.contiguous(), torch.empty_like(slopes[:BLOCK]), torch.empty_like(slopes)
     scale, zero_point = choice.scale.contiguous(), choice.zero_point.contiguous()
-    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, grid, values, changes)
+    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, grid, values, changes, kept)
     return _swept(sweep, hessian.behind[1])
 
 

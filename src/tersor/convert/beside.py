@@ -36,7 +36,7 @@ def write_beside(
         source: what was compressed.
         conversion: what became of it.
         chosen_export: whose names and metadata the checkpoint has.
-        recipe: how codes were chosen, a key of `compress.RECIPES`.
+        recipe: as for `card.model_card`.
         companions: files of the source to copy, relative to its directory.
         directory: where the shards are.
 

@@ -9,6 +9,7 @@ from tersor.checkpoint.conversion import Conversion
 from tersor.checkpoint.exports import Export
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
+from tersor.compress.prune import ALGORITHMS
 from tersor.formats import Mix, Plain, Pruned, Scheme, Sparse
 from tersor.version import __version__
 
@@ -40,7 +41,7 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         source: what was compressed.
         conversion: what became of it.
         export: whose names and metadata the checkpoint has.
-        recipe: how codes were chosen, a key of `compress.RECIPES`.
+        recipe: how codes were chosen, a key of `compress.RECIPES`, or zeros, one of `compress.prune.ALGORITHMS`.
     """
     said, levels = _said(conversion.config.scheme)
     base = [f"base_model: {source.label}", "base_model_relation: quantized"] if source.from_hub else []
@@ -76,7 +77,9 @@ def _codes(scheme: Scheme) -> str:
 
 
 def _made(scheme: Represented, recipe: str) -> str:
-    """Say how numbers were chosen; plain ones stay as they were."""
+    """Say how numbers were chosen; plain ones that Tersor did not prune stay as they were."""
+    if recipe in ALGORITHMS:
+        return ALGORITHMS[recipe].summary
     if isinstance(scheme, Sparse) and scheme.scheme is None:
         return "repacked without loss"
     return get_recipe(recipe).summary

@@ -202,6 +202,10 @@ class Pipeline:
 
     def _blocks(self, index: int) -> Iterator[_Block]:
         step = self._conversion.steps[index]
+        if index in self._ready:
+            whole = math.prod(step.layer.shape[:-1]) if step.layer and step.scheme else step.source.spec.nbytes
+            yield _Block(index, 0, whole)
+            return
         if step.layer is None or step.scheme is None:
             size = _COPY_BYTES
             if isinstance(step.source, DecodedTensor):
@@ -209,9 +213,6 @@ class Pipeline:
                 size = step.source.spec.nbytes if step.source.all_rows else max(1, size // row_bytes) * row_bytes
             for start in range(0, step.source.spec.nbytes, size):
                 yield _Block(index, start, min(start + size, step.source.spec.nbytes))
-            return
-        if index in self._ready:
-            yield _Block(index, 0, math.prod(step.layer.shape[:-1]))
             return
         *_, oc, ic = step.layer.shape
         elements = _CPU_BLOCK_ELEMENTS if self._device.type == "cpu" else _CUDA_BLOCK_ELEMENTS
@@ -229,18 +230,19 @@ class Pipeline:
     def _row(self, index: int) -> Row:
         step = self._conversion.steps[index]
         error, norm = self._sums.pop(index, (0.0, 0.0))
-        if step.scheme is None:
+        if step.scheme is None and index not in self._ready:
             return row_of(step)
         row = row_of(step, math.sqrt(error / norm) if norm else 0.0)
         rows = sorted(self._underflowed.pop(index, ()))
-        return replace(row, warning=underflow_words(rows, step.scheme)) if rows else row
+        return replace(row, warning=underflow_words(rows, step.scheme)) if rows and step.scheme else row
 
     def _work(self, writer: ShardWriter, block: _Block) -> tuple[float, float]:
         """Read, encode and write one block; return the squared error and the squared norm."""
         step = self._conversion.steps[block.step]
         if step.layer is None or step.scheme is None:
             writer.write(step.source.spec.name, block.start, self._copy(step, block))
-            return 0.0, 0.0
+            ready = self._ready.get(block.step)
+            return (ready.squared_error, ready.squared_norm) if ready is not None else (0.0, 0.0)
         packed = self._take(self._ready[block.step]) if block.step in self._ready else self._encode(step, block)
         if packed.underflowed:
             with self._recording:
@@ -266,6 +268,10 @@ class Pipeline:
     def _copy(self, step: Step, block: _Block) -> memoryview:
         """Return bytes of a tensor that stays as it is; what is stored compressed is decoded to the model's dtype."""
         source, spec = step.source, step.source.spec
+        if block.step in self._ready:
+            (tensor,) = self._ready[block.step].read().values()
+            stored = tensor.transpose(-1, -2) if step.layer is not None and step.layer.transposed else tensor
+            return stored.to(TORCH_DTYPES[spec.dtype]).contiguous().view(torch.uint8).reshape(-1).numpy().data
         if isinstance(source, DecodedTensor):
             row_bytes = _row_bytes(step)
             rows = source.read_rows(block.start // row_bytes, block.stop // row_bytes)

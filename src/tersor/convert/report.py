@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class Report:
         bytes_read: bytes of weights read in this run (less than all of them after a resume).
         source_method: what the source was compressed by, such as `fp8`, and decoded from; empty for a plain one.
         mix: of a target, what was chosen and what it takes and loses (`convert.mix.Mixing.to_dict`).
+        dead_units: layer -> how many of its input units never fire on the calibration text; `None` where nobody asked.
     """
 
     source: str
@@ -91,6 +92,7 @@ class Report:
     bytes_read: int = 0
     source_method: str = ""
     mix: dict[str, Any] | None = None
+    dead_units: Mapping[str, int] | None = None
 
     @property
     def compressed(self) -> tuple[Row, ...]:
@@ -167,6 +169,7 @@ class Report:
             "worst_relative_error": worst.relative_error if worst else None,
             "worst_tensor": worst.name if worst else None,
             "warnings": list(self.warnings),
+            **({"dead_units": dict(self.dead_units)} if self.dead_units is not None else {}),
             "files": list(self.files),
             "seconds": self.seconds,
             "stream_seconds": self.stream_seconds,

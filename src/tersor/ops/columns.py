@@ -17,8 +17,11 @@ from tersor.ops import current, dispatch
 
 
 def serve(sweep: sweeps.Sweep) -> sweeps.Block | None:
-    """Return what launches a kernel for every block of a sweep; `None` where the torch code goes over them."""
-    if dispatch.kernel_chip(sweep.given.device) is None:
+    """Return what launches a kernel for every block of a sweep; `None` where the torch code goes over them.
+
+    That is so without a GPU that has kernels, and of a weight with a mask, which the kernel does not read.
+    """
+    if sweep.kept is not None or dispatch.kernel_chip(sweep.given.device) is None:
         return None
     index = sweep.given.get_device()
     function = jit.get(source_of(sweep), index)

@@ -15,11 +15,14 @@ from tersor.checkpoint.modules import Target
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.convert.beside import model_dtype
+from tersor.convert.calibrate.coder import Coder, RecipeCoder
 from tersor.convert.calibrate.run import Run
 from tersor.convert.calibrate.scores import Scoring
+from tersor.convert.calibrate.sensitivity import Sensitivity
 from tersor.convert.calibrate.store import VALUE, Store
 from tersor.convert.calibrate.tasks import Task, find_tasks, parameters_of, replaced
 from tersor.convert.calibrate.text import Calibration, read_windows, source_label
+from tersor.convert.calibrate.units import Units
 from tersor.convert.pipeline import Progress, Ready
 from tersor.convert.transforms import CALIBRATED, ROTATE
 from tersor.errors import InputError, TersorError
@@ -186,17 +189,38 @@ def score(
     return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=keep)
 
 
+def costs(
+    given: Plan, conversion: Conversion, modules: Container[str], directory: Path, progress: Progress | None
+) -> dict[str, torch.Tensor]:
+    """Return how many weights of modules cost how much, as `compress.prune.allocate` counts them.
+
+    Arguments and errors are those of `score`.
+    """
+    steps = list(zip(conversion.steps, given.parameters, strict=True))
+    tasks = [task for task in given.tasks if task.name in modules]
+    scoring = Sensitivity(given.model, steps, tasks, Store(directory), progress)
+    return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=False)
+
+
 def calibrate(
-    given: Plan, conversion: Conversion, recipe: str, directory: Path, progress: Progress | None
+    given: Plan,
+    conversion: Conversion,
+    recipe: str,
+    directory: Path,
+    progress: Progress | None,
+    coder: Coder | None = None,
+    units: Units | None = None,
 ) -> tuple[Conversion, dict[int, Ready]]:
     """Calibrate all blocks that are not finished yet, and write the log.
 
     Args:
         given: what to do.
         conversion: what becomes of every tensor.
-        recipe: how codes are chosen, a key of `compress.RECIPES`.
+        recipe: what the log calls the algorithm; without a `coder` how codes are chosen, a key of `compress.RECIPES`.
         directory: where the output is made; what is finished stands in its folder `calibration`.
         progress: called after every block.
+        coder: what becomes of weights, where it is not codes by a recipe.
+        units: learns which units never fire, where that is wanted.
 
     Returns:
         The conversion, in which norms and biases that transforms changed are seen as they are now; and the packed
@@ -208,7 +232,7 @@ def calibrate(
     """
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
-    run = Run(given.model, steps, given.tasks, recipe, store, progress, given.calibration)
+    run = Run(given.model, steps, given.tasks, coder or RecipeCoder(recipe), store, progress, given.calibration, units)
     try:
         run.run(given.ids)
     except torch.OutOfMemoryError:
@@ -256,6 +280,7 @@ def _log(
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "blocks": [{"block": record["block"], "seconds": record["seconds"]} for record in records],
         "layers": layers,
+        **_dead(records),
         **{
             kind: [{"block": record["block"], **line} for record in records for line in record[kind]]
             for kind in ("scales", "norms")
@@ -272,6 +297,13 @@ def _log(
             if step.scheme is not None and step.layer is not None and index not in ready
         ],
     }
+
+
+def _dead(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the units that never fire, by layer, where they were looked for."""
+    if not any("dead_units" in record for record in records):
+        return {}
+    return {"dead_units": {name: units for record in records for name, units in record["dead_units"].items()}}
 
 
 def _dtype(source: Source, device: torch.device, gradients: bool) -> torch.dtype:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from tersor.checkpoint.conversion import Step
-from tersor.compress import Encoded, encode_blocks, get_recipe
+from tersor.compress import get_recipe
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, LayerSums
 from tersor.convert.calibrate.bits import deterministic, unwatched
-from tersor.convert.calibrate.coded import Coded, code_mixed, coded, joined, stacked
+from tersor.convert.calibrate.coded import Coded, stacked
+from tersor.convert.calibrate.coder import Coder
 from tersor.convert.calibrate.experts import expert_statistics
 from tersor.convert.calibrate.gradients import Gradients, Importance
 from tersor.convert.calibrate.inputs import Group, find_groups, inputs_of
@@ -26,15 +27,14 @@ from tersor.convert.calibrate.parts import Parts
 from tersor.convert.calibrate.scaling import Scaler, Scaling
 from tersor.convert.calibrate.store import VALUE, Store
 from tersor.convert.calibrate.streams import Streams
-from tersor.convert.calibrate.tasks import Site, Task, decode, matrices, read_tensor
+from tersor.convert.calibrate.tasks import Site, Task, matrices, read_tensor
 from tersor.convert.calibrate.text import Calibration
 from tersor.convert.calibrate.tweak import Tweaker
+from tersor.convert.calibrate.units import Units
 from tersor.convert.pipeline import Progress, located
 from tersor.convert.transforms import AWQ, TWEAK_NORMS
 from tersor.errors import FormatError, InputError, NonFiniteError, TersorError
-from tersor.formats import Assignment, Pruned, Scheme
 from tersor.integrations.transformers.blocks import BlockModel
-from tersor.ops import load_columns
 
 
 class Run:
@@ -45,10 +45,11 @@ class Run:
         model: BlockModel,
         steps: Sequence[tuple[Step, str]],
         tasks: Sequence[Task],
-        recipe: str,
+        coder: Coder,
         store: Store,
         progress: Progress | None,
         calibration: Calibration,
+        units: Units | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -57,12 +58,14 @@ class Run:
             steps: every tensor of the checkpoint and the parameter that it becomes, or a part of; the latter is empty
                 where the model has none.
             tasks: what is to be calibrated.
-            recipe: how codes are chosen, a key of `compress.RECIPES`.
+            coder: what becomes of their weights.
             store: what is finished.
             progress: called after every block.
             calibration: whether a backward pass says what outputs matter, which transforms there are, and the seed.
+            units: learns of every block which of its units never fire, where that is wanted.
         """
-        self._model, self._tasks, self._recipe, self._store = model, tasks, recipe, store
+        self._model, self._tasks, self._coder, self._store = model, tasks, coder, store
+        self._units = units
         self._asked = calibration
         self._progress = progress
         self._done = 0
@@ -92,8 +95,7 @@ class Run:
         if first == count:
             return
         gradients = self._asked.effort == "high"
-        if get_recipe(self._recipe).all_rows:
-            load_columns((scheme.format for task in self._tasks for scheme in _schemes(task)), self._model.device)
+        self._coder.prepare(self._tasks, self._model.device)
         with deterministic(self._model.device):
             self._model.load({step.source.spec.name: read_tensor(step) for _, step, _ in self._steps.get(None, [])})
             self._model.tie()
@@ -158,10 +160,12 @@ class Run:
         sites = list(dict.fromkeys(task.site for task in tasks))
         importance = backward.measure(streams, block, sites) if backward is not None else {}
         parts = Parts(self._model, block, twin, self._steps[block], tasks)
-        scaling = Scaler(parts, streams, self._recipe).find(sites) if AWQ in self._asked.transforms else Scaling()
+        scaling = Scaler(parts, streams, self._coder.recipe).find(sites) if AWQ in self._asked.transforms else Scaling()
         self._scale(block, twin, scaling)
         importance = scaling.importance(importance)
         _, hidden, call = next(streams.each(block))
+        units = self._units
+        silent = units.measure(self._model, layer, streams, block, tasks) if units is not None else None
         done: dict[int, Coded] = {}
         for group in find_groups(self._model, twin, sites, hidden, call):
             own = [task for task in tasks if task.site in group.sites]
@@ -186,6 +190,7 @@ class Run:
                 index: [each.squared_error, each.squared_norm, sorted(each.underflowed)] for index, each in done.items()
             },
             "digest": streams.digest(),
+            **({"dead_units": silent} if silent is not None else {}),
         }
         tensors = {f"{index}.{name}": tensor for index, each in done.items() for name, tensor in each.tensors.items()}
         tensors.update({f"{number}.{VALUE}": value for number, value in changed.items()})
@@ -204,7 +209,7 @@ class Run:
         scaling: Scaling,
     ) -> dict[int, Coded]:
         """Sum up what a group reads in the original block and in its twin, and choose its codes."""
-        if not get_recipe(self._recipe).needs:
+        if not get_recipe(self._coder.recipe).needs:
             return {task.index: self._alone(task, scaling) for task in tasks}
         if group.part:
             return self._experts(block, layers, group, tasks, streams)
@@ -287,25 +292,11 @@ class Run:
             raise InputError(f"what {task.name} reads of this text holds a NaN or an infinity, or is too large to sum")
 
     def _code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], expert: int = 0) -> Coded:
-        """Choose codes for a weight [OC, IC], of experts in one tensor that of one, and pack them."""
-        scheme = task.step.scheme
-        assert scheme is not None and not isinstance(scheme, Pruned), "pruned weights are not calibrated"
-        taken: list[Encoded] = []
+        """Return what becomes of a weight [OC, IC], of experts in one tensor that of one."""
         first = expert * len(weight) if task.expert is None else 0
         try:
             with unwatched(self._model.device):
-                if isinstance(scheme, Assignment):
-                    return joined(code_mixed(weight, scheme, self._recipe, statistics))
-                encode_blocks(
-                    weight,
-                    scheme,
-                    lambda _, encoded: taken.append(encoded),
-                    self._recipe,
-                    statistics,
-                    first_row=first,
-                    block_elements=weight.numel(),
-                )
-                return coded(taken[0], first)
+                return self._coder.code(task, weight, statistics, first)
         except (NonFiniteError, FormatError) as error:
             raise located(task.step, error) from None
 
@@ -345,7 +336,7 @@ class Run:
         for task in self._of(block):
             if task.index in coded:
                 tensors = {name: tensor.to(device) for name, tensor in coded[task.index].items()}
-                loaded[task.step.source.spec.name] = decode(task.step, tensors, dtype)
+                loaded[task.step.source.spec.name] = self._coder.decode(task, tensors, dtype)
                 touched.add(task.parameter)
         for number, step, parameter in self._steps[block]:
             name = step.source.spec.name
@@ -355,11 +346,3 @@ class Run:
                 loaded[name] = read_tensor(step)
         with self._model.standing_in(block, twin):
             self._model.load(loaded)
-
-
-def _schemes(task: Task) -> Sequence[Scheme]:
-    """Return the schemes that rows of a task's weight may have."""
-    form = task.step.scheme
-    assert form is not None
-    assert not isinstance(form, Pruned), "pruned weights are not calibrated"
-    return form.mix.levels if isinstance(form, Assignment) else [form]

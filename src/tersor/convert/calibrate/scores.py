@@ -6,6 +6,7 @@ gradients to `compress.salience`. The scores of a block are kept in the store, s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,15 +26,14 @@ from tersor.formats import Mix
 from tersor.integrations.transformers.blocks import BlockModel
 
 
-class Scoring:
-    """The scores of all linear layers, and of the experts, of one model's blocks."""
+class BlockScores(ABC):
+    """Scores of the layers of one model's blocks, of one kind."""
 
     def __init__(
         self,
         model: BlockModel,
         steps: Sequence[tuple[Step, str]],
         tasks: Sequence[Task],
-        mix: Mix,
         store: Store,
         progress: Progress | None,
     ) -> None:
@@ -43,11 +43,10 @@ class Scoring:
             model: built, nothing loaded.
             steps: every tensor of the checkpoint and the parameter that it becomes, as for `run.Run`.
             tasks: the layers that are scored.
-            mix: the levels.
             store: where scores and gradients are kept.
             progress: called after every block.
         """
-        self._model, self._tasks, self._mix, self._store = model, tasks, mix, store
+        self._model, self._tasks, self._store = model, tasks, store
         self._progress = progress
         self._steps: dict[int | None, list[tuple[Step, str]]] = {}
         for step, parameter in steps:
@@ -58,10 +57,7 @@ class Scoring:
 
     @torch.no_grad()
     def run(self, ids: torch.Tensor, *, seed: int, keep_gradients: bool) -> dict[str, torch.Tensor]:
-        """Return module -> what each output feature loses at each level, float64 [levels, OC], nats a token.
-
-        Experts of a layer are summed up, under the name of the parameter that holds the weights of all of them, the
-        rows of the gate before those of up.
+        """Return module -> its scores.
 
         Args:
             ids: int64 [W, T], the windows.
@@ -95,10 +91,60 @@ class Scoring:
 
     def _score(self, block: int, run: Backward) -> None:
         """Keep the scores of one loaded block's layers; `run` runs it backward."""
+        found = self.score(block, [task for task in self._tasks if task.block == block], run)
+        write_tensors(self._store.path("scores", block), found, {})
+
+    @abstractmethod
+    def score(self, block: int, tasks: Sequence[Task], run: Backward) -> dict[str, torch.Tensor]:
+        """Return the scores of one loaded block's layers by their names.
+
+        Args:
+            block: its number.
+            tasks: the layers.
+            run: runs the block backward.
+
+        Raises:
+            InputError: a score is not finite; the layer is named.
+        """
+
+    def _load(self, block: int | None) -> None:
+        self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(block, [])})
+
+    def _nbytes(self, block: int) -> int:
+        return sum(step.source.spec.nbytes for step, _ in self._steps.get(block, []))
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total, "scores of output features")
+
+
+class Scoring(BlockScores):
+    """What each output feature loses at each level of a mix, float64 [levels, OC], nats a token.
+
+    Experts of a layer are summed up, under the name of the parameter that holds the weights of all of them, the rows of
+    the gate before those of up.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        steps: Sequence[tuple[Step, str]],
+        tasks: Sequence[Task],
+        mix: Mix,
+        store: Store,
+        progress: Progress | None,
+    ) -> None:
+        """Prepare as `BlockScores` does, for the levels of a mix."""
+        super().__init__(model, steps, tasks, store, progress)
+        self._mix = mix
+
+    def score(self, block: int, tasks: Sequence[Task], run: Backward) -> dict[str, torch.Tensor]:
+        """Return the scores of all features of a block's layers."""
         sums: dict[str, Salience] = {}
         take: dict[Site, Take] = {}
         scored = []
-        for module, wanted in self._experts(block).items():
+        for module, wanted in _experts(tasks).items():
             names = {task.site.part: task.parameter for task in wanted}
             experts = self._model.blocks[block].get_submodule(module)
             own = ExpertScores(experts, self._mix, list(names), self._model.device)
@@ -110,8 +156,8 @@ class Scoring:
                 take[wanted[0].site] = own.take(last)
             except (NonFiniteError, FormatError) as error:
                 raise InputError(f"{self._model.name_of(block, module)}: {error}") from None
-        for task in self._tasks:
-            if task.block != block or task.site.part:
+        for task in tasks:
+            if task.site.part:
                 continue
             weight = matrices(task.step, read_tensor(task.step)).to(self._model.device)
             try:
@@ -127,26 +173,16 @@ class Scoring:
         for name, score in found.items():
             if not bool(score.isfinite().all()):
                 raise InputError(f"the score of {name} holds a NaN or an infinity on this text")
-        write_tensors(self._store.path("scores", block), found, {})
-
-    def _experts(self, block: int) -> dict[str, list[Task]]:
-        """Return the modules of experts of a block, and the tasks of each."""
-        found: dict[str, list[Task]] = {}
-        for task in self._tasks:
-            if task.block == block and task.site.part:
-                found.setdefault(task.site.module, []).append(task)
         return found
 
-    def _load(self, block: int | None) -> None:
-        self._model.load({step.source.spec.name: read_tensor(step) for step, _ in self._steps.get(block, [])})
 
-    def _nbytes(self, block: int) -> int:
-        return sum(step.source.spec.nbytes for step, _ in self._steps.get(block, []))
-
-    def _advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total, "scores of output features")
+def _experts(tasks: Sequence[Task]) -> dict[str, list[Task]]:
+    """Return the modules of experts of a block, and the tasks of each."""
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        if task.site.part:
+            found.setdefault(task.site.module, []).append(task)
+    return found
 
 
 def _adding(own: Salience, deltas: Sequence[torch.Tensor]) -> Take:

@@ -1,0 +1,253 @@
+"""A pruned checkpoint: its zeros, what each layer is pruned on, how it loads, and what is refused before the work."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import calibrated, checkpoints
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from tersor.cli import main
+from tersor.compress.prune import Pattern
+from tersor.compress.prune.allocate import MOST_APART
+from tersor.convert import prune as job
+from tersor.convert.calibrate.pruning import PruneCoder
+from tersor.convert.calibrate.text import read_windows
+from tersor.errors import InputError, TersorError
+
+Told = Mapping[str, torch.Tensor]
+OPTIONS: dict[str, Any] = {"sparsity": 0.5, "calibration_tokens": 96, "calibration_window": 32}
+DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated.model("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated.text(tmp_path_factory.mktemp("text") / "calibration.txt")
+
+
+def pruned(model: Path, text: Path, output: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Prune, load the result through transformers, and return what its linear layers multiply by."""
+    job.prune(model, output, calibration=text, **{**OPTIONS, **options})
+    return weights(output)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    found = {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            features = torch.eye(module.in_features)
+            found[name] = module(features).detach().T.contiguous()
+    return found
+
+
+def log_of(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "tersor-calibration.json").read_text())
+    return found
+
+
+def zeros(weight: torch.Tensor) -> float:
+    return float((weight == 0).double().mean())
+
+
+@pytest.mark.parametrize("values", [None, "fp6", "int4:g16"])
+def test_every_linear_layer_has_its_share_of_zeros_and_loads_through_transformers(
+    llama: Path, text: Path, tmp_path: Path, values: str | None
+) -> None:
+    found = pruned(llama, text, tmp_path / "out", values=values, overrides=["down_proj=0.75", "q_proj=2:4"][:1])
+    for name, weight in found.items():
+        share = 0.75 if "down_proj" in name else 0.5
+        assert zeros(weight) >= share - 1e-3, name
+        if values is None:
+            assert zeros(weight) == pytest.approx(share, abs=1e-3), name
+    for line in log_of(tmp_path / "out")["layers"]:
+        share = 0.75 if "down_proj" in line["layer"] else 0.5
+        assert line["left"] == Pattern(share).kept(1, line["weights"])
+        assert line["loss_reweighted"] <= line["loss_mask"] * (1 + 1e-6)
+        assert line["loss_reweighted"] <= line["loss_magnitude"] * (1 + 1e-6)
+
+
+def test_a_layer_is_pruned_on_what_it_reads_in_the_pruned_model(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, torch.Tensor] = {}
+    code = PruneCoder.code
+
+    def noting(
+        self: PruneCoder, task: Any, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], first: int
+    ) -> Any:
+        told[task.name] = statistics["hessian"].clone()
+        return code(self, task, weight, statistics, first)
+
+    monkeypatch.setattr(PruneCoder, "code", noting)
+    job.prune(llama, tmp_path / "out", calibration=text, algorithm="wanda", **OPTIONS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name in told:
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].detach()))
+    ids = read_windows(str(text), calibrated.tokenizer(), 3, 32, calibrated.VOCABULARY)
+    with torch.no_grad():
+        model(ids)
+    assert len(told) == 14
+    for name, hessian in told.items():
+        x = seen[name].flatten(0, -2)
+        torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+
+
+def test_n_of_m_holds_in_every_layer_and_for_an_override(llama: Path, text: Path, tmp_path: Path) -> None:
+    found = pruned(
+        llama, text, tmp_path / "out", sparsity=None, pattern="2:4", algorithm="wanda", overrides=["k_proj=0.75:4:8"]
+    )
+    for name, weight in found.items():
+        size, most = (8, 4) if "k_proj" in name else (4, 2)
+        assert int((weight != 0).view(-1, size).sum(dim=1).max()) <= most, name
+        assert zeros(weight) == pytest.approx(0.75 if "k_proj" in name else 0.5, abs=0.02), name
+
+
+def test_shares_are_allocated_by_what_zeros_cost_and_their_mean_is_the_one_asked_for(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    found = pruned(llama, text, tmp_path / "out", algorithm="magnitude", allocate=True, overrides=["o_proj=0.75"])
+    own = {name: weight for name, weight in found.items() if "o_proj" not in name}
+    total = sum(weight.numel() for weight in own.values())
+    assert sum(zeros(weight) * weight.numel() for weight in own.values()) / total == pytest.approx(0.5, abs=1e-3)
+    shares = [zeros(weight) for weight in own.values()]
+    assert max(shares) - min(shares) > 0.02
+    assert max(abs(share - 0.5) for share in shares) < MOST_APART + 0.01
+    assert all(zeros(found[name]) == pytest.approx(0.75, abs=1e-3) for name in found.keys() - own.keys())
+
+
+@pytest.fixture(scope="module")
+def with_dead_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in whose first MLP units 2 and 5 never fire."""
+    directory = calibrated.model("llama", tmp_path_factory.mktemp("dead") / "model")
+    for path in directory.glob("*.safetensors"):
+        held = checkpoints.load(path)
+        if f"{GATE}.weight" in held:
+            held[f"{GATE}.weight"][[2, 5]] = 0
+            save_file(held, path, {"format": "pt"})
+    return directory
+
+
+def test_units_that_never_fire_are_counted_and_dropped(with_dead_units: Path, text: Path, tmp_path: Path) -> None:
+    for what in ("report", "drop"):
+        report = job.prune(
+            with_dead_units, tmp_path / what, calibration=text, dead_neurons=what, algorithm="magnitude", **OPTIONS
+        )
+        assert report.dead_units is not None
+        assert report.dead_units[DOWN] == 2
+        assert sum(report.dead_units.values()) == 2
+        assert log_of(tmp_path / what)["dead_units"][DOWN] == [2, 5]
+    kept, dropped = weights(tmp_path / "report"), weights(tmp_path / "drop")
+    up = "model.layers.0.mlp.up_proj"
+    assert kept[up][[2, 5]].any()
+    assert not dropped[up][[2, 5]].any()
+    assert not dropped[DOWN][:, [2, 5]].any()
+    assert dropped[up].shape == kept[up].shape
+
+
+def written(output: Path) -> dict[str, Any]:
+    """Return the bytes of every file; of the log what does not depend on the clock."""
+    found: dict[str, Any] = checkpoints.bytes_of(output)
+    log = json.loads(found.pop("tersor-calibration.json"))
+    for part in (log, *log["blocks"], *log["layers"]):
+        part.pop("seconds")
+    return {**found, "log": log}
+
+
+def test_a_killed_process_is_continued_with_the_same_bytes(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "values": "fp6", "allocate": True, "dead_neurons": "report"}
+    job.prune(llama, tmp_path / "whole", calibration=text, **options)
+    output = tmp_path / "out"
+    program = f"""
+import os, signal, torch
+torch.set_num_threads({torch.get_num_threads()})
+from tersor.convert.prune import prune
+from tersor.convert.calibrate.store import Store
+finish = Store.finish
+def kill(self, block, *rest):
+    finish(self, block, *rest)
+    os.kill(os.getpid(), signal.SIGKILL)
+Store.finish = kill
+prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
+"""
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not output.exists()
+    with pytest.raises(InputError, match=r'made with sparsity "0\.5", now "0\.6"'):
+        job.prune(llama, output, calibration=text, resume=True, **{**options, "sparsity": 0.6})
+    job.prune(llama, output, calibration=text, resume=True, **options)
+    assert written(output) == written(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.5}, "sparsity 1.5 is not a share"),
+        ({"sparsity": "x"}, "sparsity 'x' is not a share"),
+        ({"sparsity": 0.3, "pattern": "2:4"}, "sparsity 0.3 is out of reach"),
+        ({"overrides": ["q_proj=2"]}, "override 'q_proj=2': sparsity 2.0 is not a share"),
+        ({"overrides": ["q_proj=0.2:2:4"]}, "override 'q_proj=0.2:2:4': sparsity 0.2 is out of reach"),
+        ({"overrides": ["nowhere=0.3"]}, "override 'nowhere' matches no linear layer"),
+        ({"overrides": ["q_proj"]}, "is not REGEX=SPARSITY"),
+        ({"pattern": "3:7", "sparsity": None}, "pattern 3:7 does not divide the 96 input channels of model"),
+        ({"algorithm": "wand"}, "unknown algorithm 'wand', did you mean 'wanda'"),
+        ({"values": "fp66"}, "values 'fp66': unknown"),
+        ({"values": "bf16"}, "ask for float32, not bfloat16"),
+        ({"group_size": 16}, "group size and scale dtype are for values with codes"),
+        ({"values": "int4:g24"}, "group size 24 does not divide"),
+        ({"sparsity": 0.01}, "sparsity 0.01 makes no weight smaller whose values are float32"),
+        ({"calibration": None}, "pruning needs a text"),
+        ({"calibration": "no-such-file.txt"}, "no-such-file.txt"),
+        ({"calibration_tokens": 100_000}, "has 200 tokens, and 3125 windows of 32 take 100000"),
+        ({"pattern": "2:4", "sparsity": 0.5, "allocate": True}, "2:4 leaves no share to allocate"),
+        ({"dead_neurons": "bury"}, "dead neurons 'bury' is neither of report, drop"),
+        ({"ignore": ["nothing"]}, "ignore 'nothing' matches no module"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line_before_the_work_starts(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(job, "calibrate", lambda *_: pytest.fail("the work has started"))
+    with pytest.raises(TersorError, match=message) as caught:
+        job.prune(llama, tmp_path / "out", **{"calibration": text, **OPTIONS, **options})
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_it_stored_and_how_many_units_never_fire(
+    with_dead_units: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--sparsity", "0.5", "--algorithm", "wanda", "--values", "fp6", "--dead-neurons", "drop"]
+    options += ["--calibration", str(text), "--calibration-tokens", "96", "--calibration-window", "32"]
+    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "14 pruned weights stored sparse" in shown
+    assert "2 MLP units never fire on the text and became zero" in shown
+    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_experts_are_refused_unless_they_are_ignored(text: Path, tmp_path: Path) -> None:
+    model = calibrated.model("mixtral", tmp_path / "model")
+    with pytest.raises(InputError, match="is a layer's experts, which have no sparse form: ignore them"):
+        job.prune(model, tmp_path / "out", calibration=text, **OPTIONS)
+    report = job.prune(model, tmp_path / "out", calibration=text, ignore=[r"\.experts\b"], **OPTIONS)
+    assert len(report.compressed) == 8
