@@ -86,6 +86,7 @@ def test_tersor_commands_run(
         "tiny-mix",
         "tiny-mxfp6",
         "tiny-gptq",
+        "tiny-sparse",
     }
 
 
