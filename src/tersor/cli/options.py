@@ -14,6 +14,21 @@ TrustRemoteCode = Annotated[
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
+# Of conversions of a checkpoint.
+GroupSize = Annotated[int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(help="Tokens of it that are used, in windows spread evenly; 128 windows if not given.")
+]
+CalibrationWindow = Annotated[
+    int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
+]
+ShardSize = Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")]
+
 # What a model writes, as `serve` and `batch` read it.
 ToolParser = Annotated[str, typer.Option(help="How the model calls tools: auto, hermes, llama3, mistral or none.")]
 ReasoningParser = Annotated[str, typer.Option(help="How the model marks reasoning: auto, think, gpt-oss or none.")]

@@ -38,9 +38,7 @@ def command(
             "dtype if not given.",
         ),
     ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")
-    ] = None,
+    group_size: options.GroupSize = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or e8m0.")] = None,
     update: Annotated[
         bool, typer.Option("--update/--no-update", help="Fit the weights that stay to their mask.")
@@ -57,10 +55,7 @@ def command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the labels by which costs are measured.")] = 0,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
-    ] = None,
+    ignore: options.Ignore = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,15 +71,11 @@ def command(
             help="A text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a dataset.",
         ),
     ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of it that are used, in windows spread evenly; 128 windows if not given.")
-    ] = None,
-    calibration_window: Annotated[
-        int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
-    ] = None,
+    calibration_tokens: options.CalibrationTokens = None,
+    calibration_window: options.CalibrationWindow = None,
     device: Annotated[str, typer.Option(help="Where blocks are pruned: auto, cpu, cuda or cuda:N.")] = "cpu",
-    shard_size: Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")] = "5GB",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
+    shard_size: options.ShardSize = "5GB",
+    resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

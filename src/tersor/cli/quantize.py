@@ -41,16 +41,11 @@ def command(
             "only repacks pruned weights, without loss.",
         ),
     ] = "fp6",
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale; one scale a row if not given.")
-    ] = None,
+    group_size: options.GroupSize = None,
     scale_dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16, float32 or e8m0; exports take the model's dtype.")
     ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
-    ] = None,
+    ignore: options.Ignore = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,12 +66,8 @@ def command(
             "of a dataset.",
         ),
     ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of it that are used, in windows spread evenly; 128 windows if not given.")
-    ] = None,
-    calibration_window: Annotated[
-        int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
-    ] = None,
+    calibration_tokens: options.CalibrationTokens = None,
+    calibration_window: options.CalibrationWindow = None,
     transform: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,9 +115,9 @@ def command(
     device: Annotated[
         str, typer.Option(help="Where weights are encoded and blocks calibrated: auto, cpu, cuda or cuda:N.")
     ] = "cpu",
-    shard_size: Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")] = "5GB",
+    shard_size: options.ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")] = False,
+    resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
