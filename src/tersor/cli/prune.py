@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tersor.cli import console, options
-from tersor.cli.quantize import parse_size, print_report, show_progress
+from tersor.cli.quantize import parse_size, print_report, resumable, show_progress
 
 
 def command(
@@ -81,41 +81,34 @@ def command(
 ) -> None:
     """Prune, then print what became of the tensors."""
     from tersor.convert.prune import prune
-    from tersor.convert.resume import partial_directory
 
-    try:
-        with show_progress(f"{Path(model).name} pruned by {algorithm}") as progress:
-            report = prune(
-                model,
-                output,
-                sparsity=sparsity,
-                pattern=pattern,
-                scope=scope,
-                algorithm=algorithm,
-                values=values,
-                group_size=group_size,
-                scale_dtype=scale_dtype,
-                update=update,
-                allocate=allocate,
-                dead_neurons=dead_neurons,
-                seed=seed,
-                ignore=ignore or (),
-                overrides=override or (),
-                calibration=calibration,
-                calibration_tokens=calibration_tokens,
-                calibration_window=calibration_window,
-                resume=resume,
-                device=device,
-                shard_size=parse_size(shard_size),
-                revision=revision,
-                progress=progress,
-                trust_remote_code=trust_remote_code,
-            )
-    except KeyboardInterrupt:
-        partial = partial_directory(Path(output))
-        if partial.exists():
-            print(f"{partial} keeps what is finished: add --resume to continue", file=sys.stderr)
-        raise
+    with resumable(output), show_progress(f"{Path(model).name} pruned by {algorithm}") as progress:
+        report = prune(
+            model,
+            output,
+            sparsity=sparsity,
+            pattern=pattern,
+            scope=scope,
+            algorithm=algorithm,
+            values=values,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            update=update,
+            allocate=allocate,
+            dead_neurons=dead_neurons,
+            seed=seed,
+            ignore=ignore or (),
+            overrides=override or (),
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            calibration_window=calibration_window,
+            resume=resume,
+            device=device,
+            shard_size=parse_size(shard_size),
+            revision=revision,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if json:

@@ -123,46 +123,39 @@ def command(
 ) -> None:
     """Compress, then print what became of the tensors."""
     from tersor.convert.job import quantize
-    from tersor.convert.resume import partial_directory
 
-    try:
-        with show_progress(f"{Path(model).name} to {format}") as progress:
-            report = quantize(
-                model,
-                output,
-                format=format,
-                group_size=group_size,
-                scale_dtype=scale_dtype,
-                algorithm=algorithm,
-                calibration=calibration,
-                calibration_tokens=calibration_tokens,
-                calibration_window=calibration_window,
-                effort=effort,
-                seed=seed,
-                ignore=ignore or (),
-                overrides=override or (),
-                dry_run=dry_run,
-                resume=resume,
-                sparse=sparse,
-                device=device,
-                export=export,
-                shard_size=parse_size(shard_size),
-                revision=revision,
-                progress=progress,
-                trust_remote_code=trust_remote_code,
-                transforms=transform or (),
-                levels=level or (),
-                target_bits=target_bits,
-                target_size=None if target_size is None else parse_size(target_size),
-                target_latency=None if target_latency is None else parse_latency(target_latency),
-                batch=batch,
-                chip=chip,
-            )
-    except KeyboardInterrupt:
-        partial = partial_directory(Path(output)) if output is not None else None
-        if partial is not None and partial.exists():
-            print(f"{partial} keeps what is finished: add --resume to continue", file=sys.stderr)
-        raise
+    with resumable(output), show_progress(f"{Path(model).name} to {format}") as progress:
+        report = quantize(
+            model,
+            output,
+            format=format,
+            group_size=group_size,
+            scale_dtype=scale_dtype,
+            algorithm=algorithm,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            calibration_window=calibration_window,
+            effort=effort,
+            seed=seed,
+            ignore=ignore or (),
+            overrides=override or (),
+            dry_run=dry_run,
+            resume=resume,
+            sparse=sparse,
+            device=device,
+            export=export,
+            shard_size=parse_size(shard_size),
+            revision=revision,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+            transforms=transform or (),
+            levels=level or (),
+            target_bits=target_bits,
+            target_size=None if target_size is None else parse_size(target_size),
+            target_latency=None if target_latency is None else parse_latency(target_latency),
+            batch=batch,
+            chip=chip,
+        )
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if json:
@@ -197,6 +190,24 @@ def parse_latency(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise InputError(f"latency {text!r} is not a time such as 1.8ms or 900us")
     return seconds
+
+
+@contextmanager
+def resumable(output: str | None) -> Iterator[None]:
+    """Where a run is interrupted that leaves finished files, say that it can be continued, and stop.
+
+    Args:
+        output: the directory that the run makes; `None` of a dry run.
+    """
+    from tersor.convert.resume import partial_directory
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        partial = partial_directory(Path(output)) if output is not None else None
+        if partial is not None and partial.exists():
+            print(f"{partial} keeps what is finished: add --resume to continue", file=sys.stderr)
+        raise
 
 
 @contextmanager

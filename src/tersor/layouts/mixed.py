@@ -16,6 +16,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Assignment, Mix, Scheme
 from tersor.layouts.gated import gated_channels, gated_rows, interleave, separate
 from tersor.layouts.shard import Part, Span
+from tersor.layouts.stacked import StackedWeight
 from tersor.layouts.weight import STREAM, Noted, PackedWeight
 
 
@@ -128,8 +129,7 @@ class MixedWeight(Noted):
     @property
     def nbytes(self) -> int:
         """Bytes in memory: codes, scales, zero points and both permutations."""
-        orders = [order for order in (self.features, self.places) if order is not None]
-        return sum(one.nbytes for one in self.sets) + sum(order.nbytes for order in orders)
+        return bytes_of(self.sets, self.features, self.places)
 
     @property
     def assignment(self) -> Assignment:
@@ -195,13 +195,28 @@ class MixedWeight(Noted):
 
     def of_channels(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return [..., channels] in order of what every set gives for its channels, [..., channels of the set] each."""
-        together = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        return together if self.places is None else together.index_select(-1, self.places)
+        return put_in_order(parts, self.places)
 
     def by_set(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Return the values [..., channels] of every set, [..., channels of the set] each: undoes `of_channels`."""
         stored = values if self.features is None else values.index_select(-1, self.features)
         return list(stored.split(self.rows, dim=-1))
+
+
+def put_in_order(parts: Sequence[torch.Tensor], places: torch.Tensor | None) -> torch.Tensor:
+    """Return [..., channels] in order of what row sets give for their channels, [..., channels of the set] each.
+
+    Args:
+        parts: of every row set, in their order.
+        places: int32 [channels], where each channel is among them; `None` where they stand in order.
+    """
+    together = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+    return together if places is None else together.index_select(-1, places)
+
+
+def bytes_of(sets: Sequence[PackedWeight | StackedWeight], *orders: torch.Tensor | None) -> int:
+    """Return the bytes in memory of row sets and of the permutations that there are."""
+    return sum(one.nbytes for one in sets) + sum(order.nbytes for order in orders if order is not None)
 
 
 def _cut(weight: PackedWeight, part: Part) -> PackedWeight:

@@ -256,10 +256,8 @@ class SparseWeight:
 
         Codes are decoded in float32 and rounded once to `dtype`. The device is not waited for.
         """
-        first, last = rows or (0, self.shape[0])
-        scale, zero_point = (None if one is None else one[first:last] for one in (self.scale, self.zero_point))
-        mask, starts = self.mask[first:last], self.starts[first:last]
-        return decode(self.sparse, self.shape[1], mask, self.values, scale, zero_point, starts, dtype)
+        held = (self.mask, self.values, self.scale, self.zero_point, self.starts)
+        return decode(self.sparse, self.shape[1], *held, dtype, rows or (0, self.shape[0]))
 
 
 def decode(
@@ -271,11 +269,12 @@ def decode(
     zero_point: torch.Tensor | None,
     starts: torch.Tensor,
     dtype: torch.dtype,
+    rows: Span,
 ) -> torch.Tensor:
-    """Return decoded rows [rows, ic] in `dtype`; arguments are those of `SparseWeight`, `values` of all rows.
-
-    `starts` is int64 [rows], of these rows.
-    """
+    """Return the decoded rows of a span, [rows, ic] in `dtype`; tensors are those of a `SparseWeight`, of all rows."""
+    first, last = rows
+    scale, zero_point = (None if one is None else one[first:last] for one in (scale, zero_point))
+    mask, starts = mask[first:last], starts[first:last]
     kept = bitmap.unpack_mask(mask, ic)
     if not values.numel():
         return torch.zeros(kept.shape, dtype=dtype, device=mask.device)

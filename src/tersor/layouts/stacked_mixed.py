@@ -14,7 +14,7 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Assignment, Mix, Scheme
-from tersor.layouts.mixed import MixedWeight
+from tersor.layouts.mixed import MixedWeight, bytes_of, put_in_order
 from tersor.layouts.stacked import StackedWeight
 
 
@@ -98,8 +98,7 @@ class StackedMixedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes in memory: codes, scales, zero points and both permutations."""
-        orders = [order for order in (self.features, self.places) if order is not None]
-        return sum(one.nbytes for one in self.sets) + sum(order.nbytes for order in orders)
+        return bytes_of(self.sets, self.features, self.places)
 
     @property
     def assignment(self) -> Assignment:
@@ -127,8 +126,7 @@ class StackedMixedWeight:
 
     def of_channels(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return [..., channels] in order of what every set gives for its channels, [..., channels of the set] each."""
-        together = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-        return together if self.places is None else together.index_select(-1, self.places)
+        return put_in_order(parts, self.places)
 
 
 Stacked: TypeAlias = StackedWeight | StackedMixedWeight

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from tersor import ops
-from tersor.checkpoint.names import LEVEL, LEVELS, TensorForm, level_stem
+from tersor.checkpoint.names import LEVEL, LEVELS
 from tersor.errors import ShapeError
-from tersor.formats import Activations, Assignment, Mix
+from tersor.formats import Activations, Assignment
 from tersor.layouts import MixedWeight
+from tersor.nn.levels import OfLevels
 from tersor.nn.linear import cast_bias, empty_bias
 from tersor.nn.packed import MultipliedModule, refuse_weight
 
@@ -28,7 +29,7 @@ class RowSet(MultipliedModule):
         return super().stored_bits + 8 * self.shape[0]
 
 
-class MixedLinear(nn.Module):
+class MixedLinear(OfLevels):
     """y[..., OC] = x[..., IC] @ W[OC, IC]^T + bias, with every row of W packed at its level.
 
     On a GPU each row set is kept in the layout that its kernel reads; the state dict shows the stored stream all the
@@ -45,7 +46,6 @@ class MixedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    weight_level: torch.Tensor
     in_state_dict = True
 
     def __init__(
@@ -109,11 +109,6 @@ class MixedLinear(nn.Module):
         return [rows for rows in self.levels.values() if isinstance(rows, RowSet)]
 
     @property
-    def scheme(self) -> Mix:
-        """The mix, which stands where another layer has a scheme."""
-        return self.mix
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(OC, IC)."""
         return self.out_features, self.in_features
@@ -127,14 +122,6 @@ class MixedLinear(nn.Module):
     def as_stored(self) -> bool:
         """Whether the buffers hold what is on disk."""
         return all(rows.as_stored for rows in self.row_sets)
-
-    def own_tensors(self) -> dict[str, TensorForm]:
-        """Return name -> shape and dtype of the tensors that stand for this layer's weight on disk."""
-        forms = {LEVEL: TensorForm((self.out_features,), torch.uint8)}
-        for level, rows in self.levels.items():
-            assert isinstance(rows, RowSet)
-            forms |= {f"{level_stem(int(level))}.{name}": form for name, form in rows.own_tensors().items()}
-        return forms
 
     def packed_weight(self) -> MixedWeight:
         """Return the weight, sharing memory with the buffers: the same object until one of them changes.
@@ -217,21 +204,9 @@ class MixedLinear(nn.Module):
         return ops.linear(x, self.packed_weight(), cast_bias(self.bias, dtype))
 
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
-        self._held = None
         super()._apply(fn, recurse)
-        cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        self.dtype = cast if cast.is_floating_point else self.dtype
-        if self.weight_level.dtype != torch.uint8:
-            self.weight_level = self.weight_level.to(torch.uint8)
         self.prepare(self.dtype)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._held = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None, "_level": None}
 
     def extra_repr(self) -> str:
         """Say shape and levels."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from tersor.checkpoint.names import LEVEL, LEVELS, TensorForm, level_stem
+from tersor.checkpoint.names import LEVEL, LEVELS
 from tersor.errors import ShapeError, UnsupportedError
-from tersor.formats import Activations, Assignment, Mix, Scheme
+from tersor.formats import Activations, Assignment, Scheme
 from tersor.layouts import StackedMixedWeight
 from tersor.nn.experts import PackedStack, Rows
-
-_Self = TypeVar("_Self", bound="MixedStack")
+from tersor.nn.levels import OfLevels
 
 
 class StackRows(PackedStack):
@@ -30,7 +28,7 @@ class StackRows(PackedStack):
         return super().stored_bits + 8 * self.shape[1]
 
 
-class MixedStack(nn.Module):
+class MixedStack(OfLevels):
     """The mixed weights [E, OC, IC] of one layer of each of E experts, whose output features have the same levels.
 
     Rows lie in memory as those of a `PackedStack` do: gate and up are interleaved, level by level.
@@ -43,8 +41,6 @@ class MixedStack(nn.Module):
         dtype: of the decoded weights; follows `.half()`, `.to(dtype)` and the like.
         transposed: whether the model keeps its weight as [E, IC, OC].
     """
-
-    weight_level: torch.Tensor
 
     def __init__(
         self,
@@ -113,11 +109,6 @@ class MixedStack(nn.Module):
         return [rows for rows in self.levels.values() if isinstance(rows, StackRows)]
 
     @property
-    def scheme(self) -> Mix:
-        """The mix, which stands where others have a scheme."""
-        return self.mix
-
-    @property
     def rows(self) -> Rows:
         """What is interleaved in memory."""
         return self._rows
@@ -142,14 +133,6 @@ class MixedStack(nn.Module):
     def activations(self, activations: Activations) -> None:
         for rows in self.row_sets:
             rows.activations = activations
-
-    def own_tensors(self) -> dict[str, TensorForm]:
-        """Return name -> shape and dtype of the tensors that stand for the weights on disk."""
-        forms = {LEVEL: TensorForm((self.shape[1],), torch.uint8)}
-        for level, rows in self.levels.items():
-            assert isinstance(rows, StackRows)
-            forms |= {f"{level_stem(int(level))}.{name}": form for name, form in rows.own_tensors().items()}
-        return forms
 
     def packed_weight(self) -> StackedMixedWeight:
         """Return the weights as they lie in memory, sharing it: gate and up interleaved where all rows are.
@@ -217,22 +200,6 @@ class MixedStack(nn.Module):
             UnsupportedError: always.
         """
         raise UnsupportedError("the weights of a layer's experts are multiplied by the layer that holds them")
-
-    def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
-        self._held = None
-        super()._apply(fn, recurse)
-        cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        self.dtype = cast if cast.is_floating_point else self.dtype
-        if self.weight_level.dtype != torch.uint8:
-            self.weight_level = self.weight_level.to(torch.uint8)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._held = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None, "_level": None}
 
     def extra_repr(self) -> str:
         """Say shape and levels."""

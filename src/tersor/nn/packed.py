@@ -31,6 +31,25 @@ def refuse_weight(module: nn.Module, name: str) -> None:
         )
 
 
+def dtype_after(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Return what a dtype of floats becomes by what `nn.Module._apply` applies: the same where that casts none."""
+    cast = fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
+    return cast if cast.is_floating_point else dtype
+
+
+def uncast(module: nn.Module, before: Mapping[str, torch.Tensor | None]) -> None:
+    """Undo casts of buffers, which are moved alone.
+
+    Args:
+        module: whose buffers were applied something.
+        before: those that no cast touches, by name, as they were.
+    """
+    for name, old in before.items():
+        new = module._buffers[name]
+        if old is not None and new is not None and new.dtype != old.dtype:
+            module._buffers[name] = old.to(new.device)
+
+
 class Counted(nn.Module):
     """Holds a compressed weight that is no `PackedModule`, and counts as one does.
 
@@ -170,12 +189,8 @@ class PackedModule(nn.Module):
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
         before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT)}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        self.dtype = cast if cast.is_floating_point else self.dtype
+        uncast(self, before)
+        self.dtype = dtype_after(fn, self.dtype)
         self._ready_for = None
         self.prepare(self.dtype)
         return self

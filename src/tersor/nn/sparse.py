@@ -14,7 +14,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Pruned, Sparse
 from tersor.layouts import SparseWeight
 from tersor.nn.linear import cast_bias, empty_bias
-from tersor.nn.packed import Counted, refuse_weight
+from tersor.nn.packed import Counted, dtype_after, refuse_weight, uncast
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _BUFFERS = (MASK, VALUES, SCALE, ZERO_POINT)
@@ -176,12 +176,8 @@ class SparseLinear(Counted):
         before = {name: self._buffers[name] for name in self._forms}
         self._held = None
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        cast = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        self.dtype = cast if cast.is_floating_point else self.dtype
+        uncast(self, before)
+        self.dtype = dtype_after(fn, self.dtype)
         self.prepare(self.dtype)
         return self
 

@@ -78,8 +78,7 @@ def _serve(
     wide = rows if whole else rows.to(torch.promote_types(x.dtype, torch.float32))
 
     def product(first: int, last: int) -> torch.Tensor:
-        scales, zeros = (None if one is None else one[first:last] for one in (scale, zero_point))
-        block = decode(represented, ic, mask[first:last], values, scales, zeros, starts[first:last], wide.dtype)
+        block = decode(represented, ic, mask, values, scale, zero_point, starts, wide.dtype, (first, last))
         if whole:
             part = torch.mm(wide, block.T, out_dtype=torch.float32)
         elif now.batch_invariant:
@@ -130,8 +129,7 @@ def _serve_grad(
     step = max(1, reference.BLOCK_ELEMENTS.get(grad.device.type, 1 << 18) // max(ic, 1))
     for first in range(0, oc, step):
         last = min(first + step, oc)
-        scales, zeros = (None if one is None else one[first:last] for one in (scale, zero_point))
-        block = decode(represented, ic, mask[first:last], values, scales, zeros, starts[first:last], wide.dtype)
+        block = decode(represented, ic, mask, values, scale, zero_point, starts, wide.dtype, (first, last))
         total.addmm_(wide[:, first:last], block)
     return total.to(grad.dtype).view(*grad.shape[:-1], ic)
 
