@@ -1,8 +1,8 @@
 """One option for each block of a model, at the least time, within memory: what every search of the planner solves.
 
 A front end makes a `Problem` of a model, a mesh and a workload; a search returns a `Choice`. Neither knows the other,
-so all searches are compared on the same costs (the formulation of Alpa, arXiv 2201.12023, section 4: a vector of costs for
-a block, a matrix for an edge; here with several limits of memory).
+so all searches are compared on the same costs (the formulation of Alpa, arXiv 2201.12023, section 4: a vector of costs
+for a block, a matrix for an edge; here with several limits of memory).
 """
 
 from __future__ import annotations
