@@ -64,7 +64,7 @@ class Case:
             packing = SparsePacking.holding(scheme, target, numbers)
             weight = scheme.format.decode(numbers).double()
         tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), runs)
-        scale = (torch.rand(kept.shape[0], generator=generator) + 0.5).to(device)
+        scale = ((torch.rand(kept.shape[0], generator=generator) + 0.5) / 64).to(device)  # no product leaves float16
         weight = torch.where(kept, weight.to(device), 0.0) * scale.double()[:, None]
         return Case(packing, tiles, scale, weight)
 

@@ -55,6 +55,8 @@ def test_each_group_of_a_token_is_scaled_by_itself() -> None:
         own_codes, own_scale = INT8.quantize(x[:, first : first + 128])
         assert torch.equal(codes[:, first : first + 128], own_codes) and torch.equal(scale[:, group], own_scale[:, 0])
     assert torch.equal(GROUPS.dequantize(codes, scale)[:, 256:], codes[:, 256:] * scale[:, 2:])
+    strided = GROUPS.quantize(x[:, :256].T.contiguous().T)
+    assert torch.equal(strided[0], codes[:, :256]) and torch.equal(strided[1], scale[:, :2])
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", 128), ("uint3", 32), ("uint5", 96)])
