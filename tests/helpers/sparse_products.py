@@ -110,7 +110,7 @@ class Case:
 
     def decompressed(self, function: Any, config: SparseConfig, first: int, rows: int) -> torch.Tensor:
         """Return rows of the weight that a loaded kernel decodes on the current stream, [rows, IC]."""
-        (oc, ic), device, unit = self.tiles.shape, self.scale.device, first // UNIT_OC
+        ic, device, unit = self.tiles.shape[1], self.scale.device, first // UNIT_OC
         dense = torch.full((rows, ic), NAN, dtype=getattr(torch, self.packing.target), device=device)
         launch_decompress(
             function,

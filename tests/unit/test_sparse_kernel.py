@@ -99,7 +99,9 @@ def test_runs_that_one_item_has_are_added_up(folder: Path) -> None:
     ("values", "dtype", "ic"),
     [("bfloat16", torch.bfloat16, 700), ("fp8_e4m3", torch.float16, 697), ("int8", torch.float16, 1536)],
 )
-def test_rows_are_decoded_for_a_product_of_somebody_else(values: str, dtype: torch.dtype, ic: int, folder: Path) -> None:
+def test_rows_are_decoded_for_a_product_of_somebody_else(
+    values: str, dtype: torch.dtype, ic: int, folder: Path
+) -> None:
     case = Case.of(skewed_mask(300, ic), values, dtype, 2)
     tile = replace(tune.decompress_tile(H200), masks=4)
     function = Emulated(decompress_source(case.packing, tile), folder, 900)
@@ -110,7 +112,14 @@ def test_rows_are_decoded_for_a_product_of_somebody_else(values: str, dtype: tor
 
 
 def test_a_kernel_of_every_number_of_tokens_compiles_without_spills() -> None:
-    for tokens, values in ((8, "fp8_e4m3"), (16, "bfloat16"), (32, "int8"), (64, "fp6_e3m2"), (128, "int8"), (256, "bfloat16")):
+    for tokens, values in (
+        (8, "fp8_e4m3"),
+        (16, "bfloat16"),
+        (32, "int8"),
+        (64, "fp6_e3m2"),
+        (128, "int8"),
+        (256, "bfloat16"),
+    ):
         packing = SparsePacking.of(values if values == "bfloat16" else formats.get_scheme(values), "bfloat16")
         sources = [sparse_source(packing, tile, gate=tokens == 8) for tile in tune.tiles(tokens, packing.bits, H200)]
         for source in (*sources, decompress_source(packing, tune.decompress_tile(H200))):

@@ -11,41 +11,59 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
+from tersor.kernels.tune.sparse_tile import (
+    FEW,
+    TOKENS,
+    SparseConfig,
+    SparseTile,
+    config,
+    decompress_tile,
+    tile_for,
+    tiles,
+)
 from tersor.layouts.blocks import BLOCK_IC, UNIT_OC, ic_blocks
 
-TOKENS = (8, 16, 32, 64, 128, 256)
-"""Tokens of tiles; one that has fewer takes a product of all tokens, others several of them in turn."""
-SHAPES = ((2, 1, 128), (3, 1, 64), (4, 1, 64), (2, 2, 64), (1, 4, 64))
-"""Row groups, CTAs of a multiprocessor, layers of a ring: of tiles of up to 64 tokens."""
-MANY_SHAPES = ((2, 1, 64),)
-"""The same of more tokens."""
+__all__ = [
+    "COSTS",
+    "FEW",
+    "TOKENS",
+    "SparseConfig",
+    "SparseCosts",
+    "SparseProblem",
+    "SparseTile",
+    "asked",
+    "candidates",
+    "choose",
+    "clock",
+    "compute_seconds",
+    "config",
+    "cublas_seconds",
+    "decompress_seconds",
+    "decompress_tile",
+    "fused",
+    "runs",
+    "seconds",
+    "slice_rows",
+    "smaller",
+    "stored_bits",
+    "tile_for",
+    "tiles",
+]
 
-_LAYER_BYTES = 512
-_MIRRORED = 2
-_MASK_BYTES = 1024
-_STORE_BYTES = 8192
-_STATIC_BYTES = 1024
-_TURNED_BYTES = 9216
-_RESERVED = 1024
-_MOST_SLOTS = 12
-_MOST_X_SLOTS = 8
-_LEAST_SLOTS = 4
 _MOST_RUNS = 16
-_FEW = 64
-"""Tokens up to which a slot of activations has a whole block, and results need no room."""
 _FLOPS_OF_CLOCK = 4096
 """Of a multiprocessor's tensor cores, on 16-bit floats."""
 _COUNTED = 1024
 """Weights of which instructions and clocks are counted: a warp's of half a block."""
+_TOKEN_STEP = 32
 _UNIT_COUNTS = UNIT_OC * BLOCK_IC // _COUNTED
-_USUAL_BITS = 5.2
-"""Of a weight in memory: what runs are chosen for."""
-_USUAL_TOKENS = 16
+_USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS = 0.5, 16, 126
+"""What runs are chosen for."""
 _SCRATCH_BYTES = 64 << 20
-"""Decoded weights held at a time for a product by cuBLAS."""
+"""Decoded weights held at a time for a product by cuBLAS, where that is enough for all multiprocessors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,102 +103,6 @@ COSTS = SparseCosts()
 """Counted for an H200, and not yet fitted to times."""
 
 
-@dataclass(frozen=True, slots=True)
-class SparseTile:
-    """A compiled shape of the kernel (sm90_sparse.cuh).
-
-    Attributes:
-        tokens: of a tile.
-        row_groups: warpgroups that multiply, each 64 output rows.
-        resident: CTAs that fit on a multiprocessor.
-        layers: of values in the ring of a row group, a power of two from 64 on.
-        masks, x_slots: slots of masks and of activations.
-        gathers: the most runs that a cluster may add.
-        gather_room: parts of sums that have room of their own for that.
-    """
-
-    tokens: int
-    row_groups: int
-    resident: int
-    layers: int
-    masks: int
-    x_slots: int
-    gathers: int = 1
-    gather_room: int = 0
-
-    def __str__(self) -> str:
-        gathers = f"g{self.gathers}" if self.gathers > 1 else ""
-        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}{gathers}"
-
-    @property
-    def rows(self) -> int:
-        """Output rows."""
-        return UNIT_OC * self.row_groups
-
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA."""
-        return 128 * (self.row_groups + 1)
-
-    @property
-    def part_bytes(self) -> int:
-        """Bytes of a tile's sums."""
-        return 4 * self.rows * self.tokens
-
-    @property
-    def x_bytes(self) -> int:
-        """Bytes of a slot of activations: a block's, or half a block's."""
-        return _x_bytes(self.tokens)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Shared memory without the rings of values."""
-        slots = self.x_slots * self.x_bytes + self.masks * self.row_groups * _MASK_BYTES
-        return slots + _store_bytes(self.tokens, self.row_groups) + self.gather_room * self.part_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA."""
-        return self.slot_bytes + self.row_groups * (self.layers + _MIRRORED) * _LAYER_BYTES
-
-    def token_tiles(self, n: int) -> int:
-        """Return the tiles that n tokens make."""
-        return -(-n // self.tokens)
-
-    def share(self, n: int) -> int:
-        """Return the tokens of a tile where n tokens are dealt out evenly: the last one may have fewer."""
-        return -(-n // self.token_tiles(n))
-
-
-@dataclass(frozen=True, slots=True)
-class SparseConfig:
-    """How the kernel runs a problem.
-
-    Attributes:
-        tile: the compiled shape.
-        runs: of the weight's layout.
-        splits: CTAs that a tile's runs are dealt out to: one for each, or one for all.
-        gathered: whether these are one cluster, which adds their sums in shared memory.
-        ctas: CTAs launched.
-    """
-
-    tile: SparseTile
-    runs: int
-    splits: int
-    gathered: bool
-    ctas: int
-
-    def __str__(self) -> str:
-        return f"{self.tile}, {self.splits} splits of {self.runs} runs, {self.ctas} CTAs"
-
-    def floats(self, oc: int, n: int = 1) -> tuple[int, int]:
-        """Return the float32 sums and the counters that splits exchange through memory; zero where none do."""
-        if self.splits == 1 or self.gathered:
-            return 0, 0
-        tiles = -(-oc // self.tile.rows) * self.tile.token_tiles(n)
-        return tiles * self.splits * self.tile.rows * self.tile.tokens, tiles
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseProblem:
     """One product y[N, OC] = x[N, IC] @ W^T with a pruned W in kernel tiles.
@@ -204,68 +126,17 @@ class SparseProblem:
     batch_invariant: bool = False
 
 
-def tile_for(
-    tokens: int, chip: Chip, *, row_groups: int = 2, resident: int = 1, layers: int = 128
-) -> SparseTile:
-    """Return a tile with as many slots as its shared memory has room for.
-
-    Raises:
-        ValueError: shared memory has not room for four slots of each kind.
-    """
-    room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _store_bytes(tokens, row_groups)
-    mask_bytes = row_groups * _MASK_BYTES
-    if tokens <= _FEW:
-        masks = x_slots = min(_MOST_SLOTS, room // (_x_bytes(tokens) + mask_bytes))
-    else:
-        x_slots = min(_MOST_X_SLOTS, (room - _LEAST_SLOTS * mask_bytes) // _x_bytes(tokens)) // 2 * 2
-        masks = min(_MOST_SLOTS, (room - x_slots * _x_bytes(tokens)) // mask_bytes)
-    if min(masks, x_slots) < _LEAST_SLOTS:
-        raise ValueError(f"tiles of {64 * row_groups} rows and {tokens} tokens have no room for {layers} layers")
-    return SparseTile(tokens, row_groups, resident, layers, masks, x_slots)
-
-
-@functools.cache
-def decompress_tile(chip: Chip) -> SparseTile:
-    """Return the tile of the kernel that decodes for cuBLAS (sm90_decompress.cuh)."""
-    row_groups, resident, layers = 1, 4, 64
-    room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _TURNED_BYTES - _x_bytes(TOKENS[0])
-    return SparseTile(TOKENS[0], row_groups, resident, layers, min(_MOST_SLOTS, room // _MASK_BYTES), 1)
-
-
-@functools.cache
-def tiles(tokens: int, bits: int, chip: Chip) -> tuple[SparseTile, ...]:
-    """Return the tiles of so many tokens that shared memory has room for, for values of so many bits."""
-    found = []
-    for row_groups, resident, layers in SHAPES if tokens <= _FEW else MANY_SHAPES:
-        if bits == 16 and layers < 128 and resident * row_groups < 4 and tokens <= _FEW:
-            continue
-        try:
-            found.append(tile_for(tokens, chip, row_groups=row_groups, resident=resident, layers=layers))
-        except ValueError:
-            continue
-    return tuple(found)
-
-
-def config(tile: SparseTile, oc: int, runs: int, chip: Chip, n: int = 1, splits: int | None = None) -> SparseConfig:
-    """Return how a tile runs n tokens with a weight of so many output channels and runs; `splits`: 1 or, by default, all."""
-    splits = splits or runs
-    count = -(-oc // tile.rows) * tile.token_tiles(n)
-    gathered = 1 < splits <= tile.gathers and count * splits <= chip.sms * tile.resident
-    items = count * splits
-    return SparseConfig(tile, runs, splits, gathered, items if gathered else min(items, chip.sms * tile.resident))
-
-
 def candidates(problem: SparseProblem, chip: Chip) -> Iterator[SparseConfig]:
     """Yield how the kernel may run a problem: up to 64 tokens with a tile of all of them.
 
     Batch-invariant it is one tile for every number of tokens.
     """
     if problem.batch_invariant:
-        widths: tuple[int, ...] = (_FEW,)
-    elif problem.n <= _FEW:
+        widths: tuple[int, ...] = (FEW,)
+    elif problem.n <= FEW:
         widths = (next(tokens for tokens in TOKENS if problem.n <= tokens),)
     else:
-        widths = tuple(tokens for tokens in TOKENS if tokens >= _FEW)
+        widths = tuple(tokens for tokens in TOKENS if tokens >= FEW)
     for tokens in widths:
         for tile in tiles(tokens, problem.bits, chip):
             for splits in sorted({problem.runs, 1}, reverse=True):
@@ -281,7 +152,7 @@ def choose(problem: SparseProblem, chip: Chip) -> SparseConfig:
 
 def fused(problem: SparseProblem, chip: Chip) -> bool:
     """Tell whether a product is predicted to take no longer in the kernel than decoded for cuBLAS."""
-    if problem.batch_invariant or problem.n <= _FEW:
+    if problem.batch_invariant or problem.n <= FEW:
         return True
     return seconds(problem, choose(problem, chip), chip) <= decompress_seconds(problem, chip)
 
@@ -304,7 +175,7 @@ def compute_seconds(problem: SparseProblem, config: SparseConfig, chip: Chip, co
         costs.latency / (4 * tile.row_groups * active),
         costs.shared[problem.bits == 16] + tile.tokens / 4,
         2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor,
-        2 * BLOCK_IC * min(tile.tokens, problem.n) / counted / costs.l2,
+        2 * BLOCK_IC * tile.tokens / counted / costs.l2,
     )
     total = costs.start + _busiest(problem, config, chip) * _UNIT_COUNTS * clocks / clock(chip)
     if config.splits > 1:
@@ -330,8 +201,8 @@ def decompress_seconds(problem: SparseProblem, chip: Chip, costs: SparseCosts = 
 
 
 def slice_rows(oc: int, ic: int, runs: int, chip: Chip) -> int:
-    """Return the rows that are decoded at a time: whole units, whose runs fill multiprocessors evenly where they can."""
-    most = max(1, min(-(-oc // UNIT_OC), _SCRATCH_BYTES // (2 * ic * UNIT_OC)))
+    """Return the rows that are decoded at a time: whole units, whose runs fill all multiprocessors, and evenly."""
+    most = min(-(-oc // UNIT_OC), max(-(-chip.sms // runs), _SCRATCH_BYTES // (2 * ic * UNIT_OC)))
     waves = most * runs // chip.sms
     return UNIT_OC * (most if waves == 0 else waves * chip.sms // runs)
 
@@ -345,14 +216,19 @@ def runs(oc: int, ic: int, bits: int, chip: Chip) -> int:
     """
     best, least = 1, math.inf
     for count in range(1, min(_MOST_RUNS, ic_blocks(ic)) + 1):
-        usual = _USUAL_BITS * bits / 64 * oc * ic * (1 + COSTS.run * (count - 1))
+        usual = oc * ic * stored_bits(_USUAL_DENSITY, bits, count) / 8
         problem = SparseProblem(
-            oc=oc, ic=ic, n=_USUAL_TOKENS, bits=bits, instructions=126, runs=count, nbytes=round(usual)
+            oc=oc, ic=ic, n=_USUAL_TOKENS, bits=bits, instructions=_USUAL_INSTRUCTIONS, runs=count, nbytes=round(usual)
         )
         time = seconds(problem, choose(problem, chip), chip)
         if time < least:
             best, least = count, time
     return best
+
+
+def stored_bits(density: float, bits: int, runs: int) -> float:
+    """Return about the bits in memory of a weight of which such a part is left, of values of so many bits."""
+    return 1 + density * bits * (1.03 + COSTS.run * (runs - 1))
 
 
 def clock(chip: Chip) -> float:
@@ -362,21 +238,15 @@ def clock(chip: Chip) -> float:
 
 def asked(problem: SparseProblem, chip: Chip) -> set[SparseTile]:
     """Return the tiles that `choose` takes for any number of tokens up to `problem.n`, whatever `fused` says."""
-    found, n = set(), problem.n
-    counts = [count for count in range(1, min(n, 2 * TOKENS[-1]) + 1)]
-    while n > 2 * TOKENS[-1]:  # whatever larger ones take is taken by these, too, but for waves of CTAs
-        counts.append(n)
-        n = n * 3 // 4
-    for count in counts:
-        found.add(choose(_of_tokens(problem, count), chip).tile)
-    return found
+    return {choose(one, chip).tile for one in smaller(problem)}
 
 
-def _of_tokens(problem: SparseProblem, n: int) -> SparseProblem:
-    return SparseProblem(
-        oc=problem.oc, ic=problem.ic, n=n, bits=problem.bits, instructions=problem.instructions, runs=problem.runs,
-        nbytes=problem.nbytes, batch_invariant=problem.batch_invariant,
-    )  # fmt: skip
+def smaller(problem: SparseProblem) -> Iterator[SparseProblem]:
+    """Yield the same problem with other numbers of tokens: those at which a choice may change, of many tokens some."""
+    few = min(problem.n, FEW)
+    counts = {few, *(tokens for tokens in TOKENS if tokens < few), *range(FEW + 1, problem.n + 1, _TOKEN_STEP)}
+    for n in sorted(counts | {problem.n}):
+        yield replace(problem, n=n)
 
 
 def _units(problem: SparseProblem, config: SparseConfig) -> int:
@@ -391,16 +261,3 @@ def _busiest(problem: SparseProblem, config: SparseConfig, chip: Chip) -> int:
     items = -(-problem.oc // tile.rows) * tile.token_tiles(problem.n) * config.splits
     rounds = -(-items // config.ctas)
     return rounds * -(-config.ctas // chip.sms) * -(-ic_blocks(problem.ic) // config.splits) * tile.row_groups
-
-
-def _room(chip: Chip, row_groups: int, resident: int, layers: int) -> int:
-    """Return the shared memory that a CTA has beside the rings of values."""
-    return (chip.shared_bytes + _RESERVED) // resident - _RESERVED - row_groups * (layers + _MIRRORED) * _LAYER_BYTES
-
-
-def _x_bytes(tokens: int) -> int:
-    return tokens * (256 if tokens <= _FEW else 128)
-
-
-def _store_bytes(tokens: int, row_groups: int) -> int:
-    return 0 if tokens <= _FEW else row_groups * _STORE_BYTES
