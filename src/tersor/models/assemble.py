@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tersor.layouts import MixedWeight, SparseWeight
+from tersor.layouts import MixedWeight, SparseWeight, TiledSparseWeight
 from tersor.models.config import DecoderConfig, Latent, Residual
 from tersor.models.decoder import Attention, Decoder, DecoderLayer
 from tersor.models.latent import LatentAttention
@@ -31,7 +31,7 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
         return torch.nn.functional.pad(made, (0, 0, 0, -context % PAGE))  # texts lie in whole pages
 
     embedding = stored.matrix(names.base + names.embedding)
-    assert not isinstance(embedding, MixedWeight | SparseWeight), "held by `expected.check`"
+    assert not isinstance(embedding, MixedWeight | SparseWeight | TiledSparseWeight), "held by `expected.check`"
     layers = [_layer(stored, config, names, index, table) for index in range(len(config.layers))]
     # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
     own = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
