@@ -232,9 +232,10 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory of the device, each counted once, and buffers of those that stream."""
-        if self.streamed is None:
-            return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}.values())
-        away = set(self.streamed.layers)
-        parts = (self.embedding, self.norm, self.head, *(one for i, one in enumerate(self.layers) if i not in away))
-        stay = {tensor.data_ptr(): tensor.nbytes for part in parts for tensor in part.tensors()}
-        return sum(stay.values()) + self.streamed.slot_bytes
+        streamed = self.streamed
+        stay = {
+            tensor.data_ptr(): tensor.nbytes
+            for tensor in self.tensors()
+            if streamed is None or not streamed.holds(tensor)
+        }
+        return sum(stay.values()) + (0 if streamed is None else streamed.slot_bytes)

@@ -94,7 +94,7 @@ class Streamed:
         """
         self.graphs, self.where = store.graphs, store.where
         self.nbytes, self.slot_bytes = sum(one.nbytes for one in images), sum(slot.nbytes for slot in slots)
-        self.layers, self._store = tuple(layers), store
+        self.layers, self._store, self._slots = tuple(layers), store, slots
         store.serve(slots)
         self._streamer: Streamer[Any] = Streamer(len(images), len(slots), store)
         self._images = {layer: image for image, layer in enumerate(layers)}
@@ -112,6 +112,10 @@ class Streamed:
         yield
         if image is not None:
             self._streamer.leave(image)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in a slot."""
+        return any(0 <= tensor.data_ptr() - slot.data_ptr() < slot.nbytes for slot in self._slots)
 
     def bandwidth(self) -> float:
         """Return the bytes per second that bytes come at from where images are, with nothing beside: it is timed."""
