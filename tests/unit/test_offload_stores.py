@@ -150,13 +150,16 @@ def test_a_file_system_without_direct_reads_is_read_through_its_cache_and_says_s
 def test_memory_that_can_be_had_is_what_the_machine_and_the_group_leave(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000000 kB\nMemAvailable:    5000000 kB\n")
-    assert pinned.available(meminfo, tmp_path) == 5_000_000 * 1024
+    left = pinned._LEFT
+    assert pinned.available(meminfo, tmp_path) == 5_000_000 * 1024 - left
     (tmp_path / "memory.max").write_text("3000000000\n")
-    (tmp_path / "memory.current").write_text("2900000000\n")
+    (tmp_path / "memory.current").write_text("1900000000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000000\n")
-    assert pinned.available(meminfo, tmp_path) == 600_000_000
+    assert pinned.available(meminfo, tmp_path) == 1_600_000_000 - left
     (tmp_path / "memory.max").write_text("max\n")
-    assert pinned.available(meminfo, tmp_path) == 5_000_000 * 1024
+    assert pinned.available(meminfo, tmp_path) == 5_000_000 * 1024 - left
+    meminfo.write_text("MemAvailable: 5 kB\n")
+    assert pinned.available(meminfo, tmp_path) == 0
 
 
 def test_memory_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

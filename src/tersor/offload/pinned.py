@@ -12,6 +12,8 @@ from tersor.errors import TersorError
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
+_LEFT = 1 << 30
+"""Bytes that stay free for everything else on the machine."""
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -23,11 +25,12 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         TersorError: there is not so much.
     """
     try:
-        pages = mmap.mmap(-1, nbytes)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError):
         raise too_little(nbytes, available()) from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            pages.madvise(getattr(mmap, advice))
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         if nbytes > available():
@@ -73,4 +76,4 @@ def available(meminfo: Path = _MEMINFO, group: Path = _GROUP) -> int:
             name, _, value = line.partition(" ")
             cached = int(value) if name == "inactive_file" else cached
         free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
-    return max(free, 0)
+    return max(free - _LEFT, 0)
