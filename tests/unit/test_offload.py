@@ -64,6 +64,7 @@ def test_layers_that_stream_lie_in_two_buffers_and_others_do_not(plain: Path) ->
     assert places[1] == places[3] != places[2] == places[4] and len(set(places)) == 3
     image = streams.streamed.nbytes // 4
     assert streams.streamed.slot_bytes == 2 * image
+    assert [offloaded.loaded(plain, stay).streamed.nbytes for stay in (0, 2, 3)] == [5 * image, 2 * image, 0]  # type: ignore[union-attr]
     assert streams.nbytes == models.load(plain, "cpu", torch.float32).nbytes - streams.streamed.nbytes + 2 * image
 
 

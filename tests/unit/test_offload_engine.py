@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,3 +196,29 @@ def test_the_file_is_in_the_cache_unless_a_directory_is_named(monkeypatch: pytes
     assert offloading.directory_of(EngineConfig(offload="host")) is None
     assert offloading.directory_of(EngineConfig(offload="disk")) == tmp_path / "offload"
     assert offloading.directory_of(EngineConfig(offload="disk", offload_directory="~/x")) == Path.home() / "x"
+
+
+def documented() -> list[list[str]]:
+    """Return the commands of the page on offloading, as their words."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "offloading.md").read_text(encoding="utf-8")
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("    tersor ")]
+
+
+def test_there_are_commands_of_every_verb_that_offloads() -> None:
+    assert {words[0] for words in documented()} == {"generate", "batch", "serve", "bench"}
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_commands_of_the_page_are_understood_and_end_where_there_is_no_gpu(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = '{"model": "m", "prompt": "a", "max_tokens": 2}'
+    (tmp_path / "in").write_text(f'{{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {body}}}\n')
+    files = iter([str(tmp_path / "in"), str(tmp_path / "out")])
+    meant = {"MODEL": str(tiny_lm.TINY), "DIR": str(tmp_path)}
+    given = [next(files) if word == "FILE" else meant.get(word, word) for word in words]
+    given += [] if words[0] == "bench" else ["--device", "cpu"]
+    assert main.run(given) == (0 if torch.cuda.is_available() and words[0] == "bench" else 1)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert ("it is for a GPU" in line) != (words[0] == "bench" and "needs a" in line)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from helpers.fake_copies import Machine
 
+from tersor.offload.choice import streaming
 from tersor.offload.streamer import Streamer
 
 
@@ -110,6 +111,58 @@ def test_a_copy_is_asked_for_while_the_image_ahead_is_still_to_be_read() -> None
     step(streamer, machine)
     waiting = [operation[2] for operation in machine.queues["copy"] if operation[0] == "end"]
     assert waiting == [0, 1, 2, 3, 0], "the one that the next step begins with is copied beside the end of this one"
+
+
+class Timed:
+    """Products and copies that take so long each, a queue of either; a mark is a time.
+
+    Attributes:
+        computed, copied: when all that was asked for so far is done.
+        copies: seconds of all copies.
+    """
+
+    def __init__(self, copy: float) -> None:
+        self._copy = copy
+        self.computed = self.copied = self.copies = 0.0
+
+    def load(self, image: int, slot: int) -> float:
+        self.copied = max(self.copied, self.computed) + self._copy
+        self.copies += self._copy
+        return self.copied
+
+    def wait(self, mark: float) -> None:
+        self.computed = max(self.computed, mark)
+
+    def now(self) -> float:
+        return self.computed
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "resident", "copy", "product"),
+    [(80, 0, 12.0, 0.17), (80, 52, 31.0, 0.45), (80, 75, 12.0, 0.17), (80, 60, 12.0, 2.0), (80, 60, 12.0, 25.0)],
+)
+def test_a_step_takes_as_long_as_its_copies_or_its_products(
+    layers: int, resident: int, copy: float, product: float, graph: bool
+) -> None:
+    chosen = {layer: image for image, layer in enumerate(streaming(layers, resident))}
+    timed = Timed(copy)
+    streamer = Streamer(len(chosen), 2, timed)
+    times = []
+    for _ in range(10):
+        streamer.begin()
+        for layer in range(layers):
+            if layer in chosen:
+                streamer.arrive(chosen[layer])
+            timed.computed += product
+            if layer in chosen:
+                streamer.leave(chosen[layer])
+        timed.computed += 0.3
+        if graph:
+            timed.wait(timed.copied)
+        times.append(timed.computed)
+    least = max(len(chosen) * copy, layers * product + 0.3)
+    assert least <= (times[-1] - times[3]) / 6 + 1e-9 <= 1.005 * least
 
 
 def test_a_streamer_that_waits_for_no_copy_is_seen() -> None:

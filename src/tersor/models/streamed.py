@@ -93,10 +93,11 @@ class Streamed:
             slots: uint8 on the device, as large as the largest image each.
         """
         self.graphs, self.where = store.graphs, store.where
-        self.nbytes, self.slot_bytes = sum(one.nbytes for one in images), sum(slot.nbytes for slot in slots)
+        self.slot_bytes = sum(slot.nbytes for slot in slots)
         self.layers, self._store, self._slots = tuple(layers), store, slots
         store.serve(slots)
         self._streamer: Streamer[Any] = Streamer(len(images), len(slots), store)
+        self.nbytes = sum(images[image].nbytes for image in self._streamer.copied)
         self._images = {layer: image for image, layer in enumerate(layers)}
 
     def begin(self) -> None:

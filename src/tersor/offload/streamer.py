@@ -98,6 +98,11 @@ class Streamer(Generic[Mark]):
         self._held = {image: (image, mark) for image in self._kept}
 
     @property
+    def copied(self) -> list[int]:
+        """Images that a step copies: those that share a slot, in order."""
+        return [image for image in range(self.images) if image >= self.slots or image + self.slots < self.images]
+
+    @property
     def _kept(self) -> list[int]:
         """Images that are in their slots between steps: the first one, and those that have a slot to themselves."""
         first = range(min(self.slots, self.images))
