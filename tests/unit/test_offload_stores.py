@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +208,41 @@ def test_what_does_not_fit_at_all_is_one_line() -> None:
     with pytest.raises(TersorError, match=r"2\.0 GB of buffers for 2 layers, 0\.5 GB of other weights") as caught:
         Room(10**9, pages=10**8).resident([10**9] * 4, 5 * 10**8)
     assert "\n" not in str(caught.value)
+
+
+SLOW = """
+import sys, time, torch
+from pathlib import Path
+from tersor.offload import disk
+from tersor.offload.image import Image
+
+store = disk.DiskStore(Path(sys.argv[1]), torch.device("cpu"), chunk=4096, buffers=3, threads=2)
+tensor = torch.zeros(1 << 17, dtype=torch.uint8)
+store.add(Image.of([tensor]), [tensor])
+store.serve([torch.zeros(1 << 17, dtype=torch.uint8)])
+read = disk._read
+disk._read = lambda *arguments: (time.sleep(0.01), read(*arguments))
+store.load(0, 0)
+"""
+
+
+def test_a_process_that_ends_while_a_file_is_read_ahead_just_ends(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", SLOW, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and not list(tmp_path.iterdir())
+
+
+def test_a_store_that_goes_while_a_file_is_read_ahead_ends_its_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = disk._read
+    monkeypatch.setattr(disk, "_read", lambda *arguments: (time.sleep(0.002), read(*arguments)))
+    store = DiskStore(tmp_path, CPU, chunk=BLOCK, buffers=3, threads=2)
+    filled(store, 3)
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("offload")}
+    assert len(before) >= 2
+    for image in range(3):
+        store.load(image, 0)
+    del store
+    gc.collect()
+    assert not any(thread.is_alive() for thread in before)

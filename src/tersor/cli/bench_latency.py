@@ -67,7 +67,6 @@ def command(
         offload=offload,
         resident_layers=resident_layers,
         offload_directory=offload_directory,
-        max_rows=max(bench.numbers("--batch", batch)),
     )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}: it must be at least 0 and below 1")
@@ -142,7 +141,7 @@ def command(
             for label, scheme in kinds:
                 model, most = geometries.geometry(name), max(batches)
                 kv_bytes = latency.pages_for(batches, contexts) * page_bytes(model, pages.pages_dtype or kernel_dtype)
-                needed = replace(pages, max_step_tokens=most, kv_bytes=kv_bytes)
+                needed = replace(pages, max_rows=most, max_step_tokens=most, kv_bytes=kv_bytes)
                 away = offload_of(needed, model, kernel_dtype, torch.device("cuda", torch.cuda.current_device()))
                 decoder = random_decoder(
                     name,

@@ -227,7 +227,13 @@ class _Feed:
         while (ticket := self.tickets.get()) is not None:
             for start in range(0, ticket.nbytes, self._chunk):
                 buffer = self._free.get()[: ticket.nbytes - start]
-                read = self._pool.submit(_read, self._file, buffer, ticket.offset + start)
+                try:
+                    read = self._pool.submit(_read, self._file, buffer, ticket.offset + start)
+                except RuntimeError as error:  # the interpreter ends: nobody waits any more
+                    ticket.error = error
+                    ticket.issued.set()
+                    self._reads.put(None)
+                    return
                 self._reads.put((ticket, start, buffer, read))
         self._reads.put(None)
         self._pool.shutdown()
