@@ -47,7 +47,7 @@ def offload_of(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, d
         room = int(config.memory * total) - (total - free)
         return Room(room, step_bytes(config, model, dtype) + _GRAPHS, config.kv_bytes).resident(layers, outside)
 
-    return Offload(choose, directory_of(config), _log.info)
+    return Offload(choose, directory_of(config), _log.warning)  # seen where nobody listens, too: it decides the speed
 
 
 def directory_of(config: EngineConfig) -> Path | None:
