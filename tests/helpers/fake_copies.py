@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPUTE, COPY = "compute", "copy"
+ANY = -1
+"""What is read where any image will do."""
 
 
 @dataclass(eq=False)
@@ -69,10 +71,11 @@ class Machine:
         self._put(COMPUTE, "mark", mark)
         return mark
 
-    def launch(self, image: int) -> None:
-        """Launch a read of an image's slot."""
-        self._put(COMPUTE, "read", image % self.count, image)
-        self._put(COMPUTE, "done", image % self.count, image)
+    def launch(self, image: int, any_will_do: bool = False) -> None:
+        """Launch a read of an image's slot, which may be whole and of another image where `any_will_do`."""
+        wanted = ANY if any_will_do else image
+        self._put(COMPUTE, "read", image % self.count, wanted)
+        self._put(COMPUTE, "done", image % self.count, wanted)
 
     def replay(self, graph: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
         """Launch a graph: it begins when what was launched ahead has run, and what is behind waits for all of it."""

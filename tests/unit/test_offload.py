@@ -77,6 +77,21 @@ def test_norms_and_biases_stay_since_the_layer_ahead_reads_them(tmp_path: Path) 
         assert len(weights) >= 8  # codes and scales of four products
 
 
+def test_steps_that_nobody_reads_copy_nothing_where_layers_are_alike(tmp_path: Path) -> None:
+    for kind, copies in (("fp6", 0), ("mixed", 10)):
+        path = offloaded.KINDS[kind](tmp_path / kind)
+        stays, streams = models.load(path, "cpu", torch.float32), offloaded.loaded(path, 0)
+        streamed: Any = streams.streamed
+        decoders.logits(streams, decoders.texts(96))
+        load, seen = streamed._store.load, []
+        with streamed.rehearsed():  # what slots lack is there from here on
+            streamed._store.load = lambda *of, load=load, seen=seen: seen.append(of) or load(*of)
+            decoders.whole(streams, decoders.texts(96)[0])
+            decoders.whole(streams, decoders.texts(96)[0])
+        assert len(seen) == copies, kind
+        assert same(stays, streams)
+
+
 def test_what_is_in_memory_of_the_host_is_as_much_as_a_step_copies(plain: Path) -> None:
     told: list[str] = []
     streams = offloaded.loaded(plain, 2, told=told.append)

@@ -103,7 +103,7 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     try:
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), nullcontext() if streamed is None else streamed.rehearsed():
             decode(views, size)
         torch.cuda.current_stream(device).wait_stream(side)
         with (

@@ -53,14 +53,18 @@ class Streamer(Generic[Mark]):
         self.images, self.slots = images, slots
         self._copies = copies
         self._held: dict[int, tuple[int, Mark | None]] = {}  # slot -> image, and the mark of its copy
+        self._rests = False
 
     def begin(self) -> None:
         """Begin a step: the first images are copied that are not there yet; what a step left that failed is undone."""
-        for image in range(min(self.slots, self.images)):
-            self._hold(image)
+        if not self._rests:
+            for image in range(min(self.slots, self.images)):
+                self._hold(image)
 
     def arrive(self, image: int) -> None:
         """Let what is launched from now on find an image in its slot."""
+        if self._rests:
+            return
         mark = self._hold(image)
         if mark is not None:
             self._copies.wait(mark)
@@ -68,10 +72,23 @@ class Streamer(Generic[Mark]):
     def leave(self, image: int) -> None:
         """Give the slot of an image, which nothing reads any more in this step, to the next one."""
         following = image + self.slots
+        if self._rests:
+            return
         if following < self.images:
             self._hold(following)
         elif image % self.slots == 0:
             self._hold(0)
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Launch in the context steps that read what slots hold, whichever images: at most the first ones are copied."""
+        for image in range(min(self.slots, self.images)):
+            self.arrive(image)
+        self._rests = True
+        try:
+            yield
+        finally:
+            self._rests = False
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
