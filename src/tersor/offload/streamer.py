@@ -81,7 +81,7 @@ class Streamer(Generic[Mark]):
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Launch in the context steps that read what slots hold, whichever images: at most the first ones are copied."""
+        """Launch in the context steps that read what slots hold, whichever images: only the first ones are copied."""
         for image in range(min(self.slots, self.images)):
             self.arrive(image)
         self._rests = True
