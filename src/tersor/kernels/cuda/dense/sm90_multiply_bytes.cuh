@@ -73,8 +73,8 @@ static_assert(tile::kColumns / kScales * 128 * 128 <= 1 << 22, "sums of a scale 
 #if SCALE_GROUPS == 0 && !X_GROUPS
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
-// the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block before are under way or, with one buffer, those of
-// the other warpgroup.
+// the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block
+// before are under way or, with one buffer, those of the other warpgroup.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
@@ -151,14 +151,15 @@ __device__ __forceinline__ void multiply_blocks(
 
 #else
 
-// The same of scales in groups, of weights or activations or both. Sums of a group are scaled, token by token, by the units
-// that decode, too. So the tokens of a large tile are halves that take turns: products of one are under way while sums of
-// the other are scaled, and those of a block while the next one is decoded. ptxas follows products that are under way along
-// a run of blocks, not around a loop: behind a run there are none.
+// The same of scales in groups, of weights or activations or both. A block is decoded while products of the block before are
+// under way. Sums of whole numbers take three instructions each to be scaled: of those the tokens of a large tile are halves
+// that take turns, and products of one are under way while sums of the other are scaled. ptxas follows products that are
+// under way along a run of blocks, not around a loop: behind a run there are none.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
-    constexpr int kHalves = kTokens >= 128 && kTokens % 32 == 0 ? 2 : 1, kHalfSums = kSums / kHalves;
+    constexpr int kHalves = kWhole && !kXGroups && kTokens >= 128 && kTokens % 32 == 0 ? 2 : 1;
+    constexpr int kHalfSums = kSums / kHalves;
     constexpr int kRun = kScales > 1 ? 2 : 4;
     static_assert(kRun % 2 == 0, "a run begins with the first buffer");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
@@ -231,7 +232,8 @@ __device__ __forceinline__ void multiply_blocks(
 #pragma unroll
                 for (int half = 0; half < kHalves; ++half) {
                     if (turn > 0 || group > 0) {
-                        const float* const of = group > 0 ? scale[buffer] + 2 * (group - 1) : scale[1 - buffer] + 2 * (kScales - 1);
+                        const float* const of =
+                            group > 0 ? scale[buffer] + 2 * (group - 1) : scale[1 - buffer] + 2 * (kScales - 1);
                         wgmma::wait<kHalves - 1>();
                         settle(half, group > 0 ? x_at : x_before, of[0], of[1]);
                         if (group == 0 && half == kHalves - 1) release();
