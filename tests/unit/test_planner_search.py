@@ -164,6 +164,18 @@ def test_a_better_choice_than_the_start_is_found_and_a_wrong_start_refused() -> 
         search.full(problem, start=large)
 
 
+def test_a_search_that_has_no_time_hands_back_what_it_started_from() -> None:
+    problem = search.untied(model(20, share=0.4))
+    drawn = search.random(problem, count=20)
+    found = search.full(problem, seconds=0.0, gap=0.0, start=drawn.choice)
+    assert found.choice == drawn.choice and found.gap == float("inf")
+    assert found.method == "the choice to start from; HiGHS did not finish in 0 s"
+    first = search.full(problem, seconds=0.0, gap=0.0)
+    assert first.gap <= 0.01 and first.method == "elimination, memory by price; HiGHS did not finish in 0 s"
+    with pytest.raises(InputError, match="no choice was found in 0 s: give the search more"):
+        search.full(problem, seconds=0.0, alone=True)
+
+
 def test_branches_that_run_out_leave_a_true_bound() -> None:
     open_gaps = 0
     for seed in range(6):

@@ -56,26 +56,25 @@ def look_through(
     order = list(reversed(elimination.order))
     beside = list(reversed(elimination.beside))
     tables = list(reversed(priced.tables.each))
-    byte_tables = [list(reversed(each.each)) for each in leasts]
-    room = [float(limit) * (1 + EQUAL) for limit in graph.room]
+    byte_tables = [np.stack(each, axis=-1) for each in zip(*(reversed(each.each) for each in leasts), strict=True)]
+    room = graph.room
+    most_taken = room + EQUAL * np.abs(room)
     options = np.zeros(len(order), dtype=np.int64)
-    start = [each.least for each in leasts]
-    waiting: list[tuple[int, int, float, list[float]]] = []
+    waiting: list[tuple[int, int, float, Floats]] = []
     branches = 0
 
-    def open_node(place: int, bound: float, taken: list[float]) -> None:
+    def open_node(place: int, bound: float, taken: Floats) -> None:
         """Put the options of the next node on the stack, the nearest on top."""
         where = tuple(options[other] for other in beside[place])
-        row = tables[place][where]
+        row, lines = tables[place][where], byte_tables[place][where]
         costs = bound + (row - row.min())
-        lines = [byte[place][where] for byte in byte_tables]
-        each = [[least + own for own in line - line.min()] for line, least in zip(lines, taken, strict=True)]
-        for option in np.argsort(-costs, kind="stable").tolist():
-            own = [line[option] for line in each]
-            if np.isfinite(costs[option]) and all(one <= limit for one, limit in zip(own, room, strict=True)):
-                waiting.append((place, option, float(costs[option]), own))
+        own = taken + (lines - lines.min(axis=0))
+        fits = np.isfinite(costs) & (own <= most_taken).all(axis=1)
+        farthest = np.argsort(-costs, kind="stable")
+        for option in farthest[fits[farthest]].tolist():
+            waiting.append((place, option, float(costs[option]), own[option]))
 
-    open_node(0, priced.bound, start)
+    open_node(0, priced.bound, np.array([each.least for each in leasts]))
     while waiting and branches < most:
         place, option, bound, taken = waiting.pop()
         if bound >= seconds - EQUAL * abs(seconds):
@@ -84,10 +83,10 @@ def look_through(
         options[order[place]] = option
         if place + 1 < len(order):
             open_node(place + 1, bound, taken)
-            continue
-        own, nbytes = graph.evaluate(options[None])
-        if float(own[0]) < seconds and (nbytes[0] <= graph.room).all():
-            best, seconds = options.copy(), float(own[0])
+        elif bound + float(priced.prices @ (room - taken)) < seconds:  # prices are paid for what is not taken, too
+            own, nbytes = graph.evaluate(options[None])
+            if float(own[0]) < seconds and (nbytes[0] <= room).all():
+                best, seconds = options.copy(), float(own[0])
     left = min((bound for _, _, bound, _ in waiting), default=seconds)
     if best is None:
         if not waiting:

@@ -67,6 +67,7 @@ class Elimination:
             first, second, seen = (one, other, matrix.T) if position[one] < position[other] else (other, one, matrix)
             place = position[first]
             self._pairs[place].append((seen, self._spread(place, [second, first])))
+        self._kept: tuple[list[Floats | None], list[Floats | None]] = ([None] * len(shapes), [None] * len(shapes))
         self._left: list[tuple[int, tuple[int, ...]] | None] = []
         """Where what a node leaves behind is added, and in which shape; None for a number alone."""
         for own in self.beside:
@@ -98,20 +99,30 @@ class Elimination:
                 f"an exact programme would need a table of {self.largest:,} entries, and takes up to {LARGEST:,}: too "
                 "many blocks depend on each other at once; use the full search"
             )
-        tables = [np.zeros(shape) for shape in self._shapes]
+        tables = []
+        behind: list[list[tuple[Floats, tuple[int, ...]]]] = [[] for _ in self.order]
         least = 0.0
         for place, node in enumerate(self.order):
-            table = tables[place]
-            table += costs[node]
-            for matrix, shape in self._pairs[place]:
-                table += (matrix if with_edges else np.where(np.isfinite(matrix), 0.0, np.inf)).reshape(shape)
-            behind = table.min(axis=-1)
+            table = self._sums(place, with_edges) + costs[node]
+            for summand, shape in behind[place]:
+                table += summand.reshape(shape)
+            tables.append(table)
             left = self._left[place]
             if left is None:
-                least += float(behind)
+                least += float(table.min(axis=-1))
             else:
-                tables[left[0]] += behind.reshape(left[1])
+                behind[left[0]].append((table.min(axis=-1), left[1]))
         return Tables(least, tables)
+
+    def _sums(self, place: int, with_edges: bool) -> Floats:
+        """Return the seconds of edges in the table of a node, or where they are infinite; kept for the next costs."""
+        kept = self._kept[with_edges][place]
+        if kept is None:
+            kept = np.zeros(self._shapes[place])
+            for matrix, shape in self._pairs[place]:
+                kept += (matrix if with_edges else np.where(np.isfinite(matrix), 0.0, np.inf)).reshape(shape)
+            self._kept[with_edges][place] = kept
+        return kept
 
     def best(self, tables: Tables) -> Options:
         """Return the option of every node at the least sum."""

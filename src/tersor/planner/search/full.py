@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,9 +57,12 @@ def full(
     begin = time.perf_counter()
     try:
         graph = presolve(fold(problem))
-        if start is None and not alone and not Elimination(graph.sizes, graph.edges).too_wide:
-            start = fast(problem).choice
-        return _Programme(problem, graph).solve(begin, seconds, gap, start)
+        known = None
+        if start is not None:
+            known = _started(problem, start)
+        elif not alone and not Elimination(graph.sizes, graph.edges).too_wide:
+            known = fast(problem)
+        return _Programme(problem, graph).solve(begin, seconds, gap, known)
     except UnfitError:
         raise reason(problem) from None
 
@@ -72,6 +75,17 @@ def check_scipy() -> None:
     """
     if importlib.util.find_spec("scipy") is None:
         raise UnsupportedError("the full search needs scipy: pip install 'tersor[plan]'")
+
+
+def _started(problem: Problem, start: Choice) -> Found:
+    """Return a choice of which nothing is known but that it fits."""
+    if not problem.fits(start):
+        raise InputError("the choice to start from does not fit: it exceeds a limit or breaks a tie")
+    return Found(start, problem.seconds(start), float("-inf"), 0.0, "the choice to start from")
+
+
+def _too_short(seconds: float) -> InputError:
+    return InputError(f"no choice was found in {seconds:g} s: give the search more, or a choice to start from")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +113,17 @@ class _Programme:
         self._costs = np.where(self._open, costs, 0.0)
         self._flows = self._flow_rows()
 
-    def solve(self, begin: float, seconds: float, gap: float, start: Choice | None) -> Found:
+    def solve(self, begin: float, seconds: float, gap: float, known: Found | None) -> Found:
         """Return the best choice; see `full`."""
-        best, least = start, float("inf")
-        if start is not None:
-            if not self._problem.fits(start):
-                raise InputError("the choice to start from does not fit: it exceeds a limit or breaks a tie")
-            least = self._problem.seconds(start)
+        best, least = (None, float("inf")) if known is None else (known.choice, known.seconds)
         method, steps = "HiGHS, without whole numbers", 0
-        relaxed = self._linear()
+        left = seconds - (time.perf_counter() - begin)
+        relaxed = self._linear(left) if left > 0 else None
+        if relaxed is None:
+            if known is None:
+                raise _too_short(seconds)
+            method = f"{known.method}; HiGHS did not finish in {seconds:g} s"
+            return replace(known, searched=time.perf_counter() - begin, method=method)
         bound = float(relaxed.fun)
         whole = self._rounded(relaxed.x)
         if whole is not None and self._problem.seconds(whole) < least:
@@ -120,7 +136,9 @@ class _Programme:
                 upper[(reduced > least - bound + SLACK * abs(bound)) & (upper > 0)] = 0.0
             self._scale = SCALE / max(abs(bound), 1e-300)
             for tightening in (0.0, 2 * TIGHTER):
-                left = max(seconds - (time.perf_counter() - begin), 0.1)
+                left = seconds - (time.perf_counter() - begin)
+                if left <= 0:
+                    break
                 done = self._integer(upper, gap, left, tightening)
                 steps += int(done.mip_node_count or 0)
                 if not tightening and done.mip_dual_bound is not None:
@@ -129,7 +147,7 @@ class _Programme:
                 if done.status == 2:
                     if best is None:
                         raise UnfitError
-                    bound = least
+                    bound = bound if tightening else least
                     break
                 whole = None if done.x is None else self._rounded(done.x)
                 if whole is not None and self._problem.seconds(whole) < least:
@@ -137,7 +155,7 @@ class _Programme:
                 if whole is not None or done.x is None:
                     break
         if best is None:
-            raise InputError(f"no choice was found in {seconds:g} s: give the search more, or a choice to start from")
+            raise _too_short(seconds)
         bound = least if bound >= least * (1 - 1e-12) else bound
         return Found(best, least, bound, time.perf_counter() - begin, method, steps)
 
@@ -168,8 +186,8 @@ class _Programme:
         scale = np.maximum(np.abs(self._graph.room), 1.0)
         return taken / scale[:, None], self._graph.room / scale - tightening
 
-    def _linear(self) -> Any:
-        """Solve without whole numbers; costs are given back as they were."""
+    def _linear(self, seconds: float) -> Any:
+        """Solve without whole numbers; costs are given back as they were; None where the time is too short."""
         from scipy.optimize import linprog
         from scipy.sparse import csr_matrix, hstack
 
@@ -186,9 +204,12 @@ class _Programme:
             b_eq=flows.least,
             bounds=np.stack((np.zeros(count), self._open), axis=1),
             method="highs",
+            options={"time_limit": seconds},
         )
         if done.status == 2:
             raise UnfitError
+        if done.status == 1:
+            return None
         assert done.status == 0, done.message
         done.fun *= largest
         done.lower.marginals = np.asarray(done.lower.marginals) * largest

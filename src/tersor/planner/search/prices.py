@@ -20,8 +20,9 @@ from tersor.planner.search.unfit import UnfitError
 CUTS = 60
 """Prices of one limit that are tried at most; a dozen is usual."""
 
-STEPS = 300
-"""Prices of several limits that are tried."""
+STEPS, PATIENCE, GAIN = 300, 50, 1e-5
+"""Prices of several limits that are tried: so many, or until as many steps as the second raise the bound by less than
+the third of it."""
 
 EQUAL = 1e-12
 """Of a sum, what counts as rounding."""
@@ -125,8 +126,8 @@ class Pricing:
         scale = np.maximum(np.abs(self._room), 1.0)
         prices = np.zeros(len(scale))
         known = float("inf")  # the least seconds of a plan that fits
-        length, idle = 1.0, 0
-        for _ in range(STEPS):
+        length, idle, before = 1.0, 0, found.bound
+        for step in range(1, STEPS + 1):
             toward = over / scale
             toward[(prices <= 0) & (toward < 0)] = 0.0
             norm = float(toward @ toward)
@@ -147,3 +148,7 @@ class Pricing:
                 if idle == 5:
                     length, idle = length / 2, 0
                     prices = found.prices * scale
+            if step % PATIENCE == 0:
+                if found.bound - before <= GAIN * abs(found.bound):
+                    return
+                before = found.bound
