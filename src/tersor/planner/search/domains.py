@@ -20,7 +20,8 @@ class Domains:
     """Which options of every node are open.
 
     Attributes:
-        open: of each node [options].
+        flat: of all options, node after node.
+        open: of each node [options], parts of `flat`.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -29,30 +30,32 @@ class Domains:
         Raises:
             UnfitError: a node has nothing open.
         """
-        self._graph = graph
+        self._room = graph.room
         self._near: list[list[tuple[int, Mask]]] = [[] for _ in graph.seconds]
         for (one, other), matrix in graph.edges.items():
             possible = np.isfinite(matrix)
             if not possible.all():
                 self._near[one].append((other, possible))
                 self._near[other].append((one, possible.T))
-        self._limited = bool(graph.limits)
-        self._start: list[Mask] = [np.isfinite(seconds) for seconds in graph.seconds]
-        self.open = list(self._start)
+        self._first = np.cumsum([0, *graph.sizes[:-1]])
+        self._node = np.repeat(np.arange(len(graph.sizes)), graph.sizes)
+        self._bytes = np.concatenate(graph.bytes)
+        self.flat: Mask = np.isfinite(np.concatenate(graph.seconds))
+        self.open: list[Mask] = np.split(self.flat, self._first[1:])
         if not self._propagate(set(range(len(self.open)))):
             raise UnfitError
-        self._start = list(self.open)
+        self._start = self.flat.copy()
 
     def restart(self) -> None:
         """Take all decisions back."""
-        self.open = list(self._start)
+        self.flat[:] = self._start
 
     def decide(self, node: int, option: int) -> bool:
         """Leave a node one option; return whether every node has one left."""
-        own = np.zeros_like(self.open[node])
-        own[option] = self.open[node][option]
-        self.open[node] = own
-        return bool(own.any()) and self._propagate({node})
+        was = bool(self.open[node][option])
+        self.open[node][:] = False
+        self.open[node][option] = was
+        return was and self._propagate({node})
 
     def _propagate(self, changed: set[int]) -> bool:
         """Close what decisions imply; return whether every node has an option left."""
@@ -64,18 +67,16 @@ class Domains:
                     if not left.any():
                         return False
                     if left.sum() < self.open[other].sum():
-                        self.open[other] = left
+                        self.open[other][:] = left
                         changed.add(other)
-            if not self._limited:
+            if not len(self._room):
                 return True
-            floors = [taken[own].min(axis=0) for taken, own in zip(self._graph.bytes, self.open, strict=True)]
-            left_over = self._graph.room - np.sum(floors, axis=0)
-            if (left_over < 0).any():
+            floors = np.minimum.reduceat(np.where(self.flat[:, None], self._bytes, np.inf), self._first)
+            spare = self._room - floors.sum(axis=0)
+            if (spare < 0).any():
                 return False
-            for node, (taken, own) in enumerate(zip(self._graph.bytes, self.open, strict=True)):
-                fits = own & (taken <= left_over + floors[node]).all(axis=1)
-                if fits.sum() < own.sum():
-                    self.open[node] = fits
-                    changed.add(node)
-            if not changed:
+            closed = self.flat & (self._bytes > (spare + floors)[self._node]).any(axis=1)
+            if not closed.any():
                 return True
+            self.flat &= ~closed
+            changed = set(self._node[closed].tolist())

@@ -38,6 +38,7 @@ class Making:
         count = len(graph.seconds)
         self.actions = max(graph.sizes)
         self.width = count * (2 * self.actions + 1) + len(graph.limits)
+        self._where = np.arange(self.actions) < np.array(graph.sizes)[:, None]
         self._back: list[list[tuple[int, Floats]]] = [[] for _ in graph.seconds]
         for (one, other), matrix in graph.edges.items():
             self._back[other].append((one, matrix))
@@ -71,8 +72,7 @@ class Making:
         table = state[: 2 * count * self.actions].reshape(2, count, self.actions)
         decided = np.flatnonzero(self.plan[: self.node] >= 0)
         table[0, decided, self.plan[decided]] = 1.0
-        for node, own in enumerate(self._domains.open):
-            table[1, node, : len(own)] = own
+        table[1][self._where] = self._domains.flat
         if not self.done:
             state[2 * count * self.actions + self.node] = 1.0
         state[2 * count * self.actions + count :] = self._taken / np.maximum(np.abs(self._graph.room), 1.0)
