@@ -17,8 +17,11 @@ from tersor.errors import InputError
 from tersor.planner.problem import Floats
 from tersor.planner.search.fold import Options
 
-LARGEST = 2**24
-"""Entries of a table: 128 MB."""
+LARGEST, MOST = 2**24, 2**27
+"""Entries of a table, 128 MB, and of all of them."""
+
+KEPT = 2**22
+"""Entries of tables whose edges are added up once."""
 
 
 class Tables:
@@ -76,8 +79,8 @@ class Elimination:
 
     @property
     def too_wide(self) -> bool:
-        """Whether a table would have more than `LARGEST` entries."""
-        return self.largest > LARGEST
+        """Whether a table would have more than `LARGEST` entries, or all of them more than `MOST`."""
+        return self.largest > LARGEST or self.entries > MOST
 
     def _spread(self, place: int, nodes: Sequence[int]) -> tuple[int, ...]:
         """Return the shape in which a table over these nodes is added to that of the node at a place."""
@@ -92,12 +95,12 @@ class Elimination:
             with_edges: whether seconds of edges count; else only that some are infinite.
 
         Raises:
-            InputError: a table would have more than `LARGEST` entries.
+            InputError: the tables would be too large.
         """
         if self.too_wide:
             raise InputError(
-                f"an exact programme would need a table of {self.largest:,} entries, and takes up to {LARGEST:,}: too "
-                "many blocks depend on each other at once; use the full search"
+                f"an exact programme would need tables of {self.entries:,} entries, up to {self.largest:,} in one, and "
+                f"takes {MOST:,} and {LARGEST:,}: too many blocks depend on each other at once; use the full search"
             )
         tables = []
         behind: list[list[tuple[Floats, tuple[int, ...]]]] = [[] for _ in self.order]
@@ -121,7 +124,8 @@ class Elimination:
             kept = np.zeros(self._shapes[place])
             for matrix, shape in self._pairs[place]:
                 kept += (matrix if with_edges else np.where(np.isfinite(matrix), 0.0, np.inf)).reshape(shape)
-            self._kept[with_edges][place] = kept
+            if self.entries <= KEPT:
+                self._kept[with_edges][place] = kept
         return kept
 
     def best(self, tables: Tables) -> Options:
