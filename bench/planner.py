@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--layers", default="1,8,80,160", help="default: 1,8,80,160")
     parser.add_argument("--options", default="3,6,12,24", help=f"of a block, of {LAYERS} layers")
     parser.add_argument("--devices", default="1,8,64,512,4096,16384", help="default: 1,8,64,512,4096,16384")
-    parser.add_argument("--episodes", type=int, default=1000, help="of the network; as many plans at random")
+    parser.add_argument("--episodes", type=int, default=400, help="of the network; as many plans at random")
     parser.add_argument("--gap", type=float, default=1e-3, help="that the full search asks for; default: 0.001")
     parser.add_argument("--seconds", type=float, default=60.0, help="that it has; default: 60")
     arguments = parser.parse_args()

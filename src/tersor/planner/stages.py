@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -103,14 +104,13 @@ def split(groups: Sequence[Group], pools: Sequence[int], handed: Floats, *, requ
         InputError: no devices hold the layers: the line says what is missing; or there are too many kinds of groups.
     """
     programme = _Programme(groups, pools, handed)
-    best = programme.least(math.inf)
+    floor = programme.slowest()
+    best = programme.least(floor if math.isinf(requests) else math.inf)
     if best is None:
         raise programme.unfit()
     if math.isinf(requests):
-        best = programme.least(programme.slowest())
-        assert best is not None
         return best
-    floor, other = programme.slowest(), best
+    other = best
     while requests > 1:
         # What a smaller slowest stage could still give: not below `floor`, and not with a smaller sum.
         if other.total + (requests - 1) * floor >= best.seconds(requests) * (1 - EQUAL):
@@ -124,21 +124,30 @@ def split(groups: Sequence[Group], pools: Sequence[int], handed: Floats, *, requ
     return best
 
 
+_State: TypeAlias = tuple[tuple[int, ...], int]
+"""Devices taken of each pool, and the last stage's group, or -1 at the start."""
+
+
 class _Programme:
     """The dynamic programme over devices taken, the last stage's group, and layers done."""
 
     def __init__(self, groups: Sequence[Group], pools: Sequence[int], handed: Floats) -> None:
-        self._groups, self._pools, self._handed = list(groups), tuple(pools), handed
         layers = len(groups[0].seconds)
+        most = np.max([group.devices for group in groups], axis=0) * layers  # a stage has a layer at least
+        self._groups, self._pools = list(groups), tuple(np.minimum(pools, most).tolist())
         assert handed.shape == (len(groups), len(groups), layers), f"handed is {handed.shape}"
         assert all(any(group.devices) for group in groups), "a group takes no device"
         self.layers = layers
-        cuts = math.prod(size + 1 for size in pools) * len(groups) ** 2 * (layers + 1) ** 2
+        cuts = math.prod(size + 1 for size in self._pools) * len(groups) ** 2 * (layers + 1) ** 2
         if cuts > MOST:
             raise InputError(
-                f"{len(groups)} kinds of stages from pools of {_named(pools)} devices are {cuts:,} cuts of {layers} "
-                f"layers, and {MOST:,} are the most to compare: put equal devices into one pool, or search a replica"
+                f"{len(groups)} kinds of stages from pools of {_named(self._pools)} devices are {cuts:,} cuts of "
+                f"{layers} layers, and {MOST:,} are the most to compare: put equal devices into one pool, or search a "
+                "replica"
             )
+        rows = [handed[group].tobytes() for group in range(len(groups))]
+        self._alike = [rows.index(row) for row in rows]
+        """Of each group, the first one that hands on as it does: which of them was last makes no difference."""
         self._own: list[Floats] = []
         """[layers + 1, layers + 1] of each group, seconds of a stage from a layer to before another."""
         self._taken: list[Floats] = []
@@ -177,13 +186,13 @@ class _Programme:
         """Return the least sum, or slowest stage, and of its stages (group before, group, first layer, end)."""
         layers = self.layers
         shape = tuple(size + 1 for size in self._pools)
-        best: dict[tuple[tuple[int, ...], int], Floats] = {}
-        came: dict[tuple[tuple[int, ...], int], list[tuple[Floats, tuple[tuple[int, ...], int]]]] = {}
-        start = ((0,) * len(shape), -1)
+        best: dict[_State, Floats] = {}
+        came: dict[_State, list[tuple[Floats, int, _State]]] = {}
+        start: _State = ((0,) * len(shape), -1)
         best[start] = np.where(np.arange(layers + 1) == 0, 0.0, np.inf)
         open_stages = {key: np.where(table <= allowed, table, np.inf) for key, table in self._stages.items()}
         for counts in np.ndindex(*shape):  # fewer devices always come first
-            for last in range(-1, len(self._groups)):
+            for last in sorted({-1, *self._alike}):
                 state = (counts, last)
                 if state not in best or np.isinf(best[state]).all():
                     continue
@@ -195,15 +204,17 @@ class _Programme:
                     self.cuts += sums.size
                     first = sums.argmin(axis=0)
                     least = sums[first, np.arange(layers + 1)]
-                    known = best.setdefault((after, group), np.full(layers + 1, np.inf))
-                    came.setdefault((after, group), []).append((np.where(least < known, first, -1), state))
+                    then = after, self._alike[group]
+                    known = best.setdefault(then, np.full(layers + 1, np.inf))
+                    came.setdefault(then, []).append((np.where(least < known, first, -1), group, state))
                     np.minimum(known, least, out=known)
         ends = {state: float(table[layers]) for state, table in best.items()}
         state = min(ends, key=ends.__getitem__)
         total, stages, end = ends[state], [], layers
         while not math.isinf(total) and state != start:
-            first, before = next((int(at[end]), one) for at, one in reversed(came[state]) if at[end] >= 0)
-            stages.append((before[1], state[1], first, end))
+            steps = ((int(at[end]), group, before) for at, group, before in reversed(came[state]))
+            first, group, before = next(step for step in steps if step[0] >= 0)
+            stages.append((before[1], group, first, end))
             state, end = before, first
         return total, stages[::-1]
 
