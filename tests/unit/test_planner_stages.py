@@ -24,7 +24,8 @@ def chain(
         devices = (1, 0) if kind == 0 else (int(random.integers(0, 3)), int(random.integers(1, 3)))
         seconds = random.uniform(1, 3, layers) / sum(devices)
         seconds[[0, -1]] *= 2  # embedding and head
-        nbytes = np.floor(random.uniform(5, 15, layers) / sum(devices))
+        nbytes = np.floor(random.uniform(5, 15, (2, layers)) / sum(devices))
+        nbytes = nbytes if seed % 2 else nbytes[0]
         groups.append(Group(f"kind {kind}", devices, seconds, nbytes, room, fixed=2.0))
     handed = random.uniform(0, 0.5, (kinds, kinds, layers))
     if kinds > 1:
@@ -34,12 +35,15 @@ def chain(
     return groups, [2, 2], handed
 
 
-def every_split(groups: list[Group], pools: list[int], handed: np.ndarray) -> Iterator[tuple[float, float]]:
+def every_split(
+    groups: list[Group], pools: list[int], handed: np.ndarray, idle: bool = True
+) -> Iterator[tuple[float, float]]:
     """Yield slowest stage and sum of every way to cut and to place."""
     layers = len(groups[0].seconds)
     for count in range(1, min(layers, sum(pools)) + 1):
         for kinds in itertools.product(range(len(groups)), repeat=count):
-            if (np.sum([groups[kind].devices for kind in kinds], axis=0) > pools).any():
+            used = np.sum([groups[kind].devices for kind in kinds], axis=0)
+            if (used > pools).any() or not (idle or (used == pools).all()):
                 continue
             for cuts in itertools.combinations(range(1, layers), count - 1):
                 ends = [0, *cuts, layers]
@@ -48,7 +52,8 @@ def every_split(groups: list[Group], pools: list[int], handed: np.ndarray) -> It
                     own = slice(ends[place], ends[place + 1])
                     received = handed[kinds[place - 1], kind, ends[place] - 1] if place else 0.0
                     times.append(groups[kind].seconds[own].sum() + received)
-                    fits &= groups[kind].bytes[own].sum() + groups[kind].fixed <= groups[kind].room
+                    held = groups[kind].bytes[..., own].sum(axis=-1).max()
+                    fits &= held + groups[kind].fixed <= groups[kind].room
                 if fits and math.isfinite(sum(times)):
                     yield max(times), sum(times)
 
@@ -65,7 +70,8 @@ def check(found: Split, groups: list[Group], pools: list[int], handed: np.ndarra
         own = group.seconds[stage.first : stage.end].sum()
         own += 0.0 if before is None else handed[before, stage.group, stage.first - 1]
         assert stage.seconds == pytest.approx(own)
-        assert stage.bytes == group.bytes[stage.first : stage.end].sum() + group.fixed <= group.room
+        held = group.bytes[..., stage.first : stage.end].sum(axis=-1).max()
+        assert stage.bytes == held + group.fixed <= group.room
         before = stage.group
     assert found.slowest == max(stage.seconds for stage in found.stages)
     assert found.total == pytest.approx(sum(stage.seconds for stage in found.stages))
@@ -73,16 +79,19 @@ def check(found: Split, groups: list[Group], pools: list[int], handed: np.ndarra
 
 @pytest.mark.parametrize("requests", [1.0, 3.0, 20.0, math.inf])
 @pytest.mark.parametrize("room", [math.inf, 40.0])
-def test_a_chain_is_cut_as_well_as_any_way_there_is(requests: float, room: float) -> None:
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_chain_is_cut_as_well_as_any_way_there_is(requests: float, room: float, idle: bool) -> None:
     for seed in range(12):
         case = chain(seed, layers=4 + seed % 4, kinds=1 + seed % 3, room=room)
-        ways = list(every_split(*case))
+        ways = list(every_split(*case, idle))
         if not ways:
             with pytest.raises(InputError, match=r"no stages from pools of 2 and 2 devices hold all|alone needs"):
-                split(*case, requests=requests)
+                split(*case, requests=requests, idle=idle)
             continue
-        found = split(*case, requests=requests)
+        found = split(*case, requests=requests, idle=idle)
         check(found, *case)
+        used = np.sum([case[0][stage.group].devices for stage in found.stages], axis=0)
+        assert idle or used.tolist() == case[1]
         if math.isinf(requests):
             slowest = min(one for one, _ in ways)
             assert found.slowest == pytest.approx(slowest)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from tersor.errors import InputError
 from tersor.planner.problem import Floats
@@ -37,8 +38,8 @@ class Group:
         name: such as "4 of node 0".
         devices: [pools], how many it takes of each pool.
         seconds: [layers], infinity where it cannot run a layer.
-        bytes: [layers], on the device that holds most.
-        room: bytes that such a device has.
+        bytes: [layers] on each device, or [devices, layers] where some hold other parts than others.
+        room: bytes that a device has.
         fixed: bytes that a stage takes there whatever its layers.
     """
 
@@ -89,21 +90,29 @@ class Split:
         return self.slowest if math.isinf(requests) else self.total + (requests - 1) * self.slowest
 
 
-def split(groups: Sequence[Group], pools: Sequence[int], handed: Floats, *, requests: float = math.inf) -> Split:
+def split(
+    groups: Sequence[Group],
+    pools: Sequence[int],
+    handed: Floats,
+    *,
+    requests: float = math.inf,
+    idle: bool = True,
+) -> Split:
     """Return the stages that take the least.
 
     Args:
         groups: kinds of stages, each to be used as often as pools allow.
-        pools: devices of each pool; some may be left idle.
+        pools: devices of each pool.
         handed: [groups, groups, layers], seconds to hand the result of a layer from a group to the next stage's;
             infinity where two groups cannot follow each other.
         requests: that follow each other: 1 is the least latency, infinity the most throughput, among which the least
             latency is taken.
+        idle: whether devices may be left idle.
 
     Raises:
         InputError: no devices hold the layers: the line says what is missing; or there are too many kinds of groups.
     """
-    programme = _Programme(groups, pools, handed)
+    programme = _Programme(groups, pools, handed, idle)
     floor = programme.slowest()
     best = programme.least(floor if math.isinf(requests) else math.inf)
     if best is None:
@@ -131,10 +140,11 @@ _State: TypeAlias = tuple[tuple[int, ...], int]
 class _Programme:
     """The dynamic programme over devices taken, the last stage's group, and layers done."""
 
-    def __init__(self, groups: Sequence[Group], pools: Sequence[int], handed: Floats) -> None:
+    def __init__(self, groups: Sequence[Group], pools: Sequence[int], handed: Floats, idle: bool) -> None:
         layers = len(groups[0].seconds)
         most = np.max([group.devices for group in groups], axis=0) * layers  # a stage has a layer at least
-        self._groups, self._pools = list(groups), tuple(np.minimum(pools, most).tolist())
+        self._groups, self._idle = list(groups), idle
+        self._pools = tuple(np.minimum(pools, most).tolist()) if idle else tuple(pools)
         assert handed.shape == (len(groups), len(groups), layers), f"handed is {handed.shape}"
         assert all(any(group.devices) for group in groups), "a group takes no device"
         self.layers = layers
@@ -153,7 +163,7 @@ class _Programme:
         self._taken: list[Floats] = []
         for group in groups:
             seconds = _sums(group.seconds)
-            taken = _sums(group.bytes) + group.fixed
+            taken = np.max([_sums(each) for each in np.atleast_2d(group.bytes)], axis=0) + group.fixed
             self._own.append(np.where(taken <= group.room, seconds, np.inf))
             self._taken.append(taken)
         # With what a stage receives: from a group, [first layer, end]; nothing comes before the first layer.
@@ -208,7 +218,9 @@ class _Programme:
                     known = best.setdefault(then, np.full(layers + 1, np.inf))
                     came.setdefault(then, []).append((np.where(least < known, first, -1), group, state))
                     np.minimum(known, least, out=known)
-        ends = {state: float(table[layers]) for state, table in best.items()}
+        ends = {state: float(table[layers]) for state, table in best.items() if self._idle or state[0] == self._pools}
+        if not ends:
+            return math.inf, []
         state = min(ends, key=ends.__getitem__)
         total, stages, end = ends[state], [], layers
         while not math.isinf(total) and state != start:
@@ -226,17 +238,22 @@ class _Programme:
                 able = [group for group in self._groups if np.isfinite(group.seconds[layer])]
                 if not able:
                     return InputError(f"layer {layer}: no group of devices can run it")
-                lacking = [group.fixed + float(group.bytes[layer]) - group.room for group in able]
+                lacking = [group.fixed + _most(group.bytes[..., layer]) - group.room for group in able]
                 group, least = able[int(np.argmin(lacking))], min(lacking)
                 return InputError(
                     f"layer {layer} alone needs {shown(group.room + least)} on {group.name}, which has "
                     f"{shown(group.room)}: {shown(least)} are missing"
                 )
-        needed = min(float(group.bytes.sum()) for group in self._groups)
+        needed = min(_most(group.bytes.sum(axis=-1)) for group in self._groups)
         return InputError(
             f"no stages from pools of {_named(self._pools)} devices hold all {self.layers} layers, which take "
             f"{shown(needed)} of a device if they are one stage: add devices, or make layers smaller"
         )
+
+
+def _most(nbytes: npt.ArrayLike) -> float:
+    """Return the bytes of the device that holds most."""
+    return float(np.max(nbytes))
 
 
 def _named(pools: Sequence[int]) -> str:
