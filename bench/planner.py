@@ -13,6 +13,7 @@ eight. Numbers go to results/planner.json; plans themselves come from `tersor.pl
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -71,10 +72,12 @@ def model(layers: int, options: int, share: float | None, seed: int = 0) -> Prob
     return Problem(tuple(blocks), tuple(edges), (("memory of a rank", math.floor(least + share * (most - least))),))
 
 
-def measured(found: Found) -> dict[str, Any]:
-    """Return what is kept of an answer."""
-    gap = found.gap if math.isfinite(found.gap) else None
-    return {"ms": 1e3 * found.seconds, "gap": gap, "searched_s": found.searched, "steps": found.steps}
+def measured(run: Callable[[], Found]) -> dict[str, Any]:
+    """Return what is kept of an answer: milliseconds of a step, seconds of the search by the clock and of a processor."""
+    start = time.process_time()
+    found = run()
+    took = {"searched_s": found.searched, "processor_s": time.process_time() - start, "steps": found.steps}
+    return {"ms": 1e3 * found.seconds, "gap": found.gap if math.isfinite(found.gap) else None, **took}
 
 
 def compare(problem: Problem, with_full: bool, gap: float, seconds: float) -> dict[str, Any]:
@@ -82,11 +85,12 @@ def compare(problem: Problem, with_full: bool, gap: float, seconds: float) -> di
     free = search.untied(problem)
     searches: dict[str, Callable[[], Found]] = {"fast, tied": lambda: search.fast(problem)}
     searches["fast, untied"] = lambda: search.fast(free)
+    searches["near"] = lambda: search.near(problem)
     if with_full:
         searches["full, tied"] = lambda: search.full(problem, gap=gap, seconds=seconds)
         searches["full, untied"] = lambda: search.full(free, gap=gap, seconds=seconds)
         searches["HiGHS alone, untied"] = lambda: search.full(free, gap=gap, seconds=seconds, alone=True)
-    return {name: measured(run()) for name, run in searches.items()}
+    return {name: measured(run) for name, run in searches.items()}
 
 
 def staged(devices: int, layers: int) -> dict[str, Any]:
@@ -96,9 +100,10 @@ def staged(devices: int, layers: int) -> dict[str, Any]:
     base[[0, -1]] *= 2
     sizes = [2**power for power in range(int(math.log2(nodes)) + 1)][:5]
     groups = [Group(f"{size} nodes", (size,), base / size**0.9, base / size) for size in sizes]
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     found = split(groups, [nodes], np.full((len(sizes), len(sizes), layers + 2), 0.01))
-    return {"searched_s": time.perf_counter() - start, "stages": len(found.stages), "cuts": found.cuts}
+    took = {"searched_s": time.perf_counter() - start, "processor_s": time.process_time() - processor}
+    return {**took, "stages": len(found.stages), "cuts": found.cuts}
 
 
 def main() -> None:
@@ -128,15 +133,18 @@ def main() -> None:
         for name, share in shares.items():
             keep("options", f"{options} {name}", compare(model(LAYERS, options, share), False, 0.0, 0.0))
     for devices in numbers("--devices", arguments.devices):
-        fast = measured(search.fast(model(LAYERS, 1 + 3 * int(math.log2(devices)), None)))
+        problem = model(LAYERS, 1 + 3 * int(math.log2(devices)), None)
+        fast = measured(functools.partial(search.fast, problem))
         keep("devices", str(devices), {"fast, tied": fast, "stages": staged(devices, LAYERS)})
     for layers in numbers("--layers", arguments.layers):
         for name, share in shares.items():
             problem = model(layers, OPTIONS, share)
-            learned = search.learned(problem, episodes=arguments.episodes)
-            drawn = search.random(problem, count=arguments.episodes)
-            each = {"fast, tied": search.fast(problem), "learned": learned, "random": drawn}
-            keep("learned", f"{layers} {name}", {key: measured(found) for key, found in each.items()})
+            each = {
+                "fast, tied": functools.partial(search.fast, problem),
+                "learned": functools.partial(search.learned, problem, episodes=arguments.episodes),
+                "random": functools.partial(search.random, problem, count=arguments.episodes),
+            }
+            keep("learned", f"{layers} {name}", {key: measured(run) for key, run in each.items()})
     print(results_file.write("planner", result))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers.planner_problems import model, random_problem
@@ -216,6 +218,14 @@ def test_too_wide_a_graph_is_left_to_the_full_search(monkeypatch: pytest.MonkeyP
     ):
         search.fast(problem)
     assert search.full(problem, gap=0.0).seconds == pytest.approx(best)
+    held = tuple(replace(one, bytes=np.full((4, 1), 2.0)) for one in blocks)
+    with pytest.raises(
+        InputError, match="rank 0: whatever is chosen, 12 bytes are needed of 11 bytes, 1 bytes are mis"
+    ):
+        search.full(Problem(held, edges, (("rank 0", 11.0),)))
+    closed = (*edges[1:], Edge("b0", "b1", np.full((4, 4), np.inf)))
+    with pytest.raises(InputError, match="no options that are possible beside each other keep all limits"):
+        search.full(Problem(blocks, closed))
 
 
 def test_looking_at_everything_is_refused_where_that_is_too_much() -> None:

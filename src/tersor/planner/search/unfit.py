@@ -43,6 +43,12 @@ def reason(problem: Problem) -> InputError:
             return InputError(f"{block.name}: none of its options is possible: {', '.join(block.options)}")
     graph = fold(problem)
     elimination = Elimination(graph.sizes, graph.edges)
+    if elimination.too_wide:
+        for limit, (name, room) in enumerate(graph.limits):
+            least = sum(float(taken[:, limit].min()) for taken in graph.bytes)
+            if least > room:
+                return short(name, least, room)
+        return InputError("no options that are possible beside each other keep all limits")
     possible = [np.where(np.isfinite(seconds), 0.0, np.inf) for seconds in graph.seconds]
     if np.isinf(elimination.solve(possible, with_edges=False).least):
         return impossible()
