@@ -73,7 +73,7 @@ def model(layers: int, options: int, share: float | None, seed: int = 0) -> Prob
 
 
 def measured(run: Callable[[], Found]) -> dict[str, Any]:
-    """Return what is kept of an answer: milliseconds of a step, seconds of the search by the clock and of a processor."""
+    """Return what is kept of an answer: what a step takes, and what the search took by the clock and of a processor."""
     start = time.process_time()
     found = run()
     took = {"searched_s": found.searched, "processor_s": time.process_time() - start, "steps": found.steps}
