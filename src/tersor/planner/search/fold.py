@@ -55,13 +55,6 @@ class Graph:
         each = zip(self.blocks, self.places, self.members, strict=True)
         return Choice({name: int(own[options[node]]) for name, node, own in each})
 
-    def options(self, choice: Choice) -> list[int] | None:
-        """Return the option of every node, of that of every block; None where nodes have no such options."""
-        left = [np.ones(size, dtype=bool) for size in self.sizes]
-        for name, node, own in zip(self.blocks, self.places, self.members, strict=True):
-            left[node] &= own == choice[name]
-        return [int(fitting.argmax()) for fitting in left] if all(fitting.any() for fitting in left) else None
-
     def evaluate(self, options: Options) -> tuple[Floats, Floats]:
         """Return what plans take: seconds [plans] and bytes [plans, limits], of options [plans, nodes]."""
         seconds = np.zeros(len(options))
