@@ -15,7 +15,7 @@ from tersor.planner.search.making import DEAD_END, Making
 EPISODES = 300
 
 
-@pytest.mark.parametrize(("seed", "share"), [(0, None), (1, None), (2, 0.4), (3, 0.6)])
+@pytest.mark.parametrize(("seed", "share"), [(0, None), (2, 0.4), (3, 0.6)])
 def test_the_network_finds_the_optimum_of_six_blocks(seed: int, share: float | None) -> None:
     problem = model(1, blocks=4, options=4, share=share, seed=seed)
     assert len(problem.blocks) == 6
@@ -32,8 +32,8 @@ def test_the_network_finds_the_optimum_of_six_blocks(seed: int, share: float | N
 def test_what_it_learns_is_worth_more_than_as_many_plans_at_random() -> None:
     problem = model(4, blocks=8, options=5, seed=5)
     best = search.fast(problem).seconds
-    learned = search.learned(problem, seed=0, episodes=EPISODES).seconds
-    drawn = search.random(problem, seed=0, count=EPISODES).seconds
+    learned = search.learned(problem, seed=0, episodes=200).seconds
+    drawn = search.random(problem, seed=0, count=200).seconds
     assert best <= learned <= best + (drawn - best) / 4
 
 
@@ -44,7 +44,7 @@ def test_a_seed_gives_one_answer_and_leaves_torch_as_it_was() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    one, two = (search.learned(problem, seed=1, episodes=60) for _ in range(2))
+    one, two = (search.learned(problem, seed=1, episodes=30) for _ in range(2))
     assert torch.equal(torch.rand(1), expected)
     assert (one.choice, one.steps, one.seconds) == (two.choice, two.steps, two.seconds)
     assert one.seconds >= search.fast(problem).seconds * (1 - 1e-12)

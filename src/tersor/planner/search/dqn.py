@@ -31,7 +31,7 @@ CAPACITY = 20_000
 LEARNING_RATE = 3e-3
 RETURN_STEPS = 3
 """Rewards that are summed up before the network is asked what follows."""
-EVERY = 4
+EVERY = 2
 """Decisions between two steps of learning."""
 COPIED = 50
 """Steps of learning between two copies of the network to the one that judges."""
