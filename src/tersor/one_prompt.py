@@ -26,7 +26,7 @@ from tersor.llm import LLM, generation_config
 from tersor.models import DecoderConfig
 from tersor.models.architectures import READERS, TYPES, called
 from tersor.models.finite import first_not_finite
-from tersor.models.load import check_cut, usual_dtype
+from tersor.models.load import check_placed, usual_dtype
 from tersor.ops.attention_form import PAGE, PagedCache
 from tersor.ops.dispatch import environment_reason
 
@@ -141,7 +141,7 @@ def obstacle(source: Source, asked: Asked) -> str:
         return f"{name} runs through transformers: the engine does not have it"
     why = _passed_over(source)
     try:
-        check_cut(source, 1)
+        check_placed(source)
     except (UnsupportedError, CheckpointError) as error:
         why = why or str(error)
     if not why and asked.device.type == "cuda":

@@ -30,6 +30,7 @@ from tersor.models.outline import outline
 from tersor.models.random import random_decoder
 from tersor.ops import serve_attention
 from tersor.ops.collective import Ranks
+from tersor.planner.placement import Placement
 
 gpu = pretended("NVIDIA H200")
 TOKENS, LENGTH, ROWS = 96, 80, 40
@@ -138,9 +139,10 @@ def test_steps_ask_for_what_is_compiled_ahead(
     pages = torch.float8_e4m3fn if way == "fp8" else None
     schemes = schemes_of(config, scheme)
     steps = Steps(tokens=TOKENS, rows=ROWS, queries=LENGTH, length=128, pages=pages)
+    place = Placement.even(len(config.layers), tensor=ranks).place(0)
     with ops.using(batch_invariant=way == "invariant"):
         asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
-        parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
+        parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, place)
         listed = set(kernels_of(parts, steps, gpu.chips[0]))
     assert {source.name for source in asked - listed} == set()
     assert {source.name for source in listed - asked} == set()

@@ -164,7 +164,8 @@ def step_bytes(decoder: Decoder, batch: int) -> int:
 
     Of E experts, K for each row, E (1 - (1 - K / E)^batch) are expected to be hit where routing is uniform.
     """
-    total = sum(tensor.nbytes for tensor in (*decoder.head.tensors(), *decoder.norm.tensors()))
+    behind = [part for part in (decoder.head, decoder.norm) if part is not None]
+    total = sum(tensor.nbytes for part in behind for tensor in part.tensors())
     for layer in decoder.layers:
         parts = sum(tensor.nbytes for tensor in layer.tensors())
         if isinstance(layer.ffn, Mixture):

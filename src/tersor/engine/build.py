@@ -14,11 +14,14 @@ from tersor.engine.memory import make_pages, rows_of
 from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
+from tersor.engine.sampler_news import Teller
 from tersor.formats import float_dtype_or_auto
 from tersor.kernels.jit import KernelSource
 from tersor.models import load
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.dispatch import kernel_chip
+from tersor.ops.stages import ONE, Stages
+from tersor.planner.placement import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,13 @@ class Built:
 
 
 def build(
-    source: Source, config: EngineConfig, device: torch.device, ranks: Ranks = ALONE, line: Line | None = None
+    source: Source,
+    config: EngineConfig,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    line: Line | None = None,
+    stages: Stages = ONE,
+    place: Place | None = None,
 ) -> Built:
     """Load a model, or a rank's part of it, compile its kernels meanwhile, and make its pages; all ranks do so at once.
 
@@ -45,13 +54,15 @@ def build(
         source: the checkpoint.
         config: of the engine, the same on every rank.
         device: of this rank.
-        ranks: that compute the model together.
-        line: from the first rank to the others; `None` with one.
+        ranks: that compute the model, or a stage of it, together.
+        line: from the first of all ranks to the others; `None` with one.
+        stages: of the model.
+        place: of this rank in them; `None` is alone.
 
     Raises:
         UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and not possible.
         CheckpointError: no whole checkpoint.
-        ShapeError: the model cannot be cut for so many ranks.
+        ShapeError: the model cannot be placed so.
         KernelError: a kernel does not compile.
         TersorError: it does not fit in the device's memory.
     """
@@ -60,15 +71,37 @@ def build(
 
     def kernels() -> list[KernelSource]:
         assert chip is not None
-        return ahead.kernels(source, config, chip, ranks.rank)
+        return ahead.kernels(source, config, chip, place)
 
     with ahead.compiling(kernels, chip):
-        decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
+        decoder = load(
+            source,
+            device,
+            dtype,
+            activations=config.activations,
+            context=config.max_length,
+            ranks=ranks,
+            place=place,
+        )
     context = min(config.max_length or decoder.config.context, decoder.config.context)
-    sampler, rows = None, rows_of(config, decoder, ranks)
-    if ranks.first:
-        sampler = Sampler(rows + 1, decoder.config.vocabulary, device, most_length=context)
-    kv_dtype = config.pages_dtype
-    runner = Runner(decoder, sampler, max_rows=rows, max_length=context, kv_dtype=kv_dtype, ranks=ranks, line=line)
+    rows = rows_of(config, decoder, stages.everyone if stages.count > 1 else ranks)
+    vocabulary = decoder.config.vocabulary
+    sampler: Sampler | None = None
+    if ranks.first and stages.last:
+        sampler = Sampler(rows + 1, vocabulary, device, most_length=context)
+    elif ranks.first and stages.first:
+        sampler = Teller(rows + 1, vocabulary, most_length=context)
+    runner = Runner(
+        decoder,
+        sampler,
+        max_rows=rows,
+        max_length=context,
+        kv_dtype=config.pages_dtype,
+        ranks=ranks,
+        line=line,
+        stages=stages,
+    )
+    if not runner.everyone.least(int(runner.costs is not None), device):
+        runner.costs = None  # a step that reads pages together does so on all ranks
     graphs = captures(runner, config)
     return Built(runner, make_pages(runner, replace(config, cuda_graph=graphs)), context)

@@ -1,4 +1,7 @@
-"""A step of rows that only decode as a CUDA graph, which reads a buffer of the device and writes the tokens drawn."""
+"""A step of rows that only decode as a CUDA graph, which reads a buffer of the device and writes the tokens drawn.
+
+Of a stage that is not the first it reads what was passed on, too, and of one that is not the last it writes that.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,29 @@ class Captured:
         graph: of it.
         buffer: int32 [layout.size], the step.
         layout: of the buffer.
-        drawn: int64 [layout.rows], the tokens drawn.
+        made: int64 [layout.rows], the tokens drawn, or [layout.rows, H], the states that are passed on.
+        slots: int32 [layout.rows], a view of the buffer.
+        given: [layout.rows, H], what the stage ahead passes on; `None` in the first.
     """
 
     graph: torch.cuda.CUDAGraph
     buffer: torch.Tensor
     layout: Layout
-    drawn: torch.Tensor
+    made: torch.Tensor
+    slots: torch.Tensor
+    given: torch.Tensor | None = None
 
     def replay(self, staged: torch.Tensor) -> torch.Tensor:
-        """Run the step in a buffer of the host; return the tokens drawn."""
+        """Run the step in a buffer of the host; return what it made."""
         self.buffer.copy_(staged, non_blocking=True)
         self.graph.replay()
-        return self.drawn
+        return self.made
 
 
 def capture(
     layout: Layout,
-    decode: Callable[[dict[str, torch.Tensor], int], torch.Tensor],
+    decode: Callable[[dict[str, torch.Tensor], int, torch.Tensor | None], torch.Tensor],
+    given: torch.Tensor | None = None,
     *,
     spare: int,
     side: torch.cuda.Stream,
@@ -49,7 +57,8 @@ def capture(
 
     Args:
         layout: of its buffer.
-        decode: makes of the arrays of a step, and its rows, the tokens drawn.
+        decode: makes of the arrays of a step, its rows and what is given, the tokens drawn or what is passed on.
+        given: memory for what the stage ahead passes on, where there is one.
         spare: a slot that no request has.
         side: a stream for the forward ahead, in which libraries load and allocate what a capture must not.
         pool: memory of graphs that do not run at once.
@@ -68,13 +77,13 @@ def capture(
     try:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            decode(views, size)
+            decode(views, size, given)
         torch.cuda.current_stream(device).wait_stream(side)
         with capturing(graph, pool=pool, capture_error_mode=mode):
-            drawn = decode(views, size)
+            made = decode(views, size, given)
     except torch.OutOfMemoryError:
         raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
-    return Captured(graph, buffer, layout, drawn)
+    return Captured(graph, buffer, layout, made, views["slots"], given)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from tersor.errors import InputError, did_you_mean
+from tersor.planner.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,9 @@ SERVED_ROWS = 256
 """Rows of a step of a server, where every row that decodes waits for all others."""
 KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
 """What keys and values are kept in: that of the activations, another, or e4m3 with a scale a token and head."""
+
+
+_AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,10 @@ class EngineConfig:
         trust_remote_code: whether a tokenizer may run Python code that comes with the model.
         tensor_parallel: ranks that compute the model together, each with a part of every layer: a process and a GPU
             each (on a CPU: a process). Those of torchrun are used; without it, all but the first are started.
+        pipeline_parallel: stages of as many ranks each, one behind the other, that have some of the layers.
+        expert_parallel: groups of ranks in a stage that have whole experts; all else is cut by all ranks of a stage,
+            which are `tensor_parallel` times as many.
+        placement: instead of the three, who has what in full: a `Placement`, what JSON holds of one, or a file of it.
     """
 
     device: str = "auto"
@@ -56,12 +66,15 @@ class EngineConfig:
     seed: int | None = None
     trust_remote_code: bool = False
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1
+    placement: Placement | Mapping[str, Any] | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in KV_DTYPES:
             near = did_you_mean(self.kv_dtype, KV_DTYPES)
             raise InputError(f"kv_dtype {self.kv_dtype!r}{near}: use {', '.join(KV_DTYPES)}")
-        for name in ("max_length", "max_rows", "max_step_tokens", "kv_bytes", "tensor_parallel"):
+        for name in ("max_length", "max_rows", "max_step_tokens", "kv_bytes", *_AXES):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: it must be at least 1")
@@ -71,6 +84,54 @@ class EngineConfig:
             raise InputError(
                 f"max_rows is {self.max_rows}: a row has a token, and max_step_tokens is {self.max_step_tokens}"
             )
+
+        if self.placement is not None:
+            self._settle_placement(self.placement)
+
+    def _settle_placement(self, given: Any) -> None:
+        """Keep what was given as a `Placement`.
+
+        Raises:
+            InputError: it is none, is of several copies, or the axes say something too.
+        """
+        found = given
+        if isinstance(given, Mapping):
+            found = Placement.from_dict(given)
+        elif not isinstance(given, Placement):
+            found = Placement.read(given)
+        for name in _AXES:
+            if getattr(self, name) > 1:
+                raise InputError(f"{name} is {getattr(self, name)}, and a placement says it all: give one of the two")
+        if found.data > 1:
+            raise InputError(f"the placement is of {found.data} copies of the model: an engine is one of them")
+        object.__setattr__(self, "placement", found)
+
+    @property
+    def ranks(self) -> int:
+        """How many processes compute the model together."""
+        if isinstance(self.placement, Placement):
+            return self.placement.ranks
+        return self.tensor_parallel * self.pipeline_parallel * self.expert_parallel
+
+    @property
+    def ranks_said(self) -> str:
+        """What says so, for an error."""
+        if self.placement is not None:
+            return f"the placement is of {self.ranks} ranks"
+        said = [f"{name} is {getattr(self, name)}" for name in _AXES if getattr(self, name) > 1]
+        return " and ".join(said) + (f", {self.ranks} ranks" if len(said) > 1 else "")
+
+    def placed(self, layers: int) -> Placement:
+        """Return who has what of a model of so many layers.
+
+        Raises:
+            InputError: it has fewer layers than there are stages.
+        """
+        if isinstance(self.placement, Placement):
+            return self.placement
+        return Placement.even(
+            layers, pipeline=self.pipeline_parallel, tensor=self.tensor_parallel, expert=self.expert_parallel
+        )
 
     @property
     def pages_dtype(self) -> torch.dtype | None:

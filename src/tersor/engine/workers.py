@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,9 +29,11 @@ from tersor.engine.config import EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
-from tersor.models.load import check_cut
+from tersor.models.load import check_placed
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.one_shot import OneShot, reachable
+from tersor.ops.stages import ONE, Stages
+from tersor.planner.placement import Place, Placement
 
 _HOST = "127.0.0.1"
 _IDLE = timedelta(days=3650)
@@ -44,19 +46,50 @@ _LEFT_ALONE = 3
 """Exit status of a rank that ended because another did."""
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """How one rank is connected to the others.
+
+    Attributes:
+        device: its own.
+        place: where it is in the model; `None` is alone.
+        ranks: those of its stage.
+        stages: of the model, and all of their ranks.
+        line: from the first of all ranks to the others; `None` with one.
+    """
+
+    device: torch.device
+    place: Place | None = None
+    ranks: Ranks = ALONE
+    stages: Stages = ONE
+    line: Line | None = None
+
+    def leave(self, made: bool = True) -> None:
+        """Let go of all groups, and of torch.distributed where it was not there before."""
+        if made:
+            distributed.destroy_process_group()
+        self.ranks.close()
+        if self.stages.count > 1:
+            self.stages.close()
+        if self.line is not None:
+            self.line.close()
+
+    def abort(self) -> None:
+        """Have nobody wait for other ranks on this rank's GPU any more; any thread may ask."""
+        for one in (self.ranks, self.stages.everyone, self.stages):
+            one.abort()
+
+
 class Team:
     """The ranks of a model, seen from one of them. To be closed.
 
     Attributes:
-        ranks: who they are.
-        device: of this rank.
-        line: from the first to the others; `None` with one rank.
+        seat: of this rank.
+        first: whether it is the first of all, which has the requests.
     """
 
-    def __init__(
-        self, ranks: Ranks, device: torch.device, line: Line | None = None, end: Callable[[], None] = lambda: None
-    ) -> None:
-        self.ranks, self.device, self.line = ranks, device, line
+    def __init__(self, seat: Seat, first: bool = True, end: Callable[[], None] = lambda: None) -> None:
+        self.seat, self.first = seat, first
         self._calls = [end]
         self._finalizer = weakref.finalize(self, _call, self._calls)
 
@@ -85,7 +118,7 @@ def check_first(config: EngineConfig, what: str) -> None:
     Raises:
         InputError: it did.
     """
-    if config.tensor_parallel > 1 and distributed.is_torchelastic_launched():
+    if config.ranks > 1 and distributed.is_torchelastic_launched():
         raise InputError(f"{what} starts the ranks of its model itself, and torchrun started this process")
 
 
@@ -93,72 +126,70 @@ def gather(config: EngineConfig, source: Source) -> Team:
     """Return the ranks of a model; under torchrun every rank calls this, and else the first one alone.
 
     Args:
-        config: of the engine; `tensor_parallel` says how many ranks there are.
+        config: of the engine, which says how many ranks there are.
         source: the checkpoint.
 
     Raises:
         InputError: there are not so many processes of torchrun, or GPUs.
-        ShapeError: the model cannot be cut for so many ranks.
+        ShapeError: the model cannot be placed so.
         TersorError: a rank cannot be started.
     """
-    count, device = config.tensor_parallel, resolve_device(config.device)
+    count, device, said = config.ranks, resolve_device(config.device), config.ranks_said
     if count == 1:
-        return Team(ALONE, device)
+        return Team(Seat(device))
     if device.index is not None:
-        raise InputError(f"device {config.device!r} is one GPU, and tensor_parallel is {count}: use cuda")
+        raise InputError(f"device {config.device!r} is one GPU, and {said}: use cuda")
     if device.type == "cuda" and torch.cuda.device_count() < count:
-        raise InputError(f"tensor_parallel is {count}, and there are {torch.cuda.device_count()} CUDA GPUs here")
+        raise InputError(f"{said}, and there are {torch.cuda.device_count()} CUDA GPUs here")
     if distributed.is_torchelastic_launched():
-        return _of_torchrun(count, device)
+        return _of_torchrun(config, source, device)
     if distributed.is_initialized():
-        raise InputError("torch.distributed is in use in this process, as by another model with tensor_parallel")
+        raise InputError("torch.distributed is in use in this process, as by another model of several ranks")
     if multiprocessing.current_process().daemon:
-        raise InputError(f"tensor_parallel is {count}: a process of a batch cannot start processes of its own")
-    check_cut(source, count)
+        raise InputError(f"{said}: a process of a batch cannot start processes of its own")
+    placement = check_placed(source, config.placed)
     children = _Children(count, replace(config, device=device.type), source.directory)
     try:
         children.greet()
-        ranks, line = _connect(0, count, device, children.store, children.lost)
-        children.watch(ranks if device.type == "cuda" else None)
+        seat = _connect(0, placement, device, children.store, children.lost)
+        children.watch(seat if device.type == "cuda" else None)
     except BaseException:
         children.end()
         raise
 
     def end() -> None:
         children.closing = True
-        with suppress(LostError):  # they have ended
-            line.end()
-        _leave(ranks, line)
+        _say_end(seat)
+        seat.leave()
         children.end()
 
-    return Team(ranks, _own(0, device), line, end)
+    return Team(seat, end=end)
 
 
-def _of_torchrun(count: int, device: torch.device) -> Team:
+def _say_end(seat: Seat) -> None:
+    """Have all other ranks end."""
+    assert seat.line is not None
+    with suppress(LostError):  # they have ended
+        seat.line.end()
+
+
+def _of_torchrun(config: EngineConfig, source: Source, device: torch.device) -> Team:
     """Return the ranks that torchrun started."""
+    placement = check_placed(source, config.placed)
     made = not distributed.is_initialized()
     if made:
         distributed.init_process_group(_backend(device))
     rank, found = distributed.get_rank(), distributed.get_world_size()
-    if found != count:
-        raise InputError(f"tensor_parallel is {count}, and torchrun started {found} processes")
-    ranks, line = _connect(rank, count, device, None, lambda _: "")
+    if found != placement.ranks:
+        raise InputError(f"{config.ranks_said}, and torchrun started {found} processes")
+    seat = _connect(rank, placement, device, None, lambda _: "")
 
     def end() -> None:
         if rank == 0:
-            with suppress(LostError):  # they have ended
-                line.end()
-        _leave(ranks, line, made)
+            _say_end(seat)
+        seat.leave(made)
 
-    return Team(ranks, _own(rank, device), line, end)
-
-
-def _leave(ranks: Ranks, line: Line, made: bool = True) -> None:
-    """Let go of all groups, and of torch.distributed where it was not there before."""
-    if made:
-        distributed.destroy_process_group()
-    ranks.close()
-    line.close()
+    return Team(seat, rank == 0, end)
 
 
 def _backend(device: torch.device) -> str:
@@ -170,21 +201,31 @@ def _own(rank: int, device: torch.device) -> torch.device:
     return torch.device("cuda", rank) if device.type == "cuda" else device
 
 
-def _connect(
-    rank: int, count: int, device: torch.device, store: Any, lost: Callable[[float], str]
-) -> tuple[Ranks, Line]:
-    """Connect a rank to all others; without a store they are connected, and their hosts alone are left."""
-    own = _own(rank, device)
+def _connect(rank: int, placement: Placement, device: torch.device, store: Any, lost: Callable[[float], str]) -> Seat:
+    """Connect a rank to all others; without a store all are connected, and groups of some of them are left."""
+    own, count, place = _own(rank, device), placement.ranks, placement.place(rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if store is not None:
         distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
     hosts = distributed.new_group(backend="gloo", timeout=_IDLE)
-    group = distributed.group.WORLD
-    assert group is not None
-    quick = OneShot(group, own, rank, count) if own.type == "cuda" and reachable(rank, count) else None
-    ranks = Ranks(rank, count, group, lost, quick)
-    return ranks, Line(ranks, hosts)
+    world = distributed.group.WORLD
+    assert world is not None
+    group, stages = world, ONE
+    if place.stages > 1:
+        for index in range(place.stages):  # all ranks make the groups of all stages, in one order
+            made = distributed.new_group(list(placement.members(index)))
+            group = made if index == place.index else group
+        onward, back = distributed.new_group(), distributed.new_group()
+        stages = Stages(placement, rank, Ranks(rank, count, world, lost), onward, back)
+    size, first = place.stage.ranks, placement.members(place.index)[0]
+    quick = None
+    if own.type == "cuda" and reachable(place.rank, size, first):
+        quick = OneShot(group, own, place.rank, size)
+    ranks = Ranks(place.rank, size, group, lost, quick)
+    stages.greet(rank, own)
+    everyone = ranks if place.stages == 1 else stages.everyone
+    return Seat(own, place, ranks, stages, Line(everyone, hosts, place.stages > 1))
 
 
 class _Children:
@@ -226,9 +267,9 @@ class _Children:
                     'if __name__ == "__main__"?'
                 ) from None
 
-    def watch(self, ranks: Ranks | None) -> None:
-        """Begin to look out for one that ends; ranks of GPUs wait for it no longer."""
-        threading.Thread(target=self._watch, args=(ranks,), name="tersor ranks", daemon=True).start()
+    def watch(self, seat: Seat | None) -> None:
+        """Begin to look out for one that ends; a seat on a GPU waits for it no longer."""
+        threading.Thread(target=self._watch, args=(seat,), name="tersor ranks", daemon=True).start()
 
     def lost(self, seconds: float) -> str:
         """Return which rank is gone, waiting for one to be at most so long; empty if none is."""
@@ -248,7 +289,7 @@ class _Children:
         for link in self._links.values():
             link.close()
 
-    def _watch(self, team: Ranks | None) -> None:
+    def _watch(self, seat: Seat | None) -> None:
         ranks = {link: rank for rank, link in self._links.items()}
         said: dict[int, str] = {}
         ended: list[int] = []
@@ -263,8 +304,8 @@ class _Children:
         first = next((rank for rank in ended if self._code(rank) != _LEFT_ALONE), ended[0])
         self._reason = self._ended(first, said.get(first, ""))
         self._news.set()
-        if team is not None:
-            team.abort()
+        if seat is not None:
+            seat.abort()
 
     def _listen(
         self, ranks: dict[Connection, int], said: dict[int, str], ended: list[int], seconds: float | None
@@ -295,11 +336,11 @@ def _work(link: Connection, rank: int, port: int, config: EngineConfig, director
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
     code = 0
     try:
-        count, device = config.tensor_parallel, torch.device(config.device)
-        store = distributed.TCPStore(_HOST, port, count, is_master=False)
-        ranks, line = _connect(rank, count, device, store, lambda _: "")
+        device = torch.device(config.device)
+        store = distributed.TCPStore(_HOST, port, config.ranks, is_master=False)
         with open_source(directory) as source:
-            built = build(source, config, _own(rank, device), ranks, line)
+            seat = _connect(rank, check_placed(source, config.placed), device, store, lambda _: "")
+            built = build(source, config, seat.device, seat.ranks, seat.line, seat.stages, seat.place)
         built.runner.follow()
     except LostError:
         code = _LEFT_ALONE

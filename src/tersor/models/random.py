@@ -29,6 +29,7 @@ from tersor.models.share import Share
 from tersor.models.stored import Packed, Stored
 from tersor.models.weights import Matrix
 from tersor.ops.collective import ALONE, Ranks
+from tersor.planner.placement import Place, Placement
 
 _STD = 0.02
 _EMBEDDING_STD = 8.0
@@ -76,6 +77,7 @@ def random_decoder(
     context: int | None = None,
     seed: int = 0,
     ranks: Ranks = ALONE,
+    place: Place | None = None,
 ) -> Decoder:
     """Make a decoder with random weights.
 
@@ -86,17 +88,19 @@ def random_decoder(
         dtype: of activations and plain weights.
         head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
         seed: of the numbers.
-        ranks: that have a part each, with numbers of its own.
+        ranks, place: as for `load`; every rank has numbers of its own.
 
     Raises:
         InputError: no such geometry.
         FormatError: a group size that does not divide input channels.
-        ShapeError: it cannot be cut for so many ranks.
+        ShapeError: it cannot be placed so.
     """
     config = geometry(model) if isinstance(model, str) else model
     names = NAMES[config.architecture]
     where = device if isinstance(device, torch.device) else resolve_device(device)
-    kinds = replace(config, layers=tuple(dict.fromkeys(config.layers)))
+    own = place or Placement.even(len(config.layers), tensor=ranks.count).place(ranks.rank)
+    mine = config.layers[slice(*own.stage.layers)]
+    kinds = replace(config, layers=tuple(dict.fromkeys(mine)))
     expected = Expected.of(kinds, names)
     outside = {names.head: head, names.base + names.embedding: embedding}
     chosen = {
@@ -104,13 +108,14 @@ def random_decoder(
         for module in expected.matrices
     }
     schemes = {module: own for module, own in chosen.items() if own is not None}
-    share = Share.of(kinds, names, schemes, ranks.rank, ranks.count)
+    stage = replace(own.stage, layers=(0, len(kinds.layers)))
+    share = Share.of(kinds, names, schemes, replace(own, stage=stage))
     with Reading(where) as reading:  # reads nothing
         made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed, share, ranks)
         few = assemble(made, kinds, names, min(context or config.context, config.context))
     layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))
     used: set[Any] = set()
-    for kind in config.layers:
+    for kind in mine:
         layers.append(_copied(known[kind]) if kind in used else known[kind])
         used.add(kind)
     whole = replace(few.config, layers=config.layers)

@@ -121,11 +121,9 @@ def answer_file(
     Raises:
         InputError, UnsupportedError, CheckpointError, OutputError, TersorError: as `run_batch` and `LLM`.
     """
-    if config.tensor_parallel > 1 and (options.data_parallel > 1 or options.ray is not None):
+    if config.ranks > 1 and (options.data_parallel > 1 or options.ray is not None):
         others = "engines are actors of Ray" if options.ray is not None else f"data_parallel is {options.data_parallel}"
-        raise InputError(
-            f"tensor_parallel is {config.tensor_parallel}, and {others}: several ranks make one engine here"
-        )
+        raise InputError(f"{config.ranks_said}, and {others}: several ranks make one engine here")
     check_first(config, "a batch")
     with open_source(model, revision=revision) as opened:
         why = supported(opened.config)
