@@ -306,7 +306,7 @@ class Scheduler:
         alone = not having and not self.leaving
         while budget and self._slots:
             entry = self.admission.next(reserved, alone=alone)
-            if entry is None or entry[0].length - entry[0].known > 1:  # two tokens ahead of what the host has read
+            if entry is None or entry[0].length > entry[0].known:  # its newest token is in the slot that it had
                 break
             request, found = entry
             self.admission.begin(request, found)

@@ -1,0 +1,98 @@
+"""Models in stages, whose ranks are threads: answers are those of one device, whatever is asked and however cut."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import packed_models, pipelines, tiny_lm
+from helpers.asked import OPTIONS, answers
+
+import tersor
+from tersor.planner.placement import Placement, Stage
+
+
+def made(name: str, folder: Path, options: dict[str, Any], **changes: Any) -> Path:
+    """Return a compressed model of three layers with a tokenizer."""
+    changes = {"num_hidden_layers": 3, "max_position_embeddings": 256, **changes}
+    path = packed_models.case(name, folder, options, **changes).packed
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_lm.TINY / file, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a packed embedding, which is its head, and groups that no three ranks share evenly."""
+    options: dict[str, Any] = {"format": "int4", "group_size": 32, "overrides": ["embed_tokens=int8:g64"]}
+    changes = {"tie_word_embeddings": True, "head_dim": 32, "intermediate_size": 160}
+    return made("llama", tmp_path_factory.mktemp("dense"), options, **changes)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts."""
+    return made("mixtral", tmp_path_factory.mktemp("sparse"), {"format": "fp6_e3m2"}, head_dim=32)
+
+
+def same(found: list[Any], wanted: list[Any]) -> None:
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+    for (_, values), (_, others) in zip(found, wanted, strict=True):
+        assert values == pytest.approx(others, abs=1e-5)
+
+
+UNEVEN = {"channels": (0, 64, 96, 160), "vocabulary": (0, 10, 20, 96)}
+DENSE = {
+    "two uneven stages": Placement.even(3, pipeline=2),
+    "a stage a layer": Placement.even(3, pipeline=3),
+    "two stages of two": Placement.even(3, pipeline=2, tensor=2),
+    "stages of one rank and of three": Placement((Stage(layers=(0, 1)), Stage(layers=(1, 3), ranks=3))),
+    "uneven cuts, then one rank": Placement(
+        (Stage(layers=(0, 2), ranks=3, cuts=UNEVEN, whole=("heads",)), Stage(layers=(2, 3)))
+    ),
+}
+SPARSE = {
+    "experts in two groups": Placement.even(3, expert=2),
+    "stages of experts in groups": Placement.even(3, pipeline=2, expert=2),
+    "experts in uneven groups, behind a stage of one": Placement(
+        (Stage(layers=(0, 1)), Stage(layers=(1, 3), ranks=2, expert_groups=2, cuts={"experts": (0, 3, 4)}))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_stages_answer_as_one_device(dense: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = answers(tersor.LLM(dense, **OPTIONS))
+    with pipelines.model(dense, monkeypatch, DENSE[case], **OPTIONS) as model:
+        for _ in range(2):
+            same(answers(model), wanted)
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_experts_in_groups_answer_as_one_device(sparse: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = answers(tersor.LLM(sparse, **OPTIONS))
+    with pipelines.model(sparse, monkeypatch, SPARSE[case], **OPTIONS) as model:
+        same(answers(model), wanted)
+
+
+def test_as_many_steps_as_stages_are_under_way_and_rows_are_dealt_out(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[5 + number, 6, 7] for number in range(6)]
+    params = tersor.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    options = {**OPTIONS, "prefix_caching": False}
+    wanted = tersor.LLM(dense, **options).generate(prompts, params)
+    with pipelines.model(dense, monkeypatch, Placement.even(3, pipeline=3), **options) as model:
+        launch, launched = model.runner.launch, []
+
+        def seen(step: Any, masks: Any = None) -> Any:
+            launched.append((len(model.core.scheduler.steps), len(step.rows)))
+            return launch(step, masks)
+
+        monkeypatch.setattr(model.runner, "launch", seen)
+        found = model.generate(prompts, params)
+    assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in wanted]
+    assert max(under_way for under_way, _ in launched) == 4  # three, and the one that is launched
+    assert launched[8:24] == [(4, 2)] * 16
