@@ -100,10 +100,10 @@ class Returns:
                 return
             if away.tokens is None and away.launched is not None:
                 drawn = self._drawn(away.order)
-                away.tokens = drawn.tokens
                 for tensor in drawn.tensors():
                     self._stages.get_back(tensor)
                 away.launched.publish(drawn)
+                away.tokens = drawn.tokens
                 self._received = away.number
 
     def _drawn(self, order: Order) -> Drawn:
