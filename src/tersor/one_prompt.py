@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from tersor.checkpoint.source import Source, open_source
+from tersor.engine.config import EngineConfig
 from tersor.engine.continuation import Statistics, TextStream, full, prompt_tokens, room_for, together
 from tersor.engine.outputs import ERROR, STOP, CompletionOutput, RequestOutput
 from tersor.engine.params import SamplingParams
@@ -53,6 +54,7 @@ class Asked:
         activations: what linears multiply: 16bit, fp8, int8 or int8:g128.
         cuda_graph: True insists on CUDA graphs, False forbids them, None uses them where they work.
         trust_remote_code: whether Python code that comes with the model is run.
+        ranks: of its options those count that say how many ranks compute the model, and what each has.
     """
 
     prompt: str | list[int]
@@ -63,6 +65,7 @@ class Asked:
     activations: str = "16bit"
     cuda_graph: bool | None = None
     trust_remote_code: bool = False
+    ranks: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ def ready(directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> 
         why = obstacle(source, asked)
         if not why:
             config, dtype = DecoderConfig.from_dict(source.config), _dtype(source, asked)
+    if why and asked.ranks.ranks > 1:
+        raise UnsupportedError(f"{asked.ranks.ranks_said}, which the engine alone has: {why}")
     if why:
         return _ByTransformers(directory, tokenizer, asked, why)
     return _ByEngine(directory, tokenizer, asked, config, dtype)
@@ -204,6 +209,7 @@ class _ByEngine:
         config: DecoderConfig,
         dtype: torch.dtype,
     ) -> None:
+        self._asked = asked
         sampling, samples = asked.sampling.resolved(generation_config(directory)), asked.samples
         self._prompt = prompt_tokens(tokenizer, asked.prompt, config.vocabulary)
         prompt, most = len(self._prompt), sampling.max_new_tokens
@@ -235,6 +241,10 @@ class _ByEngine:
             memory=1.0,
             kv_bytes=pages_for(prompt, room, samples) * page_bytes(config, dtype),
             trust_remote_code=asked.trust_remote_code,
+            tensor_parallel=asked.ranks.tensor_parallel,
+            pipeline_parallel=asked.ranks.pipeline_parallel,
+            expert_parallel=asked.ranks.expert_parallel,
+            placement=asked.ranks.placement,
         )
 
     def stream(self) -> TextStream:
@@ -283,7 +293,9 @@ class _ByEngine:
         """Raise where a token could not be drawn: which, and the first part of the model that is wrong."""
         for one in output.outputs:
             if one.finish_reason == ERROR:
-                seen = first_not_finite(self._llm.runner.decoder, [*self._prompt, *one.token_ids])
+                seen = ""
+                if self._asked.ranks.ranks == 1:  # else no rank has the whole model
+                    seen = first_not_finite(self._llm.runner.decoder, [*self._prompt, *one.token_ids])
                 raise TersorError(
                     f"new token {len(one.token_ids) + 1} cannot be drawn: its logits are not finite{seen}: "
                     "try bfloat16 or float32"

@@ -144,9 +144,9 @@ def test_usage_that_cannot_be_meant_is_one_line(
     refused(words(tmp_path, "--tool-parser", "hermse"), "did you mean 'hermes'")
     both = ["--tensor-parallel", "2", "--data-parallel", "3"]
     refused(words(tmp_path, *both), "tensor_parallel is 2, and data_parallel is 3: several ranks make one engine")
-    with monkeypatch.context() as changed:
-        changed.setenv("TORCHELASTIC_RUN_ID", "1")
-        refused(words(tmp_path, *both[:2]), "a batch starts the ranks of its model itself, and torchrun started this")
+    both = ["--pipeline-parallel", "2", "--expert-parallel", "2", "--data-parallel", "3"]
+    refused(words(tmp_path, *both), "pipeline_parallel is 2 and expert_parallel is 2, 4 ranks, and data_parallel is 3")
+    refused(words(tmp_path, "--placement", str(tmp_path / "none")), "cannot be read as JSON")
     refused([*words(tmp_path), "-o", str(tmp_path / "in.jsonl")], "that is the input, too")
     assert run(words(tmp_path)) == 0
     capsys.readouterr()

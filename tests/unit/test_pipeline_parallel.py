@@ -19,6 +19,7 @@ from helpers import packed_models, tiny_lm
 from helpers.asked import OPTIONS, answers
 
 import tersor
+from tersor.cli.main import run
 from tersor.engine import workers
 from tersor.errors import InputError, LostError, ShapeError
 
@@ -80,31 +81,28 @@ def test_four_processes_in_stages_of_expert_groups_answer_as_one_and_name_who_di
     assert not multiprocessing.active_children()
 
 
-SCRIPT = """
-import json, sys
-import torch
-import tersor
-from helpers.asked import OPTIONS, answers
-torch.set_num_threads(1)
-model = tersor.LLM(sys.argv[1], placement=sys.argv[2], **OPTIONS)
-print(json.dumps(answers(model)))
-model.close()
-"""
-
-
-def test_processes_of_torchrun_take_the_places_of_a_file(path: Path, wanted: list[Any], tmp_path: Path) -> None:
-    script, placed = tmp_path / "script.py", tmp_path / "placement.json"
-    script.write_text(SCRIPT)
-    cut = {"layers": [0, 1], "ranks": 2, "expert_groups": 2, "cuts": {"experts": [0, 3, 4], "vocabulary": [0, 32, 96]}}
-    placed.write_text(json.dumps({"version": 1, "stages": [cut, {"layers": [1, 3]}]}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(script)]
+def test_processes_of_torchrun_take_the_places_of_a_file_and_the_first_answers(path: Path, tmp_path: Path) -> None:
+    placed, asked = tmp_path / "placement.json", tmp_path / "asked.jsonl"
+    cuts = {"experts": [0, 3, 4], "vocabulary": [0, 32, 96]}
+    stage = {"layers": [0, 3], "ranks": 2, "expert_groups": 2, "cuts": cuts}
+    placed.write_text(json.dumps({"version": 1, "stages": [stage]}))
+    body = {"prompt": [5, 6, 7, 8], "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+    request = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": body}
+    asked.write_text(json.dumps(request) + "\n")
     tests, sources = Path(__file__).resolve().parents[1], Path(tersor.__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{sources}:{tests}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(path), str(placed)], capture_output=True, text=True, env=environment, timeout=120
-    )
+    verb = ["batch", "--model", str(path), "-i", str(asked), "--device", "cpu", "--kv-bytes", str(1 << 22)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tersor"]
+    together = [*command, *verb, "-o", str(tmp_path / "together.jsonl"), "--placement", str(placed)]
+    done = subprocess.run(together, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    same(json.loads(done.stdout), [list(one) for one in wanted])
+    assert done.stdout.count("1 of 1 answered") == 1  # by the first alone
+    assert run([*verb, "-o", str(tmp_path / "alone.jsonl")]) == 0
+    found, wanted = (
+        json.loads((tmp_path / f"{name}.jsonl").read_text())["response"]["body"]["choices"]
+        for name in ("together", "alone")
+    )
+    assert found == wanted
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,9 @@ def command(
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
+    pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
+    expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
+    placement: options.Placed = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print what became of the job as JSON.")] = False,
 ) -> None:
@@ -82,6 +85,9 @@ def command(
         memory=memory,
         kv_bytes=kv_bytes,
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=placement,
         trust_remote_code=trust_remote_code,
     )
     load.quiet()

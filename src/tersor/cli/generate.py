@@ -38,11 +38,16 @@ def command(
     dtype: options.Dtype = "auto",
     activations: options.Activations = "16bit",
     cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
+    placement: options.Placed = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue one prompt, once or several times."""
     from tersor import engine, one_prompt
+    from tersor.engine.config import EngineConfig
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
@@ -65,6 +70,12 @@ def command(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
+    axes = {
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "expert_parallel": expert_parallel,
+    }
+    ranks = EngineConfig(placement=placement, **axes)
     text = _read() if prompt == "-" else prompt
     torch_device = resolve_device(device)
     found = load.locate(model, revision)
@@ -79,6 +90,7 @@ def command(
         dtype=dtype,
         activations=activations,
         cuda_graph=GRAPHS[cuda_graph],
+        ranks=ranks,
         trust_remote_code=trust_remote_code,
     )
     with console.telling():

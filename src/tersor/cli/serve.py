@@ -45,6 +45,9 @@ def command(
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
     tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
+    pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
+    expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
+    placement: options.Placed = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Answer over HTTP until told to end."""
@@ -79,6 +82,9 @@ def command(
         kv_bytes=kv_bytes,
         prefix_caching=prefix_caching,
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=placement,
         trust_remote_code=trust_remote_code,
     )
     console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))

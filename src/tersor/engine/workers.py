@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
@@ -108,18 +109,31 @@ def _call(calls: list[Callable[[], None]]) -> None:
     calls.clear()
 
 
-def check_first(config: EngineConfig, what: str) -> None:
-    """Hold that torchrun did not start the ranks of a model: each of them would do what the first alone is to do.
+def by_torchrun(config: EngineConfig) -> bool:
+    """Tell whether torchrun started the ranks of a model, where there are several."""
+    return config.ranks > 1 and distributed.is_torchelastic_launched()
+
+
+def follows(config: EngineConfig) -> bool:
+    """Tell whether torchrun started this process as a rank that only computes: it makes the model, and nothing else.
 
     Args:
         config: of the engine.
-        what: is done, for the error.
-
-    Raises:
-        InputError: it did.
     """
-    if config.ranks > 1 and distributed.is_torchelastic_launched():
-        raise InputError(f"{what} starts the ranks of its model itself, and torchrun started this process")
+    if not by_torchrun(config):
+        return False
+    if not distributed.is_initialized():
+        _join(resolve_device(config.device))
+    return distributed.get_rank() > 0
+
+
+_JOINED: list[ProcessGroup | None] = []
+"""The group of all processes of torchrun, where it was made here."""
+
+
+def _join(device: torch.device) -> None:
+    distributed.init_process_group(_backend(device))
+    _JOINED.append(distributed.group.WORLD)
 
 
 def gather(config: EngineConfig, source: Source) -> Team:
@@ -176,9 +190,9 @@ def _say_end(seat: Seat) -> None:
 def _of_torchrun(config: EngineConfig, source: Source, device: torch.device) -> Team:
     """Return the ranks that torchrun started."""
     placement = check_placed(source, config.placed)
-    made = not distributed.is_initialized()
-    if made:
-        distributed.init_process_group(_backend(device))
+    if not distributed.is_initialized():
+        _join(device)
+    made = distributed.group.WORLD in _JOINED
     rank, found = distributed.get_rank(), distributed.get_world_size()
     if found != placement.ranks:
         raise InputError(f"{config.ranks_said}, and torchrun started {found} processes")
@@ -187,6 +201,7 @@ def _of_torchrun(config: EngineConfig, source: Source, device: torch.device) -> 
     def end() -> None:
         if rank == 0:
             _say_end(seat)
+        _JOINED.clear()
         seat.leave(made)
 
     return Team(seat, rank == 0, end)

@@ -15,7 +15,7 @@ from tersor.engine.config import EngineConfig
 from tersor.engine.offline import OfflineEngine
 from tersor.engine.outputs import Answer
 from tersor.engine.processes import Processes
-from tersor.engine.workers import check_first
+from tersor.engine.workers import by_torchrun, follows
 from tersor.errors import InputError, UnsupportedError
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.load import load_tokenizer
@@ -91,10 +91,20 @@ class _Later:
     """An engine that is made when there is something to answer, so that a file is checked before a model is loaded."""
 
     def __init__(self, make: Callable[[], BatchEngine]) -> None:
-        self._make = make
+        self._make, self._made = make, False
+
+    def made(self) -> BatchEngine:
+        """Make the engine."""
+        self._made = True
+        return self._make()
+
+    def ensure(self) -> None:
+        """Make the engine if nothing was answered, for ranks that wait to be let go."""
+        if not self._made:
+            self.made()
 
     def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
-        yield from self._make().run(items, stopping)
+        yield from self.made().run(items, stopping)
 
 
 def answer_file(
@@ -124,7 +134,8 @@ def answer_file(
     if config.ranks > 1 and (options.data_parallel > 1 or options.ray is not None):
         others = "engines are actors of Ray" if options.ray is not None else f"data_parallel is {options.data_parallel}"
         raise InputError(f"{config.ranks_said}, and {others}: several ranks make one engine here")
-    check_first(config, "a batch")
+    if follows(config):
+        LLM(model, revision=revision, **asdict(config))  # ends the process
     with open_source(model, revision=revision) as opened:
         why = supported(opened.config)
         if why:
@@ -151,7 +162,7 @@ def answer_file(
     }
     with ExitStack() as stack:
         engine = _Later(lambda: engine_of(model, revision, config, options, stack))
-        return run_batch(
+        report = run_batch(
             source,
             output,
             engine,
@@ -166,6 +177,9 @@ def answer_file(
             on_progress=on_progress,
             on_stop=on_stop,
         )
+        if by_torchrun(config):
+            engine.ensure()
+        return report
 
 
 def engine_of(
