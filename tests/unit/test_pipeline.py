@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import packed_models, pipelines, tiny_lm
-from helpers.asked import OPTIONS, answers
+from helpers.asked import OPTIONS, PROMPTS, answers
 
 import tersor
+from tersor.engine import build, memory
+from tersor.engine.config import EngineConfig
+from tersor.engine.runner import Runner
+from tersor.engine.step_buffer import Layout
+from tersor.ops.attention_form import PAGE
 from tersor.planner.placement import Placement, Stage
 
 
@@ -96,3 +102,42 @@ def test_as_many_steps_as_stages_are_under_way_and_rows_are_dealt_out(
     assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in wanted]
     assert max(under_way for under_way, _ in launched) == 4  # three, and the one that is launched
     assert launched[8:24] == [(4, 2)] * 16
+
+
+class Replayed:
+    """A captured step that runs its decode each time, into the same memory, as a graph does."""
+
+    def __init__(self, runner: Runner, rows: int) -> None:
+        self.layout = Layout(rows, rows, -(-runner.max_length // PAGE))
+        self.buffer = torch.zeros(self.layout.size, dtype=torch.int32)
+        self.given = None if runner.stages.first else runner._given(rows)
+        self.slots, self.runner = self.layout.split(self.buffer)["slots"], runner
+        self.made = torch.empty(0)
+
+    @torch.inference_mode()
+    def replay(self, staged: torch.Tensor) -> torch.Tensor:
+        self.buffer.copy_(staged)
+        made = self.runner._decode(self.layout.split(self.buffer), self.layout.rows, self.given)
+        self.made = made if self.made.shape != made.shape else self.made.copy_(made)
+        return self.made
+
+
+@pytest.mark.parametrize("case", ["a stage a layer", "two stages of two"])
+def test_stages_whose_steps_are_graphs_answer_as_one_device(
+    dense: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_graphs(runner: Runner, config: EngineConfig) -> int:
+        pages = memory.make_pages(runner, config)
+        runner.graphs = {rows: Replayed(runner, rows) for rows in (1, 2, 4, 8)}  # type: ignore[misc]
+        return pages
+
+    wanted = answers(tersor.LLM(dense, **OPTIONS))
+    params = tersor.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    longer = [one.outputs[0].token_ids for one in tersor.LLM(dense, **OPTIONS).generate(PROMPTS, params)]
+    monkeypatch.setattr(build, "make_pages", with_graphs)
+    with pipelines.model(dense, monkeypatch, DENSE[case], **OPTIONS) as model:
+        same(answers(model), wanted)
+        replays, whole = [], Replayed.replay
+        monkeypatch.setattr(Replayed, "replay", lambda self, staged: replays.append(1) or whole(self, staged))
+        assert [one.outputs[0].token_ids for one in model.generate(PROMPTS, params)] == longer
+    assert len(replays) > 20

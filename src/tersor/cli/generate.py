@@ -75,7 +75,7 @@ def command(
         "pipeline_parallel": pipeline_parallel,
         "expert_parallel": expert_parallel,
     }
-    ranks = EngineConfig(placement=placement, **axes)
+    ranks = EngineConfig.of(placement=placement, **axes)
     text = _read() if prompt == "-" else prompt
     torch_device = resolve_device(device)
     found = load.locate(model, revision)

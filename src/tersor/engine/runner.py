@@ -120,6 +120,11 @@ class Runner:
         caches = self.decoder.caches(1, self.kv_dtype)
         return sum(one.pages.nbytes + (0 if one.scales is None else one.scales.nbytes) for one in caches)
 
+    def passed_bytes(self, tokens: int) -> int:
+        """Return bytes of states on their way to the next stage, of steps of so many tokens, beside those of a step."""
+        steps = 0 if self.stages.last else self.stages.count + 1
+        return steps * tokens * self.decoder.config.hidden * self.decoder.dtype.itemsize
+
     def allocate(self, pages: int) -> None:
         """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
         self.release()
