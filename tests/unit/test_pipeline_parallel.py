@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,8 +22,10 @@ from helpers.asked import OPTIONS, answers
 
 import tersor
 from tersor.cli.main import run
+from tersor.convert import quantize
 from tersor.engine import workers
 from tersor.errors import InputError, LostError, ShapeError
+from tersor.planner.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +132,17 @@ def test_what_cannot_be_placed_is_refused_before_a_process_starts_or_a_weight_is
     monkeypatch.setattr(workers, "_Children", None)
     with pytest.raises(error, match=line):
         tersor.LLM(path, **options, **OPTIONS)
+
+
+def test_the_page_shows_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S) for line in block.splitlines()]
+    shown = [shlex.split(line) for line in commands if line.startswith("tersor ")]
+    quantize(tiny_lm.TINY, tmp_path / "tiny-fp6")
+    monkeypatch.chdir(tmp_path)
+    assert len(shown) == 1 and run(shown[0][1:]) == 0
+    assert "8 new tokens" in capsys.readouterr().err
+    (served,) = [shlex.split(line) for line in commands if line.startswith("torchrun ")]
+    assert served[3:6] == ["-m", "tersor", "serve"]
+    placed = [Placement.from_dict(json.loads(one)) for one in re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)]
+    assert [one.ranks for one in placed] == [6]
