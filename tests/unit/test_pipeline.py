@@ -12,6 +12,7 @@ from helpers import packed_models, pipelines, tiny_lm
 from helpers.asked import OPTIONS, PROMPTS, answers
 
 import tersor
+from tersor.bench import latency
 from tersor.engine import build, memory
 from tersor.engine.config import EngineConfig
 from tersor.engine.runner import Runner
@@ -141,3 +142,12 @@ def test_stages_whose_steps_are_graphs_answer_as_one_device(
         monkeypatch.setattr(Replayed, "replay", lambda self, staged: replays.append(1) or whole(self, staged))
         assert [one.outputs[0].token_ids for one in model.generate(PROMPTS, params)] == longer
     assert len(replays) > 20
+
+
+def test_steps_of_stages_are_timed_as_many_under_way(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pipelines.model(dense, monkeypatch, Placement.even(3, pipeline=2), **OPTIONS) as model:
+        (row,) = latency.measure(model.runner, "tiny", "int4", [3], [70], steps=3)
+        assert row.milliseconds > 0 and row.weight_bytes is not None
+        assert row.weight_bytes < sum(one.nbytes for one in model.runner.decoder.tensors())
+    made = latency.result([row], placement=Placement.even(3, pipeline=2).to_dict(), read_bandwidth=None)
+    assert latency.RANKS_METHOD in made["method"]

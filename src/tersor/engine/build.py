@@ -17,7 +17,7 @@ from tersor.engine.sampler import Sampler
 from tersor.engine.sampler_news import Teller
 from tersor.formats import float_dtype_or_auto
 from tersor.kernels.jit import KernelSource
-from tersor.models import load
+from tersor.models import Decoder, load
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.dispatch import kernel_chip
 from tersor.ops.stages import ONE, Stages
@@ -85,15 +85,9 @@ def build(
         )
     context = min(config.max_length or decoder.config.context, decoder.config.context)
     rows = rows_of(config, decoder, stages.everyone if stages.count > 1 else ranks)
-    vocabulary = decoder.config.vocabulary
-    sampler: Sampler | None = None
-    if ranks.first and stages.last:
-        sampler = Sampler(rows + 1, vocabulary, device, most_length=context)
-    elif ranks.first and stages.first:
-        sampler = Teller(rows + 1, vocabulary, most_length=context)
     runner = Runner(
         decoder,
-        sampler,
+        sampler_of(decoder, rows, context, ranks, stages),
         max_rows=rows,
         max_length=context,
         kv_dtype=config.pages_dtype,
@@ -105,3 +99,20 @@ def build(
         runner.costs = None  # a step that reads pages together does so on all ranks
     graphs = captures(runner, config)
     return Built(runner, make_pages(runner, replace(config, cuda_graph=graphs)), context)
+
+
+def sampler_of(decoder: Decoder, rows: int, context: int, ranks: Ranks, stages: Stages) -> Sampler | None:
+    """Return what a rank has of the sampler: all where it draws, what tells another one on the first, else nothing.
+
+    Args:
+        decoder: of the rank.
+        rows: of a step at most.
+        context: tokens of a text at most.
+        ranks, stages: as for `build`.
+    """
+    vocabulary = decoder.config.vocabulary
+    if ranks.first and stages.last:
+        return Sampler(rows + 1, vocabulary, decoder.device, most_length=context)
+    if ranks.first and stages.first:
+        return Teller(rows + 1, vocabulary, most_length=context)
+    return None

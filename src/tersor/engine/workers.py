@@ -66,7 +66,9 @@ class Seat:
     line: Line | None = None
 
     def leave(self, made: bool = True) -> None:
-        """Let go of all groups, and of torch.distributed where it was not there before."""
+        """Let go of all groups, and of torch.distributed where it was not there before; nothing happens alone."""
+        if self.place is None:
+            return
         if made:
             distributed.destroy_process_group()
         self.ranks.close()
@@ -189,7 +191,20 @@ def _say_end(seat: Seat) -> None:
 
 def _of_torchrun(config: EngineConfig, source: Source, device: torch.device) -> Team:
     """Return the ranks that torchrun started."""
-    placement = check_placed(source, config.placed)
+    return joined(config, check_placed(source, config.placed), device)
+
+
+def joined(config: EngineConfig, placement: Placement, device: torch.device) -> Team:
+    """Return the ranks that torchrun started; every one of them calls this.
+
+    Args:
+        config: of the engine.
+        placement: of the model.
+        device: of all ranks, by its type.
+
+    Raises:
+        InputError: there are not so many processes.
+    """
     if not distributed.is_initialized():
         _join(device)
     made = distributed.group.WORLD in _JOINED
