@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from helpers.asked import OPTIONS, PROMPTS, answers
 
 import tersor
 from tersor.bench import latency
-from tersor.engine import build, memory
+from tersor.engine import build, memory, scheduler
 from tersor.engine.config import EngineConfig
 from tersor.engine.runner import Runner
 from tersor.engine.step_buffer import Layout
@@ -103,6 +104,40 @@ def test_as_many_steps_as_stages_are_under_way_and_rows_are_dealt_out(
     assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in wanted]
     assert max(under_way for under_way, _ in launched) == 4  # three, and the one that is launched
     assert launched[8:24] == [(4, 2)] * 16
+
+
+@pytest.mark.parametrize("case", ["two uneven stages", "uneven cuts, then one rank"])
+def test_requests_that_lose_their_pages_and_come_back_draw_the_same(
+    dense: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(3)
+    prompts = [[draw.randrange(5, 90) for _ in range(draw.randrange(40, 60))] for _ in range(6)]
+    params = [
+        tersor.SamplingParams(
+            max_tokens=draw.randrange(20, 40), temperature=draw.choice((0, 0.8)), seed=number, ignore_eos=True
+        )
+        for number in range(6)
+    ]
+    wanted = [one.outputs[0].token_ids for one in tersor.LLM(dense, **OPTIONS).generate(prompts, params)]
+    monkeypatch.setattr(scheduler, "growth", lambda request, pages: 0)  # all are let in, whatever they will need
+    with pipelines.model(dense, monkeypatch, DENSE[case], **{**OPTIONS, "kv_bytes": 9 << 16}) as model:
+        for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            model.core.add(str(number), prompt, one)
+        found = {}
+        while model.core.unfinished:
+            model.core.scheduler.audit()
+            found.update({one.request_id: one.outputs[0].token_ids for one in model.core.step(partial=False)})
+        assert model.core.scheduler.preemptions
+    assert [found[str(number)] for number in range(6)] == wanted
+
+
+def test_texts_of_a_grammar_are_drawn_where_the_last_stage_is(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xgrammar")
+    params = tersor.SamplingParams(max_tokens=12, temperature=0, grammar={"regex": "[ab]{6}"})
+    prompts = [[5, 6, 7], [40, 41]]
+    wanted = [one.outputs[0].token_ids for one in tersor.LLM(dense, **OPTIONS).generate(prompts, params)]
+    with pipelines.model(dense, monkeypatch, DENSE["a stage a layer"], **OPTIONS) as model:
+        assert [one.outputs[0].token_ids for one in model.generate(prompts, params)] == wanted
 
 
 class Replayed:

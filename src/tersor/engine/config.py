@@ -22,6 +22,8 @@ KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
 
 
 _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
+ALONG_NO_AXIS = dict.fromkeys(_AXES, 1)
+"""Options that leave it to a placement who has what."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
-from tersor.engine.config import EngineConfig
+from tersor.engine.config import ALONG_NO_AXIS, EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
@@ -164,7 +164,7 @@ def gather(config: EngineConfig, source: Source) -> Team:
     if multiprocessing.current_process().daemon:
         raise InputError(f"{said}: a process of a batch cannot start processes of its own")
     placement = check_placed(source, config.placed)
-    children = _Children(count, replace(config, device=device.type), source.directory)
+    children = _Children(replace(config, device=device.type, placement=placement, **ALONG_NO_AXIS), source.directory)
     try:
         children.greet()
         seat = _connect(0, placement, device, children.store, children.lost)
@@ -266,7 +266,8 @@ class _Children:
         closing: whether they are to end.
     """
 
-    def __init__(self, count: int, config: EngineConfig, directory: Path) -> None:
+    def __init__(self, config: EngineConfig, directory: Path) -> None:
+        count = config.ranks
         self.store = distributed.TCPStore(_HOST, 0, count, is_master=True, wait_for_workers=False)
         self.closing = False
         self._count, self._reason, self._news = count, "", threading.Event()
@@ -368,8 +369,9 @@ def _work(link: Connection, rank: int, port: int, config: EngineConfig, director
     try:
         device = torch.device(config.device)
         store = distributed.TCPStore(_HOST, port, config.ranks, is_master=False)
+        assert isinstance(config.placement, Placement), "the first rank has settled it"
+        seat = _connect(rank, config.placement, device, store, lambda _: "")
         with open_source(directory) as source:
-            seat = _connect(rank, check_placed(source, config.placed), device, store, lambda _: "")
             built = build(source, config, seat.device, seat.ranks, seat.line, seat.stages, seat.place)
         built.runner.follow()
     except LostError:
