@@ -142,7 +142,9 @@ def test_the_page_shows_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert len(shown) == 1 and run(shown[0][1:]) == 0
     assert "8 new tokens" in capsys.readouterr().err
-    (served,) = [shlex.split(line) for line in commands if line.startswith("torchrun ")]
-    assert served[3:6] == ["-m", "tersor", "serve"]
+    served, timed = [shlex.split(line) for line in commands if line.startswith("torchrun ")]
+    assert (served[3:6], timed[3:7]) == (["-m", "tersor", "serve"], ["-m", "tersor", "bench", "latency"])
+    for words in ([*served[5:], "--help"], [*timed[5:], "--help"]):  # options that are not there are refused first
+        assert run(words) == 0
     placed = [Placement.from_dict(json.loads(one)) for one in re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)]
     assert [one.ranks for one in placed] == [6]
