@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from tersor.errors import InputError, did_you_mean
@@ -22,8 +22,6 @@ KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
 
 
 _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
-ALONG_NO_AXIS = dict.fromkeys(_AXES, 1)
-"""Options that leave it to a placement who has what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class EngineConfig:
     """Options of an engine.
 
     Attributes:
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; of several ranks that of the first, and the GPUs behind it are the others'.
         dtype: of activations: auto (that of the checkpoint on a GPU, float32 on a CPU), float16, bfloat16 or float32.
         activations: what linears multiply: 16bit, fp8, int8 or int8:g128.
         kv_dtype: what keys and values are kept in, one of `KV_DTYPES`.
@@ -122,6 +120,12 @@ class EngineConfig:
             return f"the placement is of {self.ranks} ranks"
         said = [f"{name} is {getattr(self, name)}" for name in _AXES if getattr(self, name) > 1]
         return " and ".join(said) + (f", {self.ranks} ranks" if len(said) > 1 else "")
+
+    def settled(self, device: str, placement: Placement) -> EngineConfig:
+        """Return the same for a device, with a placement instead of axes."""
+        return replace(
+            self, device=device, placement=placement, tensor_parallel=1, pipeline_parallel=1, expert_parallel=1
+        )
 
     def placed(self, layers: int) -> Placement:
         """Return who has what of a model of so many layers.

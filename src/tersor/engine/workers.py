@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
-from tersor.engine.config import ALONG_NO_AXIS, EngineConfig
+from tersor.engine.config import EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
@@ -153,18 +153,17 @@ def gather(config: EngineConfig, source: Source) -> Team:
     count, device, said = config.ranks, resolve_device(config.device), config.ranks_said
     if count == 1:
         return Team(Seat(device))
-    if device.index is not None:
-        raise InputError(f"device {config.device!r} is one GPU, and {said}: use cuda")
-    if device.type == "cuda" and torch.cuda.device_count() < count:
-        raise InputError(f"{said}, and there are {torch.cuda.device_count()} CUDA GPUs here")
+    if device.type == "cuda" and torch.cuda.device_count() < (device.index or 0) + count:
+        since = "" if device.index is None else f", from {device} on"
+        raise InputError(f"{said}{since}, and there are {torch.cuda.device_count()} CUDA GPUs here")
     if distributed.is_torchelastic_launched():
         return _of_torchrun(config, source, device)
     if distributed.is_initialized():
         raise InputError("torch.distributed is in use in this process, as by another model of several ranks")
     if multiprocessing.current_process().daemon:
-        raise InputError(f"{said}: a process of a batch cannot start processes of its own")
+        raise InputError(f"{said}: a daemon process cannot start processes of its own")
     placement = check_placed(source, config.placed)
-    children = _Children(replace(config, device=device.type, placement=placement, **ALONG_NO_AXIS), source.directory)
+    children = _Children(config.settled(str(device), placement), source.directory)
     try:
         children.greet()
         seat = _connect(0, placement, device, children.store, children.lost)
@@ -227,8 +226,8 @@ def _backend(device: torch.device) -> str:
 
 
 def _own(rank: int, device: torch.device) -> torch.device:
-    """Return the device of a rank; all ranks are on one machine."""
-    return torch.device("cuda", rank) if device.type == "cuda" else device
+    """Return the device of a rank; all ranks are on one machine, and GPUs follow that of the first."""
+    return torch.device("cuda", (device.index or 0) + rank) if device.type == "cuda" else device
 
 
 def _connect(rank: int, placement: Placement, device: torch.device, store: Any, lost: Callable[[float], str]) -> Seat:
@@ -248,9 +247,8 @@ def _connect(rank: int, placement: Placement, device: torch.device, store: Any, 
             group = made if index == place.index else group
         onward, back = distributed.new_group(), distributed.new_group()
         stages = Stages(placement, rank, Ranks(rank, count, world, lost), onward, back)
-    size, first = place.stage.ranks, placement.members(place.index)[0]
-    quick = None
-    if own.type == "cuda" and reachable(place.rank, size, first):
+    size, quick = place.stage.ranks, None
+    if own.type == "cuda" and reachable(place.rank, size, own.index - place.rank):
         quick = OneShot(group, own, place.rank, size)
     ranks = Ranks(place.rank, size, group, lost, quick)
     stages.greet(rank, own)

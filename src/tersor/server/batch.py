@@ -38,7 +38,7 @@ class BatchOptions:
         resume: whether a job that was begun is continued.
         retry_failed: whether it runs requests again that failed.
         errors: where failures go; `None` is beside the output.
-        data_parallel: engines on this machine, each in a process and on a device of its own.
+        data_parallel: engines on this machine, each in a process and on a device of its own, or of several ranks each.
         ray: address of a Ray cluster, or `auto`: engines are its actors, `data_parallel` of them where that is above 1.
         threads: that torch has on a CPU for each of several engines; 0 leaves it to torch.
         tool_parser, reasoning_parser: as `ServerOptions` has them.
@@ -63,7 +63,7 @@ class MakeEngine:
     Attributes:
         model, revision: which.
         config: of the engine.
-        numbered: whether worker N runs on cuda:N.
+        numbered: whether worker N runs on cuda:N, or of R ranks each on the R GPUs from cuda:(R N) on.
         threads: as `BatchOptions` has them.
     """
 
@@ -83,7 +83,7 @@ class MakeEngine:
             import torch
 
             torch.set_num_threads(self.threads)
-        config = replace(self.config, device=f"cuda:{worker}") if self.numbered else self.config
+        config = replace(self.config, device=f"cuda:{worker * self.config.ranks}") if self.numbered else self.config
         return LLM(self.model, revision=self.revision, **asdict(config))
 
 
@@ -131,9 +131,10 @@ def answer_file(
     Raises:
         InputError, UnsupportedError, CheckpointError, OutputError, TersorError: as `run_batch` and `LLM`.
     """
-    if config.ranks > 1 and (options.data_parallel > 1 or options.ray is not None):
-        others = "engines are actors of Ray" if options.ray is not None else f"data_parallel is {options.data_parallel}"
-        raise InputError(f"{config.ranks_said}, and {others}: several ranks make one engine here")
+    if config.ranks > 1 and options.ray is not None:
+        raise InputError(f"{config.ranks_said}, and engines are actors of Ray: those have a GPU each")
+    if options.data_parallel > 1 and by_torchrun(config):
+        raise InputError(f"data_parallel is {options.data_parallel}, and torchrun started the ranks of one engine")
     if follows(config):
         LLM(model, revision=revision, **asdict(config))  # ends the process
     with open_source(model, revision=revision) as opened:
@@ -206,7 +207,8 @@ def engine_of(
 
         if config.device not in ("auto", "cuda"):
             raise InputError(f"device is {config.device}: {count} engines take a device each, say cuda")
-        if count > torch.cuda.device_count():
-            raise InputError(f"{count} engines want a GPU each, and this machine has {torch.cuda.device_count()}")
+        if count * config.ranks > torch.cuda.device_count():
+            each = "a GPU" if config.ranks == 1 else f"{config.ranks} GPUs"
+            raise InputError(f"{count} engines want {each} each, and this machine has {torch.cuda.device_count()}")
     make = MakeEngine(model, revision, config, numbered=device.type == "cuda", threads=options.threads)
-    return stack.enter_context(Processes(make, count))
+    return stack.enter_context(Processes(make, count, parents=config.ranks > 1))
