@@ -25,7 +25,6 @@ class Captured:
         buffer: int32 [layout.size], the step.
         layout: of the buffer.
         made: int64 [layout.rows], the tokens drawn, or [layout.rows, H], the states that are passed on.
-        slots: int32 [layout.rows], a view of the buffer.
         given: [layout.rows, H], what the stage ahead passes on; `None` in the first.
     """
 
@@ -33,8 +32,13 @@ class Captured:
     buffer: torch.Tensor
     layout: Layout
     made: torch.Tensor
-    slots: torch.Tensor
     given: torch.Tensor | None = None
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """The slots of the step in the buffer, int32 [layout.rows], a view."""
+        slots: torch.Tensor = self.layout.split(self.buffer)["slots"]
+        return slots
 
     def replay(self, staged: torch.Tensor) -> torch.Tensor:
         """Run the step in a buffer of the host; return what it made."""
@@ -86,4 +90,4 @@ def capture(
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
-    return Captured(graph, buffer, layout, made, views["slots"], given)
+    return Captured(graph, buffer, layout, made, given)

@@ -173,7 +173,7 @@ class Runner:
                 self._lines[request.slot, : len(request.pages)] = request.pages
         assert self.sampler is not None, "the first rank alone launches steps"
         self.sampler.prepare(step, masks)
-        news = self.sampler.news() if isinstance(self.sampler, Teller) else torch.empty(0, dtype=torch.int32)
+        news = self.sampler.news() if isinstance(self.sampler, Teller) else None
         size, most = self._graph_size(step), (1, 1)
         shared = self._shared(step, size or len(step.rows))
         behind: list[list[int]] = [[], [], [], []]
@@ -193,7 +193,7 @@ class Runner:
             draws=len(step.drawing),
             more=len(behind[0]),
             embeds=len(behind[3]),
-            news=len(news),
+            news=0 if news is None else len(news),
             logprobs=int(size is None and any(row.request.params.logprobs is not None for row in step.drawing)),
             kept=0,
             most_queries=most[0],
@@ -203,8 +203,10 @@ class Runner:
         staged = self._stage(order.size)
         numbers = staged.numpy()
         fill(numbers[: layout.size], layout, step, self._lines, self.max_rows, shared)
-        numbers[layout.size : order.size - order.news] = [number for part in behind for number in part]
-        staged[order.size - order.news :] = news
+        if size is None:
+            numbers[layout.size : order.size - order.news] = [number for part in behind for number in part]
+        if news is not None:
+            staged[order.size - order.news :] = news
         if self._returns is not None:
             order = order._replace(kept=self._returns.needed(layout.split(numbers[: layout.size])["tokens"]))
         if self._line is not None:
@@ -263,7 +265,9 @@ class Runner:
             captured = (self.sharing if order.shares else self.graphs)[order.graph]
             if captured.given is not None:
                 self.stages.take(captured.given)
-            made, self._slots = captured.replay(staged[: captured.layout.size]), captured.slots
+            made = captured.replay(staged[: captured.layout.size])
+            if self._returns is not None:
+                self._slots = captured.slots
             if self.stages.last:
                 return None if self.sampler is None else Drawn(made[: order.draws])
             self.stages.pass_on(made.clone())  # the next replay writes there
@@ -353,7 +357,7 @@ class Runner:
             ops.keep(self._newest, slots, drawn)
         return drawn, found
 
-    def _decode(self, views: dict[str, torch.Tensor], count: int, given: torch.Tensor | None) -> torch.Tensor:
+    def _decode(self, views: dict[str, torch.Tensor], count: int, given: torch.Tensor | None = None) -> torch.Tensor:
         """Run a step of `count` rows of one token each, as a graph holds it; return tokens drawn, or what is passed."""
         made, _, lengths = self._made(views, count, (1, 1, self._pages * PAGE), everywhere=True, given=given)
         return self._draw(made, views, lengths, False)[0] if self.stages.last else made
