@@ -153,11 +153,11 @@ def gather(config: EngineConfig, source: Source) -> Team:
     count, device, said = config.ranks, resolve_device(config.device), config.ranks_said
     if count == 1:
         return Team(Seat(device))
+    if distributed.is_torchelastic_launched():
+        return joined(config, check_placed(source, config.placed), device)
     if device.type == "cuda" and torch.cuda.device_count() < (device.index or 0) + count:
         since = "" if device.index is None else f", from {device} on"
         raise InputError(f"{said}{since}, and there are {torch.cuda.device_count()} CUDA GPUs here")
-    if distributed.is_torchelastic_launched():
-        return _of_torchrun(config, source, device)
     if distributed.is_initialized():
         raise InputError("torch.distributed is in use in this process, as by another model of several ranks")
     if multiprocessing.current_process().daemon:
@@ -188,13 +188,8 @@ def _say_end(seat: Seat) -> None:
         seat.line.end()
 
 
-def _of_torchrun(config: EngineConfig, source: Source, device: torch.device) -> Team:
-    """Return the ranks that torchrun started."""
-    return joined(config, check_placed(source, config.placed), device)
-
-
 def joined(config: EngineConfig, placement: Placement, device: torch.device) -> Team:
-    """Return the ranks that torchrun started; every one of them calls this.
+    """Return the ranks that torchrun started, on this machine or on several; every one of them calls this.
 
     Args:
         config: of the engine.
@@ -202,7 +197,7 @@ def joined(config: EngineConfig, placement: Placement, device: torch.device) -> 
         device: of all ranks, by its type.
 
     Raises:
-        InputError: there are not so many processes.
+        InputError: there are not so many processes, or GPUs.
     """
     if not distributed.is_initialized():
         _join(device)
@@ -210,6 +205,11 @@ def joined(config: EngineConfig, placement: Placement, device: torch.device) -> 
     rank, found = distributed.get_rank(), distributed.get_world_size()
     if found != placement.ranks:
         raise InputError(f"{config.ranks_said}, and torchrun started {found} processes")
+    local = (device.index or 0) + distributed.get_node_local_rank(rank)
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        raise InputError(
+            f"rank {rank} would be on cuda:{local}, and there are {torch.cuda.device_count()} CUDA GPUs here"
+        )
     seat = _connect(rank, placement, device, None, lambda _: "")
 
     def end() -> None:
@@ -225,15 +225,12 @@ def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _own(rank: int, device: torch.device) -> torch.device:
-    """Return the device of a rank; all ranks are on one machine, and GPUs follow that of the first."""
-    return torch.device("cuda", (device.index or 0) + rank) if device.type == "cuda" else device
-
-
 def _connect(rank: int, placement: Placement, device: torch.device, store: Any, lost: Callable[[float], str]) -> Seat:
     """Connect a rank to all others; without a store all are connected, and groups of some of them are left."""
-    own, count, place = _own(rank, device), placement.ranks, placement.place(rank)
-    if own.type == "cuda":
+    own, count, place = device, placement.ranks, placement.place(rank)
+    if own.type == "cuda":  # those of one machine have one each, from the given one on
+        local = rank if store is not None else distributed.get_node_local_rank(rank)
+        own = torch.device("cuda", (device.index or 0) + local)
         torch.cuda.set_device(own)
     if store is not None:
         distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
@@ -248,8 +245,10 @@ def _connect(rank: int, placement: Placement, device: torch.device, store: Any, 
         onward, back = distributed.new_group(), distributed.new_group()
         stages = Stages(placement, rank, Ranks(rank, count, world, lost), onward, back)
     size, quick = place.stage.ranks, None
-    if own.type == "cuda" and reachable(place.rank, size, own.index - place.rank):
-        quick = OneShot(group, own, place.rank, size)
+    if own.type == "cuda" and size > 1:
+        near = reachable(place.rank, size, own.index - place.rank)
+        if Ranks(place.rank, size, group, lost).least(int(near), own):
+            quick = OneShot(group, own, place.rank, size)
     ranks = Ranks(place.rank, size, group, lost, quick)
     stages.greet(rank, own)
     everyone = ranks if place.stages == 1 else stages.everyone

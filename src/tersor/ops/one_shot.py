@@ -27,6 +27,7 @@ def reachable(rank: int, count: int, first: int = 0) -> bool:
     peers = (first + peer for peer in range(count) if peer != rank)
     return (
         1 < count <= small.MOST_RANKS
+        and 0 <= first <= torch.cuda.device_count() - count  # else some are on another machine
         and dispatch.kernel_chip(torch.device("cuda", first + rank)) is not None
         and all(torch.cuda.can_device_access_peer(first + rank, peer) for peer in peers)
     )
