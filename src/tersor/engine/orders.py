@@ -77,6 +77,8 @@ END = Order(*[0] * len(Order._fields))
 ROOM = 4096
 """Numbers of a step's buffer that travel with its sizes; what is more comes behind them."""
 _HEAD = len(Order._fields)
+_PATIENCE = 10.0
+"""Seconds that ranks of several stages have to finish their steps and hear that there are no more."""
 _TOLD = 32
 """Messages that a rank may not have read yet."""
 
@@ -127,7 +129,7 @@ class Line:
         """
         self._message[:_HEAD] = torch.tensor(END)
         self._tell(self._message)
-        self._ranks.call(self._sent.empty)
+        self._ranks.call(lambda: self._sent.empty(_PATIENCE))
 
     def order(self) -> Order:
         """Wait for the next step and return its sizes.

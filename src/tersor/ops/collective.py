@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +46,14 @@ class Outbox:
             self._sent.popleft()[0].wait()
         self._sent.append((torch.distributed.isend(x, target, group=group), x))
 
-    def empty(self) -> None:
-        """Wait until all have arrived."""
+    def empty(self, seconds: float) -> None:
+        """Wait until all have arrived.
+
+        Raises:
+            RuntimeError: one did not within so many seconds, or a target cannot be reached.
+        """
         while self._sent:
-            self._sent.popleft()[0].wait()
+            self._sent.popleft()[0].wait(timedelta(seconds=seconds))
 
     def close(self) -> None:
         """Forget what was sent."""
