@@ -186,3 +186,19 @@ def test_steps_of_stages_are_timed_as_many_under_way(dense: Path, monkeypatch: p
         assert row.weight_bytes < sum(one.nbytes for one in model.runner.decoder.tensors())
     made = latency.result([row], placement=Placement.even(3, pipeline=2).to_dict(), read_bandwidth=None)
     assert latency.RANKS_METHOD in made["method"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("format", ["fp6_e2m3", None])
+def test_the_bundled_model_draws_the_same_greedy_tokens_in_stages(
+    tmp_path: Path, dtype: str, format: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_lm.TINY if format is None else packed_models.compressed(tiny_lm.TINY, tmp_path / "made", format=format)
+    prompts = ["The first rule", "def read_file(path):", "a", "Of all that"]
+    params = tersor.SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+    options = {**OPTIONS, "dtype": dtype, "kv_bytes": 1 << 24}
+    wanted = [one.outputs[0].token_ids for one in tersor.LLM(path, **options).generate(prompts, params)]
+    ranks = 1 if dtype == "bfloat16" else 2  # sums in another order may part bfloat16 texts
+    placement = Placement((Stage(layers=(0, 3)), Stage(layers=(3, 4), ranks=ranks)))
+    with pipelines.model(path, monkeypatch, placement, **options) as model:
+        assert [one.outputs[0].token_ids for one in model.generate(prompts, params)] == wanted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,14 @@ def test_a_file_that_holds_none_is_refused_by_its_name(tmp_path: Path) -> None:
         Placement.from_dict({"version": 2, "stages": []})
 
 
-def test_an_engine_has_its_placement_from_axes_or_from_one_that_is_given() -> None:
+def test_an_engine_has_its_placement_from_axes_or_from_one_that_is_given(tmp_path: Path) -> None:
     config = EngineConfig(tensor_parallel=2, pipeline_parallel=2)
     assert config.ranks == 4 and config.ranks_said == "tensor_parallel is 2 and pipeline_parallel is 2, 4 ranks"
     assert config.placed(5) == Placement.even(5, pipeline=2, tensor=2)
     given = Placement.even(3, expert=2)
-    for form in (given, given.to_dict()):
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps(given.to_dict()))
+    for form in (given, given.to_dict(), str(path), path, asdict(given)):
         found = EngineConfig(placement=form)
         assert found.placement == given and found.ranks == 2 and found.placed(9) == given
     with pytest.raises(InputError, match="expert_parallel is 2, and a placement says it all"):
