@@ -69,8 +69,9 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        With `tensor_parallel` above 1 other processes compute a part of it each. Under torchrun every process makes
-        the model; in all but the first, this call follows the first one until it ends, and then ends the process.
+        With `tensor_parallel` and its like above 1 other processes compute a part of it each. Under torchrun every
+        process makes the model; in all but the first, this call follows the first one until it ends, and then ends the
+        process.
 
         Args:
             model: a directory or a Hub id; plain, or compressed by `tersor quantize`.
@@ -83,7 +84,7 @@ class LLM:
             UnsupportedError: the engine does not have the architecture, CUDA graphs are insisted on and impossible, or
                 weights are to be offloaded from what is no GPU.
             CheckpointError: no whole checkpoint.
-            ShapeError: it cannot be cut for so many ranks.
+            ShapeError: it cannot be placed on so many ranks.
             TersorError: it does not fit in the device's memory, what is offloaded not in that of the host or on the
                 disk, or a rank cannot be started.
         """
@@ -92,12 +93,13 @@ class LLM:
             self._team = team = gather(config, source)
             try:
                 with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
-                    if tokenizer is None and team.ranks.first:  # meanwhile: transformers takes seconds to import
+                    if tokenizer is None and team.first:  # meanwhile: transformers takes seconds to import
                         trusted = config.trust_remote_code
                         loading = pool.submit(load_tokenizer, source.directory, trust_remote_code=trusted)
-                    built = build(source, config, team.device, team.ranks, team.line)
+                    seat = team.seat
+                    built = build(source, config, seat.device, seat.ranks, seat.line, seat.stages, seat.place)
                 team.before_end(built.runner.release)
-                if not team.ranks.first:
+                if not team.first:
                     built.runner.follow()
                     raise SystemExit(0)
                 if tokenizer is None:
@@ -118,6 +120,7 @@ class LLM:
             max_step_tokens=config.max_step_tokens,
             context=built.context,
             share_prefixes=config.prefix_caching,
+            stages=seat.stages.count,
         )
         told = (generation.get("eos_token_id"), decoder.ends or None, tokenizer.eos_token_id)
         ends = next((one for one in told if one is not None), ())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from tersor.checkpoint.source import Source, open_source
+from tersor.engine.config import EngineConfig
 from tersor.engine.continuation import Statistics, TextStream, full, prompt_tokens, room_for, together
 from tersor.engine.outputs import ERROR, STOP, CompletionOutput, RequestOutput
 from tersor.engine.params import SamplingParams
@@ -26,7 +27,7 @@ from tersor.llm import LLM, generation_config
 from tersor.models import DecoderConfig
 from tersor.models.architectures import READERS, TYPES, called
 from tersor.models.finite import first_not_finite
-from tersor.models.load import check_cut, usual_dtype
+from tersor.models.load import check_placed, usual_dtype
 from tersor.ops.attention_form import PAGE, PagedCache
 from tersor.ops.dispatch import environment_reason
 
@@ -54,6 +55,7 @@ class Asked:
         cuda_graph: True insists on CUDA graphs, False forbids them, None uses them where they work.
         trust_remote_code: whether Python code that comes with the model is run.
         offload, resident_layers, offload_directory: as in `EngineConfig`.
+        ranks: of its options those count that say how many ranks compute the model, and what each has.
     """
 
     prompt: str | list[int]
@@ -67,6 +69,7 @@ class Asked:
     offload: str | None = None
     resident_layers: int | None = None
     offload_directory: str | None = None
+    ranks: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,8 @@ def ready(directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> 
         why = obstacle(source, asked)
         if not why:
             config, dtype = DecoderConfig.from_dict(source.config), _dtype(source, asked)
+    if why and asked.ranks.ranks > 1:
+        raise UnsupportedError(f"{asked.ranks.ranks_said}, which the engine alone has: {why}")
     if why:
         if asked.offload is not None:
             raise UnsupportedError(f"offload is {asked.offload}, and {why}: the engine alone offloads")
@@ -147,7 +152,7 @@ def obstacle(source: Source, asked: Asked) -> str:
         return f"{name} runs through transformers: the engine does not have it"
     why = _passed_over(source)
     try:
-        check_cut(source, 1)
+        check_placed(source)
     except (UnsupportedError, CheckpointError) as error:
         why = why or str(error)
     if not why and asked.device.type == "cuda":
@@ -210,6 +215,7 @@ class _ByEngine:
         config: DecoderConfig,
         dtype: torch.dtype,
     ) -> None:
+        self._asked = asked
         sampling, samples = asked.sampling.resolved(generation_config(directory)), asked.samples
         self._prompt = prompt_tokens(tokenizer, asked.prompt, config.vocabulary)
         prompt, most = len(self._prompt), sampling.max_new_tokens
@@ -244,6 +250,10 @@ class _ByEngine:
             offload=asked.offload,
             resident_layers=asked.resident_layers,
             offload_directory=asked.offload_directory,
+            tensor_parallel=asked.ranks.tensor_parallel,
+            pipeline_parallel=asked.ranks.pipeline_parallel,
+            expert_parallel=asked.ranks.expert_parallel,
+            placement=asked.ranks.placement,
         )
 
     def stream(self) -> TextStream:
@@ -293,7 +303,9 @@ class _ByEngine:
         """Raise where a token could not be drawn: which, and the first part of the model that is wrong."""
         for one in output.outputs:
             if one.finish_reason == ERROR:
-                seen = first_not_finite(self._llm.runner.decoder, [*self._prompt, *one.token_ids])
+                seen = ""
+                if self._asked.ranks.ranks == 1:  # else no rank has the whole model
+                    seen = first_not_finite(self._llm.runner.decoder, [*self._prompt, *one.token_ids])
                 raise TersorError(
                     f"new token {len(one.token_ids) + 1} cannot be drawn: its logits are not finite{seen}: "
                     "try bfloat16 or float32"

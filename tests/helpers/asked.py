@@ -40,7 +40,7 @@ def answers(model: tersor.LLM) -> list[Any]:
 def broken(link: Connection, rank: int, port: int, config: EngineConfig, *_: object) -> None:
     """Be a rank whose weights do not fit."""
     link.send("")
-    store = distributed.TCPStore("127.0.0.1", port, config.tensor_parallel, is_master=False)
-    workers._connect(rank, config.tensor_parallel, torch.device("cpu"), store, lambda _: "")
+    store = distributed.TCPStore("127.0.0.1", port, config.ranks, is_master=False)
+    workers._connect(rank, config.placed(2), torch.device("cpu"), store, lambda _: "")
     link.send("the weights do not fit")
     os._exit(1)

@@ -43,6 +43,13 @@ class _Thread(Ranks):
         return min(int(one) for one in self._all(torch.tensor(number)))
 
 
+def ranks_of(count: int) -> list[Ranks]:
+    """Return the ranks of one team, for a thread each."""
+    table: list[torch.Tensor | None] = [None] * count
+    barrier = threading.Barrier(count)
+    return [_Thread(rank, table, barrier) for rank in range(count)]
+
+
 def together(count: int, work: Callable[[Ranks], _T]) -> list[_T]:
     """Return what `work` makes for every rank, in a thread each; the first error of any ends all."""
     table: list[torch.Tensor | None] = [None] * count

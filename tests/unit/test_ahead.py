@@ -30,6 +30,8 @@ from tersor.models.outline import outline
 from tersor.models.random import random_decoder
 from tersor.ops import serve_attention
 from tersor.ops.collective import Ranks
+from tersor.ops.stages import ONE, Stages
+from tersor.planner.placement import Placement
 
 gpu = pretended("NVIDIA H200")
 TOKENS, LENGTH, ROWS = 96, 80, 40
@@ -78,6 +80,8 @@ def asked_for(
     pages: torch.dtype | None,
     ranks: Ranks,
     monkeypatch: pytest.MonkeyPatch,
+    placement: Placement | None = None,
+    rank: int = 0,
 ) -> set[KernelSource]:
     """Run steps of every number of tokens, decoding ones and draws of all kinds; return the kernels they ask for."""
 
@@ -96,9 +100,11 @@ def asked_for(
         activations=activations,
         context=LENGTH,
         ranks=ranks,
+        place=None if placement is None else placement.place(rank),
     )
     sampler = Sampler(ROWS + 1, config.vocabulary, decoder.device, most_length=LENGTH)
-    runner = Runner(decoder, sampler, max_rows=ROWS, max_length=LENGTH, kv_dtype=pages, ranks=ranks)
+    stages = ONE if placement is None else Stages(placement, rank)
+    runner = Runner(decoder, sampler, max_rows=ROWS, max_length=LENGTH, kv_dtype=pages, ranks=ranks, stages=stages)
     runner.allocate(2)
     for tokens in (*range(1, 20), *range(20, 64, 4), *range(64, TOKENS + 1, 8)):
         runner.rehearse(tokens)
@@ -138,12 +144,32 @@ def test_steps_ask_for_what_is_compiled_ahead(
     pages = torch.float8_e4m3fn if way == "fp8" else None
     schemes = schemes_of(config, scheme)
     steps = Steps(tokens=TOKENS, rows=ROWS, queries=LENGTH, length=128, pages=pages)
+    place = Placement.even(len(config.layers), tensor=ranks).place(0)
     with ops.using(batch_invariant=way == "invariant"):
         asked = asked_for(config, scheme, activations, pages, Apart(0, ranks), monkeypatch)
-        parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, 0, ranks)
+        parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, activations, place)
         listed = set(kernels_of(parts, steps, gpu.chips[0]))
     assert {source.name for source in asked - listed} == set()
     assert {source.name for source in listed - asked} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "stages"), [("qwen3-moe", "16bit", 1), ("qwen3-moe", "plain", 1), ("llama", "16bit", 3)]
+)
+def test_a_rank_of_stages_and_of_experts_in_groups_asks_for_what_is_compiled_ahead(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str, way: str, stages: int
+) -> None:
+    config, scheme = config_of(name), None if way == "plain" else get_scheme("fp6_e3m2")
+    config = replace(config, layers=config.layers * 2)
+    placement = Placement.even(len(config.layers), pipeline=stages, expert=2)
+    native, schemes = Activations.NATIVE, schemes_of(config, scheme)
+    for rank in range(0, placement.ranks, 2):
+        place = placement.place(rank)
+        asked = asked_for(config, scheme, native, None, Apart(0, 2), monkeypatch, placement, rank)
+        steps = Steps(tokens=TOKENS, rows=ROWS, queries=LENGTH, length=128)
+        parts = outline(config, NAMES[config.architecture], schemes, torch.bfloat16, native, place)
+        listed = set(kernels_of(parts, steps, gpu.chips[0]))
+        assert {source.name for source in asked - listed} == set()
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])

@@ -19,6 +19,7 @@ from tersor.models import DecoderConfig
 from tersor.models.random import random_decoder
 from tersor.models.streamed import Offload
 from tersor.ops.attention_form import PAGE
+from tersor.ops.stages import ONE
 
 
 def runner(config: dict[str, object], batches: list[int], contexts: list[int]) -> Runner:
@@ -48,6 +49,8 @@ def test_what_is_timed_is_whole_steps_one_behind_the_other(monkeypatch: pytest.M
 
     class Device:
         """Takes 3 seconds a step and does one at a time; the host takes no time but to wait."""
+
+        stages = ONE
 
         def launch(self, step: Step) -> Device:
             nonlocal free, most
@@ -156,3 +159,24 @@ def test_wrong_words_are_one_line(words: list[str], message: str, capsys: pytest
     assert main.run(["bench", "latency", *words]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--pipeline-parallel", "2"], "pipeline_parallel is 2: start them all, torchrun --nproc-per-node 2 -m tersor"),
+        (["--tensor-parallel", "2", "--expert-parallel", "2"], "4 ranks: start them all, torchrun --nproc-per-node 4"),
+    ],
+)
+def test_ranks_are_timed_under_torchrun_alone(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["bench", "latency", *words]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_one_model_of_several_ranks_is_timed_and_no_rival(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    for words in (["llama-3-8b", "llama-2-70b"], ["--against", "vllm"]):
+        assert main.run(["bench", "latency", *words, "--pipeline-parallel", "2"]) == 2
+        assert "pipeline_parallel is 2: one model at a time is timed, and no rival" in capsys.readouterr().err

@@ -142,11 +142,13 @@ def test_usage_that_cannot_be_meant_is_one_line(
     write(tmp_path / "in.jsonl", LINES[:2])
     refused(words(tmp_path, "--retry-failed"), "--retry-failed is given without --resume")
     refused(words(tmp_path, "--tool-parser", "hermse"), "did you mean 'hermes'")
-    both = ["--tensor-parallel", "2", "--data-parallel", "3"]
-    refused(words(tmp_path, *both), "tensor_parallel is 2, and data_parallel is 3: several ranks make one engine")
-    with monkeypatch.context() as changed:
-        changed.setenv("TORCHELASTIC_RUN_ID", "1")
-        refused(words(tmp_path, *both[:2]), "a batch starts the ranks of its model itself, and torchrun started this")
+    both = ["--pipeline-parallel", "2", "--expert-parallel", "2", "--ray", "local"]
+    refused(words(tmp_path, *both), "pipeline_parallel is 2 and expert_parallel is 2, 4 ranks, and engines are actors")
+    copies = tmp_path / "copies.json"
+    copies.write_text(json.dumps({"data": 2, "stages": [{"layers": [0, 4]}]}))
+    both = ["--placement", str(copies), "--data-parallel", "3"]
+    refused(words(tmp_path, *both), "--data-parallel is 3, and the placement is of 2 copies")
+    refused(words(tmp_path, "--placement", str(tmp_path / "none")), "cannot be read as JSON")
     refused([*words(tmp_path), "-o", str(tmp_path / "in.jsonl")], "that is the input, too")
     assert run(words(tmp_path)) == 0
     capsys.readouterr()
@@ -254,11 +256,14 @@ def test_the_command_itself_can_be_killed(tmp_path: Path) -> None:
     assert before <= set(answered(tmp_path).values()) and len(answered(tmp_path)) == 100
 
 
-@pytest.mark.parametrize("how", ["--data-parallel", "--tensor-parallel"])
-def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, stages: int) -> None:
+    spans = [[0, 4]] if stages == 1 else [[0, 3], [3, 4]]
+    placed = tmp_path / "placement.json"
+    placed.write_text(json.dumps({"data": 2, "stages": [{"layers": span} for span in spans]}))
     states = {**ask(100), "url": "/v1/embeddings", "body": {"input": ["The rule", "A rule"]}}
     write(tmp_path / "in.jsonl", [*LINES[:24], states])
-    assert run(words(tmp_path, how, "2")) == 0
+    assert run(words(tmp_path, "--placement", str(placed))) == 0
     assert not multiprocessing.active_children()
     two = {name: json.loads(line)["response"]["body"] for name, line in answered(tmp_path).items()}
     for path in tmp_path.glob("out*"):
@@ -271,17 +276,22 @@ def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, how: str
 
 
 @pytest.mark.parametrize(
-    ("device", "message"),
-    [("cuda:1", "device is cuda:1: 3 engines take a device each, say cuda"), ("auto", "this machine has 2")],
+    ("device", "stages", "message"),
+    [
+        ("cuda:1", 1, "device is cuda:1: 3 engines take a device each, say cuda"),
+        ("auto", 1, "3 engines want a GPU each, and this machine has 2"),
+        ("auto", 2, "3 engines want 2 GPUs each, and this machine has 2"),
+    ],
 )
 def test_engines_that_have_no_device_each_are_refused(
-    device: str, message: str, monkeypatch: pytest.MonkeyPatch
+    device: str, stages: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_batch, "resolve_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     options = server_batch.BatchOptions(data_parallel=3)
     with ExitStack() as stack, pytest.raises(InputError, match=message):
-        server_batch.engine_of(str(TINY), None, EngineConfig(device=device), options, stack)
+        config = EngineConfig(device=device, pipeline_parallel=stages)
+        server_batch.engine_of(str(TINY), None, config, options, stack)
 
 
 def test_an_engine_that_fails_leaves_a_job_that_can_go_on(

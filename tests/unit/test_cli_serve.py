@@ -133,12 +133,21 @@ def test_wrong_usage_is_one_line(
     refused_in_one_line([*WORDS, *more], 2, message, monkeypatch, capsys)
 
 
-def test_a_process_of_torchrun_serves_no_ranks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    words, message = [*WORDS, "--tensor-parallel", "2"], "a server starts the ranks of its model itself"
-    refused_in_one_line(words, 2, message, monkeypatch, capsys)
+def test_a_process_that_torchrun_started_makes_the_model_and_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+
+    def follow(model: str, **options: Any) -> None:
+        made.append(options)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("tersor.llm.LLM", follow)
+    monkeypatch.setattr(serving, "bind", lambda options: pytest.fail("it listens"))
+    with pytest.raises(SystemExit):
+        run([*WORDS, "--pipeline-parallel", "2"])
+    assert made[0]["pipeline_parallel"] == 2
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, further: Any) -> None:
         self.first, self.further = first, further
-        self.device, self.ranks, self.max_rows = torch.device("cuda", 0), ALONE, 256
+        self.device, self.everyone, self.max_rows = torch.device("cuda", 0), ALONE, 256
         self.pages, self.graphs, self.captured = 0, {}, []
         self.caches = [SimpleNamespace(scales=None)] * 32
         self.allocated: list[int] = []
@@ -50,6 +50,9 @@ class Machine:
 
     def page_bytes(self) -> int:
         return PAGE
+
+    def passed_bytes(self, tokens: int) -> int:
+        return 0
 
     def allocate(self, pages: int) -> None:
         self.pages, self.graphs = pages, {}

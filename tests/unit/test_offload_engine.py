@@ -95,9 +95,9 @@ def test_a_step_that_is_repeated_instead_of_captured_draws_the_same_tokens(
     for size, step in model.runner.graphs.items():
         decode = step.decode  # type: ignore[union-attr]
 
-        def counted(views: Any, rows: int, decode: Any = decode, size: int = size) -> Any:
+        def counted(views: Any, rows: int, given: Any, decode: Any = decode, size: int = size) -> Any:
             replays.append(size)
-            return decode(views, rows)
+            return decode(views, rows, given)
 
         step.decode = counted  # type: ignore[union-attr]
     assert tokens(model) == wanted
@@ -107,7 +107,7 @@ def test_a_step_that_is_repeated_instead_of_captured_draws_the_same_tokens(
 def test_a_disk_is_a_reason_for_no_graph_and_steps_are_as_large_as_if_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runner: Any = SimpleNamespace(device=torch.device("cuda"), ranks=ALONE, eager_reason="", repeats=True)
+    runner: Any = SimpleNamespace(device=torch.device("cuda"), everyone=ALONE, eager_reason="", repeats=True)
     monkeypatch.setattr(graphs, "_waits", lambda runner: "")
     assert graphs.captures(runner, EngineConfig())
     assert runner.eager_reason == "the host reads weights from a disk in every step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.sampling_rows import logits_of
 from tersor.engine.options import ListedTokens, resolved, seed_of
 from tersor.engine.params import SamplingParams
 from tersor.engine.sampler import Sampler
+from tersor.engine.sampler_news import Teller
 from tersor.errors import TersorError
 
 VOCABULARY = 50
@@ -225,3 +227,38 @@ def test_only_options_that_change_single_logits_make_a_list() -> None:
     assert not ListedTokens.wanted(resolved(SamplingParams(temperature=1.0, top_p=0.5), {}))
     for options in ({"logit_bias": {1: 1.0}}, {"min_tokens": 1}, {"presence_penalty": 1.0}):
         assert ListedTokens.wanted(resolved(SamplingParams(**options), {}))
+
+
+class Told:
+    """A sampler that hears of requests from another one."""
+
+    def __init__(self, slots: int, **options: Any) -> None:
+        self.teller, self.own = Teller(slots, VOCABULARY, **options), Sampler(slots, VOCABULARY, "cpu", **options)
+        self.said: list[int] = []
+
+    def prepare(self, step: Step, masks: dict[int, torch.Tensor] | None) -> None:
+        self.teller.prepare(step, masks)
+        self.said.append(len(self.teller.news()))
+        self.own.read(self.teller.news().clone())
+
+    def draw(self, logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.own.draw(logits, slots, lengths)
+
+
+def test_a_sampler_that_is_told_of_requests_draws_as_one_that_has_them() -> None:
+    draw, told = random.Random(5), Told(8, most_length=40)
+    loops = [Loop(Sampler(8, VOCABULARY, "cpu", most_length=40)), Loop(told)]  # type: ignore[arg-type]
+    both = [[request(slot, temperature=0.9, seed=slot, **KINDS[slot % len(KINDS)]) for slot in range(7)] for _ in loops]
+    for turn in range(30):
+        if turn in (9, 17):  # a slot changes hands
+            for requests in both:
+                requests[turn % 7] = request(turn % 7, prompt=[turn, 7], top_k=3, seed=turn)
+        chosen = draw.sample(range(7), draw.randrange(1, 8))
+        masks = {slot: torch.tensor([draw.getrandbits(31) | 8, 5], dtype=torch.int32) for slot in chosen if slot < 2}
+        logits = logits_of(len(chosen), VOCABULARY, torch.float32, 2.0, turn)
+        found = [
+            loop.step([requests[slot] for slot in chosen], logits, masks if turn % 3 == 0 else None)
+            for loop, requests in zip(loops, both, strict=True)
+        ]
+        assert found[0] == found[1]
+    assert min(told.said) == 5  # nothing but how the step is to be drawn, where nothing changed

@@ -39,6 +39,7 @@ def limits_of(draw: random.Random) -> Limits:
         max_prompt_logits=draw.choice((3, 1024, 1024)),
         context=draw.choice((24, 100)),
         share_prefixes=draw.random() < 0.9,
+        stages=draw.choice((1, 1, 2, 3)),
     )
 
 
@@ -74,7 +75,8 @@ def arrivals(draw: random.Random, limits: Limits) -> list[Arrival]:
 
 def run(draw: random.Random, scheduler: Scheduler, coming: list[Arrival]) -> Loop:
     """Let everybody come, leave, and end; steps are read late, some tokens computed twice, and a prefix pinned."""
-    loop = Loop(scheduler, depth=draw.choice((1, 2, 2, 2, 3)))
+    stages = scheduler.limits.stages
+    loop = Loop(scheduler, depth=draw.choice((1, 2, 2, 2, 3)) if stages == 1 else stages + 1)
     turn, last = 0, max(max(one.turn, one.leaves, one.stops) for one in coming)
     pinned, unpins = coming[0].requests[0], draw.choice((-1, -1, draw.randrange(1, 9)))
 

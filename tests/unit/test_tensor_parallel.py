@@ -151,7 +151,7 @@ def test_a_step_of_any_size_arrives_whole(pages: int) -> None:
     sent: list[torch.Tensor] = []
     group: Any = None
     first, other = (Line(Wire(rank, sent), group) for rank in range(2))
-    orders = [Order(0, 40, 2, pages, 0, 1, 7, 39, 1, 64), Order(2, 2, 2, 5, 1, 2, 0, 1, 1, 320)]
+    orders = [Order(0, 40, 2, pages, 0, 1, 7, 2, 9, 1, 3, 39, 1, 64), Order(2, 2, 2, 5, 1, 2, 0, 0, 0, 0, 0, 1, 1, 320)]
     for order in orders:
         buffer = torch.randint(-9, 99, (order.size,), dtype=torch.int32)
         first.tell(order, buffer)

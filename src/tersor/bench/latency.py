@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from tersor.engine.options import resolved
 from tersor.engine.params import SamplingParams
 from tersor.engine.request import Request, Row, Step
 from tersor.engine.runner import Runner
+from tersor.engine.workers import Team
 from tersor.models import Decoder
 from tersor.models.mixture import Mixture
 from tersor.models.weights import tensors_of
@@ -36,6 +38,10 @@ VLLM_METHOD = (
     "vLLM in a process of its own, which loads a checkpoint of random weights of the same distribution and makes its "
     "format of them, the output head in 16 bits: the time that so many more tokens of every row take, by the steps, "
     "the texts being of `context` tokens in the middle of them; median of the runs"
+)
+RANKS_METHOD = (
+    "of several ranks bytes are those of the first; of several stages as many steps of `batch` rows are under way, and "
+    "the time is that from one step to the next"
 )
 RUNS, STEPS = 3, 32
 _FILLED = 512
@@ -137,6 +143,16 @@ def fill(caches: Sequence[PagedCache]) -> None:
             cache.scales.fill_(1.0)
 
 
+def let_go(runner: Runner, team: Team) -> None:
+    """End a runner on all ranks: the first tells the others, which run its steps until then."""
+    if not team.first:
+        fill(runner.caches)
+        runner.follow()
+    elif team.seat.line is not None:
+        team.seat.line.end()
+    runner.release()
+
+
 def pages_for(batches: Sequence[int], contexts: Sequence[int]) -> int:
     """Return how many pages the largest of the steps has, page 0 included."""
     return max(batches) * -(-max(contexts) // PAGE) + 1
@@ -157,15 +173,19 @@ def decoding(batch: int, context: int, page: int) -> Step:
 
 
 def _timed(runner: Runner, step: Step, steps: int) -> float:
-    """Return seconds a step, each launched before the one ahead is read: from the end of one to that of the last."""
-    before, launched = runner.launch(step), runner.launch(step)
-    before.tokens()
+    """Return seconds a step, each launched before the one ahead is read: from the end of one to that of the last.
+
+    Of a pipeline as many are under way as it has stages.
+    """
+    under_way = deque(runner.launch(step) for _ in range(runner.stages.count + 1))
+    under_way.popleft().tokens()
     started = time.perf_counter()
     for _ in range(steps):
-        before, launched = launched, runner.launch(step)
-        before.tokens()
+        under_way.append(runner.launch(step))
+        under_way.popleft().tokens()
     seconds = (time.perf_counter() - started) / steps
-    launched.tokens()
+    for launched in under_way:
+        launched.tokens()
     return seconds
 
 
@@ -174,7 +194,8 @@ def step_bytes(decoder: Decoder, batch: int) -> int:
 
     Of E experts, K for each row, E (1 - (1 - K / E)^batch) are expected to be hit where routing is uniform.
     """
-    total = sum(tensor.nbytes for tensor in (*decoder.head.tensors(), *decoder.norm.tensors()))
+    behind = [part for part in (decoder.head, decoder.norm) if part is not None]
+    total = sum(tensor.nbytes for part in behind for tensor in part.tensors())
     for layer in decoder.layers:
         parts = sum(tensor.nbytes for tensor in layer.tensors())
         if isinstance(layer.ffn, Mixture):
@@ -212,7 +233,8 @@ def result(
     """
     rows = [row for row in found if isinstance(row, Latency)]
     skipped = [row for row in found if isinstance(row, Skipped)]
-    method = f"{METHOD}; {VLLM_METHOD}" if versions else METHOD
+    parts = ((METHOD, True), (VLLM_METHOD, versions), (RANKS_METHOD, "placement" in facts))
+    method = "; ".join(part for part, there in parts if there)
     return report.result(KIND, VERSION, method, facts, rows, skipped, versions)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,7 @@ def command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was begun.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run again what failed.")] = False,
-    data_parallel: Annotated[int, typer.Option(min=1, help="Engines, each a process on a device of its own.")] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, help="Engines, each a process on devices of its own.")] = 1,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Engines are actors of a Ray cluster: its address, auto, or local."),
@@ -58,6 +59,9 @@ def command(
     offload: options.Offload = _ENGINE.offload,
     resident_layers: options.ResidentLayers = _ENGINE.resident_layers,
     offload_directory: options.OffloadDirectory = _ENGINE.offload_directory,
+    pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
+    expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
+    placement: options.Placed = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print what became of the job as JSON.")] = False,
 ) -> None:
@@ -71,9 +75,15 @@ def command(
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
+    from tersor.planner.placement import Placement
     from tersor.server import batch
 
     Activations.of(activations)
+    placed = None if placement is None else Placement.read(placement)
+    if placed is not None and placed.data > 1:
+        if data_parallel not in (1, placed.data):
+            raise InputError(f"--data-parallel is {data_parallel}, and the placement is of {placed.data} copies")
+        data_parallel, placed = placed.data, replace(placed, data=1)
     config = EngineConfig(
         device=device,
         dtype=dtype,
@@ -88,6 +98,9 @@ def command(
         offload=offload,
         resident_layers=resident_layers,
         offload_directory=offload_directory,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=placed,
         trust_remote_code=trust_remote_code,
     )
     load.quiet()

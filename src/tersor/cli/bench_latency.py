@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,10 @@ def command(
     offload: options.Offload = None,
     resident_layers: options.ResidentLayers = None,
     offload_directory: options.OffloadDirectory = None,
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
+    placement: options.Placed = None,
     against: options.AgainstVllm = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
@@ -67,6 +72,10 @@ def command(
         offload=offload,
         resident_layers=resident_layers,
         offload_directory=offload_directory,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=placement,
     )
     if sparsity is not None and not 0 <= sparsity < 1:
         raise InputError(f"sparsity is {sparsity}: it must be at least 0 and below 1")
@@ -76,6 +85,7 @@ def command(
     kinds = [(name, None if name == PLAIN else bench.schemes([name], [])[0]) for name in format or [FORMAT]]
     head = None if head_format in (None, PLAIN) else bench.schemes([head_format], [])[0]  # type: ignore[list-item]
     names = models or [MODEL]
+    check_ranks(pages, names, against)
     for name in names:
         geometries.geometry(name)
     multiplied = Activations.of(activations)
@@ -98,24 +108,28 @@ def command(
     import torch
 
     from tersor.bench import timing
-    from tersor.engine import ahead
+    from tersor.engine import ahead, workers
+    from tersor.engine.build import sampler_of
     from tersor.engine.offloading import offload_of
     from tersor.engine.runner import Runner
-    from tersor.engine.sampler import Sampler
     from tersor.models.kernels import Steps
     from tersor.models.random import random_decoder
     from tersor.one_prompt import page_bytes
     from tersor.ops.attention_form import PAGE
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
-    ours: list[Latency] = []
+    team = workers.Team(workers.Seat(torch.device("cuda")))
+    if pages.ranks > 1:
+        placed = pages.placed(len(geometries.geometry(names[0]).layers))
+        team, facts["placement"] = workers.joined(pages, placed, torch.device("cuda")), placed.to_dict()
+    seat, ours = team.seat, list[Latency]()
     theirs: list[Latency | Skipped] = []
 
     def found() -> dict[str, Any]:
         return latency.result([*ours, *theirs], rivals.versions(named), **facts)
 
     def write() -> None:
-        if output is not None:
+        if output is not None and team.first:
             report.write(output, report.text(found()))
 
     with console.progress("timing vllm") as move:  # first, while the GPU's memory is free
@@ -135,7 +149,8 @@ def command(
                 theirs.append(row)
                 move(len(theirs), cells)
                 write()
-    facts["read_bandwidth"] = timing.read_bandwidth()
+    if team.first:
+        facts["read_bandwidth"] = timing.read_bandwidth()
     with console.progress("timing") as move:
         for name in names:
             for label, scheme in kinds:
@@ -146,32 +161,65 @@ def command(
                 decoder = random_decoder(
                     name,
                     scheme,
-                    "cuda",
+                    seat.device,
                     kernel_dtype,
                     head=scheme if head_format is None else head,
                     activations=activations,
                     context=max(contexts),
                     sparsity=sparsity,
                     offload=None if away is None else replace(away, told=_told),
-                )
-                sampler = Sampler(max(batches) + 1, decoder.config.vocabulary, decoder.device)
-                runner = Runner(
-                    decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
+                    ranks=seat.ranks,
+                    place=seat.place,
                 )
                 length = -(-max(contexts) // PAGE) * PAGE
+                sampler = sampler_of(decoder, most, max(contexts), seat.ranks, seat.stages)
+                runner = Runner(
+                    decoder,
+                    sampler,
+                    max_rows=most,
+                    max_length=max(contexts),
+                    kv_dtype=pages.pages_dtype,
+                    ranks=seat.ranks,
+                    line=seat.line,
+                    stages=seat.stages,
+                )
+                draws = seat.ranks.first and seat.stages.last
                 ahead.compile_for(
-                    decoder, Steps(tokens=most, rows=most, queries=1, length=length, pages=pages.pages_dtype)
+                    decoder,
+                    Steps(tokens=most, rows=most, queries=1, length=length, pages=pages.pages_dtype, draws=draws),
                 )
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)
                 shown = label if head_format in (None, label) else f"{label}/{head_format}"
                 shown = shown if sparsity is None else f"{sparsity:.0%} sparse {shown}"
-                ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
+                if team.first:
+                    ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
+                latency.let_go(runner, team)
                 del decoder, sampler, runner
                 torch.cuda.empty_cache()
                 write()
-    bench.give(found(), show, plot_latency.plot, json=json, plot=plot, output=output)
+    seat.leave()
+    if team.first:
+        bench.give(found(), show, plot_latency.plot, json=json, plot=plot, output=output)
+
+
+def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None) -> None:
+    """Hold that a model of several ranks is one that all processes of torchrun make.
+
+    Raises:
+        InputError: it is not.
+    """
+    if config.ranks == 1:
+        return
+    from tersor.engine.workers import by_torchrun
+
+    if not by_torchrun(config):
+        raise InputError(
+            f"{config.ranks_said}: start them all, torchrun --nproc-per-node {config.ranks} -m tersor bench latency"
+        )
+    if len(names) > 1 or against is not None:
+        raise InputError(f"{config.ranks_said}: one model at a time is timed, and no rival")
 
 
 def _told(line: str) -> None:

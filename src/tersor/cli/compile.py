@@ -26,6 +26,9 @@ def command(
     kv_dtype: options.KvDtype = _ENGINE.kv_dtype,
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
+    pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
+    expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
+    placement: options.Placed = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Taken as elsewhere; no code of a model is needed here.")
     ] = False,
@@ -42,6 +45,9 @@ def command(
         max_rows=1,
         max_step_tokens=max_step_tokens,
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=placement,
     )
     for_chips = chips.wanted(chip, "to compile for")
     with console.progress("compiling kernels") as move:

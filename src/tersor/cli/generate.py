@@ -42,6 +42,10 @@ def command(
     offload: options.Offload = None,
     resident_layers: options.ResidentLayers = None,
     offload_directory: options.OffloadDirectory = None,
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
+    placement: options.Placed = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
@@ -58,7 +62,6 @@ def command(
     if samples < 1:
         raise InputError(f"samples is {samples}: it must be at least 1")
     Activations.of(activations)
-    EngineConfig(offload=offload, resident_layers=resident_layers, offload_directory=offload_directory)
     sampling = engine.Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -70,6 +73,13 @@ def command(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
+    axes = {
+        "tensor_parallel": tensor_parallel,
+        "pipeline_parallel": pipeline_parallel,
+        "expert_parallel": expert_parallel,
+    }
+    away = {"offload": offload, "resident_layers": resident_layers, "offload_directory": offload_directory}
+    ranks = EngineConfig.of(placement=placement, **axes, **away)
     text = _read() if prompt == "-" else prompt
     torch_device = resolve_device(device)
     found = load.locate(model, revision)
@@ -84,6 +94,7 @@ def command(
         dtype=dtype,
         activations=activations,
         cuda_graph=GRAPHS[cuda_graph],
+        ranks=ranks,
         trust_remote_code=trust_remote_code,
         offload=offload,
         resident_layers=resident_layers,

@@ -57,6 +57,16 @@ TensorParallel = Annotated[
     int,
     typer.Option(min=1, help="Ranks that compute the model together: a process and a GPU each; on a CPU a process."),
 ]
+PipelineParallel = Annotated[
+    int, typer.Option(min=1, help="Stages of as many ranks each, one behind the other, with some of the layers.")
+]
+ExpertParallel = Annotated[
+    int, typer.Option(min=1, help="Groups of as many ranks each in a stage, which have whole experts.")
+]
+Placed = Annotated[
+    str | None,
+    typer.Option("--placement", metavar="FILE", help="Who has what, in JSON, instead of the three (docs/parallel.md)."),
+]
 
 Offload = Annotated[
     str | None,

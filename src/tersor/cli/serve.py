@@ -48,6 +48,9 @@ def command(
     offload: options.Offload = _ENGINE.offload,
     resident_layers: options.ResidentLayers = _ENGINE.resident_layers,
     offload_directory: options.OffloadDirectory = _ENGINE.offload_directory,
+    pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
+    expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
+    placement: options.Placed = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Answer over HTTP until told to end."""
@@ -85,6 +88,9 @@ def command(
         offload=offload,
         resident_layers=resident_layers,
         offload_directory=offload_directory,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=placement,
         trust_remote_code=trust_remote_code,
     )
     console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))

@@ -20,11 +20,12 @@ from tersor.hardware import Chip
 from tersor.kernels.jit import KernelSource, arch_for, compile_many, missing
 from tersor.models.decoder import Decoder
 from tersor.models.kernels import Steps, kernels_of
-from tersor.models.load import described, usual_dtype
+from tersor.models.load import check_placed, described, usual_dtype
 from tersor.models.outline import outline
 from tersor.ops import warm
 from tersor.ops.attention_form import PAGE
 from tersor.ops.dispatch import kernel_chip
+from tersor.planner.placement import Place
 
 _log = logging.getLogger("tersor")
 
@@ -33,24 +34,25 @@ class _Stopped(Exception):
     """Nobody waits for the kernels any more."""
 
 
-def kernels(model: Source, config: EngineConfig, chip: Chip, rank: int = 0) -> list[KernelSource]:
+def kernels(model: Source, config: EngineConfig, chip: Chip, place: Place | None = None) -> list[KernelSource]:
     """Return every kernel that a rank of an engine can ask for, whatever it is asked.
 
     Args:
         model: the checkpoint; none of its weights is read.
         config: of the engine.
         chip: the GPU.
-        rank: which of `config.tensor_parallel`.
+        place: of the rank; `None` is alone.
 
     Raises:
         UnsupportedError: the engine does not have the architecture, or weights do not take such activations.
         CheckpointError: no whole checkpoint.
-        ShapeError: the model cannot be cut for so many ranks.
+        ShapeError: the model cannot be placed so.
     """
     decoder, names, _, schemes = described(model)
     dtype = float_dtype_or_auto(config.dtype) or usual_dtype(model, torch.device("cuda"))
-    parts = outline(decoder, names, schemes, dtype, Activations.of(config.activations), rank, config.tensor_parallel)
-    return kernels_of(parts, steps_of(config, decoder.context, draws=rank == 0), chip)
+    parts = outline(decoder, names, schemes, dtype, Activations.of(config.activations), place)
+    draws = place is None or (place.last and place.rank == 0)
+    return kernels_of(parts, steps_of(config, decoder.context, draws=draws), chip)
 
 
 def steps_of(config: EngineConfig, context: int, *, draws: bool = True) -> Steps:
@@ -153,13 +155,14 @@ def compile_ahead(
 
     Raises:
         InputError, KernelError, UnsupportedError: as for `warm.compile_ahead`.
-        ShapeError: it cannot be cut for so many ranks.
+        ShapeError: it cannot be placed as the config says.
     """
 
     def of_engine(source: Source, chip: Chip) -> list[KernelSource]:
         try:
-            ranks = range(config.tensor_parallel)
-            return [one for rank in ranks for one in kernels(source, config, chip, rank)]
+            placed = check_placed(source, config.placed)
+            places = [placed.place(rank) for rank in range(placed.ranks)]
+            return [one for place in places for one in kernels(source, config, chip, place)]
         except (UnsupportedError, CheckpointError):
             return []  # the engine does not load it; transformers may
 

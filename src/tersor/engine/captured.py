@@ -1,6 +1,7 @@
 """A step of rows that only decode as a CUDA graph, which reads a buffer of the device and writes the tokens drawn.
 
-Where the host has to do something in a step, it is the same step, launched anew every time: `Repeated`.
+Of a stage that is not the first it reads what was passed on, too, and of one that is not the last it writes that. Where
+the host has to do something in a step, it is the same step, launched anew every time: `Repeated`.
 """
 
 from __future__ import annotations
@@ -26,22 +27,29 @@ class Captured:
         graph: of it.
         buffer: int32 [layout.size], the step.
         layout: of the buffer.
-        drawn: int64 [layout.rows], the tokens drawn.
+        made: int64 [layout.rows], the tokens drawn, or [layout.rows, H], the states that are passed on.
+        given: [layout.rows, H], what the stage ahead passes on; `None` in the first.
         streamed: brings weights that stream, in the graph too, or `None`.
     """
 
     graph: torch.cuda.CUDAGraph
     buffer: torch.Tensor
     layout: Layout
-    drawn: torch.Tensor
+    made: torch.Tensor
+    given: torch.Tensor | None = None
     streamed: Streamed | None = None
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """The slots of the step in the buffer, int32 [layout.rows], a view."""
+        return _slots(self.layout, self.buffer)
+
     def replay(self, staged: torch.Tensor) -> torch.Tensor:
-        """Run the step in a buffer of the host; return the tokens drawn."""
+        """Run the step in a buffer of the host; return what it made."""
         self.buffer.copy_(staged, non_blocking=True)
         with nullcontext() if self.streamed is None else self.streamed.replayed():
             self.graph.replay()
-        return self.drawn
+        return self.made
 
 
 @dataclass(slots=True)
@@ -50,21 +58,35 @@ class Repeated:
 
     Attributes:
         buffer, layout: as in `Captured`.
-        decode: makes of the arrays of a step, and its rows, the tokens drawn.
+        decode: makes of the arrays of a step, its rows and what is given, the tokens drawn.
+        given: nothing: weights stream to one stage.
     """
 
     buffer: torch.Tensor
     layout: Layout
-    decode: Callable[[dict[str, torch.Tensor], int], torch.Tensor]
+    decode: Callable[[dict[str, torch.Tensor], int, torch.Tensor | None], torch.Tensor]
+    given: None = None
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """The slots of the step in the buffer, int32 [layout.rows], a view."""
+        return _slots(self.layout, self.buffer)
 
     def replay(self, staged: torch.Tensor) -> torch.Tensor:
         """Launch the step in a buffer of the host; return the tokens drawn."""
         self.buffer.copy_(staged, non_blocking=True)
-        return self.decode(self.layout.split(self.buffer), self.layout.rows)
+        return self.decode(self.layout.split(self.buffer), self.layout.rows, None)
+
+
+def _slots(layout: Layout, buffer: torch.Tensor) -> torch.Tensor:
+    slots: torch.Tensor = layout.split(buffer)["slots"]
+    return slots
 
 
 def repeated(
-    layout: Layout, decode: Callable[[dict[str, torch.Tensor], int], torch.Tensor], device: torch.device
+    layout: Layout,
+    decode: Callable[[dict[str, torch.Tensor], int, torch.Tensor | None], torch.Tensor],
+    device: torch.device,
 ) -> Repeated:
     """Return a step of `layout.rows` rows of one token each that is launched anew each time."""
     return Repeated(torch.zeros(layout.size, dtype=torch.int32, device=device), layout, decode)
@@ -72,24 +94,26 @@ def repeated(
 
 def capture(
     layout: Layout,
-    decode: Callable[[dict[str, torch.Tensor], int], torch.Tensor],
+    decode: Callable[[dict[str, torch.Tensor], int, torch.Tensor | None], torch.Tensor],
+    given: torch.Tensor | None = None,
+    streamed: Streamed | None = None,
     *,
     spare: int,
     side: torch.cuda.Stream,
     pool: Any,
     mode: str,
-    streamed: Streamed | None = None,
 ) -> Captured:
     """Capture a step of `layout.rows` rows of one token each.
 
     Args:
         layout: of its buffer.
-        decode: makes of the arrays of a step, and its rows, the tokens drawn.
+        decode: makes of the arrays of a step, its rows and what is given, the tokens drawn or what is passed on.
+        given: memory for what the stage ahead passes on, where there is one.
+        streamed: brings weights that stream, or `None`.
         spare: a slot that no request has.
         side: a stream for the forward ahead, in which libraries load and allocate what a capture must not.
         pool: memory of graphs that do not run at once.
         mode: what others may call meanwhile, as torch has it.
-        streamed: brings weights that stream, or `None`.
 
     Raises:
         TersorError: the model does what a capture forbids, or memory ran out.
@@ -104,16 +128,16 @@ def capture(
     try:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side), nullcontext() if streamed is None else streamed.rehearsed():
-            decode(views, size)
+            decode(views, size, given)
         torch.cuda.current_stream(device).wait_stream(side)
         with (
             capturing(graph, pool=pool, capture_error_mode=mode),
             nullcontext() if streamed is None else streamed.captured(),
         ):
-            drawn = decode(views, size)
+            made = decode(views, size, given)
     except torch.OutOfMemoryError:
         raise TersorError(f"GPU memory ran out while a step of {size} rows was captured") from None
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise TersorError(f"a step of {size} rows cannot be a CUDA graph: {line}") from error
-    return Captured(graph, buffer, layout, drawn, streamed)
+    return Captured(graph, buffer, layout, made, given, streamed)

@@ -7,6 +7,7 @@ caller as a `CompletionOutput`. Nothing here runs in another thread; `threaded.p
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,18 +44,25 @@ _LEAST = np.float32(1e-12)
 
 
 class Launched(Protocol):
-    """A step under way: `runner.Launched`.
+    """A step under way: `launched.Launched`.
 
     Attributes:
         step: which.
-        logprobs, prompt_logprobs: `ops.Logprobs`, or `None`, once it has ended.
-        states: float32 [rows of `step.embedding`, H], or `None`, once it has ended.
     """
 
     step: Step
-    logprobs: Any
-    prompt_logprobs: Any
-    states: Any
+
+    @property
+    def logprobs(self) -> Any:
+        """`ops.Logprobs` of tokens drawn, or `None`, once it has ended."""
+
+    @property
+    def prompt_logprobs(self) -> Any:
+        """The same of prompts."""
+
+    @property
+    def states(self) -> Any:
+        """Float32 [rows of `step.embedding`, H], or `None`, once it has ended."""
 
     def tokens(self) -> list[int]:
         """Wait for it and return the tokens of its rows that draw, -1 where logits were not finite."""
@@ -117,7 +125,7 @@ class Core:
         self._names = None if tokenizer is None else TokenTexts(tokenizer.decode, joined=False)
         self._open: dict[str, _Open] = {}
         self._of: dict[Request, tuple[_Open, Stream]] = {}
-        self._under_way: Launched | None = None
+        self._under_way: deque[Launched] = deque()
         self._news: dict[int, _Open] = {}
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
@@ -126,7 +134,7 @@ class Core:
     @property
     def unfinished(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._open) or self._under_way is not None
+        return bool(self._open or self._under_way)
 
     def stats(self) -> EngineStats:
         """Return how the engine stands."""
@@ -231,19 +239,18 @@ class Core:
             self._end(request, ABORT)
 
     def step(self, *, partial: bool = True) -> list[RequestOutput]:
-        """Launch a step, read the one before it (or this one, if not `ahead`), and return requests that have changed.
+        """Launch a step, read the one before it, or as many before as there are stages (this one, if not `ahead`), and
+        return requests that changed.
 
         Args:
             partial: whether requests that go on are returned as well, as copies of what they are now.
         """
         step = self.scheduler.schedule()
-        launched = None if step is None else self.runner.launch(step, self._masks(step))
-        if self._under_way is not None:
-            self._read(self._under_way, late=not partial)
-        if launched is not None and not self._ahead:
-            self._read(launched, late=not partial)
-            launched = None
-        self._under_way = launched
+        if step is not None:
+            self._under_way.append(self.runner.launch(step, self._masks(step)))
+        most = self.scheduler.limits.stages if self._ahead else 0
+        if self._under_way and (step is None or len(self._under_way) > most):
+            self._read(self._under_way.popleft(), late=not partial)
         news, self._news = self._news, {}
         outputs = []
         for one in news.values():

@@ -19,7 +19,7 @@ def captures(runner: Runner, config: EngineConfig) -> bool:
         UnsupportedError: they are insisted on and not possible.
     """
     why = "not asked for" if config.cuda_graph is False else _waits(runner)
-    everywhere = runner.ranks.least(int(not why), runner.device)
+    everywhere = runner.everyone.least(int(not why), runner.device)
     if everywhere and not runner.repeats:
         return True
     runner.eager_reason = why or "another rank waits for its device in a step"

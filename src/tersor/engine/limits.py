@@ -20,6 +20,7 @@ class Limits:
             every row that draws, a step never gives more than `max_rows` beside them.
         context: tokens of a text at most.
         share_prefixes: whether requests find pages of other ids; continuations of one prompt always share.
+        stages: of the model; as many steps are under way when one is planned (`turns`).
     """
 
     pages: int
@@ -29,6 +30,7 @@ class Limits:
     max_prompt_logits: int = 1024
     context: int
     share_prefixes: bool = True
+    stages: int = 1
 
     def __post_init__(self) -> None:
         if self.pages < 2 or self.page_size < 1:

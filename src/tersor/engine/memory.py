@@ -69,7 +69,7 @@ def make_pages(runner: Runner, config: EngineConfig) -> int:
     else:
         free, step = _room(runner, config, graphs)
         pages = (free if config.kv_bytes is None else min(config.kv_bytes, free)) // each
-    pages = runner.ranks.least(pages, device)
+    pages = runner.everyone.least(pages, device)
     while True:
         if pages < SCRATCH:
             raise TersorError(
@@ -80,10 +80,11 @@ def make_pages(runner: Runner, config: EngineConfig) -> int:
         if not graphs:
             return pages
         runner.capture()
-        left = runner.ranks.least(_left(device, config) - step, device)
-        if left >= 0:
+        left = _left(device, config) - step
+        fewer = runner.everyone.least(pages + min(left // each, 0), device)
+        if fewer == pages:
             return pages
-        pages -= -(left // each)
+        pages = fewer
 
 
 def _room(runner: Runner, config: EngineConfig, graphs: bool) -> tuple[int, int]:
@@ -95,7 +96,7 @@ def _room(runner: Runner, config: EngineConfig, graphs: bool) -> tuple[int, int]
     before = torch.cuda.memory_allocated(device)
     runner.rehearse(config.max_step_tokens)
     torch.cuda.synchronize(device)
-    step = torch.cuda.max_memory_allocated(device) - before
+    step = torch.cuda.max_memory_allocated(device) - before + runner.passed_bytes(config.max_step_tokens)
     room, sizes = 0, runner.sizes() if graphs else []
     if sizes:
         runner.capture(sizes[:1])

@@ -24,18 +24,19 @@ MakeEngine = Callable[[int], BatchEngine]
 class Processes:
     """Engines in processes of their own; a `BatchEngine` itself. To be closed, or used as a context."""
 
-    def __init__(self, make: MakeEngine, count: int, *, restarts: int = RESTARTS) -> None:
+    def __init__(self, make: MakeEngine, count: int, *, restarts: int = RESTARTS, parents: bool = False) -> None:
         """Start the processes; their engines are made when they are there.
 
         Args:
             make: makes the engine of each.
             count: how many.
             restarts: how often each is started again after it was lost.
+            parents: whether an engine starts processes of its own; those end with it.
         """
         if count < 1:
             raise InputError(f"processes of a batch are {count}: they must be at least 1")
         self.count = count
-        self._make, self._restarts = make, [restarts] * count
+        self._make, self._restarts, self._parents = make, [restarts] * count, parents
         self._context: Any = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
         self._stop = self._context.Event()
         self._links: dict[int, Connection] = {}
@@ -99,7 +100,8 @@ class Processes:
 
     def _start(self, worker: int) -> None:
         ours, theirs = self._context.Pipe()
-        child = self._context.Process(target=_serve, args=(theirs, self._make, worker, self._stop), daemon=True)
+        arguments = (theirs, self._make, worker, self._stop)
+        child = self._context.Process(target=_serve, args=arguments, daemon=not self._parents)
         child.start()
         theirs.close()
         self._links[worker], self._children[worker] = ours, child

@@ -57,6 +57,7 @@ class Request:
         publish_at: the next page is full, and can be shown to others, when so many tokens are computed.
         announced: digests of pages that it is computing and that others may wait for.
         logits_from: first token of the prompt, its last one left out, whose logits are still to be given, or `None`.
+        turn: the last step that it had a row in, by the number of those before it.
         waited_for: pages that it has waited for another to compute.
         most_pages: that it can ever need.
         expected_pages: that it needs for the expected tokens.
@@ -89,6 +90,7 @@ class Request:
     publish_at: int = NEVER
     announced: list[bytes] = field(default_factory=list)
     logits_from: int | None = None
+    turn: int = 0
     waited_for: int = 0
     most_pages: int = 0
     expected_pages: int = 0

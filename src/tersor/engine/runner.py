@@ -1,17 +1,16 @@
 """From a step to tokens: its tensors, the forward, and a CUDA graph for every padded number of few rows that decode.
 
-Where several ranks compute a model, the first tells the others what it launches (`orders`), and they launch the same;
-it alone draws, since it alone has a sampler, and tokens go to the others on the device. Nothing here waits for the
-device but `Launched.tokens`: a step is launched while the host has not read the one before, and takes the tokens that
-it drew from where the device keeps them, a slot a request.
+Where several ranks compute a model, the first tells the others what it launches (`orders`), and they launch the same.
+One of them draws, the first of the last stage, since it alone has a sampler, and tokens go to the others on the device.
+Nothing here waits for the device but `Launched.tokens`: a step is launched while the host has not read the one before,
+and takes the tokens that it drew from where the device keeps them, a slot a request. With several stages as many steps
+are under way: each begins when those ahead of it are in later stages (`returns`).
 """
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,12 @@ import torch
 
 from tersor import ops
 from tersor.engine.captured import Captured, Repeated, capture, repeated
+from tersor.engine.launched import Drawn, Launched
 from tersor.engine.orders import END, Line, Order
 from tersor.engine.request import Step
+from tersor.engine.returns import Returns
 from tersor.engine.sampler import Sampler
+from tersor.engine.sampler_news import Teller
 from tersor.engine.shared_pages import SharedPages, shared_pages
 from tersor.engine.step_buffer import Layout, fill, most_tokens, prompt_places, rows_on
 from tersor.errors import TersorError
@@ -30,9 +32,12 @@ from tersor.models import Decoder
 from tersor.ops.attention_form import PAGE, PagedCache
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.serve_attention import sharing_costs
+from tersor.ops.stages import ONE, Stages
 
 IN_FLIGHT = 3
-"""Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
+"""Steps whose buffers the host does not touch: one runs, one waits, one is being written; and one more a stage."""
+
+
 GRAPH_ROWS = 256
 """Rows of the largest captured step. Larger ones run without a graph: the device is busy with one of them for longer
 than the host needs for the launches of the next, and each graph would cost start-up time and memory."""
@@ -43,41 +48,6 @@ def padded_rows(most: int) -> list[int]:
     most = min(most, GRAPH_ROWS)
     sizes = [1, 2, 4, *range(8, 33, 8), *range(48, 129, 16), *range(160, GRAPH_ROWS, 32)]
     return [*(size for size in sizes if size < most), most]
-
-
-@dataclass(slots=True)
-class Launched:
-    """A step that is under way.
-
-    Attributes:
-        step: which.
-        drawn: int64 [rows that draw], on the host once `event` has come.
-        logprobs: of the tokens drawn, where a row asks for them.
-        prompt_logprobs: of tokens of prompts, in the order of rows and of their tokens, where a row asks for them.
-        states: float32 [rows of `step.embedding`, H]: their last states, where there are such rows.
-        event: `None` on a CPU.
-        ranks: that computed it.
-    """
-
-    step: Step
-    drawn: torch.Tensor
-    logprobs: ops.Logprobs | None
-    prompt_logprobs: ops.Logprobs | None
-    states: torch.Tensor | None
-    event: torch.cuda.Event | None
-    ranks: Ranks
-
-    def tokens(self) -> list[int]:
-        """Wait for the step and return the tokens of its rows that draw; -1 where logits were not finite.
-
-        Raises:
-            LostError: a rank is gone.
-        """
-        if self.event is not None:
-            self.event.synchronize()
-        self.ranks.check()
-        found: list[int] = self.drawn.tolist()
-        return found
 
 
 class Runner:
@@ -104,21 +74,24 @@ class Runner:
         kv_dtype: torch.dtype | None = None,
         ranks: Ranks = ALONE,
         line: Line | None = None,
+        stages: Stages = ONE,
     ) -> None:
         """Make a runner without pages.
 
         Args:
-            decoder: the model.
-            sampler: with `max_rows + 1` slots; `None` but on the first rank.
+            decoder: the model, or a stage of it.
+            sampler: with `max_rows + 1` slots, on the rank that draws; on the first rank a `Teller` where another one
+                draws; else `None`.
             max_rows: requests of a step at most.
             max_length: tokens of a text at most.
             kv_dtype: of pages; that of the model's activations unless given.
-            ranks: that compute the model together.
-            line: from the first of them to the others, where there are several.
+            ranks: that compute the stage together.
+            line: from the first of all ranks to the others, where there are several.
+            stages: of the model.
         """
         self.decoder, self.sampler, self.device = decoder, sampler, decoder.device
         self.max_rows, self.max_length = max_rows, max_length
-        self.ranks, self._line = ranks, line
+        self.ranks, self.stages, self._line = ranks, stages, line
         self.kv_dtype = kv_dtype or decoder.dtype
         self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
@@ -131,15 +104,28 @@ class Runner:
         self.costs = sharing_costs(forms, self._pages * PAGE, decoder.dtype, self.kv_dtype, decoder.device)
         self._lines = np.zeros((max_rows, self._pages), dtype=np.int32)
         self._newest = torch.zeros(max_rows + 1, dtype=torch.int64, device=self.device)
+        away = stages.first and not stages.last
+        self._returns = Returns(stages, ranks, self._newest, decoder.config.hidden) if away else None
         self._staging: list[torch.Tensor] = []
         self._turn = 0
         self._side: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._slots = self._newest.new_empty(0, dtype=torch.int32)  # of the step that was run last
+
+    @property
+    def everyone(self) -> Ranks:
+        """All ranks of the model: what they have to agree on."""
+        return self.ranks if self.stages.count == 1 else self.stages.everyone
 
     def page_bytes(self) -> int:
         """Return bytes of a page, of all layers together."""
         caches = self.decoder.caches(1, self.kv_dtype)
         return sum(one.pages.nbytes + (0 if one.scales is None else one.scales.nbytes) for one in caches)
+
+    def passed_bytes(self, tokens: int) -> int:
+        """Return bytes of states on their way to the next stage, of steps of so many tokens, beside those of a step."""
+        steps = 0 if self.stages.last else self.stages.count + 1
+        return steps * tokens * self.decoder.config.hidden * self.decoder.dtype.itemsize
 
     def allocate(self, pages: int) -> None:
         """Make `pages` pages, of which page 0 is for padding; those there were go, and graphs with them."""
@@ -165,8 +151,10 @@ class Runner:
         for layout in (Layout(tokens, few, self._pages), Layout(1, self.max_rows, self._pages, shares)):
             views = layout.split(torch.zeros(layout.size, dtype=torch.int32, device=self.device))
             views["slots"].fill_(self.max_rows)
-            logits, _, lengths = self._logits(views, layout.rows, (most, most, self._pages * PAGE))
-            self._draw(logits, views, lengths, False)
+            given = None if self.stages.first else self._given(layout.tokens).zero_()
+            made, _, lengths = self._made(views, layout.rows, (most, most, self._pages * PAGE), given=given)
+            if self.stages.last:
+                self._draw(made, views, lengths, False)
 
     @torch.inference_mode()
     def launch(self, step: Step, masks: Mapping[int, torch.Tensor] | None = None) -> Launched:
@@ -187,36 +175,53 @@ class Runner:
                 self._lines[request.slot, : len(request.pages)] = request.pages
         assert self.sampler is not None, "the first rank alone launches steps"
         self.sampler.prepare(step, masks)
+        news = self.sampler.news() if isinstance(self.sampler, Teller) else None
         size, most = self._graph_size(step), (1, 1)
         shared = self._shared(step, size or len(step.rows))
-        captured = None if size is None else (self.graphs if shared is None else self.sharing)[size]
-        places, targets, asks = ([], [], []) if captured else prompt_places(step)
-        if captured is not None:
-            layout = captured.layout
+        behind: list[list[int]] = [[], [], [], []]
+        if size is not None:
+            layout = (self.graphs if shared is None else self.sharing)[size].layout
         else:
+            behind = [*prompt_places(step), step.embedding]
             longest = max(row.start + row.count for row in step.rows)
             most = most_tokens(step)
             layout = Layout(step.tokens, len(step.rows), -(-longest // PAGE), shared is not None)
         order = Order(
-            graph=layout.rows if captured else 0,
+            graph=layout.rows if size is not None else 0,
             tokens=layout.tokens,
             rows=layout.rows,
             pages=layout.pages,
             shares=int(layout.shares),
             draws=len(step.drawing),
-            more=len(places),
+            more=len(behind[0]),
+            embeds=len(behind[3]),
+            news=0 if news is None else len(news),
+            logprobs=int(size is None and any(row.request.params.logprobs is not None for row in step.drawing)),
+            kept=0,
             most_queries=most[0],
             most_few=most[1],
             most_length=layout.pages * PAGE,
         )
         staged = self._stage(order.size)
-        fill(staged.numpy()[: layout.size], layout, step, self._lines, self.max_rows, shared)
-        staged.numpy()[layout.size :] = places
+        numbers = staged.numpy()
+        fill(numbers[: layout.size], layout, step, self._lines, self.max_rows, shared)
+        if size is None:
+            numbers[layout.size : order.size - order.news] = [number for part in behind for number in part]
+        if news is not None:
+            staged[order.size - order.news :] = news
+        if self._returns is not None:
+            order = order._replace(kept=self._returns.needed(layout.split(numbers[: layout.size])["tokens"]))
         if self._line is not None:
             self._line.tell(order, staged)
-        if captured is not None:
-            return self._publish(step, captured.replay(staged)[: order.draws])
-        return self._publish(step, *self._eager(step, order, staged, targets, asks))
+        drawn = self._run(order, staged)
+        if self._returns is not None:
+            launched = self._returns.begin(order, self._slots[: order.draws], step)
+            assert launched is not None
+            return launched
+        assert drawn is not None, "who draws is the first rank"
+        launched = Launched(step, self.ranks)
+        launched.publish(drawn)
+        return launched
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -229,12 +234,12 @@ class Runner:
         while (order := self._line.order()) != END:
             staged = self._stage(order.size)
             self._line.read(staged)
-            if order.graph:
-                (self.sharing if order.shares else self.graphs)[order.graph].replay(staged)
-                continue
-            logits, _, views, lengths = self._wanted(order, staged)
-            if order.draws:
-                self._draw(logits[: order.draws], views, lengths[: order.draws], False)
+            drawn = self._run(order, staged)
+            if self._returns is not None:
+                self._returns.begin(order, self._slots[: order.draws])
+            elif drawn is not None:
+                for tensor in drawn.tensors():
+                    self.stages.give_back(tensor.clone() if order.graph else tensor)
 
     def _graph_size(self, step: Step) -> int | None:
         """Return the rows of the captured step that serves one, if it only decodes and there is one."""
@@ -252,73 +257,95 @@ class Runner:
         full = np.fromiter((row.start // PAGE for row in decoding), np.int32, len(decoding))
         return shared_pages(self._lines[[row.request.slot for row in decoding]], full, rows, self.costs)
 
-    def _eager(
-        self, step: Step, order: Order, staged: torch.Tensor, targets: list[int], asks: list[int]
-    ) -> tuple[torch.Tensor, ops.Logprobs | None, ops.Logprobs | None, torch.Tensor | None]:
-        """Run a step that is no graph; return tokens, their log probabilities, those of prompts, and last states."""
-        draws = order.draws
-        logits, states, views, lengths = self._wanted(order, staged)
-        read = None
-        if targets:
-            of_targets, of_asks = (
-                torch.tensor(numbers, dtype=dtype).to(self.device, non_blocking=True)
-                for numbers, dtype in ((targets, torch.int64), (asks, torch.int32))
-            )
-            read = ops.logprobs(logits[draws:], of_targets, of_asks)
-        if not draws:
-            return torch.empty(0, dtype=torch.int64, device=self.device), None, read, None
-        asked = any(row.request.params.logprobs is not None for row in step.drawing)
-        drawn, logprobs = self._draw(logits[:draws], views, lengths[:draws], asked)
-        embedding = step.embedding
-        if not embedding:
-            return drawn, logprobs, read, None
-        wanted = torch.tensor(embedding).to(self.device, non_blocking=True)
-        return drawn, logprobs, read, states.index_select(0, wanted).float()
-
-    def _wanted(
-        self, order: Order, staged: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Run the model on a step that is no graph; return logits and states where wanted, its arrays, lengths."""
+    def _run(self, order: Order, staged: torch.Tensor) -> Drawn | None:
+        """Run a step on this rank, and pass on what is for the next stage; return what was drawn, if that is here."""
+        if self._returns is not None:
+            self._returns.keep(order.kept)
+        if order.news and self.sampler is not None and self.stages.last:
+            self.sampler.read(order.split(staged)["news"])
+        if order.graph:
+            captured = (self.sharing if order.shares else self.graphs)[order.graph]
+            if captured.given is not None:
+                self.stages.take(captured.given)
+            made = captured.replay(staged[: captured.layout.size])
+            if self._returns is not None:
+                self._slots = captured.slots
+            if self.stages.last:
+                return None if self.sampler is None else Drawn(made[: order.draws])
+            self.stages.pass_on(made.clone())  # the next replay writes there
+            return None
         numbers = staged.to(self.device, non_blocking=True)
-        views = order.layout.split(numbers)
+        views, behind = order.layout.split(numbers[: order.layout.size]), order.split(numbers)
+        self._slots = views["slots"]
         if order.more:
-            views["places"] = torch.cat([views["places"][: order.draws], numbers[order.layout.size :]])
-        logits, states, lengths = self._logits(views, order.draws + order.more, order.most)
-        return logits, states, views, lengths
+            views["places"] = torch.cat([views["places"][: order.draws], behind["places"]])
+        given = None if self.stages.first else self.stages.take(self._given(order.tokens))
+        made, states, lengths = self._made(views, order.draws + order.more, order.most, given=given)
+        if self.stages.last:
+            return self._drawn(order, made, states, views, lengths, behind)
+        self.stages.pass_on(made)
+        return None
+
+    def _drawn(
+        self,
+        order: Order,
+        logits: torch.Tensor,
+        states: torch.Tensor,
+        views: dict[str, torch.Tensor],
+        lengths: torch.Tensor,
+        behind: dict[str, torch.Tensor],
+    ) -> Drawn | None:
+        """Draw the tokens of a step that is no graph; return them with what was asked beside, where they are drawn."""
+        draws, here, read = order.draws, self.sampler is not None, None
+        if here and order.more:
+            read = ops.logprobs(logits[draws:], behind["targets"].long(), behind["asks"])
+        if not draws:
+            tokens = torch.empty(0, dtype=torch.int64, device=self.device)
+            return Drawn(tokens, None, read) if here else None
+        tokens, logprobs = self._draw(logits[:draws], views, lengths[:draws], here and bool(order.logprobs))
+        last = states.index_select(0, behind["embeds"]).float() if here and order.embeds else None
+        return Drawn(tokens, logprobs, read, last) if here else None
+
+    def _given(self, tokens: int) -> torch.Tensor:
+        """Return memory for the states that the stage ahead passes on."""
+        return torch.empty(tokens, self.decoder.config.hidden, dtype=self.decoder.dtype, device=self.device)
 
     def _stage(self, size: int) -> torch.Tensor:
         """Return memory of the host for a step's buffer that no copy reads any more."""
-        self._turn = (self._turn + 1) % IN_FLIGHT
-        while len(self._staging) < IN_FLIGHT:
+        several = IN_FLIGHT + self.stages.count - 1
+        self._turn = (self._turn + 1) % several
+        while len(self._staging) < several:
             self._staging.append(torch.empty(0, dtype=torch.int32))
         if self._staging[self._turn].numel() < size:
             pinned = self.device.type == "cuda"
             self._staging[self._turn] = torch.empty(2 * size, dtype=torch.int32, pin_memory=pinned)
         return self._staging[self._turn][:size]
 
-    def _logits(
+    def _made(
         self,
         views: dict[str, torch.Tensor],
         count: int,
         most: tuple[int, int, int],
         everywhere: bool = False,
+        given: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the model; return logits [count, V], last states [count, H] and lengths of texts, int32 [count].
 
-        All are of the first places; of all tokens in their order where they are wanted `everywhere`.
-        `most` is that of `Order`.
+        All are of the first places; of all tokens in their order where they are wanted `everywhere`. A stage that is
+        not the last returns the states of all tokens twice. `most` is that of `Order`, `given` what was passed on.
         """
         places = views["places"][:count]
         tokens, lengths = ops.resolve(views["tokens"], self._newest, views["starts"], views["lengths"], places)
         rows = rows_on(views, *most)
         with ops.using(workspace=self.workspace):
-            states = self.decoder.states(tokens, rows, self.caches, None if everywhere else places)
-            return self.decoder.logits(states), states, lengths
+            before = tokens if given is None else given
+            states = self.decoder.states(before, rows, self.caches, None if everywhere else places)
+            return self.decoder.logits(states) if self.stages.last else states, states, lengths
 
     def _draw(
         self, logits: torch.Tensor, views: dict[str, torch.Tensor], lengths: torch.Tensor, logprobs: bool
     ) -> tuple[torch.Tensor, ops.Logprobs | None]:
-        """Draw the tokens of rows of so many tokens by logits [S, V], and keep them for the next step."""
+        """Draw the tokens of rows of so many tokens by logits [S, V]; of one stage, keep them for the next step."""
         count = len(logits)
         slots, found = views["slots"][:count], None
         if self.sampler is None:
@@ -327,37 +354,15 @@ class Runner:
             drawn, found = self.sampler.draw_with_logprobs(logits, slots, lengths)
         else:
             drawn = self.sampler.draw(logits, slots, lengths)
-        drawn = self.ranks.from_first(drawn)
-        ops.keep(self._newest, slots, drawn)
+        if self.stages.count == 1:
+            drawn = self.ranks.from_first(drawn)
+            ops.keep(self._newest, slots, drawn)
         return drawn, found
 
-    def _decode(self, views: dict[str, torch.Tensor], count: int) -> torch.Tensor:
-        """Run a step of `count` rows of one token each, as a graph holds it; return the tokens drawn."""
-        logits, _, lengths = self._logits(views, count, (1, 1, self._pages * PAGE), everywhere=True)
-        return self._draw(logits, views, lengths, False)[0]
-
-    def _publish(
-        self,
-        step: Step,
-        drawn: torch.Tensor,
-        logprobs: ops.Logprobs | None = None,
-        prompt_logprobs: ops.Logprobs | None = None,
-        states: torch.Tensor | None = None,
-    ) -> Launched:
-        """Begin to copy what a step gave to the host."""
-        if self.device.type != "cuda":
-            return Launched(step, drawn.clone(), logprobs, prompt_logprobs, states, None, self.ranks)
-
-        def copied(tensor: torch.Tensor) -> torch.Tensor:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            return host.copy_(tensor, non_blocking=True)
-
-        of_drawn, of_prompts = (
-            None if one is None else ops.Logprobs(*map(copied, one)) for one in (logprobs, prompt_logprobs)
-        )
-        host, of_states, event = copied(drawn), None if states is None else copied(states), torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return Launched(step, host, of_drawn, of_prompts, of_states, event, self.ranks)
+    def _decode(self, views: dict[str, torch.Tensor], count: int, given: torch.Tensor | None = None) -> torch.Tensor:
+        """Run a step of `count` rows of one token each, as a graph holds it; return tokens drawn, or what is passed."""
+        made, _, lengths = self._made(views, count, (1, 1, self._pages * PAGE), everywhere=True, given=given)
+        return self._draw(made, views, lengths, False)[0] if self.stages.last else made
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] = ()) -> None:
@@ -373,26 +378,21 @@ class Runner:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
         started = time.perf_counter()
-        if self.repeats:
-            make: Callable[[Layout], Captured | Repeated] = functools.partial(
-                repeated, decode=self._decode, device=self.device
-            )
-        else:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._side = self._side or torch.cuda.Stream(self.device)
-            make = functools.partial(
-                capture,
-                decode=self._decode,
-                spare=self.max_rows,
-                side=self._side,
-                pool=self._pool,
-                # The thread in which NCCL watches its calls may ask for their events meanwhile.
-                mode="global" if self.ranks.count == 1 else "thread_local",
-                streamed=self.decoder.streamed,
-            )
         for size in sorted(sizes or self.sizes(), reverse=True):
-            self.graphs[size] = make(Layout(size, size, self._pages))
+            self.graphs[size] = self._replayed(Layout(size, size, self._pages))
             if self.costs is not None and size >= LEAST_ROWS and not ops.batch_invariant():
-                self.sharing[size] = make(Layout(size, size, self._pages, shares=True))
+                self.sharing[size] = self._replayed(Layout(size, size, self._pages, shares=True))
         self.graphs = dict(sorted(self.graphs.items()))
         self.capture_seconds += time.perf_counter() - started
+
+    def _replayed(self, layout: Layout) -> Captured | Repeated:
+        """Return a step as a graph, or one that is launched anew where the host brings weights in it."""
+        if self.repeats:
+            return repeated(layout, self._decode, self.device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        side = self._side = self._side or torch.cuda.Stream(self.device)
+        # The thread in which NCCL watches its calls may ask for their events meanwhile.
+        mode = "global" if self._line is None else "thread_local"
+        given, streamed = None if self.stages.first else self._given(layout.tokens).zero_(), self.decoder.streamed
+        made = self._decode
+        return capture(layout, made, given, streamed, spare=self.max_rows, side=side, pool=self._pool, mode=mode)

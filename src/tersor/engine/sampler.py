@@ -234,11 +234,14 @@ class Sampler:
         for slot in [row.request.slot for row in rows] if masks or self._masked else ():
             mask = masks.get(slot)
             if mask is not None:
-                self._bits[slot].copy_(mask, non_blocking=True)
+                self._allow_some(slot, mask)
             if (slot in self._masked) != (mask is not None):
                 view[slot], changed = -1 if mask is None else slot, True
                 self._masked ^= {slot}
         return changed
+
+    def _allow_some(self, slot: int, mask: torch.Tensor) -> None:
+        self._bits[slot].copy_(mask, non_blocking=True)
 
     def _update(self, rows: Sequence[Drawing]) -> _Changes:
         """Bring the lists of rows up to date, and return what the device does not have of them."""
@@ -290,15 +293,36 @@ class Sampler:
         staged = memory.numpy()
         staged[:head] = self._host
         changes.write(staged[head:].reshape(4, count))
-        if not count:
+        self._take(memory, event)
+
+    def _take(self, memory: torch.Tensor, event: torch.cuda.Event | None) -> None:
+        """Copy what `_send` made to the device."""
+        head = len(self._host)
+        if len(memory) == head:
             self._there.copy_(memory, non_blocking=True)
         else:
             sent = memory.to(self.device, non_blocking=True)
             self._there.copy_(sent[:head])
-            numbers = sent[head:].view(4, count)
+            numbers = sent[head:].view(4, -1)
             self._list.index_copy_(1, numbers[0].long(), numbers[1:])
         if event is not None:
             event.record(torch.cuda.current_stream(self.device))
+
+    def read(self, news: torch.Tensor) -> None:
+        """Take what a `sampler_news.Teller` says ahead of a step, as `prepare` would.
+
+        Args:
+            news: int32 [N], on the host.
+        """
+        self._filters, self._masks, self._penalties = (bool(one) for one in news[:3].tolist())
+        self._used, masks = news[3:5].tolist()
+        words, at = self._bits.shape[1], 5
+        for _ in range(masks):
+            self._allow_some(int(news[at]), news[at + 1 : at + 1 + words])
+            at += 1 + words
+        if len(news) > at:
+            memory, event = self._stage(len(news) - at)
+            self._take(memory.copy_(news[at:]), event)
 
     def _stage(self, size: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Return memory of the host that no copy reads any more, and what says when one has read it."""

@@ -1,6 +1,6 @@
 """Which tokens of which requests does the next step compute? A state machine that knows neither torch nor a device.
 
-    step = scheduler.schedule()          # of step N + 1
+    step = scheduler.schedule()          # of step N + 1, or with P stages N + P
     scheduler.finish(before, drawn)      # the tokens that step N drew
 
 Batching is continuous (Orca, OSDI 2022) over pages (PagedAttention, arXiv 2309.06180), with prompts in chunks beside
@@ -29,6 +29,7 @@ from tersor.engine.outputs import ABORT, LENGTH, STOP
 from tersor.engine.pages import Pages
 from tersor.engine.prefix import PrefixCache
 from tersor.engine.request import GONE, LEAVING, NEVER, PREEMPTED, RUNNING, Request, Row, Step
+from tersor.engine.turns import Turns
 from tersor.engine.waiting import Order, by_priority
 from tersor.errors import InputError, TersorError
 
@@ -64,7 +65,7 @@ class Scheduler:
         self.steps: deque[Step] = deque()
         self.unfinished = 0
         self.prompt_tokens = self.cached_tokens = self.drawn_tokens = self.preemptions = 0
-        self._order, self._arrivals = order, 0
+        self._order, self._arrivals, self._turns = order, 0, Turns(limits.stages)
         self._live: dict[str, list[Request]] = {}
         self._slots = list(range(limits.max_rows - 1, -1, -1))
         self._stale = False  # whether one that is not running may be in `running`
@@ -152,7 +153,7 @@ class Scheduler:
         self._victims = None
         step, waiting = Step(), len(self.admission.preempted)
         rows, prompts = step.rows, []
-        for request in self.running:
+        for request in self._turns.next(self.running):
             start = request.computed
             if request.state != RUNNING:
                 continue
@@ -180,6 +181,7 @@ class Scheduler:
             return None
         step.preempted, self._preempted = self._preempted, []
         self.steps.append(step)
+        self._turns.made += 1
         return step
 
     def finish(self, step: Step, drawn: Sequence[int]) -> list[int]:
@@ -286,7 +288,7 @@ class Scheduler:
             step.prompt_logits += logits
         row = Row(request, start, count, logits, draws)
         step.rows.append(row)
-        request.computed = end
+        request.computed, request.turn = end, self._turns.made
         request.in_flight += 1
         if draws:
             step.drawing.append(row)
@@ -304,7 +306,7 @@ class Scheduler:
         alone = not having and not self.leaving
         while budget and self._slots:
             entry = self.admission.next(reserved, alone=alone)
-            if entry is None:
+            if entry is None or entry[0].length > entry[0].known:  # its newest token is in the slot that it had
                 break
             request, found = entry
             self.admission.begin(request, found)
@@ -373,9 +375,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take a running request's pages; what it has drawn, or draws in a step under way, is kept."""
         self._free(request)
-        request.state = PREEMPTED
-        request.computed = 0
-        request.publish_at = NEVER
+        request.state, request.computed, request.publish_at = PREEMPTED, 0, NEVER
         self.admission.add(request)
         self.preemptions += 1
         self._stale = True

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
@@ -29,9 +30,11 @@ from tersor.engine.config import EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
-from tersor.models.load import check_cut
+from tersor.models.load import check_placed
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.one_shot import OneShot, reachable
+from tersor.ops.stages import ONE, Stages
+from tersor.planner.placement import Place, Placement
 
 _HOST = "127.0.0.1"
 _IDLE = timedelta(days=3650)
@@ -44,19 +47,52 @@ _LEFT_ALONE = 3
 """Exit status of a rank that ended because another did."""
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """How one rank is connected to the others.
+
+    Attributes:
+        device: its own.
+        place: where it is in the model; `None` is alone.
+        ranks: those of its stage.
+        stages: of the model, and all of their ranks.
+        line: from the first of all ranks to the others; `None` with one.
+    """
+
+    device: torch.device
+    place: Place | None = None
+    ranks: Ranks = ALONE
+    stages: Stages = ONE
+    line: Line | None = None
+
+    def leave(self, made: bool = True) -> None:
+        """Let go of all groups, and of torch.distributed where it was not there before; nothing happens alone."""
+        if self.place is None:
+            return
+        if made:
+            distributed.destroy_process_group()
+        self.ranks.close()
+        if self.stages.count > 1:
+            self.stages.close()
+        if self.line is not None:
+            self.line.close()
+
+    def abort(self) -> None:
+        """Have nobody wait for other ranks on this rank's GPU any more; any thread may ask."""
+        for one in (self.ranks, self.stages.everyone, self.stages):
+            one.abort()
+
+
 class Team:
     """The ranks of a model, seen from one of them. To be closed.
 
     Attributes:
-        ranks: who they are.
-        device: of this rank.
-        line: from the first to the others; `None` with one rank.
+        seat: of this rank.
+        first: whether it is the first of all, which has the requests.
     """
 
-    def __init__(
-        self, ranks: Ranks, device: torch.device, line: Line | None = None, end: Callable[[], None] = lambda: None
-    ) -> None:
-        self.ranks, self.device, self.line = ranks, device, line
+    def __init__(self, seat: Seat, first: bool = True, end: Callable[[], None] = lambda: None) -> None:
+        self.seat, self.first = seat, first
         self._calls = [end]
         self._finalizer = weakref.finalize(self, _call, self._calls)
 
@@ -75,116 +111,148 @@ def _call(calls: list[Callable[[], None]]) -> None:
     calls.clear()
 
 
-def check_first(config: EngineConfig, what: str) -> None:
-    """Hold that torchrun did not start the ranks of a model: each of them would do what the first alone is to do.
+def by_torchrun(config: EngineConfig) -> bool:
+    """Tell whether torchrun started the ranks of a model, where there are several."""
+    return config.ranks > 1 and distributed.is_torchelastic_launched()
+
+
+def follows(config: EngineConfig) -> bool:
+    """Tell whether torchrun started this process as a rank that only computes: it makes the model, and nothing else.
 
     Args:
         config: of the engine.
-        what: is done, for the error.
-
-    Raises:
-        InputError: it did.
     """
-    if config.tensor_parallel > 1 and distributed.is_torchelastic_launched():
-        raise InputError(f"{what} starts the ranks of its model itself, and torchrun started this process")
+    if not by_torchrun(config):
+        return False
+    if not distributed.is_initialized():
+        _join(resolve_device(config.device))
+    return distributed.get_rank() > 0
+
+
+_JOINED: list[ProcessGroup | None] = []
+"""The group of all processes of torchrun, where it was made here."""
+
+
+def _join(device: torch.device) -> None:
+    distributed.init_process_group(_backend(device))
+    _JOINED.append(distributed.group.WORLD)
 
 
 def gather(config: EngineConfig, source: Source) -> Team:
     """Return the ranks of a model; under torchrun every rank calls this, and else the first one alone.
 
     Args:
-        config: of the engine; `tensor_parallel` says how many ranks there are.
+        config: of the engine, which says how many ranks there are.
         source: the checkpoint.
 
     Raises:
         InputError: there are not so many processes of torchrun, or GPUs.
-        ShapeError: the model cannot be cut for so many ranks.
+        ShapeError: the model cannot be placed so.
         TersorError: a rank cannot be started.
     """
-    count, device = config.tensor_parallel, resolve_device(config.device)
+    count, device, said = config.ranks, resolve_device(config.device), config.ranks_said
     if count == 1:
-        return Team(ALONE, device)
-    if device.index is not None:
-        raise InputError(f"device {config.device!r} is one GPU, and tensor_parallel is {count}: use cuda")
-    if device.type == "cuda" and torch.cuda.device_count() < count:
-        raise InputError(f"tensor_parallel is {count}, and there are {torch.cuda.device_count()} CUDA GPUs here")
+        return Team(Seat(device))
     if distributed.is_torchelastic_launched():
-        return _of_torchrun(count, device)
+        return joined(config, check_placed(source, config.placed), device)
+    if device.type == "cuda" and torch.cuda.device_count() < (device.index or 0) + count:
+        since = "" if device.index is None else f", from {device} on"
+        raise InputError(f"{said}{since}, and there are {torch.cuda.device_count()} CUDA GPUs here")
     if distributed.is_initialized():
-        raise InputError("torch.distributed is in use in this process, as by another model with tensor_parallel")
+        raise InputError("torch.distributed is in use in this process, as by another model of several ranks")
     if multiprocessing.current_process().daemon:
-        raise InputError(f"tensor_parallel is {count}: a process of a batch cannot start processes of its own")
-    check_cut(source, count)
-    children = _Children(count, replace(config, device=device.type), source.directory)
+        raise InputError(f"{said}: a daemon process cannot start processes of its own")
+    placement = check_placed(source, config.placed)
+    children = _Children(config.settled(str(device), placement), source.directory)
     try:
         children.greet()
-        ranks, line = _connect(0, count, device, children.store, children.lost)
-        children.watch(ranks if device.type == "cuda" else None)
+        seat = _connect(0, placement, device, children.store, children.lost)
+        children.watch(seat if device.type == "cuda" else None)
     except BaseException:
         children.end()
         raise
 
     def end() -> None:
         children.closing = True
-        with suppress(LostError):  # they have ended
-            line.end()
-        _leave(ranks, line)
+        _say_end(seat)
+        seat.leave()
         children.end()
 
-    return Team(ranks, _own(0, device), line, end)
+    return Team(seat, end=end)
 
 
-def _of_torchrun(count: int, device: torch.device) -> Team:
-    """Return the ranks that torchrun started."""
-    made = not distributed.is_initialized()
-    if made:
-        distributed.init_process_group(_backend(device))
+def _say_end(seat: Seat) -> None:
+    """Have all other ranks end."""
+    assert seat.line is not None
+    with suppress(LostError):  # they have ended
+        seat.line.end()
+
+
+def joined(config: EngineConfig, placement: Placement, device: torch.device) -> Team:
+    """Return the ranks that torchrun started, on this machine or on several; every one of them calls this.
+
+    Args:
+        config: of the engine.
+        placement: of the model.
+        device: of all ranks, by its type.
+
+    Raises:
+        InputError: there are not so many processes, or GPUs.
+    """
+    if not distributed.is_initialized():
+        _join(device)
+    made = distributed.group.WORLD in _JOINED
     rank, found = distributed.get_rank(), distributed.get_world_size()
-    if found != count:
-        raise InputError(f"tensor_parallel is {count}, and torchrun started {found} processes")
-    ranks, line = _connect(rank, count, device, None, lambda _: "")
+    if found != placement.ranks:
+        raise InputError(f"{config.ranks_said}, and torchrun started {found} processes")
+    local = (device.index or 0) + distributed.get_node_local_rank(rank)
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        raise InputError(
+            f"rank {rank} would be on cuda:{local}, and there are {torch.cuda.device_count()} CUDA GPUs here"
+        )
+    seat = _connect(rank, placement, device, None, lambda _: "")
 
     def end() -> None:
         if rank == 0:
-            with suppress(LostError):  # they have ended
-                line.end()
-        _leave(ranks, line, made)
+            _say_end(seat)
+        _JOINED.clear()
+        seat.leave(made)
 
-    return Team(ranks, _own(rank, device), line, end)
-
-
-def _leave(ranks: Ranks, line: Line, made: bool = True) -> None:
-    """Let go of all groups, and of torch.distributed where it was not there before."""
-    if made:
-        distributed.destroy_process_group()
-    ranks.close()
-    line.close()
+    return Team(seat, rank == 0, end)
 
 
 def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _own(rank: int, device: torch.device) -> torch.device:
-    """Return the device of a rank; all ranks are on one machine."""
-    return torch.device("cuda", rank) if device.type == "cuda" else device
-
-
-def _connect(
-    rank: int, count: int, device: torch.device, store: Any, lost: Callable[[float], str]
-) -> tuple[Ranks, Line]:
-    """Connect a rank to all others; without a store they are connected, and their hosts alone are left."""
-    own = _own(rank, device)
-    if own.type == "cuda":
+def _connect(rank: int, placement: Placement, device: torch.device, store: Any, lost: Callable[[float], str]) -> Seat:
+    """Connect a rank to all others; without a store all are connected, and groups of some of them are left."""
+    own, count, place = device, placement.ranks, placement.place(rank)
+    if own.type == "cuda":  # those of one machine have one each, from the given one on
+        local = rank if store is not None else distributed.get_node_local_rank(rank)
+        own = torch.device("cuda", (device.index or 0) + local)
         torch.cuda.set_device(own)
     if store is not None:
         distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
     hosts = distributed.new_group(backend="gloo", timeout=_IDLE)
-    group = distributed.group.WORLD
-    assert group is not None
-    quick = OneShot(group, own, rank, count) if own.type == "cuda" and reachable(rank, count) else None
-    ranks = Ranks(rank, count, group, lost, quick)
-    return ranks, Line(ranks, hosts)
+    world = distributed.group.WORLD
+    assert world is not None
+    group, stages = world, ONE
+    if place.stages > 1:
+        for index in range(place.stages):  # all ranks make the groups of all stages, in one order
+            made = distributed.new_group(list(placement.members(index)))
+            group = made if index == place.index else group
+        onward, back = distributed.new_group(), distributed.new_group()
+        stages = Stages(placement, rank, Ranks(rank, count, world, lost), onward, back)
+    size, quick = place.stage.ranks, None
+    if own.type == "cuda" and size > 1:
+        near = reachable(place.rank, size, own.index - place.rank)
+        if Ranks(place.rank, size, group, lost).least(int(near), own):
+            quick = OneShot(group, own, place.rank, size)
+    ranks = Ranks(place.rank, size, group, lost, quick)
+    stages.greet(rank, own)
+    everyone = ranks if place.stages == 1 else stages.everyone
+    return Seat(own, place, ranks, stages, Line(everyone, hosts, place.stages > 1))
 
 
 class _Children:
@@ -195,7 +263,8 @@ class _Children:
         closing: whether they are to end.
     """
 
-    def __init__(self, count: int, config: EngineConfig, directory: Path) -> None:
+    def __init__(self, config: EngineConfig, directory: Path) -> None:
+        count = config.ranks
         self.store = distributed.TCPStore(_HOST, 0, count, is_master=True, wait_for_workers=False)
         self.closing = False
         self._count, self._reason, self._news = count, "", threading.Event()
@@ -226,9 +295,9 @@ class _Children:
                     'if __name__ == "__main__"?'
                 ) from None
 
-    def watch(self, ranks: Ranks | None) -> None:
-        """Begin to look out for one that ends; ranks of GPUs wait for it no longer."""
-        threading.Thread(target=self._watch, args=(ranks,), name="tersor ranks", daemon=True).start()
+    def watch(self, seat: Seat | None) -> None:
+        """Begin to look out for one that ends; a seat on a GPU waits for it no longer."""
+        threading.Thread(target=self._watch, args=(seat,), name="tersor ranks", daemon=True).start()
 
     def lost(self, seconds: float) -> str:
         """Return which rank is gone, waiting for one to be at most so long; empty if none is."""
@@ -248,7 +317,7 @@ class _Children:
         for link in self._links.values():
             link.close()
 
-    def _watch(self, team: Ranks | None) -> None:
+    def _watch(self, seat: Seat | None) -> None:
         ranks = {link: rank for rank, link in self._links.items()}
         said: dict[int, str] = {}
         ended: list[int] = []
@@ -263,8 +332,8 @@ class _Children:
         first = next((rank for rank in ended if self._code(rank) != _LEFT_ALONE), ended[0])
         self._reason = self._ended(first, said.get(first, ""))
         self._news.set()
-        if team is not None:
-            team.abort()
+        if seat is not None:
+            seat.abort()
 
     def _listen(
         self, ranks: dict[Connection, int], said: dict[int, str], ended: list[int], seconds: float | None
@@ -295,11 +364,12 @@ def _work(link: Connection, rank: int, port: int, config: EngineConfig, director
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
     code = 0
     try:
-        count, device = config.tensor_parallel, torch.device(config.device)
-        store = distributed.TCPStore(_HOST, port, count, is_master=False)
-        ranks, line = _connect(rank, count, device, store, lambda _: "")
+        device = torch.device(config.device)
+        store = distributed.TCPStore(_HOST, port, config.ranks, is_master=False)
+        assert isinstance(config.placement, Placement), "the first rank has settled it"
+        seat = _connect(rank, config.placement, device, store, lambda _: "")
         with open_source(directory) as source:
-            built = build(source, config, _own(rank, device), ranks, line)
+            built = build(source, config, seat.device, seat.ranks, seat.line, seat.stages, seat.place)
         built.runner.follow()
     except LostError:
         code = _LEFT_ALONE

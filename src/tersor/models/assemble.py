@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tersor.layouts import MixedWeight, SparseWeight, TiledSparseWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.models.config import DecoderConfig, Latent, Residual
 from tersor.models.decoder import Attention, Decoder, DecoderLayer
 from tersor.models.latent import LatentAttention
@@ -26,7 +26,7 @@ from tersor.ops.attention_form import PAGE, AttentionForm
 def assemble(
     stored: Stored, config: DecoderConfig, names: Names, context: int, placing: Placing | None = None
 ) -> Decoder:
-    """Return the decoder of `config` with these weights, for texts of up to `context` tokens.
+    """Return the decoder of `config`, or a stage of it, with these weights, for texts of up to `context` tokens.
 
     Args:
         stored: the weights.
@@ -40,30 +40,44 @@ def assemble(
         made = rotary.table(context, stored.device)
         return torch.nn.functional.pad(made, (0, 0, 0, -context % PAGE))  # texts lie in whole pages
 
-    embedding = stored.matrix(names.base + names.embedding)
-    assert not isinstance(embedding, MixedWeight | SparseWeight | TiledSparseWeight), "held by `expected.check`"
+    share, vocabulary = stored.share, stored.share.vocabulary
+    ranks, place = stored.summing("vocabulary"), share.place
+    embedding: torch.Tensor | PackedWeight | None = None
+    if place.first or (place.last and config.tied):
+        matrix = stored.matrix(names.base + names.embedding)
+        assert not isinstance(matrix, MixedWeight | SparseWeight | TiledSparseWeight), "held by `expected.check`"
+        embedding = matrix
     layers, streamed = [], None
-    for index in range(len(config.layers)):
-        layer = _layer(stored, config, names, index, table)
+    for index, form in zip(range(*share.layers), share.forms, strict=True):
+        layer = _layer(stored, config, names, index, form, table)
         layers.append(layer if placing is None else placing.place(index, layer))
         del layer
-    # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
-    own = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
-    ranks, vocabulary = stored.ranks, stored.share.vocabulary
-    head = own if ranks.count == 1 else Shared(own, tuple(last - first for first, last in vocabulary), ranks)
-    positions = stored.vector(f"{names.base}{names.positions}.weight") if config.positions else None
-    scale = float(torch.tensor(config.embedding_scale, dtype=stored.dtype))
-    norm = _norm(stored, config, names.base + names.norm)
-    config = replace(config, context=context)
-    start = vocabulary[ranks.rank][0]
-    rows = Embedding(embedding, stored.dtype, scale, positions, config.first_position, start, ranks)
+    head: Product | Shared | None = None
+    norm = None
+    if place.last:
+        # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
+        tied = embedding if config.tied else None
+        own = stored.product(names.head, False) if tied is None else Product(stored.ready(tied))
+        head = own if ranks.count == 1 else Shared(own, tuple(last - first for first, last in vocabulary), ranks)
+        norm = _norm(stored, config, names.base + names.norm)
+    rows = None
+    if place.first and embedding is not None:
+        positions = stored.vector(f"{names.base}{names.positions}.weight") if config.positions else None
+        scale = float(torch.tensor(config.embedding_scale, dtype=stored.dtype))
+        start = vocabulary[ranks.rank][0]
+        rows = Embedding(embedding, stored.dtype, scale, positions, config.first_position, start, ranks)
     if placing is not None:
         layers, streamed = placing.finish(layers)
-    return Decoder(config, rows, layers, norm, head, streamed)
+    return Decoder(replace(config, context=context), rows, layers, norm, head, streamed)
 
 
 def _layer(
-    stored: Stored, config: DecoderConfig, names: Names, index: int, table: Callable[[Rotary], torch.Tensor]
+    stored: Stored,
+    config: DecoderConfig,
+    names: Names,
+    index: int,
+    form: AttentionForm,
+    table: Callable[[Rotary], torch.Tensor],
 ) -> DecoderLayer:
     layer, start = config.layers[index], names.base + names.layer.format(layer=index)
     ffn: FeedForward | Mixture
@@ -78,16 +92,17 @@ def _layer(
         outs = (names.attention_out_norm, names.ffn_out_norm)
         after = _norm(stored, config, start + outs[0]), _norm(stored, config, start + outs[1])
     rotary = None if layer.rotary is None else table(layer.rotary)
-    form = stored.share.forms[index]
     attention: Attention | LatentAttention
     if config.latent is None:
         attention = _attention(stored, config, names, start, form, rotary)
     else:
         attention = _latent(stored, config, names, start, form, config.latent, rotary)
-    if after is None and stored.ranks.count == 1:
+    ranks = stored.summing("heads")
+    inside = stored.summing("channels" if layer.experts is None else "experts")
+    if after is None and ranks.count == inside.count == 1:
         first = foldable(first, attention.reader)
         second = foldable(second, ffn.up if isinstance(ffn, FeedForward) else None)
-    return DecoderLayer(norms=(first, second), attention=attention, ffn=ffn, out_norms=after, ranks=stored.ranks)
+    return DecoderLayer((first, second), attention, ffn, after, ranks, inside)
 
 
 def _attention(

@@ -67,7 +67,8 @@ class DecoderLayer:
         norms: before attention and before the feed-forward network.
         attention, ffn: of the layer.
         out_norms: after each of the two (`Residual.BOTH`), else `None`.
-        ranks: whose sums are added up after each of the two; the first one's hold the residual.
+        ranks, inner_ranks: whose sums are added up after attention, and after the other; the first one's hold the
+            residual. One that every rank computes whole is nobody's sum.
     """
 
     norms: tuple[NormWeights, NormWeights]
@@ -75,6 +76,7 @@ class DecoderLayer:
     ffn: FeedForward | Mixture
     out_norms: tuple[NormWeights, NormWeights] | None = None
     ranks: Ranks = ALONE
+    inner_ranks: Ranks = ALONE
 
     def __call__(
         self,
@@ -92,7 +94,8 @@ class DecoderLayer:
             following: the next layer, or `None`.
             places: int64 or int32 [S], the tokens of which something is wanted: [S, H] is returned; `None` for all.
         """
-        (before, between), attention, ffn, ranks = self.norms, self.attention, self.ffn, self.ranks
+        (before, between), attention, ffn = self.norms, self.attention, self.ffn
+        ranks, inside = self.ranks, self.inner_ranks
         mixed = attention.mixed(normed(before, x, attention.reader), cache, rows)
         if places is not None:
             mixed, x = ops.gather_rows(mixed, places), ops.gather_rows(_plain(x), places)
@@ -102,39 +105,40 @@ class DecoderLayer:
             after, last = self.out_norms
             y = after(ranks.sum(attention.out(mixed)), residual=_plain(x))
             made = ffn(normed(between, y, ffn.up)) if isinstance(ffn, FeedForward) else _plain(ffn(between(y)))
-            return last(ranks.sum(made), residual=y)
+            return last(inside.sum(made), residual=y)
         if not isinstance(ffn, FeedForward):  # experts
-            y = _plain(self._added(attention.out, mixed, x))
+            y = _plain(_added(attention.out, mixed, x, ranks))
             behind = None
-            if following is not None and ranks.count == 1:
+            if following is not None and inside.count == 1:
                 behind = behind_sum(following.norms[0], following.attention.reader)
-            z = ffn(y, residual=ranks.once(y), norm=between, behind=behind)
-            return z if isinstance(z, ops.Normed) else ranks.sum(z)
-        x = self._added(attention.out, mixed, x, between, ffn.up)
+            z = ffn(y, residual=inside.once(y), norm=between, behind=behind)
+            return z if isinstance(z, ops.Normed) else inside.sum(z)
+        x = _added(attention.out, mixed, x, ranks, between, ffn.up)
         inner = ffn.up(normed(between, x, ffn.up))
         if following is None:
-            return self._added(ffn.down, inner, x)
-        return self._added(ffn.down, inner, x, following.norms[0], following.attention.reader)
-
-    def _added(
-        self,
-        product: Product,
-        x: torch.Tensor,
-        residual: Between,
-        norm: NormWeights | None = None,
-        reader: object = None,
-    ) -> Hidden:
-        """Return the product of x with the residual added, and what `reader` needs of the norm between the two."""
-        addend, ranks = _plain(residual), self.ranks
-        folded = fold(norm, x, product, reader) if norm is not None else None
-        if folded is None or not isinstance(product.weight, PackedWeight):
-            return ranks.sum(product(x, ranks.once(addend)))
-        return ops.linear_norm_out(x, product.weight, folded, product.bias, residual=addend)
+            return _added(ffn.down, inner, x, inside)
+        return _added(ffn.down, inner, x, inside, following.norms[0], following.attention.reader)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory but the table."""
         for part in (*self.norms, self.attention, self.ffn, *(self.out_norms or ())):
             yield from part.tensors()
+
+
+def _added(
+    product: Product,
+    x: torch.Tensor,
+    residual: Between,
+    ranks: Ranks,
+    norm: NormWeights | None = None,
+    reader: object = None,
+) -> Hidden:
+    """Return the product of x with the residual added, and what `reader` needs of the norm between the two."""
+    addend = _plain(residual)
+    folded = fold(norm, x, product, reader) if norm is not None else None
+    if folded is None or not isinstance(product.weight, PackedWeight):
+        return ranks.sum(product(x, ranks.once(addend)))
+    return ops.linear_norm_out(x, product.weight, folded, product.bias, residual=addend)
 
 
 def _plain(x: Between) -> torch.Tensor:
@@ -143,12 +147,13 @@ def _plain(x: Between) -> torch.Tensor:
 
 
 class Decoder:
-    """A decoder with its weights.
+    """A decoder with its weights, or a stage of one.
 
     Attributes:
-        config: what it is.
+        config: what the whole is.
         dtype, device: of activations; weights are there, and plain ones are of it.
-        embedding, layers, norm, head: its parts, in order.
+        embedding, layers, norm, head: its parts, in order. The embedding is in the first stage alone, norm and head are
+            in the last, and elsewhere `None`.
         streamed: brings the weights of layers that find theirs in buffers, or `None` where all have memory of their
             own.
     """
@@ -156,10 +161,10 @@ class Decoder:
     def __init__(
         self,
         config: DecoderConfig,
-        embedding: Embedding,
+        embedding: Embedding | None,
         layers: Sequence[DecoderLayer],
-        norm: NormWeights,
-        head: Product | Shared,
+        norm: NormWeights | None,
+        head: Product | Shared | None,
         streamed: Streamed | None = None,
     ) -> None:
         self.config = config
@@ -168,7 +173,8 @@ class Decoder:
         self.norm = norm
         self.head = head
         self.streamed = streamed
-        self.dtype, self.device = norm.weight.dtype, norm.weight.device
+        weight = self.layers[0].norms[0].weight
+        self.dtype, self.device = weight.dtype, weight.device
 
     def __call__(
         self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
@@ -177,21 +183,25 @@ class Decoder:
         return self.logits(self.states(tokens, rows, caches, places))
 
     def states(
-        self, tokens: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
+        self, given: torch.Tensor, rows: Rows, caches: Sequence[PagedCache], places: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the last states of some of a step's tokens, behind the last norm: what the head reads.
 
+        A stage that is not the last returns those of all tokens, before any norm: what the next one is given.
+
         Args:
-            tokens: int64 [T] of all rows, and padding.
+            given: int64 [T], the tokens of all rows, and padding; but for the first stage what the one ahead returned.
             rows: whose tokens they are.
             caches: pages of every layer; keys and values of the tokens are written to them.
             places: int64 or int32 [S], the tokens whose states are wanted; `None` for all.
 
         Returns:
-            [S, H] in `dtype`.
+            [S, H] in `dtype`, or [T, H].
         """
-        x: Between = self.embedding(tokens, rows)
-        few = places if places is not None and len(places) < len(tokens) else None
+        x: Between = given if self.embedding is None else self.embedding(given, rows)
+        if self.norm is None:
+            places = None
+        few = places if places is not None and len(places) < len(given) else None
         streamed = self.streamed
         if streamed is not None:
             streamed.begin()
@@ -202,10 +212,13 @@ class Decoder:
                 # Of other tokens the last layer has but keys and values to leave in pages.
                 x = layer(x, cache, rows, following, few if following is None else None)
         y = _plain(x)
+        if self.norm is None:
+            return y
         return self.norm(y if places is None or few is not None else ops.gather_rows(y, places))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits [S, V] of last states [S, H], both in `dtype`."""
+        assert self.head is not None, "the last stage has it"
         logits = self.head(states)
         softcap = self.config.softcap
         return logits if softcap is None else ops.softcap(logits, softcap)
@@ -217,11 +230,9 @@ class Decoder:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor of the weights; one that two parts share is yielded twice."""
-        yield from self.embedding.tensors()
-        for layer in self.layers:
-            yield from layer.tensors()
-        yield from self.norm.tensors()
-        yield from self.head.tensors()
+        for part in (self.embedding, *self.layers, self.norm, self.head):
+            if part is not None:
+                yield from part.tensors()
 
     @property
     def waits(self) -> str:

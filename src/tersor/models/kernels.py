@@ -77,9 +77,10 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
             found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own, read)))
     found.update(dict.fromkeys(needed.tokens_of_steps()))
     found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
-    if decoder.config.softcap is not None:
+    if decoder.config.softcap is not None and decoder.head is not None:
         found.update(dict.fromkeys(needed.numbers(decoder.config.vocabulary, dtype, capped=True)))
-    found.update(dict.fromkeys(needed.sums(dtype, decoder.layers[0].ranks.count)))
+    ranks = {one.count for layer in decoder.layers for one in (layer.ranks, layer.inner_ranks)}
+    found.update(dict.fromkeys(needed.sums(dtype, max(ranks))))
     if steps.draws:
         found.update(dict.fromkeys(needed.draws(decoder.config.vocabulary, dtype)))
     return list(found)
@@ -109,7 +110,7 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
         else:
             found.setdefault(id(following.attention.reader), set()).add(Norm.NONE)
             behind = behind_sum(following.norms[0], following.attention.reader)
-            if layer.out_norms is None and layer.ranks.count == 1 and behind is not None:
+            if layer.out_norms is None and layer.inner_ranks.count == 1 and behind is not None:
                 found.setdefault(id(layer.ffn), set()).add(Norm.OUT)
     return {product: frozenset(norms) for product, norms in found.items()}
 
@@ -227,8 +228,11 @@ def _experts(
 ) -> Iterator[KernelSource]:
     choice, logits = choice_of(part), torch.float32 if part.form.wide else dtype
     gate_up, down, router = part.gate_up, part.down, part.router.weight
+    some = part.held < part.form.count
+    if some:
+        yield from needed.tables(part.held)
     if isinstance(router, torch.Tensor):
-        decided = list(_decided(part, router, choice, dtype, steps, chip, of_norms))
+        decided = [] if some else list(_decided(part, router, choice, dtype, steps, chip, of_norms))
         yield from decided
         beyond = MOST_TOKENS if decided else 0
         yield from needed.router(router, dtype, part.form.wide, steps.tokens, beyond)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,13 +16,15 @@ from tersor.hardware import resolve_device
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig, supported
 from tersor.models.decoder import Decoder
-from tersor.models.expected import Expected, check
+from tersor.models.expected import Expected
+from tersor.models.expected import check as check_stored
 from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
-from tersor.models.share import Share
+from tersor.models.share import Share, check
 from tersor.models.stored import Stored
 from tersor.models.streamed import Offload
 from tersor.ops.collective import ALONE, Ranks
+from tersor.planner.placement import Place, Placement
 
 
 def load(
@@ -34,6 +36,7 @@ def load(
     context: int | None = None,
     ranks: Ranks = ALONE,
     offload: Offload | None = None,
+    place: Place | None = None,
 ) -> Decoder:
     """Load a decoder from a checkpoint: plain, or compressed by `tersor quantize` in whatever schemes.
 
@@ -45,23 +48,34 @@ def load(
         dtype: of activations and plain weights; `None` is that of config.json on a GPU, and float32 on a CPU.
         activations: what packed weights are multiplied with (`Activations`).
         context: tokens of a text at most; `None` is what config.json says.
-        ranks: that have a part of it each; nothing but the part of this one is read.
+        ranks: that compute its layers, or those of a stage, together.
         offload: how layers leave the device that do not fit there; `None` has all stay.
+        place: of this rank, of which nothing but its part is read; `None` is one of even parts of the whole.
 
     Raises:
         UnsupportedError: the engine does not have the architecture or what a field says; weights that another method
             compressed, or experts of a layer in several schemes.
         CheckpointError: no whole checkpoint; tensors that are missing, left over or of another shape.
-        ShapeError: it cannot be cut for so many ranks.
+        ShapeError: it cannot be placed so.
         TersorError: the weights do not fit in the device's memory, or those that leave it not where they go.
     """
     if not isinstance(model, Source):
         with open_source(model) as source:
-            return load(source, device, dtype, activations=activations, context=context, ranks=ranks, offload=offload)
+            return load(
+                source,
+                device,
+                dtype,
+                activations=activations,
+                context=context,
+                ranks=ranks,
+                offload=offload,
+                place=place,
+            )
     where = device if isinstance(device, torch.device) else resolve_device(device)
     config, names, expected, schemes = described(model)
     chosen = dtype or usual_dtype(model, where)
-    multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
+    own = place or Placement.even(len(config.layers), tensor=ranks.count).place(ranks.rank)
+    multiplied, share = Activations.of(activations), Share.of(config, names, schemes, own)
     placing = None
     if offload is not None:
         placing = offload.begin(*weight_bytes(model, config, names, schemes, chosen), where)
@@ -73,15 +87,22 @@ def load(
         raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None
 
 
-def check_cut(model: Source, ranks: int) -> None:
-    """Hold that a checkpoint can be loaded by so many ranks, before any is started.
+def check_placed(model: Source, placing: Callable[[int], Placement] | None = None) -> Placement:
+    """Hold that a checkpoint can be loaded as it is placed, before any rank is started; return how that is.
+
+    Args:
+        model: the checkpoint.
+        placing: says it of so many layers; `None` is one rank.
 
     Raises:
         UnsupportedError, CheckpointError: as for `load`.
-        ShapeError: it cannot be cut for so many ranks.
+        InputError: it has not so many layers.
+        ShapeError: it cannot be placed so.
     """
     config, names, _, schemes = described(model)
-    Share.of(config, names, schemes, 0, ranks)
+    placement = (placing or Placement.even)(len(config.layers))
+    check(config, names, schemes, placement)
+    return placement
 
 
 def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, Form]]:
@@ -97,7 +118,7 @@ def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, 
     quantization = None if raw is None else QuantizationConfig.from_dict(raw)
     names = NAMES[config.architecture].as_stored(model.tensors)
     expected = Expected.of(config, names)
-    return config, names, expected, check(expected, model.tensors, quantization, names)
+    return config, names, expected, check_stored(expected, model.tensors, quantization, names)
 
 
 def weight_bytes(

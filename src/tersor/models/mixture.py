@@ -17,6 +17,7 @@ from tersor.models.norm import NormWeights, gain_of
 from tersor.models.weights import FeedForward, Product, Stack, tensors_of
 from tersor.nn.experts import one_by_one
 from tersor.ops import Gate, routing
+from tersor.ops.tables import Tables
 
 _BLOCK_TOKENS = 64
 """Of tables that are read here for their order alone."""
@@ -38,6 +39,8 @@ class Mixture:
         gate_up_bias, down_bias: [E, rows] in the order of the rows and [E, H], or `None`.
         choice_bias: [E], takes part in the choice alone, or `None`.
         shared: every token goes through it, or `None`.
+        first: the first of the E experts that stacks and biases are of, where other ranks have others. What is chosen
+            of those adds nothing here, and all ranks add up.
     """
 
     form: Experts
@@ -49,6 +52,12 @@ class Mixture:
     down_bias: torch.Tensor | None = None
     choice_bias: torch.Tensor | None = None
     shared: FeedForward | None = None
+    first: int = 0
+
+    @property
+    def held(self) -> int:
+        """How many experts are here."""
+        return self.down.shape[0]
 
     def __call__(
         self,
@@ -77,6 +86,8 @@ class Mixture:
         x = x if norm is None else norm(x)
         logits = self._logits(x)
         addend = residual if self.shared is None else self.shared(x, residual)
+        if self.held < self.form.count:
+            return self._some(x, logits, addend)
         if isinstance(self.gate_up, Stacked) and isinstance(self.down, Stacked):
             return ops.routed_experts(
                 x,
@@ -91,15 +102,31 @@ class Mixture:
                 **self._choice(),
             )
         if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor) and self._aligned:
-            return self._grouped(x, logits, self.gate_up, self.down, addend)
+            index, weights, tables = routing.route_tables(
+                logits, block_tokens=_BLOCK_TOKENS, bias=self.choice_bias, **self._choice()
+            )
+            return self._grouped(x, index, weights, tables, self.gate_up, self.down, addend)
         index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
-        y = one_by_one(x, index, weights, self.form.count, self._run)
+        y = one_by_one(x, index, weights, self.held, self._run)
+        return y if addend is None else y + addend
+
+    def _some(self, x: torch.Tensor, logits: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        """Run the chosen experts that are here; of tokens that have none of these only the addend is left."""
+        index, weights = ops.route(logits, bias=self.choice_bias, **self._choice())
+        index = index - self.first  # those of other ranks are no experts here
+        if isinstance(self.gate_up, Stacked) and isinstance(self.down, Stacked):
+            biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+            return ops.experts(x, self.gate_up, self.down, index, weights, addend=addend, gate=self.gate, **biases)
+        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor) and self._aligned:
+            tables = routing.tables(index, self.held, _BLOCK_TOKENS)
+            return self._grouped(x, index, weights, tables, self.gate_up, self.down, addend)
+        y = one_by_one(x, index, weights, self.held, self._run)
         return y if addend is None else y + addend
 
     def _decided(self, x: torch.Tensor, norm: ops.Gain | None) -> ops.Decision | None:
         """Return what one launch decides of x [T, H], before a norm if there is one; `None` where none does that."""
         router, gate_up, down = self.router, self.gate_up, self.down
-        if not isinstance(router.weight, torch.Tensor):
+        if not isinstance(router.weight, torch.Tensor) or self.held < self.form.count:
             return None
         if not isinstance(gate_up, Stacked) or not isinstance(down, Stacked):
             return None
@@ -130,27 +157,31 @@ class Mixture:
     def _grouped(
         self,
         x: torch.Tensor,
-        logits: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        tables: Tables,
         gate_up: torch.Tensor,
         down: torch.Tensor,
         addend: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run plain experts by torch's grouped products over tokens that are sorted by expert."""
-        top_k, count = self.form.top_k, self.form.count
-        index, weights, tables = routing.route_tables(
-            logits, block_tokens=_BLOCK_TOKENS, bias=self.choice_bias, **self._choice()
-        )
+        top_k, count = self.form.top_k, self.held
         order = tables.order.long()
         experts = index.view(-1)[order]
+        if count < self.form.count:  # pairs of no expert here are the last, and rows of theirs are read by nobody
+            here = (experts >= 0) & (experts < count)
+            experts, known = torch.where(here, experts, count), torch.where(here, experts, 0)
+        else:
+            known = experts
         numbers = torch.arange(count, dtype=experts.dtype, device=x.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         both = functional.grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends)
         if self.gate_up_bias is not None:
-            both = both + self.gate_up_bias[experts]
+            both = both + self.gate_up_bias[known]
         inner = ops.gated(both, self.gate)
         y = functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)
         if self.down_bias is not None:
-            y = y + self.down_bias[experts]
+            y = y + self.down_bias[known]
         return routing.combine(y, weights, tables, addend)
 
     def _choice(self) -> dict[str, Any]:

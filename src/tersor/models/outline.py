@@ -27,6 +27,7 @@ from tersor.models.weights import Matrix
 from tersor.ops.attention_form import PAGE
 from tersor.ops.collective import Ranks
 from tersor.ops.dispatch import kernel_layout
+from tersor.planner.placement import ALONE, Place
 
 
 def outline(
@@ -35,38 +36,40 @@ def outline(
     schemes: Mapping[str, Form],
     dtype: torch.dtype,
     activations: Activations = Activations.NATIVE,
-    rank: int = 0,
-    ranks: int = 1,
+    place: Place | None = None,
 ) -> Decoder:
-    """Return a decoder of every kind of layer that a checkpoint has, in their order.
+    """Return a decoder of every kind of layer that a checkpoint, or a stage of it, has, in their order.
 
     Args:
         config, names: of the checkpoint.
         schemes: module -> scheme of its packed weight, or the levels of its output features.
         dtype: of activations and plain weights.
         activations: what packed weights are multiplied with.
-        rank, ranks: which of how many ranks has these parts.
+        place: of the rank that has these parts; `None` is alone.
 
     Raises:
-        ShapeError: it cannot be cut for so many ranks.
+        ShapeError: it cannot be placed so.
         UnsupportedError: weights that are not multiplied with such activations; experts of a layer in several schemes.
     """
     starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
     # How much is left of a pruned weight decides no kernel.
-    alike = {
+    shapes = {
         name: Pruned(form.sparse, bytes(4 * form.rows)) for name, form in schemes.items() if isinstance(form, Pruned)
     }
-    inside, few_schemes = _by_layer(starts, {**schemes, **alike})
+    inside, few_schemes = _by_layer(starts, {**schemes, **shapes})
     kinds: dict[object, list[int]] = {}
-    for index, layer in enumerate(config.layers):
-        kinds.setdefault((layer, frozenset(inside[index].items())), []).append(index)
-    kept = sorted({index for alike in kinds.values() for index in (alike[0], alike[-1])})
+    own = place or ALONE
+    for index in range(len(config.layers)) if place is None else range(*place.stage.layers):
+        kinds.setdefault((config.layers[index], frozenset(inside[index].items())), []).append(index)
+    kept = sorted({index for same in kinds.values() for index in (same[0], same[-1])})
     for start, index in zip(starts, kept, strict=False):  # layers move up to where others are left out
         few_schemes |= {start + name: scheme for name, scheme in inside[index].items()}
     few = replace(config, layers=tuple(config.layers[index] for index in kept))
-    share = Share.of(few, names, few_schemes, rank, ranks)
+    stage = replace(own.stage, layers=(0, len(kept)))
+    share = Share.of(few, names, few_schemes, replace(own, stage=stage))
     with Reading(torch.device("cpu")) as reading:  # reads nothing
-        parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, Ranks(rank, ranks))
+        ranks = Ranks(own.rank, own.stage.ranks)
+        parts = _Outlined(Expected.of(few, names), few_schemes, reading, dtype, activations, share, ranks)
         return assemble(parts, few, names, PAGE)
 
 

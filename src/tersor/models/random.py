@@ -32,6 +32,7 @@ from tersor.models.stored import Packed, Stored
 from tersor.models.streamed import Offload
 from tersor.models.weights import Matrix
 from tersor.ops.collective import ALONE, Ranks
+from tersor.planner.placement import Place, Placement
 
 _STD = 0.02
 _EMBEDDING_STD = 8.0
@@ -86,6 +87,7 @@ def random_decoder(
     ranks: Ranks = ALONE,
     sparsity: float | None = None,
     offload: Offload | None = None,
+    place: Place | None = None,
 ) -> Decoder:
     """Make a decoder with random weights.
 
@@ -96,34 +98,37 @@ def random_decoder(
         dtype: of activations and plain weights.
         head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
         seed: of the numbers.
-        ranks: that have a part each, with numbers of its own.
+        ranks, place: as for `load`; every rank has numbers of its own.
         sparsity: fraction of every weight that `scheme` is for which is pruned at random; `None` prunes none.
         offload: how layers leave the device that do not fit there; `None` has all stay.
 
     Raises:
         InputError: no such geometry.
         FormatError: a group size that does not divide input channels.
-        ShapeError: it cannot be cut for so many ranks.
+        ShapeError: it cannot be placed so.
         UnsupportedError: experts that are to be pruned.
     """
     config = geometry(model) if isinstance(model, str) else model
     names = NAMES[config.architecture]
     where = device if isinstance(device, torch.device) else resolve_device(device)
-    kinds = replace(config, layers=tuple(dict.fromkeys(config.layers)))
+    own = place or Placement.even(len(config.layers), tensor=ranks.count).place(ranks.rank)
+    mine = config.layers[slice(*own.stage.layers)]
+    kinds = replace(config, layers=tuple(dict.fromkeys(mine)))
     expected = Expected.of(kinds, names)
     outside = {names.head: head, names.base + names.embedding: embedding}
     chosen = {
         module: outside.get(module, None if module.endswith(f".{names.router}") else scheme)
         for module in expected.matrices
     }
-    schemes: dict[str, Form] = {module: own for module, own in chosen.items() if own is not None}
+    schemes: dict[str, Form] = {module: form for module, form in chosen.items() if form is not None}
     if sparsity is not None:
         if any(layer.experts for layer in config.layers):
             raise UnsupportedError("pruned experts are not served: leave sparsity to models without experts")
         sparse = Sparse(scheme or Plain(dtype_name(dtype)))
         pruned = {module: expected.matrices[module] for module in chosen if module not in outside}
         schemes |= {module: Pruned(sparse, bytes(4 * shape[0])) for module, shape in pruned.items()}
-    share = Share.of(kinds, names, schemes, ranks.rank, ranks.count)
+    stage = replace(own.stage, layers=(0, len(kinds.layers)))
+    share = Share.of(kinds, names, schemes, replace(own, stage=stage))
     with Reading(where) as reading:  # reads nothing
         made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed, share, ranks)
         made.sparsity = sparsity or 0.0
@@ -132,11 +137,11 @@ def random_decoder(
     placing = streamed = None
     if offload is not None:
         sizes = {kind: sum(one.nbytes for one in layer.tensors()) for kind, layer in known.items()}
-        others = (*few.embedding.tensors(), *few.norm.tensors(), *few.head.tensors())
+        others = [one for part in (few.embedding, few.norm, few.head) if part is not None for one in part.tensors()]
         each = {one.data_ptr(): one.nbytes for one in others}
         placing = offload.begin([sizes[kind] for kind in config.layers], sum(each.values()), where)
     used: set[Any] = set()
-    for index, kind in enumerate(config.layers):
+    for index, kind in enumerate(mine):
         layer = _copied(known[kind]) if kind in used and placing is None else known[kind]
         if placing is not None:
             placed = placing.place(index, layer)

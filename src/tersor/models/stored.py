@@ -33,7 +33,7 @@ class Stored:
     Attributes:
         dtype, device: of activations and plain weights, and of everything.
         share: what the rank has.
-        ranks: all of them.
+        ranks: all of its stage.
     """
 
     def __init__(
@@ -122,8 +122,13 @@ class Stored:
         return Product(weight, bias)
 
     def partial(self, module: str, biased: bool) -> Product:
-        """Return the product of a module whose input channels are cut; the bias is on the first rank alone."""
-        return self.product(module, biased and self.ranks.first)
+        """Return the product of a module whose input channels may be cut; the bias is then on the first rank alone."""
+        cut = self.share.parts.get(module, Part()).columns is not None
+        return self.product(module, biased and (self.ranks.first or not cut))
+
+    def summing(self, kind: str) -> Ranks:
+        """Return the ranks that add up what they make of one of `placement.WHOLE`: this one alone where it has all."""
+        return ALONE if self.share.whole(kind) else self.ranks
 
     def products(self, modules: Sequence[str], biased: bool) -> Product | Products:
         """Return the products of modules that read the same activations: stacked into one where schemes agree."""

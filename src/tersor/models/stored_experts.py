@@ -62,17 +62,21 @@ def mixture(stored: Stored, config: DecoderConfig, names: Names, start: str, exp
     def of_down(index: int) -> Matrix:
         return stored.expert(down[0], index) if names.fused else stored.matrix(down[index])
 
+    share = stored.share
+    own = share.experts or (0, experts.count)
     gate_up_bias = down_bias = None
     if experts.biased:
-        bias = stored.vector(f"{gate_up[0]}_bias")
+        bias = stored.vector(f"{gate_up[0]}_bias")[slice(*own)]
         gate_up_bias = Rows.PAIRS.arrange_bias(bias) if together else torch.cat(Rows.PAIRS.halves(bias), dim=1)
-        down_bias = stored.vector(f"{down[0]}_bias") if stored.ranks.first else None
+        once = share.whole("experts") or share.place.expert_rank == 0
+        down_bias = stored.vector(f"{down[0]}_bias")[slice(*own)] if once else None
     return Mixture(
         form=experts,
         gate=config.gate,
         router=stored.router(start + names.router, experts.router_bias, experts.wide),
-        gate_up=_stacked(stored, experts.count, of_gate_up),
-        down=_stacked(stored, experts.count, of_down),
+        gate_up=_stacked(stored, own[1] - own[0], lambda index: of_gate_up(own[0] + index)),
+        down=_stacked(stored, own[1] - own[0], lambda index: of_down(own[0] + index)),
+        first=own[0],
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         choice_bias=stored.vector(start + names.choice_bias, torch.float32) if experts.choice_bias else None,

@@ -7,8 +7,10 @@ chooses the same experts everywhere.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import ProcessGroup
@@ -20,6 +22,42 @@ from tersor.ops.one_shot import OneShot
 _T = TypeVar("_T")
 _NEWS = 2.0
 """Seconds until it is known which rank ended, after it cannot be reached."""
+
+
+class Outbox:
+    """Tensors on their way to other ranks: their memory is kept, and the sender waits for none but old ones."""
+
+    def __init__(self, most: int) -> None:
+        """Begin with nothing sent.
+
+        Args:
+            most: tensors that may be on their way.
+        """
+        self._most = most
+        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def send(self, x: torch.Tensor, target: int, group: ProcessGroup | None) -> None:
+        """Begin to send a tensor, which is left alone afterwards.
+
+        Raises:
+            RuntimeError: the target cannot be reached.
+        """
+        while len(self._sent) >= self._most:
+            self._sent.popleft()[0].wait()
+        self._sent.append((torch.distributed.isend(x, target, group=group), x))
+
+    def empty(self, seconds: float) -> None:
+        """Wait until all have arrived.
+
+        Raises:
+            RuntimeError: one did not within so many seconds, or a target cannot be reached.
+        """
+        while self._sent:
+            self._sent.popleft()[0].wait(timedelta(seconds=seconds))
+
+    def close(self) -> None:
+        """Forget what was sent."""
+        self._sent.clear()
 
 
 class Ranks:
@@ -66,7 +104,7 @@ class Ranks:
         if self._one_shot is not None and self._one_shot.serves(x):
             return self._one_shot.sum(x)
         if self.count > 1:
-            self._call(lambda: torch.distributed.all_reduce(x, group=self._group))
+            self.call(lambda: torch.distributed.all_reduce(x, group=self._group))
         return x
 
     def side_by_side(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -84,7 +122,7 @@ class Ranks:
         most = max(widths)
         own = functional.pad(x, (0, most - x.shape[1])).contiguous()
         every = list(own.new_empty(self.count, *own.shape).unbind())
-        self._call(lambda: torch.distributed.all_gather(every, own, group=self._group))
+        self.call(lambda: torch.distributed.all_gather(every, own, group=self._group))
         return torch.cat([part[:, :width] for part, width in zip(every, widths, strict=True)], dim=1)
 
     def from_first(self, x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
@@ -98,7 +136,7 @@ class Ranks:
             LostError: a rank is gone.
         """
         if self.count > 1:
-            self._call(lambda: torch.distributed.broadcast(x, group=group or self._group, group_src=0))
+            self.call(lambda: torch.distributed.broadcast(x, group=group or self._group, group_src=0))
         return x
 
     def least(self, number: int, device: torch.device) -> int:
@@ -110,7 +148,7 @@ class Ranks:
         if self.count == 1:
             return number
         found = torch.tensor([number], device=device)
-        self._call(lambda: torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group))
+        self.call(lambda: torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self._group))
         return int(found)
 
     def check(self, seconds: float = 0) -> None:
@@ -137,8 +175,12 @@ class Ranks:
         if self._group is not None:
             self._group.abort()
 
-    def _call(self, call: Callable[[], object]) -> None:
-        """Make a call of torch.distributed; what it raises becomes one line."""
+    def call(self, call: Callable[[], object]) -> None:
+        """Make a call of torch.distributed; what it raises becomes one line.
+
+        Raises:
+            LostError: a rank is gone.
+        """
         try:
             call()
         except RuntimeError as error:

@@ -226,6 +226,12 @@ def route(choice: Choice, logits: torch.dtype) -> Iterator[KernelSource]:
         yield routing.route_source(choice, _NAMES[logits])
 
 
+def tables(experts: int) -> Iterator[KernelSource]:
+    """Yield the kernel that sorts tokens by experts that were chosen apart, where so many of them are here."""
+    if experts <= routing.MOST_EXPERTS:
+        yield routing.tables_source(experts, "int32")
+
+
 def combine(dtype: torch.dtype) -> Iterator[KernelSource]:
     """Yield the kernel that adds up what the experts of a token gave."""
     if dtype in TARGETS:

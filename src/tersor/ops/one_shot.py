@@ -17,13 +17,19 @@ from tersor.ops.norm import launched_early
 _TARGETS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def reachable(rank: int, count: int) -> bool:
-    """Tell whether kernels serve a rank's GPU, and it can read the memory of all others on this machine."""
-    peers = (peer for peer in range(count) if peer != rank)
+def reachable(rank: int, count: int, first: int = 0) -> bool:
+    """Tell whether kernels serve a rank's GPU, and it can read the memory of all others on this machine.
+
+    Args:
+        rank, count: which of how many.
+        first: GPU of the first; those of the others follow it.
+    """
+    peers = (first + peer for peer in range(count) if peer != rank)
     return (
         1 < count <= small.MOST_RANKS
-        and dispatch.kernel_chip(torch.device("cuda", rank)) is not None
-        and all(torch.cuda.can_device_access_peer(rank, peer) for peer in peers)
+        and 0 <= first <= torch.cuda.device_count() - count  # else some are on another machine
+        and dispatch.kernel_chip(torch.device("cuda", first + rank)) is not None
+        and all(torch.cuda.can_device_access_peer(first + rank, peer) for peer in peers)
     )
 
 
@@ -44,6 +50,7 @@ class OneShot:
         from torch.distributed import _symmetric_memory
 
         self._device, self._rank, self._count = device, rank, count
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         self._buffer = _symmetric_memory.empty(small.ALL_REDUCE_BYTES, dtype=torch.uint8, device=device)
         mapped = _symmetric_memory.rendezvous(self._buffer, group)
         addresses = [int(address) for address in mapped.buffer_ptrs]
@@ -55,7 +62,7 @@ class OneShot:
         self._calls = torch.zeros(small.ALL_REDUCE_CTAS + 1, dtype=torch.int32, device=device)
         self._launches: dict[torch.dtype, small.AllReduceLaunch] = {}
         torch.cuda.synchronize(device)
-        torch.distributed.barrier(group, device_ids=[rank])  # nobody sets a flag before it is cleared
+        torch.distributed.barrier(group, device_ids=[self._index])  # nobody sets a flag before it is cleared
 
     def serves(self, x: torch.Tensor) -> bool:
         """Tell whether `x` is added up here."""
@@ -69,11 +76,11 @@ class OneShot:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of all ranks' `x`, in its memory, on the current stream."""
-        index = self._rank
+        index = self._index
         if x.dtype not in self._launches:
             function = jit.get(small.all_reduce_source(_TARGETS[x.dtype], self._count), index)
             self._launches[x.dtype] = small.prepare_all_reduce(
-                function, rank=index, buffers=self._addresses.data_ptr(), calls=self._calls.data_ptr()
+                function, rank=self._rank, buffers=self._addresses.data_ptr(), calls=self._calls.data_ptr()
             )
         early = launched_early(self._device)
         self._launches[x.dtype](stream=current.stream(index), x=x.data_ptr(), nbytes=x.nbytes, early=early)

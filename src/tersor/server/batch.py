@@ -15,7 +15,7 @@ from tersor.engine.config import EngineConfig
 from tersor.engine.offline import OfflineEngine
 from tersor.engine.outputs import Answer
 from tersor.engine.processes import Processes
-from tersor.engine.workers import check_first
+from tersor.engine.workers import by_torchrun, follows
 from tersor.errors import InputError, UnsupportedError
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.load import load_tokenizer
@@ -38,7 +38,7 @@ class BatchOptions:
         resume: whether a job that was begun is continued.
         retry_failed: whether it runs requests again that failed.
         errors: where failures go; `None` is beside the output.
-        data_parallel: engines on this machine, each in a process and on a device of its own.
+        data_parallel: engines on this machine, each in a process and on a device of its own, or of several ranks each.
         ray: address of a Ray cluster, or `auto`: engines are its actors, `data_parallel` of them where that is above 1.
         threads: that torch has on a CPU for each of several engines; 0 leaves it to torch.
         tool_parser, reasoning_parser: as `ServerOptions` has them.
@@ -63,7 +63,7 @@ class MakeEngine:
     Attributes:
         model, revision: which.
         config: of the engine.
-        numbered: whether worker N runs on cuda:N.
+        numbered: whether worker N runs on cuda:N, or of R ranks each on the R GPUs from cuda:(R N) on.
         threads: as `BatchOptions` has them.
     """
 
@@ -83,7 +83,7 @@ class MakeEngine:
             import torch
 
             torch.set_num_threads(self.threads)
-        config = replace(self.config, device=f"cuda:{worker}") if self.numbered else self.config
+        config = replace(self.config, device=f"cuda:{worker * self.config.ranks}") if self.numbered else self.config
         return LLM(self.model, revision=self.revision, **asdict(config))
 
 
@@ -91,10 +91,20 @@ class _Later:
     """An engine that is made when there is something to answer, so that a file is checked before a model is loaded."""
 
     def __init__(self, make: Callable[[], BatchEngine]) -> None:
-        self._make = make
+        self._make, self._made = make, False
+
+    def made(self) -> BatchEngine:
+        """Make the engine."""
+        self._made = True
+        return self._make()
+
+    def ensure(self) -> None:
+        """Make the engine if nothing was answered, for ranks that wait to be let go."""
+        if not self._made:
+            self.made()
 
     def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
-        yield from self._make().run(items, stopping)
+        yield from self.made().run(items, stopping)
 
 
 def answer_file(
@@ -121,12 +131,12 @@ def answer_file(
     Raises:
         InputError, UnsupportedError, CheckpointError, OutputError, TersorError: as `run_batch` and `LLM`.
     """
-    if config.tensor_parallel > 1 and (options.data_parallel > 1 or options.ray is not None):
-        others = "engines are actors of Ray" if options.ray is not None else f"data_parallel is {options.data_parallel}"
-        raise InputError(
-            f"tensor_parallel is {config.tensor_parallel}, and {others}: several ranks make one engine here"
-        )
-    check_first(config, "a batch")
+    if config.ranks > 1 and options.ray is not None:
+        raise InputError(f"{config.ranks_said}, and engines are actors of Ray: those have a GPU each")
+    if options.data_parallel > 1 and by_torchrun(config):
+        raise InputError(f"data_parallel is {options.data_parallel}, and torchrun started the ranks of one engine")
+    if follows(config):
+        LLM(model, revision=revision, **asdict(config))  # ends the process
     with open_source(model, revision=revision) as opened:
         why = supported(opened.config)
         if why:
@@ -153,7 +163,7 @@ def answer_file(
     }
     with ExitStack() as stack:
         engine = _Later(lambda: engine_of(model, revision, config, options, stack))
-        return run_batch(
+        report = run_batch(
             source,
             output,
             engine,
@@ -168,6 +178,9 @@ def answer_file(
             on_progress=on_progress,
             on_stop=on_stop,
         )
+        if by_torchrun(config):
+            engine.ensure()
+        return report
 
 
 def engine_of(
@@ -194,7 +207,8 @@ def engine_of(
 
         if config.device not in ("auto", "cuda"):
             raise InputError(f"device is {config.device}: {count} engines take a device each, say cuda")
-        if count > torch.cuda.device_count():
-            raise InputError(f"{count} engines want a GPU each, and this machine has {torch.cuda.device_count()}")
+        if count * config.ranks > torch.cuda.device_count():
+            each = "a GPU" if config.ranks == 1 else f"{config.ranks} GPUs"
+            raise InputError(f"{count} engines want {each} each, and this machine has {torch.cuda.device_count()}")
     make = MakeEngine(model, revision, config, numbered=device.type == "cuda", threads=options.threads)
-    return stack.enter_context(Processes(make, count))
+    return stack.enter_context(Processes(make, count, parents=config.ranks > 1))

@@ -95,10 +95,11 @@ def serve_model(
         InputError, UnsupportedError, TersorError: as `LLM` and `serve`.
     """
     from tersor.engine.threaded import ThreadedEngine
-    from tersor.engine.workers import check_first
+    from tersor.engine.workers import follows
     from tersor.llm import LLM
 
-    check_first(config, "a server")
+    if follows(config):
+        LLM(model, revision=revision, **asdict(config))  # ends the process
     with bind(options) as place:
         llm = LLM(model, revision=revision, **asdict(config))
         with closing(llm):
