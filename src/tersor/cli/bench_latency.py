@@ -34,6 +34,10 @@ def command(
     head_format: Annotated[
         str | None, typer.Option(help=f"Of the output head, or {PLAIN}; default: that of the weights.")
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Part of the weights, but for the output head, that is pruned at random, such as 0.5."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: float16 or bfloat16.")] = "float16",
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, float16, bfloat16 or fp8.")] = "auto",
     activations: options.Activations = "16bit",
@@ -66,6 +70,9 @@ def command(
         geometries.geometry(name)
     multiplied = Activations.of(activations)
     named = rivals.named(against)
+    pruned = None if sparsity is None else bench.sparsity(sparsity)
+    if pruned is not None and (named or multiplied is not Activations.NATIVE):
+        raise InputError("--sparsity: no rival has such weights, nor are they multiplied with 8-bit activations")
     if plot is not None:
         plots.check_plot(plot)
     if output is not None:
@@ -129,6 +136,7 @@ def command(
                     "cuda",
                     kernel_dtype,
                     head=scheme if head_format is None else head,
+                    sparsity=pruned,
                     activations=activations,
                     context=max(contexts),
                 )
@@ -144,7 +152,8 @@ def command(
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)
-                shown = label if head_format in (None, label) else f"{label}/{head_format}"
+                shown = label if pruned is None else f"{label}:s{100 * pruned:g}"
+                shown = shown if head_format in (None, label) else f"{shown}/{head_format}"
                 ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
                 del decoder, sampler, runner
                 torch.cuda.empty_cache()

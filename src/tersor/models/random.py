@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.names import Form
 from tersor.compress import quantize_rtn
-from tersor.formats import Activations, Scheme
+from tersor.formats import Activations, Plain, Pruned, Scheme, Sparse, dtype_name
 from tersor.hardware import resolve_device
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, SparseWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -60,6 +61,10 @@ class Draws:
             return torch.ones(shape, device=self._generator.device)
         return self._normal(shape, _STD)
 
+    def chances(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return numbers from 0 to 1, any of which is as probable as another."""
+        return torch.rand(shape, generator=self._generator, device=self._generator.device)
+
     def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, device=self._generator.device).mul_(std)
 
@@ -71,6 +76,7 @@ def random_decoder(
     dtype: torch.dtype = torch.bfloat16,
     *,
     head: Scheme | None = None,
+    sparsity: float | None = None,
     embedding: Scheme | None = None,
     activations: Activations | str = Activations.NATIVE,
     context: int | None = None,
@@ -84,6 +90,7 @@ def random_decoder(
         scheme: of all linear layers but routers and the head; `None` is plain.
         device, activations, context: as for `load`.
         dtype: of activations and plain weights.
+        sparsity: part of the weights in `scheme`, but for experts', that is pruned at random; `None` stores them whole.
         head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
         seed: of the numbers.
         ranks: that have a part each, with numbers of its own.
@@ -103,10 +110,17 @@ def random_decoder(
         module: outside.get(module, None if module.endswith(f".{names.router}") else scheme)
         for module in expected.matrices
     }
-    schemes = {module: own for module, own in chosen.items() if own is not None}
+    schemes: dict[str, Form] = {module: own for module, own in chosen.items() if own is not None}
+    if sparsity is not None:
+        sparse = Sparse(Plain(dtype_name(dtype)) if scheme is None else scheme)
+        kept = [one for one in chosen if one not in outside and not one.endswith(f".{names.router}")]
+        for module in kept:
+            if len(expected.matrices[module]) == 2 and ".experts." not in module:
+                schemes[module] = Pruned(sparse, bytes(4 * expected.matrices[module][0]))
     share = Share.of(kinds, names, schemes, ranks.rank, ranks.count)
     with Reading(where) as reading:  # reads nothing
         made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed, share, ranks)
+        made.sparsity = sparsity or 0.0
         few = assemble(made, kinds, names, min(context or config.context, config.context))
     layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))
     used: set[Any] = set()
@@ -118,13 +132,19 @@ def random_decoder(
 
 
 class _Random(Stored):
-    """Random weights instead of stored ones."""
+    """Random weights instead of stored ones.
+
+    Attributes:
+        sparsity: the part of pruned weights that is not left.
+    """
+
+    sparsity = 0.0
 
     def __init__(
         self,
         expected: Expected,
         names: Names,
-        schemes: Mapping[str, Scheme],
+        schemes: Mapping[str, Form],
         reading: Reading,
         dtype: torch.dtype,
         activations: Activations,
@@ -144,6 +164,13 @@ class _Random(Stored):
         drawn = self._draws.matrix(module, self._shapes[module][-2:])
         weight = PackedWeight.from_encoded(quantize_rtn(drawn, self._scheme(module)))
         return weight.data, weight.scale, weight.zero_point
+
+    def _sparse(self, module: str, form: Pruned) -> SparseWeight:
+        drawn = self._draws.matrix(module, self._shapes[module])
+        kept, scheme = self._draws.chances(self._shapes[module]) >= self.sparsity, form.sparse.scheme
+        if scheme is None:
+            return SparseWeight.from_plain(drawn.to(self.dtype), kept)
+        return SparseWeight.from_encoded(quantize_rtn(drawn, scheme), kept)
 
     def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
         if name in self._vectors:
