@@ -41,10 +41,10 @@ def test_a_dry_run_says_which_tile_multiplies_what_is_left(capsys: pytest.Captur
     assert few["kernel"] == "fp6_e3m2:s50" and "splits of" in few["config"] and few["from"] == "predicted"
     assert many["predicted_microseconds"] > 10 * few["predicted_microseconds"] > 0
     assert 5.0 < 8 * few["weight_bytes"] / 8192**2 < 5.4
-    assert {row["config"] for row in groups} == {"decoded a block of rows at a time"}
+    assert {row["config"] for row in groups} == {"decoded for cuBLAS"}
     assert run([*command, "--chip", "a100", "--format", "fp6_e3m2"]) == 0
     older = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["config"] for row in older} == {"decoded a block of rows at a time"}
+    assert {row["config"] for row in older} == {"decoded for cuBLAS"}
 
 
 @pytest.mark.parametrize(

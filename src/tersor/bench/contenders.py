@@ -23,7 +23,7 @@ from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError, did_you_mean
 from tersor.formats import Activations, Plain, Scheme
 from tersor.kernels.tune import LinearConfig
-from tersor.layouts import STREAM, MixedWeight, PackedWeight, TiledSparseWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.ops import dispatch
 
 Calls: TypeAlias = Sequence[Callable[[], object]]
@@ -178,7 +178,7 @@ def tersor(
 
     def build(oc: int, ic: int) -> Schedule:
         weights = copies_of(scheme, oc, ic, dtype, activations)
-        if isinstance(weights[0], TiledSparseWeight):
+        if isinstance(weights[0], SparseWeight | TiledSparseWeight):
             made[oc, ic] = weights[0].nbytes  # a random mask decides
         return lambda n, chain: chained(weights, random(n, ic, dtype), early=chain == PDL)
 
@@ -192,17 +192,14 @@ def tersor(
 
 def copies_of(
     scheme: Scheme | Blend | Thinned, oc: int, ic: int, dtype: torch.dtype, activations: Activations | str
-) -> Sequence[PackedWeight | MixedWeight | TiledSparseWeight]:
+) -> Sequence[PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight]:
     """Return copies of a random weight as `packed` does, mixed, pruned or neither.
 
     Raises:
-        UnfitError: no kernel serves the scheme, or a level of the mix, or values of a pruned weight.
+        UnfitError: no kernel serves the scheme, or a level of the mix.
     """
     if isinstance(scheme, Thinned):
-        try:
-            return scheme.packed(oc, ic, dtype)
-        except ValueError as error:
-            raise UnfitError(f"no kernel serves {label(scheme)}: {error}") from None
+        return scheme.packed(oc, ic, dtype)
     if isinstance(scheme, Blend):
         for level in scheme.levels:
             kernel_layout(level, dtype, torch.device("cuda", torch.cuda.current_device()), activations)
@@ -245,7 +242,7 @@ def kernel_layout(
 
 
 def chained(
-    weights: Sequence[PackedWeight | MixedWeight | TiledSparseWeight],
+    weights: Sequence[PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight],
     x: torch.Tensor,
     *,
     early: bool,

@@ -252,7 +252,7 @@ def _pruned_choice(shape: Shape, thinned: Thinned, n: int, chip: Chip, nothing: 
     own = str(thinned.values.dtype) if isinstance(thinned.values, Plain) else "float16"
     sizes, dtype = (shape.oc, shape.ic), getattr(torch, own)
     if sparse_layout.chip_reason(thinned.sparse, sizes, dtype, chip):
-        return {"config": "decoded a block of rows at a time", **nothing}
+        return {"config": "decoded for cuBLAS", **nothing}
     packing, runs = thinned.packing(own), sparse_layout.runs_of(thinned.sparse, sizes, dtype, chip)
     problem = sparse_layout.problem_of(packing, sizes, n, runs, thinned.packed_bytes(*sizes))
     reason, config = sparse_layout.decide(problem, chip)

@@ -12,7 +12,7 @@ from tersor.compress import quantize_rtn
 from tersor.formats import Plain, Scheme, Sparse
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import SparseWeight, TiledSparseWeight
-from tersor.layouts.sparse_packing import SparsePacking, unsupported_reason
+from tersor.layouts.sparse_packing import SparsePacking
 from tersor.layouts.tiled_sparse import values_of
 
 
@@ -52,10 +52,6 @@ class Thinned:
         bits = 8 if isinstance(self.values, Scheme) else self.values.bits
         return round(oc * ic * tune.stored_bits(1 - self.sparsity, bits, 1) / 8) + 4 * oc
 
-    def reason(self, target: str) -> str:
-        """Return why no kernel multiplies such weights with activations of a dtype, or an empty string."""
-        return unsupported_reason(values_of(self.sparse), target)
-
     def packing(self, target: str) -> SparsePacking:
         """Return the packing of any values for activations of a dtype."""
         return SparsePacking.of(values_of(self.sparse), target)
@@ -70,19 +66,15 @@ class Thinned:
             made = SparseWeight.from_plain(plain, kept)
         return ops.preferred_sparse(made, dtype)
 
-    def packed(self, oc: int, ic: int, dtype: torch.dtype) -> list[TiledSparseWeight]:
-        """Return copies of a random weight in kernel tiles.
-
-        Raises:
-            ValueError: no kernel reads it; the message says why.
-        """
+    def packed(self, oc: int, ic: int, dtype: torch.dtype) -> list[SparseWeight | TiledSparseWeight]:
+        """Return copies of a random weight."""
         first = self.weight(oc, ic, dtype)
-        if not isinstance(first, TiledSparseWeight):
-            raise ValueError(ops.explain_sparse(self.sparse, (oc, ic), 1 - self.sparsity, 1, dtype).why)
         return [first, *(_copied(first) for _ in range(timing.copies(first.nbytes) - 1))]
 
 
-def _copied(weight: TiledSparseWeight) -> TiledSparseWeight:
+def _copied(weight: SparseWeight | TiledSparseWeight) -> SparseWeight | TiledSparseWeight:
+    if isinstance(weight, SparseWeight):
+        return replace(weight, mask=weight.mask.clone(), values=weight.values.clone())
     held = weight.tiles
     tiles = replace(held, mask=held.mask.clone(), layers=held.layers.clone(), marks=held.marks.clone())
     return replace(weight, tiles=tiles, scale=weight.scale.clone())

@@ -198,7 +198,7 @@ def _served(
     if chosen.launch is None:
         slices = decompressed.slices(mask, layers, scale, starts, marks, of.packing, of.shape)
         added = None if residual is None else residual.view(-1, outputs)
-        return decompressed.linear(x.reshape(-1, ic), slices, scale, bias, oc, added, gate).view(*shape[:-1], outputs)
+        return decompressed.linear(x.reshape(-1, ic), slices, bias, oc, added, gate).view(*shape[:-1], outputs)
     y = tensors.output(shape, n, outputs, x.dtype)
     stream, partial, arrived = current.stream(index), 0, 0
     if chosen.floats:
