@@ -208,20 +208,25 @@ def test_the_front_launches_the_kernel_and_the_one_that_decodes(
     monkeypatch.setattr(current, "device", lambda: -1)
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(tensors, "output", lambda shape, n, oc, dtype: torch.full((*shape[:-1], oc), 7.0, dtype=dtype))
-    weight, decoded = made(200, 600)
+    weight, decoded = made(70, 256)
     held = TiledSparseWeight.of(weight, "float16", 1)
     x, bias, residual = (
-        pruned.random(9, 600, 5).half(),
-        pruned.random(1, 200, 6)[0].half(),
-        pruned.random(9, 200).half(),
+        pruned.random(9, 256, 5).half(),
+        pruned.random(1, 70, 6)[0].half(),
+        pruned.random(9, 70).half(),
     )
     wanted = functional.linear(x.double(), decoded.double(), bias.double()) + residual.double()
     tiled_sparse.forget()
-    found = ops.linear(x.view(3, 3, 600), held, bias, residual=residual.view(3, 3, 200))
-    torch.testing.assert_close(found.view(9, 200).double(), wanted, rtol=2**-10, atol=1e-3)
-    strided = torch.zeros(9, 601).half()[:, 1:]
+    found = ops.linear(x.view(3, 3, 256), held, bias, residual=residual.view(3, 3, 70))
+    torch.testing.assert_close(found.view(9, 70).double(), wanted, rtol=2**-10, atol=1e-3)
+    strided = torch.zeros(9, 257).half()[:, 1:]
     strided.copy_(x)
-    assert torch.equal(ops.linear(strided, held, bias, residual=residual), found.view(9, 200))
+    assert torch.equal(ops.linear(strided, held, bias, residual=residual), found.view(9, 70))
+    monkeypatch.setattr(tune, "FEW", 8)
+    with ops.using(batch_invariant=True):
+        whole = ops.linear(x, held, bias, residual=residual)
+        assert torch.equal(whole[8:], ops.linear(x[8:], held, bias, residual=residual[8:]))
+        torch.testing.assert_close(whole.double(), wanted, rtol=2**-10, atol=1e-3)
     monkeypatch.setattr(tune, "fused", lambda problem, chip: False)
     tiled_sparse.forget()
     many = ops.linear(x, held, bias)

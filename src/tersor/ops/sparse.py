@@ -1,6 +1,6 @@
 """The torch operator `tersor::sparse_linear` of pruned weights as they are stored, its meta twin and its gradient.
 
-A product decodes slices of rows, with zeros for what is pruned, and multiplies: on a GPU a kernel does that, and cuBLAS.
+A product decodes slices of rows, with zeros for what is pruned, and multiplies: on a GPU a kernel does, and cuBLAS.
 So what is pruned counts as the zero that it is: a NaN or an infinity among activations makes NaN of it, as in a dense
 product, whoever serves the call. `sparse_layout` is where that is decided. A weight in kernel tiles has an operator of
 its own, `tiled_sparse`.
