@@ -245,7 +245,8 @@ def main() -> None:
                     print(
                         f"{oc}x{ic} {sparsity:.0%} {name} {n} | {config.tile} {config.runs} {config.ctas} | {us:.1f} "
                         f"{nbytes / us / 1e3:.0f} {error:.1e} | predicted {predicted:.1f} | "
-                        f"{reference:.1f} {reference / us:.2f} (roof {nbytes / 4.35e6:.1f}, {8 * nbytes / oc / ic:.2f} bits)",
+                        f"{reference:.1f} {reference / us:.2f} (roof {nbytes / 4.35e6:.1f}, "
+                        f"{8 * nbytes / oc / ic:.2f} bits)",
                         flush=True,
                     )
                     rows.append(
