@@ -3,11 +3,12 @@
     python bench/sparse.py tiles     which tile is best: every tile, 50 and 80 %, 16 tokens
     python bench/sparse.py table     ratios to cuBLAS FP16 with the tiles named by --tile
     python bench/sparse.py shapes    the shapes of measured_h200.md and Flash-LLM's twelve
+    python bench/sparse.py many      many tokens: tiles of 64 to 256 of them, and decoding for cuBLAS
 
 Each product is checked against float32 once. Times are microseconds, medians of CUDA graphs with programmatic
-dependence that walk over copies of the weight (`tersor.bench.timing`). `--skewed` keeps, in every row, the weights of
-the largest magnitude times a channel's norm, which varies as in a trained model. `--seconds` ends a run early, with
-what it has.
+dependence that walk over copies of the weight (`tersor.bench.timing`), beside what `tune.SparseCosts` predicts.
+`--skewed` keeps, in every row, the weights of the largest magnitude times a channel's norm, which varies as in a
+trained model. `--seconds` ends a run early, with what it has.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from tersor.kernels.sparse import SparseLaunch, prepare_sparse, sparse_source
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import sparse_tiles
 from tersor.layouts.sparse_packing import SparsePacking
+from tersor.ops import decompressed
+from tersor.ops.sparse_layout import problem_of
 
 VALUES = ("float16", "fp8_e4m3", "fp8_e4m3:448", "fp6_e3m2", "int4", "int8")
 """Those with a colon have no code beyond a magnitude, so that they are converted (`SparsePacking.holding`)."""
@@ -54,7 +57,11 @@ def masks(oc: int, ic: int, sparsity: float, skewed: bool) -> torch.Tensor:
 
 
 def tiles_of(tokens: int, chip: Chip, bits: int) -> Iterator[tune.SparseTile]:
-    """Yield the tiles that shared memory has room for."""
+    """Yield the tiles that shared memory has room for, of many tokens those that take several in turn."""
+    if tokens > tune.FEW:
+        for width in tune.TOKENS:
+            yield from tune.tiles(width, bits, chip) if width >= tune.FEW else ()
+        return
     for row_groups, resident, layers in TILES:
         if bits == 16 and layers < 128 and resident * row_groups < 4:
             continue
@@ -120,7 +127,7 @@ def timed(weight: Weight, config: tune.SparseConfig, x: torch.Tensor) -> tuple[f
     """Return the microseconds of a launch, and the largest error against float32, in parts of the largest result."""
     n = len(x)
     launch = launch_of(weight, config, n)
-    floats, counters = config.floats(weight.oc)
+    floats, counters = config.floats(weight.oc, n)
     partial = torch.empty(max(floats, 1), device="cuda")
     arrived = torch.zeros(max(counters, 1), dtype=torch.int32, device="cuda")
     y = torch.empty(n, weight.oc, dtype=x.dtype, device="cuda")
@@ -151,7 +158,18 @@ def cublas(weight: Weight, x: torch.Tensor) -> float:
     return graph_microseconds([lambda one=one: torch.nn.functional.linear(x, one) for one in dense])
 
 
-def configs(oc: int, ic: int, tile: tune.SparseTile, chip: Chip, several: bool) -> Iterator[tune.SparseConfig]:
+def decoded(weight: Weight, x: torch.Tensor, runs: int) -> float:
+    """Return the microseconds of decoding slices for cuBLAS."""
+
+    def call(tiles: sparse_tiles.SparseTiles) -> torch.Tensor:
+        held = (tiles.mask, tiles.layers, weight.scale, tiles.starts, tiles.marks)
+        slices = decompressed.slices(*held, weight.packing, (weight.oc, weight.ic))
+        return decompressed.linear(x, slices, None, weight.oc, None, 0)
+
+    return graph_microseconds([lambda one=one: call(one) for one in weight.laid_out(runs)])
+
+
+def configs(oc: int, ic: int, tile: tune.SparseTile, chip: Chip, several: bool, n: int) -> Iterator[tune.SparseConfig]:
     """Yield a tile's configurations, with the runs that suit it and, where asked, some others."""
     tiles = -(-oc // tile.rows)
     slots = chip.sms * tile.resident
@@ -160,13 +178,14 @@ def configs(oc: int, ic: int, tile: tune.SparseTile, chip: Chip, several: bool) 
         key=lambda runs: -(-tiles * runs // slots) * -(-ic // 128 // runs) * (1 + 0.01 * runs) + 3 * (runs > 1),
     )
     for runs in sorted({suited, 1, 4} if several else {suited}):
-        yield tune.config(tile, oc, runs, chip)
+        for splits in sorted({1, runs} if n > tune.FEW else {runs}):
+            yield tune.config(tile, oc, runs, chip, n, splits)
 
 
 def main() -> None:
     """Measure, and print a line for every configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tiles", "table", "shapes"))
+    parser.add_argument("what", choices=("tiles", "table", "shapes", "many"))
     parser.add_argument("--skewed", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seconds", type=float, default=110.0)
@@ -182,6 +201,7 @@ def main() -> None:
         "tiles": (MEASURED[:1], (0.5, 0.8), (16,)),
         "table": (MEASURED, (0.5, 0.6, 0.7, 0.8), (8, 16, 32, 64)),
         "shapes": (FLASH, (0.5, 0.8), (16,)),
+        "many": (MEASURED[::2], (0.5,), (128, 256, 1024, 4096)),
     }[options.what]
 
     def allowed(tile: tune.SparseTile) -> bool:
@@ -208,7 +228,7 @@ def main() -> None:
                 found = [
                     config
                     for tile in filter(allowed, tiles_of(n, chip, packings[name].bits))
-                    for config in configs(oc, ic, tile, chip, several)
+                    for config in configs(oc, ic, tile, chip, several, n)
                 ]
                 for config in sorted(found, key=lambda config: config.runs):
                     if time.monotonic() > end:
@@ -220,16 +240,23 @@ def main() -> None:
                     us, error = timed(weight, config, x)
                     nbytes = weight.laid_out(config.runs)[0].nbytes
                     reference = dense_times[oc, ic, n]
+                    problem = problem_of(weight.packing, (oc, ic), n, config.runs, nbytes)
+                    predicted = 1e6 * tune.seconds(problem, config, chip)
                     print(
                         f"{oc}x{ic} {sparsity:.0%} {name} {n} | {config.tile} {config.runs} {config.ctas} | {us:.1f} "
-                        f"{nbytes / us / 1e3:.0f} {error:.1e} | {reference:.1f} {reference / us:.2f} "
-                        f"(roof {nbytes / 4.35e6:.1f}, {8 * nbytes / oc / ic:.2f} bits)",
+                        f"{nbytes / us / 1e3:.0f} {error:.1e} | predicted {predicted:.1f} | "
+                        f"{reference:.1f} {reference / us:.2f} (roof {nbytes / 4.35e6:.1f}, "
+                        f"{8 * nbytes / oc / ic:.2f} bits)",
                         flush=True,
                     )
                     rows.append(
                         {"oc": oc, "ic": ic, "sparsity": sparsity, "values": name, "n": n, "tile": str(config.tile),
-                         "runs": config.runs, "us": us, "cublas": reference, "bytes": nbytes, "error": error}
+                         "runs": config.runs, "us": us, "predicted": predicted, "cublas": reference, "bytes": nbytes,
+                         "error": error}
                     )  # fmt: skip
+                if n > tune.FEW and weight is not None and time.monotonic() < end:
+                    us = decoded(weight, x, runs := next(iter(weight.tiles)))
+                    print(f"{oc}x{ic} {sparsity:.0%} {name} {n} | decoded for cuBLAS {runs} | {us:.1f}", flush=True)
             del weight
             torch.cuda.empty_cache()
     if options.output:

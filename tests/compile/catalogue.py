@@ -270,8 +270,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += [kernel.source(chip) for kernel in WHOLE]
         found += around.quantizing()
         found += mixtures.all_sources(chip)
-        found += mixed.all_sources(chip)
-        found += sparse.all_sources(chip)
+        found += [*mixed.all_sources(chip), *sparse.all_sources(chip)]
         found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])

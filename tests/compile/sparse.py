@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from tersor.formats import get_scheme
+from tersor.formats import Plain, Sparse, get_scheme
 from tersor.hardware import Chip
 from tersor.kernels import sparse
 from tersor.kernels.jit import KernelSource
@@ -45,7 +45,20 @@ def all_sources(chip: Chip) -> list[KernelSource]:
                 packing = next(turns)
             found.append(sparse.sparse_source(packing, tile, next(gates)))
     found += [sparse.decompress_source(packing, tune.decompress_tile(chip)) for packing in packings()[::2]]
-    return found
+    return found + stored()
+
+
+def stored() -> list[KernelSource]:
+    """Return kernels that decode weights as they are stored: numbers and scales of every kind."""
+    kinds = (
+        (Plain("float32"), "float16"),
+        (Plain("float16"), "bfloat16"),
+        (Plain("bfloat16"), "float16"),
+        (get_scheme("uint3", 32), "bfloat16"),
+        (get_scheme("int8"), "float16"),
+        (get_scheme("mxfp6_e2m3"), "bfloat16"),
+    )
+    return [sparse.stored_source(Sparse(values), target) for values, target in kinds]
 
 
 def tiles_built(chip: Chip) -> set[str]:

@@ -17,7 +17,8 @@ from tersor.kernels import deciding, dense
 from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import mixed as tune_mixed
-from tersor.layouts import MixedWeight, PackedWeight, StackedWeight
+from tersor.kernels.tune import sparse as tune_sparse
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedWeight, TiledSparseWeight
 from tersor.layouts.packing import scales_in_block, target_of
 from tersor.ops import grouped, heads, mixed_launch, routing
 from tersor.ops.attention_form import Rows
@@ -43,11 +44,13 @@ def linears() -> None:
 
 
 def mixes() -> None:
-    """Run the products of mixed weights, where one launch has all their row sets."""
+    """Run the products of mixed weights, where one launch has all their row sets, and of pruned ones."""
     if hardware.of_device(0).capability == (9, 0):
         mixed(("fp4_e2m1", None), ("uint3", 32), ("int8", None))
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8)
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8_GROUPS)
+        pruned("fp6_e3m2", torch.float16)
+        pruned("int8", torch.bfloat16)
 
 
 def mixtures() -> None:
@@ -66,6 +69,22 @@ def others() -> None:
         draw(vocabulary, dtype)
     around()
     attend()
+
+
+def pruned(name: str, dtype: torch.dtype) -> None:
+    """Multiply with a pruned weight through every tile, its runs in one item and in several, and decode it."""
+    chip, plain = hardware.of_device(0), torch.randn(300, 1400, device="cuda")
+    kept = torch.rand(300, 1400, device="cuda") < 0.4
+    kept[3], kept[:, 200], kept[128:192] = True, True, False
+    stored = SparseWeight.from_encoded(quantize_rtn(plain, formats.get_scheme(name)), kept)
+    weight = TiledSparseWeight.of(stored, str(dtype).removeprefix("torch."), 2)
+    for tokens in tune_sparse.TOKENS:
+        x = torch.randn(tokens + 5 if tokens >= 64 else tokens - 3, 1400, dtype=dtype, device="cuda")
+        for tile in tune_sparse.tiles(tokens, weight.packing.bits, chip):
+            for splits in (1, 2):
+                with ops.using(sparse=tune_sparse.config(tile, 300, 2, chip, len(x), splits)):
+                    ops.linear(x, weight)
+    ops.linear(torch.randn(5, 1400, dtype=dtype, device="cuda", requires_grad=True), weight).sum().backward()
 
 
 def attend() -> None:

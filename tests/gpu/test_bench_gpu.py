@@ -53,6 +53,21 @@ def test_linear(tmp_path: Path, own_tables: None, capsys: pytest.CaptureFixture[
     assert nbytes == {2048 * 2048 * 6 // 8 + 2048 * 2}
 
 
+def test_pruned_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rooflines are of the bytes that a random mask leaves, the last format's as they are stored."""
+    path = tmp_path / "pruned.json"
+    formats_of = ["--format", "fp6_e3m2", "--format", "fp16", "--format", "int4:g128"]
+    arguments = ["2048x1024", "--n", "1,8,300", "--sparsity", "0.5", "--against", "cublas", "--output", str(path)]
+    assert run(["bench", "linear", *arguments, *formats_of, "--chain", "pdl"]) == 0
+    assert "fp6_e3m2:s50, pdl" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert result["skipped"] == [] and len(result["rows"]) == 12
+    bits = {row["kernel"]: row["weight_bytes"] * 8 / 2048 / 1024 for row in result["rows"]}
+    assert 2.9 < bits["int4:g128:s50"] < 3.5
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert 5.0 < bits["fp6_e3m2:s50"] < 6.0 and 9.0 < bits["float16:s50"] < 10.5
+
+
 def test_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "experts.json"
     arguments = ["olmoe", "--n", "1,64", "--against", "torch,compiled", "--output", str(path)]

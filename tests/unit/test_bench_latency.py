@@ -149,7 +149,6 @@ def test_a_step_of_layers_that_stream_is_timed_with_the_bytes_that_it_copies() -
     [
         (["--offload", "hosts"], "offload 'hosts', did you mean 'host'?: use host or disk"),
         (["--resident-layers", "3"], "resident_layers is 3: it goes with offload"),
-        (["--sparsity", "1.5"], "sparsity is 1.5: it must be at least 0 and below 1"),
         (["--kv-dtype", "fp9"], "kv_dtype 'fp9', did you mean 'fp8'?"),
         (["--cuda-graph", "of"], "cuda graph 'of', did you mean 'off'?"),
         (["llama-4"], "llama-4"),

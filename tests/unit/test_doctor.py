@@ -112,7 +112,7 @@ def test_gpus_are_described(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "cuda:0 NVIDIA H200, compute capability 9.0, 132 multiprocessors, 100.0 GB of 150.0 GB free" in text
     assert "kernels are built for sm_90a cuda:1 NVIDIA T4" in text and "no kernel can be built for it" in text
     assert "float16, bfloat16 all fused fused" in text
-    assert "a block of rows is decoded at a time: pruned weights with scales in groups are not expanded" in text
+    assert "slices of rows are decoded: pruned weights with scales in groups are not expanded" in text
 
 
 def test_formats_that_fare_alike_share_a_row(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import decoders, offloaded
-from helpers.tiny_configs import DENSE, MIXTURE
+from helpers.tiny_configs import DENSE
 
 from tersor import models
 from tersor.checkpoint.source import open_source
-from tersor.errors import InputError, OutputError, TersorError, UnsupportedError
+from tersor.errors import InputError, OutputError, TersorError
 from tersor.formats import get_scheme
 from tersor.models import DecoderConfig
 from tersor.models.finite import first_not_finite
@@ -212,11 +212,3 @@ def test_random_decoders_stream_as_well(sparsity: float | None, scheme: str | No
     streams = made(Offload(lambda layers, outside: 1))
     assert streams.streamed is not None and streams.streamed.layers == (1, 2, 3)
     assert same(made(None), streams)
-
-
-def test_random_weights_are_pruned_by_as_much_as_is_asked_for() -> None:
-    decoder = random_decoder(DecoderConfig.from_dict(DENSE), None, "cpu", torch.float32, sparsity=0.75)
-    weight: Any = decoder.layers[0].ffn.down.weight  # type: ignore[union-attr]
-    assert weight.form.nonzeros / (weight.shape[0] * weight.shape[1]) == pytest.approx(0.25, abs=0.02)
-    with pytest.raises(UnsupportedError, match="pruned experts are not served"):
-        random_decoder(DecoderConfig.from_dict(MIXTURE), None, "cpu", torch.float32, sparsity=0.5)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import pruned
 from helpers.emulated import COMPILER, Emulated, tensor_map
-from helpers.sparse_products import Case, random_mask, skewed_mask
+from helpers.sparse_products import NAN, Case, random_mask, skewed_mask
 
 from tersor import formats
 from tersor.hardware import chip_named
 from tersor.kernels import jit
 from tersor.kernels.jit import nvrtc
-from tersor.kernels.sparse import decompress_source, sparse_source
+from tersor.kernels.sparse import decompress_source, launch_stored, sparse_source, stored_source
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts.sparse_packing import SparsePacking
 
@@ -125,3 +126,41 @@ def test_a_kernel_of_every_number_of_tokens_compiles_without_spills() -> None:
         for source in (*sources, decompress_source(packing, tune.decompress_tile(H200))):
             used = nvrtc.compile_source(source, "sm_90a").resources
             assert used is not None and used.fits_registers and not used.warnings, source.name
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "ic"),
+    [
+        (formats.Plain("float32"), torch.bfloat16, 1100),
+        (formats.Plain("bfloat16"), torch.float16, 96),
+        (formats.get_scheme("fp6"), torch.float16, 2080),
+        (formats.get_scheme("uint3", 32), torch.bfloat16, 1120),
+        (formats.get_scheme("mxfp4"), torch.float16, 64),
+        (formats.get_scheme("int8"), torch.float16, 1037),
+    ],
+    ids=str,
+)
+def test_a_stored_weight_of_any_format_is_decoded(
+    values: formats.Scheme | formats.Plain, dtype: torch.dtype, ic: int, folder: Path
+) -> None:
+    for density in (0.5, 0.0, 1.0):
+        weight, _ = pruned.sparse(pruned.random(11, ic), pruned.kept(11, ic, density), values)
+        function = Emulated(stored_source(weight.sparse, str(dtype)[6:]), folder, 900)
+        for first, rows in ((0, 6), (6, 5)):
+            dense = torch.full((rows, ic), NAN, dtype=dtype)
+            launch_stored(
+                function,
+                0,
+                mask=weight.mask.data_ptr(),
+                values=weight.values.data_ptr(),
+                starts=weight.starts.data_ptr(),
+                scale=0 if weight.scale is None else weight.scale.data_ptr(),
+                zero_point=0 if weight.zero_point is None else weight.zero_point.data_ptr(),
+                dense=dense.data_ptr(),
+                first_row=first,
+                rows=rows,
+                ic=ic,
+                groups=1 if weight.scale is None else weight.scale.shape[1],
+                words=len(weight.values),
+            )
+            assert torch.equal(dense, weight.dequantize(dtype, (first, first + rows)))

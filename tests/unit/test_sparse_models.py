@@ -33,6 +33,7 @@ from tersor.models.load import described
 from tersor.models.outline import outline
 from tersor.models.weights import FeedForward, GatedProduct, Product, Products
 from tersor.nn import PackedLinear, SparseLinear
+from tersor.ops import warm
 from tersor.ops.collective import Ranks
 
 LONG = {"max_position_embeddings": 256}
@@ -160,6 +161,12 @@ def test_the_kernels_of_an_engine_are_known_beside_pruned_weights(tmp_path: Path
     parts = outline(config, names, forms, torch.bfloat16)
     assert {source.name for source in kernels_of(parts, steps, CHIPS["NVIDIA H200"])} >= asked
     assert sum(isinstance(layer.ffn.down.weight, SparseWeight) for layer in parts.layers) == 1
+    assert any("tersor_sparse_sm90_" in name and name.endswith("_gated") for name in asked)
+    with open_source(tmp_path / "out") as opened:
+        linears = {source.name for source in warm.pruned_sources(opened, ["bfloat16"], CHIPS["NVIDIA H200"])}
+        older = {source.name for source in warm.pruned_sources(opened, ["bfloat16"], CHIPS["NVIDIA A100"])}
+    assert older == {"tersor_decode_stored_fp6_e2m3_bfloat16", "tersor_epilogue_bfloat16"}
+    assert linears and all("tersor_sparse_sm90_" in name and "bfloat16" in name for name in linears)
 
 
 def test_queries_stored_dense_beside_pruned_keys_are_products_of_their_own(tmp_path: Path) -> None:

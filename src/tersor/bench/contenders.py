@@ -18,11 +18,12 @@ import torch
 from tersor import ops
 from tersor.bench import timing
 from tersor.bench.blend import Blend
+from tersor.bench.thinned import Thinned
 from tersor.compress import quantize_rtn
 from tersor.errors import InputError, UnsupportedError, did_you_mean
-from tersor.formats import Activations, Scheme
+from tersor.formats import Activations, Plain, Scheme
 from tersor.kernels.tune import LinearConfig
-from tersor.layouts import STREAM, MixedWeight, PackedWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.ops import dispatch
 
 Calls: TypeAlias = Sequence[Callable[[], object]]
@@ -67,7 +68,7 @@ class Contender:
 
 
 def contenders(
-    schemes: Sequence[Scheme | Blend],
+    schemes: Sequence[Scheme | Blend | Thinned],
     dtype: torch.dtype,
     chains: tuple[str, ...],
     rivals: Sequence[str],
@@ -81,7 +82,7 @@ def contenders(
     if FP8 in rivals:
         found.append(fp8(dtype))
     if HUMMING in rivals:
-        found += [humming(scheme, dtype, kind) for scheme, kind in both]
+        found += [humming(scheme, dtype, kind) for scheme, kind in both if not isinstance(scheme, Thinned)]
     return found
 
 
@@ -132,15 +133,20 @@ def named_rivals(text: str, known: tuple[str, ...] = RIVALS) -> tuple[str, ...]:
     return names
 
 
-def label(scheme: Scheme | Blend, activations: Activations | str = Activations.NATIVE) -> str:
+def label(scheme: Scheme | Blend | Thinned | Plain, activations: Activations | str = Activations.NATIVE) -> str:
     """Name a scheme as it is asked for, `fp6_e3m2` or `int4:g128`, and 8-bit activations: `fp6_e3m2:a8`, `int8:i8`.
 
-    Of a mix it is `uint4:g128=90+int8=10`, and `:ordered` behind it where its rows stand in the order of levels.
+    Of a mix it is `uint4:g128=90+int8=10`, and `:ordered` behind it where its rows stand in the order of levels; of
+    pruned weights `fp6_e3m2:s50`.
     """
     if isinstance(scheme, Blend):
         levels = zip(scheme.levels, scheme.percents, strict=True)
         words = "+".join(f"{label(level)}={percents}" for level, percents in levels)
         return words + ":ordered" * scheme.in_order + BYTEWISE.get(Activations.of(activations), "")
+    if isinstance(scheme, Thinned):
+        return label(scheme.values) + scheme.ending
+    if isinstance(scheme, Plain):
+        return scheme.name
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
     return name + BYTEWISE.get(Activations.of(activations), "")
 
@@ -153,41 +159,47 @@ def unlabelled(name: str) -> tuple[str, Activations]:
     return name, Activations.NATIVE
 
 
-def packed_bytes(scheme: Scheme | Blend, oc: int, ic: int) -> int:
+def packed_bytes(scheme: Scheme | Blend | Thinned, oc: int, ic: int) -> int:
     """Return the bytes of a packed weight with its scales."""
-    if isinstance(scheme, Blend):
+    if isinstance(scheme, Blend | Thinned):
         return scheme.packed_bytes(oc, ic)
     return round(oc * ic * scheme.bits_per_weight(ic) / 8)
 
 
 def tersor(
-    scheme: Scheme | Blend,
+    scheme: Scheme | Blend | Thinned,
     dtype: torch.dtype,
     chains: tuple[str, ...],
     activations: Activations | str = Activations.NATIVE,
 ) -> Contender:
     """Return Tersor's own operator, in the given chains; quantising activations is part of its time."""
 
+    made: dict[tuple[int, int], int] = {}
+
     def build(oc: int, ic: int) -> Schedule:
         weights = copies_of(scheme, oc, ic, dtype, activations)
+        if isinstance(weights[0], SparseWeight | TiledSparseWeight):
+            made[oc, ic] = weights[0].nbytes  # a random mask decides
         return lambda n, chain: chained(weights, random(n, ic, dtype), early=chain == PDL)
 
     return Contender(
         name=label(scheme, activations),
         chains=chains,
-        weight_bytes=lambda oc, ic: packed_bytes(scheme, oc, ic),
+        weight_bytes=lambda oc, ic: made.get((oc, ic)) or packed_bytes(scheme, oc, ic),
         build=build,
     )
 
 
 def copies_of(
-    scheme: Scheme | Blend, oc: int, ic: int, dtype: torch.dtype, activations: Activations | str
-) -> Sequence[PackedWeight | MixedWeight]:
-    """Return copies of a random weight as `packed` does, mixed or not.
+    scheme: Scheme | Blend | Thinned, oc: int, ic: int, dtype: torch.dtype, activations: Activations | str
+) -> Sequence[PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight]:
+    """Return copies of a random weight as `packed` does, mixed, pruned or neither.
 
     Raises:
         UnfitError: no kernel serves the scheme, or a level of the mix.
     """
+    if isinstance(scheme, Thinned):
+        return scheme.packed(oc, ic, dtype)
     if isinstance(scheme, Blend):
         for level in scheme.levels:
             kernel_layout(level, dtype, torch.device("cuda", torch.cuda.current_device()), activations)
@@ -230,7 +242,11 @@ def kernel_layout(
 
 
 def chained(
-    weights: Sequence[PackedWeight | MixedWeight], x: torch.Tensor, *, early: bool, config: LinearConfig | None = None
+    weights: Sequence[PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight],
+    x: torch.Tensor,
+    *,
+    early: bool,
+    config: LinearConfig | None = None,
 ) -> Calls:
     """Return calls of Tersor's operator that each wait for the one before.
 

@@ -13,10 +13,12 @@ from tersor.bench import report
 from tersor.bench.blend import Blend
 from tersor.bench.contenders import CUBLAS, FP8, HUMMING, PDL, Calls, Contender, UnfitError, label, packed_bytes
 from tersor.bench.shapes import Shape
-from tersor.formats import Activations, Scheme
+from tersor.bench.thinned import Thinned
+from tersor.formats import Activations, Plain, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import dense, tune
-from tersor.kernels.tune import choice, mixed
+from tersor.kernels.tune import choice, mixed, sparse
+from tersor.ops import sparse_layout
 
 KIND = "tersor bench linear"
 VERSION = 1
@@ -185,7 +187,7 @@ def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def forecast(
     shapes: Sequence[Shape],
     tokens: Sequence[int],
-    schemes: Sequence[Scheme | Blend],
+    schemes: Sequence[Scheme | Blend | Thinned],
     chip: Chip,
     activations: Sequence[Activations | str] = (Activations.NATIVE,),
 ) -> list[dict[str, Any]]:
@@ -225,8 +227,12 @@ def problem_of(
     return dense.problem_of(scheme, (shape.oc, shape.ic), n, aligned=aligned, activations=chosen)
 
 
-def _choice(shape: Shape, scheme: Scheme | Blend, n: int, chip: Chip, activations: Activations | str) -> dict[str, Any]:
+def _choice(
+    shape: Shape, scheme: Scheme | Blend | Thinned, n: int, chip: Chip, activations: Activations | str
+) -> dict[str, Any]:
     nothing = {"from": "-", "predicted_microseconds": None}
+    if isinstance(scheme, Thinned):
+        return _pruned_choice(shape, scheme, n, chip, nothing)
     if isinstance(scheme, Blend):
         return _mixed_choice(shape, scheme, n, chip, Activations.of(activations), nothing)
     if not ops.kernels_for(scheme, torch.float16, chip, activations):
@@ -239,6 +245,22 @@ def _choice(shape: Shape, scheme: Scheme | Blend, n: int, chip: Chip, activation
         "config": str(config),
         "from": "predicted" if choice.measured(problem, chip) is None else "measured",
         "predicted_microseconds": round(tune.seconds(problem, config, chip) * 1e6, 2),
+    }
+
+
+def _pruned_choice(shape: Shape, thinned: Thinned, n: int, chip: Chip, nothing: dict[str, Any]) -> dict[str, Any]:
+    own = str(thinned.values.dtype) if isinstance(thinned.values, Plain) else "float16"
+    sizes, dtype = (shape.oc, shape.ic), getattr(torch, own)
+    if sparse_layout.chip_reason(thinned.sparse, sizes, dtype, chip):
+        return {"config": "decoded for cuBLAS", **nothing}
+    packing, runs = thinned.packing(own), sparse_layout.runs_of(thinned.sparse, sizes, dtype, chip)
+    problem = sparse_layout.problem_of(packing, sizes, n, runs, thinned.packed_bytes(*sizes))
+    reason, config = sparse_layout.decide(problem, chip)
+    time = sparse.decompress_seconds(problem, chip) if config is None else sparse.seconds(problem, config, chip)
+    return {
+        "config": "decoded for cuBLAS" if config is None else reason.why,
+        "from": "predicted",
+        "predicted_microseconds": round(time * 1e6, 2),
     }
 
 

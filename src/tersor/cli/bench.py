@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from tersor.bench.blend import Blend
+    from tersor.bench.thinned import Thinned
     from tersor.formats import Activations, Scheme
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -84,6 +85,36 @@ def blends(names: Sequence[str], shapes: Sequence[Any], in_order: bool) -> list[
         for shape in shapes:
             found[-1].groups(shape.ic)
     return list(dict.fromkeys(found))
+
+
+def thinned(names: Sequence[str], shapes: Sequence[Any], text: str) -> list[Thinned]:
+    """Read values of pruned weights, formats or `float16` and the like, and parts that are pruned such as `0.5,0.7`.
+
+    Raises:
+        FormatError: as `schemes`.
+        InputError: a part that is no number from 0 to 1.
+    """
+    from tersor.bench.thinned import Thinned
+    from tersor.formats import plain_values
+
+    parts = [sparsity(word) for word in text.split(",")]
+    values = [plain_values(name) or schemes([name], shapes)[0] for name in names]
+    return list(dict.fromkeys(Thinned(value, part) for value in values for part in parts))
+
+
+def sparsity(text: str) -> float:
+    """Read which part of weights is pruned.
+
+    Raises:
+        InputError: no number from 0 to 1.
+    """
+    try:
+        part = float(text)
+    except ValueError:
+        part = -1.0
+    if not 0 <= part <= 1:
+        raise InputError(f"--sparsity {text.strip()!r}: expected parts from 0 to 1 that are pruned, such as 0.5,0.7")
+    return part
 
 
 def activations(text: str) -> tuple[Activations, ...]:

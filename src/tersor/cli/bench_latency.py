@@ -36,14 +36,15 @@ def command(
     head_format: Annotated[
         str | None, typer.Option(help=f"Of the output head, or {PLAIN}; default: that of the weights.")
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Part of the weights, but for the output head, that is pruned at random, such as 0.5."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: float16 or bfloat16.")] = "float16",
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, float16, bfloat16 or fp8.")] = "auto",
     activations: options.Activations = "16bit",
     steps: Annotated[int, typer.Option(min=1, help="Of a timed run; the median of three counts.")] = 32,
     cuda_graph: Annotated[str, typer.Option(help="Steps as CUDA graphs: on or off.")] = "on",
-    sparsity: Annotated[
-        float | None, typer.Option(help="Prune so much of every linear but the head, at random; as a fraction.")
-    ] = None,
     offload: options.Offload = None,
     resident_layers: options.ResidentLayers = None,
     offload_directory: options.OffloadDirectory = None,
@@ -77,8 +78,6 @@ def command(
         expert_parallel=expert_parallel,
         placement=placement,
     )
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise InputError(f"sparsity is {sparsity}: it must be at least 0 and below 1")
     batches, contexts = bench.numbers("--batch", batch), bench.numbers("--context", context)
     if cuda_graph not in ("on", "off"):
         raise InputError(f"cuda graph {cuda_graph!r}{did_you_mean(cuda_graph, ['on', 'off'])}: use on or off")
@@ -90,6 +89,9 @@ def command(
         geometries.geometry(name)
     multiplied = Activations.of(activations)
     named = rivals.named(against)
+    pruned = None if sparsity is None else bench.sparsity(sparsity)
+    if pruned is not None and (named or multiplied is not Activations.NATIVE):
+        raise InputError("--sparsity: no rival has such weights, nor are they multiplied with 8-bit activations")
     if plot is not None:
         plots.check_plot(plot)
     if output is not None:
@@ -164,9 +166,9 @@ def command(
                     seat.device,
                     kernel_dtype,
                     head=scheme if head_format is None else head,
+                    sparsity=pruned,
                     activations=activations,
                     context=max(contexts),
-                    sparsity=sparsity,
                     offload=None if away is None else replace(away, told=_told),
                     ranks=seat.ranks,
                     place=seat.place,
@@ -191,8 +193,8 @@ def command(
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)
-                shown = label if head_format in (None, label) else f"{label}/{head_format}"
-                shown = shown if sparsity is None else f"{sparsity:.0%} sparse {shown}"
+                shown = label if pruned is None else f"{label}:s{100 * pruned:g}"
+                shown = shown if head_format in (None, label) else f"{shown}/{head_format}"
                 if team.first:
                     ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
                 latency.let_go(runner, team)

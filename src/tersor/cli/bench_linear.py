@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,10 @@ from tersor.cli import bench, chips, console, options
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from tersor.bench.blend import Blend
     from tersor.bench.linear import Row, Skipped
+    from tersor.bench.thinned import Thinned
+    from tersor.formats import Scheme
 
 TOKENS = "1,2,4,8,16,32,64,128,256,1024"
 FORMATS = ("fp6_e3m2",)
@@ -40,6 +44,12 @@ def command(
     in_order: Annotated[
         bool, typer.Option("--in-order", help="Rows of a mix stand in the order of its levels; else levels are drawn.")
     ] = False,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            help="Part of the weights that is pruned at random, or several such as 0.5,0.7; --format is then of values."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"Of the activations: float16 or bfloat16; default: {DTYPE}.")
     ] = None,
@@ -87,7 +97,9 @@ def command(
         raise InputError(f"--chain {chain!r}{did_you_mean(chosen_chain, contenders.CHAINS)}: use plain, pdl or both")
     multiplied = bench.activations(activations or ACTIVATIONS)
     wanted = known.resolve(shapes or known.DEFAULT, trust_remote_code=trust_remote_code)
-    schemes = bench.blends(format or FORMATS, wanted, in_order)
+    if sparsity is not None and any(one.dtype is not None for one in multiplied):
+        raise InputError("--sparsity: pruned weights are multiplied with 16-bit activations alone")
+    schemes = _schemes(format or FORMATS, wanted, in_order, sparsity)
     kernel_dtype = bench.dtype_named(dtype or DTYPE)
     if plot is not None:
         plots.check_plot(plot)
@@ -98,7 +110,9 @@ def command(
         _show_forecast(linear.forecast(wanted, tokens, schemes, gpu, multiplied), gpu, output, json)
         return
     if taken is not None:
-        result = _narrowed(taken, shapes, n, format, in_order, activations, chosen_chain, against, trust_remote_code)
+        result = _narrowed(
+            taken, shapes, n, format, in_order, sparsity, activations, chosen_chain, against, trust_remote_code
+        )
         if output is not None:
             report.write(output, report.text(result))
     else:
@@ -138,6 +152,7 @@ def _narrowed(
     n: str | None,
     format: list[str] | None,
     in_order: bool,
+    sparsity: str | None,
     activations: str | None,
     chain: str,
     against: str | None,
@@ -149,7 +164,8 @@ def _narrowed(
 
     result = saved.read(taken)
     wanted = known.resolve(shapes, trust_remote_code=trust_remote_code) if shapes else None
-    schemes = None if not format else bench.blends(format, wanted or (), in_order)
+    asked = format or (FORMATS if sparsity is not None else None)
+    schemes = None if not asked else _schemes(asked, wanted or (), in_order, sparsity)
     return saved.narrowed(
         result,
         shapes=None if wanted is None else {(shape.oc, shape.ic) for shape in wanted},
@@ -159,6 +175,13 @@ def _narrowed(
         chains=contenders.CHAINS[chain],
         rivals=None if against is None else contenders.named_rivals(against),
     )
+
+
+def _schemes(
+    names: Sequence[str], shapes: Sequence[Any], in_order: bool, sparsity: str | None
+) -> Sequence[Scheme | Blend | Thinned]:
+    """Return what the options mean by formats: of whole weights, or of what is left of pruned ones."""
+    return bench.blends(names, shapes, in_order) if sparsity is None else bench.thinned(names, shapes, sparsity)
 
 
 def _show_forecast(rows: list[dict[str, Any]], chip: hardware.Chip, output: Path | None, json: bool) -> None:

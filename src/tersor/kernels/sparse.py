@@ -9,13 +9,18 @@ import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
+from tersor.formats import Sparse
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune.sparse import SparseConfig, SparseTile
+from tersor.layouts.packing import SCALE_TYPES
 from tersor.layouts.sparse_packing import SparsePacking
 
 SparseLaunch: TypeAlias = Callable[..., None]
 """Launches the kernel on one prepared problem: `launch` in `prepare_sparse`."""
 
+_NUMBERS = {"float16": 1, "bfloat16": 2, "float32": 3}
+"""Dtype of plain numbers -> NUMBER of stored.cuh."""
+_STORED_ROWS = 4
 _SUFFIX = {0: "", 1: "_gated"}
 
 
@@ -49,6 +54,26 @@ def decompress_source(packing: SparsePacking, tile: SparseTile) -> KernelSource:
         header="sparse/sm90_decompress.cuh",
         parameters=_parameters(packing, tile, 0),
         arguments="PPPPPPiiif",
+    )
+
+
+@functools.cache
+def stored_source(sparse: Sparse, target: str) -> KernelSource:
+    """Return the kernel that decodes rows of a weight as it is stored, to `float16` or `bfloat16`."""
+    scheme = sparse.scheme
+    numbers = "0.0f" if scheme is None else ", ".join(f"{value!r}f" for value in scheme.format.values().tolist())
+    return KernelSource(
+        name=f"tersor_decode_stored_{sparse.values.name}_{target}",
+        header="sparse/stored.cuh",
+        parameters={
+            "NUMBER_BITS": sparse.value_bits,
+            "NUMBER": 0 if scheme is not None else _NUMBERS[sparse.values.name],
+            "TABLE": numbers,
+            "SCALE_TYPE": 0 if scheme is None else SCALE_TYPES[scheme.scale_dtype],
+            "ZERO_POINTS": scheme is not None and scheme.has_zero_point,
+            "BF16": target == "bfloat16",
+        },
+        arguments="PPPPPPiiiiiq",
     )
 
 
@@ -174,3 +199,33 @@ def launch_decompress(
     tile = config.tile
     arguments = (mask, layers, starts, marks, scale, dense, rows, ic, config.runs, factor)
     function.launch((config.ctas, 1, 1), (tile.threads, 1, 1), tile.shared_bytes, stream, arguments)
+
+
+def launch_stored(
+    function: Function,
+    stream: int,
+    *,
+    mask: int,
+    values: int,
+    starts: int,
+    scale: int,
+    zero_point: int,
+    dense: int,
+    first_row: int,
+    rows: int,
+    ic: int,
+    groups: int,
+    words: int,
+) -> None:
+    """Launch the decode of rows of a stored weight into dense memory [rows, ic].
+
+    Args:
+        function, stream: the kernel of `stored_source`, and the handle of the stream.
+        mask, values, starts, scale, zero_point: addresses of a `SparseWeight`'s tensors, of all rows; 0 without one.
+        dense: address of the result.
+        first_row, rows: which.
+        ic, groups: input channels, and scales of a row (1 without any).
+        words: of all values.
+    """
+    arguments = (mask, values, starts, scale, zero_point, dense, first_row, rows, ic, groups, ic // groups, words)
+    function.launch((-(-rows // _STORED_ROWS), 1, 1), (32 * _STORED_ROWS, 1, 1), 0, stream, arguments)

@@ -15,7 +15,6 @@ import torch
 
 from tersor.checkpoint.names import Form
 from tersor.compress import quantize_rtn
-from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Plain, Pruned, Scheme, Sparse, dtype_name
 from tersor.hardware import resolve_device
 from tersor.layouts import PackedWeight, SparseWeight
@@ -64,10 +63,9 @@ class Draws:
             return torch.ones(shape, device=self._generator.device)
         return self._normal(shape, _STD)
 
-    def kept(self, shape: Sequence[int], sparsity: float) -> torch.Tensor:
-        """Return which weights are left where so many are pruned at random, bool of a shape."""
-        drawn = torch.rand(tuple(shape), generator=self._generator, device=self._generator.device)
-        return drawn >= sparsity
+    def chances(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return numbers from 0 to 1, any of which is as probable as another."""
+        return torch.rand(shape, generator=self._generator, device=self._generator.device)
 
     def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, device=self._generator.device).mul_(std)
@@ -80,12 +78,12 @@ def random_decoder(
     dtype: torch.dtype = torch.bfloat16,
     *,
     head: Scheme | None = None,
+    sparsity: float | None = None,
     embedding: Scheme | None = None,
     activations: Activations | str = Activations.NATIVE,
     context: int | None = None,
     seed: int = 0,
     ranks: Ranks = ALONE,
-    sparsity: float | None = None,
     offload: Offload | None = None,
     place: Place | None = None,
 ) -> Decoder:
@@ -96,17 +94,16 @@ def random_decoder(
         scheme: of all linear layers but routers and the head; `None` is plain.
         device, activations, context: as for `load`.
         dtype: of activations and plain weights.
+        sparsity: part of the weights in `scheme`, but for experts', that is pruned at random; `None` stores them whole.
         head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
         seed: of the numbers.
         ranks, place: as for `load`; every rank has numbers of its own.
-        sparsity: fraction of every weight that `scheme` is for which is pruned at random; `None` prunes none.
         offload: how layers leave the device that do not fit there; `None` has all stay.
 
     Raises:
         InputError: no such geometry.
         FormatError: a group size that does not divide input channels.
         ShapeError: it cannot be placed so.
-        UnsupportedError: experts that are to be pruned.
     """
     config = geometry(model) if isinstance(model, str) else model
     names = NAMES[config.architecture]
@@ -122,11 +119,11 @@ def random_decoder(
     }
     schemes: dict[str, Form] = {module: form for module, form in chosen.items() if form is not None}
     if sparsity is not None:
-        if any(layer.experts for layer in config.layers):
-            raise UnsupportedError("pruned experts are not served: leave sparsity to models without experts")
-        sparse = Sparse(scheme or Plain(dtype_name(dtype)))
-        pruned = {module: expected.matrices[module] for module in chosen if module not in outside}
-        schemes |= {module: Pruned(sparse, bytes(4 * shape[0])) for module, shape in pruned.items()}
+        sparse = Sparse(Plain(dtype_name(dtype)) if scheme is None else scheme)
+        kept = [one for one in chosen if one not in outside and not one.endswith(f".{names.router}")]
+        for module in kept:
+            if len(expected.matrices[module]) == 2 and ".experts." not in module:
+                schemes[module] = Pruned(sparse, bytes(4 * expected.matrices[module][0]))
     stage = replace(own.stage, layers=(0, len(kinds.layers)))
     share = Share.of(kinds, names, schemes, replace(own, stage=stage))
     with Reading(where) as reading:  # reads nothing
@@ -159,7 +156,7 @@ class _Random(Stored):
     """Random weights instead of stored ones.
 
     Attributes:
-        sparsity: fraction of a pruned weight that is not left.
+        sparsity: the part of pruned weights that is not left.
     """
 
     sparsity = 0.0
@@ -191,7 +188,7 @@ class _Random(Stored):
 
     def _sparse(self, module: str, form: Pruned) -> SparseWeight:
         drawn = self._draws.matrix(module, self._shapes[module])
-        kept, scheme = self._draws.kept(drawn.shape, self.sparsity), form.sparse.scheme
+        kept, scheme = self._draws.chances(self._shapes[module]) >= self.sparsity, form.sparse.scheme
         if scheme is None:
             return SparseWeight.from_plain(drawn.to(self.dtype), kept)
         return SparseWeight.from_encoded(quantize_rtn(drawn, scheme), kept)

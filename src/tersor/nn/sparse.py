@@ -232,9 +232,11 @@ class SparseLinear(Counted):
             [..., OC] in x's dtype, or that of torch.autocast; a bias of another dtype is cast.
         """
         dtype = ops.activation_dtype(x)
-        if not torch.compiler.is_compiling():
+        weight = self.packed_weight()
+        if self._ready_for is not dtype and not torch.compiler.is_compiling():
             self.prepare(dtype)
-        return ops.linear(x, self.packed_weight(), cast_bias(self.bias, dtype))
+            weight = self.packed_weight()
+        return ops.linear(x, weight, cast_bias(self.bias, dtype))
 
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
         before = {name: self._buffers[name] for name in (*_BUFFERS, *_OF_TILES)}

@@ -1,6 +1,6 @@
-"""Many tokens beside a pruned weight in kernel tiles, where no fused kernel is to take them: slices of it are decoded.
+"""Products with a pruned weight that no fused kernel is to make: slices of it are decoded, which cuBLAS multiplies.
 
-cuBLAS multiplies them, as in `dequantized`.
+As in `dequantized`; the weight lies in kernel tiles, or as it is stored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from tersor import hardware
+from tersor.formats import Sparse
 from tersor.kernels import dense, jit
 from tersor.kernels import sparse as kernels
 from tersor.kernels.tune import sparse as tune
@@ -17,6 +18,8 @@ from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_packing import SparsePacking
 from tersor.ops import current, dequantized
 
+_SCRATCH_BYTES = 64 << 20
+"""Decoded weights held at a time of a weight as it is stored."""
 _TILE = 128
 """Rows and tokens of a tile of cuBLAS: where as many as there are multiprocessors fit, it splits no sums."""
 
@@ -24,7 +27,6 @@ _TILE = 128
 def linear(
     x: torch.Tensor,
     slices: Iterator[tuple[int, torch.Tensor]],
-    scale: torch.Tensor,
     bias: torch.Tensor | None,
     oc: int,
     residual: torch.Tensor | None,
@@ -38,7 +40,6 @@ def linear(
     Args:
         x, bias, residual: as kernels read them.
         slices: first row and decoded rows of each.
-        scale: of rows, on the device; not read.
         oc, gate: rows of the weight, and how gate and up become one, or 0.
     """
     n, sms = x.shape[0], hardware.of_device(x.get_device()).sms
@@ -48,7 +49,7 @@ def linear(
         target = str(x.dtype).removeprefix("torch.")
         finish = jit.get(dense.finish_source(target, 0, gate), x.device)
         every = _chained(first, slices)
-        return dequantized.finished(x, every, finish, scale.data_ptr(), bias, oc, residual, gate, 1.0)
+        return dequantized.finished(x, every, finish, 0, bias, oc, residual, gate, 1.0)
     y = x.new_empty(n, oc)
     for at, decoded in _chained(first, slices):
         last = at + decoded.shape[0]
@@ -98,5 +99,40 @@ def slices(
             rows=rows,
             ic=ic,
             factor=packing.factor,
+        )
+        yield first, scratch[:rows]
+
+
+def stored_slices(
+    sparse: Sparse,
+    ic: int,
+    mask: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    starts: torch.Tensor,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the same of a weight as it is stored, in a 16-bit dtype; tensors are those of a `SparseWeight`."""
+    oc, index = mask.shape[0], mask.get_device()
+    function = jit.get(kernels.stored_source(sparse, str(dtype).removeprefix("torch.")), index)
+    height = min(oc, max(1, _SCRATCH_BYTES // (2 * ic * UNIT_OC)) * UNIT_OC)
+    scratch = torch.empty(height, ic, dtype=dtype, device=mask.device)
+    for first in range(0, oc, height):
+        rows = min(height, oc - first)
+        kernels.launch_stored(
+            function,
+            current.stream(index),
+            mask=mask.data_ptr(),
+            values=values.data_ptr(),
+            starts=starts.data_ptr(),
+            scale=0 if scale is None else scale.data_ptr(),
+            zero_point=0 if zero_point is None else zero_point.data_ptr(),
+            dense=scratch.data_ptr(),
+            first_row=first,
+            rows=rows,
+            ic=ic,
+            groups=1 if scale is None else scale.shape[1],
+            words=values.numel(),
         )
         yield first, scratch[:rows]

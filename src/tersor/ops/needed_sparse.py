@@ -46,7 +46,11 @@ def of_shape(
 ) -> Iterator[KernelSource]:
     """Yield the same for weights of a representation and a shape, (OC, IC), whichever codes they have."""
     target = target_of(Activations.NATIVE, dtype)
-    if target is None or mode.current().reference or sparse_layout.chip_reason(representation, shape, dtype, chip):
+    if target is None or mode.current().reference or not shape[0] * shape[1]:
+        return
+    if sparse_layout.chip_reason(representation, shape, dtype, chip):
+        yield sparse.stored_source(representation, target)
+        yield dense.finish_source(target, 0, gate)
         return
     runs = sparse_layout.runs_of(representation, shape, dtype, chip)
     for packing in SparsePacking.choices(values_of(representation), target):

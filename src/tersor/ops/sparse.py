@@ -1,8 +1,9 @@
 """The torch operator `tersor::sparse_linear` of pruned weights as they are stored, its meta twin and its gradient.
 
-A product decodes a block of rows, with zeros for what is pruned, and multiplies. So what is pruned counts as the zero
-that it is: a NaN or an infinity among activations makes NaN of it, as in a dense product, whoever serves the call.
-`sparse_layout` is where that is decided. One in kernel tiles has an operator of its own, `tiled_sparse`.
+A product decodes slices of rows, with zeros for what is pruned, and multiplies: on a GPU a kernel does, and cuBLAS.
+So what is pruned counts as the zero that it is: a NaN or an infinity among activations makes NaN of it, as in a dense
+product, whoever serves the call. `sparse_layout` is where that is decided. A weight in kernel tiles has an operator of
+its own, `tiled_sparse`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from tersor.formats import Sparse
 from tersor.layouts import SparseWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.sparse import decode
-from tersor.ops import autocast, dispatch, gradient, mode, reference, sparse_gradient, tensors
+from tersor.ops import (
+    autocast,
+    decompressed,
+    dequantized,
+    dispatch,
+    gradient,
+    mode,
+    reference,
+    sparse_gradient,
+    tensors,
+)
 from tersor.ops.gates import Gate
 
 _library = torch.library.Library("tersor", "FRAGMENT")
@@ -65,17 +76,17 @@ def _serve(
         return tensors.empty_result(x, bias, residual, gate, oc)
     rows = tensors.rows_of(x, ic)
     now, represented = mode.current(), _representation(sparse)
-    whole = not dispatch.environment_reason(x.dtype, x.device) and not now.batch_invariant
-    wide = rows if whole else rows.to(torch.promote_types(x.dtype, torch.float32))
+    if not dispatch.environment_reason(x.dtype, x.device) and not now.batch_invariant:
+        with torch.cuda.device(x.device):
+            slices = decompressed.stored_slices(represented, ic, mask, values, scale, zero_point, starts, x.dtype)
+            held = None if residual is None else tensors.contiguous(residual).view(-1, outputs)
+            y = decompressed.linear(rows, slices, None if bias is None else bias.contiguous(), oc, held, gate)
+        return y.view(*x.shape[:-1], outputs)
+    wide = rows.to(torch.promote_types(x.dtype, torch.float32))
 
     def product(first: int, last: int) -> torch.Tensor:
         block = decode(represented, ic, mask, values, scale, zero_point, starts, wide.dtype, (first, last))
-        if whole:
-            part = torch.mm(wide, block.T, out_dtype=torch.float32)
-        elif now.batch_invariant:
-            part = torch.stack([block @ token.clone() for token in wide])
-        else:
-            part = wide @ block.T
+        part = torch.stack([block @ token.clone() for token in wide]) if now.batch_invariant else wide @ block.T
         return part if bias is None else part.add_(bias[first:last])
 
     added = None if residual is None else residual.reshape(-1, outputs)
@@ -115,6 +126,11 @@ def _serve_grad(
     if not oc or not grad.numel():
         return grad.new_zeros(*grad.shape[:-1], ic)
     rows = grad.reshape(-1, oc)
+    if not dispatch.environment_reason(grad.dtype, grad.device):
+        with torch.cuda.device(grad.device):
+            held = (mask, values, scale, zero_point, starts)
+            slices = decompressed.stored_slices(_representation(sparse), ic, *held, grad.dtype)
+            return dequantized.added_up(rows, slices).view(*grad.shape[:-1], ic)
     wide = rows.to(torch.promote_types(grad.dtype, torch.float32))
     total, represented = wide.new_zeros(len(rows), ic), _representation(sparse)
     step = max(1, reference.BLOCK_ELEMENTS.get(grad.device.type, 1 << 18) // max(ic, 1))

@@ -112,7 +112,7 @@ def stored_reason(sparse: Sparse, shape: tuple[int, int], dtype: torch.dtype, de
     if why:
         return Reason(dispatch.REFERENCE, why)
     why = reason(sparse, shape, dtype, device) or "the weight is not in kernel tiles"
-    return Reason(dispatch.DECOMPRESS, f"a block of rows is decoded at a time: {why}")
+    return Reason(dispatch.DECOMPRESS, f"slices of rows are decoded: {why}")
 
 
 def _target(dtype: torch.dtype) -> str:

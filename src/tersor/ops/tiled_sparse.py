@@ -16,6 +16,7 @@ from tersor import hardware
 from tersor.errors import ShapeError
 from tersor.kernels import jit
 from tersor.kernels import sparse as kernels
+from tersor.kernels.tune import sparse as tune
 from tersor.layouts import TiledSparseWeight, tiled_sparse
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_tiles import SparseTiles
@@ -188,9 +189,12 @@ def _served(
     if not x.is_contiguous():
         x = tensors.rows_of(x, ic)
         stride = x.stride(0)
+    held = (mask, layers, scale, starts, marks)
     if x.data_ptr() % 16 or stride % 8:
         x = tensors.aligned_rows(x, ic)
         stride = x.stride(0)
+    if now.batch_invariant and n > tune.FEW:  # sums of all runs of all tokens would take gigabytes
+        return _in_turns(x.reshape(n, ic), held, bias, of, residual, gate).view(*shape[:-1], outputs)
     runs = starts.shape[1]
     chosen = of.prepared(n, x.dtype, index, gate, now.key, runs, mask.nbytes + layers.nbytes)
     residual = None if residual is None else tensors.contiguous(residual)
@@ -198,7 +202,7 @@ def _served(
     if chosen.launch is None:
         slices = decompressed.slices(mask, layers, scale, starts, marks, of.packing, of.shape)
         added = None if residual is None else residual.view(-1, outputs)
-        return decompressed.linear(x.reshape(-1, ic), slices, scale, bias, oc, added, gate).view(*shape[:-1], outputs)
+        return decompressed.linear(x.reshape(-1, ic), slices, bias, oc, added, gate).view(*shape[:-1], outputs)
     y = tensors.output(shape, n, outputs, x.dtype)
     stream, partial, arrived = current.stream(index), 0, 0
     if chosen.floats:
@@ -220,6 +224,25 @@ def _served(
         early=settled(mask, layers) and now.early,
     )
     return y
+
+
+def _in_turns(
+    x: torch.Tensor,
+    held: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None,
+    of: _Type,
+    residual: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor:
+    """Return the result [N, outputs] of several calls, each of so many tokens as one tile has."""
+    mask, layers, scale, starts, marks = held
+    added = None if residual is None else residual.reshape(x.shape[0], -1)
+    parts = []
+    for first in range(0, x.shape[0], tune.FEW):
+        own = slice(first, first + tune.FEW)
+        some = None if added is None else added[own]
+        parts.append(_served(x[own], mask, layers, scale, starts, marks, bias, of, some, gate))
+    return torch.cat(parts)
 
 
 def _by_blocks(

@@ -1,0 +1,214 @@
+"""Pruned weights in kernel tiles on a GPU, through `ops`, layers and models: against float64, and bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import decoders, pruned
+from helpers.sparse_products import skewed_mask
+
+from tersor import formats, hardware, models, ops
+from tersor.convert import quantize
+from tersor.formats import Plain, Scheme, get_scheme
+from tersor.kernels.jit import Function
+from tersor.kernels.tune import sparse as tune
+from tersor.layouts import SparseWeight, TiledSparseWeight
+from tersor.layouts.gated import interleave
+from tersor.nn import SparseLinear
+from tersor.ops import Gate, prepared
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+CUDA = torch.device("cuda")
+FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "int8", "int4", "fp4_e2m1")
+TOKENS = (1, 2, 3, 4, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 300)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Return a list that every launch's kernel is put into."""
+    names: list[str] = []
+    launch = Function.launch
+
+    def noted(self: Function, *args: object, **options: object) -> None:
+        names.append(self.source.name)
+        launch(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Function, "launch", noted)
+    prepared.forget()
+    yield names
+    prepared.forget()
+
+
+def made(
+    kept: torch.Tensor, values: Scheme | Plain | str, dtype: torch.dtype
+) -> tuple[TiledSparseWeight, torch.Tensor]:
+    """Return a weight in kernel tiles, and what it decodes to, float64."""
+    chosen = get_scheme(values) if isinstance(values, str) else values
+    weight, decoded = pruned.sparse(pruned.random(*kept.shape) * kept.shape[1] ** -0.5, kept, chosen)
+    found = ops.preferred_sparse(weight.to(CUDA), dtype)
+    assert isinstance(found, TiledSparseWeight)
+    return found, decoded.double().cuda()
+
+
+def rows(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Return random activations on the GPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def check(y: torch.Tensor, exact: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rounded: bool = False) -> None:
+    """Hold a product against its exact numbers; `rounded`: weights were rounded to y's dtype ahead of it."""
+    allowed = formats.product_tolerance(x.double(), weight, torch.float32)
+    info = torch.finfo(y.dtype)
+    if rounded:
+        allowed = allowed + x.double().abs() @ weight.abs().T * info.eps / 2
+    allowed = allowed + (exact.abs() + allowed) * info.eps / 2 * 1.001 + info.smallest_normal * info.eps
+    assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values", ["plain", *FORMATS])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.5, 0.94, 1.0])
+def test_every_density_is_within_tolerance(dtype: torch.dtype, values: str, density: float) -> None:
+    chosen = Plain(str(dtype)[6:]) if values == "plain" else get_scheme(values)
+    weight, decoded = made(pruned.kept(301, 424, density), chosen, dtype)
+    assert torch.equal(weight.dequantize(torch.float64), decoded)
+    for n in (1, 16, 65, 150):
+        x, bias = rows(n, 424, dtype=dtype), rows(301, dtype=dtype)
+        residual = rows(n, 301, dtype=dtype, seed=1)
+        check(ops.linear(x, weight), x.double() @ decoded.T, x, decoded)
+        exact = x.double() @ decoded.T + bias.double() + residual.double()
+        check(ops.linear(x, weight, bias, residual=residual), exact, x, decoded)
+
+
+@pytest.mark.parametrize("n", TOKENS)
+def test_every_number_of_tokens_is_within_tolerance(n: int, launched: list[str]) -> None:
+    """A dense row, column, unit and block of channels, and nothing at all beside them."""
+    weight, decoded = made(skewed_mask(704, 3000), "fp6_e3m2", torch.float16)
+    x, residual = rows(n, 3000, dtype=torch.float16), rows(n, 704, dtype=torch.float16, seed=1)
+    torch.full((n, 704), torch.nan, dtype=torch.float16, device="cuda")
+    y = ops.linear(x, weight, residual=residual)
+    check(y, x.double() @ decoded.T + residual.double(), x, decoded)
+    assert any("tersor_sparse_sm90" in name for name in launched) and torch.equal(
+        ops.linear(x, weight, residual=residual), y
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (64, 128), (65, 136), (200, 264), (130, 5001), (3, 7), (1000, 33)])
+def test_odd_shapes_and_strides_are_within_tolerance(shape: tuple[int, int]) -> None:
+    weight, decoded = made(pruned.kept(*shape, 0.4), "fp8_e4m3", torch.bfloat16)
+    for n in (1, 7, 70):
+        x = rows(n, shape[1] + 3, dtype=torch.bfloat16)[:, 3:]
+        check(ops.linear(x, weight), x.double() @ decoded.T, x, decoded)
+
+
+@pytest.mark.parametrize("n", [1, 20, 130])
+def test_gate_and_up_are_one_product(n: int) -> None:
+    halves = [pruned.sparse(pruned.random(200, 512, seed) / 16, pruned.kept(200, 512, 0.5, seed), get_scheme("int8"))
+              for seed in (1, 2)]  # fmt: skip
+    both = SparseWeight.gate_up(halves[0][0], halves[1][0]).to(CUDA)
+    weight = ops.preferred_sparse(both, torch.bfloat16)
+    x, biases = rows(n, 512, dtype=torch.bfloat16), rows(2, 200, dtype=torch.bfloat16, seed=3)
+    assert isinstance(weight, TiledSparseWeight)
+    for gate in Gate:
+        bias = interleave(biases[0], biases[1])
+        found = ops.gated_linear(x, weight, bias, gate=gate)
+        sums = [x.double() @ one.double().cuda().T + own.double() for (_, one), own in zip(halves, biases, strict=True)]
+        torch.testing.assert_close(found.double(), gate.combine(*sums), rtol=2.0**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("values", ["fp8_e4m3", "int8", "plain"])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_slices_are_decoded_for_cublas(
+    values: str, runs: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]
+) -> None:
+    monkeypatch.setattr(tune, "fused", lambda problem, chip: False)
+    monkeypatch.setattr(tune, "_SCRATCH_BYTES", 1 << 20)
+    dtype = torch.float16
+    chosen = Plain("float16") if values == "plain" else get_scheme(values)
+    weight, decoded = pruned.sparse(pruned.random(9000, 1001) / 32, skewed_mask(9000, 1001), chosen)
+    held = TiledSparseWeight.of(weight.to(CUDA), "float16", runs)
+    exact_weight = decoded.to(dtype).double().cuda()
+    for n in (3, 700):
+        x, bias = rows(n, 1001, dtype=dtype), rows(9000, dtype=dtype)
+        residual = rows(n, 9000, dtype=dtype, seed=1)
+        exact = x.double() @ exact_weight.T
+        check(ops.linear(x, held), exact, x, exact_weight)
+        check(ops.linear(x, held, bias), exact + bias.double(), x, exact_weight)
+        check(ops.linear(x, held, bias, residual=residual), exact + bias.double() + residual.double(), x, exact_weight)
+        check(ops.linear(x, held, residual=residual), exact + residual.double(), x, exact_weight)
+    assert any("tersor_decompress" in name for name in launched)
+    x = rows(5, 1001, dtype=dtype).requires_grad_()
+    ops.linear(x, held).backward(torch.ones(5, 9000, dtype=dtype, device="cuda"))
+    wanted = torch.ones(5, 9000, dtype=torch.float64, device="cuda") @ exact_weight
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), wanted, rtol=2.0**-9, atol=1e-2)
+
+
+def test_what_is_not_finite_reaches_every_output_and_no_other_token() -> None:
+    weight, decoded = made(pruned.kept(128, 512, 0.5), "fp6_e3m2", torch.float16)
+    x = rows(8, 512, dtype=torch.float16)
+    clean = ops.linear(x, weight)
+    x[2, 100], x[5, 7], x[6, 300] = float("nan"), float("inf"), -0.0
+    y, wanted = ops.linear(x, weight), x.double() @ decoded.T
+    assert torch.equal(y.isnan(), wanted.isnan()) and bool(y[2].isnan().all())
+    assert torch.equal(y[[0, 1, 3, 4, 7]], clean[[0, 1, 3, 4, 7]]) and bool(y[6].isfinite().all())
+
+
+def test_a_token_has_the_same_bits_beside_any_others() -> None:
+    weight, _ = made(pruned.kept(1000, 2048, 0.5), "fp8_e4m3", torch.bfloat16)
+    x = rows(300, 2048, dtype=torch.bfloat16)
+    with ops.using(batch_invariant=True):
+        whole = ops.linear(x, weight)
+        for n in (1, 2, 31, 64, 65, 129):
+            assert torch.equal(ops.linear(x[:n], weight), whole[:n])
+
+
+def test_a_layer_moves_into_tiles_and_shows_what_is_stored() -> None:
+    weight, decoded = pruned.sparse(pruned.random(200, 512), pruned.kept(200, 512, 0.4), get_scheme("fp6"))
+    layer = SparseLinear.from_packed(weight, torch.zeros(200), torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.cuda()
+    assert not layer.as_stored and "bfloat16 tiles" in repr(layer)
+    after = layer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name].cpu(), before[name]) for name in before)
+    x = rows(3, 512, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        wanted = layer(x)
+        check(wanted, x.double() @ decoded.double().cuda().T, x, decoded.double().cuda())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.mul_(2)
+        graph.replay()
+    assert torch.equal(y, wanted * 2)
+    half = layer.half()
+    x16 = rows(3, 512, dtype=torch.float16)
+    check(half(x16), x16.double() @ decoded.double().cuda().T, x16, decoded.double().cuda())
+    assert half.cpu().as_stored and torch.equal(half.stored_weight().values, weight.values)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp6_e3m2", "int4:g32"])
+def test_a_pruned_model_gives_the_logits_of_a_cpu(format: str, tmp_path: Path, launched: list[str]) -> None:
+    """The last format has scales in groups, and no kernel: it is decoded a block of rows at a time."""
+    source = pruned.saved("llama", tmp_path / "model", max_position_embeddings=256)
+    quantize(source, tmp_path / "packed", format=format)
+    tokens = torch.arange(5, 45)
+    with torch.inference_mode():
+        exact = decoders.whole(models.load(tmp_path / "packed", "cpu", dtype=torch.float32), tokens)
+        found = decoders.whole(models.load(tmp_path / "packed", "cuda", dtype=torch.bfloat16), tokens)
+    torch.testing.assert_close(found.float().cpu(), exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+    assert any("tersor_sparse_sm90" in name for name in launched) == (format != "int4:g32")
+
+
+def test_the_reason_says_who_serves() -> None:
+    sparse = formats.Sparse(get_scheme("fp6_e3m2"))
+    assert ops.explain_sparse(sparse, (8192, 8192), 0.5, 16).kernel == "fused"
+    grouped = ops.explain_sparse(formats.Sparse(get_scheme("int4", 128)), (8192, 8192), 0.5, 16)
+    assert grouped.kernel == "decompress + cuBLAS" and "groups" in grouped.why
+    assert hardware.of_device(0).capability == (9, 0)
