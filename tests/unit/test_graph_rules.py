@@ -108,10 +108,15 @@ def _calls() -> dict[str, Callable[[Maker], Made]]:
         "uneven cat": lambda m: (aten.cat.default, [[m.x(m.n, 2 * m.n), m.x(m.n, m.n)], 1], {}),
         "stack": lambda m: (aten.stack.default, [[m.x(m.n, 2), m.x(m.n, 2)], 1], {}),
         "pad": lambda m: (aten.constant_pad_nd.default, [m.x(m.n, 4), [1, 1]], {}),
+        "slice_scatter": lambda m: (aten.slice_scatter.default, [m.x(m.n, 4), m.x(m.n, 2), 1, 1, 3], {}),
+        "select_scatter": lambda m: (aten.select_scatter.default, [m.x(m.n, 4, m.n), m.x(m.n, m.n), 1, 2], {}),
+        "copy": lambda m: (aten.copy.default, [m.x(m.n, 4), m.x(1, 4)], {}),
         "sum": lambda m: (aten.sum.dim_IntList, [m.x(m.n, 2 * m.n, 3), [1]], {}),
         "sum of all": lambda m: (aten.sum.default, [m.x(m.n, 2 * m.n)], {}),
         "mean": lambda m: (aten.mean.dim, [m.x(m.n, 2 * m.n, 3), [-2, -1], True], {}),
         "amax": lambda m: (aten.amax.default, [m.x(m.n, 2 * m.n), [1]], {}),
+        "max": lambda m: (aten.max.dim, [m.x(m.n, 2 * m.n), 1], {}),
+        "min": lambda m: (aten.min.dim, [m.x(m.n, 2 * m.n), 0, True], {}),
         "argmax": lambda m: (aten.argmax.default, [m.x(m.n, 2 * m.n), 1], {}),
         "amin": lambda m: (aten.amin.default, [m.x(m.n, 2 * m.n), [0], True], {}),
         "argmin": lambda m: (aten.argmin.default, [m.x(m.n, 2 * m.n), 0], {}),
@@ -193,7 +198,7 @@ ALIKE = {
 """Rules that are another's under a second name, or those of tensors that are made of nothing."""
 
 
-WITHOUT_GRADIENT = ("any", "all", "argmax", "argmin", "grouped product")
+WITHOUT_GRADIENT = ("any", "all", "argmax", "argmin", "copy", "grouped product")
 OFFERED = {
     "linear": "in out row0 row1",
     "linear without bias": "in out row0",
@@ -243,10 +248,15 @@ OFFERED = {
     "uneven cat": "dim0",
     "stack": "dim0 dim1",
     "pad": "dim0",
+    "slice_scatter": "dim0",
+    "select_scatter": "dim0 dim2",
+    "copy": "dim0 dim1",
     "sum": "dim0 dim1",
     "sum of all": "dim0 dim1",
     "mean": "dim0 dim1",
     "amax": "dim0",
+    "max": "dim0",
+    "min": "dim1",
     "argmax": "dim0",
     "amin": "dim1",
     "argmin": "dim1",

@@ -146,14 +146,14 @@ def pointwise(call: Call) -> Signature:
         saves = () if count == 1 else None
     elif name == "aten.where" and count == 3:
         linear, saves = ((1, 2),), (0,)
-    elif name == "aten._to_copy":
-        linear, saves = ((0,),), ()
+    elif name in ("aten._to_copy", "aten.copy"):
+        linear, saves = ((count - 1,),), ()
     elif name in OF_OUTPUT:
         saves = (count,)
     return namer.signature("pointwise", linear=linear, saves=saves)
 
 
-for _name in ("aten._to_copy", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.full_like"):
+for _name in ("aten._to_copy", "aten.copy", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.full_like"):
     RULES[_name] = pointwise
 for _name in ("aten.zeros_like", "aten.ones_like", "aten.empty_like", "aten.native_dropout", "aten.dropout"):
     RULES[_name] = pointwise

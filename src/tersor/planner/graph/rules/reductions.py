@@ -41,11 +41,12 @@ def add_up(call: Call) -> Signature:
     return namer.signature("reduce", sums=names, linear=((0,),), saves=(), flops=float(math.prod(call.inputs[0])))
 
 
-@rule("aten.amax", "aten.amin", "aten.argmax", "aten.argmin", "aten.var", "aten.std")
+@rule("aten.amax", "aten.amin", "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.var", "aten.std")
 def look_over(call: Call) -> Signature:
     """What is reduced stays whole."""
     namer, names = _reduce(call)
-    return namer.signature("reduce", keep=names, flops=float(math.prod(call.inputs[0])))
+    saves = range(len(namer.shapes))
+    return namer.signature("reduce", keep=names, saves=saves, flops=float(math.prod(call.inputs[0])))
 
 
 for _name in ("aten.any", "aten.all", "aten.prod", "aten.logsumexp"):

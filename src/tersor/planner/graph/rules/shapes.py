@@ -183,3 +183,16 @@ def pad(call: Call) -> Signature:
             for operand in (0, 1):
                 namer.put(f"dim{dim}", operand, dim)
     return namer.signature("pad", linear=() if call.argument(2, "value", 0) else ((0,),), saves=())
+
+
+@rule("aten.slice_scatter", "aten.select_scatter")
+def scatter_span(call: Call) -> Signature:
+    """The first input with a span, or an index, of one dimension from the second: that dimension stays."""
+    namer = Namer(call)
+    dim = call.argument(2, "dim", 0) % len(call.inputs[0])
+    narrow = len(call.inputs[1]) < len(call.inputs[0])
+    for other in range(len(call.inputs[0])):
+        if other != dim:
+            for operand, place in ((0, other), (1, other - (narrow and other > dim)), (2, other)):
+                namer.put(f"dim{other}", operand, place)
+    return namer.signature("cat", linear=((0, 1),), saves=())
