@@ -10,7 +10,7 @@ import numpy as np
 
 from tersor.errors import InputError
 from tersor.planner.graph.groups import Group, groups
-from tersor.planner.graph.ir import WHOLE, Graph, Operator
+from tersor.planner.graph.ir import SUM, WHOLE, Graph, Operator
 from tersor.planner.graph.liveness import Moment, moments
 from tersor.planner.graph.moves import Mesh, Moves, Places, Step, held
 from tersor.planner.graph.options import Option, options
@@ -29,6 +29,7 @@ class Flow:
     Attributes:
         value: its name.
         key: what it is one copy of: several reads at one placement are moved once.
+        again: whether the backward pass reads it: parts are gathered for it a second time, sums are kept.
         source: operator that made it, "" for a parameter that is stored.
         made: which of that operator's operands it is.
         target: operator that reads it.
@@ -37,6 +38,7 @@ class Flow:
 
     value: str
     key: str
+    again: bool
     source: str
     made: int
     target: str
@@ -205,13 +207,12 @@ def _flows(graph: Graph, members: tuple[Group, ...]) -> dict[tuple[str, str], tu
                 made, block = len(maker.inputs) + maker.outputs.index(name), home[maker.forward or maker.name]
             else:
                 continue
-            phase = "backward" if operator.kind == "gradient" else "forward"
-            base = name.removeprefix(GRADIENT).rsplit(" by ", 1)[0] if name.startswith(GRADIENT) else name
-            key = f"{GRADIENT}{base}" if base != name else f"{name} {phase}"
-            found.setdefault((block, home[of]), []).append(Flow(name, key, source, made, operator.name, read))
+            again = operator.kind == "gradient"
+            key = name.rsplit(" by ", 1)[0] if name.startswith(GRADIENT) else name
+            found.setdefault((block, home[of]), []).append(Flow(name, key, again, source, made, operator.name, read))
     for parameter in home:
         if f"update of {parameter}" in graph.by_name:
-            found.setdefault((home[parameter],) * 2, []).append(Flow(parameter, f"{parameter} updated", "", 0, "", 0))
+            found.setdefault((home[parameter],) * 2, []).append(Flow(parameter, f"new {parameter}", False, "", 0, "", 0))
     return {pair: tuple(flows) for pair, flows in found.items()}
 
 
@@ -227,11 +228,16 @@ def _distinct(
     graph: Graph, flows: tuple[Flow, ...], source: Option, target: Option
 ) -> list[tuple[Flow, int, Places, Places]]:
     """Return flows with bytes and placements, each copy once: results that are read twice, gradients that are added."""
-    found: dict[tuple[str, Places, Places], tuple[Flow, int, Places, Places]] = {}
+    found: dict[object, tuple[Flow, int, Places, Places]] = {}
     for flow in flows:
         from_, to = _ends(graph, flow, source, target)
-        found.setdefault((flow.key, from_, to), (flow, graph.values[flow.value].bytes, from_, to))
+        found.setdefault(_copy(flow, from_, to), (flow, graph.values[flow.value].bytes, from_, to))
     return list(found.values())
+
+
+def _copy(flow: Flow, source: Places, target: Places) -> tuple[object, Places, Places]:
+    """Return what tells copies of a value apart."""
+    return (flow.key, flow.again and SUM not in source), source, target
 
 
 def _moved(graph: Graph, flows: tuple[Flow, ...], source: Option, target: Option, moves: Moves) -> float:
@@ -248,7 +254,7 @@ def _matrix(
     for row, from_ in enumerate(rows):
         for column, to in enumerate(columns):
             keys = {
-                (flow.key, a, b): graph.values[flow.value].bytes for flow, a, b in zip(flows, from_, to, strict=True)
+                _copy(flow, a, b): graph.values[flow.value].bytes for flow, a, b in zip(flows, from_, to, strict=True)
             }
             small[row, column] = sum(moves.seconds(size, a, b) for (_, a, b), size in keys.items())
     return small[np.ix_(row_of, column_of)]
