@@ -76,18 +76,23 @@ def _for_nothing(operator: Operator, name: str) -> bool:
     )
 
 
-def gradient_way(way: Way, operator: Operator, gradient: Operator) -> Way:
-    """Return how the gradient of an operator is cut when the operator is cut in this way.
+def gradient_place(way: Way, operand: int, inputs: int) -> Placement:
+    """Return where the gradient of an operand is when its operator, of so many inputs, is cut in this way.
 
     An operator that computes slices of its outputs from slices of some inputs and the whole of others gives slices of
     the former's gradients, and addends of the latter's. One whose outputs are pending sums reads their whole gradient.
     """
+    place = way.places[operand]
+    if place.kind == "cut":
+        return place
+    return SUM if operand < inputs and place == WHOLE and way.name != EVERYWHERE else WHOLE
+
+
+def gradient_way(way: Way, operator: Operator, gradient: Operator) -> Way:
+    """Return how the gradient of an operator is cut when the operator is cut in this way."""
     inputs = len(operator.inputs)
-    places = []
-    for what, operand in gradient.of:
-        place = way.places[operand]
-        if what == "gradient" and place.kind != "cut":
-            pending = operand < inputs and place == WHOLE and way.name != EVERYWHERE
-            place = SUM if pending else WHOLE
-        places.append(place)
-    return Way(way.name, tuple(places))
+    places = tuple(
+        gradient_place(way, operand, inputs) if what == "gradient" else way.places[operand]
+        for what, operand in gradient.of
+    )
+    return Way(way.name, places)

@@ -116,11 +116,15 @@ class Moves:
         key = (size, source, target)
         found = self._known.get(key)
         if found is None:
-            axes = [axis for axis, pair in enumerate(zip(source, target, strict=True)) if pair[0] != pair[1]]
-            orders = [self._in_order(size, source, target, order) for order in itertools.permutations(axes)]
-            found = min(orders, key=seconds)
-            self._known[key] = found
+            found = self._known[key] = self._in_order(size, source, target, self.order(size, source, target))
         return found
+
+    def order(self, size: float, source: Places, target: Places) -> tuple[int, ...]:
+        """Return the axes that are moved, in the order that takes least."""
+        axes = [axis for axis, pair in enumerate(zip(source, target, strict=True)) if pair[0] != pair[1]]
+        return min(
+            itertools.permutations(axes), key=lambda order: seconds(self._in_order(size, source, target, order))
+        )
 
     def seconds(self, size: float, source: Places, target: Places) -> float:
         """Return the seconds of these collectives."""

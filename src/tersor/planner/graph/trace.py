@@ -92,6 +92,7 @@ class _Reader:
         self.of_node: dict[str, list[str]] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.inputs: list[str] = []
+        self.tensors: dict[int, str] = {}
 
     def graph(self) -> Graph:
         """Return the graph."""
@@ -129,6 +130,10 @@ class _Reader:
         role, path = "input", ""
         if name in signature.inputs_to_parameters:
             role, path = "parameter", signature.inputs_to_parameters[name]
+            first = self.tensors.setdefault(id(self.program.state_dict[path]), name)
+            if first != name:  # one parameter under two names
+                self.of_node[name] = [first]
+                return
         elif name in signature.inputs_to_buffers:
             role, path = "buffer", signature.inputs_to_buffers[name]
         elif name in signature.inputs_to_lifted_tensor_constants:
