@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -48,7 +50,7 @@ class Mlp(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.linears = nn.ModuleList([nn.Linear(a, b, bias=False) for a, b in pairs])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +60,7 @@ class Mlp(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts with capacity: tokens are put into each expert's places and taken back by products with a mask (GShard)."""
+    """Experts with capacity (GShard): products with a mask put tokens into each expert's places and take them back."""
 
     def __init__(self, width: int, hidden: int, experts: int, capacity: int) -> None:
         super().__init__()

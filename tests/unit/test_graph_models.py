@@ -140,7 +140,7 @@ def test_heads_of_attention_can_be_cut_through_all_views(name: str) -> None:
         while maker.kind != "matmul":
             maker = graph.makers[maker.inputs[0]]
         parts = graph.values[maker.outputs[0]].parts[-1]
-        assert 4 in parts or (2, 2) == parts[:2], "the product's output is not known to be heads of something"
+        assert 4 in parts or parts[:2] == (2, 2), "the product's output is not known to be heads of something"
 
 
 def test_a_module_that_cannot_be_traced_is_one_clear_line() -> None:
@@ -148,7 +148,7 @@ def test_a_module_that_cannot_be_traced_is_one_clear_line() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1 if x.sum().item() > 0 else x
 
-    with pytest.raises(InputError, match="^cannot trace Asks: ") as caught:
+    with pytest.raises(InputError, match=r"^cannot trace Asks: ") as caught:
         trace(Asks(), (torch.ones(3),))
     assert "\n" not in str(caught.value)
 

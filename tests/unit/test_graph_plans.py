@@ -59,7 +59,9 @@ def priced(problem: Problem, price: float) -> Problem:
 def ways_of(spread: Space, choice: Choice, layer: int) -> dict[str, str]:
     """Return the ways of a layer's products and attention."""
     chosen = spread.chosen(choice)
-    names = {name.split(":")[0].rsplit(".", 1)[-1]: option.name for name, option in chosen.items() if f"s.{layer}." in name}
+    names = {
+        name.split(":")[0].rsplit(".", 1)[-1]: option.name for name, option in chosen.items() if f"s.{layer}." in name
+    }
     attention = next(option.name for name, option in chosen.items() if "attention" in name and f"s.{layer}:" in name)
     return {**names, "attention": attention}
 
@@ -218,11 +220,45 @@ def test_nothing_that_a_plan_hands_on_is_a_sum_that_nobody_adds() -> None:
             assert pending in allowed, operator.name
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_seconds_of_a_choice_are_those_of_its_operators_and_collectives(trained: bool) -> None:
+    with torch.device("meta"):
+        ids = torch.zeros(4, 64, dtype=torch.long)
+        graph = trace(Gpt(512, 256, 8, 1, 64), (ids, ids))
+    graph = training(graph) if trained else graph
+    mesh = (Axis("data", 2, OneShot()), Axis("tensor", 2, OneShot(1e-6, 1e9)))
+    nothing = Ring(0.0, float("inf"))
+    spread, alone = (space(graph, axes, H200) for axes in (mesh, tuple(replace(a, links=nothing) for a in mesh)))
+    generator = np.random.default_rng(0)
+    by_name = [{option.name: option for option in alone.options[block.name]} for block in spread.problem.blocks]
+    for _ in range(20):
+        choice = {}
+        for block, options in zip(spread.problem.blocks, by_name, strict=True):
+            shared = [index for index, name in enumerate(block.options) if name in options]
+            choice[block.name] = int(generator.choice(shared))
+        picked = Choice(choice)
+        other = Choice(
+            {
+                block.name: next(
+                    index
+                    for index, option in enumerate(alone.options[block.name])
+                    if option.name == block.options[choice[block.name]]
+                )
+                for block in spread.problem.blocks
+            }
+        )
+        moved = sum(step.seconds for _, step in spread.steps(picked))
+        assert spread.problem.seconds(picked) == pytest.approx(alone.problem.seconds(other) + moved, rel=1e-9)
+
+
 def test_moves_take_the_cheapest_order_of_axes() -> None:
     slow, fast = OneShot(0.0, 1.0), OneShot(0.0, 100.0)
     moves = Moves((Axis("slow", 2, slow), Axis("fast", 4, fast)))
     steps = moves.between(800, (SUM, SUM), (WHOLE, cut(0)))
-    assert [(step.kind, step.axis, step.bytes) for step in steps] == [("reduce_scatter", 1, 800), ("all_reduce", 0, 200)]
+    assert [(step.kind, step.axis, step.bytes) for step in steps] == [
+        ("reduce_scatter", 1, 800),
+        ("all_reduce", 0, 200),
+    ]
     assert moves.between(800, (WHOLE, WHOLE), (cut(1), SUM)) == ()
     gather = moves.between(800, (cut(0), cut(1)), (WHOLE, cut(1)))
     assert [(step.kind, step.bytes, step.seconds) for step in gather] == [("all_gather", 200, 100.0)]

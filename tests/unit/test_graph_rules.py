@@ -384,6 +384,6 @@ def test_a_size_that_ranks_do_not_divide_is_not_cut() -> None:
 
 
 def test_an_operator_without_a_rule_is_named_and_not_cut() -> None:
-    made, inputs, parts = operator(aten.histc.default, [torch.zeros(8), 4, 0, 8])
+    made, _, _ = operator(aten.histc.default, [torch.zeros(8), 4, 0, 8])
     assert made.note == "no rule for aten.histc.default, so that every rank computes all of it"
     assert [way.name for way in ways(made, 2)] == ["whole"]

@@ -46,9 +46,7 @@ class Spread(nn.Module):
         planned = tuple(axis.ranks for axis in space.mesh)
         if tuple(mesh.shape) != planned:
             raise InputError(f"the plan is for a mesh of {list(planned)} ranks, and this one has {list(mesh.shape)}")
-        lines = [
-            Line(mesh.get_group(axis), mesh.get_local_rank(axis), ranks) for axis, ranks in enumerate(planned)
-        ]
+        lines = [Line(mesh.get_group(axis), mesh.get_local_rank(axis), ranks) for axis, ranks in enumerate(planned)]
         self._mover = Mover(lines, Moves(space.mesh))
         self._graph = space.graph
         self._forward = [one for one in space.graph.operators if one.kind not in ("gradient", "update")]
@@ -146,7 +144,8 @@ class _Known:
         spread, value = self._of, self._of._graph.values[name]
         mover = spread._mover
         if value.role == "parameter":
-            tensor, made = spread.get_parameter(spread._names[name]), spread._kept(name)
+            tensor: torch.Tensor = spread.get_parameter(spread._names[name])
+            made = spread._kept(name)
             stored = spread._places[name].stored[name] if name in spread._places else made
             there = mover.move(mover.move(tensor.detach(), made, stored, value.parts), stored, places, value.parts)
         else:

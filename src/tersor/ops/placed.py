@@ -127,7 +127,9 @@ class _Moved(torch.autograd.Function):
     """A move whose gradient is moved, too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, there: torch.Tensor, back: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def forward(
+        ctx: Any, tensor: torch.Tensor, there: torch.Tensor, back: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Any:
         ctx.back = back
         return there.view_as(there)
 

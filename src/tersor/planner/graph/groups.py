@@ -97,9 +97,7 @@ def _homes(graph: Graph, members: list[list[str]], feeding: dict[str, str]) -> d
 
 
 def _shared(graph: Graph, homes: dict[str, int]) -> list[Group]:
-    return [
-        Group(graph.values[name].path or name, (), (), (name,)) for name, place in homes.items() if place == -1
-    ]
+    return [Group(graph.values[name].path or name, (), (), (name,)) for name, place in homes.items() if place == -1]
 
 
 def _group(graph: Graph, names: list[str], feeding: dict[str, str], homes: dict[str, int], place: int) -> Group:

@@ -1,9 +1,9 @@
 """The graph that the planner cuts: one node an operator, every dimension of an operand a product of named parts.
 
 A dimension of 12 heads of 64 is the names ("heads", "width"), major first, whatever views it went through; a linear
-whose output is viewed that way later has the same two names. Names belong to one operator; what two operators share is
-the value between them, whose dimensions consist of the same parts on both sides (`names.settle`). So a cut of a value is
-a dimension and a part of it, and a cut of a part that is not the first is a strided (block-cyclic) one.
+whose output is viewed that way later has two names for it, too. Names belong to one operator; what two operators share
+is the value between them, whose dimensions consist of the same parts on both sides (`names.settle`). So a cut of a
+value is a dimension and a part of it, and a cut of a part that is not the first is a strided (block-cyclic) one.
 """
 
 from __future__ import annotations
@@ -223,8 +223,7 @@ class Graph:
         names = {
             value.name
             for value in self.values.values()
-            if value.role in ("constant", "buffer")
-            or (value.role == "input" and not value.dtype.is_floating_point)
+            if value.role in ("constant", "buffer") or (value.role == "input" and not value.dtype.is_floating_point)
         }
         for operator in self.operators:
             if all(name in names for name in operator.inputs):

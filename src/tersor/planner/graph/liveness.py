@@ -57,7 +57,7 @@ def moments(graph: Graph) -> tuple[Moment, ...]:
 
 
 def _bases(graph: Graph) -> dict[str, str]:
-    """Return for each value that takes memory of a step the value whose memory it is: itself, or what it is a view of."""
+    """Return for each value that takes memory in a step whose memory it is: its own, or that of its base."""
     base: dict[str, str] = {}
     held = {"activation", "gradient", "input"}
     parameters = {parameter.name for parameter in graph.parameters}

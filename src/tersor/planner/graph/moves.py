@@ -122,9 +122,7 @@ class Moves:
     def order(self, size: float, source: Places, target: Places) -> tuple[int, ...]:
         """Return the axes that are moved, in the order that takes least."""
         axes = [axis for axis, pair in enumerate(zip(source, target, strict=True)) if pair[0] != pair[1]]
-        return min(
-            itertools.permutations(axes), key=lambda order: seconds(self._in_order(size, source, target, order))
-        )
+        return min(itertools.permutations(axes), key=lambda order: seconds(self._in_order(size, source, target, order)))
 
     def seconds(self, size: float, source: Places, target: Places) -> float:
         """Return the seconds of these collectives."""

@@ -99,7 +99,9 @@ def settle(operators: Sequence[Named], shapes: Mapping[str, tuple[int, ...]]) ->
 
     Where two ways to split a dimension have nothing in common, the operator that came second may not be cut there.
     """
-    parts = {name: [(size,) if size > 1 else () for size in shape] for name, shape in shapes.items()}
+    parts: dict[str, list[tuple[int, ...]]] = {
+        name: [(size,) if size > 1 else () for size in shape] for name, shape in shapes.items()
+    }
     readers: dict[str, list[int]] = {name: [] for name in shapes}
     for place, operator in enumerate(operators):
         for name in set(operator.operands):

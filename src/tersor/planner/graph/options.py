@@ -1,4 +1,4 @@
-"""The options of a group on a mesh: an assignment along each axis, and in training how parameters and state are kept."""
+"""The options of a group on a mesh: an assignment along each axis; in training, how parameters and state are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tersor.planner.graph.ir import WHOLE, Graph, Operator, Placement, cut
 from tersor.planner.graph.moves import Mesh, Places
 
 KEEPS = ("", "state", "weights")
-"""How what is whole along an axis is kept in training: as it is, with gradients and state cut, with weights cut, too."""
+"""How training keeps what is whole along an axis: as it is, with gradients and state cut, with weights cut, too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,9 +96,7 @@ def _divides(graph: Graph, group: Group, combination: Sequence[Assignment], mesh
         if any(sizes[key] % count for key, count in product.items()):
             return False
     stored = combination[0].stored
-    return all(
-        _fits(graph, name, tuple(part.stored[name] for part in combination), mesh) for name in stored
-    )
+    return all(_fits(graph, name, tuple(part.stored[name] for part in combination), mesh) for name in stored)
 
 
 def _fits(graph: Graph, name: str, places: Places, mesh: Mesh) -> bool:

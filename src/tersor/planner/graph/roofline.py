@@ -39,10 +39,12 @@ class Roofline:
         """
         if kind in FREE:
             return 0.0
-        return max(flops / (self.arithmetic * self.peak(dtype)), size / (self.memory * self.chip.bandwidth)) + self.start
+        return (
+            max(flops / (self.arithmetic * self.peak(dtype)), size / (self.memory * self.chip.bandwidth)) + self.start
+        )
 
     def peak(self, dtype: torch.dtype) -> float:
-        """Operations per second of a dtype: float32 is TF32, half of 16 bits; float64 is a sixteenth (not tensor cores)."""
+        """Return operations per second of a dtype: float32 is TF32, half of 16 bits, and float64 a sixteenth."""
         if dtype.itemsize == 1:
             return self.chip.fp8_ops if dtype.is_floating_point and self.chip.fp8_ops else self.chip.int8_ops
         return self.chip.fp16_ops / {2: 1, 4: 2}.get(dtype.itemsize, 16)

@@ -155,7 +155,7 @@ class _Reader:
             self.of_node[node.name] = [made[node.args[1]]]
             return
         fake = node.meta.get("val")
-        tensors = [item for item in (fake if isinstance(fake, (tuple, list)) else [fake])]
+        tensors = list(fake) if isinstance(fake, (tuple, list)) else [fake]
         if not tensors or not all(isinstance(item, torch.Tensor) for item in tensors):
             if any(isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)) for item in tensors):
                 raise InputError(f"cannot plan {node.name}: {node.target} reads numbers out of data")

@@ -134,9 +134,7 @@ def _gradient(of: Value, name: str) -> Value:
 
 def _update(parameter: Value, gradients: list[str]) -> Operator:
     """Return the step of the optimiser for one parameter: every number by itself, so it is cut as one likes."""
-    names = tuple(
-        tuple(f"dim{dim}.{part}" for part in range(len(parts))) for dim, parts in enumerate(parameter.parts)
-    )
+    names = tuple(tuple(f"dim{dim}.{part}" for part in range(len(parts))) for dim, parts in enumerate(parameter.parts))
     sizes = {f"dim{dim}.{part}": size for dim, parts in enumerate(parameter.parts) for part, size in enumerate(parts)}
     return Operator(
         name=f"update of {parameter.name}",

@@ -65,7 +65,7 @@ class Namer:
             assert self.sizes.setdefault(name, size) == size, f"{name} is {self.sizes[name]} and {size}"
             self.dims[operand][dim].append(name)
 
-    def names(self) -> tuple[Names, dict[str, int], tuple[str, ...]]:
+    def names(self) -> tuple[tuple[Names, ...], dict[str, int], tuple[str, ...]]:
         """Return names of all operands, sizes, and the names that were put."""
         cuts = tuple(self.sizes)
         for operand, shape in enumerate(self.shapes):
@@ -74,7 +74,7 @@ class Namer:
                     name = f"whole{operand}_{dim}"
                     self.sizes[name] = size
                     self.dims[operand][dim].append(name)
-        return tuple(tuple(tuple(names) for names in dims) for dims in self.dims), self.sizes, cuts  # type: ignore[return-value]
+        return tuple(tuple(tuple(names) for names in operand) for operand in self.dims), self.sizes, cuts
 
     def signature(
         self,
@@ -94,7 +94,7 @@ class Namer:
         out = math.prod(self.shapes[self.first]) if len(self.shapes) > self.first else 0
         return Signature(
             kind=kind,
-            dims=dims,  # type: ignore[arg-type]
+            dims=dims,
             sizes=sizes,
             cuts=tuple(name for name in cuts if name not in set(keep)),
             sums=frozenset(name for name in sums if name in sizes),
@@ -153,7 +153,15 @@ def pointwise(call: Call) -> Signature:
     return namer.signature("pointwise", linear=linear, saves=saves)
 
 
-for _name in ("aten._to_copy", "aten.copy", "aten.clone", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.full_like"):
+for _name in (
+    "aten._to_copy",
+    "aten.copy",
+    "aten.clone",
+    "aten.alias",
+    "aten.detach",
+    "aten.lift_fresh_copy",
+    "aten.full_like",
+):
     RULES[_name] = pointwise
 for _name in ("aten.zeros_like", "aten.ones_like", "aten.empty_like", "aten.native_dropout", "aten.dropout"):
     RULES[_name] = pointwise
@@ -172,4 +180,3 @@ def shared(namer: Namer, operands: Iterable[int], dims: Iterable[int], names: Ma
         if len({namer.shapes[operand][dim] for operand in operands}) == 1:
             for operand in operands:
                 namer.put((names or {}).get(dim, f"dim{dim}"), operand, dim)
-

@@ -159,4 +159,3 @@ def _name_mask(namer: Namer, lead: int, grouped: bool) -> None:
         for name in scores[len(scores) - len(shape) + dim]:
             if shape[dim] > 1:
                 namer.put(name, 3, dim, namer.sizes[name])
-

@@ -54,7 +54,7 @@ def _indexed(indices: Sequence[object]) -> list[int]:
 
 @rule("aten.index")
 def index(call: Call) -> Signature:
-    """x and indices of some of its dimensions, broadcast together: they stand where these were if those lie together."""
+    """x and indices of some of its dimensions, broadcast together: they stand where those were if they lie together."""
     namer, output = Namer(call), len(call.inputs)
     indices = call.args[1]
     places = _indexed(indices)

@@ -100,7 +100,7 @@ def _same_but(namer: Namer, dim: int, operands: Sequence[int]) -> None:
 
 
 def _parts_of(call: Call, dim: int, kind: str) -> Signature:
-    """Outputs are parts of the input along `dim`: of equal size, it is (parts, part), and each part may be cut alike."""
+    """Outputs are parts of the input along `dim`: of equal size, it is (parts, part), and all may be cut alike."""
     namer = Namer(call)
     outputs = range(1, len(namer.shapes))
     _same_but(namer, dim, (0, *outputs))
