@@ -81,6 +81,7 @@ def space(
     memory: float | None = None,
     optimiser: Optimiser | None = None,
     fold: bool = True,
+    every: bool = False,
 ) -> Space:
     """Return the ways to spread a graph over a mesh, at the least time within `memory` bytes a rank.
 
@@ -91,6 +92,7 @@ def space(
         memory: bytes of a rank; `None` leaves memory out.
         optimiser: what training keeps; Adam where the graph has updates and nothing is said.
         fold: whether operators that follow from one decision are one block.
+        every: whether to keep options that another one of the block beats in whatever choice.
 
     Raises:
         InputError: the mesh has no axes, or an axis has no ranks.
@@ -113,7 +115,8 @@ def space(
         inside = flows.get((group.name, group.name), ())
         seconds += np.array([moved(graph, inside, option, option, moves) for option in own])
         sizes = block_bytes(graph, group, own, mesh, peaks, owners, optimiser)
-        kept = _undominated(own, seconds, sizes, [_seen(graph, others[group.name], option) for option in own])
+        seen = [(index if every else _seen(graph, others[group.name], option)) for index, option in enumerate(own)]
+        kept = _undominated(own, seconds, sizes, seen)
         choices[group.name] = tuple(own[index] for index in kept)
         costs[group.name] = (seconds[kept], sizes[kept])
     ties = _ties(graph, members, choices)
@@ -136,19 +139,21 @@ def space(
 
 
 def _seen(graph: Graph, others: list[tuple[Flow, bool]], option: Option) -> object:
-    """Return where an option has what its block hands to others or is handed, and its parameters."""
-    ends = tuple(end(graph, flow, option, source) for flow, source in others)
-    return ends, tuple(option.stored.values()), tuple(option.updated.values())
+    """Return where an option has what its block hands to others or is handed; parameters of its own are nobody's."""
+    return tuple(end(graph, flow, option, source) for flow, source in others)
 
 
 def _undominated(own: tuple[Option, ...], seconds: Floats, sizes: Floats, seen: list[object]) -> list[int]:
-    """Return options that no other, which looks the same from outside, beats or equals in time and memory."""
+    """Return options that no other, which looks the same from outside, beats or equals in time and memory.
+
+    The first one, of every rank computing all, stays: it is what others are compared with.
+    """
     alike: dict[object, list[int]] = {}
     for index in np.argsort(seconds, kind="stable"):
         others = alike.setdefault(seen[index], [])
         if not any((sizes[other] <= sizes[index]).all() for other in others):
             others.append(int(index))
-    return sorted(index for kept in alike.values() for index in kept)
+    return sorted({0, *(index for kept in alike.values() for index in kept)})
 
 
 def _ties(graph: Graph, members: tuple[Group, ...], choices: Mapping[str, tuple[Option, ...]]) -> dict[str, str]:
