@@ -13,6 +13,7 @@ from helpers.graph_search import best, brute
 
 from tersor.errors import InputError
 from tersor.hardware import chip_named
+from tersor.planner.graph import problem
 from tersor.planner.graph.ir import SUM, WHOLE, Graph, cut
 from tersor.planner.graph.moves import Axis, Moves, Ring
 from tersor.planner.graph.problem import Space, space
@@ -50,10 +51,10 @@ def gpt(rows: int, batch: int = 1, *, trained: bool = False) -> Graph:
     return training(graph) if trained else graph
 
 
-def priced(problem: Problem, price: float) -> Problem:
+def priced(of: Problem, price: float) -> Problem:
     """The problem with a price in seconds on each byte of the fullest moment, where limits would be in the way."""
-    blocks = (replace(block, seconds=block.seconds + price * block.bytes.max(axis=1)) for block in problem.blocks)
-    return replace(problem, blocks=tuple(blocks))
+    blocks = (replace(block, seconds=block.seconds + price * block.bytes.max(axis=1)) for block in of.blocks)
+    return replace(of, blocks=tuple(blocks))
 
 
 def ways_of(spread: Space, choice: Choice, layer: int) -> dict[str, str]:
@@ -204,6 +205,22 @@ def test_layers_that_are_equal_are_tied() -> None:
     spread = space(gpt(128), (Axis("tensor", 2, OneShot()),), H200)
     ties = [block.tie for block in spread.problem.blocks if block.tie]
     assert len(ties) == 14 and len(set(ties)) == 7
+
+
+def test_layers_of_one_form_cost_what_they_cost_counted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        ids = torch.zeros(4, 16, dtype=torch.long)
+        graph = training(trace(Gpt(64, 32, 4, 3, 16), (ids, ids)))
+    mesh = (Axis("tensor", 4, OneShot()),)
+    shared = space(graph, mesh, H200, memory=1e12).problem
+    monkeypatch.setattr(problem, "form_of", lambda graph, group: group.name)
+    single = space(graph, mesh, H200, memory=1e12).problem
+    for one, other in zip(shared.blocks, single.blocks, strict=True):
+        assert one.options == other.options
+        assert np.allclose(one.seconds, other.seconds, rtol=1e-12) and np.array_equal(one.bytes, other.bytes)
+    for link, twin in zip(shared.edges, single.edges, strict=True):
+        assert (link.source, link.target) == (twin.source, twin.target)
+        assert np.allclose(link.seconds, twin.seconds, rtol=1e-12)
 
 
 def test_nothing_that_a_plan_hands_on_is_a_sum_that_nobody_adds() -> None:

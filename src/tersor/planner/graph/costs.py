@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,7 +64,8 @@ def owners_of(graph: Graph, members: tuple[Group, ...]) -> dict[str, tuple[str, 
         if of not in home or operator.kind == "update":
             continue
         for place, name in enumerate(operator.operands):
-            if place >= len(operator.inputs) or graph.values[name].role == "input":
+            given = name not in graph.makers and graph.values[name].role in ("input", "gradient")
+            if given or place >= len(operator.inputs):
                 found.setdefault(name, (home[of], operator.name, place))
     return found
 
@@ -97,16 +98,17 @@ def block_bytes(
     group: Group,
     own: tuple[Option, ...],
     mesh: Mesh,
-    peaks: list[Moment],
+    peaks: Sequence[Moment],
     owners: Mapping[str, tuple[str, str, int]],
     optimiser: Optimiser | None,
 ) -> Floats:
     """Return [options, moments], what a block holds at each."""
     sizes = np.zeros((len(own), len(peaks)))
-    mine = {name for name, (block, _, _) in owners.items() if block == group.name}
+    of_moments = frozenset[str]().union(*(moment.values for moment in peaks))
+    mine = {name for name in of_moments if name in owners and owners[name][0] == group.name}
     for row, option in enumerate(own):
         kept = kept_bytes(graph, option, mesh, optimiser)
-        local = {name: local_bytes(graph, name, owners, {group.name: option}, mesh) for name in mine} if peaks else {}
+        local = {name: local_bytes(graph, name, owners, {group.name: option}, mesh) for name in mine}
         for column, moment in enumerate(peaks):
             sizes[row, column] = kept + sum(local[name] for name in mine & moment.values)
     return sizes

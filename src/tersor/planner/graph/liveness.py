@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tersor.planner.graph.ir import Graph
@@ -22,38 +24,49 @@ class Moment:
     bytes: int
 
 
-def moments(graph: Graph) -> tuple[Moment, ...]:
-    """Return the moments of a graph at which more is held than at the next, in order of operators."""
+def lives(graph: Graph) -> dict[str, tuple[int, int]]:
+    """Return for each value that takes memory in a step the operators, by index, that make it and that read it last.
+
+    An output of the graph is there until the end, which is the number of operators.
+    """
     base = _bases(graph)
-    last: dict[str, int] = {}
-    first: dict[str, int] = {}
+    found: dict[str, tuple[int, int]] = {}
     for place, operator in enumerate(graph.operators):
         for name in operator.operands:
             root = base.get(name)
             if root is not None:
-                first.setdefault(root, place if name in operator.outputs else 0)
-                last[root] = place
+                begin = place if name in operator.outputs else 0
+                found[root] = (found.get(root, (begin, 0))[0], place)
     for name in graph.outputs:
-        if base.get(name) is not None:
-            last[base[name]] = len(graph.operators)
-    begins: dict[int, list[str]] = {}
-    ends: dict[int, list[str]] = {}
-    for name, place in first.items():
-        begins.setdefault(place, []).append(name)
-        ends.setdefault(last[name], []).append(name)
-    found: list[Moment] = []
-    alive: dict[str, None] = {}
-    size = 0
-    for place, operator in enumerate(graph.operators):
-        for name in begins.get(place, []):
-            alive[name] = None
-            size += graph.values[name].bytes
-        if place in ends:
-            found.append(Moment(operator.name, frozenset(alive), size))
-        for name in ends.get(place, []):
-            del alive[name]
-            size -= graph.values[name].bytes
-    return tuple(found)
+        root = base.get(name)
+        if root in found:
+            found[root] = (found[root][0], len(graph.operators))
+    return found
+
+
+def totals(graph: Graph, sizes: Mapping[str, float]) -> list[float]:
+    """Return for each operator the bytes that are held while it runs, of values that take so many bytes each."""
+    changes = [0.0] * (len(graph.operators) + 2)
+    for name, (begin, last) in lives(graph).items():
+        changes[begin] += sizes.get(name, 0.0)
+        changes[last + 1] -= sizes.get(name, 0.0)
+    return list(itertools.accumulate(changes[: len(graph.operators)]))
+
+
+def moments(graph: Graph, most: int) -> tuple[Moment, ...]:
+    """Return the moments at which the whole graph holds most, of those at which more is held than at the next."""
+    alive = lives(graph)
+    held = totals(graph, {name: float(graph.values[name].bytes) for name in alive})
+    ends = {last for _, last in alive.values()}
+    peaks = sorted((place for place in ends if place < len(held)), key=lambda place: (-held[place], place))[:most]
+    return tuple(
+        Moment(
+            graph.operators[place].name,
+            frozenset(name for name, (begin, last) in alive.items() if begin <= place <= last),
+            int(held[place]),
+        )
+        for place in peaks
+    )
 
 
 def _bases(graph: Graph) -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tersor.planner.graph.cuts import Way, gradient_way
+from tersor.planner.graph.cuts import Way, gradient_place
 from tersor.planner.graph.groups import Assignment, Group, assignments
 from tersor.planner.graph.ir import WHOLE, Graph, Operator, Placement, cut
 from tersor.planner.graph.moves import Mesh, Places
@@ -47,8 +47,10 @@ class Option:
         if operator.kind != "gradient":
             return tuple(way.places[operand] for way in self.ways[operator.name])
         forward = graph.by_name[operator.forward]
-        made = (gradient_way(way, forward, operator) for way in self.ways[forward.name])
-        return tuple(way.places[operand] for way in made)
+        what, of = operator.of[operand]
+        if what == "value":
+            return tuple(way.places[of] for way in self.ways[forward.name])
+        return tuple(gradient_place(way, of, len(forward.inputs)) for way in self.ways[forward.name])
 
     def slices(self, operator: Operator, mesh: Mesh) -> int:
         """Return into how many parts an operator's work is cut."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,10 @@ import numpy as np
 from tersor.errors import InputError
 from tersor.planner.graph.costs import block_bytes, block_seconds, kept_bytes, local_bytes, owners_of
 from tersor.planner.graph.flows import Flow, distinct, end, flows_of, matrix_of, moved, outside
+from tersor.planner.graph.forms import flow_form, form_of, renamed
 from tersor.planner.graph.groups import Group, groups
 from tersor.planner.graph.ir import Graph
-from tersor.planner.graph.liveness import moments
+from tersor.planner.graph.liveness import moments, totals
 from tersor.planner.graph.moves import Mesh, Moves, Step
 from tersor.planner.graph.options import Option, options
 from tersor.planner.graph.roofline import Roofline
@@ -66,11 +67,9 @@ class Space:
         kept = sum(kept_bytes(self.graph, option, self.mesh, self.optimiser) for option in chosen.values())
         owners = owners_of(self.graph, self.groups)
         local = {name: local_bytes(self.graph, name, owners, chosen, self.mesh) for name in owners}
-        most = [
-            (sum(local.get(name, 0.0) for name in moment.values), moment.operator) for moment in moments(self.graph)
-        ]
-        size, operator = max(most, default=(0.0, ""))
-        return kept + size, operator
+        by_operator = totals(self.graph, local)
+        place = max(range(len(by_operator)), key=by_operator.__getitem__)
+        return kept + by_operator[place], self.graph.operators[place].name
 
 
 def space(
@@ -102,21 +101,34 @@ def space(
     trained = any(operator.kind == "update" for operator in graph.operators)
     optimiser = (optimiser or ADAM) if trained else None
     members = groups(graph, fold=fold)
-    choices = {group.name: options(graph, group, mesh, trained=trained) for group in members}
+    forms = {group.name: form_of(graph, group) for group in members}
+    first: dict[Hashable, tuple[Group, tuple[Option, ...]]] = {}
+    choices: dict[str, tuple[Option, ...]] = {}
+    for group in members:
+        if forms[group.name] not in first:
+            first[forms[group.name]] = (group, options(graph, group, mesh, trained=trained))
+        model, found = first[forms[group.name]]
+        choices[group.name] = found if model is group else renamed(found, model, group)
     flows = flows_of(graph, members)
     moves = Moves(mesh)
-    peaks = sorted(moments(graph), key=lambda moment: -moment.bytes)[:MOMENTS] if memory is not None else []
+    peaks = moments(graph, MOMENTS) if memory is not None else ()
     owners = owners_of(graph, members)
     others = outside(flows, members)
     costs: dict[str, tuple[Floats, Floats]] = {}
+    whole: dict[Hashable, Floats] = {}
+    keeps: dict[str, tuple[int, ...]] = {}
     for group in members:
         own, known = choices[group.name], dict[tuple[str, object], float]()
-        seconds = np.array([block_seconds(graph, option, group, mesh, roofline, known) for option in own])
         inside = flows.get((group.name, group.name), ())
-        seconds += np.array([moved(graph, inside, option, option, moves) for option in own])
+        form = (forms[group.name], flow_form(graph, inside, group, group))
+        if form not in whole:
+            alone = [block_seconds(graph, option, group, mesh, roofline, known) for option in own]
+            whole[form] = np.array(alone) + [moved(graph, inside, option, option, moves) for option in own]
+        seconds = whole[form]
         sizes = block_bytes(graph, group, own, mesh, peaks, owners, optimiser)
         seen = [(index if every else _seen(graph, others[group.name], option)) for index, option in enumerate(own)]
         kept = _undominated(own, seconds, sizes, seen)
+        keeps[group.name] = tuple(kept)
         choices[group.name] = tuple(own[index] for index in kept)
         costs[group.name] = (seconds[kept], sizes[kept])
     ties = _ties(graph, members, choices)
@@ -125,11 +137,17 @@ def space(
         for group in members
     ]
     places = {group.name: place for place, group in enumerate(members)}
+    group_of = {group.name: group for group in members}
     between: dict[tuple[str, str], Floats] = {}
-    for (source, target), found in flows.items():
+    matrices: dict[Hashable, Floats] = {}
+    for (source, target), bundle in flows.items():
         if source == target:
             continue
-        matrix = matrix_of(graph, found, choices[source], choices[target], moves)
+        ends = tuple((forms[name], keeps[name]) for name in (source, target))
+        key = (ends, flow_form(graph, bundle, group_of[source], group_of[target]))
+        if key not in matrices:
+            matrices[key] = matrix_of(graph, bundle, choices[source], choices[target], moves)
+        matrix = matrices[key]
         if places[source] > places[target]:
             source, target, matrix = target, source, matrix.T
         between[source, target] = between.get((source, target), np.zeros(matrix.shape)) + matrix
