@@ -143,6 +143,16 @@ def test_heads_of_attention_can_be_cut_through_all_views(name: str) -> None:
         assert 4 in parts or parts[:2] == (2, 2), "the product's output is not known to be heads of something"
 
 
+def test_a_norm_with_statistics_of_the_batch_keeps_it_whole() -> None:
+    module, args, _ = MODELS["Wide-ResNet"]()
+    for training_mode in (True, False):
+        norms = [one for one in trace(module.train(training_mode), args).operators if one.kind == "norm"]
+        assert norms
+        for operator in norms:
+            names = {way.name for way in ways(operator, 2)}
+            assert "channels" in names and ("batch" in names) != training_mode
+
+
 def test_a_module_that_cannot_be_traced_is_one_clear_line() -> None:
     class Asks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
