@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,8 @@ def _rank(rank: int, shape: tuple[int, ...], cases: tuple[str, ...], store: str,
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         results.put((rank, [distance(case, shape) for case in cases]))
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
     finally:
         distributed.destroy_process_group()
 
@@ -161,4 +164,6 @@ def distances(shape: tuple[int, ...], cases: tuple[str, ...], folder: Path, *, s
         for process in processes:
             process.join(timeout=10)
             process.kill()
+    wrong = [of_rank for _, of_rank in found if isinstance(of_rank, str)]
+    assert not wrong, wrong[0]
     return [one for _, of_rank in sorted(found, key=lambda pair: pair[0]) for one in of_rank]

@@ -150,7 +150,8 @@ def pointwise(call: Call) -> Signature:
         linear, saves = ((count - 1,),), ()
     elif name in OF_OUTPUT:
         saves = (count,)
-    return namer.signature("pointwise", linear=linear, saves=saves)
+    kind = "view" if name in ("aten.alias", "aten.detach") else "pointwise"
+    return namer.signature(kind, linear=linear, saves=saves)
 
 
 for _name in (
