@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tersor.planner.graph.ir import Call
 from tersor.planner.graph.names import Signature
-from tersor.planner.graph.rules.base import Namer, aligned, base_name, rule, shared
+from tersor.planner.graph.rules.base import Namer, aligned, base_name, rule, shared, whole
 
 
 def _reduced(call: Call) -> tuple[set[int], bool]:
@@ -132,8 +132,19 @@ def _spatial(namer: Namer, operands: Sequence[int]) -> list[str]:
 @rule("aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit_no_training")
 def batch_norm(call: Call) -> Signature:
     """x [batch, channels, ...], vectors [channels]: with the statistics of the batch, it stays whole."""
+    return _batch_norm(call, base_name(call) == "aten._native_batch_norm_legit_functional" and bool(call.args[5]))
+
+
+@rule("aten._native_batch_norm_legit")
+def batch_norm_without_running(call: Call) -> Signature:
+    """The same without running statistics, which is how a norm of instances is computed: always of the batch."""
+    if call.name != "aten._native_batch_norm_legit.no_stats":
+        return whole(call, note=f"no rule for {call.name}, so that every rank computes all of it")
+    return _batch_norm(call, training=True)
+
+
+def _batch_norm(call: Call, training: bool) -> Signature:
     namer, output = Namer(call), len(call.inputs)
-    training = base_name(call) == "aten._native_batch_norm_legit_functional" and bool(call.args[5])
     for operand, shape in enumerate(namer.shapes):
         namer.put("channels", operand, 1 if operand in (0, output) else 0)
         if operand in (0, output):
