@@ -13,7 +13,8 @@ import torch
 
 from tersor.compress.allocate_time import Clock, allocate_time, feasible_time
 from tersor.compress.allocation import Floats, Fused
-from tersor.convert.latency import GATHERED, Steps, top_k_of
+from tersor.convert.latency import Steps, top_k_of
+from tersor.kernels.tune.forecast import GATHERED
 from tersor.convert.shared import Shared
 from tersor.errors import InputError
 from tersor.formats import Mix, get_scheme

@@ -1,0 +1,96 @@
+"""The least time of a problem by eliminating one block after the other; memory by a price a byte. Exact where it is 0."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from tersor.errors import InputError
+from tersor.planner.problem import Choice, Problem
+
+_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the choice, its seconds, a bound below the least, seconds of the search and its name."""
+
+    choice: Choice
+    seconds: float
+    bound: float
+    searched: float
+    method: str
+
+    @property
+    def gap(self) -> float:
+        """By how much of its time the choice may be worse than the best one."""
+        return 0.0 if self.seconds <= self.bound else (self.seconds - self.bound) / self.seconds
+
+
+def fast(problem: Problem) -> Found:
+    """Return the best choice; where memory binds, the best of those that a price on bytes finds."""
+    began, free = time.perf_counter(), _eliminated(problem, 0.0)
+    bound, best = problem.seconds(free), free if problem.fits(free) else None
+    low, high = 0.0, 1e-15
+    for _ in range(_STEPS * (best is None)):
+        choice = _eliminated(problem, high if best is None else (low + high) / 2)
+        bytes_over = sum(float(used - limit) for used, (_, limit) in zip(problem.bytes(choice), problem.limits, strict=True))
+        price = high if best is None else (low + high) / 2
+        bound = max(bound, problem.seconds(choice) + price * bytes_over)
+        if problem.fits(choice):
+            best = choice if best is None or problem.seconds(choice) < problem.seconds(best) else best
+            high = price
+        else:
+            low, high = price, high * 16 if best is None else high
+    if best is None:
+        names = [f"{name} takes {used:.0f} of {limit:.0f}" for used, (name, limit) in zip(problem.bytes(choice), problem.limits, strict=True)]
+        raise InputError(f"no choice fits in memory: {', '.join(names)} bytes")
+    return Found(best, problem.seconds(best), min(bound, problem.seconds(best)), time.perf_counter() - began, "elimination")
+
+
+def _eliminated(problem: Problem, price: float) -> Choice:
+    sizes = {block.name: len(block.options) for block in problem.blocks}
+    tables = [((block.name,), block.seconds + price * block.bytes.sum(1)) for block in problem.blocks]
+    tables += [((edge.source, edge.target), edge.seconds) for edge in problem.edges]
+    steps = []
+    for name in sizes:
+        own, tables = [t for t in tables if name in t[0]], [t for t in tables if name not in t[0]]
+        others = tuple(dict.fromkeys(other for names, _ in own for other in names if other != name))
+        joint = np.full([sizes[other] for other in others] + [sizes[name]], 0.0)
+        for names, values in own:
+            order = [(*others, name).index(one) for one in names]
+            shape = [1] * joint.ndim
+            for place, size in zip(order, values.shape, strict=True):
+                shape[place] = size
+            joint += np.transpose(values, np.argsort(order)).reshape(shape)
+        steps.append((name, others, joint.argmin(-1)))
+        tables.append((others, joint.min(-1)))
+    choice: dict[str, int] = {}
+    for name, others, best in reversed(steps):
+        choice[name] = int(best[tuple(choice[other] for other in others)])
+    return Choice(choice)
+
+
+def split(seconds: list[float], sizes: list[list[int]], stages: int, rooms: list[int]) -> list[int] | None:
+    """Return the first item of every stage of the least longest stage, whose bytes fit; `None` where none does."""
+    count = len(seconds)
+    before = [0.0, *itertools.accumulate(seconds)]
+    held = [[0, *itertools.accumulate(own)] for own in sizes]  # of every rank
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for stage in range(stages):
+        row: dict[int, tuple[float, int]] = {}
+        for end in range(stage + 1, count - (stages - stage - 1) + 1):
+            for start, (longest, _) in best[-1].items():
+                if start < end and all(own[end] - own[start] <= room for own, room in zip(held, rooms, strict=True)):
+                    found = (max(longest, before[end] - before[start]), start)
+                    row[end] = min(row.get(end, found), found)
+        best.append(row)
+    if count not in best[-1]:
+        return None
+    ends = [count]
+    for row in reversed(best[1:]):
+        ends.append(row[ends[-1]][1])
+    return ends[::-1][:-1]

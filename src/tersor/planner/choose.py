@@ -1,0 +1,336 @@
+"""Which plan is best? Ways to deal out the mesh, those of the least bound first; what cannot win is not solved.
+
+Outside are data, pipeline, tensor and expert ranks and micro-batches, inside the cuts of every block; then the stages.
+A bound of axes is the time to read weights, keys and values in even shares: so how long a search takes grows with the
+kinds of layers and with the tensor sizes that are tried, and hardly with devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from tersor.errors import InputError, ShapeError
+from tersor.planner import cuts, rules, say
+from tersor.planner.cost import LAYER, Kernels
+from tersor.planner.links import Links
+from tersor.planner.made import LATENCY, THROUGHPUT, Made, Solve, Unfit, make
+from tersor.planner.mesh import Axes, Mesh, factorisations
+from tersor.planner.parts import Model, Workload
+from tersor.planner.plan import Chosen, Cut, Plan, Rival, Slice, Stage
+from tersor.planner.searches import search_named
+from tersor.planner.ways import DECODE, Phase, Setting
+
+SHOWN = 6
+"""Ways to deal out the mesh that are solved at least, the runners-up of a report, where so many fit."""
+_MOST_TENSOR = 128
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is asked for.
+
+    Attributes:
+        model, mesh, workload: see there.
+        kernels, links: prices.
+        objective: `latency` or `throughput`.
+        method: name of a search.
+    """
+
+    model: Model
+    mesh: Mesh
+    workload: Workload
+    kernels: Kernels
+    links: Links
+    objective: str = LATENCY
+    method: str = "fast"
+
+    def setting(self, axes: Axes) -> Setting:
+        """Return the model on axes."""
+        return Setting(self.model, axes, self.workload, self.kernels, self.links)
+
+    def candidates(self) -> Iterator[tuple[Axes, int]]:
+        """Yield axes and micro-batches of a decode step."""
+        experts = max((kind.experts.count for kind in self.model.kinds if kind.experts), default=0)
+        for axes in factorisations(self.mesh, len(self.model.layers), _MOST_TENSOR, experts):
+            yield axes, 1
+            if axes.pipeline > 1 and DECODE in self.workload.phases and self.workload.batch > 1:
+                yield axes, min(axes.pipeline, self.workload.batch)
+
+
+@dataclass
+class _Tried:
+    """What was found so far."""
+
+    solved: list[Made] = field(default_factory=list)
+    unfit: list[tuple[Axes, Unfit]] = field(default_factory=list)
+    bounds: list[float] = field(default_factory=list)
+
+
+def plan(asked: Asked) -> Plan:
+    """Search for the best plan.
+
+    Raises:
+        InputError: no way to deal out the mesh holds the model (what is missing, of which rank), or a search or an
+            objective that is not there.
+    """
+    if asked.objective not in (LATENCY, THROUGHPUT):
+        raise InputError(f"objective {asked.objective!r}: latency or throughput")
+    began = time.perf_counter()
+    ruled = [one for rule in rules.RULES for one in rule.tried(asked.setting, asked.mesh, asked.workload)]
+    tried = _searched(asked) if asked.method != "rules" else _Tried()
+    made_rules = [rule for rule in ruled if rule.made is not None]
+    if asked.method == "rules":
+        tried.solved = [rule.made for rule in made_rules if rule.made is not None]
+    if not tried.solved:
+        raise _nothing_fits(asked, tried, ruled)
+    best = min(tried.solved, key=lambda made: _order(made, asked.objective))
+    value = best.value(asked.objective)
+    bound = min(value, *tried.bounds) if tried.bounds else 0.0
+    searched = time.perf_counter() - began
+    rivals = _rivals(best, tried, asked.objective)
+    baseline = tuple(_rule_row(rule, best, asked.objective) for rule in ruled)
+    return _assembled(asked, best, bound, searched, rivals, baseline)
+
+
+def least_seconds(setting: Setting, parts: int) -> float:
+    """Return seconds that no plan on these axes takes less of for a step: bytes in even shares, and launches."""
+    model, workload, kernels = setting.model, setting.workload, setting.kernels
+    ranks, total = setting.axes.tensor, 0.0
+    for name in workload.phases:
+        phase = Phase.of(name, workload, parts)
+        weight = 1.0 if name == DECODE or len(workload.phases) == 1 else workload.prefills
+        nbytes = 0.0
+        for kind in model.kinds:
+            own = float(sum(one.nbytes() for one in (*kind.qkv, kind.out, *kind.gate_up)))
+            own += kind.down.nbytes() if kind.down is not None else 0
+            if kind.experts is not None:
+                share = 1 - (1 - kind.experts.top_k / kind.experts.count) ** phase.tokens
+                own += share * sum(one.nbytes() for one in (*kind.experts.gate_up, kind.experts.down))
+            if name == DECODE:
+                length = min(phase.length, kind.window or phase.length)
+                own += phase.rows * length * workload.token_bytes(kind.kv_heads, kind.head_dim)
+            nbytes += len(kind.layers) * own
+        launches = len(model.layers) * LAYER * 0.5
+        spread = ranks * setting.axes.expert
+        total += weight * (nbytes / spread / kernels.chip.bandwidth + launches) / (
+            setting.axes.pipeline if parts > 1 and name != DECODE else 1
+        )
+    return total
+
+
+def _bound(asked: Asked, axes: Axes, parts: int) -> float:
+    seconds = least_seconds(asked.setting(axes), parts)
+    if asked.objective == LATENCY:
+        return seconds
+    if DECODE in asked.workload.phases:
+        return seconds * asked.mesh.devices / (axes.data * asked.workload.batch)
+    return seconds / axes.pipeline * asked.mesh.devices / (axes.data * asked.workload.prompt)
+
+
+def _searched(asked: Asked) -> _Tried:
+    solve: Solve = search_named(asked.method)
+    tried, best = _Tried(), float("inf")
+    ranked = sorted(((_bound(asked, *pair), pair) for pair in asked.candidates()), key=lambda one: one[0])
+    for bound, (axes, parts) in ranked:
+        if bound >= best and len({made.setting.axes for made in tried.solved}) >= SHOWN:
+            tried.bounds.append(bound)
+            break
+        try:
+            made = make(asked.setting(axes), parts, solve)
+        except Unfit as error:
+            tried.unfit.append((axes, error))
+            continue
+        except ShapeError:
+            continue
+        tried.solved.append(made)
+        tried.bounds.append(max(bound, _valued(asked, made)))
+        best = min(best, made.value(asked.objective))
+    return tried
+
+
+def _valued(asked: Asked, made: Made) -> float:
+    """Return the bound of a solved way in what the objective counts."""
+    if asked.objective == LATENCY:
+        return made.bound
+    axes, workload = made.setting.axes, asked.workload
+    if DECODE in workload.phases:
+        return made.bound * asked.mesh.devices / (axes.data * workload.batch)
+    return made.found.bound / axes.pipeline * asked.mesh.devices / (axes.data * workload.prompt)
+
+
+def _order(made: Made, objective: str) -> tuple[float, float, int, int]:
+    axes = made.setting.axes
+    return made.value(objective), -made.rate, axes.tensor * axes.pipeline, made.parts
+
+
+def _nothing_fits(asked: Asked, tried: _Tried, ruled: Sequence[rules.Ruled]) -> InputError:
+    errors = [error for _, error in tried.unfit] + [rule.unfit for rule in ruled if rule.unfit is not None]
+    if errors:
+        nearest = min(errors, key=lambda error: error.lacks)
+        notes = _notes(asked.setting(max((axes for axes, _ in tried.unfit), key=lambda axes: axes.tensor)) if tried.unfit else None)
+        return InputError(f"no plan fits: {nearest}" + (f"; and {notes[0]}" if notes else ""))
+    return InputError(f"no way to deal out {asked.mesh.devices} devices can be made of {asked.model.label}")
+
+
+def _rivals(best: Made, tried: _Tried, objective: str) -> tuple[Rival, ...]:
+    of_axes: dict[Axes, Made] = {}
+    for made in sorted(tried.solved, key=lambda made: _order(made, objective)):
+        of_axes.setdefault(made.setting.axes, made)
+    found = [
+        Rival(
+            name=say.named(made),
+            axes=axes.words(),
+            seconds=made.step,
+            rate=made.rate,
+            why=say.why_not(made, best, objective),
+        )
+        for axes, made in of_axes.items()
+        if axes != best.setting.axes
+    ][: SHOWN - 1]
+    known = set(of_axes)
+    smallest = {axes: error for axes, error in tried.unfit if axes not in known and axes.pipeline == 1}
+    for axes, error in sorted(smallest.items(), key=lambda pair: -pair[0].tensor)[:1]:
+        found.append(Rival(name=axes.words(), axes=axes.words(), seconds=None, rate=None, why=f"{error}"))
+    return tuple(found)
+
+
+def _rule_row(rule: rules.Ruled, best: Made, objective: str) -> Rival:
+    if rule.made is None:
+        return Rival(name=rule.name, axes=rule.axes.words(), seconds=None, rate=None, why=str(rule.unfit))
+    made = rule.made
+    same = made.value(objective) <= best.value(objective) * (1 + 1e-12)
+    why = "as fast as the plan" if same else say.why_not(made, best, objective)
+    return Rival(name=rule.name, axes=made.setting.axes.words(), seconds=made.step, rate=made.rate, why=why)
+
+
+def _assembled(
+    asked: Asked, best: Made, bound: float, searched: float, rivals: tuple[Rival, ...], baseline: tuple[Rival, ...]
+) -> Plan:
+    setting, axes, workload = best.setting, best.setting.axes, asked.workload
+    value = best.value(asked.objective)
+    return Plan(
+        model=asked.model.label,
+        digest=asked.model.digest,
+        chip=asked.kernels.chip.name,
+        links=asked.links.label,
+        mesh=asked.mesh.words(),
+        data=axes.data,
+        pipeline=axes.pipeline,
+        tensor=axes.tensor,
+        expert=axes.expert,
+        idle=asked.mesh.devices - axes.used,
+        workload={
+            "batch": workload.batch,
+            "context": workload.context,
+            "prompt": workload.prompt,
+            "kv_bytes": workload.kv_bytes,
+            "phases": list(workload.phases),
+        },
+        objective=asked.objective,
+        parts=best.parts,
+        stages=_stages(best),
+        cuts=_cuts(best),
+        chosen=tuple(
+            Chosen(
+                phase=place.phase.name,
+                group=place.group,
+                block=place.block,
+                way=best.replica.way(best.choice, name).name,
+                reads=best.replica.way(best.choice, name).reads,
+                gives=best.replica.way(best.choice, name).gives,
+                options=len(place.ways),
+            )
+            for name, place in best.replica.places.items()
+        ),
+        times=best.times,
+        step=best.step,
+        passes=best.passes,
+        apart=_apart(asked, best),
+        rate=best.rate,
+        bound=bound,
+        gap=max(0.0, 1 - bound / value) if asked.method != "rules" else 1.0,
+        searched=searched,
+        method=best.found.method,
+        rivals=rivals,
+        rules=baseline,
+        notes=_notes(setting),
+    )
+
+
+def _apart(asked: Asked, best: Made) -> dict[str, float]:
+    """Return the seconds of a pass of each phase if it alone counted: what it costs that weights have one place."""
+    if len(best.passes) < 2 or asked.method == "rules":
+        return dict(best.passes)
+    found = {}
+    for name in best.passes:
+        alone = replace(best.setting, workload=replace(asked.workload, phases=(name,)))
+        found[name] = make(alone, best.parts, search_named(asked.method)).passes[name]
+    return found
+
+
+def _stages(best: Made) -> tuple[Stage, ...]:
+    axes = best.setting.axes
+    bounds = [*best.starts, len(best.setting.model.layers)]
+    return tuple(
+        Stage(
+            first=bounds[stage],
+            last=bounds[stage + 1],
+            embedding=stage == 0,
+            head=stage == axes.pipeline - 1,
+            devices=axes.devices(0, stage),
+            seconds=best.stage_seconds[stage],
+            memory=best.memory[stage],
+        )
+        for stage in range(axes.pipeline)
+    )
+
+
+def _cuts(best: Made) -> tuple[Cut, ...]:
+    phase = best.setting.workload.phases[0]
+    starts = {kind.name: kind for kind in best.setting.model.kinds}
+    found = []
+    for name, place in best.replica.places.items():
+        if place.phase.name != phase:
+            continue
+        way, kind = best.replica.way(best.choice, name), starts.get(place.group)
+        for pieces in zip(*way.pieces, strict=True):
+            weight = pieces[0].weight
+            found.append(
+                Cut(
+                    module=(kind.start if kind else "") + weight.module,
+                    layers=kind.layers if kind else (),
+                    way=way.name if any(piece != cuts.Piece(weight) for piece in pieces) else "replicate",
+                    quantum=weight.quantum,
+                    slices=tuple(
+                        Slice(rows=piece.part.rows, columns=piece.part.columns, experts=piece.experts)
+                        for piece in pieces
+                    ),
+                    nbytes=tuple(piece.nbytes for piece in pieces),
+                )
+            )
+    return tuple(found)
+
+
+def _notes(setting: Setting | None) -> tuple[str, ...]:
+    """Return what could not be cut on these axes, and why."""
+    if setting is None or setting.ranks == 1:
+        return ()
+    found = []
+    for kind in setting.model.kinds:
+        what = kind.start.format(layer=kind.layers[0])
+        try:
+            cuts.heads_of(kind, setting.ranks)
+        except ShapeError as error:
+            found.append(f"attention of {kind.name} is not cut: {error}")
+        down = kind.down if kind.experts is None else kind.experts.down
+        channels = kind.ffn if kind.experts is None else kind.experts.ffn
+        if down is not None:
+            try:
+                cuts.inner(channels, (down,), setting.ranks, what + down.module)
+            except ShapeError as error:
+                found.append(f"channels of {kind.name} are not cut: {error}")
+    return tuple(found)
+
+
