@@ -50,7 +50,9 @@ def model_of(model: str, scheme: Scheme | None = None, revision: str | None = No
         raise UnsupportedError(f"{model} is a checkpoint, whose weights have their own formats: leave --format out")
     with open_source(model, revision) as source:
         config, names, expected, forms = described(source)
-        tensors = {name: [tensor.spec.dtype, list(tensor.spec.shape)] for name, tensor in sorted(source.tensors.items())}
+        tensors = {
+            name: [tensor.spec.dtype, list(tensor.spec.shape)] for name, tensor in sorted(source.tensors.items())
+        }
         return parts_of(config, names, expected, forms, source.label, _digest(source.config, tensors))
 
 
@@ -69,7 +71,9 @@ def of_config(raw: Mapping[str, Any], label: str, scheme: Scheme | None = None) 
     forms: dict[str, Form] = {}
     if scheme is not None:
         kept = {names.base + names.embedding} if not config.tied else set()
-        forms = {module: scheme for module in expected.matrices if module not in kept and not module.endswith(names.router)}
+        forms = {
+            module: scheme for module in expected.matrices if module not in kept and not module.endswith(names.router)
+        }
     return parts_of(config, names, expected, forms, label, _digest(raw, None if scheme is None else scheme.key()))
 
 
@@ -107,9 +111,7 @@ def parts_of(
 class _Reader:
     """Makes kinds of a decoder's layers."""
 
-    def __init__(
-        self, config: DecoderConfig, names: Names, expected: Expected, forms: Mapping[str, Form]
-    ) -> None:
+    def __init__(self, config: DecoderConfig, names: Names, expected: Expected, forms: Mapping[str, Form]) -> None:
         self._config, self._names, self._expected, self._forms = config, names, expected, forms
         self._vectors: dict[str, int] = {}
         for name, shape in expected.vectors.items():
@@ -207,5 +209,3 @@ def _size(shape: tuple[int, ...]) -> int:
 def _digest(config: Mapping[str, Any], tensors: object) -> str:
     text = json.dumps([dict(config), tensors], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-

@@ -1,10 +1,11 @@
-"""The least time of a problem by eliminating one block after the other; memory by a price a byte. Exact where it is 0."""
+"""The least time of a problem by eliminating one block after the other, exactly; where memory binds, a price a byte."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,9 @@ def fast(problem: Problem) -> Found:
     low, high = 0.0, 1e-15
     for _ in range(_STEPS * (best is None)):
         choice = _eliminated(problem, high if best is None else (low + high) / 2)
-        bytes_over = sum(float(used - limit) for used, (_, limit) in zip(problem.bytes(choice), problem.limits, strict=True))
+        bytes_over = sum(
+            float(used - limit) for used, (_, limit) in zip(problem.bytes(choice), problem.limits, strict=True)
+        )
         price = high if best is None else (low + high) / 2
         bound = max(bound, problem.seconds(choice) + price * bytes_over)
         if problem.fits(choice):
@@ -46,14 +49,21 @@ def fast(problem: Problem) -> Found:
         else:
             low, high = price, high * 16 if best is None else high
     if best is None:
-        names = [f"{name} takes {used:.0f} of {limit:.0f}" for used, (name, limit) in zip(problem.bytes(choice), problem.limits, strict=True)]
+        names = [
+            f"{name} takes {used:.0f} of {limit:.0f}"
+            for used, (name, limit) in zip(problem.bytes(choice), problem.limits, strict=True)
+        ]
         raise InputError(f"no choice fits in memory: {', '.join(names)} bytes")
-    return Found(best, problem.seconds(best), min(bound, problem.seconds(best)), time.perf_counter() - began, "elimination")
+    return Found(
+        best, problem.seconds(best), min(bound, problem.seconds(best)), time.perf_counter() - began, "elimination"
+    )
 
 
 def _eliminated(problem: Problem, price: float) -> Choice:
     sizes = {block.name: len(block.options) for block in problem.blocks}
-    tables = [((block.name,), block.seconds + price * block.bytes.sum(1)) for block in problem.blocks]
+    tables: list[tuple[tuple[str, ...], Any]] = [
+        ((block.name,), block.seconds + price * block.bytes.sum(1)) for block in problem.blocks
+    ]
     tables += [((edge.source, edge.target), edge.seconds) for edge in problem.edges]
     steps = []
     for name in sizes:

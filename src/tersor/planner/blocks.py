@@ -17,7 +17,20 @@ import numpy as np
 from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, NOTHING, REDUCE_SCATTER, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.problem import Block, Choice, Edge, Problem
-from tersor.planner.ways import ALL, DECODE, PENDING, TOKENS, Phase, Setting, Way, embedding, head, norms, of_layer, sample
+from tersor.planner.ways import (
+    ALL,
+    DECODE,
+    PENDING,
+    TOKENS,
+    Phase,
+    Setting,
+    Way,
+    embedding,
+    head,
+    norms,
+    of_layer,
+    sample,
+)
 
 EMBEDDING, FINAL_NORM, HEAD, SAMPLE = "embedding", "final_norm", "head", "sample"
 MEMORY = "weights and keys and values of a replica"
@@ -32,7 +45,7 @@ def converted(setting: Setting, gives: str, reads: str, nbytes: int) -> Exchange
         gives, reads: layouts.
         nbytes: of the whole, or of one addend.
     """
-    if gives == reads or gives == ALL:
+    if gives in (reads, ALL):
         return None if reads == PENDING and gives != reads else NOTHING
     if reads == PENDING:
         return None
@@ -145,9 +158,9 @@ class Replica:
         final = self._add(phase, FINAL_NORM, FINAL_NORM, 1, norms(setting, phase.tokens))
         layers, prefix = model.layers, f"{phase.name}."
         self.joints.append(Joint(prefix + EMBEDDING, firsts[layers[0]], 1, stream))
-        for (source, after), count in Counter(pairwise(layers)).items():
-            self.joints.append(Joint(lasts[source], firsts[after], count, stream))
-            self.joints.append(Joint(ffn_norms[source], firsts[after], count, stream, residual=True))
+        for (before, after), count in Counter(pairwise(layers)).items():
+            self.joints.append(Joint(lasts[before], firsts[after], count, stream))
+            self.joints.append(Joint(ffn_norms[before], firsts[after], count, stream, residual=True))
         self.joints.append(Joint(lasts[layers[-1]], final, 1, stream))
         self.joints.append(Joint(ffn_norms[layers[-1]], final, 1, stream, residual=True))
         read = self._add(phase, HEAD, HEAD, 1, head(setting, phase))

@@ -5,10 +5,11 @@ What is read of the plan is what its file holds: a plan that was edited by hand 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from tersor.errors import InputError
+from tersor.layouts.shard import Span
 from tersor.planner.cost import Kernels
 from tersor.planner.links import Links
 from tersor.planner.parts import Kind, Model, Weight
@@ -111,7 +112,7 @@ def _check_weights(plan: Plan, model: Model) -> None:
 
 def _check_slices(plan: Plan, name: str, weight: Weight, kind: Kind | None, slices: tuple[Slice, ...]) -> None:
     """Hold that the slices of a weight cover it once: all of it on every rank, or every row, column or expert once."""
-    axes = {
+    axes: dict[str, tuple[Sequence[tuple[Span, ...] | None], int]] = {
         "rows": ([own.rows for own in slices], weight.oc),
         "columns": ([None if own.columns is None else (own.columns,) for own in slices], weight.ic),
         "experts": ([None if own.experts is None else (own.experts,) for own in slices], weight.copies),
@@ -160,7 +161,8 @@ def _check_layouts(plan: Plan, model: Model) -> None:
                 raise InputError(f"{after.group}.{after.block} in {phase} reads a sum that is still pending")
             if before.gives not in ("R", "S", "P", after.reads) and after.reads not in ("R", "S"):
                 raise InputError(
-                    f"{before.group}.{before.block} gives {before.gives} in {phase}, and {after.block} reads {after.reads}"
+                    f"{before.group}.{before.block} gives {before.gives} in {phase}, and {after.block} reads "
+                    f"{after.reads}"
                 )
         if order[-1].gives == "P":
             raise InputError(f"the last sum of {phase} is pending")
@@ -189,7 +191,9 @@ def _check_inner(plan: Plan, model: Model) -> None:
             downs = cuts[kind.start + kind.down.module, layer].slices
             for rank, (up, down) in enumerate(zip(ups, downs, strict=True)):
                 if up.rows is not None and down.columns is not None and up.rows[0] != down.columns:
-                    raise InputError(f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}")
+                    raise InputError(
+                        f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}"
+                    )
 
 
 def _blocks(kind: Kind) -> tuple[str, ...]:

@@ -114,8 +114,10 @@ def least_seconds(setting: Setting, parts: int) -> float:
             nbytes += len(kind.layers) * own
         launches = len(model.layers) * LAYER * 0.5
         spread = ranks * setting.axes.expert
-        total += weight * (nbytes / spread / kernels.chip.bandwidth + launches) / (
-            setting.axes.pipeline if parts > 1 and name != DECODE else 1
+        total += (
+            weight
+            * (nbytes / spread / kernels.chip.bandwidth + launches)
+            / (setting.axes.pipeline if parts > 1 and name != DECODE else 1)
         )
     return total
 
@@ -169,7 +171,9 @@ def _nothing_fits(asked: Asked, tried: _Tried, ruled: Sequence[rules.Ruled]) -> 
     errors = [error for _, error in tried.unfit] + [rule.unfit for rule in ruled if rule.unfit is not None]
     if errors:
         nearest = min(errors, key=lambda error: error.lacks)
-        notes = _notes(asked.setting(max((axes for axes, _ in tried.unfit), key=lambda axes: axes.tensor)) if tried.unfit else None)
+        notes = _notes(
+            asked.setting(max((axes for axes, _ in tried.unfit), key=lambda axes: axes.tensor)) if tried.unfit else None
+        )
         return InputError(f"no plan fits: {nearest}" + (f"; and {notes[0]}" if notes else ""))
     return InputError(f"no way to deal out {asked.mesh.devices} devices can be made of {asked.model.label}")
 
@@ -332,5 +336,3 @@ def _notes(setting: Setting | None) -> tuple[str, ...]:
             except ShapeError as error:
                 found.append(f"channels of {kind.name} are not cut: {error}")
     return tuple(found)
-
-

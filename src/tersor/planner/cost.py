@@ -165,9 +165,7 @@ class Kernels:
         if packed:
             sets = [
                 tuple(
-                    tune_experts.ExpertsProblem.of(
-                        Packing.of(scheme, self._target), (copies, rows, ic), tokens, top_k
-                    )
+                    tune_experts.ExpertsProblem.of(Packing.of(scheme, self._target), (copies, rows, ic), tokens, top_k)
                     for scheme, rows in levels
                     if scheme is not None and rows
                 )
@@ -182,9 +180,7 @@ class Kernels:
             for scheme, rows in levels
         )
         ops = sum(2 * rows * ic for levels, ic in zip((ups, downs), sizes, strict=True) for _, rows in levels)
-        seconds = max(
-            hit * weights / self.bandwidth, top_k * tokens * ops / (self.chip.fp16_ops * CUBLAS_PEAK)
-        )
+        seconds = max(hit * weights / self.bandwidth, top_k * tokens * ops / (self.chip.fp16_ops * CUBLAS_PEAK))
         return Timed(
             seconds + 2 * CUBLAS_START, f"roofline of a grouped product, {words}, {hit:.1f} expected to be hit"
         )

@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass
 
 from tersor.layouts.shard import Heads, Part, Span, cut, cut_heads, cut_rows
-from tersor.planner.parts import Kind, Weight
-
-WHOLE = Part()
+from tersor.planner.parts import WHOLE, Kind, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +83,7 @@ def _rows(kind: Kind, fields: tuple[tuple[str, int], ...], own: Heads) -> Part:
 def out_by_heads(kind: Kind, heads: tuple[Heads, ...]) -> tuple[Pieces, ...]:
     """Return the columns of `out` that read every rank's heads."""
     width = kind.value_dim
-    return tuple(
-        (Piece(kind.out, Part(columns=(own.queries[0] * width, own.queries[1] * width))),) for own in heads
-    )
+    return tuple((Piece(kind.out, Part(columns=(own.queries[0] * width, own.queries[1] * width))),) for own in heads)
 
 
 def by_rows(weight: Weight, ranks: int, what: str) -> tuple[Pieces, ...]:

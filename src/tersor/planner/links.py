@@ -53,7 +53,9 @@ class Table:
             return _on_line(self.rows[ranks], nbytes) * 1e-6
         if place == 0:
             return _on_line(self.rows[known[0]], nbytes) * 1e-6
-        low, high = (known[place - 1], known[place]) if place < len(known) else (known[-2:] if len(known) > 1 else known * 2)
+        low, high = (
+            (known[place - 1], known[place]) if place < len(known) else (known[-2:] if len(known) > 1 else known * 2)
+        )
         first, second = _on_line(self.rows[low], nbytes), _on_line(self.rows[high], nbytes)
         share = math.log(ranks / low) / math.log(high / low) if high > low else 0.0
         return (first + (second - first) * share) * 1e-6
@@ -149,9 +151,10 @@ class Links:
 
     def _table(self, operation: str, nbytes: int, ranks: int) -> Table:
         own = self.one_shot
-        if operation == ALL_REDUCE and own is not None and nbytes % _ALIGNED == 0:
-            if nbytes <= own.most_bytes and ranks <= own.most_ranks:
-                return own
+        if own is None or operation != ALL_REDUCE or nbytes % _ALIGNED:
+            return self.inside[operation]
+        if nbytes <= own.most_bytes and ranks <= own.most_ranks:
+            return own
         return self.inside[operation]
 
     @cached_property

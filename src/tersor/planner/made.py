@@ -1,4 +1,4 @@
-"""What is one way to deal out a mesh worth? Its problem is solved, its layers are split into stages, its memory held."""
+"""What is one way to deal out a mesh worth? Its problem is solved, layers are split into stages, memory is held."""
 
 from __future__ import annotations
 
@@ -114,7 +114,10 @@ def weighed(replica: Replica, found: Found, parts: int) -> Made:
     axes, chip = setting.axes, setting.kernels.chip
     phases = memory.phases_of(setting, parts)
     seconds = {name: _items(replica, choice, name) for name in replica.weights}
-    busy = [sum(replica.weights[name] * seconds[name][item] for name in seconds) for item in range(len(setting.model.layers) + 2)]
+    busy = [
+        sum(replica.weights[name] * seconds[name][item] for name in seconds)
+        for item in range(len(setting.model.layers) + 2)
+    ]
     sizes = memory.item_bytes(replica, choice)
     most = max(memory.activations(setting, phase, choice, replica) for phase in phases)
     left = memory.room(chip) - memory.buffers(setting) - most - memory.logits(setting, phases)
@@ -278,7 +281,7 @@ def _times(replica: Replica, choice: Choice, phase: str, hops: list[tuple[Exchan
             )
     for sent, count in hops:
         source = f"{sent.words}: {sent.source}"
-        found.append(Part(name=f"{phase}.stages", kind="pipeline", seconds=count * sent.seconds, count=count, source=source))
+        found.append(
+            Part(name=f"{phase}.stages", kind="pipeline", seconds=count * sent.seconds, count=count, source=source)
+        )
     return found
-
-

@@ -83,7 +83,13 @@ def item_bytes(replica: Replica, choice: Choice) -> list[list[int]]:
 
 
 def of_stage(
-    replica: Replica, choice: Choice, phases: Sequence[Phase], first: int, last: int, ends: tuple[bool, bool], chip: Chip
+    replica: Replica,
+    choice: Choice,
+    phases: Sequence[Phase],
+    first: int,
+    last: int,
+    ends: tuple[bool, bool],
+    chip: Chip,
 ) -> tuple[Memory, ...]:
     """Return the memory of every rank of a stage.
 
@@ -121,5 +127,3 @@ def of_stage(
 def phases_of(setting: Setting, parts: int) -> list[Phase]:
     """Return the passes of a workload whose decode step is dealt out to so many micro-batches."""
     return [Phase.of(name, setting.workload, parts) for name in setting.workload.phases]
-
-

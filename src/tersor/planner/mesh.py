@@ -74,9 +74,7 @@ class Mesh:
     def groups(self, tensor: int) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Return where tensor groups of so many ranks stand, each as (node, ranks in it); none where none fits."""
         if tensor <= max(self.nodes):
-            return tuple(
-                ((node, tensor),) for node, size in enumerate(self.nodes) for _ in range(size // tensor)
-            )
+            return tuple(((node, tensor),) for node, size in enumerate(self.nodes) for _ in range(size // tensor))
         found: list[tuple[tuple[int, int], ...]] = []
         own: list[tuple[int, int]] = []
         for node, size in enumerate(self.nodes):
@@ -138,7 +136,8 @@ class Axes:
         """Boundaries of stages, of the replica that has most, whose two stages stand in different nodes."""
         return max(
             sum(
-                self._places[replica * self.pipeline + stage][-1][0] != self._places[replica * self.pipeline + stage + 1][0][0]
+                self._places[replica * self.pipeline + stage][-1][0]
+                != self._places[replica * self.pipeline + stage + 1][0][0]
                 for stage in range(self.pipeline - 1)
             )
             for replica in range(min(self.data, _REPLICAS))
@@ -167,9 +166,7 @@ class Axes:
         for other in self._places[:index]:
             for node, count in other:
                 before[node] = before.get(node, 0) + count
-        return tuple(
-            starts[node] + before.get(node, 0) + number for node, count in place for number in range(count)
-        )
+        return tuple(starts[node] + before.get(node, 0) + number for node, count in place for number in range(count))
 
 
 def factorisations(mesh: Mesh, layers: int, most_tensor: int, experts: int = 0) -> Iterator[Axes]:

@@ -18,6 +18,8 @@ PLAIN_BYTES = 2
 """Bytes of a number of a plain weight, and of an activation."""
 PAGE = 64
 """Tokens of a page of keys and values (`ops.attention_form.PAGE`)."""
+WHOLE = Part()
+"""All of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,13 @@ class Weight:
         """Input channels that stay together where columns are cut."""
         return quantum(self.form)
 
-    def nbytes(self, part: Part = Part(), copies: int | None = None) -> int:
+    def nbytes(self, part: Part = WHOLE, copies: int | None = None) -> int:
         """Return the bytes of a part of so many copies; of a pruned weight's columns, the share of its mean."""
         oc, ic = part.shape((self.oc, self.ic))
         bias = PLAIN_BYTES * oc * self.biased
         return (self.copies if copies is None else copies) * (_matrix_bytes(self, part, oc, ic) + bias)
 
-    def levels(self, part: Part = Part()) -> tuple[tuple[Scheme | None, int], ...]:
+    def levels(self, part: Part = WHOLE) -> tuple[tuple[Scheme | None, int], ...]:
         """Return the schemes of the rows of a part, each with how many there are; `None` is plain."""
         oc, _ = part.shape((self.oc, self.ic))
         if isinstance(self.form, Assignment):

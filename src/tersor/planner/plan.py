@@ -1,4 +1,4 @@
-"""The plan: how a model is spread over devices, what that takes by part, and why not otherwise. A value, and its file."""
+"""The plan: how a model is spread over devices, what that takes by part, and why not otherwise; and its file."""
 
 from __future__ import annotations
 
@@ -307,9 +307,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         hints = typing.get_type_hints(kind)
         unknown = [name for name in value if name not in hints]
         missing = [
-            one.name
-            for one in dataclasses.fields(kind)
-            if one.name not in value and one.default is dataclasses.MISSING
+            one.name for one in dataclasses.fields(kind) if one.name not in value and one.default is dataclasses.MISSING
         ]
         if unknown or missing:
             raise TypeError(f"{'has' if unknown else 'lacks'} {(unknown or missing)[0]!r}")

@@ -24,7 +24,7 @@ from tersor.planner.made import Made, Unfit, least_bytes, weighed
 from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Workload
 from tersor.planner.problem import Block, Choice, Edge, Problem
-from tersor.planner.ways import COLUMN, EXPERT, HEAD, REPLICATE, ROW, TENSOR, VOCAB, Setting
+from tersor.planner.ways import COLUMN, HEAD, REPLICATE, ROW, TENSOR, VOCAB, Setting
 
 Settings = Callable[[Axes], Setting]
 MEGATRON = {
@@ -93,11 +93,9 @@ def _made(setting: Setting, ways: dict[str, str], parts: int, name: str) -> Made
     if ways is _BYTES:
         choice = _chain.fast(_bytes_only(replica, problem)).choice
     else:
-        choice = Choice(
-            {place: _place(replica, place, ways) for place in replica.places}
-        )
+        choice = Choice({place: _place(replica, place, ways) for place in replica.places})
         if not np.isfinite(problem.seconds(choice)):  # what one block cannot, the next one does not
-            choice = Choice({place: 0 for place in replica.places})
+            choice = Choice(dict.fromkeys(replica.places, 0))
     return weighed(replica, Found(choice, problem.seconds(choice), 0.0, 0.0, name), parts)
 
 
@@ -151,30 +149,33 @@ def _redco(setting: Setting) -> dict[str, str]:
     return found
 
 
-_STYLES = {"colwise": COLUMN, "rowwise": ROW, "colwise_rep": COLUMN, "colwise_gather_output": COLUMN}
+_STYLES = {
+    "colwise": COLUMN,
+    "rowwise": ROW,
+    "colwise_gather_output": COLUMN,
+    "rowwise_split_input": ROW,
+}
 
 
 def _own(setting: Setting) -> dict[str, str] | None:
-    """Return the ways of the model's own plan; `None` where it has none."""
+    """Return the ways of the model's own plan; `None` where it has none. What it does not name is replicated."""
     own = setting.model.own_plan
     if not own:
         return None
     found: dict[str, str] = {}
     kind = setting.model.kinds[0]
-    blocks = {"qkv": kind.qkv, "out": (kind.out,), "gate_up": kind.gate_up, "down": (kind.down,) if kind.down else ()}
-    for block, weights in blocks.items():
+    downs = (kind.down,) if kind.down else ()
+    for block, weights in {"qkv": kind.qkv, "out": (kind.out,), "gate_up": kind.gate_up, "down": downs}.items():
         for weight in weights:
             style = _style(own, kind.start.format(layer=0) + weight.module)
             if style in _STYLES:
                 found[block] = _STYLES[style]
-    if found.get("qkv") == COLUMN and found.get("out") == ROW:
-        found["attention"] = HEAD
+            if block == "qkv" and style == "colwise":  # heads stay where they are made
+                found["attention"] = HEAD
     if any("expert" in pattern for pattern, _ in own):
-        found["experts"] = EXPERT if any(style.startswith("ep") or "grouped" in style for _, style in own) else TENSOR
-    if any("embed" in pattern for pattern, style in own if style == "embedding_rowwise"):
+        found["experts"] = TENSOR
+    if any(style == "embedding_rowwise" for _, style in own):
         found["embedding"] = VOCAB
-    if any(pattern.endswith("lm_head") for pattern, _ in own):
-        found["head"] = VOCAB
     return found
 
 

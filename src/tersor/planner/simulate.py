@@ -1,4 +1,4 @@
-"""A second cost of a plan: its ranks are walked through every layer, by what the plan's file says that each of them has.
+"""A second cost of a plan: its ranks are walked through every layer, by what the plan's file says that each has.
 
 Nothing is folded and no option is looked up: sizes come from slices, exchanges from layouts. Ranks of a stage wait for
 each other behind every block, as the search counts. Prices of a product and of an exchange are the same.
@@ -7,6 +7,7 @@ each other behind every block, as the search counts. Prices of a product and of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tersor.layouts.shard import Part
 from tersor.planner.cost import Kernels
@@ -111,7 +112,7 @@ class Walk:
         found = []
         for replica in range(min(axes.data, 64)):
             devices = [axes.devices(replica, stage) for stage in range(axes.pipeline)]
-            found.append([node(one[-1]) != node(other[0]) for one, other in zip(devices, devices[1:], strict=False)])
+            found.append([node(one[-1]) != node(other[0]) for one, other in pairwise(devices)])
         return max(found, key=sum)
 
     def _layer(self, phase: Phase, layer: int, stream: str, residual: str) -> tuple[float, str, str]:

@@ -109,7 +109,7 @@ class Setting:
         """Return what a rank's products of these weights take; those that read the same are one launch."""
         found, sets = ZERO, dict[int, dict[object, int]]()
         for piece in pieces:
-            oc, ic = piece.shape
+            ic = piece.shape[1]
             if isinstance(piece.weight.form, Pruned):
                 found += self._pruned(piece, tokens)
                 continue
@@ -233,7 +233,9 @@ def _attention(setting: Setting, kind: Kind, phase: Phase) -> list[Way]:
     workload, ranks = setting.workload, setting.ranks
     none: tuple[Pieces, ...] = ((),) * ranks
     whole = (workload.pages_bytes(kind.kv_heads, kind.head_dim),) * ranks
-    found = [Way(REPLICATE, ALL, ALL, REPLICATE, none, attended(setting, kind, phase, kind.heads, kind.kv_heads), whole)]
+    found = [
+        Way(REPLICATE, ALL, ALL, REPLICATE, none, attended(setting, kind, phase, kind.heads, kind.kv_heads), whole)
+    ]
     heads = _legal(lambda: cuts.heads_of(kind, ranks)) if ranks > 1 else None
     if heads is not None:
         counts = [(_width(own.queries), _width(own.keys)) for own in heads]
@@ -359,7 +361,7 @@ def _all(routed: tuple[Weight, ...], shared: tuple[Weight, ...]) -> Pieces:
 
 
 def _shared(setting: Setting, experts: Experts, what: str) -> tuple[Pieces, ...] | None:
-    """Return the parts of the shared experts that every rank has: their inner channels, as of a feed-forward network."""
+    """Return the parts of the shared experts that every rank has: inner channels, as of a feed-forward network."""
     if not experts.shared:
         return ((),) * setting.ranks
     *gate_up, down = experts.shared
