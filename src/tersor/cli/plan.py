@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,9 +194,9 @@ def _cut_row(cut: Cut) -> list[str]:
     return [cut.module, layers, cut.way, str(cut.quantum), shown, words]
 
 
-def _widths(spans: Sequence[int] | Sequence[Sequence[int]]) -> str:
+def _widths(spans: Any) -> str:
     pairs = [spans] if isinstance(spans[0], int) else spans
-    return "+".join(str(last - first) for first, last in pairs)  # type: ignore[misc]
+    return "+".join(str(last - first) for first, last in pairs)
 
 
 def _runs(words: Sequence[str]) -> str:

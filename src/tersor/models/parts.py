@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +93,9 @@ def parts_of(
     for index, layer in enumerate(config.layers):
         kinds.setdefault(reader.layer(index, layer), []).append(index)
     embedding = names.base + names.embedding
-    outside = sum(_size(shape) for name, shape in expected.vectors.items() if names.layer.partition("{")[0] not in name)
+    outside = sum(
+        math.prod(shape) for name, shape in expected.vectors.items() if names.layer.partition("{")[0] not in name
+    )
     return Model(
         label=label,
         digest=digest,
@@ -105,6 +108,7 @@ def parts_of(
         embedding=Weight(embedding, config.vocabulary, config.hidden, forms.get(embedding)),
         head=None if config.tied else Weight(names.head, config.vocabulary, config.hidden, forms.get(names.head)),
         vectors=outside,
+        head_name=names.head,
     )
 
 
@@ -116,7 +120,7 @@ class _Reader:
         self._vectors: dict[str, int] = {}
         for name, shape in expected.vectors.items():
             start = name[: len(names.base)] + self._start_of(name)
-            self._vectors[start] = self._vectors.get(start, 0) + _size(shape)
+            self._vectors[start] = self._vectors.get(start, 0) + math.prod(shape)
 
     def layer(self, index: int, layer: Layer) -> Kind:
         """Return the kind that a layer is, without its number."""
@@ -197,13 +201,6 @@ class _Reader:
 
 def _with_layers(kind: Kind, layers: list[int]) -> Kind:
     return replace(kind, layers=tuple(layers))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for axis in shape:
-        total *= axis
-    return total
 
 
 def _digest(config: Mapping[str, Any], tensors: object) -> str:

@@ -84,23 +84,38 @@ def _eliminated(problem: Problem, price: float) -> Choice:
     return Choice(choice)
 
 
-def split(seconds: list[float], sizes: list[list[int]], stages: int, rooms: list[int]) -> list[int] | None:
-    """Return the first item of every stage of the least longest stage, whose bytes fit; `None` where none does."""
+def split(seconds: list[float], sizes: list[list[int]], stages: int, room: int) -> list[int] | None:
+    """Return the first item of every stage of the least longest stage, whose bytes fit; `None` where none does.
+
+    Args:
+        seconds: of every item.
+        sizes: of every rank, bytes of every item.
+        stages: none is empty.
+        room: bytes of a stage of a rank.
+    """
+    sums = [0.0, *itertools.accumulate(seconds)]
+    held = [[0, *itertools.accumulate(own)] for own in {tuple(own) for own in sizes}]
     count = len(seconds)
-    before = [0.0, *itertools.accumulate(seconds)]
-    held = [[0, *itertools.accumulate(own)] for own in sizes]  # of every rank
-    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for stage in range(stages):
-        row: dict[int, tuple[float, int]] = {}
-        for end in range(stage + 1, count - (stages - stage - 1) + 1):
-            for start, (longest, _) in best[-1].items():
-                if start < end and all(own[end] - own[start] <= room for own, room in zip(held, rooms, strict=True)):
-                    found = (max(longest, before[end] - before[start]), start)
-                    row[end] = min(row.get(end, found), found)
-        best.append(row)
-    if count not in best[-1]:
+
+    def within(longest: float) -> list[int] | None:
+        starts, end = [0], 0
+        for stage in range(stages):
+            first = end
+            most = count - (stages - stage - 1)
+            while end < most and (
+                sums[end + 1] - sums[first] <= longest and all(own[end + 1] - own[first] <= room for own in held)
+            ):
+                end += 1
+            if end == first:
+                return None
+            starts.append(end)
+        return starts[:-1] if end == count else None
+
+    times = sorted({sums[end] - sums[start] for start in range(count) for end in range(start + 1, count + 1)})
+    if stages > count or within(times[-1]) is None:
         return None
-    ends = [count]
-    for row in reversed(best[1:]):
-        ends.append(row[ends[-1]][1])
-    return ends[::-1][:-1]
+    low, high = 0, len(times) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if within(times[middle]) is not None else (middle + 1, high)
+    return within(times[low])

@@ -84,8 +84,7 @@ def _check_axes(plan: Plan, model: Model) -> None:
 
 def _named(model: Model) -> Iterator[tuple[str, tuple[int, ...], Weight, Kind | None]]:
     yield model.embedding.module, (), model.embedding, None
-    if model.head is not None:
-        yield model.head.module, (), model.head, None
+    yield model.out.module, (), model.out, None
     for kind in model.kinds:
         for weight in kind.weights():
             yield kind.start + weight.module, kind.layers, weight, kind

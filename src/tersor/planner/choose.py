@@ -7,6 +7,7 @@ kinds of layers and with the tensor sizes that are tried, and hardly with device
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from tersor.errors import InputError, ShapeError
 from tersor.planner import cuts, rules, say
 from tersor.planner.cost import LAYER, Kernels
-from tersor.planner.links import Links
-from tersor.planner.made import LATENCY, THROUGHPUT, Made, Solve, Unfit, make
+from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND, Links
+from tersor.planner.made import LATENCY, THROUGHPUT, Made, Pool, Unfit, make
 from tersor.planner.mesh import Axes, Mesh, factorisations
-from tersor.planner.parts import Model, Workload
+from tersor.planner.parts import PLAIN_BYTES, Kind, Model, Workload
 from tersor.planner.plan import Chosen, Cut, Plan, Rival, Slice, Stage
 from tersor.planner.searches import search_named
 from tersor.planner.ways import DECODE, Phase, Setting
@@ -50,6 +51,14 @@ class Asked:
         """Return the model on axes."""
         return Setting(self.model, axes, self.workload, self.kernels, self.links)
 
+    def value(self, axes: Axes, step: float) -> float:
+        """Return what a bound of a step's seconds is a bound of: a step, or a device's seconds for a token."""
+        if self.objective == LATENCY:
+            return step
+        if DECODE in self.workload.phases:
+            return step * self.mesh.devices / (axes.data * self.workload.batch)
+        return step / axes.pipeline * self.mesh.devices / (axes.data * self.workload.prompt)
+
     def candidates(self) -> Iterator[tuple[Axes, int]]:
         """Yield axes and micro-batches of a decode step."""
         experts = max((kind.experts.count for kind in self.model.kinds if kind.experts), default=0)
@@ -63,6 +72,7 @@ class Asked:
 class _Tried:
     """What was found so far."""
 
+    pool: Pool
     solved: list[Made] = field(default_factory=list)
     unfit: list[tuple[Axes, Unfit]] = field(default_factory=list)
     bounds: list[float] = field(default_factory=list)
@@ -79,7 +89,7 @@ def plan(asked: Asked) -> Plan:
         raise InputError(f"objective {asked.objective!r}: latency or throughput")
     began = time.perf_counter()
     ruled = [one for rule in rules.RULES for one in rule.tried(asked.setting, asked.mesh, asked.workload)]
-    tried = _searched(asked) if asked.method != "rules" else _Tried()
+    tried = _searched(asked) if asked.method != "rules" else _Tried(Pool(search_named("fast")))
     made_rules = [rule for rule in ruled if rule.made is not None]
     if asked.method == "rules":
         tried.solved = [rule.made for rule in made_rules if rule.made is not None]
@@ -95,71 +105,81 @@ def plan(asked: Asked) -> Plan:
 
 
 def least_seconds(setting: Setting, parts: int) -> float:
-    """Return seconds that no plan on these axes takes less of for a step: bytes in even shares, and launches."""
-    model, workload, kernels = setting.model, setting.workload, setting.kernels
-    ranks, total = setting.axes.tensor, 0.0
+    """Return seconds that no plan on these axes takes less of for a step.
+
+    Of every layer either all weights are read by every rank, or its share of them, and then something is exchanged.
+    """
+    workload, axes, total = setting.workload, setting.axes, 0.0
     for name in workload.phases:
         phase = Phase.of(name, workload, parts)
         weight = 1.0 if name == DECODE or len(workload.phases) == 1 else workload.prefills
-        nbytes = 0.0
-        for kind in model.kinds:
-            own = float(sum(one.nbytes() for one in (*kind.qkv, kind.out, *kind.gate_up)))
-            own += kind.down.nbytes() if kind.down is not None else 0
-            if kind.experts is not None:
-                share = 1 - (1 - kind.experts.top_k / kind.experts.count) ** phase.tokens
-                own += share * sum(one.nbytes() for one in (*kind.experts.gate_up, kind.experts.down))
-            if name == DECODE:
-                length = min(phase.length, kind.window or phase.length)
-                own += phase.rows * length * workload.token_bytes(kind.kv_heads, kind.head_dim)
-            nbytes += len(kind.layers) * own
-        launches = len(model.layers) * LAYER * 0.5
-        spread = ranks * setting.axes.expert
-        total += (
-            weight
-            * (nbytes / spread / kernels.chip.bandwidth + launches)
-            / (setting.axes.pipeline if parts > 1 and name != DECODE else 1)
-        )
+        layers = sum(len(kind.layers) * _least_of_layer(setting, kind, phase) for kind in setting.model.kinds)
+        near = setting.links.exchange(SEND, -(-phase.tokens * setting.model.hidden // axes.tensor), (2,)).seconds
+        if parts == 1 or name == DECODE:
+            total += weight * (layers + (axes.pipeline - 1) * near)
+        else:
+            total += weight * layers / axes.pipeline
     return total
 
 
+def _least_of_layer(setting: Setting, kind: Kind, phase: Phase) -> float:
+    bandwidth, ranks = setting.kernels.chip.bandwidth, setting.ranks
+    attention = float(sum(one.nbytes() for one in (*kind.qkv, kind.out)))
+    if phase.name == DECODE:
+        length = min(phase.length, kind.window or phase.length)
+        attention += phase.rows * length * setting.workload.token_bytes(kind.kv_heads, kind.head_dim)
+    ffn, spread, width = float(sum(one.nbytes() for one in kind.gate_up)), ranks, kind.ffn
+    if kind.experts is not None:
+        hit = 1 - (1 - kind.experts.top_k / kind.experts.count) ** phase.tokens
+        routed = sum(one.nbytes() for one in (*kind.experts.gate_up, kind.experts.down))
+        # Some of what experts read is found in L2 (`tune.experts_sm90.CONSTANTS.bandwidth`).
+        ffn, spread, width = hit * routed / 1.2, ranks * setting.axes.expert, setting.model.hidden
+    elif kind.down is not None:
+        ffn += kind.down.nbytes()
+    total = LAYER if phase.name == DECODE else LAYER / 2
+    for nbytes, share, channels in ((attention, ranks, kind.heads * kind.value_dim), (ffn, spread, width)):
+        whole, cut = nbytes / bandwidth, nbytes / share / bandwidth
+        total += min(whole, cut + _least_exchange(setting, phase.tokens * min(channels, setting.model.hidden)))
+    return total
+
+
+def _least_exchange(setting: Setting, elements: int) -> float:
+    if setting.ranks == 1:
+        return 0.0
+    nbytes = PLAIN_BYTES * elements
+    return min(setting.exchange(one, nbytes).seconds for one in (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL))
+
+
 def _bound(asked: Asked, axes: Axes, parts: int) -> float:
-    seconds = least_seconds(asked.setting(axes), parts)
-    if asked.objective == LATENCY:
-        return seconds
-    if DECODE in asked.workload.phases:
-        return seconds * asked.mesh.devices / (axes.data * asked.workload.batch)
-    return seconds / axes.pipeline * asked.mesh.devices / (axes.data * asked.workload.prompt)
+    return asked.value(axes, least_seconds(asked.setting(axes), parts))
 
 
 def _searched(asked: Asked) -> _Tried:
-    solve: Solve = search_named(asked.method)
-    tried, best = _Tried(), float("inf")
+    tried, best = _Tried(Pool(search_named(asked.method))), math.inf
     ranked = sorted(((_bound(asked, *pair), pair) for pair in asked.candidates()), key=lambda one: one[0])
     for bound, (axes, parts) in ranked:
-        if bound >= best and len({made.setting.axes for made in tried.solved}) >= SHOWN:
+        enough = len({made.setting.axes for made in tried.solved}) >= SHOWN
+        if bound >= best and enough:
             tried.bounds.append(bound)
             break
+        limit = best if enough else math.inf
         try:
-            made = make(asked.setting(axes), parts, solve)
+            made = make(
+                asked.setting(axes),
+                parts,
+                tried.pool,
+                lambda step, axes=axes, limit=limit: asked.value(axes, step) < limit,  # type: ignore[misc]
+            )
         except Unfit as error:
             tried.unfit.append((axes, error))
             continue
-        except ShapeError:
+        if isinstance(made, float):
+            tried.bounds.append(max(bound, asked.value(axes, made)))
             continue
         tried.solved.append(made)
-        tried.bounds.append(max(bound, _valued(asked, made)))
+        tried.bounds.append(max(bound, asked.value(axes, made.bound)))
         best = min(best, made.value(asked.objective))
     return tried
-
-
-def _valued(asked: Asked, made: Made) -> float:
-    """Return the bound of a solved way in what the objective counts."""
-    if asked.objective == LATENCY:
-        return made.bound
-    axes, workload = made.setting.axes, asked.workload
-    if DECODE in workload.phases:
-        return made.bound * asked.mesh.devices / (axes.data * workload.batch)
-    return made.found.bound / axes.pipeline * asked.mesh.devices / (axes.data * workload.prompt)
 
 
 def _order(made: Made, objective: str) -> tuple[float, float, int, int]:
@@ -270,7 +290,9 @@ def _apart(asked: Asked, best: Made) -> dict[str, float]:
     found = {}
     for name in best.passes:
         alone = replace(best.setting, workload=replace(asked.workload, phases=(name,)))
-        found[name] = make(alone, best.parts, search_named(asked.method)).passes[name]
+        made = make(alone, best.parts, Pool(search_named(asked.method)))
+        assert isinstance(made, Made)  # whatever its bound
+        found[name] = made.passes[name]
     return found
 
 

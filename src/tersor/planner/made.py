@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tersor.errors import InputError
 from tersor.planner import _chain, memory
 from tersor.planner._chain import Found, split
-from tersor.planner.blocks import EMBEDDING, HEAD, Replica
+from tersor.planner.blocks import EMBEDDING, HEAD, MEMORY, Replica
 from tersor.planner.links import SEND, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.plan import Memory, Part
 from tersor.planner.problem import Choice, Problem
-from tersor.planner.ways import DECODE, PREFILL, TOKENS, Setting
+from tersor.planner.ways import DECODE, PREFILL, TOKENS, Phase, Setting
 
 LATENCY, THROUGHPUT = "latency", "throughput"
 Solve = Callable[[Problem], Found]
@@ -79,13 +80,49 @@ class Unfit(InputError):
         self.lacks = lacks
 
 
-def make(setting: Setting, parts: int, solve: Solve) -> Made:
-    """Solve one way to deal out a mesh.
+@dataclass(frozen=True)
+class Pool:
+    """Problems that were solved where memory does not bind: what a number of stages does not change is solved once.
+
+    Attributes:
+        solve: the search.
+    """
+
+    solve: Solve
+    _solved: dict[object, tuple[Replica, Problem, Found]] = field(default_factory=dict)
+
+    def of(self, setting: Setting, parts: int, room: float) -> tuple[Replica, Problem, Found]:
+        """Return the problem of one replica and what was found for it.
+
+        Args:
+            setting: the model on its axes.
+            parts: micro-batches of a decode step.
+            room: bytes of a rank for weights, keys and values.
+
+        Raises:
+            InputError: no choice fits.
+        """
+        axes = setting.axes
+        key = (axes.tensor_group, axes.expert, axes.expert_group, parts, axes.pipeline == 1, setting.workload)
+        limits = ((MEMORY, room * axes.pipeline),)
+        if key not in self._solved:
+            replica, problem = Replica.of(setting, parts, math.inf)
+            self._solved[key] = replica, problem, self.solve(problem)
+        replica, problem, found = self._solved[key]
+        replica, problem = replace(replica, setting=setting), replace(problem, limits=limits)
+        if not problem.fits(found.choice):
+            found = self.solve(problem)
+        return replica, problem, found
+
+
+def make(setting: Setting, parts: int, pool: Pool, beats: Callable[[float], bool] = lambda _: True) -> Made | float:
+    """Solve one way to deal out a mesh; where its bound cannot beat the best, return that bound.
 
     Args:
         setting: the model on its axes.
         parts: micro-batches of a decode step.
-        solve: a search.
+        pool: of what was solved.
+        beats: whether a step of so many seconds would be better than the best.
 
     Raises:
         Unfit: it does not fit in memory; the line says what is missing, of which rank.
@@ -95,13 +132,31 @@ def make(setting: Setting, parts: int, solve: Solve) -> Made:
     lacks = least_bytes(setting) - left
     if lacks > 0:
         raise Unfit(_short(setting, lacks, "weights, keys and values"), lacks)
-    replica, problem = Replica.of(setting, parts, float(left))
     try:
-        found = solve(problem)
+        replica, problem, found = pool.of(setting, parts, float(left))
     except InputError:
-        lacks = max(1, int(_fewest_bytes(problem) - problem.limits[0][1]) // setting.axes.pipeline)
+        _, problem = Replica.of(setting, parts, float(left))
+        lacks = max(1, int(fewest_bytes(problem).seconds - problem.limits[0][1]) // setting.axes.pipeline)
         raise Unfit(_short(setting, lacks, "weights, keys and values"), lacks) from None
-    return weighed(replica, found, parts)
+    bound = _bound(replica, found, parts)
+    if not beats(bound):
+        return bound
+    try:
+        return weighed(replica, found, parts)
+    except Unfit:  # another choice may be held by stages that this one is too large for
+        least = fewest_bytes(problem).choice
+        return weighed(replica, replace(found, choice=least, seconds=problem.seconds(least)), parts)
+
+
+def _bound(replica: Replica, found: Found, parts: int) -> float:
+    """Return seconds that no choice on these axes takes less of for a step: even stages, and what they send."""
+    axes = replica.setting.axes
+    sent = 0.0
+    for phase in memory.phases_of(replica.setting, parts):
+        weight = replica.weights[phase.name] if phase.name != DECODE else 1.0
+        if phase.name == DECODE or parts == 1:
+            sent += weight * sum(count * hop.seconds for hop, count in _hops(replica, found.choice, phase, least=True))
+    return found.bound / (axes.pipeline if parts > 1 else 1) + sent
 
 
 def weighed(replica: Replica, found: Found, parts: int) -> Made:
@@ -124,7 +179,7 @@ def weighed(replica: Replica, found: Found, parts: int) -> Made:
     # The embedding goes with the first layer, and what is behind the layers with the last one.
     joined = [busy[0] + busy[1], *busy[2:-2], busy[-2] + busy[-1]] if len(busy) > 3 else [sum(busy)]
     held = [[own[0] + own[1], *own[2:-2], own[-2] + own[-1]] if len(own) > 3 else [sum(own)] for own in sizes]
-    starts = split(joined, held, axes.pipeline, [left] * setting.ranks)
+    starts = split(joined, held, axes.pipeline, left)
     if starts is None:
         whole = max(sum(own) for own in sizes)
         lacks = max(1, -(-whole // axes.pipeline) - left)
@@ -134,7 +189,7 @@ def weighed(replica: Replica, found: Found, parts: int) -> Made:
     spans = [(bounds[stage], bounds[stage + 1]) for stage in range(axes.pipeline)]
     for stage, (first, last) in enumerate(spans):
         ends = stage == 0, stage == axes.pipeline - 1
-        stages.append(memory.of_stage(replica, choice, phases, first, last, ends, chip))
+        stages.append(memory.of_stage(replica, choice, phases, sizes, (first, last), ends, chip))
     stage_seconds = []
     for stage, (first, last) in enumerate(spans):
         own = {}
@@ -142,14 +197,13 @@ def weighed(replica: Replica, found: Found, parts: int) -> Made:
             total = sum(items[1 + first : 1 + last])
             own[name] = total + (items[0] if stage == 0 else 0.0) + (items[-1] if stage == axes.pipeline - 1 else 0.0)
         stage_seconds.append(own)
-    hops = {phase.name: _hops(replica, choice, phase.name, phase.tokens) for phase in phases}
+    hops = {phase.name: _hops(replica, choice, phase) for phase in phases}
     passes = {
         name: sum(own[name] for own in stage_seconds) + sum(count * sent.seconds for sent, count in hops[name])
         for name in seconds
     }
     longest = {name: max(own[name] for own in stage_seconds) for name in seconds}
     times = [part for name in seconds for part in _times(replica, choice, name, hops[name])]
-    bound = found.bound / (axes.pipeline if parts > 1 else 1)
     return Made(
         replica,
         choice,
@@ -161,7 +215,7 @@ def weighed(replica: Replica, found: Found, parts: int) -> Made:
         longest,
         tuple(stage_seconds),
         step_of(passes, longest, replica.weights, parts),
-        bound,
+        _bound(replica, found, parts),
         tuple(stages),
     )
 
@@ -193,14 +247,14 @@ def least_bytes(setting: Setting) -> int:
     return int((model.nbytes / (axes.tensor * axes.expert) + kv) / axes.pipeline)
 
 
-def _fewest_bytes(problem: Problem) -> float:
-    """Return the bytes of the choice that takes fewest."""
+def fewest_bytes(problem: Problem) -> Found:
+    """Return the choice that takes the fewest bytes; its seconds are those bytes."""
     blocks = tuple(
         replace(one, seconds=np.where(np.isfinite(one.seconds), one.bytes[:, 0], np.inf), bytes=one.bytes[:, :0])
         for one in problem.blocks
     )
     edges = tuple(replace(one, seconds=np.where(np.isfinite(one.seconds), 0.0, np.inf)) for one in problem.edges)
-    return _chain.fast(Problem(blocks, edges)).seconds
+    return _chain.fast(Problem(blocks, edges))
 
 
 def _short(setting: Setting, lacks: int, what: str) -> str:
@@ -246,12 +300,12 @@ def _items(replica: Replica, choice: Choice, phase: str) -> list[float]:
     return [*found, ends["behind"]]
 
 
-def _hops(replica: Replica, choice: Choice, phase: str, tokens: int) -> list[tuple[Exchange, int]]:
-    """Return what stages send each other, and how often inside a node and between two."""
+def _hops(replica: Replica, choice: Choice, phase: Phase, least: bool = False) -> list[tuple[Exchange, int]]:
+    """Return what stages send each other, and how often inside a node and between two; at `least` that in shares."""
     setting = replica.setting
     axes, kind = setting.axes, setting.model.kinds[0]
-    nbytes = tokens * setting.model.hidden * PLAIN_BYTES
-    if replica.way(choice, f"{phase}.{kind.name}.norm").reads == TOKENS:
+    nbytes = phase.tokens * setting.model.hidden * PLAIN_BYTES
+    if least or replica.way(choice, f"{phase.name}.{kind.name}.norm").reads == TOKENS:
         nbytes = -(-nbytes // setting.ranks)
     far = axes.crossings if axes.pipeline > 1 else 0
     near = axes.pipeline - 1 - far

@@ -64,21 +64,21 @@ def item_bytes(replica: Replica, choice: Choice) -> list[list[int]]:
     """Return for every rank the bytes of weights, keys and values of embedding, layers and output, in order."""
     setting, model = replica.setting, replica.setting.model
     phase = next(iter(replica.weights))
-    found = []
+    found: list[list[int]] = []
+    held = [
+        [replica.way(choice, name) for name, place in replica.places.items() if (place.phase.name, place.group) == of]
+        for of in ((phase, kind.name) for kind in model.kinds)
+    ]
+    first, last = (replica.way(choice, f"{phase}.{name}") for name in (EMBEDDING, HEAD))
+    counted = replica.held_bytes(f"{phase}.{HEAD}")
     for rank in range(setting.ranks):
-        of_kind = []
-        for kind in model.kinds:
-            total = PLAIN_BYTES * kind.vectors
-            for name, place in replica.places.items():
-                if place.phase.name == phase and place.group == kind.name:
-                    way = replica.way(choice, name)
-                    total += way.weight_bytes[rank] + way.kv[rank]
-            of_kind.append(total)
-        first = replica.way(choice, f"{phase}.{EMBEDDING}").weight_bytes[rank]
-        name = f"{phase}.{HEAD}"
-        last = replica.way(choice, name).weight_bytes[rank] if replica.held_bytes(name) else 0
+        of_kind = [
+            PLAIN_BYTES * kind.vectors + sum(way.weight_bytes[rank] + way.kv[rank] for way in ways)
+            for kind, ways in zip(model.kinds, held, strict=True)
+        ]
         layers = [of_kind[number] for number in model.layers]
-        found.append([first, *layers, last + PLAIN_BYTES * model.vectors])
+        behind = (last.weight_bytes[rank] if counted else 0) + PLAIN_BYTES * model.vectors
+        found.append([first.weight_bytes[rank], *layers, behind])
     return found
 
 
@@ -86,8 +86,8 @@ def of_stage(
     replica: Replica,
     choice: Choice,
     phases: Sequence[Phase],
-    first: int,
-    last: int,
+    items: list[list[int]],
+    span: tuple[int, int],
     ends: tuple[bool, bool],
     chip: Chip,
 ) -> tuple[Memory, ...]:
@@ -96,13 +96,15 @@ def of_stage(
     Args:
         replica, choice: what was chosen.
         phases: what passes compute.
-        first, last: layers of the stage, the latter not included.
+        items: `item_bytes` of the choice.
+        span: layers of the stage, the last not included.
         ends: whether it has the embedding, and the head.
         chip: whose memory it is.
     """
     setting, model = replica.setting, replica.setting.model
     most = max(activations(setting, phase, choice, replica) for phase in phases)
-    found, items = [], item_bytes(replica, choice)
+    found: list[Memory] = []
+    first, last = span
     phase = next(iter(replica.weights))
     for rank in range(setting.ranks):
         total = sum(items[rank][1 + first : 1 + last])

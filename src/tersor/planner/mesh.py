@@ -9,12 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import TypeAlias
 
 from tersor.errors import InputError
 
 _REPLICAS = 64
 """Replicas whose links are looked at: those beyond stand in nodes like them."""
+
+
+_NODES = (2, 3, 4, 6, 8, 12, 16)
+"""Nodes that a tensor group may take."""
+Group: TypeAlias = tuple[tuple[int, int], ...]
+"""Where a group stands: nodes, and its ranks in each."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +78,37 @@ class Mesh:
         alike = len(set(self.nodes)) == 1
         return f"{len(self.nodes)}x{self.nodes[0]}" if alike else "+".join(map(str, self.nodes))
 
-    def groups(self, tensor: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def groups(self, tensor: int) -> tuple[Group, ...]:
         """Return where tensor groups of so many ranks stand, each as (node, ranks in it); none where none fits."""
-        if tensor <= max(self.nodes):
-            return tuple(((node, tensor),) for node, size in enumerate(self.nodes) for _ in range(size // tensor))
-        found: list[tuple[tuple[int, int], ...]] = []
-        own: list[tuple[int, int]] = []
-        for node, size in enumerate(self.nodes):
-            own.append((node, size))
-            if sum(count for _, count in own) == tensor:
-                found.append(tuple(own))
-                own = []
-            elif sum(count for _, count in own) > tensor:
-                own = [(node, size)] if size < tensor else []
-        return tuple(found)
+        return _groups(self.nodes, tensor)
 
     def sizes(self, most: int) -> tuple[int, ...]:
-        """Return the sizes that a tensor group can have: up to a node's, then whole nodes, at most `most`."""
-        inside = range(1, min(most, max(self.nodes)) + 1)
-        size = max(self.nodes)
-        beyond = range(2 * size, min(most, self.devices) + 1, size) if len(set(self.nodes)) == 1 else ()
-        return (*inside, *beyond)
+        """Return the sizes that a tensor group can have: up to a node's, then some of whole nodes, at most `most`."""
+        size, alike = max(self.nodes), len(set(self.nodes)) == 1
+        beyond = (size * nodes for nodes in _NODES if alike and size * nodes <= min(most, self.devices))
+        return (*range(1, min(most, size) + 1), *beyond)
+
+
+@lru_cache(maxsize=256)
+def _groups(nodes: tuple[int, ...], tensor: int) -> tuple[Group, ...]:
+    if tensor <= max(nodes):
+        return tuple(((node, tensor),) for node, size in enumerate(nodes) for _ in range(size // tensor))
+    found: list[Group] = []
+    own: list[tuple[int, int]] = []
+    for node, size in enumerate(nodes):
+        own.append((node, size))
+        if sum(count for _, count in own) == tensor:
+            found.append(tuple(own))
+            own = []
+        elif sum(count for _, count in own) > tensor:
+            own = [(node, size)] if size < tensor else []
+    return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _widest(nodes: tuple[int, ...], tensor: int) -> tuple[int, ...]:
+    """Return the ranks in each node of the group that is in most nodes."""
+    return max((tuple(count for _, count in place) for place in _groups(nodes, tensor)), key=len)
 
 
 @dataclass(frozen=True)
@@ -123,13 +140,13 @@ class Axes:
         return text if self.expert == 1 else f"{text} EP{self.expert * self.tensor}"
 
     @cached_property
-    def _places(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def _places(self) -> tuple[Group, ...]:
         return self.mesh.groups(self.tensor)
 
     @cached_property
     def tensor_group(self) -> tuple[int, ...]:
         """Ranks of a tensor group in each of its nodes: of the group that is in most."""
-        return max((tuple(count for _, count in place) for place in self._places[: self.data * self.pipeline]), key=len)
+        return _widest(self.mesh.nodes, self.tensor)
 
     @cached_property
     def crossings(self) -> int:

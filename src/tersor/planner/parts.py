@@ -5,8 +5,9 @@ Nothing here reads a checkpoint: a front end (`models.parts`) makes a `Model` of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from tersor.checkpoint.names import Form, stored_tensors
@@ -67,24 +68,17 @@ def _matrix_bytes(weight: Weight, part: Part, oc: int, ic: int) -> int:
     if form is None or not oc or not ic:
         return PLAIN_BYTES * oc * ic
     if isinstance(form, Pruned):
-        whole = sum(_size(tensor.shape) * tensor.dtype.itemsize for tensor in _stored(form, weight.oc, weight.ic))
+        whole = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in _stored(form, weight.oc, weight.ic))
         return -(-whole * oc * ic // (weight.oc * weight.ic))
     if isinstance(form, Assignment) and part.rows is not None:
         form = form.of(part.rows)
-    return sum(_size(tensor.shape) * tensor.dtype.itemsize for tensor in _stored(form, oc, ic))
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in _stored(form, oc, ic))
 
 
 def _stored(form: Form, oc: int, ic: int) -> list:  # type: ignore[type-arg]
     size = form.group_size if isinstance(form, Scheme) else None
     padded = ic if not size else -(-ic // size) * size  # the last group may be short
     return list(stored_tensors(form, oc, padded).values())
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for axis in shape:
-        total *= axis
-    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +150,7 @@ class Kind:
     @property
     def name(self) -> str:
         """How the report calls them, such as `layers.0-79`."""
-        runs: list[list[int]] = []
-        for layer in self.layers:
-            if runs and layer == runs[-1][1] + 1:
-                runs[-1][1] = layer
-            else:
-                runs.append([layer, layer])
-        words = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:3]]
-        more = len(self.layers) - sum(last - first + 1 for first, last in runs[:3])
-        return "layers." + ",".join(words) + (f"+{more}" if more else "")
+        return _layers_words(self.layers)
 
     def weights(self) -> Iterator[Weight]:
         """Yield every weight of one layer."""
@@ -173,6 +159,19 @@ class Kind:
             yield self.down
         if self.experts is not None:
             yield from (self.experts.router, *self.experts.gate_up, self.experts.down, *self.experts.shared)
+
+
+@lru_cache(maxsize=4096)
+def _layers_words(layers: tuple[int, ...]) -> str:
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    words = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:3]]
+    more = len(layers) - sum(last - first + 1 for first, last in runs[:3])
+    return "layers." + ",".join(words) + (f"+{more}" if more else "")
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,7 @@ class Model:
         embedding: its weight.
         head: its weight, `None` where it is the embedding.
         vectors: elements of norms and positions outside layers.
+        head_name: what the head is called, whether it is stored or not.
         own_plan: (pattern of a module's name, style of transformers), where transformers has a plan for it.
     """
 
@@ -203,6 +203,7 @@ class Model:
     embedding: Weight
     head: Weight | None
     vectors: int = 0
+    head_name: str = "lm_head"
     own_plan: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     @cached_property
@@ -211,10 +212,10 @@ class Model:
         found = {layer: number for number, kind in enumerate(self.kinds) for layer in kind.layers}
         return tuple(found[layer] for layer in range(len(found)))
 
-    @property
+    @cached_property
     def out(self) -> Weight:
-        """The weight of the output head, whichever it is."""
-        return self.embedding if self.head is None else self.head
+        """The weight of the output head; one that is the embedding has a name of its own, as stages may both have it."""
+        return replace(self.embedding, module=self.head_name) if self.head is None else self.head
 
     @cached_property
     def nbytes(self) -> int:

@@ -213,7 +213,7 @@ class Walk:
             ends = [self.model.embedding] if stage.embedding else []
             if stage.head:
                 weights[rank] += PLAIN_BYTES * self.model.vectors
-                if self.model.out is not self.model.embedding or not stage.embedding:
+                if self.model.head is not None or not stage.embedding:
                     ends.append(self.model.out)
             weights[rank] += sum(self._piece(one.module, -1, one, rank).nbytes for one in ends)
         return tuple(weights), tuple(kv)

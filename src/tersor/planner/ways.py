@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from tersor.errors import ShapeError
@@ -29,7 +30,7 @@ DECODE, PREFILL = "decode", "prefill"
 _PRUNED_START = 3e-6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Way:
     """One way to cut a block, in one phase.
 
@@ -50,7 +51,7 @@ class Way:
     timed: Timed
     kv: tuple[int, ...]
 
-    @property
+    @cached_property
     def weight_bytes(self) -> tuple[int, ...]:
         """Bytes of the weights of every rank."""
         return tuple(sum(piece.nbytes for piece in pieces) for pieces in self.pieces)
