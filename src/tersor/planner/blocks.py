@@ -34,7 +34,8 @@ from tersor.planner.ways import (
 
 EMBEDDING, FINAL_NORM, HEAD, SAMPLE = "embedding", "final_norm", "head", "sample"
 MEMORY = "weights and keys and values of a replica"
-_NONE = "-"
+Blocks = list[tuple[str, list[Way], int]]
+"""The blocks of a layer: name, ways, and channels of what the block gives."""
 
 
 def converted(setting: Setting, gives: str, reads: str, nbytes: int) -> Exchange | None:
@@ -112,20 +113,23 @@ class Replica:
     _shared: list[tuple[str, str]] = field(default_factory=list)
 
     @staticmethod
-    def of(setting: Setting, parts: int, room: float) -> tuple[Replica, Problem]:
+    def of(
+        setting: Setting, parts: int, room: float, known: dict[object, Blocks] | None = None
+    ) -> tuple[Replica, Problem]:
         """Return the problem of one replica on its axes.
 
         Args:
             setting: the model, axes and prices.
             parts: micro-batches of a decode step.
             room: bytes of a rank for weights, keys and values.
+            known: ways that were made already of the same model, by what they depend on; more are added.
         """
         workload = setting.workload
         both = len(workload.phases) > 1
         weights = {name: (parts if name == DECODE else workload.prefills if both else 1.0) for name in workload.phases}
         found = Replica(setting, weights)
         for name in workload.phases:
-            found._phase(Phase.of(name, workload, parts))
+            found._phase(Phase.of(name, workload, parts), {} if known is None else known)
         return found, found._problem(room * setting.axes.pipeline)
 
     def way(self, choice: Choice, name: str) -> Way:
@@ -138,14 +142,18 @@ class Replica:
             return NOTHING
         return converted(self.setting, source.gives, target.reads, joint.nbytes)
 
-    def _phase(self, phase: Phase) -> None:
+    def _phase(self, phase: Phase, known: dict[object, Blocks]) -> None:
         setting, model = self.setting, self.setting.model
+        axes = setting.axes
+        key = phase, axes.tensor_group, axes.expert, axes.expert_group, setting.workload
         stream = phase.tokens * model.hidden * PLAIN_BYTES
         self._add(phase, EMBEDDING, EMBEDDING, 1, embedding(setting, phase))
         firsts, lasts, ffn_norms = [], [], []
         for kind in model.kinds:
             names, widths = [], []
-            for block, ways, channels in of_layer(setting, kind, phase):
+            if (kind.layers, key) not in known:
+                known[kind.layers, key] = list(of_layer(setting, kind, phase))
+            for block, ways, channels in known[kind.layers, key]:
                 names.append(self._add(phase, kind.name, block, len(kind.layers), ways))
                 widths.append(channels)
             for (source, target), channels in zip(pairwise(names), widths, strict=False):

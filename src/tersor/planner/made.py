@@ -11,7 +11,7 @@ import numpy as np
 from tersor.errors import InputError
 from tersor.planner import _chain, memory
 from tersor.planner._chain import Found, split
-from tersor.planner.blocks import EMBEDDING, HEAD, MEMORY, Replica
+from tersor.planner.blocks import EMBEDDING, HEAD, MEMORY, Blocks, Replica
 from tersor.planner.links import SEND, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.plan import Memory, Part
@@ -90,6 +90,7 @@ class Pool:
 
     solve: Solve
     _solved: dict[object, tuple[Replica, Problem, Found]] = field(default_factory=dict)
+    _known: dict[object, Blocks] = field(default_factory=dict)
 
     def of(self, setting: Setting, parts: int, room: float) -> tuple[Replica, Problem, Found]:
         """Return the problem of one replica and what was found for it.
@@ -106,7 +107,7 @@ class Pool:
         key = (axes.tensor_group, axes.expert, axes.expert_group, parts, axes.pipeline == 1, setting.workload)
         limits = ((MEMORY, room * axes.pipeline),)
         if key not in self._solved:
-            replica, problem = Replica.of(setting, parts, math.inf)
+            replica, problem = Replica.of(setting, parts, math.inf, self._known)
             self._solved[key] = replica, problem, self.solve(problem)
         replica, problem, found = self._solved[key]
         replica, problem = replace(replica, setting=setting), replace(problem, limits=limits)

@@ -214,7 +214,7 @@ class Model:
 
     @cached_property
     def out(self) -> Weight:
-        """The weight of the output head; one that is the embedding has a name of its own, as stages may both have it."""
+        """The weight of the output head; one that is the embedding has its own name for that."""
         return replace(self.embedding, module=self.head_name) if self.head is None else self.head
 
     @cached_property
