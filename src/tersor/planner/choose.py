@@ -191,10 +191,10 @@ def _nothing_fits(asked: Asked, tried: _Tried, ruled: Sequence[rules.Ruled]) -> 
     errors = [error for _, error in tried.unfit] + [rule.unfit for rule in ruled if rule.unfit is not None]
     if errors:
         nearest = min(errors, key=lambda error: error.lacks)
-        notes = _notes(
+        found = notes(
             asked.setting(max((axes for axes, _ in tried.unfit), key=lambda axes: axes.tensor)) if tried.unfit else None
         )
-        return InputError(f"no plan fits: {nearest}" + (f"; and {notes[0]}" if notes else ""))
+        return InputError(f"no plan fits: {nearest}" + (f"; and {found[0]}" if found else ""))
     return InputError(f"no way to deal out {asked.mesh.devices} devices can be made of {asked.model.label}")
 
 
@@ -279,7 +279,7 @@ def _assembled(
         method=best.found.method,
         rivals=rivals,
         rules=baseline,
-        notes=_notes(setting),
+        notes=notes(setting),
     )
 
 
@@ -339,7 +339,7 @@ def _cuts(best: Made) -> tuple[Cut, ...]:
     return tuple(found)
 
 
-def _notes(setting: Setting | None) -> tuple[str, ...]:
+def notes(setting: Setting | None) -> tuple[str, ...]:
     """Return what could not be cut on these axes, and why."""
     if setting is None or setting.ranks == 1:
         return ()
