@@ -119,6 +119,8 @@ class _Reader:
         self._config, self._names, self._expected, self._forms = config, names, expected, forms
         self._vectors: dict[str, int] = {}
         for name, shape in expected.vectors.items():
+            if name.removesuffix(".bias").removesuffix("_bias") in expected.matrices:
+                continue  # of a weight
             start = name[: len(names.base)] + self._start_of(name)
             self._vectors[start] = self._vectors.get(start, 0) + math.prod(shape)
 

@@ -51,6 +51,7 @@ def check(plan: Plan, model: Model, kernels: Kernels, links: Links) -> Walked:
     _check_axes(plan, model)
     _check_weights(plan, model)
     _check_layouts(plan, model)
+    _check_held(plan, model)
     for number, stage in enumerate(plan.stages):
         for rank, memory in enumerate(stage.memory):
             if memory.total > memory.room:
@@ -177,6 +178,28 @@ def _check_way(plan: Plan, one: Chosen) -> None:
         wanted = ("S", "S") if plan.tensor > 1 else ("R", "R")
     if (one.reads, one.gives) != wanted:
         raise InputError(f"{one.group}.{one.block} is cut by {one.way}: it reads and gives {wanted[0]} and {wanted[1]}")
+
+
+def _check_held(plan: Plan, model: Model) -> None:
+    """Hold that weights are cut along the axis that every phase's way asks for."""
+    axes = {"row": "columns", "column": "rows", "vocabulary": "rows", "replicate": "", "sequence": ""}
+    cuts = {cut.module: cut for cut in plan.cuts}
+    kinds = {kind.name: kind for kind in model.kinds}
+    for one in plan.chosen:
+        kind = kinds.get(one.group)
+        if one.way not in axes or one.block not in ("qkv", "out", "gate_up", "down", "embedding", "head"):
+            continue
+        of_kind = {"qkv": kind.qkv, "out": (kind.out,), "gate_up": kind.gate_up} if kind else {}
+        if kind is not None and kind.down is not None:
+            of_kind["down"] = (kind.down,)
+        ends = {"embedding": (model.embedding,), "head": (model.out,)}
+        for weight in {**of_kind, **ends}[one.block]:
+            name = (kind.start if kind else "") + weight.module
+            own, wanted = cuts[name].slices[0], axes[one.way]
+            found = next((axis for axis in ("rows", "columns", "experts") if getattr(own, axis) is not None), "")
+            if plan.tensor > 1 and found != wanted:
+                words = f"has no {wanted} of its own" if wanted else f"has {found} of its own"
+                raise InputError(f"{one.block} of {one.group} is {one.way} in {one.phase}, and {name} {words}")
 
 
 def _check_inner(plan: Plan, model: Model) -> None:
