@@ -99,6 +99,15 @@ def test_payloads_that_do_not_ascend_are_refused(tmp_path: Path) -> None:
         links.read(path)
 
 
+def test_more_bytes_that_take_less_time_are_refused(tmp_path: Path) -> None:
+    raw = shipped()
+    raw["inside"]["all_reduce"]["us"]["2"][-1][1] = 1.0
+    path = tmp_path / "links.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(InputError, match="times of 2 ranks descend"):
+        links.read(path)
+
+
 def test_meshes_are_read_from_a_number_or_a_shape() -> None:
     assert Mesh.of(8, None, 8).nodes == (8,)
     assert Mesh.of(12, None, 8).nodes == (8, 4)

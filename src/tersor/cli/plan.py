@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tersor.planner.parts import Model
     from tersor.planner.plan import Cut, Plan, Rival
 
+CALIBRATE = "calibrate"
 PHASES = {"both": ("decode", "prefill"), "decode": ("decode",), "prefill": ("prefill",)}
 _KV = {"16bit": 2, "fp8": 1}
 
@@ -26,7 +27,10 @@ def command(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Checkpoint directory, hub id, a folder with a config.json alone, or a name such as llama-3-70b.",
+            help=(
+                "Checkpoint directory, hub id, a folder with a config.json alone, or a name such as llama-3-70b. The "
+                "word calibrate measures the links of this machine, and writes them to --output."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -72,6 +76,9 @@ def command(
 
     if model is None and taken is None:
         raise InputError("name a model, or a plan to show with --from FILE")
+    if model == CALIBRATE:
+        _calibrate(devices, chip, output)
+        return
     for name, value, known in (("phase", phase, PHASES), ("kv dtype", kv_dtype, _KV)):
         if value not in known:
             raise InputError(f"{name} {value!r}{did_you_mean(value, known)}: use one of {', '.join(known)}")
@@ -109,6 +116,23 @@ def command(
             print(f"checked for {described.label}: every weight is there once, every sum is reduced, costs agree")
     if output is not None and not json:
         print(f"wrote {output}")
+
+
+def _calibrate(devices: int | None, chip: str | None, output: Path | None) -> None:
+    """Measure the links of this machine's GPUs; where there are none, those of its processes."""
+    from tersor.bench import links as measuring
+    from tersor.hardware import cuda_available
+
+    if output is None:
+        raise InputError("say where the tables go: tersor plan calibrate -o links.json")
+    target = chips.wanted(chip, "whose links could be measured")[0]
+    gpus = cuda_available()
+    if devices is None:
+        import torch
+
+        devices = torch.cuda.device_count() if gpus else 2
+    measuring.write(output, measuring.measured(devices, target, gpus=gpus))
+    print(f"wrote {output}: links of {devices} {'GPUs' if gpus else 'processes on CPUs'}")
 
 
 def _with_own_plan(model: Model) -> Model:

@@ -197,7 +197,7 @@ def read(path: Path) -> Links:
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from None
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
-        raise InputError(f"{path} holds no links: tersor plan --calibrate writes some")
+        raise InputError(f"{path} holds no links: tersor plan calibrate writes some")
     if raw.get("version") != VERSION:
         raise InputError(f"{path} is version {raw.get('version')} of the links, and this Tersor reads {VERSION}")
     try:
@@ -220,6 +220,9 @@ def _table(entry: Mapping[str, Any]) -> Table:
         sizes = [size for size, _ in rows[int(ranks)]]
         if not sizes or sizes != sorted(set(sizes)) or min(time for _, time in rows[int(ranks)]) < 0:
             raise ValueError(f"payloads of {ranks} ranks do not ascend")
+        times = [time for _, time in rows[int(ranks)]]
+        if times != sorted(times):
+            raise ValueError(f"times of {ranks} ranks descend")
     if not rows:
         raise ValueError("a table without ranks")
     return Table(str(entry["source"]), rows, int(entry.get("most_bytes", 0)), int(entry.get("most_ranks", 0)))
