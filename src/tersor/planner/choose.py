@@ -129,14 +129,19 @@ def _least_of_layer(setting: Setting, kind: Kind, phase: Phase) -> float:
         length = min(phase.length, kind.window or phase.length)
         attention += phase.rows * length * setting.workload.token_bytes(kind.kv_heads, kind.head_dim)
     ffn, spread, width = float(sum(one.nbytes() for one in kind.gate_up)), ranks, kind.ffn
+    sent = 0.0
     if kind.experts is not None:
-        hit = 1 - (1 - kind.experts.top_k / kind.experts.count) ** phase.tokens
+        hit = 1 - (1 - kind.experts.top_k / kind.experts.count) ** (phase.tokens * setting.axes.expert)
         routed = sum(one.nbytes() for one in (*kind.experts.gate_up, kind.experts.down))
         # Some of what experts read is found in L2 (`tune.experts_sm90.CONSTANTS.bandwidth`).
         ffn, spread, width = hit * routed / 1.2, ranks * setting.axes.expert, setting.model.hidden
+        if setting.axes.expert > 1:  # tokens are sent to where their experts are, and back
+            elements = min(kind.experts.top_k, spread) * -(-phase.tokens // ranks) * width
+            there = setting.links.exchange(ALL_TO_ALL, PLAIN_BYTES * elements, setting.axes.expert_group)
+            sent, ffn = 2 * there.seconds + ffn / spread / bandwidth, 0.0
     elif kind.down is not None:
         ffn += kind.down.nbytes()
-    total = LAYER if phase.name == DECODE else LAYER / 2
+    total = sent + (LAYER if phase.name == DECODE else LAYER / 2)
     for nbytes, share, channels in ((attention, ranks, kind.heads * kind.value_dim), (ffn, spread, width)):
         whole, cut = nbytes / bandwidth, nbytes / share / bandwidth
         total += min(whole, cut + _least_exchange(setting, phase.tokens * min(channels, setting.model.hidden)))
