@@ -21,6 +21,7 @@ from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Model, Workload
 from tersor.planner.plan import Plan
 from tersor.planner.searches import search_named
+from tersor.planner.sources import explain
 
 CHIP = chip_named("h200")
 KERNELS, LINKS = Kernels(CHIP), links.of_chip(CHIP)
@@ -230,11 +231,15 @@ def test_every_part_of_the_time_has_a_source_and_parts_are_the_whole() -> None:
     for name, seconds in found.passes.items():
         total = sum(part.seconds for part in found.times if part.name.startswith(f"{name}."))
         assert total == pytest.approx(seconds, rel=1e-9)
-    (part,) = found.explain("decode.layers.0-47.experts")
-    assert part.count == 48 and "kernels.tune for NVIDIA H200" in part.source
-    assert all(part.kind == "sums" for part in found.explain("sums"))
-    with pytest.raises(InputError, match="the plan has no part 'nothing'"):
-        found.explain("nothing")
+    (one,) = explain(found, "decode.layers.0-47.experts")
+    assert "(48 x " in one.value and "kernels.tune for NVIDIA H200" in one.source
+    assert {one.kind for one in explain(found, "sums")} == {"sums"}
+    sizes = {one.name: one for one in explain(found, "memory")}
+    assert sizes["memory.stage 0.weights"].value == f"{found.stages[0].memory[0].weights / 1e9:.3f} GB"
+    assert all(one.source for one in explain(found, ""))
+    assert "prefill" in explain(found, "step")[0].source
+    with pytest.raises(InputError, match=r"the plan has no part 'nothing': it has decode\.embedding, "):
+        explain(found, "nothing")
 
 
 def test_time_grows_with_the_kinds_of_layers_and_not_with_devices() -> None:

@@ -56,7 +56,11 @@ def command(
         Path | None, typer.Option("--from", metavar="FILE", help="Search nothing: show a plan, and check it for MODEL.")
     ] = None,
     explain: Annotated[
-        str | None, typer.Option(metavar="PART", help="Say where the times of parts come from whose names hold PART.")
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="Say where numbers come from: a name or a part of one, or sums, products, memory, total, ...",
+        ),
     ] = None,
     revision: options.Revision = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan.")] = None,
@@ -68,6 +72,7 @@ def command(
     from tersor.models.parts import model_of
     from tersor.planner import links as tables
     from tersor.planner import plan as plans
+    from tersor.planner import sources
     from tersor.planner.check import check
     from tersor.planner.choose import Asked, plan
     from tersor.planner.cost import Kernels
@@ -106,10 +111,8 @@ def command(
     if json:
         console.print_json(found.to_dict())
     elif explain is not None:
-        rows = [
-            [part.name, f"{part.seconds * 1e3:.3f}", str(part.count), part.source] for part in found.explain(explain)
-        ]
-        console.print_table(["part", "ms", "times", "where it comes from"], rows, words=True)
+        rows = [[one.name, one.value, one.source] for one in sources.explain(found, explain)]
+        console.print_table(["number", "value", "where it comes from"], rows, words=True)
     else:
         _show(found, prices)
         if taken is not None and described is not None:

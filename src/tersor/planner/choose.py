@@ -26,6 +26,7 @@ from tersor.planner.ways import DECODE, Phase, Setting
 SHOWN = 6
 """Ways to deal out the mesh that are solved at least, the runners-up of a report, where so many fit."""
 _MOST_TENSOR = 128
+_EQUAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def plan(asked: Asked) -> Plan:
         raise InputError(f"objective {asked.objective!r}: latency or throughput")
     began = time.perf_counter()
     ruled = [one for rule in rules.RULES for one in rule.tried(asked.setting, asked.mesh, asked.workload)]
-    tried = _searched(asked) if asked.method != "rules" else _Tried(Pool(search_named("fast")))
     made_rules = [rule for rule in ruled if rule.made is not None]
+    warm = min((rule.made.value(asked.objective) for rule in made_rules if rule.made is not None), default=math.inf)
+    tried = _searched(asked, warm) if asked.method != "rules" else _Tried(Pool(search_named("fast")))
     if asked.method == "rules":
         tried.solved = [rule.made for rule in made_rules if rule.made is not None]
     if not tried.solved:
@@ -110,15 +112,20 @@ def least_seconds(setting: Setting, parts: int) -> float:
     Of every layer either all weights are read by every rank, or its share of them, and then something is exchanged.
     """
     workload, axes, total = setting.workload, setting.axes, 0.0
+    most = -(-len(setting.model.layers) // axes.pipeline)  # layers of the stage that has most, at least
     for name in workload.phases:
         phase = Phase.of(name, workload, parts)
         weight = 1.0 if name == DECODE or len(workload.phases) == 1 else workload.prefills
-        layers = sum(len(kind.layers) * _least_of_layer(setting, kind, phase) for kind in setting.model.kinds)
+        each = [(_least_of_layer(setting, kind, phase), len(kind.layers)) for kind in setting.model.kinds]
+        layers, longest = sum(seconds * count for seconds, count in each), most * min(each)[0]
         near = setting.links.exchange(SEND, -(-phase.tokens * setting.model.hidden // axes.tensor), (2,)).seconds
-        if parts == 1 or name == DECODE:
-            total += weight * (layers + (axes.pipeline - 1) * near)
+        through = layers + (axes.pipeline - 1) * near
+        if parts == 1:
+            total += weight * through
+        elif name == DECODE:
+            total += max(through, parts * longest)
         else:
-            total += weight * layers / axes.pipeline
+            total += weight * max(layers / axes.pipeline, longest)
     return total
 
 
@@ -159,7 +166,8 @@ def _bound(asked: Asked, axes: Axes, parts: int) -> float:
     return asked.value(axes, least_seconds(asked.setting(axes), parts))
 
 
-def _searched(asked: Asked) -> _Tried:
+def _searched(asked: Asked, warm: float) -> _Tried:
+    """Solve what can win, the least bound first; `warm` is what a rule gives, which a plan has to be no worse than."""
     tried, best = _Tried(Pool(search_named(asked.method))), math.inf
     ranked = sorted(((_bound(asked, *pair), pair) for pair in asked.candidates()), key=lambda one: one[0])
     for bound, (axes, parts) in ranked:
@@ -167,7 +175,7 @@ def _searched(asked: Asked) -> _Tried:
         if bound >= best and enough:
             tried.bounds.append(bound)
             break
-        limit = best if enough else math.inf
+        limit = min(best, warm * (1 + _EQUAL)) if enough else math.inf
         try:
             made = make(
                 asked.setting(axes),

@@ -11,7 +11,7 @@ import numpy as np
 from tersor.errors import InputError
 from tersor.planner import _chain, memory
 from tersor.planner._chain import Found, split
-from tersor.planner.blocks import EMBEDDING, HEAD, MEMORY, Blocks, Replica
+from tersor.planner.blocks import EMBEDDING, FINAL_NORM, HEAD, MEMORY, SAMPLE, Blocks, Replica
 from tersor.planner.links import SEND, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.plan import Memory, Part
@@ -91,6 +91,34 @@ class Pool:
     solve: Solve
     _solved: dict[object, tuple[Replica, Problem, Found]] = field(default_factory=dict)
     _known: dict[object, Blocks] = field(default_factory=dict)
+    _stages: dict[object, float] = field(default_factory=dict)
+
+    def least_stage(self, setting: Setting, parts: int, layers: int, behind: bool) -> float:
+        """Return seconds that a stage of so many layers takes of a step at least, all micro-batches together.
+
+        Of one kind of layers; what is ahead of them does not count, and what is behind them if it is said.
+        """
+        key = *_key(setting, parts), layers, behind
+        if key not in self._stages:
+            replica, problem, _ = self._solved[_key(setting, parts)]
+            whole = len(setting.model.layers)
+            inside = {name for name, place in replica.places.items() if place.group == setting.model.kinds[0].name}
+            ends = (FINAL_NORM, HEAD, SAMPLE) if behind else ()
+            last = {name for name, place in replica.places.items() if place.group in ends}
+            blocks = tuple(
+                replace(one, seconds=one.seconds * (layers / whole if one.name in inside else float(one.name in last)))
+                for one in problem.blocks
+            )
+            edges = list(problem.edges)
+            for number, joint in enumerate(replica.joints):  # their edges are the first ones
+                share = layers / whole if joint.count == whole else (layers - 1) / max(1, whole - 1)
+                if joint.source not in inside or joint.target not in inside:
+                    share = float(joint.target in last)
+                seconds = edges[number].seconds
+                edges[number] = replace(edges[number], seconds=np.where(np.isfinite(seconds), seconds, 0.0) * share)
+                edges[number].seconds[~np.isfinite(seconds)] = np.inf
+            self._stages[key] = self.solve(Problem(blocks, tuple(edges), problem.limits)).bound
+        return self._stages[key]
 
     def of(self, setting: Setting, parts: int, room: float) -> tuple[Replica, Problem, Found]:
         """Return the problem of one replica and what was found for it.
@@ -103,9 +131,8 @@ class Pool:
         Raises:
             InputError: no choice fits.
         """
-        axes = setting.axes
-        key = (axes.tensor_group, axes.expert, axes.expert_group, parts, axes.pipeline == 1, setting.workload)
-        limits = ((MEMORY, room * axes.pipeline),)
+        key = _key(setting, parts)
+        limits = ((MEMORY, room * setting.axes.pipeline),)
         if key not in self._solved:
             replica, problem = Replica.of(setting, parts, math.inf, self._known)
             self._solved[key] = replica, problem, self.solve(problem)
@@ -114,6 +141,12 @@ class Pool:
         if not problem.fits(found.choice):
             found = self.solve(problem)
         return replica, problem, found
+
+
+def _key(setting: Setting, parts: int) -> tuple[object, ...]:
+    """Return what a problem depends on."""
+    axes = setting.axes
+    return axes.tensor_group, axes.expert, axes.expert_group, parts, axes.pipeline == 1, setting.workload
 
 
 def make(setting: Setting, parts: int, pool: Pool, beats: Callable[[float], bool] = lambda _: True) -> Made | float:
@@ -140,10 +173,15 @@ def make(setting: Setting, parts: int, pool: Pool, beats: Callable[[float], bool
         lacks = max(1, int(fewest_bytes(problem).seconds - problem.limits[0][1]) // setting.axes.pipeline)
         raise Unfit(_short(setting, lacks, "weights, keys and values"), lacks) from None
     bound = _bound(replica, found, parts)
+    if parts > 1 and len(setting.model.kinds) == 1:  # no layer is in two stages
+        most = -(-len(setting.model.layers) // setting.axes.pipeline)
+        for layers, behind in ((most, False), (1, True)):
+            if beats(bound):
+                bound = max(bound, pool.least_stage(setting, parts, layers, behind))
     if not beats(bound):
         return bound
     try:
-        return weighed(replica, found, parts)
+        return replace(weighed(replica, found, parts), bound=bound)
     except Unfit:  # another choice may be held by stages that this one is too large for
         least = fewest_bytes(problem).choice
         return weighed(replica, replace(found, choice=least, seconds=problem.seconds(least)), parts)

@@ -226,17 +226,6 @@ class Plan:
         text = f"DP{self.data} PP{self.pipeline} TP{self.tensor}"
         return text if self.expert == 1 else f"{text} EP{self.expert * self.tensor}"
 
-    def explain(self, part: str) -> tuple[Part, ...]:
-        """Return the parts whose name or kind a text is in.
-
-        Raises:
-            InputError: there are none.
-        """
-        found = tuple(one for one in self.times if part == one.kind or part in one.name)
-        if not found:
-            raise InputError(f"the plan has no part {part!r}: it has {', '.join(one.name for one in self.times)}")
-        return found
-
     def to_dict(self) -> dict[str, Any]:
         """Return what its file holds."""
         return {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}
