@@ -17,13 +17,13 @@ from tersor.models.geometries import GEOMETRIES
 from tersor.models.parts import model_of, of_config
 from tersor.planner import links
 from tersor.planner.check import TOLERANCE, check
-from tersor.planner.choose import Asked, plan
+from tersor.planner.choose import Asked, assembled, plan
 from tersor.planner.cost import Kernels
-from tersor.planner.made import Pool, Unfit, make
-from tersor.planner.mesh import Mesh
+from tersor.planner.made import Made, Pool, Unfit, make
+from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Model, Workload
 from tersor.planner.plan import Plan
-from tersor.planner.searches import search_named
+from tersor.planner.searches import random, search_named
 
 CHIP = chip_named("h200")
 KERNELS, LINKS = Kernels(CHIP), links.of_chip(CHIP)
@@ -73,8 +73,6 @@ def test_plans_that_are_not_the_best_are_sound_too(method: str) -> None:
 
 
 def test_every_way_to_deal_out_a_mesh_costs_the_same_when_its_ranks_are_walked() -> None:
-    from tersor.planner.choose import _assembled
-
     question = asked("qwen3-30b-a3b", "fp6_e3m2", "4+2", workload=Workload(batch=12, context=512, prompt=64))
     pool, seen = Pool(search_named("fast")), 0
     for axes, parts in question.candidates():
@@ -83,9 +81,25 @@ def test_every_way_to_deal_out_a_mesh_costs_the_same_when_its_ranks_are_walked()
         except Unfit:
             continue
         if not isinstance(found, float):
-            check(_assembled(question, found, 0.0, 0.0, (), ()), question.model, KERNELS, LINKS)
+            check(assembled(question, found, 0.0, 0.0, (), ()), question.model, KERNELS, LINKS)
             seen += 1
     assert seen > 10
+
+
+@pytest.mark.parametrize("tensor", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "name, format",
+    [("llama-3-8b", "int4:g128"), ("qwen2.5-7b", None), ("few-deepseek", None), ("gpt-oss-20b", None)],
+)
+def test_whatever_is_drawn_is_sound(name: str, format: str | None, tensor: int) -> None:
+    """Choices at random among all that are allowed, in one stage and in two."""
+    question = asked(name, format, "1x8" if tensor == 8 else f"2x{tensor}")
+    for seed in range(4):
+        pool = Pool(lambda problem, seed=seed: random(problem, seed=seed, count=1))  # type: ignore[misc]
+        axes = Axes(question.mesh, 1, 1 if tensor == 8 else 2, tensor)
+        found = make(question.setting(axes), 1, pool)
+        assert isinstance(found, Made)
+        check(assembled(question, found, 0.0, 0.0, (), ()), question.model, KERNELS, LINKS)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +172,16 @@ def _pending(raw: dict[str, Any]) -> None:
     chosen_of(raw, "out")["gives"] = "R"
 
 
+def _heads(raw: dict[str, Any]) -> None:
+    one = chosen_of(raw, "attention")
+    one["heads"][0][1] += 1
+    one["heads"][1][0] += 1
+
+
+def _lost_head(raw: dict[str, Any]) -> None:
+    chosen_of(raw, "attention")["heads"][-1][1] -= 1
+
+
 def _unread(raw: dict[str, Any]) -> None:
     one = chosen_of(raw, "attention")
     one.update(way="replicate", reads="R", gives="R")
@@ -212,6 +236,8 @@ def _head(raw: dict[str, Any]) -> None:
         (_half, "some ranks have all rows, others a part"),
         (_foreign, "the plan cuts model.layers.{layer}.else, which the model has not"),
         (_pending, "out is cut by row: it reads and gives H and P"),
+        (_heads, "rank 0 of layers.0-79 has heads 0 to 17, and out reads"),
+        (_lost_head, "the model has 0 to 64, each once"),
         (_unread, "by the plan, and .* by its ranks"),
         (
             _uncut,

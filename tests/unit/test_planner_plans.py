@@ -248,6 +248,16 @@ def test_time_grows_with_the_kinds_of_layers_and_not_with_devices() -> None:
     assert many.searched < 10
 
 
+def test_layers_that_all_differ_are_planned_too() -> None:
+    """Two phases of forty kinds: few blocks may be under way at once."""
+    of = model("llama-3-8b")
+    (kind,) = of.kinds
+    kinds = tuple(replace(kind, layers=(layer,), window=100 + layer) for layer in range(40))
+    found = plan(asked(replace(of, kinds=kinds), 4, Workload(batch=8)))
+    assert len({one.group for one in found.chosen if one.block == "qkv"}) == 40
+    assert found.searched < 60
+
+
 @pytest.mark.parametrize(
     "options, line",
     [

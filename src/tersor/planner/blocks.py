@@ -190,7 +190,9 @@ class Replica:
     def _problem(self, room: float) -> Problem:
         first = next(iter(self.weights))
         blocks = []
-        for place in self.places.values():
+        of_phase = {name: [one for one in self.places.values() if one.phase.name == name] for name in self.weights}
+        # Phases side by side: who eliminates blocks in order has few of them at once, however many kinds there are.
+        for place in (one for alike in zip(*of_phase.values(), strict=True) for one in alike):
             weight = self.weights[place.phase.name] * place.count
             seconds = np.array([weight * way.timed.seconds for way in place.ways])
             counted = place.phase.name == first and self.held_bytes(place.name)

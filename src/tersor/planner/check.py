@@ -183,7 +183,7 @@ def _check_way(plan: Plan, one: Chosen) -> None:
 def _check_held(plan: Plan, model: Model) -> None:
     """Hold that weights are cut along the axis that every phase's way asks for."""
     axes = {"row": "columns", "column": "rows", "vocabulary": "rows", "replicate": "", "sequence": ""}
-    cuts = {cut.module: cut for cut in plan.cuts}
+    cuts = {(cut.module, layer): cut for cut in plan.cuts for layer in cut.layers or (-1,)}
     kinds = {kind.name: kind for kind in model.kinds}
     for one in plan.chosen:
         kind = kinds.get(one.group)
@@ -195,7 +195,7 @@ def _check_held(plan: Plan, model: Model) -> None:
         ends = {"embedding": (model.embedding,), "head": (model.out,)}
         for weight in {**of_kind, **ends}[one.block]:
             name = (kind.start if kind else "") + weight.module
-            own, wanted = cuts[name].slices[0], axes[one.way]
+            own, wanted = cuts[name, kind.layers[0] if kind else -1].slices[0], axes[one.way]
             found = next((axis for axis in ("rows", "columns", "experts") if getattr(own, axis) is not None), "")
             if plan.tensor > 1 and found != wanted:
                 words = f"has no {wanted} of its own" if wanted else f"has {found} of its own"
@@ -205,6 +205,10 @@ def _check_held(plan: Plan, model: Model) -> None:
 def _check_inner(plan: Plan, model: Model) -> None:
     """Hold that a rank's columns read what its rows give: of heads, and of a feed-forward network."""
     cuts = {(cut.module, layer): cut for cut in plan.cuts for layer in cut.layers}
+    kinds = {kind.name: kind for kind in model.kinds}
+    for one in plan.chosen:
+        if one.block == "attention" and one.way == "head":
+            _check_heads(one, kinds[one.group], cuts)
     for kind in model.kinds:
         if kind.down is None:
             continue
@@ -216,6 +220,19 @@ def _check_inner(plan: Plan, model: Model) -> None:
                     raise InputError(
                         f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}"
                     )
+
+
+def _check_heads(one: Chosen, kind: Kind, cuts: dict[tuple[str, int], Cut]) -> None:
+    bounds = [0, *(last for _, last in one.heads)]
+    if [first for first, _ in one.heads] != bounds[:-1] or bounds[-1] != kind.heads:
+        raise InputError(f"heads of {one.group} are {one.heads}: the model has 0 to {kind.heads}, each once")
+    slices = cuts[kind.start + kind.out.module, kind.layers[0]].slices
+    if len(slices) != len(one.heads):
+        raise InputError(f"{one.group} has heads of {len(one.heads)} ranks, and there are {len(slices)}")
+    for rank, (own, (first, last)) in enumerate(zip(slices, one.heads, strict=True)):
+        wanted = (first * kind.value_dim, last * kind.value_dim)
+        if own.columns not in (None, wanted):
+            raise InputError(f"rank {rank} of {one.group} has heads {first} to {last}, and out reads {own.columns}")
 
 
 def _blocks(kind: Kind) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def plan(asked: Asked) -> Plan:
     searched = time.perf_counter() - began
     rivals = _rivals(best, tried, asked.objective)
     baseline = tuple(_rule_row(rule, best, asked.objective) for rule in ruled)
-    return _assembled(asked, best, bound, searched, rivals, baseline)
+    return assembled(asked, best, bound, searched, rivals, baseline)
 
 
 def least_seconds(setting: Setting, parts: int) -> float:
@@ -242,9 +242,18 @@ def _rule_row(rule: rules.Ruled, best: Made, objective: str) -> Rival:
     return Rival(name=rule.name, axes=made.setting.axes.words(), seconds=made.step, rate=made.rate, why=why)
 
 
-def _assembled(
+def assembled(
     asked: Asked, best: Made, bound: float, searched: float, rivals: tuple[Rival, ...], baseline: tuple[Rival, ...]
 ) -> Plan:
+    """Return the plan of one way to deal out a mesh.
+
+    Args:
+        asked: what was asked for.
+        best: the way.
+        bound: that no plan is below, by the objective.
+        searched: seconds of the search.
+        rivals, baseline: other ways, and plans by rule.
+    """
     setting, axes, workload = best.setting, best.setting.axes, asked.workload
     value = best.value(asked.objective)
     return Plan(
@@ -278,6 +287,7 @@ def _assembled(
                 reads=best.replica.way(best.choice, name).reads,
                 gives=best.replica.way(best.choice, name).gives,
                 options=len(place.ways),
+                heads=best.replica.way(best.choice, name).heads,
             )
             for name, place in best.replica.places.items()
         ),

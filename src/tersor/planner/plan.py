@@ -62,6 +62,7 @@ class Chosen:
         way: its name.
         reads, gives: layouts of what it reads and gives (docs/planning.md).
         options: how many ways there were.
+        heads: query heads of every rank, where attention is cut by them.
     """
 
     phase: str
@@ -71,6 +72,7 @@ class Chosen:
     reads: str
     gives: str
     options: int
+    heads: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,8 +152,7 @@ class Walk:
         if own.block in ("norm", "ffn_norm"):
             return self._norm(phase.tokens, own)
         if own.block == "attention":
-            heads, keys = (kind.heads, kind.kv_heads) if own.way != HEAD else self._heads(kind, layer, rank)
-            return attended(self.setting, kind, phase, heads, keys).seconds
+            return attended(self.setting, kind, phase, *self._heads(kind, phase.name, rank)).seconds
         pieces = tuple(self._piece(kind.start + one.module, layer, one, rank) for one in _weights(kind, own.block))
         if own.block != "experts":
             return self.setting.product(pieces, tokens).seconds
@@ -165,11 +164,10 @@ class Walk:
         nbytes = min(kind.experts.top_k, ranks) * tokens * self.model.hidden * PLAIN_BYTES
         return timed.seconds + 2 * self.links.exchange(ALL_TO_ALL, nbytes, self.setting.axes.expert_group).seconds
 
-    def _heads(self, kind: Kind, layer: int, rank: int) -> tuple[int, int]:
-        """Return the heads of a rank, by the columns of `out` that it has, and those of keys that they read."""
-        columns = self._cuts[kind.start + kind.out.module, layer].slices[rank].columns
-        assert columns is not None
-        first, last = (end // kind.value_dim for end in columns)
+    def _heads(self, kind: Kind, phase: str, rank: int) -> tuple[int, int]:
+        """Return how many query heads a rank has, and how many heads of keys they read."""
+        own = self._chosen[phase, kind.name, "attention"]
+        first, last = own.heads[rank] if own.way == HEAD else (0, kind.heads)
         ratio = kind.heads // kind.kv_heads
         return last - first, -(-last // ratio) - first // ratio
 
@@ -207,8 +205,7 @@ class Walk:
                 weights[rank] += sum(
                     self._piece(kind.start + one.module, layer, one, rank).nbytes for one in kind.weights()
                 )
-                cut = self._chosen[phase, kind.name, "attention"].way == HEAD
-                keys = self._heads(kind, layer, rank)[1] if cut else kind.kv_heads
+                keys = self._heads(kind, phase, rank)[1]
                 kv[rank] += self.setting.workload.pages_bytes(keys, kind.head_dim)
             ends = [self.model.embedding] if stage.embedding else []
             if stage.head:

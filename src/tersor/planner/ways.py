@@ -41,6 +41,7 @@ class Way:
         pieces: of every rank of a stage.
         timed: seconds of the rank that takes longest.
         kv: bytes of keys and values of every rank.
+        heads: of every rank where attention is cut by them: first query head and the one after its last.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Way:
     pieces: tuple[Pieces, ...]
     timed: Timed
     kv: tuple[int, ...]
+    heads: tuple[Span, ...] = ()
 
     @cached_property
     def weight_bytes(self) -> tuple[int, ...]:
@@ -244,7 +246,7 @@ def _attention(setting: Setting, kind: Kind, phase: Phase) -> list[Way]:
             (attended(setting, kind, phase, *pair) for pair in dict.fromkeys(counts)), key=lambda timed: timed.seconds
         )
         kv = tuple(workload.pages_bytes(keys, kind.head_dim) for _, keys in counts)
-        found.append(Way(HEAD, HEADS, HEADS, HEAD, none, timed, kv))
+        found.append(Way(HEAD, HEADS, HEADS, HEAD, none, timed, kv, tuple(own.queries for own in heads)))
     return found
 
 
