@@ -133,3 +133,28 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: tuple[
 def test_nothing_is_written_where_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "llama-3.1-405b", "--devices", "2", "--chip", "h200", "-o", str(tmp_path / "plan.json"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_the_gpu_here_is_one_for_its_chip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    from tersor.cli import chips
+    from tersor.hardware import CHIPS
+
+    own = replace(CHIPS["NVIDIA H100"], name="NVIDIA H100 80GB HBM3", memory_bytes=85 * 10**9)
+    monkeypatch.setattr(chips, "wanted", lambda name, purpose: [own])
+    path = str(tmp_path / "plan.json")
+    told(capsys, "llama-3-8b", "--devices", "2", "-o", path)
+    assert read(Path(path)).chip == "NVIDIA H100"
+    assert "checked for llama-3-8b" in told(capsys, "llama-3-8b", "--from", path)
+
+
+def test_keys_and_values_in_8_bits_take_half_as_much(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = []
+    for kind in ("16bit", "fp8"):
+        path = tmp_path / f"{kind}.json"
+        told(capsys, "llama-3-8b", "--devices", "1", "--chip", "h200", "--kv-dtype", kind, "-o", str(path))
+        sizes.append(read(path).stages[0].memory[0].kv)
+    assert sizes[1] / sizes[0] == pytest.approx(132 / 256)  # with a float32 scale a token and head

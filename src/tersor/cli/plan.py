@@ -13,6 +13,7 @@ from tersor.cli import chips, console, options
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from tersor.hardware import Chip
     from tersor.planner.links import Links
     from tersor.planner.parts import Model
     from tersor.planner.plan import Cut, Plan, Rival
@@ -97,7 +98,7 @@ def command(
             check(found, described, Kernels(own), prices)
     else:
         assert described is not None
-        target = chips.wanted(chip, "to plan for")[0]
+        target = _known(chips.wanted(chip, "to plan for")[0])
         prices = tables.of_chip(target) if links is None else tables.read(links)
         workload = Workload(
             batch=batch, context=context, prompt=min(prompt, context), kv_bytes=_KV[kv_dtype], phases=PHASES[phase]
@@ -128,7 +129,7 @@ def _calibrate(devices: int | None, chip: str | None, output: Path | None) -> No
 
     if output is None:
         raise InputError("say where the tables go: tersor plan calibrate -o links.json")
-    target = chips.wanted(chip, "whose links could be measured")[0]
+    target = _known(chips.wanted(chip, "whose links could be measured")[0])
     gpus = cuda_available()
     if devices is None:
         import torch
@@ -136,6 +137,14 @@ def _calibrate(devices: int | None, chip: str | None, output: Path | None) -> No
         devices = torch.cuda.device_count() if gpus else 2
     measuring.write(output, measuring.measured(devices, target, gpus=gpus))
     print(f"wrote {output}: links of {devices} {'GPUs' if gpus else 'processes on CPUs'}")
+
+
+def _known(chip: Chip) -> Chip:
+    """Return the chip of the datasheet that a device is, where one is known, so that a plan holds on other machines."""
+    from tersor.hardware import CHIPS
+
+    names = [name for name in CHIPS if chip.name.startswith(name)]
+    return CHIPS[max(names, key=len)] if names else chip
 
 
 def _with_own_plan(model: Model) -> Model:
