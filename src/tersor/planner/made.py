@@ -9,17 +9,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tersor.errors import InputError
-from tersor.planner import _chain, memory
-from tersor.planner._chain import Found, split
+from tersor.planner import memory
 from tersor.planner.blocks import EMBEDDING, FINAL_NORM, HEAD, MEMORY, SAMPLE, Blocks, Replica
 from tersor.planner.links import SEND, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.plan import Memory, Part
 from tersor.planner.problem import Choice, Problem
+from tersor.planner.searches import Found, Solve, fast, split
 from tersor.planner.ways import DECODE, PREFILL, TOKENS, Phase, Setting
 
 LATENCY, THROUGHPUT = "latency", "throughput"
-Solve = Callable[[Problem], Found]
 PRODUCTS = ("qkv", "out", "gate_up", "down", "experts", HEAD)
 
 
@@ -293,7 +292,7 @@ def fewest_bytes(problem: Problem) -> Found:
         for one in problem.blocks
     )
     edges = tuple(replace(one, seconds=np.where(np.isfinite(one.seconds), 0.0, np.inf)) for one in problem.edges)
-    return _chain.fast(Problem(blocks, edges))
+    return fast(Problem(blocks, edges))
 
 
 def _short(setting: Setting, lacks: int, what: str) -> str:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tersor.errors import ShapeError
-from tersor.planner import _chain, memory
-from tersor.planner._chain import Found
+from tersor.planner import memory
 from tersor.planner.blocks import Replica
 from tersor.planner.made import Made, Unfit, least_bytes, weighed
 from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Workload
 from tersor.planner.problem import Block, Choice, Edge, Problem
+from tersor.planner.searches import Found, fast
 from tersor.planner.ways import COLUMN, HEAD, REPLICATE, ROW, TENSOR, VOCAB, Setting
 
 Settings = Callable[[Axes], Setting]
@@ -91,7 +91,7 @@ class Rule:
 def _made(setting: Setting, ways: dict[str, str], parts: int, name: str) -> Made:
     replica, _, problem = _problem(setting, parts)
     if ways is _BYTES:
-        choice = _chain.fast(_bytes_only(replica, problem)).choice
+        choice = fast(_bytes_only(replica, problem)).choice
     else:
         choice = Choice({place: _place(replica, place, ways) for place in replica.places})
         if not np.isfinite(problem.seconds(choice)):  # what one block cannot, the next one does not

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from tersor.errors import InputError, did_you_mean
-from tersor.planner import _chain
-from tersor.planner._chain import Found
-from tersor.planner.made import Solve
+from tersor.planner._chain import Found, fast, split
 from tersor.planner.problem import Choice, Problem
+
+__all__ = ["NAMES", "SEARCHES", "Found", "Solve", "fast", "random", "search_named", "split"]
+
+Solve = Callable[[Problem], Found]
+"""A search."""
 
 _SEED, _COUNT = 0, 200
 
@@ -40,7 +44,7 @@ def random(problem: Problem, *, seed: int = _SEED, count: int = _COUNT) -> Found
     return Found(best, problem.seconds(best), 0.0, time.perf_counter() - began, f"best of {count} random choices")
 
 
-SEARCHES: dict[str, Solve] = {"fast": _chain.fast, "random": random}
+SEARCHES: dict[str, Solve] = {"fast": fast, "random": random}
 """Name -> search."""
 NAMES = (*SEARCHES, "rules")
 """What `--search` takes; `rules` searches nothing."""
