@@ -1,12 +1,16 @@
 """Run the tests of tests/gpu and keep a summary of what passed, where and with what, as results/gpu_tests.json.
 
     python bench/gpu_tests.py [further arguments of pytest]
+    python bench/gpu_tests.py --again [further arguments of pytest]
 
-The exit status is pytest's, or 1 where every test was skipped: then nothing was tested, and no summary is written.
+`--again` runs the functions of which a test failed last time, and no others, and puts what they do now in its place:
+for tests that were wrong. What is mended in Tersor itself asks for all of them. The exit status is pytest's, or 1 where
+every test was skipped: then nothing was tested, and no summary is written.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,22 +21,46 @@ from typing import Any
 
 import results_file
 
+AGAIN = "--again"
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
     """Run pytest, write the summary, exit."""
+    again = AGAIN in sys.argv[1:]
+    before = json.loads((results_file.RESULTS / "gpu_tests.json").read_text()) if again else {}
+    if again and not before["failed"]:
+        raise SystemExit("no test failed last time")
+    functions = sorted({name.partition("[")[0] for name in before.get("failed", ())})
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "tests/gpu", f"--junitxml={junit}", *sys.argv[1:]]
+        tests = [f"tests/gpu/{name.replace('.', '.py::', 1)}" for name in functions] or ["tests/gpu"]
+        options = [option for option in sys.argv[1:] if option != AGAIN]
+        command = [sys.executable, "-m", "pytest", *tests, f"--junitxml={junit}", *options]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not junit.exists():
             raise SystemExit(f"pytest ended with status {status} before it ran a test")
         result = summary(junit)
     if result["counts"].keys() <= {"skipped"}:
         raise SystemExit("no test ran: tests/gpu needs a CUDA device")
+    if again:
+        result = joined(before, result, functions)
     print(f"written to {results_file.write('gpu_tests', result)}")
     raise SystemExit(status)
+
+
+def joined(before: dict[str, Any], after: dict[str, Any], functions: list[str]) -> dict[str, Any]:
+    """Return a summary of all tests, of which those of some functions ran again."""
+    tests = {function: counts for function, counts in before["tests"].items() if function not in functions}
+    tests |= after["tests"]
+    total: Counter[str] = sum((Counter(counts) for counts in tests.values()), Counter())
+    return {
+        "counts": dict(total),
+        "seconds": before["seconds"],
+        "failed": after["failed"],
+        "ran_again": {"functions": functions, "seconds": after["seconds"], "failed_before": before["failed"]},
+        "tests": dict(sorted(tests.items())),
+    }
 
 
 def summary(junit: Path) -> dict[str, Any]:

@@ -80,10 +80,12 @@ class LLM:
 
         Raises:
             InputError: an option that there is not.
-            UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and impossible.
+            UnsupportedError: the engine does not have the architecture, CUDA graphs are insisted on and impossible, or
+                weights are to be offloaded from what is no GPU.
             CheckpointError: no whole checkpoint.
             ShapeError: it cannot be cut for so many ranks.
-            TersorError: it does not fit in the device's memory, or a rank cannot be started.
+            TersorError: it does not fit in the device's memory, what is offloaded not in that of the host or on the
+                disk, or a rank cannot be started.
         """
         self.config = config = EngineConfig.of(**options)
         with open_source(model, revision=revision) as source:
@@ -128,6 +130,7 @@ class LLM:
             seed=config.seed,
             vocabulary=vocabulary,
             team=team,
+            ahead=not built.runner.repeats,  # such a launch waits until most of the step has run
         )
 
     def close(self) -> None:

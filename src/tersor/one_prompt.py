@@ -53,6 +53,7 @@ class Asked:
         activations: what linears multiply: 16bit, fp8, int8 or int8:g128.
         cuda_graph: True insists on CUDA graphs, False forbids them, None uses them where they work.
         trust_remote_code: whether Python code that comes with the model is run.
+        offload, resident_layers, offload_directory: as in `EngineConfig`.
     """
 
     prompt: str | list[int]
@@ -63,6 +64,9 @@ class Asked:
     activations: str = "16bit"
     cuda_graph: bool | None = None
     trust_remote_code: bool = False
+    offload: str | None = None
+    resident_layers: int | None = None
+    offload_directory: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +125,8 @@ def ready(directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> 
     Raises:
         InputError: a prompt without tokens, with tokens that the model does not have, or without room in its context.
         CheckpointError: no whole checkpoint.
-        UnsupportedError: weights that cannot be multiplied with such activations, or CUDA graphs that were insisted on
-            and are not possible.
+        UnsupportedError: weights that cannot be multiplied with such activations, CUDA graphs that were insisted on
+            and are not possible, or a model that is to be offloaded and runs through transformers or on no GPU.
         TersorError: the model does not fit in the device's memory.
     """
     with open_source(directory) as source:
@@ -130,6 +134,8 @@ def ready(directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> 
         if not why:
             config, dtype = DecoderConfig.from_dict(source.config), _dtype(source, asked)
     if why:
+        if asked.offload is not None:
+            raise UnsupportedError(f"offload is {asked.offload}, and {why}: the engine alone offloads")
         return _ByTransformers(directory, tokenizer, asked, why)
     return _ByEngine(directory, tokenizer, asked, config, dtype)
 
@@ -235,6 +241,9 @@ class _ByEngine:
             memory=1.0,
             kv_bytes=pages_for(prompt, room, samples) * page_bytes(config, dtype),
             trust_remote_code=asked.trust_remote_code,
+            offload=asked.offload,
+            resident_layers=asked.resident_layers,
+            offload_directory=asked.offload_directory,
         )
 
     def stream(self) -> TextStream:
@@ -262,7 +271,8 @@ class _ByEngine:
         """Yield the output as it grows, its statistics kept up."""
         runner = self._llm.runner
         numbers.capture_seconds = runner.capture_seconds
-        numbers.cuda_graph, numbers.eager_reason = bool(runner.graphs), runner.eager_reason or None
+        numbers.cuda_graph = bool(runner.graphs) and not runner.repeats
+        numbers.eager_reason = runner.eager_reason or None
         started = time.perf_counter()
         first, before = 0.0, 0  # when every continuation had a token, and how many all had then
         with closing(self._llm.stream(self._prompt, self._params)) as outputs:

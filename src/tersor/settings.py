@@ -50,7 +50,7 @@ SETTINGS: dict[str, Setting] = {
             default=Path.home() / ".cache" / "tersor",
             parse=lambda text: Path(text).expanduser(),
             expects="a directory",
-            meaning="Where compiled kernels and measured choices are kept.",
+            meaning="Where compiled kernels, measured choices and what --offload disk writes are kept.",
         ),
         Setting(
             name="TERSOR_KERNEL",

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from compile import around, mixed, mixtures
+from compile import around, mixed, mixtures, sparse
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
@@ -271,6 +271,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += around.quantizing()
         found += mixtures.all_sources(chip)
         found += mixed.all_sources(chip)
+        found += sparse.all_sources(chip)
         found += [kernel.source(chip) for kernel in normed()]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,14 @@ from tersor.ops.attention_form import Rows
 
 
 def main() -> None:
-    """Run each configuration once; the sanitizer looks on."""
+    """Run each configuration of one part once; the sanitizer looks on."""
+    PARTS[sys.argv[1]]()
+    torch.cuda.synchronize()
+    print("done")
+
+
+def linears() -> None:
+    """Run the products of dense weights, with activations of 16 and of 8 bits."""
     chip = hardware.of_device(0)
     for group_size in (None, 32):
         run(formats.get_scheme("fp6_e3m2", group_size), chip.capability, 200, 416)
@@ -32,20 +40,32 @@ def main() -> None:
         run(formats.get_scheme("int8"), chip.capability, 200, 416, Activations.INT8)
         run(formats.get_scheme("uint4", 32), chip.capability, 200, 416, Activations.INT8)
         run(formats.get_scheme("uint4", 32), chip.capability, 200, 416, Activations.INT8_GROUPS)
-        experts(Activations.E4M3)
-        experts(Activations.INT8)
+
+
+def mixes() -> None:
+    """Run the products of mixed weights, where one launch has all their row sets."""
+    if hardware.of_device(0).capability == (9, 0):
         mixed(("fp4_e2m1", None), ("uint3", 32), ("int8", None))
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8)
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8_GROUPS)
+
+
+def mixtures() -> None:
+    """Run the experts of a layer, with activations of 16 and of 8 bits, and what chooses them."""
+    if hardware.of_device(0).capability == (9, 0):
+        experts(Activations.E4M3)
+        experts(Activations.INT8)
     experts(Activations.NATIVE)
     for tokens in (1, 3, 40, 70):  # one warp, one CTA, several
         route(tokens)
+
+
+def others() -> None:
+    """Run what is around the products: sampling, norms, heads, attention."""
     for vocabulary, dtype in ((3001, torch.bfloat16), (20000, torch.float16), (20000, torch.float32)):
         draw(vocabulary, dtype)
     around()
     attend()
-    torch.cuda.synchronize()
-    print("done")
 
 
 def attend() -> None:
@@ -221,6 +241,8 @@ def run(
                 with ops.using(config=config):
                     ops.linear(x, weight)
 
+
+PARTS = {"linears": linears, "mixes": mixes, "mixtures": mixtures, "others": others}
 
 if __name__ == "__main__":
     main()

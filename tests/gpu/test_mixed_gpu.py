@@ -51,8 +51,8 @@ def shares(rows: int, mix: Mix, *percents: int) -> Assignment:
 
 
 def wide(oc: int, ic: int, seed: int = 0) -> torch.Tensor:
-    """Return a random weight, float32 [oc, ic]."""
-    return torch.randn(oc, ic, generator=torch.Generator().manual_seed(seed)) * ic**-0.5
+    """Return a random weight, float32 [oc, ic], which no activations of `rows` look like."""
+    return torch.randn(oc, ic, generator=torch.Generator().manual_seed(1000 + seed)) * ic**-0.5
 
 
 def poison(*shape: int, dtype: torch.dtype) -> None:

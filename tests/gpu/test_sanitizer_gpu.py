@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu.sanitized import PARTS
 
 TOOL = shutil.which("compute-sanitizer")
 
@@ -19,8 +20,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_it_finds_nothing(tool: str) -> None:
+def test_it_finds_nothing(tool: str, part: str) -> None:
     assert TOOL is not None
     script = Path(__file__).with_name("sanitized.py")
     command = [
@@ -33,6 +35,7 @@ def test_it_finds_nothing(tool: str) -> None:
         "9",
         sys.executable,
         str(script),
+        part,
     ]
     paths = [str(script.parents[1]), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -27,7 +27,7 @@ REPLACED = {
     "sparse/instructions.cuh": "emulated_mixed.hpp",
 }
 """Headers, and what has all of them that is used."""
-EXTERN = {"mixed/sm90_mixed.cuh", "sparse/sm90_sparse.cuh"}
+EXTERN = {"mixed/sm90_mixed.cuh", "sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"}
 """Headers whose dynamic shared memory has a name of its own."""
 SLOTS = (
     "extern __shared__ __align__(1024) char slots[];",

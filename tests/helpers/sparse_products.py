@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from tersor import formats
-from tersor.kernels.sparse import prepare_sparse
+from tersor.kernels.sparse import launch_decompress, prepare_sparse
 from tersor.kernels.tune.sparse import SparseConfig
 from tersor.layouts import sparse_tiles
+from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_packing import SparsePacking
 
 NAN = float("nan")
@@ -64,7 +65,7 @@ class Case:
             packing = SparsePacking.holding(scheme, target, numbers)
             weight = scheme.format.decode(numbers).double()
         tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), runs)
-        scale = (torch.rand(kept.shape[0], generator=generator) + 0.5).to(device)
+        scale = ((torch.rand(kept.shape[0], generator=generator) + 0.5) / 64).to(device)  # no product leaves float16
         weight = torch.where(kept, weight.to(device), 0.0) * scale.double()[:, None]
         return Case(packing, tiles, scale, weight)
 
@@ -85,7 +86,7 @@ class Case:
             function, config, bf16=x.dtype == torch.bfloat16, oc=oc, ic=ic, n=len(x), factor=self.packing.factor
         )
         y = torch.full((len(x), oc), NAN, dtype=x.dtype, device=device)
-        floats, counters = config.floats(oc)
+        floats, counters = config.floats(oc, len(x))
         partial = torch.full((max(floats, 1),), NAN, device=device)
         arrived = torch.zeros(max(counters, 1), dtype=torch.int32, device=device)
         launch(
@@ -106,6 +107,26 @@ class Case:
         )
         assert not bool(arrived.any())
         return y
+
+    def decompressed(self, function: Any, config: SparseConfig, first: int, rows: int) -> torch.Tensor:
+        """Return rows of the weight that a loaded kernel decodes on the current stream, [rows, IC]."""
+        ic, device, unit = self.tiles.shape[1], self.scale.device, first // UNIT_OC
+        dense = torch.full((rows, ic), NAN, dtype=getattr(torch, self.packing.target), device=device)
+        launch_decompress(
+            function,
+            torch.cuda.current_stream().cuda_stream if dense.is_cuda else 0,
+            config,
+            mask=self.tiles.mask[unit].data_ptr(),
+            layers=self.tiles.layers.data_ptr(),
+            starts=self.tiles.starts[unit].data_ptr(),
+            marks=self.tiles.marks[unit].data_ptr(),
+            scale=self.scale[first:].data_ptr(),
+            dense=dense.data_ptr(),
+            rows=rows,
+            ic=ic,
+            factor=self.packing.factor,
+        )
+        return dense
 
     def check(self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> None:
         """Hold a product against float64: sums are float32, rounded once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tersor.engine.sampler import Sampler
 from tersor.formats import get_scheme
 from tersor.models import DecoderConfig
 from tersor.models.random import random_decoder
+from tersor.models.streamed import Offload
 from tersor.ops.attention_form import PAGE
 
 
@@ -101,9 +103,50 @@ def test_what_was_written_is_shown_with_its_roofline(tmp_path: Path, capsys: pyt
     assert all(word in shown for word in ("tiny", "512", "2.000", "1.000", "50 %", "2000"))
 
 
+def test_layers_that_stream_are_shown_with_the_share_of_the_link_that_they_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = latency.Latency(
+        name="tiny",
+        format="50% sparse fp6",
+        batch=1,
+        context=512,
+        milliseconds=50.0,
+        weight_bytes=3_000_000,
+        kv_bytes=1_000_000,
+        cuda_graph=True,
+        streamed_bytes=2_200_000_000,
+        link_bandwidth=55e9,
+    )
+    stays = replace(row, format="int4", streamed_bytes=0, link_bandwidth=None)
+    facts = {"dtype": "float16", "kv_dtype": "auto", "activations": "16bit", "read_bandwidth": 4e9}
+    report.write(tmp_path / "found.json", report.text(latency.result([row, stays], **facts)))
+    assert main.run(["bench", "latency", "--from", str(tmp_path / "found.json")]) == 0
+    head, *lines = [line for line in capsys.readouterr().out.splitlines() if "link" in line or "tiny" in line]
+    assert "streamed GB" in head and "of link" in head
+    assert lines[0].split()[-5:] == ["20.0", "2.20", "55.0", "80", "%"]
+    assert lines[1].split()[-3:] == ["-", "-", "-"]
+
+
+def test_a_step_of_layers_that_stream_is_timed_with_the_bytes_that_it_copies() -> None:
+    config = DecoderConfig.from_dict({**DENSE, "num_hidden_layers": 5})
+    away = Offload(lambda layers, outside: 1)
+    decoder = random_decoder(config, get_scheme("fp6_e3m2"), "cpu", torch.float32, offload=away)
+    made = Runner(decoder, Sampler(2, 96, "cpu"), max_rows=1, max_length=64)
+    made.allocate(latency.pages_for([1], [64]))
+    (row,) = latency.measure(made, "tiny", "fp6_e3m2", [1], [64], steps=2)
+    assert decoder.streamed is not None and row.streamed_bytes == decoder.streamed.nbytes > 0
+    assert row.link_bandwidth is not None and row.link_bandwidth > 0
+    shown = latency.result([row])["rows"][0]
+    assert latency.link_share(shown) == pytest.approx(row.streamed_bytes / row.milliseconds * 1e3 / row.link_bandwidth)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--offload", "hosts"], "offload 'hosts', did you mean 'host'?: use host or disk"),
+        (["--resident-layers", "3"], "resident_layers is 3: it goes with offload"),
+        (["--sparsity", "1.5"], "sparsity is 1.5: it must be at least 0 and below 1"),
         (["--kv-dtype", "fp9"], "kv_dtype 'fp9', did you mean 'fp8'?"),
         (["--cuda-graph", "of"], "cuda graph 'of', did you mean 'off'?"),
         (["llama-4"], "llama-4"),

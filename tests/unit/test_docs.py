@@ -201,6 +201,7 @@ def test_adding_says_how_to_add_each_thing_and_names_tests_that_exist() -> None:
         "A pruning algorithm",
         "A method that others compress by",
         "An architecture of the engine",
+        "A search of the planner",
         "A verb",
         "A room",
         "Always",

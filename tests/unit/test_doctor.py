@@ -44,6 +44,8 @@ def test_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], cache_dir: 
     assert len(kernels) == len(formats.scheme_names()) * len(doctor.DTYPES) * len(doctor.TOKENS)
     assert {entry["kernel"] for entry in kernels} == {"reference"}
     assert {entry["why"] for entry in kernels} == {"torch sees no CUDA device"}
+    assert len(found["pruned"]) == len(doctor.PRUNED) * len(doctor.DTYPES) * len(doctor.TOKENS)
+    assert {entry["why"] for entry in found["pruned"]} == {"torch sees no CUDA device"}
 
 
 def test_the_page_has_every_section_on_plain_lines(
@@ -52,7 +54,15 @@ def test_the_page_has_every_section_on_plain_lines(
     monkeypatch.setenv("TERSOR_JIT_JOBS", "3")
     assert run(["doctor"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    titles = ["Versions", "GPUs", "Who serves a linear", "Compiled kernels", "Environment", "Advice"]
+    titles = [
+        "Versions",
+        "GPUs",
+        "Who serves a linear",
+        "Who serves a linear that is half pruned",
+        "Compiled kernels",
+        "Environment",
+        "Advice",
+    ]
     assert [line for line in lines if line in titles] == titles
     assert "none torch sees no CUDA device" in lines
     assert "float16, bfloat16, float32 all reference reference torch sees no CUDA device" in lines
@@ -102,6 +112,7 @@ def test_gpus_are_described(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "cuda:0 NVIDIA H200, compute capability 9.0, 132 multiprocessors, 100.0 GB of 150.0 GB free" in text
     assert "kernels are built for sm_90a cuda:1 NVIDIA T4" in text and "no kernel can be built for it" in text
     assert "float16, bfloat16 all fused fused" in text
+    assert "a block of rows is decoded at a time: pruned weights with scales in groups are not expanded" in text
 
 
 def test_formats_that_fare_alike_share_a_row(

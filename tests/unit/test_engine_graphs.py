@@ -18,7 +18,7 @@ from tersor.errors import UnsupportedError
 def runner(other: int = 1, **own: Any) -> Any:
     """Return what is asked of a runner, one of two ranks of which the other can capture or not."""
     ranks = SimpleNamespace(least=lambda number, device: min(number, other))
-    return SimpleNamespace(ranks=ranks, device=torch.device("cuda"), eager_reason="", **own)
+    return SimpleNamespace(ranks=ranks, device=torch.device("cuda"), eager_reason="", **{"repeats": False, **own})
 
 
 @pytest.mark.parametrize(

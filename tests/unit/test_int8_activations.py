@@ -55,6 +55,8 @@ def test_each_group_of_a_token_is_scaled_by_itself() -> None:
         own_codes, own_scale = INT8.quantize(x[:, first : first + 128])
         assert torch.equal(codes[:, first : first + 128], own_codes) and torch.equal(scale[:, group], own_scale[:, 0])
     assert torch.equal(GROUPS.dequantize(codes, scale)[:, 256:], codes[:, 256:] * scale[:, 2:])
+    strided = GROUPS.quantize(x[:, :256].T.contiguous().T)
+    assert torch.equal(strided[0], codes[:, :256]) and torch.equal(strided[1], scale[:, :2])
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", 128), ("uint3", 32), ("uint5", 96)])
@@ -65,7 +67,7 @@ def test_scales_of_groups_meet_weights_with_and_without_groups(name: str, group_
     placed = weight.to_layout(ops.preferred_layout(weight.scheme, torch.float32, x.device, GROUPS))
     assert placed.layout == dispatch.INT8_GROUPS_LAYOUT
     expected = GROUPS.dequantize(*GROUPS.quantize(x)).double() @ weight.dequantize(torch.float64).T
-    torch.testing.assert_close(ops.linear(x, placed).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.linear(x, placed).double(), expected, rtol=1e-5, atol=1e-4)
     rows = ops.Quantized.of(x, GROUPS)
     assert torch.equal(ops.linear_quantized(rows, placed), ops.linear(x, placed))
     with pytest.raises(ShapeError, match=r"scales are \[5\] .*, expected \[5, 3\]"):
@@ -97,7 +99,7 @@ def test_the_layout_says_that_activations_are_whole_numbers(name: str, group_siz
     row_scales = scale_values(scales, weight.scheme).double()
     expected = (sums.double() * row_scales).sum(dim=2) * scale.double() + bias.double()
     y = ops.linear(x, weight.to_layout(dispatch.INT8_LAYOUT), bias)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
     if group_size is None:
         exact = (sums[:, :, 0].float() * scale) * row_scales.T.float()
         assert torch.equal(ops.linear(x, weight.to_layout(dispatch.INT8_LAYOUT)), exact)

@@ -134,3 +134,8 @@ def test_the_summary_of_gpu_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result["failed"] == ["test_linear_gpu.test_products[int8-32]", "test_jit_gpu.test_launches"]
     assert result["tests"]["test_linear_gpu.test_products"] == {"passed": 2, "failure": 1}
     assert result["seconds"] == 12.5
+    functions = ["test_jit_gpu.test_launches", "test_linear_gpu.test_products"]
+    after = {"counts": {"passed": 9}, "seconds": 2.0, "failed": [], "tests": {functions[1]: {"passed": 9}}}
+    joined = script.joined(result, after, functions)
+    assert joined["counts"] == {"passed": 9, "skipped": 1} and joined["failed"] == []
+    assert joined["ran_again"] == {"functions": functions, "seconds": 2.0, "failed_before": result["failed"]}

@@ -88,7 +88,7 @@ def test_metadata_says_licence_python_and_extras(wheel: Path) -> None:
     assert "Requires-Python: >=3.10" in text
     assert "Description-Content-Type: text/markdown" in text
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
-    assert extras == {"calibrate", "cuda", "eval", "grammar", "plot", "ray", "serve", "tasks", "train", "dev"}
+    assert extras == {"calibrate", "cuda", "eval", "grammar", "plan", "plot", "ray", "serve", "tasks", "train", "dev"}
     assert "tersor = tersor.cli.main:main" in scripts
 
 

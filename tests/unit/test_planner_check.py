@@ -23,7 +23,8 @@ from tersor.planner.made import Made, Pool, Unfit, make
 from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Model, Workload
 from tersor.planner.plan import Plan
-from tersor.planner.searches import random, search_named
+from tersor.planner.search import random
+from tersor.planner.searches import search_named
 
 CHIP = chip_named("h200")
 KERNELS, LINKS = Kernels(CHIP), links.of_chip(CHIP)

@@ -258,6 +258,15 @@ def test_layers_that_all_differ_are_planned_too() -> None:
     assert found.searched < 60
 
 
+def test_every_search_is_held_to_the_fast_one() -> None:
+    question = asked(of_config(small(), "small"), 2, Workload(batch=8, context=512, prompt=64))
+    fast = plan(question)
+    full, learned = (plan(replace(question, method=name)) for name in ("full", "dqn"))
+    assert full.step == pytest.approx(fast.step, rel=1e-9) and full.bound <= full.step
+    assert fast.step * (1 - 1e-12) <= learned.step < 1.05 * fast.step
+    assert "HiGHS" in full.method and "DQN" in learned.method
+
+
 @pytest.mark.parametrize(
     "options, line",
     [

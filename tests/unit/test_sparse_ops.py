@@ -16,7 +16,7 @@ from tersor.formats import Plain, Pruned, Scheme, get_scheme
 from tersor.layouts import SparseWeight
 from tersor.layouts.gated import interleave
 from tersor.nn import SparseLinear, bits_per_weight
-from tersor.ops import Gate, sparse
+from tersor.ops import Gate
 
 
 def made(
@@ -103,7 +103,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ShapeError, match=words):
             call()
     assert ops.linear(x[:0], weight).shape == (0, 24)
-    assert "CUDA" in sparse.serving(torch.float16, torch.device("cpu")).why
+    assert "CUDA" in ops.explain_sparse(weight.sparse, weight.shape, 0.5, 1, device="cpu").why
 
 
 def test_the_layer_keeps_its_weight_through_casts_copies_and_state_dicts() -> None:

@@ -33,6 +33,7 @@ ROOMS = (
     "planner",
     "ops",
     "nn",
+    "offload",
     "models",
     "engine",
     "integrations",

@@ -28,7 +28,9 @@ METHOD = (
     "runs, as the engine does, its tokens drawn greedily and read by the host; normal random weights in the format, "
     "every row with a text of `context` tokens, pages of normal random numbers in random order; roofline: bytes of the "
     "weights that a step reads (of experts those expected to be hit by uniform routing) and of the keys and values of "
-    "its rows, over the bandwidth of a large read in the same run"
+    "its rows, over the bandwidth of a large read in the same run; link: bytes that stream in a step over its time, as "
+    "a share of what plain copies of pinned memory as large as a layer, or plain reads of the same file, reach in the "
+    "same run"
 )
 VLLM_METHOD = (
     "vLLM in a process of its own, which loads a checkpoint of random weights of the same distribution and makes its "
@@ -53,6 +55,8 @@ class Latency:
         weight_bytes: that a step reads; `None` of vLLM.
         kv_bytes: of the keys and values that it reads, likewise.
         cuda_graph: whether the step was a CUDA graph.
+        streamed_bytes: of the weights that come from memory of the host or a disk in every step.
+        link_bandwidth: bytes per second that they come at with nothing beside, or `None`.
     """
 
     name: str
@@ -63,6 +67,8 @@ class Latency:
     weight_bytes: int | None
     kv_bytes: int | None
     cuda_graph: bool
+    streamed_bytes: int = 0
+    link_bandwidth: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +106,8 @@ def measure(
         progress: told how many pairs are done, of how many.
     """
     fill(runner.caches)
+    streamed = runner.decoder.streamed
+    link = None if streamed is None else streamed.bandwidth()
     cells = [(batch, context) for context in contexts for batch in batches]
     for done, (batch, context) in enumerate(cells):
         if progress is not None:
@@ -114,7 +122,9 @@ def measure(
             milliseconds=statistics.median(times) * 1e3,
             weight_bytes=step_bytes(runner.decoder, batch),
             kv_bytes=kv_bytes(runner, batch, context),
-            cuda_graph=bool(runner.graphs),
+            cuda_graph=bool(runner.graphs) and not runner.repeats,
+            streamed_bytes=0 if streamed is None else streamed.nbytes,
+            link_bandwidth=link,
         )
 
 
@@ -212,8 +222,16 @@ def roof(row: dict[str, Any], bandwidth: float | None) -> float | None:
     return (row["weight_bytes"] + row["kv_bytes"]) / bandwidth * 1e3 if known else None
 
 
+def link_share(row: dict[str, Any]) -> float | None:
+    """Return the share of the link's bandwidth that a row reached, or `None` where nothing streamed."""
+    link, nbytes = row.get("link_bandwidth"), row.get("streamed_bytes")
+    return nbytes / row["milliseconds"] * 1e3 / link if link and nbytes else None
+
+
 def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells of the table."""
+    """Return headings and cells of the table; those of the link where weights stream."""
+    headings = ["model", "format", "context", "rows", "ms a step", "roofline ms", "of roofline", "tokens/s"]
+    streams = any(link_share(row) is not None for row in found["rows"])
     cells = []
     for row in found["rows"]:
         least = roof(row, found["read_bandwidth"])
@@ -226,7 +244,18 @@ def columns(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{row['milliseconds']:.3f}",
                 "-" if least is None else f"{least:.3f}",
                 "-" if least is None else f"{100 * least / row['milliseconds']:.0f} %",
-                f"{row['batch'] / row['milliseconds'] * 1e3:.0f}",
+                f"{row['batch'] / row['milliseconds'] * 1e3:.{1 if streams else 0}f}",
             ]
         )
-    return ["model", "format", "context", "rows", "ms a step", "roofline ms", "of roofline", "tokens/s"], cells
+        if streams:
+            share = link_share(row)
+            cells[-1] += (
+                ["-"] * 3
+                if share is None
+                else [
+                    f"{row['streamed_bytes'] / 1e9:.2f}",
+                    f"{row['link_bandwidth'] / 1e9:.1f}",
+                    f"{100 * share:.0f} %",
+                ]
+            )
+    return headings + (["streamed GB", "link GB/s", "of link"] if streams else []), cells

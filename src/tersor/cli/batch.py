@@ -55,6 +55,9 @@ def command(
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
+    offload: options.Offload = _ENGINE.offload,
+    resident_layers: options.ResidentLayers = _ENGINE.resident_layers,
+    offload_directory: options.OffloadDirectory = _ENGINE.offload_directory,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print what became of the job as JSON.")] = False,
 ) -> None:
@@ -82,6 +85,9 @@ def command(
         memory=memory,
         kv_bytes=kv_bytes,
         tensor_parallel=tensor_parallel,
+        offload=offload,
+        resident_layers=resident_layers,
+        offload_directory=offload_directory,
         trust_remote_code=trust_remote_code,
     )
     load.quiet()

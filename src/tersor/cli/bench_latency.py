@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,12 @@ def command(
     activations: options.Activations = "16bit",
     steps: Annotated[int, typer.Option(min=1, help="Of a timed run; the median of three counts.")] = 32,
     cuda_graph: Annotated[str, typer.Option(help="Steps as CUDA graphs: on or off.")] = "on",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Prune so much of every linear but the head, at random; as a fraction.")
+    ] = None,
+    offload: options.Offload = None,
+    resident_layers: options.ResidentLayers = None,
+    offload_directory: options.OffloadDirectory = None,
     against: options.AgainstVllm = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
@@ -55,7 +62,14 @@ def command(
     from tersor.formats import Activations
     from tersor.models import geometries
 
-    pages = EngineConfig(kv_dtype=kv_dtype)
+    pages = EngineConfig(
+        kv_dtype=kv_dtype,
+        offload=offload,
+        resident_layers=resident_layers,
+        offload_directory=offload_directory,
+    )
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise InputError(f"sparsity is {sparsity}: it must be at least 0 and below 1")
     batches, contexts = bench.numbers("--batch", batch), bench.numbers("--context", context)
     if cuda_graph not in ("on", "off"):
         raise InputError(f"cuda graph {cuda_graph!r}{did_you_mean(cuda_graph, ['on', 'off'])}: use on or off")
@@ -85,10 +99,12 @@ def command(
 
     from tersor.bench import timing
     from tersor.engine import ahead
+    from tersor.engine.offloading import offload_of
     from tersor.engine.runner import Runner
     from tersor.engine.sampler import Sampler
     from tersor.models.kernels import Steps
     from tersor.models.random import random_decoder
+    from tersor.one_prompt import page_bytes
     from tersor.ops.attention_form import PAGE
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
@@ -123,6 +139,10 @@ def command(
     with console.progress("timing") as move:
         for name in names:
             for label, scheme in kinds:
+                model, most = geometries.geometry(name), max(batches)
+                kv_bytes = latency.pages_for(batches, contexts) * page_bytes(model, pages.pages_dtype or kernel_dtype)
+                needed = replace(pages, max_rows=most, max_step_tokens=most, kv_bytes=kv_bytes)
+                away = offload_of(needed, model, kernel_dtype, torch.device("cuda", torch.cuda.current_device()))
                 decoder = random_decoder(
                     name,
                     scheme,
@@ -131,13 +151,14 @@ def command(
                     head=scheme if head_format is None else head,
                     activations=activations,
                     context=max(contexts),
+                    sparsity=sparsity,
+                    offload=None if away is None else replace(away, told=_told),
                 )
                 sampler = Sampler(max(batches) + 1, decoder.config.vocabulary, decoder.device)
                 runner = Runner(
                     decoder, sampler, max_rows=max(batches), max_length=max(contexts), kv_dtype=pages.pages_dtype
                 )
                 length = -(-max(contexts) // PAGE) * PAGE
-                most = max(batches)
                 ahead.compile_for(
                     decoder, Steps(tokens=most, rows=most, queries=1, length=length, pages=pages.pages_dtype)
                 )
@@ -145,11 +166,16 @@ def command(
                 if cuda_graph == "on":
                     runner.capture(batches)
                 shown = label if head_format in (None, label) else f"{label}/{head_format}"
+                shown = shown if sparsity is None else f"{sparsity:.0%} sparse {shown}"
                 ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
                 del decoder, sampler, runner
                 torch.cuda.empty_cache()
                 write()
     bench.give(found(), show, plot_latency.plot, json=json, plot=plot, output=output)
+
+
+def _told(line: str) -> None:
+    print(f"tersor: {line}", file=sys.stderr, flush=True)
 
 
 def show(result: dict[str, Any], json: bool) -> None:

@@ -29,6 +29,9 @@ DTYPES = ("float16", "bfloat16", "float32")
 TOKENS = (1, 1024)
 """A decode step and a prompt: the two regimes of a linear."""
 
+PRUNED = ("float16", "bfloat16", "fp8_e4m3", "fp6_e3m2", "int8", "int4", "int4:g128", "uint4")
+"""Values of pruned weights, half of which are left."""
+
 _CHANNELS = 4096
 _HOOK = {
     True: "in place: every program here loads compressed checkpoints",
@@ -51,6 +54,7 @@ def examine() -> dict[str, Any]:
 
     advice: list[str] = []
     found: dict[str, Any] = {"versions": _versions(advice), "gpus": _gpus(advice), "kernels": _kernels()}
+    found["pruned"] = _pruned()
     entries, nbytes = cache.size()
     found["cache"] = {"directory": str(cache.directory()), "entries": entries, "bytes": nbytes}
     found["environment"] = {name: _shown(name) for name in settings.SETTINGS}
@@ -146,6 +150,28 @@ def _kernels() -> list[dict[str, Any]]:
     return [entry(name, dtype, tokens) for name in names for dtype in DTYPES for tokens in TOKENS]
 
 
+def _pruned() -> list[dict[str, Any]]:
+    import torch
+
+    from tersor import ops
+    from tersor.checkpoint.config import parse_scheme
+    from tersor.formats import Sparse, plain_values
+
+    def entry(name: str, dtype_name: str, tokens: int) -> dict[str, Any]:
+        sparse = Sparse(plain_values(name) or parse_scheme(name, None, None, name))
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        reason = ops.explain_sparse(sparse, (_CHANNELS, _CHANNELS), 0.5, tokens, dtype)
+        return {
+            "values": name,
+            "dtype": dtype_name,
+            "tokens": tokens,
+            "kernel": reason.kernel,
+            "why": reason.why,
+        }
+
+    return [entry(name, dtype, tokens) for name in PRUNED for dtype in DTYPES for tokens in TOKENS]
+
+
 def _print(found: dict[str, Any]) -> None:
     versions = found["versions"]
     console.print_section("Versions", [(name, value or "-") for name, value in versions.items()])
@@ -159,7 +185,8 @@ def _print(found: dict[str, Any]) -> None:
         for gpu in found["gpus"]
     ]
     console.print_section("GPUs", gpus or [("none", "torch sees no CUDA device")])
-    _print_kernels(found["kernels"])
+    _print_kernels(found["kernels"], "format", "Who serves a linear")
+    _print_kernels(found["pruned"], "values", "Who serves a linear that is half pruned")
     cache = found["cache"]
     size = f"{cache['entries']} kernels, {console.size(cache['bytes'])}"
     console.print_section("Compiled kernels", [("directory", cache["directory"]), ("holds", size)])
@@ -173,18 +200,18 @@ def _print(found: dict[str, Any]) -> None:
         console.print_section("Advice", [("-", line) for line in found["advice"]])
 
 
-def _print_kernels(entries: list[dict[str, Any]]) -> None:
-    """Print one row for all formats that fare alike."""
+def _print_kernels(entries: list[dict[str, Any]], what: str, title: str) -> None:
+    """Print one row for all formats that fare alike; `what` is the key of their names."""
     reasons: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
-        reasons.setdefault((entry["format"], entry["dtype"]), []).append(entry)
+        reasons.setdefault((entry[what], entry["dtype"]), []).append(entry)
     alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for pair, of_pair in reasons.items():
         few, many = of_pair
-        why = few["why"] if few["kernel"] == "reference" else ""
+        why = few["why"] if few["kernel"] != "fused" else ""
         alike.setdefault((few["kernel"], many["kernel"], why), []).append(pair)
     rows = []
-    names = list(dict.fromkeys(entry["format"] for entry in entries))
+    names = list(dict.fromkeys(entry[what] for entry in entries))
     for (few_kernel, many_kernel, why), pairs in alike.items():
         formats_of: dict[str, list[str]] = {}
         for name, dtype in pairs:
@@ -195,5 +222,11 @@ def _print_kernels(entries: list[dict[str, Any]]) -> None:
             dtypes_of.setdefault(words, []).append(dtype)
         for words, dtypes in dtypes_of.items():
             rows.append([", ".join(dtypes), words, few_kernel, many_kernel, why])
-    columns = ["activations", "formats", f"{TOKENS[0]} token", f"{TOKENS[1]} tokens", "why no kernel"]
-    console.print_table(columns, rows, title="Who serves a linear", words=True)
+    columns = [
+        "activations",
+        f"{what}s" if what == "format" else what,
+        f"{TOKENS[0]} token",
+        f"{TOKENS[1]} tokens",
+        "why no kernel",
+    ]
+    console.print_table(columns, rows, title=title, words=True)

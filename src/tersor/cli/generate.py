@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tersor.cli import console, options
+from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, TersorError, did_you_mean
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ def command(
     dtype: options.Dtype = "auto",
     activations: options.Activations = "16bit",
     cuda_graph: Annotated[str, typer.Option(help="Decode step as a CUDA graph: auto, on or off.")] = "auto",
+    offload: options.Offload = None,
+    resident_layers: options.ResidentLayers = None,
+    offload_directory: options.OffloadDirectory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
@@ -54,6 +58,7 @@ def command(
     if samples < 1:
         raise InputError(f"samples is {samples}: it must be at least 1")
     Activations.of(activations)
+    EngineConfig(offload=offload, resident_layers=resident_layers, offload_directory=offload_directory)
     sampling = engine.Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -80,6 +85,9 @@ def command(
         activations=activations,
         cuda_graph=GRAPHS[cuda_graph],
         trust_remote_code=trust_remote_code,
+        offload=offload,
+        resident_layers=resident_layers,
+        offload_directory=offload_directory,
     )
     with console.telling():
         continuing = one_prompt.ready(found.directory, tokenizer, asked)

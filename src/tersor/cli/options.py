@@ -58,6 +58,20 @@ TensorParallel = Annotated[
     typer.Option(min=1, help="Ranks that compute the model together: a process and a GPU each; on a CPU a process."),
 ]
 
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="host|disk",
+        help="Weights of layers that do not fit on the GPU are in pinned host memory or in a file, and stream.",
+    ),
+]
+ResidentLayers = Annotated[
+    int | None, typer.Option(help="With --offload: layers that stay on the GPU; else as many as fit beside pages.")
+]
+OffloadDirectory = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Of the file of --offload disk; else in Tersor's cache.")
+]
+
 # Of measurements of whole models.
 AgainstVllm = Annotated[
     str | None,

@@ -47,7 +47,9 @@ def command(
         str, typer.Option(help="latency: seconds of a step; throughput: tokens a second of a GPU.")
     ] = "latency",
     phase: Annotated[str, typer.Option(help="What counts: both, decode or prefill.")] = "both",
-    search: Annotated[str, typer.Option(help="How the best cuts are found: fast, random or rules.")] = "fast",
+    search: Annotated[
+        str, typer.Option(help="How the best cuts are found: fast, full, dqn, random or rules.")
+    ] = "fast",
     format: Annotated[
         str | None, typer.Option(help="Of the weights, FORMAT[:gN], of a model that has none here; default: 16 bits.")
     ] = None,

@@ -45,6 +45,9 @@ def command(
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
     prefix_caching: options.PrefixCaching = _ENGINE.prefix_caching,
     tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
+    offload: options.Offload = _ENGINE.offload,
+    resident_layers: options.ResidentLayers = _ENGINE.resident_layers,
+    offload_directory: options.OffloadDirectory = _ENGINE.offload_directory,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Answer over HTTP until told to end."""
@@ -79,6 +82,9 @@ def command(
         kv_bytes=kv_bytes,
         prefix_caching=prefix_caching,
         tensor_parallel=tensor_parallel,
+        offload=offload,
+        resident_layers=resident_layers,
+        offload_directory=offload_directory,
         trust_remote_code=trust_remote_code,
     )
     console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))

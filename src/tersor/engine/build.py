@@ -11,12 +11,14 @@ from tersor.engine import ahead
 from tersor.engine.config import EngineConfig
 from tersor.engine.graphs import captures
 from tersor.engine.memory import make_pages, rows_of
+from tersor.engine.offloading import offload_of
 from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import float_dtype_or_auto
 from tersor.kernels.jit import KernelSource
 from tersor.models import load
+from tersor.models.load import described, usual_dtype
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.dispatch import kernel_chip
 
@@ -49,13 +51,17 @@ def build(
         line: from the first rank to the others; `None` with one.
 
     Raises:
-        UnsupportedError: the engine does not have the architecture, or CUDA graphs are insisted on and not possible.
+        UnsupportedError: the engine does not have the architecture; CUDA graphs are insisted on and not possible, or
+            weights are to be offloaded from what is no GPU.
         CheckpointError: no whole checkpoint.
         ShapeError: the model cannot be cut for so many ranks.
         KernelError: a kernel does not compile.
-        TersorError: it does not fit in the device's memory.
+        TersorError: it does not fit in the device's memory, or what is offloaded not in the host's or on the disk.
     """
     dtype = float_dtype_or_auto(config.dtype)
+    offload = None
+    if config.offload is not None:
+        offload = offload_of(config, described(source)[0], dtype or usual_dtype(source, device), device)
     chip = kernel_chip(device)
 
     def kernels() -> list[KernelSource]:
@@ -63,7 +69,15 @@ def build(
         return ahead.kernels(source, config, chip, ranks.rank)
 
     with ahead.compiling(kernels, chip):
-        decoder = load(source, device, dtype, activations=config.activations, context=config.max_length, ranks=ranks)
+        decoder = load(
+            source,
+            device,
+            dtype,
+            activations=config.activations,
+            context=config.max_length,
+            ranks=ranks,
+            offload=offload,
+        )
     context = min(config.max_length or decoder.config.context, decoder.config.context)
     sampler, rows = None, rows_of(config, decoder, ranks)
     if ranks.first:

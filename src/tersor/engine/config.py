@@ -16,6 +16,8 @@ SERVED_ROWS = 256
 """Rows of a step of a server, where every row that decodes waits for all others."""
 KV_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8")
 """What keys and values are kept in: that of the activations, another, or e4m3 with a scale a token and head."""
+OFFLOADS = ("host", "disk")
+"""Where weights of layers may be that stream to the GPU in every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,10 @@ class EngineConfig:
         trust_remote_code: whether a tokenizer may run Python code that comes with the model.
         tensor_parallel: ranks that compute the model together, each with a part of every layer: a process and a GPU
             each (on a CPU: a process). Those of torchrun are used; without it, all but the first are started.
+        offload: where the weights of layers are that do not fit on the GPU, one of `OFFLOADS`; they stream to it in
+            every step. `None` has all on the device.
+        resident_layers: layers that stay on the GPU with `offload`; `None` is as many as fit beside pages.
+        offload_directory: of the file that `disk` makes; `None` is `offload` in Tersor's cache directory.
     """
 
     device: str = "auto"
@@ -56,6 +62,9 @@ class EngineConfig:
     seed: int | None = None
     trust_remote_code: bool = False
     tensor_parallel: int = 1
+    offload: str | None = None
+    resident_layers: int | None = None
+    offload_directory: str | None = None
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in KV_DTYPES:
@@ -65,11 +74,26 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: it must be at least 1")
+        self._check_offload()
         if not 0 < self.memory <= 1:
             raise InputError(f"memory is {self.memory}: it must be above 0 and at most 1")
         if self.max_rows is not None and self.max_rows > self.max_step_tokens:
             raise InputError(
                 f"max_rows is {self.max_rows}: a row has a token, and max_step_tokens is {self.max_step_tokens}"
+            )
+
+    def _check_offload(self) -> None:
+        offload = self.offload
+        if offload is not None and offload not in OFFLOADS:
+            raise InputError(f"offload {offload!r}{did_you_mean(offload, OFFLOADS)}: use {' or '.join(OFFLOADS)}")
+        if self.resident_layers is not None and (offload is None or self.resident_layers < 0):
+            why = "it goes with offload" if offload is None else "it must be at least 0"
+            raise InputError(f"resident_layers is {self.resident_layers}: {why}")
+        if self.offload_directory is not None and offload != "disk":
+            raise InputError(f"offload_directory is {self.offload_directory!r}: it goes with offload disk")
+        if offload is not None and self.tensor_parallel > 1:
+            raise InputError(
+                f"offload is {offload}, and tensor_parallel is {self.tensor_parallel}: weights stream to one GPU alone"
             )
 
     @property

@@ -108,10 +108,11 @@ class Core:
         seed: int | None = None,
         vocabulary: int = 0,
         team: Team | None = None,
+        ahead: bool = True,
     ) -> None:
         self.scheduler, self.runner, self.tokenizer, self.eos = scheduler, runner, tokenizer, frozenset(eos)
         self.defaults, self.seed, self.vocabulary = defaults or {}, seed, vocabulary
-        self.team = team
+        self.team, self._ahead = team, ahead
         self._seeds = 0  # made so far
         self._names = None if tokenizer is None else TokenTexts(tokenizer.decode, joined=False)
         self._open: dict[str, _Open] = {}
@@ -230,7 +231,7 @@ class Core:
             self._end(request, ABORT)
 
     def step(self, *, partial: bool = True) -> list[RequestOutput]:
-        """Launch a step, read the one before it, and return requests that have changed.
+        """Launch a step, read the one before it (or this one, if not `ahead`), and return requests that have changed.
 
         Args:
             partial: whether requests that go on are returned as well, as copies of what they are now.
@@ -239,6 +240,9 @@ class Core:
         launched = None if step is None else self.runner.launch(step, self._masks(step))
         if self._under_way is not None:
             self._read(self._under_way, late=not partial)
+        if launched is not None and not self._ahead:
+            self._read(launched, late=not partial)
+            launched = None
         self._under_way = launched
         news, self._news = self._news, {}
         outputs = []

@@ -13,17 +13,21 @@ from tersor.errors import UnsupportedError
 def captures(runner: Runner, config: EngineConfig) -> bool:
     """Tell whether a runner's steps are to be CUDA graphs, on every rank alike; where not, it keeps the reason.
 
+    So it does where they are repeated, and nothing but the graph is missing (`Runner.repeats`).
+
     Raises:
         UnsupportedError: they are insisted on and not possible.
     """
     why = "not asked for" if config.cuda_graph is False else _waits(runner)
     everywhere = runner.ranks.least(int(not why), runner.device)
-    if everywhere:
+    if everywhere and not runner.repeats:
         return True
     runner.eager_reason = why or "another rank waits for its device in a step"
+    if everywhere:
+        runner.eager_reason = "the host reads weights from a disk in every step"
     if config.cuda_graph:
         raise UnsupportedError(f"no CUDA graph for this model: {runner.eager_reason}")
-    return False
+    return bool(everywhere)
 
 
 def _waits(runner: Runner) -> str:

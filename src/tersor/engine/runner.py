@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tersor import ops
-from tersor.engine.captured import Captured, capture
+from tersor.engine.captured import Captured, Repeated, capture, repeated
 from tersor.engine.orders import END, Line, Order
 from tersor.engine.request import Step
 from tersor.engine.sampler import Sampler
@@ -33,8 +33,6 @@ from tersor.ops.serve_attention import sharing_costs
 
 IN_FLIGHT = 3
 """Steps whose buffers the host does not touch: one runs, one waits, one is being written."""
-
-
 GRAPH_ROWS = 256
 """Rows of the largest captured step. Larger ones run without a graph: the device is busy with one of them for longer
 than the host needs for the launches of the next, and each graph would cost start-up time and memory."""
@@ -87,11 +85,12 @@ class Runner:
 
     Attributes:
         caches: keys and values of every layer, once `allocate` has made them.
-        graphs: padded number of rows -> captured step.
+        graphs: padded number of rows -> captured step, or one that is `repeated`.
         sharing: the same of steps in which rows read pages together.
         costs: of a layer, by which that is chosen; `None` where it never is.
         capture_seconds: what capturing all of them took.
         eager_reason: why there are none, or an empty string.
+        repeats: whether what would be graphs is launched anew every time: the host brings weights in a step.
         workspace: memory of split products.
     """
 
@@ -123,9 +122,10 @@ class Runner:
         self.kv_dtype = kv_dtype or decoder.dtype
         self.workspace = ops.Workspace()
         self.caches: list[PagedCache] = []
-        self.graphs: dict[int, Captured] = {}
-        self.sharing: dict[int, Captured] = {}
+        self.graphs: dict[int, Captured | Repeated] = {}
+        self.sharing: dict[int, Captured | Repeated] = {}
         self.capture_seconds, self.eager_reason = 0.0, ""
+        self.repeats = decoder.streamed is not None and not decoder.streamed.graphs
         self._pages = -(-max_length // PAGE)
         forms = [layer.attention.form for layer in decoder.layers]
         self.costs = sharing_costs(forms, self._pages * PAGE, decoder.dtype, self.kv_dtype, decoder.device)
@@ -373,13 +373,23 @@ class Runner:
             TersorError: the model does what a capture forbids, or memory ran out.
         """
         started = time.perf_counter()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._side = self._side or torch.cuda.Stream(self.device)
-        # The thread in which NCCL watches its calls may ask for their events meanwhile.
-        mode = "global" if self.ranks.count == 1 else "thread_local"
-        make = functools.partial(
-            capture, decode=self._decode, spare=self.max_rows, side=self._side, pool=self._pool, mode=mode
-        )
+        if self.repeats:
+            make: Callable[[Layout], Captured | Repeated] = functools.partial(
+                repeated, decode=self._decode, device=self.device
+            )
+        else:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._side = self._side or torch.cuda.Stream(self.device)
+            make = functools.partial(
+                capture,
+                decode=self._decode,
+                spare=self.max_rows,
+                side=self._side,
+                pool=self._pool,
+                # The thread in which NCCL watches its calls may ask for their events meanwhile.
+                mode="global" if self.ranks.count == 1 else "thread_local",
+                streamed=self.decoder.streamed,
+            )
         for size in sorted(sizes or self.sizes(), reverse=True):
             self.graphs[size] = make(Layout(size, size, self._pages))
             if self.costs is not None and size >= LEAST_ROWS and not ops.batch_invariant():

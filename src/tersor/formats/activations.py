@@ -85,8 +85,8 @@ class Activations(str, enum.Enum):
         if self.group_size is not None:
             (n, ic), groups = x.shape, self.scales(x.shape[1])
             padded = torch.nn.functional.pad(x, (0, -ic % self.group_size))
-            codes, scales = Activations.INT8.quantize(padded.view(n * groups, self.group_size))
-            return codes.view(padded.shape)[:, :ic].contiguous(), scales.view(n, groups)
+            codes, scales = Activations.INT8.quantize(padded.reshape(n * groups, self.group_size))
+            return codes.reshape(padded.shape)[:, :ic].contiguous(), scales.reshape(n, groups)
         dtype, most = _CODES[self]
         largest = torch.full_like(x[:, :1], most)  # a tensor: a GPU divides by a number through its reciprocal
         if self is Activations.INT8:

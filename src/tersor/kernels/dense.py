@@ -141,11 +141,16 @@ def dequantize_source(packing: Packing) -> KernelSource:
 @functools.cache
 def epilogue_source(packing: Packing, gate: int = 0) -> KernelSource:
     """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
-    row_scale = packing.scale_bytes // 4 if packing.scheme.group_size is None else 0
+    return finish_source(packing.target, packing.scale_bytes // 4 if packing.scheme.group_size is None else 0, gate)
+
+
+@functools.cache
+def finish_source(target: str, row_scale: int, gate: int = 0) -> KernelSource:
+    """Return the same for a result of dtype `target` and scales so many floats apart; 0: without any."""
     return KernelSource(
-        name=f"tersor_epilogue_{packing.target}{_suffix(gate)}",
+        name=f"tersor_epilogue_{target}{_suffix(gate)}",
         header="dense/epilogue.cuh",
-        parameters={"BF16": packing.target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": gate},
+        parameters={"BF16": target == "bfloat16", "ROW_SCALE": row_scale, "EPILOGUE": gate},
         arguments="PPPPPiiif",
     )
 

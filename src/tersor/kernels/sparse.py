@@ -1,4 +1,4 @@
-"""The sparse family: sm90_sparse.cuh, which multiplies with a bitmap and packed values.
+"""The sparse family: sm90_sparse.cuh, which multiplies with a bitmap and packed values, and sm90_decompress.cuh.
 
 A kernel's source, its launch prepared for a problem, then the launch; addresses and sizes alone, as in `dense`.
 """
@@ -28,38 +28,62 @@ def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0) -> Ke
         tile: the compiled shape.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
     """
-    kind = f"{packing.bits}{'c' if packing.converts else ''}t{packing.turn}f{int(packing.finish)}"
     return KernelSource(
-        name=f"tersor_sparse_sm90_{kind}_{packing.target}_{tile}{_SUFFIX.get(gate, f'_gated{gate}')}",
+        name=f"tersor_sparse_sm90_{_kind(packing)}_{tile}{_SUFFIX.get(gate, f'_gated{gate}')}",
         header="sparse/sm90_sparse.cuh",
-        parameters={
-            **packing.macros(),
-            "RING_LAYERS": tile.layers,
-            "BITS": 1,
-            "SCALE_GROUPS": 0,
-            "SCALE_TYPE": 0,
-            "ZERO_POINTS": False,
-            "BF16": packing.target == "bfloat16",
-            "BYTES": False,
-            "BYTE_WEIGHT": 4,
-            "N_TILE": tile.tokens,
-            "ROW_GROUPS": tile.row_groups,
-            "K_GROUPS": 1,
-            "CLUSTER": 1,
-            "GATHERS": tile.gathers,
-            "GATHER_ROOM": tile.gather_room,
-            "RESIDENT": tile.resident,
-            "WEIGHT_SLOTS": tile.masks,
-            "X_SLOTS": tile.x_slots,
-            "SHARED_BYTES": tile.slot_bytes,
-            "FEW_TOKENS": 0,
-            "EPILOGUE": gate,
-            "NORM": 0,
-            "PLACED": False,
-            "X_GROUPS": False,
-        },
-        arguments="TPPPPPPPPPPiiiiif",
+        parameters=_parameters(packing, tile, gate),
+        arguments="TPPPPPPPPPPiiiiiif",
     )
+
+
+@functools.cache
+def decompress_source(packing: SparsePacking, tile: SparseTile) -> KernelSource:
+    """Return the kernel that decodes rows for cuBLAS.
+
+    Args:
+        packing: of the values, for the dtype of the decoded weight.
+        tile: `tune.decompress_tile`.
+    """
+    return KernelSource(
+        name=f"tersor_decompress_sm90_{_kind(packing)}_{tile}",
+        header="sparse/sm90_decompress.cuh",
+        parameters=_parameters(packing, tile, 0),
+        arguments="PPPPPPiiif",
+    )
+
+
+def _kind(packing: SparsePacking) -> str:
+    converts = "c" if packing.converts else ""
+    return f"{packing.bits}{converts}t{packing.turn}f{int(packing.finish)}_{packing.target}"
+
+
+def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str, int | bool | str]:
+    return {
+        **packing.macros(),
+        "RING_LAYERS": tile.layers,
+        "BITS": 1,
+        "SCALE_GROUPS": 0,
+        "SCALE_TYPE": 0,
+        "ZERO_POINTS": False,
+        "BF16": packing.target == "bfloat16",
+        "BYTES": False,
+        "BYTE_WEIGHT": 4,
+        "N_TILE": tile.tokens,
+        "ROW_GROUPS": tile.row_groups,
+        "K_GROUPS": 1,
+        "CLUSTER": 1,
+        "GATHERS": tile.gathers,
+        "GATHER_ROOM": tile.gather_room,
+        "RESIDENT": tile.resident,
+        "WEIGHT_SLOTS": tile.masks,
+        "X_SLOTS": tile.x_slots,
+        "SHARED_BYTES": tile.slot_bytes,
+        "FEW_TOKENS": 0,
+        "EPILOGUE": gate,
+        "NORM": 0,
+        "PLACED": False,
+        "X_GROUPS": False,
+    }
 
 
 def prepare_sparse(
@@ -71,14 +95,14 @@ def prepare_sparse(
         function: the loaded kernel of the configuration's tile.
         config: how it runs.
         bf16: whether activations are bfloat16.
-        oc, ic, n: sizes; n is at most the tile's tokens.
+        oc, ic, n: sizes.
         factor: of the packing (`SparsePacking`).
     """
     run, maps_rows = function.launch, tensor_map.rows
     grid, block, shared = (config.ctas, 1, 1), (config.tile.threads, 1, 1), config.tile.shared_bytes
-    cluster = (config.runs, 1, 1) if config.gathered else None
+    cluster = (config.splits, 1, 1) if config.gathered else None
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-    runs = config.runs
+    runs, splits, share = config.runs, config.splits, config.tile.share(n)
 
     def launch(
         *,
@@ -110,11 +134,43 @@ def prepare_sparse(
         """
         # fmt: off
         arguments = (
-            maps_rows(x, n, ic, x_stride, element, n),
+            maps_rows(x, n, ic, x_stride, element, share),
             mask, layers, starts, marks, scale, bias, residual, y, partial, arrived,
-            oc, ic, n, runs, n, factor,
+            oc, ic, n, runs, splits, share, factor,
         )
         # fmt: on
         run(grid, block, shared, stream, arguments, early, cluster)
 
     return launch
+
+
+def launch_decompress(
+    function: Function,
+    stream: int,
+    config: SparseConfig,
+    *,
+    mask: int,
+    layers: int,
+    starts: int,
+    marks: int,
+    scale: int,
+    dense: int,
+    rows: int,
+    ic: int,
+    factor: float,
+) -> None:
+    """Launch the decode of rows into dense memory [rows, ic].
+
+    Args:
+        function, config: the kernel, and how it runs so many rows; its splits are all runs.
+        stream: handle of the stream.
+        mask, starts, marks, scale: addresses for the first of the rows; it is the first one of a unit.
+        layers: address of all layers.
+        dense: address of the result.
+        rows: whole units, or up to the last row of the weight.
+        ic: input channels.
+        factor: of the packing.
+    """
+    tile = config.tile
+    arguments = (mask, layers, starts, marks, scale, dense, rows, ic, config.runs, factor)
+    function.launch((config.ctas, 1, 1), (tile.threads, 1, 1), tile.shared_bytes, stream, arguments)

@@ -4,6 +4,7 @@ from tersor.layouts.mixed import MixedWeight
 from tersor.layouts.sparse import SparseWeight
 from tersor.layouts.stacked import StackedWeight
 from tersor.layouts.stacked_mixed import Stacked, StackedMixedWeight, sets_of
+from tersor.layouts.tiled_sparse import TiledSparseWeight
 from tersor.layouts.weight import STREAM, PackedWeight
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Stacked",
     "StackedMixedWeight",
     "StackedWeight",
+    "TiledSparseWeight",
     "sets_of",
 ]

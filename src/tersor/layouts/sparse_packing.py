@@ -65,18 +65,37 @@ class SparsePacking:
     factor: float
 
     @staticmethod
-    def holding(values: Scheme | str, target: str, codes: torch.Tensor) -> SparsePacking:
-        """Return the packing that is expanded soonest among those that have a byte for all of some codes, uint8.
+    @functools.cache
+    def choices(values: Scheme | str, target: str) -> tuple[SparsePacking, ...]:
+        """Return the packings that some codes of a scheme may have, the one that is expanded soonest first.
 
         Raises:
             FormatError: no kernel expands them (`unsupported_reason`).
         """
         last = SparsePacking.of(values, target)
         if isinstance(values, str) or values.format.kind != "float" or not last.turn or target != "float16":
+            return (last,)
+        return (*_converted(values), last)
+
+    @staticmethod
+    def holding(values: Scheme | str, target: str, codes: torch.Tensor) -> SparsePacking:
+        """Return the packing that is expanded soonest among those that have a byte for all of some codes, uint8.
+
+        Raises:
+            FormatError: no kernel expands them (`unsupported_reason`).
+        """
+        *others, last = SparsePacking.choices(values, target)
+        if not others:
             return last
-        there = torch.bincount(codes.reshape(-1).int(), minlength=1 << values.format.bits).bool().cpu()
-        for packing in _converted(values):
-            if not bool((torch.tensor(packing.bytes_of) < 0)[there].any()):
+        there = torch.bincount(codes.reshape(-1).int(), minlength=_BYTES).bool().cpu()
+        return SparsePacking.with_bytes_for(values, target, there)
+
+    @staticmethod
+    def with_bytes_for(values: Scheme | str, target: str, there: torch.Tensor) -> SparsePacking:
+        """Return the same where bool [256] on the CPU says which codes there are."""
+        *others, last = SparsePacking.choices(values, target)
+        for packing in others:
+            if not bool((torch.tensor(packing.bytes_of) < 0)[there[: len(packing.bytes_of)]].any()):
                 return packing
         return last
 
@@ -111,6 +130,13 @@ class SparsePacking:
                 target, 8, found, False, True, 0, 0, 0xFF00FF00, group.finish, 0, math.ldexp(1.0, group.exponent)
             )
         return _packing(target, group, found, high=True, others=0, turn=turn)
+
+    @property
+    def instructions(self) -> int:
+        """Instructions of a warp for 1,024 weights, products and waits included: counted (docs/log/16-sparse.md)."""
+        if self.bits == 16:
+            return 154
+        return 126 + (16 if self.finish is not Finish.AS_IS else 0) + (32 if self.turn else 0)
 
     def macros(self) -> dict[str, int | bool | str]:
         """Return the parameters of sparse/expand.cuh, and of decode.cuh those of a code that stands for itself."""

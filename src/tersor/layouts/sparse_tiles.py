@@ -65,6 +65,17 @@ class SparseTiles:
         """Bytes in memory."""
         return sum(one.nbytes for one in (self.mask, self.layers, self.starts, self.marks))
 
+    def units(self, first: int, last: int) -> SparseTiles:
+        """Return the tiles of a span of units, sharing memory with these; waits for the device."""
+        starts = self.starts[first:last]
+        begin = int(self.starts[first, 0]) if len(starts) else 0
+        end = int(self.starts[last, 0]) if last < len(self.starts) else len(self.layers)
+        rows = min(last * UNIT_OC, self.shape[0]) - first * UNIT_OC
+        return SparseTiles(
+            (rows, self.shape[1]), self.bits, self.runs, self.mask[first:last], self.layers[begin:end], starts - begin,
+            self.marks[first:last],
+        )  # fmt: skip
+
 
 def run_blocks(ic: int, runs: int) -> list[tuple[int, int]]:
     """Return the first block of each run, and the one after its last: as kernels deal blocks out to splits."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tersor.layouts import MixedWeight, SparseWeight
+from tersor.layouts import MixedWeight, SparseWeight, TiledSparseWeight
 from tersor.models.config import DecoderConfig, Latent, Residual
 from tersor.models.decoder import Attention, Decoder, DecoderLayer
 from tersor.models.latent import LatentAttention
@@ -18,12 +18,22 @@ from tersor.models.norm import NormWeights, foldable
 from tersor.models.rotary import Rotary
 from tersor.models.stored import Stored
 from tersor.models.stored_experts import mixture
+from tersor.models.streamed import Placing
 from tersor.models.weights import Embedding, FeedForward, Product, Shared
 from tersor.ops.attention_form import PAGE, AttentionForm
 
 
-def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) -> Decoder:
-    """Return the decoder of `config` with these weights, for texts of up to `context` tokens."""
+def assemble(
+    stored: Stored, config: DecoderConfig, names: Names, context: int, placing: Placing | None = None
+) -> Decoder:
+    """Return the decoder of `config` with these weights, for texts of up to `context` tokens.
+
+    Args:
+        stored: the weights.
+        config, names: of the decoder.
+        context: tokens of a text at most.
+        placing: says where the weights of each layer stay; `None` leaves all on the device.
+    """
 
     @functools.cache
     def table(rotary: Rotary) -> torch.Tensor:
@@ -31,8 +41,12 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
         return torch.nn.functional.pad(made, (0, 0, 0, -context % PAGE))  # texts lie in whole pages
 
     embedding = stored.matrix(names.base + names.embedding)
-    assert not isinstance(embedding, MixedWeight | SparseWeight), "held by `expected.check`"
-    layers = [_layer(stored, config, names, index, table) for index in range(len(config.layers))]
+    assert not isinstance(embedding, MixedWeight | SparseWeight | TiledSparseWeight), "held by `expected.check`"
+    layers, streamed = [], None
+    for index in range(len(config.layers)):
+        layer = _layer(stored, config, names, index, table)
+        layers.append(layer if placing is None else placing.place(index, layer))
+        del layer
     # A tied head shares the embedding's memory, but for a layout of its own where it needs one.
     own = Product(stored.ready(embedding)) if config.tied else stored.product(names.head, False)
     ranks, vocabulary = stored.ranks, stored.share.vocabulary
@@ -43,7 +57,9 @@ def assemble(stored: Stored, config: DecoderConfig, names: Names, context: int) 
     config = replace(config, context=context)
     start = vocabulary[ranks.rank][0]
     rows = Embedding(embedding, stored.dtype, scale, positions, config.first_position, start, ranks)
-    return Decoder(config, rows, layers, norm, head)
+    if placing is not None:
+        layers, streamed = placing.finish(layers)
+    return Decoder(config, rows, layers, norm, head, streamed)
 
 
 def _layer(

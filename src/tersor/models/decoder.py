@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +18,9 @@ from tersor.models.norm import NormWeights, behind_sum, fold, normed
 from tersor.models.weights import Between, Embedding, FeedForward, Given, Hidden, Product, Products, Shared, tensors_of
 from tersor.ops.attention_form import AttentionForm, PagedCache, Rows
 from tersor.ops.collective import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from tersor.models.streamed import Streamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,8 @@ class Decoder:
         config: what it is.
         dtype, device: of activations; weights are there, and plain ones are of it.
         embedding, layers, norm, head: its parts, in order.
+        streamed: brings the weights of layers that find theirs in buffers, or `None` where all have memory of their
+            own.
     """
 
     def __init__(
@@ -153,12 +160,14 @@ class Decoder:
         layers: Sequence[DecoderLayer],
         norm: NormWeights,
         head: Product | Shared,
+        streamed: Streamed | None = None,
     ) -> None:
         self.config = config
         self.embedding = embedding
         self.layers = tuple(layers)
         self.norm = norm
         self.head = head
+        self.streamed = streamed
         self.dtype, self.device = norm.weight.dtype, norm.weight.device
 
     def __call__(
@@ -183,9 +192,15 @@ class Decoder:
         """
         x: Between = self.embedding(tokens, rows)
         few = places if places is not None and len(places) < len(tokens) else None
-        for layer, cache, following in zip(self.layers, caches, (*self.layers[1:], None), strict=True):
-            # Of other tokens the last layer has but keys and values to leave in pages.
-            x = layer(x, cache, rows, following, few if following is None else None)
+        streamed = self.streamed
+        if streamed is not None:
+            streamed.begin()
+        for index, (layer, cache, following) in enumerate(
+            zip(self.layers, caches, (*self.layers[1:], None), strict=True)
+        ):
+            with nullcontext() if streamed is None else streamed.there(index):
+                # Of other tokens the last layer has but keys and values to leave in pages.
+                x = layer(x, cache, rows, following, few if following is None else None)
         y = _plain(x)
         return self.norm(y if places is None or few is not None else ops.gather_rows(y, places))
 
@@ -216,5 +231,11 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights in memory, each counted once."""
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors()}.values())
+        """Bytes of the weights in memory of the device, each counted once, and buffers of those that stream."""
+        streamed = self.streamed
+        stay = {
+            tensor.data_ptr(): tensor.nbytes
+            for tensor in self.tensors()
+            if streamed is None or not streamed.holds(tensor)
+        }
+        return sum(stay.values()) + (0 if streamed is None else streamed.slot_bytes)

@@ -82,6 +82,7 @@ def _watched(decoder: Decoder, found: list[str]) -> Decoder:
         [layer(one, index) for index, one in enumerate(decoder.layers)],
         watch(decoder.norm, names.base + names.norm),
         watch(decoder.head, names.head),
+        decoder.streamed,
     )
 
 

@@ -13,13 +13,21 @@ from tersor.kernels.deciding import MOST_NORMED_CHANNELS, MOST_TOKENS
 from tersor.kernels.dense import Norm
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.routing import Choice
-from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight, sets_of
+from tersor.layouts import (
+    MixedWeight,
+    PackedWeight,
+    SparseWeight,
+    Stacked,
+    StackedMixedWeight,
+    TiledSparseWeight,
+    sets_of,
+)
 from tersor.models.decoder import Decoder
 from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.norm import NormWeights, behind_sum, gain_of, weights_around, weights_read
 from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
-from tersor.ops import mode, needed, serve_routing
+from tersor.ops import mode, needed, needed_sparse, serve_routing
 from tersor.ops.attention_form import AttentionForm
 
 _NO_NORM = frozenset({Norm.NONE})
@@ -126,11 +134,11 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple):
         for one in value:
             yield from _parts(one)
-    elif isinstance(value, Product | GatedProduct) and isinstance(value.weight, SparseWeight):
-        return  # torch's own kernels decode it and multiply
     elif isinstance(value, Product | GatedProduct | NormWeights | Embedding | AttentionForm):
         yield value
-    elif is_dataclass(value) and not isinstance(value, PackedWeight | MixedWeight | Stacked | type):
+    elif is_dataclass(value) and not isinstance(
+        value, PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight | Stacked | type
+    ):
         if isinstance(value, Mixture | Activated | LatentAttention):
             yield value
         for field in fields(value):
@@ -157,6 +165,10 @@ def _kind(part: Any) -> Any:
 def _described(weight: Any) -> Any:
     if isinstance(weight, StackedMixedWeight):
         return tuple(map(_described, weight.sets))
+    if isinstance(weight, SparseWeight):
+        return weight.sparse, weight.shape
+    if isinstance(weight, TiledSparseWeight):
+        return weight.key, weight.shape, weight.tiles.runs
     if isinstance(weight, MixedWeight):
         return weight.mix, tuple(_described(one) for one in weight.sets)
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)
@@ -176,6 +188,8 @@ def _asked(
             yield from needed.linear(part.weight, dtype, _gate(part), steps.tokens, chip, norms)
         elif isinstance(part.weight, MixedWeight):
             yield from needed.mixed_linear(part.weight, dtype, _gate(part), steps.tokens, chip)
+        elif isinstance(part.weight, SparseWeight | TiledSparseWeight):
+            yield from needed_sparse.linear(part.weight, dtype, _gate(part), steps.tokens, chip)
     elif isinstance(part, NormWeights):
         yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 
 from tersor.checkpoint.config import QuantizationConfig
-from tersor.checkpoint.names import Form
+from tersor.checkpoint.names import TORCH_DTYPES, Form
 from tersor.checkpoint.source import Source, open_source, quantization_of, stated_dtype
 from tersor.errors import TersorError, UnsupportedError
 from tersor.formats import FLOAT_DTYPES, Activations
@@ -20,6 +21,7 @@ from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
 from tersor.models.share import Share
 from tersor.models.stored import Stored
+from tersor.models.streamed import Offload
 from tersor.ops.collective import ALONE, Ranks
 
 
@@ -31,6 +33,7 @@ def load(
     activations: Activations | str = Activations.NATIVE,
     context: int | None = None,
     ranks: Ranks = ALONE,
+    offload: Offload | None = None,
 ) -> Decoder:
     """Load a decoder from a checkpoint: plain, or compressed by `tersor quantize` in whatever schemes.
 
@@ -43,25 +46,29 @@ def load(
         activations: what packed weights are multiplied with (`Activations`).
         context: tokens of a text at most; `None` is what config.json says.
         ranks: that have a part of it each; nothing but the part of this one is read.
+        offload: how layers leave the device that do not fit there; `None` has all stay.
 
     Raises:
         UnsupportedError: the engine does not have the architecture or what a field says; weights that another method
             compressed, or experts of a layer in several schemes.
         CheckpointError: no whole checkpoint; tensors that are missing, left over or of another shape.
         ShapeError: it cannot be cut for so many ranks.
-        TersorError: the weights do not fit in the device's memory.
+        TersorError: the weights do not fit in the device's memory, or those that leave it not where they go.
     """
     if not isinstance(model, Source):
         with open_source(model) as source:
-            return load(source, device, dtype, activations=activations, context=context, ranks=ranks)
+            return load(source, device, dtype, activations=activations, context=context, ranks=ranks, offload=offload)
     where = device if isinstance(device, torch.device) else resolve_device(device)
     config, names, expected, schemes = described(model)
     chosen = dtype or usual_dtype(model, where)
     multiplied, share = Activations.of(activations), Share.of(config, names, schemes, ranks.rank, ranks.count)
+    placing = None
+    if offload is not None:
+        placing = offload.begin(*weight_bytes(model, config, names, schemes, chosen), where)
     try:
         with Reading(where) as reading:
             stored = Stored(model.tensors, reading, schemes, expected.matrices, chosen, multiplied, share, ranks)
-            return assemble(stored, config, names, min(context or config.context, config.context))
+            return assemble(stored, config, names, min(context or config.context, config.context), placing)
     except torch.OutOfMemoryError:
         raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None
 
@@ -91,6 +98,32 @@ def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, 
     names = NAMES[config.architecture].as_stored(model.tensors)
     expected = Expected.of(config, names)
     return config, names, expected, check(expected, model.tensors, quantization, names)
+
+
+def weight_bytes(
+    source: Source, config: DecoderConfig, names: Names, schemes: Mapping[str, Form], dtype: torch.dtype
+) -> tuple[list[int], int]:
+    """Return the bytes of the weights of every layer and of those in none, but for what kernel layouts round up.
+
+    Args:
+        source: the checkpoint.
+        config, names: of it.
+        schemes: of modules that are compressed, whose tensors are taken as they are stored.
+        dtype: of all others in memory.
+    """
+    starts = [names.base + names.layer.format(layer=index) for index in range(len(config.layers))]
+    depth, places = starts[0].count("."), {start: index for index, start in enumerate(starts)}
+    layers, outside = [0] * len(starts), 0
+    for name, tensor in source.tensors.items():
+        nbytes, stored = tensor.spec.nbytes, TORCH_DTYPES[tensor.spec.dtype]
+        if stored.is_floating_point and stored.itemsize > 1 and name.rpartition(".")[0] not in schemes:
+            nbytes = nbytes // stored.itemsize * dtype.itemsize
+        place = places.get("".join(f"{part}." for part in name.split(".")[:depth]))
+        if place is None:
+            outside += nbytes
+        else:
+            layers[place] += nbytes
+    return layers, outside
 
 
 def usual_dtype(source: Source, device: torch.device) -> torch.dtype:

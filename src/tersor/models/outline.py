@@ -13,7 +13,7 @@ import torch
 
 from tersor.checkpoint.names import Form
 from tersor.formats import SCALE_DTYPES, Activations, Pruned, Scheme
-from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight
+from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -104,8 +104,8 @@ class _Outlined(Stored):
 
     def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
         """Return a weight in the layout that it has on a GPU."""
-        if isinstance(weight, torch.Tensor | SparseWeight):
-            return weight
+        if isinstance(weight, torch.Tensor | SparseWeight | TiledSparseWeight):
+            return weight  # of a pruned one the chip says how it lies
         if isinstance(weight, MixedWeight):
             sets = tuple(one for one in map(self.ready, weight.sets) if isinstance(one, PackedWeight))
             return replace(weight, sets=sets)
@@ -114,6 +114,10 @@ class _Outlined(Stored):
             return weight
         words, scale = weight.data.new_empty(0), weight.scale.new_empty(0)
         return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout)
+
+    def pruned_ready(self, weight: SparseWeight) -> SparseWeight | TiledSparseWeight:
+        """Return the weight as it is: the chip says how it lies."""
+        return weight
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
         return [make(index) for index in indices]

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.names import Form
 from tersor.compress import quantize_rtn
-from tersor.formats import Activations, Scheme
+from tersor.errors import UnsupportedError
+from tersor.formats import Activations, Plain, Pruned, Scheme, Sparse, dtype_name
 from tersor.hardware import resolve_device
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, SparseWeight
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -27,6 +29,7 @@ from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
 from tersor.models.share import Share
 from tersor.models.stored import Packed, Stored
+from tersor.models.streamed import Offload
 from tersor.models.weights import Matrix
 from tersor.ops.collective import ALONE, Ranks
 
@@ -60,6 +63,11 @@ class Draws:
             return torch.ones(shape, device=self._generator.device)
         return self._normal(shape, _STD)
 
+    def kept(self, shape: Sequence[int], sparsity: float) -> torch.Tensor:
+        """Return which weights are left where so many are pruned at random, bool of a shape."""
+        drawn = torch.rand(tuple(shape), generator=self._generator, device=self._generator.device)
+        return drawn >= sparsity
+
     def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator, device=self._generator.device).mul_(std)
 
@@ -76,6 +84,8 @@ def random_decoder(
     context: int | None = None,
     seed: int = 0,
     ranks: Ranks = ALONE,
+    sparsity: float | None = None,
+    offload: Offload | None = None,
 ) -> Decoder:
     """Make a decoder with random weights.
 
@@ -87,11 +97,14 @@ def random_decoder(
         head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
         seed: of the numbers.
         ranks: that have a part each, with numbers of its own.
+        sparsity: fraction of every weight that `scheme` is for which is pruned at random; `None` prunes none.
+        offload: how layers leave the device that do not fit there; `None` has all stay.
 
     Raises:
         InputError: no such geometry.
         FormatError: a group size that does not divide input channels.
         ShapeError: it cannot be cut for so many ranks.
+        UnsupportedError: experts that are to be pruned.
     """
     config = geometry(model) if isinstance(model, str) else model
     names = NAMES[config.architecture]
@@ -103,28 +116,54 @@ def random_decoder(
         module: outside.get(module, None if module.endswith(f".{names.router}") else scheme)
         for module in expected.matrices
     }
-    schemes = {module: own for module, own in chosen.items() if own is not None}
+    schemes: dict[str, Form] = {module: own for module, own in chosen.items() if own is not None}
+    if sparsity is not None:
+        if any(layer.experts for layer in config.layers):
+            raise UnsupportedError("pruned experts are not served: leave sparsity to models without experts")
+        sparse = Sparse(scheme or Plain(dtype_name(dtype)))
+        pruned = {module: expected.matrices[module] for module in chosen if module not in outside}
+        schemes |= {module: Pruned(sparse, bytes(4 * shape[0])) for module, shape in pruned.items()}
     share = Share.of(kinds, names, schemes, ranks.rank, ranks.count)
     with Reading(where) as reading:  # reads nothing
         made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed, share, ranks)
+        made.sparsity = sparsity or 0.0
         few = assemble(made, kinds, names, min(context or config.context, config.context))
     layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))
+    placing = streamed = None
+    if offload is not None:
+        sizes = {kind: sum(one.nbytes for one in layer.tensors()) for kind, layer in known.items()}
+        others = (*few.embedding.tensors(), *few.norm.tensors(), *few.head.tensors())
+        each = {one.data_ptr(): one.nbytes for one in others}
+        placing = offload.begin([sizes[kind] for kind in config.layers], sum(each.values()), where)
     used: set[Any] = set()
-    for kind in config.layers:
-        layers.append(_copied(known[kind]) if kind in used else known[kind])
+    for index, kind in enumerate(config.layers):
+        layer = _copied(known[kind]) if kind in used and placing is None else known[kind]
+        if placing is not None:
+            placed = placing.place(index, layer)
+            layer = _copied(layer) if placed is layer else placed
+        layers.append(layer)
         used.add(kind)
+    del known, layer
+    if placing is not None:
+        layers, streamed = placing.finish(layers)
     whole = replace(few.config, layers=config.layers)
-    return Decoder(whole, few.embedding, layers, few.norm, few.head)
+    return Decoder(whole, few.embedding, layers, few.norm, few.head, streamed)
 
 
 class _Random(Stored):
-    """Random weights instead of stored ones."""
+    """Random weights instead of stored ones.
+
+    Attributes:
+        sparsity: fraction of a pruned weight that is not left.
+    """
+
+    sparsity = 0.0
 
     def __init__(
         self,
         expected: Expected,
         names: Names,
-        schemes: Mapping[str, Scheme],
+        schemes: Mapping[str, Form],
         reading: Reading,
         dtype: torch.dtype,
         activations: Activations,
@@ -144,6 +183,13 @@ class _Random(Stored):
         drawn = self._draws.matrix(module, self._shapes[module][-2:])
         weight = PackedWeight.from_encoded(quantize_rtn(drawn, self._scheme(module)))
         return weight.data, weight.scale, weight.zero_point
+
+    def _sparse(self, module: str, form: Pruned) -> SparseWeight:
+        drawn = self._draws.matrix(module, self._shapes[module])
+        kept, scheme = self._draws.kept(drawn.shape, self.sparsity), form.sparse.scheme
+        if scheme is None:
+            return SparseWeight.from_plain(drawn.to(self.dtype), kept)
+        return SparseWeight.from_encoded(quantize_rtn(drawn, scheme), kept)
 
     def _read(self, name: str, part: Part | None = None, expert: int | None = None) -> torch.Tensor:
         if name in self._vectors:

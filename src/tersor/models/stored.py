@@ -12,7 +12,7 @@ from tersor.checkpoint.names import MASK, PACKED, SCALE, VALUES, ZERO_POINT, For
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError, ShapeError, UnsupportedError
 from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
-from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.layouts.gated import interleave
 from tersor.layouts.shard import Part, Span
 from tersor.models.expected import plain_name
@@ -24,14 +24,7 @@ from tersor.ops.collective import ALONE, Ranks
 
 Packed: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Codes, scales and zero points in the stored stream."""
-_Kind = TypeVar(
-    "_Kind",
-    torch.Tensor,
-    PackedWeight,
-    MixedWeight,
-    SparseWeight,
-    torch.Tensor | PackedWeight | MixedWeight | SparseWeight,
-)
+_Kind = TypeVar("_Kind", torch.Tensor, PackedWeight, MixedWeight, Matrix)
 
 
 class Stored:
@@ -96,12 +89,22 @@ class Stored:
         if isinstance(weight, torch.Tensor):
             return weight
         if isinstance(weight, SparseWeight):
-            if self._activations is not Activations.NATIVE:
-                raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone: leave them so")
+            return self.pruned_ready(weight)
+        if isinstance(weight, TiledSparseWeight):
             return weight
         if isinstance(weight, MixedWeight):
             return weight.to_layout(self._layout)
         return weight.to_layout(self._layout(weight.scheme))
+
+    def pruned_ready(self, weight: SparseWeight) -> SparseWeight | TiledSparseWeight:
+        """Return a pruned weight in kernel tiles, where a kernel reads them.
+
+        Raises:
+            UnsupportedError: 8-bit activations.
+        """
+        if self._activations is not Activations.NATIVE:
+            raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone: leave them so")
+        return ops.preferred_sparse(weight, self.dtype)
 
     def product(self, module: str, biased: bool, dtype: torch.dtype | None = None) -> Product:
         """Return the product with a module's weight and bias, plain tensors in `dtype` or else in that of all."""
@@ -151,7 +154,7 @@ class Stored:
             return GatedProduct(self.ready(MixedWeight.gate_up(*mixed)), bias, gate)
         pruned = [half for half in halves if isinstance(half, SparseWeight)]
         if pruned:
-            return GatedProduct(self.ready(SparseWeight.gate_up(*pruned)), bias, gate)
+            return GatedProduct(self.pruned_ready(SparseWeight.gate_up(*pruned)), bias, gate)
         packed = [half for half in halves if isinstance(half, PackedWeight)]
         return GatedProduct(self.ready(PackedWeight.gate_up(*packed)), bias, gate)
 

@@ -8,7 +8,7 @@ import torch
 
 from tersor.errors import UnsupportedError
 from tersor.formats import Assignment
-from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedMixedWeight, StackedWeight
+from tersor.layouts import MixedWeight, PackedWeight, StackedMixedWeight, StackedWeight
 from tersor.layouts.blocks import UNIT_OC
 from tersor.models.config import DecoderConfig, Experts
 from tersor.models.mixture import Mixture
@@ -123,7 +123,7 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
         last = min(start + together, count)
         made = joined([*([] if start else [first]), *stored.each(make, range(start or 1, last))])
         ready = stored.ready(made)
-        assert not isinstance(ready, MixedWeight | SparseWeight), "the first was none"
+        assert isinstance(ready, torch.Tensor | PackedWeight), "as the first was"
         parts = (ready,) if isinstance(ready, torch.Tensor) else (ready.data, ready.scale, ready.zero_point)
         own = [None if part is None else part.unflatten(0, (last - start, -1)) for part in parts]
         wholes = wholes or [None if part is None else part.new_empty(count, *part.shape[1:]) for part in own]

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
-from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, Stacked, StackedMixedWeight, TiledSparseWeight
 from tersor.ops import Gate, Rows
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.lookup import places
 
-Matrix: TypeAlias = torch.Tensor | PackedWeight | MixedWeight | SparseWeight
+Matrix: TypeAlias = torch.Tensor | PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight
 """A weight [OC, IC]."""
 Hidden: TypeAlias = torch.Tensor | ops.Deferred
 """Rows [T, H] for a product, or those that wait for the division of the norm ahead of it."""
@@ -48,7 +48,7 @@ class Product:
                 return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
             return ops.linear(x, self.weight, self.bias, residual=residual)
         assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
-        if isinstance(self.weight, MixedWeight | SparseWeight):
+        if isinstance(self.weight, MixedWeight | SparseWeight | TiledSparseWeight):
             return ops.linear(x, self.weight, self.bias, residual=residual)
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
@@ -110,7 +110,7 @@ class GatedProduct:
         gate: how gate and up become one.
     """
 
-    weight: PackedWeight | MixedWeight | SparseWeight
+    weight: PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight
     bias: torch.Tensor | None = None
     gate: Gate = Gate.SILU
 
@@ -226,7 +226,7 @@ def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:
             yield weight
         elif isinstance(weight, MixedWeight | StackedMixedWeight):
             yield from tensors_of(*weight.sets, weight.features, weight.places)
-        elif isinstance(weight, SparseWeight):
+        elif isinstance(weight, SparseWeight | TiledSparseWeight):
             yield from weight.tensors()
         elif weight is not None:
             held = (weight.data, weight.scale, weight.zero_point)

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is pruned: what is on disk is what is in memory."""
+"""A linear layer whose weight is pruned: a mask and what it leaves, on a GPU in kernel tiles."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from tersor import ops
 from tersor.checkpoint.names import MASK, SCALE, SPARSE, VALUES, ZERO_POINT, TensorForm
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Pruned, Sparse
-from tersor.layouts import SparseWeight
+from tersor.layouts import SparseWeight, TiledSparseWeight
+from tersor.layouts.sparse_tiles import SparseTiles
 from tersor.nn.linear import cast_bias, empty_bias
 from tersor.nn.packed import Counted, dtype_after, refuse_weight, uncast
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _BUFFERS = (MASK, VALUES, SCALE, ZERO_POINT)
+_STARTS, _MARKS, _ROW_SCALE = "weight_starts", "weight_marks", "weight_row_scale"
+_OF_TILES = (_STARTS, _MARKS, _ROW_SCALE)
+"""Buffers that kernel tiles have beside those, which no state dict shows."""
 
 
 class SparseLinear(Counted):
     """y[..., OC] = x[..., IC] @ W[OC, IC]^T + bias, with W as a mask and what is left of it.
 
-    Casting the module casts the bias only.
+    Where a kernel reads it, on a GPU, the weight is kept in kernel tiles (`layouts.TiledSparseWeight`); the state dict
+    shows mask and values all the same. Casting the module casts the bias only.
 
     Attributes:
         in_features, out_features, shape: IC and OC, and (OC, IC).
         sparse: what mask and values mean.
-        weight_mask: uint8 [OC, ceil(IC / 8)].
-        weight_values: int32 [words].
+        weight_mask: uint8 [OC, ceil(IC / 8)]; in kernel tiles int32 [units, blocks, 128, 2].
+        weight_values: int32 [words]; in kernel tiles [layers, 128].
         weight_scale: [OC, G] in the scheme's scale dtype, or `None` where values are plain numbers.
         weight_zero_point: uint8 [OC, G] for `uint` formats, else `None`.
         dtype: of the decoded `weight`; follows `.half()`, `.to(dtype)` and the like.
@@ -42,7 +47,9 @@ class SparseLinear(Counted):
     weight_values: torch.Tensor
     weight_scale: torch.Tensor | None
     weight_zero_point: torch.Tensor | None
-    as_stored = True
+    weight_starts: torch.Tensor | None
+    weight_marks: torch.Tensor | None
+    weight_row_scale: torch.Tensor | None
     activations = Activations.NATIVE
 
     def __init__(
@@ -80,7 +87,11 @@ class SparseLinear(Counted):
             tensor = self._forms.get(name)
             held = None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             self.register_buffer(name, held)
-        self._held: SparseWeight | None = None
+        for name in _OF_TILES:
+            self.register_buffer(name, None, persistent=False)
+        self._held: SparseWeight | TiledSparseWeight | None = None
+        self._tiled: TiledSparseWeight | None = None
+        self._ready_for: torch.dtype | None = None
         self.register_parameter("bias", empty_bias(out_features, self.dtype, device) if bias else None)
 
     @classmethod
@@ -90,8 +101,7 @@ class SparseLinear(Counted):
         """Wrap a pruned weight and a bias, without a copy."""
         oc, ic = weight.shape
         layer = cls(ic, oc, weight.form, device="meta", dtype=dtype)
-        layer.weight_mask, layer.weight_values = weight.mask, weight.values
-        layer.weight_scale, layer.weight_zero_point = weight.scale, weight.zero_point
+        layer._set_weight(weight)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
@@ -105,28 +115,66 @@ class SparseLinear(Counted):
         """Return name -> shape and dtype of the tensors that stand for this layer's weight on disk."""
         return self._forms
 
-    def packed_weight(self) -> SparseWeight:
+    @property
+    def as_stored(self) -> bool:
+        """Whether the buffers hold what is on disk."""
+        return self._tiled is None
+
+    def packed_weight(self) -> SparseWeight | TiledSparseWeight:
         """Return the weight, sharing memory with the buffers: the same object until one of them changes.
 
         Raises:
             ShapeError: the mask leaves another number of weights than there are values.
         """
+        if self._tiled is not None:
+            return self._in_tiles(self._tiled)
         held, own = self._held, [self._buffers[name] for name in _BUFFERS]
         mask, values, scale, zero_point = own
         assert mask is not None and values is not None
         if torch.compiler.is_compiling():
-            assert held is not None, "prepare makes it before a graph is traced"
+            assert isinstance(held, SparseWeight), "prepare makes it before a graph is traced"
             return SparseWeight(held.form, self.shape, mask, values, scale, zero_point, held.starts)
-        if held is None or any(
+        if not isinstance(held, SparseWeight) or any(
             old is not new for old, new in zip((held.mask, held.values, held.scale, held.zero_point), own, strict=True)
         ):
             held = SparseWeight.from_stored(self.sparse, self.shape, mask, values, scale, zero_point)
-            self._held = held
+            self._held, self._ready_for = held, None
         return held
 
     def stored_weight(self) -> SparseWeight:
         """Return the weight as it is on disk."""
-        return self.packed_weight()
+        held = self.packed_weight()
+        return held.stored() if isinstance(held, TiledSparseWeight) else held
+
+    def _in_tiles(self, tiled: TiledSparseWeight) -> TiledSparseWeight:
+        """Return the weight whose tiles the buffers hold; `tiled` describes it."""
+        buffers, held = self._buffers, self._held
+        mask, layers = buffers[MASK], buffers[VALUES]
+        starts, marks, scale = buffers[_STARTS], buffers[_MARKS], buffers[_ROW_SCALE]
+        assert mask is not None and layers is not None
+        assert starts is not None and marks is not None and scale is not None
+        if isinstance(held, TiledSparseWeight) and held.tiles.mask is mask and held.tiles.layers is layers:
+            return held
+        of, packing = tiled.tiles, tiled.packing
+        tiles = SparseTiles(self.shape, of.bits, of.runs, mask, layers, starts, marks)
+        found = TiledSparseWeight(tiled.form, packing, tiled.key, tiles, scale, buffers[SCALE])
+        if not torch.compiler.is_compiling():
+            self._held = found
+        return found
+
+    def _set_weight(self, weight: SparseWeight | TiledSparseWeight) -> None:
+        self._held, self._ready_for = None, None
+        if isinstance(weight, TiledSparseWeight):
+            tiles = weight.tiles
+            self.weight_mask, self.weight_values = tiles.mask, tiles.layers
+            self.weight_scale, self.weight_zero_point = weight.stored_scale, None
+            self.weight_starts, self.weight_marks, self.weight_row_scale = tiles.starts, tiles.marks, weight.scale
+            self._tiled = _described(weight)
+            return
+        self.weight_mask, self.weight_values = weight.mask, weight.values
+        self.weight_scale, self.weight_zero_point = weight.scale, weight.zero_point
+        self.weight_starts = self.weight_marks = self.weight_row_scale = None
+        self._tiled = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -153,13 +201,26 @@ class SparseLinear(Counted):
             raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone")
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Count the mask, ahead of a trace or a capture; nothing on the meta device, and nothing that is done already.
+        """Put the weight into the layout that serves activations of a dtype on the module's device, its mask counted.
+
+        Does nothing on the meta device, while a CUDA graph is captured, and where that is done already.
 
         Args:
             dtype: of the activations to come.
         """
-        if self.weight_mask.device.type != "meta":
+        device = self.weight_mask.device
+        if device.type == "meta":
+            return
+        weight = self.packed_weight()
+        if self._ready_for is dtype:
+            return
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        found = ops.preferred_sparse(weight, dtype)
+        if found is not weight:
+            self._set_weight(found)
             self.packed_weight()
+        self._ready_for = dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply.
@@ -170,11 +231,14 @@ class SparseLinear(Counted):
         Returns:
             [..., OC] in x's dtype, or that of torch.autocast; a bias of another dtype is cast.
         """
-        return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
+        dtype = ops.activation_dtype(x)
+        if not torch.compiler.is_compiling():
+            self.prepare(dtype)
+        return ops.linear(x, self.packed_weight(), cast_bias(self.bias, dtype))
 
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
-        before = {name: self._buffers[name] for name in self._forms}
-        self._held = None
+        before = {name: self._buffers[name] for name in (*_BUFFERS, *_OF_TILES)}
+        self._held, self._ready_for = None, None
         super()._apply(fn, recurse)
         uncast(self, before)
         self.dtype = dtype_after(fn, self.dtype)
@@ -182,11 +246,25 @@ class SparseLinear(Counted):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._held = None
+        self._held, self._ready_for = None, None
+        if not self.as_stored:
+            device = self.weight_mask.device
+            for name in _OF_TILES:
+                setattr(self, name, None)
+            for name in _BUFFERS:
+                form = self._forms.get(name)
+                setattr(self, name, None if form is None else torch.empty(form.shape, dtype=form.dtype, device=device))
+            self._tiled = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.as_stored:
+            stored = self.stored_weight()
+            destination[prefix + MASK], destination[prefix + VALUES] = stored.mask, stored.values
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_held": None, "_ready_for": None}
 
     def extra_repr(self) -> str:
         """Say shape, representation and bits."""
@@ -194,4 +272,12 @@ class SparseLinear(Counted):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.sparse.key()}, bits_per_weight={bits:.3f}"
+            + ("" if self._tiled is None else f", layout={self._tiled.packing.target} tiles")
         )
+
+
+def _described(weight: TiledSparseWeight) -> TiledSparseWeight:
+    """Return what describes a weight in tiles, without its memory."""
+    tiles, nothing = weight.tiles, torch.empty(0, device="meta")
+    empty = SparseTiles(tiles.shape, tiles.bits, tiles.runs, nothing, nothing, nothing, nothing)
+    return TiledSparseWeight(weight.form, weight.packing, weight.key, empty, nothing, None)

@@ -31,6 +31,8 @@ from tersor.ops.routing import route
 from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
 from tersor.ops.sampling_form import Allowed, Listed, Logprobs, SamplingRows
 from tersor.ops.serve_attention import obstacle as attention_obstacle
+from tersor.ops.sparse_layout import explain as explain_sparse
+from tersor.ops.sparse_layout import preferred as preferred_sparse
 from tersor.ops.workspace import Workspace
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "experts",
     "experts_obstacle",
     "explain",
+    "explain_sparse",
     "folds_norm",
     "gated",
     "gated_linear",
@@ -82,6 +85,7 @@ __all__ = [
     "lookup",
     "pairs_by_expert",
     "preferred_layout",
+    "preferred_sparse",
     "relu",
     "resolve",
     "rms_norm",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from tersor.kernels import dense, jit
+from tersor.kernels.jit import Function
 from tersor.layouts.blocks import BLOCK_OC, UNIT_OC
 from tersor.layouts.gated import gated_channels
 from tersor.ops import current
@@ -27,18 +28,41 @@ def linear(
 ) -> torch.Tensor:
     """Return the result [N, outputs] of x [N, IC] with a weight in kernel tiles; arguments as in `serve.linear`."""
     assert of.packing is not None
-    oc, n = of.oc, x.shape[0]
     finish = jit.get(dense.epilogue_source(of.packing, gate), x.device)
-    stream = current.stream(x.get_device())
+    slices = _slices(data, scale, of, x.dtype)
+    return finished(x, slices, finish, scale.data_ptr(), bias, of.oc, residual, gate, of.factor)
+
+
+def finished(
+    x: torch.Tensor,
+    slices: Iterable[tuple[int, torch.Tensor]],
+    finish: Function,
+    scale: int,
+    bias: torch.Tensor | None,
+    oc: int,
+    residual: torch.Tensor | None,
+    gate: int,
+    factor: float,
+) -> torch.Tensor:
+    """Return the result [N, outputs] of x [N, IC] with a weight that comes in slices.
+
+    Args:
+        x, bias, residual, gate: as in `serve.linear`.
+        slices: first row and decoded rows of each.
+        finish: the kernel that makes results of float32 sums (`dense.epilogue_source`).
+        scale, factor: address of what it multiplies sums of a row by, and a number for all of them.
+        oc: rows of the weight.
+    """
+    n, stream = x.shape[0], current.stream(x.get_device())
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(n, gated_channels(oc) if gate else oc)
-    for first_oc, decoded in _slices(data, scale, of, x.dtype):
+    for first_oc, decoded in slices:
         sums = torch.mm(x, decoded.T, out_dtype=torch.float32)
         dense.launch_epilogue(
             finish,
             stream,
             sums=sums.data_ptr(),
-            scale=scale.data_ptr(),
+            scale=scale,
             bias=0 if bias is None else bias.data_ptr(),
             residual=0 if residual is None else residual.data_ptr(),
             y=y.data_ptr(),
@@ -46,7 +70,7 @@ def linear(
             slice_oc=decoded.shape[0],
             oc=oc,
             n=n,
-            factor=of.factor,
+            factor=factor,
         )
     return y
 
@@ -57,14 +81,19 @@ def input_grad(grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, of: 
     Scaled weights are rounded to grad's dtype; their products are added in float32 and rounded once.
     """
     assert of.packing is not None
-    row_scales: torch.Tensor | None = None
-    if not of.packing.scales_in_block:
-        row_scales = scale.view(torch.float32).view(-1, of.packing.scale_bytes // 4)[: of.oc, :1] * of.factor
+    slices = _slices(data, scale, of, grad.dtype)
+    if of.packing.scales_in_block:
+        return added_up(grad, slices)
+    row_scales = scale.view(torch.float32).view(-1, of.packing.scale_bytes // 4)[: of.oc, :1] * of.factor
+    # In float32, rounded once.
+    return added_up(grad, ((at, rows.mul_(row_scales[at : at + rows.shape[0]])) for at, rows in slices))
+
+
+def added_up(grad: torch.Tensor, slices: Iterable[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Return grad [N, OC] @ W, [N, IC], of a weight that comes in slices: first row and decoded rows of each."""
     total: torch.Tensor | None = None
-    for first_oc, decoded in _slices(data, scale, of, grad.dtype):
+    for first_oc, decoded in slices:
         last_oc = first_oc + decoded.shape[0]
-        if row_scales is not None:
-            decoded.mul_(row_scales[first_oc:last_oc])  # in float32, rounded once
         part = torch.mm(grad[:, first_oc:last_oc], decoded, out_dtype=torch.float32)
         total = part if total is None else total.add_(part)
     assert total is not None

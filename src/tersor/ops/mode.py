@@ -16,6 +16,7 @@ from typing import Any
 from tersor import settings
 from tersor.kernels.tune import LinearConfig
 from tersor.kernels.tune.mixed import MixedConfig
+from tersor.kernels.tune.sparse import SparseConfig
 from tersor.ops.workspace import SHARED, Workspace
 
 
@@ -29,6 +30,7 @@ class Mode:
         config: configuration of every fused kernel, one of its problem's `tune.candidates`, for measurements; `None`
             lets `tune.choose` choose.
         mixed: likewise of every kernel that takes all row sets of a mixed weight.
+        sparse: likewise of every kernel that multiplies a pruned weight.
         early: whether weights may be fetched before the kernel ahead has ended (programmatic dependent launch), where
             that kernel cannot have written them; otherwise every launch waits for the one before.
         fold_norms: whether a decoder's norms are part of the products around them where kernels have that
@@ -41,6 +43,7 @@ class Mode:
     batch_invariant: bool = False
     config: LinearConfig | None = None
     mixed: MixedConfig | None = None
+    sparse: SparseConfig | None = None
     early: bool = True
     fold_norms: bool = True
     workspace: Workspace = SHARED

@@ -1,8 +1,9 @@
 """Multiply with a packed weight of any type: `linear`, and `gated_linear` for gate and up at once.
 
 The type of the weight says which operator multiplies: `PackedWeight` has `tersor::linear` (`ops.dense`), `MixedWeight`
-one such product a row set (`ops.mixed`), `SparseWeight` `tersor::sparse_linear` (`ops.sparse`). Another type of weight
-comes with an operator of its own and is entered here with `serve_with`.
+one such product a row set (`ops.mixed`), `SparseWeight` `tersor::sparse_linear` (`ops.sparse`) and, in kernel tiles, as
+`TiledSparseWeight`, `tersor::tiled_sparse_linear` (`ops.tiled_sparse`). Another type of weight comes with an operator
+of its own and is entered here with `serve_with`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from tersor.errors import InputError
-from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
-from tersor.ops import dense, gradient, mixed, sparse
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
+from tersor.ops import dense, gradient, mixed, sparse, tiled_sparse
 from tersor.ops.gates import Gate
 
 
@@ -31,6 +32,7 @@ _multiply: dict[type, Multiply] = {
     PackedWeight: dense.multiply,
     MixedWeight: mixed.multiply,
     SparseWeight: sparse.multiply,
+    TiledSparseWeight: tiled_sparse.multiply,
 }
 """Type of the weight -> who multiplies with it."""
 
@@ -47,7 +49,7 @@ def serve_with(weight_class: type, multiply: Multiply) -> None:
 
 def linear(
     x: torch.Tensor,
-    weight: PackedWeight | MixedWeight | SparseWeight,
+    weight: PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
@@ -56,8 +58,9 @@ def linear(
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
     the decoded weight, rounded once (two exceptions: scales in groups where `explain` says `dequantize + cuBLAS`, and
-    pruned weights on a GPU: there scaled weights are rounded to x's dtype first). x, bias and residual have gradients
-    (`ops.gradient`). Under torch.autocast they are cast as `torch.nn.functional.linear` casts them.
+    pruned weights where it is `decompress + cuBLAS`: there scaled weights are rounded to x's dtype first). x, bias and
+    residual have gradients (`ops.gradient`). Under torch.autocast they are cast as `torch.nn.functional.linear` casts
+    them.
 
     Args:
         x: [..., IC], float16, bfloat16, float32 or float64 (whose sums are float64), any strides.
@@ -78,7 +81,7 @@ def linear(
 
 def gated_linear(
     x: torch.Tensor,
-    weight: PackedWeight | MixedWeight | SparseWeight,
+    weight: PackedWeight | MixedWeight | SparseWeight | TiledSparseWeight,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,

@@ -212,10 +212,11 @@ def type_of(weight: PackedWeight) -> WeightType:
 
 def forget() -> None:
     """Drop every prepared call and read the environment anew: for who changes it, or a chooser, while it runs."""
-    from tersor.ops import grouped, mixed_launch
+    from tersor.ops import grouped, mixed_launch, tiled_sparse
 
     mode.forget()
     grouped.forget()
     mixed_launch.forget()
+    tiled_sparse.forget()
     for found in list(_types.values()):
         found.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersor.checkpoint import QuantizationConfig
-from tersor.checkpoint.names import stored_weights
+from tersor.checkpoint.names import MASK, stored_weights
 from tersor.checkpoint.source import Source, open_source, quantization_of
 from tersor.errors import InputError, UnsupportedError
-from tersor.formats import Activations, Mix, Scheme
+from tersor.formats import Activations, Mix, Scheme, Sparse
+from tersor.formats.sparse import MASK_BITS
 from tersor.kernels import mixed, quantizing
 from tersor.kernels.dense import kernels_for
 from tersor.kernels.jit import arch_for, cache, compile_many
@@ -24,7 +26,7 @@ from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import mixed as tune_mixed
 from tersor.layouts.gated import gated_rows
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
-from tersor.ops import mixed_launch, needed
+from tersor.ops import mixed_launch, needed, needed_sparse
 from tersor.ops.dispatch import preferred_layout
 from tersor.ops.gates import Gate
 
@@ -107,6 +109,8 @@ def compile_ahead(
                 raise UnsupportedError(
                     f"8-bit activations need compute capability 9.0: {chip.name} has no kernel for them"
                 )
+            if chosen is Activations.NATIVE:
+                found.update(dict.fromkeys(pruned_sources(source, dtypes, chip)))
             found.update(dict.fromkeys(also(source, chip)))
             wanted.setdefault(arch_for(chip.capability), {}).update(found)
     total = sum(map(len, wanted.values()))
@@ -161,7 +165,28 @@ def kinds(config: dict[str, Any]) -> tuple[list[Scheme], list[Mix]]:
     if quantization is None:
         return [], []
     parsed = QuantizationConfig.from_dict(quantization)
-    return list(dict.fromkeys(parsed.uniform)), list(parsed.mixes)
+    whole = (one for one in parsed.uniform if isinstance(one, Scheme))
+    return list(dict.fromkeys(whole)), list(parsed.mixes)
+
+
+def pruned_sources(source: Source, dtypes: Iterable[str], chip: Chip) -> Iterator[KernelSource]:
+    """Yield the kernels that the linears of pruned weights of a checkpoint ask for, by their shapes.
+
+    Args:
+        source: the checkpoint; none of its weights is read.
+        dtypes: of activations.
+        chip: the GPU.
+    """
+    quantization = quantization_of(source.config)
+    kinds: dict[tuple[Sparse, tuple[int, int]], None] = {}
+    for name, tensor in source.tensors.items() if quantization is not None else ():
+        stem, dot, last = name.rpartition(".")
+        said = QuantizationConfig.from_dict(quantization).resolve(stem) if last == MASK and dot else None
+        if said is not None and not isinstance(said, Mix):
+            oc, octets = tensor.spec.shape
+            kinds[said if isinstance(said, Sparse) else Sparse(said), (oc, octets * MASK_BITS)] = None
+    for (sparse, shape), dtype in itertools.product(kinds, dtypes):
+        yield from needed_sparse.of_shape(sparse, shape, getattr(torch, dtype), 0, _PRUNED_TOKENS, chip)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +228,8 @@ class Mixture:
 
 _TOKENS = 1 << 16
 """Up to so many tokens experts are prepared for."""
+_PRUNED_TOKENS = 1 << 13
+"""The same of pruned weights, whose kernels for more are no others."""
 _SIZES = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "top_k": ("num_experts_per_tok",),

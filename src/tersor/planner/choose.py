@@ -20,7 +20,7 @@ from tersor.planner.made import LATENCY, THROUGHPUT, Made, Pool, Unfit, make
 from tersor.planner.mesh import Axes, Mesh, factorisations
 from tersor.planner.parts import PLAIN_BYTES, Kind, Model, Workload
 from tersor.planner.plan import Chosen, Cut, Plan, Rival, Slice, Stage
-from tersor.planner.searches import search_named
+from tersor.planner.searches import SLOW, search_named
 from tersor.planner.ways import DECODE, Phase, Setting
 
 SHOWN = 6
@@ -92,12 +92,19 @@ def plan(asked: Asked) -> Plan:
     ruled = [one for rule in rules.RULES for one in rule.tried(asked.setting, asked.mesh, asked.workload)]
     made_rules = [rule for rule in ruled if rule.made is not None]
     warm = min((rule.made.value(asked.objective) for rule in made_rules if rule.made is not None), default=math.inf)
-    tried = _searched(asked, warm) if asked.method != "rules" else _Tried(Pool(search_named("fast")))
-    if asked.method == "rules":
+    search_named(asked.method if asked.method != "rules" else "fast")
+    if asked.method != "rules":
+        tried = _searched(replace(asked, method="fast") if asked.method in SLOW else asked, warm)
+    else:
+        tried = _Tried(Pool(search_named("fast")))
         tried.solved = [rule.made for rule in made_rules if rule.made is not None]
     if not tried.solved:
         raise _nothing_fits(asked, tried, ruled)
     best = min(tried.solved, key=lambda made: _order(made, asked.objective))
+    if asked.method in SLOW:
+        again = make(best.setting, best.parts, Pool(search_named(asked.method)))
+        assert isinstance(again, Made)  # whatever its bound
+        best = again
     value = best.value(asked.objective)
     bound = min(value, *tried.bounds) if tried.bounds else 0.0
     searched = time.perf_counter() - began
@@ -313,7 +320,7 @@ def _apart(asked: Asked, best: Made) -> dict[str, float]:
     found = {}
     for name in best.passes:
         alone = replace(best.setting, workload=replace(asked.workload, phases=(name,)))
-        made = make(alone, best.parts, Pool(search_named(asked.method)))
+        made = make(alone, best.parts, Pool(search_named("fast")))
         assert isinstance(made, Made)  # whatever its bound
         found[name] = made.passes[name]
     return found

@@ -11,11 +11,13 @@ import numpy as np
 from tersor.errors import InputError
 from tersor.planner import memory
 from tersor.planner.blocks import EMBEDDING, FINAL_NORM, HEAD, MEMORY, SAMPLE, Blocks, Replica
+from tersor.planner.even_stages import split
 from tersor.planner.links import SEND, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.plan import Memory, Part
 from tersor.planner.problem import Choice, Problem
-from tersor.planner.searches import Found, Solve, fast, split
+from tersor.planner.search import Found, fast
+from tersor.planner.searches import Solve
 from tersor.planner.ways import DECODE, PREFILL, TOKENS, Phase, Setting
 
 LATENCY, THROUGHPUT = "latency", "throughput"

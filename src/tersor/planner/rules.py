@@ -23,7 +23,7 @@ from tersor.planner.made import Made, Unfit, least_bytes, weighed
 from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Workload
 from tersor.planner.problem import Block, Choice, Edge, Problem
-from tersor.planner.searches import Found, fast
+from tersor.planner.search import Found, fast
 from tersor.planner.ways import COLUMN, HEAD, REPLICATE, ROW, TENSOR, VOCAB, Setting
 
 Settings = Callable[[Axes], Setting]

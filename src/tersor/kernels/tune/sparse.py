@@ -1,151 +1,263 @@
-"""Which tile multiplies a pruned weight, and how its sums are split.
+"""Which tile multiplies a pruned weight, how its sums are split, and when it is decoded for cuBLAS instead.
 
-A tile has all tokens, 64 at most. How a tile's channels are split is a property of the weight in memory, whose queues
-begin anew in every run (`layouts.sparse_tiles`): `runs` chooses that for the chip and the shape alone.
+Times are predicted from what is counted, bytes, instructions and accesses of shared memory, by a few constants that a
+measurement refits (`SparseCosts`). How a tile's channels are split is a property of the weight in memory, whose queues
+begin anew in every run (`layouts.sparse_tiles`): `runs` chooses that for the chip and the shape alone. So does `choose`
+choose a tile, whatever the density: every tile reads the same bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
-from tersor.layouts.blocks import UNIT_OC, ic_blocks
+from tersor.kernels.tune.sparse_tile import (
+    FEW,
+    TOKENS,
+    SparseConfig,
+    SparseTile,
+    config,
+    decompress_tile,
+    tile_for,
+    tiles,
+)
+from tersor.layouts.blocks import BLOCK_IC, UNIT_OC, ic_blocks
 
-MOST_TOKENS = 64
-"""Tokens of the widest tile."""
-TOKENS = (8, 16, 32, 64)
-"""Tokens of tiles."""
+__all__ = [
+    "COSTS",
+    "FEW",
+    "TOKENS",
+    "SparseConfig",
+    "SparseCosts",
+    "SparseProblem",
+    "SparseTile",
+    "asked",
+    "candidates",
+    "choose",
+    "clock",
+    "compute_seconds",
+    "config",
+    "cublas_seconds",
+    "decompress_seconds",
+    "decompress_tile",
+    "fused",
+    "runs",
+    "seconds",
+    "slice_rows",
+    "smaller",
+    "stored_bits",
+    "tile_for",
+    "tiles",
+]
 
-_LAYER_BYTES = 512
-_MIRRORED = 2
-_MASK_BYTES = 1024
-_STATIC_BYTES = 1024
-_RESERVED = 1024
-_MOST_SLOTS = 12
-_LEAST_SLOTS = 4
 _MOST_RUNS = 16
-_ROW_GROUPS = 2
+_FLOPS_OF_CLOCK = 4096
+"""Of a multiprocessor's tensor cores, on 16-bit floats."""
+_COUNTED = 1024
+"""Weights of which instructions and clocks are counted: a warp's of half a block."""
+_TOKEN_STEP = 32
+_UNIT_COUNTS = UNIT_OC * BLOCK_IC // _COUNTED
+_USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS = 0.5, 16, 126
+"""What runs are chosen for."""
+_SCRATCH_BYTES = 64 << 20
+"""Decoded weights held at a time for a product by cuBLAS, where that is enough for all multiprocessors."""
 
 
-@dataclass(frozen=True, slots=True)
-class SparseTile:
-    """A compiled shape of the kernel (sm90_sparse.cuh).
-
-    Attributes:
-        tokens: of a tile.
-        row_groups: warpgroups that multiply, each 64 output rows.
-        resident: CTAs that fit on a multiprocessor.
-        layers: of values in the ring of a row group, a power of two from 64 on.
-        masks, x_slots: slots of masks and of activations.
-        gathers: the most runs that a cluster may add.
-        gather_room: parts of sums that have room of their own for that.
-    """
-
-    tokens: int
-    row_groups: int
-    resident: int
-    layers: int
-    masks: int
-    x_slots: int
-    gathers: int = 1
-    gather_room: int = 0
-
-    def __str__(self) -> str:
-        gathers = f"g{self.gathers}" if self.gathers > 1 else ""
-        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}{gathers}"
-
-    @property
-    def rows(self) -> int:
-        """Output rows."""
-        return UNIT_OC * self.row_groups
-
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA."""
-        return 128 * (self.row_groups + 1)
-
-    @property
-    def part_bytes(self) -> int:
-        """Bytes of a tile's sums."""
-        return 4 * self.rows * self.tokens
-
-    @property
-    def slot_bytes(self) -> int:
-        """Shared memory without the rings of values."""
-        slots = self.x_slots * self.tokens * 256 + self.masks * self.row_groups * _MASK_BYTES
-        return slots + self.gather_room * self.part_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA."""
-        return self.slot_bytes + self.row_groups * (self.layers + _MIRRORED) * _LAYER_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class SparseConfig:
-    """How the kernel runs a problem.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseCosts:
+    """What the times of kernels of pruned weights are predicted from; counts are of 1,024 weights.
 
     Attributes:
-        tile: the compiled shape.
-        runs: CTAs that a tile's channels are dealt out to: those of the weight's layout.
-        gathered: whether these are one cluster, which adds their sums in shared memory.
-        ctas: CTAs launched.
+        start: seconds of a launch before and behind its loads.
+        memory: part of the datasheet's bandwidth that all multiprocessors reach together.
+        share: what one can take of that, in even shares.
+        issue: instructions that a multiprocessor starts in a clock.
+        latency: clocks that a warp takes which has a scheduler for itself.
+        shared: clocks of shared memory, of values of 8 and of 16 bits; each token adds a quarter.
+        tensor: part of the tensor cores' peak that wgmma reaches.
+        l2: bytes of activations in a clock of a multiprocessor.
+        run: part of its bytes that a weight has more with every run.
+        exchange: seconds that sums of several runs take, and for each byte of them.
+        cublas: part of the tensor cores' peak that cuBLAS reaches.
+        decompress: part of the bandwidth that the kernel reaches which decodes for it.
     """
 
-    tile: SparseTile
+    start: float = 3.0e-6
+    memory: float = 0.9
+    share: float = 1.3
+    issue: float = 2.8
+    latency: float = 420.0
+    shared: tuple[float, float] = (27.0, 39.0)
+    tensor: float = 0.76
+    l2: float = 40.0
+    run: float = 0.01
+    exchange: tuple[float, float] = (1.5e-6, 5e-13)
+    cublas: float = 0.72
+    decompress: float = 0.8
+
+
+COSTS = SparseCosts()
+"""Counted for an H200, and not yet fitted to times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseProblem:
+    """One product y[N, OC] = x[N, IC] @ W^T with a pruned W in kernel tiles.
+
+    Attributes:
+        oc, ic, n: sizes; n is at least 1.
+        bits: of a value in queues, 8 or 16.
+        instructions: of a warp for 1,024 weights (`SparsePacking.instructions`).
+        runs: of the layout.
+        nbytes: of the weight in memory.
+        batch_invariant: whether a row of y must not depend on how many other rows there are.
+    """
+
+    oc: int
+    ic: int
+    n: int
+    bits: int
+    instructions: int
     runs: int
-    gathered: bool
-    ctas: int
-
-    def floats(self, oc: int) -> tuple[int, int]:
-        """Return the float32 sums and the counters that runs exchange through memory; zero where none do."""
-        if self.runs == 1 or self.gathered:
-            return 0, 0
-        tiles = -(-oc // self.tile.rows)
-        return tiles * self.runs * self.tile.rows * self.tile.tokens, tiles
+    nbytes: int
+    batch_invariant: bool = False
 
 
-def tile_for(
-    tokens: int, chip: Chip, *, row_groups: int = _ROW_GROUPS, resident: int = 1, layers: int = 128
-) -> SparseTile:
-    """Return a tile with as many slots as its shared memory has room for.
+def candidates(problem: SparseProblem, chip: Chip) -> Iterator[SparseConfig]:
+    """Yield how the kernel may run a problem: up to 64 tokens with a tile of all of them.
 
-    Raises:
-        ValueError: shared memory has not room for four slots of each kind.
+    Batch-invariant it is one tile for every number of tokens.
     """
-    room = (chip.shared_bytes + _RESERVED) // resident - _RESERVED - _STATIC_BYTES
-    room -= row_groups * (layers + _MIRRORED) * _LAYER_BYTES
-    slots = min(_MOST_SLOTS, room // (tokens * 256 + row_groups * _MASK_BYTES))
-    if slots < _LEAST_SLOTS:
-        raise ValueError(f"tiles of {64 * row_groups} rows and {tokens} tokens have no room for {layers} layers")
-    return SparseTile(tokens, row_groups, resident, layers, slots, slots)
+    if problem.batch_invariant:
+        widths: tuple[int, ...] = (FEW,)
+    elif problem.n <= FEW:
+        widths = (next(tokens for tokens in TOKENS if problem.n <= tokens),)
+    else:
+        widths = tuple(tokens for tokens in TOKENS if tokens >= FEW)
+    for tokens in widths:
+        for tile in tiles(tokens, problem.bits, chip):
+            for splits in sorted({problem.runs, 1}, reverse=True):
+                yield config(tile, problem.oc, problem.runs, chip, problem.n, splits)
 
 
-def config(tile: SparseTile, oc: int, runs: int, chip: Chip) -> SparseConfig:
-    """Return how a tile runs a weight of so many output channels and runs."""
-    tiles = -(-oc // tile.rows)
-    gathered = 1 < runs <= tile.gathers and tiles * runs <= chip.sms * tile.resident
-    items = tiles * runs
-    return SparseConfig(tile, runs, gathered, items if gathered else min(items, chip.sms * tile.resident))
+def choose(problem: SparseProblem, chip: Chip) -> SparseConfig:
+    """Return the configuration that is predicted to compute soonest; of batch-invariant ones the first."""
+    if problem.batch_invariant:
+        return next(candidates(problem, chip))
+    return min(candidates(problem, chip), key=lambda found: compute_seconds(problem, found, chip))
 
 
-def choose(oc: int, n: int, runs: int, chip: Chip) -> SparseConfig:
-    """Return the configuration for n tokens, at most `MOST_TOKENS`, of a weight whose layout has so many runs."""
-    return config(tile_for(next(tokens for tokens in TOKENS if n <= tokens), chip), oc, runs, chip)
+def fused(problem: SparseProblem, chip: Chip) -> bool:
+    """Tell whether a product is predicted to take no longer in the kernel than decoded for cuBLAS."""
+    if problem.batch_invariant or problem.n <= FEW:
+        return True
+    return seconds(problem, choose(problem, chip), chip) <= decompress_seconds(problem, chip)
 
 
-def runs(oc: int, ic: int, chip: Chip) -> int:
-    """Return into how many runs the channels of a weight [oc, ic] are cut for a chip.
+def seconds(problem: SparseProblem, config: SparseConfig, chip: Chip, costs: SparseCosts = COSTS) -> float:
+    """Return the predicted time of a launch."""
+    busiest = _busiest(problem, config, chip) / _units(problem, config)
+    share = max(1.0, busiest * chip.sms / costs.share)
+    moved = problem.nbytes * share + 2 * problem.n * (problem.oc + problem.ic)
+    return max(moved / (chip.bandwidth * costs.memory) + costs.start, compute_seconds(problem, config, chip, costs))
 
-    As many as fill waves of CTAs best; each costs the exchange of a tile's sums and its queues' unequal ends, about as
-    much as 3 % of a wave.
+
+def compute_seconds(problem: SparseProblem, config: SparseConfig, chip: Chip, costs: SparseCosts = COSTS) -> float:
+    """Return the time that a launch takes where memory is no bound: by instructions, units and exchanges."""
+    tile = config.tile
+    active = min(tile.resident, -(-config.ctas // chip.sms))
+    counted = tile.row_groups * _UNIT_COUNTS
+    clocks = max(
+        (problem.instructions + tile.tokens / 8) / costs.issue,
+        costs.latency / (4 * tile.row_groups * active),
+        costs.shared[problem.bits == 16] + tile.tokens / 4,
+        2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor,
+        2 * BLOCK_IC * tile.tokens / counted / costs.l2,
+    )
+    total = costs.start + _busiest(problem, config, chip) * _UNIT_COUNTS * clocks / clock(chip)
+    if config.splits > 1:
+        own = tile.part_bytes * config.splits * -(-problem.oc // tile.rows) * tile.token_tiles(problem.n)
+        total += costs.exchange[0] + own * costs.exchange[1]
+    return total
+
+
+def cublas_seconds(oc: int, ic: int, n: int, chip: Chip, costs: SparseCosts = COSTS) -> float:
+    """Return the predicted time of cuBLAS with a dense weight of 16 bits."""
+    return costs.start + max(
+        2 * oc * ic / (chip.bandwidth * costs.memory), 2 * oc * ic * n / (chip.fp16_ops * costs.cublas)
+    )
+
+
+def decompress_seconds(problem: SparseProblem, chip: Chip, costs: SparseCosts = COSTS) -> float:
+    """Return the predicted time of a product that decodes a slice at a time for cuBLAS."""
+    oc, ic = problem.oc, problem.ic
+    slices = -(-oc // slice_rows(oc, ic, problem.runs, chip))
+    moved = problem.nbytes + 2 * oc * ic
+    decoding = slices * 2 * costs.start + moved / (chip.bandwidth * costs.decompress)
+    return decoding + cublas_seconds(oc, ic, problem.n, chip, costs)
+
+
+def slice_rows(oc: int, ic: int, runs: int, chip: Chip) -> int:
+    """Return the rows that are decoded at a time: whole units, whose runs fill all multiprocessors, and evenly."""
+    most = min(-(-oc // UNIT_OC), max(-(-chip.sms // runs), _SCRATCH_BYTES // (2 * ic * UNIT_OC)))
+    waves = most * runs // chip.sms
+    return UNIT_OC * (most if waves == 0 else waves * chip.sms // runs)
+
+
+@functools.cache
+def runs(oc: int, ic: int, bits: int, chip: Chip) -> int:
+    """Return into how many runs the channels of a weight [oc, ic] with values of so many bits are cut for a chip.
+
+    As many as are predicted to take least for few tokens: CTAs are to be even, each run costs the exchange of a tile's
+    sums and its queues' unequal ends.
     """
-    tiles = -(-oc // (UNIT_OC * _ROW_GROUPS))
-    best, least = 1, float("inf")
+    best, least = 1, math.inf
     for count in range(1, min(_MOST_RUNS, ic_blocks(ic)) + 1):
-        waves = -(-tiles * count // chip.sms)
-        blocks = -(-ic_blocks(ic) // count)
-        cost = waves * blocks * (1 + 0.01 * count) + (3 if count > 1 else 0)
-        if cost < least:
-            best, least = count, cost
+        usual = oc * ic * stored_bits(_USUAL_DENSITY, bits, count) / 8
+        problem = SparseProblem(
+            oc=oc, ic=ic, n=_USUAL_TOKENS, bits=bits, instructions=_USUAL_INSTRUCTIONS, runs=count, nbytes=round(usual)
+        )
+        time = seconds(problem, choose(problem, chip), chip)
+        if time < least:
+            best, least = count, time
     return best
+
+
+def stored_bits(density: float, bits: int, runs: int) -> float:
+    """Return about the bits in memory of a weight of which such a part is left, of values of so many bits."""
+    return 1 + density * bits * (1.03 + COSTS.run * (runs - 1))
+
+
+def clock(chip: Chip) -> float:
+    """Return the clocks per second that a chip's peak is stated for."""
+    return chip.fp16_ops / chip.sms / _FLOPS_OF_CLOCK
+
+
+def asked(problem: SparseProblem, chip: Chip) -> set[SparseTile]:
+    """Return the tiles that `choose` takes for any number of tokens up to `problem.n`, whatever `fused` says."""
+    return {choose(one, chip).tile for one in smaller(problem)}
+
+
+def smaller(problem: SparseProblem) -> Iterator[SparseProblem]:
+    """Yield the same problem with other numbers of tokens: those at which a choice may change, of many tokens some."""
+    few = min(problem.n, FEW)
+    counts = {few, *(tokens for tokens in TOKENS if tokens < few), *range(FEW + 1, problem.n + 1, _TOKEN_STEP)}
+    for n in sorted(counts | {problem.n}):
+        yield replace(problem, n=n)
+
+
+def _units(problem: SparseProblem, config: SparseConfig) -> int:
+    """Return the blocks of 64 rows by 128 channels that all token tiles have, and the rows of tiles behind the last."""
+    rows = -(-problem.oc // config.tile.rows) * config.tile.row_groups
+    return rows * ic_blocks(problem.ic) * config.tile.token_tiles(problem.n)
+
+
+def _busiest(problem: SparseProblem, config: SparseConfig, chip: Chip) -> int:
+    """Return how many of these the multiprocessor has that has most."""
+    tile = config.tile
+    items = -(-problem.oc // tile.rows) * tile.token_tiles(problem.n) * config.splits
+    rounds = -(-items // config.ctas)
+    return rounds * -(-config.ctas // chip.sms) * -(-ic_blocks(problem.ic) // config.splits) * tile.row_groups

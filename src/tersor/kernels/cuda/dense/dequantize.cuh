@@ -8,6 +8,7 @@
 
 #include "common/decode.cuh"
 #include "common/ptx.cuh"
+#include "common/scaled.cuh"
 #include "common/scales.cuh"
 #include "common/tile.cuh"
 
@@ -16,12 +17,6 @@ namespace dequantize {
 constexpr bool kBf16 = BF16;
 constexpr int kWarps = 4;
 constexpr int kRowWords = tile::kColumns / 2 + 4;  // 16 bytes of padding against bank conflicts
-
-__device__ __forceinline__ u32 scaled(u32 pair, float scale) {
-    const u32 low = ptx::narrow<kBf16>(ptx::widen<kBf16>(static_cast<u16>(pair)) * scale);
-    const u32 high = ptx::narrow<kBf16>(ptx::widen<kBf16>(static_cast<u16>(pair >> 16)) * scale);
-    return low | high << 16;
-}
 
 }  // namespace dequantize
 
@@ -62,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(32 * dequantize::kWarps) TERSOR_ENT
             u32 pair = pairs[first_pair + i];
             const int row = lane / 4 + i % 2 * 8;
             if constexpr (scales::kGroups > 0) {
-                pair = scaled(pair, scales::in_block(block_scales, step / scales::kSteps, row) * factor);
+                pair = scales::scaled<kBf16>(pair, scales::in_block(block_scales, step / scales::kSteps, row) * factor);
             }
             exchange[warp][row][step * 8 + i / 2 * 4 + lane % 4] = pair;
         }

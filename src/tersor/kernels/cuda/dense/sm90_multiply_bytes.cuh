@@ -32,6 +32,11 @@ constexpr int kBuffers = kTokens <= 128 ? 2 : 1;     // blocks of decoded weight
 
 static_assert(kGroups <= kByteSteps, "a scale covers 32 channels at the least");
 
+template <int kValue>
+struct Number {
+    static constexpr int value = kValue;
+};
+
 // Zero points of a lane's two rows, of each scale, as decode::finish takes them.
 struct Zeros {
     u32 of[2 * kScales];
@@ -68,8 +73,8 @@ static_assert(tile::kColumns / kScales * 128 * 128 <= 1 << 22, "sums of a scale 
 #if SCALE_GROUPS == 0 && !X_GROUPS
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
-// the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block before are under way or, with one buffer, those of
-// the other warpgroup.
+// the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block
+// before are under way or, with one buffer, those of the other warpgroup.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
@@ -146,50 +151,33 @@ __device__ __forceinline__ void multiply_blocks(
 
 #else
 
-// The same of scales in groups, of weights or activations or both.
+// The same of scales in groups, of weights or activations or both. A block is decoded while products of the block before are
+// under way. Sums of whole numbers take three instructions each to be scaled: of those the tokens of a large tile are halves
+// that take turns, and products of one are under way while sums of the other are scaled. ptxas follows products that are
+// under way along a run of blocks, not around a loop: behind a run there are none.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
+    constexpr int kHalves = kWhole && !kXGroups && kTokens >= 128 && kTokens % 32 == 0 ? 2 : 1;
+    constexpr int kHalfSums = kSums / kHalves;
+    constexpr int kRun = kScales > 1 ? 2 : 4;
+    static_assert(kRun % 2 == 0, "a run begins with the first buffer");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
-    constexpr int kSteps = kByteSteps;
     const u32 nothing = count >> 31;
-    u32 a[4 * kSteps];
-    SumOf<kWhole>::Type part[kSums];  // of the group under way
-    float low = 0.0f, high = 0.0f;    // and its scales
+    u32 a[2][kByteRegisters];
+    float scale[2][2 * kScales];
+    SumOf<kWhole>::Type part[kHalves][kHalfSums];  // of the group under way
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use), x_before = x_at;
-    // `at`: where the activations of the products were.
-    const auto settle = [&](const XRing::Place& at) {
-        wgmma::wait<0>();
-        if constexpr (kXGroups) {
-            const float2* of_tokens = reinterpret_cast<const float2*>(slots + x_scales_at(at)) + lane % 4;
-#pragma unroll
-            for (int i = 0; i < kSums; i += 4) {
-                const float2 pair = of_tokens[i];
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    const float of_token = k % 2 == 0 ? pair.x : pair.y;
-                    sums[i + k] += (kGroups == 0 ? of_token : (k < 2 ? low : high) * of_token) * to_float(part[i + k]);
-                }
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * to_float(part[i]);
-        }
-    };
-    const auto release = [&] {
-        if constexpr (kXGroups) ptx::end_reads();
-        release_x(xs, x_before);
-    };
-    for (int block = 0; block < count; ++block) {
+    // Decodes the next block of weights.
+    const auto decode = [&](int buffer) {
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
         const char* block_scales =
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords];
-        float scale[2 * kScales];
         Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
 #pragma unroll
@@ -197,40 +185,88 @@ __device__ __forceinline__ void multiply_blocks(
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = lane / 4 + 8 * half;
-                scale[2 * group + half] = scales::in_block(block_scales, group, row);
+                scale[buffer][2 * group + half] = scales::in_block(block_scales, group, row);
                 if constexpr (scales::kZeroPoints) {
                     zeros.of[2 * group + half] = scales::zero_bytes(block_scales, group, row);
                 }
             }
         }
         weights.release(weights_at);
-        if (block > 0) {
-            settle(x_before);
-            release();
-        }
-        decode_bytes(a, words, zeros, nothing);
-        xs.wait_filled(x_at);
-        const u64 x = wgmma::describe(xs.address(x_at));
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            const bool first = step % kGroupSteps == 0;
-            if (first) {
-                if (step > 0) settle(x_at);
-                if constexpr (kGroups > 0) {
-                    low = scale[step / kGroupSteps * 2];
-                    high = scale[step / kGroupSteps * 2 + 1];
-                }
-                wgmma::fence();
-            }
-            Multiply::run(part, a + 4 * step, x + wgmma::offset(step * 32), !first);
-            if (step % kGroupSteps == kGroupSteps - 1) wgmma::commit();
-        }
         weights_at.advance();
-        x_before = x_at;
-        x_at.advance();
+        decode_bytes(a[buffer], words, zeros, nothing);
+    };
+    // Adds up a half; `at`: where the activations of its products were; `low`, `high`: scales of its rows.
+    const auto settle = [&](int half, const XRing::Place& at, float low, float high) {
+        float* to = sums + half * kHalfSums;
+        if constexpr (kXGroups) {
+            const float2* of_tokens =
+                reinterpret_cast<const float2*>(slots + x_scales_at(at)) + lane % 4 + half * kHalfSums;
+#pragma unroll
+            for (int i = 0; i < kHalfSums; i += 4) {
+                const float2 pair = of_tokens[i];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float of_token = k % 2 == 0 ? pair.x : pair.y;
+                    to[i + k] +=
+                        (kGroups == 0 ? of_token : (k < 2 ? low : high) * of_token) * to_float(part[half][i + k]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kHalfSums; ++i) to[i] += (i % 4 < 2 ? low : high) * to_float(part[half][i]);
+        }
+    };
+    const auto release = [&] {
+        if constexpr (kXGroups) ptx::end_reads();
+        release_x(xs, x_before);
+    };
+    // Multiplies so many blocks, of which the first is decoded, and decodes the one behind them where there is `more`.
+    const auto run = [&](auto length, bool more) {
+#pragma unroll
+        for (int turn = 0; turn < length.value; ++turn) {
+            const int buffer = turn % 2;
+            xs.wait_filled(x_at);
+            const u64 x = wgmma::describe(xs.address(x_at));
+#pragma unroll
+            for (int group = 0; group < kScales; ++group) {
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                    if (turn > 0 || group > 0) {
+                        const float* const of =
+                            group > 0 ? scale[buffer] + 2 * (group - 1) : scale[1 - buffer] + 2 * (kScales - 1);
+                        wgmma::wait<kHalves - 1>();
+                        settle(half, group > 0 ? x_at : x_before, of[0], of[1]);
+                        if (group == 0 && half == kHalves - 1) release();
+                    }
+                    wgmma::fence();
+#pragma unroll
+                    for (int step = group * kGroupSteps; step < (group + 1) * kGroupSteps; ++step) {
+                        const u64 tokens = x + wgmma::offset(step * 32 + half * (kTokens / kHalves) * 128);
+                        Multiply::run(part[half], a[buffer] + 4 * step, tokens, step % kGroupSteps > 0);
+                    }
+                    wgmma::commit();
+                }
+            }
+            x_before = x_at;
+            x_at.advance();
+            if (turn + 1 < length.value || more) decode(1 - buffer);
+        }
+        const float* const of = scale[(length.value - 1) % 2] + 2 * (kScales - 1);
+        if constexpr (kHalves == 2) {
+            wgmma::wait<1>();
+            settle(0, x_before, of[0], of[1]);
+        }
+        wgmma::wait<0>();
+        settle(kHalves - 1, x_before, of[0], of[1]);
+        release();
+    };
+    decode(0);
+    int block = kRun;
+    for (; block <= count; block += kRun) run(Number<kRun>{}, block < count);
+    for (block -= kRun; block < count; ++block) {
+        run(Number<1>{}, false);
+        if (block + 1 < count) decode(0);
     }
-    settle(x_before);
-    release();
 }
 
 #endif

@@ -4,8 +4,8 @@
 // a run of blocks of one unit are stored as whole layers, so many as the longest queue has words. A block's mark says
 // how many layers its queues, and those of the blocks of the run before it, reach into, and which layers none of them
 // reads any more. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
-// still be read, and a block's copies, its mask's and its layers', complete one barrier. A block's marks are left beside its
-// slot.
+// still be read, and a block's copies, its mask's and its layers', complete one barrier. What a block's mark says of the ring is left
+// beside its slot.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -18,9 +18,19 @@ using linear::Item;
 using linear::kRowGroups;
 using linear::WeightRing;
 
+// Lanes of a warp read each other's queues in turn, so that none is longer than others where rows or channels have more
+// weights left: lane l reads queue (l + kStep b) % 32 in block b of a run.
+constexpr int kStep = 5;
+
 constexpr int kMaskBytes = tile::kUnitBytes;  // of a unit's block
 static_assert(kMaskBytes == 1024, "a bit a weight");
 static_assert(linear::kWeightSlots <= 32, "a lane remembers one slot");
+
+// What a copying warp and those that expand have of the register file: the former holds more than that of a dense weight.
+constexpr int kFeedRegisters = RESIDENT == 1 ? 64 : linear::kCopyRegisters;
+constexpr int kLeftRegisters =
+    (linear::kEvenRegisters * linear::kThreads - 128 * kFeedRegisters) / linear::kConsumers / 8 * 8;
+constexpr int kExpandRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters;
 
 struct Stored {
     const char* mask;    // [units][blocks] of kMaskBytes
@@ -32,6 +42,28 @@ struct Stored {
 // The unit of a row group of an item; behind the last one there is that one again, whose results nobody stores.
 __device__ __forceinline__ int unit_of(const Item& item, int group, int oc) {
     return min(item.first_row / tile::kUnitRows + group, (oc + tile::kUnitRows - 1) / tile::kUnitRows - 1);
+}
+
+// Calls run(number, first block, block behind the last) for the runs of an item, which are dealt out as blocks are to
+// splits (`Item::take`): one where a tile is split into its runs, else all of them.
+template <typename Run>
+__device__ __forceinline__ void for_runs(const Item& item, int runs, const Run& run) {
+    const bool split = item.parts > 1 || runs == 1;
+    const int blocks = item.last_block, least = blocks / runs, more = blocks % runs;
+#pragma unroll 1
+    for (int i = split ? item.part : 0; i < (split ? item.part + 1 : runs); ++i) {
+        const int first = i * least + min(i, more);
+        run(i, split ? item.first_block : first, split ? item.last_block : first + least + (i < more));
+    }
+}
+
+// Where a lane goes on in its queue when a block comes: `mark` is what the copying warp left beside the block's slot, the
+// place behind the layers done with, and 1 where queues begin anew.
+__device__ __forceinline__ void enter_block(u32 mark, u32& place, u32& queue) {
+    const bool begins = mark & 1;
+    const u32 least = mark & ~31u;
+    if (begins || static_cast<int>(least - place) > 0) place = least;
+    if (begins) queue = threadIdx.x % 32;
 }
 
 // The marks of 32 blocks, one a lane.
@@ -71,27 +103,25 @@ __device__ __forceinline__ void copy_weights(
     const u64 policy = ptx::evict_first_policy();
     WeightRing::Place at(0), oldest(linear::kWeightSlots);
     u32 under_way = 0;                 // blocks whose slots nobody has given back
-    u32 base[kRowGroups] = {};         // layers of the items before
+    u32 next[kRowGroups] = {};         // the layer that is copied next, of all that this CTA has had
     u32 done[kRowGroups] = {};         // of the block in slot `lane`: layers that nobody reads any more
-    linear::for_items(work, 0, [&](const Item& item) {
-        u32 ahead[kRowGroups] = {}, reached[kRowGroups] = {};
-        long long first[kRowGroups];
+    const auto copy_run = [&](const Item& item, int run, int first_block, int last_block) {
+        u32 ahead[kRowGroups] = {}, base[kRowGroups], first[kRowGroups];
 #pragma unroll
         for (int group = 0; group < kRowGroups; ++group) {
-            first[group] = stored.starts[unit_of(item, group, work.oc) * runs + item.part];
+            base[group] = next[group];
+            first[group] = stored.starts[unit_of(item, group, work.oc) * runs + run] - base[group];
         }
-        const int unit = item.first_row / tile::kUnitRows, there = min(kRowGroups, units - unit);
-        const long long stride = static_cast<long long>(work.blocks()) * kMaskBytes;
-        const char* masks = stored.mask + unit * stride + static_cast<long long>(item.first_block) * kMaskBytes;
+        const int unit = item.first_row / tile::kUnitRows;
 #pragma unroll 1
-        for (int block = item.first_block; block < item.last_block; ++block, masks += kMaskBytes, at.advance()) {
-            const int index = (block - item.first_block) % 32;
+        for (int block = first_block; block < last_block; ++block, at.advance()) {
+            const int index = (block - first_block) % 32;
             u32 marks[kRowGroups];
 #pragma unroll
             for (int group = 0; group < kRowGroups; ++group) {
                 if (index == 0) {
                     const long long own = unit_of(item, group, work.oc);
-                    ahead[group] = fetch_marks(stored.marks + own * work.blocks() + block, item.last_block - block);
+                    ahead[group] = fetch_marks(stored.marks + own * work.blocks() + block, last_block - block);
                 }
                 marks[group] = __shfl_sync(~0u, ahead[group], index);
             }
@@ -117,30 +147,33 @@ __device__ __forceinline__ void copy_weights(
                 u32 bytes = 0;
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
-                    slot_marks[at.slot * kRowGroups + group] = marks[group];
-                    const u32 count = (marks[group] & 0xFFFF) - reached[group];
-                    const u32 layers = count + mirrored(base[group] + reached[group], count);
-                    if (group < there) bytes += kMaskBytes + layers * kLayerBytes;
+                    const u32 place = (base[group] + (marks[group] >> 16)) * 32;
+                    slot_marks[at.slot * kRowGroups + group] = place | (block == first_block);
+                    const u32 count = base[group] + (marks[group] & 0xFFFF) - next[group];
+                    const u32 layers = count + mirrored(next[group], count);
+                    if (unit + group < units) bytes += kMaskBytes + layers * kLayerBytes;
                 }
                 ptx::barrier_expect(ring.filled(at), bytes);
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
-                    if (group >= there) continue;
+                    if (unit + group >= units) continue;
+                    const long long mask = static_cast<long long>(unit + group) * work.blocks() + block;
                     ptx::bulk_copy_once(
-                        ring.address(at) + group * kMaskBytes, masks + group * stride, kMaskBytes, ring.filled(at),
-                        policy);
+                        ring.address(at) + group * kMaskBytes, stored.mask + mask * kMaskBytes, kMaskBytes,
+                        ring.filled(at), policy);
                     copy_layers(
-                        values + group * kRingBytes, base[group] + reached[group],
-                        (marks[group] & 0xFFFF) - reached[group],
-                        stored.layers + (first[group] + reached[group]) * kLayerBytes, ring.filled(at), policy);
+                        values + group * kRingBytes, next[group], base[group] + (marks[group] & 0xFFFF) - next[group],
+                        stored.layers + static_cast<long long>(first[group] + next[group]) * kLayerBytes,
+                        ring.filled(at), policy);
                 }
             }
             __syncwarp();
 #pragma unroll
-            for (int group = 0; group < kRowGroups; ++group) reached[group] = marks[group] & 0xFFFF;
+            for (int group = 0; group < kRowGroups; ++group) next[group] = base[group] + (marks[group] & 0xFFFF);
         }
-#pragma unroll
-        for (int group = 0; group < kRowGroups; ++group) base[group] += reached[group];
+    };
+    linear::for_items(work, 0, [&](const Item& item) {
+        for_runs(item, runs, [&](int run, int first, int last) { copy_run(item, run, first, last); });
     });
 }
 

@@ -1,9 +1,9 @@
-// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual on sm_90a for a pruned W, up to 64 tokens: a bitmap and packed
-// values are expanded in registers (expand.cuh) and feed wgmma as its A operand; sums are float32; scales, one a row, are
-// applied to the sums.
+// y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual on sm_90a for a pruned W: a bitmap and packed values are expanded in
+// registers (expand.cuh) and feed wgmma as its A operand; sums are float32; scales, one a row, are applied to the sums.
 //
-// A CTA takes items in turn as in dense/sm90_linear.cuh: a tile of ROW_GROUPS x 64 rows and all tokens over one of `runs`
-// ranges of blocks of 128 channels, each of which begins its queues of values anew. ROW_GROUPS warpgroups multiply, each
+// A CTA takes items in turn as in dense/sm90_linear.cuh: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over one of `runs`
+// ranges of blocks of 128 channels, each of which begins its queues of values anew, or over all of them, where many tokens
+// make tiles enough. ROW_GROUPS warpgroups multiply, each
 // 64 rows; one warp of another keeps masks and values coming (feed.cuh), one activations. The end of an item is that of
 // a dense one (dense/sm90_finish.cuh): the runs of a tile are its splits.
 //
@@ -30,59 +30,56 @@ namespace sparse {
 using namespace linear;
 using Multiply = wgmma::Multiply<kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16>;
 
-static_assert(!kFew && !kBytewise && kGroups == 0 && kCluster == 1 && kTokens <= 64, "what a sparse tile is");
+static_assert(!kFew && !kBytewise && kGroups == 0 && kCluster == 1, "what a sparse tile is");
 
-// Lanes of a warp read each other's queues in turn, so that none is longer than others where rows or channels have more
-// weights left: lane l reads queue (l + kStep b) % 32 in block b of a run.
-constexpr int kStep = 5;
-
-// A multiplying warpgroup: 64 rows of the item's blocks. `use` counts the blocks that this CTA had before, `base` the layers.
+// A multiplying warpgroup: 64 rows of `count` blocks. `use` counts those that this CTA had before.
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& masks, const XRing& xs, const char* slots, const char* values,
-    const char* table, const u32* slot_marks, u32 use, int count, u32& base) {
+    const char* table, const u32* slot_marks, u32 use, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128;
     const u32 own_mask = row_group * kMaskBytes + warp * 256 + lane * 8;
     const u32 first_column = row_group * expand::kRingBytes + warp * 128, step = ptx::kept(16 + (count >> 31));
     const u64 first_x = wgmma::describe(xs.base);
-    u32 place = base * 32, queue = lane, reached = 0;
+    u32 place = 0, queue = lane;
     u32 pairs[2][16];
     WeightRing::Place at(use);
-    XRing::Place x_at(use), x_before = x_at;
+    XRing::Place x_at(use * kSlotsOfBlock), x_before = x_at;  // the oldest slot that is not given back
     for (int block = 0; block < count; ++block) {
         masks.wait_filled(at);
-        const u32 mark = slot_marks[at.slot * kRowGroups + row_group];
-        reached = mark & 0xFFFF;
-        const u32 least = (base + (mark >> 16)) * 32;
-        if (static_cast<int>(least - place) > 0) place = least;
+        enter_block(slot_marks[at.slot * kRowGroups + row_group], place, queue);
         const u32 column = first_column + queue * 4;
         const uint2 mask = *reinterpret_cast<const uint2*>(slots + (masks.address(at) - xs.base) + own_mask);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             u32* a = pairs[half];
             wgmma::wait<1>();  // the products that read these pairs have ended
-            if (half == 1 && block > 0) release_x(xs, x_before);
+            if (block > 0 && (half == 1 || kSlotsOfBlock > 1)) {
+                release_x(xs, x_before);
+                x_before.advance();
+            }
             expand::expand(a, half == 0 ? mask.x : mask.y, place, values, column, step, table);
 #pragma unroll
             for (int i = 0; i < 16; ++i) a[i] = expand::finish<kBf16>(a[i]);
-            if (half == 0) xs.wait_filled(x_at);
-            const u64 x = first_x + wgmma::offset(x_at.slot * kXSlotBytes + half * kXPiece);
+            if (half == 0 || kSlotsOfBlock > 1) xs.wait_filled(x_at);
+            const u64 x = first_x + wgmma::offset(x_at.slot * kXSlotBytes + (kSlotsOfBlock > 1 ? 0 : half * kXPiece));
             wgmma::fence();
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
                 Multiply::run(sums, a + 4 * step, x + wgmma::offset(step * 32), half > 0 || step > 0 || block > 0);
             }
             wgmma::commit();
+            if (half == 1 || kSlotsOfBlock > 1) x_at.advance();
         }
+        // With a wait for a slot ahead of each half, ptxas else waits after every product (C7513).
+        if constexpr (kSlotsOfBlock > 1) wgmma::wait<1>();
         masks.release(at);
         at.advance();
-        x_before = x_at;
-        x_at.advance();
         queue = (queue + kStep) % 32;
         place = __shfl_sync(~0u, place, (lane + kStep) % 32);
     }
     wgmma::wait<0>();
-    release_x(xs, x_before);
-    base += reached;
+#pragma unroll
+    for (int i = 0; i < kSlotsOfBlock; ++i, x_before.advance()) release_x(xs, x_before);
 }
 
 // When all threads of the CTA, or of its cluster, have been here, all barriers are initialised and the table is there.
@@ -109,8 +106,9 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     int oc,
     int ic,
     int n,
-    int runs,
-    int x_rows,                                       // rows of a box: a tile's tokens
+    int runs,                                         // of the layout
+    int splits,                                       // of a tile: its runs, or 1
+    int x_rows,                                       // rows of a box: a tile's share of the tokens
     float factor) {                                   // the power of two that the expanded weights still lack
     using namespace sparse;
     extern __shared__ __align__(1024) char slots[];
@@ -118,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     __shared__ __align__(8) u32 table[2 * expand::kEntries];
     __shared__ u32 slot_marks[kWeightSlots * kRowGroups];
     const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
-    const Work work{oc, ic, n, 0, runs, x_rows};
+    const Work work{oc, ic, n, 0, splits, x_rows};
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing masks{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
@@ -127,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
 
     ptx::launch_dependents();
     if (threadIdx.x >= kConsumers) {
-        ptx::give_registers<kCopyRegisters>();
+        ptx::give_registers<kFeedRegisters>();
         const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
         if (warp == 0) {
             if (ptx::elect()) {
@@ -136,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
                 ptx::barrier_init(room_barrier, kFinishers);
                 ptx::barrier_init(parts_barrier, 1);
                 ptx::barrier_init_fence();
-                if (gathered) ptx::barrier_expect(parts_barrier, (runs - 1) * kPartBytes);
+                if (gathered) ptx::barrier_expect(parts_barrier, (splits - 1) * kPartBytes);
             }
             __syncwarp();
         }
@@ -146,20 +144,19 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     } else {
         if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
         meet(gathered);
-        ptx::take_registers<kComputeRegisters>();
+        ptx::take_registers<kExpandRegisters>();
         const Norms norms{};
         const Places places{};
         const char* values = slots + kSharedBytes;
-        u32 use = 0, before = 0;
+        u32 use = 0;
         for_items(work, 0, [&](const Item& item) {
             Sum sums[kSums];
             RowTerms terms(oc, item, scale, factor);
             Met met;
             const int count = item.last_block - item.first_block;
-            multiply_blocks(
-                sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), slot_marks, use, count, before);
+            multiply_blocks(sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), slot_marks, use, count);
             use += count;
-            const bool ahead = item.parts == 1 || (gathered && item.part == 0);
+            const bool ahead = !kMany && (item.parts == 1 || (gathered && item.part == 0));
             if (ahead) met.load(item, terms, places, residual, norms);
             const TileScales of_tokens(nullptr, nullptr, item);
             if (gathered) {
@@ -168,8 +165,12 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
                 if (!add_splits(sums, work, item, 0, partial, arrived)) return;
             }
             terms.add_bias(bias, places);
-            if (!ahead) met.load(item, terms, places, residual, norms);
-            store_few(sums, item, terms, places, of_tokens, met, residual != nullptr, y, norms);
+            if constexpr (kMany) {
+                store_many<false>(sums, item, terms, places, of_tokens, residual, y, slots + kExchangeAt);
+            } else {
+                if (!ahead) met.load(item, terms, places, residual, norms);
+                store_few(sums, item, terms, places, of_tokens, met, residual != nullptr, y, norms);
+            }
         });
     }
 }

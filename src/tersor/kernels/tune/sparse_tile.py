@@ -1,0 +1,186 @@
+"""Which tiles has the kernel of pruned weights, and how does one run a product?"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from tersor.hardware import Chip
+from tersor.layouts.blocks import UNIT_OC
+
+TOKENS = (8, 16, 32, 64, 128, 256)
+"""Tokens of tiles; one that has fewer takes a product of all tokens, others several of them in turn."""
+SHAPES = ((2, 1, 128), (3, 1, 64), (4, 1, 64), (2, 2, 64), (1, 4, 64))
+"""Row groups, CTAs of a multiprocessor, layers of a ring: of tiles of up to 64 tokens."""
+MANY_SHAPES = ((2, 1, 64),)
+"""The same of more tokens."""
+_LAYER_BYTES = 512
+_MIRRORED = 2
+_MASK_BYTES = 1024
+_STORE_BYTES = 8192
+_STATIC_BYTES = 1024
+_TURNED_BYTES = 9216
+_RESERVED = 1024
+_MOST_SLOTS = 12
+_MOST_X_SLOTS = 8
+_LEAST_SLOTS = 4
+FEW = 64
+"""Tokens up to which a slot of activations has a whole block, and results need no room."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTile:
+    """A compiled shape of the kernel (sm90_sparse.cuh).
+
+    Attributes:
+        tokens: of a tile.
+        row_groups: warpgroups that multiply, each 64 output rows.
+        resident: CTAs that fit on a multiprocessor.
+        layers: of values in the ring of a row group, a power of two from 64 on.
+        masks, x_slots: slots of masks and of activations.
+        gathers: the most runs that a cluster may add.
+        gather_room: parts of sums that have room of their own for that.
+    """
+
+    tokens: int
+    row_groups: int
+    resident: int
+    layers: int
+    masks: int
+    x_slots: int
+    gathers: int = 1
+    gather_room: int = 0
+
+    def __str__(self) -> str:
+        gathers = f"g{self.gathers}" if self.gathers > 1 else ""
+        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}{gathers}"
+
+    @property
+    def rows(self) -> int:
+        """Output rows."""
+        return UNIT_OC * self.row_groups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 128 * (self.row_groups + 1)
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of a tile's sums."""
+        return 4 * self.rows * self.tokens
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of a slot of activations: a block's, or half a block's."""
+        return _x_bytes(self.tokens)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Shared memory without the rings of values."""
+        slots = self.x_slots * self.x_bytes + self.masks * self.row_groups * _MASK_BYTES
+        return slots + _store_bytes(self.tokens, self.row_groups) + self.gather_room * self.part_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA."""
+        return self.slot_bytes + self.row_groups * (self.layers + _MIRRORED) * _LAYER_BYTES
+
+    def token_tiles(self, n: int) -> int:
+        """Return the tiles that n tokens make."""
+        return -(-n // self.tokens)
+
+    def share(self, n: int) -> int:
+        """Return the tokens of a tile where n tokens are dealt out evenly: the last one may have fewer."""
+        return -(-n // self.token_tiles(n))
+
+
+@dataclass(frozen=True, slots=True)
+class SparseConfig:
+    """How the kernel runs a problem.
+
+    Attributes:
+        tile: the compiled shape.
+        runs: of the weight's layout.
+        splits: CTAs that a tile's runs are dealt out to: one for each, or one for all.
+        gathered: whether these are one cluster, which adds their sums in shared memory.
+        ctas: CTAs launched.
+    """
+
+    tile: SparseTile
+    runs: int
+    splits: int
+    gathered: bool
+    ctas: int
+
+    def __str__(self) -> str:
+        return f"{self.tile}, {self.splits} splits of {self.runs} runs, {self.ctas} CTAs"
+
+    def floats(self, oc: int, n: int = 1) -> tuple[int, int]:
+        """Return the float32 sums and the counters that splits exchange through memory; zero where none do."""
+        if self.splits == 1 or self.gathered:
+            return 0, 0
+        tiles = -(-oc // self.tile.rows) * self.tile.token_tiles(n)
+        return tiles * self.splits * self.tile.rows * self.tile.tokens, tiles
+
+
+def tile_for(tokens: int, chip: Chip, *, row_groups: int = 2, resident: int = 1, layers: int = 128) -> SparseTile:
+    """Return a tile with as many slots as its shared memory has room for.
+
+    Raises:
+        ValueError: shared memory has not room for four slots of each kind.
+    """
+    room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _store_bytes(tokens, row_groups)
+    mask_bytes = row_groups * _MASK_BYTES
+    if tokens <= FEW:
+        masks = x_slots = min(_MOST_SLOTS, room // (_x_bytes(tokens) + mask_bytes))
+    else:
+        x_slots = min(_MOST_X_SLOTS, (room - _LEAST_SLOTS * mask_bytes) // _x_bytes(tokens)) // 2 * 2
+        masks = min(_MOST_SLOTS, (room - x_slots * _x_bytes(tokens)) // mask_bytes)
+    if min(masks, x_slots) < _LEAST_SLOTS:
+        raise ValueError(f"tiles of {64 * row_groups} rows and {tokens} tokens have no room for {layers} layers")
+    return SparseTile(tokens, row_groups, resident, layers, masks, x_slots)
+
+
+@functools.cache
+def decompress_tile(chip: Chip) -> SparseTile:
+    """Return the tile of the kernel that decodes for cuBLAS (sm90_decompress.cuh)."""
+    row_groups, resident, layers = 1, 4, 64
+    room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _TURNED_BYTES - _x_bytes(TOKENS[0])
+    return SparseTile(TOKENS[0], row_groups, resident, layers, min(_MOST_SLOTS, room // _MASK_BYTES), 1)
+
+
+@functools.cache
+def tiles(tokens: int, bits: int, chip: Chip) -> tuple[SparseTile, ...]:
+    """Return the tiles of so many tokens that shared memory has room for, for values of so many bits."""
+    found = []
+    for row_groups, resident, layers in SHAPES if tokens <= FEW else MANY_SHAPES:
+        if bits == 16 and layers < 128 and resident * row_groups < 4 and tokens <= FEW:
+            continue
+        try:
+            found.append(tile_for(tokens, chip, row_groups=row_groups, resident=resident, layers=layers))
+        except ValueError:
+            continue
+    return tuple(found)
+
+
+def config(tile: SparseTile, oc: int, runs: int, chip: Chip, n: int = 1, splits: int | None = None) -> SparseConfig:
+    """Return how a tile runs n tokens with a weight [oc, ...] of so many runs; `splits`: 1, or by default all."""
+    splits = splits or runs
+    count = -(-oc // tile.rows) * tile.token_tiles(n)
+    gathered = 1 < splits <= tile.gathers and count * splits <= chip.sms * tile.resident
+    items = count * splits
+    return SparseConfig(tile, runs, splits, gathered, items if gathered else min(items, chip.sms * tile.resident))
+
+
+def _room(chip: Chip, row_groups: int, resident: int, layers: int) -> int:
+    """Return the shared memory that a CTA has beside the rings of values."""
+    return (chip.shared_bytes + _RESERVED) // resident - _RESERVED - row_groups * (layers + _MIRRORED) * _LAYER_BYTES
+
+
+def _x_bytes(tokens: int) -> int:
+    return tokens * (256 if tokens <= FEW else 128)
+
+
+def _store_bytes(tokens: int, row_groups: int) -> int:
+    return 0 if tokens <= FEW else row_groups * _STORE_BYTES

@@ -1,0 +1,306 @@
+"""Images in a file, read ahead by several threads through a ring of pinned buffers.
+
+The file holds what slots get, byte for byte: kernels' own layouts, so that nothing is rearranged on the way. It is
+written when the model is loaded and has no name from then on: it is gone with the process, however that ends. Where the
+file system can, it is read past the page cache (O_DIRECT), which would have a copy of its own and be slower.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tersor.errors import OutputError, TersorError
+from tersor.offload import pinned
+from tersor.offload.image import BLOCK, Image
+from tersor.offload.link import Link
+
+CHUNK = 16 << 20
+"""Bytes that a thread reads at once."""
+BUFFERS = 24
+"""Chunks of the ring: those read ahead, and those on their way to the device."""
+THREADS = 8
+"""A disk is fast when it is asked for much at once."""
+_ON_THEIR_WAY = 2
+"""Chunks that are copied to the device while the next is waited for."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A slot that is being filled.
+
+    Attributes:
+        offset, nbytes: of the image in the file.
+        into: the slot, uint8 [nbytes].
+        after: what has to run before anything is written there.
+        issued: all copies are under way, or it failed.
+        event: comes when they are done.
+        error: why it failed.
+    """
+
+    offset: int
+    nbytes: int
+    into: torch.Tensor
+    after: torch.cuda.Event | None
+    issued: threading.Event = field(default_factory=threading.Event)
+    event: torch.cuda.Event | None = None
+    error: BaseException | None = None
+
+
+class DiskStore:
+    """Images in a file of a directory, and who copies them (`streamer.Copies`).
+
+    Attributes:
+        where: of the images, for a line.
+        graphs: whether a step that copies them can be a CUDA graph: the host has to read them meanwhile.
+    """
+
+    graphs = False
+
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device,
+        *,
+        chunk: int = CHUNK,
+        buffers: int = BUFFERS,
+        threads: int = THREADS,
+    ) -> None:
+        """Make the file.
+
+        Args:
+            directory: where it is; made if it is not there.
+            device: of the slots.
+            chunk: bytes of a buffer, a multiple of `BLOCK`.
+            buffers, threads: of the ring.
+
+        Raises:
+            OutputError: it cannot be made there.
+            TersorError: no memory for the ring.
+        """
+        assert chunk % BLOCK == 0
+        self._directory, self._chunk, self._link = directory, chunk, Link(device)
+        self._file, self.direct = _open(directory)
+        self.where = f"a file in {directory}" + ("" if self.direct else ", through the page cache")
+        self._feeds: list[_Feed] = []  # one, once images are served
+        weakref.finalize(self, _close, self._file, self._feeds)
+        ring = pinned.allocate(chunk * buffers, device)
+        self._ring = [ring[first : first + chunk] for first in range(0, len(ring), chunk)]
+        self._memory, self._threads, self._end = ring, threads, 0  # the whole is pinned as long as it is held
+        self._images: list[tuple[int, int]] = []
+        self._slots: Sequence[torch.Tensor] = ()
+
+    @staticmethod
+    def check_room(directory: Path, nbytes: int) -> None:
+        """Hold that a directory's disk has so many bytes, before any is written.
+
+        Raises:
+            OutputError: it has not.
+        """
+        there = directory
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        state = os.statvfs(there)
+        free = state.f_bavail * state.f_frsize
+        if nbytes > free:
+            raise OutputError(
+                f"offload: {nbytes / 1e9:.1f} GB are to be written to {directory}, and its disk has {free / 1e9:.1f} "
+                "GB left: name another directory (offload_directory), or keep more layers on the GPU (resident_layers)"
+            )
+
+    def add(self, image: Image, tensors: Sequence[torch.Tensor]) -> None:
+        """Write the tensors of the next image.
+
+        Raises:
+            OutputError: the disk is full, or fails.
+        """
+        whole = torch.zeros(image.nbytes, dtype=torch.uint8, device=self._link.device)
+        image.write(whole, tensors)
+        first, free = self._end, queue.SimpleQueue[torch.Tensor]()
+        for buffer in self._ring:
+            free.put(buffer)
+
+        def write(start: int) -> None:
+            size = min(self._chunk, image.nbytes - start)
+            buffer = free.get()
+            try:
+                buffer[:size].copy_(whole[start : start + size])
+                _write(self._file, buffer[:size], first + start)
+            finally:
+                free.put(buffer)
+
+        try:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="offload-write") as pool:
+                list(pool.map(write, range(0, image.nbytes, self._chunk)))
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else f"cannot be written: {error.strerror}"
+            raise OutputError(f"offload: {self._directory}: {why} behind {first / 1e9:.1f} GB of weights") from None
+        self._images.append((first, image.nbytes))
+        self._end += image.nbytes
+
+    def serve(self, slots: Sequence[torch.Tensor]) -> None:
+        """Be ready to fill slots, uint8 on the device, as large as the largest image each; nothing is added then."""
+        self._slots = slots
+        self._feeds.append(_Feed(self._file, self._ring, self._link, self._threads))
+
+    def bandwidth(self) -> float:
+        """Return the bytes per second of plain reads of the whole file, by as many threads, which go nowhere."""
+        buffers = pinned.allocate(self._chunk * self._threads, torch.device("cpu"))
+        free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for part in buffers.split(self._chunk):
+            free.put(part)
+
+        def read(start: int) -> None:
+            buffer = free.get()
+            _read(self._file, buffer[: self._end - start], start)
+            free.put(buffer)
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="offload-time") as pool:
+            list(pool.map(read, range(0, self._end, self._chunk)))
+        return self._end / (time.perf_counter() - started)
+
+    def load(self, image: int, slot: int) -> Ticket:
+        """Begin to fill a slot; see `Copies`."""
+        offset, nbytes = self._images[image]
+        ticket = Ticket(offset, nbytes, self._slots[slot][:nbytes], self._link.now())
+        self._feeds[0].tickets.put(ticket)
+        return ticket
+
+    def wait(self, mark: Ticket) -> None:
+        """Wait until a slot's last chunk was read, and let what is launched from now on wait for its copy.
+
+        Raises:
+            TersorError: the disk does not give it.
+        """
+        mark.issued.wait()
+        if mark.error is not None:
+            raise TersorError(f"offload: {self._directory}: weights cannot be read: {mark.error}") from mark.error
+        self._link.wait(mark.event)
+
+    def now(self) -> Ticket:
+        """Return a ticket that is done when all has run that was launched so far."""
+        ticket = Ticket(0, 0, torch.empty(0, dtype=torch.uint8), None, event=self._link.now())
+        ticket.issued.set()
+        return ticket
+
+
+class _Feed:
+    """Two threads: one has chunks read ahead into what is free of the ring, the other sends them on, in order."""
+
+    def __init__(self, file: int, ring: Sequence[torch.Tensor], link: Link, threads: int) -> None:
+        assert len(ring) > _ON_THEIR_WAY
+        self.tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._file, self._link = file, link
+        self._chunk = len(ring[0])
+        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for buffer in ring:
+            self._free.put(buffer)
+        self._reads: queue.SimpleQueue[tuple[Ticket, int, torch.Tensor, Future[None]] | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="offload-read")
+        self._ahead = threading.Thread(target=self._read_ahead, name="offload-ahead", daemon=True)
+        self._sending = threading.Thread(target=self._send, name="offload-send", daemon=True)
+        self._ahead.start()
+        self._sending.start()
+
+    def stop(self) -> None:
+        """End the threads, behind what was asked for."""
+        self.tickets.put(None)
+        for thread in (self._ahead, self._sending):
+            if thread is not threading.current_thread():  # which the collector may have chosen
+                thread.join()
+
+    def _read_ahead(self) -> None:
+        while (ticket := self.tickets.get()) is not None:
+            for start in range(0, ticket.nbytes, self._chunk):
+                buffer = self._free.get()[: ticket.nbytes - start]
+                try:
+                    read = self._pool.submit(_read, self._file, buffer, ticket.offset + start)
+                except RuntimeError as error:  # the interpreter ends: nobody waits any more
+                    ticket.error = error
+                    ticket.issued.set()
+                    self._reads.put(None)
+                    return
+                self._reads.put((ticket, start, buffer, read))
+        self._reads.put(None)
+        self._pool.shutdown()
+
+    def _send(self) -> None:
+        if self._link.device.type == "cuda":
+            torch.cuda.set_device(self._link.device)
+        sent: deque[tuple[torch.cuda.Event | None, torch.Tensor]] = deque()
+        while (chunk := self._reads.get()) is not None:
+            ticket, start, buffer, read = chunk
+            try:
+                read.result()
+                if not start:
+                    self._link.after(ticket.after)
+                self._link.copy(ticket.into[start : start + len(buffer)], buffer)
+            except BaseException as error:
+                ticket.error = ticket.error or error
+            sent.append((self._link.mark(), buffer))
+            if start + len(buffer) == ticket.nbytes:
+                ticket.event = self._link.mark()
+                ticket.issued.set()
+            while len(sent) > _ON_THEIR_WAY:
+                event, done = sent.popleft()
+                if event is not None:
+                    event.synchronize()
+                self._free.put(_whole(done, self._chunk))
+
+
+def _whole(buffer: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Return the buffer of the ring that a part of it begins."""
+    return buffer if len(buffer) == chunk else buffer.as_strided((chunk,), (1,))
+
+
+def _close(file: int, feeds: Sequence[_Feed]) -> None:
+    for feed in feeds:
+        feed.stop()
+    os.close(file)
+
+
+def _open(directory: Path) -> tuple[int, bool]:
+    """Return a new file without a name, and whether it goes past the page cache."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file, name = tempfile.mkstemp(prefix="tersor-offload-", dir=directory)
+    except OSError as error:
+        raise OutputError(f"offload: no file can be made in {directory}: {error.strerror}") from None
+    try:
+        direct = os.open(name, os.O_RDWR | os.O_DIRECT)
+    except (OSError, AttributeError):  # a file system, or a system, that has no such thing
+        os.unlink(name)
+        return file, False
+    os.close(file)
+    os.unlink(name)
+    return direct, True
+
+
+def _write(file: int, buffer: torch.Tensor, offset: int) -> None:
+    data = buffer.numpy().data
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _read(file: int, buffer: torch.Tensor, offset: int) -> None:
+    data = buffer.numpy().data
+    while data:
+        count = os.preadv(file, [data], offset)
+        if not count:
+            raise OSError("the file is shorter than it was written")
+        data, offset = data[count:], offset + count

@@ -1,0 +1,110 @@
+"""Copies to a GPU that is not there: which stream waits for which event, in which order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tersor.offload.host import HostStore
+from tersor.offload.image import Image
+from tersor.offload.link import Link
+
+CURRENT, COPIES = "current", "copies"
+
+
+class Gpu:
+    """Streams and events that write down what is asked of them; memory is the host's.
+
+    Attributes:
+        said: (stream, what, number of the event) in order.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[tuple[Any, ...]] = []
+        self.inside: list[str] = [CURRENT]
+        gpu, empty = self, torch.zeros
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_event(self, event: Event) -> None:
+                gpu.said.append((self.name, "waits for", event.number))
+
+            def synchronize(self) -> None:
+                gpu.said.append((self.name, "is waited for"))
+
+        class Event:
+            made = 0
+
+            def record(self, stream: Stream) -> None:
+                Event.made += 1
+                self.number = Event.made
+                gpu.said.append((stream.name, "comes to", self.number))
+
+        @contextlib.contextmanager
+        def on(stream: Stream) -> Iterator[None]:
+            gpu.inside.append(stream.name)
+            yield
+            gpu.inside.pop()
+
+        copy, add = torch.Tensor.copy_, torch.Tensor.add_
+
+        def copied(into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+            if non_blocking:
+                gpu.said.append((gpu.inside[-1], "copies", source.numel()))
+            return copy(into, source)
+
+        def added(one: torch.Tensor, number: int) -> torch.Tensor:
+            gpu.said.append((gpu.inside[-1], "runs a barrier"))
+            return add(one, number)
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(COPIES))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(CURRENT))
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(torch.Tensor, "copy_", copied)
+        monkeypatch.setattr(torch.Tensor, "add_", added)
+        monkeypatch.setattr(torch, "zeros", lambda *sizes, device=None, **options: empty(*sizes, **options))
+
+
+def test_a_copy_waits_for_what_was_launched_and_readers_wait_for_it_behind_a_barrier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Gpu(monkeypatch)
+    store = HostStore(torch.device("cuda", 0))
+    monkeypatch.setattr(store._link, "device", torch.device("cpu"))  # where memory is
+    tensor = torch.arange(100)
+    image = Image.of([tensor])
+    store.add(image, [tensor])
+    slot = torch.zeros(image.nbytes, dtype=torch.uint8)
+    store.serve([slot])
+    store.wait(store.load(0, 0))
+    assert gpu.said == [
+        (CURRENT, "comes to", 1),
+        (COPIES, "waits for", 1),
+        (COPIES, "copies", image.nbytes),
+        (COPIES, "comes to", 2),
+        (CURRENT, "waits for", 2),
+        (CURRENT, "runs a barrier"),
+    ]
+    assert torch.equal(image.views(slot)[0], tensor)
+
+
+def test_the_host_waits_for_copies_where_it_asks_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    Link(torch.device("cuda", 0)).finish()
+    assert gpu.said == [(COPIES, "is waited for")]
+
+
+def test_a_cpu_has_no_events_and_copies_at_once() -> None:
+    link, into = Link(torch.device("cpu")), torch.zeros(3, dtype=torch.uint8)
+    link.copy(into, torch.ones(3, dtype=torch.uint8))
+    assert link.now() is None and link.mark() is None and into.tolist() == [1, 1, 1]
+    link.after(None)
+    link.wait(None)
+    link.finish()
