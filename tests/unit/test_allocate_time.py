@@ -13,13 +13,14 @@ import torch
 
 from tersor.compress.allocate_time import Clock, allocate_time, feasible_time
 from tersor.compress.allocation import Floats, Fused
-from tersor.convert.latency import GATHERED, Steps, top_k_of
+from tersor.convert.latency import Steps, top_k_of
 from tersor.convert.shared import Shared
 from tersor.errors import InputError
 from tersor.formats import Mix, get_scheme
 from tersor.hardware import chip_named
 from tersor.kernels import tune
 from tersor.kernels.tune import mixed as tune_mixed
+from tersor.kernels.tune.forecast import GATHERED
 from tersor.layouts.packing import Packing
 
 LEVELS = [get_scheme("uint3", 32), get_scheme("fp5_e2m2"), get_scheme("int8")]

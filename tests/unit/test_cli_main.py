@@ -24,6 +24,7 @@ VERBS = (
     "generate",
     "serve",
     "batch",
+    "plan",
     "bench",
     "compile",
     "doctor",

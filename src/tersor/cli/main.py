@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "tersor.cli.batch",
         "Answer a file of requests in OpenAI's batch format; --resume goes on.",
     ),
+    "plan": ("tersor.cli.plan", "Plan how a model is spread over GPUs: what each holds, what it costs, and why."),
     "bench": ("tersor.cli.bench", "Time linears against their rivals; measure which kernel configuration is fastest."),
     "compile": ("tersor.cli.compile", "Compile the kernels of a compressed model ahead of its first run."),
     "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),

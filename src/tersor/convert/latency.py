@@ -17,12 +17,8 @@ from tersor.formats import Activations, Mix
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.tune import experts as tune_experts
-from tersor.kernels.tune import mixed as tune_mixed
+from tersor.kernels.tune.forecast import experts_seconds, linear_seconds
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
-
-GATHERED = 3e-6
-"""Seconds of the two launches that put in order what the row sets of a mix give (`ops.grouped`, and `ops.mixed` where
-no kernel takes them all): what two launches of little work take one behind the other."""
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
 
@@ -67,17 +63,12 @@ class Steps:
         if layer.experts:
             sets = self._of_experts(layer, rows)
             ups, downs = ((), sets) if layer.second else (sets, ())
-            return tune_experts.predicted_seconds(ups, downs, self._chip) + _ordering(sets)
+            return experts_seconds(ups, downs, self._chip)
         problems = tuple(
             tune.LinearProblem.of(packing, (count, layer.ic), self._rows)
             for packing, count in zip(self._packings, rows, strict=True)
         )
-        if self._chip.capability == (9, 0) and sum(problem.oc > 0 for problem in problems) > 1:
-            mixed = tune_mixed.MixedProblem(levels=problems)
-            return tune_mixed.seconds(mixed, tune_mixed.choose(mixed, self._chip), self._chip)
-        some = [problem for problem in problems if problem.oc]
-        times = [tune.seconds(problem, tune.predict(problem, self._chip), self._chip) for problem in some]
-        return sum(times) + _ordering(some)
+        return linear_seconds(problems, self._chip)
 
     def total(self, layers: Sequence[Fused], rows: Sequence[Sequence[int]]) -> float:
         """Return the seconds of all layers; both products of experts are predicted together, as their tiles agree."""
@@ -90,7 +81,7 @@ class Steps:
                 found += self.layer(layer, own)
         for sides in experts.values():
             ups, downs = sides.get(False, ()), sides.get(True, ())
-            found += tune_experts.predicted_seconds(ups, downs, self._chip) + _ordering(ups) + _ordering(downs)
+            found += experts_seconds(ups, downs, self._chip)
         return found
 
     def _of_experts(self, layer: Fused, rows: Sequence[int]) -> tune_experts.Problems:
@@ -103,11 +94,6 @@ class Steps:
             for packing, count in zip(self._packings, rows, strict=True)
             if count
         )
-
-
-def _ordering(sets: Sequence[object]) -> float:
-    """Return the seconds that several row sets take beside their launches."""
-    return GATHERED if len(sets) > 1 else 0.0
 
 
 def top_k_of(config: object) -> int | None:
