@@ -104,8 +104,8 @@ class SparseCosts:
 
 
 COSTS = SparseCosts()
-"""Of an H200: `issue`, `latency`, `together`, `item`, `start` and `shared` of 16 bits are fitted to 132 times of 16 tokens
-(bench/results/sparse_tiles_h200.json: mean error 4 %), the others counted."""
+"""Of an H200: `issue`, `latency`, `together`, `item`, `start` and `shared` of 16 bits are fitted to 132 times of 16
+tokens (bench/results/sparse_tiles_h200.json: mean error 4 %), the others counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
