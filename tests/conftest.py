@@ -37,3 +37,20 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(build, "_memory", {})
         forget()
         yield folder
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Return a list that every launch's kernel is put into, by name; nothing is prepared before or left behind."""
+    from tersor.kernels.jit import Function
+
+    names: list[str] = []
+    launch = Function.launch
+
+    def noted(self: Function, *args: object, **options: object) -> None:
+        names.append(self.source.name)
+        launch(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Function, "launch", noted)
+    forget()
+    yield names

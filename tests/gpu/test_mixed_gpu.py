@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from helpers.mixes import IC, levels, matrix, mixed
@@ -12,13 +10,12 @@ from tersor import formats, hardware, ops
 from tersor.formats import Activations, Assignment, Mix, get_scheme
 from tersor.kernels import jit
 from tersor.kernels import mixed as kernels
-from tersor.kernels.jit import Function
 from tersor.kernels.tune import mixed as tune_mixed
 from tersor.kernels.tune import sm90
 from tersor.layouts import MixedWeight
 from tersor.layouts.gated import interleave
 from tersor.nn import MixedLinear
-from tersor.ops import Gate, mixed_launch, prepared
+from tersor.ops import Gate, mixed_launch
 from tersor.ops import mixed as mixed_ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -58,22 +55,6 @@ def wide(oc: int, ic: int, seed: int = 0) -> torch.Tensor:
 def poison(*shape: int, dtype: torch.dtype) -> None:
     """Leave NaN where the next result of a shape will lie."""
     torch.full(shape, torch.nan, dtype=dtype, device="cuda")
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Return a list that every launch's kernel is put into."""
-    names: list[str] = []
-    launch = Function.launch
-
-    def noted(self: Function, *args: object, **options: object) -> None:
-        names.append(self.source.name)
-        launch(self, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Function, "launch", noted)
-    prepared.forget()
-    yield names
-    prepared.forget()
 
 
 def rows(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,11 @@ from helpers.sparse_products import skewed_mask
 from tersor import formats, hardware, models, ops
 from tersor.convert import quantize
 from tersor.formats import Plain, Scheme, get_scheme
-from tersor.kernels.jit import Function
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.layouts.gated import interleave
 from tersor.nn import SparseLinear
-from tersor.ops import Gate, prepared
+from tersor.ops import Gate
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
@@ -26,22 +24,6 @@ pytestmark = pytest.mark.skipif(
 CUDA = torch.device("cuda")
 FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "int8", "int4", "fp4_e2m1")
 TOKENS = (1, 2, 3, 4, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 300)
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Return a list that every launch's kernel is put into."""
-    names: list[str] = []
-    launch = Function.launch
-
-    def noted(self: Function, *args: object, **options: object) -> None:
-        names.append(self.source.name)
-        launch(self, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Function, "launch", noted)
-    prepared.forget()
-    yield names
-    prepared.forget()
 
 
 def made(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 
 import tersor
 from tersor.engine import workers
 from tersor.engine.config import EngineConfig
+from tersor.errors import LostError
 
 PROMPTS = [[5, 6, 7], [8, 9, 5, 11, 12, 60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73], [95], [40, 41, 40]]
 OPTIONS: dict[str, Any] = {"device": "cpu", "kv_bytes": 1 << 22, "max_step_tokens": 16, "max_rows": 8}
@@ -35,6 +41,24 @@ def answers(model: tersor.LLM) -> list[Any]:
             found.append(([token], [] if entry is None else [entry[token].logprob]))
     found += [(one.prompt_token_ids, one.outputs.embedding.tolist()) for one in model.embed(PROMPTS)]
     return found
+
+
+def same(found: list[Any], wanted: list[Any], within: float = 1e-5) -> None:
+    """Hold that answers have the same tokens, and log probabilities and states within a tolerance."""
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+    for (_, values), (_, others) in zip(found, wanted, strict=True):
+        assert values == pytest.approx(others, abs=within)
+
+
+def lost(ask: Callable[[], object]) -> None:
+    """Kill the only other rank, and hold that who asks is told so within seconds."""
+    (child,) = multiprocessing.active_children()
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(LostError, match=r"^rank 1 of 2 ended by SIGKILL$"):
+        ask()
+    assert time.monotonic() - started < 20
 
 
 def broken(link: Connection, rank: int, port: int, config: EngineConfig, *_: object) -> None:

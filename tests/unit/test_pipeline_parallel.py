@@ -11,14 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import packed_models, tiny_lm
-from helpers.asked import OPTIONS, answers
+from helpers.asked import OPTIONS, answers, lost, same
 
 import tersor
 from tersor.cli.main import run
@@ -44,25 +43,13 @@ def wanted(path: Path) -> list[Any]:
     return answers(tersor.LLM(path, **OPTIONS))
 
 
-def same(found: list[Any], wanted: list[Any]) -> None:
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
-    for (_, values), (_, others) in zip(found, wanted, strict=True):
-        assert values == pytest.approx(others, abs=1e-5)
-
-
 def test_two_uneven_stages_answer_as_one_process_until_the_last_dies(path: Path, wanted: list[Any]) -> None:
     model = tersor.LLM(path, pipeline_parallel=2, **OPTIONS)
     try:
         assert len(model.runner.decoder.layers) == 2 and model.runner.decoder.head is None
         for _ in range(2):
             same(answers(model), wanted)
-        (other,) = multiprocessing.active_children()
-        assert other.pid is not None
-        os.kill(other.pid, signal.SIGKILL)
-        started = time.monotonic()
-        with pytest.raises(LostError, match=r"^rank 1 of 2 ended by SIGKILL$"):
-            answers(model)
-        assert time.monotonic() - started < 10
+        lost(lambda: answers(model))
     finally:
         model.close()
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()

@@ -7,17 +7,15 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import packed_models, tiny_lm
-from helpers.asked import OPTIONS, answers, broken
+from helpers.asked import OPTIONS, answers, broken, lost, same
 
 import tersor
 from tersor.engine import workers
@@ -43,26 +41,14 @@ def wanted(path: Path) -> list[Any]:
     return answers(tersor.LLM(path, **OPTIONS))
 
 
-def same(found: list[Any], wanted: list[Any]) -> None:
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
-    for (_, values), (_, others) in zip(found, wanted, strict=True):
-        assert values == pytest.approx(others, abs=1e-4)
-
-
 def test_two_processes_answer_as_one_until_one_of_them_dies(path: Path, wanted: list[Any]) -> None:
     model = tersor.LLM(path, tensor_parallel=2, **OPTIONS)
     try:
         for _ in range(2):
-            same(answers(model), wanted)
+            same(answers(model), wanted, 1e-4)
         with pytest.raises(InputError, match=r"torch\.distributed is in use"):
             tersor.LLM(path, tensor_parallel=2, **OPTIONS)
-        (other,) = multiprocessing.active_children()
-        assert other.pid is not None
-        os.kill(other.pid, signal.SIGKILL)
-        started = time.monotonic()
-        with pytest.raises(LostError, match=r"^rank 1 of 2 ended by SIGKILL$"):
-            answers(model)
-        assert time.monotonic() - started < 10
+        lost(lambda: answers(model))
     finally:
         model.close()
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
@@ -113,7 +99,7 @@ SCRIPT = """
 import json, sys
 import torch
 import tersor
-from helpers.asked import OPTIONS, answers
+from helpers.asked import OPTIONS, answers, same
 torch.set_num_threads(1)
 model = tersor.LLM(sys.argv[1], tensor_parallel=3, **OPTIONS)
 print(json.dumps(answers(model)))
