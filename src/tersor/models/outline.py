@@ -113,13 +113,16 @@ class _Outlined(Stored):
         if layout == STREAM:
             return weight
         words, scale = weight.data.new_empty(0), weight.scale.new_empty(0)
-        return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout)
+        return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout, weight.outliers)
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
         return [make(index) for index in indices]
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
+
+    def _outliers(self, module: str, scheme: Scheme) -> torch.Tensor | None:
+        return None if scheme.outliers is None else torch.empty(self._shapes[module][0], 0, dtype=torch.int32)
 
     def _sparse(self, module: str, form: Pruned) -> SparseWeight:
         oc, ic = self._shapes[module]

@@ -202,6 +202,8 @@ def type_of(weight: PackedWeight) -> WeightType:
     Raises:
         ShapeError: its packed codes are not as many as its shape asks for.
     """
+    if weight.outliers is not None:  # what is multiplied by kernels is the dense part, and the weight keeps that
+        return weight_type(weight.scheme.dense.key(), *weight.shape, weight.layout)
     found: WeightType | None = getattr(weight, "note", None)
     if found is None:
         found = weight_type(weight.scheme.key(), *weight.shape, weight.layout)
