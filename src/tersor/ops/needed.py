@@ -23,6 +23,7 @@ from tersor.kernels import (
     experts,
     mixed,
     norms,
+    outliers,
     quantizing,
     routing,
     sampling,
@@ -72,6 +73,10 @@ def linear(
         norms: what calls of few tokens have of the norms around them (`ops.linear_norm_out`, `ops.linear_norm_in`).
     """
     few = tune.MOST_NORMED if Norm.NONE not in norms else 0
+    if weight.scheme.outliers is not None:
+        if not mode.current().reference and dtype in TARGETS:
+            yield from outliers.sources(TARGETS[dtype], weight.scheme.outliers.dtype, tokens)
+        weight, gate = weight.dense, 0
     yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gate, tokens, chip, few)
     packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
     for norm in set(norms) - {Norm.NONE}:
