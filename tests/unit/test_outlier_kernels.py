@@ -33,9 +33,7 @@ def _sums(
     launch = outliers.prepare_sums(function, count=count, oc=oc, n=n)  # type: ignore[arg-type]
     out = torch.full((n, oc), torch.nan, dtype=x.dtype)
     added = 0 if residual is None else residual.data_ptr()
-    launch(
-        stream=0, x=address, stride=stride, words=words.data_ptr(), residual=added, out=out.data_ptr(), early=True
-    )
+    launch(stream=0, x=address, stride=stride, words=words.data_ptr(), residual=added, out=out.data_ptr(), early=True)
     return out
 
 

@@ -12,7 +12,15 @@ from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
 from tersor.checkpoint.names import Form
-from tersor.checkpoint.pruned import NEVER_SPARSE, NOT_PRUNED, FindPruned, left_of, narrowed, never_sparse
+from tersor.checkpoint.pruned import (
+    NEVER_SPARSE,
+    NOT_PRUNED,
+    FindPruned,
+    check_keeps,
+    left_of,
+    narrowed,
+    never_sparse,
+)
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
@@ -162,8 +170,8 @@ def make_conversion(
                 steps.append(Step(tensor, layer, None, None, note, linear))
                 continue
         else:
-            if isinstance(chosen, Scheme) and chosen.outliers is not None:
-                _check_keeps(layer, chosen, export)
+            if isinstance(chosen, Scheme):
+                check_keeps(layer, chosen, export.name)
             form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen
             for level in form.mix.levels if isinstance(form, Assignment) else (form,):
                 _check_weight(tensor, layer, level)
@@ -364,24 +372,6 @@ def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> N
             f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that layer an "
             "override or ignore it"
         )
-
-
-def _check_keeps(layer: LinearLayer, scheme: Scheme, export: Export) -> None:
-    """Hold that a layer's weight may keep outliers.
-
-    Raises:
-        InputError: the export cannot say them, or they are of experts or an embedding.
-        FormatError: rows are longer than columns are counted.
-    """
-    assert scheme.outliers is not None
-    if export.name != "tersor":
-        raise InputError(f"{export.name} cannot say outliers beside codes: leave them out")
-    if never_sparse(layer):
-        raise InputError(
-            f"{layer.module}: experts and embeddings keep no outliers: give them an override, which has none, or "
-            "ignore them"
-        )
-    scheme.outliers.per_row(layer.shape[-1])
 
 
 def _check_embedding(tensor: StoredTensor, layer: LinearLayer, architecture: Architecture) -> None:

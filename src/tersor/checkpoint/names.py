@@ -159,7 +159,7 @@ class Mixed(Storage):
 
     name = "mixed"
     marker = LEVEL
-    names = (LEVEL, *(f"{LEVELS}.{level}.{name}" for level in range(MOST_LEVELS) for name in (PACKED, SCALE, ZERO_POINT)))
+    names = (LEVEL, *(f"{LEVELS}.{level}.{name}" for level in range(MOST_LEVELS) for name in Dense.names[:3]))
 
     def tensors(self, form: Assignment, oc: int, ic: int) -> dict[str, TensorForm]:
         form.check(oc)

@@ -20,7 +20,7 @@ import torch
 
 from tersor.compress.grid import Grid
 from tersor.compress.hessian import INPUT_DAMPING, Hessian, check_finite, exact_products
-from tersor.compress.outliers import beside, part, sensitivity
+from tersor.compress.outliers import beside, part
 from tersor.compress.refine import Layer
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, SHIFT
@@ -62,7 +62,7 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
         if SHIFT in statistics:
             rows = rows + propagated(rows, statistics[SHIFT], hessian)
         if scheme.outliers is not None:
-            parted = part(weight, scheme.outliers, sensitivity(weight.float(), grid, hessian.natural.diagonal()))
+            parted = part(weight, scheme.outliers, grid, hessian.natural.diagonal())
             layer = Layer.of(grid, hessian, ~parted.kept)
             nearest = quantize_rtn(parted.rest, scheme.dense)
             rest, rows = parted.rest, rows - parted.values

@@ -1,8 +1,9 @@
 """Which weights of every row are kept beside the codes, and what is left for those? SqueezeLLM's form.
 
 With statistics of the layer those weights are kept that the codes would err most on, by the loss of the layer's outputs
-to second order: (w - q)^2 times the mean square of the channel's inputs, q the nearest value with searched scales
-(arXiv 2306.07629 has the square of the gradient in its place). Without, the largest. Every row keeps the same number.
+to second order: (w - q)^2 times the mean square of the channel's inputs, q the nearest value with scales that are
+searched without what is kept (arXiv 2306.07629 has the square of the gradient in its place). Without, the largest.
+Every row keeps the same number.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import torch
 from tersor.compress.grid import Grid
 from tersor.errors import NonFiniteError
 from tersor.formats import FLOAT_DTYPES, Encoded, Outliers, ScaleError, Scheme, outlier_words
+
+ROUNDS = 4
+"""Searches of scales, each for another choice of outliers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +38,16 @@ class Parted:
     values: torch.Tensor
 
 
-def part(weight: torch.Tensor, outliers: Outliers, sensitivity: torch.Tensor | None = None) -> Parted:
+def part(
+    weight: torch.Tensor, outliers: Outliers, grid: Grid | None = None, energy: torch.Tensor | None = None
+) -> Parted:
     """Take the outliers out of rows of a weight.
 
     Args:
         weight: [OC, IC], float16, bfloat16 or float32, any device.
         outliers: how many of each row, and in which dtype.
-        sensitivity: float32 [OC, IC], not negative: what is lost where a weight is not kept; its magnitude by default.
+        grid, energy: of the dense part, and float32 [IC], the mean square of every channel's inputs: those are taken
+            that lose most on codes; the largest without them.
 
     Raises:
         NonFiniteError: the weight holds a NaN or an infinity, with its index.
@@ -51,8 +58,11 @@ def part(weight: torch.Tensor, outliers: Outliers, sensitivity: torch.Tensor | N
     if not bool(finite.all()):
         row, column = (int(axis) for axis in (~finite).nonzero()[0])
         raise NonFiniteError((row, column), float(weight[row, column]))
-    score = weight.float().abs() if sensitivity is None else sensitivity
-    columns = score.topk(outliers.per_row(weight.shape[1]), dim=1).indices.sort(dim=1).values
+    rows, count = weight.float(), outliers.per_row(weight.shape[1])
+    found = rows.abs().topk(count, dim=1).indices
+    if grid is not None and energy is not None:
+        found = _most_lossy(rows, found, grid, energy)
+    columns = found.sort(dim=1).values
     values = weight.gather(1, columns).to(FLOAT_DTYPES[outliers.dtype])
     if not bool(torch.isfinite(values).all()):
         row = int((~torch.isfinite(values)).nonzero()[0][0])
@@ -62,19 +72,35 @@ def part(weight: torch.Tensor, outliers: Outliers, sensitivity: torch.Tensor | N
     return Parted(outlier_words(columns, values), kept, weight.masked_fill(kept, 0), plain)
 
 
-def sensitivity(rows: torch.Tensor, grid: Grid, energy: torch.Tensor) -> torch.Tensor:
-    """Return what the layer's outputs lose by every weight on its nearest code, float32 [OC, IC].
+def _most_lossy(rows: torch.Tensor, found: torch.Tensor, grid: Grid, energy: torch.Tensor) -> torch.Tensor:
+    """Return the columns that lose most on codes whose scales are searched without them, int64 [OC, K].
+
+    Scales follow from what is kept, and what is kept from scales: both in turn from the columns `found`, and of all
+    rounds the one with which a row loses least.
+    """
+    best, least = found, torch.full((len(rows),), torch.inf, device=rows.device)
+    for _ in range(ROUNDS):
+        lost = losses(rows.scatter(1, found, 0.0), rows, grid, energy)
+        loss = lost.sum(dim=1) - lost.gather(1, found).sum(dim=1)
+        better = loss < least
+        best, least = torch.where(better.unsqueeze(1), found, best), torch.where(better, loss, least)
+        found = lost.topk(found.shape[1], dim=1).indices
+    return best
+
+
+def losses(rest: torch.Tensor, rows: torch.Tensor, grid: Grid, energy: torch.Tensor) -> torch.Tensor:
+    """Return what the outputs lose by every weight on its nearest code, float32 [OC, IC].
 
     Args:
-        rows: float32 [OC, IC].
-        grid: of the dense part.
-        energy: float32 [IC], the mean square of every channel's inputs.
+        rest: float32 [OC, IC], what scales are searched for.
+        rows: float32 [OC, IC], the weights.
+        grid, energy: as `part` takes them.
     """
-    scale, zero_point = (part.unsqueeze(2) for part in grid.search(rows, energy))
-    wanted = (rows.view(len(rows), grid.groups, -1) / torch.where(scale > 0, scale, 1.0)).contiguous()
-    low, high = grid.ends(zero_point)
-    nearest = grid.nearest(wanted.clone(), low, high, torch.empty_like(wanted)) * scale
-    return (nearest.view_as(rows) - rows).square_() * energy
+    scale, zero_point = (part.unsqueeze(2) for part in grid.search(rest, energy))
+    wanted = rows.view(len(rows), grid.groups, -1) / torch.where(scale > 0, scale, 1.0)
+    low, high = (end.expand_as(wanted).flatten() for end in grid.ends(zero_point))
+    nearest = grid.nearest(wanted.flatten(), low, high, torch.empty_like(wanted).flatten())
+    return (nearest.view_as(wanted) * scale).view_as(rows).sub_(rows).square_().mul_(energy)
 
 
 def beside(encoded: Encoded, parted: Parted, weight: torch.Tensor, scheme: Scheme) -> Encoded:

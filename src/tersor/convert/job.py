@@ -35,6 +35,7 @@ from tersor.convert.checks import (
     check_destination,
     check_growth,
     check_in_place,
+    check_levels,
     check_shard_bytes,
     check_space,
 )
@@ -185,9 +186,8 @@ def quantize(
         transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
         sparse: `auto`: a weight that was pruned, one with zeros, is stored as a mask and what is left of it where that
             takes fewer bytes; `off`: never. Recipes that calibrate, targets and exports store dense weights.
-        outliers: a share of the weights of every row, such as `0.5%`, that is kept in 16 bits beside the codes of
-            `format`: those that the codes lose most on by the calibration text, without one the largest. Overrides have
-            none.
+        outliers: a share of the weights of every row, such as `0.5%`, kept in 16 bits beside the codes of `format`, not
+            of overrides: those that codes lose most on by the calibration text, without one the largest.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
         levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
@@ -209,16 +209,8 @@ def quantize(
     target = parse_target(levels, *limits, group_size, scale_dtype)
     mix = mix_of(assignments)
     wanted = parse_transforms(transforms)
-    if target is not None and mix is not None:
-        raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
-    if target is not None and dry_run:
-        raise InputError("a dry run scores no output features: leave the target out")
-    if target is not None and export != "tersor":
-        raise InputError(f"{export} cannot say a mix of schemes in one layer: leave the target out")
-    if outliers is not None and (target is not None or mix is not None):
-        raise InputError("outliers stand beside one format: leave them out where output features have levels")
-    if mix is not None and (group_size, scale_dtype) != (None, None):
-        raise InputError("group size and scale dtype belong into every level where output features have levels")
+    scales = (group_size, scale_dtype) != (None, None)
+    check_levels(target is not None, mix is not None, dry_run, export, outliers, scales)
     text = None
     if calibration is not None:
         text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed, wanted)
@@ -249,7 +241,6 @@ def quantize(
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
     asked = Asked(format, group_size, scale_dtype, overrides, outliers=outliers)
-    asked.scheme()
     destination = check_destination(output, dry_run)
     patterns = parse_ignore(ignore)
     dense = text or target or mix or wanted or outliers or export != "tersor"

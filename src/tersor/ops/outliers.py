@@ -1,8 +1,8 @@
 """Multiply with a dense packed weight that keeps outliers beside its codes.
 
 The dense part is multiplied as the weight that it is, and what the outliers add stands beside its sums: that is the
-definition, x @ dense^T + x @ outliers^T + bias, summed in float32, then the gate, then the residual, rounded once. It is
-made of operators that dispatch, so that gradients, torch.compile and autocast are theirs.
+definition, x @ dense^T + x @ outliers^T + bias, summed in float32, then the gate, then the residual, rounded once. It
+is made of operators that dispatch, so that gradients, torch.compile and autocast are theirs.
 
 Where a fused kernel serves the dense part, a small one ahead of it sums up the outliers of every row together with the
 residual, in float32, and rounds that to the dtype of the activations; the dense kernel adds it as its residual
