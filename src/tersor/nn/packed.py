@@ -213,6 +213,8 @@ class PackedModule(nn.Module):
             destination[prefix + PACKED], destination[prefix + SCALE] = stored.data, stored.scale
             if stored.zero_point is not None:
                 destination[prefix + ZERO_POINT] = stored.zero_point
+            if stored.outliers is not None:
+                destination[prefix + OUTLIERS] = stored.outliers
 
     def _load_from_state_dict(
         self,
