@@ -6,14 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.emulated import COMPILER, Emulated
+from helpers.emulated import COMPILER, HERE, Emulated
 
-from tersor.formats import outlier_words
-from tersor.kernels import outliers
+from tersor.formats import get_scheme, outlier_words
+from tersor.hardware import CHIPS
+from tersor.kernels import dense, outliers
+from tersor.kernels.jit import KernelSource
+from tersor.kernels.tune import sm90
+from tersor.layouts.packing import Packing
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+H200 = CHIPS["NVIDIA H200"]
+TILES = {
+    "8 tokens, two warpgroups in turn": sm90.Tile(8, 1, 2, 1, 2),
+    "16 tokens, four in turn": sm90.Tile(16, 2, 2, 1, 1),
+    "32 tokens": sm90.Tile(32, 2, 2, 1, 1),
+    "48 tokens, wgmma": sm90.Tile(48, 3, 1, 1, 1),
+}
 
 
 def _sums(
@@ -89,3 +100,68 @@ def test_kernels_of_a_call_are_those_that_its_numbers_of_tokens_ask_for() -> Non
     assert names == ["tersor_outlier_sums_float16_bfloat16_1", "tersor_outlier_sums_float16_bfloat16_2"]
     assert outliers.turn_source() in outliers.sources("float16", "bfloat16", 64)
     assert len(outliers.sources("float16", "bfloat16", 64)) == 5
+
+
+# Added by the dense kernel itself
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "count", "dtype", "kept", "gated"),
+    [
+        ("8 tokens, two warpgroups in turn", 1, 20, "bfloat16", "bfloat16", False),
+        ("8 tokens, two warpgroups in turn", 4, 3, "float16", "bfloat16", True),
+        ("8 tokens, two warpgroups in turn", 7, 41, "bfloat16", "float16", True),
+        ("16 tokens, four in turn", 11, 33, "float16", "float16", False),
+        ("32 tokens", 20, 5, "bfloat16", "bfloat16", False),
+        ("48 tokens, wgmma", 48, 17, "float16", "float16", True),
+    ],
+)
+def test_the_end_of_a_dense_kernel_adds_outliers_to_its_sums_ahead_of_the_gate(
+    name: str, n: int, count: int, dtype: str, kept: str, gated: bool, tmp_path: Path
+) -> None:
+    tile, native = TILES[name], _DTYPES[dtype]
+    packing = Packing.of(get_scheme("fp6_e3m2"), dtype)
+    slots, shared = tile.slots(6, packing.scale_row_bytes, H200), tile.shared_bytes(6, packing.scale_row_bytes, H200)
+    source = dense.sm90_source(packing, dtype, tile, slots, shared, int(gated), outliers=kept)
+    header = "emulated_store.cuh"
+    texts = {header: (HERE / header).read_text()}
+    store = KernelSource("store", header, source.parameters, "PPPPPPPPiiiffPPii", texts)
+    function, generator = Emulated(store, tmp_path, 900), torch.Generator().manual_seed(n)
+    for oc in (64, 328 if not gated else 336):
+        ic, ctas = 200, -(-oc // tile.rows)
+        given = torch.randn(ctas * tile.rows, tile.tokens, generator=generator)
+        scales = torch.rand(ctas * tile.rows, generator=generator)
+        bias = torch.randn(oc, generator=generator).to(native)
+        outputs = oc // 2 if gated else oc
+        residual = torch.randn(n, outputs, generator=generator).to(native)
+        x = torch.randn(n, ic, generator=generator).to(native)
+        columns = torch.stack([torch.randperm(ic, generator=generator)[:count] for _ in range(oc)])
+        values = torch.randn(oc, count, generator=generator).to(_DTYPES[kept])
+        words = outlier_words(columns, values)
+        held = x
+        if n > 4:
+            held = torch.zeros(ic, outliers.turned_stride(n), dtype=native)
+            held[:, :n] = x.T
+        y = torch.full((n, outputs), torch.nan, dtype=native)
+        places = (given, scales, bias, residual, y)
+        addresses = (*(one.data_ptr() for one in places), 0, 0, 0)
+        beside = (words.data_ptr(), held.data_ptr(), count, held.stride(0))
+        function.launch((ctas, 1, 1), (128 * tile.row_groups, 1, 1), 0, 0, (*addresses, oc, 0, n, 0.0, 0.0, *beside))
+        sparse = torch.zeros(oc, ic, dtype=torch.float64).scatter_(1, columns, values.double())
+        exact = (given[:oc, :n] * scales[:oc, None]).T.double() + bias.double() + x.double() @ sparse.T
+        if gated:
+            gate, up = exact.unflatten(1, (-1, 2, 8)).unbind(2)
+            exact = (torch.nn.functional.silu(gate) * up).flatten(1)
+        exact = exact + residual.double()
+        torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(native).eps, atol=1e-5)
+
+
+def test_kernels_of_few_tokens_are_known_by_their_outliers() -> None:
+    packing, tile = Packing.of(get_scheme("int4", 128), "float16"), TILES["16 tokens, four in turn"]
+    slots = tile.slots(4, packing.scale_row_bytes, H200)
+    shared = tile.shared_bytes(4, packing.scale_row_bytes, H200)
+    plain, beside = (
+        dense.sm90_source(packing, "float16", tile, slots, shared, outliers=kept) for kept in ("", "bfloat16")
+    )
+    assert beside.name == f"{plain.name}_beside_bfloat16"
+    assert (plain.parameters["OUTLIERS"], beside.parameters["OUTLIERS"]) == (0, 2)

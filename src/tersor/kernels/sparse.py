@@ -55,6 +55,7 @@ def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0) -> Ke
             "FEW_TOKENS": 0,
             "EPILOGUE": gate,
             "NORM": 0,
+            "OUTLIERS": 0,
             "PLACED": False,
             "X_GROUPS": False,
         },

@@ -4,9 +4,10 @@ The dense part is multiplied as the weight that it is, and what the outliers add
 definition, x @ dense^T + x @ outliers^T + bias, summed in float32, then the gate, then the residual, rounded once. It
 is made of operators that dispatch, so that gradients, torch.compile and autocast are theirs.
 
-Where a fused kernel serves the dense part, a small one ahead of it sums up the outliers of every row together with the
-residual, in float32, and rounds that to the dtype of the activations; the dense kernel adds it as its residual
-(`kernels.outliers`). So a result is rounded twice there, and a gate, which comes after both, is applied by itself.
+On compute capability 9.0 the fused kernel of few tokens adds them to its sums. Elsewhere a small one ahead of it sums
+up the outliers of every row together with the residual, in float32, and rounds that to the dtype of the activations;
+the dense kernel adds it as its residual (`ops.outlier_sums`). So a result is rounded twice there, and a gate, which
+comes after both, is applied by itself.
 """
 
 from __future__ import annotations
@@ -70,12 +71,16 @@ def _beside_kernels(
     gate: int,
 ) -> torch.Tensor:
     """Return the product on a GPU that has kernels, where nobody looks on."""
+    oc = weight.shape[0]
+    serve.check(x, x.shape, own.data, bias, prepared.type_of(own), residual, gated_channels(oc) if gate else oc)
+    if not x.numel() or not oc:
+        return tensors.empty_result(x, bias, residual, gate, oc)
+    y = outlier_sums.multiply(x, weight, own, bias, residual, gate)
+    if y is not None:
+        return y
     if gate:
-        y = Gate(gate).of_rows(_beside_kernels(x, weight, own, bias, None, 0))
+        y = Gate(gate).of_rows(dense.multiply(x, own, bias, outlier_sums.add(x, weight, None), 0))
         return y if residual is None else y + residual
-    serve.check(x, x.shape, own.data, bias, prepared.type_of(own), residual, weight.shape[0])
-    if not x.numel() or not weight.shape[0]:
-        return tensors.empty_result(x, bias, residual, 0, weight.shape[0])
     return dense.multiply(x, own, bias, outlier_sums.add(x, weight, residual), 0)
 
 

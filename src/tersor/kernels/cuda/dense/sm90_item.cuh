@@ -6,6 +6,7 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "dense/sm90_finish.cuh"
+#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "dense/sm90_places.cuh"
 #include "dense/sm90_store.cuh"
@@ -30,6 +31,7 @@ struct Operands {
     float factor;             // the power of two that the decoded weights still lack
     Norms norms;
     Places places;
+    Kept kept;
 };
 
 // Where the CTA's shared memory is.
@@ -53,6 +55,9 @@ __device__ __forceinline__ void run_item(
     const int count = item.last_block - item.first_block;
     RowTerms terms(work.oc, item, of.row_scales, of.factor);
     bool holds_all = true;
+    if constexpr (kOutliers) {
+        if (threadIdx.x < kFinishers) Beside::fetch(of.kept, terms.first_row, work.oc);
+    }
     // What results meet is fetched before sums are exchanged, which takes as long, where this CTA will have them. What
     // the kernels ahead wrote is there once this warpgroup has had activations.
     Met met;
@@ -85,6 +90,10 @@ __device__ __forceinline__ void run_item(
     if (!holds_all) return;
     terms.add_bias(of.bias, of.places);
     of_tokens.share(shared.norm_barrier);
+    if constexpr (kOutliers) {
+        ptx::wait_for_earlier_kernels();
+        terms.beside.sum(of.kept, item, terms.first_row, work.oc, work.n);
+    }
     if constexpr (kMany) {
         if (kPlaced && !of.places.wide) {
             store_many<true>(sums, item, terms, of.places, of_tokens, of.residual, of.y, slots + kExchangeAt);
