@@ -59,10 +59,9 @@ def part(
         row, column = (int(axis) for axis in (~finite).nonzero()[0])
         raise NonFiniteError((row, column), float(weight[row, column]))
     rows, count = weight.float(), outliers.per_row(weight.shape[1])
-    found = rows.abs().topk(count, dim=1).indices
+    columns = _largest(rows.abs(), count)
     if grid is not None and energy is not None:
-        found = _most_lossy(rows, found, grid, energy)
-    columns = found.sort(dim=1).values
+        columns = _most_lossy(rows, columns, grid, energy)
     values = weight.gather(1, columns).to(FLOAT_DTYPES[outliers.dtype])
     if not bool(torch.isfinite(values).all()):
         row = int((~torch.isfinite(values)).nonzero()[0][0])
@@ -84,8 +83,20 @@ def _most_lossy(rows: torch.Tensor, found: torch.Tensor, grid: Grid, energy: tor
         loss = lost.sum(dim=1) - lost.gather(1, found).sum(dim=1)
         better = loss < least
         best, least = torch.where(better.unsqueeze(1), found, best), torch.where(better, loss, least)
-        found = lost.topk(found.shape[1], dim=1).indices
+        found = _largest(lost, found.shape[1])
     return best
+
+
+def _largest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the columns of the `count` largest of each row, int64, rising; of equal ones those that come first.
+
+    So a GPU, whose `topk` has an order of its own among these, chooses as a CPU does.
+    """
+    least = score.topk(count, dim=1).values[:, -1:]
+    above, equal = score > least, score == least
+    left = count - above.sum(dim=1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=1) <= left))
+    return chosen.nonzero()[:, 1].view(len(score), count)
 
 
 def losses(rest: torch.Tensor, rows: torch.Tensor, grid: Grid, energy: torch.Tensor) -> torch.Tensor:
