@@ -4,8 +4,8 @@
     python bench/outliers.py --percent 0.1,0.5,1 --tokens 8,16,32 --shapes 8192x8192
 
 For each number of tokens: microseconds of the dense part alone, with outliers as `ops.linear` has them, and with the
-small kernel ahead in every case; medians of CUDA graphs with programmatic dependence that walk over copies of the weight
-(`tersor.bench.timing`). Results are checked against float32 once.
+small kernel ahead in every case; medians of CUDA graphs with programmatic dependence that walk over copies of the
+weight (`tersor.bench.timing`). Results are checked against float32 once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import results_file
@@ -56,9 +57,9 @@ def measure(of: Scheme, shape: tuple[int, int], tokens: list[int]) -> list[dict[
         error = (ops.linear(x, first).float() - x.float() @ decoded.T).abs().max()
         assert float(error) < 0.05, f"{n} tokens err by {float(error):.3g}"
         ways: dict[str, list[Callable[[], object]]] = {
-            "dense": [lambda own=own: ops.linear(x, own) for own in owns],  # type: ignore[misc]
-            "outliers": [lambda weight=weight: ops.linear(x, weight) for weight in weights],  # type: ignore[misc]
-            "ahead": [lambda pair=pair: ahead(x, *pair) for pair in zip(weights, owns, strict=True)],  # type: ignore[misc]
+            "dense": [partial(ops.linear, x, own) for own in owns],
+            "outliers": [partial(ops.linear, x, weight) for weight in weights],
+            "ahead": [partial(ahead, x, *pair) for pair in zip(weights, owns, strict=True)],
         }
         with torch.inference_mode():
             times = {name: graph_microseconds(calls) for name, calls in ways.items()}
