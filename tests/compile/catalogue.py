@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from compile import around, mixed, mixtures
+from compile import around, beside, mixed, mixtures
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
@@ -50,7 +50,6 @@ class Traits:
         gated: the gate that it ends with (`ops.Gate`), or 0.
         few_tokens: 0 for the batch-invariant mode, in which wgmma multiplies few tokens, too.
         norm: what it has of the norms around it.
-        outliers: dtype of the outliers that it adds, or an empty string.
     """
 
     tile: sm90.Tile | int
@@ -61,7 +60,6 @@ class Traits:
     gated: int = 0
     few_tokens: int = FEW_TOKENS
     norm: dense.Norm = dense.Norm.NONE
-    outliers: str = ""
 
     @property
     def scheme(self) -> Scheme:
@@ -93,8 +91,7 @@ class Traits:
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
         if not self.few_tokens and tile.few:
             shared -= tile.exchange_bytes
-        few, norm, kept = self.few_tokens, self.norm, self.outliers
-        return dense.sm90_source(packing, self.dtype, tile, slots, shared, self.gated, few, norm, kept)
+        return dense.sm90_source(packing, self.dtype, tile, slots, shared, self.gated, self.few_tokens, self.norm)
 
 
 def pairs(kernel: Traits) -> frozenset[Pair]:
@@ -274,7 +271,7 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += around.quantizing()
         found += mixtures.all_sources(chip)
         found += mixed.all_sources(chip)
-        found += [kernel.source(chip) for kernel in (*normed(), *beside())]
+        found += [*(kernel.source(chip) for kernel in normed()), *beside.all_sources(chip)]
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     others += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
@@ -297,16 +294,6 @@ def normed() -> Iterator[Traits]:
             kernel = Traits(tile, name, dtype, size, gated=gated, norm=norm)
             yield kernel if kernel.exists() else replace(kernel, group_size=None)
         next(dtypes)
-
-
-def beside() -> Iterator[Traits]:
-    """Yield kernels that add outliers: every tile of few tokens; formats, dtypes, gates and scales by turns."""
-    formats = itertools.cycle((("int4", 128), ("fp4_e2m1", None), ("uint3", 64), ("fp6_e2m3", None), ("uint4", 128)))
-    dtypes = itertools.cycle(itertools.product(decode_groups.PAIR_TARGETS, decode_groups.PAIR_TARGETS))
-    for turn, tile in enumerate(tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
-        (name, size), (dtype, kept) = next(formats), next(dtypes)
-        kernel = Traits(tile, name, dtype, size, gated=turn % 2, outliers=kept)
-        yield kernel if kernel.exists() else replace(kernel, group_size=None)
 
 
 def _dequantizing() -> list[KernelSource]:
