@@ -27,7 +27,7 @@ struct Kept {
 struct Beside {
     static constexpr int kDirect = 4;   // tokens that are read where they stand
     static constexpr int kEights = kTokens / 8;
-    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 8 : 16;  // under way together, by what registers hold
+    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 4 : 16;  // under way together, by what registers hold
     static constexpr int kAtOnce = kEights > 2 ? 4 : kLoads / kEights;      // words that these are for
     float of[kOutliers ? kSums : 1];    // as sums are
 
