@@ -53,7 +53,7 @@ extern "C" void TERSOR_ENTRY(
     terms.add_bias(bias, {});
     if constexpr (kOutliers) {
         const Kept kept{kept_words, kept_x, kept_count, kept_stride};
-        Beside::fetch(kept, terms.first_row, oc);
+        if (threadIdx.x < 32) fetch_words(kept, item, oc);
         terms.beside.sum(kept, item, terms.first_row, oc, n);
     }
     float sums[kSums];

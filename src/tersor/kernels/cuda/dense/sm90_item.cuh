@@ -45,6 +45,9 @@ struct Shared {
 // Whether a row's scale is read behind the products: 32 tokens and what a row set's CTA knows leave no registers for it.
 constexpr bool kScalesLate = kPlaced && kFew && kTokens == 32;
 
+// Whether residuals are read behind outliers: two CTAs of 128 rows leave no registers for both.
+constexpr bool kResidualsLate = kOutliers && RESIDENT > 1 && kRowGroups > 1;
+
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
 template <typename Work>
 __device__ __forceinline__ void run_item(
@@ -55,13 +58,10 @@ __device__ __forceinline__ void run_item(
     const int count = item.last_block - item.first_block;
     RowTerms terms(work.oc, item, of.row_scales, of.factor);
     bool holds_all = true;
-    if constexpr (kOutliers) {
-        if (threadIdx.x < kFinishers) Beside::fetch(of.kept, terms.first_row, work.oc);
-    }
     // What results meet is fetched before sums are exchanged, which takes as long, where this CTA will have them. What
     // the kernels ahead wrote is there once this warpgroup has had activations.
     Met met;
-    const bool ahead = !kMany && !kBytewise && (item.parts == 1 || (gathered && item.part == 0));
+    const bool ahead = !kMany && !kBytewise && !kResidualsLate && (item.parts == 1 || (gathered && item.part == 0));
     const auto fetch = [&] {
         if (!ahead || threadIdx.x >= kFinishers) return;
         if (kFew && count <= threadIdx.x / 128) ptx::wait_for_earlier_kernels();

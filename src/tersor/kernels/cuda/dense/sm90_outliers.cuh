@@ -24,23 +24,20 @@ struct Kept {
     int count, stride;
 };
 
+// One warp: the words of an item's rows go to L2 while products are made.
+__device__ __forceinline__ void fetch_words(const Kept& kept, const Item& item, int rows) {
+    constexpr int kOfLine = 32;
+    const long long first = static_cast<long long>(item.first_row) * kept.count;
+    const int count = min(kRows, rows - item.first_row) * kept.count;
+    for (int i = threadIdx.x % 32 * kOfLine; i < count; i += 32 * kOfLine) ptx::prefetch(kept.words + first + i);
+}
+
 struct Beside {
     static constexpr int kDirect = 4;   // tokens that are read where they stand
     static constexpr int kEights = kTokens / 8;
-    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 4 : 16;  // under way together, by what registers hold
+    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 8 : 16;  // under way together, by what registers hold
     static constexpr int kAtOnce = kEights > 2 ? 4 : kLoads / kEights;      // words that these are for
     float of[kOutliers ? kSums : 1];    // as sums are
-
-    // The words of this lane's rows go to L2 while products are made.
-    __device__ __forceinline__ static void fetch(const Kept& kept, int first_row, int rows) {
-        constexpr int kOfLine = 32;
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = first_row + lane / 4 + 8 * half, place = lane % 4 * kOfLine;
-            if (row < rows && place < kept.count) ptx::prefetch(kept.words + static_cast<long long>(row) * kept.count + place);
-        }
-    }
 
     // Sums up what this lane's rows keep; `n` tokens are multiplied in all.
     __device__ __forceinline__ void sum(const Kept& kept, const Item& item, int first_row, int rows, int n) {
