@@ -170,3 +170,15 @@ def test_a_gpu_keeps_the_weights_that_a_cpu_does(recipe: str) -> None:
     assert here.outliers is not None and there.outliers is not None
     same = (here.outliers == there.outliers.cpu()).double().mean()
     assert float(same) == 1.0 if recipe == "rtn" else float(same) > 0.98
+
+
+def test_gradients_and_traces_take_the_kernels_of_the_dense_part() -> None:
+    layer = PackedLinear.from_packed(weight_of(scheme("int4", 128, 1), 512, 1024, torch.float16))
+    x = rows(8, 1024, dtype=torch.float16).requires_grad_()
+    expected = layer(x.detach())
+    y = layer(x)
+    torch.testing.assert_close(y, expected, rtol=2**-8, atol=2**-8)
+    (grad,) = torch.autograd.grad(y.float().sum(), x)
+    torch.testing.assert_close(grad.float(), layer.weight.float().sum(0).expand_as(x), rtol=2**-7, atol=2**-5)
+    traced = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(x.detach()), expected, rtol=2**-8, atol=2**-8)
