@@ -36,7 +36,7 @@ struct Beside {
     static constexpr int kDirect = 4;   // tokens that are read where they stand
     static constexpr int kEights = kTokens / 8;
     static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 8 : 16;  // under way together, by what registers hold
-    static constexpr int kAtOnce = kEights > 2 ? 4 : kLoads / kEights;      // words that these are for
+    static constexpr int kAtOnce = kEights > 6 ? 2 : kEights > 2 ? 4 : kLoads / kEights;  // words of these
     float of[kOutliers ? kSums : 1];    // as sums are
 
     // Sums up what this lane's rows keep; `n` tokens are multiplied in all.
