@@ -20,12 +20,12 @@ def all_sources(chip: Chip) -> list[KernelSource]:
     formats = itertools.cycle(_FORMATS)
     dtypes = itertools.cycle(itertools.product(decode_groups.PAIR_TARGETS, decode_groups.PAIR_TARGETS))
     found = []
-    for turn, tile in enumerate(tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
+    for tile in (tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
         (name, size), (dtype, kept) = next(formats), next(dtypes)
         packing = Packing.of(get_scheme(name, size), dtype)
         if tile not in sm90.tiles(packing.scales_in_block):
             packing = Packing.of(get_scheme(name), dtype)
         bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-        found.append(dense.sm90_source(packing, dtype, tile, slots, shared, turn % 2, outliers=kept))
+        found.append(dense.sm90_source(packing, dtype, tile, slots, shared, outliers=kept))
     return found

@@ -294,7 +294,7 @@ def test_every_tile_of_few_tokens_is_built_with_outliers() -> None:
     for tile in (tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
         assert any(has_tile(one, tile) for one in kernels), tile
     assert met(kernels, "OUTLIERS", "BF16") == set(itertools.product((1, 2), (0, 1)))
-    assert {kernel["EPILOGUE"] for kernel in kernels} == {0, 1} and not any(kernel["NORM"] for kernel in kernels)
+    assert not any(kernel["NORM"] or kernel["EPILOGUE"] for kernel in kernels)
     assert len(met(kernels, "SCALE_GROUPS")) > 2
 
 

@@ -2,6 +2,7 @@
 
 A kernel that adds them itself reads activations turned, eight tokens of a channel at a time, unless there are at most
 four. Their order of sums depends on that, and a batch-invariant call has the small kernel, whose order never changes.
+So has a gated one: with a gate and outliers one of the fused kernels had too few registers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def sources(
     if mode.current().reference or dtype not in TARGETS or kept is None:
         return [], 0
     found = outliers.sources(TARGETS[dtype], kept.dtype, tokens)
-    if not inside(own, dtype, chip.capability):
+    if gate or not inside(own, dtype, chip.capability):
         return found, 0
     packing, few = Packing.beside(Activations.NATIVE, dtype, own.scheme), min(tokens, tune.MOST_NORMED)
     for n in range(1, few + 1):
@@ -85,7 +86,7 @@ def multiply(
     kept, (oc, ic), index, now = weight.scheme.outliers, weight.shape, x.get_device(), mode.current()
     n = x.numel() // ic
     assert weight.outliers is not None and kept is not None
-    if n > tune.MOST_NORMED or not inside(own, x.dtype, torch.cuda.get_device_capability(index)):
+    if gate or n > tune.MOST_NORMED or not inside(own, x.dtype, torch.cuda.get_device_capability(index)):
         return None
     if current.device() != index:
         with torch.cuda.device(index):

@@ -88,12 +88,12 @@ __device__ __forceinline__ void run_item(
         holds_all = add_splits(sums, work, item, rank, of.partial, of.arrived);
     }
     if (!holds_all) return;
+    if constexpr (kOutliers) {  // ahead of biases, which take registers
+        ptx::wait_for_earlier_kernels();
+        terms.beside.sum(of.kept, item, terms.first_row, terms.rows, item.end_token);  // all tokens are in one tile
+    }
     terms.add_bias(of.bias, of.places);
     of_tokens.share(shared.norm_barrier);
-    if constexpr (kOutliers) {
-        ptx::wait_for_earlier_kernels();
-        terms.beside.sum(of.kept, item, terms.first_row, work.oc, work.n);
-    }
     if constexpr (kMany) {
         if (kPlaced && !of.places.wide) {
             store_many<true>(sums, item, terms, of.places, of_tokens, of.residual, of.y, slots + kExchangeAt);

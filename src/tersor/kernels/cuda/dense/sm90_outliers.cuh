@@ -35,7 +35,7 @@ __device__ __forceinline__ void fetch_words(const Kept& kept, const Item& item, 
 struct Beside {
     static constexpr int kDirect = 4;   // tokens that are read where they stand
     static constexpr int kEights = kTokens / 8;
-    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 8 : 16;  // under way together, by what registers hold
+    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 2 : 16;  // under way together, by what registers hold
     static constexpr int kAtOnce = kEights > 6 ? 2 : kEights > 2 ? 4 : kLoads / kEights;  // words of these
     float of[kOutliers ? kSums : 1];    // as sums are
 
@@ -47,7 +47,7 @@ struct Beside {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + lane / 4 + 8 * half;
-            const u32* words = kept.words + static_cast<long long>(row < rows ? row : 0) * kept.count;
+            const u32 words = static_cast<u32>(row < rows ? row : 0) * kept.count;  // the first of its row
             if (n <= kDirect) {
                 sum_direct(kept, words, half, n);
             } else {
@@ -57,21 +57,21 @@ struct Beside {
     }
 
 private:
-    __device__ __forceinline__ void sum_direct(const Kept& kept, const u32* words, int half, int n) {
-        constexpr int kWords = 4;
+    __device__ __forceinline__ void sum_direct(const Kept& kept, u32 words, int half, int n) {
+        constexpr int kWords = kLoads < 16 ? 1 : 4;
         const int quad = threadIdx.x % 4;
         float own[kDirect] = {};
 #pragma unroll 1
         for (int base = quad; base < kept.count; base += 4 * kWords) {
             u32 word[kWords];
 #pragma unroll
-            for (int i = 0; i < kWords; ++i) word[i] = base + 4 * i < kept.count ? __ldg(words + base + 4 * i) : 0;
+            for (int i = 0; i < kWords; ++i) word[i] = base + 4 * i < kept.count ? __ldg(kept.words + (words + base + 4 * i)) : 0;
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
 #pragma unroll
                 for (int token = 0; token < kDirect; ++token) {
                     if (base + 4 * i >= kept.count || token >= n) continue;
-                    const u16 x = __ldcg(kept.x + static_cast<long long>(token) * kept.stride + (word[i] & 0xffff));
+                    const u16 x = __ldcg(kept.x + (token * kept.stride + (word[i] & 0xffff)));
                     own[token] = __fmaf_rn(weight(word[i]), ptx::widen<kBf16>(x), own[token]);
                 }
             }
@@ -84,20 +84,20 @@ private:
         }
     }
 
-    __device__ __forceinline__ void sum_turned(const Kept& kept, const u32* words, int half, const Item& item) {
-        const u16* tokens = kept.x + item.first_token + threadIdx.x % 4 * 2;
+    __device__ __forceinline__ void sum_turned(const Kept& kept, u32 words, int half, const Item& item) {
+        const u32 tokens = item.first_token + threadIdx.x % 4 * 2;
 #pragma unroll 1
         for (int base = 0; base < kept.count; base += kAtOnce) {
             u32 word[kAtOnce], pairs[kAtOnce][kEights];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) word[i] = base + i < kept.count ? __ldg(words + base + i) : 0;
+            for (int i = 0; i < kAtOnce; ++i) word[i] = base + i < kept.count ? __ldg(kept.words + (words + base + i)) : 0;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                const u16* column = tokens + static_cast<long long>(word[i] & 0xffff) * kept.stride;
+                const u32 column = tokens + (word[i] & 0xffff) * kept.stride;  // elements are fewer than 2^32
 #pragma unroll
                 for (int j = 0; j < kEights; ++j) {
                     const bool there = base + i < kept.count && item.first_token + 8 * j < item.end_token;
-                    pairs[i][j] = there ? __ldcg(reinterpret_cast<const u32*>(column + 8 * j)) : 0;
+                    pairs[i][j] = there ? __ldcg(reinterpret_cast<const u32*>(kept.x + (column + 8 * j))) : 0;
                 }
             }
 #pragma unroll
