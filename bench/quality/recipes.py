@@ -36,6 +36,9 @@ TRANSFORMED = (
     ("fp6_e2m3-row-gptq", ROTATE),
 )
 """(Recipe, transform that `tersor quantize` does beside choosing codes)."""
+OUTLIERS = "0.5%"
+BESIDE = ("int4-g-rtn", "int4-g-gptq", "uint4-g-gptq", "uint3-g-gptq", "fp4_e2m1-row-rtn", "fp4_e2m1-row-gptq")
+"""Recipes that are measured with so many outliers, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ def recipes(group: int) -> list[Recipe]:
     found += [_named(f"mx{name}-rtn", f"mx{name}") for name in ("fp6_e3m2", "fp6_e2m3")]
     known = {one.name: one for one in found}
     found += [transformed(known[base], name) for base, name in TRANSFORMED]
+    found += [beside(known[base]) for base in BESIDE]
     every = [Recipe(ORIGINAL, ways=(KV,)), *(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found)]
     return sorted(every, key=lambda one: not any(KV in way for way in one.ways))
 
@@ -104,6 +108,11 @@ def transformed(base: Recipe, name: str) -> Recipe:
     """Return a recipe with a transform, beside the one that lacks it; rotation alone needs no text."""
     calibrated = base.calibrated or name != ROTATE
     return Recipe(f"{base.name}-{name}", {**base.options, "transforms": [name]}, calibrated=calibrated)
+
+
+def beside(base: Recipe) -> Recipe:
+    """Return a recipe that keeps outliers, beside the one that lacks them."""
+    return Recipe(f"{base.name}-outliers", {**base.options, "outliers": OUTLIERS}, calibrated=base.calibrated)
 
 
 def _plain(scheme: str, group: int, how: Mapping[str, Any] | None = None) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from tersor.formats import Activations
-from tersor.kernels import columns, norms, sampling, small
+from tersor.kernels import columns, norms, outliers, sampling, small
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.quantizing import quantize_source
 from tersor.layouts import decode_groups
@@ -21,6 +21,7 @@ def products() -> list[KernelSource]:
     copies += [small.resolve_source(), small.keep_source()]
     copies += [small.pointwise_source(("float16", "bfloat16")[gate % 2], gate, not gate) for gate in range(5)]
     copies += [small.heads_source(True), small.heads_source(False), small.trim_source()]
+    copies += [outliers.turn_source(), *(outliers.sums_source("bfloat16", "float16", n) for n in (*outliers.FEW, 8))]
     return [*normed, *copies, *itertools.chain.from_iterable(draws), *sums]
 
 

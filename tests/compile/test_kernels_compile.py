@@ -26,7 +26,7 @@ from tersor.layouts.packing import SCALE_TYPES, Packing, scales_in_block
 
 CAPABILITIES = tuple(sorted(catalogue.CHIP_OF))
 
-MOST_KERNELS = 575
+MOST_KERNELS = 600
 """Kernels that a fresh clone may have to compile, on average 0.4 CPU seconds each: some 120 in all."""
 MOST_SECONDS = 300.0
 """CPU seconds that those of one architecture may take; sm_90's take a third on a core of their own, and more beside a
@@ -295,6 +295,15 @@ def test_every_tile_of_few_tokens_is_built_with_a_norm_ahead_and_with_one_behind
         assert {one["NORM"] for one in kernels if has_tile(one, tile)} == {1, 2}, tile
     assert met(kernels, "NORM", "BF16") == set(itertools.product((1, 2), (0, 1)))
     assert met(kernels, "NORM", "EPILOGUE") == {(1, 0), (1, 1), (2, 0)}
+    assert len(met(kernels, "SCALE_GROUPS")) > 2
+
+
+def test_every_tile_of_few_tokens_is_built_with_outliers() -> None:
+    kernels = [one for one in macros((9, 0), "sm90_linear") if one["OUTLIERS"]]
+    for tile in (tile for tile in sm90.tiles(0) if tile.tokens <= MOST_NORMED):
+        assert any(has_tile(one, tile) for one in kernels), tile
+    assert met(kernels, "OUTLIERS", "BF16") == set(itertools.product((1, 2), (0, 1)))
+    assert not any(kernel["NORM"] or kernel["EPILOGUE"] for kernel in kernels)
     assert len(met(kernels, "SCALE_GROUPS")) > 2
 
 

@@ -119,6 +119,8 @@ def test_what_is_measured_is_kept_for_reports_and_not_measured_again(
         "int4-g-gptq-high",
         "int4-row-rtn",
         "int4-row-gptq",
+        "int4-g-rtn-outliers",
+        "int4-g-gptq-outliers",
     ]
     with pytest.raises(SystemExit, match="group_size is 32 there: move the file away"):
         bench.run.main([*some, "--group", "16"])

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from tersor.errors import CheckpointError, FormatError, InputError, did_you_mean
-from tersor.formats import FLOAT_DTYPES, Mix, Plain, Scheme, Sparse, get_scheme, plain_values
+from tersor.formats import FLOAT_DTYPES, Mix, Outliers, Plain, Scheme, Sparse, get_scheme, plain_values
 
 QUANT_METHOD = "tersor"
-VERSION = 3
-"""The newest version that is read: that of pruned weights. Mixed ones are written as 2, the others as 1, which older
-readers know."""
+VERSION = 4
+"""The newest version that is read: that of outliers. Pruned weights are written as 3, mixed ones as 2, the others as 1,
+which older readers know."""
+_SPARSE_VERSION = 3
 _MIXED_VERSION = 2
 MIXED_FORMAT = "mixed"
 """What `format` says where every output feature has a scheme of its own, one of `levels`."""
 _REQUIRED = ("quant_method", "version", "format")
-_SCHEME_KEYS = ("format", "group_size", "scale_dtype", "sparse")
+_SCHEME_KEYS = ("format", "group_size", "scale_dtype", "sparse", "outliers")
+_OUTLIER_KEYS = ("percent", "dtype")
 _KEYS = (*_REQUIRED, *_SCHEME_KEYS[1:], "levels", "overrides", "ignore", "provenance")
 _GROUP = re.compile(r"g-?[0-9]{1,9}")
 
@@ -65,8 +67,11 @@ class QuantizationConfig:
     @property
     def version(self) -> int:
         """The version that is written: the oldest that can say this."""
-        if any(isinstance(one, Sparse) for one in (self.scheme, *(override.scheme for override in self.overrides))):
+        said = (self.scheme, *(override.scheme for override in self.overrides))
+        if any(isinstance(one, Scheme) and one.outliers is not None for one in said):
             return VERSION
+        if any(isinstance(one, Sparse) for one in said):
+            return _SPARSE_VERSION
         return _MIXED_VERSION if isinstance(self.scheme, Mix) else 1
 
     @property
@@ -171,12 +176,14 @@ def _represented_to_dict(scheme: Represented) -> dict[str, Any]:
 
 
 def scheme_to_dict(scheme: Alike) -> dict[str, Any]:
-    """Return a scheme as three JSON values, with a fourth where weights in it may be pruned."""
+    """Return a scheme as three JSON values, with a fourth where weights in it may be pruned or some are outliers."""
     if isinstance(scheme, Sparse):
         values = scheme.values
         said = {"format": values.dtype} if isinstance(values, Plain) else scheme_to_dict(values)
         return {**said, "sparse": True}
-    return {"format": scheme.name, "group_size": scheme.group_size, "scale_dtype": scheme.scale_dtype}
+    said = {"format": scheme.name, "group_size": scheme.group_size, "scale_dtype": scheme.scale_dtype}
+    kept = scheme.outliers
+    return said if kept is None else {**said, "outliers": {"percent": kept.percent, "dtype": kept.dtype}}
 
 
 def finds(pattern: str, names: Iterable[str]) -> bool:
@@ -309,7 +316,7 @@ def _scheme(entry: Any, where: str) -> Alike:
     if not isinstance(entry, Mapping):
         raise CheckpointError(f"{where} is {entry!r}, not an object")
     _check_keys(entry, _SCHEME_KEYS, ("format",), where)
-    name, group_size, scale_dtype, sparse = (entry.get(key) for key in _SCHEME_KEYS)
+    name, group_size, scale_dtype, sparse, outliers = (entry.get(key) for key in _SCHEME_KEYS)
     if not isinstance(name, str):
         raise CheckpointError(f"{where}: format is {name!r}, not a name")
     if group_size is not None and type(group_size) is not int:
@@ -319,14 +326,28 @@ def _scheme(entry: Any, where: str) -> Alike:
     if sparse is not None and type(sparse) is not bool:
         raise CheckpointError(f"{where}: sparse is {sparse!r}, not true or false")
     if sparse and name in FLOAT_DTYPES:
-        if group_size is not None or scale_dtype is not None:
-            raise CheckpointError(f"{where}: {name} numbers have no scales, and so neither group_size nor scale_dtype")
+        if (group_size, scale_dtype, outliers) != (None, None, None):
+            raise CheckpointError(
+                f"{where}: {name} numbers have no scales and no outliers, and so none of {', '.join(_SCHEME_KEYS[1:])}"
+            )
         return Sparse(Plain(name))
     try:
-        scheme = get_scheme(name, group_size, scale_dtype)
+        scheme = replace(get_scheme(name, group_size, scale_dtype), outliers=_outliers(outliers, where))
+        return Sparse(scheme) if sparse else scheme
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
-    return Sparse(scheme) if sparse else scheme
+
+
+def _outliers(entry: Any, where: str) -> Outliers | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"{where}: outliers is {entry!r}, not an object")
+    _check_keys(entry, _OUTLIER_KEYS, _OUTLIER_KEYS, f"{where}: outliers")
+    percent, dtype = (entry[key] for key in _OUTLIER_KEYS)
+    if isinstance(percent, bool) or not isinstance(percent, int | float) or not isinstance(dtype, str):
+        raise CheckpointError(f"{where}: outliers is {entry!r}, expected a number percent and the name of a dtype")
+    return Outliers(float(percent), dtype)
 
 
 def _level(entry: Any, where: str) -> Scheme:

@@ -12,7 +12,15 @@ from tersor.checkpoint.exports import Export, Stored
 from tersor.checkpoint.header import WEIGHT_DTYPES, TensorSpec
 from tersor.checkpoint.modules import Architecture, LinearLayer, Skipped, Target
 from tersor.checkpoint.names import Form
-from tersor.checkpoint.pruned import NEVER_SPARSE, NOT_PRUNED, FindPruned, left_of, narrowed, never_sparse
+from tersor.checkpoint.pruned import (
+    NEVER_SPARSE,
+    NOT_PRUNED,
+    FindPruned,
+    check_keeps,
+    left_of,
+    narrowed,
+    never_sparse,
+)
 from tersor.checkpoint.source import Source, StoredTensor
 from tersor.checkpoint.writer import shard_names, split_into_shards
 from tersor.errors import CheckpointError, FormatError, InputError
@@ -162,6 +170,8 @@ def make_conversion(
                 steps.append(Step(tensor, layer, None, None, note, linear))
                 continue
         else:
+            if isinstance(chosen, Scheme):
+                check_keeps(layer, chosen, export.name)
             form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen
             for level in form.mix.levels if isinstance(form, Assignment) else (form,):
                 _check_weight(tensor, layer, level)

@@ -24,6 +24,9 @@ from tersor.layouts import SparseWeight, stream
 PACKED, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 """Names of the tensors that stand for a dense weight, on disk and in a state dict."""
 
+OUTLIERS = "weight_outliers"
+"""Name of the tensor beside them that holds the weights which are kept as they are, where a scheme has outliers."""
+
 LEVEL, LEVELS = "weight_level", "levels"
 """Name of the tensor that says the level of every output feature of a mixed weight, and of what holds its levels."""
 
@@ -106,15 +109,16 @@ class Storage(ABC):
 
 
 class Dense(Storage):
-    """Every weight has a code: the stored stream, scales and, for `uint` formats, zero points."""
+    """Every weight has a code: the stored stream, scales, for `uint` formats zero points, and outliers where kept."""
 
     name = "dense"
     marker = PACKED
-    names = (PACKED, SCALE, ZERO_POINT)
+    names = (PACKED, SCALE, ZERO_POINT, OUTLIERS)
 
     def names_of(self, scheme: Scheme) -> tuple[str, ...]:
         """Return the names of the tensors that every weight in a scheme has, the marker first."""
-        return self.names if scheme.has_zero_point else (PACKED, SCALE)
+        has = {ZERO_POINT: scheme.has_zero_point, OUTLIERS: scheme.outliers is not None}
+        return tuple(name for name in self.names if has.get(name, True))
 
     def marker_form(self, scheme: Scheme, oc: int, ic: int) -> TensorForm:
         """Return shape and dtype of the marker of a weight [oc, ic]."""
@@ -127,6 +131,8 @@ class Dense(Storage):
             SCALE: TensorForm(groups, SCALE_DTYPES[form.scale_dtype]),
             ZERO_POINT: TensorForm(groups, torch.uint8),
         }
+        if form.outliers is not None:
+            forms[OUTLIERS] = TensorForm((oc, form.outliers.per_row(ic)), torch.int32)
         return {name: forms[name] for name in self.names_of(form)}
 
     def pack(self, encoded: Encoded) -> dict[str, torch.Tensor]:
@@ -134,6 +140,8 @@ class Dense(Storage):
         tensors = {PACKED: stream.pack(encoded.codes, encoded.scheme.format.bits), SCALE: encoded.scale}
         if encoded.zero_point is not None:
             tensors[ZERO_POINT] = encoded.zero_point
+        if encoded.outliers is not None:
+            tensors[OUTLIERS] = encoded.outliers
         return tensors
 
     def largest_weight(self, scheme: Scheme, marker: tuple[int, ...]) -> tuple[int, int]:
@@ -151,7 +159,7 @@ class Mixed(Storage):
 
     name = "mixed"
     marker = LEVEL
-    names = (LEVEL, *(f"{LEVELS}.{level}.{name}" for level in range(MOST_LEVELS) for name in Dense.names))
+    names = (LEVEL, *(f"{LEVELS}.{level}.{name}" for level in range(MOST_LEVELS) for name in Dense.names[:3]))
 
     def tensors(self, form: Assignment, oc: int, ic: int) -> dict[str, TensorForm]:
         form.check(oc)

@@ -92,6 +92,25 @@ def never_sparse(layer: LinearLayer) -> bool:
     return layer.stacked or layer.embedding or re.search(r"\.experts\.\d+\.", layer.module) is not None
 
 
+def check_keeps(layer: LinearLayer, scheme: Scheme, export: str) -> None:
+    """Hold that a layer's weight may keep the outliers that its scheme has, if any, in a checkpoint format.
+
+    Raises:
+        InputError: the export cannot say them, or they are of experts or an embedding.
+        FormatError: rows are longer than columns are counted.
+    """
+    if scheme.outliers is None:
+        return
+    if export != "tersor":
+        raise InputError(f"{export} cannot say outliers beside codes: leave them out")
+    if never_sparse(layer):
+        raise InputError(
+            f"{layer.module}: experts and embeddings keep no outliers: give them an override, which has none, or "
+            "ignore them"
+        )
+    scheme.outliers.per_row(layer.shape[-1])
+
+
 def narrowed(config: QuantizationConfig, used: Collection[Represented | None]) -> QuantizationConfig:
     """Return a configuration in which what may be sparse and never is has the scheme that it has everywhere.
 

@@ -55,7 +55,8 @@ def shape_words(shape: Sequence[int]) -> str:
 def scheme_words(key: str) -> str:
     """Write a scheme's key for people: `fp6_e3m2, row, float16`; an `mx` format's name says it all.
 
-    The key of a mix is `mixed`, with how many levels there are; that of a pruned weight is `sparse`, with its values.
+    The key of a mix is `mixed`, with how many levels there are; that of a pruned weight is `sparse`, with its values;
+    outliers stand at the end.
     """
     from tersor.formats import FLOAT_DTYPES, Scheme
 
@@ -68,7 +69,8 @@ def scheme_words(key: str) -> str:
     if levels > 1:
         return f"mixed, {levels} levels"
     scheme = Scheme.from_key(key)
+    beside = "" if scheme.outliers is None else f" + {scheme.outliers.percent:g} % {scheme.outliers.dtype}"
     if scheme.is_mx:
-        return scheme.name
+        return scheme.name + beside
     group = "row" if scheme.group_size is None else f"group {scheme.group_size}"
-    return f"{scheme.format.name}, {group}, {scheme.scale_dtype}"
+    return f"{scheme.format.name}, {group}, {scheme.scale_dtype}{beside}"

@@ -109,6 +109,14 @@ def command(
             "smaller; off: never."
         ),
     ] = "auto",
+    outliers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the weights of every row, such as 0.5%, kept in 16 bits beside the codes of --format: those "
+            "that codes lose most on by the calibration text, without one the largest.",
+        ),
+    ] = None,
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
@@ -142,6 +150,7 @@ def command(
             dry_run=dry_run,
             resume=resume,
             sparse=sparse,
+            outliers=outliers,
             device=device,
             export=export,
             shard_size=parse_size(shard_size),

@@ -90,6 +90,8 @@ def encode(
     codes = torch.empty(oc, ic, dtype=torch.uint8, device=device)
     scale = torch.empty(groups, dtype=SCALE_DTYPES[scheme.scale_dtype], device=device)
     zero_point = torch.empty(groups, dtype=torch.uint8, device=device) if scheme.has_zero_point else None
+    kept = 0 if scheme.outliers is None else scheme.outliers.per_row(ic)
+    outliers = torch.empty(oc, kept, dtype=torch.int32, device=device) if kept else None
 
     underflowed: list[int] = []
     objectives: list[Objective] = []
@@ -101,10 +103,12 @@ def encode(
         codes[rows], scale[rows] = block.codes, block.scale
         if zero_point is not None and block.zero_point is not None:
             zero_point[rows] = block.zero_point
+        if outliers is not None and block.outliers is not None:
+            outliers[rows] = block.outliers
 
     error, norm = encode_blocks(weight, scheme, take, recipe, statistics)
     objective = Objective.sum(objectives) if objectives else None
-    return Encoded(scheme, codes, scale, zero_point, error, norm, tuple(sorted(underflowed)), objective)
+    return Encoded(scheme, codes, scale, zero_point, error, norm, tuple(sorted(underflowed)), objective, outliers)
 
 
 def encode_blocks(

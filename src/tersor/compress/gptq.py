@@ -8,6 +8,8 @@ where no single one of them can do better.
 Where calibration also summed up how the original model's inputs differ, the weight aims at the original's outputs
 (GPTAQ, arXiv 2504.02692, and QEP, arXiv 2504.09629, in closed form, with half of the step). Where it summed up the
 output gradients, the loss is tr(H_O E H E^T) (YAQA, arXiv 2505.22988): `tersor.compress.two_sided`.
+
+Where the scheme has outliers, these are taken out first and err nowhere; errors of codes move past them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 
 from tersor.compress.grid import Grid
 from tersor.compress.hessian import INPUT_DAMPING, Hessian, check_finite, exact_products
+from tersor.compress.outliers import beside, part
 from tersor.compress.refine import Layer
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, SHIFT
@@ -49,15 +52,22 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
         NonFiniteError, FormatError, ScaleError: as `quantize_rtn`.
         InputError: statistics of another shape, not finite, or not second moments; it names them.
     """
-    nearest = quantize_rtn(weight, scheme)
+    nearest = quantize_rtn(weight, scheme.dense)
     statistics = {name: statistic.to(weight.device) for name, statistic in statistics.items()}
     check_statistics(weight, statistics)
     with exact_products(), torch.no_grad():
         hessian = Hessian.of(statistics[HESSIAN], INPUT_DAMPING, HESSIAN)
-        layer = Layer.of(Grid.of(scheme, weight.shape[1], weight.dtype, weight.device), hessian)
+        grid = Grid.of(scheme.dense, weight.shape[1], weight.dtype, weight.device)
         rows = weight.float()
         if SHIFT in statistics:
             rows = rows + propagated(rows, statistics[SHIFT], hessian)
+        if scheme.outliers is not None:
+            parted = part(weight, scheme.outliers, grid, hessian.natural.diagonal())
+            layer = Layer.of(grid, hessian, ~parted.kept)
+            nearest = quantize_rtn(parted.rest, scheme.dense)
+            rest, rows = parted.rest, rows - parted.values
+        else:
+            layer, rest = Layer.of(grid, hessian), weight
         target = layer.columns(rows)
         start = layer.judge(target, choice_of(nearest, layer))
         if OUTPUT_HESSIAN in statistics:
@@ -68,7 +78,8 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
             judged = layer.refine(target, start)
             before, after, best = float(start.loss.sum()), float(judged.loss.sum()), judged.choice
             unit = hessian.unit
-        return encoded_of(weight, nearest, layer, best, Objective(before * unit, after * unit))
+        encoded = encoded_of(rest, nearest, layer, best, Objective(before * unit, after * unit))
+        return encoded if scheme.outliers is None else beside(encoded, parted, weight, scheme)
 
 
 def check_statistics(weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> None:

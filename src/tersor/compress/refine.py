@@ -62,6 +62,10 @@ class Layer:
         mask = None if kept is None else kept.T.index_select(0, hessian.order).float()
         return Layer(grid, hessian, groups, mask)
 
+    def of_rows(self, rows: torch.Tensor) -> Layer:
+        """Return the layer of some rows, int64 [rows], in that order."""
+        return self if self.kept is None else replace(self, kept=self.kept[:, rows].contiguous())
+
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows [rows, IC] as columns in the Hessian's order, [IC, rows]."""
         return rows.T.index_select(0, self.hessian.order)

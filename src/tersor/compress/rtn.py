@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from tersor.compress.outliers import quantize_beside
 from tersor.errors import NonFiniteError
 from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme, dtype_name, scale_values, store_scales
 
@@ -28,13 +29,16 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
 
     Returns:
         The codes, scales and the squared error; a row or group of zeros has scale 0 (E8M0: its smallest scale) and
-        decodes to 0.
+        decodes to 0. Where the scheme has outliers the largest weights of every row are those.
 
     Raises:
         NonFiniteError: the weight holds a NaN or an infinity, with its index.
         FormatError: the group size does not divide IC.
-        ScaleError: a scale does not fit its dtype, or weights decode beyond their own dtype's largest number.
+        ScaleError: a scale does not fit its dtype, or weights decode beyond their own dtype's largest number; or an
+            outlier is beyond that of its own.
     """
+    if scheme.outliers is not None:
+        return quantize_beside(weight, scheme, quantize_rtn)
     oc, ic = weight.shape
     groups = scheme.groups(ic)
     grouped = weight.reshape(oc, groups, ic // groups).to(torch.float32)

@@ -142,7 +142,8 @@ def _round_blocks(layer: Layer, output: OutputHessian, rows: _Rows) -> None:
     wanted = rows.target.clone()
     for block in output.blocks():
         goal = wanted[:, block].flatten(0, 1).T.contiguous()
-        chosen = layer.refine(goal, layer.judge(goal, rows.of(block)), ROUNDS).choice
+        own = layer.of_rows(output.order[:, block].flatten())
+        chosen = own.refine(goal, own.judge(goal, rows.of(block)), ROUNDS).choice
         rows.put(block, chosen)
         behind = slice(block.stop, None)
         factor = output.factor[:, block]
@@ -160,7 +161,7 @@ def _descend_blocks(layer: Layer, output: OutputHessian, rows: _Rows) -> None:
         best = rows.decoded(choice) + torch.linalg.solve_ex(own, matrix @ rows.error)[0]
         goal = best.flatten(0, 1).T.contiguous()
         before = layer.judge(goal, choice)
-        after = layer.polish(goal, before, ROUNDS)
+        after = layer.of_rows(output.order[:, block].flatten()).polish(goal, before, ROUNDS)
 
         def loss(judged: Judged, goal: torch.Tensor = goal, own: torch.Tensor = own) -> torch.Tensor:
             error = (goal - judged.choice.decoded(layer.groups)).T.unflatten(0, (pieces, -1))

@@ -22,6 +22,29 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _SPARE_BYTES = 64 << 20
 
 
+def check_levels(scored: bool, given: bool, dry_run: bool, export: str, outliers: str | None, scales: bool) -> None:
+    """Hold that what is said of the levels of output features fits what is said beside it.
+
+    Args:
+        scored, given: whether they follow from a target, or are there.
+        dry_run, export, outliers: as `tersor.quantize` takes them.
+        scales: whether a group size or a scale dtype is asked for.
+
+    Raises:
+        InputError: it does not.
+    """
+    if scored and given:
+        raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
+    if scored and dry_run:
+        raise InputError("a dry run scores no output features: leave the target out")
+    if scored and export != "tersor":
+        raise InputError(f"{export} cannot say a mix of schemes in one layer: leave the target out")
+    if outliers is not None and (scored or given):
+        raise InputError("outliers stand beside one format: leave them out where output features have levels")
+    if given and scales:
+        raise InputError("group size and scale dtype belong into every level where output features have levels")
+
+
 def check_destination(output: str | os.PathLike[str] | None, dry_run: bool) -> Path | None:
     """Return the directory to make, `None` for a dry run without one.
 

@@ -35,6 +35,7 @@ from tersor.convert.checks import (
     check_destination,
     check_growth,
     check_in_place,
+    check_levels,
     check_shard_bytes,
     check_space,
 )
@@ -69,6 +70,7 @@ def quantize(
     dry_run: bool = ...,
     device: str | None = ...,
     progress: Progress | None = ...,
+    outliers: str | None = ...,
 ) -> Report: ...
 
 
@@ -98,6 +100,7 @@ def quantize(
     trust_remote_code: bool = ...,
     transforms: Sequence[str] = ...,
     sparse: str = ...,
+    outliers: str | None = ...,
     assignments: Mapping[str, Assignment] | None = ...,
     levels: Sequence[str] = ...,
     target_bits: float | None = ...,
@@ -133,6 +136,7 @@ def quantize(
     trust_remote_code: bool = False,
     transforms: Sequence[str] = (),
     sparse: str = "auto",
+    outliers: str | None = None,
     assignments: Mapping[str, Assignment] | None = None,
     levels: Sequence[str] = (),
     target_bits: float | None = None,
@@ -182,6 +186,8 @@ def quantize(
         transforms: what is done to the model beside choosing codes, of `convert.transforms.TRANSFORMS`.
         sparse: `auto`: a weight that was pruned, one with zeros, is stored as a mask and what is left of it where that
             takes fewer bytes; `off`: never. Recipes that calibrate, targets and exports store dense weights.
+        outliers: a share of the weights of every row, such as `0.5%`, kept in 16 bits beside the codes of `format`, not
+            of overrides: those that codes lose most on by the calibration text, without one the largest.
         assignments: linear module -> the level of each of its output features, all of one mix (`convert.mix.assign`
             makes them): what has no override gets its levels in place of `format`.
         levels: `FORMAT[:gN|:row][:SCALE_DTYPE]`, of which each output feature gets one by its score on the calibration
@@ -203,14 +209,8 @@ def quantize(
     target = parse_target(levels, *limits, group_size, scale_dtype)
     mix = mix_of(assignments)
     wanted = parse_transforms(transforms)
-    if target is not None and mix is not None:
-        raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
-    if target is not None and dry_run:
-        raise InputError("a dry run scores no output features: leave the target out")
-    if target is not None and export != "tersor":
-        raise InputError(f"{export} cannot say a mix of schemes in one layer: leave the target out")
-    if mix is not None and (group_size, scale_dtype) != (None, None):
-        raise InputError("group size and scale dtype belong into every level where output features have levels")
+    scales = (group_size, scale_dtype) != (None, None)
+    check_levels(target is not None, mix is not None, dry_run, export, outliers, scales)
     text = None
     if calibration is not None:
         text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed, wanted)
@@ -233,18 +233,18 @@ def quantize(
             dry_run=dry_run,
             device=device,
             progress=progress,
+            outliers=outliers,
         )
     get_export(export)
     if not dry_run or text is not None:
         check_options(algorithm, text, wanted, scored=target is not None)
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
-    asked = Asked(format, group_size, scale_dtype, overrides)
-    asked.scheme()
+    asked = Asked(format, group_size, scale_dtype, overrides, outliers=outliers)
     destination = check_destination(output, dry_run)
     patterns = parse_ignore(ignore)
-    dense = text or target or mix or wanted or export != "tersor"
-    asked = asked.check(sparse, "a calibration, levels, transforms and exports store none" if dense else "")
+    dense = text or target or mix or wanted or outliers or export != "tersor"
+    asked = asked.check(sparse, "a calibration, levels, transforms, outliers and exports store none" if dense else "")
     with open_source(model, revision) as source:
         if destination is not None:
             check_apart(source, destination)
@@ -255,7 +255,7 @@ def quantize(
         if untied:
             rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
-        asked = asked.with_scales(chosen_export.default_scale_dtype)
+        asked = asked.with_scales(chosen_export.default_scale_dtype).with_outliers_in(model_dtype(source))
         scheme: Represented = mix or (STAND_IN if target else asked.scheme())
         provenance = {
             "tersor": __version__,

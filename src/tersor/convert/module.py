@@ -24,7 +24,8 @@ from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.pipeline import Progress, row_of
 from tersor.convert.report import Report, Row
 from tersor.errors import FormatError, InputError, NonFiniteError, ShapeError
-from tersor.formats import Scheme, get_scheme, store_scales
+from tersor.formats import Outliers, Scheme, dtype_name, get_scheme, store_scales
+from tersor.formats.outliers import DTYPES as OUTLIER_DTYPES
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import live
 from tersor.nn import PackedModule
@@ -74,6 +75,7 @@ def quantize_module(
     dry_run: bool = False,
     device: str | None = None,
     progress: Progress | None = None,
+    outliers: str | None = None,
 ) -> Report:
     """Compress the linear layers of a model in place, one after the other; each old weight is freed.
 
@@ -86,6 +88,7 @@ def quantize_module(
         dry_run: only report what would be done.
         device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`; `None` is where each weight is.
         progress: called with bytes done, bytes in all, and a tensor's name.
+        outliers: as there; in the dtype of the model's first parameter where that has 16 bits, else float16.
 
     Returns:
         What was done, tensor by tensor, under the names of the model's state dict; experts that transformers holds
@@ -101,6 +104,9 @@ def quantize_module(
             f"a module in memory is rounded to nearest: for {algorithm!r} save it, and calibrate the checkpoint"
         )
     scheme = get_scheme(format, group_size, scale_dtype)
+    if outliers is not None:
+        dtype = next((dtype_name(one.dtype) for one in model.parameters()), "")
+        scheme = replace(scheme, outliers=Outliers.parse(outliers, dtype if dtype in OUTLIER_DTYPES else "float16"))
     patterns, chosen = parse_ignore(ignore), parse_overrides(overrides, group_size, scale_dtype)
     where = None if device is None else resolve_device(device)
     name = type(model).__name__

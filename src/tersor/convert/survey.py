@@ -20,7 +20,8 @@ from tersor.checkpoint.names import TORCH_DTYPES, stored_tensors
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import InputError
-from tersor.formats import Pruned, Scheme, Sparse, get_scheme, plain_values
+from tersor.formats import Outliers, Pruned, Scheme, Sparse, get_scheme, plain_values
+from tersor.formats.outliers import DTYPES as OUTLIER_DTYPES
 from tersor.layouts import bitmap
 
 SAMPLED_ROWS = 64
@@ -38,6 +39,8 @@ class Asked:
     Attributes:
         format, group_size, scale_dtype, overrides: as `tersor.quantize` takes them.
         looked: whether pruned weights are looked for.
+        outliers: as `tersor.quantize` takes them; beside `format`, not in overrides.
+        outlier_dtype: what they are stored in.
     """
 
     format: str
@@ -45,6 +48,8 @@ class Asked:
     scale_dtype: str | None
     overrides: Mapping[str, Any] | Sequence[str]
     looked: bool = False
+    outliers: str | None = None
+    outlier_dtype: str = "float16"
 
     def check(self, sparse: str, obstacle: str) -> Asked:
         """Return the same once it is known whether pruned weights are looked for.
@@ -72,16 +77,24 @@ class Asked:
             return self
         return replace(self, scale_dtype=scale_dtype)
 
+    def with_outliers_in(self, dtype: str) -> Asked:
+        """Return the same with outliers in the model's dtype, where that has 16 bits; else they are float16."""
+        return replace(self, outlier_dtype=dtype) if dtype in OUTLIER_DTYPES else self
+
     def scheme(self) -> Alike:
         """Return what weights are represented in that no override finds.
 
         Raises:
-            InputError: scales for plain numbers.
-            FormatError: an unknown format, or options that contradict it.
+            InputError: scales or outliers for plain numbers.
+            FormatError: an unknown format, or options that contradict it; outliers that are no share within reach.
         """
         plain = plain_values(self.format) if isinstance(self.format, str) else None
+        kept = None if self.outliers is None else Outliers.parse(self.outliers, self.outlier_dtype)
         if plain is None:
-            return self._maybe_sparse(get_scheme(self.format, self.group_size, self.scale_dtype))
+            scheme = get_scheme(self.format, self.group_size, self.scale_dtype)
+            return self._maybe_sparse(scheme) if kept is None else replace(scheme, outliers=kept)
+        if kept is not None:
+            raise InputError(f"{plain.name} keeps every weight as it is: outliers stand beside a format of codes")
         if self.group_size is not None or self.scale_dtype is not None:
             raise InputError(f"{plain.name} numbers have no scales: leave group size and scale dtype out")
         return Sparse(plain)

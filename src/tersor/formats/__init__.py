@@ -5,6 +5,7 @@ from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_d
 from tersor.formats.element import ElementFormat, get, names
 from tersor.formats.encoded import Encoded, Objective, dequantize
 from tersor.formats.mix import MOST_LEVELS, Assignment, Mix
+from tersor.formats.outliers import Outliers, add_outliers, cut_outliers, outlier_columns, outlier_values, outlier_words
 from tersor.formats.scheme import (
     SCALE_DTYPES,
     ScaleError,
@@ -27,12 +28,15 @@ __all__ = [
     "Encoded",
     "Mix",
     "Objective",
+    "Outliers",
     "Plain",
     "Pruned",
     "ScaleError",
     "Scheme",
     "Sparse",
     "Values",
+    "add_outliers",
+    "cut_outliers",
     "dequantize",
     "dtype_name",
     "float_dtype",
@@ -41,6 +45,9 @@ __all__ = [
     "get_scheme",
     "mask_bytes",
     "names",
+    "outlier_columns",
+    "outlier_values",
+    "outlier_words",
     "plain_values",
     "product_tolerance",
     "scale_values",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tersor.formats.outliers import add_outliers
 from tersor.formats.scheme import Scheme, scale_values
 
 
@@ -44,6 +45,8 @@ class Encoded:
         underflowed: rows with weights so small that no scale of the dtype is near the one they need, so that they
             decode to zero or to values far off.
         objective: what a recipe with statistics of the layer has made small; `None` of others.
+        outliers: int32 [OC, K], the weights that are kept beside the codes, where the scheme has some
+            (`outliers.outlier_words`).
     """
 
     scheme: Scheme
@@ -54,6 +57,7 @@ class Encoded:
     squared_norm: float
     underflowed: tuple[int, ...] = ()
     objective: Objective | None = None
+    outliers: torch.Tensor | None = None
 
     def scales(self) -> torch.Tensor:
         """Return the scales as numbers, float32 [OC, G]."""
@@ -61,7 +65,10 @@ class Encoded:
 
     def dequantize(self) -> torch.Tensor:
         """Return the weights that codes and scales stand for, float32 [OC, IC]."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.scheme)
+        weight = dequantize(self.codes, self.scale, self.zero_point, self.scheme)
+        if self.outliers is None or self.scheme.outliers is None:
+            return weight
+        return add_outliers(weight, self.outliers, self.scheme.outliers.dtype)
 
 
 def dequantize(

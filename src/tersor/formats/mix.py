@@ -28,6 +28,8 @@ class Mix:
         twice = [key for key, count in Counter(keys).items() if count > 1]
         if twice:
             raise FormatError(f"level {twice[0]} stands there twice: keep one of them")
+        if any(level.outliers is not None for level in self.levels):
+            raise FormatError("output features of a mix keep no outliers: leave them out")
         if not 1 <= len(keys) <= MOST_LEVELS:
             raise FormatError(f"{len(keys)} levels, expected 1 to {MOST_LEVELS}")
 

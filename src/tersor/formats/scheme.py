@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from tersor.errors import FormatError, did_you_mean
 from tersor.formats.dtypes import FLOAT_DTYPES
 from tersor.formats.element import ElementFormat, get, names
+from tersor.formats.outliers import Outliers
 
 SCALE_DTYPES: dict[str, torch.dtype] = {**FLOAT_DTYPES, "e8m0": torch.uint8}
 """Scale dtype name -> dtype it is stored in. An `e8m0` byte b means 2^(b-127) (OCP Microscaling v1.0, section 5.4)."""
@@ -46,11 +47,18 @@ class Scheme:
         format: the element format.
         group_size: consecutive IC elements that share a scale; `None` is one scale a row.
         scale_dtype: a key of `SCALE_DTYPES`.
+        outliers: which weights are kept as they are beside the codes; `None` is none.
     """
 
     format: ElementFormat
     group_size: int | None = None
     scale_dtype: str = "float16"
+    outliers: Outliers | None = None
+
+    @property
+    def dense(self) -> Scheme:
+        """The scheme of the codes alone, without outliers."""
+        return self if self.outliers is None else replace(self, outliers=None)
 
     @property
     def name(self) -> str:
@@ -86,21 +94,24 @@ class Scheme:
         return self.groups(ic) * (SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (8 if self.has_zero_point else 0))
 
     def bits_per_weight(self, ic: int) -> float:
-        """Return stored bits for each weight of a row of `ic` elements, scales and padding counted."""
+        """Return stored bits for each weight of a row of `ic` elements, scales, padding and outliers counted."""
         padded = -(-ic // ROW_ELEMENTS) * ROW_ELEMENTS
-        return (padded * self.format.bits + self.scale_bits(ic)) / ic
+        kept = 0 if self.outliers is None else 32 * self.outliers.per_row(ic)
+        return (padded * self.format.bits + self.scale_bits(ic) + kept) / ic
 
     def key(self) -> str:
-        """Return a short text that names the scheme exactly, such as `fp6_e3m2:g128:float16`."""
+        """Return a short text that names the scheme exactly: `fp6_e3m2:g128:float16`, with outliers behind it."""
         group = "row" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.format.name}:{group}:{self.scale_dtype}"
+        beside = "" if self.outliers is None else f":{self.outliers.key()}"
+        return f"{self.format.name}:{group}:{self.scale_dtype}{beside}"
 
     @staticmethod
     @functools.cache
     def from_key(key: str) -> Scheme:
         """Return the scheme `key()` named."""
-        name, group, scale_dtype = key.split(":")
-        return Scheme(get(name), None if group == "row" else int(group[1:]), scale_dtype)
+        name, group, scale_dtype, *beside = key.split(":")
+        outliers = Outliers.from_key(*beside) if beside else None
+        return Scheme(get(name), None if group == "row" else int(group[1:]), scale_dtype, outliers)
 
 
 def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None = None) -> Scheme:

@@ -67,6 +67,10 @@ class Sparse:
 
     values: Values
 
+    def __post_init__(self) -> None:
+        if isinstance(self.values, Scheme) and self.values.outliers is not None:
+            raise FormatError("pruned weights keep no outliers")
+
     @property
     def name(self) -> str:
         """The name a user reads: `sparse:` and that of the values."""

@@ -36,6 +36,7 @@ def sm90_macros(
     few_tokens: int,
     norm: int = 0,
     placed: bool = False,
+    outliers: int = 0,
 ) -> dict[str, int | bool | str]:
     """Return the parameters of dense/sm90_linear.cuh, which other kernels on its rings have, too.
 
@@ -44,6 +45,7 @@ def sm90_macros(
         gate: EPILOGUE of cuda/common/gate.cuh.
         norm: NORM of cuda/dense/sm90_norm.cuh.
         placed: PLACED of cuda/dense/sm90_places.cuh.
+        outliers: OUTLIERS of cuda/dense/sm90_outliers.cuh.
     """
     return {
         **packing.macros(),
@@ -65,6 +67,7 @@ def sm90_macros(
         "EPILOGUE": gate,
         "NORM": norm,
         "PLACED": placed,
+        "OUTLIERS": outliers,
     }
 
 

@@ -22,7 +22,7 @@ from tersor.layouts.packing import Packing
 
 _OF_ALL = {
     *("BF16", "BYTES", "N_TILE", "ROW_GROUPS", "K_GROUPS", "CLUSTER", "GATHERS", "RESIDENT", "FEW_TOKENS"),
-    *("EPILOGUE", "NORM", "PLACED", "X_GROUPS"),
+    *("EPILOGUE", "NORM", "OUTLIERS", "PLACED", "X_GROUPS"),
 }
 """Parameters in which levels do not differ; the others are named by level (sm90_mixed.cuh)."""
 _SETS = struct.Struct(f"@{2 * MOST_LEVELS}P")

@@ -106,6 +106,7 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str
         "FEW_TOKENS": 0,
         "EPILOGUE": gate,
         "NORM": 0,
+        "OUTLIERS": 0,
         "PLACED": False,
         "X_GROUPS": False,
     }

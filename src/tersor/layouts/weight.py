@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tersor.errors import ShapeError
-from tersor.formats import Encoded, Scheme, dequantize
+from tersor.formats import Encoded, Scheme, add_outliers, dequantize
 from tersor.layouts import scales, stream, tiles
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import gated_channels, interleave, separate
@@ -23,6 +23,7 @@ class PackedTensors:
 
     Attributes:
         scheme, data, scale, zero_point, layout: as the kind has them.
+        outliers: what is kept beside the codes; `None` of kinds that keep nothing.
     """
 
     __slots__ = ()
@@ -31,11 +32,12 @@ class PackedTensors:
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     layout: str
+    outliers: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points in memory."""
-        tensors = (self.data, self.scale, self.zero_point)
+        """Bytes of codes, scales, zero points and outliers in memory."""
+        tensors = (self.data, self.scale, self.zero_point, self.outliers)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
@@ -61,6 +63,8 @@ class PackedWeight(PackedTensors, Noted):
         scale: [OC, G] in the scheme's scale dtype; in a kernel layout uint8, flat, zero points included (`scales`).
         zero_point: uint8 [OC, G] for `uint` formats in the stored stream, else `None`.
         layout: `stream`, or the name of a kernel layout.
+        outliers: int32 [OC, K], the weights kept beside the codes where the scheme has some, in every layout; codes
+            decode to zero where they stand.
     """
 
     scheme: Scheme
@@ -69,13 +73,33 @@ class PackedWeight(PackedTensors, Noted):
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     layout: str = STREAM
+    outliers: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.outliers is None) != (self.scheme.outliers is None):
+            there = "no outliers" if self.outliers is None else "outliers"
+            raise ShapeError(f"a weight in {self.scheme.key()} comes with {there}")
+
+    @property
+    def dense(self) -> PackedWeight:
+        """The codes and scales alone, zero where outliers stand."""
+        if self.outliers is None:
+            return self
+        return PackedWeight(self.scheme.dense, self.shape, self.data, self.scale, self.zero_point, self.layout)
+
+    def beside(self, outliers: torch.Tensor | None, scheme: Scheme) -> PackedWeight:
+        """Return this weight, which has no outliers, with some; `scheme` is that of both."""
+        if outliers is None:
+            return self
+        return PackedWeight(scheme, self.shape, self.data, self.scale, self.zero_point, self.layout, outliers)
 
     @staticmethod
     def from_encoded(encoded: Encoded) -> PackedWeight:
         """Pack codes [OC, IC] into the stored stream; scales and zero points are shared, not copied."""
         oc, ic = encoded.codes.shape
         packed = stream.pack(encoded.codes, encoded.scheme.format.bits)
-        return PackedWeight(encoded.scheme, (oc, ic), packed, encoded.scale, encoded.zero_point)
+        of = (encoded.scheme, (oc, ic), packed, encoded.scale, encoded.zero_point)
+        return PackedWeight(*of, outliers=encoded.outliers)
 
     @staticmethod
     def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
@@ -112,8 +136,9 @@ class PackedWeight(PackedTensors, Noted):
             return tensor.view(-(-self.shape[0] // unit), -1)[first // unit : -(-last // unit)].reshape(-1)
 
         zero_point = None if self.zero_point is None else part(self.zero_point)
+        kept = None if self.outliers is None else self.outliers[first:last]
         shape = (last - first, self.shape[1])
-        return PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout)
+        return PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout, kept)
 
     @staticmethod
     def gate_up(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
@@ -151,6 +176,8 @@ class PackedWeight(PackedTensors, Noted):
         """
         if layout == self.layout:
             return self
+        if self.outliers is not None:
+            return self.dense.to_layout(layout).beside(self.outliers, self.scheme)
         fmt, codes = self.scheme.format, self.codes()
         scale, zero_point = self.stored_scales()
         if layout == STREAM:
@@ -175,7 +202,10 @@ class PackedWeight(PackedTensors, Noted):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decoded weight [OC, IC], computed in float32 and rounded once to `dtype`."""
-        return dequantize(self.codes(), *self.stored_scales(), self.scheme).to(dtype)
+        weight = dequantize(self.codes(), *self.stored_scales(), self.scheme)
+        if self.outliers is not None and self.scheme.outliers is not None:
+            add_outliers(weight, self.outliers, self.scheme.outliers.dtype)
+        return weight.to(dtype)
 
 
 def _joined(weights: Sequence[PackedWeight], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> PackedWeight:
@@ -189,16 +219,21 @@ def _joined(weights: Sequence[PackedWeight], join: Callable[[list[torch.Tensor]]
     stored = [weight.to_layout(STREAM) for weight in weights]
     data, scale = join([weight.data for weight in stored]), join([weight.scale for weight in stored])
     zero_points = [weight.zero_point for weight in stored if weight.zero_point is not None]
-    return PackedWeight(scheme, (data.shape[0], ic), data, scale, join(zero_points) if zero_points else None)
+    kept = [weight.outliers for weight in stored if weight.outliers is not None]
+    zero_point, outliers = (join(one) if one else None for one in (zero_points, kept))
+    return PackedWeight(scheme, (data.shape[0], ic), data, scale, zero_point, outliers=outliers)
 
 
 def _split(weight: PackedWeight, split: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> list[PackedWeight]:
     """Return the parts of a weight in the stored stream; they are copies, so that each stands alone."""
     stored = weight.to_layout(STREAM)
     zero_points = None if stored.zero_point is None else split(stored.zero_point)
+    kept = None if stored.outliers is None else split(stored.outliers)
     parts = []
     for index, (data, scale) in enumerate(zip(split(stored.data), split(stored.scale), strict=True)):
         zero_point = None if zero_points is None else zero_points[index].clone()
+        outliers = None if kept is None else kept[index].clone()
         shape = (data.shape[0], weight.shape[1])
-        parts.append(PackedWeight(weight.scheme, shape, data.clone(), scale.clone(), zero_point))
+        of = (weight.scheme, shape, data.clone(), scale.clone(), zero_point)
+        parts.append(PackedWeight(*of, outliers=outliers))
     return parts

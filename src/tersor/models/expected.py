@@ -12,7 +12,7 @@ from tersor.checkpoint.mixed import read_form
 from tersor.checkpoint.names import DENSE, SPARSE, STORAGES, TORCH_DTYPES, Form, stored_forms
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError
-from tersor.formats import Assignment, Pruned
+from tersor.formats import Assignment, Pruned, Scheme
 from tersor.models.config import DecoderConfig, Experts, Latent, Residual
 from tersor.models.names import Names
 
@@ -154,13 +154,16 @@ def check(
             tensor = f"{module}.{storage.marker}"
             raise CheckpointError(f"tensor {tensor} is packed, and quantization_config leaves {called} alone")
         outside = module == names.base + names.embedding
-        if (storage is not DENSE and outside) or (storage is SPARSE and (len(shape) == 3 or ".experts." in module)):
+        in_experts = len(shape) == 3 or ".experts." in module
+        if (storage is not DENSE and outside) or (storage is SPARSE and in_experts):
             raise CheckpointError(f"{module} is stored {storage.name}, and has one scheme in every decoder")
         form = forms[module] = read_form(stored, module, storage, represented)
         if isinstance(form, Assignment) and len(form.level) != shape[-2]:
             raise CheckpointError(f"{module} has levels of {len(form.level)} output features, and {shape[-2]} of them")
         if isinstance(form, Pruned) and form.rows != shape[0]:
             raise CheckpointError(f"{module} has a mask of {form.rows} output features, and {shape[0]} of them")
+        if isinstance(form, Scheme) and form.outliers is not None and (outside or in_experts):
+            raise CheckpointError(f"{module} is to keep outliers, which embeddings and experts do not")
         for name, tensor_form in stored_forms(form, shape).items():
             wanted[f"{module}.{name}"] = (tensor_form.shape, tensor_form.safetensors_dtype)
     wanted |= {name: (shape, "") for name, shape in expected.vectors.items()}

@@ -136,11 +136,11 @@ def weights_around(norm: NormWeights, first: Product, reader: object) -> tuple[P
     second = _packed(reader)
     if norm.folded is None or second is None or not isinstance(first.weight, PackedWeight):
         return None
-    return first.weight, second
+    return None if first.weight.outliers is not None else (first.weight, second)
 
 
 def _packed(reader: object) -> PackedWeight | None:
-    """Return the weight of what reads a norm's result, where that is one packed product."""
+    """Return the weight of what reads a norm's result, where that is one packed product without outliers."""
     product = reader.product if isinstance(reader, Activated) else reader
     weight = product.weight if isinstance(product, Product | GatedProduct) else None
-    return weight if isinstance(weight, PackedWeight) else None
+    return weight if isinstance(weight, PackedWeight) and weight.outliers is None else None

@@ -116,7 +116,7 @@ class _Outlined(Stored):
         if layout == STREAM:
             return weight
         words, scale = weight.data.new_empty(0), weight.scale.new_empty(0)
-        return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout)
+        return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout, weight.outliers)
 
     def pruned_ready(self, weight: SparseWeight) -> SparseWeight | TiledSparseWeight:
         """Return the weight as it is: the chip says how it lies."""
@@ -127,6 +127,9 @@ class _Outlined(Stored):
 
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         return self._row_set(module, self._scheme(module), self._shapes[module][-2], Part())
+
+    def _outliers(self, module: str, scheme: Scheme) -> torch.Tensor | None:
+        return None if scheme.outliers is None else torch.empty(self._shapes[module][0], 0, dtype=torch.int32)
 
     def _sparse(self, module: str, form: Pruned) -> SparseWeight:
         oc, ic = self._shapes[module]

@@ -8,10 +8,10 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from tersor import ops
-from tersor.checkpoint.names import MASK, PACKED, SCALE, VALUES, ZERO_POINT, Form, level_stem
+from tersor.checkpoint.names import MASK, OUTLIERS, PACKED, SCALE, VALUES, ZERO_POINT, Form, level_stem
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError, ShapeError, UnsupportedError
-from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
+from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse, cut_outliers
 from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.layouts.gated import interleave
 from tersor.layouts.shard import Part, Span
@@ -78,7 +78,8 @@ class Stored:
         if isinstance(form, Pruned):
             return self._sparse(module, form)
         oc, ic = self._shapes[module]
-        return PackedWeight(form, (oc, ic), *self._packed(module))
+        dense = PackedWeight(form.dense, (oc, ic), *self._packed(module))
+        return dense.beside(self._outliers(module, form), form)
 
     def ready(self, weight: _Kind) -> _Kind:
         """Return a weight in the layout that its products are served from.
@@ -143,10 +144,12 @@ class Stored:
     def gate_up(self, modules: Sequence[str], gate: Gate | None, biased: bool) -> GatedProduct | Activated:
         """Return gate and up, two modules or one that holds both, with what makes one of them.
 
-        A packed weight is interleaved for the kernel that computes both and what the gate makes of them; a mixed one
-        where both rows of every channel have one level.
+        A packed weight is interleaved for the kernel that computes both and what the gate makes of them, where it keeps
+        no outliers; a mixed one where both rows of every channel have one level.
         """
-        if gate is None or not self.agree(modules) or not self.is_packed(modules[0]):
+        form = self._forms.get(modules[0])
+        beside = isinstance(form, Scheme) and form.outliers is not None  # what they add comes ahead of the gate
+        if gate is None or not self.agree(modules) or not self.is_packed(modules[0]) or beside:
             return Activated(self.products(modules, biased), gate)
         halves, biases = _halves([self.matrix(module) for module in modules]), []
         mixed = [half for half in halves if isinstance(half, MixedWeight)]
@@ -241,6 +244,14 @@ class Stored:
         """Return codes, scales and zero points of a packed weight, or of one expert in a module that holds all."""
         part, scheme = self.share.parts.get(module), self._scheme(module)
         return self._words(module, scheme, part, expert)
+
+    def _outliers(self, module: str, scheme: Scheme) -> torch.Tensor | None:
+        """Return the outliers of a packed weight, or those of the rank's part of one; `None` where it keeps none."""
+        if scheme.outliers is None:
+            return None
+        part = self.share.parts.get(module, Part())
+        words = self._read(f"{module}.{OUTLIERS}", Part(part.rows) if part.rows else None)
+        return words if part.columns is None else cut_outliers(words, part.columns)
 
     def _row_set(self, stem: str, scheme: Scheme, rows: int, part: Part, expert: int | None = None) -> Packed:
         """Return codes, scales and zero points of so many rows of a level, which are that part of what is stored."""

@@ -26,6 +26,7 @@ class PackedLinear(MultipliedModule):
     """
 
     bias: nn.Parameter | None
+    keeps_outliers = True
 
     def __init__(
         self,

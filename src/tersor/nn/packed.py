@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tersor import ops
-from tersor.checkpoint.names import PACKED, SCALE, ZERO_POINT, TensorForm, stored_forms
-from tersor.errors import UnsupportedError
+from tersor.checkpoint.names import OUTLIERS, PACKED, SCALE, ZERO_POINT, TensorForm, stored_forms
+from tersor.errors import FormatError, UnsupportedError
 from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
 
@@ -74,13 +74,17 @@ class PackedModule(nn.Module):
         weight_packed: int32 [OC, words] in the stored stream, flat in a kernel layout.
         weight_scale: [OC, G] in the scheme's scale dtype; uint8, flat, zero points included in a kernel layout.
         weight_zero_point: uint8 [OC, G] for `uint` formats in the stored stream, else `None`.
+        weight_outliers: int32 [OC, K] where the scheme has outliers, the same in every layout, else `None`.
     """
 
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
+    weight_outliers: torch.Tensor | None
     in_state_dict = True
     """Whether the weight is stored with this module; else another module's state dict holds it."""
+    keeps_outliers = False
+    """Whether the weight may have outliers beside its codes."""
 
     def __init__(
         self,
@@ -99,9 +103,11 @@ class PackedModule(nn.Module):
             dtype: of the decoded weight; torch's default when `None`.
 
         Raises:
-            FormatError: the group size does not divide IC.
+            FormatError: the group size does not divide IC, or outliers that such a module does not keep.
         """
         super().__init__()
+        if scheme.outliers is not None and not self.keeps_outliers:
+            raise FormatError(f"a {type(self).__name__} keeps no outliers, and its scheme is {scheme.key()}")
         self.shape = shape
         self.scheme = scheme
         self.dtype = dtype or torch.get_default_dtype()
@@ -113,6 +119,8 @@ class PackedModule(nn.Module):
             self.register_buffer(name, tensor, persistent=self.in_state_dict)
         if not scheme.has_zero_point:
             self.register_buffer(ZERO_POINT, None)
+        if scheme.outliers is None:
+            self.register_buffer(OUTLIERS, None)
 
     def own_tensors(self) -> dict[str, TensorForm]:
         """Return name -> shape and dtype of the tensors that stand for this module's weight on disk."""
@@ -129,6 +137,7 @@ class PackedModule(nn.Module):
             or held.data is not buffers[PACKED]
             or held.scale is not buffers[SCALE]
             or held.zero_point is not buffers[ZERO_POINT]
+            or held.outliers is not buffers[OUTLIERS]
             or held.layout is not self.layout
         ):
             held = self._view()
@@ -138,7 +147,8 @@ class PackedModule(nn.Module):
     def _view(self) -> PackedWeight:
         oc, ic = self.shape
         data, scale = self.weight_packed, self.weight_scale
-        return PackedWeight(self.scheme, (oc, ic), data, scale, self.weight_zero_point, self.layout)
+        beside = (self.weight_zero_point, self.layout, self.weight_outliers)
+        return PackedWeight(self.scheme, (oc, ic), data, scale, *beside)
 
     @property
     def stored_bits(self) -> float:
@@ -183,11 +193,12 @@ class PackedModule(nn.Module):
         self.weight_packed = weight.data
         self.weight_scale = weight.scale
         self.weight_zero_point = weight.zero_point
+        self.weight_outliers = weight.outliers
         self.layout = weight.layout
         self._ready_for = None
 
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
-        before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT)}
+        before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT, OUTLIERS)}
         super()._apply(fn, recurse)
         uncast(self, before)
         self.dtype = dtype_after(fn, self.dtype)
@@ -202,6 +213,8 @@ class PackedModule(nn.Module):
             destination[prefix + PACKED], destination[prefix + SCALE] = stored.data, stored.scale
             if stored.zero_point is not None:
                 destination[prefix + ZERO_POINT] = stored.zero_point
+            if stored.outliers is not None:
+                destination[prefix + OUTLIERS] = stored.outliers
 
     def _load_from_state_dict(
         self,

@@ -135,7 +135,7 @@ def preferred_layout(
         InputError: no such activations.
         UnsupportedError: weights of this scheme cannot be multiplied with such activations.
     """
-    chosen = Activations.of(activations)
+    chosen, scheme = Activations.of(activations), scheme.dense
     if chosen is Activations.NATIVE and environment_reason(dtype, device):
         return STREAM
     return kernel_layout(scheme, dtype, chosen)

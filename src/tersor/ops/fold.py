@@ -98,6 +98,8 @@ def takes_norm(weight: PackedWeight, dtype: torch.dtype, norm: Norm) -> bool:
         dtype: of activations.
         norm: on which side.
     """
+    if weight.outliers is not None:
+        return False
     if mode.current().batch_invariant or dtype not in TARGETS or LAYOUTS.get(weight.layout) != TARGETS[dtype]:
         return False
     return not any(size % _ALIGNED_CHANNELS for size in (weight.shape if norm is Norm.OUT else weight.shape[1:]))

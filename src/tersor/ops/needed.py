@@ -38,7 +38,7 @@ from tersor.kernels.tune import mixed as tune_mixed
 from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, MixedWeight, PackedWeight, Stacked, sets_of
 from tersor.layouts.packing import Packing, activations_of, target_of
-from tersor.ops import grouped, mixed_launch, mode, quantized, serve_attention
+from tersor.ops import grouped, mixed_launch, mode, outlier_sums, quantized, serve_attention
 from tersor.ops.attention_form import AttentionForm
 from tersor.ops.dispatch import overflow_reason
 from tersor.ops.fold import takes_norm
@@ -72,6 +72,12 @@ def linear(
         norms: what calls of few tokens have of the norms around them (`ops.linear_norm_out`, `ops.linear_norm_in`).
     """
     few = tune.MOST_NORMED if Norm.NONE not in norms else 0
+    if weight.scheme.outliers is not None:
+        added, few = outlier_sums.sources(weight, dtype, gate, tokens, chip)
+        yield from added
+        weight, gate = weight.dense, 0
+        if few == tokens:
+            return
     yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gate, tokens, chip, few)
     packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
     for norm in set(norms) - {Norm.NONE}:

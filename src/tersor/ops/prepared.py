@@ -26,6 +26,9 @@ FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
 _NORM_STEP = 4
 """Beyond `Mode.key`."""
+_OUTLIERS_STEP = 4 * _NORM_STEP
+"""Beyond what is folded in of norms."""
+_OUTLIERS = ("", "float16", "bfloat16")
 _MOST_LONG = 1024
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
@@ -34,9 +37,15 @@ Key: TypeAlias = tuple[int, torch.dtype, int, bool, int, int]
 up become one or 0, `mode_key`."""
 
 
-def mode_key(now: mode.Mode, norm: int) -> int:
-    """Return `Mode.key` with what is folded into the kernel of norms (`kernels.dense.Norm`); 0 adds nothing."""
-    return now.key + _NORM_STEP * norm
+def mode_key(now: mode.Mode, norm: int, outliers: str = "") -> int:
+    """Return `Mode.key` with what is folded into the kernel of norms (`kernels.dense.Norm`); 0 adds nothing.
+
+    Args:
+        now: the mode.
+        norm: see above.
+        outliers: dtype of the outliers that the kernel adds, or an empty string.
+    """
+    return now.key + _NORM_STEP * norm + _OUTLIERS_STEP * _OUTLIERS.index(outliers)
 
 
 class Prepared:
@@ -134,14 +143,14 @@ class WeightType:
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = found.decision.config
         if config is not None and not found.tokens:
-            norm = how // _NORM_STEP
-            chosen = self._with_norm(n, wanted, device) if norm else wanted or config
+            norm, outliers = how % _OUTLIERS_STEP // _NORM_STEP, _OUTLIERS[how // _OUTLIERS_STEP]
+            chosen = self._of_few(n, wanted, device) if norm or outliers else wanted or config
             if chosen is not None:
-                self._add_launches(found, chosen, n, index, dtype, aligned, gate, norm)
+                self._add_launches(found, chosen, n, index, dtype, aligned, gate, norm, outliers)
         return found
 
-    def _with_norm(self, n: int, wanted: tune.LinearConfig | None, device: torch.device) -> tune.LinearConfig | None:
-        """Return how a kernel with a norm in it runs, or `None` where there is none."""
+    def _of_few(self, n: int, wanted: tune.LinearConfig | None, device: torch.device) -> tune.LinearConfig | None:
+        """Return how a kernel with a norm in it, or one that adds outliers, runs; `None` where there is none."""
         if wanted is not None:
             return wanted if tune.takes_norms(wanted) else None
         chip = dispatch.kernel_chip(device)
@@ -158,13 +167,14 @@ class WeightType:
         aligned: bool,
         gate: int,
         norm: int,
+        outliers: str,
     ) -> None:
         from tersor.kernels import dense, jit
 
         result = target_of(Activations.NATIVE, dtype)
         assert self.packing is not None and result is not None
         found.launch = dense.prepare_fused(
-            jit.get(dense.fused_source(self.packing, result, config, gate, dense.Norm(norm)), index),
+            jit.get(dense.fused_source(self.packing, result, config, gate, dense.Norm(norm), outliers), index),
             config,
             bf16=result == "bfloat16",
             oc=self.oc,
@@ -202,6 +212,8 @@ def type_of(weight: PackedWeight) -> WeightType:
     Raises:
         ShapeError: its packed codes are not as many as its shape asks for.
     """
+    if weight.outliers is not None:  # what is multiplied by kernels is the dense part, and the weight keeps that
+        return weight_type(weight.scheme.dense.key(), *weight.shape, weight.layout)
     found: WeightType | None = getattr(weight, "note", None)
     if found is None:
         found = weight_type(weight.scheme.key(), *weight.shape, weight.layout)

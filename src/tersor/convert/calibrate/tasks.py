@@ -9,7 +9,7 @@ import torch
 
 from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
-from tersor.checkpoint.names import MASK, PACKED, SCALE, TORCH_DTYPES, VALUES, ZERO_POINT
+from tersor.checkpoint.names import MASK, OUTLIERS, PACKED, SCALE, TORCH_DTYPES, VALUES, ZERO_POINT
 from tersor.checkpoint.released import DecodedTensor
 from tersor.convert.calibrate.coded import decode_mixed
 from tersor.formats import Assignment, Pruned
@@ -147,7 +147,8 @@ def decode(step: Step, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
         if isinstance(scheme, Pruned):
             held = [own.get(name) for name in (SCALE, ZERO_POINT)]
             return SparseWeight.from_stored(scheme.sparse, (oc, ic), own[MASK], own[VALUES], *held).dequantize(dtype)
-        return PackedWeight(scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT)).dequantize(dtype)
+        of = (scheme, (oc, ic), own[PACKED], own[SCALE], own.get(ZERO_POINT))
+        return PackedWeight(*of, outliers=own.get(OUTLIERS)).dequantize(dtype)
 
     if not experts:
         return matrices(step, one(tensors))

@@ -87,6 +87,9 @@ __device__ __forceinline__ void run_cta(
         if constexpr (kNormOut) {
             if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_weights(of.norms, item, work.oc); });
         }
+        if constexpr (kOutliers) {
+            if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_words(of.kept, item, work.oc); });
+        }
         if (ptx::elect()) {
             if (warp == 0) copy_weights<true>(weights, work, rank, weight);
             if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows, of.x_scale, work.n);

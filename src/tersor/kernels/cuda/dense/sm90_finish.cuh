@@ -7,6 +7,7 @@
 #include "common/scales.cuh"
 #include "common/tile.cuh"
 #include "dense/sm90_norm.cuh"
+#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "dense/sm90_places.cuh"
 
@@ -172,6 +173,7 @@ struct TokenScales {
 struct RowTerms {
     float scale[2], bias[2];
     int first_row, rows;
+    Beside beside;
 
     __device__ __forceinline__ RowTerms(int rows, const Item& item, const float* scales, float factor)
         : first_row(item.first_row + threadIdx.x % kFinishers / 32 * tile::kRows), rows(rows) {
@@ -192,7 +194,9 @@ struct RowTerms {
     __device__ __forceinline__ float value(
         const Sum (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
         const float sum = static_cast<float>(sums[4 * tokens + 2 * half + odd]);
-        return __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
+        const float made = __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
+        if constexpr (kOutliers) return made + beside.of[4 * tokens + 2 * half + odd];
+        return made;
     }
     // The same of an output channel: of a gated linear's there is one, of two rows.
     __device__ __forceinline__ float output(

@@ -6,6 +6,7 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "dense/sm90_finish.cuh"
+#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "dense/sm90_places.cuh"
 #include "dense/sm90_store.cuh"
@@ -30,6 +31,7 @@ struct Operands {
     float factor;             // the power of two that the decoded weights still lack
     Norms norms;
     Places places;
+    Kept kept;
 };
 
 // Where the CTA's shared memory is.
@@ -42,6 +44,9 @@ struct Shared {
 
 // Whether a row's scale is read behind the products: 32 tokens and what a row set's CTA knows leave no registers for it.
 constexpr bool kScalesLate = kPlaced && kFew && kTokens == 32;
+
+// Whether residuals are read behind outliers: two CTAs of 128 rows leave no registers for both.
+constexpr bool kResidualsLate = kOutliers && RESIDENT > 1 && kRowGroups > 1;
 
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
 template <typename Work>
@@ -56,7 +61,7 @@ __device__ __forceinline__ void run_item(
     // What results meet is fetched before sums are exchanged, which takes as long, where this CTA will have them. What
     // the kernels ahead wrote is there once this warpgroup has had activations.
     Met met;
-    const bool ahead = !kMany && !kBytewise && (item.parts == 1 || (gathered && item.part == 0));
+    const bool ahead = !kMany && !kBytewise && !kResidualsLate && (item.parts == 1 || (gathered && item.part == 0));
     const auto fetch = [&] {
         if (!ahead || threadIdx.x >= kFinishers) return;
         if (kFew && count <= threadIdx.x / 128) ptx::wait_for_earlier_kernels();
@@ -83,6 +88,10 @@ __device__ __forceinline__ void run_item(
         holds_all = add_splits(sums, work, item, rank, of.partial, of.arrived);
     }
     if (!holds_all) return;
+    if constexpr (kOutliers) {  // ahead of biases, which take registers
+        ptx::wait_for_earlier_kernels();
+        terms.beside.sum(of.kept, item, terms.first_row, terms.rows, item.end_token);  // all tokens are in one tile
+    }
     terms.add_bias(of.bias, of.places);
     of_tokens.share(shared.norm_barrier);
     if constexpr (kMany) {

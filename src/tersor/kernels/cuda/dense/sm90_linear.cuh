@@ -22,8 +22,8 @@
 // memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES (what the launch
 // asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
 // (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), NORM (sm90_norm.cuh: 1 where x still lacks
-// the division of a norm, 2 where a norm of y follows; all tokens are in one tile then), PLACED (sm90_finish.cuh: 1 where
-// results stand among those of other row sets).
+// the division of a norm, 2 where a norm of y follows; all tokens are in one tile then), OUTLIERS (sm90_outliers.cuh),
+// PLACED (sm90_finish.cuh: 1 where results stand among those of other row sets).
 #pragma once
 
 #include "dense/sm90_cta.cuh"
@@ -56,14 +56,19 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     u16* __restrict__ scaled,
     float* squares,
     float norm_scale,
-    float norm_eps) {
+    float norm_eps,
+    const u32* __restrict__ kept_words,               // this one and the rest: Kept in sm90_outliers.cuh
+    const u16* kept_x,
+    int kept_count,
+    int kept_stride) {
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[kBarriers];
     __shared__ __align__(8) float token_scales[kScaledTokens];
     const auto make = [&] { return Work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows}; };
     const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
+    const Kept kept{kept_words, kept_x, kept_count, kept_stride};
     const float* row_scales = reinterpret_cast<const float*>(scale);
-    const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms, {}};
+    const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms, {}, kept};
     run_cta<Work>(make, nullptr, x_map, weight, scale, of, x_rows, splits, slots, barriers, token_scales);
 }

@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             const long long rows_before = static_cast<long long>(item.matrix) * padded;
             const float* row_scales = reinterpret_cast<const float*>(scale) + rows_before * scales::kRowWords;
             const u16* biases = bias == nullptr ? nullptr : bias + static_cast<long long>(item.matrix) * oc;
-            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor, {}, {}};
+            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor, {}, {}, {}};
             run_item(work, item, 0, weights, xs, shared, of, use, false);
             use += item.last_block - item.first_block;
         });

@@ -38,6 +38,7 @@
 #undef TERSOR_DENSE_SM90_MULTIPLY
 #undef TERSOR_DENSE_SM90_MULTIPLY_BYTES
 #undef TERSOR_DENSE_SM90_NORM
+#undef TERSOR_DENSE_SM90_OUTLIERS
 #undef TERSOR_DENSE_SM90_PIPELINE
 #undef TERSOR_DENSE_SM90_PLACES
 #undef TERSOR_DENSE_SM90_STORE
@@ -72,7 +73,7 @@ __device__ __forceinline__ void run_set(
     const Places places{features, first_channel, call.outputs, wide};
     const float* row_scales = reinterpret_cast<const float*>(scale);
     const Operands of{row_scales, call.bias, call.x_scale, call.residual, call.y, call.partial, call.arrived, FACTOR,
-                      {}, places};
+                      {}, places, {}};
     Work* kept = reinterpret_cast<Work*>(call.kept);
     run_cta<Work>(
         make, kept, call.x_map, weight, scale, of, call.x_rows, call.splits, call.slots, call.barriers, call.token_scales);

@@ -1,0 +1,100 @@
+"""Time what outliers cost a dense product on a GPU, with every weight cold: results/outliers_NAME.json.
+
+    python bench/outliers.py                       0.5 % beside int4 in groups and fp6, three shapes, 1 to 256 tokens
+    python bench/outliers.py --percent 0.1,0.5,1 --tokens 8,16,32 --shapes 8192x8192
+
+For each number of tokens: microseconds of the dense part alone, with outliers as `ops.linear` has them, and with the
+small kernel ahead in every case; medians of CUDA graphs with programmatic dependence that walk over copies of the
+weight (`tersor.bench.timing`). Results are checked against float32 once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import results_file
+import torch
+
+from tersor import ops
+from tersor.bench.timing import copies, graph_microseconds
+from tersor.checkpoint.config import parse_scheme
+from tersor.compress import encode
+from tersor.formats import Outliers, Scheme
+from tersor.layouts import PackedWeight
+from tersor.ops import dense, outlier_sums
+
+FORMATS = ("int4:g128", "fp6_e2m3")
+SHAPES = ((8192, 8192), (28672, 8192), (57344, 8192))
+TOKENS = (1, 4, 8, 16, 32, 64, 256)
+
+
+def made(of: Scheme, oc: int, ic: int, seed: int) -> PackedWeight:
+    """Return a random weight on the GPU, in kernel tiles for float16."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    plain = torch.randn(oc, ic, generator=generator, device="cuda", dtype=torch.float16) / ic**0.5
+    packed = PackedWeight.from_encoded(encode(plain, of))
+    return packed.to_layout(ops.preferred_layout(of, torch.float16, torch.device("cuda")))
+
+
+def ahead(x: torch.Tensor, weight: PackedWeight, own: PackedWeight) -> torch.Tensor:
+    """Return the product whose outliers a kernel of their own sums up, whatever the number of tokens."""
+    return dense.multiply(x, own, None, outlier_sums.add(x, weight, None), 0)
+
+
+def measure(of: Scheme, shape: tuple[int, int], tokens: list[int]) -> list[dict[str, Any]]:
+    """Return a row for every number of tokens."""
+    first = made(of, *shape, 0)
+    weights = [first, *(_copy(first) for _ in range(copies(first.nbytes) - 1))]
+    owns = [weight.dense for weight in weights]
+    decoded, rows = first.dequantize(), []
+    for n in tokens:
+        x = torch.randn(n, shape[1], device="cuda", dtype=torch.float16)
+        error = (ops.linear(x, first).float() - x.float() @ decoded.T).abs().max()
+        assert float(error) < 0.05, f"{n} tokens err by {float(error):.3g}"
+        ways: dict[str, list[Callable[[], object]]] = {
+            "dense": [partial(ops.linear, x, own) for own in owns],
+            "outliers": [partial(ops.linear, x, weight) for weight in weights],
+            "ahead": [partial(ahead, x, *pair) for pair in zip(weights, owns, strict=True)],
+        }
+        with torch.inference_mode():
+            times = {name: graph_microseconds(calls) for name, calls in ways.items()}
+        rows.append({"scheme": of.key(), "oc": shape[0], "ic": shape[1], "n": n, **times})
+        print(
+            f"{of.key():44} {shape[0]:6}x{shape[1]:<6} n={n:<4} dense {times['dense']:8.2f} us, outliers "
+            f"{times['outliers']:8.2f} ({times['outliers'] / times['dense']:.3f}), ahead {times['ahead']:8.2f} "
+            f"({times['ahead'] / times['dense']:.3f})",
+            flush=True,
+        )
+    return rows
+
+
+def _copy(weight: PackedWeight) -> PackedWeight:
+    assert weight.outliers is not None
+    return replace(weight, data=weight.data.clone(), scale=weight.scale.clone(), outliers=weight.outliers.clone())
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--percent", default="0.5")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--shapes", default=",".join(f"{oc}x{ic}" for oc, ic in SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    given = parser.parse_args()
+    tokens = [int(n) for n in given.tokens.split(",")]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes.split(",")]
+    rows: list[dict[str, Any]] = []
+    for name, percent, (oc, ic) in itertools.product(given.formats.split(","), given.percent.split(","), shapes):
+        of = replace(parse_scheme(name, None, None, "--formats"), outliers=Outliers(float(percent), "bfloat16"))
+        rows += measure(of, (oc, ic), tokens)
+    name = torch.cuda.get_device_name().split()[-1].lower()
+    print(results_file.write(f"outliers_{name}", {"kind": "outliers", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Multiply with a dense packed weight that keeps outliers beside its codes.
+
+The dense part is multiplied as the weight that it is, and what the outliers add stands beside its sums: that is the
+definition, x @ dense^T + x @ outliers^T + bias, summed in float32, then the gate, then the residual, rounded once. It
+is made of operators that dispatch, so that gradients, torch.compile and autocast are theirs.
+
+On compute capability 9.0 the fused kernel of few tokens adds them to its sums. Elsewhere a small one ahead of it sums
+up the outliers of every row together with the residual, in float32, and rounds that to the dtype of the activations;
+the dense kernel adds it as its residual (`ops.outlier_sums`). So a result is rounded twice there, and a gate, which
+comes after both, is applied by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.formats import outlier_columns, outlier_values
+from tersor.layouts import PackedWeight
+from tersor.layouts.gated import gated_channels
+from tersor.layouts.packing import NATIVE
+from tersor.ops import autocast, dense, dispatch, outlier_sums, prepared, serve, tensors
+from tersor.ops.gates import Gate
+from tersor.ops.reference import BLOCK_ELEMENTS
+
+
+def multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
+) -> torch.Tensor:
+    """Serve a call of `ops.linear` or `ops.gated_linear` with a weight that has outliers.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices that do not fit.
+    """
+    own, dtype = _dense(weight), autocast.activation_dtype(x)
+    if not dense.looked_at(x, bias, residual) and not dispatch.environment_reason(dtype, x.device):
+        return _beside_kernels(x, weight, own, bias, residual, gate)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        rows, bias, residual = (None if one is None else one.to(dtype) for one in (x, bias, residual))
+        assert rows is not None
+        if x.is_cuda and dtype in NATIVE:  # autograd, a trace or a profiler looks on: kernels take no float32
+            beside = sums(rows, weight)
+            y = dense.multiply(rows, own, bias, beside if gate or residual is None else beside + residual, 0)
+            if not gate:
+                return y
+            y = Gate(gate).of_rows(y)
+            return y if residual is None else y + residual
+        rows = rows.to(wide)
+        y = dense.multiply(rows, own, None if bias is None else bias.to(wide), None, 0) + sums(rows, weight)
+        if gate:
+            gated_channels(weight.shape[0])
+            y = Gate(gate).of_rows(y)
+        return (y if residual is None else y + residual).to(dtype)
+
+
+def sums(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Return x [..., IC] @ outliers^T, [..., OC] in x's dtype, a block of rows of the weight at a time.
+
+    In a block the outliers stand among zeros, which are multiplied with as the dense part's are.
+    """
+    words, kept = weight.outliers, weight.scheme.outliers
+    assert words is not None and kept is not None
+    oc, ic = weight.shape
+    height = max(1, BLOCK_ELEMENTS.get(x.device.type, 1 << 18) // max(1, ic))
+    parts = []
+    for block in words.split(height):
+        values = outlier_values(block, kept.dtype).to(x.dtype)
+        rows = torch.zeros(len(block), ic, dtype=x.dtype, device=x.device)
+        parts.append(x @ rows.scatter_add_(1, outlier_columns(block), values).T)
+    return torch.cat(parts, dim=-1) if parts else x.new_zeros(*x.shape[:-1], oc)
+
+
+def _beside_kernels(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    own: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor:
+    """Return the product on a GPU that has kernels, where nobody looks on."""
+    oc = weight.shape[0]
+    serve.check(x, x.shape, own.data, bias, prepared.type_of(own), residual, gated_channels(oc) if gate else oc)
+    if not x.numel() or not oc:
+        return tensors.empty_result(x, bias, residual, gate, oc)
+    y = outlier_sums.multiply(x, weight, own, bias, residual, gate)
+    if y is not None:
+        return y
+    if gate:
+        y = Gate(gate).of_rows(dense.multiply(x, own, bias, outlier_sums.add(x, weight, None), 0))
+        return y if residual is None else y + residual
+    return dense.multiply(x, own, bias, outlier_sums.add(x, weight, residual), 0)
+
+
+def _dense(weight: PackedWeight) -> PackedWeight:
+    """Return the dense part, the same object every time, so that what is kept of it is found again."""
+    if torch.compiler.is_compiling():
+        return weight.dense
+    found: PackedWeight | None = getattr(weight, "note", None)
+    if found is None:
+        found = weight.dense
+        object.__setattr__(weight, "note", found)  # not part of the frozen value
+    return found
