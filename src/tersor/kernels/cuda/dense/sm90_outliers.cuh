@@ -65,7 +65,9 @@ private:
         for (int base = quad; base < kept.count; base += 4 * kWords) {
             u32 word[kWords];
 #pragma unroll
-            for (int i = 0; i < kWords; ++i) word[i] = base + 4 * i < kept.count ? __ldg(kept.words + (words + base + 4 * i)) : 0;
+            for (int i = 0; i < kWords; ++i) {
+                word[i] = base + 4 * i < kept.count ? __ldg(kept.words + (words + base + 4 * i)) : 0;
+            }
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
 #pragma unroll

@@ -34,8 +34,8 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kRowGroups;
 constexpr int kSums = kTokens / 2;  // sums of a thread
 
-// What sums are until they are scaled: float32 or, of int8 with one scale a row and a token, int32. They are exchanged as they are,
-// in the bytes of float32, so that whole numbers add up to the same ones however channels are split.
+// What sums are until they are scaled: float32 or, of int8 with one scale a row and a token, int32. They are exchanged as
+// they are, in the bytes of float32, so that whole numbers add up to the same ones however channels are split.
 template <bool kOfInt8>
 struct SumOf {
     using Type = float;

@@ -52,9 +52,9 @@ __device__ __forceinline__ u32 selectors(int bits, int rank, int none) {
 }
 
 // Half `second` of an entry of the table. In the lower half stand the selectors of two weights. In the upper half of the
-// first one, the bits of all four weights' values. Where bytes are converted, the first one selects for all four weights, and
-// the second one is their bits. In that of the second, of 16 bits, ones where no weight is pruned:
-// else the window's fourth value is zero, which is then nobody's.
+// first one, the bits of all four weights' values. Where bytes are converted, the first one selects for all four weights,
+// and the second one is their bits. In that of the second, of 16 bits, ones where no weight is pruned: else the window's
+// fourth value is zero, which is then nobody's.
 __device__ __forceinline__ u32 entry(int bits, int second) {
     const int first = (bits & 1) + (bits >> 1 & 1), all = first + (bits >> 2 & 1) + (bits >> 3 & 1);
     if (kConverts) {

@@ -4,8 +4,8 @@
 // a run of blocks of one unit are stored as whole layers, so many as the longest queue has words. A block's mark says
 // how many layers its queues, and those of the blocks of the run before it, reach into, and which layers none of them
 // reads any more. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
-// still be read, and a block's copies, its mask's and its layers', complete one barrier. What a block's mark says of the ring is left
-// beside its slot.
+// still be read, and a block's copies, its mask's and its layers', complete one barrier. What a block's mark says of the
+// ring is left beside its slot.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -74,8 +74,8 @@ __device__ __forceinline__ u32 fetch_marks(const u32* marks, int left) {
 
 // Of `count` layers from layer `first` of a unit's ring on, how many stand behind its end once more.
 __device__ __forceinline__ u32 mirrored(u32 first, u32 count) {
-    const u32 at = first % expand::kRingLayers, behind = at + count > expand::kRingLayers ? at + count - expand::kRingLayers : 0;
-    const u32 most = expand::kMirrored;
+    const u32 at = first % expand::kRingLayers, end = at + count, most = expand::kMirrored;
+    const u32 behind = end > expand::kRingLayers ? end - expand::kRingLayers : 0;
     return at < most ? min(count, most - at) : min(behind, most);
 }
 

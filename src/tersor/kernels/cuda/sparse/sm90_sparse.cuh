@@ -8,8 +8,8 @@
 // a dense one (dense/sm90_finish.cuh): the runs of a tile are its splits.
 //
 // Parameters: those of expand.cuh, and of dense/sm90_linear.cuh BF16, N_TILE, ROW_GROUPS, GATHERS, GATHER_ROOM, RESIDENT,
-// WEIGHT_SLOTS (of masks), X_SLOTS, SHARED_BYTES (all but the rings of values), EPILOGUE; the others are those of codes of one bit
-// with one scale a row, few tokens through wgmma, and no norm.
+// WEIGHT_SLOTS (of masks), X_SLOTS, SHARED_BYTES (all but the rings of values), EPILOGUE; the others are those of codes of
+// one bit with one scale a row, few tokens through wgmma, and no norm.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -120,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing masks{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
-    const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots), parts_barrier = room_barrier + 8;
+    const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots);
+    const u32 parts_barrier = room_barrier + 8;
     const Stored stored{mask, layers, starts, marks};
 
     ptx::launch_dependents();
