@@ -152,20 +152,22 @@ __device__ __forceinline__ void multiply_blocks(
 #else
 
 // The same of scales in groups, of weights or activations or both. A block is decoded while products of the block before are
-// under way. Sums of whole numbers take three instructions each to be scaled: of those the tokens of a large tile are halves
-// that take turns, and products of one are under way while sums of the other are scaled. ptxas follows products that are
-// under way along a run of blocks, not around a loop: behind a run there are none.
+// under way, but where scales of many tokens leave no registers for that. Sums of whole numbers take three instructions
+// each to be scaled: of those the tokens of a large tile are halves that take turns, and products of one are under way
+// while sums of the other are scaled. ptxas follows products that are under way along a run of blocks, not around a loop:
+// behind a run there are none.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
     constexpr int kHalves = kWhole && !kXGroups && kTokens >= 128 && kTokens % 32 == 0 ? 2 : 1;
     constexpr int kHalfSums = kSums / kHalves;
-    constexpr int kRun = kScales > 1 ? 2 : 4;
+    constexpr bool kAhead = !kXGroups || kTokens < 128;
+    constexpr int kRun = kScales > 1 || !kAhead ? 2 : 4, kDecoded = kAhead ? 2 : 1;
     static_assert(kRun % 2 == 0, "a run begins with the first buffer");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     const u32 nothing = count >> 31;
-    u32 a[2][kByteRegisters];
-    float scale[2][2 * kScales];
+    u32 a[kDecoded][kByteRegisters];
+    float scale[kDecoded][2 * kScales];
     SumOf<kWhole>::Type part[kHalves][kHalfSums];  // of the group under way
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
@@ -220,20 +222,28 @@ __device__ __forceinline__ void multiply_blocks(
         if constexpr (kXGroups) ptx::end_reads();
         release_x(xs, x_before);
     };
-    // Multiplies so many blocks, of which the first is decoded, and decodes the one behind them where there is `more`.
+    // Multiplies so many blocks. Decoded ahead, the first one is, and so will be the one behind them where there is `more`.
     const auto run = [&](auto length, bool more) {
 #pragma unroll
         for (int turn = 0; turn < length.value; ++turn) {
-            const int buffer = turn % 2;
+            const int buffer = turn % kDecoded;
+            if constexpr (!kAhead) {
+                if (turn > 0) {
+                    wgmma::wait<0>();
+                    settle(0, x_before, scale[0][2 * kScales - 2], scale[0][2 * kScales - 1]);
+                    release();
+                }
+                decode(0);
+            }
             xs.wait_filled(x_at);
             const u64 x = wgmma::describe(xs.address(x_at));
 #pragma unroll
             for (int group = 0; group < kScales; ++group) {
 #pragma unroll
                 for (int half = 0; half < kHalves; ++half) {
-                    if (turn > 0 || group > 0) {
+                    if ((kAhead && turn > 0) || group > 0) {
                         const float* const of =
-                            group > 0 ? scale[buffer] + 2 * (group - 1) : scale[1 - buffer] + 2 * (kScales - 1);
+                            group > 0 ? scale[buffer] + 2 * (group - 1) : scale[kDecoded - 1 - buffer] + 2 * (kScales - 1);
                         wgmma::wait<kHalves - 1>();
                         settle(half, group > 0 ? x_at : x_before, of[0], of[1]);
                         if (group == 0 && half == kHalves - 1) release();
@@ -249,9 +259,9 @@ __device__ __forceinline__ void multiply_blocks(
             }
             x_before = x_at;
             x_at.advance();
-            if (turn + 1 < length.value || more) decode(1 - buffer);
+            if (kAhead && (turn + 1 < length.value || more)) decode(1 - buffer);
         }
-        const float* const of = scale[(length.value - 1) % 2] + 2 * (kScales - 1);
+        const float* const of = scale[(length.value - 1) % kDecoded] + 2 * (kScales - 1);
         if constexpr (kHalves == 2) {
             wgmma::wait<1>();
             settle(0, x_before, of[0], of[1]);
@@ -260,12 +270,12 @@ __device__ __forceinline__ void multiply_blocks(
         settle(kHalves - 1, x_before, of[0], of[1]);
         release();
     };
-    decode(0);
+    if constexpr (kAhead) decode(0);
     int block = kRun;
     for (; block <= count; block += kRun) run(Number<kRun>{}, block < count);
     for (block -= kRun; block < count; ++block) {
         run(Number<1>{}, false);
-        if (block + 1 < count) decode(0);
+        if (kAhead && block + 1 < count) decode(0);
     }
 }
 
