@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,29 +129,29 @@ def experts_gate(layer: Any) -> Gate:
     return _GATES[activation]
 
 
-def expect(layer: Any, names: Sequence[str], loader: Callable[[str], Callable[..., Any]]) -> None:
+def expect(layer: Any, tensors: Mapping[str, torch.dtype], loader: Callable[[str], Callable[..., Any]]) -> None:
     """Give a layer parameters without elements that vLLM hands the tensors of these names to.
 
     Args:
         layer: of vLLM.
-        names: below the layer, with dots where a tensor is below a module.
+        tensors: name below the layer, with dots where a tensor is below a module -> dtype.
         loader: returns the `weight_loader` of a name.
     """
-    for name in names:
+    for name, dtype in sorted(tensors.items()):
         *path, last = name.split(".")
         holder = layer
         for part in path:
             if part not in holder._modules:
                 holder.add_module(part, nn.Module())
             holder = holder.get_submodule(part)
-        parameter = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         parameter.weight_loader = loader(name)  # type: ignore[attr-defined]
         holder.register_parameter(last, parameter)
         if path:  # experts are asked for it by its whole name
             layer.__dict__[name] = parameter
 
 
-def expect_no_more(layer: Any, names: Sequence[str]) -> None:
+def expect_no_more(layer: Any, names: Iterable[str]) -> None:
     """Take the parameters of `expect` away again."""
     for name in names:
         first, dot, _ = name.partition(".")

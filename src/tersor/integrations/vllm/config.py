@@ -143,18 +143,17 @@ class TersorVllmConfig(compat.QuantizationConfig):
                 return None
             experts = found.of_experts(prefix, names)
             return None if experts is None else TersorExpertsMethod(layer.moe_config, experts, names, self.activations)
-        weights = found.of_layer(prefix, {**MERGED, **self.packed_modules_mapping})
         if isinstance(layer, compat.ParallelLMHead):
-            if weights is None or prefix not in found.stored:
-                return TersorTiedHeadMethod(self.activations) if self._embeds_packed and self._tied else None
-            return TersorEmbeddingMethod(weights[0], self.activations)
+            if prefix in found.stored:
+                return TersorEmbeddingMethod(found.stored[prefix], self.activations)
+            return TersorTiedHeadMethod(self.activations) if self._embeds_packed and self._tied else None
         if isinstance(layer, compat.VocabParallelEmbedding):
-            if weights is None or prefix not in found.stored:
-                return None
-            self._embeds_packed = True
-            return TersorEmbeddingMethod(weights[0], self.activations)
-        if isinstance(layer, compat.LinearBase):
-            return (
-                compat.UnquantizedLinearMethod() if weights is None else TersorLinearMethod(weights, self.activations)
-            )
-        return None
+            embedding = found.of_embedding(prefix)
+            self._embeds_packed = self._embeds_packed or embedding is not None
+            return None if embedding is None else TersorEmbeddingMethod(embedding, self.activations)
+        if not isinstance(layer, compat.LinearBase):
+            return None
+        weights = found.of_layer(prefix, {**MERGED, **self.packed_modules_mapping})
+        if weights is None:
+            return compat.UnquantizedLinearMethod()
+        return TersorLinearMethod(weights, self.activations)

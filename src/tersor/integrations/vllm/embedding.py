@@ -29,8 +29,9 @@ class _OfVocabulary(compat.QuantizeMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits [..., padded vocabulary of the rank] of x [..., H]."""
-        own = layer.tersor[0].rows
-        y: torch.Tensor = layer.tersor(x, None if bias is None else bias[:own])
+        parts = layer._modules.get("tersor_head", layer.tersor)  # an embedding's own is for looking rows up
+        own = parts[0].rows
+        y: torch.Tensor = parts(x, None if bias is None else bias[:own])
         padding = layer.num_embeddings_per_partition - own
         return functional.pad(y, (0, padding)) if padding else y
 
@@ -66,7 +67,7 @@ class TersorEmbeddingMethod(_OfVocabulary):
         finish = functools.partial(self._finish, layer, head, params_dtype)
         gathering = Gathering([piece], finish, compat.draws_weights())
         layer.tersor_gathering, layer.tersor_dtype = gathering, params_dtype
-        compat.expect(layer, sorted(self._stored.names), functools.partial(loader, gathering, 1))
+        compat.expect(layer, self._stored.dtypes(params_dtype), functools.partial(loader, gathering, 1))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that the weight has arrived.
@@ -77,7 +78,14 @@ class TersorEmbeddingMethod(_OfVocabulary):
         gathering = layer.__dict__.pop("tersor_gathering", None)
         if gathering is not None:
             gathering.close()
-            compat.expect_no_more(layer, sorted(self._stored.names))
+            compat.expect_no_more(layer, self._stored.names)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits, of an embedding too: models without a head of their own ask it for them."""
+        if not isinstance(layer, compat.ParallelLMHead) and "tersor_head" not in layer._modules:
+            weight = _padded(stored_of(layer.tersor[0]), layer)
+            layer.tersor_head = parts_of([weight], layer.tersor_dtype, self._activations)
+        return super().apply(layer, x, bias)
 
     def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         """Return rows [..., H] of tokens."""

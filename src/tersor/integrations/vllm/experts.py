@@ -86,7 +86,7 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         finish = functools.partial(self._finish, layer, params_dtype)
         arrivals = _Arrivals(experts, finish, compat.draws_weights())
         layer.tersor_arrivals = arrivals
-        compat.expect(layer, self._names(), functools.partial(_loader, layer, arrivals))
+        compat.expect(layer, self._tensors(params_dtype), functools.partial(_loader, layer, arrivals))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every weight has arrived.
@@ -97,7 +97,7 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         arrivals = layer.__dict__.pop("tersor_arrivals", None)
         if arrivals is not None:
             arrivals.close()
-            compat.expect_no_more(layer, self._names())
+            compat.expect_no_more(layer, self._tensors(layer.params_dtype))
 
     def apply(
         self,
@@ -131,8 +131,11 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         """Return the sizes as they are."""
         return hidden_size, intermediate_size_per_partition
 
-    def _names(self) -> list[str]:
-        return sorted({_PREFIXES[shard] + name for shard, stored in self._stored.items() for name in stored.names})
+    def _tensors(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        found: dict[str, torch.dtype] = {}
+        for shard, stored in self._stored.items():
+            found |= {_PREFIXES[shard] + name: own for name, own in stored.dtypes(dtype).items()}
+        return found
 
     def _finish(self, layer: Any, dtype: torch.dtype, experts: list[dict[str, Matrix]]) -> None:
         def stack(make: Callable[[dict[str, Matrix]], Matrix]) -> Stacked:

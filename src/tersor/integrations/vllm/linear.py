@@ -64,7 +64,7 @@ class TersorLinearMethod(compat.LinearMethodBase):
         finish = functools.partial(self._finish, layer, params_dtype)
         gathering = Gathering(pieces, finish, compat.draws_weights())
         layer.tersor_gathering = gathering
-        compat.expect(layer, self._names(), functools.partial(loader, gathering, len(pieces)))
+        compat.expect(layer, self._tensors(params_dtype), functools.partial(loader, gathering, len(pieces)))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every weight has arrived.
@@ -76,7 +76,7 @@ class TersorLinearMethod(compat.LinearMethodBase):
         if gathering is None:
             return
         gathering.close()
-        compat.expect_no_more(layer, self._names())
+        compat.expect_no_more(layer, self._tensors(layer.params_dtype))
         layer.register_parameter("weight_packed", torch.nn.Parameter(layer.tersor[0].held[0], requires_grad=False))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,8 +84,8 @@ class TersorLinearMethod(compat.LinearMethodBase):
         y: torch.Tensor = layer.tersor(x, bias)
         return y
 
-    def _names(self) -> list[str]:
-        return sorted(frozenset().union(*(stored.names for stored in self._stored)))
+    def _tensors(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {name: own for stored in self._stored for name, own in stored.dtypes(dtype).items()}
 
     def _finish(self, layer: Any, dtype: torch.dtype, weights: list[Matrix]) -> None:
         layer.tersor = parts_of(weights, dtype, self._activations)

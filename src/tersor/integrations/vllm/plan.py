@@ -12,17 +12,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from tersor.checkpoint.config import QuantizationConfig, Represented
 from tersor.checkpoint.conversion import make_conversion
 from tersor.checkpoint.exports import get_export
-from tersor.checkpoint.names import DENSE, MIXED, SPARSE, Storage, level_stem, stored_weights
+from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.names import (
+    DENSE,
+    LEVEL,
+    MASK,
+    MIXED,
+    PACKED,
+    SCALE,
+    SPARSE,
+    VALUES,
+    ZERO_POINT,
+    Storage,
+    level_stem,
+    stored_weights,
+)
 from tersor.checkpoint.source import Source
 from tersor.errors import CheckpointError, UnsupportedError
-from tersor.formats import Mix, Scheme, Sparse
+from tersor.formats import SCALE_DTYPES, Mix, Scheme, Sparse
 from tersor.integrations.transformers.architecture import read_architecture
 
 WEIGHT = "weight"
 """Name of the tensor of a plain weight."""
+_DTYPES = {PACKED: torch.int32, VALUES: torch.int32, ZERO_POINT: torch.uint8, MASK: torch.uint8, LEVEL: torch.uint8}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -41,10 +58,20 @@ class Stored:
     represented: Represented | None
     names: frozenset[str] = frozenset({WEIGHT})
 
-    @property
-    def packs(self) -> bool:
-        """Whether it is plain in the checkpoint and packed while it is loaded."""
-        return self.represented is not None and WEIGHT in self.names
+    def dtypes(self, plain: torch.dtype) -> dict[str, torch.dtype]:
+        """Return name -> dtype of its tensors, that of a plain weight as vLLM would hold it."""
+        found = {}
+        for name in self.names:
+            stem, _, last = name.rpartition(".")
+            scheme = self.represented
+            if isinstance(scheme, Mix) and stem:
+                scheme = scheme.levels[int(stem.rpartition(".")[2])]
+            scheme = scheme.scheme if isinstance(scheme, Sparse) else scheme
+            if last == SCALE and isinstance(scheme, Scheme):
+                found[name] = SCALE_DTYPES[scheme.scale_dtype]
+            else:
+                found[name] = plain if last == WEIGHT else _DTYPES[last]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +81,28 @@ class Plan:
     Attributes:
         stored: name of the layer -> its compressed weight, or one to compress; names are the checkpoint's, or vLLM's
             after `renamed`.
+        embeddings: names of embeddings among them.
         everywhere: of a model without weights (`--load-format dummy`), what every linear layer gets; else `None`.
         digest: names all of this, for vLLM's own cache of compiled graphs.
     """
 
     stored: Mapping[str, Stored]
+    embeddings: frozenset[str] = frozenset()
     everywhere: QuantizationConfig | None = None
     digest: str = field(default="", compare=False)
 
     def renamed(self, rename: Callable[[str], str | None]) -> Plan:
         """Return the plan with other names: `rename` takes and gives that of a weight; `None` is not in the model."""
-        found = {}
-        for name, stored in self.stored.items():
-            new = rename(f"{name}.{WEIGHT}")
-            if new is not None:
-                found[new.removesuffix(f".{WEIGHT}")] = stored
-        return replace(self, stored=found)
+        names = {name: rename(f"{name}.{WEIGHT}") for name in self.stored}
+        called = {name: new.removesuffix(f".{WEIGHT}") for name, new in names.items() if new is not None}
+        embeddings = frozenset(called[name] for name in self.embeddings if name in called)
+        return replace(self, stored={new: self.stored[name] for name, new in called.items()}, embeddings=embeddings)
+
+    def of_embedding(self, prefix: str) -> Stored | None:
+        """Return the weight of an embedding; vLLM calls some of them by no name, which then is the only one."""
+        if not prefix and len(self.embeddings) == 1:
+            return self.stored[next(iter(self.embeddings))]
+        return self.stored.get(prefix)
 
     def of_layer(self, prefix: str, merged: Mapping[str, Sequence[str]]) -> list[Stored] | None:
         """Return the weights of a layer, in order; `None` where none of them is compressed.
@@ -130,7 +163,7 @@ def of_checkpoint(source: Source, config: QuantizationConfig, *, trust_remote_co
         found[stem] = _stored(stem, stems[stem], represented, source)
     _check_experts(found.values())
     words = sorted((name, tensor.spec.dtype, tensor.spec.shape) for name, tensor in source.tensors.items())
-    return Plan(found, digest=_digest(str(words)))
+    return Plan(found, _embeddings(found, architecture), digest=_digest(str(words)))
 
 
 def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_code: bool = False) -> Plan:
@@ -163,12 +196,12 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
         found[stem] = Stored(stem, step.scheme)
     _check_experts(found.values())
     words = sorted((name, stored.represented.key()) for name, stored in found.items() if stored.represented)
-    return Plan(found, digest=_digest(str(words)))
+    return Plan(found, _embeddings(found, architecture), digest=_digest(str(words)))
 
 
 def without_weights(config: QuantizationConfig) -> Plan:
     """Return the plan of a model whose weights are random."""
-    return Plan({}, config, _digest(str(config.to_dict())))
+    return Plan({}, everywhere=config, digest=_digest(str(config.to_dict())))
 
 
 def has_weights(directory: Path) -> bool:
@@ -226,6 +259,11 @@ def _check_experts(stored: Iterable[Stored]) -> None:
             raise UnsupportedError(
                 f"{one.stem} is stored in another format than {first[1]}, and vLLM runs the experts of a layer as one"
             )
+
+
+def _embeddings(stems: Iterable[str], architecture: Architecture) -> frozenset[str]:
+    modules = architecture.modules_of(stems)
+    return frozenset(stem for stem, module in modules.items() if module in architecture.embeddings)
 
 
 def _digest(text: str) -> str:
