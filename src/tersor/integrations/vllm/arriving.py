@@ -41,11 +41,12 @@ class Place:
     """Where a rank's part of a stored weight is.
 
     Attributes:
-        channels: input channels of the whole weight.
+        outputs, channels: of the whole weight.
         part: of it; rows are output channels.
         dtype, device: of plain weights, and of everything.
     """
 
+    outputs: int
     channels: int
     part: Part
     dtype: torch.dtype
@@ -127,8 +128,10 @@ class Piece:
         whole = self._whole()
         rows, columns = self.place.part.rows, self.place.part.columns
         assert rows is not None
-        if rows[-1][1] > whole.shape[0]:
-            raise CheckpointError(f"{self.stored.stem} has {whole.shape[0]} rows, and vLLM's layer {rows[-1][1]}")
+        if whole.shape[0] != self.place.outputs:
+            raise CheckpointError(
+                f"{self.stored.stem} has {whole.shape[0]} rows, and vLLM's layer {self.place.outputs}"
+            )
         everything = rows == ((0, whole.shape[0]),) and columns is None
         if isinstance(whole, torch.Tensor):
             kept = torch.cat([whole[first:last] for first, last in rows])

@@ -63,7 +63,8 @@ class TersorEmbeddingMethod(_OfVocabulary):
         if not head and not isinstance(self._stored.represented, Scheme):
             raise UnsupportedError(f"{self._stored.stem}: the rows of an embedding have one scheme")
         part = Part((compat.vocabulary_rows(layer),))
-        piece = Piece(self._stored, Place(input_size, part, params_dtype, torch.empty(0).device))
+        place = Place(layer.org_vocab_size, input_size, part, params_dtype, torch.empty(0).device)
+        piece = Piece(self._stored, place)
         finish = functools.partial(self._finish, layer, head, params_dtype)
         gathering = Gathering([piece], finish, compat.draws_weights())
         layer.tersor_gathering, layer.tersor_dtype = gathering, params_dtype

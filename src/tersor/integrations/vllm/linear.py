@@ -48,15 +48,16 @@ class TersorLinearMethod(compat.LinearMethodBase):
         channels = compat.columns(layer, input_size_per_partition, input_size)
         device = torch.empty(0).device
 
-        def piece(stored: Stored, rows: tuple[Span, ...]) -> Piece:
-            return Piece(stored, Place(input_size, Part(rows, channels), params_dtype, device))
+        def piece(stored: Stored, outputs: int, rows: tuple[Span, ...]) -> Piece:
+            return Piece(stored, Place(outputs, input_size, Part(rows, channels), params_dtype, device))
 
         if len(self._stored) == len(spans):
-            pieces = [piece(stored, (span,)) for stored, (_, span) in zip(self._stored, spans, strict=True)]
+            pieces = [piece(stored, whole, (span,)) for stored, (whole, span) in zip(self._stored, spans, strict=True)]
         elif len(self._stored) == 1:  # one stored weight holds all
-            starts = accumulate((whole for whole, _ in spans), initial=0)
-            places = zip(starts, (span for _, span in spans), strict=False)
-            pieces = [piece(self._stored[0], tuple((start + first, start + last) for start, (first, last) in places))]
+            *starts, outputs = accumulate((whole for whole, _ in spans), initial=0)
+            places = zip(starts, (span for _, span in spans), strict=True)
+            rows = tuple((start + first, start + last) for start, (first, last) in places)
+            pieces = [piece(self._stored[0], outputs, rows)]
         else:
             raise UnsupportedError(
                 f"{self._stored[0].stem}: vLLM joins {len(spans)} weights in one, and {len(self._stored)} are stored"
