@@ -88,6 +88,20 @@ SETTINGS: dict[str, Setting] = {
             meaning="How many kernels are compiled at the same time.",
         ),
         Setting(
+            name="TERSOR_VLLM_FORMAT",
+            default="fp6",
+            parse=str,
+            expects="FORMAT, FORMAT:g64 or FORMAT:row:bfloat16",
+            meaning="What vLLM's --quantization tersor packs the linear layers of a plain checkpoint to.",
+        ),
+        Setting(
+            name="TERSOR_VLLM_ACTIVATIONS",
+            default="16bit",
+            parse=_one_of("16bit", "fp8", "int8", "int8:g128"),
+            expects="16bit, fp8, int8 or int8:g128",
+            meaning="What packed weights are multiplied with in vLLM.",
+        ),
+        Setting(
             name="TERSOR_API_KEY",
             default=None,
             parse=str,

@@ -54,7 +54,8 @@ class LLM:
         os.write(1, b"and its libraries do\n")
         config = json.loads((Path(options["model"]) / "config.json").read_text())
         weights = _weights(Path(options["model"]))
-        variables = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "CUDA_VISIBLE"))}
+        prefixes = ("VLLM_", "CUDA_VISIBLE", "TERSOR_VLLM_")
+        variables = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
         _keep(llm=options, config=config, weights=weights, environment=variables, pid=os.getpid())
         self._fault = options.get("quantization")
         if self._fault == "refused":

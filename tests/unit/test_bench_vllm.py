@@ -165,6 +165,13 @@ def test_several_answers_to_a_prompt_are_one_request(asked: Asked) -> None:
                 "VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype": "float8e4m3"}',
             },
         ),
+        (
+            "vllm:tersor",
+            "fp8",
+            "vllm tersor fp6_e3m2:a8",
+            "tersor",
+            {"TERSOR_VLLM_FORMAT": "fp6_e3m2:row:float16", "TERSOR_VLLM_ACTIVATIONS": "fp8"},
+        ),
     ],
 )
 def test_vllm_makes_its_weights_in_the_format_that_a_name_says(

@@ -14,7 +14,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Activations, Assignment, Mix, get_scheme
 from tersor.formats.mix import MOST_LEVELS
 from tersor.layouts import MixedWeight
-from tersor.ops import Gate
+from tersor.ops import Gate, mixed_launch, row_sets
 
 gpu = pretended("NVIDIA H200")
 INTEGERS = Mix((get_scheme("uint4", 64), get_scheme("int8")))
@@ -96,13 +96,22 @@ def test_older_gpus_launch_a_row_set_at_a_time(gpu: FakeGpu) -> None:
     assert len(gpu.launches) == len(weight.sets) and not any("mixed" in name for name in names(gpu))
 
 
-def test_who_looks_on_or_asks_for_invariance_has_a_row_set_at_a_time(gpu: FakeGpu) -> None:
+def test_who_asks_for_invariance_has_a_row_set_at_a_time(gpu: FakeGpu) -> None:
     weight, x = ready(INTEGERS), torch.randn(4, IC).half()
     with ops.using(batch_invariant=True):
         ops.linear(x, weight)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        ops.linear(x, weight)
-    assert len(gpu.launches) == 2 * len(weight.sets) and not any("mixed" in name for name in names(gpu))
+    assert len(gpu.launches) == len(weight.sets) and not any("mixed" in name for name in names(gpu))
+
+
+def test_who_looks_on_sees_one_operator_that_launches_once_and_keeps_what_it_prepared(gpu: FakeGpu) -> None:
+    weight, x = ready(INTEGERS), torch.randn(4, IC).half()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(2):
+            ops.linear(x, weight)
+    assert [event.count for event in seen.key_averages() if event.key == "tersor::mixed_linear"] == [2]
+    first, second = gpu.launches
+    assert "mixed" in first.kernel and first.kernel == second.kernel
+    assert mixed_launch._by_form[row_sets.tensors_of(weight)[1]]._prepared.keys() == {(4, torch.float16, -1, 0)}
 
 
 def test_tensors_of_other_dtypes_are_refused_before_a_launch(gpu: FakeGpu) -> None:

@@ -11,7 +11,7 @@ from tersor.errors import ShapeError
 from tersor.formats import Assignment
 from tersor.layouts import MixedWeight
 from tersor.layouts.gated import interleave
-from tersor.ops import Gate
+from tersor.ops import Gate, row_sets
 
 
 def rows(*shape: int, seed: int = 9) -> torch.Tensor:
@@ -63,6 +63,38 @@ def test_gradients_and_traces_go_through() -> None:
     torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, -1))
     meta = ops.linear(torch.empty(0, IC), weight)
     assert meta.shape == (0, 20)
+
+
+def test_a_traced_product_is_one_operator_for_any_number_of_tokens() -> None:
+    weight, bias = mixed(matrix(20), levels(20)), rows(20)
+    operators: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    traced = torch.compile(lambda x: ops.linear(x, weight, bias), backend=backend, fullgraph=True)
+    for tokens in (3, 7):
+        x = rows(tokens, IC)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(traced(x), ops.linear(x, weight, bias))
+    assert [name for name in operators if name.startswith("tersor")] == ["tersor.mixed_linear.default"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_operator_has_a_meta_twin_and_gradients(gated: bool) -> None:
+    assignment = levels(16, 5)
+    plain = mixed(matrix(16), assignment)
+    weight = MixedWeight.gate_up(plain, plain) if gated else plain
+    call = (*row_sets.tensors_of(weight), None, None, int(gated))
+    operator = torch.ops.tersor.mixed_linear.default
+    torch.library.opcheck(operator, (rows(3, IC), *call), test_utils=("test_schema", "test_faketensor"))
+    found, x = operator(rows(3, IC).to("meta"), *call), rows(3, IC).requires_grad_()
+    assert found.shape == (3, 16) and found.device.type == "meta"
+    operator(x, *call).sum().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert operator(rows(3, IC), *call).dtype == ops.linear(rows(3, IC), plain).dtype == torch.bfloat16
 
 
 def test_a_gated_product_with_other_gates_has_gradients() -> None:

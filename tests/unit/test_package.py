@@ -88,8 +88,10 @@ def test_metadata_says_licence_python_and_extras(wheel: Path) -> None:
     assert "Requires-Python: >=3.10" in text
     assert "Description-Content-Type: text/markdown" in text
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
-    assert extras == {"calibrate", "cuda", "eval", "grammar", "plan", "plot", "ray", "serve", "tasks", "train", "dev"}
+    wanted = {"calibrate", "cuda", "eval", "grammar", "plan", "plot", "ray", "serve", "tasks", "train", "vllm", "dev"}
+    assert extras == wanted
     assert "tersor = tersor.cli.main:main" in scripts
+    assert "[vllm.general_plugins]\ntersor = tersor.integrations.vllm:register" in scripts
 
 
 def test_the_extra_for_gpus_asks_for_what_compiles_kernels_and_no_more(wheel: Path) -> None:

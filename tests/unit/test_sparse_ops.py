@@ -83,8 +83,9 @@ def test_activations_have_gradients_of_any_order() -> None:
 def test_traces_and_autocast_see_the_operator() -> None:
     weight, _ = made()
     x, bias = pruned.random(3, 64), torch.zeros(24)
-    compiled = torch.compile(lambda x: ops.linear(x, weight, bias), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), ops.linear(x, weight, bias))
+    compiled = torch.compile(lambda x: ops.linear(x, weight, bias), backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (x, torch.cat((x, x))):
+        assert torch.equal(compiled(tokens), ops.linear(tokens, weight, bias))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ops.linear(x, weight, bias), ops.linear(x.bfloat16(), weight, bias.bfloat16()))
     meta = ops.linear(x.to("meta"), weight.to(torch.device("meta")), residual=torch.empty(3, 24, device="meta"))

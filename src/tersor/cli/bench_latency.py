@@ -159,7 +159,7 @@ def command(
                 model, most = geometries.geometry(name), max(batches)
                 kv_bytes = latency.pages_for(batches, contexts) * page_bytes(model, pages.pages_dtype or kernel_dtype)
                 needed = replace(pages, max_rows=most, max_step_tokens=most, kv_bytes=kv_bytes)
-                away = offload_of(needed, model, kernel_dtype, torch.device("cuda", torch.cuda.current_device()))
+                away = offload_of(needed, model, kernel_dtype, seat.device)
                 decoder = random_decoder(
                     name,
                     scheme,

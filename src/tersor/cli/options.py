@@ -88,8 +88,8 @@ AgainstVllm = Annotated[
     typer.Option(
         "--against",
         help=(
-            "Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming; default: none. Random "
-            "weights for them are in memory (/dev/shm), or else in TMPDIR, while they run."
+            "Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming, vllm:tersor; default: "
+            "none. Random weights for them are in memory (/dev/shm), or else in TMPDIR, while they run."
         ),
     ),
 ]

@@ -17,7 +17,7 @@ from tersor.formats import Assignment, Mix, Scheme
 from tersor.layouts.gated import gated_channels, gated_rows, interleave, separate
 from tersor.layouts.shard import Part, Span
 from tersor.layouts.stacked import StackedWeight
-from tersor.layouts.weight import STREAM, Noted, PackedWeight
+from tersor.layouts.weight import Noted, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class MixedWeight(Noted):
         for one in self.sets:
             rows = assignment.spans(self.mix.levels.index(one.scheme), spans)
             if any(last > first for first, last in rows):
-                sets.append(_cut(one.to_layout(STREAM), Part(rows, part.columns)))
+                sets.append(one.cut(Part(rows, part.columns)))
         return MixedWeight.of(assignment.of(spans), sets)
 
     def to_layout(self, choose: Callable[[Scheme], str]) -> MixedWeight:
@@ -217,16 +217,3 @@ def put_in_order(parts: Sequence[torch.Tensor], places: torch.Tensor | None) -> 
 def bytes_of(sets: Sequence[PackedWeight | StackedWeight], *orders: torch.Tensor | None) -> int:
     """Return the bytes in memory of row sets and of the permutations that there are."""
     return sum(one.nbytes for one in sets) + sum(order.nbytes for order in orders if order is not None)
-
-
-def _cut(weight: PackedWeight, part: Part) -> PackedWeight:
-    """Return a part of a weight in the stored stream."""
-    words, groups = part.stored(weight.scheme)
-    data, scale = _part(weight.data, words), _part(weight.scale, groups)
-    zero_point = None if weight.zero_point is None else _part(weight.zero_point, groups)
-    return PackedWeight(weight.scheme, (len(data), part.shape(weight.shape)[1]), data, scale, zero_point)
-
-
-def _part(tensor: torch.Tensor, part: Part) -> torch.Tensor:
-    rows = torch.cat([tensor[first:last] for first, last in part.rows or ((0, len(tensor)),)])
-    return rows if part.columns is None else rows[:, slice(*part.columns)].contiguous()

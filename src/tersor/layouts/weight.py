@@ -13,6 +13,7 @@ from tersor.layouts import scales, stream, tiles
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import gated_channels, interleave, separate
 from tersor.layouts.packing import LAYOUTS, Packing
+from tersor.layouts.shard import Part
 
 STREAM = "stream"
 """The layout of the stored stream; every other name is a kernel layout of `tersor.layouts.packing`."""
@@ -140,6 +141,21 @@ class PackedWeight(PackedTensors, Noted):
         shape = (last - first, self.shape[1])
         return PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout, kept)
 
+    def cut(self, part: Part) -> PackedWeight:
+        """Return a part of the weight, in the stored stream.
+
+        Args:
+            part: spans of output channels, and input channels that start at a quantum.
+
+        Raises:
+            ShapeError: columns are not whole quanta.
+        """
+        stored = self.to_layout(STREAM)
+        words, groups = part.stored(self.scheme)
+        data, scale = _part(stored.data, words), _part(stored.scale, groups)
+        zero_point = None if stored.zero_point is None else _part(stored.zero_point, groups)
+        return PackedWeight(self.scheme, (len(data), part.shape(self.shape)[1]), data, scale, zero_point)
+
     @staticmethod
     def gate_up(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
         """Interleave two weights of one scheme and shape for `ops.gated_linear`.
@@ -222,6 +238,11 @@ def _joined(weights: Sequence[PackedWeight], join: Callable[[list[torch.Tensor]]
     kept = [weight.outliers for weight in stored if weight.outliers is not None]
     zero_point, outliers = (join(one) if one else None for one in (zero_points, kept))
     return PackedWeight(scheme, (data.shape[0], ic), data, scale, zero_point, outliers=outliers)
+
+
+def _part(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    rows = torch.cat([tensor[first:last] for first, last in part.rows or ((0, len(tensor)),)])
+    return rows if part.columns is None else rows[:, slice(*part.columns)].contiguous()
 
 
 def _split(weight: PackedWeight, split: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> list[PackedWeight]:

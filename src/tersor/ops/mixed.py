@@ -1,21 +1,28 @@
-"""Multiply with a mixed weight: all row sets in one launch where a kernel takes them, else one dense product a row set.
+"""The torch operator `tersor::mixed_linear` of mixed weights, and its meta twin.
 
 An output feature is what `ops.linear` gives for its row in the row set of its level, but for the order in which
 products are summed: that is the definition. On compute capability 9.0 one launch makes all of it (`mixed_launch`).
-Everywhere else, in batch-invariant mode and where somebody looks on (autograd, torch.compile, a profiler), a row set is
-multiplied as the dense weight that it is, and one gather brings features in order; biases and residuals are taken apart
-by the same permutation, so that each is added before the one rounding. That is made of operators that dispatch:
-gradients, torch.compile and autocast are theirs.
+Everywhere else and in batch-invariant mode a row set is multiplied as the dense weight that it is, and one gather
+brings features in order; biases and residuals are taken apart by the same permutation, so that each is added before
+the one rounding. Where someone differentiates, or autocast is on, the same is made of the operators of dense weights,
+whose gradients and casts are theirs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from tersor.errors import ShapeError
 from tersor.layouts import MixedWeight
 from tersor.layouts.gated import interleave, separate
-from tersor.ops import dense, mixed_launch
+from tersor.ops import autocast, dense, gradient, mixed_launch, row_sets
+
+_library = torch.library.Library("tersor", "FRAGMENT")
+_library.define(
+    "mixed_linear(Tensor x, Tensor[] weight, str form, Tensor? bias, Tensor? residual=None, int gate=0) -> Tensor"
+)
 
 
 def multiply(
@@ -26,15 +33,13 @@ def multiply(
     Raises:
         ShapeError: sizes, dtypes or devices that do not fit, or a gate for a weight that is not gate and up.
     """
-    if gate and not weight.gated:
-        raise ShapeError(f"gated_linear: a mixed weight {list(weight.shape)} is not MixedWeight.gate_up of two")
     outputs = weight.channels if gate else weight.shape[0]
-    _check(x, weight, bias, residual, outputs)
+    _check(x, weight.shape, weight.gated, bias, residual, gate, outputs)
     if not dense.looked_at(x, bias, residual):
-        y = mixed_launch.multiply(x, weight, bias, residual, gate)
-        if y is not None:
-            return y
-    return by_row_sets(x, weight, bias, residual, gate)
+        return _launched(x, weight, bias, residual, gate)
+    if autocast.enabled() or gradient.wanted(x, bias, residual):
+        return by_row_sets(x, weight, bias, residual, gate)
+    return _operator(x, *row_sets.tensors_of(weight), bias, residual, gate)
 
 
 def by_row_sets(
@@ -61,14 +66,95 @@ def by_set(weight: MixedWeight, values: torch.Tensor) -> list[torch.Tensor]:
     return [interleave(gate.movedim(-1, 0), up.movedim(-1, 0)).movedim(0, -1) for gate, up in pairs]
 
 
+def _launched(
+    x: torch.Tensor, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
+) -> torch.Tensor:
+    y = mixed_launch.multiply(x, weight, bias, residual, gate)
+    return by_row_sets(x, weight, bias, residual, gate) if y is None else y
+
+
 def _check(
-    x: torch.Tensor, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, outputs: int
+    x: torch.Tensor,
+    shape: tuple[int, int],
+    gated: bool,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: int,
+    outputs: int,
 ) -> None:
     """Raise ShapeError where sizes of a call do not fit; dtypes are those of the products of row sets to check."""
-    oc, ic = weight.shape
+    oc, ic = shape
+    if gate and not gated:
+        raise ShapeError(f"gated_linear: a mixed weight {list(shape)} is not MixedWeight.gate_up of two")
     if not x.dim() or x.shape[-1] != ic:
         raise ShapeError(f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]")
     if bias is not None and bias.shape != (oc,):
         raise ShapeError(f"linear: bias is {list(bias.shape)}, expected [{oc}]")
     if residual is not None and residual.shape != (*x.shape[:-1], outputs):
         raise ShapeError(f"linear: residual is {list(residual.shape)}, expected {[*x.shape[:-1], outputs]}")
+
+
+def _serve(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: str,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gate: int = 0,
+) -> torch.Tensor:
+    """Serve a call of the operator; what stays the same from call to call is kept for each form."""
+    shape, gated, channels = row_sets.outputs_of(form)
+    _check(x, shape, gated, bias, residual, gate, channels if gate else shape[0])
+    made = row_sets.weight_of(weight, form)
+    mixed_launch.remember(made, form)
+    return _launched(x, made, bias, residual, gate)
+
+
+def _shape_only(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: str,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gate: int = 0,
+) -> torch.Tensor:
+    """Check a call and return an uninitialised result: for tensors without memory."""
+    shape, gated, channels = row_sets.outputs_of(form)
+    outputs = channels if gate else shape[0]
+    _check(x, shape, gated, bias, residual, gate, outputs)
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _differentiable(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: str,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gate: int = 0,
+) -> torch.Tensor:
+    """Return the product of operators that have gradients where one is wanted."""
+    if gradient.wanted(x, bias, residual):
+        return by_row_sets(x, row_sets.weight_of(weight, form), bias, residual, gate)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operator(x, weight, form, bias, residual, gate)
+
+
+def _cast(
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    form: str,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gate: int = 0,
+) -> torch.Tensor:
+    """Return the product of operators that autocast reaches."""
+    return by_row_sets(x, row_sets.weight_of(weight, form), bias, residual, gate)
+
+
+_operator = torch.ops.tersor.mixed_linear.default
+for _device in autocast.DEVICES:
+    _library.impl("mixed_linear", _serve, _device)
+    _library.impl("mixed_linear", _cast, f"Autocast{_device}")
+_library.impl("mixed_linear", _differentiable, "Autograd")
+torch.library.register_fake("tersor::mixed_linear", _shape_only, lib=_library)

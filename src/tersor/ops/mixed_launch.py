@@ -228,12 +228,23 @@ class _Served:
 
 
 _all: weakref.WeakSet[_Served] = weakref.WeakSet()
+_by_form: dict[str, _Served] = {}
+"""Text of a weight (`row_sets`) -> what calls with such weights have in common: none of it is a number of a weight."""
 
 
 def forget() -> None:
     """Drop every prepared call, as `prepared.forget` does."""
     for one in list(_all):
         one.forget()
+    _by_form.clear()
+
+
+def remember(weight: MixedWeight, form: str) -> None:
+    """Let a weight that was made for one call of an operator serve it as the last one of its form was served."""
+    found = _by_form.get(form)
+    if found is None:
+        found = _by_form.setdefault(form, _Served(weight))
+    object.__setattr__(weight, "note", found)
 
 
 def _served(weight: MixedWeight) -> _Served:

@@ -12,9 +12,10 @@ from tersor.bench import contenders
 from tersor.errors import InputError
 from tersor.formats import Activations, Scheme
 
-VLLM, FP8, HUMMING = "vllm", "vllm:fp8", "vllm:humming"
-RIVALS = (VLLM, FP8, HUMMING)
-"""With 16-bit weights, with weights and activations in e4m3, and with humming's kernels in the formats of Tersor."""
+VLLM, FP8, HUMMING, TERSOR = "vllm", "vllm:fp8", "vllm:humming", "vllm:tersor"
+RIVALS = (VLLM, FP8, HUMMING, TERSOR)
+"""With 16-bit weights, with weights and activations in e4m3, and with humming's or Tersor's kernels in the formats of
+Tersor."""
 
 _HUMMING_WEIGHTS, _HUMMING_ACTIVATIONS = "VLLM_HUMMING_ONLINE_QUANT_CONFIG", "VLLM_HUMMING_INPUT_QUANT_CONFIG"
 
@@ -52,11 +53,11 @@ def variants(
 
     Args:
         names: of `RIVALS`.
-        schemes: of Tersor's weights, which humming has as well; `None` is 16-bit ones.
-        activations: that humming multiplies them with.
+        schemes: of Tersor's weights, which both of these have as well; `None` is 16-bit ones.
+        activations: that they multiply them with.
 
     Raises:
-        InputError: humming is named, and all of Tersor's weights have 16 bits.
+        InputError: humming or Tersor's plug-in is named, and all of Tersor's weights have 16 bits.
         UnsupportedError: vLLM or humming is named and not installed.
     """
     if names:
@@ -68,11 +69,13 @@ def variants(
         elif name == FP8:
             found.append(Variant(format="vllm fp8", options={"quantization": "fp8"}))
         else:
-            contenders.need_installed("humming", "humming-kernels")
+            if name == HUMMING:
+                contenders.need_installed("humming", "humming-kernels")
             packed = [scheme for scheme in schemes if scheme is not None]
             if not packed:
                 raise InputError(f"--against {name} has the formats of Tersor, and --format names none but 16bit")
-            found += [_humming(scheme, activations) for scheme in packed]
+            make = _humming if name == HUMMING else _tersor
+            found += [make(scheme, activations) for scheme in packed]
     return found
 
 
@@ -90,6 +93,14 @@ def _humming(scheme: Scheme, activations: Activations | str) -> Variant:
         format=f"vllm humming {contenders.label(scheme, activations)}",
         options={"quantization": "humming"},
         environment=environment,
+    )
+
+
+def _tersor(scheme: Scheme, activations: Activations | str) -> Variant:
+    return Variant(
+        format=f"vllm tersor {contenders.label(scheme, activations)}",
+        options={"quantization": "tersor"},
+        environment={"TERSOR_VLLM_FORMAT": scheme.key(), "TERSOR_VLLM_ACTIVATIONS": str(Activations.of(activations))},
     )
 
 

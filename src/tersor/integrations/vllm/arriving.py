@@ -1,0 +1,299 @@
+"""How do tensors that come one by one become a rank's weights? Each is cut and goes to the device when it is whole.
+
+vLLM reads a checkpoint file by file and hands every tensor to the layer it belongs to. A layer waits for all tensors of
+one stored weight, keeps this rank's part of it in packed form, and puts its weights into the layout of their kernels
+when the last has arrived: beyond the model there is never more in memory than one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tersor.checkpoint.names import (
+    DENSE,
+    LEVEL,
+    MASK,
+    PACKED,
+    SCALE,
+    VALUES,
+    ZERO_POINT,
+    level_stem,
+    stored_tensors,
+)
+from tersor.checkpoint.pack import pack
+from tersor.errors import CheckpointError, FormatError, NonFiniteError, ShapeError, UnsupportedError
+from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
+from tersor.integrations.vllm.plan import WEIGHT, Stored
+from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
+from tersor.layouts.shard import Part, quantum
+from tersor.models.stored import joined
+from tersor.models.weights import Matrix
+
+_DRAWN = 64
+"""Rows of a random weight that are drawn; the others repeat them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank's part of a stored weight is.
+
+    Attributes:
+        outputs, channels: of the whole weight.
+        part: of it; rows are output channels.
+        dtype, device: of plain weights, and of everything.
+    """
+
+    outputs: int
+    channels: int
+    part: Part
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(OC, IC) of the part."""
+        assert self.part.rows is not None
+        first, last = self.part.columns or (0, self.channels)
+        return sum(end - start for start, end in self.part.rows), last - first
+
+
+class Piece:
+    """A stored weight whose tensors arrive; it is whole when all have."""
+
+    def __init__(self, stored: Stored, place: Place) -> None:
+        """Wait for a weight.
+
+        Raises:
+            UnsupportedError: this rank's input channels do not start and end at a quantum of the weight.
+        """
+        self.stored, self.place = stored, place
+        self._arrived: dict[str, torch.Tensor] = {}
+        self._weight: Matrix | None = None
+        columns = place.part.columns
+        if columns is not None and stored.represented is not None:
+            unit = _unit(stored.represented)
+            if columns[0] % unit or columns[1] % unit:
+                raise UnsupportedError(
+                    f"{stored.stem}: tensor parallelism gives a rank input channels {columns[0]} to {columns[1]}, and "
+                    f"a weight in {stored.represented.key()} is cut at multiples of {unit}: use fewer ranks"
+                )
+
+    @property
+    def weight(self) -> Matrix | None:
+        """This rank's part, on the device, packed weights in the stored stream; `None` before all has arrived."""
+        return self._weight
+
+    @property
+    def missing(self) -> list[str]:
+        """Whole names of the tensors that have not arrived."""
+        if self._weight is not None:
+            return []
+        return [f"{self.stored.stem}.{name}" for name in sorted(self.stored.names - self._arrived.keys())]
+
+    def take(self, name: str, tensor: torch.Tensor) -> bool:
+        """Take one of the weight's tensors; tell whether it is whole now.
+
+        Raises:
+            CheckpointError: a tensor that the weight has not, or of another shape or dtype than it should have.
+            NonFiniteError: a weight to pack that holds a NaN or an infinity.
+        """
+        if name not in self.stored.names:
+            raise CheckpointError(f"tensor {self.stored.stem}.{name} is not one of {self.stored.stem} in its headers")
+        self._arrived[name] = tensor
+        if len(self._arrived) < len(self.stored.names):
+            return False
+        self._weight = self._made()
+        self._arrived.clear()
+        return True
+
+    def draw(self) -> None:
+        """Make a random weight in place of one that arrives: for times alone."""
+        represented, (rows, channels) = self.stored.represented, self.place.shape
+        few = torch.randn(min(rows, _DRAWN), channels, generator=torch.Generator().manual_seed(0)) * channels**-0.5
+        if isinstance(represented, Mix | Sparse):
+            raise UnsupportedError("random weights have one scheme: mixed and pruned ones come from a checkpoint")
+        drawn: Matrix = few.to(self.place.device, self.place.dtype)
+        if represented is not None:
+            drawn = _on(packed_of(represented, channels, pack(few, represented).tensors), self.place.device)
+        times, rest = divmod(rows, len(few))
+        parts = [drawn] * times
+        if rest:
+            parts.append(drawn.rows(0, rest) if isinstance(drawn, PackedWeight) else few[:rest].to(drawn))
+        self._weight = joined(parts)
+
+    def _made(self) -> Matrix:
+        whole = self._whole()
+        rows, columns = self.place.part.rows, self.place.part.columns
+        assert rows is not None
+        if whole.shape[0] != self.place.outputs:
+            raise CheckpointError(
+                f"{self.stored.stem} has {whole.shape[0]} rows, and vLLM's layer {self.place.outputs}"
+            )
+        everything = rows == ((0, whole.shape[0]),) and columns is None
+        if isinstance(whole, torch.Tensor):
+            kept = torch.cat([whole[first:last] for first, last in rows])
+            kept = kept if columns is None else kept[:, slice(*columns)]
+            return kept.to(self.place.device, self.place.dtype).contiguous()
+        assert isinstance(whole, PackedWeight | MixedWeight | SparseWeight)
+        return _on(whole if everything else whole.cut(self.place.part), self.place.device)
+
+    def _whole(self) -> Matrix:
+        """Return the whole weight, where its tensors are; what is packed while loading on the device."""
+        stored, arrived, channels = self.stored, self._arrived, self.place.channels
+        represented = stored.represented
+        try:
+            if WEIGHT in arrived:
+                plain = arrived[WEIGHT]
+                if plain.dim() != 2 or plain.shape[1] != channels:
+                    raise ShapeError(f"the weight is {list(plain.shape)}, and vLLM's layer has {channels} channels")
+                if represented is None:
+                    return plain
+                assert isinstance(represented, Scheme), "what is packed while loading has one scheme"
+                return packed_of(represented, channels, pack(plain.to(self.place.device), represented).tensors)
+            if isinstance(represented, Mix):
+                return _mixed(represented, channels, arrived)
+            if isinstance(represented, Sparse):
+                mask, values = arrived[MASK], arrived[VALUES]
+                scales = arrived.get(SCALE), arrived.get(ZERO_POINT)
+                return SparseWeight.from_stored(represented, (len(mask), channels), mask, values, *scales)
+            assert represented is not None
+            return packed_of(represented, channels, arrived)
+        except NonFiniteError as error:
+            raise NonFiniteError(error.index, error.value, f"tensor '{stored.stem}.{WEIGHT}'") from None
+        except (FormatError, ShapeError) as error:
+            raise CheckpointError(f"{stored.stem}: {error}") from None
+
+
+class Gathering:
+    """The weights of one layer on their way, in order; whoever waits gets them when the last is whole."""
+
+    def __init__(self, pieces: Sequence[Piece], finish: Callable[[list[Matrix]], None], random: bool = False) -> None:
+        """Wait for weights.
+
+        Args:
+            pieces: one a stored weight.
+            finish: gets the weights of neighbours that are alike as one, once.
+            random: whether weights are made up when none has arrived.
+        """
+        self._pieces, self._finish, self._random = pieces, finish, random
+        self._done = False
+
+    def take(self, index: int, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor of the weight at `index`."""
+        if self._pieces[index].take(name, tensor) and all(piece.weight is not None for piece in self._pieces):
+            self._hand_over()
+
+    def close(self) -> None:
+        """Say that nothing more arrives.
+
+        Raises:
+            CheckpointError: some has not arrived; the line names a tensor.
+        """
+        if self._done:
+            return
+        if self._random:
+            for piece in self._pieces:
+                piece.draw()
+        raise_missing([name for piece in self._pieces for name in piece.missing])
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        weights = [piece.weight for piece in self._pieces if piece.weight is not None]
+        self._pieces, self._done = [], True
+        self._finish(together(weights))
+
+
+def raise_missing(names: Sequence[str]) -> None:
+    """Refuse a checkpoint of which tensors of these names did not arrive.
+
+    Raises:
+        CheckpointError: there are any.
+    """
+    if names:
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        raise CheckpointError(f"vLLM read no tensor {names[0]!r}{more}: the checkpoint lacks it, or vLLM skips it")
+
+
+def together(weights: Sequence[Matrix]) -> list[Matrix]:
+    """Return weights with neighbours of one kind stacked into one."""
+    runs: list[list[Matrix]] = []
+    for weight in weights:
+        if runs and _kind(runs[-1][0]) == _kind(weight):
+            runs[-1].append(weight)
+        else:
+            runs.append([weight])
+    return [run[0] if len(run) == 1 else joined(run) for run in runs]
+
+
+def need_16bit(stored: Stored, activations: Activations) -> None:
+    """Hold that a weight can be multiplied with such activations.
+
+    Raises:
+        UnsupportedError: 8-bit ones with a pruned weight.
+    """
+    if isinstance(stored.represented, Sparse) and activations is not Activations.NATIVE:
+        raise UnsupportedError(
+            f"{stored.stem} is pruned, and pruned weights are multiplied with 16-bit activations alone"
+        )
+
+
+def _kind(weight: Matrix) -> object:
+    if isinstance(weight, PackedWeight):
+        return weight.scheme
+    if isinstance(weight, MixedWeight):
+        return weight.mix
+    return weight.sparse if isinstance(weight, SparseWeight) else type(weight)
+
+
+def _unit(represented: Scheme | Mix | Sparse) -> int:
+    """Return the input channels that a weight is cut in, as `layouts.shard.quantum` says it of one that is there."""
+    if isinstance(represented, Mix):
+        return quantum(Assignment(represented, b""))
+    if isinstance(represented, Sparse):
+        return quantum(Pruned(represented, b""))
+    return quantum(represented)
+
+
+def packed_of(scheme: Scheme, channels: int, tensors: Mapping[str, torch.Tensor], stem: str = "") -> PackedWeight:
+    """Return a dense weight of its tensors, without a copy.
+
+    Args:
+        scheme: what they mean.
+        channels: input channels.
+        tensors: by the names of `checkpoint.names`, or those below `stem`.
+        stem: of a level.
+
+    Raises:
+        ShapeError: a tensor of another shape or dtype.
+    """
+    names = {name: f"{stem}.{name}" if stem else name for name in DENSE.names_of(scheme)}
+    rows = len(tensors[names[PACKED]])
+    for name, form in stored_tensors(scheme, rows, channels).items():
+        found = tensors[names[name]]
+        if tuple(found.shape) != form.shape or found.dtype != form.dtype:
+            raise ShapeError(
+                f"{names[name]} is {found.dtype} {list(found.shape)}; {scheme.key()} of a weight {[rows, channels]} "
+                f"stores {form.dtype} {list(form.shape)}"
+            )
+    zero_point = tensors[names[ZERO_POINT]] if scheme.has_zero_point else None
+    return PackedWeight(scheme, (rows, channels), tensors[names[PACKED]], tensors[names[SCALE]], zero_point)
+
+
+def _mixed(mix: Mix, channels: int, tensors: Mapping[str, torch.Tensor]) -> MixedWeight:
+    form = Assignment(mix, tensors[LEVEL].cpu().numpy().tobytes())
+    sets = [
+        packed_of(scheme, channels, tensors, level_stem(level))
+        for level, scheme in enumerate(mix.levels)
+        if f"{level_stem(level)}.{PACKED}" in tensors
+    ]
+    return MixedWeight.of(form, sets)
+
+
+def _on(weight: PackedWeight | MixedWeight | SparseWeight, device: torch.device) -> Matrix:
+    if isinstance(weight, MixedWeight | SparseWeight):
+        return weight.to(device)
+    zero_point = None if weight.zero_point is None else weight.zero_point.to(device)
+    return PackedWeight(weight.scheme, weight.shape, weight.data.to(device), weight.scale.to(device), zero_point)

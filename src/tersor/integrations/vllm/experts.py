@@ -1,0 +1,236 @@
+"""The experts of a layer of vLLM with packed weights: all of them in two stacks, run as one operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor import ops
+from tersor.errors import CheckpointError, ShapeError
+from tersor.formats import Activations
+from tersor.integrations.vllm import compat
+from tersor.integrations.vllm.arriving import Piece, Place, raise_missing
+from tersor.integrations.vllm.plan import Stored
+from tersor.layouts import MixedWeight, PackedWeight, Stacked, StackedMixedWeight, StackedWeight, sets_of
+from tersor.layouts.shard import Part
+from tersor.models.weights import Matrix
+
+_SHARDS = ("w1", "w3", "w2")
+"""What vLLM calls gate, up and down."""
+_PREFIXES = {"w1": "w13_", "w3": "w13_", "w2": "w2_"}
+
+
+class Stacks(nn.Module):
+    """The weights of all experts of a rank, as `ops.experts` takes them.
+
+    Attributes:
+        gate_up, down: gate and up interleaved, and down.
+    """
+
+    def __init__(self, gate_up: Stacked, down: Stacked) -> None:
+        """Hold the weights, whose tensors are buffers."""
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+        for name, weight in (("gate_up", gate_up), ("down", down)):
+            for place, one in enumerate(sets_of(weight)):
+                self.register_buffer(f"{name}_{place}_data", one.data, persistent=False)
+                self.register_buffer(f"{name}_{place}_scale", one.scale, persistent=False)
+
+
+class TersorExpertsMethod(compat.FusedMoEMethodBase):
+    """Waits for the stored weights of a layer's experts, and runs tokens through those that the router chose."""
+
+    def __init__(
+        self, moe: Any, stored: Mapping[str, Stored], projections: Sequence[str], activations: Activations
+    ) -> None:
+        """Take what is known of the experts.
+
+        Args:
+            moe: vLLM's configuration of the layer.
+            stored: projection -> how that weight of every expert is stored.
+            projections: names of gate, up and down.
+            activations: what weights are multiplied with.
+        """
+        super().__init__(moe)
+        self._stored = {shard: stored[name] for shard, name in zip(_SHARDS, projections, strict=True)}
+        self._activations = activations
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Let a layer wait for the tensors of its experts; it holds none of its own.
+
+        Raises:
+            UnsupportedError: experts that kernels do not compute, or ranks that cut them elsewhere than at a quantum.
+        """
+        layer.tersor_gate = compat.experts_gate(layer)
+        inner = intermediate_size_per_partition
+        span = compat.expert_columns(layer, inner)
+        device, whole = torch.empty(0).device, inner * layer.moe_config.moe_parallel_config.tp_size
+        up = Place(whole, hidden_size, Part((span or (0, inner),)), params_dtype, device)
+        down = Place(hidden_size, whole, Part(((0, hidden_size),), span), params_dtype, device)
+        places = {"w1": up, "w3": up, "w2": down}
+        experts = [
+            {shard: Piece(stored, places[shard]) for shard, stored in self._stored.items()} for _ in range(num_experts)
+        ]
+        finish = functools.partial(self._finish, layer, params_dtype)
+        arrivals = _Arrivals(experts, finish, compat.draws_weights())
+        layer.tersor_arrivals = arrivals
+        compat.expect(layer, self._tensors(params_dtype), functools.partial(_loader, layer, arrivals))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that every weight has arrived.
+
+        Raises:
+            CheckpointError: one has not; the line names a tensor.
+        """
+        arrivals = layer.__dict__.pop("tersor_arrivals", None)
+        if arrivals is not None:
+            arrivals.close()
+            compat.expect_no_more(layer, self._tensors(layer.params_dtype))
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return [T, H] of x [T, H]: each token's experts, weighted and added; those of other ranks add nothing."""
+        index, local = topk_ids, layer.expert_map
+        if local is not None:
+            index = local[index.long()]
+        if index.dtype not in (torch.int32, torch.int64):
+            index = index.to(torch.int64)
+        held = layer.tersor
+        return ops.experts(x, held.gate_up, held.down, index, topk_weights, gate=layer.tersor_gate)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """Return nothing: vLLM's own kernels of experts are not used."""
+        return
+
+    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
+        """Return nothing, likewise (0.26 and 0.27 ask)."""
+        return
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, act_dtype: torch.dtype, moe_parallel_config: Any
+    ) -> tuple[int, int]:
+        """Return the sizes as they are."""
+        return hidden_size, intermediate_size_per_partition
+
+    def _tensors(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        found: dict[str, torch.dtype] = {}
+        for shard, stored in self._stored.items():
+            found |= {_PREFIXES[shard] + name: own for name, own in stored.dtypes(dtype).items()}
+        return found
+
+    def _finish(self, layer: Any, dtype: torch.dtype, experts: list[dict[str, Matrix]]) -> None:
+        def stack(make: Callable[[dict[str, Matrix]], Matrix]) -> Stacked:
+            return _ready(_stacked([make(expert) for expert in experts]), dtype, self._activations)
+
+        down = stack(lambda expert: expert.pop("w2"))
+        layer.tersor = Stacks(stack(_gate_up), down)
+
+
+class _Arrivals:
+    """The weights of all experts of a rank on their way."""
+
+    def __init__(
+        self,
+        experts: list[dict[str, Piece]],
+        finish: Callable[[list[dict[str, Matrix]]], None],
+        random: bool,
+    ) -> None:
+        self._experts, self._finish, self._random = experts, finish, random
+        self._left = sum(map(len, experts))
+
+    def take(self, expert: int, shard: str, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor of one of an expert's weights."""
+        if self._experts[expert][shard].take(name, tensor):
+            self._left -= 1
+            if not self._left:
+                self._hand_over()
+
+    def close(self) -> None:
+        """Say that nothing more arrives, as `Gathering.close` does."""
+        if not self._experts:
+            return
+        pieces = [piece for expert in self._experts for piece in expert.values()]
+        if self._random:
+            for piece in pieces:
+                piece.draw()
+        raise_missing([name for piece in pieces for name in piece.missing])
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        weights = [
+            {shard: piece.weight for shard, piece in expert.items() if piece.weight is not None}
+            for expert in self._experts
+        ]
+        self._experts = []
+        self._finish(weights)
+
+
+def _loader(layer: Any, arrivals: _Arrivals, name: str) -> Any:
+    """Return what vLLM hands the tensors of a name to, with expert and shard; it says whether this rank has it."""
+
+    def load(
+        param: Any,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        expert = compat.local_expert(layer, expert_id)
+        if expert >= 0:
+            arrivals.take(expert, shard_id, name.removeprefix(_PREFIXES[shard_id]), loaded_weight)
+        return expert >= 0 if return_success else None
+
+    load.supports_moe_loading = True  # type: ignore[attr-defined]
+    return load
+
+
+def _gate_up(expert: dict[str, Matrix]) -> Matrix:
+    gate, up = expert.pop("w1"), expert.pop("w3")
+    if isinstance(gate, MixedWeight) and isinstance(up, MixedWeight):
+        return MixedWeight.gate_up(gate, up)
+    if isinstance(gate, PackedWeight) and isinstance(up, PackedWeight) and gate.scheme == up.scheme:
+        return PackedWeight.gate_up(gate, up)
+    raise CheckpointError("gate and up of experts are stored in different formats, and run as one product")
+
+
+def _stacked(weights: Sequence[Matrix]) -> Stacked:
+    first = weights[0]
+    if isinstance(first, PackedWeight):
+        return StackedWeight.stack([weight for weight in weights if isinstance(weight, PackedWeight)])
+    mixed = [weight for weight in weights if isinstance(weight, MixedWeight)]
+    try:
+        return StackedMixedWeight.stack(mixed)
+    except ShapeError as error:
+        raise CheckpointError(f"the experts of one layer run as one product: {error}") from None
+
+
+def _ready(weight: Stacked, dtype: torch.dtype, activations: Activations) -> Stacked:
+    device = weight.device
+
+    def of(one: StackedWeight) -> StackedWeight:
+        return one.to_layout(ops.preferred_layout(one.scheme, dtype, device, activations))
+
+    if isinstance(weight, StackedWeight):
+        return of(weight)
+    sets = tuple(map(of, weight.sets))
+    return StackedMixedWeight(weight.mix, weight.shape, sets, weight.features, weight.places, weight.gated)

@@ -1,0 +1,92 @@
+"""The experts of a layer in vLLM: two stacks of this rank's, whoever chose among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import checkpoints, mixes, packed_models, vllm_stand_in
+from helpers.vllm_layers import HIDDEN, LAYER, config_of
+
+from tersor.checkpoint.names import stored_weights
+from tersor.errors import UnsupportedError
+from tersor.integrations import vllm as plugin
+from tersor.integrations.transformers.load import load_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm() -> Iterator[SimpleNamespace]:
+    """Let the plug-in be in a vLLM that is not there."""
+    with vllm_stand_in.installed() as current:
+        plugin.register()
+        yield current
+    assert "tersor" in vllm_stand_in.REGISTERED
+
+
+@pytest.fixture(autouse=True)
+def one_rank(vllm: SimpleNamespace) -> Iterator[None]:
+    """Leave nothing to the next test."""
+    yield
+    vllm.ranks, vllm.rank, vllm.load_config.load_format = 1, 0, "auto"
+
+
+@pytest.mark.parametrize("kind", ["fp6", "mixed", "plain"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_are_two_stacks_of_a_rank(tmp_path: Path, vllm: SimpleNamespace, kind: str, ranks: int) -> None:
+    changes = {"moe_intermediate_size": HIDDEN}
+    if kind == "mixed":
+        packed = read = mixes.compressed("qwen3_moe", tmp_path, **changes)[1]
+    else:
+        made = packed_models.case("qwen3_moe", tmp_path, {}, **changes)
+        packed, read = made.packed, made.packed if kind == "fp6" else made.plain
+    tensors, model = checkpoints.weights(read), load_model(packed, "cpu", "float32")
+    x, index, weights = torch.randn(6, HIDDEN), torch.randint(4, (6, 2)), torch.rand(6, 2)
+    total = torch.zeros(6, HIDDEN)
+    for rank in range(ranks):
+        vllm.ranks, vllm.rank = ranks, rank
+        prefix = f"{LAYER}.mlp.experts"
+        layer: Any = vllm_stand_in.RoutedExperts(config_of(read), prefix, 4, HIDDEN, HIDDEN)
+        for name, tensor in tensors.items():
+            if name.startswith(f"{prefix}."):
+                expert, projection, own = name.removeprefix(f"{prefix}.").split(".", 2)
+                assert layer.load(int(expert), projection, own, tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        total += layer.quant_method.apply(layer, x, weights, index.int(), None, None)
+    torch.testing.assert_close(total, model.model.layers[0].mlp.experts(x, index, weights))
+
+
+def test_experts_of_other_ranks_are_passed_over(tmp_path: Path) -> None:
+    packed = packed_models.case("qwen3_moe", tmp_path, {}).packed
+    prefix = f"{LAYER}.mlp.experts"
+    layer: Any = vllm_stand_in.RoutedExperts(config_of(packed), prefix, 4, HIDDEN, 32, first=2)
+    for name, tensor in checkpoints.weights(packed).items():
+        if name.startswith(f"{prefix}."):
+            expert, projection, own = name.removeprefix(f"{prefix}.").split(".", 2)
+            assert layer.load(int(expert), projection, own, tensor) is (int(expert) >= 2)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(2, HIDDEN)
+    y = layer.quant_method.apply(layer, x, torch.ones(2, 2), torch.tensor([[0, 1], [3, 0]]), None, None)
+    assert not y[0].any() and y[1].any()
+
+
+def test_experts_that_kernels_do_not_compute_are_refused(tmp_path: Path) -> None:
+    packed = packed_models.case("qwen3_moe", tmp_path, {}).packed
+    config = config_of(packed)
+    prefix = f"{LAYER}.mlp.experts"
+
+    class Clamped(vllm_stand_in.RoutedExperts):
+        """Those of gpt-oss."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, vllm_stand_in.Activation.SWIGLUOAI if name == "activation" else value)
+
+    with pytest.raises(UnsupportedError, match=rf"{prefix}: packed experts do not run here: .* swigluoai"):
+        Clamped(config, prefix, 4, HIDDEN, 32)
+    fused = packed_models.case("granitemoe", tmp_path / "fused", {}).packed
+    with pytest.raises(UnsupportedError, match="is one tensor for all experts of a layer"):
+        config_of(fused)
+    assert stored_weights(checkpoints.weights(fused))
