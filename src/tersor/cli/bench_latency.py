@@ -124,7 +124,8 @@ def command(
     if pages.ranks > 1:
         placed = pages.placed(len(geometries.geometry(names[0]).layers))
         team, facts["placement"] = workers.joined(pages, placed, torch.device("cuda")), placed.to_dict()
-    seat, ours = team.seat, list[Latency]()
+    seat = team.seat
+    ours: list[Latency] = []
     theirs: list[Latency | Skipped] = []
 
     def found() -> dict[str, Any]:
