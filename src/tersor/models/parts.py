@@ -16,7 +16,7 @@ from typing import Any
 
 from tersor import files
 from tersor.checkpoint.names import Form
-from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, open_source, read_config
+from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, read_config
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.models.config import DecoderConfig, Layer, supported
@@ -51,10 +51,13 @@ def model_of(model: str, scheme: Scheme | None = None, revision: str | None = No
         raise UnsupportedError(f"{model} is a checkpoint, whose weights have their own formats: leave --format out")
     with open_source(model, revision) as source:
         config, names, expected, forms = described(source)
-        tensors = {
-            name: [tensor.spec.dtype, list(tensor.spec.shape)] for name, tensor in sorted(source.tensors.items())
-        }
-        return parts_of(config, names, expected, forms, source.label, _digest(source.config, tensors))
+        return parts_of(config, names, expected, forms, source.label, digest_of(source))
+
+
+def digest_of(source: Source) -> str:
+    """Return what identifies a checkpoint for a plan: its config, and the names and headers of its tensors."""
+    tensors = {name: [tensor.spec.dtype, list(tensor.spec.shape)] for name, tensor in sorted(source.tensors.items())}
+    return _digest(source.config, tensors)
 
 
 def of_config(raw: Mapping[str, Any], label: str, scheme: Scheme | None = None) -> Model:
