@@ -25,6 +25,7 @@ VERBS = (
     "serve",
     "batch",
     "plan",
+    "run",
     "bench",
     "compile",
     "doctor",

@@ -71,14 +71,17 @@ def of_config(raw: Mapping[str, Any], label: str, scheme: Scheme | None = None) 
         raise UnsupportedError(f"{label}: {why}")
     config = DecoderConfig.from_dict(raw)
     names = NAMES[config.architecture]
-    expected = Expected.of(config, names)
-    forms: dict[str, Form] = {}
-    if scheme is not None:
-        kept = {names.base + names.embedding} if not config.tied else set()
-        forms = {
-            module: scheme for module in expected.matrices if module not in kept and not module.endswith(names.router)
-        }
+    expected, forms = Expected.of(config, names), forms_of(config, names, scheme)
     return parts_of(config, names, expected, forms, label, _digest(raw, None if scheme is None else scheme.key()))
+
+
+def forms_of(config: DecoderConfig, names: Names, scheme: Scheme | None) -> dict[str, Form]:
+    """Return the scheme of every linear of a model that has one for all; none where it is `None`."""
+    if scheme is None:
+        return {}
+    kept = {names.base + names.embedding} if not config.tied else set()
+    matrices = Expected.of(config, names).matrices
+    return {module: scheme for module in matrices if module not in kept and not module.endswith(names.router)}
 
 
 def parts_of(

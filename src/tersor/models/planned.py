@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from tersor.checkpoint.names import Form
 from tersor.checkpoint.source import Source
 from tersor.errors import InputError
+from tersor.formats import Scheme
 from tersor.layouts.shard import Part, Span
 from tersor.models.config import DecoderConfig
+from tersor.models.geometries import GEOMETRIES
 from tersor.models.load import described
-from tersor.models.names import Names
-from tersor.models.parts import digest_of
+from tersor.models.names import NAMES, Names
+from tersor.models.parts import digest_of, forms_of, of_config
 from tersor.models.share import Share
-from tersor.planner import plan as plans
 from tersor.planner import served
 from tersor.planner.placement import Placement, Stage
 from tersor.planner.plan import Cut, Plan, Slice
@@ -38,6 +39,21 @@ def placed(plan: Plan, source: Source) -> Placement:
         raise InputError(f"the plan is for model {plan.digest} ({plan.model}), and {source.label} is {digest}")
     config, names, _, forms = described(source)
     return placement_of(plan, config, names, forms)
+
+
+def placed_geometry(plan: Plan, name: str, scheme: Scheme | None) -> Placement:
+    """Return the same for a model of a well-known name with all linears in one scheme, as `models.parts.of_config` has.
+
+    Raises:
+        InputError, ShapeError: as for `placed`.
+    """
+    raw = GEOMETRIES[name.lower()]
+    model = of_config(raw, name, scheme)
+    if plan.digest != model.digest:
+        raise InputError(f"the plan is for model {plan.digest} ({plan.model}), and {name} is {model.digest}")
+    config = DecoderConfig.from_dict(raw)
+    names = NAMES[config.architecture]
+    return placement_of(plan, config, names, forms_of(config, names, scheme))
 
 
 def placement_of(plan: Plan, config: DecoderConfig, names: Names, forms: Mapping[str, Form]) -> Placement:

@@ -1,4 +1,4 @@
-"""What of a plan does the engine run? Layouts between its blocks are whole, and layers are cut alike; in a line, why not.
+"""What of a plan does the engine run? Layouts between its blocks are whole, and layers cut alike; in a line, why not.
 
 The engine (`models.share`) has every activation on every rank but inside an attention and inside a feed-forward network
 or experts, so sums are whole again behind `out` and down. What else a plan may say (tokens dealt out inside a group,
