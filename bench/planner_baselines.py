@@ -1,8 +1,8 @@
 """How much slower are other ways to plan, at the same costs? On a CPU; nothing of a GPU is timed.
 
 `python bench/planner_baselines.py` plans for 2, 4 and 8 H200 by latency with every search and by every rule, and writes
-`bench/results/planner_baselines.json`: ms of a step with its share of prefill, axes, and seconds of each search. `--write`
-makes the table of docs/planning.md of that file, without planning.
+`bench/results/planner_baselines.json`: ms of a step with its share of prefill, axes, and seconds of each search. With
+`--write` it plans nothing and makes the table of docs/planning.md of that file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""bench/planner_baselines.py: the table of docs/planning.md is that of its result, and the result that of today's costs."""
+"""bench/planner_baselines.py: the table of docs/planning.md is that of its result, and that of the costs that are there."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def written(path: Path, folder: Path, *words: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("form", "devices", "tensor", "pipeline"), [("plain", 2, 1, 2), ("fp6", 4, 2, 2), ("plain", 4, 4, 1)]
+    ("form", "devices", "tensor", "pipeline"), [("plain", 2, 2, 1), ("plain", 2, 1, 2), ("fp6", 4, 2, 2)]
 )
 def test_a_plan_runs_in_processes_and_answers_as_one_device(
     bundled: dict[str, Path], form: str, devices: int, tensor: int, pipeline: int, tmp_path: Path
@@ -217,7 +217,7 @@ def test_a_plan_runs_in_processes_and_answers_as_one_device(
     try:
         assert model.config.ranks == devices
         for (tokens, values), (others, numbers) in zip(answers(model), wanted, strict=True):
-            assert tokens == others and values == pytest.approx(numbers, abs=1e-4)
+            assert tokens == others and values == pytest.approx(numbers, abs=1e-5)
     finally:
         model.close()
 
