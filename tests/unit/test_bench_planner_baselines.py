@@ -1,4 +1,4 @@
-"""bench/planner_baselines.py: the table of docs/planning.md is that of its result, and that of the costs that are there."""
+"""bench/planner_baselines.py: the table of docs/planning.md is that of its result, which is of the costs of today."""
 
 from __future__ import annotations
 

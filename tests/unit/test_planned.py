@@ -36,7 +36,7 @@ from tersor.planner.made import Made, Pool, Unfit, make
 from tersor.planner.mesh import Mesh
 from tersor.planner.parts import Workload
 from tersor.planner.placement import Placement
-from tersor.planner.plan import Plan, read
+from tersor.planner.plan import Plan, Slice, read
 from tersor.planner.searches import search_named
 from tersor.planner.served import WAYS, why_not
 
@@ -178,10 +178,40 @@ def test_what_the_engine_does_not_run_is_a_note_of_the_plan_and_a_line(
     qkv = next(one for one in found.chosen if one.block == "qkv")
     two = replace(found, chosen=(*found.chosen, replace(qkv, group="layers.3", way="replicate")))
     assert why_not(two) == "qkv of layers.3 is replicate in decode, and that of layers.0-2 column in decode"
-    cut = next(one for one in found.cuts if one.module.endswith("down_proj"))
-    moved = replace(cut, slices=(replace(cut.slices[0], columns=(0, 40)), replace(cut.slices[1], columns=(40, 96))))
-    with pytest.raises(InputError, match=r"has rows \(\(0, 48\),\) and columns None of .*gate_proj, and would load"):
-        placement_of(replace(found, cuts=tuple(moved if one is cut else one for one in found.cuts)), path)
+
+
+def moved(found: Plan, *names: str) -> Plan:
+    """The plan with inner channels of some weights cut at 40 of 96."""
+    changed = []
+    for cut in found.cuts:
+        if cut.module.endswith(names):
+            spans = (0, 40), (40, 96)
+            rows = cut.slices[0].rows is not None
+            slices = (Slice(rows=(span,)) if rows else Slice(columns=span) for span in spans)
+            cut = replace(cut, slices=tuple(slices))
+        changed.append(cut)
+    return replace(found, cuts=tuple(changed))
+
+
+def test_a_plan_that_was_changed_by_hand_runs_as_it_says_or_not_at_all(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = checkpoint("llama, plain")
+    found = plans.planned(path, 2, tmp_path, data=1, tensor=2)
+    (stage,) = placement_of(moved(found, "gate_proj", "up_proj", "down_proj"), path).stages
+    assert stage.cuts["channels"] == (0, 40, 96)
+    for wrong, line in (
+        (moved(found, "down_proj"), r"rank 0 of layer 0: down reads \(0, 40\), and up gives \(0, 48\)"),
+        (
+            moved(found, "up_proj"),
+            r"has rows \(\(0, 40\),\) and columns None of .*up_proj, and would load \(\(0, 48\),\)",
+        ),
+        (replace(found, cuts=found.cuts[1:]), "embed_tokens"),
+        (replace(found, stages=found.stages * 2), "the plan has 2 stages, and 1 pipeline ranks"),
+        (replace(found, chosen=found.chosen[:3]), "."),
+    ):
+        with pytest.raises(InputError, match=line):
+            placement_of(wrong, path)
 
 
 @pytest.fixture(scope="module")

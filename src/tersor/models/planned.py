@@ -17,9 +17,10 @@ from tersor.models.config import DecoderConfig
 from tersor.models.geometries import GEOMETRIES
 from tersor.models.load import described
 from tersor.models.names import NAMES, Names
-from tersor.models.parts import digest_of, forms_of, of_config
+from tersor.models.parts import digest_of, forms_of, of_config, parts_of
 from tersor.models.share import Share
 from tersor.planner import served
+from tersor.planner.check import sound
 from tersor.planner.placement import Placement, Stage
 from tersor.planner.plan import Cut, Plan, Slice
 
@@ -31,13 +32,15 @@ def placed(plan: Plan, source: Source) -> Placement:
     """Return the placement of a checkpoint that a plan asks for.
 
     Raises:
-        InputError: the plan is for another model, or one that the engine does not run; the line says why.
+        InputError: the plan is for another model, is not sound, or the engine does not run it; the line says why.
         ShapeError: weights do not allow its cuts.
     """
     digest = digest_of(source)
     if plan.digest != digest:
         raise InputError(f"the plan is for model {plan.digest} ({plan.model}), and {source.label} is {digest}")
-    config, names, _, forms = described(source)
+    config, names, expected, forms = described(source)
+    served.check(plan)
+    sound(plan, parts_of(config, names, expected, forms, source.label, digest))
     return placement_of(plan, config, names, forms)
 
 
@@ -51,6 +54,8 @@ def placed_geometry(plan: Plan, name: str, scheme: Scheme | None) -> Placement:
     model = of_config(raw, name, scheme)
     if plan.digest != model.digest:
         raise InputError(f"the plan is for model {plan.digest} ({plan.model}), and {name} is {model.digest}")
+    served.check(plan)
+    sound(plan, model)
     config = DecoderConfig.from_dict(raw)
     names = NAMES[config.architecture]
     return placement_of(plan, config, names, forms_of(config, names, scheme))
@@ -60,7 +65,7 @@ def placement_of(plan: Plan, config: DecoderConfig, names: Names, forms: Mapping
     """Return the placement that a plan asks for.
 
     Args:
-        plan: of this model.
+        plan: of this model, sound, and of ways that the engine has.
         config, names: of it.
         forms: module -> scheme of its packed weight, or the levels of its output features.
 
@@ -68,7 +73,6 @@ def placement_of(plan: Plan, config: DecoderConfig, names: Names, forms: Mapping
         InputError: the engine does not run the plan; the line says why.
         ShapeError: weights do not allow its cuts.
     """
-    served.check(plan)
     weights = {(cut.module, layer): cut for cut in plan.cuts for layer in cut.layers or (-1,)}
     ways = {one.block: one.way for one in plan.chosen}
     stages = tuple(_stage(number, plan, weights, ways, config, names) for number in range(plan.pipeline))

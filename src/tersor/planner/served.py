@@ -48,8 +48,9 @@ def why_not(plan: Plan) -> str | None:
         own = [found[block] for block in blocks if block in found]
         if len({one.way == "replicate" for one in own}) > 1:
             return "in a layer " + ", ".join(f"{one.block} is {one.way}" for one in own)
-    if plan.pipeline == 1 and found["embedding"].way != found["head"].way:
-        return f"embedding is {found['embedding'].way} and head {found['head'].way} on the same ranks"
+    ends = [found[block].way for block in ("embedding", "head") if block in found]
+    if plan.pipeline == 1 and len(set(ends)) > 1:
+        return f"embedding is {ends[0]} and head {ends[1]} on the same ranks"
     return None
 
 
