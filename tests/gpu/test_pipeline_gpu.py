@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import packed_models, tiny_lm
+from helpers import packed_models, plans, tiny_lm
 
 import tersor
 from tersor.engine.config import EngineConfig
@@ -105,5 +105,21 @@ def test_a_stage_that_dies_ends_all_with_a_line(path: Path) -> None:
         with pytest.raises(LostError, match=r"^rank 1 of 2 ended by SIGKILL$"):
             model.generate(PROMPTS, PARAMS)
         assert time.monotonic() - started < 20
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}])
+def test_gpus_of_a_plan_answer_as_one(path: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    count = axes.get("tensor", 1) * axes.get("pipeline", 1)
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA devices")
+    file = tmp_path / "plan.json"
+    plans.planned(path, count, tmp_path, data=1, **axes).save(file)
+    one = tersor.LLM(path, **OPTIONS)
+    alone = one.generate(PROMPTS, PARAMS)
+    model = tersor.LLM(path, plan=file, **OPTIONS)
+    try:
+        same(model.generate(PROMPTS, PARAMS), alone)
     finally:
         model.close()
