@@ -18,7 +18,8 @@ from tersor.checkpoint.config import parse_scheme
 from tersor.hardware import chip_named
 from tersor.models.parts import model_of
 from tersor.planner import links
-from tersor.planner.choose import Asked, plan
+from tersor.planner.asked import Asked
+from tersor.planner.choose import plan
 from tersor.planner.cost import Kernels
 from tersor.planner.mesh import Mesh
 from tersor.planner.parts import Workload

@@ -36,7 +36,9 @@ from tersor.engine.scheduler import Scheduler
 from tersor.engine.workers import gather
 from tersor.errors import CheckpointError, InputError, TersorError
 from tersor.integrations.transformers.load import load_tokenizer
+from tersor.models.planned import placed
 from tersor.ops.attention_form import PAGE
+from tersor.planner.plan import read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +67,7 @@ class LLM:
         *,
         revision: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        plan: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         """Load a model.
@@ -77,10 +80,11 @@ class LLM:
             model: a directory or a Hub id; plain, or compressed by `tersor quantize`.
             revision: branch, tag or commit of a Hub id.
             tokenizer: of the model, where it is loaded already.
+            plan: file of a plan for this model (`tersor plan`), instead of a placement.
             options: fields of `EngineConfig`.
 
         Raises:
-            InputError: an option that there is not.
+            InputError: an option that there is not; a plan of another model or version, or not run by the engine.
             UnsupportedError: the engine does not have the architecture, CUDA graphs are insisted on and impossible, or
                 weights are to be offloaded from what is no GPU.
             CheckpointError: no whole checkpoint.
@@ -90,6 +94,11 @@ class LLM:
         """
         self.config = config = EngineConfig.of(**options)
         with open_source(model, revision=revision) as source:
+            if plan is not None:
+                if options.get("placement") is not None:
+                    raise InputError("a plan and a placement both say who has what: give one of the two")
+                options.pop("placement", None)
+                self.config = config = EngineConfig.of(placement=placed(read(Path(plan)), source), **options)
             self._team = team = gather(config, source)
             try:
                 with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:

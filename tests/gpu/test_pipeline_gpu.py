@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import packed_models, tiny_lm
+from helpers import packed_models, plans, tiny_lm
 from helpers.asked import lost
 
 import tersor
@@ -96,5 +96,21 @@ def test_a_stage_that_dies_ends_all_with_a_line(path: Path) -> None:
     try:
         model.generate(PROMPTS, PARAMS)
         lost(lambda: model.generate(PROMPTS, PARAMS))
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}])
+def test_gpus_of_a_plan_answer_as_one(path: Path, axes: dict[str, int], tmp_path: Path) -> None:
+    count = axes.get("tensor", 1) * axes.get("pipeline", 1)
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA devices")
+    file = tmp_path / "plan.json"
+    plans.planned(path, count, tmp_path, data=1, **axes).save(file)
+    one = tersor.LLM(path, **OPTIONS)
+    alone = one.generate(PROMPTS, PARAMS)
+    model = tersor.LLM(path, plan=file, **OPTIONS)
+    try:
+        same(model.generate(PROMPTS, PARAMS), alone)
     finally:
         model.close()

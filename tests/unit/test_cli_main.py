@@ -25,6 +25,7 @@ VERBS = (
     "serve",
     "batch",
     "plan",
+    "run",
     "bench",
     "compile",
     "doctor",
@@ -69,7 +70,7 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*verb.split(), "--help") == 0
     text = capsys.readouterr().out
     assert text.startswith(f"Usage: tersor {verb} ")
-    assert ("--json" in text) == (verb != "serve")  # a server prints nothing
+    assert ("--json" in text) == (verb not in ("serve", "run"))  # a server prints nothing, and run what its verb does
 
 
 @pytest.mark.parametrize(

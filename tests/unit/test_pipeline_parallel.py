@@ -127,11 +127,15 @@ def test_the_page_shows_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shown = [shlex.split(line) for line in commands if line.startswith("tersor ")]
     quantize(tiny_lm.TINY, tmp_path / "tiny-fp6")
     monkeypatch.chdir(tmp_path)
-    assert len(shown) == 1 and run(shown[0][1:]) == 0
-    assert "8 new tokens" in capsys.readouterr().err
-    served, timed = [shlex.split(line) for line in commands if line.startswith("torchrun ")]
+    assert [words[1] for words in shown] == ["generate", "plan", "generate"]
+    for words in shown:
+        assert run(words[1:]) == 0
+        assert words[1] == "plan" or "8 new tokens" in capsys.readouterr().err
+    served, timed, planned = [shlex.split(line) for line in commands if line.startswith("torchrun ")]
     assert (served[3:6], timed[3:7]) == (["-m", "tersor", "serve"], ["-m", "tersor", "bench", "latency"])
     for words in ([*served[5:], "--help"], [*timed[5:], "--help"]):  # options that are not there are refused first
         assert run(words) == 0
+    assert planned[:5] == ["torchrun", "--nproc-per-node", "2", "-m", "tersor"]
+    assert run([*planned[5:8], "--help"]) == 0 and planned[8:] == [*shown[0][2:-4], "--device", "cpu"]
     placed = [Placement.from_dict(json.loads(one)) for one in re.findall(r"^```json\n(.*?)^```", page, re.M | re.S)]
     assert [one.ranks for one in placed] == [6]

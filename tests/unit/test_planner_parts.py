@@ -24,6 +24,7 @@ from tersor.models.share import Share
 from tersor.planner import cuts
 from tersor.planner.cuts import Piece
 from tersor.planner.parts import PLAIN_BYTES, Weight
+from tersor.planner.placement import Placement
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-lm"
 
@@ -111,7 +112,8 @@ def test_cuts_are_those_that_loading_makes(name: str, format: str | None, ranks:
                     if weight.form is not None:
                         forms[kind.start.format(layer=layer) + weight.module.format(expert=expert)] = weight.form
     for rank in {0, ranks - 1}:
-        share = Share.of(config, names, forms, rank, ranks)
+        place = Placement.even(len(config.layers), tensor=ranks).place(rank)
+        share = Share.of(config, names, forms, place)
         for kind in model.kinds:
             start = kind.start.format(layer=kind.layers[0])
             heads = cuts.heads_of(kind, ranks)

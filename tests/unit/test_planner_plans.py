@@ -14,7 +14,8 @@ from tersor.hardware import chip_named
 from tersor.models.geometries import GEOMETRIES
 from tersor.models.parts import model_of, of_config
 from tersor.planner import links
-from tersor.planner.choose import Asked, least_seconds, notes, plan
+from tersor.planner.asked import Asked
+from tersor.planner.choose import least_seconds, notes, plan
 from tersor.planner.cost import Kernels
 from tersor.planner.made import Made, Pool, Unfit, make
 from tersor.planner.mesh import Axes, Mesh

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import console, options
+from tersor.cli import console, options, planned
 from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, UnsupportedError
 
@@ -62,6 +62,7 @@ def command(
     pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
     expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
     placement: options.Placed = None,
+    plan: options.Planned = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print what became of the job as JSON.")] = False,
 ) -> None:
@@ -79,10 +80,12 @@ def command(
     from tersor.server import batch
 
     Activations.of(activations)
-    placed = None if placement is None else Placement.read(placement)
+    given = planned.placement(model, revision, placement, plan)
+    placed = Placement.read(given) if isinstance(given, str) else given
     if placed is not None and placed.data > 1:
         if data_parallel not in (1, placed.data):
-            raise InputError(f"--data-parallel is {data_parallel}, and the placement is of {placed.data} copies")
+            what = "placement" if plan is None else "plan"
+            raise InputError(f"--data-parallel is {data_parallel}, and the {what} is of {placed.data} copies")
         data_parallel, placed = placed.data, replace(placed, data=1)
     config = EngineConfig(
         device=device,
@@ -106,11 +109,11 @@ def command(
     load.quiet()
     where = resolve_device(device)
     console.choose_threads(load.locate(model, revision).weight_bytes, where)
-    given: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
     threads = max(1, torch.get_num_threads() // data_parallel) if where.type == "cpu" else 0
     chosen = batch.BatchOptions(
         name=name,
-        defaults={option: value for option, value in given.items() if value is not None},
+        defaults={option: value for option, value in asked.items() if value is not None},
         resume=resume,
         retry_failed=retry_failed,
         errors=None if errors is None else str(errors),

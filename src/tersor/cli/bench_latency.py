@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import bench, console, options
+from tersor.cli import bench, console, options, planned
 from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from tersor.bench.latency import Latency, Skipped
+    from tersor.planner.placement import Placement
 
 MODEL = "llama-3-8b"
 BATCHES, CONTEXTS = "1,8,32", "512"
@@ -52,6 +53,7 @@ def command(
     pipeline_parallel: options.PipelineParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
     placement: options.Placed = None,
+    plan: options.Planned = None,
     against: options.AgainstVllm = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
@@ -68,6 +70,7 @@ def command(
     from tersor.formats import Activations
     from tersor.models import geometries
 
+    names = models or [MODEL]
     pages = EngineConfig(
         kv_dtype=kv_dtype,
         offload=offload,
@@ -76,14 +79,13 @@ def command(
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
         expert_parallel=expert_parallel,
-        placement=placement,
+        placement=placement_of(names, format or [FORMAT], head_format, placement, plan),
     )
     batches, contexts = bench.numbers("--batch", batch), bench.numbers("--context", context)
     if cuda_graph not in ("on", "off"):
         raise InputError(f"cuda graph {cuda_graph!r}{did_you_mean(cuda_graph, ['on', 'off'])}: use on or off")
     kinds = [(name, None if name == PLAIN else bench.schemes([name], [])[0]) for name in format or [FORMAT]]
     head = None if head_format in (None, PLAIN) else bench.schemes([head_format], [])[0]  # type: ignore[list-item]
-    names = models or [MODEL]
     check_ranks(pages, names, against)
     for name in names:
         geometries.geometry(name)
@@ -205,6 +207,19 @@ def command(
     seat.leave()
     if team.first:
         bench.give(found(), show, plot_latency.plot, json=json, plot=plot, output=output)
+
+
+def placement_of(
+    names: Sequence[str], formats: Sequence[str], head_format: str | None, given: str | None, plan: Path | None
+) -> str | Placement | None:
+    """Return what models are placed by; a plan is of one model in one format.
+
+    Raises:
+        InputError: a plan, and several models or formats; or it is of another model, or not run by the engine.
+    """
+    if plan is not None and (len(names) > 1 or len(formats) > 1 or head_format not in (None, formats[0])):
+        raise InputError("--plan is of one model, all of whose linears have one format: time that alone")
+    return planned.of_geometry(names[0], formats[0], given, plan)
 
 
 def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli import chips, console, options
+from tersor.cli import chips, console, options, planned
 from tersor.engine.config import EngineConfig
 
 _ENGINE = EngineConfig()
@@ -29,6 +29,7 @@ def command(
     pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
     expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
     placement: options.Placed = None,
+    plan: options.Planned = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Taken as elsewhere; no code of a model is needed here.")
     ] = False,
@@ -47,7 +48,7 @@ def command(
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
         expert_parallel=expert_parallel,
-        placement=placement,
+        placement=planned.placement(model, revision, placement, plan),
     )
     for_chips = chips.wanted(chip, "to compile for")
     with console.progress("compiling kernels") as move:

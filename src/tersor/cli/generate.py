@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import console, options
+from tersor.cli import console, options, planned
 from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, TersorError, did_you_mean
 
@@ -46,6 +46,7 @@ def command(
     pipeline_parallel: options.PipelineParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
     placement: options.Placed = None,
+    plan: options.Planned = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
@@ -79,7 +80,7 @@ def command(
         "expert_parallel": expert_parallel,
     }
     away = {"offload": offload, "resident_layers": resident_layers, "offload_directory": offload_directory}
-    ranks = EngineConfig.of(placement=placement, **axes, **away)
+    ranks = EngineConfig.of(placement=planned.placement(model, revision, placement, plan), **axes, **away)
     text = _read() if prompt == "-" else prompt
     torch_device = resolve_device(device)
     found = load.locate(model, revision)

@@ -31,12 +31,14 @@ VERBS: dict[str, tuple[str, str]] = {
         "Answer a file of requests in OpenAI's batch format; --resume goes on.",
     ),
     "plan": ("tersor.cli.plan", "Plan how a model is spread over GPUs: what each holds, what it costs, and why."),
+    "run": ("tersor.cli.run", "Serve, batch, generate or bench latency by a plan."),
     "bench": ("tersor.cli.bench", "Time linears against their rivals; measure which kernel configuration is fastest."),
     "compile": ("tersor.cli.compile", "Compile the kernels of a compressed model ahead of its first run."),
     "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),
     "demo": ("tersor.cli.demo", "Compress the bundled model to five formats and compare them."),
 }
-"""verb -> (module of this package that defines `command`, or `VERBS` of its own, and one line of help)."""
+"""verb -> (module of this package that defines `command`, or `VERBS` of its own, and one line of help); `CONTEXT` of a
+module says how its words are parsed, where not as usual."""
 
 INTERRUPTED = 130
 """Exit status of a command ended by Ctrl-C."""
@@ -63,7 +65,8 @@ class _Verbs(TyperGroup):
             verb.callback(help=summary)(lambda: None)
         else:
             verb = typer.Typer(add_completion=False, rich_markup_mode=None)
-            verb.command(name=cmd_name, help=summary)(module.command)
+            settings = getattr(module, "CONTEXT", None)
+            verb.command(name=cmd_name, help=summary, context_settings=settings)(module.command)
         command = typer.main.get_command(verb)
         command.name = cmd_name
         return command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -66,6 +67,10 @@ ExpertParallel = Annotated[
 Placed = Annotated[
     str | None,
     typer.Option("--placement", metavar="FILE", help="Who has what, in JSON, instead of the three (docs/parallel.md)."),
+]
+Planned = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan of tersor plan for this model, instead of the three."),
 ]
 
 Offload = Annotated[

@@ -50,6 +50,14 @@ def command(
     search: Annotated[
         str, typer.Option(help="How the best cuts are found: fast, full, dqn, random or rules.")
     ] = "fast",
+    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Ranks of a stage; chosen if not given.")] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="Stages; chosen if not given.")] = None,
+    copies: Annotated[
+        int | None, typer.Option(min=1, help="Replicas; as many as fit if not given. One is what a server is.")
+    ] = None,
+    any_way: Annotated[
+        bool, typer.Option("--any", help="Search what the engine does not run, too: a plan to read, not for --plan.")
+    ] = False,
     format: Annotated[
         str | None, typer.Option(help="Of the weights, FORMAT[:gN], of a model that has none here; default: 16 bits.")
     ] = None,
@@ -76,8 +84,9 @@ def command(
     from tersor.planner import links as tables
     from tersor.planner import plan as plans
     from tersor.planner import sources
+    from tersor.planner.asked import Asked
     from tersor.planner.check import check
-    from tersor.planner.choose import Asked, plan
+    from tersor.planner.choose import plan
     from tersor.planner.cost import Kernels
     from tersor.planner.mesh import Mesh
     from tersor.planner.parts import Workload
@@ -107,7 +116,20 @@ def command(
         )
         kernels = Kernels(target)
         wanted = Mesh.of(devices, mesh, prices.reach)
-        found = plan(Asked(_with_own_plan(described), wanted, workload, kernels, prices, objective, search))
+        asked = Asked(
+            _with_own_plan(described),
+            wanted,
+            workload,
+            kernels,
+            prices,
+            objective,
+            search,
+            served=not any_way,
+            data=copies,
+            pipeline=pipeline_parallel,
+            tensor=tensor_parallel,
+        )
+        found = plan(asked)
         check(found, described, kernels, prices)
     if output is not None:
         found.save(output)

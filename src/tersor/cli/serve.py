@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli import console, options
+from tersor.cli import console, options, planned
 from tersor.engine.config import SERVED_ROWS, EngineConfig
 from tersor.errors import UnsupportedError
 from tersor.server.options import ServerOptions
@@ -51,6 +51,7 @@ def command(
     pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
     expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
     placement: options.Placed = None,
+    plan: options.Planned = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Answer over HTTP until told to end."""
@@ -90,7 +91,7 @@ def command(
         offload_directory=offload_directory,
         pipeline_parallel=pipeline_parallel,
         expert_parallel=expert_parallel,
-        placement=placement,
+        placement=planned.placement(model, revision, placement, plan),
         trust_remote_code=trust_remote_code,
     )
     console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))

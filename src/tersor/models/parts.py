@@ -16,7 +16,7 @@ from typing import Any
 
 from tersor import files
 from tersor.checkpoint.names import Form
-from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, open_source, read_config
+from tersor.checkpoint.source import CONFIG_NAME, INDEX_NAME, Source, open_source, read_config
 from tersor.errors import UnsupportedError
 from tersor.formats import Scheme
 from tersor.models.config import DecoderConfig, Layer, supported
@@ -51,10 +51,13 @@ def model_of(model: str, scheme: Scheme | None = None, revision: str | None = No
         raise UnsupportedError(f"{model} is a checkpoint, whose weights have their own formats: leave --format out")
     with open_source(model, revision) as source:
         config, names, expected, forms = described(source)
-        tensors = {
-            name: [tensor.spec.dtype, list(tensor.spec.shape)] for name, tensor in sorted(source.tensors.items())
-        }
-        return parts_of(config, names, expected, forms, source.label, _digest(source.config, tensors))
+        return parts_of(config, names, expected, forms, source.label, digest_of(source))
+
+
+def digest_of(source: Source) -> str:
+    """Return what identifies a checkpoint for a plan: its config, and the names and headers of its tensors."""
+    tensors = {name: [tensor.spec.dtype, list(tensor.spec.shape)] for name, tensor in sorted(source.tensors.items())}
+    return _digest(source.config, tensors)
 
 
 def of_config(raw: Mapping[str, Any], label: str, scheme: Scheme | None = None) -> Model:
@@ -68,14 +71,17 @@ def of_config(raw: Mapping[str, Any], label: str, scheme: Scheme | None = None) 
         raise UnsupportedError(f"{label}: {why}")
     config = DecoderConfig.from_dict(raw)
     names = NAMES[config.architecture]
-    expected = Expected.of(config, names)
-    forms: dict[str, Form] = {}
-    if scheme is not None:
-        kept = {names.base + names.embedding} if not config.tied else set()
-        forms = {
-            module: scheme for module in expected.matrices if module not in kept and not module.endswith(names.router)
-        }
+    expected, forms = Expected.of(config, names), forms_of(config, names, scheme)
     return parts_of(config, names, expected, forms, label, _digest(raw, None if scheme is None else scheme.key()))
+
+
+def forms_of(config: DecoderConfig, names: Names, scheme: Scheme | None) -> dict[str, Form]:
+    """Return the scheme of every linear of a model that has one for all; none where it is `None`."""
+    if scheme is None:
+        return {}
+    kept = {names.base + names.embedding} if not config.tied else set()
+    matrices = Expected.of(config, names).matrices
+    return {module: scheme for module in matrices if module not in kept and not module.endswith(names.router)}
 
 
 def parts_of(

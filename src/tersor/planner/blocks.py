@@ -3,7 +3,7 @@
 An edge turns the layout that one block gives into that which the next one reads. The last block of a layer has an edge
 to the first one of the next layer; where that is of the same kind, the edge leads back and is turned round. Residuals
 are carried in the layout of the norms. Phases have blocks of their own, and weights one place: edges of infinite cost
-forbid that they differ.
+forbid that they differ. So they do where the engine is to run a plan, and has layers cut alike (`served`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, NOTHING, REDUCE_SCATTER, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.problem import Block, Choice, Edge, Problem
+from tersor.planner.served import INSIDE, TOGETHER, WAYS
 from tersor.planner.ways import (
     ALL,
     DECODE,
@@ -111,6 +112,7 @@ class Replica:
     places: dict[str, Place] = field(default_factory=dict)
     joints: list[Joint] = field(default_factory=list)
     _shared: list[tuple[str, str]] = field(default_factory=list)
+    _tied: list[tuple[str, str]] = field(default_factory=list)
 
     @staticmethod
     def of(
@@ -138,6 +140,8 @@ class Replica:
 
     def exchange(self, joint: Joint, source: Way, target: Way) -> Exchange | None:
         """Return what one exchange takes between two ways; `None` where they cannot follow each other."""
+        if self.setting.served and source.gives != target.reads and {source.gives, target.reads} & set(INSIDE):
+            return None
         if joint.residual and (source.gives != TOKENS or target.gives == TOKENS):
             return NOTHING
         return converted(self.setting, source.gives, target.reads, joint.nbytes)
@@ -177,9 +181,17 @@ class Replica:
         self.joints.append(Joint(read, drawn, 1, phase.rows * model.vocabulary * PLAIN_BYTES))
         if model.head is None and setting.axes.pipeline == 1:
             self._shared.append((prefix + EMBEDDING, read))
+        elif setting.served and setting.axes.pipeline == 1:
+            self._tied.append((prefix + EMBEDDING, read))
+        if setting.served:
+            for block in (together[0] for together in TOGETHER):
+                own = [f"{prefix}{kind.name}.{block}" for kind in model.kinds]
+                self._tied.extend(pairwise(name for name in own if name in self.places))
 
     def _add(self, phase: Phase, group: str, block: str, count: int, ways: list[Way]) -> str:
         name = f"{phase.name}.{group}" if group == block else f"{phase.name}.{group}.{block}"
+        if self.setting.served:
+            ways = [way for way in ways if way.name in WAYS[block]]
         self.places[name] = Place(name, group, block, count, ways, phase)
         return name
 
@@ -210,7 +222,8 @@ class Replica:
                     if found is not None:
                         matrix[row, column] = weight * found.seconds
             edges += self._edge(order, joint.source, joint.target, matrix)
-        edges += [edge for pair in (*self._shared, *self._phases()) for edge in self._alike(order, *pair)]
+        alike = (*self._shared, *self._tied, *self._phases())
+        edges += [edge for pair in alike for edge in self._alike(order, *pair)]
         return Problem(tuple(blocks), tuple(edges), ((MEMORY, room),))
 
     def _phases(self) -> list[tuple[str, str]]:

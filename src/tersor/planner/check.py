@@ -48,10 +48,7 @@ def check(plan: Plan, model: Model, kernels: Kernels, links: Links) -> Walked:
         if own != other:
             detail = f" ({plan.model})" if what == "model" else ""
             raise InputError(f"the plan is for {what} {own}{detail}, and this is {what} {other}")
-    _check_axes(plan, model)
-    _check_weights(plan, model)
-    _check_layouts(plan, model)
-    _check_held(plan, model)
+    sound(plan, model)
     for number, stage in enumerate(plan.stages):
         for rank, memory in enumerate(stage.memory):
             if memory.total > memory.room:
@@ -60,6 +57,18 @@ def check(plan: Plan, model: Model, kernels: Kernels, links: Links) -> Walked:
     walked = Walk(plan, model, kernels, links).walked()
     _check_costs(plan, walked)
     return walked
+
+
+def sound(plan: Plan, model: Model) -> None:
+    """Hold that a plan is of all layers and weights of a model, and that each rank has what its blocks read.
+
+    Raises:
+        InputError: it is not; the line says what is wrong.
+    """
+    _check_axes(plan, model)
+    _check_weights(plan, model)
+    _check_layouts(plan, model)
+    _check_held(plan, model)
 
 
 def _check_axes(plan: Plan, model: Model) -> None:

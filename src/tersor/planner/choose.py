@@ -9,64 +9,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tersor.errors import InputError, ShapeError
-from tersor.planner import cuts, rules, say
-from tersor.planner.cost import LAYER, Kernels
-from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND, Links
+from tersor.planner import cuts, rules, say, served
+from tersor.planner.asked import Asked
+from tersor.planner.cost import LAYER
+from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND
 from tersor.planner.made import LATENCY, THROUGHPUT, Made, Pool, Unfit, make
-from tersor.planner.mesh import Axes, Mesh, factorisations
-from tersor.planner.parts import PLAIN_BYTES, Kind, Model, Workload
+from tersor.planner.mesh import Axes
+from tersor.planner.parts import PLAIN_BYTES, Kind
 from tersor.planner.plan import Chosen, Cut, Plan, Rival, Slice, Stage
 from tersor.planner.searches import SLOW, search_named
 from tersor.planner.ways import DECODE, Phase, Setting
 
 SHOWN = 6
 """Ways to deal out the mesh that are solved at least, the runners-up of a report, where so many fit."""
-_MOST_TENSOR = 128
 _EQUAL = 1e-9
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a plan is asked for.
-
-    Attributes:
-        model, mesh, workload: see there.
-        kernels, links: prices.
-        objective: `latency` or `throughput`.
-        method: name of a search.
-    """
-
-    model: Model
-    mesh: Mesh
-    workload: Workload
-    kernels: Kernels
-    links: Links
-    objective: str = LATENCY
-    method: str = "fast"
-
-    def setting(self, axes: Axes) -> Setting:
-        """Return the model on axes."""
-        return Setting(self.model, axes, self.workload, self.kernels, self.links)
-
-    def value(self, axes: Axes, step: float) -> float:
-        """Return what a bound of a step's seconds is a bound of: a step, or a device's seconds for a token."""
-        if self.objective == LATENCY:
-            return step
-        if DECODE in self.workload.phases:
-            return step * self.mesh.devices / (axes.data * self.workload.batch)
-        return step / axes.pipeline * self.mesh.devices / (axes.data * self.workload.prompt)
-
-    def candidates(self) -> Iterator[tuple[Axes, int]]:
-        """Yield axes and micro-batches of a decode step."""
-        experts = max((kind.experts.count for kind in self.model.kinds if kind.experts), default=0)
-        for axes in factorisations(self.mesh, len(self.model.layers), _MOST_TENSOR, experts):
-            yield axes, 1
-            if axes.pipeline > 1 and DECODE in self.workload.phases and self.workload.batch > 1:
-                yield axes, min(axes.pipeline, self.workload.batch)
 
 
 @dataclass
@@ -89,9 +49,10 @@ def plan(asked: Asked) -> Plan:
     if asked.objective not in (LATENCY, THROUGHPUT):
         raise InputError(f"objective {asked.objective!r}: latency or throughput")
     began = time.perf_counter()
-    ruled = [one for rule in rules.RULES for one in rule.tried(asked.setting, asked.mesh, asked.workload)]
+    ruled = [one for rule in rules.RULES for one in rule.tried(asked.ruled, asked.mesh, asked.workload)]
     made_rules = [rule for rule in ruled if rule.made is not None]
     warm = min((rule.made.value(asked.objective) for rule in made_rules if rule.made is not None), default=math.inf)
+    warm = warm if asked.free else math.inf  # rules go beyond what is searched
     search_named(asked.method if asked.method != "rules" else "fast")
     if asked.method != "rules":
         tried = _searched(replace(asked, method="fast") if asked.method in SLOW else asked, warm)
@@ -215,7 +176,12 @@ def _nothing_fits(asked: Asked, tried: _Tried, ruled: Sequence[rules.Ruled]) -> 
             asked.setting(max((axes for axes, _ in tried.unfit), key=lambda axes: axes.tensor)) if tried.unfit else None
         )
         return InputError(f"no plan fits: {nearest}" + (f"; and {found[0]}" if found else ""))
-    return InputError(f"no way to deal out {asked.mesh.devices} devices can be made of {asked.model.label}")
+    words = {"copies": asked.data, "stages": asked.pipeline, "ranks of a stage": asked.tensor}
+    asked_for = ", ".join(f"{count} {what}" for what, count in words.items() if count is not None)
+    return InputError(
+        f"no way to deal out {asked.mesh.devices} devices can be made of {asked.model.label}"
+        + (f" with {asked_for}" if asked_for else "")
+    )
 
 
 def _rivals(best: Made, tried: _Tried, objective: str) -> tuple[Rival, ...]:
@@ -263,7 +229,7 @@ def assembled(
     """
     setting, axes, workload = best.setting, best.setting.axes, asked.workload
     value = best.value(asked.objective)
-    return Plan(
+    found = Plan(
         model=asked.model.label,
         digest=asked.model.digest,
         chip=asked.kernels.chip.name,
@@ -311,6 +277,8 @@ def assembled(
         rules=baseline,
         notes=notes(setting),
     )
+    why = served.why_not(found)
+    return found if why is None else replace(found, notes=(*found.notes, f"the engine does not run this plan: {why}"))
 
 
 def _apart(asked: Asked, best: Made) -> dict[str, float]:

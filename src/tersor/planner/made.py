@@ -11,13 +11,13 @@ import numpy as np
 from tersor.errors import InputError
 from tersor.planner import memory
 from tersor.planner.blocks import EMBEDDING, FINAL_NORM, HEAD, MEMORY, SAMPLE, Blocks, Replica
-from tersor.planner.even_stages import split
 from tersor.planner.links import SEND, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.plan import Memory, Part
 from tersor.planner.problem import Choice, Problem
 from tersor.planner.search import Found, fast
 from tersor.planner.searches import Solve
+from tersor.planner.stages import Group, split
 from tersor.planner.ways import DECODE, PREFILL, TOKENS, Phase, Setting
 
 LATENCY, THROUGHPUT = "latency", "throughput"
@@ -219,11 +219,14 @@ def weighed(replica: Replica, found: Found, parts: int) -> Made:
     # The embedding goes with the first layer, and what is behind the layers with the last one.
     joined = [busy[0] + busy[1], *busy[2:-2], busy[-2] + busy[-1]] if len(busy) > 3 else [sum(busy)]
     held = [[own[0] + own[1], *own[2:-2], own[-2] + own[-1]] if len(own) > 3 else [sum(own)] for own in sizes]
-    starts = split(joined, held, axes.pipeline, left)
-    if starts is None:
+    devices = Group("a stage", (1,), np.array(joined), np.array(held, dtype=np.float64), left)
+    try:
+        found_stages = split([devices], [axes.pipeline], np.zeros((1, 1, len(joined))), idle=False).stages
+    except InputError:
         whole = max(sum(own) for own in sizes)
         lacks = max(1, -(-whole // axes.pipeline) - left)
-        raise Unfit(_short(setting, lacks, "weights, keys and values of a stage"), lacks)
+        raise Unfit(_short(setting, lacks, "weights, keys and values of a stage"), lacks) from None
+    starts = [stage.first for stage in found_stages]
     bounds = [*starts, len(setting.model.layers)]
     stages = []
     spans = [(bounds[stage], bounds[stage + 1]) for stage in range(axes.pipeline)]

@@ -91,13 +91,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Setting:
-    """What ways are made of: a model on axes, with prices."""
+    """What ways are made of: a model on axes, with prices; `served` ones are those that the engine runs."""
 
     model: Model
     axes: Axes
     workload: Workload
     kernels: Kernels
     links: Links
+    served: bool = False
 
     @property
     def ranks(self) -> int:

@@ -1,0 +1,53 @@
+"""Who has what of a model by `--plan` or `--placement`? Both become a placement before a weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    from tersor.planner.placement import Placement
+
+
+def placement(model: str, revision: str | None, given: str | None, plan: Path | None) -> str | Placement | None:
+    """Return what an engine is to be placed by; `None` is by its axes.
+
+    Args:
+        model, revision: the checkpoint.
+        given: what `--placement` says.
+        plan: what `--plan` says.
+
+    Raises:
+        InputError: both are given; the plan is none, is of another version or model, or is not run by the engine.
+    """
+    if plan is None:
+        return given
+    _one_of_two(given)
+    from tersor.checkpoint.source import open_source
+    from tersor.models.planned import placed
+    from tersor.planner.plan import read
+
+    found = read(plan)
+    with open_source(model, revision) as source:
+        return placed(found, source)
+
+
+def of_geometry(name: str, scheme: str, given: str | None, plan: Path | None) -> str | Placement | None:
+    """Return the same for a model of random weights, of a well-known geometry and in one scheme; errors as there."""
+    if plan is None:
+        return given
+    _one_of_two(given)
+    from tersor.checkpoint.config import parse_scheme
+    from tersor.models.planned import placed_geometry
+    from tersor.planner.plan import read
+
+    return placed_geometry(
+        read(plan), name, None if scheme == "16bit" else parse_scheme(scheme, None, None, "--format")
+    )
+
+
+def _one_of_two(given: str | None) -> None:
+    if given is not None:
+        raise InputError("--plan and --placement both say who has what: give one of the two")

@@ -1,0 +1,33 @@
+"""`tersor run PLAN VERB ...`: serve, batch, generate or bench latency by a plan, as `--plan` of that verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tersor.errors import InputError, did_you_mean
+
+CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+"""Options behind the verb are the verb's."""
+RUNS = {"serve": 1, "batch": 1, "generate": 1, "bench": 2}
+"""Verbs that take a plan, and how many words they are."""
+
+
+def command(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What tersor plan -o wrote.")],
+    verb: Annotated[str, typer.Argument(metavar="VERB", help="serve, batch, generate, or bench latency.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORDS]...", help="What the verb takes.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a verb by a plan; under torchrun every process is a rank of it."""
+    if verb not in RUNS:
+        raise InputError(
+            f"no verb {verb!r} runs a plan{did_you_mean(verb, RUNS)}: serve, batch, generate, bench latency"
+        )
+    from tersor.cli.main import run
+
+    given = [verb, *(words or [])]
+    raise typer.Exit(run([*given[: RUNS[verb]], "--plan", str(plan), *given[RUNS[verb] :]]))
