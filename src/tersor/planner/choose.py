@@ -310,6 +310,7 @@ def assembled(
         rivals=rivals,
         rules=baseline,
         notes=notes(setting),
+        architecture=asked.model.architecture,
     )
 
 
@@ -364,6 +365,7 @@ def _cuts(best: Made) -> tuple[Cut, ...]:
                         for piece in pieces
                     ),
                     nbytes=tuple(piece.nbytes for piece in pieces),
+                    block=name.partition(".")[2],
                 )
             )
     return tuple(found)
