@@ -1,4 +1,4 @@
-"""What do all pages look like? One HTML file that asks nobody for anything: its style is in it, and its pictures are SVG."""
+"""What do all pages look like? One HTML file that asks nobody for anything: style is in it, pictures are SVG."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ svg.mesh { width: 50em; max-width: 100%; height: auto; } .node { fill: none; str
 .wire { stroke: var(--soft); fill: none; } .arrow { fill: var(--soft); } svg .strong { font-weight: 600; }
 .tiles { display: flex; flex-wrap: wrap; gap: 0.8em 2.4em; margin: 1em 0; } .tiles b { display: block; font-size: 1.5em;
   font-variant-numeric: tabular-nums; } .tiles span, .legend { color: var(--soft); font-size: 0.86em; }
-.legend span { margin-right: 1.2em; white-space: nowrap; } .legend svg { width: 0.8em; height: 0.8em; margin-right: 0.3em; }
-.name { white-space: nowrap; } svg.slices { width: 5em; height: 1.7em; } svg.slices rect { stroke: var(--paper); stroke-width: 0.5; }
+.legend span { margin-right: 1.2em; white-space: nowrap; }
+.legend svg { width: 0.8em; height: 0.8em; margin-right: 0.3em; }
+.name { white-space: nowrap; } svg.slices { width: 5em; height: 1.7em; }
+svg.slices rect { stroke: var(--paper); stroke-width: 0.5; }
 """ + "".join(f".c{number} {{ color: var(--c{number}); }} " for number in range(8))
 
 _ALONE = "default-src 'none'; style-src 'unsafe-inline'"

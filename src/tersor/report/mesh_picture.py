@@ -106,7 +106,9 @@ def _row(own: range, seated: dict[int, Seat], plan: Plan, y: float) -> list[Mark
         return _LEFT + _PAD + (device - start) * (_GPU + _GAP)
 
     wire = y + _HIGH + 10
-    parts.append(element("line", x1=left(own[0]) + _GPU / 2, x2=left(own[-1]) + _GPU / 2, y1=wire, y2=wire, class_="wire"))
+    parts.append(
+        element("line", x1=left(own[0]) + _GPU / 2, x2=left(own[-1]) + _GPU / 2, y1=wire, y2=wire, class_="wire")
+    )
     for device in own:
         middle = left(device) + _GPU / 2
         parts.append(element("line", x1=middle, x2=middle, y1=y + _HIGH, y2=wire, class_="wire"))
@@ -115,8 +117,8 @@ def _row(own: range, seated: dict[int, Seat], plan: Plan, y: float) -> list[Mark
         x, width = left(devices[0]), len(devices) * (_GPU + _GAP) - _GAP
         if key is None:
             for device in devices:
-                box = element("rect", x=left(device), y=y, width=_GPU, height=_HIGH, rx=4, class_="node")
-                parts.append(box + _words(left(device), y, f"GPU {device}", "idle"))
+                parts.append(element("rect", x=left(device), y=y, width=_GPU, height=_HIGH, rx=4, class_="node"))
+                parts.append(_words(left(device), y, f"GPU {device}", "idle"))
             continue
         kind = colour(seated[devices[0]], plan)
         label = f"r{key[0]} s{key[1]}"
@@ -142,7 +144,9 @@ def _words(x: float, y: float, first: str, second: str) -> Markup:
     return Markup(above + element("text", second, x=middle, y=y + 31, class_="middle small"))
 
 
-def _network(middles: list[float], seated: dict[int, Seat], nodes: tuple[int, ...], links: Links | None) -> list[Markup]:
+def _network(
+    middles: list[float], seated: dict[int, Seat], nodes: tuple[int, ...], links: Links | None
+) -> list[Markup]:
     """Draw the network that joins nodes, and which stages hand on over it."""
     x = _LEFT - 22
     parts = [element("line", x1=x, x2=x, y1=middles[0], y2=middles[-1], class_="wire")]

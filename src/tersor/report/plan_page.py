@@ -1,4 +1,4 @@
-"""What does a plan look like? One page: its mesh, stages, cuts, bytes, times, rivals, and where each number comes from."""
+"""What does a plan look like? One page: its mesh, stages, cuts, bytes, times, rivals, and where numbers come from."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _TOLD = {
     "pipeline": "stages that hand on",
 }
 _LETTERS = (
-    "Layouts: R, every rank has all; S, some tokens; H, some heads; I, some inner channels; C, some channels; V, a part of "
-    "the vocabulary; P, an addend each, whose sum is pending."
+    "Layouts: R, every rank has all; S, some tokens; H, some heads; I, some inner channels; C, some channels; V, a "
+    "part of the vocabulary; P, an addend each, whose sum is pending."
 )
 _MOST_SPANS = 16
 """Ranks whose spans are written out."""
@@ -57,7 +57,7 @@ def page(plan: Plan, links: Links) -> str:
     parts += [element("h2", "How good it is"), *_proof(plan), *_rivals(plan)]
     parts += [element("h2", "Sources"), *_sources(plan, own)]
     parts += [note(line) for line in plan_tables.closing(plan, links)]
-    parts.append(note(f"Made by Tersor {__version__} for model {plan.digest}; the file of the plan holds every number."))
+    parts.append(note(f"Made by Tersor {__version__} for model {plan.digest}."))
     return framed(f"Plan: {plan.model}, {plan.axes()}", parts)
 
 
@@ -81,7 +81,9 @@ def _legend(names: Sequence[str]) -> Markup:
     """Return what the colours of a stack mean."""
     square = element("rect", x=0, y=0, width=10, height=10, class_="fill")
     own = [
-        element("span", element("svg", square, viewBox="0 0 10 10", class_=f"c{number}", aria_hidden="true") + text(name))
+        element(
+            "span", element("svg", square, viewBox="0 0 10 10", class_=f"c{number}", aria_hidden="true") + text(name)
+        )
         for number, name in enumerate(names)
     ]
     return element("p", "".join(own), class_="legend")
@@ -90,7 +92,7 @@ def _legend(names: Sequence[str]) -> Markup:
 def _mesh(plan: Plan, links: Links | None) -> Iterator[Markup]:
     axes = axes_of(plan)
     yield mesh_picture(plan, links)
-    words = "r: replica, s: stage, t: rank of the stage; a frame is a tensor group, an arrow hands on to the next stage."
+    words = "r: replica, s: stage, t: rank of the stage; a frame is a tensor group, an arrow goes to the next stage."
     more = len(axes.mesh.nodes) - MOST_NODES
     if more > 0:
         words += f" {more} more nodes go on in the same order."
@@ -120,7 +122,13 @@ def _axes(plan: Plan, links: Links | None) -> Iterator[list[str]]:
     how = " and ".join(link for count, _, link in both if count)
     yield ["pipeline", str(plan.pipeline), where, how or "nothing", f"states: {passing('pipeline')}"]
     shared = "; experts as above" if plan.expert > 1 else ""
-    yield ["data", str(plan.data), "replicas side by side" if plan.data > 1 else "one replica", "nothing", f"nothing{shared}"]
+    yield [
+        "data",
+        str(plan.data),
+        "replicas side by side" if plan.data > 1 else "one replica",
+        "nothing",
+        f"nothing{shared}",
+    ]
     if plan.idle:
         yield ["idle", str(plan.idle), "no group takes them", "nothing", "nothing"]
 
@@ -140,11 +148,15 @@ def _memory(plan: Plan) -> Iterator[Markup]:
         rank = 0
         for memory, alike in groupby(stage.memory):
             count = len(list(alike))
-            rows.append([str(number), plan_tables.devices(range(rank, rank + count)), _bytes_bar(memory), *_bytes(memory)])
+            rows.append(
+                [str(number), plan_tables.devices(range(rank, rank + count)), _bytes_bar(memory), *_bytes(memory)]
+            )
             rank += count
     headings = ["stage", "ranks", "", *(_NAMES.get(name, name) for name in _PIECES), "all", "of", "used"]
     yield table(headings, rows, 3)
-    yield note("Activations: the most at a time. Buffers: of a process and its collectives. The bar is as long as the room.")
+    yield note(
+        "Activations: the most at a time. Buffers: of a process and its collectives. A bar is as long as the room."
+    )
 
 
 def _bytes(memory: Memory) -> list[str]:
@@ -165,8 +177,8 @@ def _cuts(plan: Plan) -> Iterator[Markup]:
     ]
     yield table([*found.headings, "", "of each rank, in order"], rows, len(found.headings) + 2)
     yield note(
-        "A weight has its output channels down and its input channels across; a colour is a rank, grey what every rank has. "
-        "Cuts keep to the quantum. Slices of experts are whole experts."
+        "A weight has its output channels down and its input channels across; a colour is a rank, grey is on every "
+        "rank. Cuts keep to the quantum. Slices of experts are whole experts."
     )
 
 
@@ -182,12 +194,11 @@ def _slices(cut: Cut) -> Markup:
         for rank, spans in enumerate(owned):
             for first, last in spans:
                 at, long = first / end, (last - first) / end
-                place: dict[str, str | float] = (
-                    {"x": 0, "y": 20 * at, "width": 60, "height": 20 * long}
-                    if axis == "rows"
-                    else {"x": 60 * at, "y": 0, "width": 60 * long, "height": 20}
+                x, y, width, height = (
+                    (0.0, 20 * at, 60.0, 20 * long) if axis == "rows" else (60 * at, 0.0, 60 * long, 20.0)
                 )
-                inner = Markup(inner + element("rect", **place, class_=f"fill c{rank % COLOURS}"))
+                kind = f"fill c{rank % COLOURS}"
+                inner = Markup(inner + element("rect", x=x, y=y, width=width, height=height, class_=kind))
     words = f"{cut.module}: {axis or 'all on every rank'}"
     return element(
         "svg",
@@ -216,7 +227,9 @@ def _times(plan: Plan) -> Iterator[Markup]:
     yield _legend([f"{kind}: {_TOLD[kind]}" if kind in _TOLD else kind for kind in _KINDS])
     rows: list[list[object]] = []
     for phase, whole in plan.passes.items():
-        shares = [(kinds[kind][phase] / whole if kind in names else 0.0, f"c{number}") for number, kind in enumerate(_KINDS)]
+        shares = [
+            (kinds[kind][phase] / whole if kind in names else 0.0, f"c{number}") for number, kind in enumerate(_KINDS)
+        ]
         rows.append([phase, stack(shares, f"{phase}: {ms(whole)} ms"), ms(whole)])
     yield table(["pass", "", "ms"], rows, 2)
     yield table(found.headings, found.rows, 1)
@@ -228,8 +241,8 @@ def _proof(plan: Plan) -> Iterator[Markup]:
     bound = 1e3 * plan.bound if plan.objective == "latency" else 1e6 * plan.bound
     if plan.bound:
         yield note(
-            f"This plan: {value} {unit}. No plan of the searched space is below {bound:.3f}: it is {plan_tables.gap(plan)}, "
-            f"found by {plan.method} in {plan.searched:.2f} s."
+            f"This plan: {value} {unit}. No plan of the searched space is below {bound:.3f}: it is "
+            f"{plan_tables.gap(plan)}, found by {plan.method} in {plan.searched:.2f} s."
         )
     else:
         yield note(f"This plan: {value} {unit}; {plan_tables.gap(plan)}, since {plan.method} gives no bound.")
@@ -262,4 +275,6 @@ def _sources(plan: Plan, links: Links | None) -> Iterator[Markup]:
         tables = {f"inside a node, {name}": found for name, found in links.inside.items()}
         tables |= {"inside a node, one_shot": links.one_shot} if links.one_shot is not None else {}
         tables |= {f"between nodes, {name}": found for name, found in links.between.items()}
-        yield table(["table", "large payloads", "where it comes from"], [[n, speed(t), t.source] for n, t in tables.items()], 3)
+        yield table(
+            ["table", "large payloads", "where it comes from"], [[n, speed(t), t.source] for n, t in tables.items()], 3
+        )

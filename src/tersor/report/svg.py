@@ -156,7 +156,10 @@ def stack(parts: Sequence[tuple[float, str]], words: str) -> Markup:
         parts: shares of the cell, in all at most 1, and their classes.
         words: what they say, shown beside the pointer.
     """
-    inner, at = [element("title", html.escape(words)), element("rect", x=0, y=0, width=300, height=10, class_="room")], 0.0
+    inner, at = (
+        [element("title", html.escape(words)), element("rect", x=0, y=0, width=300, height=10, class_="room")],
+        0.0,
+    )
     for share, kind in parts:
         length = 300 * min(max(share, 0.0), 1.0 - at)
         inner.append(element("rect", x=300 * at, y=1, width=length, height=8, class_=f"fill {kind}"))

@@ -36,5 +36,5 @@ def exported(plan: Plan, system: str) -> str:
     if system not in writers:
         raise InputError(f"no export for {system!r}{did_you_mean(system, SYSTEMS)}: use one of {', '.join(SYSTEMS)}")
     if not plan.architecture or not all(cut.block for cut in plan.cuts):
-        raise InputError("the plan does not say which block a weight belongs to: tersor plan of today writes one that does")
+        raise InputError("the plan does not say which block a weight belongs to: make it again")
     return writers[system](plan)

@@ -1,4 +1,4 @@
-"""What of a plan can another system not be told? Sentences made of the plan, and the lines that stand above settings."""
+"""What of a plan can another system not be told? Sentences made of the plan, and lines that stand above settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def above(plan: Plan, what: str, limits: Iterable[str]) -> list[str]:
     parts = f", {plan.parts} micro-batches" if plan.parts > 1 else ""
     found = [f"{plan.model} on {plan.devices} x {plan.chip} ({plan.mesh}): {plan.axes()}{parts}", what]
     said = list(limits)
-    return [*found, *(("Not said by these settings:", *(f"- {one}" for one in said)) if said else ("They say all of it.",))]
+    return [
+        *found,
+        *(("Not said by these settings:", *(f"- {one}" for one in said)) if said else ("They say all of it.",)),
+    ]
 
 
 def chosen(plan: Plan, block: str) -> list[Chosen]:
@@ -65,13 +68,16 @@ def uneven(plan: Plan, system: str) -> Iterator[str]:
     found = [(cut, _widths(cut)) for cut in plan.cuts]
     odd = [(cut, widths) for cut, widths in found if len(set(widths)) > 1]
     if odd:
-        words = [f"{cut.module} ({', '.join(map(str, widths[:4]))}{', ...' if len(widths) > 4 else ''})" for cut, widths in odd]
+        words = [
+            f"{cut.module} ({', '.join(map(str, widths[:4]))}{', ...' if len(widths) > 4 else ''})"
+            for cut, widths in odd
+        ]
         more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
         yield f"{system} cuts evenly; the plan has unequal slices of {', '.join(words[:_NAMED])}{more}"
 
 
 def whole_blocks(plan: Plan, system: str) -> Iterator[str]:
-    """Yield that blocks stay whole on every rank, or are cut another way than Megatron's, which the system does not do."""
+    """Yield that blocks stay whole on every rank, or are cut otherwise than Megatron's."""
     if plan.tensor == 1:
         return
     phase = first_phase(plan)
@@ -79,7 +85,11 @@ def whole_blocks(plan: Plan, system: str) -> Iterator[str]:
     whole = [_label(one) for one in of if one.way in _WHOLE]
     if whole:
         yield f"{system} cuts every block; the plan leaves whole on every rank: {', '.join(whole)}"
-    other = [f"{_label(one)} by {one.way}" for one in of if one.way not in _WHOLE and _MEGATRON.get(one.block, one.way) != one.way]
+    other = [
+        f"{_label(one)} by {one.way}"
+        for one in of
+        if one.way not in _WHOLE and _MEGATRON.get(one.block, one.way) != one.way
+    ]
     if other:
         yield f"{system} cuts these blocks by row; the plan cuts {', '.join(other)}"
 

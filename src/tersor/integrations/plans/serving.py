@@ -1,4 +1,4 @@
-"""Which flags of a server spread a model like a plan? Those of vLLM 0.26 and of SGLang 0.5.23, whose parsers were read."""
+"""Which flags of a server spread a model like a plan? Those of vLLM 0.26 and SGLang 0.5.23, by their parsers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def vllm(plan: Plan) -> str:
     """Return the command of vLLM.
 
-    Its data parallel engines share the experts of a mixture, whole or not: replicas that do not are commands of their own.
+    Its data parallel engines share the experts of a mixture, whole or not: replicas that do not are commands
+    of their own.
     """
     engines = plan.expert if limits.with_experts(plan) else plan.data
     flags = ["--tensor-parallel-size", str(plan.tensor), "--pipeline-parallel-size", str(plan.pipeline)]
@@ -29,7 +30,7 @@ def vllm(plan: Plan) -> str:
 
 
 def sglang(plan: Plan) -> str:
-    """Return the command of SGLang: replicas that have experts together are groups for attention of one tensor group."""
+    """Return the command of SGLang: replicas that have experts together are one tensor group, apart in attention."""
     ranks, replicas = plan.tensor * plan.expert, plan.data // plan.expert
     flags = ["--tp-size", str(ranks), "--pp-size", str(plan.pipeline)]
     flags += ["--dp-size", str(replicas)] if replicas > 1 else []

@@ -1,8 +1,8 @@
 """How does transformers spread a model like a plan? A `tp_plan` and the arguments of `DistributedConfig`.
 
 Its styles (5.18 on): `colwise` and `rowwise` leave activations cut between them, `colwise_gather_output` and
-`rowwise_split_input` do not; rules that are not given are those that it ships for the model, so that what stays whole is
-said to. A rule is for all layers alike.
+`rowwise_split_input` do not. Rules that are not given are those that it ships for the model, so that what stays whole
+has one. A rule is for all layers alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def settings(plan: Plan) -> str:
     if experts:
         arguments += [f"ep_size={plan.tensor}", "ep_plan=ep_plan", 'ep_implementation="all_reduce"']
     more = f"; {plan.data} such runs are the replicas" if plan.data > 1 else ""
-    what = f"Settings of transformers for one replica, which torchrun starts on {plan.tensor * plan.pipeline} GPUs{more}."
+    what = (
+        f"Settings of transformers for one replica, which torchrun starts on {plan.tensor * plan.pipeline} GPUs{more}."
+    )
     lines = [f"# {line}" for line in limits.above(plan, what, [*said, *_limits(plan)])]
     lines += ["from transformers.distributed import DistributedConfig", ""]
     if plan.tensor > 1:
@@ -51,6 +53,7 @@ def settings(plan: Plan) -> str:
 def tp_plan(plan: Plan) -> tuple[dict[str, str], list[str]]:
     """Return pattern of a module -> style, and what of the plan that does not say."""
     gathered = {cut.block for cut in plan.cuts if cut.block.endswith(".qkv") and _parts_heads(cut)}
+    gathered |= {f"{one.group}.qkv" for one in limits.chosen(plan, "out") if one.reads == _ALL and _by_heads(plan, one)}
     gathered |= {cut.block for cut in plan.cuts if cut.block.endswith(".gate_up") and _fused(cut)}
     dealt, known = bool(ep_plan(plan)), {name for name, _ in base_plan(plan.architecture)}
     styles: dict[str, Counter[str]] = {}
@@ -68,7 +71,7 @@ def tp_plan(plan: Plan) -> tuple[dict[str, str], list[str]]:
 
 
 def ep_plan(plan: Plan) -> dict[str, str]:
-    """Return the rules of whole experts on ranks of a tensor group; none where transformers does not deal them out so."""
+    """Return the rules of whole experts on ranks of a tensor group; none where transformers has no such ranks."""
     experts = [cut for cut in plan.cuts if cut.slices[0].experts is not None]
     if not experts or plan.expert > 1 or plan.pipeline > 1 or plan.tensor == 1:
         return {}
@@ -88,13 +91,16 @@ def _said(plan: Plan, styles: dict[str, Counter[str]], gathered: set[str]) -> It
             yield f"a rule is for all layers; the plan has for {name}: {words}"
     heads = sorted(block for block in gathered if block.endswith(".qkv"))
     if heads:
-        yield f"even channels would part heads, so that {', '.join(heads)} is gathered and attention is whole on every rank"
+        names = ", ".join(heads)
+        yield f"transformers cannot cut attention so: {names} is gathered, and attention is whole on every rank"
     inner = sorted(block for block in gathered if not block.endswith(".qkv"))
     if inner:
         yield f"gate and up are one weight, so that {', '.join(inner)} is gathered before it goes on"
     if limits.whole_experts(plan) and not ep_plan(plan):
         why = "of replicas together" if plan.expert > 1 else "of a stage" if plan.pipeline > 1 else "in unequal numbers"
-        instead = "cuts each expert by the ranks of the tensor group" if plan.tensor > 1 else "has all of them on every rank"
+        instead = (
+            "cuts each expert by the ranks of the tensor group" if plan.tensor > 1 else "has all of them on every rank"
+        )
         yield f"whole experts {why}: transformers {instead} instead"
 
 
@@ -133,6 +139,12 @@ def _style(plan: Plan, cut: Cut, gathered: set[str]) -> str:
 def _chosen(plan: Plan, group: str, block: str) -> Chosen | None:
     phase = limits.first_phase(plan)
     return next((one for one in plan.chosen if (one.phase, one.group, one.block) == (phase, group, block)), None)
+
+
+def _by_heads(plan: Plan, out: Chosen) -> bool:
+    """Whether the attention that a block reads is cut by heads, in the phase whose layouts count."""
+    attention = _chosen(plan, out.group, "attention")
+    return out.phase == limits.first_phase(plan) and attention is not None and attention.gives != _ALL
 
 
 def _fused(cut: Cut) -> bool:

@@ -1,4 +1,4 @@
-"""Which parallel plans does transformers ship for an architecture? `base_model_tp_plan` and others of its config class."""
+"""Which parallel plans does transformers ship for an architecture? Those of its config class."""
 
 from __future__ import annotations
 
