@@ -99,6 +99,22 @@ def test_gpus_without_a_part_are_idle(plans: dict[tuple[str, ...], Path]) -> Non
     assert set(seats(axes_of(plan), 7)) == set(range(5))
 
 
+def test_axes_say_where_they_stand_and_what_passes(plans: dict[tuple[str, ...], Path]) -> None:
+    plan = read(plans[DENSE])
+    found = Page(page(plan, PRICES))
+    assert found.row("tensor")[1:4] == ["4", "4 side by side in a node", "links of a node"]
+    where = "2 boundaries inside a node, 1 boundary between nodes"
+    assert found.row("pipeline", "4")[2:4] == [where, "links of a node and links between nodes"]
+    sums = sum(part.seconds for part in plan.times if part.kind == "sums" and part.name.startswith("decode."))
+    assert found.row("tensor")[4].startswith(f"sums: {sums * 1e3:.3f} ms of decode")
+    apart = Page(page(replace(plan, data=2, expert=2, pipeline=2, stages=plan.stages[:2]), PRICES))
+    assert apart.row("expert", "2 replicas x 4")[1:4] == [
+        "2 replicas x 4",
+        "4 + 4 in 2 nodes",
+        "links of nodes and between",
+    ]
+
+
 def test_a_large_mesh_is_drawn_in_part(plans: dict[tuple[str, ...], Path]) -> None:
     plan = replace(read(plans[DENSE]), mesh="2048x8", data=1024)
     text = page(plan, PRICES)

@@ -82,6 +82,7 @@ def command(
     """Plan how a model is spread over GPUs; no weight is read, and no GPU is needed."""
     from tersor.checkpoint.config import parse_scheme
     from tersor.hardware import chip_named
+    from tersor.integrations.plans import check_system, exported
     from tersor.models.parts import model_of
     from tersor.planner import links as tables
     from tersor.planner import plan as plans
@@ -92,8 +93,10 @@ def command(
     from tersor.planner.mesh import Mesh
     from tersor.planner.parts import Workload
 
-    if export is not None and (json or explain is not None):
-        raise InputError("--export prints settings: give it without --json and --explain")
+    if export is not None:
+        check_system(export)
+        if json or explain is not None:
+            raise InputError("--export prints settings: give it without --json and --explain")
     if model is None and taken is None:
         raise InputError("name a model, or a plan to show with --from FILE")
     if model == CALIBRATE:
@@ -121,12 +124,13 @@ def command(
         wanted = Mesh.of(devices, mesh, prices.reach)
         found = plan(Asked(_with_own_plan(described), wanted, workload, kernels, prices, objective, search))
         check(found, described, kernels, prices)
-    if output is not None and export is None:
+    settings = None if export is None else exported(found, export)
+    if output is not None and settings is None:
         found.save(output)
     if html is not None:
         _write_page(html, found, prices)
-    if export is not None:
-        _export(found, export, output)
+    if settings is not None:
+        _give(settings, output)
     elif json:
         console.print_json(found.to_dict())
     elif explain is not None:
@@ -179,16 +183,14 @@ def _write_page(path: Path, plan: Plan, links: Links) -> None:
     written.write(path, page(plan, links))
 
 
-def _export(plan: Plan, system: str, path: Path | None) -> None:
-    """Write a plan as another system's settings, or print them."""
+def _give(settings: str, path: Path | None) -> None:
+    """Write settings of another system, or print them."""
     from tersor.bench import report as written
-    from tersor.integrations.plans import exported
 
-    found = exported(plan, system)
     if path is None:
-        print(found, end="")
+        print(settings, end="")
     else:
-        written.write(path, found)
+        written.write(path, settings)
 
 
 def _show(plan: Plan, links: Links) -> None:

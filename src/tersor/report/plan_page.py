@@ -24,10 +24,10 @@ _NAMES = {"kv": "keys, values"}
 _KINDS = ("products", "attention", "small", "sums", "pipeline")
 """Of the parts of a time, in the order of their colours."""
 _TOLD = {
-    "products": "products with weights",
+    "products": "with weights",
     "small": "norms, embedding, drawing tokens",
-    "sums": "sums and other exchanges of a stage's ranks",
-    "pipeline": "stages that hand on",
+    "sums": "and other exchanges of a stage's ranks",
+    "pipeline": "what stages hand on",
 }
 _LETTERS = (
     "Layouts: R, every rank has all; S, some tokens; H, some heads; I, some inner channels; C, some channels; V, a "
@@ -114,11 +114,20 @@ def _axes(plan: Plan, links: Links | None) -> Iterator[list[str]]:
     yield ["tensor", str(plan.tensor), _stands(axes.tensor_group), over(axes.tensor_group), f"sums: {passing('sums')}"]
     if plan.expert > 1:
         ranks = f"{plan.expert} replicas x {plan.tensor}"
-        yield ["expert", ranks, _stands(axes.expert_group), over(axes.expert_group), "tokens, in sums above"]
+        yield [
+            "expert",
+            ranks,
+            _stands(axes.expert_group),
+            over(axes.expert_group),
+            "tokens to experts and back, counted with products",
+        ]
     far = axes.crossings if plan.pipeline > 1 else 0
     near = plan.pipeline - 1 - far
     both = [(near, "inside a node", "links of a node"), (far, "between nodes", "links between nodes")]
-    where = ", ".join(f"{count} boundaries {words}" for count, words, _ in both if count) or "one stage"
+    where = (
+        ", ".join(f"{count} {'boundary' if count == 1 else 'boundaries'} {words}" for count, words, _ in both if count)
+        or "one stage"
+    )
     how = " and ".join(link for count, _, link in both if count)
     yield ["pipeline", str(plan.pipeline), where, how or "nothing", f"states: {passing('pipeline')}"]
     shared = "; experts as above" if plan.expert > 1 else ""

@@ -14,6 +14,16 @@ SYSTEMS = ("transformers", "vllm", "sglang", "torchtitan")
 """Whose settings a plan can be written as."""
 
 
+def check_system(name: str) -> None:
+    """Say that a name is none of `SYSTEMS`.
+
+    Raises:
+        InputError: it is none.
+    """
+    if name not in SYSTEMS:
+        raise InputError(f"no export for {name!r}{did_you_mean(name, SYSTEMS)}: use one of {', '.join(SYSTEMS)}")
+
+
 def exported(plan: Plan, system: str) -> str:
     """Return a plan as the settings of a system; comments in them say what of the plan they cannot.
 
@@ -33,8 +43,7 @@ def exported(plan: Plan, system: str) -> str:
         "sglang": serving.sglang,
         "torchtitan": torchtitan.settings,
     }
-    if system not in writers:
-        raise InputError(f"no export for {system!r}{did_you_mean(system, SYSTEMS)}: use one of {', '.join(SYSTEMS)}")
+    check_system(system)
     if not plan.architecture or not all(cut.block for cut in plan.cuts):
         raise InputError("the plan does not say which block a weight belongs to: make it again")
     return writers[system](plan)

@@ -73,8 +73,6 @@ def _limits(plan: Plan, system: str, options: str) -> Iterator[str]:
     yield from limits.whole_blocks(plan, system)
     yield from limits.phases(plan, system)
     yield from limits.batches(plan, system)
-    if plan.expert > 1 and plan.tensor > 1 and not any(one.way == "expert" for one in limits.chosen(plan, "experts")):
-        yield f"{system} gives every rank whole experts; the plan cuts each by {plan.tensor} ranks as well"
     wide = max(map(int, plan.mesh.partition("x")[2:] if "x" in plan.mesh else plan.mesh.split("+")))
     if plan.tensor * plan.pipeline > wide:
         yield f"a replica is on several nodes: {system} is started on each of them, with {options}"
