@@ -16,7 +16,7 @@ import pytest
 import tomllib
 import torch
 import transformers
-from helpers import plans, transformers_ranks
+from helpers import forced_plans, transformers_ranks
 from helpers.fakes import FakeGpu
 from transformers.distributed import DistributedConfig
 
@@ -89,7 +89,9 @@ def test_transformers_in_two_processes_answers_as_in_one(tmp_path: Path) -> None
     pairs = []
     for number, (path, ways) in enumerate(cases):
         pairs.append((path, tmp_path / f"{number}.py"))
-        pairs[-1][1].write_text(exported(plans.forced(model_of(str(path), None), "1x2", 2, ways), "transformers"))
+        pairs[-1][1].write_text(
+            exported(forced_plans.forced(model_of(str(path), None), "1x2", 2, ways), "transformers")
+        )
     said = [settings_of(file.read_text(encoding="utf-8"))["distributed_config"] for _, file in pairs]
     assert [one.ep_size for one in said] == [1, 1, 1, 1, 2]
     found = answers(2, *pairs)
@@ -112,7 +114,7 @@ def test_transformers_in_two_processes_answers_as_in_one(tmp_path: Path) -> None
 )
 def test_every_rule_names_a_module_and_a_style_that_transformers_has(name: str, options: dict[str, int]) -> None:
     model = few(name, **options)
-    plan = plans.forced(model, "1x2", 2, workload=Workload(batch=2, context=128, prompt=32))
+    plan = forced_plans.forced(model, "1x2", 2, workload=Workload(batch=2, context=128, prompt=32))
     rules, _ = tp_plan(plan)
     config = transformers.AutoConfig.for_model(
         **{"model_type": _kind(model.architecture), **GEOMETRIES[name], **FEW, **options, **_layers(name)}
@@ -139,7 +141,7 @@ def _layers(name: str) -> dict[str, Any]:
 
 
 def test_heads_that_even_channels_would_part_are_gathered() -> None:
-    rules, said = tp_plan(plans.forced(few("llama-3-8b"), "1x3", 3))
+    rules, said = tp_plan(forced_plans.forced(few("llama-3-8b"), "1x3", 3))
     assert rules["model.layers.*.self_attn.q_proj"] == "colwise_gather_output"
     assert rules["model.layers.*.self_attn.o_proj"] == "rowwise_split_input"
     assert rules["model.layers.*.mlp.gate_proj"] == "colwise"
@@ -147,7 +149,7 @@ def test_heads_that_even_channels_would_part_are_gathered() -> None:
 
 
 def test_what_stays_whole_is_said_where_transformers_would_cut_it() -> None:
-    rules, _ = tp_plan(plans.forced(few("llama-3-8b"), "1x2", 2, {"gate_up": "column", "down": "row"}))
+    rules, _ = tp_plan(forced_plans.forced(few("llama-3-8b"), "1x2", 2, {"gate_up": "column", "down": "row"}))
     assert rules["model.embed_tokens"] == rules["lm_head"] == rules["model.layers.*.self_attn.q_proj"] == "replicate"
 
 
@@ -177,7 +179,7 @@ def staged(plan: Plan, layers: tuple[int, ...], parts: int) -> Plan:
 @pytest.fixture(scope="module")
 def dense() -> Plan:
     """Two replicas of two ranks."""
-    return plans.forced(
+    return forced_plans.forced(
         model_of("llama-3-8b", None), "1x4", 2, workload=Workload(batch=6, context=512, prompt=32, kv_bytes=1)
     )
 
@@ -185,7 +187,7 @@ def dense() -> Plan:
 @pytest.fixture(scope="module")
 def mixture() -> Plan:
     """Four replicas of one rank, of which pairs have experts together."""
-    found = plans.forced(few("qwen3-30b-a3b"), "1x4", 1, EXPERTS)
+    found = forced_plans.forced(few("qwen3-30b-a3b"), "1x4", 1, EXPERTS)
     return replace(found, expert=2)
 
 
@@ -212,7 +214,7 @@ def test_replicas_that_have_experts_together_are_one_command(mixture: Plan) -> N
 
 
 def test_replicas_of_a_mixture_with_all_experts_each_are_commands_of_their_own() -> None:
-    found = plans.forced(few("qwen3-30b-a3b"), "1x4", 2)
+    found = forced_plans.forced(few("qwen3-30b-a3b"), "1x4", 2)
     _, words, comments = command_of(exported(found, "vllm"))
     assert option(words, "--data-parallel-size") is None and "2 such commands" in comments[1]
 
@@ -235,7 +237,9 @@ def test_layers_of_stages_are_given_where_they_can_be(dense: Plan) -> None:
 
 @pytest.mark.parametrize("system", ["vllm", "sglang", "torchtitan"])
 def test_what_a_system_cannot_be_told_is_said(system: str) -> None:
-    three = plans.forced(few("llama-3-8b"), "1x3", 3, {**MEGATRON, "head": "replicate", "embedding": "replicate"})
+    three = forced_plans.forced(
+        few("llama-3-8b"), "1x3", 3, {**MEGATRON, "head": "replicate", "embedding": "replicate"}
+    )
     text = exported(three, system)
     widths = [sum(last - first for first, last in one.rows or ()) for one in three.cuts[1].slices]
     assert len(set(widths)) > 1 and three.cuts[1].module.endswith("q_proj")
