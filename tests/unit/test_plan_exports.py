@@ -148,6 +148,15 @@ def test_heads_that_even_channels_would_part_are_gathered() -> None:
     assert any("attention is whole on every rank" in one for one in said)
 
 
+def test_rules_that_transformers_does_not_ship_are_said_to_be_untried() -> None:
+    said = {
+        name: "\n".join(tp_plan(forced_plans.forced(few(name), "1x2", 2))[1]) for name in ("llama-3-8b", "gpt-oss-20b")
+    }
+    assert "ships no rule" not in said["llama-3-8b"]
+    assert "no rule for experts of GptOssForCausalLM: every rank has all of them" in said["gpt-oss-20b"]
+    assert "no rule for model.layers.*.self_attn.q_proj, " in said["gpt-oss-20b"]
+
+
 def test_what_stays_whole_is_said_where_transformers_would_cut_it() -> None:
     rules, _ = tp_plan(forced_plans.forced(few("llama-3-8b"), "1x2", 2, {"gate_up": "column", "down": "row"}))
     assert rules["model.embed_tokens"] == rules["lm_head"] == rules["model.layers.*.self_attn.q_proj"] == "replicate"

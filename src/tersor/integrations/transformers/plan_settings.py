@@ -89,6 +89,14 @@ def _said(plan: Plan, styles: dict[str, Counter[str]], gathered: set[str]) -> It
         if len(counts) > 1:
             words = ", ".join(f"{style} in {count} layers" for style, count in counts.most_common())
             yield f"a rule is for all layers; the plan has for {name}: {words}"
+    known = [f".{name}" for name, _ in base_plan(plan.architecture)]
+    inside = {cut.module.replace("{layer}", "*") for cut in plan.cuts if cut.layers}
+    own = [name for name in styles if name in inside and not any(name.endswith(end) for end in known)]
+    if own:
+        yield f"transformers ships no rule for {', '.join(own)} of {plan.architecture}: it is not known to run with these"
+    dealt = any("experts" in cut.module.split(".") and cut.way != WHOLE for cut in plan.cuts)
+    if dealt and not any(name.endswith(".experts") for name in (*styles, *ep_plan(plan))):
+        yield f"transformers ships no rule for experts of {plan.architecture}: every rank has all of them"
     heads = sorted(block for block in gathered if block.endswith(".qkv"))
     if heads:
         names = ", ".join(heads)
