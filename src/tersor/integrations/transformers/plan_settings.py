@@ -93,7 +93,7 @@ def _said(plan: Plan, styles: dict[str, Counter[str]], gathered: set[str]) -> It
     inside = {cut.module.replace("{layer}", "*") for cut in plan.cuts if cut.layers}
     own = [name for name in styles if name in inside and not any(name.endswith(end) for end in known)]
     if own:
-        yield f"transformers ships no rule for {', '.join(own)} of {plan.architecture}: it is not known to run with these"
+        yield f"transformers ships no rule for {', '.join(own)} of {plan.architecture}: these are untried"
     dealt = any("experts" in cut.module.split(".") and cut.way != WHOLE for cut in plan.cuts)
     if dealt and not any(name.endswith(".experts") for name in (*styles, *ep_plan(plan))):
         yield f"transformers ships no rule for experts of {plan.architecture}: every rank has all of them"
