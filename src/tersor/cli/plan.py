@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tersor.hardware import Chip
     from tersor.planner.links import Links
     from tersor.planner.parts import Model
-    from tersor.planner.plan import Cut, Plan, Rival
+    from tersor.planner.plan import Plan
 
 CALIBRATE = "calibrate"
 PHASES = {"both": ("decode", "prefill"), "decode": ("decode",), "prefill": ("prefill",)}
@@ -76,10 +76,21 @@ def command(
     revision: options.Revision = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page, with pictures.")
+    ] = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SYSTEM",
+            help="Write settings of transformers, vllm, sglang or torchtitan instead: to --output, or print them.",
+        ),
+    ] = None,
 ) -> None:
     """Plan how a model is spread over GPUs; no weight is read, and no GPU is needed."""
     from tersor.checkpoint.config import parse_scheme
     from tersor.hardware import chip_named
+    from tersor.integrations.plans import check_system, exported
     from tersor.models.parts import model_of
     from tersor.planner import links as tables
     from tersor.planner import plan as plans
@@ -91,6 +102,10 @@ def command(
     from tersor.planner.mesh import Mesh
     from tersor.planner.parts import Workload
 
+    if export is not None:
+        check_system(export)
+        if json or explain is not None:
+            raise InputError("--export prints settings: give it without --json and --explain")
     if model is None and taken is None:
         raise InputError("name a model, or a plan to show with --from FILE")
     if model == CALIBRATE:
@@ -131,9 +146,14 @@ def command(
         )
         found = plan(asked)
         check(found, described, kernels, prices)
-    if output is not None:
+    settings = None if export is None else exported(found, export)
+    if output is not None and settings is None:
         found.save(output)
-    if json:
+    if html is not None:
+        _write_page(html, found, prices)
+    if settings is not None:
+        _give(settings, output)
+    elif json:
         console.print_json(found.to_dict())
     elif explain is not None:
         rows = [[one.name, one.value, one.source] for one in sources.explain(found, explain)]
@@ -142,8 +162,9 @@ def command(
         _show(found, prices)
         if taken is not None and described is not None:
             print(f"checked for {described.label}: every weight is there once, every sum is reduced, costs agree")
-    if output is not None and not json:
-        print(f"wrote {output}")
+    for path in (output, html):
+        if path is not None and not json:
+            print(f"wrote {path}", file=sys.stdout if export is None else sys.stderr)
 
 
 def _calibrate(devices: int | None, chip: str | None, output: Path | None) -> None:
@@ -177,111 +198,29 @@ def _with_own_plan(model: Model) -> Model:
     return replace(model, own_plan=base_plan(model.architecture))
 
 
+def _write_page(path: Path, plan: Plan, links: Links) -> None:
+    from tersor.bench import report as written
+    from tersor.report.plan_page import page
+
+    written.write(path, page(plan, links))
+
+
+def _give(settings: str, path: Path | None) -> None:
+    """Write settings of another system, or print them."""
+    from tersor.bench import report as written
+
+    if path is None:
+        print(settings, end="")
+    else:
+        written.write(path, settings)
+
+
 def _show(plan: Plan, links: Links) -> None:
-    workload, idle = plan.workload, f", {plan.idle} idle" if plan.idle else ""
-    print(f"{plan.model} on {plan.devices} x {plan.chip} ({plan.mesh}{idle}), by {plan.objective}")
-    print(
-        f"{workload['batch']} rows of up to {workload['context']} tokens a replica, prompts of {workload['prompt']}; "
-        f"{plan.axes()}" + (f", {plan.parts} micro-batches" if plan.parts > 1 else "")
-    )
-    for name, seconds in plan.passes.items():
-        alone = plan.apart[name]
-        more = f"; {alone * 1e3:.3f} ms if it alone counted" if alone < seconds * (1 - 1e-9) else ""
-        print(f"{name}: {seconds * 1e3:.3f} ms a pass{more}")
-    gap = f"at most {100 * plan.gap:.2f} % above the best" if plan.bound else "how far from the best is not known"
-    print(
-        f"a step with its share of prefill: {plan.step * 1e3:.3f} ms, {plan.rate:,.0f} tokens/s; {gap} "
-        f"({plan.method}, {plan.searched:.2f} s)"
-    )
-    console.print_table(
-        ["stage", "layers", "devices", "weights", "keys, values", "activations", "other", "of", "decode ms"],
-        [_stage_row(number, plan) for number in range(plan.pipeline)],
-        title="Stages of a replica, and bytes of the rank that has most",
-    )
-    headings = ["weight", "layers", "cut", "quantum", "slices", "bytes a rank"]
-    console.print_table(headings, [_cut_row(cut) for cut in plan.cuts], title="Cuts", words=True)
-    names = list(plan.passes)
-    _show_chosen(plan, names)
-    kinds = list(dict.fromkeys(part.kind for part in plan.times))
-    rows = []
-    for kind in kinds:
-        own = [
-            sum(one.seconds for one in plan.times if one.kind == kind and one.name.startswith(f"{n}.")) for n in names
-        ]
-        rows.append([kind, *(f"{seconds * 1e3:.3f}" for seconds in own)])
-    console.print_table(["part", *(f"{name} ms" for name in names)], rows, title="Time (--explain PART says whence)")
-    for title, rivals in (("Other ways to deal out the GPUs", plan.rivals), ("Plans by rule", plan.rules)):
-        if rivals:
-            cells = [_rival_row(rival) for rival in rivals]
-            console.print_table(["plan", "axes", "ms a step", "tokens/s", "why not"], cells, title=title, words=True)
-    for note in plan.notes:
-        print(f"note: {note}")
-    print(
-        f"links: {links.label}; all sums of up to 1 MiB inside a node are one-shot"
-        if links.one_shot
-        else f"links: {links.label}"
-    )
+    from tersor.report import plan_tables
 
-
-def _stage_row(number: int, plan: Plan) -> list[str]:
-    stage = plan.stages[number]
-    most = max(stage.memory, key=lambda memory: memory.total)
-    ends = (" + embedding" if stage.embedding else "") + (" + head" if stage.head else "")
-    spans = f"{stage.devices[0]}-{stage.devices[-1]}" if len(stage.devices) > 1 else str(stage.devices[0])
-    return [
-        str(number),
-        f"{stage.first}-{stage.last - 1}{ends}",
-        spans,
-        console.size(most.weights),
-        console.size(most.kv),
-        console.size(most.activations + most.logits),
-        console.size(most.buffers),
-        console.size(most.room),
-        f"{stage.seconds.get('decode', 0.0) * 1e3:.3f}",
-    ]
-
-
-def _cut_row(cut: Cut) -> list[str]:
-    axis, spans = "", [""]
-    for name in ("rows", "columns", "experts"):
-        found = [getattr(one, name) for one in cut.slices]
-        if found[0] is not None:
-            axis, spans = name, [_widths(one) for one in found]
-    shown = "all" if not axis else f"{axis} {_runs(spans)}"
-    sizes = sorted(set(cut.nbytes))
-    words = console.size(sizes[-1]) if len(sizes) == 1 else f"{console.size(sizes[0])} to {console.size(sizes[-1])}"
-    layers = "" if not cut.layers else f"{len(cut.layers)} of them" if len(cut.layers) > 1 else str(cut.layers[0])
-    return [cut.module, layers, cut.way, str(cut.quantum), shown, words]
-
-
-def _widths(spans: Any) -> str:
-    pairs = [spans] if isinstance(spans[0], int) else spans
-    return "+".join(str(last - first) for first, last in pairs)
-
-
-def _runs(words: Sequence[str]) -> str:
-    """Return equal words side by side as one, such as `3 x 1024, 512`."""
-    found: list[list[object]] = []
-    for word in words:
-        if found and found[-1][1] == word:
-            found[-1][0] = int(str(found[-1][0])) + 1
-        else:
-            found.append([1, word])
-    return ", ".join(f"{count} x {word}" if count != 1 else str(word) for count, word in found)
-
-
-def _show_chosen(plan: Plan, names: Sequence[str]) -> None:
-    of = {(one.group, one.block, one.phase): one for one in plan.chosen}
-    rows = []
-    for group, block in dict.fromkeys((one.group, one.block) for one in plan.chosen):
-        own = [of[group, block, name] for name in names]
-        label = block if group == block else f"{group} {block}"
-        rows.append([label, *(f"{one.way} ({one.reads} to {one.gives})" for one in own)])
-    title = "Blocks: how each is computed, and the layouts that it reads and gives"
-    console.print_table(["block", *names], rows, title=title, words=True)
-
-
-def _rival_row(rival: Rival) -> list[str]:
-    if rival.seconds is None or rival.rate is None:
-        return [rival.name, rival.axes, "-", "-", rival.why]
-    return [rival.name, rival.axes, f"{rival.seconds * 1e3:.3f}", f"{rival.rate:,.0f}", rival.why]
+    for line in plan_tables.lines(plan):
+        print(line)
+    for table in plan_tables.tables(plan):
+        console.print_table(table.headings, table.rows, title=table.title, words=table.words)
+    for line in plan_tables.closing(plan, links):
+        print(line)

@@ -276,6 +276,7 @@ def assembled(
         rivals=rivals,
         rules=baseline,
         notes=notes(setting),
+        architecture=asked.model.architecture,
     )
     why = served.why_not(found)
     return found if why is None else replace(found, notes=(*found.notes, f"the engine does not run this plan: {why}"))
@@ -332,6 +333,7 @@ def _cuts(best: Made) -> tuple[Cut, ...]:
                         for piece in pieces
                     ),
                     nbytes=tuple(piece.nbytes for piece in pieces),
+                    block=name.partition(".")[2],
                 )
             )
     return tuple(found)

@@ -60,6 +60,13 @@ class Table:
         share = math.log(ranks / low) / math.log(high / low) if high > low else 0.0
         return (first + (second - first) * share) * 1e-6
 
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of the largest payloads, of the fewest ranks; infinite where they take no longer."""
+        points = self.rows[min(self.rows)]
+        (size, time), (more, longer) = points[-2:] if len(points) > 1 else (points[0], points[0])
+        return (more - size) / (longer - time) * 1e6 if longer > time else math.inf
+
 
 def _on_line(points: Sequence[tuple[float, float]], nbytes: float) -> float:
     if nbytes <= points[0][0] or len(points) == 1:

@@ -43,6 +43,7 @@ class Cut:
         quantum: input channels that stay together.
         slices: of every rank of a stage.
         nbytes: of every rank, of one layer.
+        block: that it belongs to, such as `layers.0-79.qkv` or `head`: group and name of a `Chosen`.
     """
 
     module: str
@@ -51,6 +52,7 @@ class Cut:
     quantum: int
     slices: tuple[Slice, ...]
     nbytes: tuple[int, ...]
+    block: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +189,7 @@ class Plan:
         rivals: other axes, the best first.
         rules: plans by rule at the same costs.
         notes: what could not be cut, and why.
+        architecture: of the model: its class in config.json.
     """
 
     model: str
@@ -217,6 +220,7 @@ class Plan:
     rivals: tuple[Rival, ...] = field(default=())
     rules: tuple[Rival, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    architecture: str = ""
 
     @property
     def devices(self) -> int:

@@ -1,4 +1,4 @@
-"""What does a report look like? One HTML file that asks nobody for anything: its pictures are SVG in it."""
+"""What does a report look like? What was measured, as one page (`frame`), with pictures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+from tersor.report.frame import framed, note
 from tersor.report.svg import Markup, Point, element, scatter, text
 from tersor.report.tables import (
     choice_table,
@@ -19,36 +20,6 @@ from tersor.report.tables import (
     task_table,
 )
 from tersor.report.words import times
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #5c6670; --line: #d5dae0; --bar: #4477aa;
-  --worse: #cc6633; --kept: #228833; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b8578f; --c4: #8a6d00;
-  --c5: #3a8fc4; --c6: #6a4fb3; --c7: #5c6670; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e6e9ec; --soft: #9aa5b0; --line: #353c44;
-  --bar: #6f9fd0; --worse: #e08a5a; --kept: #55b56a; --c0: #58a9e0; --c1: #f08a4b; --c2: #3cc79b; --c3: #e08fc0;
-  --c4: #d8b84a; --c5: #8cc8f0; --c6: #a794ea; --c7: #9aa5b0; } }
-@media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --bar: #4477aa;
-  --worse: #cc6633; --kept: #228833; --c0: #0072b2; --c1: #d55e00; --c2: #007a59; --c3: #b8578f; --c4: #8a6d00;
-  --c5: #3a8fc4; --c6: #6a4fb3; --c7: #444; } body { max-width: none; } .wide { overflow: visible; }
-  svg.plot, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } svg rect { print-color-adjust: exact; } }
-body { margin: 2em auto; padding: 0 1.2em; max-width: 78em; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6em; } h2 { margin-top: 2em; border-bottom: 1px solid var(--line); } p.note { color: var(--soft); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.86em; margin: 0.8em 0; }
-th, td { padding: 0.22em 0.7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: baseline; }
-th { color: var(--soft); font-weight: 600; } .right { text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.plots { display: flex; flex-wrap: wrap; gap: 1em; } svg.plot { width: 34em; max-width: 100%; height: auto; }
-svg.cell { width: 7em; height: 0.7em; } svg text { fill: var(--ink); font-size: 12px; }
-svg .small { font-size: 11px; fill: var(--soft); } svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
-.frame { fill: none; stroke: var(--soft); } .grid { stroke: var(--line); stroke-width: 0.7; }
-.level { stroke: var(--soft); stroke-dasharray: 5 4; } .bar { fill: var(--bar); } .worse { fill: var(--worse); }
-.kept { fill: var(--kept); } .point { color: var(--c7); } .point circle { fill: currentColor; }
-.point line { stroke: currentColor; stroke-width: 1.6; } .point .number { font-weight: 600; }
-""" + "".join(f".c{number} {{ color: var(--c{number}); }} " for number in range(8))
-
-_ALONE = "default-src 'none'; style-src 'unsafe-inline'"
-"""The browser fetches nothing, and runs nothing."""
 
 _SPREAD = 30.0
 """Ratio of the largest loss to the smallest from which on losses are drawn on a logarithmic axis."""
@@ -70,27 +41,20 @@ def page(document: dict[str, Any], title: str = "Tersor report") -> str:
     """
     made = document["environment"]
     parts = [element("h1", text(title))]
-    parts.append(_note(f"Tersor {made['tersor']}, commit {made['commit']}, {made['date']}; {_count(document)}."))
+    parts.append(note(f"Tersor {made['tersor']}, commit {made['commit']}, {made['date']}; {_count(document)}."))
     for number, group in enumerate(document["quality"]):
         parts += _quality(group, number)
     if document["tasks"]:
         limited = sorted({score["limit"] for score in document["tasks"] if score["limit"]})
-        parts += [element("h2", "Tasks"), _note("+- is the standard error that lm-eval gives.")]
-        parts += [_note(f"Of the first {limit} documents of each task.") for limit in limited]
+        parts += [element("h2", "Tasks"), note("+- is the standard error that lm-eval gives.")]
+        parts += [note(f"Of the first {limit} documents of each task.") for limit in limited]
         parts.append(task_table(document["tasks"]))
     for one in document["checkpoints"]:
         parts += _checkpoint(one)
     for one in document["speed"]:
         parts += _speed(one)
     parts += [element("h2", "Runs"), run_table(document["runs"])]
-    head = element("title", text(title)) + element("style", _STYLE)
-    metadata = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_ALONE}">'
-    metadata += '<meta name="viewport" content="width=device-width">'
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{metadata}{head}</head>\n<body>\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    return framed(title, parts)
 
 
 def _count(document: dict[str, Any]) -> str:
@@ -98,18 +62,14 @@ def _count(document: dict[str, Any]) -> str:
     return "one run" if runs == 1 else f"{runs} runs"
 
 
-def _note(words: str) -> Markup:
-    return element("p", text(words), class_="note")
-
-
 def _quality(group: dict[str, Any], number: int) -> list[Markup]:
     against = f" against {group['reference']}" if group["reference"] is not None else ""
     parts = [element("h2", text(f"Quality{against}"))]
     if group["apart"]:
-        parts.append(_note(f"Shown apart from the models above, and not compared with them: {group['apart']}."))
+        parts.append(note(f"Shown apart from the models above, and not compared with them: {group['apart']}."))
     texts = f" of {', '.join(group['texts'])}" if group["texts"] else ""
     parts.append(
-        _note(
+        note(
             f"{group['windows']} windows of {group['window']} tokens{texts}, computed on {group['computed']}; bars and "
             "+- are one standard error over windows."
         )
@@ -117,7 +77,7 @@ def _quality(group: dict[str, Any], number: int) -> list[Markup]:
     parts += [_pictures(group), quality_table(group)]
     if group["reference"] is not None:
         parts.append(
-            _note(
+            note(
                 "KL: KL(reference || model) in nats a token; its median is over windows, p99 over tokens. Flips: "
                 "another most probable token. Loss: perplexity above the reference's, its error that of the paired "
                 "difference. A KL below the noise floor says nothing."
@@ -126,13 +86,13 @@ def _quality(group: dict[str, Any], number: int) -> list[Markup]:
     if group["comparisons"]:
         parts.append(element("h3", "Paired differences"))
         parts.append(
-            _note("The model's value less the other's, on the same windows, so that what makes a window hard cancels.")
+            note("The model's value less the other's, on the same windows, so that what makes a window hard cancels.")
         )
         shown = group["comparisons"]
         if len(shown) > _MOST_PAIRS:
             shown = _neighbours(group)
             parts.append(
-                _note(
+                note(
                     f"Of {len(group['comparisons'])} pairs those that stand beside each other by bits a weight; --json "
                     "has all of them."
                 )
@@ -180,9 +140,9 @@ def _pictures(group: dict[str, Any]) -> Markup:
             pictures.append(scatter(points, x_label=label, y_label="loss of perplexity, %", log=wide, levels=zero))
     said = []
     if len(far) < len(models):
-        said.append(_note("Models with a KL of 0 are not in the pictures of KL."))
+        said.append(note("Models with a KL of 0 are not in the pictures of KL."))
     if len(levels) < len(floors):
-        said.append(_note(f"A noise floor of KL x 1000 = {1000 * min(floors):.3g} is far below the pictures."))
+        said.append(note(f"A noise floor of KL x 1000 = {1000 * min(floors):.3g} is far below the pictures."))
     return Markup(element("div", "".join(pictures), class_="plots") + "".join(said))
 
 
@@ -211,16 +171,16 @@ def _checkpoint(one: dict[str, Any]) -> list[Markup]:
     parts.append(element("h3", "Layers"))
     known = any(layer["relative_error"] is not None for layer in one["layers"])
     if known:
-        parts.append(_note("Relative error: Frobenius norm of the weight's error over that of the weight."))
+        parts.append(note("Relative error: Frobenius norm of the weight's error over that of the weight."))
     else:
-        parts.append(_note("Errors of the weights are not known: an older Tersor compressed this checkpoint."))
+        parts.append(note("Errors of the weights are not known: an older Tersor compressed this checkpoint."))
     if one["calibration"] is not None:
         parts.append(
-            _note("Objective: the recipe's loss of the layer's outputs, rounded to nearest and, after, as written.")
+            note("Objective: the recipe's loss of the layer's outputs, rounded to nearest and, after, as written.")
         )
     if any(layer["count"] > 1 for layer in one["layers"]):
         parts.append(
-            _note(
+            note(
                 "Experts of a layer are one line, with how many there are: the mean of bits, the root of the mean "
                 "square of errors, the sum of objectives."
             )
@@ -234,12 +194,12 @@ def _speed(one: dict[str, Any]) -> list[Markup]:
     said = {key: value for key, value in one["facts"].items() if isinstance(value, (str, int, float))}
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items())
     parts = [element("h2", text(f"Speed: {one['kind'].removeprefix('tersor ')}, {own.get('gpu') or 'no GPU'}"))]
-    parts.append(_note(f"{one['run']}: {facts}" if facts else one["run"]))
+    parts.append(note(f"{one['run']}: {facts}" if facts else one["run"]))
     if one["method"]:
-        parts.append(_note(f"{one['method']}."))
+        parts.append(note(f"{one['method']}."))
     parts.append(table(one["columns"], one["rows"]))
     parts += [
-        _note(f"Not measured: {', '.join(str(value) for value in row.values() if value not in ('', None))}.")
+        note(f"Not measured: {', '.join(str(value) for value in row.values() if value not in ('', None))}.")
         for row in one["skipped"]
         if isinstance(row, dict)
     ]

@@ -12,7 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 18, 14, 46
 """Of a picture and of the frame in it, in units of the picture."""
 
 _CAP, _MARK, _LINE = 4, 5, 11
-_COLOURS = 8
+COLOURS = 8
 """Classes `c0` to `c7` of the page."""
 
 
@@ -149,6 +149,24 @@ def bar(share: float, words: str, kind: str = "bar") -> Markup:
     return element("svg", inner, viewBox="0 0 100 10", class_="cell", role="img", aria_label=words)
 
 
+def stack(parts: Sequence[tuple[float, str]], words: str) -> Markup:
+    """Return bars that stand behind each other in a long cell.
+
+    Args:
+        parts: shares of the cell, in all at most 1, and their classes.
+        words: what they say, shown beside the pointer.
+    """
+    inner, at = (
+        [element("title", html.escape(words)), element("rect", x=0, y=0, width=300, height=10, class_="room")],
+        0.0,
+    )
+    for share, kind in parts:
+        length = 300 * min(max(share, 0.0), 1.0 - at)
+        inner.append(element("rect", x=300 * at, y=1, width=length, height=8, class_=f"fill {kind}"))
+        at += length / 300
+    return element("svg", "".join(inner), viewBox="0 0 300 10", class_="cell long", role="img", aria_label=words)
+
+
 def _point(point: Point, x: Scale, y: Scale, places: list[tuple[float, float]]) -> Markup:
     """Draw a point; its number goes below numbers that stand there already, which `places` has."""
     left, middle = x(point.x), y(point.y)
@@ -167,7 +185,7 @@ def _point(point: Point, x: Scale, y: Scale, places: list[tuple[float, float]]) 
     places.append((beside, below))
     kind = "number end" if near_the_end else "number"
     parts.append(element("text", str(point.number), x=beside, y=below, class_=kind))
-    return element("g", "".join(parts), class_=f"point c{(point.number - 1) % _COLOURS}", data_number=point.number)
+    return element("g", "".join(parts), class_=f"point c{(point.number - 1) % COLOURS}", data_number=point.number)
 
 
 def _frame() -> Markup:
