@@ -54,6 +54,8 @@ def model_of(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     name = case.split()[0]
     if name == "gpt":
         return Gpt(52, 32, 4, 1, 8), (IDS, IDS.roll(-1, 1))
+    if name == "odd":
+        return Gpt(53, 30, 5, 1, 8), (IDS, IDS.roll(-1, 1))
     if name == "mixture":
         return Mixture(16, 32, 4, 16), (torch.randn(32, 16),)
     if name == "unet":

@@ -12,6 +12,7 @@ from helpers.graph_ranks import gradients_of_ranks, operator, outputs_of_ranks
 from tersor.planner.graph.cuts import ways
 from tersor.planner.graph.local import run
 from tersor.planner.graph.rules import RULES, base_name
+from tersor.planner.graph.shares import largest, span
 
 aten = torch.ops.aten
 Made = tuple[Any, list[Any], dict[str, Any]]
@@ -304,7 +305,7 @@ OFFERED = {
     "index_put": "dim1",
     "grouped product": "in out",
 }
-"""The names along which each call may be cut by two ranks."""
+"""The names along which each call may be cut by two ranks in halves."""
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
@@ -379,14 +380,40 @@ def test_strided_cuts_make_the_whole(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_an_operator_may_be_cut_along_the_names_of_its_rule(name: str) -> None:
     made, _, _ = operator(*CALLS[name](Maker(2, seed=0)))
-    assert " ".join(sorted(way.name for way in ways(made, 2) if way.cuts)) == OFFERED[name]
+    even = [way.name for way in ways(made, 2) if way.cuts and made.sizes[way.name] % 2 == 0]
+    assert " ".join(sorted(even)) == OFFERED[name]
 
 
-def test_a_size_that_ranks_do_not_divide_is_not_cut() -> None:
+UNEVEN = ((5, 2), (7, 3), (11, 4), (11, 8))
+"""What sizes of calls are multiples of, and ranks, which do not divide it."""
+
+
+@pytest.mark.parametrize("multiple, ranks", UNEVEN)
+@pytest.mark.parametrize("name", CALLS)
+def test_uneven_slices_of_every_way_make_the_whole_and_its_gradients(name: str, multiple: int, ranks: int) -> None:
+    target, args, kwargs = CALLS[name](Maker(multiple, seed=ranks))
+    made, inputs, parts = operator(target, args, kwargs)
+    found = [way for way in ways(made, ranks) if way.cuts]
+    uneven = [way for way in found if made.sizes[way.name] % ranks]
+    assert {way.name for way in uneven} >= {one for one in OFFERED[name].split() if made.sizes[one] == multiple}
+    tolerance = 0.05 if inputs[0].dtype == torch.bfloat16 else 1e-9
+    expected = target(*args, **kwargs)
+    expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
+    for way in uneven:
+        for one, other in zip(outputs_of_ranks(made, inputs, parts, way, ranks), expected, strict=True):
+            assert torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance * 10), way
+        if name not in WITHOUT_GRADIENT:
+            for one, other in zip(*gradients_of_ranks(made, inputs, parts, way, ranks), strict=True):
+                assert torch.allclose(one, other, rtol=1e-9, atol=1e-9), way
+
+
+def test_a_size_is_not_cut_where_one_rank_would_have_much_more_than_others_or_one_nothing() -> None:
     made, _, _ = operator(aten.linear.default, [torch.zeros(6, 4), torch.zeros(9, 4)])
-    assert [way.name for way in ways(made, 3) if way.cuts] == ["row0", "out"]
-    assert [way.name for way in ways(made, 4) if way.cuts] == ["in"]
-    assert [way.name for way in ways(made, 5) if way.cuts] == []
+    assert [way.name for way in ways(made, 3) if way.cuts] == ["row0", "in", "out"]
+    assert [way.name for way in ways(made, 5) if way.cuts] == ["out"]
+    assert [way.name for way in ways(made, 8) if way.cuts] == []
+    assert [span(50257, 4, rank) for rank in (0, 1, 3)] == [(0, 12565), (12565, 12564), (37693, 12564)]
+    assert largest(50257, 8) == span(50257, 8, 0)[1] == 6283
 
 
 def test_an_operator_without_a_rule_is_named_and_not_cut() -> None:

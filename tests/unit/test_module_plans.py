@@ -6,14 +6,22 @@ import math
 
 import pytest
 import torch
+import transformers
 from helpers.graph_kinds import MODELS, traced
 from helpers.graph_models import Gpt, Mlp
 
 import tersor
 from tersor.errors import InputError
-from tersor.planner.graph.moves import Axis, Ring
+from tersor.hardware import chip_named
+from tersor.planner.graph.moves import Axis, Ring, held
 from tersor.planner.graph.plan import plan_graph
+from tersor.planner.graph.priced import mesh_of
+from tersor.planner.graph.problem import space
+from tersor.planner.graph.roofline import Roofline
+from tersor.planner.graph.subgroups import split_meshes
+from tersor.planner.graph.trace import trace
 from tersor.planner.graph.training import training
+from tersor.planner.links import of_chip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,6 +67,48 @@ def test_the_full_search_proves_what_the_fast_one_finds() -> None:
     assert math.isinf(drawn.found.bound)
 
 
+def test_a_vocabulary_that_ranks_do_not_divide_is_cut_and_costs_its_largest_part() -> None:
+    rows, seconds = torch.zeros(1, 128, dtype=torch.long), {}
+    for vocabulary in (50256, 50257, 50264):
+        with torch.device("meta"):
+            module = Gpt(vocabulary, 4096, 32, 1, 128).to(torch.bfloat16)
+            plan = tersor.plan_module(module, (rows,), mesh={"tensor": 8})
+        chosen = plan.space.chosen(plan.choice)
+        assert chosen["head:linear_4"].name == "tensor:out"
+        if vocabulary == 50257:
+            weight = plan.space.graph.values["p_head_weight"]
+            places = chosen["head:linear_4"].stored["p_head_weight"]
+            assert held(weight.bytes, places, plan.space.mesh, weight.parts) == pytest.approx(6283 * 4096 * 2)
+        seconds[vocabulary] = plan.seconds
+    assert seconds[50256] < seconds[50257] == pytest.approx(seconds[50264], rel=1e-3)
+
+
+def test_ranks_that_are_more_than_heads_of_keys_share_them_in_subgroups() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        module = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    ids = torch.zeros(64, 64, dtype=torch.long, device="meta")
+    graph = trace(module, (ids,))
+    meshes = split_meshes(graph, mesh_of({"tensor": 8}, of_chip(chip_named("h200"))))
+    assert [[(axis.name, axis.ranks) for axis in mesh] for mesh in meshes] == [
+        [("tensor", 8)],
+        [("tensor.heads", 2), ("tensor.group", 4)],
+    ]
+    ways = space(graph, meshes[1], Roofline(chip_named("h200")), every=True)
+    block = next(block for block in ways.problem.blocks if "attention" in block.name)
+    assert "tensor.heads:heads.0 tensor.group:heads.1" in block.options
+    assert plan_graph(graph, {"tensor": 8}).seconds <= plan_graph(graph, meshes[0]).seconds
+
+
 def test_axes_of_a_mesh_have_the_links_that_join_their_ranks() -> None:
     graph = training(traced("GPT")[-1])
     near, far = plan_graph(graph, {"data": 2, "tensor": 8}).space.mesh
@@ -75,7 +125,7 @@ def test_a_module_that_fits_nowhere_and_names_that_nothing_has_are_one_line() ->
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="a mesh needs at least one axis"):
         tersor.plan_module(module, (rows,), mesh={})
-    with pytest.raises(InputError, match="no search 'fats'.*fast"):
+    with pytest.raises(InputError, match=r"no search 'fats'.*fast"):
         tersor.plan_module(module, (rows,), mesh={"tensor": 2}, search="fats")
     axes = (Axis("tensor", 2, Ring(1e-6, 1e9)),)
     assert tersor.plan_module(module, (rows,), mesh=axes, train=True).space.mesh is axes

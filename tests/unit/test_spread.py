@@ -26,8 +26,15 @@ from tersor.planner.graph.trace import trace
 from tersor.planner.graph.training import training
 from tersor.planner.problem import Choice
 
-CASES = ("gpt megatron", "gpt row0+weights batch0 row0 dim0", "gpt random", "unet random", "mlp row0+state")
-BOTH = ("mlp random", "gpt random")
+CASES = (
+    "gpt megatron",
+    "gpt row0+weights batch0 row0 dim0",
+    "gpt random",
+    "unet random",
+    "mlp row0+state",
+    "odd megatron",
+)
+BOTH = ("mlp random", "gpt random", "odd random")
 
 
 def test_two_processes_train_as_one_whatever_the_plan(tmp_path: Path) -> None:
@@ -38,6 +45,8 @@ def test_two_processes_train_as_one_whatever_the_plan(tmp_path: Path) -> None:
     shares = {one.case: one.share for one in found}
     assert shares["gpt row0+weights batch0 row0 dim0"] < 0.6
     assert shares["mlp row0+state"] == pytest.approx(0.5)
+    cuts = next(one.cut for one in found if one.case == "odd megatron")
+    assert sum("out.1" in cut or "vocabulary" in cut for cut in cuts) == 2, "five heads and a vocabulary of 53 are cut"
 
 
 def test_four_processes_on_two_axes_train_as_one(tmp_path: Path) -> None:

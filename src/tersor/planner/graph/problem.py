@@ -58,7 +58,7 @@ class Space:
             (flow, step)
             for (source, target), flows in self.flows.items()
             for flow, size, from_, to in distinct(self.graph, flows, chosen[source], chosen[target])
-            for step in moves.between(size, from_, to)
+            for step in moves.between(size, from_, to, self.graph.values[flow.value].parts)
         ]
 
     def held(self, choice: Choice) -> tuple[float, str]:

@@ -15,11 +15,12 @@ from tersor.planner.graph.priced import Priced
 
 def split_meshes(graph: Graph, mesh: Mesh) -> tuple[Mesh, ...]:
     """Return the mesh and, for each axis that has more ranks than heads of keys and values, one where it is two."""
-    heads = {
-        math.prod(size for name, size in operator.sizes.items() if name.split(".")[0] == "heads")
-        for operator in graph.operators
-        if operator.kind == "attention" and any(name.split(".")[0] == "group" for name in operator.sizes)
-    }
+    heads = set()
+    for operator in graph.operators:
+        if operator.kind == "attention" and "heads.1" in operator.sizes:  # keys that a view repeats for a group
+            heads.add(operator.sizes["heads.0"])
+        elif operator.kind == "attention" and {"heads", "group"} <= set(operator.sizes):
+            heads.add(operator.sizes["heads"])
     found = [mesh]
     for place, axis in enumerate(mesh):
         for count in sorted(heads):
@@ -35,4 +36,4 @@ def split_axis(axis: Axis, first: int) -> tuple[Axis, Axis]:
     second = axis.ranks // first
     links = axis.links
     wide = replace(links, stride=links.stride * second) if isinstance(links, Priced) else links
-    return Axis(f"{axis.name} heads", first, wide), Axis(f"{axis.name} group", second, links)
+    return Axis(f"{axis.name}.heads", first, wide), Axis(f"{axis.name}.group", second, links)
