@@ -90,7 +90,7 @@ def outside(
     return found
 
 
-def _ends(graph: Graph, flow: Flow, source: Option, target: Option) -> tuple[Places, Places]:
+def ends(graph: Graph, flow: Flow, source: Option, target: Option) -> tuple[Places, Places]:
     """Return where a flow comes from, and where it goes."""
     if not flow.target and flow.source:  # the caller gets no pending sums
         places = source.places(graph, graph.by_name[flow.source], flow.made)
@@ -107,7 +107,7 @@ def distinct(
     """Return flows with bytes and placements, each copy once: results that are read twice, gradients that are added."""
     found: dict[object, tuple[Flow, int, Places, Places]] = {}
     for flow in flows:
-        from_, to = _ends(graph, flow, source, target)
+        from_, to = ends(graph, flow, source, target)
         found.setdefault(_copy(flow, from_, to), (flow, graph.values[flow.value].bytes, from_, to))
     return list(found.values())
 
