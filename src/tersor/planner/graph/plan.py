@@ -22,7 +22,7 @@ from tersor.planner.graph.trace import trace
 from tersor.planner.graph.training import ADAM, Optimiser, training
 from tersor.planner.problem import Choice
 from tersor.planner.search import Found
-from tersor.planner.search.unfit import short, shown
+from tersor.planner.search.unfit import shown
 from tersor.planner.searches import search_named
 from tersor.screen import print_table
 
@@ -192,7 +192,12 @@ def _plan(graph: Graph, mesh: Mesh, chip: Chip, optimiser: Optimiser, room: floa
     left: float | None = None
     for _ in range(TRIES):
         ways = space(graph, mesh, Roofline(chip), memory=left, optimiser=optimiser)
-        found = solve(ways.problem)
+        try:
+            found = solve(ways.problem)
+        except InputError:
+            if math.isinf(least):
+                raise
+            break
         held = ways.held(found.choice)
         if held[0] <= room:
             first = Choice({block.name: 0 for block in ways.problem.blocks})
@@ -202,7 +207,10 @@ def _plan(graph: Graph, mesh: Mesh, chip: Chip, optimiser: Optimiser, room: floa
         left = room if left is None else left - (held[0] - room)
         if left <= 0:
             break
-    raise short("with gathered copies and buffers", least, room)
+    raise InputError(
+        f"plans that fit but for copies and buffers of moves need {shown(least)} with them, of {shown(room)}: "
+        f"{shown(least - room)} are missing"
+    )
 
 
 def _shortened(option: str) -> str:
