@@ -62,6 +62,20 @@ class Towers(nn.Module):
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+class Skips(nn.Module):
+    """Linears in a row, the first of which is read again by the last; returns a mean square."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third, fourth = self.linears
+        early = functional.relu(first(x))
+        late = functional.relu(third(functional.relu(second(early))))
+        return fourth(late + early).square().mean()
+
+
 class Mlp(nn.Module):
     """Linears with activations between; returns a mean square, so it can be trained."""
 

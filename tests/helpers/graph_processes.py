@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from helpers.graph_models import Gpt, Mixture, Mlp, Towers, Unet
+from helpers.graph_models import Gpt, Mixture, Mlp, Skips, Towers, Unet
 from tersor.hardware import chip_named
 from tersor.nn.spread import Spread
 from tersor.nn.staged import Staged
@@ -58,6 +58,8 @@ def model_of(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
         return Gpt(52, 32, 4, 1, 8), (IDS, IDS.roll(-1, 1))
     if name == "towers":
         return Towers(52, 32, 4, 8), (IDS, IDS.roll(-1, 1))
+    if name == "skips":
+        return Skips(16), (torch.randn(8, 16),)
     if name == "odd":
         return Gpt(53, 30, 5, 1, 8), (IDS, IDS.roll(-1, 1))
     if name == "mixture":

@@ -164,12 +164,12 @@ class Staged(nn.Module):
     def _send(self, name: str, tensor: torch.Tensor, stage: int, number: int, group: Any) -> None:
         tensor = tensor.contiguous()
         work = _reached(lambda: distributed.isend(tensor, self._peers[stage], group, self._tag(name, number)))
-        self._sent.append((work, tensor))
+        self._sent.append((work, tensor))  # what is sent stays until it has gone
 
     def _receive(self, name: str, stage: int, number: int, group: Any) -> torch.Tensor:
         value = self._plan.graph.values[name]
         tensor = torch.empty(value.shape, dtype=value.dtype, device=self.own.device)
-        _reached(lambda: distributed.irecv(tensor, self._peers[stage], group, self._tag(name, number)).wait())
+        _reached(lambda: distributed.recv(tensor, self._peers[stage], group, self._tag(name, number)))
         return tensor
 
     def _finish(self) -> None:

@@ -131,8 +131,8 @@ def _kept(graph: Graph, name: str, places: Places, keeps: Sequence[str], mesh: M
             continue
         value = graph.values[name]
         cuts = [cut(dim, part) for dim, parts in enumerate(value.parts) for part in range(len(parts))]
-        tries = [(*now[:axis], place, *now[axis + 1 :]) for place in cuts]
-        fitting = [places for places in tries if _fits(graph, name, places, mesh)]
+        tries: list[Places] = [(*now[:axis], place, *now[axis + 1 :]) for place in cuts]
+        fitting = [each for each in tries if _fits(graph, name, each, mesh)]
         if fitting:
-            now = list(min(fitting, key=lambda places: held(value.bytes, places, mesh, value.parts)))
+            now = list(min(fitting, key=lambda each: held(value.bytes, each, mesh, value.parts)))
     return tuple(now)

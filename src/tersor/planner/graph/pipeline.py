@@ -31,6 +31,10 @@ from tersor.planner.stages import Group, split
 from tersor.screen import print_table
 
 
+SEARCHED = 10.0
+"""Seconds after which no more is looked for than stages in order."""
+
+
 @dataclass(frozen=True, eq=False)
 class StagePlan:
     """One stage.
@@ -130,13 +134,15 @@ def plan_stages(
 
     room = chip_named(chip).memory_bytes * USABLE if memory is None else memory
 
-    def planned(of: Graph, handed: Sequence[str] = (), most: float = room) -> ModulePlan:
-        whole = training(of, through=handed) if train else of
-        return plan_graph(whole, mesh, chip=chip, optimiser=optimiser, memory=most, search=search)
+    def planned(of: Graph, handed: Sequence[str] = ()) -> ModulePlan:
+        part = training(of, through=handed) if train else of
+        axes = whole.space.mesh
+        return plan_graph(part, axes, chip=chip, optimiser=optimiser, memory=room, search=search, subgroups=False)
 
     if stages < 1 or parts < 1:
         raise InputError(f"{stages} stages and {parts} micro-batches: there is at least one of each")
-    whole = planned(graph, most=math.inf)
+    costed = training(graph) if train else graph
+    whole = plan_graph(costed, mesh, chip=chip, optimiser=optimiser, memory=math.inf, search=search)
     first = _cut_in_order(whole, stages, parts, room)
     others = [found for found in _cut_as_graph(whole, stages, room) if found != first]
     made = [_staged(graph, found, stages, parts, planned) for found in (first, *others)]
@@ -204,7 +210,7 @@ def _cut_as_graph(plan: ModulePlan, stages: int, room: float) -> list[dict[str, 
     if stages == 1:
         return []
     try:
-        staged = stage_graph(blocks, stages, unbalance=None, room=room, seconds=20.0)
+        staged = stage_graph(blocks, stages, unbalance=None, room=room, seconds=SEARCHED)
     except (InputError, UnsupportedError):
         return []
     named = zip(blocks, operators, strict=True)

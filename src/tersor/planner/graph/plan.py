@@ -79,7 +79,7 @@ class ModulePlan:
         )
         return (*lines, *(f"note: {note}" for note in self.space.graph.notes))
 
-    def tables(self) -> tuple[tuple[str, tuple[str, ...], list[tuple[str, ...]]], ...]:
+    def tables(self) -> tuple[tuple[str, Sequence[str], Sequence[Sequence[str]]], ...]:
         """Return title, columns and rows of each table: cuts of blocks, equal layers in one row, and exchanges."""
         cuts: dict[tuple[str, str], list[Any]] = {}
         for block in self.space.problem.blocks:
@@ -165,13 +165,20 @@ def plan_graph(
     optimiser: Optimiser = ADAM,
     memory: float | None = None,
     search: str = "fast",
+    subgroups: bool = True,
 ) -> ModulePlan:
-    """Return the plan of a graph; arguments are those of `plan_module`."""
+    """Return the plan of a graph.
+
+    Args:
+        graph: of inference, or of `training`.
+        mesh, chip, optimiser, memory, search: as `plan_module` takes them.
+        subgroups: whether an axis with more ranks than heads of keys may become two.
+    """
     target = chip_named(chip)
     room = target.memory_bytes * USABLE if memory is None else memory
     axes = mesh_of(mesh, tables.of_chip(target)) if isinstance(mesh, Mapping) else mesh
     plans, lacking = [], None
-    for each in split_meshes(graph, axes):
+    for each in split_meshes(graph, axes) if subgroups else (axes,):
         try:
             plans.append(_plan(graph, each, target, optimiser, room, search))
         except InputError as error:
