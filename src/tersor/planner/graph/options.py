@@ -134,5 +134,6 @@ def _kept(graph: Graph, name: str, places: Places, keeps: Sequence[str], mesh: M
         tries: list[Places] = [(*now[:axis], place, *now[axis + 1 :]) for place in cuts]
         fitting = [each for each in tries if _fits(graph, name, each, mesh)]
         if fitting:
-            now = list(min(fitting, key=lambda each: held(value.bytes, each, mesh, value.parts)))
+            smallest: Places = min(fitting, key=lambda each: held(value.bytes, each, mesh, value.parts))
+            now = list(smallest)
     return tuple(now)

@@ -30,7 +30,6 @@ from tersor.planner.stage_graph import Part, stage_graph
 from tersor.planner.stages import Group, split
 from tersor.screen import print_table
 
-
 SEARCHED = 10.0
 """Seconds after which no more is looked for than stages in order."""
 
